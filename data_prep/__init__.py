@@ -1,0 +1,1 @@
+"""Text to the sharded, tokenized corpora that `trainer.data` reads: `prepare` writes, `verify` checks."""

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# One machine with DeepSpeed's launcher instead of torchrun: launch/deepspeed.sh RANKS CONFIG [section.field=value...]
+#
+# The exit code is that of the first rank that failed. Signals end its ranks without a wait: prefer local.sh where that
+# matters.
+set -euo pipefail
+[[ $# -ge 2 ]] || { echo "usage: launch/deepspeed.sh RANKS CONFIG [section.field=value...]" >&2; exit 2; }
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+export RANKS_PER_NODE=$1
+# shellcheck source=launch/env.sh
+source launch/env.sh
+# Without GPUs DeepSpeed takes this for the number of devices; with them it counts for itself.
+export LOCAL_SIZE=$RANKS_PER_NODE
+# --no_local_rank: our command line has no --local_rank; the ranks read LOCAL_RANK.
+exec deepspeed --num_gpus "$RANKS_PER_NODE" --no_local_rank --module trainer train "${@:2}"

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Everything Tandem does, on this machine, in a few minutes, from nothing: launch/demo.sh
+#
+# Installs into .venv, prepares a corpus from Python's own source, trains a small Stable LM (tensor parallel 2 x ZeRO-1) that is
+# killed and resumed, and a small BTLM (data parallel 2), each through two lengths of rows; then evaluates, exports to Hugging
+# Face, reloads the export, generates text and writes a report. Nothing is downloaded but packages. What it makes lies in
+# data/demo, runs/demo-* and exports/demo-*; a second call makes the runs anew.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+launch/install.sh
+export RANKS_PER_NODE=2 WANDB_SILENT=true
+# shellcheck source=launch/env.sh
+source launch/env.sh
+
+say() { printf '\n=== %4d s  %s\n' "$SECONDS" "$1"; }
+fail() { printf 'demo: %s\n' "$1" >&2; exit 1; }
+steps_done() { grep -c '"kind": "step"' "$1/metrics.jsonl" 2>/dev/null || true; }
+
+corpus=data/demo
+say "preparing a corpus from the source of Python's standard library"
+stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+mapfile -t inputs < <(find -L "$stdlib" -mindepth 1 -maxdepth 1 \( -name '*.py' -o -type d \) \
+    -not -name 'site-packages' -not -name 'dist-packages' -not -name 'test' -not -name '__pycache__' -not -name 'config-*' \
+    -not -name 'lib2to3' -not -name 'idlelib' | sort)
+tandem prepare --input "${inputs[@]}" --glob '*.py' --skip-undecodable --vocab 4096 --held-out 0.02 --output $corpus
+tandem verify $corpus
+entropy=$(python -c 'import json,sys; print(json.load(open(sys.argv[1]))["unigram_entropy_nats"])' $corpus/manifest.json)
+
+rm -rf runs/demo-stablelm runs/demo-btlm exports/demo-stablelm exports/demo-btlm
+
+say "training demo-stablelm: tensor parallel 2 x ZeRO-1; it will be killed after step 70"
+setsid launch/local.sh 2 configs/demo-stablelm.yaml &
+training=$!
+trap 'kill -KILL -- -$training 2>/dev/null || true' EXIT
+while [[ $(steps_done runs/demo-stablelm) -lt 70 ]]; do
+    kill -0 $training 2>/dev/null || fail "training ended before it could be killed"
+    sleep 0.2
+done
+kill -KILL -- -$training
+wait $training 2>/dev/null || true
+trap - EXIT
+say "killed with SIGKILL; the same command again continues from the last checkpoint"
+launch/local.sh 2 configs/demo-stablelm.yaml
+
+say "training demo-btlm: data parallel 2 x ZeRO-1"
+launch/local.sh 2 configs/demo-btlm.yaml parallel.tp_size=1
+
+for name in stablelm btlm; do
+    say "demo-$name: loss on held-out text by position, against the unigram entropy $entropy"
+    tandem evaluate runs/demo-$name --data $corpus --length 256
+    tandem evaluate runs/demo-$name --data $corpus --length 256 --json | python -c '
+import json, sys
+loss, entropy = json.load(sys.stdin)["loss"], float(sys.argv[1])
+print(f"validation loss {loss:.3f}, unigram entropy {entropy:.3f} nats")
+sys.exit(loss > entropy - 1.0)' "$entropy" || fail "demo-$name has learned too little"
+
+    say "demo-$name: exporting to Hugging Face, reloading with transformers, comparing logits"
+    tandem export-hf runs/demo-$name exports/demo-$name --dtype fp32 --check
+    say "demo-$name: generating from the export"
+    tandem generate exports/demo-$name --prompt 'def __init__(self' --tokens 48
+    tandem report runs/demo-$name
+done
+say "done; open runs/demo-stablelm/report.html"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# One machine, through torchrun: launch/local.sh RANKS CONFIG [section.field=value...]
+#
+# One rank for each GPU, or any small number on CPU. A mistake in the config ends here, in one line and exit code 2. SIGTERM
+# and SIGUSR1 save the run: torchrun hands them to the ranks, waits for the save, and exits with 1 whatever code they left
+# with.
+set -euo pipefail
+[[ $# -ge 2 ]] || { echo "usage: launch/local.sh RANKS CONFIG [section.field=value...]" >&2; exit 2; }
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+export RANKS_PER_NODE=$1
+# shellcheck source=launch/env.sh
+source launch/env.sh
+exec python -m trainer train --ranks "$RANKS_PER_NODE" "${@:2}"

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change is shared: launch/test.sh [stage...]
+#
+#   lint     ruff: rules and format
+#   types    mypy: strict where modules are pure, ordinary elsewhere
+#   arch     the dependency rule, one door for each heavy library, lines per file
+#   fast     tests of one process that take seconds        dist      tests of several processes, and slow ones
+#   kernels  every op against its meaning                  cluster   a real scheduler (skipped where there is none)
+#
+# Without a stage: lint, types, arch and every test in one pytest run, whose summary ends the output.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+launch/install.sh
+export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
+
+lint() { ruff check . && ruff format --check .; }
+types() { mypy; }
+arch() { lint-imports && lines_per_file; }
+fast() { pytest tests --ignore tests/kernels --ignore tests/cluster -m 'not dist and not slow'; }
+dist() { pytest tests --ignore tests/kernels --ignore tests/cluster -m 'dist or slow'; }
+kernels() { pytest tests/kernels; }
+cluster() { pytest tests/cluster; }
+tests() { pytest tests --durations 10; }
+
+lines_per_file() {
+    find trainer kernels data_prep -name '*.py' -exec awk 'END { print NR, FILENAME }' {} \; | sort -k2 | awk '
+        { print; split($2, part, "/"); sum[part[1]] += $1; total += $1 }
+        END { for (name in sum) print sum[name], name "/"; print total, "together" }' | column -t
+}
+
+stages=("$@")
+[[ $# -gt 0 ]] || stages=(lint types arch tests)
+failed=()
+for stage in "${stages[@]}"; do
+    case $stage in
+    lint | types | arch | fast | dist | kernels | cluster | tests) ;;
+    *) echo "test: unknown stage $stage; known: lint types arch fast dist kernels cluster" >&2 && exit 2 ;;
+    esac
+    SECONDS=0
+    printf '\n== %s\n' "$stage"
+    if "$stage"; then verdict=ok; else verdict=FAILED && failed+=("$stage"); fi
+    # Nothing follows the summary of pytest, which has its own verdict and time.
+    case $stage in lint | types | arch) printf '== %s %s (%d s)\n' "$stage" "$verdict" "$SECONDS" ;; esac
+done
+[[ ${#failed[@]} -eq 0 ]]

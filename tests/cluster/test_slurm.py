@@ -1,0 +1,82 @@
+"""The launch scripts are sound as shell, and the Slurm jobs ask for machines their config divides over."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from trainer import config, runtime
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("slurm/*")])
+JOBS = sorted(LAUNCH.glob("slurm/*.sbatch"))
+
+every_job = pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
+
+
+def directives(job: Path) -> dict[str, str]:
+    return dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", job.read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_bash_can_parse(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing() -> None:
+    found = subprocess.run(["shellcheck", "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["local.sh", "multi_node.sh", "deepspeed.sh"])
+def test_a_script_without_arguments_explains_itself(name: str) -> None:
+    done = subprocess.run([LAUNCH / name], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "CONFIG [section.field=value...]" in done.stderr
+
+
+@every_job
+def test_the_world_divides(job: Path) -> None:
+    asked = directives(job)
+    world_size = int(asked["nodes"]) * int(asked["ntasks-per-node"])
+    config.check_world(config.load(ROOT / "configs" / f"{job.stem}.yaml"), world_size)
+
+
+@every_job
+def test_one_task_for_each_device_of_a_node(job: Path) -> None:
+    asked = directives(job)
+    hardware = config.load(ROOT / "configs" / f"{job.stem}.yaml").hardware
+    assert hardware is not None
+    assert int(asked["ntasks-per-node"]) == int(asked["gpus-per-node"]) == hardware.devices_per_node
+
+
+@every_job
+def test_the_job_runs_the_config_of_its_name(job: Path) -> None:
+    assert f'exec launch/slurm/run.sh configs/{job.stem}.yaml "$@"' in job.read_text()
+    assert directives(job)["job-name"] == job.stem
+
+
+@every_job
+def test_the_job_is_warned_in_time_and_may_be_requeued(job: Path) -> None:
+    """Without B: Slurm would send the signal to the ranks and again, through the script, a second time."""
+    asked = directives(job)
+    assert asked["signal"] == "B:USR1@300"
+    assert "requeue" in asked
+
+
+def test_the_script_and_the_trainer_agree_on_the_requeue_code() -> None:
+    found = re.search(r"REQUEUE_EXIT_CODE=(\d+)", (LAUNCH / "slurm" / "run.sh").read_text())
+    assert found is not None
+    assert int(found[1]) == runtime.REQUEUE_EXIT_CODE
+
+
+def test_the_slurm_script_outside_the_repository_says_where_to_submit(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [LAUNCH / "slurm" / "run.sh", "x.yaml"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "submit from its root" in done.stderr

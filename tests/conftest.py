@@ -1,0 +1,33 @@
+"""What every test shares: one thread, checked annotations, a seeded generator.
+
+The import hook turns the jaxtyping annotations of our packages into checks, here only: in production they
+cost nothing. It must be in place before the first import of `trainer` or `kernels`, hence the order below.
+"""
+
+import pytest
+
+from tests.ranks import check_annotations
+
+check_annotations()
+
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Sums in the same order on every machine, and cores left to the other ranks."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """The randomness of a test."""
+    return torch.Generator().manual_seed(20231121)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,60 @@
+"""A small corpus of real formats, and the verb run in this process."""
+
+import argparse
+import random
+from pathlib import Path
+
+import pytest
+
+from data_prep import prepare, verify
+
+WORDS = "the of and to in is row shard stream phase token cursor loss step 1 2 3 def return import ( ) = :".split()
+
+
+@pytest.fixture
+def texts():
+    """Documents of several lengths, an empty one and two copies of another among them."""
+    rng = random.Random(0)
+    made = [" ".join(rng.choices(WORDS, k=rng.randint(1, 120))) for _ in range(300)]
+    return [*made, "", made[7], "naïve 漢字 🙂\r\n\ttab", "before <|endoftext|> after <|endoftext|>"]
+
+
+@pytest.fixture
+def folder(tmp_path, texts) -> Path:
+    root = tmp_path / "texts"
+    for number, text in enumerate(texts):
+        path = root / str(number % 3) / f"{number}.{'txt' if number % 2 else 'py'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode())
+    return root
+
+
+def run(module, *arguments) -> None:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    module.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """prepared("out", "--input", folder, ...): the folder, prepared with small shards and vocabulary."""
+
+    def call(name: str, *arguments) -> Path:
+        output = tmp_path / name
+        small = ["--workers", 1, "--sample-tokens", 512, "--shard-tokens", 2000, "--held-out", 0.1]
+        vocab = [] if "--tokenizer" in arguments or "--vocab" in arguments else ["--vocab", 300]
+        run(prepare, "--output", output, *small, *vocab, *arguments)
+        return output
+
+    return call
+
+
+@pytest.fixture
+def verified():
+    return lambda output: run(verify, output)
+
+
+@pytest.fixture
+def content():
+    """The name and bytes of every file of a folder."""
+    return lambda output: {path.name: path.read_bytes() for path in Path(output).iterdir()}

@@ -1,0 +1,160 @@
+"""Attention against its definition, written out key by key in fp64."""
+
+import math
+
+import pytest
+import torch
+
+from kernels import attention as module
+from kernels.attention import alibi_slopes, attention
+
+SHAPES = [(1, 1, 1, 1, 2), (2, 5, 4, 2, 3), (2, 33, 4, 4, 20), (1, 64, 6, 2, 80)]
+"""rows, seq, heads, kv_heads, head_dim"""
+BIASED = pytest.mark.parametrize("biased", [False, True], ids=["plain", "alibi"])
+MASKED = pytest.mark.parametrize("masked", [False, True], ids=["row", "documents"])
+
+
+def definition(query, key, value, *, scale, slopes, documents):
+    query, key, value = query.double(), key.double(), value.double()
+    rows, seq, heads, _ = query.shape
+    group = heads // key.shape[2]
+    mixed = torch.zeros_like(query)
+    for row in range(rows):
+        for head in range(heads):
+            for to in range(seq):
+                seen = [
+                    source for source in range(to + 1)
+                    if documents is None or documents[row, source] == documents[row, to]
+                ]  # fmt: skip
+                scores = scale * key[row, seen, head // group] @ query[row, to, head]
+                if slopes is not None:
+                    scores = scores - slopes[head].double() * (to - torch.tensor(seen))
+                mixed[row, to, head] = scores.softmax(0) @ value[row, seen, head // group]
+    return mixed
+
+
+def example(shape, generator, *, biased, masked, dtype=torch.float32, device="cpu"):
+    rows, seq, heads, kv_heads, head_dim = shape
+    tensors = [
+        torch.randn(rows, seq, count, head_dim, generator=generator).to(device, dtype).requires_grad_()
+        for count in (heads, kv_heads, kv_heads)
+    ]
+    ends = torch.rand(rows, seq, generator=generator) < 0.2
+    return tensors, {
+        "scale": 1 / math.sqrt(head_dim),
+        "slopes": alibi_slopes(heads).to(device) if biased else None,
+        "documents": ends.cumsum(1).int().to(device) if masked else None,
+    }
+
+
+def with_gradients(function, tensors, settings, output_gradient):
+    result = function(*tensors, **settings)
+    return result, *torch.autograd.grad(result, tensors, output_gradient.to(result.dtype))
+
+
+@BIASED
+@MASKED
+@pytest.mark.parametrize("shape", SHAPES)
+def test_result_and_gradients_are_those_of_the_definition(shape, biased, masked, generator):
+    tensors, settings = example(shape, generator, biased=biased, masked=masked)
+    output_gradient = torch.randn(tensors[0].shape, generator=generator)
+    ours = with_gradients(attention, tensors, settings, output_gradient)
+    exact = with_gradients(definition, tensors, settings, output_gradient)
+    for mine, true in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine, true.float(), rtol=1e-5, atol=1e-5)
+
+
+@BIASED
+@MASKED
+def test_gradients_are_exact_in_double(biased, masked, generator):
+    tensors, settings = example((1, 5, 2, 1, 3), generator, biased=biased, masked=masked, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *tensors: attention(*tensors, **settings), tensors)
+
+
+@BIASED
+@MASKED
+def test_bf16_error_is_one_rounding_of_the_weights_and_one_of_the_result(biased, masked, generator):
+    tensors, settings = example(
+        (2, 40, 4, 2, 16), generator, biased=biased, masked=masked, dtype=torch.bfloat16
+    )
+    error = (attention(*tensors, **settings).double() - definition(*tensors, **settings)).abs().max()
+    assert error <= torch.finfo(torch.bfloat16).eps * tensors[2].abs().max()
+
+
+def test_bf16_queries_still_tell_far_distances_apart():
+    """Two keys 999 and 1,000 away that match alike: a bias in bf16 would give them equal weight."""
+    seq, slope = 1_001, 0.840896
+    query = torch.ones(1, seq, 1, 2, dtype=torch.bfloat16)
+    key, value = torch.zeros_like(query), torch.zeros_like(query)
+    key[:, :2], value[:, 1] = 1_024, 1
+    mixed = attention(query, key, value, scale=1.0, slopes=torch.tensor([slope]), documents=None)
+    # 2^-8 for the result's own bits, as much for the weights'.
+    assert mixed[0, -1, 0, 0].item() == pytest.approx(1 / (1 + math.exp(-slope)), rel=2**-7)
+
+
+@BIASED
+def test_nothing_reaches_a_token_from_its_future_or_from_other_documents(biased, generator):
+    tensors, settings = example((1, 12, 2, 1, 4), generator, biased=biased, masked=True)
+    settings["documents"] = torch.tensor([[0] * 5 + [1] * 7], dtype=torch.int32)
+    before = attention(*tensors, **settings)
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor[:, :5] += 1
+            tensor[:, 9:] += 1
+    assert torch.equal(attention(*tensors, **settings)[:, 5:9], before[:, 5:9])
+
+
+def test_inputs_are_unchanged_and_the_bits_repeat(generator):
+    tensors, settings = example((2, 33, 4, 2, 20), generator, biased=True, masked=True)
+    before = [tensor.detach().clone() for tensor in tensors]
+    output_gradient = torch.randn(tensors[0].shape, generator=generator)
+    runs = [with_gradients(attention, tensors, settings, output_gradient) for _ in range(2)]
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("biased", "masked"), [(True, False), (False, True), (True, True)])
+def test_flex_attention_is_asked_for_the_same(biased, masked, generator):
+    """What a GPU compiles, run uncompiled here: 150 tokens are more than one block of its mask."""
+    (query, key, value), settings = example((2, 150, 4, 2, 16), generator, biased=biased, masked=masked)
+    heads_first = [x.detach().transpose(1, 2) for x in (query, key, value)]
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        flex = module._flex(*heads_first, **settings).transpose(1, 2)
+        torch.testing.assert_close(flex, attention(query, key, value, **settings))
+
+
+def test_block_mask_is_made_once_for_a_batch_and_goes_with_it():
+    documents = torch.zeros(1, 8, dtype=torch.int32)
+    mask = module._block_mask(documents, 8, documents.device)
+    assert module._block_mask(documents, 8, documents.device) is mask
+    held = len(module._BLOCK_MASKS)
+    del documents, mask
+    assert len(module._BLOCK_MASKS) == held - 1
+
+
+def test_slopes_are_powers_of_two_and_every_second_of_the_next_list():
+    assert alibi_slopes(8).tolist() == [2**-i for i in range(1, 9)]
+    assert alibi_slopes(32)[[0, 3, 31]].tolist() == pytest.approx([2**-0.25, 0.5, 2**-8])
+    assert alibi_slopes(6).tolist() == pytest.approx([2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3])
+    assert alibi_slopes(1).tolist() == [2**-8]
+
+
+@pytest.mark.gpu
+@BIASED
+@MASKED
+@pytest.mark.parametrize("shape", [(1, 1_024, 32, 32, 80), (2, 1_000, 32, 8, 160)], ids=["btlm", "stablelm"])
+def test_gpu_error_is_that_of_bf16(shape, biased, masked, generator):
+    tensors, settings = example(
+        shape, generator, biased=biased, masked=masked, dtype=torch.bfloat16, device="cuda"
+    )
+    output_gradient = torch.randn(shape[:3] + shape[4:], generator=generator).to("cuda", torch.bfloat16)
+    on_cpu = {name: x.cpu() if torch.is_tensor(x) else x for name, x in settings.items()}
+    wide = [tensor.detach().cpu().double().requires_grad_() for tensor in tensors]
+    narrow = [tensor.detach().cpu().requires_grad_() for tensor in tensors]
+    exact = with_gradients(attention, wide, on_cpu, output_gradient.cpu())
+    torch_bf16 = with_gradients(attention, narrow, on_cpu, output_gradient.cpu())
+    ours = with_gradients(attention, tensors, settings, output_gradient)
+    for mine, theirs, true in zip(ours, torch_bf16, exact, strict=True):
+        allowed = 2 * (theirs.double() - true).abs().max()
+        assert (mine.cpu().double() - true).abs().max() <= allowed

@@ -1,0 +1,208 @@
+"""What leaves through `trainer.hf.convert` is the model to transformers, and comes back as it went."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
+
+from tests.reference.offline import offline
+from tests.reference.variants import VARIANTS, in_double, reference, tokens
+from trainer.hf import convert
+from trainer.hf.mapping import cut
+
+__all__ = ["offline"]
+
+NOISE = 4
+"""Two evaluations in fp32 stray about equally far from fp64; this leaves room for another order of sums."""
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def export(variant: str, out: Path, **options) -> dict[str, Tensor]:
+    model, mup = VARIANTS[variant]
+    tensors = reference(model).random_tensors(model, seed=3)
+    options = {"tokenizer": None, "max_seq_len": 64, "dtype": torch.float32} | options
+    convert.export(tensors.__getitem__, model, mup, out, **options)
+    return tensors
+
+
+def loaded(folder: Path, **options) -> PreTrainedModel:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True, **options
+    )
+    assert not any(report.values()), report
+    return model
+
+
+@every_variant
+def test_logits_and_gradients_of_an_export_are_the_references(variant: str, tmp_path: Path) -> None:
+    model, mup = VARIANTS[variant]
+    tensors, batch = export(variant, tmp_path / "out"), tokens(model)
+
+    def evaluate(given: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
+        logits = reference(model).logits(leaves.__getitem__, model, mup, batch)
+        logits.logsumexp(-1).mean().backward()
+        return logits.detach(), {name: leaf.grad for name, leaf in leaves.items()}
+
+    exact, exact_gradients = evaluate(in_double(tensors))
+    ours, our_gradients = evaluate(tensors)
+    theirs = loaded(tmp_path / "out")
+    logits = theirs(batch).logits
+    logits.logsumexp(-1).mean().backward()
+
+    assert (logits - exact).abs().max() <= NOISE * (ours - exact).abs().max()
+    found = dict(theirs.named_parameters())
+    ours_away, theirs_away = torch.zeros(2, dtype=torch.float64)
+    for row in convert.TABLES[model.family].rows(model):
+        ours_away += (our_gradients[row.ours] - exact_gradients[row.ours]).square().sum()
+        for piece in row.pieces:
+            gradient = cut(row, piece, exact_gradients[row.ours])
+            theirs_away += (found[piece.theirs].grad - gradient).square().sum()
+    assert theirs_away.sqrt() <= NOISE * ours_away.sqrt()
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name.startswith("btlm")])
+def test_shipped_btlm_is_the_reference_in_double_precision(variant: str, tmp_path: Path) -> None:
+    """What fp32 noise could hide: 1e-12 is four digits above fp64's noise, nine below any wrong factor."""
+    model, mup = VARIANTS[variant]
+    tensors, batch = export(variant, tmp_path / "out"), tokens(model)
+    exact = reference(model).logits(in_double(tensors).__getitem__, model, mup, batch)
+    slopes_in_fp32 = 2**-24 * 40 if model.heads == 10 else 0.0  # where they are no powers of two
+    found = loaded(tmp_path / "out").double()(batch).logits
+    assert (found - exact).abs().max() <= 1e-12 + slopes_in_fp32
+
+
+@every_variant
+@pytest.mark.parametrize("shard_bytes", [10**9, 30_000])
+def test_import_of_an_export_is_the_identity(variant: str, shard_bytes: int, tmp_path: Path) -> None:
+    tensors = export(variant, tmp_path / "out", shard_bytes=shard_bytes)
+    assert (tmp_path / "out" / convert.INDEX).exists() == (shard_bytes == 30_000)
+    model, mup, read = convert.load(tmp_path / "out")
+    assert (model, mup) == VARIANTS[variant]
+    for name, tensor in tensors.items():
+        assert torch.equal(read(name), tensor), name
+
+
+@every_variant
+def test_what_transformers_saves_again_is_imported_the_same(variant: str, tmp_path: Path) -> None:
+    tensors = export(variant, tmp_path / "out")
+    loaded(tmp_path / "out").save_pretrained(tmp_path / "again")
+    model, mup, read = convert.load(tmp_path / "again")
+    assert (model, mup) == VARIANTS[variant]
+    assert all(torch.equal(read(name), tensor) for name, tensor in tensors.items())
+
+
+@every_variant
+def test_export_in_bf16_holds_the_rounded_weights(variant: str, tmp_path: Path) -> None:
+    tensors = export(variant, tmp_path / "out", dtype=torch.bfloat16)
+    theirs = loaded(tmp_path / "out")
+    assert theirs.dtype == torch.bfloat16
+    slopes = {name: value for name, value in theirs.named_buffers() if name.endswith("slopes")}
+    defaults = convert.TABLES[VARIANTS[variant][0].family].defaults(VARIANTS[variant][0])
+    assert all(torch.equal(value, defaults[name]) for name, value in slopes.items())
+    _, _, read = convert.load(tmp_path / "out")
+    assert all(torch.equal(read(name), tensor.bfloat16()) for name, tensor in tensors.items())
+
+
+@every_variant
+def test_cached_generation_is_recomputation(variant: str, tmp_path: Path) -> None:
+    """Rows of different length, padded on the left: the padding must be invisible too."""
+    model, mup = VARIANTS[variant]
+    tensors = export(variant, tmp_path / "out")
+    prompt = tokens(model, length=12)
+    mask = torch.ones_like(prompt)
+    mask[0, :5] = 0
+    theirs = loaded(tmp_path / "out")
+    settings = GenerationConfig(
+        max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+    )
+    with torch.no_grad():
+        found = theirs.generate(prompt, attention_mask=mask, generation_config=settings)
+    logits = torch.stack(found.logits, dim=1)
+    for row, start in ((0, 5), (1, 0)):
+        whole = found.sequences[row : row + 1, start:-1]
+        exact = reference(model).logits(in_double(tensors).__getitem__, model, mup, whole)[:, -8:]
+        ours = reference(model).logits(tensors.__getitem__, model, mup, whole)[:, -8:]
+        assert (logits[row] - exact).abs().max() <= NOISE * max(
+            (ours - exact).abs().max(), exact.std() * 2**-22
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_parallel_residual": True, "qk_layernorm": True, "num_key_value_heads": 2},
+        {"use_qkv_bias": True, "num_key_value_heads": 6, "partial_rotary_factor": 0.5},
+        {"tie_word_embeddings": True, "num_key_value_heads": 3, "rope_theta": 500.0},
+    ],
+)
+@pytest.mark.parametrize("norm_bias", [False, True])
+def test_stablelm_made_by_transformers_is_imported(options: dict, norm_bias: bool, tmp_path: Path) -> None:
+    config = StableLmConfig(
+        vocab_size=101, hidden_size=96, intermediate_size=54, num_hidden_layers=2, num_attention_heads=6,
+        initializer_range=0.1, layer_norm_eps=1e-4, **options,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    theirs = StableLmForCausalLM(config)
+    if norm_bias:
+        for name, parameter in theirs.named_parameters():
+            if name.endswith("norm.bias"):
+                torch.nn.init.normal_(parameter)
+    theirs.save_pretrained(tmp_path / "made", max_shard_size="50KB")
+    model, mup, read = convert.load(tmp_path / "made")
+    assert (model.norm_bias, mup, model.init_std) == (norm_bias, None, 0.1)
+    batch = tokens(model)
+    exact = reference(model).logits(lambda name: read(name).double(), model, mup, batch)
+    ours = reference(model).logits(read, model, mup, batch)
+    with torch.no_grad():
+        found = theirs(batch).logits
+    assert (found - exact).abs().max() <= NOISE * (ours - exact).abs().max()
+
+
+def test_tokenizer_of_an_export_loads_by_itself(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    write_tokenizer(path, vocab=97)
+    export("btlm_6_heads", tmp_path / "out", tokenizer=path)
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "the house and a cat"
+    assert found(text)["input_ids"] == Tokenizer.from_file(str(path)).encode(text).ids
+    assert found.decode(found(text)["input_ids"]) == text
+    assert found.eos_token == "<|endoftext|>"
+    assert found.pad([found("a"), found(text)], return_tensors="pt")["attention_mask"].sum() > 0
+    theirs = loaded(tmp_path / "out")
+    assert theirs.generation_config.eos_token_id == found.eos_token_id == theirs.config.eos_token_id
+    words = theirs.generate(**found(text, return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    assert found.decode(words[0]).startswith(text)
+
+
+def write_tokenizer(path: Path, vocab: int, special: str = "<|endoftext|>") -> None:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator(
+        ["the house and a cat"],
+        trainers.BpeTrainer(vocab_size=vocab, special_tokens=[special], show_progress=False),
+    )
+    made.save(str(path))
+
+
+def test_the_section_without_the_marked_fields_is_that_of_a_folder_made_elsewhere(tmp_path: Path) -> None:
+    export("stablelm_12b", tmp_path / "out")
+    config = convert._read_json(tmp_path / "out" / "config.json")
+    del config[convert.MARK]
+    convert._write_json(tmp_path / "out" / "config.json", config)
+    model, _, _ = convert.load(tmp_path / "out")
+    wanted, _ = VARIANTS["stablelm_12b"]
+    assert model == dataclasses.replace(wanted, init_truncation_sigmas=0.0, document_masking=False)

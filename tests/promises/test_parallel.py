@@ -1,0 +1,100 @@
+"""Layout changes nothing: tensor parallel 2, data parallel 2, both, and ZeRO-0 train as one rank does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from tests import ranks, tiny
+from trainer.config import RunConfig
+from trainer.parallel.mesh import Mesh, started
+from trainer.parallel.shards import joined
+from trainer.train import build_engine
+
+STEPS = 5
+LAYOUTS = {"tp2": (2, 2, 1), "dp2": (2, 1, 1), "tp2_zero0": (2, 2, 0), "tp2_dp2": (4, 2, 1), "tp4": (4, 4, 1)}
+"""Name -> ranks, tp_size, zero_stage."""
+
+
+def train_all(wanted: list[tuple[str, RunConfig]]) -> dict[str, dict]:
+    """`train` of several configs, one after the other in one world."""
+    return {name: train(config) for name, config in wanted}
+
+
+def train(config: RunConfig) -> dict:
+    """Losses, gradient norms, the last step's gathered gradients and the gathered parameters after all steps."""
+    with started(config.parallel.tp_size) as mesh:
+        engine = build_engine(config, mesh, None)
+        losses, norms = [], []
+        for step in range(STEPS):
+            micro_rows, share = 2, tiny.ROWS // mesh.dp_size
+            mine = [t[mesh.dp_rank * share : (mesh.dp_rank + 1) * share] for t in tiny.rows(step)]
+            starts, total = range(0, share, micro_rows), 0.0
+            for start in starts:
+                loss = engine(*(t[start : start + micro_rows] for t in mine)).mean() / len(starts)
+                engine.accumulate(loss, last=start == starts[-1])
+                total += float(loss.detach())
+            gradients = gathered(engine.model, mesh, safe_get_full_grad) if step == STEPS - 1 else {}
+            norms.append(engine.update(lr=1e-2))
+            losses.append(mean_over_dp(total, mesh))
+        return {"losses": losses, "norms": norms, "gradients": gradients,
+                "parameters": gathered(engine.model, mesh, lambda p: p.data)}  # fmt: skip
+
+
+def mean_over_dp(value: float, mesh: Mesh) -> float:
+    box = torch.tensor(value, dtype=torch.float64)
+    torch.distributed.all_reduce(box)
+    return float(box) / mesh.world_size
+
+
+def gathered(model: torch.nn.Module, mesh: Mesh, read) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        parts: list = [None] * mesh.world_size
+        torch.distributed.all_gather_object(parts, read(parameter).float())
+        found[name] = joined(parameter.shard, parts[: mesh.tp_size])
+    return found
+
+
+def variant_config(variant: str, layout: str | None) -> RunConfig:
+    _, tp_size, zero_stage = LAYOUTS[layout] if layout else (1, 1, 1)
+    return tiny.config(variant, parallel={"tp_size": tp_size, "zero_stage": zero_stage})
+
+
+CASES = [(v, name) for v in tiny.VARIANTS for name in LAYOUTS if not (v == "stablelm" and name == "tp4")]
+"""The grouped variant has two key heads, which four ranks cannot share."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, dict]:
+    """"variant" -> the facts of one rank, "variant/layout" -> those of the layout. One world for each number of ranks."""
+    folder: Path = tmp_path_factory.mktemp("layouts")
+    wanted: dict[int, list] = {1: [(v, variant_config(v, None)) for v in tiny.VARIANTS], 2: [], 4: []}
+    for variant, layout in CASES:
+        wanted[LAYOUTS[layout][0]].append((f"{variant}/{layout}", variant_config(variant, layout)))
+    found: dict[str, dict] = {}
+    for world_size, configs in wanted.items():
+        found |= ranks.run(train_all, world_size, folder, configs, timeout_seconds=200)[0]
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("variant", "layout"), CASES)
+def test_losses_and_gradient_norms_are_the_same(trained, variant, layout):
+    one, other = trained[variant], trained[f"{variant}/{layout}"]
+    assert other["losses"] == pytest.approx(one["losses"], rel=1e-6)
+    assert other["norms"] == pytest.approx(one["norms"], rel=1e-6)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("variant", "layout"), CASES)
+@pytest.mark.parametrize("kind", ["gradients", "parameters"])
+def test_every_gathered_tensor_is_the_same(trained, variant, layout, kind):
+    one, other = trained[variant][kind], trained[f"{variant}/{layout}"][kind]
+    assert one.keys() == other.keys()
+    for name, expected in one.items():
+        error = float((other[name] - expected).norm() / expected.norm().clamp(min=1e-30))
+        print(name, error)
+        assert error <= 1e-6, f"{name}: relative error {error:.2e}"

@@ -1,0 +1,159 @@
+"""Runs a function on several ranks: fresh processes, gloo, a rendezvous file (no ports), a hard time limit.
+
+A process spends seconds on imports, so one `run` should serve many assertions: let the function return facts
+for all of them, call `run` in a module-scoped fixture (with `tmp_path_factory.mktemp`), and let each test
+look at its own fact. The function stands at the top of its module; arguments and results can be pickled.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+OWN_PACKAGES = ["trainer", "kernels", "data_prep"]
+GRACE_SECONDS = 5
+"""After one rank has failed, the others have this long to tell their own story."""
+
+
+def check_annotations() -> None:
+    """From here on every jaxtyping annotation of our packages is checked at each call."""
+    from jaxtyping import install_import_hook
+
+    install_import_hook(OWN_PACKAGES, "beartype.beartype")
+
+
+def run(
+    function: Callable[..., Any], world_size: int, tmp_path: Path, *args: Any, timeout_seconds: float = 90
+) -> list[Any]:
+    """What `function(*args)` returned on each rank, by rank, inside a gloo process group of `world_size`.
+
+    RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are set before torch is imported, which has one thread.
+    Raises: AssertionError with the traceback of every rank that failed or hung. No process outlives the call.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ranks-", dir=tmp_path))
+    call = pickle.dumps((function, args))
+    ranks = [_start(_Place(rank, world_size, folder), call) for rank in range(world_size)]
+    try:
+        _collect(ranks, time.monotonic() + timeout_seconds)
+    finally:
+        for rank in ranks:
+            rank.end()
+    failures = [rank.failure(timeout_seconds) for rank in ranks if not rank.succeeded]
+    assert not failures, "\n".join(failures)
+    return [rank.result for rank in ranks]
+
+
+@dataclass(frozen=True)
+class _Place:
+    rank: int
+    world_size: int
+    folder: Path
+
+    @property
+    def stack_file(self) -> Path:
+        return self.folder / f"stack-{self.rank}.txt"
+
+
+@dataclass
+class _Rank:
+    """The parent's view of one process."""
+
+    place: _Place
+    process: BaseProcess
+    receiver: Connection
+    succeeded: bool = False
+    result: Any = None
+    traceback: str | None = None
+
+    def listen(self) -> None:
+        try:
+            self.succeeded, answer = pickle.loads(self.receiver.recv_bytes())
+        except EOFError:  # the process ended without a word
+            return
+        if self.succeeded:
+            self.result = answer
+        else:
+            self.traceback = answer
+
+    def end(self) -> None:
+        """Afterwards the process is gone; if it had not answered, its stack is in the place's file."""
+        if self.process.is_alive() and not self.succeeded and self.traceback is None:
+            os.kill(self.process.pid, signal.SIGUSR1)
+            time.sleep(0.2)
+        self.process.join(timeout=1)
+        self.process.kill()
+        self.process.join()
+        self.receiver.close()
+
+    def failure(self, timeout_seconds: float) -> str:
+        if self.traceback is not None:
+            return f"rank {self.place.rank} failed:\n{self.traceback}"
+        stack = self.place.stack_file.read_text() if self.place.stack_file.exists() else ""
+        return (
+            f"rank {self.place.rank} gave no result (exit code {self.process.exitcode}, "
+            f"limit {timeout_seconds:g} s) and was here:\n{stack or 'unknown'}"
+        )
+
+
+def _start(place: _Place, call: bytes) -> _Rank:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_rank_main, args=(sender, place, call), daemon=False)
+    process.start()
+    sender.close()
+    return _Rank(place, process, receiver)
+
+
+def _collect(ranks: list[_Rank], deadline: float) -> None:
+    waiting = {rank.receiver: rank for rank in ranks}
+    while waiting and (remaining := deadline - time.monotonic()) > 0:
+        for receiver in wait(list(waiting), remaining):
+            rank = waiting.pop(receiver)
+            rank.listen()
+            if not rank.succeeded:  # the others may now wait for this one for ever
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+
+
+def _rank_main(sender: Connection, place: _Place, call: bytes) -> None:
+    faulthandler.register(signal.SIGUSR1, file=place.stack_file.open("w"), all_threads=False)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    values = (place.rank, place.world_size, place.rank, place.world_size)
+    os.environ.update(zip(names, map(str, values), strict=True))
+    try:
+        answer = pickle.dumps((True, _in_process_group(place, call)))
+    except BaseException:
+        answer = pickle.dumps((False, traceback.format_exc()))
+    sender.send_bytes(answer)
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _in_process_group(place: _Place, call: bytes) -> Any:
+    check_annotations()
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    function, args = pickle.loads(call)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{place.folder / 'rendezvous'}",
+        rank=place.rank,
+        world_size=place.world_size,
+    )
+    result = function(*args)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return result

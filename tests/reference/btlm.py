@@ -1,0 +1,91 @@
+"""BTLM, written from its published description alone; our tensor names, not the trainer's code.
+
+Sequential pre-norm blocks, biases everywhere, SwiGLU, ALiBi. With muP: scores times 1 / head_dim (without:
+its root), embeddings times a multiplier, logits times output_multiplier / (width / base_width). The ALiBi
+bias is added to the scaled scores as it is. Documents attend across their borders unless `documents` is
+given.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, layer_norm, linear, silu
+
+from tests.reference import parts
+from trainer.config import BTLM, Mup
+
+
+def shapes(model: BTLM) -> dict[str, tuple[int, ...]]:
+    width, ffn_width = model.width, model.ffn_width
+    table: dict[str, tuple[int, ...]] = {"embedding.weight": (model.vocab, width)}
+    for index in range(model.depth):
+        layer = {
+            "attention_norm": (width,),
+            "attention.qkv": (3 * width, width),
+            "attention.out": (width, width),
+            "ffn_norm": (width,),
+            "ffn.gate_up": (2, ffn_width, width),
+            "ffn.down": (width, ffn_width),
+        }
+        for name, shape in layer.items():
+            table[f"layers.{index}.{name}.weight"] = shape
+            table[f"layers.{index}.{name}.bias"] = shape if "norm" in name else shape[:-1]
+    table |= {"final_norm.weight": (width,), "final_norm.bias": (width,)}
+    return table if model.tied_head else table | {"head.weight": (model.vocab, width)}
+
+
+def random_tensors(model: BTLM, seed: int) -> dict[str, Tensor]:
+    """Every tensor of the model by its global name, at its true shape, none of it zero."""
+    return parts.random(shapes(model), seed)
+
+
+def slopes(heads: int) -> list[float]:
+    """Of Press et al. 2022: for a power of two the series r, r^2, ... that ends at 2^-8; otherwise the series
+    of the power below, then the 1st, 3rd, 5th, ... member of the series twice as long."""
+    if math.log2(heads).is_integer():
+        ratio = 2 ** (-8 / heads)
+        return [ratio ** (head + 1) for head in range(heads)]
+    below = 2 ** math.floor(math.log2(heads))
+    return slopes(below) + slopes(2 * below)[0::2][: heads - below]
+
+
+def logits(
+    read: Callable[[str], Tensor],
+    model: BTLM,
+    mup: Mup | None,
+    tokens: Tensor,
+    documents: Tensor | None = None,
+) -> Tensor:
+    """[rows, seq, vocab] in the dtype of the tensors; differentiable."""
+    rows, length = tokens.shape
+    heads, head_dim, eps = model.heads, model.width // model.heads, model.norm_epsilon
+    place = torch.arange(length, device=tokens.device)
+    stream = embedding(tokens, read("embedding.weight")) * (mup.embedding_multiplier if mup else 1.0)
+    slope = torch.tensor(slopes(heads), dtype=stream.dtype, device=tokens.device)
+    bias = -slope[:, None, None] * (place[:, None] - place[None, :]).abs()
+    scale = 1 / head_dim if mup else 1 / math.sqrt(head_dim)
+    mask = parts.seen(tokens, documents)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return layer_norm(x, (model.width,), read(f"{name}.weight"), read(f"{name}.bias"), eps)
+
+    def affine(x: Tensor, name: str) -> Tensor:
+        return linear(x, read(f"{name}.weight"), read(f"{name}.bias"))
+
+    for index in range(model.depth):
+        layer = f"layers.{index}"
+        qkv = affine(norm(stream, f"{layer}.attention_norm"), f"{layer}.attention.qkv")
+        query, key, value = qkv.view(rows, length, heads, 3, head_dim).permute(3, 0, 2, 1, 4)
+        mixed = parts.attend(query, key, value, scale=scale, bias=bias, mask=mask)
+        stream = stream + affine(mixed, f"{layer}.attention.out")
+        x, matrices, biases = (
+            norm(stream, f"{layer}.ffn_norm"),
+            *(read(f"{layer}.ffn.gate_up.{suffix}") for suffix in ("weight", "bias")),
+        )
+        gate, up = linear(x, matrices[0], biases[0]), linear(x, matrices[1], biases[1])
+        stream = stream + affine(silu(gate) * up, f"{layer}.ffn.down")
+    head = read("embedding.weight" if model.tied_head else "head.weight")
+    factor = mup.output_multiplier / (model.width / mup.base_width) if mup else 1.0
+    return linear(norm(stream, "final_norm"), head) * factor

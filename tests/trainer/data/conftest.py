@@ -1,0 +1,43 @@
+"""Corpora of known tokens, written by the real writer."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.write import whole_file, write_split
+from trainer.data import manifest
+from trainer.data.manifest import Manifest
+
+EOS = 0
+
+
+@pytest.fixture
+def make_corpus(tmp_path):
+    """make_corpus("a", seed=1): a folder of random documents in several shards; "
+    "`vocab` above 65,536 gives uint32."""
+
+    def make(
+        name: str, *, seed: int = 0, documents: int = 40, vocab: int = 500, tokenizer: str = "one"
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        rng = np.random.default_rng(seed)
+        dtype = manifest.dtype_of(vocab)
+
+        def texts(count):
+            for _ in range(count):
+                yield np.append(rng.integers(1, vocab, rng.integers(0, 90)), EOS).astype(dtype)
+
+        sizes = {"sample_tokens": 512, "shard_tokens": 600}
+        train = write_split(folder, "train", texts(documents), **sizes)
+        validation = write_split(folder, "validation", texts(8), **sizes)
+        facts = {"unigram_entropy_nats": 0.0, "counts": {}, "settings": {}}
+        written = Manifest(
+            dtype, 512, vocab, "<eos>", EOS, tokenizer, **facts, train=train, validation=validation
+        )
+        with whole_file(folder / manifest.FILE) as file:
+            file.write(manifest.dump(written).encode())
+        return folder
+
+    return make

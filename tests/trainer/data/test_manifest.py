@@ -1,0 +1,81 @@
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+from trainer.config import UserError
+from trainer.data import manifest
+
+
+def test_what_is_written_is_what_is_read(make_corpus):
+    folder = make_corpus("a")
+    corpus = manifest.load(folder)
+    assert manifest.dump(corpus) == (folder / manifest.FILE).read_text()
+    assert corpus.train.tokens == sum(shard.tokens for shard in corpus.train.shards) > 0
+
+
+def test_a_changed_number_in_the_manifest_is_found(make_corpus):
+    folder = make_corpus("a")
+    path = folder / manifest.FILE
+    tree = json.loads(path.read_text())
+    tree["train"]["shards"][0]["tokens"] += 1
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"manifest.json: content does not match its fingerprint"):
+        manifest.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("{", "is not a corpus manifest"),
+        ("[]", "is not a corpus manifest"),
+        ('{"format": "tandem-corpus"}', "is not a corpus manifest"),
+        ('{"format": "tandem-corpus", "version": 99, "fingerprint": ""}', "this version reads"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused_in_one_line(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / manifest.FILE).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        manifest.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_short_shard_is_named(make_corpus):
+    folder = make_corpus("a")
+    corpus = manifest.load(folder)
+    path = folder / corpus.train.shards[1].file
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"{path.name}: has \d+ bytes; manifest.json says \d+"):
+        manifest.check_files(folder, corpus)
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{path.name}: shard is missing"):
+        manifest.check_files(folder, corpus)
+
+
+def test_the_tokenizer_must_be_the_corpus_s(make_corpus, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_text("{}")
+    digest = hashlib.sha256(b"{}").hexdigest()
+    corpus = manifest.load(make_corpus("a", tokenizer=digest))
+    manifest.check_tokenizer(file, corpus, "data.tokenizer")
+    other = dataclasses.replace(corpus, tokenizer_sha256="0" * 64)
+    with pytest.raises(UserError, match=r"data.tokenizer: .*tokenizer.json has sha256"):
+        manifest.check_tokenizer(file, other, "data.tokenizer")
+    with pytest.raises(UserError, match=r"data.tokenizer: .*cannot be read"):
+        manifest.check_tokenizer(tmp_path / "none.json", corpus, "data.tokenizer")
+
+
+def test_a_resume_with_another_corpus_is_refused():
+    manifest.check_resume({"a": "1" * 64, "gone": "3" * 64}, {"a": "1" * 64, "new": "2" * 64})
+    with pytest.raises(UserError, match=r"data.sources.a: fingerprint 222222222222; .*111111111111"):
+        manifest.check_resume({"a": "1" * 64}, {"a": "2" * 64})
+
+
+def test_the_manifest_is_read_without_torch_or_numpy():
+    code = "import sys, trainer.data.manifest; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,5 @@
+"""Every test here runs offline."""
+
+from tests.reference.offline import offline
+
+__all__ = ["offline"]

@@ -1,0 +1,137 @@
+"""Mistakes in a config end in one line that names the field, the value, the rule and the remedy."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trainer import config
+from trainer.config import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+DEMO = CONFIGS / "demo-stablelm.yaml"
+
+
+def mistake(*overrides: str, path: Path = DEMO) -> str:
+    """The message of the error that loading with `overrides` ends in; always one line."""
+    with pytest.raises(UserError) as caught:
+        config.load(path, list(overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("optim.clip_nrom=1.0", ["optim.clip_nrom", "1.0", "no such field", "did you mean clip_norm?"]),
+        ("model.ffn=384", ["model.ffn", "384", "no such field", "ffn_width"]),
+        ("optim.beta1=high", ["optim.beta1", "'high' is str", "must be float", "change it"]),
+        ("model.depth=2.5", ["model.depth", "2.5 is float", "must be int"]),
+        ("model.qk_norm=1", ["model.qk_norm", "1 is int", "must be bool"]),
+        ("model.depth=true", ["model.depth", "True is bool", "must be int"]),
+        ("run.precision=fp16", ["run.precision", "'fp16'", "must be one of bf16, fp32"]),
+        ("model.family=llama", ["model.family", "'llama'", "stablelm, btlm"]),
+        ("schedule.lr.kind=step", ["schedule.lr.kind", "'step'", "linear, cosine, hybrid"]),
+        ("hardware=abacus", ["hardware", "'abacus'", "known there: h100_sxm"]),
+        ("run.name=a/b", ["run.name", "'a/b'", "one folder", "leave out slashes"]),
+        ("optim.clip_norm=-1", ["optim.clip_norm", "-1", "must not be negative", "0 turns it off"]),
+        ("model.heads=5", ["model.width", "128", "not divisible by model.heads 5", "change one"]),
+        ("model.kv_heads=3", ["model.kv_heads", "3", "does not divide model.heads 4", "change one"]),
+        ("model.rotary_fraction=0.2", ["model.rotary_fraction", "0.2", "6.4", "even whole number"]),
+        ("evaluate.tokens=1000", ["evaluate.tokens", "1000", "multiple of", "seq_len"]),
+        (
+            "schedule.lr.warmup_steps=200",
+            ["schedule.lr.warmup_steps", "200", "below the 200 steps", "lower it"],
+        ),
+        ("schedule.lr.switch_fraction=0.6", ["schedule.lr.switch_fraction", "0.6", "between 0 and 0.5"]),
+        ("schedule.lr.final=1.0", ["schedule.lr.final", "1.0", "between 0 and peak"]),
+        (
+            "schedule.phases[0].tokens=307_201",
+            ["schedule.phases[0].tokens", "307201", "multiple", "nearest is 307200"],
+        ),
+        (
+            "schedule.phases[0].rows=8",
+            ["schedule.phases[0].rows", "1024", "batch_tokens says 2048", "change rows"],
+        ),
+        ("schedule.phases[1].micro_rows=3", ["schedule.phases[1].micro_rows", "3", "does not divide rows 4"]),
+        (
+            "schedule.phases[0].mixture={books: 1.0}",
+            ["phases[0].mixture", "'books'", "data.sources has corpus"],
+        ),
+        ("schedule.phases[0].mixture.corpus=0.5", ["phases[0].mixture", "0.5", "must sum to 1"]),
+        ("schedule.phases[7].rows=8", ["schedule.phases[7].rows"]),
+        ("optim.clip_norm", ["'optim.clip_norm'", "section.field=value"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_field_value_rule_and_remedy(override: str, parts: list[str]) -> None:
+    message = mistake(override)
+    assert [part for part in parts if part not in message] == [], message
+
+
+def test_a_missing_field_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(DEMO.read_text().replace("  weight_decay: 0.1\n", ""))
+    assert "optim.weight_decay: missing" in mistake(path=broken)
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(DEMO.read_text().replace("mup: null\n", ""))
+    assert "mup: missing" in mistake(path=broken)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"), [("a: [1", "not valid YAML"), ("- 1\n", "mapping of sections"), ("", "run: missing")]
+)
+def test_a_file_that_is_no_config_says_so(tmp_path: Path, text: str, part: str) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(text)
+    assert part in mistake(path=broken)
+
+
+def test_a_missing_file_says_so(tmp_path: Path) -> None:
+    assert "no such config file" in mistake(path=tmp_path / "nothing.yaml")
+
+
+def test_overrides_reach_sections_and_list_elements() -> None:
+    changed = config.load(DEMO, ["optim.clip_norm=0.5", "schedule.phases[1].micro_rows=4", "run.stop_step=7"])
+    assert changed.optim.clip_norm == 0.5
+    assert changed.schedule.phases[1].micro_rows == 4
+    assert changed.schedule.phases[0].micro_rows == 8
+    assert changed.run.stop_step == 7
+
+
+def test_the_last_of_two_overrides_wins() -> None:
+    assert config.load(DEMO, ["run.seed=2", "run.seed=3"]).run.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("world_size", "override", "part"),
+    [
+        (3, "parallel.tp_size=2", "parallel.tp_size: 2 does not divide the 3 ranks"),
+        (4, "parallel.tp_size=4", "model.kv_heads: 2 is not divisible by parallel.tp_size 4"),
+        (8, "parallel.tp_size=2", "schedule.phases[0].rows: 16 is not divisible by data-parallel size 4"),
+    ],
+)
+def test_ranks_that_do_not_divide_are_refused(world_size: int, override: str, part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config.check_world(config.load(DEMO, [override]), world_size)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_looking_at_a_config_needs_no_torch() -> None:
+    """In a fresh interpreter: this one has imported torch long ago."""
+    program = (
+        "import sys; from trainer import config, costs, timeline; raise SystemExit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=CONFIGS.parent).returncode == 0
+
+
+def test_loading_takes_well_under_a_second() -> None:
+    start = time.perf_counter()
+    config.load(CONFIGS / "stablelm-2-12b.yaml")
+    assert time.perf_counter() - start < 0.5

@@ -1,0 +1,288 @@
+"""The record of a run: what is written survives kills and resumes, and what is read is one history."""
+
+import io
+import json
+import math
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rich.console
+
+from trainer import config as configuration
+from trainer.config import RunConfig, UserError
+from trainer.console import ConsoleSink, duration, short
+from trainer.metrics import FILE, StepRecord, open_sinks, read, throughput
+
+ROOT = Path(__file__).resolve().parents[2]
+TOTAL = {"total_steps": 12, "total_tokens": 12 * 2048}
+
+
+def demo_config(*overrides: str) -> RunConfig:
+    return configuration.load(ROOT / "configs" / "demo-btlm.yaml", ["log.wandb=disabled", *overrides])
+
+
+def record(step: int, **fields: object) -> StepRecord:
+    """A plausible step of a run whose second phase, from step 9 on, has longer rows."""
+    phase, seq_len, rows = ("short", 128, 16) if step <= 8 else ("long", 512, 4)
+    values = {
+        "step": step, "tokens": step * 2048, "phase": phase, "seq_len": seq_len, "rows": rows,
+        "loss": 2.0 + 6.0 / step, "lr": 1e-3 * min(1.0, step / 4), "gradient_norm": 0.5 + 3.0 / step,
+        "step_seconds": 0.5, "data_seconds": 0.01, "tokens_per_second": 4096.0, "mfu": 0.41,
+        "mfu_causal": 0.37, "memory_gib": None, "time": 1.7e9 + step / 2,
+    }  # fmt: skip
+    return StepRecord(**(values | fields))
+
+
+def write_run(
+    folder: Path,
+    *,
+    resumed_step: int = 0,
+    to: int = 12,
+    end: bool = True,
+    config: RunConfig | None = None,
+    **fields: object,
+) -> None:
+    """One start as the loop reports it; validation and checkpoint at every fourth step; no end is a kill."""
+    config = config or demo_config()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(configuration.dump(config))
+    sinks = open_sinks(folder, config, rank=0, resumed_step=resumed_step)
+    sinks.start(tokens=resumed_step * 2048, world_size=4, tp_size=2, dp_size=2, **TOTAL)
+    for step in range(resumed_step + 1, to + 1):
+        sinks.step(record(step, **fields))
+        if step % 4 == 0:
+            sinks.validation(step, step * 2048, 2.1 + 6.0 / step)
+            sinks.checkpoint(step, 0.25, 1_500_000)
+    if end:
+        sinks.end(to, "schedule finished")
+    sinks.close()
+
+
+def lines(folder: Path) -> list[str]:
+    return (folder / FILE).read_text().splitlines()
+
+
+def test_a_steps_record_comes_back_as_written(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    history = read(tmp_path)
+    written = {"kind": "step", **{name: getattr(record(5), name) for name in StepRecord.__annotations__}}
+    assert history.steps[4] == written
+    assert [r["step"] for r in history.steps] == list(range(1, 13))
+    assert [r["step"] for r in history.checkpoints] == [4, 8, 12]
+    assert history.validations[0]["perplexity"] == math.exp(history.validations[0]["loss"])
+    assert history.end["reason"] == "schedule finished"
+    assert history.restarts == []
+
+
+def test_a_restart_takes_back_the_steps_after_its_checkpoint(tmp_path: Path) -> None:
+    """Also those that the new start has not reached again, and what was validated and saved at them."""
+    write_run(tmp_path, to=11, end=False, loss=9.0)
+    write_run(tmp_path, resumed_step=4, to=6, end=False, loss=1.0)
+    history = read(tmp_path)
+    losses = {r["step"]: r["loss"] for r in history.steps}
+    assert losses == {1: 9.0, 2: 9.0, 3: 9.0, 4: 9.0, 5: 1.0, 6: 1.0}
+    assert [r["step"] for r in history.checkpoints] == [4]
+    assert [r["step"] for r in history.validations] == [4]
+    assert [(r["step"], r["tokens"], r["repeated_steps"]) for r in history.restarts] == [(4, 4 * 2048, 7)]
+    assert history.end is None
+
+
+def test_an_end_before_a_resume_is_not_the_end(tmp_path: Path) -> None:
+    write_run(tmp_path, to=4)
+    write_run(tmp_path, resumed_step=4, to=6, end=False)
+    assert read(tmp_path).end is None
+
+
+@pytest.mark.parametrize("lost_bytes", [1, 2, 40])
+def test_a_torn_last_line_costs_only_itself(tmp_path: Path, lost_bytes: int) -> None:
+    write_run(tmp_path, to=6, end=False)
+    path = tmp_path / FILE
+    os.truncate(path, path.stat().st_size - lost_bytes)
+    kept = 6 if lost_bytes == 1 else 5  # only the newline was lost
+    assert len(read(tmp_path).steps) == kept
+    write_run(tmp_path, resumed_step=4)
+    assert [r["step"] for r in read(tmp_path).steps] == list(range(1, 13))
+    assert read(tmp_path).restarts[0]["repeated_steps"] == kept - 4
+
+
+def test_a_kill_leaves_every_finished_step_on_disk(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from tests.trainer.test_metrics import *\n"
+        "sinks = open_sinks(Path(sys.argv[1]), demo_config(), rank=0, resumed_step=0)\n"
+        "sinks.start(tokens=0, world_size=1, tp_size=1, dp_size=1, **TOTAL)\n"
+        "for step in (1, 2, 3): sinks.step(record(step)); print(step, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        assert [int(process.stdout.readline()) for _ in range(3)] == [1, 2, 3]
+        process.send_signal(signal.SIGKILL)
+    assert [r["step"] for r in read(tmp_path).steps] == [1, 2, 3]
+
+
+def test_each_line_is_json_also_when_numbers_are_not_finite(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    write_run(tmp_path, to=4, loss=math.nan, gradient_norm=math.inf)
+    assert [json.loads(line, parse_constant=refuse)["kind"] for line in lines(tmp_path)][:2] == [
+        "start",
+        "step",
+    ]
+    assert read(tmp_path).steps[0]["loss"] is None
+    assert read(tmp_path).steps[0]["gradient_norm"] is None
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sinks = open_sinks(tmp_path / "run", demo_config("log.wandb=online"), rank=1, resumed_step=0)
+    sinks.start(tokens=0, world_size=4, tp_size=2, dp_size=2, **TOTAL)
+    sinks.step(record(1))
+    sinks.validation(1, 2048, 3.0)
+    sinks.checkpoint(1, 0.1, 10)
+    sinks.end(1, "schedule finished")
+    sinks.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_reading_what_is_no_run_says_so_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere: no such folder; name the folder of a run"):
+        read(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"has no metrics\.jsonl"):
+        read(tmp_path)
+    (tmp_path / FILE).write_text('{"kind": "sta')
+    with pytest.raises(UserError, match="has no start record"):
+        read(tmp_path)
+
+
+def test_throughput_counts_tokens_and_flops() -> None:
+    """1,000 tokens in 2 s at 6 and 4 FLOPs each, on two devices of 10,000 FLOPs a second."""
+    speed = throughput(
+        1000, 2.0, flops_per_token=6.0, causal_flops_per_token=4.0, devices=2, peak_flops=10_000.0
+    )
+    assert speed == (500.0, 0.15, 0.1)
+
+
+def test_a_pipe_gets_a_line_per_interval_and_event(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path, to=11, config=demo_config("log.every_steps=5"))
+    printed = capfd.readouterr().err.splitlines()
+    assert [line.split()[3] for line in printed if "| step" in line] == [
+        "1/12",
+        "5/12",
+        "9/12",
+        "10/12",
+        "11/12",
+    ]
+    assert sum(line.startswith("validation at step") for line in printed) == 2
+    assert sum(line.startswith("checkpoint at step") for line in printed) == 2
+    assert [line for line in printed if line.startswith("phase")] == [
+        "phase short: 16 rows of 128 tokens a step", "phase long: 4 rows of 512 tokens a step",
+    ]  # fmt: skip
+    assert "\x1b" not in "".join(printed)
+    write_run(tmp_path, resumed_step=8, end=False, config=demo_config("log.every_steps=5"))
+    assert [line for line in capfd.readouterr().err.splitlines() if "| step 12/12 |" in line]
+
+
+def test_time_left_is_the_tokens_left_at_the_pace_of_the_clock() -> None:
+    screen = rich.console.Console(file=io.StringIO())
+    sink = ConsoleSink(1, screen)
+    sink.write(
+        {"kind": "start", "step": 0, "tokens": 0, "world_size": 1, "tp_size": 1, "dp_size": 1, **TOTAL}
+    )
+    for step in (1, 2, 3):  # 2,048 tokens each 100 s by the clock, whatever the step itself says
+        sink.write({"kind": "step", **vars(record(step, time=100.0 * step, tokens_per_second=1e9))})
+    assert f"eta {duration(900)}" in screen.file.getvalue().splitlines()[-1]
+
+
+def test_a_terminal_gets_a_live_bar() -> None:
+    ours, theirs = pty.openpty()
+    with open(theirs, "w") as terminal:
+        screen = rich.console.Console(file=terminal, width=140, _environ={"TERM": "xterm"})
+        sink = ConsoleSink(5, screen)
+        sink.write(
+            {"kind": "start", "step": 0, "tokens": 0, "world_size": 1, "tp_size": 1, "dp_size": 1, **TOTAL}
+        )
+        for step in (1, 2):
+            sink.write({"kind": "step", **vars(record(step))})
+        sink.close()
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "\x1b[" in shown
+    assert "step 2/12" in shown
+    assert "mfu 41.0%" in shown
+
+
+def test_numbers_are_short() -> None:
+    assert [short(v) for v in (0, 999, 1234, 999_600, 6_291_456, 4e12)] == [
+        "0",
+        "999",
+        "1.23k",
+        "1M",
+        "6.29M",
+        "4T",
+    ]
+    assert [duration(v) for v in (59.6, 3723, 200_000, None, math.inf)] == [
+        "0:01:00",
+        "1:02:03",
+        "2d 07h",
+        "-",
+        "-",
+    ]
+
+
+def run_with_wandb(folder: Path, port: int, **said: str) -> subprocess.CompletedProcess[str]:
+    """Two starts of one run with log.wandb=auto in a process that knows of wandb only what is `said`."""
+    script = (
+        "import sys, time; from pathlib import Path; from tests.trainer.test_metrics import *\n"
+        "config = demo_config('log.wandb=auto')\n"
+        "write_run(Path(sys.argv[1]), to=6, config=config)\n"
+        "time.sleep(1.1)  # wandb names its folders by the second\n"
+        "write_run(Path(sys.argv[1]), resumed_step=4, config=config)\n"
+    )
+    nowhere = str(folder.parent / "none")
+    home = {"HOME": str(folder.parent), "NETRC": nowhere, "WANDB_CONFIG_DIR": nowhere}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment = clean | home | {"WANDB_BASE_URL": f"http://127.0.0.1:{port}"} | said
+    command = [sys.executable, "-c", script, str(folder)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+
+
+def wandb_files(folder: Path) -> list[Path]:
+    """One file per start, all of one run id, each with its curves."""
+    run_id = (folder / "wandb" / "run_id").read_text().strip()
+    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert {file.name for file in files} == {f"run-{run_id}.wandb"}
+    for file, step in zip(files, (4, 12), strict=True):
+        perplexity = str(math.exp(2.1 + 6.0 / step))[:12]
+        assert perplexity.encode() in file.read_bytes(), "the curves are there"
+    return files
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {"WANDB_API_KEY": "a" * 40, "WANDB_MODE": "offline"}], ids=["no key", "said"]
+)
+def test_wandb_offline_is_one_run_that_calls_nobody(tmp_path: Path, said: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        done = run_with_wandb(tmp_path / "run", server.getsockname()[1], **said)
+        assert done.returncode == 0, done.stderr
+        server.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert "wandb" not in done.stdout + done.stderr
+    assert len(wandb_files(tmp_path / "run")) == 2
+
+
+def test_a_wandb_server_that_is_down_stops_no_run(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # free again, and nobody there, when the run starts
+    done = run_with_wandb(tmp_path / "run", port, WANDB_API_KEY="a" * 40, WANDB_INIT_TIMEOUT="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("offline into the run folder instead") == 2
+    assert len(wandb_files(tmp_path / "run")) == 2

@@ -1,0 +1,100 @@
+"""The verbs of `tandem`. Each imports what it runs and nothing else; mistakes of the user end in one line and exit code 2."""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from trainer.config import UserError, check_world, load
+from trainer.runtime import quiet_libraries
+
+USER_ERROR_EXIT_CODE = 2
+
+VERBS = {
+    "prepare": ("data_prep.prepare", "text to tokenized shards and a manifest"),
+    "verify": ("data_prep.verify", "read a prepared corpus again and compare it with its manifest"),
+    "train": ("trainer.__main__", "train: on this machine, or as one rank of torchrun, deepspeed or srun"),
+    "evaluate": ("trainer.evaluate", "loss on held-out rows, by position"),
+    "generate": ("trainer.generate", "continue a prompt"),
+    "import-hf": ("trainer.exchange", "a Hugging Face folder to weights a run can start from"),
+    "export-hf": ("trainer.exchange", "a run's newest checkpoint to a Hugging Face folder"),
+    "report": ("trainer.report", "one HTML page with the plots of a run"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb; returns the exit code: 0 done, 2 the user's mistake, 85 saved on a signal."""
+    argv = sys.argv[1:] if argv is None else argv
+    # The deepspeed launcher adds its own flag in front of or behind ours; the rank comes from the environment.
+    argv = [argument for argument in argv if not argument.startswith("--local_rank")]
+    quiet_libraries()
+    try:
+        return parse(argv)
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")):
+            # Rank 0 says the same, unless only this rank met it: then nobody has stopped us by now.
+            time.sleep(3)
+        print(f"tandem: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR_EXIT_CODE
+
+
+def parse(argv: list[str]) -> int:
+    """The verb's module gives its arguments and runs them."""
+    top = argparse.ArgumentParser(prog="tandem", description="Distributed pretraining of BTLM and Stable LM 2.")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    chosen = next((argument for argument in argv if not argument.startswith("-")), None)
+    for name, (module, says) in VERBS.items():
+        parser = verbs.add_parser(name, help=says, description=says)
+        if name == chosen:
+            add, run = functions(name, module)
+            add(parser)
+            parser.set_defaults(run=run)
+    arguments = top.parse_args(argv)
+    return arguments.run(arguments) or 0
+
+
+def functions(name: str, module: str) -> tuple[Callable[..., None], Callable[..., int | None]]:
+    """`add_arguments` and `run` of the verb; where one module serves several verbs they carry the verb's name."""
+    if name == "train":
+        return add_train_arguments, train
+    found, suffix = import_module(module), name.replace("-", "_")
+    if hasattr(found, f"run_{suffix}"):
+        return getattr(found, f"add_{suffix}_arguments"), getattr(found, f"run_{suffix}")
+    return found.add_arguments, found.run
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", help="section.field=value")
+    parser.add_argument("--ranks", type=int, help="ranks to start on this machine; default: its GPUs, or tp_size without one")
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """One rank of a launch, or, started by hand, the launcher of one local node."""
+    config = load(arguments.config, arguments.overrides)
+    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+        from trainer.train import run
+
+        return run(config)
+    ranks = arguments.ranks or local_devices() or config.parallel.tp_size
+    check_world(config, ranks)
+    command = [str(arguments.config), *arguments.overrides]
+    if ranks == 1:
+        from trainer.train import run
+
+        return run(config)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run([*launcher, "-m", "trainer", "train", *command]).returncode
+
+
+def local_devices() -> int:
+    """NVIDIA GPUs of this machine, without importing torch."""
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""What a checkpoint folder holds, as names, and which folders count as committed. Touches no tensor.
+
+    checkpoints/step-00000100/
+        rank-00000.safetensors    one per rank that owned something: "<kind>/<name>/<start>" -> flat fp32
+        manifest.json             step, cursor, model, fragments with their place, hash and size of every file
+        COMMITTED                 hash of manifest.json; written last: without it the folder does not count
+
+A fragment is a run of one rank's box (its tp share of the padded global tensor), so any number of readers can put the true
+global tensor together and cut it their own way.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST, MARKER = "manifest.json", "COMMITTED"
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def key(kind: str, name: str, start: int) -> str:
+    return f"{kind}/{name}/{start}"
+
+
+def committed(root: Path) -> list[Path]:
+    """Folders below `root` that carry a commit marker, oldest first."""
+    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(path for path in found if (path / MARKER).is_file())
+
+
+def damage(folder: Path, files: list[str] | None = None) -> str | None:
+    """What is wrong with a committed folder, in words, or None. `files` limits whose contents are hashed."""
+    try:
+        text = (folder / MANIFEST).read_bytes()
+        marker = (folder / MARKER).read_text().strip()
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read"
+    if hashlib.sha256(text).hexdigest() != marker:
+        return f"{MANIFEST} is not the one that was committed"
+    manifest = json.loads(text)
+    for file, entry in manifest["files"].items():
+        path = folder / file
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return f"{file} is missing or has another size"
+        if (files is None or file in files) and file_sha256(path) != entry["sha256"]:
+            return f"{file} has other contents than were saved"
+    return None
+
+
+def data_files(folder: Path) -> list[str]:
+    """The files a committed folder should have besides manifest and marker; none when its manifest cannot be read."""
+    try:
+        return sorted(read_manifest(folder)["files"])
+    except (OSError, ValueError, KeyError):
+        return []
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a committed folder."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,135 @@
+"""Reading: true global tensors by name, whatever layout wrote them, and a run put back to where one was saved."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from trainer.checkpoint.layout import KINDS, committed, damage, data_files, key, read_manifest
+from trainer.config import BTLM, FAMILIES, Mup, StableLM, UserError, section_from
+from trainer.engine import Engine
+from trainer.models.init import place
+from trainer.parallel.mesh import Mesh, from_rank_0, gather_to_all
+from trainer.parallel.shards import Shard, joined, local_part
+
+log = logging.getLogger(__name__)
+
+
+class Snapshot:
+    """One committed checkpoint, opened lazily: tensors are read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self._by_name: dict[str, list[dict[str, Any]]] = {}
+        for fragment in self.manifest["fragments"]:
+            self._by_name.setdefault(fragment["name"], []).append(fragment)
+        self._files: dict[str, Any] = {}
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._by_name)
+
+    def has(self, kind: str) -> bool:
+        """Whether every tensor was saved with this kind of state."""
+        return all(kind in fragment["kinds"] for fragment in self.manifest["fragments"])
+
+    def weight(self, name: str) -> Tensor:
+        """The true global fp32 weights of `name`."""
+        return self.tensor("master", name)
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """The true global fp32 tensor of one kind of state (master, exp_avg, exp_avg_sq) of `name`."""
+        fragments = self._by_name[name]
+        place = fragments[0]["shard"]
+        shard = Shard(tuple(place["shape"]), place["dim"], place["padded_size"])
+        tp_size = self.manifest["tp_size"] if shard.dim is not None else 1
+        boxes = [torch.empty(shard.box_shape(tp_size)).reshape(-1) for _ in range(tp_size)]
+        read = 0
+        for fragment in fragments:
+            start, numel = fragment["start"], fragment["numel"]
+            flat = self._file(fragment["file"]).get_tensor(key(kind, name, start))
+            boxes[fragment["tp_rank"] if tp_size > 1 else 0][start : start + numel] = flat
+            read += numel
+        assert read == sum(box.numel() for box in boxes), f"{self.folder}: fragments of {name} do not cover it"
+        return joined(shard, boxes)
+
+    def sections(self) -> tuple[StableLM | BTLM, Mup | None]:
+        """The model and its parametrisation as they were saved."""
+        tree = self.manifest["model"]
+        model = section_from(FAMILIES[tree["family"]], tree, "model")
+        mup = self.manifest["mup"]
+        return model, section_from(Mup, mup, "mup") if mup else None
+
+    def _file(self, name: str) -> Any:
+        if name not in self._files:
+            self._files[name] = safe_open(self.folder / name, framework="pt")
+        return self._files[name]
+
+
+def newest(root: Path, mesh: Mesh | None = None) -> Snapshot | None:
+    """The newest committed checkpoint below `root` that is whole; damaged ones are named in a warning and passed over.
+
+    With a mesh all ranks call this together, share the hashing and come to one answer.
+
+    Raises: UserError when there are committed checkpoints and none is whole.
+    """
+    folders = from_rank_0(committed(root)) if mesh else committed(root)
+    for folder in reversed(folders):
+        wrong = _damage_on_all_ranks(folder, mesh) if mesh else damage(folder)
+        if wrong is None:
+            return Snapshot(folder)
+        log.warning("%s is damaged (%s); trying the one before", folder, wrong)
+    if folders:
+        raise UserError(
+            f"{root}: none of its {len(folders)} checkpoints is whole; a run continues from a whole one or starts anew; "
+            "move the folder away or choose another run.name"
+        )
+    return None
+
+
+def _damage_on_all_ranks(folder: Path, mesh: Mesh) -> str | None:
+    files = data_files(folder)[mesh.rank :: mesh.world_size]
+    return next((found for found in gather_to_all(damage(folder, files)) if found), None)
+
+
+def opened(folder: Path) -> Snapshot:
+    """The newest whole checkpoint of a run folder, an import's folder, or a checkpoint folder itself.
+
+    Raises: UserError when there is none.
+    """
+    roots = [folder / "checkpoints", folder]
+    snapshot = next((s for s in map(newest, roots) if s), None)
+    if snapshot is None and (folder / "COMMITTED").is_file():
+        snapshot = Snapshot(folder)
+    if snapshot is None:
+        raise UserError(f"{folder}: no committed checkpoint there; give a run folder that has saved one, or an import's folder")
+    return snapshot
+
+
+def load_weights(model: nn.Module, read: Callable[[str], Tensor], mesh: Mesh) -> None:
+    """Every parameter holds its rank's part of the tensor of its name."""
+    for name, parameter in model.named_parameters():
+        place(parameter, read(name), mesh)
+
+
+def restore(engine: Engine, snapshot: Snapshot, mesh: Mesh) -> None:
+    """Masters and moments of this rank's fragments are the saved ones; learning rates and decay stay the config's."""
+    parameters = dict(engine.model.named_parameters())
+    engine.allocate_moments(snapshot.step)
+    with torch.no_grad():
+        for fragment in engine.fragments():
+            shard = parameters[fragment.name].shard  # type: ignore[attr-defined]
+            targets = {"master": fragment.master, **fragment.moments}
+            assert set(targets) == set(KINDS)
+            for kind, target in targets.items():
+                part = local_part(shard, snapshot.tensor(kind, fragment.name), mesh.tp_rank, mesh.tp_size)
+                target.copy_(part.reshape(-1)[fragment.start : fragment.start + target.numel()])

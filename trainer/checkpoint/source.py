@@ -1,0 +1,45 @@
+"""Weights from wherever a user points: a run folder, an import's folder, a checkpoint, or a Hugging Face folder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from trainer.checkpoint.read import opened
+from trainer.config import BTLM, Mup, StableLM, UserError, load
+from trainer.data.manifest import TOKENIZER_FILE
+from trainer.hf import convert
+
+
+@dataclass(frozen=True)
+class Source:
+    model: StableLM | BTLM
+    mup: Mup | None
+    read: Callable[[str], Tensor]
+    """Name -> true global tensor."""
+    tokenizer: Path | None
+    """tokenizer.json, where one is known."""
+    max_seq_len: int | None
+    """Longest row it was trained on, where that is known."""
+
+
+def source(path: Path) -> Source:
+    """What lies at `path`, opened lazily.
+
+    Raises: UserError when nothing there can be read.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; name a run folder or a Hugging Face folder")
+    if (path / "config.json").is_file():
+        model, mup, read = convert.load(path)
+        tokenizer = path / "tokenizer.json"
+        return Source(model, mup, read, tokenizer if tokenizer.is_file() else None, None)
+    snapshot = opened(path)
+    model, mup = snapshot.sections()
+    tokenizer, max_seq_len = path / TOKENIZER_FILE, None
+    if (path / "config.yaml").is_file():
+        config = load(path / "config.yaml")
+        tokenizer = Path(next(iter(config.data.sources.values()))) / TOKENIZER_FILE
+        max_seq_len = max(phase.seq_len for phase in config.schedule.phases)
+    return Source(model, mup, snapshot.weight, tokenizer if tokenizer.is_file() else None, max_seq_len)

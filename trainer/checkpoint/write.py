@@ -1,0 +1,114 @@
+"""Saving: every rank writes the fragments it owns, rank 0 gathers the table and commits.
+
+Order is the whole point: data files are synced before the manifest names them, the manifest before the marker vouches for
+it, and only then are older checkpoints removed. A kill anywhere leaves the last committed folder as it was.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.checkpoint.layout import FORMAT, MANIFEST, MARKER, committed, file_sha256, folder_name, key, rank_file
+from trainer.config import BTLM, Mup, StableLM
+from trainer.engine import Engine
+from trainer.parallel.mesh import Mesh, barrier, gather_to_all
+from trainer.parallel.shards import Shard
+from trainer.runtime import sync_folder, write_whole
+
+
+def save(root: Path, step: int, engine: Engine, mesh: Mesh, *, facts: dict[str, Any], keep: int) -> int:
+    """A committed checkpoint of `step` lies in `root`; older ones beyond `keep` are gone. Returns its size in bytes.
+
+    `facts` (model, cursor, fingerprints …) must be the same on every rank; they are stored as they are.
+    """
+    folder = root / folder_name(step)
+    if mesh.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # a torn save of the same step, or one that is being written again
+        folder.mkdir(parents=True)
+    barrier()
+    tensors, entries = _owned(engine, mesh)
+    file = rank_file(mesh.rank)
+    described = _write(folder / file, tensors) if tensors else None
+    tables = gather_to_all({"file": file, "described": described, "entries": entries})
+    if mesh.rank == 0:
+        _commit(folder, tables, {"step": step, "tp_size": mesh.tp_size, "dp_size": mesh.dp_size, **facts})
+        _retire(root, keep)
+    barrier()
+    return sum(table["described"]["bytes"] for table in tables if table["described"])
+
+
+def save_weights(
+    root: Path, model: StableLM | BTLM, mup: Mup | None, read: Callable[[str], Tensor], shapes: dict[str, tuple[int, ...]]
+) -> Path:
+    """A committed checkpoint of step 0 with weights only, read one tensor at a time: what an import leaves behind."""
+    folder = root / folder_name(0)
+    folder.mkdir(parents=True)
+    tables = []
+    for index, (name, shape) in enumerate(shapes.items()):
+        file = rank_file(index)
+        flat = read(name).float().reshape(-1).contiguous()
+        described = _write(folder / file, {key("master", name, 0): flat})
+        entry = _entry(name, Shard(shape), 0, 0, flat.numel(), ["master"])
+        tables.append({"file": file, "described": described, "entries": [entry]})
+    _commit(folder, tables, {"step": 0, "tp_size": 1, "dp_size": 1, **model_facts(model, mup)})
+    return folder
+
+
+def model_facts(model: StableLM | BTLM, mup: Mup | None) -> dict[str, Any]:
+    """What a reader needs to build the model again."""
+    return {"model": dataclasses.asdict(model), "mup": dataclasses.asdict(mup) if mup else None}
+
+
+def _owned(engine: Engine, mesh: Mesh) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    parameters = dict(engine.model.named_parameters())
+    tensors: dict[str, Tensor] = {}
+    entries: list[dict[str, Any]] = []
+    if engine.owns_whole_replica() and mesh.dp_rank:
+        return tensors, entries
+    for fragment in engine.fragments():
+        shard = parameters[fragment.name].shard  # type: ignore[attr-defined]
+        if shard.dim is None and mesh.tp_rank:
+            continue  # replicated over tensor-parallel ranks: the first one saves it
+        kinds = {"master": fragment.master, **fragment.moments}
+        for kind, tensor in kinds.items():
+            tensors[key(kind, fragment.name, fragment.start)] = tensor.detach().cpu().contiguous()
+        numel = fragment.master.numel()
+        entries.append(_entry(fragment.name, shard, mesh.tp_rank, fragment.start, numel, list(kinds)))
+    return tensors, entries
+
+
+def _entry(name: str, shard: Shard, tp_rank: int, start: int, numel: int, kinds: list[str]) -> dict[str, Any]:
+    place = {"shape": list(shard.shape), "dim": shard.dim, "padded_size": shard.padded_size}
+    return {"name": name, "shard": place, "tp_rank": tp_rank, "start": start, "numel": numel, "kinds": kinds}
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    save_file(tensors, path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _commit(folder: Path, tables: Iterable[dict[str, Any]], facts: dict[str, Any]) -> None:
+    files = {table["file"]: table["described"] for table in tables if table["described"]}
+    fragments = [{**entry, "file": table["file"]} for table in tables for entry in table["entries"]]
+    text = json.dumps({"format": FORMAT, **facts, "files": files, "fragments": fragments})
+    sync_folder(folder)
+    write_whole(folder / MANIFEST, text)
+    write_whole(folder / MARKER, sha256(text.encode()).hexdigest() + "\n")
+    sync_folder(folder.parent)
+
+
+def _retire(root: Path, keep: int) -> None:
+    for folder in committed(root)[:-keep] if keep else []:
+        # The marker goes first, so that a kill in the middle leaves no folder that looks whole.
+        (folder / MARKER).unlink()
+        shutil.rmtree(folder)

@@ -1,0 +1,193 @@
+"""What a prepared corpus says about itself, and the checks that need nothing but that and the bytes of files.
+
+`data_prep` writes the manifest last, so a folder with one is complete. Only the standard library and
+`trainer.config` are imported. The one idea: everything a reader relies on (token counts, where a token lies,
+the hash of every shard, the tokenizer) is stated here once, and the manifest carries a hash of its own
+content, its *fingerprint*: two corpora with the same fingerprint hold the same tokens in the same order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config import UserError
+
+FILE = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
+FORMAT = "tandem-corpus"
+VERSION = 1
+TAR_BLOCK_BYTES = 512
+"""A tar member is one header block and its data padded to whole blocks.  Source: POSIX.1-1988 ustar."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A webdataset tar of whole documents; each sample but the last holds `Manifest.sample_tokens` tokens."""
+
+    file: str
+    bytes: int
+    tokens: int
+    documents: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    tokens: int
+    documents: int
+    shards: list[Shard]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    dtype: str
+    """uint16 or uint32, little-endian."""
+    sample_tokens: int
+    """Tokens in one tar sample; a multiple of a tar block, so that samples lie at equal distances."""
+    vocab: int
+    """One more than the tokenizer's largest id."""
+    eos_token: str
+    eos_id: int
+    tokenizer_sha256: str
+    """Hash of the bytes of tokenizer.json."""
+    unigram_entropy_nats: float
+    """Of the training tokens: the loss of a model that knows only how often each token occurs."""
+    counts: dict[str, int]
+    settings: dict[str, Any]
+    """What the preparation was asked for; the same settings give the same bytes."""
+    train: Split
+    validation: Split
+
+    @property
+    def token_bytes(self) -> int:
+        return 2 if self.dtype == "uint16" else 4
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the whole content."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def sample_offset(self, sample: int) -> int:
+        """Byte in a shard at which the tokens of its sample number `sample` begin."""
+        return sample * (TAR_BLOCK_BYTES + self.sample_tokens * self.token_bytes) + TAR_BLOCK_BYTES
+
+
+def dtype_of(vocab: int) -> str:
+    """The smallest type that holds every id."""
+    return "uint16" if vocab <= 1 << 16 else "uint32"
+
+
+def dump(manifest: Manifest) -> str:
+    """The text of manifest.json."""
+    head = {"format": FORMAT, "version": VERSION, "fingerprint": manifest.fingerprint}
+    return json.dumps(head | dataclasses.asdict(manifest), indent=1) + "\n"
+
+
+def load(folder: str | Path) -> Manifest:
+    """The manifest of a finished corpus, its fingerprint checked.
+
+    Raises: UserError where there is none, or it is damaged or of another version.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; a prepared corpus has one; run tandem prepare --output {folder}"
+        )
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        header = (tree.pop("format"), tree.pop("version"))
+        fingerprint = tree.pop("fingerprint")
+        if header != (FORMAT, VERSION):
+            raise UserError(
+                f"{path}: format {header}; this version reads {(FORMAT, VERSION)}; prepare the corpus again"
+            )
+        tree |= {name: _split(tree[name]) for name in ("train", "validation")}
+        manifest = Manifest(**tree)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path}: is not a corpus manifest ({_one_line(error)}); prepare the corpus again"
+        ) from None
+    if manifest.fingerprint != fingerprint:
+        raise UserError(
+            f"{path}: content does not match its fingerprint; it was changed or damaged; "
+            "prepare the corpus again"
+        )
+    return manifest
+
+
+def check_files(folder: str | Path, manifest: Manifest) -> None:
+    """Raises UserError for the first shard that is missing or has another size than the manifest says."""
+    for shard in [*manifest.train.shards, *manifest.validation.shards]:
+        path = Path(folder) / shard.file
+        if not path.is_file():
+            raise UserError(
+                f"{path}: shard is missing; {FILE} lists it; restore it or prepare the corpus again"
+            )
+        if path.stat().st_size != shard.bytes:
+            raise UserError(
+                f"{path}: has {path.stat().st_size} bytes; {FILE} says {shard.bytes}; "
+                "restore it or prepare the corpus again"
+            )
+
+
+def check_hash(folder: str | Path, shard: Shard) -> None:
+    """Raises UserError where the bytes of the shard are not those the manifest was written for."""
+    path = Path(folder) / shard.file
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({_one_line(error)}); restore it or prepare the corpus again"
+        ) from None
+    if found != shard.sha256:
+        raise UserError(
+            f"{path}: sha256 {found[:12]}; {FILE} says {shard.sha256[:12]}; the shard is damaged; restore it"
+        )
+
+
+def check_tokenizer(file: str | Path, manifest: Manifest, where: str) -> None:
+    """Raises UserError, its message starting with `where`, if the file is not the tokenizer of the corpus."""
+    try:
+        found = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"{where}: {file} cannot be read ({_one_line(error)}); name the corpus's tokenizer.json"
+        ) from None
+    if found != manifest.tokenizer_sha256:
+        raise UserError(
+            f"{where}: {file} has sha256 {found[:12]}; "
+            f"the corpus was prepared with {manifest.tokenizer_sha256[:12]}; "
+            f"name the {TOKENIZER_FILE} in the corpus folder, or prepare again"
+        )
+
+
+def check_resume(saved_fingerprints: Mapping[str, str], fingerprints: Mapping[str, str]) -> None:
+    """Raises UserError where a source the run has read from is now another corpus.
+
+    Note: sources may be added or left out between phases; a position in a source that changed means nothing.
+    """
+    for source, saved in saved_fingerprints.items():
+        found = fingerprints.get(source, saved)
+        if found != saved:
+            raise UserError(
+                f"data.sources.{source}: fingerprint {found[:12]}; "
+                f"the run was saved with corpus {saved[:12]}; "
+                "resume with the corpus it began with, or start a new run"
+            )
+
+
+def _split(tree: dict[str, Any]) -> Split:
+    return Split(**(tree | {"shards": [Shard(**shard) for shard in tree["shards"]]}))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

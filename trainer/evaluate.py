@@ -1,0 +1,94 @@
+"""Losses on held-out rows: the mean for the training loop, and `tandem evaluate`, the mean by token position."""
+
+import argparse
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trainer import models
+from trainer.checkpoint.read import load_weights
+from trainer.checkpoint.source import source
+from trainer.config import Data, LearningRate, Phase, Schedule, UserError
+from trainer.data.loader import Batch, Loader
+from trainer.parallel.mesh import Mesh, started, sum_over_ranks
+
+
+def validation_loss(model: nn.Module, batches: Iterable[Batch], mesh: Mesh) -> float:
+    """Mean cross-entropy in nats over all ranks' rows, weights and gradients untouched; the same on every rank."""
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            losses = losses_of(model, batch, mesh)
+            total += float(losses.double().sum())
+            tokens += losses.numel()
+    # Tensor-parallel ranks add the same numbers, which leaves the ratio as it is.
+    summed, counted = sum_over_ranks([total, float(tokens)], mesh)
+    return summed / counted
+
+
+def losses_of(model: nn.Module, batch: Batch, mesh: Mesh) -> Tensor:
+    """Cross-entropy of every token of the batch, [rows, seq], in nats."""
+    losses: Tensor = model(*(tensor.to(mesh.device) for tensor in (batch.tokens, batch.targets, batch.documents)))
+    return losses
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `tandem evaluate`."""
+    parser.add_argument("source", type=Path, help="run folder, import folder or Hugging Face folder")
+    parser.add_argument("--data", type=Path, required=True, help="prepared corpus; its held-out rows are read")
+    parser.add_argument("--length", type=int, help="tokens in a row; default: the longest the run was trained on")
+    parser.add_argument("--rows", type=int, default=32, help="held-out rows to read (default 32)")
+    parser.add_argument("--bins", type=int, default=8, help="positions are averaged in this many equal parts (default 8)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints mean loss, perplexity, and loss by position in the row."""
+    origin = source(arguments.source)
+    length = arguments.length or origin.max_seq_len
+    if not length:
+        raise UserError(f"--length: missing; {arguments.source} does not say how long its rows were; give --length TOKENS")
+    bins = min(arguments.bins, length)
+    with started(tp_size=1) as mesh, torch.no_grad():
+        model = model_from(arguments.source, mesh)
+        by_position = torch.zeros(length, dtype=torch.float64)
+        for batch in held_out(arguments.data, origin.model.vocab, length, arguments.rows):
+            by_position += losses_of(model, batch, mesh).double().sum(0).cpu()
+        by_position /= arguments.rows
+    parts = [float(part.mean()) for part in by_position.tensor_split(bins)]
+    loss = float(by_position.mean())
+    report = {"loss": loss, "perplexity": math.exp(loss), "tokens": length * arguments.rows, "length": length,
+              "loss_by_position": parts}  # fmt: skip
+    print(json.dumps(report) if arguments.json else _table(report))
+
+
+def model_from(path: Path, mesh: Mesh, dtype: torch.dtype | None = None) -> models.Decoder:
+    """The model at `path` (whatever `checkpoint.source` reads), by default in fp32 on a CPU and bf16 on a GPU."""
+    origin = source(path)
+    dtype = dtype or (torch.bfloat16 if mesh.device.type == "cuda" else torch.float32)
+    with mesh.device:
+        model = models.build(origin.model, origin.mup, mesh, dtype=dtype)
+    load_weights(model, origin.read, mesh)
+    return model.eval()
+
+
+def held_out(data: Path, vocab: int, length: int, rows: int) -> Iterable[Batch]:
+    """`rows` held-out rows of `length` tokens, one at a time."""
+    name = "corpus"
+    phase = Phase("evaluation", rows * length, length, rows, 1, {name: 1.0})
+    schedule = Schedule(None, [phase], LearningRate("linear", 1.0, 0.0, 0, None))
+    loader = Loader(Data({name: str(data)}), schedule, seed=0, vocab=vocab, dp_rank=0, dp_size=1)
+    return loader.validation(phase, rows * length)
+
+
+def _table(report: dict[str, float | list[float]]) -> str:
+    parts, length = report["loss_by_position"], int(report["length"])  # type: ignore[arg-type]
+    assert isinstance(parts, list)
+    edges = [round(index * length / len(parts)) for index in range(len(parts) + 1)]
+    rows = [f"{first:>8}-{last - 1:<8} {loss:8.4f}" for first, last, loss in zip(edges, edges[1:], parts, strict=False)]
+    head = f"loss {report['loss']:.4f} nats, perplexity {report['perplexity']:.2f}, {report['tokens']} tokens"
+    return "\n".join([head, "positions            loss", *rows])

@@ -1,0 +1,242 @@
+"""BTLM for transformers in plain torch; shipped inside every export, so it imports nothing of the trainer.
+
+A GPT-2 skeleton (pre-norm, [in, out] matrices) with ALiBi instead of positions, SwiGLU, and muP's
+multipliers. The ALiBi bias and the softmax are fp32 whatever the weights are, and the bias is not multiplied
+by the attention's scale. Queries attend in blocks, so the memory of the scores grows with the sequence, not
+with its square.
+"""
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import can_return_tuple
+
+from .configuration_btlm import BTLMConfig
+
+QUERY_BLOCK = 512
+
+
+def alibi_slopes(heads: int) -> torch.Tensor:
+    """[heads, 1]: a geometric series; beyond a power of two, every other slope of the next power."""
+    below = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (head + 1) / below) for head in range(below)]
+    slopes += [2.0 ** (-4 * (2 * head + 1) / below) for head in range(heads - below)]
+    return torch.tensor(slopes).unsqueeze(-1)
+
+
+def attend(query, key, value, slopes, visible, scale):
+    """[rows, heads, queries, head_dim]; queries end where keys end; `visible` [rows, keys] hides padding."""
+    cached = key.shape[2] - query.shape[2]
+    key_position = torch.arange(key.shape[2], device=key.device)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    mixed = []
+    for start in range(0, query.shape[2], QUERY_BLOCK):
+        block = query[:, :, start : start + QUERY_BLOCK]
+        position = torch.arange(block.shape[2], device=key.device) + cached + start
+        distance = position[:, None] - key_position
+        seen = distance >= 0
+        if visible is not None:
+            seen = seen & visible[:, None, None, :]
+        scores = (block @ key.transpose(2, 3)).to(dtype) * scale - slopes[:, :, None] * distance
+        weights = scores.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1)
+        mixed.append(weights.to(value.dtype) @ value)
+    return torch.cat(mixed, dim=2)
+
+
+class BTLMAlibi(nn.Module):
+    """The slopes, stored as published, never trained; they stay fp32 when the model is cast."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.register_buffer("slopes", alibi_slopes(heads))
+
+    def _apply(self, fn, recurse=True):
+        exact = self.slopes
+        super()._apply(fn, recurse)
+        if not exact.is_meta and not self.slopes.is_meta:
+            self.slopes = exact.to(self.slopes.device)
+        return self
+
+
+class BTLMAttention(nn.Module):
+    def __init__(self, config: BTLMConfig, layer_index: int) -> None:
+        super().__init__()
+        self.layer_index, self.heads, self.head_dim = (
+            layer_index,
+            config.n_head,
+            config.n_embd // config.n_head,
+        )
+        self.scale = 1 / self.head_dim if config.mup_scale_qk_dot_by_d else self.head_dim**-0.5
+        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.c_proj.ends_branch = True
+
+    def forward(self, hidden, slopes, visible, cache):
+        rows, length, width = hidden.shape
+        qkv = self.c_attn(hidden).view(rows, length, 3, self.heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_index)
+        mixed = attend(query, key, value, slopes, visible, self.scale)
+        return self.c_proj(mixed.transpose(1, 2).reshape(rows, length, width))
+
+
+class BTLMMLP(nn.Module):
+    def __init__(self, config: BTLMConfig) -> None:
+        super().__init__()
+        self.c_fc = Conv1D(config.n_inner, config.n_embd)
+        self.c_fc2 = Conv1D(config.n_inner, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_inner)
+        self.c_proj.ends_branch = True
+
+    def forward(self, hidden):
+        return self.c_proj(self.c_fc(hidden) * nn.functional.silu(self.c_fc2(hidden)))
+
+
+class BTLMBlock(GradientCheckpointingLayer):
+    def __init__(self, config: BTLMConfig, layer_index: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = BTLMAttention(config, layer_index)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = BTLMMLP(config)
+
+    def forward(self, hidden, slopes, visible, past_key_values=None):
+        hidden = hidden + self.attn(self.ln_1(hidden), slopes, visible, past_key_values)
+        return hidden + self.mlp(self.ln_2(hidden))
+
+
+class BTLMPreTrainedModel(PreTrainedModel):
+    config_class = BTLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BTLMBlock"]  # noqa: RUF012  (transformers wants lists here)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["relative_pe"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module) -> None:
+        """Fresh weights: matrices by the width rule of muP, those that end a branch smaller by depth."""
+        if isinstance(module, Conv1D):
+            std = self.config.initializer_range * self.config.mup_width_scale**0.5
+            branches = 2 * self.config.n_layer if getattr(module, "ends_branch", False) else 1
+            init.normal_(module.weight, std=std / branches**0.5)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding | nn.Linear):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, BTLMAlibi):
+            init.copy_(module.slopes, alibi_slopes(self.config.n_head))
+
+
+class BTLMModel(BTLMPreTrainedModel):
+    def __init__(self, config: BTLMConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.relative_pe = BTLMAlibi(config.n_head)
+        self.h = nn.ModuleList(BTLMBlock(config, index) for index in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.wte
+
+    def set_input_embeddings(self, value) -> None:
+        self.wte = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        output_hidden_states=None,
+        **_,
+    ):
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has {attention_mask.dim()} dims; BTLM takes [rows, keys], 1 = a token"
+            )
+        hidden = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = hidden * self.config.mup_embeddings_scale
+        visible = None if attention_mask is None else attention_mask.bool()
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states = ()
+        for block in self.h:
+            states += (hidden,) if output_hidden_states else ()
+            hidden = block(hidden, self.relative_pe.slopes, visible, past_key_values=past_key_values)
+        hidden = self.ln_f(hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=(*states, hidden) if output_hidden_states else None,
+        )
+
+
+class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+
+    def __init__(self, config: BTLMConfig) -> None:
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"
+        self.transformer = BTLMModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value) -> None:
+        self.lm_head = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        output_hidden_states=None,
+        logits_to_keep=0,
+        **others,
+    ):
+        """`labels` are the same tokens as `input_ids` (shifted here); -100 is left out of the loss."""
+        output = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])
+        logits = logits * (self.config.mup_output_alpha * self.config.mup_width_scale)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **others)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+        )

@@ -1,0 +1,17 @@
+"""The two families as single-device-looking code; what is divided over ranks is decided by the layers they are built from."""
+
+import torch
+
+from trainer.config import Mup, StableLM, BTLM
+from trainer.models import btlm, stablelm
+from trainer.models.layers import Decoder, Recompute
+from trainer.models.mup import forward_scales
+from trainer.parallel.mesh import Mesh
+
+
+def build(
+    section: StableLM | BTLM, mup: Mup | None, mesh: Mesh, *, dtype: torch.dtype, recompute: Recompute = "none"
+) -> Decoder:
+    """The family's model with uninitialised weights, this rank's share, on the default device."""
+    family = stablelm if isinstance(section, StableLM) else btlm
+    return family.build(section, forward_scales(section, mup), mesh, dtype, recompute)

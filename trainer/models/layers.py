@@ -1,0 +1,139 @@
+"""What both families share: the gated feed-forward network, the split of a fused projection into heads, the decoder around
+the layers.
+
+The one layout decision: the residual stream is [seq, rows, width], the order Megatron's layers work in; heads appear as
+[rows, seq, heads_local, head_dim] only between `split_heads` and `join_heads`.
+"""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Float32, Int32, Int64
+from torch import Tensor, nn
+
+from kernels.swiglu import swiglu
+from trainer.config import BTLM, StableLM
+from trainer.costs import padded
+from trainer.models.mup import ForwardScales
+from trainer.parallel.layers import Column, Embedding, LayerNorm, Row, from_rows, gathered, to_columns
+from trainer.parallel.loss import cross_entropy
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.recompute import again_in_backward, kept
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up in one projection; returns this rank's partial sum, without the output bias."""
+
+    def __init__(
+        self, section: StableLM | BTLM, mesh: Mesh, dtype: torch.dtype, *, bias: bool, recompute: Recompute
+    ) -> None:
+        super().__init__()
+        size = padded(section.ffn_width, mesh.tp_size)
+        shape = (2, section.ffn_width, section.width)
+        self.gate_up = Column(shape, 1, size, mesh, dtype, bias=bias)
+        self.down = Row((section.width, section.ffn_width), size, mesh, dtype, bias=bias)
+        self.run = again_in_backward if recompute == "selective" else kept
+
+    def forward(self, columns: Float[Tensor, "seq rows width"]) -> Float[Tensor, "seq rows width"]:
+        gate_up = self.gate_up(columns).unflatten(-1, (2, -1))
+        return self.down(self.run(swiglu, gate_up))
+
+
+def qkv_projection(section: StableLM | BTLM, mesh: Mesh, dtype: torch.dtype, *, bias: bool) -> Column:
+    """One projection to queries, keys and values, grouped by key head, so that a rank's share is a run of whole groups."""
+    group = section.heads // section.kv_heads + 2
+    size = section.kv_heads * group * section.head_dim
+    return Column((size, section.width), 0, size, mesh, dtype, bias=bias)
+
+
+def split_heads(
+    qkv: Float[Tensor, "seq rows qkv_local"], section: StableLM | BTLM
+) -> tuple[
+    Float[Tensor, "rows seq heads_local head_dim"],
+    Float[Tensor, "rows seq kv_heads_local head_dim"],
+    Float[Tensor, "rows seq kv_heads_local head_dim"],
+]:
+    """Queries, keys and values of this rank."""
+    queries = section.heads // section.kv_heads
+    grouped = qkv.transpose(0, 1).unflatten(-1, (-1, queries + 2, section.head_dim))
+    return grouped[..., :queries, :].flatten(2, 3), grouped[..., queries, :], grouped[..., queries + 1, :]
+
+
+def join_heads(heads: Float[Tensor, "rows seq heads_local head_dim"]) -> Float[Tensor, "seq rows width_local"]:
+    """Back to the residual stream's layout."""
+    return heads.flatten(2).transpose(0, 1).contiguous()
+
+
+def residual(
+    stream: Float[Tensor, "seq rows width"], partial: Float[Tensor, "seq rows width"], bias: Tensor | None
+) -> Float[Tensor, "seq rows width"]:
+    """stream plus the sum of all ranks' partial sums plus the output bias: one all-reduce."""
+    update = from_rows(partial)
+    return stream + (update if bias is None else update + bias)
+
+
+class SequentialLayer(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, attention: nn.Module, ffn: FeedForward, norms: tuple[LayerNorm, LayerNorm]) -> None:
+        super().__init__()
+        self.attention_norm, self.ffn_norm = norms
+        self.attention, self.ffn = attention, ffn
+
+    def forward(self, stream: Float[Tensor, "seq rows width"], context: Any) -> Float[Tensor, "seq rows width"]:
+        partial = self.attention(to_columns(self.attention_norm(stream)), context)
+        stream = residual(stream, partial, self.attention.out.bias)
+        partial = self.ffn(to_columns(self.ffn_norm(stream)))
+        return residual(stream, partial, self.ffn.down.bias)
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm, head. A family adds its layers and its `context`: what all its layers read besides x."""
+
+    def __init__(
+        self, section: StableLM | BTLM, scales: ForwardScales, layers: list[nn.Module], final_norm: LayerNorm,
+        mesh: Mesh, dtype: torch.dtype, *, recompute: Recompute,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.section, self.scales, self.mesh = section, scales, mesh
+        self.embedding = Embedding(section.vocab, section.width, mesh, dtype)
+        self.layers = nn.ModuleList(layers)
+        self.final_norm = final_norm
+        self.head = None
+        if not section.tied_head:
+            size = padded(section.vocab, mesh.tp_size)
+            self.head = Column((section.vocab, section.width), 0, size, mesh, dtype, bias=False, role="head")
+        self.run = again_in_backward if recompute == "full" else kept
+
+    def context(self, documents: Int32[Tensor, "rows seq"]) -> Any:
+        """What every layer of the family reads besides the stream; `documents` is to be ignored without document masking."""
+        raise NotImplementedError
+
+    def forward(
+        self, tokens: Int64[Tensor, "rows seq"], targets: Int64[Tensor, "rows seq"], documents: Int32[Tensor, "rows seq"]
+    ) -> Float32[Tensor, "rows seq"]:
+        """Cross-entropy of each target in nats; the same on every tensor-parallel rank."""
+        logits = self._logits_local(tokens, documents)
+        losses = cross_entropy(logits, targets.t().contiguous(), vocab=self.section.vocab, mesh=self.mesh)
+        return losses.t()
+
+    @torch.no_grad()
+    def logits(
+        self, tokens: Int64[Tensor, "rows seq"], documents: Int32[Tensor, "rows seq"]
+    ) -> Float32[Tensor, "rows seq vocab"]:
+        """Logits of the true vocabulary on every rank."""
+        logits = gathered(self._logits_local(tokens, documents).float())
+        return logits[..., : self.section.vocab].transpose(0, 1)
+
+    def _logits_local(
+        self, tokens: Int64[Tensor, "rows seq"], documents: Int32[Tensor, "rows seq"]
+    ) -> Float[Tensor, "seq rows vocab_local"]:
+        context = self.context(documents)
+        stream = self.embedding(tokens.t().contiguous()) * self.scales.embedding
+        for layer in self.layers:
+            stream = self.run(layer, stream, context)
+        columns = to_columns(self.final_norm(stream))
+        logits = nn.functional.linear(columns, self.embedding.weight) if self.head is None else self.head(columns)
+        return logits * self.scales.logits

@@ -1,0 +1,140 @@
+"""Megatron-core's tensor-parallel layers, built without initial values and marked so that everyone else can trust the marks.
+
+Every parameter leaves here with three attributes: `shard` (where it lies in the global tensor), `role` (the row of the table
+in `models.mup` that gives its initial values, learning rate and decay) and `tensor_model_parallel` (which DeepSpeed reads to
+count a gradient once). megatron-core 0.16.1 leaves the last unset when it does not initialise: losses stay right while
+gradient norms become wrong, so it is set here, in one place.
+"""
+
+import torch
+from jaxtyping import Float, Int64
+from megatron.core import ModelParallelConfig
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor, nn
+
+from trainer.costs import padded
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.shards import Shard
+
+
+def mark(parameter: nn.Parameter, shard: Shard, role: str) -> nn.Parameter:
+    """The parameter knows its place in the global tensor and its role."""
+    parameter.shard, parameter.role = shard, role  # type: ignore[attr-defined]
+    parameter.tensor_model_parallel = shard.dim is not None  # type: ignore[attr-defined]
+    return parameter
+
+
+class Embedding(VocabParallelEmbedding):
+    """Token embedding with the vocabulary divided over ranks."""
+
+    def __init__(self, vocab: int, width: int, mesh: Mesh, dtype: torch.dtype) -> None:
+        size = padded(vocab, mesh.tp_size)
+        super().__init__(size, width, init_method=_no_initial_values, config=_megatron(mesh, dtype))
+        mark(self.weight, Shard((vocab, width), 0, size), "embedding")
+
+    def forward(self, tokens: Int64[Tensor, "seq rows"]) -> Float[Tensor, "seq rows width"]:
+        return super().forward(tokens)
+
+
+class Column(ColumnParallelLinear):
+    """Linear layer whose outputs are divided; its input must have passed `to_columns`, so that several share one all-reduce.
+
+    `shape` is the true global shape of the weight, inputs last; `dim` the one that is divided, `size` its padded size.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dim: int, size: int, mesh: Mesh, dtype: torch.dtype, *, bias: bool, role: str = "hidden"
+    ) -> None:
+        outputs = size
+        for axis in shape[:dim]:
+            outputs *= axis
+        super().__init__(
+            shape[-1], outputs, config=_megatron(mesh, dtype), init_method=_no_initial_values, bias=bias,
+            disable_grad_reduce=True,
+        )  # fmt: skip
+        mark(self.weight, Shard(shape, dim, size), role)
+        if bias:
+            mark(self.bias, Shard(shape[:-1], dim, size), "bias")
+
+    def forward(self, stream: Float[Tensor, "seq rows width"]) -> Float[Tensor, "seq rows outputs_local"]:
+        return super().forward(stream)[0]
+
+
+class Row(RowParallelLinear):
+    """Linear layer whose inputs are divided; returns this rank's *partial* sum, to be added to others before `from_rows`."""
+
+    def __init__(self, shape: tuple[int, int], size: int, mesh: Mesh, dtype: torch.dtype, *, bias: bool) -> None:
+        super().__init__(
+            size, shape[0], config=_megatron(mesh, dtype), init_method=_no_initial_values, bias=bias,
+            input_is_parallel=True, skip_bias_add=True,
+        )  # fmt: skip
+        # megatron-core's own switch for "the caller reduces"; it has no other name for it in 0.16.
+        self.explicit_expert_comm = True
+        mark(self.weight, Shard(shape, 1, size), "residual_output")
+        if bias:
+            mark(self.bias, Shard(shape[:1]), "bias")
+
+    def forward(self, stream: Float[Tensor, "seq rows inputs_local"]) -> Float[Tensor, "seq rows width"]:
+        return super().forward(stream)[0]
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dim; replicated on every rank."""
+
+    def __init__(self, width: int, epsilon: float, dtype: torch.dtype, *, bias: bool) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = replicated((width,), dtype, "norm")
+        self.bias = replicated((width,), dtype, "bias") if bias else None
+
+    def forward(self, stream: Float[Tensor, "seq rows width"]) -> Float[Tensor, "seq rows width"]:
+        return nn.functional.layer_norm(stream, stream.shape[-1:], self.weight, self.bias, self.epsilon)
+
+
+def replicated(shape: tuple[int, ...], dtype: torch.dtype, role: str) -> nn.Parameter:
+    """A parameter that every rank holds whole."""
+    return mark(nn.Parameter(torch.empty(shape, dtype=dtype)), Shard(shape), role)
+
+
+def divided(shape: tuple[int, ...], mesh: Mesh, dtype: torch.dtype, role: str) -> nn.Parameter:
+    """A parameter whose first dim is divided over ranks (it must divide evenly)."""
+    assert shape[0] % mesh.tp_size == 0
+    local = (shape[0] // mesh.tp_size, *shape[1:])
+    return mark(nn.Parameter(torch.empty(local, dtype=dtype)), Shard(shape, 0, shape[0]), role)
+
+
+def to_columns(stream: Tensor) -> Tensor:
+    """The same values; in backward the gradient is summed over tensor-parallel ranks, once for all columns that read it."""
+    return copy_to_tensor_model_parallel_region(stream)
+
+
+def from_rows(partial: Tensor) -> Tensor:
+    """The sum of all ranks' partial sums."""
+    return reduce_from_tensor_model_parallel_region(partial)
+
+
+def gathered(logits: Float[Tensor, "*batch vocab_local"]) -> Float[Tensor, "*batch vocab_padded"]:
+    """All ranks' columns side by side."""
+    return gather_from_tensor_model_parallel_region(logits)
+
+
+def _megatron(mesh: Mesh, dtype: torch.dtype) -> ModelParallelConfig:
+    return ModelParallelConfig(
+        tensor_model_parallel_size=mesh.tp_size,
+        params_dtype=dtype,
+        # Initial values are ours (models.init); the flag also lets layers be built on meta and without CUDA.
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        deterministic_mode=True,
+    )
+
+
+def _no_initial_values(weight: Tensor) -> Tensor:
+    raise AssertionError("layers are built without initial values; models.init fills them")

@@ -1,0 +1,138 @@
+"""Ranks, groups and device of this process: the only facts about the launch that the rest of the trainer may read.
+
+Ranks are laid out with tensor-parallel neighbours adjacent, so that a replica's all-reduces stay inside a node.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+T = TypeVar("T")
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    rank: int
+    world_size: int
+    local_rank: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+
+
+def launched_world_size() -> int:
+    """Ranks of this launch, from torchrun, deepspeed or srun; 1 when started by hand."""
+    return _launch()["world_size"]
+
+
+def launched_rank() -> int:
+    """This process's rank in the launch; 0 when started by hand."""
+    return _launch()["rank"]
+
+
+def start(tp_size: int) -> Mesh:
+    """Process groups exist (NCCL with a GPU, gloo without) and every rank knows its place.
+
+    Uses the process group of the caller if there is one already.
+    """
+    launch = _launch()
+    os.environ["LOCAL_RANK"] = str(launch["local_rank"])  # DeepSpeed insists on it, whatever the launcher
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", launch["local_rank"])
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        _join(launch, device)
+    if not parallel_state.model_parallel_is_initialized():
+        # On gloo the main groups serve the CPU already; a second set would only cost start-up time.
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp_size, create_gloo_process_groups=device.type == "cuda"
+        )
+    return Mesh(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=launch["local_rank"],
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        device=device,
+    )
+
+
+@contextmanager
+def started(tp_size: int) -> Iterator[Mesh]:
+    """`start`; when the block ends, also by an error, all groups made by it are gone and another tp_size may follow."""
+    joined_before = dist.is_initialized()
+    try:
+        yield start(tp_size)
+    finally:
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        if dist.is_initialized() and not joined_before:
+            dist.destroy_process_group()
+
+
+def sum_over_ranks(values: list[float], mesh: Mesh) -> list[float]:
+    """Each value summed over all ranks, in fp64, the same bits on every rank."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=mesh.device)
+    dist.all_reduce(tensor)
+    return [float(value) for value in tensor.cpu()]
+
+
+def from_rank_0(value: T) -> T:
+    """Rank 0's value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_to_all(value: T) -> list[T]:
+    """Every rank's value, by rank, on every rank."""
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]  # all_gather_object has filled every place
+
+
+def barrier() -> None:
+    """Returns when every rank has called it."""
+    dist.barrier()
+
+
+def _launch() -> dict[str, int]:
+    names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        names = {"rank": "SLURM_PROCID", "world_size": "SLURM_STEP_NUM_TASKS", "local_rank": "SLURM_LOCALID"}
+    defaults = {"rank": 0, "world_size": 1, "local_rank": 0}
+    return {key: int(os.environ.get(name, defaults[key])) for key, name in names.items()}
+
+
+def _join(launch: dict[str, int], device: torch.device) -> None:
+    # CPU tensors (losses, decisions, object collectives) travel over gloo even where NCCL moves the gradients.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    rank, world_size = launch["rank"], launch["world_size"]
+    if world_size == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
+        )
+    else:
+        dist.init_process_group(
+            backend, init_method="env://", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+        )
+
+
+def _loopback() -> str:
+    names = [name for _, name in socket.if_nameindex()]
+    return "lo" if "lo" in names else names[0]

@@ -1,0 +1,45 @@
+"""Megatron-core's groups under the names that DeepSpeed asks its `mpu` for; the module itself is the mpu.
+
+DeepSpeed 0.19 still calls Megatron's old interface (`get_model_parallel_*`), which megatron-core has dropped. Model
+parallel means tensor parallel here: there is no pipeline.
+"""
+
+from megatron.core.parallel_state import (
+    get_data_parallel_group,
+    get_data_parallel_rank,
+    get_data_parallel_world_size,
+    get_tensor_model_parallel_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_src_rank,
+    get_tensor_model_parallel_world_size,
+)
+
+get_model_parallel_group = get_tensor_model_parallel_group
+get_model_parallel_rank = get_tensor_model_parallel_rank
+get_model_parallel_world_size = get_tensor_model_parallel_world_size
+get_model_parallel_src_rank = get_tensor_model_parallel_src_rank
+
+
+def get_pipeline_model_parallel_world_size() -> int:
+    return 1
+
+
+def get_pipeline_model_parallel_rank() -> int:
+    return 0
+
+
+__all__ = [
+    "get_data_parallel_group",
+    "get_data_parallel_rank",
+    "get_data_parallel_world_size",
+    "get_model_parallel_group",
+    "get_model_parallel_rank",
+    "get_model_parallel_src_rank",
+    "get_model_parallel_world_size",
+    "get_pipeline_model_parallel_rank",
+    "get_pipeline_model_parallel_world_size",
+    "get_tensor_model_parallel_group",
+    "get_tensor_model_parallel_rank",
+    "get_tensor_model_parallel_src_rank",
+    "get_tensor_model_parallel_world_size",
+]

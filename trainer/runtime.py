@@ -1,0 +1,147 @@
+"""The process and its run folder: logging by rank, determinism, signals, what machine and code this was.
+
+Nothing here knows what is being trained. The one idea: a signal only sets a flag, and the loop decides between two steps,
+on all ranks alike, what to do about it.
+"""
+
+import json
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+REQUEUE_EXIT_CODE = 85
+"""The run saved on a signal and wants to be started again with the same command."""
+
+REPORTED_PACKAGES = (
+    "torch", "deepspeed", "megatron-core", "triton", "webdataset", "omegaconf", "wandb", "transformers", "tokenizers",
+)  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+
+def start_logging(rank: int) -> None:
+    """Rank 0 logs from INFO on, other ranks from WARNING on; all to stderr."""
+    level = logging.INFO if rank == 0 else logging.WARNING
+    logging.basicConfig(level=level, format=f"[rank {rank}] %(message)s", stream=sys.stderr, force=True)
+    for noisy in ("megatron", "torch.distributed", "wandb", "DeepSpeed", "deepspeed"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def quiet_libraries() -> None:
+    """Libraries imported from here on do not warn about extras they can do without, nor about one another's deprecations."""
+    warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch)\b.*")
+    if not Path("/proc/driver/nvidia").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
+
+
+def make_deterministic() -> None:
+    """From here on torch refuses operations whose result may differ between two identical runs."""
+    import torch
+
+    # cuBLAS reads this when its handle is made: torch documents it as the price of reproducible matrix products.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, command and commit of this process: what someone needs to explain or repeat the run."""
+    versions = {}
+    for package in REPORTED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    root = Path(__file__).resolve().parent.parent
+    return {
+        "time": time.time(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "packages": versions,
+        "commit": _git(root, "rev-parse", "HEAD"),
+        "uncommitted": _git(root, "status", "--porcelain"),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file holds all of `text`, or what it held before: written beside, synced, then renamed over."""
+    beside = path.with_name(f".{path.name}.partial")
+    with open(beside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Renames and new files in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def open_run_folder(folder: Path, config_yaml: str) -> None:
+    """The folder holds this start's config and environment; those of earlier starts stay beside them when they differ."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config_file = folder / "config.yaml"
+    if config_file.exists() and config_file.read_text() != config_yaml:
+        number = len(list(folder.glob("config.before-*.yaml"))) + 1
+        config_file.rename(folder / f"config.before-{number}.yaml")
+        log.warning("the config differs from the last start's, which is kept as config.before-%d.yaml", number)
+    write_whole(config_file, config_yaml)
+    write_whole(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+
+
+class StopSignal:
+    """Remembers SIGTERM or SIGUSR1; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.name = signal.Signals(number).name
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def measured_peak_flops(device: Any) -> float:
+    """Floating-point operations per second of one large matrix product on this process's share of the machine.
+
+    The denominator of MFU where no hardware is configured: bf16 on a GPU, fp32 on a CPU.
+    """
+    import torch
+
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(8):
+        began = time.perf_counter()
+        result = matrix @ matrix
+        float(result[0, 0])  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)

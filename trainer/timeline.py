@@ -1,0 +1,111 @@
+"""What varies with time, as pure functions of the step: the phase, the tokens seen, the learning rate.
+
+Nothing is stored in a checkpoint and any step can be asked about before the run begins. Nothing here knows of
+tensors or ranks. The convention, stated once: updates are numbered from 0 and update number `step` uses
+`lr_at(step)`. A warm-up starts from 0 at step 0: the first update moves nothing, as in Cerebras and NeoX; a
+decay to the end of the run has its end value at `total_steps`, after the last update: it is never used.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+
+from trainer.config import Hybrid, LearningRate, Linear, Phase, Schedule
+
+
+@dataclass(frozen=True)
+class PhaseSpan:
+    """A phase and where it lies in the run: steps `first_step` to `end_step - 1`."""
+
+    phase: Phase
+    index: int
+    first_step: int
+    first_token: int
+
+    @property
+    def end_step(self) -> int:
+        return self.first_step + self.phase.steps
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The schedule, asked by step."""
+
+    schedule: Schedule
+
+    @cached_property
+    def spans(self) -> list[PhaseSpan]:
+        """Every phase with its borders, in order."""
+        phases = self.schedule.phases
+        first_steps = accumulate((phase.steps for phase in phases), initial=0)
+        first_tokens = accumulate((phase.tokens for phase in phases), initial=0)
+        return [
+            PhaseSpan(phase, index, first_step, first_token)
+            for index, (phase, first_step, first_token) in enumerate(
+                zip(
+                    phases, first_steps, first_tokens, strict=False
+                )  # the sums have one entry more: the run's end
+            )
+        ]
+
+    @cached_property
+    def total_steps(self) -> int:
+        return self.spans[-1].end_step
+
+    @cached_property
+    def total_tokens(self) -> int:
+        return self.tokens_before(self.total_steps)
+
+    def phase_at(self, step: int) -> PhaseSpan:
+        """The phase that update number `step` belongs to."""
+        assert 0 <= step < self.total_steps, f"step {step} is outside the run's {self.total_steps} steps"
+        return next(span for span in self.spans if step < span.end_step)
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens seen by the updates 0 to `step - 1`; at `total_steps`, by the whole run."""
+        span = self.spans[-1] if step == self.total_steps else self.phase_at(step)
+        return span.first_token + (step - span.first_step) * span.phase.batch_tokens
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of update number `step`, before factors of parameter groups; defined past the end."""
+        return learning_rate(self.schedule.lr, step, self.total_steps)
+
+
+def learning_rate(lr: LearningRate, step: int, total_steps: int) -> float:
+    """The warm-up, which reaches `peak` at `warmup_steps`, then the decay that `kind` names."""
+    if lr.warmup_steps and step <= lr.warmup_steps:
+        return lr.peak * (step / lr.warmup_steps)
+    if isinstance(lr, Hybrid):
+        return _hybrid(lr, step, total_steps)
+    decay_steps = lr.decay_steps or total_steps - lr.warmup_steps
+    progress = min(1.0, (step - lr.warmup_steps) / decay_steps)
+    remaining = 1 - progress if isinstance(lr, Linear) else (1 + math.cos(math.pi * progress)) / 2
+    return lr.final + (lr.peak - lr.final) * remaining
+
+
+def _hybrid(lr: Hybrid, step: int, total_steps: int) -> float:
+    """Cosine, inverse square root, cooldown.
+
+    Source: Stable LM 2 technical report (arXiv 2402.17834) and Stability's configs for the shape. The cosine
+    has its whole period in `decay_steps`. After the switch the value is alpha / sqrt(i + beta); equal value V
+    and slope S at the switch i_s demand alpha = V * sqrt(i_s + beta) and i_s + beta = -V / (2 * S), here
+    `scale_steps`.
+    Note: with offset_steps 0 the cosine has already fallen a little when the warm-up ends at the peak.
+    """
+    if lr.cooldown_start_step is not None and step > lr.cooldown_start_step:
+        start = learning_rate(replace(lr, cooldown_start_step=None), lr.cooldown_start_step, total_steps)
+        progress = min(1.0, (step - lr.cooldown_start_step) / lr.cooldown_steps)
+        return start + (lr.cooldown_final - start) * progress
+    period_steps = lr.decay_steps or total_steps
+    step -= lr.offset_steps
+    switch_step = lr.switch_fraction * period_steps
+    half_range = (lr.peak - lr.final) / 2
+    if step <= switch_step or half_range == 0:
+        return lr.final + half_range * (1 + math.cos(2 * math.pi * step / period_steps))
+    switch_angle = 2 * math.pi * lr.switch_fraction
+    switch_value = lr.final + half_range * (1 + math.cos(switch_angle))
+    scale_steps = switch_value * period_steps / (4 * math.pi * half_range * math.sin(switch_angle))
+    return switch_value / math.sqrt(1 + (step - switch_step) / scale_steps)

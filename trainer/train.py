@@ -1,0 +1,230 @@
+"""The run, from config to last checkpoint: read this first.
+
+`run` sets everything up, resumes if it can, and `loop` is the list of verbs: read, compute, update, record, evaluate, save.
+What varies with time comes from the Timeline as a pure function of the step, and where the data stands rides in the batch;
+so all that a checkpoint adds to the config is tensors and a cursor.
+"""
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import models, optim, runtime
+from trainer.checkpoint.read import Snapshot, load_weights, newest, opened, restore
+from trainer.checkpoint.write import model_facts, save
+from trainer.config import RunConfig, UserError, check_world, dump
+from trainer.costs import flops_per_token
+from trainer.data.loader import Batch, Loader
+from trainer.data.manifest import check_resume
+from trainer.engine import Engine
+from trainer.evaluate import validation_loss
+from trainer.metrics import Sinks, StepRecord, open_sinks, throughput
+from trainer.models.init import fill
+from trainer.models.mup import rules
+from trainer.parallel.mesh import Mesh, launched_world_size, started, sum_over_ranks
+from trainer.timeline import Timeline
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything a step needs; nothing in it changes but the engine's weights and the sinks' files."""
+
+    config: RunConfig
+    folder: Path
+    mesh: Mesh
+    timeline: Timeline
+    loader: Loader
+    engine: Engine
+    sinks: Sinks
+    peak_flops: float
+
+
+def run(config: RunConfig) -> int:
+    """The run is as far as it was asked to go and its last checkpoint is committed.
+
+    Returns the exit code: 0 finished, REQUEUE_EXIT_CODE saved on a signal, to be started again with the same command.
+    Raises: UserError for what the user can mend, RuntimeError when the loss or the gradient is not finite.
+    """
+    check_world(config, launched_world_size())
+    stop_signal = runtime.StopSignal()
+    with started(config.parallel.tp_size) as mesh:
+        runtime.start_logging(mesh.rank)
+        if config.debug.deterministic:
+            runtime.make_deterministic()
+        folder = Path(config.run.root) / config.run.name
+        loader = Loader(
+            config.data, config.schedule, seed=config.run.seed, vocab=config.model.vocab,
+            dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,
+        )  # fmt: skip
+        snapshot = newest(folder / "checkpoints", mesh)
+        if snapshot:
+            check_continues(config, snapshot, loader)
+        if mesh.rank == 0:
+            runtime.open_run_folder(folder, dump(config))
+        engine = build_engine(config, mesh, snapshot)
+        step = snapshot.step if snapshot else 0
+        sinks = open_sinks(folder, config, rank=mesh.rank, resumed_step=step)
+        peak_flops = config.hardware.peak_flops if config.hardware else runtime.measured_peak_flops(mesh.device)
+        training = Training(config, folder, mesh, Timeline(config.schedule), loader, engine, sinks, peak_flops)
+        try:
+            return loop(training, step, snapshot.manifest["cursor"] if snapshot else None, stop_signal)
+        finally:
+            sinks.close()
+
+
+def loop(training: Training, step: int, cursor: dict[str, int] | None, stop_signal: runtime.StopSignal) -> int:
+    """Steps from `step` until the schedule, `run.stop_step` or a signal ends them; returns the exit code."""
+    config, timeline, sinks = training.config, training.timeline, training.sinks
+    last = min(timeline.total_steps, config.run.stop_step or timeline.total_steps)
+    sinks.start(
+        tokens=timeline.tokens_before(step), world_size=training.mesh.world_size, tp_size=training.mesh.tp_size,
+        dp_size=training.mesh.dp_size, total_steps=timeline.total_steps, total_tokens=timeline.total_tokens,
+    )  # fmt: skip
+    batches, stopping = training.loader.batches(step, cursor), False
+    step_began = time.perf_counter()
+    while step < last and not stopping:
+        batch = next(batches)
+        data_seconds = time.perf_counter() - step_began
+        loss, gradient_norm, stopping = one_step(training, batch, step, stop_signal)
+        step += 1
+        now = time.perf_counter()
+        sinks.step(record_of(training, step, loss, gradient_norm, now - step_began, data_seconds))
+        step_began = now
+        if due(step, config.evaluate.every_steps) or (config.evaluate.every_steps and step == last):
+            evaluate(training, step)
+        if stopping or step == last or due(step, config.checkpoint.every_steps):
+            save_checkpoint(training, step, batch.cursor)
+    reason = "finished" if step == timeline.total_steps else stop_signal.name or f"stop_step {last}"
+    sinks.end(step, reason if step == last or not stopping else f"stopped by {stop_signal.name or 'another rank'}")
+    return runtime.REQUEUE_EXIT_CODE if stopping and step < last else 0
+
+
+def one_step(
+    training: Training, batch: Batch, step: int, stop_signal: runtime.StopSignal
+) -> tuple[float, float, bool]:
+    """One update on one global batch. Returns its mean loss in nats, the gradient norm before clipping, and whether any
+    rank was told to stop.
+    """
+    mesh, engine = training.mesh, training.engine
+    micro_rows = training.timeline.phase_at(step).phase.micro_rows
+    starts = range(0, len(batch.tokens), micro_rows)
+    total = torch.zeros((), device=mesh.device)
+    for start in starts:
+        part = slice(start, start + micro_rows)
+        inputs = (batch.tokens[part], batch.targets[part], batch.documents[part])
+        loss = engine(*(tensor.to(mesh.device, non_blocking=True) for tensor in inputs)).mean() / len(starts)
+        engine.accumulate(loss, last=start == starts[-1])
+        total += loss.detach()
+    summed, stops = sum_over_ranks([float(total), float(stop_signal.name is not None)], mesh)
+    mean_loss = summed / mesh.world_size
+    gradient_norm = engine.update(training.timeline.lr_at(step))
+    if not (math.isfinite(mean_loss) and math.isfinite(gradient_norm)):
+        raise RuntimeError(
+            f"step {step + 1}: loss {mean_loss}, gradient norm {gradient_norm}: not finite; nothing was saved after the last "
+            "checkpoint; lower schedule.lr.peak or look at the data of this step"
+        )
+    return mean_loss, gradient_norm, stops > 0
+
+
+def evaluate(training: Training, step: int) -> None:
+    """The validation loss of the weights after `step` is on record."""
+    phase = training.timeline.phase_at(step - 1).phase
+    batches = training.loader.validation(phase, training.config.evaluate.tokens)
+    loss = validation_loss(training.engine.model, batches, training.mesh)
+    training.sinks.validation(step, training.timeline.tokens_before(step), loss)
+
+
+def save_checkpoint(training: Training, step: int, cursor: dict[str, int]) -> None:
+    """A committed checkpoint of `step` lies in the run folder."""
+    began = time.perf_counter()
+    facts = {
+        **model_facts(training.config.model, training.config.mup),
+        "tokens": training.timeline.tokens_before(step),
+        "cursor": cursor,
+        "fingerprints": training.loader.fingerprints,
+    }
+    root, keep = training.folder / "checkpoints", training.config.checkpoint.keep
+    size = save(root, step, training.engine, training.mesh, facts=facts, keep=keep)
+    training.sinks.checkpoint(step, time.perf_counter() - began, size)
+
+
+def build_engine(config: RunConfig, mesh: Mesh, snapshot: Snapshot | None) -> Engine:
+    """Model and optimizer with the snapshot's state, or imported weights, or initial values."""
+    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    table = rules(config.model, config.mup)
+    with mesh.device:
+        model = models.build(config.model, config.mup, mesh, dtype=dtype, recompute=config.parallel.recompute)
+    if snapshot:
+        load_weights(model, snapshot.weight, mesh)
+    elif config.run.initial_weights:
+        load_weights(model, imported(config).weight, mesh)
+    else:
+        fill(model, table, seed=config.run.seed, truncation_sigmas=config.model.init_truncation_sigmas, mesh=mesh)
+    optimizer = optim.adamw(optim.groups(model, table, config.optim), config.optim, mesh.device)
+    engine = Engine(config, model, optimizer, mesh)
+    if snapshot:
+        restore(engine, snapshot, mesh)
+        log.info("continuing from %s", snapshot.folder)
+    return engine
+
+
+def imported(config: RunConfig) -> Snapshot:
+    """The snapshot that `run.initial_weights` names.
+
+    Raises: UserError when it is not of the config's model.
+    """
+    snapshot = opened(Path(str(config.run.initial_weights)))
+    check_same_model(config, snapshot, f"run.initial_weights {snapshot.folder}")
+    return snapshot
+
+
+def check_continues(config: RunConfig, snapshot: Snapshot, loader: Loader) -> None:
+    """Raises UserError unless the snapshot is of this model and these corpora."""
+    check_same_model(config, snapshot, f"checkpoint {snapshot.folder}")
+    check_resume(snapshot.manifest["fingerprints"], loader.fingerprints)
+
+
+def check_same_model(config: RunConfig, snapshot: Snapshot, where: str) -> None:
+    """Raises UserError for the first field of model or mup that differs from the saved one."""
+    saved, asked = snapshot.manifest, model_facts(config.model, config.mup)
+    for section in ("model", "mup"):
+        ours, theirs = asked[section] or {}, saved[section] or {}
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise UserError(
+                    f"{section}.{name}: {ours.get(name)} but the {where} has {theirs.get(name)}; a run keeps its model; "
+                    "restore the value or choose another run.name"
+                )
+
+
+def record_of(
+    training: Training, step: int, loss: float, gradient_norm: float, step_seconds: float, data_seconds: float
+) -> StepRecord:
+    """The record of the step that was just finished, the `step`-th."""
+    config, mesh, timeline = training.config, training.mesh, training.timeline
+    phase = timeline.phase_at(step - 1).phase
+    speed = throughput(
+        phase.batch_tokens, step_seconds,
+        flops_per_token=flops_per_token(config.model, phase.seq_len, causal=False),
+        causal_flops_per_token=flops_per_token(config.model, phase.seq_len, causal=True),
+        devices=mesh.world_size, peak_flops=training.peak_flops,
+    )  # fmt: skip
+    memory: Any = torch.cuda.max_memory_allocated() / 2**30 if mesh.device.type == "cuda" else None
+    return StepRecord(
+        step=step, tokens=timeline.tokens_before(step), phase=phase.name, seq_len=phase.seq_len, rows=phase.rows,
+        loss=loss, lr=timeline.lr_at(step - 1), gradient_norm=gradient_norm, step_seconds=step_seconds,
+        data_seconds=data_seconds, tokens_per_second=speed.tokens_per_second, mfu=speed.mfu,
+        mfu_causal=speed.mfu_causal, memory_gib=memory, time=time.time(),
+    )  # fmt: skip
+
+
+def due(step: int, every_steps: int) -> bool:
+    """Whether something done every so many steps is to be done after `step`; 0 is never."""
+    return every_steps > 0 and step % every_steps == 0

@@ -1,0 +1,117 @@
+"""The run's curves in wandb; the only door to it.
+
+One wandb run per run folder: its id is kept there, so a resumed run continues the curve, and every curve is
+drawn over our own step, so steps that are written again after a crash are no trouble. Training outlives
+wandb: when its service dies, a warning says so once and the run goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from trainer.config import RunConfig, UserError
+
+WANDB_NAMES = {
+    "step": {
+        "tokens": "train/tokens",
+        "loss": "train/loss",
+        "lr": "train/lr",
+        "gradient_norm": "train/gradient_norm",
+        "seq_len": "schedule/seq_len",
+        "rows": "schedule/rows",
+        "step_seconds": "speed/step_seconds",
+        "data_seconds": "speed/data_seconds",
+        "tokens_per_second": "speed/tokens_per_second",
+        "mfu": "speed/mfu",
+        "mfu_causal": "speed/mfu_causal",
+        "memory_gib": "speed/memory_gib",
+    },
+    "validation": {"loss": "validation/loss", "perplexity": "validation/perplexity"},
+    "checkpoint": {"seconds": "checkpoint/seconds", "bytes": "checkpoint/bytes"},
+}
+"""Name in wandb of each field that is a curve, by kind of record."""
+
+logger = logging.getLogger(__name__)
+
+
+class WandbSink:
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        """Raises: UserError for a malformed key, or where log.wandb is online and the server is not there."""
+        # wandb 0.31 sends telemetry in offline mode too, unless this is set before it is imported.
+        os.environ["WANDB_ERROR_REPORTING"] = "false"
+        import wandb
+
+        self._errors = (wandb.Error, ConnectionError)
+        self._ended = False
+        self._run: Any = None
+        mode: str = config.log.wandb
+        try:
+            
+            if mode == "auto":
+                # WANDB_MODE is the user's word for a machine, such as a node without a way out.
+                key = wandb.login(prompt=False, verify=False)
+                mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
+            self._run = _start(mode, folder, config)
+        except self._errors as error:
+            reason = " ".join(str(error).split())[:200]
+            if config.log.wandb != "auto" or mode != "online":
+                remedy = "check key and network or set log.wandb=offline"
+                raise UserError(f"log.wandb: {mode}: {reason}; {remedy}") from None
+            logger.warning("wandb: %s; offline into the run folder instead", reason)
+            wandb.teardown()  # its service holds on to the id of the run that failed
+            mode, self._run = "offline", _start("offline", folder, config)
+        self._run.define_metric("step")
+        for name in (name for names in WANDB_NAMES.values() for name in names.values()):
+            self._run.define_metric(name, step_metric="step")
+        if mode == "online":
+            logger.info("wandb: %s", self._run.url)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._ended |= record["kind"] == "end"
+        names = WANDB_NAMES.get(record["kind"], {})
+        curves = {name: record[field] for field, name in names.items() if record[field] is not None}
+        if curves and self._run:
+            try:
+                self._run.log({"step": record["step"], **curves})
+            except self._errors as error:
+                self._lose(error)
+
+    def close(self) -> None:
+        """Without an `end` record wandb shows the run as crashed."""
+        if self._run:
+            try:
+                self._run.finish(exit_code=0 if self._ended else 1)
+            except self._errors as error:
+                self._lose(error)
+
+    def _lose(self, error: Exception) -> None:
+        logger.warning("wandb: lost (%s); the run goes on, metrics.jsonl has every step", error)
+        self._run = None
+
+
+def _start(mode: Any, folder: Path, config: RunConfig) -> Any:
+    import wandb
+
+    return wandb.init(
+        mode=mode,
+        dir=folder,
+        id=_run_id(folder / "wandb" / "run_id"),
+        resume="allow" if mode == "online" else None,
+        project=config.log.wandb_project,
+        name=config.run.name,
+        config=dataclasses.asdict(config),
+        allow_val_change=True,
+        settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
+    )
+
+
+def _run_id(path: Path) -> str:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(4) + "\n")
+    return path.read_text().strip()
