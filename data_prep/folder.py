@@ -45,6 +45,7 @@ def claimed(output: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     absent = [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
+        _clear(output)
         with whole_file(output / NOTE) as file:
             file.write(json.dumps(settings, indent=1).encode())
         yield

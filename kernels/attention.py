@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.weak import WeakTensorKeyDictionary
 
 RECOMPILE_LIMIT = 64
-"""Shapes FlexAttention may be compiled for: a phase, validation remainder or evaluation length is one each."""
+"""Shapes FlexAttention may be compiled for: one per phase, validation remainder and evaluation length."""
 
 _BLOCK_MASKS = WeakTensorKeyDictionary()
 """Made by the first layer that sees a batch's documents, read by the others, gone with the batch."""
@@ -37,9 +37,9 @@ def attention(
 ) -> Float[Tensor, "rows seq heads head_dim"]:
     """Every token's attention to itself and the earlier ones of its document; fp32 inside, query's dtype out.
 
-    Query head h reads key head h // (heads // kv_heads). The bias joins the scaled scores, itself unscaled. Without
-    `slopes` there is no bias, without `documents` a row is one document. No gradient reaches `slopes`, and
-    nobody writes to `documents` afterwards: with a GPU its mask is kept for the layers that follow.
+    Query head h reads key head h // (heads // kv_heads). The bias joins the scaled scores, itself unscaled.
+    Without `slopes` there is no bias, without `documents` a row is one document. `slopes` get no gradient.
+    Nobody may write to `documents` afterwards: with a GPU its mask is kept for the layers that follow.
 
     Source: Press et al. 2022, "Train Short, Test Long", section 3; Ainslie et al. 2023, "GQA".
     """

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -74,21 +73,19 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """One rank of a launch, or, started by hand, the launcher of one local node."""
+    """One rank of a launch, or, started by hand or with --ranks, the launcher of one local node."""
     config = load(arguments.config, arguments.overrides)
-    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+    launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
+    if arguments.ranks is None and launched:
         from trainer.train import run
 
         return run(config)
     ranks = arguments.ranks or local_devices() or config.parallel.tp_size
     check_world(config, ranks)
-    command = [str(arguments.config), *arguments.overrides]
-    if ranks == 1:
-        from trainer.train import run
-
-        return run(config)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.run([*launcher, "-m", "trainer", "train", *command]).returncode
+    # Replaces this process, so that signals reach torchrun, which passes them on to the ranks.
+    sys.stdout.flush()
+    os.execv(sys.executable, [*launcher, "-m", "trainer", "train", str(arguments.config), *arguments.overrides])
 
 
 def local_devices() -> int:

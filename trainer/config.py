@@ -302,9 +302,13 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     try:
         node = OmegaConf.load(path)
         for override in overrides or []:
-            if "=" not in override:
+            key, equals, value = override.partition("=")
+            if not key or not equals:
                 raise UserError(f"override {override!r}: must read section.field=value; for example optim.clip_norm=0.5")
-            node = OmegaConf.merge(node, OmegaConf.from_dotlist([override]))
+            try:
+                OmegaConf.update(node, key, OmegaConf.from_dotlist([f"value={value}"])["value"])
+            except (IndexError, TypeError, ValueError) as error:
+                raise UserError(f"override {override!r}: {_one_line(error)}; name a field of the config") from None
         tree = OmegaConf.to_container(node, resolve=True)
     except (OmegaConfBaseException, OSError) as error:
         raise UserError(f"{path}: cannot be read: {_one_line(error)}; correct the file or the override") from None
@@ -316,7 +320,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
         raise UserError(f"{path}: holds {type(tree).__name__}; a config is a mapping of sections; start from a shipped one")
     if isinstance(tree.get("hardware"), str):
         tree["hardware"] = _hardware(path.parent / "hardware", tree["hardware"])
-    config = _build(RunConfig, tree, "")
+    config: RunConfig = _build(RunConfig, tree, "")
     check(config)
     return config
 

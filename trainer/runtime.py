@@ -21,6 +21,9 @@ from typing import Any
 REQUEUE_EXIT_CODE = 85
 """The run saved on a signal and wants to be started again with the same command."""
 
+SAME_SIGNAL_SECONDS = 5.0
+"""Signals that follow one another this closely count as one."""
+
 REPORTED_PACKAGES = (
     "torch", "deepspeed", "megatron-core", "triton", "webdataset", "omegaconf", "wandb", "transformers", "tokenizers",
 )  # fmt: skip
@@ -28,10 +31,21 @@ REPORTED_PACKAGES = (
 log = logging.getLogger(__name__)
 
 
+class CurrentStderr:
+    """Writes to whatever sys.stderr is at that moment, so that a progress bar that has taken it over stays whole."""
+
+    def write(self, text: str) -> None:
+        sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def start_logging(rank: int) -> None:
     """Rank 0 logs from INFO on, other ranks from WARNING on; all to stderr."""
     level = logging.INFO if rank == 0 else logging.WARNING
-    logging.basicConfig(level=level, format=f"[rank {rank}] %(message)s", stream=sys.stderr, force=True)
+    handler = logging.StreamHandler(CurrentStderr())
+    logging.basicConfig(level=level, format=f"[rank {rank}] %(message)s", handlers=[handler], force=True)
     for noisy in ("megatron", "torch.distributed", "wandb", "DeepSpeed", "deepspeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -107,18 +121,24 @@ def open_run_folder(folder: Path, config_yaml: str) -> None:
 
 
 class StopSignal:
-    """Remembers SIGTERM or SIGUSR1; a second one ends the process at once."""
+    """Remembers SIGTERM or SIGUSR1; another one after a few seconds ends the process at once.
+
+    Not at once after the first: a signal to a whole process group arrives twice, directly and passed on by torchrun.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._came = 0.0
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None and time.monotonic() - self._came < SAME_SIGNAL_SECONDS:
+            return
         if self.name is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.name = signal.Signals(number).name
+        self.name, self._came = signal.Signals(number).name, time.monotonic()
 
 
 def _git(root: Path, *arguments: str) -> str | None:

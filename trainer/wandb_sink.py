@@ -51,11 +51,10 @@ class WandbSink:
         self._run: Any = None
         mode: str = config.log.wandb
         try:
-            
+            wandb.setup(settings=wandb.Settings(silent=True))
             if mode == "auto":
-                # WANDB_MODE is the user's word for a machine, such as a node without a way out.
-                key = wandb.login(prompt=False, verify=False)
-                mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
+                # False without a key, and where WANDB_MODE says offline, as on a node without a way out.
+                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
             self._run = _start(mode, folder, config)
         except self._errors as error:
             reason = " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces and a virtual cable, a rank in each, the real launch script."""
+"""Two hosts on one machine: network namespaces joined by a cable, a rank in each, the real launch script."""
 
 import contextlib
 import json

@@ -8,7 +8,23 @@ import pytest
 
 from data_prep import prepare, verify
 
-WORDS = "the of and to in is row shard stream phase token cursor loss step 1 2 3 def return import ( ) = :".split()
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "row",
+    "shard",
+    "stream",
+    "cursor",
+    "loss",
+    "1",
+    "23",
+    "def",
+    "return",
+    "(",
+    ")",
+    ":",
+]
 
 
 @pytest.fixture

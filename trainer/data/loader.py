@@ -128,7 +128,7 @@ class Loader:
 
 
 def _ahead(items: Generator[Block, None, None], depth: int) -> Generator[Block, None, None]:
-    """The same items, read up to `depth` ahead in a thread that ends with this; its errors are raised here."""
+    """The same items, read up to `depth` ahead in a thread that ends with this; its errors come out here."""
     queue: Queue[Block | BaseException | None] = Queue(maxsize=depth)
     closed = threading.Event()
 

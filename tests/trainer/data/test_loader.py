@@ -54,9 +54,11 @@ def straight(sources, **settings):
 def test_every_dp_size_sees_the_same_global_batches_over_a_phase_change_and_epoch_ends(sources):
     expected = straight(sources)
     assert len(expected) == STEPS
-    assert expected[-1][1]["b"] > 2 * manifest.load(sources["b"]).train.tokens, "the run must pass an epoch's
-    end" for size in (2, 4): assert list(hashes([loader(sources, rank=rank, size=size) for rank in
-    range(size)])) == expected
+    epoch = manifest.load(sources["b"]).train.tokens
+    assert expected[-1][1]["b"] > 2 * epoch, "the run must pass the end of an epoch"
+    for size in (2, 4):
+        ranks = [loader(sources, rank=rank, size=size) for rank in range(size)]
+        assert list(hashes(ranks)) == expected
 
 
 def test_no_token_is_lost_or_repeated_over_phase_change_and_epoch_end(sources):
@@ -70,12 +72,14 @@ def test_no_token_is_lost_or_repeated_over_phase_change_and_epoch_end(sources):
         ):
             taken[source].append(row.numpy())
             assert torch.equal(row[1:], target[:-1])
-            assert last.get(source, row[0]) == row[0], "the target at a row's end is the next row's first
-            token" last[source] = target[-1] assert {source: sum(map(len, rows)) for source, rows in
-            taken.items()} == batch.cursor for source, rows in taken.items(): corpus =
-            manifest.load(sources[source]) stream = Stream(sources[source], corpus, corpus.train, name=source,
-            seed=0) windows = np.concatenate(rows) assert np.array_equal(windows, stream.read(0,
-            len(windows)))
+            assert last.get(source, row[0]) == row[0], "a row's last target is the next row's first token"
+            last[source] = target[-1]
+        assert {source: sum(map(len, rows)) for source, rows in taken.items()} == batch.cursor
+    for source, rows in taken.items():
+        corpus = manifest.load(sources[source])
+        stream = Stream(sources[source], corpus, corpus.train, name=source, seed=0)
+        windows = np.concatenate(rows)
+        assert np.array_equal(windows, stream.read(0, len(windows)))
 
 
 def test_documents_count_from_0_in_each_row_and_eos_belongs_to_the_document_it_ends(sources):
@@ -101,8 +105,11 @@ def straight_from(sources, step):
 
 
 def test_prefetch_changes_nothing(sources):
-    assert straight(sources, prefetch_steps=0) == straight(sources, prefetch_steps=1) == straight(sources,
-    prefetch_steps=9)
+    assert (
+        straight(sources, prefetch_steps=0)
+        == straight(sources, prefetch_steps=1)
+        == straight(sources, prefetch_steps=9)
+    )
 
 
 def test_the_seed_changes_the_order(sources):
@@ -111,8 +118,10 @@ def test_the_seed_changes_the_order(sources):
 
 def test_ids_are_64_bit_and_documents_32(sources):
     batch = next(loader(sources).batches(0, None))
-    assert (batch.tokens.dtype, batch.targets.dtype, batch.documents.dtype) == (torch.int64, torch.int64,
-    torch.int32) assert batch.tokens.is_contiguous() assert batch.targets.is_contiguous()
+    assert batch.tokens.dtype == batch.targets.dtype == torch.int64
+    assert batch.documents.dtype == torch.int32
+    assert batch.tokens.is_contiguous()
+    assert batch.targets.is_contiguous()
 
 
 def prefetch_threads():
@@ -134,8 +143,8 @@ def test_a_flipped_byte_stops_the_run_with_the_shard_named(sources, make_corpus,
     content = bytearray(shard.read_bytes())
     content[600] ^= 4
     shard.write_bytes(content)
-    one = loader({"c": str(folder)}, schedule=schedule_of(Phase("p", 80 * 128, 128, 8, 1, {"c": 1.0})),
-                 prefetch_steps=prefetch_steps)  # fmt: skip
+    schedule = schedule_of(Phase("p", 80 * 128, 128, 8, 1, {"c": 1.0}))
+    one = loader({"c": str(folder)}, schedule=schedule, prefetch_steps=prefetch_steps)
     with pytest.raises(UserError, match=rf"{shard.name}: sha256 .*the shard is damaged"):
         list(one.batches(0, None))
     assert not prefetch_threads()

@@ -1,0 +1,131 @@
+"""Every mistake of the user is one line, and leaves the machine as it was."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from trainer.config import UserError
+from trainer.data import manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def jsonl(path, *lines):
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+GOOD = '{"text": "good words"}'
+
+
+def broken_inputs(root):
+    """name -> (arguments, message) of every mistake in what is read."""
+    root.mkdir()
+    compressed = gzip.compress((GOOD + "\n").encode() * 500)
+    (root / "cut.jsonl.gz").write_bytes(compressed[:-9])
+    (root / "cut.jsonl.zst").write_bytes(zstandard.compress((GOOD + "\n").encode() * 500)[:-4])
+    (root / "none.jsonl.gz").write_bytes(b"plain text")
+    (root / "bad.parquet").write_bytes(b"PAR1 no parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), root / "null.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), root / "number.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), root / "body.parquet")
+    (root / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    (root / "empty").mkdir()
+    (root / "empty.txt").write_text("")
+    (root / "not.json").write_text("[1]")
+    (root / "words.txt").write_text("some words")
+    (root / "noeos.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": {
+        "type": "WordLevel", "vocab": {"some": 0}, "unk_token": "some"}}))  # fmt: skip
+    (root / "plain.json").write_text(json.dumps({"version": "1.0", "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": {"type": "WordLevel",
+        "vocab": {"some": 0, "<|endoftext|>": 1}, "unk_token": "some"}}))  # fmt: skip
+    words = ["--input", root / "words.txt"]
+    return {
+        "no such path": (["--input", root / "none"], "none does not exist"),
+        "no files": (["--input", root / "empty"], "has no file with a known suffix"),
+        "no text": (["--input", root / "empty.txt"], "holds no text"),
+        "json": (["--input", jsonl(root / "a.jsonl", GOOD, "{")], r"a.jsonl:2: is not JSON"),
+        "surrogate": (["--input", jsonl(root / "s.jsonl", '{"text": "\\ud800"}')], r"s.jsonl:1: is not JSON"),
+        "list": (["--input", jsonl(root / "b.jsonl", "", GOOD, "[]")], r"b.jsonl:3: has no field 'text'"),
+        "field": (["--input", jsonl(root / "c.jsonl", '{"body": "x"}')], r"c.jsonl:1: has .*; there is body"),
+        "null": (["--input", jsonl(root / "d.jsonl", '{"text": null}')], r"d.jsonl:1: .* is NoneType"),
+        "gz cut": (["--input", root / "cut.jsonl.gz"], r"cut.jsonl.gz:\d+: cannot be read \(Truncated"),
+        "zst cut": (["--input", root / "cut.jsonl.zst"], r"cut.jsonl.zst:\d+: cannot be read \(Truncated"),
+        "gz none": (["--input", root / "none.jsonl.gz"], r"none.jsonl.gz:1: cannot be read"),
+        "parquet": (["--input", root / "bad.parquet"], r"bad.parquet: cannot be read"),
+        "parquet null": (["--input", root / "null.parquet"], r"null.parquet: row 2 has no 'text'"),
+        "parquet number": (["--input", root / "number.parquet"], r"number.parquet: field 'text' is int64"),
+        "parquet field": (["--input", root / "body.parquet"], r"body.parquet: has .*; there is body"),
+        "not utf-8": (["--input", root / "latin.txt"], r"latin.txt: is not UTF-8 .* at byte 2"),
+        "tokenizer": ([*words, "--tokenizer", root / "not.json"], r"not.json: is not a tokenizer.json"),
+        "no tokenizer": ([*words, "--tokenizer", root / "none.json"], r"none.json cannot be read"),
+        "no eos": ([*words, "--tokenizer", root / "noeos.json"], r"noeos.json: has no token"),
+        "plain eos": ([*words, "--tokenizer", root / "plain.json"], r"plain.json: its text yields the EOS id"),
+        "vocab": ([*words, "--vocab", 256], r"--vocab: 256; must be above 256"),
+        "held out": ([*words, "--held-out", 1], r"--held-out: 1.0; must be"),
+        "all held out": ([*words, "--held-out", 0.999999], r"--held-out: 0.999999 leaves none of 1 doc"),
+        "workers": ([*words, "--workers", 0], r"--workers: 0; must be positive"),
+        "samples": ([*words, "--sample-tokens", 100], r"--sample-tokens: 100; must be a multiple of 512"),
+    }  # fmt: skip
+
+
+def test_every_mistake_in_the_input_is_one_line_and_leaves_nothing(prepared, tmp_path):
+    for name, (arguments, message) in broken_inputs(tmp_path / "in").items():
+        with pytest.raises(UserError, match=message) as caught:
+            prepared("made/out", *arguments)
+        assert "\n" not in str(caught.value), name
+        assert not (tmp_path / "made").exists(), name
+        (tmp_path / "there").mkdir()
+        with pytest.raises(UserError, match=message):
+            prepared("there", *arguments)
+        (tmp_path / "there").rmdir()
+
+
+def test_text_that_is_not_utf8_can_be_left_out_and_is_counted(prepared, folder, capsys):
+    (folder / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    output = prepared("out", "--input", folder, "--skip-undecodable")
+    assert manifest.load(output).counts["skipped_files"] == 1
+    assert "skipped files left out: 1" in capsys.readouterr().out
+
+
+def test_an_output_that_is_not_ours_or_cannot_be_written_is_refused_untouched(prepared, folder, tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.doc").write_text("years")
+    with pytest.raises(UserError, match=r"--output: .*foreign holds files but no corpus"):
+        prepared("foreign", "--input", folder)
+    assert (tmp_path / "foreign" / "thesis.doc").read_text() == "years"
+    (tmp_path / "file").write_text("x")
+    for name in ("file", "file/below"):
+        with pytest.raises(UserError, match=r"--output: .*file.* cannot be written"):
+            prepared(name, "--input", folder)
+    with pytest.raises(UserError, match=r"--output: /proc/none cannot be written"):
+        prepared("/proc/none", "--input", folder)
+
+
+def test_the_command_exits_with_2_and_one_line(tmp_path, folder):
+    command = [sys.executable, "-m", "trainer", "prepare", "--output", str(tmp_path / "out"), "--input"]
+    mistake = subprocess.run([*command, "/none"], cwd=ROOT, capture_output=True, text=True)
+    assert (mistake.returncode, len(mistake.stderr.splitlines())) == (2, 1)
+    small = ["--vocab", "300", "--workers", "1"]
+    assert subprocess.run([*command, str(folder), *small], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_a_full_disk_is_one_line(prepared, folder, tmp_path):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=16k", "none", mount]
+    if subprocess.run(mounting, capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        with pytest.raises(UserError, match=r"--output: .* cannot be written \(.*No space"):
+            prepared("small/out", "--input", folder)
+        assert not list(mount.iterdir())
+    finally:
+        subprocess.run(["umount", mount], check=True)
