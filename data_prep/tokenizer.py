@@ -143,7 +143,7 @@ def encode_all(using: Encoder, batches: Iterable[list[Document]], workers: int) 
         for batch in batches:
             waiting.append(pool.submit(_encode_in_worker, batch))
             if len(waiting) > 4 * workers:
-                yield waiting.pop().result()
+                yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:

@@ -43,14 +43,14 @@ def attention(
 
     Source: Press et al. 2022, "Train Short, Test Long", section 3; Ainslie et al. 2023, "GQA".
     """
-    heads_first = [x.transpose(1, 2) for x in (query, key, value)]
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if slopes is None and documents is None:
-        mixed = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     elif query.is_cuda:
-        mixed = _flex(*heads_first, scale, slopes, documents)
+        mixed = _flex(q, k, v, scale, slopes, documents)
     else:
         mask = _written_out(slopes, documents, query)
-        mixed = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale, enable_gqa=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     return mixed.transpose(1, 2)
 
 

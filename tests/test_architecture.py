@@ -2,6 +2,7 @@
 
 import configparser
 import importlib.util
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -54,3 +55,16 @@ def test_commands_of_the_launch_folder_can_be_started():
     assert [script.name for script in started if not script.stat().st_mode & 0o111] == []
     for script in scripts:
         subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.parametrize("folder", [".", "trainer", "kernels", "configs", "launch", "data_prep", "tests"])
+def test_paths_named_on_a_page_exist(folder):
+    """Links, and code that begins with one of our folders."""
+    page = ROOT / folder / "README.md"
+    if not page.exists():
+        pytest.skip("no page here")
+    text = page.read_text()
+    linked = {page.parent / path for path in re.findall(r"\]\((?!http|#)([^)#]+)", text)}
+    folders = "trainer|kernels|configs|launch|data_prep|tests"
+    named = {ROOT / path for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", text)}
+    assert sorted(str(path) for path in linked | named if not path.exists()) == []

@@ -11,7 +11,7 @@ BTLM = {
 }  # fmt: skip
 STABLELM = {
     "family": "stablelm", "width": 64, "depth": 2, "heads": 4, "kv_heads": 2, "ffn_width": 176, "vocab": 500,
-    "norm_epsilon": 1e-5, "init_std": 0.02, "init_truncation_sigmas": 0.0, "document_masking": True,
+    "norm_epsilon": 1e-5, "init_std": 0.06, "init_truncation_sigmas": 0.0, "document_masking": True,
     "rotary_fraction": 0.25, "rotary_base": 10_000.0, "parallel_residual": True, "qk_norm": True, "qkv_bias": False,
     "norm_bias": False, "tied_head": False,
 }  # fmt: skip

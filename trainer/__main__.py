@@ -76,11 +76,11 @@ def train(arguments: argparse.Namespace) -> int:
     """One rank of a launch, or, started by hand or with --ranks, the launcher of one local node."""
     config = load(arguments.config, arguments.overrides)
     launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
-    if arguments.ranks is None and launched:
+    ranks = arguments.ranks or (1 if launched else local_devices() or config.parallel.tp_size)
+    if ranks == 1:
         from trainer.train import run
 
         return run(config)
-    ranks = arguments.ranks or local_devices() or config.parallel.tp_size
     check_world(config, ranks)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     # Replaces this process, so that signals reach torchrun, which passes them on to the ranks.

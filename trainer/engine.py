@@ -5,6 +5,8 @@ and losses arrive here already divided. `fragments` shows what of which named te
 are made of that and of nothing of DeepSpeed's own.
 """
 
+import contextlib
+import io
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from trainer.config import RunConfig
 from trainer.parallel import mpu
 from trainer.parallel.mesh import Mesh
 
+log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -66,10 +69,13 @@ class Engine:
         # DeepSpeed 0.19 compiles a shared-memory all-reduce for CPUs at start-up, which only its inference engine calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.model, self._optimizer, self._mesh = model, optimizer, mesh
-        self._inner, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config_dict(config, mesh.dp_size), mpu=mpu,
-            dist_init_required=False,
-        )  # fmt: skip
+        # Its BF16 optimizer prints memory figures whatever the log level.
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            self._inner, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=config_dict(config, mesh.dp_size), mpu=mpu,
+                dist_init_required=False,
+            )  # fmt: skip
+        log.debug("deepspeed: %s", printed.getvalue())
         self._clip_norm = config.optim.clip_norm
 
     def accumulate(self, loss: Tensor, *, last: bool) -> None:

@@ -1,0 +1,79 @@
+"""A small corpus of real text, prepared by the real verb, for every promise about runs."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import tiny
+
+MODULES = ("argparse", "ast", "bisect", "calendar", "copy", "csv", "dataclasses", "enum", "fractions", "heapq", "inspect",
+           "json/decoder", "json/encoder", "pathlib", "statistics", "string", "tarfile", "textwrap", "tokenize")  # fmt: skip
+VOCAB = 500
+
+
+def tandem(*arguments: object, timeout_seconds: float = 110, **environment: str) -> subprocess.CompletedProcess[str]:
+    """One command line of `tandem`, in its own process, as a user types it."""
+    command = [sys.executable, "-m", "trainer", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout_seconds, env=clean_environment() | environment, check=False
+    )
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what a launcher would have left there."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
+    return {name: value for name, value in os.environ.items() if name not in launcher} | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Some modules of the standard library in several small shards."""
+    folder = tmp_path_factory.mktemp("corpus")
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    inputs = [stdlib / f"{module}.py" for module in MODULES]
+    done = tandem(
+        "prepare", "--input", *inputs, "--output", folder / "prepared", "--vocab", VOCAB, "--held-out", 0.1,
+        "--sample-tokens", 512, "--shard-tokens", 40_000, "--workers", 1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder / "prepared"
+
+
+@pytest.fixture
+def write_config(tmp_path, corpus):
+    """write_config("btlm", run={...}, ...): the path of a config over the corpus, two phases of 6 steps."""
+
+    def write(variant: str, file: str = "config.yaml", **sections: dict) -> Path:
+        tree = two_phases(variant, corpus, tmp_path / "runs", **sections)
+        (tmp_path / file).write_text(yaml.safe_dump(tree))
+        return tmp_path / file
+
+    return write
+
+
+def two_phases(variant: str, corpus: Path, root: Path, *, steps: int = 6, **sections: dict) -> dict:
+    """A tiny config tree over the corpus: `steps` steps of 8 rows of 32 tokens, then as many of 2 rows of 128."""
+    tree = tiny.tree(variant)
+    tokens = steps * 256
+    tree["run"]["root"] = str(root)
+    tree["data"] = {"sources": {"corpus": str(corpus)}, "prefetch_steps": 2}
+    tree["schedule"]["phases"] = [
+        {"name": "short", "tokens": tokens, "seq_len": 32, "rows": 8, "micro_rows": 2, "mixture": {"corpus": 1.0}},
+        {"name": "long", "tokens": tokens, "seq_len": 128, "rows": 2, "micro_rows": 1, "mixture": {"corpus": 1.0}},
+    ]
+    for name, fields in sections.items():
+        tree[name] = tree.get(name, {}) | fields
+    return tree
+
+
+def steps_of(folder: Path) -> dict[int, dict]:
+    """The last record of every step in a run folder."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    return {record["step"]: record for record in records if record["kind"] == "step"}

@@ -1,0 +1,137 @@
+"""A run that was stopped is the run that was not: bitwise at the same layout, to rounding at another."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import ranks
+from tests.promises.conftest import steps_of, two_phases
+from tests.promises.test_parallel import EPSILON
+from trainer.checkpoint.layout import KINDS
+from trainer.checkpoint.read import Snapshot, newest, opened
+from trainer.checkpoint.write import save
+from trainer.config import RunConfig, section_from
+from trainer.parallel.mesh import started
+from trainer.train import build_engine, run
+
+STOPS = (4, 8, None)
+"""In the first phase, in the second, at the end; the border between the phases is step 6."""
+LAYOUTS = {"tp1_dp1": (1, 1), "tp1_dp2": (2, 1), "tp2_dp1": (2, 2), "tp4_dp1": (4, 4)}
+"""Name -> ranks, tp_size."""
+VARIANTS = ("btlm", "stablelm")
+
+
+def config(variant: str, corpus: Path, root: Path, tp_size: int, **sections: dict) -> RunConfig:
+    sections["parallel"] = {"tp_size": tp_size, "zero_stage": 1, "recompute": "none"} | sections.pop("parallel", {})
+    tree = two_phases(variant, corpus, root, **sections)
+    tree["optim"]["epsilon"] = EPSILON
+    found: RunConfig = section_from(RunConfig, tree, "")
+    return found
+
+
+def run_all(configs: list[RunConfig]) -> list[int]:
+    """Runs, one after the other in one world; their exit codes."""
+    return [run(config) for config in configs]
+
+
+def reload_and_save(config: RunConfig, source: Path, target: Path) -> float:
+    """Saves what was loaded, without a step between; returns the weight decay that the optimizer ended up with."""
+    with started(config.parallel.tp_size) as mesh:
+        snapshot = opened(source)
+        engine = build_engine(config, mesh, snapshot)
+        facts = {name: snapshot.manifest[name] for name in ("model", "mup", "cursor", "fingerprints")}
+        save(target, snapshot.step, engine, mesh, facts=facts, keep=0)
+        return max(group["weight_decay"] for group in engine._optimizer.param_groups)
+
+
+def differing(one: Snapshot, other: Snapshot) -> list[str]:
+    """Names of the tensors, of any kind, that are not the same bits."""
+    assert sorted(one.names) == sorted(other.names)
+    return [
+        f"{kind} {name}" for name in one.names for kind in KINDS
+        if not torch.equal(one.tensor(kind, name), other.tensor(kind, name))
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, corpus) -> Path:
+    """Run folders of one world of four ranks (tp 2 x dp 2): straight, and stopped twice, with prefetch; and a copy
+    of the first stop's folder for every other layout.
+    """
+    folder = tmp_path_factory.mktemp("resume")
+    configs = []
+    for variant in VARIANTS:
+        configs.append(config(variant, corpus, folder, 2, run={"name": f"{variant}-straight", "seed": 1, "precision": "fp32",
+                                                                "root": str(folder)}))  # fmt: skip
+        for stop in STOPS:
+            name = f"{variant}-stopped"
+            configs.append(config(variant, corpus, folder, 2, run={"name": name, "seed": 1, "precision": "fp32",
+                                                                    "root": str(folder), "stop_step": stop}))  # fmt: skip
+    assert set(ranks.run(run_all, 4, folder, configs, timeout_seconds=200)[0]) == {0}
+    return folder
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stopped_and_resumed_is_never_stopped_bitwise(root, variant):
+    straight, stopped = root / f"{variant}-straight", root / f"{variant}-stopped"
+    one, other = steps_of(straight), steps_of(stopped)
+    assert sorted(one) == sorted(other) == list(range(1, 13))
+    for step, record in one.items():
+        for field in ("loss", "gradient_norm", "lr", "tokens", "seq_len"):
+            assert other[step][field] == record[field], f"step {step} {field}"
+    assert differing(opened(straight), opened(stopped)) == []
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("layout", "world"), LAYOUTS.items())
+def test_another_layout_continues_the_run_and_keeps_its_state_bitwise(root, corpus, layout, world, tmp_path):
+    world_size, tp_size = world
+    saved = root / "btlm-stopped" / "checkpoints" / "step-00000004"
+    base = {"name": "moved", "seed": 1, "precision": "fp32", "root": str(tmp_path)}
+    shutil.copytree(saved, tmp_path / "moved" / "checkpoints" / saved.name)
+    moved = config("btlm", corpus, tmp_path, tp_size, run=base)
+    changed = config("btlm", corpus, tmp_path, tp_size, run=base, optim={"weight_decay": 0.05} | OPTIM)
+    facts = ranks.run(continue_and_reload, world_size, tmp_path, moved, changed, saved, timeout_seconds=150)[0]
+    assert facts == {"exit_code": 0, "weight_decay": 0.05}, "the config wins over the checkpoint"
+    assert differing(Snapshot(saved), opened(tmp_path / "reloaded")) == []
+    one, other = steps_of(root / "btlm-straight"), steps_of(tmp_path / "moved")
+    assert sorted(other) == list(range(5, 13))
+    for step, record in other.items():
+        assert record["loss"] == pytest.approx(one[step]["loss"], rel=1e-6), step
+        assert record["gradient_norm"] == pytest.approx(one[step]["gradient_norm"], rel=1e-5), step
+    ends = [Snapshot(found.folder).manifest["cursor"] for found in (opened(root / "btlm-straight"), opened(tmp_path / "moved"))]
+    assert ends[0] == ends[1]
+
+
+OPTIM = {"beta1": 0.9, "beta2": 0.95, "epsilon": EPSILON, "clip_norm": 1.0}
+
+
+def continue_and_reload(moved: RunConfig, changed: RunConfig, saved: Path) -> dict:
+    target = saved_root(moved) / "reloaded"
+    weight_decay = reload_and_save(changed, saved, target)
+    return {"exit_code": run(moved), "weight_decay": weight_decay}
+
+
+def saved_root(config: RunConfig) -> Path:
+    return Path(config.run.root)
+
+
+def test_a_torn_or_damaged_checkpoint_is_passed_over_with_its_name(root, tmp_path, caplog):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(root / "btlm-stopped" / "checkpoints", folder)
+    names = [path.name for path in sorted(folder.iterdir())]
+    assert names == ["step-00000004", "step-00000008", "step-00000012"]
+    (folder / names[2] / "COMMITTED").unlink()
+    file = next((folder / names[1]).glob("rank-*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    found = newest(folder)
+    assert found is not None
+    assert found.step == 4
+    assert f"{names[1]} is damaged ({file.name} has other contents" in caplog.text
