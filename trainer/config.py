@@ -220,6 +220,10 @@ class Data:
     """tokenizer.json that the corpora must have been prepared with; null trusts the manifests."""
     prefetch_steps: int = 2
     """Global batches read ahead in the background; 0 reads when asked."""
+    block_tokens: int = 8_192
+    """Neighbouring tokens that stay together when the corpus is shuffled; best the longest seq_len. 0 reads it in order."""
+    window_tokens: int = 33_554_432
+    """Blocks are shuffled within runs of this many tokens, so that a step reads from few shards."""
 
 
 @dataclass(frozen=True)
@@ -357,10 +361,12 @@ def check(config: RunConfig) -> None:
     for section, name in (
         (config.optim, "weight_decay"), (config.optim, "clip_norm"), (config.evaluate, "every_steps"),
         (config.checkpoint, "every_steps"), (config.checkpoint, "keep"), (config.data, "prefetch_steps"),
+        (config.data, "block_tokens"),
     ):  # fmt: skip
         if getattr(section, name) < 0:
             where = type(section).__name__.lower()
             raise UserError(f"{where}.{name}: {getattr(section, name)}; must not be negative; 0 turns it off")
+    _positive(config.data, "data", "window_tokens")
     _positive(config.parallel, "parallel", "tp_size", "bucket_elements")
     _positive(config.log, "log", "every_steps")
     if "/" in config.run.name or not config.run.name:

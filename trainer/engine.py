@@ -37,9 +37,11 @@ class Fragment:
     """AdamW's two moments, fp32, one dim; empty before the first update."""
 
 
-def config_dict(config: RunConfig, dp_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for the run."""
+def config_dict(config: RunConfig, dp_size: int, num_parameters: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for the run on a rank that holds `num_parameters`."""
     bf16 = config.run.precision == "bf16"
+    # DeepSpeed allocates whole buckets, however small the model.
+    bucket_elements = min(config.parallel.bucket_elements, num_parameters)
     return {
         # Rows per step vary with the phase; DeepSpeed's own batch arithmetic is kept trivially true and unused.
         "train_micro_batch_size_per_gpu": 1,
@@ -51,8 +53,8 @@ def config_dict(config: RunConfig, dp_size: int) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip_norm,
         "zero_optimization": {
             "stage": config.parallel.zero_stage,
-            "reduce_bucket_size": config.parallel.bucket_elements,
-            "allgather_bucket_size": config.parallel.bucket_elements,
+            "reduce_bucket_size": bucket_elements,
+            "allgather_bucket_size": bucket_elements,
             "overlap_comm": False,
         },
         "zero_allow_untested_optimizer": True,
@@ -69,11 +71,12 @@ class Engine:
         # DeepSpeed 0.19 compiles a shared-memory all-reduce for CPUs at start-up, which only its inference engine calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.model, self._optimizer, self._mesh = model, optimizer, mesh
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
         # Its BF16 optimizer prints memory figures whatever the log level.
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             self._inner, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=config_dict(config, mesh.dp_size), mpu=mpu,
-                dist_init_required=False,
+                model=model, optimizer=optimizer, config=config_dict(config, mesh.dp_size, num_parameters),
+                mpu=mpu, dist_init_required=False,
             )  # fmt: skip
         log.debug("deepspeed: %s", printed.getvalue())
         self._clip_norm = config.optim.clip_norm

@@ -64,6 +64,8 @@ def make_deterministic() -> None:
     # cuBLAS reads this when its handle is made: torch documents it as the price of reproducible matrix products.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    # The mode also writes to all fresh memory, to expose reads of it; that costs more than a small model's step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def environment() -> dict[str, Any]:

@@ -149,6 +149,7 @@ def save_checkpoint(training: Training, step: int, cursor: dict[str, int]) -> No
         "tokens": training.timeline.tokens_before(step),
         "cursor": cursor,
         "fingerprints": training.loader.fingerprints,
+        "order": training.loader.order,
     }
     root, keep = training.folder / "checkpoints", training.config.checkpoint.keep
     size = save(root, step, training.engine, training.mesh, facts=facts, keep=keep)
@@ -189,6 +190,12 @@ def check_continues(config: RunConfig, snapshot: Snapshot, loader: Loader) -> No
     """Raises UserError unless the snapshot is of this model and these corpora."""
     check_same_model(config, snapshot, f"checkpoint {snapshot.folder}")
     check_resume(snapshot.manifest["fingerprints"], loader.fingerprints)
+    for field, saved in snapshot.manifest["order"].items():
+        if loader.order[field] != saved:
+            raise UserError(
+                f"{field}: {loader.order[field]} but the run was saved with {saved}; it fixes the order of the data; "
+                "restore the value or choose another run.name"
+            )
 
 
 def check_same_model(config: RunConfig, snapshot: Snapshot, where: str) -> None:

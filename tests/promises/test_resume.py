@@ -41,7 +41,7 @@ def reload_and_save(config: RunConfig, source: Path, target: Path) -> float:
     with started(config.parallel.tp_size) as mesh:
         snapshot = opened(source)
         engine = build_engine(config, mesh, snapshot)
-        facts = {name: snapshot.manifest[name] for name in ("model", "mup", "cursor", "fingerprints")}
+        facts = {name: snapshot.manifest[name] for name in ("model", "mup", "cursor", "fingerprints", "order")}
         save(target, snapshot.step, engine, mesh, facts=facts, keep=0)
         return max(group["weight_decay"] for group in engine._optimizer.param_groups)
 

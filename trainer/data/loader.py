@@ -13,19 +13,18 @@ import threading
 from collections.abc import Generator, Iterator
 from queue import Full, Queue
 
-import numpy as np
-
 from trainer import config
 from trainer.config import UserError
 from trainer.data import manifest, mixture
-from trainer.data.rows import Batch, Place, batch, cut, places
+from trainer.data.order import Order
+from trainer.data.rows import Batch, Block, Place, Source, batch, cut, places
 from trainer.data.stream import Stream
 from trainer.timeline import Timeline
 
 __all__ = ["Batch", "Loader"]
 
-Block = tuple[np.ndarray, dict[str, int]]
-"""A rank's rows of one step as `rows.cut` gives them, and the cursor after the step."""
+Cut = tuple[Block, dict[str, int]]
+"""A rank's rows of one step as they come from `rows.cut`, and the cursor after the step."""
 
 POLL_SECONDS = 0.1
 """How soon a thread that waits for room in the queue notices that nobody reads any more."""
@@ -62,12 +61,15 @@ class Loader:
         }
         """Hash of each source's manifest: what a resume must match, see `manifest.check_resume`."""
         self._eos_id = next(iter(self._manifests.values())).eos_id if self._manifests else -1
+        self.order: dict[str, int] = {
+            "run.seed": seed, "data.block_tokens": data.block_tokens, "data.window_tokens": data.window_tokens,
+        }  # fmt: skip
+        """What besides the corpora fixes which token comes when: for the life of a run."""
         self._train, self._held_out = {}, {}
         for source, corpus in self._manifests.items():
-            folder = data.sources[source]
-            self._train[source] = Stream(folder, corpus, corpus.train, name=source, seed=seed)
+            self._train[source] = self._source(source, corpus, corpus.train, seed)
             if corpus.validation.tokens:
-                self._held_out[source] = Stream(folder, corpus, corpus.validation, name=source, seed=None)
+                self._held_out[source] = self._source(source, corpus, corpus.validation, None)
 
     def batches(self, step: int, cursor: dict[str, int] | None) -> Iterator[Batch]:
         """This rank's batches of global steps `step`, `step` + 1, ... to the end of the schedule.
@@ -106,12 +108,18 @@ class Loader:
                 )
         return self._validation(rows[self._dp_rank :: self._dp_size], phase)
 
+    def _source(self, name: str, corpus: manifest.Manifest, split: manifest.Split, seed: int | None) -> Source:
+        order = Order(
+            split.tokens, block_tokens=self._data.block_tokens, window_tokens=self._data.window_tokens, name=name, seed=seed
+        )
+        return Source(Stream(self._data.sources[name], corpus, split, name=name, seed=seed), order)
+
     def _validation(self, rows: list[Place], phase: config.Phase) -> Iterator[Batch]:
         for first in range(0, len(rows), phase.micro_rows):
             block = cut(self._held_out, rows[first : first + phase.micro_rows], phase.seq_len)
             yield batch(block, self._eos_id, {})
 
-    def _blocks(self, step: int, cursor: dict[str, int]) -> Generator[Block, None, None]:
+    def _blocks(self, step: int, cursor: dict[str, int]) -> Generator[Cut, None, None]:
         timeline = Timeline(self._schedule)
         for now in range(step, timeline.total_steps):
             span = timeline.phase_at(now)
@@ -127,12 +135,12 @@ class Loader:
             yield cut(self._train, mine, phase.seq_len), cursor
 
 
-def _ahead(items: Generator[Block, None, None], depth: int) -> Generator[Block, None, None]:
+def _ahead(items: Generator[Cut, None, None], depth: int) -> Generator[Cut, None, None]:
     """The same items, read up to `depth` ahead in a thread that ends with this; its errors come out here."""
-    queue: Queue[Block | BaseException | None] = Queue(maxsize=depth)
+    queue: Queue[Cut | BaseException | None] = Queue(maxsize=depth)
     closed = threading.Event()
 
-    def put(entry: Block | BaseException | None) -> bool:
+    def put(entry: Cut | BaseException | None) -> bool:
         while not closed.is_set():
             try:
                 queue.put(entry, timeout=POLL_SECONDS)
