@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def _prepare(
     console: Console,
 ) -> Manifest:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console) as progress, _alone_on_screen(progress):
         corpus, total = Corpus(), sum(file.bytes for file in files)
 
         def texts(description: str) -> Iterator[Document]:
@@ -135,6 +136,16 @@ def _prepare(
                 f"--input: {', '.join(args.input)} holds no text; every document is empty; name another path"
             )
         return _write(args, corpus, using, text, settings, progress)
+
+
+@contextmanager
+def _alone_on_screen(progress: Progress) -> Iterator[None]:
+    """A mistake met inside is the only thing left to read: the bars go."""
+    try:
+        yield
+    except UserError:
+        progress.live.transient = True
+        raise
 
 
 def _documents(

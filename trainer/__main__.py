@@ -2,11 +2,13 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from trainer.config import UserError, check_world, load
 from trainer.runtime import quiet_libraries
@@ -25,6 +27,13 @@ VERBS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command in one line, where argparse would print the usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; returns the exit code: 0 done, 2 the user's mistake, 85 saved on a signal."""
     argv = sys.argv[1:] if argv is None else argv
@@ -34,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return parse(argv)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")):
-            # Rank 0 says the same, unless only this rank met it: then nobody has stopped us by now.
+        if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
+            # Rank 0 says the same, and the launcher then ends us; unless only this rank met it.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         print(f"tandem: {error}", file=sys.stderr, flush=True)
         return USER_ERROR_EXIT_CODE
@@ -43,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> int:
     """The verb's module gives its arguments and runs them."""
-    top = argparse.ArgumentParser(prog="tandem", description="Distributed pretraining of BTLM and Stable LM 2.")
+    top = Parser(prog="tandem", description="Distributed pretraining of BTLM and Stable LM 2.")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     chosen = next((argument for argument in argv if not argument.startswith("-")), None)
     for name, (module, says) in VERBS.items():

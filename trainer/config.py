@@ -205,7 +205,7 @@ class Parallel:
     tp_size: int
     """Ranks that share one replica of the model; data-parallel size is the number of ranks / tp_size."""
     zero_stage: Literal[0, 1]
-    """1: optimizer state is divided over data-parallel ranks. 0: every rank holds all of it."""
+    """1: optimizer state is divided over data-parallel ranks. 0: every rank holds all of it; fp32 only."""
     recompute: Literal["none", "selective", "full"]
     """Activations computed again in backward: none, the attention and feed-forward products, or whole layers."""
     bucket_elements: int = 500_000_000
@@ -369,6 +369,12 @@ def check(config: RunConfig) -> None:
     _positive(config.data, "data", "window_tokens")
     _positive(config.parallel, "parallel", "tp_size", "bucket_elements")
     _positive(config.log, "log", "every_steps")
+    if config.parallel.zero_stage == 0 and config.run.precision == "bf16":
+        # Gradients of a second micro-batch would be added in bf16: DeepSpeed's fp32 accumulation is part of its ZeRO stages.
+        raise UserError(
+            "parallel.zero_stage: 0 with run.precision bf16; gradients are accumulated in fp32, which DeepSpeed does from stage "
+            "1 on; set zero_stage to 1 or precision to fp32"
+        )
     if "/" in config.run.name or not config.run.name:
         raise UserError(f"run.name: {config.run.name!r}; is the name of one folder; leave out slashes")
     if config.run.stop_step is not None and config.run.stop_step < 1:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from trainer import models
 from trainer.checkpoint.read import load_weights
-from trainer.checkpoint.source import source
+from trainer.checkpoint.source import Source, source
 from trainer.config import Data, LearningRate, Phase, Schedule, UserError
+from trainer.data import manifest
 from trainer.data.loader import Batch, Loader
 from trainer.parallel.mesh import Mesh, started, sum_over_ranks
 
@@ -52,6 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     length = arguments.length or origin.max_seq_len
     if not length:
         raise UserError(f"--length: missing; {arguments.source} does not say how long its rows were; give --length TOKENS")
+    check_data(arguments.data, origin, length, arguments.rows)
     bins = min(arguments.bins, length)
     with started(tp_size=1) as mesh, torch.no_grad():
         model = model_from(arguments.source, mesh)
@@ -61,9 +63,26 @@ def run(arguments: argparse.Namespace) -> None:
         by_position /= arguments.rows
     parts = [float(part.mean()) for part in by_position.tensor_split(bins)]
     loss = float(by_position.mean())
-    report = {"loss": loss, "perplexity": math.exp(loss), "tokens": length * arguments.rows, "length": length,
-              "loss_by_position": parts}  # fmt: skip
+    report = {"loss": loss, "perplexity": math.exp(loss), "unigram_entropy": manifest.load(arguments.data).unigram_entropy_nats,
+              "tokens": length * arguments.rows, "length": length, "loss_by_position": parts}  # fmt: skip
     print(json.dumps(report) if arguments.json else _table(report))
+
+
+def check_data(data: Path, origin: Source, length: int, rows: int) -> None:
+    """Raises UserError unless the corpus was made with the weights' tokenizer and has so many held-out rows."""
+    corpus = manifest.load(data)
+    if corpus.vocab > origin.model.vocab:
+        raise UserError(
+            f"--data: {data} was prepared with a tokenizer of {corpus.vocab} ids; the weights know {origin.model.vocab}; "
+            "prepare it with the tokenizer of the weights"
+        )
+    if origin.tokenizer:
+        manifest.check_tokenizer(origin.tokenizer, corpus, f"--data {data}: the weights' tokenizer")
+    if rows < 1 or length < 1 or rows * length > corpus.validation.tokens:
+        raise UserError(
+            f"--rows: {rows} of --length {length} tokens; {data} has {corpus.validation.tokens} held-out tokens; choose "
+            "positive numbers whose product is at most that"
+        )
 
 
 def model_from(path: Path, mesh: Mesh, dtype: torch.dtype | None = None) -> models.Decoder:
@@ -90,5 +109,6 @@ def _table(report: dict[str, float | list[float]]) -> str:
     assert isinstance(parts, list)
     edges = [round(index * length / len(parts)) for index in range(len(parts) + 1)]
     rows = [f"{first:>8}-{last - 1:<8} {loss:8.4f}" for first, last, loss in zip(edges, edges[1:], parts, strict=False)]
-    head = f"loss {report['loss']:.4f} nats, perplexity {report['perplexity']:.2f}, {report['tokens']} tokens"
+    head = (f"loss {report['loss']:.4f} nats, perplexity {report['perplexity']:.2f}, {report['tokens']} tokens "
+            f"(unigram entropy of the corpus: {report['unigram_entropy']:.4f} nats)")  # fmt: skip
     return "\n".join([head, "positions            loss", *rows])

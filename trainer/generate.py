@@ -35,6 +35,12 @@ def run(arguments: argparse.Namespace) -> None:
     if file is None or not file.is_file():
         raise UserError(f"--tokenizer: {file}; text needs the tokenizer the corpus was prepared with; give its tokenizer.json")
     tokenizer = Tokenizer.from_file(str(file))
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= origin.model.vocab:
+        raise UserError(
+            f"--tokenizer: {file} has id {largest}; the weights know {origin.model.vocab} ids; name the tokenizer they were "
+            "trained with"
+        )
     prompt = tokenizer.encode(arguments.prompt, add_special_tokens=False).ids
     if not prompt:
         raise UserError("--prompt: is empty; generation continues at least one token; give some text")

@@ -4,6 +4,8 @@ Nothing here knows what is being trained. The one idea: a signal only sets a fla
 on all ranks alike, what to do about it.
 """
 
+import ctypes
+import fcntl
 import json
 import logging
 import os
@@ -13,16 +15,24 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
+
+from trainer.config import UserError
 
 REQUEUE_EXIT_CODE = 85
 """The run saved on a signal and wants to be started again with the same command."""
 
 SAME_SIGNAL_SECONDS = 5.0
 """Signals that follow one another this closely count as one."""
+
+HELD_SECONDS = 20.0
+PR_SET_PDEATHSIG = 1
+"""Source: linux/prctl.h."""
 
 REPORTED_PACKAGES = (
     "torch", "deepspeed", "megatron-core", "triton", "webdataset", "omegaconf", "wandb", "transformers", "tokenizers",
@@ -120,6 +130,50 @@ def open_run_folder(folder: Path, config_yaml: str) -> None:
         log.warning("the config differs from the last start's, which is kept as config.before-%d.yaml", number)
     write_whole(config_file, config_yaml)
     write_whole(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+
+
+@contextmanager
+def held(folder: Path, rank: int) -> Iterator[None]:
+    """Within the block rank 0 alone, of all processes of this machine and file system, trains in the run folder.
+
+    Waits some seconds first, for ranks that are still on their way out.
+    Raises: UserError on rank 0 when another run keeps the folder.
+    """
+    if rank:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.root: {folder} cannot be made ({error.strerror}); name a folder you can write to") from None
+    with open(folder / ".held", "a+") as file:
+        deadline = time.monotonic() + HELD_SECONDS
+        while not _locked(file):
+            file.seek(0)
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{folder}: {file.read() or 'another process'} is training there; a run folder has one run at a time; "
+                    "stop that one or change run.name"
+                )
+            time.sleep(0.5)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def _locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def stop_with_launcher() -> None:
+    """Where a launcher started this rank, its death is a SIGTERM to the rank: no rank trains on without it."""
+    if "RANK" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class StopSignal:

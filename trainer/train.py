@@ -54,6 +54,7 @@ def run(config: RunConfig) -> int:
     """
     check_world(config, launched_world_size())
     stop_signal = runtime.StopSignal()
+    runtime.stop_with_launcher()
     with started(config.parallel.tp_size) as mesh:
         runtime.start_logging(mesh.rank)
         if config.debug.deterministic:
@@ -63,20 +64,30 @@ def run(config: RunConfig) -> int:
             config.data, config.schedule, seed=config.run.seed, vocab=config.model.vocab,
             dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,
         )  # fmt: skip
-        snapshot = newest(folder / "checkpoints", mesh)
-        if snapshot:
-            check_continues(config, snapshot, loader)
-        if mesh.rank == 0:
-            runtime.open_run_folder(folder, dump(config))
-        engine = build_engine(config, mesh, snapshot)
-        step = snapshot.step if snapshot else 0
-        sinks = open_sinks(folder, config, rank=mesh.rank, resumed_step=step)
-        peak_flops = config.hardware.peak_flops if config.hardware else runtime.measured_peak_flops(mesh.device)
-        training = Training(config, folder, mesh, Timeline(config.schedule), loader, engine, sinks, peak_flops)
-        try:
-            return loop(training, step, snapshot.manifest["cursor"] if snapshot else None, stop_signal)
-        finally:
-            sinks.close()
+        initial = imported(config)
+        check_held_out(config, loader)
+        with runtime.held(folder, mesh.rank):
+            return run_in(folder, config, mesh, loader, initial, stop_signal)
+
+
+def run_in(
+    folder: Path, config: RunConfig, mesh: Mesh, loader: Loader, initial: Snapshot | None, stop_signal: runtime.StopSignal
+) -> int:
+    """`run`, once the folder is ours."""
+    snapshot = newest(folder / "checkpoints", mesh)
+    if snapshot:
+        check_continues(config, snapshot, loader)
+    if mesh.rank == 0:
+        runtime.open_run_folder(folder, dump(config))
+    engine = build_engine(config, mesh, snapshot, initial)
+    step = snapshot.step if snapshot else 0
+    sinks = open_sinks(folder, config, rank=mesh.rank, resumed_step=step)
+    peak_flops = config.hardware.peak_flops if config.hardware else runtime.measured_peak_flops(mesh.device)
+    training = Training(config, folder, mesh, Timeline(config.schedule), loader, engine, sinks, peak_flops)
+    try:
+        return loop(training, step, snapshot.manifest["cursor"] if snapshot else None, stop_signal)
+    finally:
+        sinks.close()
 
 
 def loop(training: Training, step: int, cursor: dict[str, int] | None, stop_signal: runtime.StopSignal) -> int:
@@ -156,16 +167,16 @@ def save_checkpoint(training: Training, step: int, cursor: dict[str, int]) -> No
     training.sinks.checkpoint(step, time.perf_counter() - began, size)
 
 
-def build_engine(config: RunConfig, mesh: Mesh, snapshot: Snapshot | None) -> Engine:
-    """Model and optimizer with the snapshot's state, or imported weights, or initial values."""
+def build_engine(config: RunConfig, mesh: Mesh, snapshot: Snapshot | None, initial: Snapshot | None = None) -> Engine:
+    """Model and optimizer with the snapshot's state, or the initial snapshot's weights, or initial values."""
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     table = rules(config.model, config.mup)
     with mesh.device:
         model = models.build(config.model, config.mup, mesh, dtype=dtype, recompute=config.parallel.recompute)
     if snapshot:
         load_weights(model, snapshot.weight, mesh)
-    elif config.run.initial_weights:
-        load_weights(model, imported(config).weight, mesh)
+    elif initial:
+        load_weights(model, initial.weight, mesh)
     else:
         fill(model, table, seed=config.run.seed, truncation_sigmas=config.model.init_truncation_sigmas, mesh=mesh)
     optimizer = optim.adamw(optim.groups(model, table, config.optim), config.optim, mesh.device)
@@ -176,12 +187,14 @@ def build_engine(config: RunConfig, mesh: Mesh, snapshot: Snapshot | None) -> En
     return engine
 
 
-def imported(config: RunConfig) -> Snapshot:
-    """The snapshot that `run.initial_weights` names.
+def imported(config: RunConfig) -> Snapshot | None:
+    """The snapshot that `run.initial_weights` names, if it names one.
 
     Raises: UserError when it is not of the config's model.
     """
-    snapshot = opened(Path(str(config.run.initial_weights)))
+    if config.run.initial_weights is None:
+        return None
+    snapshot = opened(Path(config.run.initial_weights))
     check_same_model(config, snapshot, f"run.initial_weights {snapshot.folder}")
     return snapshot
 
@@ -196,6 +209,12 @@ def check_continues(config: RunConfig, snapshot: Snapshot, loader: Loader) -> No
                 f"{field}: {loader.order[field]} but the run was saved with {saved}; it fixes the order of the data; "
                 "restore the value or choose another run.name"
             )
+
+
+def check_held_out(config: RunConfig, loader: Loader) -> None:
+    """Raises UserError when validation would need more held-out tokens than there are: now, not after hours of steps."""
+    for phase in config.schedule.phases if config.evaluate.every_steps else []:
+        loader.validation(phase, config.evaluate.tokens)
 
 
 def check_same_model(config: RunConfig, snapshot: Snapshot, where: str) -> None:

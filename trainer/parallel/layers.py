@@ -9,12 +9,12 @@ gradient norms become wrong, so it is set here, in one place.
 import torch
 from jaxtyping import Float, Int64
 from megatron.core import ModelParallelConfig
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
-    gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from torch import Tensor, nn
@@ -121,8 +121,12 @@ def from_rows(partial: Tensor) -> Tensor:
 
 
 def gathered(logits: Float[Tensor, "*batch vocab_local"]) -> Float[Tensor, "*batch vocab_padded"]:
-    """All ranks' columns side by side."""
-    return gather_from_tensor_model_parallel_region(logits)
+    """All ranks' columns side by side; carries no gradient."""
+    # Not megatron-core 0.16.1's own: it allocates the result on the GPU even where the logits, and all else, are on the CPU.
+    group = get_tensor_model_parallel_group()
+    parts = [torch.empty_like(logits) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, logits.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
 
 
 def _megatron(mesh: Mesh, dtype: torch.dtype) -> ModelParallelConfig:

@@ -1,0 +1,250 @@
+"""A mistake of the user ends in exit code 2 and one line that names field or file, value, rule and remedy; nothing is
+begun, nothing half-written.
+"""
+
+import argparse
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_prep import prepare
+from tests.promises.conftest import MODULES, clean_environment, tandem, two_phases
+from trainer.__main__ import main
+from trainer.config import Data, RunConfig, UserError, section_from
+from trainer.data.loader import Loader
+
+STDLIB = Path(argparse.__file__).parent
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the mistakes are made with: `root` holds it all, so that a look at `root` shows what one left behind."""
+
+    root: Path
+    config: Path
+    """A run of 12 steps that has stopped after 2 of them in `run`."""
+    run: Path
+    corpus: Path
+    other: Path
+    """A corpus of another tokenizer, with more ids."""
+    later: Path
+    """A corpus of the same tokenizer and other text."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, corpus) -> Place:
+    root = tmp_path_factory.mktemp("mistakes")
+    config = root / "config.yaml"
+    config.write_text(yaml.safe_dump(two_phases("btlm", corpus, root / "runs")))
+    prepared(root / "other", "--vocab", 600)
+    prepared(root / "later", "--tokenizer", corpus / "tokenizer.json")
+    for name in ("lost", "flipped"):
+        shutil.copytree(corpus, root / name)
+    (root / "lost" / "train-000001.tar").unlink()
+    for shard in (root / "flipped").glob("train-*.tar"):
+        flip_a_byte(shard)
+    for name in ("empty", "foreign", "untexted"):
+        (root / name).mkdir()
+    (root / "foreign" / "thesis.doc").write_text("years")
+    (root / "untexted" / "empty.txt").write_text("")
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    done = tandem("train", config, "run.stop_step=2")
+    assert done.returncode == 0, done.stderr
+    yield Place(root, config, root / "runs" / "tiny", corpus, root / "other", root / "later")
+    for number, handler in before.items():  # this process keeps no run's answer to signals
+        signal.signal(number, handler)
+
+
+def prepared(output: Path, *settings: object) -> None:
+    parser = argparse.ArgumentParser()
+    prepare.add_arguments(parser)
+    inputs = [STDLIB / f"{module}.py" for module in MODULES[:4]]
+    common = ["--output", output, "--held-out", 0.3, "--workers", 1, "--sample-tokens", 512]
+    prepare.run(parser.parse_args(list(map(str, ["--input", *inputs, *common, *settings]))))
+
+
+def flip_a_byte(shard: Path) -> None:
+    data = bytearray(shard.read_bytes())
+    data[600] ^= 1
+    shard.write_bytes(data)
+
+
+def contents(root: Path) -> dict[Path, bytes]:
+    """Every file below `root`, folders too; not the note of who held a run folder last."""
+    files = {path: path.read_bytes() if path.is_file() else b"" for path in root.rglob("*")}
+    return {path: data for path, data in files.items() if path.name != ".held"}
+
+
+def is_one_line(stderr: str, *parts: str) -> None:
+    lines = stderr.splitlines()
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("tandem: "), stderr
+    assert [part for part in parts if part not in lines[0]] == [], stderr
+
+
+ANEW = "run.name=anew"
+MISTAKES: dict[str, tuple[str, list[str]]] = {
+    # name: (command, what the line must say); {corpus} and its like are places
+    "no config": ("train {root}/none.yaml", ["none.yaml: no such config file", "configs/demo-btlm.yaml"]),
+    "no verb of ours": ("trian {config}", ["'trian'", "train", "--help"]),
+    "no argument": ("train", ["train", "config", "--help"]),
+    "unknown key": ("train {config} optim.clip_nrom=1.0", ["optim.clip_nrom: 1.0", "did you mean clip_norm?"]),
+    "wrong type": ("train {config} model.depth=two", ["model.depth: 'two'", "must be int"]),
+    "bf16 without ZeRO": (
+        "train {config} parallel.zero_stage=0 run.precision=bf16",
+        ["parallel.zero_stage: 0", "run.precision bf16", "fp32", "set zero_stage to 1"],
+    ),
+    "ranks": (
+        "train {config} parallel.tp_size=2 --ranks 3",
+        ["parallel.tp_size: 2 does not divide the 3 ranks", "change tp_size"],
+    ),
+    "rows": ("train {config} --ranks 8", ["schedule.phases[0].rows: 8", "data-parallel size 8", "micro_rows"]),
+    "no corpus": ("train {config} data.sources.corpus={root}/none", ["none/manifest.json", "tandem prepare"]),
+    "shard lost": ("train {config} data.sources.corpus={root}/lost", ["lost/train-000001.tar: shard is missing", "restore it"]),
+    "other tokenizer": (
+        "train {config} data.tokenizer={other}/tokenizer.json",
+        ["data.tokenizer: ", "other/tokenizer.json has sha256", "in the corpus folder"],
+    ),
+    "small vocab": ("train {config} model.vocab=400", ["model.vocab: 400", "has 500 ids", "set it to at least that"]),
+    "held-out too small": (
+        "train {config} evaluate.every_steps=5 evaluate.tokens=1280000",
+        ["evaluate.tokens: 1280000", "held-out tokens of", "lower it", "--held-out"],
+    ),
+    "weights of another model": (
+        "train {config} model.width=32 run.initial_weights={run}",
+        ["model.width: 32", "has 64", "run.initial_weights"],
+    ),
+    "weights that are none": ("train {config} run.initial_weights={root}/empty", ["empty: no committed checkpoint"]),
+    "root is a file": ("train {config} run.root={config}", ["run.root: ", "config.yaml", "cannot be made"]),
+    "evaluate another tokenizer": (
+        "evaluate {run} --data {other}", ["--data: ", "600 ids", "the weights know 500", "tokenizer of the weights"],
+    ),
+    "evaluate too many rows": ("evaluate {run} --data {corpus} --rows 9000", ["--rows: 9000", "held-out tokens", "at most"]),
+    "evaluate nothing": ("evaluate {root}/none --data {corpus}", ["none: no such folder", "name a run folder"]),
+    "empty prompt": ("generate {run} --prompt ''", ["--prompt: is empty", "give some text"]),
+    "generate with another tokenizer": (
+        "generate {run} --prompt x --tokenizer {other}/tokenizer.json", ["--tokenizer: ", "has id 599", "know 500 ids"],
+    ),
+    "export over foreign files": ("export-hf {run} {root}/foreign", ["foreign: holds files", "name a new folder"]),
+    "export nothing": ("export-hf {root}/empty {root}/out", ["empty: no committed checkpoint"]),
+    "import over files": ("import-hf {root}/foreign {run}", ["tiny: is not empty", "choose another"]),
+    "import nothing": ("import-hf {root}/foreign {root}/out", ["foreign: no committed checkpoint"]),
+    "report on nothing": ("report {root}/empty", ["empty: has no metrics.jsonl", "has started"]),
+    "verify a flipped byte": ("verify {root}/flipped", ["flipped/train-0000", "sha256", "damaged", "restore it"]),
+    "no EOS": (
+        "prepare --input {config} --output {root}/out --tokenizer {corpus}/tokenizer.json --eos <eos>",
+        ["tokenizer.json: has no token '<eos>'", "--eos"],
+    ),
+    "empty corpus": (
+        "prepare --input {root}/untexted --output {root}/out --vocab 300 --workers 1",
+        ["--input: ", "untexted holds no text", "name another path"],
+    ),
+    "resume with another corpus": (
+        "train {config} data.sources.corpus={later}",
+        ["data.sources.corpus: fingerprint", "saved with corpus", "start a new run"],
+    ),
+    "resume with another width": ("train {config} model.width=32", ["model.width: 32", "has 64", "choose another run.name"]),
+    "resume with another seed": ("train {config} run.seed=2", ["run.seed: 2", "saved with 1", "order of the data", "restore"]),
+    "resume with other blocks": ("train {config} data.block_tokens=64", ["data.block_tokens: 64", "8192", "order of the data"]),
+}  # fmt: skip
+
+
+def command_of(name: str, place: Place) -> list[str]:
+    """The words of a command. Training is of a run that does not exist yet, unless the mistake is about one that does."""
+    text, _ = MISTAKES[name]
+    words = [word.format(**vars(place)) for word in shlex.split(text)]
+    return [*words, ANEW] if text.startswith("train {config}") and not name.startswith("resume") else words
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(name, place, capfd):
+    """In this process, since each command would spend seconds on imports; some run as commands below."""
+    before = contents(place.root)
+    assert main(command_of(name, place)) == 2
+    is_one_line(capfd.readouterr().err, *MISTAKES[name][1])
+    assert contents(place.root) == before
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["unknown key", "shard lost", "empty prompt", "resume with another width"])
+def test_the_command_itself_says_the_same(name, place):
+    before = contents(place.root)
+    done = tandem(*command_of(name, place))
+    assert done.returncode == 2
+    is_one_line(done.stderr, *MISTAKES[name][1])
+    assert contents(place.root) == before
+
+
+def test_a_launch_of_ranks_that_do_not_divide_is_refused(place, capfd, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main(["train", str(place.config), "parallel.tp_size=2", ANEW]) == 2
+    is_one_line(capfd.readouterr().err, "parallel.tp_size: 2 does not divide the 3 ranks")
+    assert not (place.root / "runs" / "anew").exists()
+
+
+def test_a_shard_damaged_since_is_named_by_the_run_that_reads_it(place, capfd, tmp_path):
+    code = main(["train", str(place.config), f"data.sources.corpus={place.root}/flipped", f"run.root={tmp_path}"])
+    assert code == 2
+    captured = capfd.readouterr().err
+    assert "Traceback" not in captured
+    last = captured.splitlines()[-1]
+    assert last.startswith("tandem: ")
+    assert "flipped/train-0000" in last
+    assert "the shard is damaged; restore it" in last
+    assert not list(tmp_path.rglob("COMMITTED")), "nothing was trained, nothing is saved"
+
+
+@pytest.mark.dist
+def test_a_mistake_that_both_ranks_meet_is_said_once(place):
+    done = torchrun(place.config, f"data.sources.corpus={place.root}/lost", ANEW)
+    assert done.stderr.count("tandem: ") == 1, done.stderr
+    assert "Traceback" not in done.stderr.split("torch.distributed.elastic")[0]
+    assert not (place.root / "runs" / "anew").exists()
+
+
+@pytest.mark.dist
+def test_a_mistake_that_only_the_second_rank_meets_is_printed_and_ends_the_launch(place, tmp_path):
+    """A shard is damaged that in the first step only data-parallel rank 1 reads."""
+    fields = ["data.block_tokens=32", "data.prefetch_steps=0", f"run.root={tmp_path / 'runs'}"]
+    shards = sorted(path.name for path in place.corpus.glob("train-*.tar"))
+    broken = next(folder for folder in (copy_with_flipped(place.corpus, tmp_path / shard, shard) for shard in shards)
+                  if [reads_first_step(folder, rank) for rank in (0, 1)] == [True, False])  # fmt: skip
+    done = torchrun(place.config, f"data.sources.corpus={broken}", *fields)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("tandem: ")]
+    assert len(said) == 1, done.stderr
+    assert f"{broken.name}: sha256" in said[0]
+    assert not list(tmp_path.rglob("COMMITTED"))
+
+
+def torchrun(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Two data-parallel ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "trainer"]
+    return subprocess.run([*command, "train", str(config), *overrides], capture_output=True, text=True, timeout=100,
+                          env=clean_environment(), check=False)  # fmt: skip
+
+
+def copy_with_flipped(corpus: Path, target: Path, shard: str) -> Path:
+    shutil.copytree(corpus, target)
+    flip_a_byte(target / shard)
+    return target
+
+
+def reads_first_step(corpus: Path, dp_rank: int) -> bool:
+    """Whether data-parallel rank `dp_rank` of 2 gets its rows of the first step out of the corpus."""
+    config: RunConfig = section_from(RunConfig, two_phases("btlm", corpus, corpus), "")
+    data = Data({"corpus": str(corpus)}, block_tokens=32, prefetch_steps=0)
+    loader = Loader(data, config.schedule, seed=config.run.seed, vocab=config.model.vocab, dp_rank=dp_rank, dp_size=2)
+    try:
+        next(loader.batches(0, None))
+    except UserError:
+        return False
+    return True

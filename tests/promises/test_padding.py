@@ -1,0 +1,177 @@
+"""Padding is invisible: sizes that divide by nothing are trained, saved and exported as they are.
+
+Initial values are the same bits with and without padding. Trained ones cannot be: padding moves the border
+between the ranks' shares and the blocks of a matrix product, so sums are grouped differently and agree to
+the rounding of fp32 only. Bitwise throughout: that padding is zero, and that a checkpoint fits both layouts.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tests import ranks, tiny
+from tests.reference.variants import reference
+from trainer import costs
+from trainer.checkpoint.read import opened
+from trainer.checkpoint.write import model_facts, save
+from trainer.config import RunConfig
+from trainer.engine import Engine
+from trainer.hf import convert
+from trainer.parallel.mesh import Mesh, gather_to_all, started
+from trainer.parallel.shards import Shard, joined, local_part
+from trainer.train import build_engine
+
+STEPS = 5
+VARIANTS = ("btlm", "stablelm")
+EPSILON = 1e-2
+"""Above the size of the gradients, so that AdamW does not divide rounding noise by rounding noise."""
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+pytestmark = pytest.mark.dist
+
+
+def config(variant: str) -> RunConfig:
+    """170 and 176 in the feed-forward network, 500 in the vocabulary; 256 and 512 with padding."""
+    return tiny.config(variant, parallel={"tp_size": 2}, optim={"epsilon": EPSILON})
+
+
+def train_all(folder: Path) -> dict[str, dict]:
+    """Every variant as it is, and without padding; a checkpoint of each padded one below `folder`."""
+    found = {}
+    with started(2) as mesh:
+        for variant in VARIANTS:
+            found[variant] = train(config(variant), mesh, folder / variant)
+            with patch.object(costs, "PADDING_MULTIPLE", 1):
+                found[f"{variant}/unpadded"] = train(config(variant), mesh, None)
+                found[f"{variant}/reloaded"] = reload(config(variant), mesh, folder / variant)
+    return found
+
+
+def train(config: RunConfig, mesh: Mesh, checkpoints: Path | None) -> dict:
+    """True tensors before and after the steps, and the largest padding among weights and optimizer state."""
+    engine = build_engine(config, mesh, None)
+    initial = gathered(engine)
+    norms = []
+    for step in range(STEPS):
+        engine.accumulate(engine(*tiny.rows(step)).mean(), last=True)
+        norms.append(engine.update(lr=1e-2))
+    if checkpoints:
+        facts = {**model_facts(config.model, config.mup), "tokens": 0, "cursor": {}, "fingerprints": {}}
+        save(checkpoints, STEPS, engine, mesh, facts=facts, keep=0)
+    shapes = {name: tuple(parameter.shape) for name, parameter in engine.model.named_parameters()}
+    return {"initial": initial, "trained": gathered(engine), "padding": padding(engine, mesh), "norms": norms,
+            "shapes": shapes}  # fmt: skip
+
+
+def reload(config: RunConfig, mesh: Mesh, checkpoints: Path) -> dict:
+    engine = build_engine(config, mesh, opened(checkpoints))
+    return {"trained": gathered(engine)}
+
+
+def local_tensors(engine: Engine) -> dict[str, tuple[Shard, Tensor]]:
+    """Weights, masters and moments of this rank, each as its parameter's flat box (dp_size is 1)."""
+    parameters = dict(engine.model.named_parameters())
+    found = {name: (p.shard, p.detach().reshape(-1).clone()) for name, p in parameters.items()}
+    for fragment in engine.fragments():
+        for kind, tensor in {"master": fragment.master, **fragment.moments}.items():
+            assert tensor.numel() == parameters[fragment.name].numel()
+            found[f"{kind} of {fragment.name}"] = parameters[fragment.name].shard, tensor.clone()
+    return found
+
+
+def gathered(engine: Engine) -> dict[str, Tensor]:
+    return {name: joined(shard, gather_to_all(flat)) for name, (shard, flat) in local_tensors(engine).items()}
+
+
+def padding(engine: Engine, mesh: Mesh) -> dict[str, tuple[int, float]]:
+    """How many elements of each tensor are padding on this rank, and the largest of them."""
+    found = {}
+    for name, (shard, flat) in local_tensors(engine).items():
+        true = local_part(shard, torch.ones(shard.shape), mesh.tp_rank, mesh.tp_size).reshape(-1).bool()
+        outside = flat[~true]
+        found[name] = outside.numel(), float(outside.abs().max()) if outside.numel() else 0.0
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("padding")
+
+
+@pytest.fixture(scope="module")
+def trained(folder) -> list[dict]:
+    """`train_all` by rank."""
+    return ranks.run(train_all, 2, folder, folder, timeout_seconds=120)
+
+
+@every_variant
+def test_padding_stays_zero_in_weights_and_moments(trained, variant):
+    second = trained[1][variant]["padding"]
+    padded = {name for name, (count, _) in second.items() if count}
+    of_ffn = [f"layers.0.ffn.{name}" for name in ("gate_up.weight", "down.weight")]
+    expected = ["embedding.weight", *of_ffn, *(["head.weight"] if variant == "stablelm" else [])]
+    for name in expected:
+        assert {name, f"master of {name}", f"exp_avg of {name}", f"exp_avg_sq of {name}"} <= padded
+    for rank in trained:
+        assert {largest for _, largest in rank[variant]["padding"].values()} == {0.0}
+
+
+@every_variant
+def test_the_run_beside_it_has_no_padding(trained, variant):
+    """Else the comparisons below would say nothing."""
+    assert all(count == 0 for rank in trained for count, _ in rank[f"{variant}/unpadded"]["padding"].values())
+
+
+@every_variant
+def test_initial_values_are_the_same_bits(trained, variant):
+    with_padding, without = (trained[0][name]["initial"] for name in (variant, f"{variant}/unpadded"))
+    assert with_padding.keys() == without.keys()
+    assert all(torch.equal(with_padding[name], without[name]) for name in without)
+
+
+@every_variant
+def test_training_goes_the_same_way(trained, variant):
+    with_padding, without = trained[0][variant], trained[0][f"{variant}/unpadded"]
+    assert with_padding["norms"] == pytest.approx(without["norms"], rel=1e-6)
+    for name, expected in without["trained"].items():
+        # The second moment is a square: twice the relative error.
+        limit = 2e-6 if name.startswith("exp_avg_sq") else 1e-6
+        error = float((with_padding["trained"][name] - expected).norm() / expected.norm())
+        assert error <= limit, f"{name}: relative error {error:.1e}"
+
+
+@every_variant
+def test_a_checkpoint_holds_true_sizes(trained, folder, variant):
+    """The same tensors come out of it one by one, and in a layout that pads nothing."""
+    snapshot, wanted = opened(folder / variant), trained[0][variant]["trained"]
+    model, _ = snapshot.sections()
+    for name, shape in reference(model).shapes(model).items():
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            tensor = snapshot.tensor(kind, name)
+            assert tuple(tensor.shape) == shape
+            assert torch.equal(tensor, wanted[f"{kind} of {name}"])
+    reloaded = trained[0][f"{variant}/reloaded"]["trained"]
+    assert reloaded.keys() == wanted.keys()
+    assert all(torch.equal(reloaded[name], wanted[name]) for name in wanted)
+
+
+@every_variant
+def test_an_export_holds_true_sizes(trained, folder, variant):
+    snapshot = opened(folder / variant)
+    model, mup = snapshot.sections()
+    out = folder / f"{variant}-export"
+    convert.export(snapshot.weight, model, mup, out, tokenizer=None, max_seq_len=32, dtype=torch.float32)
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == 500
+    with safe_open(out / convert.WEIGHTS, framework="pt") as file:
+        found = {size for name in file.keys() for size in file.get_slice(name).get_shape()}  # noqa: SIM118
+    assert found >= {500, model.ffn_width}
+    assert not found & {256, 512}
+    again, _, read = convert.load(out)
+    assert replace(again, init_truncation_sigmas=model.init_truncation_sigmas) == model
+    assert torch.equal(read("embedding.weight"), trained[0][variant]["trained"]["embedding.weight"])
