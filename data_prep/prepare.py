@@ -145,6 +145,7 @@ def _alone_on_screen(progress: Progress) -> Iterator[None]:
         yield
     except UserError:
         progress.live.transient = True
+        progress.console.quiet = not progress.console.is_terminal  # else it ends with an empty line
         raise
 
 

@@ -31,7 +31,8 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with the command in one line, where argparse would print the usage first."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+        where = self.prog.removeprefix("tandem").strip() or "command"
+        raise UserError(f"{where}: {message}; see {self.prog} --help")
 
 
 def main(argv: list[str] | None = None) -> int:

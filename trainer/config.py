@@ -370,10 +370,10 @@ def check(config: RunConfig) -> None:
     _positive(config.parallel, "parallel", "tp_size", "bucket_elements")
     _positive(config.log, "log", "every_steps")
     if config.parallel.zero_stage == 0 and config.run.precision == "bf16":
-        # Gradients of a second micro-batch would be added in bf16: DeepSpeed's fp32 accumulation is part of its ZeRO stages.
+        # The gradients of a second micro-batch would be added in bf16.
         raise UserError(
-            "parallel.zero_stage: 0 with run.precision bf16; gradients are accumulated in fp32, which DeepSpeed does from stage "
-            "1 on; set zero_stage to 1 or precision to fp32"
+            "parallel.zero_stage: 0 with run.precision bf16; gradients are accumulated in fp32, which DeepSpeed does "
+            "from stage 1 on; set zero_stage to 1 or precision to fp32"
         )
     if "/" in config.run.name or not config.run.name:
         raise UserError(f"run.name: {config.run.name!r}; is the name of one folder; leave out slashes")

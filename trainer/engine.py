@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trainer.config import RunConfig
 from trainer.parallel import mpu
+from trainer.parallel.layers import shard_of
 from trainer.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class Engine:
     def _plain_gradient_norm(self) -> Tensor:
         squares = torch.zeros((), device=self._mesh.device)
         for parameter in self.model.parameters():
-            if parameter.grad is not None and (parameter.tensor_model_parallel or self._mesh.tp_rank == 0):
+            if parameter.grad is not None and (shard_of(parameter).dim is not None or self._mesh.tp_rank == 0):
                 squares += parameter.grad.float().norm() ** 2
         torch.distributed.all_reduce(squares, group=mpu.get_model_parallel_group())
         return squares.sqrt()

@@ -7,13 +7,14 @@ from torch import nn
 
 from trainer.config import Optim
 from trainer.models.mup import Rule
+from trainer.parallel.layers import role_of
 
 
 def groups(model: nn.Module, table: dict[str, Rule], section: Optim) -> list[dict[str, Any]]:
     """AdamW groups with two keys of ours: `name`, for people, and `lr_scale`, the factor on the schedule's learning rate."""
     found: dict[tuple[bool, float], dict[str, Any]] = {}
     for parameter in model.parameters():
-        rule = table[parameter.role]  # type: ignore[index]
+        rule = table[role_of(parameter)]
         key = (rule.decays, rule.lr_scale)
         if key not in found:
             found[key] = {

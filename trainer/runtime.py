@@ -75,7 +75,7 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # The mode also writes to all fresh memory, to expose reads of it; that costs more than a small model's step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def environment() -> dict[str, Any]:
@@ -145,7 +145,8 @@ def held(folder: Path, rank: int) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"run.root: {folder} cannot be made ({error.strerror}); name a folder you can write to") from None
+        reason = error.strerror
+        raise UserError(f"run.root: {folder} cannot be made ({reason}); name a folder you can write to") from None
     with open(folder / ".held", "a+") as file:
         deadline = time.monotonic() + HELD_SECONDS
         while not _locked(file):

@@ -212,7 +212,7 @@ def check_continues(config: RunConfig, snapshot: Snapshot, loader: Loader) -> No
 
 
 def check_held_out(config: RunConfig, loader: Loader) -> None:
-    """Raises UserError when validation would need more held-out tokens than there are: now, not after hours of steps."""
+    """Raises UserError when validation would need more held-out tokens than there are, before a step is made."""
     for phase in config.schedule.phases if config.evaluate.every_steps else []:
         loader.validation(phase, config.evaluate.tokens)
 

@@ -11,19 +11,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests.promises import conftest
+from tests.promises.conftest import clean_environment, steps_of, two_phases
+from trainer.config import load
+from trainer.costs import parameters
+
+LAUNCH = Path(__file__).parents[2] / "launch"
 HOSTS = {"tandem-a": "10.77.0.1", "tandem-b": "10.77.0.2"}
 CABLE = "veth-tandem"
-STEPS = 3
-TIMEOUT_SECONDS = 240
+corpus = conftest.corpus
+STEPS = 4
+TIMEOUT_SECONDS = 150
+FP32_BYTES = 4
 
 
 def missing() -> str | None:
-    if shutil.which("ip") is None:
-        return "ip is not installed (package iproute2)"
+    """What this machine cannot do; a root without `ip` can install it: that is a failure, not a skip."""
     if os.geteuid() != 0:
         return "network namespaces need root"
+    if shutil.which("ip") is None:
+        return None
     tried = subprocess.run(["ip", "netns", "add", "tandem-probe"], capture_output=True, text=True)
     subprocess.run(["ip", "netns", "delete", "tandem-probe"], capture_output=True)
     return None if tried.returncode == 0 else f"no network namespaces here: {tried.stderr.strip()}"
@@ -39,6 +48,7 @@ pytestmark = [
 
 
 def ip(*arguments: str) -> str:
+    assert shutil.which("ip"), "ip is not installed; apt-get install iproute2 (launch/test.sh does that)"
     return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
 
 
@@ -58,31 +68,12 @@ def hosts() -> Iterator[None]:
         yield
 
 
-def environment(**extra: str) -> dict[str, str]:
-    folder = str(Path(sys.executable).parent)
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return {**kept, "PATH": f"{folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **extra}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Part of the standard library as tokens."""
-    folder = tmp_path_factory.mktemp("corpus") / "prepared"
-    prepare = [sys.executable, "-m", "trainer", "prepare", "--workers", "1", "--vocab", "1000"]
-    source = [str(Path(json.__file__).parent), str(Path(contextlib.__file__).parent / "email")]
-    subprocess.run(
-        [*prepare, "--held-out", "0.1", "--input", *source, "--output", str(folder)],
-        cwd=ROOT, env=environment(), check=True, timeout=TIMEOUT_SECONDS,
-    )  # fmt: skip
-    return folder
-
-
-def overrides(corpus: Path, root: Path, tp_size: int) -> list[str]:
-    return [
-        f"data.sources.corpus={corpus}", f"run.root={root}", f"run.stop_step={STEPS}",
-        f"parallel.tp_size={tp_size}",
-        "evaluate.every_steps=0", "checkpoint.every_steps=0", "log.wandb=disabled",
-    ]  # fmt: skip
+@pytest.fixture
+def config(tmp_path: Path, corpus: Path) -> Path:
+    """For two data-parallel ranks: in every step each sends half of its gradients and half of the new weights."""
+    tree = two_phases("btlm", corpus, tmp_path / "runs", steps=STEPS // 2)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "config.yaml"
 
 
 def sent_bytes(host: str) -> int:
@@ -90,46 +81,41 @@ def sent_bytes(host: str) -> int:
     return int(link["stats64"]["tx"]["bytes"])
 
 
-def steps(root: Path) -> list[tuple[int, float, float]]:
-    lines = (root / "demo-btlm" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return [(r["step"], r["loss"], r["gradient_norm"]) for r in records if r["kind"] == "step"]
-
-
-def run_on_both_hosts(arguments: list[str]) -> None:
-    """Returns when both launchers have ended with 0; ends them if not all do in time."""
-    running = []
-    try:
-        for node, host in enumerate(HOSTS):
-            environ = environment(
-                HEAD=f"{HOSTS['tandem-a']}:29577", NODES="2", NODE=str(node), RANKS_PER_NODE="1",
-                GLOO_SOCKET_IFNAME=CABLE,
-            )  # fmt: skip
-            command = ["ip", "netns", "exec", host, str(ROOT / "launch" / "multi_node.sh"), *arguments]
-            running.append(subprocess.Popen(command, env=environ, text=True, start_new_session=True,
-                                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT))  # fmt: skip
-        outputs = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in running]
-        assert [process.returncode for process in running] == [0, 0], "\n\n".join(outputs)
-    finally:
-        for process in running:
+@contextlib.contextmanager
+def begun(command: list[object], **extra: str) -> Iterator[subprocess.Popen[str]]:
+    """The launcher running; it and its ranks are gone when the block ends."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with subprocess.Popen(
+        [*map(str, command)], env={**clean_environment(), "PATH": path, **extra}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
-def test_two_hosts_train_like_one(hosts: None, corpus: Path, tmp_path: Path, tp_size: int) -> None:
+def on_host(node: int, config: Path) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    host = list(HOSTS)[node]
+    return begun(
+        ["ip", "netns", "exec", host, LAUNCH / "multi_node.sh", config, "run.name=two"],
+        HEAD=f"{HOSTS['tandem-a']}:29577", NODES="2", NODE=str(node), RANKS_PER_NODE="1", GLOO_SOCKET_IFNAME=CABLE,
+    )  # fmt: skip
+
+
+def test_two_hosts_train_like_one(hosts: None, config: Path) -> None:
     """The same bits, since two ranks add two numbers; and the gradients have crossed the cable."""
-    config = "configs/demo-btlm.yaml"
-    alone = [str(ROOT / "launch" / "local.sh"), "2", config, *overrides(corpus, tmp_path / "one", tp_size)]
-    subprocess.run(alone, env=environment(), check=True, timeout=TIMEOUT_SECONDS)
-
     before = {host: sent_bytes(host) for host in HOSTS}
-    run_on_both_hosts([config, *overrides(corpus, tmp_path / "two", tp_size)])
+    one_host = [LAUNCH / "local.sh", "2", config, "run.name=one"]
+    with begun(one_host) as alone, on_host(0, config) as head, on_host(1, config) as other:
+        for process in (alone, head, other):
+            said, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+            assert process.returncode == 0, said
+    model = load(config).model
     for host in HOSTS:
-        assert sent_bytes(host) - before[host] > STEPS * 1_000_000, (
-            f"{host} has sent too little for {STEPS} steps"
-        )
-
-    assert len(steps(tmp_path / "two")) == STEPS
-    assert steps(tmp_path / "two") == steps(tmp_path / "one")
+        assert sent_bytes(host) - before[host] > STEPS * FP32_BYTES * parameters(model), f"{host} has sent too little"
+    one, two = (steps_of(config.parent / "runs" / name) for name in ("one", "two"))
+    assert sorted(two) == list(range(1, STEPS + 1))
+    for name in ("loss", "gradient_norm"):
+        assert [two[step][name] for step in sorted(two)] == [one[step][name] for step in sorted(one)], name

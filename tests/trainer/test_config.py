@@ -26,6 +26,7 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
+        ("parallel.zero_stage=0", ["parallel.zero_stage", "0", "run.precision bf16", "fp32", "set zero_stage to 1"]),
         ("optim.clip_nrom=1.0", ["optim.clip_nrom", "1.0", "no such field", "did you mean clip_norm?"]),
         ("model.ffn=384", ["model.ffn", "384", "no such field", "ffn_width"]),
         ("optim.beta1=high", ["optim.beta1", "'high' is str", "must be float", "change it"]),

@@ -34,8 +34,12 @@ def key(kind: str, name: str, start: int) -> str:
 
 def committed(root: Path) -> list[Path]:
     """Folders below `root` that carry a commit marker, oldest first."""
-    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    return sorted(path for path in found if (path / MARKER).is_file())
+    return [folder for folder in begun(root) if (folder / MARKER).is_file()]
+
+
+def begun(root: Path) -> list[Path]:
+    """Checkpoint folders below `root`, committed, torn by a kill or half removed, oldest first."""
+    return sorted(path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def damage(folder: Path, files: list[str] | None = None) -> str | None:

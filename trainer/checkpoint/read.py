@@ -13,6 +13,7 @@ from trainer.checkpoint.layout import KINDS, committed, damage, data_files, key,
 from trainer.config import BTLM, FAMILIES, Mup, StableLM, UserError, section_from
 from trainer.engine import Engine
 from trainer.models.init import place
+from trainer.parallel.layers import shard_of
 from trainer.parallel.mesh import Mesh, from_rank_0, gather_to_all
 from trainer.parallel.shards import Shard, joined, local_part
 
@@ -127,7 +128,7 @@ def restore(engine: Engine, snapshot: Snapshot, mesh: Mesh) -> None:
     engine.allocate_moments(snapshot.step)
     with torch.no_grad():
         for fragment in engine.fragments():
-            shard = parameters[fragment.name].shard  # type: ignore[attr-defined]
+            shard = shard_of(parameters[fragment.name])
             targets = {"master": fragment.master, **fragment.moments}
             assert set(targets) == set(KINDS)
             for kind, target in targets.items():

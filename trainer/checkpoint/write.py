@@ -16,9 +16,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.checkpoint.layout import FORMAT, MANIFEST, MARKER, committed, file_sha256, folder_name, key, rank_file
+from trainer.checkpoint.layout import FORMAT, MANIFEST, MARKER, begun, file_sha256, folder_name, key, rank_file
 from trainer.config import BTLM, Mup, StableLM
 from trainer.engine import Engine
+from trainer.parallel.layers import shard_of
 from trainer.parallel.mesh import Mesh, barrier, gather_to_all
 from trainer.parallel.shards import Shard
 from trainer.runtime import sync_folder, write_whole
@@ -37,10 +38,10 @@ def save(root: Path, step: int, engine: Engine, mesh: Mesh, *, facts: dict[str, 
     tensors, entries = _owned(engine, mesh)
     file = rank_file(mesh.rank)
     described = _write(folder / file, tensors) if tensors else None
-    tables = gather_to_all({"file": file, "described": described, "entries": entries})
+    tables: list[dict[str, Any]] = gather_to_all({"file": file, "described": described, "entries": entries})
     if mesh.rank == 0:
         _commit(folder, tables, {"step": step, "tp_size": mesh.tp_size, "dp_size": mesh.dp_size, **facts})
-        _retire(root, keep)
+        _retire(folder, keep)
     barrier()
     return sum(table["described"]["bytes"] for table in tables if table["described"])
 
@@ -74,7 +75,7 @@ def _owned(engine: Engine, mesh: Mesh) -> tuple[dict[str, Tensor], list[dict[str
     if engine.owns_whole_replica() and mesh.dp_rank:
         return tensors, entries
     for fragment in engine.fragments():
-        shard = parameters[fragment.name].shard  # type: ignore[attr-defined]
+        shard = shard_of(parameters[fragment.name])
         if shard.dim is None and mesh.tp_rank:
             continue  # replicated over tensor-parallel ranks: the first one saves it
         kinds = {"master": fragment.master, **fragment.moments}
@@ -107,8 +108,15 @@ def _commit(folder: Path, tables: Iterable[dict[str, Any]], facts: dict[str, Any
     sync_folder(folder.parent)
 
 
-def _retire(root: Path, keep: int) -> None:
-    for folder in committed(root)[:-keep] if keep else []:
-        # The marker goes first, so that a kill in the middle leaves no folder that looks whole.
-        (folder / MARKER).unlink()
-        shutil.rmtree(folder)
+def _retire(newest: Path, keep: int) -> None:
+    """Up to `newest`, just committed, `keep` whole folders are left (0: all of them) and nothing torn.
+
+    Later ones were passed over as damaged when the run continued: they do not count, and a person may look at them.
+    """
+    found = [folder for folder in begun(newest.parent) if folder <= newest]
+    kept = [folder for folder in found if (folder / MARKER).is_file()][-keep:]
+    for folder in found:
+        if folder not in kept:
+            # The marker goes first, so that a kill in the middle leaves no folder that looks whole.
+            (folder / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(folder)

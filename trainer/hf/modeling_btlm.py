@@ -73,7 +73,7 @@ class BTLMAttention(nn.Module):
         self.scale = 1 / self.head_dim if config.mup_scale_qk_dot_by_d else self.head_dim**-0.5
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
-        self.c_proj.ends_branch = True
+        self.c_proj.ends_branch = True  # type: ignore[assignment]  # a mark for the initial values
 
     def forward(self, hidden, slopes, visible, cache):
         rows, length, width = hidden.shape
@@ -91,7 +91,7 @@ class BTLMMLP(nn.Module):
         self.c_fc = Conv1D(config.n_inner, config.n_embd)
         self.c_fc2 = Conv1D(config.n_inner, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_inner)
-        self.c_proj.ends_branch = True
+        self.c_proj.ends_branch = True  # type: ignore[assignment]  # a mark for the initial values
 
     def forward(self, hidden):
         return self.c_proj(self.c_fc(hidden) * nn.functional.silu(self.c_fc2(hidden)))

@@ -12,6 +12,7 @@ from trainer.config import BTLM
 from trainer.models.layers import (
     Decoder,
     FeedForward,
+    PartialAttention,
     Recompute,
     SequentialLayer,
     join_heads,
@@ -27,7 +28,7 @@ Context = Int32[Tensor, "rows seq"] | None
 """The documents where attention stays within them."""
 
 
-class Attention(nn.Module):
+class Attention(PartialAttention):
     """Attention with linear biases; returns this rank's partial sum, without the output bias."""
 
     def __init__(self, section: BTLM, scale: float, mesh: Mesh, dtype: torch.dtype, *, recompute: Recompute) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.models.mup import Rule
+from trainer.parallel.layers import role_of, shard_of
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.shards import local_part
 
@@ -14,15 +15,15 @@ from trainer.parallel.shards import local_part
 def fill(model: nn.Module, table: dict[str, Rule], *, seed: int, truncation_sigmas: float, mesh: Mesh) -> None:
     """Every parameter holds its rank's part of its initial value; padding is zero."""
     for name, parameter in model.named_parameters():
-        rule = table[parameter.role]  # type: ignore[index]
-        full = initial(name, parameter.shard.shape, rule, seed=seed, truncation_sigmas=truncation_sigmas)  # type: ignore[union-attr]
+        rule = table[role_of(parameter)]
+        full = initial(name, shard_of(parameter).shape, rule, seed=seed, truncation_sigmas=truncation_sigmas)
         place(parameter, full, mesh)
 
 
 @torch.no_grad()
 def place(parameter: nn.Parameter, full: Tensor, mesh: Mesh) -> None:
     """The parameter holds its rank's part of the true global tensor, zeros in the padding."""
-    part = local_part(parameter.shard, full, mesh.tp_rank, mesh.tp_size)  # type: ignore[attr-defined]
+    part = local_part(shard_of(parameter), full, mesh.tp_rank, mesh.tp_size)
     parameter.copy_(part.reshape(parameter.shape))
 
 

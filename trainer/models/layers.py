@@ -38,7 +38,11 @@ class FeedForward(nn.Module):
 
     def forward(self, columns: Float[Tensor, "seq rows width"]) -> Float[Tensor, "seq rows width"]:
         gate_up = self.gate_up(columns).unflatten(-1, (2, -1))
-        return self.down(self.run(swiglu, gate_up))
+        return self.run(self._contract, gate_up)
+
+    def _contract(self, gate_up: Float[Tensor, "seq rows 2 ffn_local"]) -> Float[Tensor, "seq rows width"]:
+        # With the product inside: swiglu alone keeps nothing but its input, so running only it again would free nothing.
+        return self.down(swiglu(gate_up))
 
 
 def qkv_projection(section: StableLM | BTLM, mesh: Mesh, dtype: torch.dtype, *, bias: bool) -> Column:
@@ -74,10 +78,16 @@ def residual(
     return stream + (update if bias is None else update + bias)
 
 
+class PartialAttention(nn.Module):
+    """What a layer needs of its family's attention: this rank's partial sum, and the projection whose bias is added after."""
+
+    out: Row
+
+
 class SequentialLayer(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x))."""
 
-    def __init__(self, attention: nn.Module, ffn: FeedForward, norms: tuple[LayerNorm, LayerNorm]) -> None:
+    def __init__(self, attention: PartialAttention, ffn: FeedForward, norms: tuple[LayerNorm, LayerNorm]) -> None:
         super().__init__()
         self.attention_norm, self.ffn_norm = norms
         self.attention, self.ffn = attention, ffn

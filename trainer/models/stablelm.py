@@ -14,6 +14,7 @@ from trainer.config import StableLM
 from trainer.models.layers import (
     Decoder,
     FeedForward,
+    PartialAttention,
     Recompute,
     SequentialLayer,
     join_heads,
@@ -44,7 +45,7 @@ class HeadNorm(nn.Module):
         return head_norm(heads, self.weight, self.epsilon)
 
 
-class Attention(nn.Module):
+class Attention(PartialAttention):
     """Grouped-query attention; returns this rank's partial sum."""
 
     def __init__(
@@ -84,6 +85,8 @@ class ParallelLayer(nn.Module):
 
 
 class StableLMDecoder(Decoder):
+    section: StableLM
+
     def context(self, documents: Int32[Tensor, "rows seq"]) -> Context:
         section = self.section
         rotated = int(section.rotary_fraction * section.head_dim)

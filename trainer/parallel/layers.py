@@ -31,6 +31,16 @@ def mark(parameter: nn.Parameter, shard: Shard, role: str) -> nn.Parameter:
     return parameter
 
 
+def shard_of(parameter: Tensor) -> Shard:
+    """Where the parameter lies in the global tensor."""
+    return parameter.shard  # type: ignore[attr-defined, no-any-return]  # set by `mark`
+
+
+def role_of(parameter: Tensor) -> str:
+    """The row of the table in `models.mup` that the parameter follows."""
+    return parameter.role  # type: ignore[attr-defined, no-any-return]  # set by `mark`
+
+
 class Embedding(VocabParallelEmbedding):
     """Token embedding with the vocabulary divided over ranks."""
 

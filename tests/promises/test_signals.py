@@ -1,0 +1,207 @@
+"""Whatever ends a run, the same command continues it to the bits of the run that nothing ended."""
+
+import multiprocessing
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.promises.conftest import clean_environment, steps_of, two_phases
+from trainer import runtime
+from trainer.checkpoint.layout import KINDS, committed
+from trainer.checkpoint.read import Snapshot, opened
+from trainer.runtime import REQUEUE_EXIT_CODE
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+STEPS = 60
+"""Of each phase: long enough for a signal to come in the middle, about two seconds."""
+KILLS = 6
+GRACE_SECONDS = 1.0
+ROOT = Path(__file__).parents[2]
+
+# Children of a server that has imported everything: a run that is killed six times would spend a minute on imports.
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["trainer.train", "trainer.__main__"])
+
+
+def train(config: Path, *overrides: str) -> None:
+    """`tandem train` in a process of its own."""
+    from trainer.__main__ import main
+
+    torch.set_num_threads(1)
+    sys.exit(main(["train", str(config), *overrides]))
+
+
+def started(config: Path, *overrides: str) -> BaseProcess:
+    process = server.Process(target=train, args=(config, *overrides))
+    process.start()
+    return process
+
+
+def ended(process: BaseProcess) -> int | None:
+    """The exit code; minus the signal that killed it."""
+    process.join(60)
+    assert process.exitcode is not None, "still running"
+    return process.exitcode
+
+
+def wait_until(condition: Callable[[], bool], process: BaseProcess | subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        code = process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
+        assert code is None, f"ended with {code} before the signal"
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)
+
+
+def last_step(folder: Path) -> int:
+    return max(steps_of(folder), default=0) if (folder / "metrics.jsonl").is_file() else 0
+
+
+def differing(one: Snapshot, other: Snapshot) -> list[str]:
+    return [f"{kind} {name}" for name in one.names for kind in KINDS
+            if not torch.equal(one.tensor(kind, name), other.tensor(kind, name))]  # fmt: skip
+
+
+def is_the_straight_run(folder: Path, straight: Path) -> None:
+    one, other = steps_of(straight), steps_of(folder)
+    assert sorted(other) == list(range(1, 2 * STEPS + 1))
+    assert [other[step]["loss"] for step in sorted(other)] == [one[step]["loss"] for step in sorted(one)]
+    assert opened(folder).manifest["cursor"] == opened(straight).manifest["cursor"]
+    assert differing(opened(straight), opened(folder)) == []
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, corpus) -> Path:
+    root = tmp_path_factory.mktemp("signals")
+    tree = two_phases("stablelm", corpus, root / "runs", steps=STEPS, checkpoint={"every_steps": 50, "keep": 2})
+    (root / "config.yaml").write_text(yaml.safe_dump(tree))
+    return root / "config.yaml"
+
+
+@pytest.fixture(scope="module")
+def straight(config) -> Path:
+    """The run that nothing ended."""
+    assert ended(started(config)) == 0
+    return config.parent / "runs" / "tiny"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_saves_the_step_leaves_with_85_and_the_same_command_goes_on(number, config, straight):
+    folder = config.parent / "runs" / number.name
+    command = [sys.executable, "-m", "trainer", "train", str(config), f"run.name={number.name}"]
+    process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: last_step(folder) >= 20, process)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == REQUEUE_EXIT_CODE, said
+    stopped = last_step(folder)
+    assert 20 <= stopped < 2 * STEPS
+    assert opened(folder).step == stopped
+    assert ended(started(config, f"run.name={number.name}")) == 0
+    is_the_straight_run(folder, straight)
+
+
+@pytest.mark.parametrize("place", ["anywhere", "in a save"])
+def test_sigkill_at_any_moment_loses_no_bit(place, config, straight):
+    folder = config.parent / "runs" / place.replace(" ", "-")
+    overrides = (f"run.name={folder.name}", "checkpoint.every_steps=1")
+    draw = random.Random(place)
+    for _ in range(KILLS):
+        process, until = started(config, *overrides), last_step(folder) + draw.randrange(1, 9)
+        wait_until(lambda until=until: last_step(folder) >= until, process)
+        if place == "in a save":
+            wait_until(lambda: is_saving(folder), process)
+        else:
+            time.sleep(draw.uniform(0, 0.1))
+        process.kill()
+        assert ended(process) == -signal.SIGKILL
+    half_removed = committed(folder / "checkpoints")[0]
+    (half_removed / "COMMITTED").unlink()
+    assert ended(started(config, *overrides)) == 0
+    is_the_straight_run(folder, straight)
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == [path.name for path in committed(folder / "checkpoints")], "what kills had torn is cleared away"
+    assert len(names) == 2
+
+
+def is_saving(folder: Path) -> bool:
+    """Whether a checkpoint has been begun and is not committed."""
+    newest = max((folder / "checkpoints").glob("step-*"), default=None)
+    return newest is not None and not (newest / "COMMITTED").exists()
+
+
+def test_a_signal_before_the_first_step_loses_nothing(config):
+    """Before the run listens it dies of the signal, having done nothing; after that it makes one step and saves it."""
+    seen = set()
+    for delay in (0.0, 0.02, 0.1, 0.3, 0.6):
+        name = f"early-{delay}"
+        folder = config.parent / "runs" / name
+        process = started(config, f"run.name={name}")
+        time.sleep(delay)
+        process.terminate()
+        code = ended(process)
+        seen.add(code)
+        assert code in (-signal.SIGTERM, REQUEUE_EXIT_CODE)
+        assert last_step(folder) == (0 if code == -signal.SIGTERM else opened(folder).step)
+    assert REQUEUE_EXIT_CODE in seen
+
+
+def test_a_damaged_newer_checkpoint_does_not_count_among_the_kept(config, straight):
+    """Else keep 1 would keep the damaged one alone, and remove every whole one that the run saves after it."""
+    folder = config.parent / "runs" / "damaged"
+    overrides = ("run.name=damaged", "checkpoint.every_steps=10", "checkpoint.keep=1")
+    assert ended(started(config, *overrides, "run.stop_step=20")) == 0
+    newer = folder / "checkpoints" / "step-00000040"
+    shutil.copytree(folder / "checkpoints" / "step-00000020", newer)
+    next(newer.glob("rank-*.safetensors")).unlink()
+    assert ended(started(config, *overrides, "run.stop_step=30")) == 0
+    assert opened(folder).step == 30
+    assert ended(started(config, *overrides)) == 0
+    is_the_straight_run(folder, straight)
+
+
+def test_a_signal_that_arrives_twice_is_one_and_a_later_one_ends_the_process_at_once():
+    process = server.Process(target=listen, args=(GRACE_SECONDS,))
+    process.start()
+    time.sleep(GRACE_SECONDS / 2)
+    process.terminate()
+    time.sleep(GRACE_SECONDS / 4)
+    process.terminate()
+    time.sleep(GRACE_SECONDS)
+    assert process.is_alive(), "twice at nearly the same moment"
+    process.terminate()
+    assert ended(process) == -signal.SIGTERM
+
+
+def listen(same_signal_seconds: float) -> None:
+    runtime.SAME_SIGNAL_SECONDS = same_signal_seconds
+    runtime.StopSignal()
+    while True:
+        time.sleep(0.01)
+
+
+def test_a_signal_to_torchrun_saves_the_run_of_its_ranks(config):
+    folder = config.parent / "runs" / "launched"
+    command = [ROOT / "launch" / "local.sh", "2", config, "run.name=launched", "parallel.tp_size=2"]
+    process = subprocess.Popen(command, env=clean_environment(), stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: last_step(folder) >= 10, process)
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0, said
+    assert "SIGKILL" not in said
+    stopped = last_step(folder)
+    assert 10 <= stopped < 2 * STEPS
+    assert opened(folder).step == stopped
+    ends = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"kind": "end"' in line]
+    assert len(ends) == 1
+    assert "SIGUSR1" in ends[0] or "another rank" in ends[0]
