@@ -62,7 +62,7 @@ def test_torchrun_deepspeed_and_srun_train_the_same_bits(tmp_path, corpus):
         launched(by_hand, config, "srun", **slurm(1, port)) as rank_1,
     ):
         for process in (torchrun, deepspeed, rank_0, rank_1):
-            said, _ = process.communicate(timeout=150)
+            said, _ = process.communicate(timeout=100)
             assert process.returncode == 0, said
     runs = {name: steps_of(tmp_path / "runs" / name) for name in ("torchrun", "deepspeed", "srun")}
     one = runs["torchrun"]

@@ -50,16 +50,28 @@ def started(config: Path, *overrides: str) -> BaseProcess:
 def ended(process: BaseProcess) -> int | None:
     """The exit code; minus the signal that killed it."""
     process.join(60)
-    assert process.exitcode is not None, "still running"
+    hung = process.is_alive()
+    process.kill()
+    process.join()
+    assert not hung, "still running after a minute"
     return process.exitcode
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    """What it wrote to stderr until it ended."""
+    try:
+        return process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
 
 
 def wait_until(condition: Callable[[], bool], process: BaseProcess | subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 90
     while not condition():
         code = process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
-        assert code is None, f"ended with {code} before the signal"
-        assert time.monotonic() < deadline, "waited in vain"
+        if code is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail("waited in vain" if code is None else f"ended with {code} before the signal")
         time.sleep(0.001)
 
 
@@ -102,8 +114,8 @@ def test_a_signal_saves_the_step_leaves_with_85_and_the_same_command_goes_on(num
     process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stderr=subprocess.PIPE, text=True)
     wait_until(lambda: last_step(folder) >= 20, process)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == REQUEUE_EXIT_CODE, said
+    errors = said(process)
+    assert process.returncode == REQUEUE_EXIT_CODE, errors
     stopped = last_step(folder)
     assert 20 <= stopped < 2 * STEPS
     assert opened(folder).step == stopped
@@ -196,9 +208,9 @@ def test_a_signal_to_torchrun_saves_the_run_of_its_ranks(config):
     process = subprocess.Popen(command, env=clean_environment(), stderr=subprocess.PIPE, text=True)
     wait_until(lambda: last_step(folder) >= 10, process)
     process.send_signal(signal.SIGUSR1)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode != 0, said
-    assert "SIGKILL" not in said
+    errors = said(process)
+    assert process.returncode != 0, errors
+    assert "SIGKILL" not in errors
     stopped = last_step(folder)
     assert 10 <= stopped < 2 * STEPS
     assert opened(folder).step == stopped

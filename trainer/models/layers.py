@@ -41,7 +41,7 @@ class FeedForward(nn.Module):
         return self.run(self._contract, gate_up)
 
     def _contract(self, gate_up: Float[Tensor, "seq rows 2 ffn_local"]) -> Float[Tensor, "seq rows width"]:
-        # With the product inside: swiglu alone keeps nothing but its input, so running only it again would free nothing.
+        # `down` belongs inside: swiglu keeps its input alone, so running only that again would free nothing.
         return self.down(swiglu(gate_up))
 
 
