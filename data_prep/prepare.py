@@ -85,9 +85,7 @@ class Corpus:
     """Every document of the corpus as ids, in reading order."""
 
     batches: list[Encoded] = field(default_factory=list)
-    counts: dict[str, int] = field(
-        default_factory=lambda: {"files": 0, "skipped_files": 0, "empty_documents": 0}
-    )
+    counts: dict[str, int] = field(default_factory=lambda: {"files": 0, "skipped_files": 0, "empty_documents": 0})
 
     def order(self) -> np.ndarray:
         """Indices of all documents in the order of the shuffle."""
@@ -191,9 +189,7 @@ def _write(
 ) -> Manifest:
     output, order, held_out = Path(args.output), corpus.order(), corpus.held_out(args.held_out)
     if held_out.all():
-        raise UserError(
-            f"--held-out: {args.held_out} leaves none of {len(order)} documents for training; lower it"
-        )
+        raise UserError(f"--held-out: {args.held_out} leaves none of {len(order)} documents for training; lower it")
     occurrences = np.zeros(using.vocab, np.int64)
     task = progress.add_task("writing", total=len(order))
 
@@ -256,16 +252,13 @@ def _vocab(args: argparse.Namespace) -> int:
 
 def _check_arguments(args: argparse.Namespace) -> None:
     if not 0 <= args.held_out < 1:
-        raise UserError(
-            f"--held-out: {args.held_out}; must be at least 0 and below 1; 0.005 keeps one document in 200"
-        )
+        raise UserError(f"--held-out: {args.held_out}; must be at least 0 and below 1; 0.005 keeps one document in 200")
     for name in ("workers", "shard_tokens"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)}; must be positive; change it")
     if args.sample_tokens < 1 or args.sample_tokens % manifest.TAR_BLOCK_BYTES:
         raise UserError(
-            f"--sample-tokens: {args.sample_tokens}; must be a multiple of {manifest.TAR_BLOCK_BYTES}; "
-            "change it"
+            f"--sample-tokens: {args.sample_tokens}; must be a multiple of {manifest.TAR_BLOCK_BYTES}; change it"
         )
 
 
@@ -275,9 +268,7 @@ def _print_counts(output: Path, corpus: Manifest) -> None:
         f"vocab {corpus.vocab:,}"
     )
     for name, split in (("train", corpus.train), ("validation", corpus.validation)):
-        print(
-            f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards):,} shards"
-        )
+        print(f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards):,} shards")
     for name in ("empty_documents", "skipped_files"):
         if corpus.counts[name]:
             print(f"  {name.replace('_', ' ')} left out: {corpus.counts[name]:,}")

@@ -75,9 +75,7 @@ def inputs(paths: list[str], glob: str | None, output: Path) -> list[Input]:
                 found.setdefault(real, Input(f"{number}/{relative}", path, path.stat().st_size))
     if not found:
         pattern = f"--glob {glob}" if glob else "a known suffix"
-        raise UserError(
-            f"--input: {', '.join(paths)} has no file with {pattern}; give --glob or another path"
-        )
+        raise UserError(f"--input: {', '.join(paths)} has no file with {pattern}; give --glob or another path")
     return list(found.values())
 
 
@@ -141,14 +139,10 @@ def _text(line: bytes, text_field: str, where: str) -> str:
         raise UserError(f"{where}: is not JSON ({error}); correct or remove the line") from None
     if not isinstance(record, dict) or text_field not in record:
         known = ", ".join(map(str, record))[:200] if isinstance(record, dict) else "no fields"
-        raise UserError(
-            f"{where}: has no field {text_field!r}; there is {known}; name the text with --text-field"
-        )
+        raise UserError(f"{where}: has no field {text_field!r}; there is {known}; name the text with --text-field")
     if not isinstance(record[text_field], str):
         kind = type(record[text_field]).__name__
-        raise UserError(
-            f"{where}: field {text_field!r} is {kind}; must be text; name another with --text-field"
-        )
+        raise UserError(f"{where}: field {text_field!r} is {kind}; must be text; name another with --text-field")
     return str(record[text_field])
 
 
@@ -156,14 +150,10 @@ def _parquet_rows(file: Input, opened: BinaryIO, text_field: str) -> Iterator[Do
     table = pyarrow.parquet.ParquetFile(opened)
     if text_field not in table.schema_arrow.names:
         known = ", ".join(table.schema_arrow.names)
-        raise UserError(
-            f"{file.path}: has no field {text_field!r}; there is {known}; name the text with --text-field"
-        )
+        raise UserError(f"{file.path}: has no field {text_field!r}; there is {known}; name the text with --text-field")
     kind = table.schema_arrow.field(text_field).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UserError(
-            f"{file.path}: field {text_field!r} is {kind}; must be text; name another with --text-field"
-        )
+        raise UserError(f"{file.path}: field {text_field!r} is {kind}; must be text; name another with --text-field")
     number = 0
     for chunk in table.iter_batches(batch_size=1024, columns=[text_field]):
         for text in chunk.column(0).to_pylist():
@@ -191,12 +181,8 @@ def _below(folder: Path, glob: str | None) -> Iterator[Path]:
 
 
 def _is_known(path: Path) -> bool:
-    return (
-        path.suffix in TEXT_SUFFIXES or path.suffix == ".parquet" or path.name.endswith(tuple(RECORD_CODECS))
-    )
+    return path.suffix in TEXT_SUFFIXES or path.suffix == ".parquet" or path.name.endswith(tuple(RECORD_CODECS))
 
 
 def _unreadable(path: Path | str, error: Exception) -> UserError:
-    return UserError(
-        f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); restore or leave out the file"
-    )
+    return UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); restore or leave out the file")

@@ -55,9 +55,7 @@ class Encoder:
 def train(texts: Iterable[str], vocab: int, eos: str) -> str:
     """tokenizer.json of a byte-level BPE of at most `vocab` ids, every byte and EOS among them."""
     if vocab <= BYTE_VALUES:
-        raise UserError(
-            f"--vocab: {vocab}; must be above {BYTE_VALUES}, room for every byte and EOS; raise it"
-        )
+        raise UserError(f"--vocab: {vocab}; must be above {BYTE_VALUES}, room for every byte and EOS; raise it")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -85,14 +83,10 @@ def encoder(tokenizer_json: str, eos: str, seed: int, where: str) -> Encoder:
         tokenizer = Tokenizer.from_str(tokenizer_json)
     except Exception as error:  # tokenizers raises nothing narrower
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{where}: is not a tokenizer.json ({reason}); name one in the format of tokenizers"
-        ) from None
+        raise UserError(f"{where}: is not a tokenizer.json ({reason}); name one in the format of tokenizers") from None
     ids = tokenizer.get_vocab(with_added_tokens=True)
     if eos not in ids:
-        raise UserError(
-            f"{where}: has no token {eos!r}; documents end with it; name the tokenizer's with --eos"
-        )
+        raise UserError(f"{where}: has no token {eos!r}; documents end with it; name the tokenizer's with --eos")
     made = Encoder(tokenizer_json, eos, ids[eos], max(ids.values()) + 1, seed)
     encode(_load(made), made, [Document(where, eos), Document(where, f"a{eos}b {eos}")])
     return made
@@ -102,15 +96,12 @@ def encode(tokenizer: Tokenizer, using: Encoder, batch: list[Document]) -> Encod
     """Raises: UserError naming a document whose own text yields the EOS id."""
     ids = [
         np.array([*encoding.ids, using.eos_id], dtype_of(using.vocab))
-        for encoding in tokenizer.encode_batch_fast(
-            [document.text for document in batch], add_special_tokens=False
-        )
+        for encoding in tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
     ]
     for document, tokens in zip(batch, ids, strict=True):
         if (tokens[:-1] == using.eos_id).any():
             raise UserError(
-                f"{document.place}: its text yields the EOS id {using.eos_id}; "
-                "choose another --eos or tokenizer"
+                f"{document.place}: its text yields the EOS id {using.eos_id}; choose another --eos or tokenizer"
             )
     draws = np.array([draw(document.text) for document in batch])
     ranks = np.array([_rank(document, using.seed) for document in batch], np.uint64)

@@ -45,8 +45,7 @@ def _check_split(folder: Path, corpus: Manifest, split: Split) -> None:
     total = (sum(shard.tokens for shard in split.shards), sum(shard.documents for shard in split.shards))
     if total != (split.tokens, split.documents):
         raise UserError(
-            f"{folder}: shards hold {total} tokens and documents; {manifest.FILE} says otherwise; "
-            "prepare again"
+            f"{folder}: shards hold {total} tokens and documents; {manifest.FILE} says otherwise; prepare again"
         )
 
 
@@ -56,9 +55,7 @@ def _check_shard(path: Path, corpus: Manifest, shard: Shard) -> None:
     with tarfile.open(path) as tar:
         for number, member in enumerate(tar):
             if member.offset_data != corpus.sample_offset(number):
-                raise UserError(
-                    f"{path}: sample {number} lies at byte {member.offset_data}; prepare the corpus again"
-                )
+                raise UserError(f"{path}: sample {number} lies at byte {member.offset_data}; prepare the corpus again")
             data = tar.extractfile(member)
             assert data is not None, "a sample is a regular file"
             samples.append(np.frombuffer(data.read(), dtype))
@@ -66,13 +63,11 @@ def _check_shard(path: Path, corpus: Manifest, shard: Shard) -> None:
     found = (len(tokens), int((tokens == corpus.eos_id).sum()))
     if found != (shard.tokens, shard.documents):
         raise UserError(
-            f"{path}: holds {found} tokens and documents; {manifest.FILE} says otherwise; "
-            "prepare the corpus again"
+            f"{path}: holds {found} tokens and documents; {manifest.FILE} says otherwise; prepare the corpus again"
         )
     if tokens[-1] != corpus.eos_id or tokens.max() >= corpus.vocab:
         raise UserError(
-            f"{path}: ends inside a document or holds an id beyond {corpus.vocab - 1}; "
-            "prepare the corpus again"
+            f"{path}: ends inside a document or holds an id beyond {corpus.vocab - 1}; prepare the corpus again"
         )
 
 
@@ -80,9 +75,7 @@ def _check_tokenizer_ids(folder: Path, corpus: Manifest) -> None:
     path = folder / manifest.TOKENIZER_FILE
     made = encoder(path.read_text(encoding="utf-8"), corpus.eos_token, 0, str(path))
     if (made.eos_id, made.vocab) != (corpus.eos_id, corpus.vocab):
-        raise UserError(
-            f"{path}: EOS id and vocab are {made.eos_id}, {made.vocab}; {manifest.FILE} says otherwise"
-        )
+        raise UserError(f"{path}: EOS id and vocab are {made.eos_id}, {made.vocab}; {manifest.FILE} says otherwise")
 
 
 def _check_no_stranger(folder: Path, corpus: Manifest) -> None:

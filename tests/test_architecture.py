@@ -17,9 +17,7 @@ ROOT = Path(__file__).parent.parent
 def test_modules_that_only_look_at_a_config_never_import_torch(module):
     heavy = "{'torch', 'numpy', 'deepspeed', 'megatron', 'transformers'}"
     program = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
-    answer = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
 
 

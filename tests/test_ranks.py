@@ -45,9 +45,7 @@ def test_one_folder_serves_two_worlds(tmp_path):
 
 
 def test_traceback_of_the_failing_rank_is_shown(tmp_path):
-    with pytest.raises(
-        AssertionError, match=r"(?s)rank 1 failed.*fail_on_rank_one.*the second rank is unhappy"
-    ):
+    with pytest.raises(AssertionError, match=r"(?s)rank 1 failed.*fail_on_rank_one.*the second rank is unhappy"):
         ranks.run(fail_on_rank_one, 2, tmp_path)
 
 

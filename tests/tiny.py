@@ -63,9 +63,7 @@ def config(variant: str, **sections: dict) -> RunConfig:
     return found
 
 
-def rows(
-    step: int, num_rows: int = ROWS, seq_len: int = SEQ_LEN, vocab: int = 500
-) -> tuple[Tensor, Tensor, Tensor]:
+def rows(step: int, num_rows: int = ROWS, seq_len: int = SEQ_LEN, vocab: int = 500) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, targets and documents of one global step, all ranks' rows; documents of about ten tokens.
 
     Low ids are frequent, as in text: with all ids alike the gradients would be sums that cancel, and mostly rounding.

@@ -80,7 +80,9 @@ def functions(name: str, module: str) -> tuple[Callable[..., None], Callable[...
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="section.field=value")
-    parser.add_argument("--ranks", type=int, help="ranks to start on this machine; default: its GPUs, or tp_size without one")
+    parser.add_argument(
+        "--ranks", type=int, help="ranks to start on this machine; default: its GPUs, or tp_size without one"
+    )
 
 
 def train(arguments: argparse.Namespace) -> int:

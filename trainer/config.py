@@ -308,7 +308,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
         for override in overrides or []:
             key, equals, value = override.partition("=")
             if not key or not equals:
-                raise UserError(f"override {override!r}: must read section.field=value; for example optim.clip_norm=0.5")
+                raise UserError(
+                    f"override {override!r}: must read section.field=value; for example optim.clip_norm=0.5"
+                )
             try:
                 OmegaConf.update(node, key, OmegaConf.from_dotlist([f"value={value}"])["value"])
             except (IndexError, TypeError, ValueError) as error:
@@ -321,7 +323,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
             raise
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}; correct the file") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: holds {type(tree).__name__}; a config is a mapping of sections; start from a shipped one")
+        raise UserError(
+            f"{path}: holds {type(tree).__name__}; a config is a mapping of sections; start from a shipped one"
+        )
     if isinstance(tree.get("hardware"), str):
         tree["hardware"] = _hardware(path.parent / "hardware", tree["hardware"])
     config: RunConfig = _build(RunConfig, tree, "")
@@ -410,7 +414,9 @@ def _check_model(model: StableLM | BTLM) -> None:
             "head_dim is width / heads; change one of them"
         )
     if model.init_truncation_sigmas < 0:
-        raise UserError(f"model.init_truncation_sigmas: {model.init_truncation_sigmas}; must not be negative; 0 does not cut")
+        raise UserError(
+            f"model.init_truncation_sigmas: {model.init_truncation_sigmas}; must not be negative; 0 does not cut"
+        )
     if isinstance(model, BTLM):
         return
     _positive(model, "model", "kv_heads", "rotary_base")
@@ -446,9 +452,13 @@ def _check_phase(config: RunConfig, where: str, phase: Phase) -> None:
     for name, share in phase.mixture.items():
         if name not in config.data.sources:
             known = ", ".join(config.data.sources) or "none"
-            raise UserError(f"{where}.mixture: {name!r} is not a source; data.sources has {known}; add it or correct the name")
+            raise UserError(
+                f"{where}.mixture: {name!r} is not a source; data.sources has {known}; add it or correct the name"
+            )
         if share < 0:
-            raise UserError(f"{where}.mixture.{name}: {share}; a share must not be negative; leave the source out for none")
+            raise UserError(
+                f"{where}.mixture.{name}: {share}; a share must not be negative; leave the source out for none"
+            )
     total = sum(phase.mixture.values())
     if abs(total - 1) > 1e-6:
         raise UserError(f"{where}.mixture: shares sum to {total:g}; must sum to 1; for one source write {{name: 1.0}}")
@@ -465,9 +475,13 @@ def _check_learning_rate(config: RunConfig) -> None:
     if not 0 <= lr.final <= lr.peak:
         raise UserError(f"schedule.lr.final: {lr.final}; must lie between 0 and peak {lr.peak}; change one of them")
     if not 0 <= lr.warmup_steps < total:
-        raise UserError(f"schedule.lr.warmup_steps: {lr.warmup_steps}; must be below the {total} steps of the run; lower it")
+        raise UserError(
+            f"schedule.lr.warmup_steps: {lr.warmup_steps}; must be below the {total} steps of the run; lower it"
+        )
     if lr.decay_steps is not None and lr.decay_steps < 1:
-        raise UserError(f"schedule.lr.decay_steps: {lr.decay_steps}; must be at least 1; null decays to the end of the run")
+        raise UserError(
+            f"schedule.lr.decay_steps: {lr.decay_steps}; must be at least 1; null decays to the end of the run"
+        )
     if not isinstance(lr, Hybrid):
         return
     if not 0 < lr.switch_fraction < 0.5:
@@ -516,7 +530,9 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where}: {value!r}; must be a mapping of names; write name: value")
         return {str(key): _build(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if type(None) in arguments:
-        return None if value is None else _build(Union[tuple(a for a in arguments if a is not type(None))], value, where)
+        return (
+            None if value is None else _build(Union[tuple(a for a in arguments if a is not type(None))], value, where)
+        )
     if kind == StableLM | BTLM:
         kind = _chosen(FAMILIES, value, where, "family")
     elif kind is LearningRate:

@@ -55,9 +55,7 @@ class ConsoleSink:
             losses = f"loss {record['loss']:.4f}, perplexity {record['perplexity']:.4g}"
             self._say(f"validation at step {record['step']}: {losses}")
         elif kind == "checkpoint":
-            self._say(
-                f"checkpoint at step {record['step']}: {short(record['bytes'])}B in {record['seconds']:.1f} s"
-            )
+            self._say(f"checkpoint at step {record['step']}: {short(record['bytes'])}B in {record['seconds']:.1f} s")
         elif kind == "end":
             if self._last and self._shown_step != self._last["step"]:
                 self._line(self._last)
@@ -98,14 +96,8 @@ class ConsoleSink:
             self._say(f"phase {record['phase']}: {record['rows']} rows of {record['seq_len']} tokens a step")
         if self._bar:
             numbers = "  ".join(self._numbers(record))
-            self._bar.update(
-                self._bar.task_ids[0], completed=record["tokens"], phase=record["phase"], numbers=numbers
-            )
-        elif (
-            new_phase
-            or record["step"] % self._every_steps == 0
-            or record["step"] == self._totals["total_steps"]
-        ):
+            self._bar.update(self._bar.task_ids[0], completed=record["tokens"], phase=record["phase"], numbers=numbers)
+        elif new_phase or record["step"] % self._every_steps == 0 or record["step"] == self._totals["total_steps"]:
             self._line(record)
 
     def _line(self, record: dict[str, Any]) -> None:

@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="prepared corpus; its held-out rows are read")
     parser.add_argument("--length", type=int, help="tokens in a row; default: the longest the run was trained on")
     parser.add_argument("--rows", type=int, default=32, help="held-out rows to read (default 32)")
-    parser.add_argument("--bins", type=int, default=8, help="positions are averaged in this many equal parts (default 8)")
+    parser.add_argument(
+        "--bins", type=int, default=8, help="positions are averaged in this many equal parts (default 8)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -52,7 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
     origin = source(arguments.source)
     length = arguments.length or origin.max_seq_len
     if not length:
-        raise UserError(f"--length: missing; {arguments.source} does not say how long its rows were; give --length TOKENS")
+        raise UserError(
+            f"--length: missing; {arguments.source} does not say how long its rows were; give --length TOKENS"
+        )
     check_data(arguments.data, origin, length, arguments.rows)
     bins = min(arguments.bins, length)
     with started(tp_size=1) as mesh, torch.no_grad():

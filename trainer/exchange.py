@@ -42,7 +42,9 @@ def add_export_hf_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="run", help="run folder; its newest checkpoint is exported")
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the exported weights (default bf16)")
-    parser.add_argument("--check", action="store_true", help="reload the export with transformers and compare its logits")
+    parser.add_argument(
+        "--check", action="store_true", help="reload the export with transformers and compare its logits"
+    )
 
 
 def run_export_hf(arguments: argparse.Namespace) -> None:
@@ -57,7 +59,9 @@ def run_export_hf(arguments: argparse.Namespace) -> None:
         error = logit_error(arguments.run_folder, arguments.output, DTYPES[arguments.dtype], origin.model.vocab)
         print(f"reloaded with transformers: largest difference of logits {error:.1e} of their range")
         if error > LOGIT_TOLERANCE:
-            raise RuntimeError(f"{arguments.output}: logits differ from the trained model's by {error:.1e} of their range")
+            raise RuntimeError(
+                f"{arguments.output}: logits differ from the trained model's by {error:.1e} of their range"
+            )
 
 
 def logit_error(run_folder: Path, export: Path, dtype: torch.dtype, vocab: int) -> float:

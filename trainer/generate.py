@@ -20,9 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to add at most (default 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; default: the one beside the weights or their corpus")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.json; default: the one beside the weights or their corpus"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -33,7 +37,9 @@ def run(arguments: argparse.Namespace) -> None:
     origin = source(arguments.source)
     file = arguments.tokenizer or origin.tokenizer
     if file is None or not file.is_file():
-        raise UserError(f"--tokenizer: {file}; text needs the tokenizer the corpus was prepared with; give its tokenizer.json")
+        raise UserError(
+            f"--tokenizer: {file}; text needs the tokenizer the corpus was prepared with; give its tokenizer.json"
+        )
     tokenizer = Tokenizer.from_file(str(file))
     largest = max(tokenizer.get_vocab().values())
     if largest >= origin.model.vocab:
@@ -49,7 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(arguments.seed)
         tokens = torch.tensor([prompt])
         for _ in range(arguments.tokens):
-            tokens = torch.cat([tokens, next_token(model, tokens, generator, arguments.temperature, arguments.top_p)], dim=1)
+            tokens = torch.cat(
+                [tokens, next_token(model, tokens, generator, arguments.temperature, arguments.top_p)], dim=1
+            )
     print(tokenizer.decode(tokens[0].tolist()))
 
 
@@ -64,7 +72,11 @@ def check_sampling(arguments: argparse.Namespace) -> None:
 
 
 def next_token(
-    model: models.Decoder, tokens: Int64[Tensor, "rows seq"], generator: torch.Generator, temperature: float, top_p: float
+    model: models.Decoder,
+    tokens: Int64[Tensor, "rows seq"],
+    generator: torch.Generator,
+    temperature: float,
+    top_p: float,
 ) -> Int64[Tensor, "rows 1"]:
     """The likeliest next token, or a draw from the nucleus of probability top_p at the given temperature."""
     documents = torch.zeros(tokens.shape, dtype=torch.int32)

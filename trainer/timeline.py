@@ -45,9 +45,7 @@ class Timeline:
         return [
             PhaseSpan(phase, index, first_step, first_token)
             for index, (phase, first_step, first_token) in enumerate(
-                zip(
-                    phases, first_steps, first_tokens, strict=False
-                )  # the sums have one entry more: the run's end
+                zip(phases, first_steps, first_tokens, strict=False)  # the sums have one entry more: the run's end
             )
         ]
 

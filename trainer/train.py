@@ -71,7 +71,12 @@ def run(config: RunConfig) -> int:
 
 
 def run_in(
-    folder: Path, config: RunConfig, mesh: Mesh, loader: Loader, initial: Snapshot | None, stop_signal: runtime.StopSignal
+    folder: Path,
+    config: RunConfig,
+    mesh: Mesh,
+    loader: Loader,
+    initial: Snapshot | None,
+    stop_signal: runtime.StopSignal,
 ) -> int:
     """`run`, once the folder is ours."""
     snapshot = newest(folder / "checkpoints", mesh)
@@ -117,9 +122,7 @@ def loop(training: Training, step: int, cursor: dict[str, int] | None, stop_sign
     return runtime.REQUEUE_EXIT_CODE if stopping and step < last else 0
 
 
-def one_step(
-    training: Training, batch: Batch, step: int, stop_signal: runtime.StopSignal
-) -> tuple[float, float, bool]:
+def one_step(training: Training, batch: Batch, step: int, stop_signal: runtime.StopSignal) -> tuple[float, float, bool]:
     """One update on one global batch. Returns its mean loss in nats, the gradient norm before clipping, and whether any
     rank was told to stop.
     """

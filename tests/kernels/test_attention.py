@@ -74,9 +74,7 @@ def test_gradients_are_exact_in_double(biased, masked, generator):
 @BIASED
 @MASKED
 def test_bf16_error_is_one_rounding_of_the_weights_and_one_of_the_result(biased, masked, generator):
-    tensors, settings = example(
-        (2, 40, 4, 2, 16), generator, biased=biased, masked=masked, dtype=torch.bfloat16
-    )
+    tensors, settings = example((2, 40, 4, 2, 16), generator, biased=biased, masked=masked, dtype=torch.bfloat16)
     error = (attention(*tensors, **settings).double() - definition(*tensors, **settings)).abs().max()
     assert error <= torch.finfo(torch.bfloat16).eps * tensors[2].abs().max()
 
@@ -145,9 +143,7 @@ def test_slopes_are_powers_of_two_and_every_second_of_the_next_list():
 @MASKED
 @pytest.mark.parametrize("shape", [(1, 1_024, 32, 32, 80), (2, 1_000, 32, 8, 160)], ids=["btlm", "stablelm"])
 def test_gpu_error_is_that_of_bf16(shape, biased, masked, generator):
-    tensors, settings = example(
-        shape, generator, biased=biased, masked=masked, dtype=torch.bfloat16, device="cuda"
-    )
+    tensors, settings = example(shape, generator, biased=biased, masked=masked, dtype=torch.bfloat16, device="cuda")
     output_gradient = torch.randn(shape[:3] + shape[4:], generator=generator).to("cuda", torch.bfloat16)
     on_cpu = {name: x.cpu() if torch.is_tensor(x) else x for name, x in settings.items()}
     wide = [tensor.detach().cpu().double().requires_grad_() for tensor in tensors]

@@ -18,9 +18,7 @@ def definition(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def test_every_head_is_normalised_by_itself_with_its_own_weight(shape, generator):
     x = torch.randn(shape, generator=generator) * 3 + 1
     weight = torch.randn(shape[2:], generator=generator)
-    torch.testing.assert_close(
-        head_norm(x, weight, EPSILON).double(), definition(x, weight), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(head_norm(x, weight, EPSILON).double(), definition(x, weight), rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_are_exact_in_double(generator):

@@ -43,9 +43,7 @@ def test_scores_depend_on_the_distance_alone(generator):
     query, key = torch.randn(2, 1, 1, 1, 20, generator=generator, dtype=torch.float64).unbind(0)
 
     def score(to: int, source: int) -> float:
-        turned = [
-            rotate(x, *rotary_table(torch.tensor([[p]]), 20, BASE)) for x, p in ((query, to), (key, source))
-        ]
+        turned = [rotate(x, *rotary_table(torch.tensor([[p]]), 20, BASE)) for x, p in ((query, to), (key, source))]
         return (turned[0] * turned[1]).sum().item()
 
     # The table is fp32: each of twenty products carries its rounding.
@@ -56,12 +54,8 @@ def test_scores_depend_on_the_distance_alone(generator):
 def test_table_keeps_its_precision_far_out():
     cos, sin = rotary_table(torch.tensor([[32_768]]), 40, BASE)
     angles = [32_768 * BASE ** (-2 * pair / 40) for pair in range(20)]
-    torch.testing.assert_close(
-        cos[0, 0], torch.tensor([math.cos(angle) for angle in angles]), rtol=0, atol=1e-7
-    )
-    torch.testing.assert_close(
-        sin[0, 0], torch.tensor([math.sin(angle) for angle in angles]), rtol=0, atol=1e-7
-    )
+    torch.testing.assert_close(cos[0, 0], torch.tensor([math.cos(angle) for angle in angles]), rtol=0, atol=1e-7)
+    torch.testing.assert_close(sin[0, 0], torch.tensor([math.sin(angle) for angle in angles]), rtol=0, atol=1e-7)
 
 
 def test_positions_restart_with_every_document():

@@ -21,7 +21,12 @@ def tandem(*arguments: object, timeout_seconds: float = 110, **environment: str)
     """One command line of `tandem`, in its own process, as a user types it."""
     command = [sys.executable, "-m", "trainer", *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout_seconds, env=clean_environment() | environment, check=False
+        command,
+        capture_output=True,
+        text=True,
+        timeout=timeout_seconds,
+        env=clean_environment() | environment,
+        check=False,
     )
 
 

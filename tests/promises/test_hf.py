@@ -135,9 +135,7 @@ def test_cached_generation_is_recomputation(variant: str, tmp_path: Path) -> Non
         whole = found.sequences[row : row + 1, start:-1]
         exact = reference(model).logits(in_double(tensors).__getitem__, model, mup, whole)[:, -8:]
         ours = reference(model).logits(tensors.__getitem__, model, mup, whole)[:, -8:]
-        assert (logits[row] - exact).abs().max() <= NOISE * max(
-            (ours - exact).abs().max(), exact.std() * 2**-22
-        )
+        assert (logits[row] - exact).abs().max() <= NOISE * max((ours - exact).abs().max(), exact.std() * 2**-22)
 
 
 @pytest.mark.parametrize(

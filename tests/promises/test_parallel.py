@@ -63,9 +63,7 @@ def gathered(model: torch.nn.Module, mesh: Mesh, read) -> dict[str, torch.Tensor
 
 def variant_config(variant: str, layout: str | None) -> RunConfig:
     _, tp_size, zero_stage = LAYOUTS[layout] if layout else (1, 1, 1)
-    return tiny.config(
-        variant, parallel={"tp_size": tp_size, "zero_stage": zero_stage}, optim={"epsilon": EPSILON}
-    )
+    return tiny.config(variant, parallel={"tp_size": tp_size, "zero_stage": zero_stage}, optim={"epsilon": EPSILON})
 
 
 CASES = [(v, name) for v in tiny.VARIANTS for name in LAYOUTS if not (v == "stablelm" and name == "tp4")]
@@ -74,7 +72,7 @@ CASES = [(v, name) for v in tiny.VARIANTS for name in LAYOUTS if not (v == "stab
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict[str, dict]:
-    """"variant" -> the facts of one rank, "variant/layout" -> those of the layout. One world for each number of ranks."""
+    """ "variant" -> the facts of one rank, "variant/layout" -> those of the layout. One world for each number of ranks."""
     folder: Path = tmp_path_factory.mktemp("layouts")
     wanted: dict[int, list] = {1: [(v, variant_config(v, None)) for v in tiny.VARIANTS], 2: [], 4: []}
     for variant, layout in CASES:

@@ -104,7 +104,10 @@ def test_another_layout_continues_the_run_and_keeps_its_state_bitwise(root, corp
     for step, record in other.items():
         assert record["loss"] == pytest.approx(one[step]["loss"], rel=1e-6), step
         assert record["gradient_norm"] == pytest.approx(one[step]["gradient_norm"], rel=1e-5), step
-    ends = [Snapshot(found.folder).manifest["cursor"] for found in (opened(root / "btlm-straight"), opened(tmp_path / "moved"))]
+    ends = [
+        Snapshot(found.folder).manifest["cursor"]
+        for found in (opened(root / "btlm-straight"), opened(tmp_path / "moved"))
+    ]
     assert ends[0] == ends[1]
 
 

@@ -13,9 +13,7 @@ def seen(tokens: Tensor, documents: Tensor | None) -> Tensor:
     return causal & (documents[:, None, :, None] == documents[:, None, None, :])
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, bias: Tensor | float, mask: Tensor
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, *, scale: float, bias: Tensor | float, mask: Tensor) -> Tensor:
     """[rows, heads, seq, head_dim] of each; softmax over the keys, then [rows, seq, width]."""
     scores = query @ key.transpose(2, 3) * scale + bias
     mixed = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value

@@ -57,9 +57,7 @@ def test_parts_of_stablelm_12b() -> None:
         ("btlm-3b-8k", 8_192, 23.92, 19.90),
     ],
 )
-def test_flops_under_both_conventions(
-    name: str, seq_len: int, full_gflops: float, causal_gflops: float
-) -> None:
+def test_flops_under_both_conventions(name: str, seq_len: int, full_gflops: float, causal_gflops: float) -> None:
     assert round(costs.flops_per_token(model(name), seq_len, causal=False) / 1e9, 2) == full_gflops
     assert round(costs.flops_per_token(model(name), seq_len, causal=True) / 1e9, 2) == causal_gflops
 

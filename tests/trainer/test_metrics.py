@@ -164,9 +164,7 @@ def test_reading_what_is_no_run_says_so_in_one_line(tmp_path: Path) -> None:
 
 def test_throughput_counts_tokens_and_flops() -> None:
     """1,000 tokens in 2 s at 6 and 4 FLOPs each, on two devices of 10,000 FLOPs a second."""
-    speed = throughput(
-        1000, 2.0, flops_per_token=6.0, causal_flops_per_token=4.0, devices=2, peak_flops=10_000.0
-    )
+    speed = throughput(1000, 2.0, flops_per_token=6.0, causal_flops_per_token=4.0, devices=2, peak_flops=10_000.0)
     assert speed == (500.0, 0.15, 0.1)
 
 
@@ -193,9 +191,7 @@ def test_a_pipe_gets_a_line_per_interval_and_event(tmp_path: Path, capfd: pytest
 def test_time_left_is_the_tokens_left_at_the_pace_of_the_clock() -> None:
     screen = rich.console.Console(file=io.StringIO())
     sink = ConsoleSink(1, screen)
-    sink.write(
-        {"kind": "start", "step": 0, "tokens": 0, "world_size": 1, "tp_size": 1, "dp_size": 1, **TOTAL}
-    )
+    sink.write({"kind": "start", "step": 0, "tokens": 0, "world_size": 1, "tp_size": 1, "dp_size": 1, **TOTAL})
     for step in (1, 2, 3):  # 2,048 tokens each 100 s by the clock, whatever the step itself says
         sink.write({"kind": "step", **vars(record(step, time=100.0 * step, tokens_per_second=1e9))})
     assert f"eta {duration(900)}" in screen.file.getvalue().splitlines()[-1]
@@ -206,9 +202,7 @@ def test_a_terminal_gets_a_live_bar() -> None:
     with open(theirs, "w") as terminal:
         screen = rich.console.Console(file=terminal, width=140, _environ={"TERM": "xterm"})
         sink = ConsoleSink(5, screen)
-        sink.write(
-            {"kind": "start", "step": 0, "tokens": 0, "world_size": 1, "tp_size": 1, "dp_size": 1, **TOTAL}
-        )
+        sink.write({"kind": "start", "step": 0, "tokens": 0, "world_size": 1, "tp_size": 1, "dp_size": 1, **TOTAL})
         for step in (1, 2):
             sink.write({"kind": "step", **vars(record(step))})
         sink.close()
@@ -265,9 +259,7 @@ def wandb_files(folder: Path) -> list[Path]:
     return files
 
 
-@pytest.mark.parametrize(
-    "said", [{}, {"WANDB_API_KEY": "a" * 40, "WANDB_MODE": "offline"}], ids=["no key", "said"]
-)
+@pytest.mark.parametrize("said", [{}, {"WANDB_API_KEY": "a" * 40, "WANDB_MODE": "offline"}], ids=["no key", "said"])
 def test_wandb_offline_is_one_run_that_calls_nobody(tmp_path: Path, said: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         done = run_with_wandb(tmp_path / "run", server.getsockname()[1], **said)

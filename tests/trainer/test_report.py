@@ -31,9 +31,7 @@ def killed_and_resumed(tmp_path: Path) -> Path:
     folder = tmp_path / "night"
     write_run(folder, to=10, end=False)
     write_run(folder, resumed_step=8, memory_gib=1.5)
-    (folder / "environment.json").write_text(
-        '{"packages": {"torch": "2.13"}, "command": ["tandem", "<train>"]}'
-    )
+    (folder / "environment.json").write_text('{"packages": {"torch": "2.13"}, "command": ["tandem", "<train>"]}')
     return folder
 
 

@@ -116,16 +116,12 @@ def test_hybrid_has_the_values_of_the_12b(step: int, published: float) -> None:
 def test_hybrid_tail_is_alpha_over_root_of_step_plus_beta() -> None:
     timeline, alpha, beta = one_phase(STABLELM_12B, 760_000), 0.0448602, -116_081.4
     for step in (190_001, 400_000, 759_999):
-        assert timeline.lr_at(step) == pytest.approx(
-            alpha / math.sqrt(step + beta), rel=2e-6
-        )  # alpha's digits
+        assert timeline.lr_at(step) == pytest.approx(alpha / math.sqrt(step + beta), rel=2e-6)  # alpha's digits
 
 
 @pytest.mark.parametrize("switch_fraction", [0.1, 0.25, 0.4])
 @pytest.mark.parametrize("offset_steps", [0, 4_940])
-def test_hybrid_value_and_slope_are_continuous_at_the_switch(
-    switch_fraction: float, offset_steps: int
-) -> None:
+def test_hybrid_value_and_slope_are_continuous_at_the_switch(switch_fraction: float, offset_steps: int) -> None:
     lr = replace(STABLELM_12B, switch_fraction=switch_fraction, offset_steps=offset_steps)
     timeline, switch = one_phase(lr, 760_000), round(switch_fraction * 760_000) + offset_steps
     before, at, after = (timeline.lr_at(switch + step) for step in (-1, 0, 1))

@@ -112,7 +112,9 @@ def opened(folder: Path) -> Snapshot:
     if snapshot is None and (folder / "COMMITTED").is_file():
         snapshot = Snapshot(folder)
     if snapshot is None:
-        raise UserError(f"{folder}: no committed checkpoint there; give a run folder that has saved one, or an import's folder")
+        raise UserError(
+            f"{folder}: no committed checkpoint there; give a run folder that has saved one, or an import's folder"
+        )
     return snapshot
 
 

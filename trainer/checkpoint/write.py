@@ -47,7 +47,11 @@ def save(root: Path, step: int, engine: Engine, mesh: Mesh, *, facts: dict[str, 
 
 
 def save_weights(
-    root: Path, model: StableLM | BTLM, mup: Mup | None, read: Callable[[str], Tensor], shapes: dict[str, tuple[int, ...]]
+    root: Path,
+    model: StableLM | BTLM,
+    mup: Mup | None,
+    read: Callable[[str], Tensor],
+    shapes: dict[str, tuple[int, ...]],
 ) -> Path:
     """A committed checkpoint of step 0 with weights only, read one tensor at a time: what an import leaves behind."""
     folder = root / folder_name(0)

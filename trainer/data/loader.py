@@ -56,9 +56,7 @@ class Loader:
             if data.tokenizer is not None:
                 manifest.check_tokenizer(data.tokenizer, corpus, "data.tokenizer")
         _check_one_tokenizer(self._manifests)
-        self.fingerprints: dict[str, str] = {
-            name: corpus.fingerprint for name, corpus in self._manifests.items()
-        }
+        self.fingerprints: dict[str, str] = {name: corpus.fingerprint for name, corpus in self._manifests.items()}
         """Hash of each source's manifest: what a resume must match, see `manifest.check_resume`."""
         self._eos_id = next(iter(self._manifests.values())).eos_id if self._manifests else -1
         self.order: dict[str, int] = {
@@ -110,7 +108,11 @@ class Loader:
 
     def _source(self, name: str, corpus: manifest.Manifest, split: manifest.Split, seed: int | None) -> Source:
         order = Order(
-            split.tokens, block_tokens=self._data.block_tokens, window_tokens=self._data.window_tokens, name=name, seed=seed
+            split.tokens,
+            block_tokens=self._data.block_tokens,
+            window_tokens=self._data.window_tokens,
+            name=name,
+            seed=seed,
         )
         return Source(Stream(self._data.sources[name], corpus, split, name=name, seed=seed), order)
 
@@ -174,8 +176,7 @@ def _check_vocab(source: str, corpus: manifest.Manifest, vocab: int) -> None:
     folder_field = f"data.sources.{source}"
     if corpus.vocab > vocab:
         raise UserError(
-            f"model.vocab: {vocab}; the tokenizer of {folder_field} has {corpus.vocab} ids; "
-            "set it to at least that"
+            f"model.vocab: {vocab}; the tokenizer of {folder_field} has {corpus.vocab} ids; set it to at least that"
         )
     if not 0 <= corpus.eos_id < corpus.vocab:
         raise UserError(
@@ -184,9 +185,7 @@ def _check_vocab(source: str, corpus: manifest.Manifest, vocab: int) -> None:
             "prepare the corpus with an --eos the tokenizer has"
         )
     if not corpus.train.tokens:
-        raise UserError(
-            f"{folder_field}: has no training tokens; prepare it with a smaller --held-out or more text"
-        )
+        raise UserError(f"{folder_field}: has no training tokens; prepare it with a smaller --held-out or more text")
 
 
 def _check_one_tokenizer(corpora: dict[str, manifest.Manifest]) -> None:

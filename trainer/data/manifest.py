@@ -96,9 +96,7 @@ def load(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / FILE
     if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; a prepared corpus has one; run tandem prepare --output {folder}"
-        )
+        raise UserError(f"{path}: no such file; a prepared corpus has one; run tandem prepare --output {folder}")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         header = (tree.pop("format"), tree.pop("version"))
@@ -112,13 +110,10 @@ def load(folder: str | Path) -> Manifest:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(
-            f"{path}: is not a corpus manifest ({_one_line(error)}); prepare the corpus again"
-        ) from None
+        raise UserError(f"{path}: is not a corpus manifest ({_one_line(error)}); prepare the corpus again") from None
     if manifest.fingerprint != fingerprint:
         raise UserError(
-            f"{path}: content does not match its fingerprint; it was changed or damaged; "
-            "prepare the corpus again"
+            f"{path}: content does not match its fingerprint; it was changed or damaged; prepare the corpus again"
         )
     return manifest
 
@@ -128,9 +123,7 @@ def check_files(folder: str | Path, manifest: Manifest) -> None:
     for shard in [*manifest.train.shards, *manifest.validation.shards]:
         path = Path(folder) / shard.file
         if not path.is_file():
-            raise UserError(
-                f"{path}: shard is missing; {FILE} lists it; restore it or prepare the corpus again"
-            )
+            raise UserError(f"{path}: shard is missing; {FILE} lists it; restore it or prepare the corpus again")
         if path.stat().st_size != shard.bytes:
             raise UserError(
                 f"{path}: has {path.stat().st_size} bytes; {FILE} says {shard.bytes}; "

@@ -34,9 +34,7 @@ def cursor_at(schedule: Schedule, step: int) -> dict[str, int]:
         steps = min(step, phase.steps)
         names, pattern = _pattern(tuple(phase.mixture.items()))
         periods, rest = divmod(steps * phase.rows, len(pattern))
-        rows = periods * np.bincount(pattern, minlength=len(names)) + np.bincount(
-            pattern[:rest], minlength=len(names)
-        )
+        rows = periods * np.bincount(pattern, minlength=len(names)) + np.bincount(pattern[:rest], minlength=len(names))
         for name, count in zip(names, rows, strict=True):
             cursor[name] = cursor.get(name, 0) + int(count) * phase.seq_len
         step -= steps

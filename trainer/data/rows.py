@@ -39,9 +39,7 @@ class Place:
     position: int
 
 
-def places(
-    sources: Sequence[str], cursor: Mapping[str, int], seq_len: int
-) -> tuple[list[Place], dict[str, int]]:
+def places(sources: Sequence[str], cursor: Mapping[str, int], seq_len: int) -> tuple[list[Place], dict[str, int]]:
     """The place of each row of a step that starts at `cursor`, and the cursor after the step."""
     after, rows = dict(cursor), []
     for source in sources:

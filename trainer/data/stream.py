@@ -58,11 +58,7 @@ class Stream:
         order = list(range(len(self._shards)))
         if self._seed is not None:
             # Sorting by a hash, since no library promises the same permutation from a seed in every version.
-            order.sort(
-                key=lambda index: hashlib.sha256(
-                    f"{self._seed}/{self._name}/{epoch}/{index}".encode()
-                ).digest()
-            )
+            order.sort(key=lambda index: hashlib.sha256(f"{self._seed}/{self._name}/{epoch}/{index}".encode()).digest())
         lengths = [self._shards[index].tokens for index in order]
         return order, [0, *accumulate(lengths)][:-1]
 

@@ -143,9 +143,7 @@ def _norm(model: BTLM, ours: str, theirs: str) -> Iterator[Row]:
 
 def _linear(ours: str, theirs: str, outputs: int, inputs: int) -> Iterator[Row]:
     shape = (outputs, inputs)
-    yield Row(
-        f"{ours}.weight", shape, shape, (Piece(f"{theirs}.weight", (inputs, outputs), transposed=True),)
-    )
+    yield Row(f"{ours}.weight", shape, shape, (Piece(f"{theirs}.weight", (inputs, outputs), transposed=True),))
     yield whole(f"{ours}.bias", f"{theirs}.bias", outputs)
 
 

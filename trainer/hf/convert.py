@@ -84,15 +84,11 @@ def load(folder: Path) -> tuple[StableLM | BTLM, Mup | None, Read]:
     files, defaults = _open(folder), table.defaults(model)
     if model.tied_head and table.HEAD in files:
         _check_tied(folder, files.pop(table.HEAD), files, table)
-    changed = [
-        name for name, value in defaults.items() if name in files and not _is(files[name], name, value)
-    ]
+    changed = [name for name, value in defaults.items() if name in files and not _is(files[name], name, value)]
     if isinstance(model, StableLM):
         model = dataclasses.replace(model, norm_bias=model.norm_bias or bool(changed))
     elif changed:
-        raise UserError(
-            f"{folder}: {changed[0]} are not ALiBi's for {model.heads} heads; choose another folder"
-        )
+        raise UserError(f"{folder}: {changed[0]} are not ALiBi's for {model.heads} heads; choose another folder")
     rows = {row.ours: row for row in table.rows(model)}
     _check_names(folder, rows.values(), files, defaults)
 
@@ -168,8 +164,7 @@ def _end_of_text(tokenizer: Path, vocab: int) -> int:
         raise UserError(f"{tokenizer}: has no special token {END_OF_TEXT}; documents end with it; add it")
     if largest >= vocab:
         raise UserError(
-            f"{tokenizer}: has token id {largest}; model.vocab is {vocab}; name the tokenizer of the "
-            "run's corpus"
+            f"{tokenizer}: has token id {largest}; model.vocab is {vocab}; name the tokenizer of the run's corpus"
         )
     return int(added[END_OF_TEXT])
 
@@ -180,9 +175,7 @@ def _check_replaceable(out: Path) -> None:
     known = {"config.json", "generation_config.json", INDEX, *TOKENIZER_FILES, *btlm.CODE}
     if out.is_dir():
         names = {path.name for path in out.iterdir()}
-        others = {
-            name for name in names - known if not (name.startswith("model") and name.endswith(".safetensors"))
-        }
+        others = {name for name in names - known if not (name.startswith("model") and name.endswith(".safetensors"))}
         if not names or (not others and "config.json" in names and MARK in _read_json(out / "config.json")):
             return
     raise UserError(f"{out}: holds files that no export wrote; nothing is overwritten; name a new folder")
@@ -206,9 +199,7 @@ def _appearing(out: Path) -> Iterator[Path]:
 def _section(folder: Path, given: dict[str, Any]) -> tuple[StableLM | BTLM, Mup | None]:
     where, family = f"{folder}/config.json", given.get("model_type")
     if family not in TABLES:
-        raise UserError(
-            f"{where}: model_type {family!r}; must be one of {', '.join(TABLES)}; name another folder"
-        )
+        raise UserError(f"{where}: model_type {family!r}; must be one of {', '.join(TABLES)}; name another folder")
     try:
         model_tree, mup_tree = TABLES[family].section(given)
         model = section_from(FAMILIES[family], model_tree | ONLY_HERE | given.get(MARK, {}), where)
@@ -228,18 +219,12 @@ def _open(folder: Path) -> dict[str, Any]:
     """Every tensor's name in the folder, with the open file that holds it."""
     if (folder / INDEX).is_file():
         wanted = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(wanted, dict) or not all(
-            isinstance(name, str) for name in wanted.values() or [None]
-        ):
-            raise UserError(
-                f"{folder / INDEX}: has no weight_map; it names the file of every tensor; copy it again"
-            )
+        if not isinstance(wanted, dict) or not all(isinstance(name, str) for name in wanted.values() or [None]):
+            raise UserError(f"{folder / INDEX}: has no weight_map; it names the file of every tensor; copy it again")
     elif (folder / WEIGHTS).is_file():
         wanted = {}
     else:
-        raise UserError(
-            f"{folder}: has neither {WEIGHTS} nor {INDEX}; weights are read from safetensors; add them"
-        )
+        raise UserError(f"{folder}: has neither {WEIGHTS} nor {INDEX}; weights are read from safetensors; add them")
     held: dict[str, Any] = {}
     for name in sorted(set(wanted.values())) if wanted else [WEIGHTS]:
         try:
@@ -250,24 +235,19 @@ def _open(folder: Path) -> dict[str, Any]:
     lost = [name for name in wanted if name not in held]
     if lost:
         raise UserError(
-            f"{folder / INDEX}: {lost[0]} is not in {wanted[lost[0]]}; index and files differ; copy them "
-            "again"
+            f"{folder / INDEX}: {lost[0]} is not in {wanted[lost[0]]}; index and files differ; copy them again"
         )
     return held
 
 
-def _check_names(
-    folder: Path, rows: Iterable[Row], files: dict[str, Any], defaults: dict[str, torch.Tensor]
-) -> None:
+def _check_names(folder: Path, rows: Iterable[Row], files: dict[str, Any], defaults: dict[str, torch.Tensor]) -> None:
     expected = {piece.theirs: piece.shape for row in rows for piece in row.pieces}
     for name, shape in expected.items():
         if name not in files and name not in defaults:
             raise UserError(f"{folder}: {name} is missing; config.json asks for it; complete the folder")
         if name in files and tuple(files[name].get_slice(name).get_shape()) != shape:
             found = tuple(files[name].get_slice(name).get_shape())
-            raise UserError(
-                f"{folder}: {name} has shape {found}; config.json makes it {shape}; correct one of them"
-            )
+            raise UserError(f"{folder}: {name} has shape {found}; config.json makes it {shape}; correct one of them")
     for name in files:
         if name not in expected and name not in defaults and not name.endswith(IGNORED):
             raise UserError(f"{folder}: {name} is no tensor of the model in config.json; correct config.json")
@@ -292,9 +272,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read: {error}; it must be a JSON file; add or correct it"
-        ) from None
+        raise UserError(f"{path}: cannot be read: {error}; it must be a JSON file; add or correct it") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds {type(tree).__name__}; must be a JSON object; correct it")
     return tree

@@ -170,9 +170,7 @@ class BTLMModel(BTLMPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(
-                f"attention_mask has {attention_mask.dim()} dims; BTLM takes [rows, keys], 1 = a token"
-            )
+            raise ValueError(f"attention_mask has {attention_mask.dim()} dims; BTLM takes [rows, keys], 1 = a token")
         hidden = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = hidden * self.config.mup_embeddings_scale
         visible = None if attention_mask is None else attention_mask.bool()

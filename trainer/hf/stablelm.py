@@ -49,9 +49,7 @@ def rows(model: StableLM) -> Iterator[Row]:
 
 def defaults(model: StableLM) -> dict[str, torch.Tensor]:
     """What the class has although the model need not: the biases of its block and final norms, zero."""
-    norms = (
-        ["input_layernorm"] if model.parallel_residual else ["input_layernorm", "post_attention_layernorm"]
-    )
+    norms = ["input_layernorm"] if model.parallel_residual else ["input_layernorm", "post_attention_layernorm"]
     names = [f"model.layers.{index}.{norm}.bias" for index in range(model.depth) for norm in norms]
     return {name: torch.zeros(model.width) for name in [*names, "model.norm.bias"]}
 
@@ -62,9 +60,7 @@ def fields(model: StableLM, mup: Mup | None, max_seq_len: int) -> dict[str, Any]
     Raises: UserError where muP is on, for which the published class has no multipliers.
     """
     if mup is not None:
-        raise UserError(
-            "mup: is set; a Stable LM folder has no place for its multipliers; export a run with mup: null"
-        )
+        raise UserError("mup: is set; a Stable LM folder has no place for its multipliers; export a run with mup: null")
     rotary = {"rope_theta": model.rotary_base, "partial_rotary_factor": model.rotary_fraction}
     return {
         "architectures": ["StableLmForCausalLM"],

@@ -2,7 +2,7 @@
 
 import torch
 
-from trainer.config import Mup, StableLM, BTLM
+from trainer.config import BTLM, Mup, StableLM
 from trainer.models import btlm, stablelm
 from trainer.models.layers import Decoder, Recompute
 from trainer.models.mup import forward_scales

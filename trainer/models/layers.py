@@ -122,7 +122,10 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, tokens: Int64[Tensor, "rows seq"], targets: Int64[Tensor, "rows seq"], documents: Int32[Tensor, "rows seq"]
+        self,
+        tokens: Int64[Tensor, "rows seq"],
+        targets: Int64[Tensor, "rows seq"],
+        documents: Int32[Tensor, "rows seq"],
     ) -> Float32[Tensor, "rows seq"]:
         """Cross-entropy of each target in nats; the same on every tensor-parallel rank."""
         logits = self._logits_local(tokens, documents)

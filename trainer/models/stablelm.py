@@ -27,7 +27,9 @@ from trainer.parallel.layers import LayerNorm, Row, divided, to_columns
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.recompute import again_in_backward, kept
 
-Context = tuple[Float32[Tensor, "any_rows seq half"], Float32[Tensor, "any_rows seq half"], Int32[Tensor, "rows seq"] | None]
+Context = tuple[
+    Float32[Tensor, "any_rows seq half"], Float32[Tensor, "any_rows seq half"], Int32[Tensor, "rows seq"] | None
+]
 """Cosines, sines, and the documents where attention stays within them."""
 
 
@@ -63,7 +65,9 @@ class Attention(PartialAttention):
         qkv = self.qkv(columns)
         return self.out(join_heads(self.run(self._attend, qkv, context)))
 
-    def _attend(self, qkv: Float[Tensor, "seq rows qkv_local"], context: Context) -> Float[Tensor, "rows seq heads_local head_dim"]:
+    def _attend(
+        self, qkv: Float[Tensor, "seq rows qkv_local"], context: Context
+    ) -> Float[Tensor, "rows seq heads_local head_dim"]:
         cos, sin, documents = context
         query, key, value = split_heads(qkv, self.section)
         query = rotate(self.query_norm(query), cos, sin)
@@ -107,7 +111,11 @@ def build(section: StableLM, scales: ForwardScales, mesh: Mesh, dtype: torch.dty
     def layer() -> nn.Module:
         attend = Attention(section, scales.attention, mesh, dtype, recompute=recompute)
         ffn = FeedForward(section, mesh, dtype, bias=False, recompute=recompute)
-        return ParallelLayer(attend, ffn, norm()) if section.parallel_residual else SequentialLayer(attend, ffn, (norm(), norm()))
+        return (
+            ParallelLayer(attend, ffn, norm())
+            if section.parallel_residual
+            else SequentialLayer(attend, ffn, (norm(), norm()))
+        )
 
     layers = [layer() for _ in range(section.depth)]
     return StableLMDecoder(section, scales, layers, norm(), mesh, dtype, recompute=recompute)

@@ -60,7 +60,15 @@ class Column(ColumnParallelLinear):
     """
 
     def __init__(
-        self, shape: tuple[int, ...], dim: int, size: int, mesh: Mesh, dtype: torch.dtype, *, bias: bool, role: str = "hidden"
+        self,
+        shape: tuple[int, ...],
+        dim: int,
+        size: int,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        *,
+        bias: bool,
+        role: str = "hidden",
     ) -> None:
         outputs = size
         for axis in shape[:dim]:

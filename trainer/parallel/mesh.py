@@ -124,9 +124,7 @@ def _join(launch: dict[str, int], device: torch.device) -> None:
     rank, world_size = launch["rank"], launch["world_size"]
     if world_size == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
-        )
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(
             backend, init_method="env://", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT

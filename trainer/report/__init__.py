@@ -22,9 +22,7 @@ from trainer.report import page, plots
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs", metavar="RUN", nargs="*", type=Path, help="run folder; writes RUN/report.html"
-    )
+    parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="run folder; writes RUN/report.html")
     compared = "two run folders side by side: where they first differ; writes B/compare-A.html"
     parser.add_argument("--compare", metavar=("A", "B"), nargs=2, type=Path, help=compared)
 
@@ -85,9 +83,7 @@ def result(history: History) -> dict[str, str]:
         "loss": f"{plots.mean(tail):.4f} nats, mean of the last {len(tail)} steps",
     }
     if history.validations:
-        best = min(
-            history.validations, key=lambda record: float("inf") if record["loss"] is None else record["loss"]
-        )
+        best = min(history.validations, key=lambda record: float("inf") if record["loss"] is None else record["loss"])
         for name, record in (
             ("last validation loss", history.validations[-1]),
             ("best validation loss", best),
@@ -106,9 +102,7 @@ def result(history: History) -> dict[str, str]:
 def facts(config: RunConfig) -> dict[str, str]:
     """The config in a few lines, for the head of a page; the whole file stands below."""
     model, schedule, lr = config.model, config.schedule, config.schedule.lr
-    phases = "; ".join(
-        f"{p.name}: {short(p.tokens)} tokens as {p.rows} rows of {p.seq_len:,}" for p in schedule.phases
-    )
+    phases = "; ".join(f"{p.name}: {short(p.tokens)} tokens as {p.rows} rows of {p.seq_len:,}" for p in schedule.phases)
     return {
         "model": f"{model.family}: depth {model.depth}, width {model.width:,}, heads {model.heads}, "
         f"kv_heads {model.kv_heads}, ffn_width {model.ffn_width:,}, vocab {model.vocab:,}",
@@ -128,9 +122,7 @@ def facts(config: RunConfig) -> dict[str, str]:
 def _starts(history: History) -> tuple[list[str], list[list[str]]]:
     head = ["when", "from step", "from token", "ranks", "tp_size", "dp_size", "steps done again"]
     names = ("step", "tokens", "world_size", "tp_size", "dp_size", "repeated_steps")
-    return head, [
-        [_clock(start["time"]), *(f"{start[name]:,}" for name in names)] for start in history.starts
-    ]
+    return head, [[_clock(start["time"]), *(f"{start[name]:,}" for name in names)] for start in history.starts]
 
 
 def _checkpoints(history: History) -> tuple[list[str], list[list[str]]]:

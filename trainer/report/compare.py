@@ -27,15 +27,11 @@ def write(a: Path, b: Path) -> tuple[str, Path]:
     histories = metrics.read(a), metrics.read(b)
     pairs = common(*histories)
     if not pairs:
-        raise UserError(
-            f"--compare: {a} and {b} have no step in common; name two runs that both finished a step"
-        )
+        raise UserError(f"--compare: {a} and {b} have no step in common; name two runs that both finished a step")
     verdict = "; ".join(first_difference(pairs, name) for name in COMPARED)
     folder = b / "report"
     pictures = [
-        page.picture(
-            label, f"{a} and {b}", _overlay(histories, (a, b), name, folder / f"compare-{a.name}-{name}.png")
-        )
+        page.picture(label, f"{a} and {b}", _overlay(histories, (a, b), name, folder / f"compare-{a.name}-{name}.png"))
         for name, label in COMPARED.items()
     ]
     sections = [*pictures, page.rows("Steps that differ", *_differences(pairs)), _config_difference(a, b)]
@@ -87,9 +83,7 @@ def _differences(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[li
     body = []
     for one, other in pairs:
         if any(one[name] != other[name] for name in COMPARED):
-            body.append(
-                [str(one["step"]), *(cell for name in COMPARED for cell in _cells(one[name], other[name]))]
-            )
+            body.append([str(one["step"]), *(cell for name in COMPARED for cell in _cells(one[name], other[name]))])
     return head, body[:LISTED_STEPS]
 
 

@@ -130,9 +130,7 @@ def _bands(axes: Axes, history: History) -> None:
     for index, (name, steps) in enumerate(groupby(history.steps, key=lambda record: record["phase"])):
         right = float(list(steps)[-1]["tokens"])
         axes.axvspan(left, right, color=BANDS[index % 2], lw=0, zorder=0)
-        axes.text(
-            left, 1.01, f" {name}", transform=axes.get_xaxis_transform(), color=GREY, size=9, va="bottom"
-        )
+        axes.text(left, 1.01, f" {name}", transform=axes.get_xaxis_transform(), color=GREY, size=9, va="bottom")
         left = right
     axes.set_xlim(0, left)
 
@@ -156,9 +154,7 @@ def _log_if_wide(axes: Axes, values: Column, ratio: float | int) -> None:
 
 def _raw_and_smooth(axes: Axes, history: History, values: Column, color: str, label: str) -> None:
     axes.plot(column(history.steps, "tokens"), values, color=color, alpha=0.3, lw=0.8)
-    axes.plot(
-        *smoothed(history.steps, values), color=color, label=f"{label}: running median, faint: each step"
-    )
+    axes.plot(*smoothed(history.steps, values), color=color, label=f"{label}: running median, faint: each step")
 
 
 def loss(history: History, config: RunConfig) -> Figure:
@@ -183,9 +179,7 @@ def _loss(history: History) -> tuple[Figure, Axes, Column]:
     _raw_and_smooth(axes, history, values, BLUE, "training")
     if history.validations:
         tokens, held_out = column(history.validations, "tokens"), column(history.validations, "loss")
-        axes.plot(
-            tokens, held_out, "o", color=ORANGE, ms=5, mec="white", mew=0.8, label="validation", zorder=3
-        )
+        axes.plot(tokens, held_out, "o", color=ORANGE, ms=5, mec="white", mew=0.8, label="validation", zorder=3)
     return figure, axes, values
 
 

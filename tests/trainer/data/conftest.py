@@ -17,9 +17,7 @@ def make_corpus(tmp_path):
     """make_corpus("a", seed=1): a folder of random documents in several shards; "
     "`vocab` above 65,536 gives uint32."""
 
-    def make(
-        name: str, *, seed: int = 0, documents: int = 40, vocab: int = 500, tokenizer: str = "one"
-    ) -> Path:
+    def make(name: str, *, seed: int = 0, documents: int = 40, vocab: int = 500, tokenizer: str = "one") -> Path:
         folder = tmp_path / name
         folder.mkdir()
         rng = np.random.default_rng(seed)
@@ -33,9 +31,7 @@ def make_corpus(tmp_path):
         train = write_split(folder, "train", texts(documents), **sizes)
         validation = write_split(folder, "validation", texts(8), **sizes)
         facts = {"unigram_entropy_nats": 0.0, "counts": {}, "settings": {}}
-        written = Manifest(
-            dtype, 512, vocab, "<eos>", EOS, tokenizer, **facts, train=train, validation=validation
-        )
+        written = Manifest(dtype, 512, vocab, "<eos>", EOS, tokenizer, **facts, train=train, validation=validation)
         with whole_file(folder / manifest.FILE) as file:
             file.write(manifest.dump(written).encode())
         return folder

@@ -213,9 +213,7 @@ def test_a_failed_export_leaves_what_was_there(tmp_path: Path) -> None:
 
     for out in ("out", "new"):
         with pytest.raises(OSError, match="the disk is gone"):
-            convert.export(
-                read, model, mup, tmp_path / out, tokenizer=None, max_seq_len=64, dtype=torch.bfloat16
-            )
+            convert.export(read, model, mup, tmp_path / out, tokenizer=None, max_seq_len=64, dtype=torch.bfloat16)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert torch.equal(convert.load(tmp_path / "out")[2]("embedding.weight"), tensors["embedding.weight"])
 
@@ -234,9 +232,7 @@ def test_stablelm_with_mup_is_not_published(tmp_path: Path) -> None:
     ("vocab", "special", "message"),
     [(97, "<end>", "has no special token"), (200, "<|endoftext|>", "model.vocab is 20")],
 )
-def test_a_tokenizer_that_does_not_fit_is_refused(
-    vocab: int, special: str, message: str, tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_does_not_fit_is_refused(vocab: int, special: str, message: str, tmp_path: Path) -> None:
     import dataclasses
 
     model = dataclasses.replace(VARIANTS["btlm_mup"][0], vocab=20)

@@ -37,12 +37,8 @@ def test_every_element_is_in_one_place_and_comes_back(variant: str) -> None:
     for row in convert.TABLES[model.family].rows(model):
         ours = torch.arange(math.prod(row.shape)).view(row.shape)
         theirs = {piece.theirs: cut(row, piece, ours) for piece in row.pieces}
-        assert [tuple(theirs[piece.theirs].shape) for piece in row.pieces] == [
-            piece.shape for piece in row.pieces
-        ]
-        assert torch.equal(
-            torch.cat([part.flatten() for part in theirs.values()]).sort().values, ours.flatten()
-        )
+        assert [tuple(theirs[piece.theirs].shape) for piece in row.pieces] == [piece.shape for piece in row.pieces]
+        assert torch.equal(torch.cat([part.flatten() for part in theirs.values()]).sort().values, ours.flatten())
         assert torch.equal(join(row, theirs.__getitem__), ours)
 
 
@@ -56,17 +52,13 @@ def test_our_names_and_shapes_are_the_references(variant: str) -> None:
 @pytest.mark.parametrize("model", [STABLELM_2_12B, STABLELM_2_1_6B, BTLM_3B], ids=["12b", "1_6b", "3b"])
 def test_names_and_shapes_are_those_of_the_full_size_class(model: StableLM | BTLM) -> None:
     table = convert.TABLES[model.family]
-    config, made = (
-        (StableLmConfig, StableLmForCausalLM) if table is stablelm else (BTLMConfig, BTLMLMHeadModel)
-    )
+    config, made = (StableLmConfig, StableLmForCausalLM) if table is stablelm else (BTLMConfig, BTLMLMHeadModel)
     with torch.device("meta"):
         theirs = made(config(**table.fields(model, None, 4096))).state_dict()
     mapped = {piece.theirs: piece.shape for row in table.rows(model) for piece in row.pieces}
     defaults = {name: tuple(value.shape) for name, value in table.defaults(model).items()}
     tied = {table.HEAD} if model.tied_head else set()
-    assert {
-        name: tuple(value.shape) for name, value in theirs.items() if name not in tied
-    } == mapped | defaults
+    assert {name: tuple(value.shape) for name, value in theirs.items() if name not in tied} == mapped | defaults
 
 
 @pytest.mark.parametrize(
@@ -74,9 +66,7 @@ def test_names_and_shapes_are_those_of_the_full_size_class(model: StableLM | BTL
     [(STABLELM_2_12B, 12_142_976_000), (STABLELM_2_1_6B, 1_644_515_328), (BTLM_3B, 2_646_255_744)],
     ids=["12b", "1_6b", "3b"],
 )
-def test_full_size_models_have_the_published_number_of_parameters(
-    model: StableLM | BTLM, parameters: int
-) -> None:
+def test_full_size_models_have_the_published_number_of_parameters(model: StableLM | BTLM, parameters: int) -> None:
     """12B without its zero norm biases, which the published total counts twice over two ranks."""
     table = convert.TABLES[model.family]
     assert sum(math.prod(row.shape) for row in table.rows(model)) == parameters
