@@ -6,10 +6,11 @@ and, after a kill, to clear; it goes when the manifest is there.
 
 from __future__ import annotations
 
+import fcntl
 import json
-import shutil
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,53 @@ def claimed(output: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     absent = [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(output, error) from None
+    with _locked(output):
+        yield from _filled(output, settings, absent)
+
+
+def _filled(output: Path, settings: Mapping[str, Any], absent: list[Path]) -> Iterator[None]:
+    try:
+        if (output / manifest.FILE).exists():  # finished by another process since we looked
+            yield
+            return
         _clear(output)
         with whole_file(output / NOTE) as file:
             file.write(json.dumps(settings, indent=1).encode())
         yield
-        (output / NOTE).unlink()
+        (output / NOTE).unlink(missing_ok=True)
     except (UserError, OSError) as error:
-        if absent:
-            shutil.rmtree(absent[-1], ignore_errors=True)
-        elif output.is_dir():
+        if output.is_dir() and not (output / manifest.FILE).exists():
             _clear(output)
+        # Folders made for this corpus go too, unless another has moved in meanwhile.
+        with suppress(OSError):
+            for folder in absent:
+                folder.rmdir()
         if isinstance(error, UserError):
             raise
-        reason = " ".join(str(error).split())
-        raise UserError(f"--output: {output} cannot be written ({reason}); name another folder") from None
+        raise _unwritable(output, error) from None
+
+
+def _unwritable(output: Path, error: OSError) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"--output: {output} cannot be written ({reason}); name another folder")
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """No other preparation works in the folder meanwhile. The folder itself is locked: a file would be left behind."""
+    handle = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output: {output} is being prepared by another process; a folder has one at a time; wait for it"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def _check_ours(output: Path, settings: Mapping[str, Any]) -> None:

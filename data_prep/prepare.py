@@ -76,6 +76,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"{output}: already prepared with these settings; nothing to do")
         return
     with folder.claimed(output, settings):
+        if folder.is_finished(output, settings):
+            print(f"{output}: was prepared meanwhile with these settings; nothing to do")
+            return
         corpus = _prepare(args, files, given, settings, console)
     _print_counts(output, corpus)
 

@@ -12,6 +12,9 @@ export RANKS_PER_NODE=2 WANDB_SILENT=true
 # shellcheck source=launch/env.sh
 source launch/env.sh
 
+# With fewer than two GPUs the two ranks train on the CPU.
+if [[ $(nvidia-smi --list-gpus 2>/dev/null | wc -l) -lt 2 ]]; then export CUDA_VISIBLE_DEVICES=; fi
+
 say() { printf '\n=== %4d s  %s\n' "$SECONDS" "$1"; }
 fail() { printf 'demo: %s\n' "$1" >&2; exit 1; }
 steps_done() { grep -c '"kind": "step"' "$1/metrics.jsonl" 2>/dev/null || true; }
@@ -42,6 +45,8 @@ wait $training 2>/dev/null || true
 trap - EXIT
 say "killed with SIGKILL; the same command again continues from the last checkpoint"
 launch/local.sh 2 configs/demo-stablelm.yaml
+
+grep '"kind": "start"' runs/demo-stablelm/metrics.jsonl | tail -n 1 | grep -q '"step": 100,' || fail "it did not continue at step 100"
 
 say "training demo-btlm: data parallel 2 x ZeRO-1"
 launch/local.sh 2 configs/demo-btlm.yaml parallel.tp_size=1

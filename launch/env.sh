@@ -29,9 +29,6 @@ set_default PET_SHUTDOWN_TIMEOUT 600
 
 # --- on GPUs (without effect elsewhere)
 
-# Tensor parallelism overlaps the backward's reduction with a matrix product; before Blackwell that order is only kept
-# when all streams share one hardware queue (megatron-core, tensor_parallel/layers.py).
-set_default CUDA_DEVICE_MAX_CONNECTIONS 1
 # Phases have different shapes: segments that grow leave no unusable holes between the two.
 set_default PYTORCH_ALLOC_CONF expandable_segments:True
 # The price of reproducible matrix products (debug.deterministic); a few MiB.

@@ -34,6 +34,7 @@ rm -rf .venv
 system=()
 if has_cuda_torch "$python"; then system=(--system-site-packages); fi
 "$python" -m venv "${system[@]}" .venv
+touch .venv/.tandem
 say "made .venv with $("$python" --version)"
 
 export DS_BUILD_OPS=0 # DeepSpeed compiles no operators: none is used

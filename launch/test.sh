@@ -5,9 +5,11 @@
 #   types    mypy: strict where modules are pure, ordinary elsewhere
 #   arch     the dependency rule, one door for each heavy library, lines per file
 #   fast     tests of one process that take seconds        dist      tests of several processes, and slow ones
-#   kernels  every op against its meaning                  cluster   a real scheduler (skipped where there is none)
+#   kernels  every op against its meaning                  cluster   several hosts, and what Slurm is told
+#   gpu      what needs a CUDA device                       demo      launch/demo.sh
 #
-# Without a stage: lint, types, arch and every test in one pytest run, whose summary ends the output.
+# Without a stage: lint, types, arch and every test that needs no GPU in one pytest run, whose summary ends the output.
+# GPUs are hidden from all stages but gpu and demo: a test's ranks share one machine and meet over gloo.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 launch/install.sh
@@ -20,6 +22,8 @@ fast() { pytest tests --ignore tests/kernels --ignore tests/cluster -m 'not dist
 dist() { pytest tests --ignore tests/kernels --ignore tests/cluster -m 'dist or slow'; }
 kernels() { pytest tests/kernels; }
 cluster() { with_ip && pytest tests/cluster; }
+gpu() { pytest tests -m gpu; }
+demo() { launch/demo.sh; }
 tests() { with_ip && pytest tests --durations 10; }
 
 # The test of two hosts makes them with `ip`: a bare container lacks it, and gets it where this may install it.
@@ -41,8 +45,9 @@ stages=("$@")
 failed=()
 for stage in "${stages[@]}"; do
     case $stage in
-    lint | types | arch | fast | dist | kernels | cluster | tests) ;;
-    *) echo "test: unknown stage $stage; known: lint types arch fast dist kernels cluster" >&2 && exit 2 ;;
+    gpu | demo) unset CUDA_VISIBLE_DEVICES ;;
+    lint | types | arch | fast | dist | kernels | cluster | tests) export CUDA_VISIBLE_DEVICES= ;;
+    *) echo "test: unknown stage $stage; known: lint types arch fast dist kernels cluster gpu demo" >&2 && exit 2 ;;
     esac
     SECONDS=0
     printf '\n== %s\n' "$stage"

@@ -102,7 +102,9 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def local_devices() -> int:
-    """NVIDIA GPUs of this machine, without importing torch."""
+    """NVIDIA GPUs of this machine that this process may use, without importing torch."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return len([name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()])
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 

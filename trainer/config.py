@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -379,7 +379,7 @@ def check(config: RunConfig) -> None:
             "parallel.zero_stage: 0 with run.precision bf16; gradients are accumulated in fp32, which DeepSpeed does "
             "from stage 1 on; set zero_stage to 1 or precision to fp32"
         )
-    if "/" in config.run.name or not config.run.name:
+    if "/" in config.run.name or config.run.name in ("", ".", ".."):
         raise UserError(f"run.name: {config.run.name!r}; is the name of one folder; leave out slashes")
     if config.run.stop_step is not None and config.run.stop_step < 1:
         raise UserError(f"run.stop_step: {config.run.stop_step}; must be at least 1; null runs the schedule to its end")
@@ -511,7 +511,12 @@ def _hardware(folder: Path, name: str) -> Any:
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "none"
         raise UserError(f"hardware: {name!r} has no file in {folder}; known there: {known}; name one of them or null")
-    return OmegaConf.to_container(OmegaConf.load(file))
+    try:
+        return OmegaConf.to_container(OmegaConf.load(file))
+    except Exception as error:  # PyYAML's errors share no base class with omegaconf's
+        if not type(error).__module__.startswith(("yaml", "omegaconf")):
+            raise
+        raise UserError(f"{file}: not valid YAML: {_one_line(error)}; correct the file") from None
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
@@ -530,9 +535,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where}: {value!r}; must be a mapping of names; write name: value")
         return {str(key): _build(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if type(None) in arguments:
-        return (
-            None if value is None else _build(Union[tuple(a for a in arguments if a is not type(None))], value, where)
-        )
+        (present,) = (argument for argument in arguments if argument is not type(None))
+        return None if value is None else _build(present, value, where)
     if kind == StableLM | BTLM:
         kind = _chosen(FAMILIES, value, where, "family")
     elif kind is LearningRate:

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_data(arguments.data, origin, length, arguments.rows)
     bins = min(arguments.bins, length)
     with started(tp_size=1) as mesh, torch.no_grad():
-        model = model_from(arguments.source, mesh)
+        model = model_from(origin, mesh)
         by_position = torch.zeros(length, dtype=torch.float64)
         for batch in held_out(arguments.data, origin.model.vocab, length, arguments.rows):
             by_position += losses_of(model, batch, mesh).double().sum(0).cpu()
@@ -89,9 +89,8 @@ def check_data(data: Path, origin: Source, length: int, rows: int) -> None:
         )
 
 
-def model_from(path: Path, mesh: Mesh, dtype: torch.dtype | None = None) -> models.Decoder:
-    """The model at `path` (whatever `checkpoint.source` reads), by default in fp32 on a CPU and bf16 on a GPU."""
-    origin = source(path)
+def model_from(origin: Source, mesh: Mesh, dtype: torch.dtype | None = None) -> models.Decoder:
+    """The model with the source's weights, by default in fp32 on a CPU and bf16 on a GPU."""
     dtype = dtype or (torch.bfloat16 if mesh.device.type == "cuda" else torch.float32)
     with mesh.device:
         model = models.build(origin.model, origin.mup, mesh, dtype=dtype)

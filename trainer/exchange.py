@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint.source import source
+from trainer.checkpoint.source import Source, source
 from trainer.checkpoint.write import save_weights
 from trainer.config import UserError
 from trainer.data.manifest import TOKENIZER_FILE
@@ -52,11 +52,12 @@ def run_export_hf(arguments: argparse.Namespace) -> None:
     origin = source(arguments.run_folder)
     convert.export(
         origin.read, origin.model, origin.mup, arguments.output, tokenizer=origin.tokenizer,
+        eos_token=origin.eos_token,
         max_seq_len=origin.max_seq_len or 2048, dtype=DTYPES[arguments.dtype],
     )  # fmt: skip
     print(f"exported {arguments.run_folder} to {arguments.output}")
     if arguments.check:
-        error = logit_error(arguments.run_folder, arguments.output, DTYPES[arguments.dtype], origin.model.vocab)
+        error = logit_error(origin, arguments.output, DTYPES[arguments.dtype])
         print(f"reloaded with transformers: largest difference of logits {error:.1e} of their range")
         if error > LOGIT_TOLERANCE:
             raise RuntimeError(
@@ -64,13 +65,13 @@ def run_export_hf(arguments: argparse.Namespace) -> None:
             )
 
 
-def logit_error(run_folder: Path, export: Path, dtype: torch.dtype, vocab: int) -> float:
+def logit_error(origin: Source, export: Path, dtype: torch.dtype) -> float:
     """Largest difference between transformers' logits of the export and those of the run's weights, rounded to `dtype` as the
     export's are, relative to the range of the latter; both computed in fp32.
     """
-    tokens = torch.randint(0, vocab, (2, 64), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, origin.model.vocab, (2, 64), generator=torch.Generator().manual_seed(0))
     with started(tp_size=1) as mesh, torch.no_grad():
-        model = model_from(run_folder, mesh, torch.float32)
+        model = model_from(origin, mesh, torch.float32)
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))
         ours = model.logits(tokens.to(mesh.device), torch.zeros_like(tokens).int().to(mesh.device)).cpu()

@@ -13,6 +13,8 @@ from trainer.config import UserError
 from trainer.evaluate import model_from
 from trainer.parallel.mesh import started
 
+LENGTH_STEP = 128
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `tandem generate`."""
@@ -51,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not prompt:
         raise UserError("--prompt: is empty; generation continues at least one token; give some text")
     with started(tp_size=1) as mesh:
-        model = model_from(arguments.source, mesh)
+        model = model_from(origin, mesh)
         generator = torch.Generator().manual_seed(arguments.seed)
         tokens = torch.tensor([prompt])
         for _ in range(arguments.tokens):
@@ -79,9 +81,11 @@ def next_token(
     top_p: float,
 ) -> Int64[Tensor, "rows 1"]:
     """The likeliest next token, or a draw from the nucleus of probability top_p at the given temperature."""
-    documents = torch.zeros(tokens.shape, dtype=torch.int32)
-    device = model.embedding.weight.device
-    logits = model.logits(tokens.to(device), documents.to(device))[:, -1].cpu()
+    length, device = tokens.shape[1], model.embedding.weight.device
+    # Lengths in large steps, as compiled attention is made anew for each; what follows a token cannot change its logits.
+    padded = torch.nn.functional.pad(tokens, (0, -length % LENGTH_STEP))
+    documents = torch.zeros(padded.shape, dtype=torch.int32)
+    logits = model.logits(padded.to(device), documents.to(device))[:, length - 1].cpu()
     if not temperature:
         return logits.argmax(-1, keepdim=True)
     return torch.multinomial(nucleus(torch.softmax(logits / temperature, -1), top_p), 1, generator=generator)

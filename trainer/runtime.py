@@ -133,15 +133,12 @@ def open_run_folder(folder: Path, config_yaml: str) -> None:
 
 
 @contextmanager
-def held(folder: Path, rank: int) -> Iterator[None]:
-    """Within the block rank 0 alone, of all processes of this machine and file system, trains in the run folder.
+def held(folder: Path) -> Iterator[None]:
+    """Within the block no other run trains in the folder, as far as its file system can tell.
 
     Waits some seconds first, for ranks that are still on their way out.
-    Raises: UserError on rank 0 when another run keeps the folder.
+    Raises: UserError when another run keeps the folder.
     """
-    if rank:
-        yield
-        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -168,6 +165,10 @@ def _locked(file: TextIO) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        log.warning(
+            "%s: this file system has no locks (%s): nothing keeps a second run away", file.name, error.strerror
+        )
     return True
 
 

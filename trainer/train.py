@@ -5,9 +5,11 @@ What varies with time comes from the Timeline as a pure function of the step, an
 so all that a checkpoint adds to the config is tensors and a cursor.
 """
 
+import dataclasses
 import logging
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 from trainer import models, optim, runtime
+from trainer.checkpoint.layout import committed
 from trainer.checkpoint.read import Snapshot, load_weights, newest, opened, restore
 from trainer.checkpoint.write import model_facts, save
 from trainer.config import RunConfig, UserError, check_world, dump
@@ -26,7 +29,7 @@ from trainer.evaluate import validation_loss
 from trainer.metrics import Sinks, StepRecord, open_sinks, throughput
 from trainer.models.init import fill
 from trainer.models.mup import rules
-from trainer.parallel.mesh import Mesh, launched_world_size, started, sum_over_ranks
+from trainer.parallel.mesh import Mesh, from_rank_0, launched_world_size, on_rank_0, started, sum_over_ranks
 from trainer.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -64,9 +67,11 @@ def run(config: RunConfig) -> int:
             config.data, config.schedule, seed=config.run.seed, vocab=config.model.vocab,
             dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,
         )  # fmt: skip
-        initial = imported(config)
         check_held_out(config, loader)
-        with runtime.held(folder, mesh.rank):
+        continues = from_rank_0(bool(committed(folder / "checkpoints")))
+        initial = None if continues else imported(config)
+        with ExitStack() as stack:
+            on_rank_0(lambda: stack.enter_context(runtime.held(folder)), mesh)
             return run_in(folder, config, mesh, loader, initial, stop_signal)
 
 
@@ -82,15 +87,17 @@ def run_in(
     snapshot = newest(folder / "checkpoints", mesh)
     if snapshot:
         check_continues(config, snapshot, loader)
-    if mesh.rank == 0:
-        runtime.open_run_folder(folder, dump(config))
+    on_rank_0(lambda: runtime.open_run_folder(folder, dump(config)), mesh)
     engine = build_engine(config, mesh, snapshot, initial)
-    step = snapshot.step if snapshot else 0
-    sinks = open_sinks(folder, config, rank=mesh.rank, resumed_step=step)
+    step, cursor = (snapshot.step, snapshot.manifest["cursor"]) if snapshot else (0, None)
+    for source in (snapshot, initial):
+        if source:
+            source.close()
+    sinks = on_rank_0(lambda: open_sinks(folder, config, rank=0, resumed_step=step), mesh) or Sinks([], step)
     peak_flops = config.hardware.peak_flops if config.hardware else runtime.measured_peak_flops(mesh.device)
     training = Training(config, folder, mesh, Timeline(config.schedule), loader, engine, sinks, peak_flops)
     try:
-        return loop(training, step, snapshot.manifest["cursor"] if snapshot else None, stop_signal)
+        return loop(training, step, cursor, stop_signal)
     finally:
         sinks.close()
 
@@ -104,15 +111,13 @@ def loop(training: Training, step: int, cursor: dict[str, int] | None, stop_sign
         dp_size=training.mesh.dp_size, total_steps=timeline.total_steps, total_tokens=timeline.total_tokens,
     )  # fmt: skip
     batches, stopping = training.loader.batches(step, cursor), False
-    step_began = time.perf_counter()
     while step < last and not stopping:
+        began = time.perf_counter()
         batch = next(batches)
-        data_seconds = time.perf_counter() - step_began
+        data_seconds = time.perf_counter() - began
         loss, gradient_norm, stopping = one_step(training, batch, step, stop_signal)
         step += 1
-        now = time.perf_counter()
-        sinks.step(record_of(training, step, loss, gradient_norm, now - step_began, data_seconds))
-        step_began = now
+        sinks.step(record_of(training, step, loss, gradient_norm, time.perf_counter() - began, data_seconds))
         if due(step, config.evaluate.every_steps) or (config.evaluate.every_steps and step == last):
             evaluate(training, step)
         if stopping or step == last or due(step, config.checkpoint.every_steps):
@@ -164,6 +169,7 @@ def save_checkpoint(training: Training, step: int, cursor: dict[str, int]) -> No
         "cursor": cursor,
         "fingerprints": training.loader.fingerprints,
         "order": training.loader.order,
+        "phases": [dataclasses.asdict(phase) for phase in training.config.schedule.phases],
     }
     root, keep = training.folder / "checkpoints", training.config.checkpoint.keep
     size = save(root, step, training.engine, training.mesh, facts=facts, keep=keep)
@@ -206,12 +212,35 @@ def check_continues(config: RunConfig, snapshot: Snapshot, loader: Loader) -> No
     """Raises UserError unless the snapshot is of this model and these corpora."""
     check_same_model(config, snapshot, f"checkpoint {snapshot.folder}")
     check_resume(snapshot.manifest["fingerprints"], loader.fingerprints)
+    check_same_past(Timeline(config.schedule), snapshot)
     for field, saved in snapshot.manifest["order"].items():
         if loader.order[field] != saved:
             raise UserError(
                 f"{field}: {loader.order[field]} but the run was saved with {saved}; it fixes the order of the data; "
                 "restore the value or choose another run.name"
             )
+
+
+def check_same_past(timeline: Timeline, snapshot: Snapshot) -> None:
+    """Raises UserError when the schedule gives the steps already made another shape; what lies ahead may change."""
+    first_step = 0
+    for index, saved in enumerate(snapshot.manifest["phases"]):
+        if first_step >= snapshot.step:
+            return
+        end_step = first_step + saved["tokens"] // (saved["rows"] * saved["seq_len"])
+        where = f"schedule.phases[{index}]"
+        if index >= len(timeline.spans):
+            raise UserError(f"{where}: missing; the run has made steps of phase {saved['name']!r}; restore it")
+        span = timeline.spans[index]
+        changed = [name for name in ("seq_len", "rows", "mixture") if getattr(span.phase, name) != saved[name]]
+        if min(span.end_step, snapshot.step) != min(end_step, snapshot.step):
+            changed.append("tokens")
+        if changed:
+            raise UserError(
+                f"{where}.{changed[0]}: {getattr(span.phase, changed[0])} but the run made its steps with "
+                f"{saved[changed[0]]}; the past of a run is fixed; restore the value or choose another run.name"
+            )
+        first_step = end_step
 
 
 def check_held_out(config: RunConfig, loader: Loader) -> None:

@@ -75,8 +75,6 @@ def test_the_script_and_the_trainer_agree_on_the_requeue_code() -> None:
 
 
 def test_the_slurm_script_outside_the_repository_says_where_to_submit(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [LAUNCH / "slurm" / "run.sh", "x.yaml"], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run([LAUNCH / "slurm" / "run.sh", "x.yaml"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert "submit from its root" in done.stderr

@@ -1,5 +1,7 @@
 """A run that was stopped is the run that was not: bitwise at the same layout, to rounding at another."""
 
+import contextlib
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -12,15 +14,17 @@ from tests.promises.test_parallel import EPSILON
 from trainer.checkpoint.layout import KINDS
 from trainer.checkpoint.read import Snapshot, newest, opened
 from trainer.checkpoint.write import save
-from trainer.config import RunConfig, section_from
+from trainer.config import RunConfig, UserError, section_from
 from trainer.parallel.mesh import started
-from trainer.train import build_engine, run
+from trainer.timeline import Timeline
+from trainer.train import build_engine, check_same_past, run
 
 STOPS = (4, 8, None)
 """In the first phase, in the second, at the end; the border between the phases is step 6."""
 LAYOUTS = {"tp1_dp1": (1, 1), "tp1_dp2": (2, 1), "tp2_dp1": (2, 2), "tp4_dp1": (4, 4)}
 """Name -> ranks, tp_size."""
-VARIANTS = ("btlm", "stablelm")
+VARIANTS = {"btlm": "fp32", "stablelm": "bf16"}
+"""Name -> precision: DeepSpeed has an optimizer of its own for each."""
 
 
 def config(variant: str, corpus: Path, root: Path, tp_size: int, **sections: dict) -> RunConfig:
@@ -41,7 +45,9 @@ def reload_and_save(config: RunConfig, source: Path, target: Path) -> float:
     with started(config.parallel.tp_size) as mesh:
         snapshot = opened(source)
         engine = build_engine(config, mesh, snapshot)
-        facts = {name: snapshot.manifest[name] for name in ("model", "mup", "cursor", "fingerprints", "order")}
+        facts = {
+            name: snapshot.manifest[name] for name in ("model", "mup", "cursor", "fingerprints", "order", "phases")
+        }
         save(target, snapshot.step, engine, mesh, facts=facts, keep=0)
         return max(group["weight_decay"] for group in engine._optimizer.param_groups)
 
@@ -57,18 +63,15 @@ def differing(one: Snapshot, other: Snapshot) -> list[str]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, corpus) -> Path:
-    """Run folders of one world of four ranks (tp 2 x dp 2): straight, and stopped twice, with prefetch; and a copy
-    of the first stop's folder for every other layout.
-    """
+    """Run folders of one world of four ranks (tp 2 x dp 2): straight, and stopped twice, with prefetch."""
     folder = tmp_path_factory.mktemp("resume")
     configs = []
-    for variant in VARIANTS:
-        configs.append(config(variant, corpus, folder, 2, run={"name": f"{variant}-straight", "seed": 1, "precision": "fp32",
-                                                                "root": str(folder)}))  # fmt: skip
+    for variant, precision in VARIANTS.items():
+        run = {"seed": 1, "precision": precision, "root": str(folder)}
+        configs.append(config(variant, corpus, folder, 2, run=run | {"name": f"{variant}-straight"}))
         for stop in STOPS:
-            name = f"{variant}-stopped"
-            configs.append(config(variant, corpus, folder, 2, run={"name": name, "seed": 1, "precision": "fp32",
-                                                                    "root": str(folder), "stop_step": stop}))  # fmt: skip
+            stopped = run | {"name": f"{variant}-stopped", "stop_step": stop}
+            configs.append(config(variant, corpus, folder, 2, run=stopped))
     assert set(ranks.run(run_all, 4, folder, configs, timeout_seconds=200)[0]) == {0}
     return folder
 
@@ -124,6 +127,29 @@ def saved_root(config: RunConfig) -> Path:
     return Path(config.run.root)
 
 
+@pytest.mark.parametrize(
+    ("phase", "field", "value", "refused"),
+    [
+        (0, "tokens", 7 * 256, True),  # the border of the phases moves into the past
+        (0, "rows", 4, True),
+        (1, "seq_len", 64, True),
+        (1, "tokens", 20 * 256, False),  # a longer future
+        (1, "micro_rows", 2, False),
+    ],
+)
+def test_the_past_of_a_schedule_is_fixed_and_its_future_free(root, corpus, phase, field, value, refused):
+    snapshot = Snapshot(root / "btlm-stopped" / "checkpoints" / "step-00000008")
+    schedule = config("btlm", corpus, root, 1).schedule
+    phases = list(schedule.phases)
+    phases[phase] = dataclasses.replace(phases[phase], **{field: value})
+    timeline = Timeline(dataclasses.replace(schedule, phases=phases, batch_tokens=None))
+    expected = (
+        pytest.raises(UserError, match=rf"schedule.phases\[{phase}\].{field}") if refused else contextlib.nullcontext()
+    )
+    with expected:
+        check_same_past(timeline, snapshot)
+
+
 def test_a_torn_or_damaged_checkpoint_is_passed_over_with_its_name(root, tmp_path, caplog):
     folder = tmp_path / "checkpoints"
     shutil.copytree(root / "btlm-stopped" / "checkpoints", folder)
@@ -138,3 +164,5 @@ def test_a_torn_or_damaged_checkpoint_is_passed_over_with_its_name(root, tmp_pat
     assert found is not None
     assert found.step == 4
     assert f"{names[1]} is damaged ({file.name} has other contents" in caplog.text
+    with pytest.raises(UserError, match="has other contents"):
+        opened(folder / names[1])

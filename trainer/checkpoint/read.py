@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from trainer.checkpoint.layout import KINDS, committed, damage, data_files, key, read_manifest
+from trainer.checkpoint.layout import KINDS, MARKER, committed, damage, data_files, key, read_manifest
 from trainer.config import BTLM, FAMILIES, Mup, StableLM, UserError, section_from
 from trainer.engine import Engine
 from trainer.models.init import place
@@ -70,6 +70,10 @@ class Snapshot:
         mup = self.manifest["mup"]
         return model, section_from(Mup, mup, "mup") if mup else None
 
+    def close(self) -> None:
+        """The files are let go; they would else stay mapped, and their space in use after they are removed."""
+        self._files.clear()
+
     def _file(self, name: str) -> Any:
         if name not in self._files:
             self._files[name] = safe_open(self.folder / name, framework="pt")
@@ -109,7 +113,10 @@ def opened(folder: Path) -> Snapshot:
     """
     roots = [folder / "checkpoints", folder]
     snapshot = next((s for s in map(newest, roots) if s), None)
-    if snapshot is None and (folder / "COMMITTED").is_file():
+    if snapshot is None and (folder / MARKER).is_file():
+        wrong = damage(folder)
+        if wrong:
+            raise UserError(f"{folder}: is damaged ({wrong}); name another checkpoint or the run's folder")
         snapshot = Snapshot(folder)
     if snapshot is None:
         raise UserError(

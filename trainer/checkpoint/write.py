@@ -6,6 +6,7 @@ it, and only then are older checkpoints removed. A kill anywhere leaves the last
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -23,6 +24,8 @@ from trainer.parallel.layers import shard_of
 from trainer.parallel.mesh import Mesh, barrier, gather_to_all
 from trainer.parallel.shards import Shard
 from trainer.runtime import sync_folder, write_whole
+
+log = logging.getLogger(__name__)
 
 
 def save(root: Path, step: int, engine: Engine, mesh: Mesh, *, facts: dict[str, Any], keep: int) -> int:
@@ -123,4 +126,6 @@ def _retire(newest: Path, keep: int) -> None:
         if folder not in kept:
             # The marker goes first, so that a kill in the middle leaves no folder that looks whole.
             (folder / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(folder)
+            shutil.rmtree(
+                folder, onerror=lambda _, path, error: log.warning("%s cannot be removed: %s", path, error[1])
+            )

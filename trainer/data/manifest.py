@@ -168,6 +168,12 @@ def check_resume(saved_fingerprints: Mapping[str, str], fingerprints: Mapping[st
 
     Note: sources may be added or left out between phases; a position in a source that changed means nothing.
     """
+    for source, found in fingerprints.items():
+        if source not in saved_fingerprints and found in saved_fingerprints.values():
+            raise UserError(
+                f"data.sources.{source}: is a corpus the run has read from under another name; its position would be lost; "
+                "restore the name, or start a new run"
+            )
     for source, saved in saved_fingerprints.items():
         found = fingerprints.get(source, saved)
         if found != saved:

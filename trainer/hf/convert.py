@@ -24,7 +24,6 @@ from trainer.hf.mapping import Read, Row, cut, join
 
 TABLES: dict[str, Any] = {"stablelm": stablelm, "btlm": btlm}
 SHARD_BYTES = 4_000_000_000
-END_OF_TEXT = "<|endoftext|>"
 MARK = "tandem"
 """Key in config.json of what the published schema lacks; it also tells an export of ours."""
 ONLY_HERE = {"init_truncation_sigmas": 0.0, "document_masking": False}
@@ -42,6 +41,7 @@ def export(
     out: Path,
     *,
     tokenizer: Path | None,
+    eos_token: str = "<|endoftext|>",
     max_seq_len: int,
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
@@ -49,7 +49,7 @@ def export(
     """`out` is a folder that transformers loads offline (BTLM with `trust_remote_code=True`).
 
     Memory: one shard. An earlier export at `out` is replaced when the new one is complete; anything else
-    there is left alone. `tokenizer` is a tokenizer.json whose vocabulary has <|endoftext|>.
+    there is left alone. `tokenizer` is a tokenizer.json with the special token `eos_token`.
     Raises: UserError where `out` holds other files, the tokenizer does not fit, or the family has no room for
     muP.
     """
@@ -58,7 +58,7 @@ def export(
     name = str(dtype).removeprefix("torch.")
     config = {**table.fields(model, mup, max_seq_len), "dtype": name, "torch_dtype": name}
     config[MARK] = {field: getattr(model, field) for field in ONLY_HERE}
-    end = _end_of_text(tokenizer, model.vocab) if tokenizer else None
+    end = _token_id(eos_token, tokenizer, model.vocab) if tokenizer else None
     tokens = {f"{role}_token_id": end for role in ("bos", "eos", "pad")}
     config.update(tokens)
     with _appearing(out) as folder:
@@ -67,7 +67,7 @@ def export(
         for code in table.CODE:
             shutil.copyfile(Path(__file__).parent / code, folder / code)
         if tokenizer:
-            _write_tokenizer(folder, tokenizer, max_seq_len)
+            _write_tokenizer(folder, tokenizer, eos_token, max_seq_len)
         _write_weights(folder, read, list(table.rows(model)), table.defaults(model), dtype, shard_bytes)
 
 
@@ -142,9 +142,9 @@ def _shards(rows: list[Row], itemsize: int, shard_bytes: int) -> list[list[Row]]
     return shards
 
 
-def _write_tokenizer(folder: Path, tokenizer: Path, max_seq_len: int) -> None:
+def _write_tokenizer(folder: Path, tokenizer: Path, eos_token: str, max_seq_len: int) -> None:
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    special = {f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "pad", "unk")}
+    special = {f"{role}_token": eos_token for role in ("bos", "eos", "pad", "unk")}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_seq_len,
@@ -155,18 +155,18 @@ def _write_tokenizer(folder: Path, tokenizer: Path, max_seq_len: int) -> None:
     _write_json(folder / "special_tokens_map.json", special)
 
 
-def _end_of_text(tokenizer: Path, vocab: int) -> int:
+def _token_id(token: str, tokenizer: Path, vocab: int) -> int:
     tree = _read_json(Path(tokenizer))
     added = {entry["content"]: entry["id"] for entry in tree.get("added_tokens") or []}
     words = tree.get("model", {}).get("vocab", {})
     largest = max([*added.values(), *(words.values() if isinstance(words, dict) else [len(words) - 1])])
-    if END_OF_TEXT not in added:
-        raise UserError(f"{tokenizer}: has no special token {END_OF_TEXT}; documents end with it; add it")
+    if token not in added:
+        raise UserError(f"{tokenizer}: has no special token {token}; documents end with it; add it")
     if largest >= vocab:
         raise UserError(
             f"{tokenizer}: has token id {largest}; model.vocab is {vocab}; name the tokenizer of the run's corpus"
         )
-    return int(added[END_OF_TEXT])
+    return int(added[token])
 
 
 def _check_replaceable(out: Path) -> None:

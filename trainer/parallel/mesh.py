@@ -5,7 +5,7 @@ Ranks are laid out with tensor-parallel neighbours adjacent, so that a replica's
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+
+from trainer.config import UserError
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -50,6 +52,11 @@ def start(tp_size: int) -> Mesh:
     os.environ["LOCAL_RANK"] = str(launch["local_rank"])  # DeepSpeed insists on it, whatever the launcher
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        if launch["local_rank"] >= torch.cuda.device_count():
+            raise UserError(
+                f"ranks: this machine has {torch.cuda.device_count()} GPUs and rank {launch['rank']} would need one more; "
+                "start one rank for each GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
+            )
         device = torch.device("cuda", launch["local_rank"])
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -96,6 +103,23 @@ def from_rank_0(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_rank_0(function: Callable[[], T], mesh: Mesh) -> T | None:
+    """The function's result on rank 0, which alone calls it, and None elsewhere.
+
+    Raises: its UserError on every rank, so that none waits for one that has left.
+    """
+    result, refusal = None, None
+    if mesh.rank == 0:
+        try:
+            result = function()
+        except UserError as error:
+            refusal = str(error)
+    refusal = from_rank_0(refusal)
+    if refusal is not None:
+        raise UserError(refusal)
+    return result
 
 
 def gather_to_all(value: T) -> list[T]:
