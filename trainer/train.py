@@ -122,9 +122,11 @@ def loop(training: Training, step: int, cursor: dict[str, int] | None, stop_sign
             evaluate(training, step)
         if stopping or step == last or due(step, config.checkpoint.every_steps):
             save_checkpoint(training, step, batch.cursor)
-    reason = "finished" if step == timeline.total_steps else stop_signal.name or f"stop_step {last}"
-    sinks.end(step, reason if step == last or not stopping else f"stopped by {stop_signal.name or 'another rank'}")
-    return runtime.REQUEUE_EXIT_CODE if stopping and step < last else 0
+    if step >= last:
+        sinks.end(step, "finished" if step == timeline.total_steps else f"run.stop_step {last}")
+        return 0
+    sinks.end(step, f"stopped by {stop_signal.name or 'a signal to another rank'}")
+    return runtime.REQUEUE_EXIT_CODE
 
 
 def one_step(training: Training, batch: Batch, step: int, stop_signal: runtime.StopSignal) -> tuple[float, float, bool]:

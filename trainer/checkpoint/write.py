@@ -126,6 +126,7 @@ def _retire(newest: Path, keep: int) -> None:
         if folder not in kept:
             # The marker goes first, so that a kill in the middle leaves no folder that looks whole.
             (folder / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(
-                folder, onerror=lambda _, path, error: log.warning("%s cannot be removed: %s", path, error[1])
-            )
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                log.warning("%s cannot be removed: %s", folder, error)

@@ -1,0 +1,287 @@
+"""Every section of the YAML as a frozen dataclass, in the order of the file.
+
+A line under a field is its documentation: meaning, unit, what zero or null means. Derived numbers are functions elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+PADDING_MULTIPLE = 128
+"""Feed-forward width and vocabulary are rounded up to a multiple of this times tp_size inside the model, never outside."""
+
+
+class UserError(ValueError):
+    """A user's mistake in one line: the field or file, its value, the rule, the remedy. Commands exit with 2 on it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    """Name of the run: its folder below `root`, its wandb run."""
+    seed: int
+    """Every random draw is keyed by this number and a name."""
+    root: str = "runs"
+    """Folder that holds the run folders."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: bf16 weights and activations, fp32 master weights, gradient accumulation and reduction. fp32: all in fp32."""
+    initial_weights: str | None = None
+    """Folder written by `tandem import-hf` whose weights start the run; null draws them from `seed`."""
+    stop_step: int | None = None
+    """Save and end after this many steps although the schedule goes on; null runs the schedule to its end."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What both families have."""
+
+    family: str
+    """stablelm or btlm."""
+    width: int
+    """Size of the residual stream."""
+    depth: int
+    """Number of layers."""
+    heads: int
+    """Number of query heads; head_dim is width / heads."""
+    ffn_width: int
+    """Inner size of the gated feed-forward network (true, unpadded)."""
+    vocab: int
+    """Number of token ids the model can read and predict (true, unpadded); at least the tokenizer's."""
+    norm_epsilon: float
+    """Added to the variance in every LayerNorm."""
+    init_std: float
+    """Standard deviation of the initial embedding; of every matrix where muP is off."""
+    init_truncation_sigmas: float
+    """Initial normals are cut at this many standard deviations; 0 does not cut."""
+    document_masking: bool
+    """Tokens attend only within their own document, and rotary positions restart with it."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+@dataclass(frozen=True)
+class StableLM(Model):
+    kv_heads: int
+    """Number of key and value heads; divides heads."""
+    rotary_fraction: float
+    """Leading share of head_dim that is rotated."""
+    rotary_base: float
+    """Base of the rotary frequencies."""
+    parallel_residual: bool
+    """true: x + attention(norm(x)) + ffn(norm(x)) with one shared norm. false: one after the other, two norms."""
+    qk_norm: bool
+    """LayerNorm without bias over head_dim on queries and keys before rotation, one weight vector for every head."""
+    qkv_bias: bool
+    """Bias on the query, key and value projections."""
+    norm_bias: bool
+    """Bias on block and final norms."""
+    tied_head: bool
+    """The output head is the embedding matrix."""
+
+
+@dataclass(frozen=True)
+class BTLM(Model):
+    tied_head: bool
+    """The output head is the embedding matrix."""
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+
+@dataclass(frozen=True)
+class Mup:
+    """Maximal update parametrisation; the rules are one table in `models/mup.py`."""
+
+    base_width: int
+    """Width at which the hyperparameters were tuned; the width multiplier is model.width / base_width."""
+    embedding_multiplier: float
+    """Factor on the embedding's output."""
+    output_multiplier: float
+    """Factor on the logits before they are divided by the width multiplier."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    name: str
+    """Shown in progress, metrics and plots."""
+    tokens: int
+    """Length of the phase in tokens: a multiple of rows * seq_len."""
+    seq_len: int
+    """Tokens in a row."""
+    rows: int
+    """Rows in a global batch."""
+    micro_rows: int
+    """Rows in one forward pass on one data-parallel rank."""
+    mixture: dict[str, float]
+    """Share of the rows from each source of `data.sources`; sums to 1."""
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.rows * self.seq_len
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // self.batch_tokens
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    kind: str
+    """linear, cosine or hybrid."""
+    peak: float
+    """Learning rate at the end of the warm-up."""
+    final: float
+    """Learning rate at the end of the decay (hybrid: the minimum of its cosine, which it does not reach)."""
+    warmup_steps: int
+    """Linear from 0 at step 0 to peak at this step."""
+    decay_steps: int | None
+    """Linear and cosine: steps from the end of the warm-up to `final`; null decays to the last step of the run."""
+
+
+@dataclass(frozen=True)
+class Linear(LearningRate):
+    """peak to final on a straight line."""
+
+
+@dataclass(frozen=True)
+class Cosine(LearningRate):
+    """peak to final on half a cosine."""
+
+
+@dataclass(frozen=True)
+class Hybrid(LearningRate):
+    """Cosine, then inverse square root with value and slope continuous at the switch, then an optional linear cooldown."""
+
+    switch_fraction: float
+    """The cosine gives way after this share of decay_steps (which is the cosine's full period here)."""
+    offset_steps: int
+    """Steps subtracted from the step before the formula is applied: 0 counts the warm-up in, warmup_steps leaves it out."""
+    cooldown_start_step: int | None
+    """First step of the cooldown, which starts from the learning rate of that step; null has none."""
+    cooldown_steps: int
+    """Length of the cooldown."""
+    cooldown_final: float
+    """Learning rate at the end of the cooldown."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    batch_tokens: int | None
+    """Tokens in a global batch, the same in every phase; null lets phases differ."""
+    phases: list[Phase]
+    """In order; the run ends with the last."""
+    lr: LearningRate
+    """One line over all phases."""
+
+
+@dataclass(frozen=True)
+class Optim:
+    beta1: float
+    """AdamW: decay of the first moment."""
+    beta2: float
+    """AdamW: decay of the second moment."""
+    epsilon: float
+    """AdamW: added to the root of the second moment."""
+    weight_decay: float
+    """Decoupled decay of matrices and embeddings; norms and biases have none."""
+    clip_norm: float
+    """Largest global gradient norm; 0 does not clip."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    tp_size: int
+    """Ranks that share one replica of the model; data-parallel size is the number of ranks / tp_size."""
+    zero_stage: Literal[0, 1]
+    """1: optimizer state is divided over data-parallel ranks. 0: every rank holds all of it; fp32 only."""
+    recompute: Literal["none", "selective", "full"]
+    """Activations computed again in backward: none, the attention and feed-forward products, or whole layers."""
+    bucket_elements: int = 500_000_000
+    """Largest number of gradient elements reduced, or weights gathered, in one call."""
+
+
+@dataclass(frozen=True)
+class Data:
+    sources: dict[str, str]
+    """Name of each source and the folder `tandem prepare` wrote for it."""
+    tokenizer: str | None = None
+    """tokenizer.json that the corpora must have been prepared with; null trusts the manifests."""
+    prefetch_steps: int = 2
+    """Global batches read ahead in the background; 0 reads when asked."""
+    block_tokens: int = 8_192
+    """Neighbouring tokens that stay together when the corpus is shuffled; best the longest seq_len. 0 reads it in order."""
+    window_tokens: int = 33_554_432
+    """Blocks are shuffled within runs of this many tokens, so that a step reads from few shards."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    every_steps: int
+    """Steps between validation losses; 0 never validates."""
+    tokens: int
+    """Held-out tokens per validation: a multiple of every phase's seq_len."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int
+    """Steps between saves; 0 saves only at the end and on a signal."""
+    keep: int
+    """Newest checkpoints kept; older ones are removed after a newer one is committed. 0 keeps all."""
+
+
+@dataclass(frozen=True)
+class Log:
+    every_steps: int = 10
+    """Steps between lines of progress where the output is not a terminal. metrics.jsonl has every step."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online with an API key, else offline into the run folder."""
+    wandb_project: str = "tandem"
+    """Project the run is shown under."""
+
+
+@dataclass(frozen=True)
+class Debug:
+    deterministic: bool = True
+    """Same config, same machine: same bits. false allows faster kernels that do not promise that."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of accelerator, from configs/hardware/."""
+
+    name: str
+    """As people call it."""
+    peak_flops: float
+    """Dense bf16 floating-point operations per second of one device, the denominator of MFU."""
+    memory_gib: float
+    """Memory of one device."""
+    memory_bytes_per_second: float
+    """Memory bandwidth of one device."""
+    devices_per_node: int
+    """Devices in one node."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    run: Run
+    model: StableLM | BTLM
+    mup: Mup | None
+    schedule: Schedule
+    optim: Optim
+    parallel: Parallel
+    data: Data
+    evaluate: Evaluate
+    checkpoint: Checkpoint
+    log: Log
+    debug: Debug
+    hardware: Hardware | None
+    """Name of a file in hardware/ beside the config; null measures a matmul at the start and takes that for the peak."""
+
+
+FAMILIES: dict[str, type[StableLM] | type[BTLM]] = {"stablelm": StableLM, "btlm": BTLM}
+LEARNING_RATES: dict[str, type[LearningRate]] = {"linear": Linear, "cosine": Cosine, "hybrid": Hybrid}
