@@ -4,6 +4,7 @@ import argparse
 import random
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 from data_prep import prepare, verify
@@ -43,6 +44,14 @@ def folder(tmp_path, texts) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode())
     return root
+
+
+def zst(data: bytes) -> bytes:
+    """One zstd frame."""
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
 
 
 def run(module, *arguments) -> None:

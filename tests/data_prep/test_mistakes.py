@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 
+from tests.data_prep.conftest import zst
 from trainer.config import UserError
 from trainer.data import manifest
 
@@ -30,7 +30,7 @@ def broken_inputs(root):
     root.mkdir()
     compressed = gzip.compress((GOOD + "\n").encode() * 500)
     (root / "cut.jsonl.gz").write_bytes(compressed[:-9])
-    (root / "cut.jsonl.zst").write_bytes(zstandard.compress((GOOD + "\n").encode() * 500)[:-4])
+    (root / "cut.jsonl.zst").write_bytes(zst((GOOD + "\n").encode() * 500)[:-4])
     (root / "none.jsonl.gz").write_bytes(b"plain text")
     (root / "bad.parquet").write_bytes(b"PAR1 no parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), root / "null.parquet")

@@ -13,10 +13,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import webdataset
-import zstandard
 from tokenizers import Tokenizer
 
 from data_prep import tokenizer
+from tests.data_prep.conftest import zst
 from trainer.config import UserError
 from trainer.data import manifest
 from trainer.data.stream import Stream
@@ -75,7 +75,7 @@ def test_every_format_gives_the_same_documents(prepared, tmp_path, texts):
     (tmp_path / "a.jsonl").write_bytes(lines)
     half = len(lines) // 2
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines[:half]) + gzip.compress(lines[half:]))
-    frames = zstandard.compress(lines[:half]) + zstandard.compress(lines[half:])
+    frames = zst(lines[:half]) + zst(lines[half:])
     (tmp_path / "a.jsonl.zst").write_bytes(frames)
     pyarrow.parquet.write_table(pyarrow.table({"body": texts}), tmp_path / "a.parquet", row_group_size=50)
     (tmp_path / "text").mkdir()
