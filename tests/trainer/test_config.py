@@ -44,8 +44,8 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
         ("model.rotary_fraction=0.2", ["model.rotary_fraction", "0.2", "6.4", "even whole number"]),
         ("evaluate.tokens=1000", ["evaluate.tokens", "1000", "multiple of", "seq_len"]),
         (
-            "schedule.lr.warmup_steps=300",
-            ["schedule.lr.warmup_steps", "300", "below the 300 steps", "lower it"],
+            "schedule.lr.warmup_steps=450",
+            ["schedule.lr.warmup_steps", "450", "below the 450 steps", "lower it"],
         ),
         ("schedule.lr.switch_fraction=0.6", ["schedule.lr.switch_fraction", "0.6", "between 0 and 0.5"]),
         ("schedule.lr.final=1.0", ["schedule.lr.final", "1.0", "between 0 and peak"]),
