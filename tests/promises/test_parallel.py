@@ -9,6 +9,7 @@ from deepspeed.utils import safe_get_full_grad
 
 from tests import ranks, tiny
 from trainer.config import RunConfig
+from trainer.engine import Engine
 from trainer.parallel.mesh import Mesh, started
 from trainer.parallel.shards import joined
 from trainer.train import build_engine
@@ -18,22 +19,37 @@ EPSILON = 1e-2
 """AdamW divides by |gradient| + epsilon, so with the recipes' 1e-8 an element whose gradient is rounding noise moves as far as
 any other, in a direction that rounding chose. Above the size of the gradients the update is as well conditioned as they are,
 and a fault of the layout is all that can move it."""
+NUDGED = "nudged"
 LAYOUTS = {"tp2": (2, 2, 1), "dp2": (2, 1, 1), "tp2_zero0": (2, 2, 0), "tp2_dp2": (4, 2, 1), "tp4": (4, 4, 1)}
 """Name -> ranks, tp_size, zero_stage."""
 
 
 def train_all(wanted: list[tuple[str, RunConfig]]) -> dict[str, dict]:
     """`train` of several configs, one after the other in one world."""
-    return {name: train(config) for name, config in wanted}
+    return {name: train(config, nudged=name.endswith(NUDGED)) for name, config in wanted}
 
 
-def train(config: RunConfig) -> dict:
+def nudge(engine: Engine, step: int) -> None:
+    """Every weight moves to a neighbouring fp32 number, up or down by chance."""
+    generator, parameters = torch.Generator().manual_seed(step), dict(engine.model.named_parameters())
+    with torch.no_grad():
+        for fragment in engine.fragments():
+            up = torch.rand(fragment.master.shape, generator=generator) < 0.5
+            towards = torch.where(up, torch.inf, -torch.inf)
+            fragment.master.copy_(torch.nextafter(fragment.master, towards))
+            weights = parameters[fragment.name].view(-1)
+            weights[fragment.start : fragment.start + fragment.master.numel()] = fragment.master
+
+
+def train(config: RunConfig, nudged: bool = False) -> dict:
     """Losses, gradient norms, the last step's gathered gradients and the gathered parameters after all steps."""
     with started(config.parallel.tp_size) as mesh:
         engine = build_engine(config, mesh, None)
         losses, norms = [], []
         for step in range(STEPS):
-            micro_rows, share = 2, tiny.ROWS // mesh.dp_size
+            if nudged:
+                nudge(engine, step)
+            micro_rows, share = config.schedule.phases[0].micro_rows, tiny.ROWS // mesh.dp_size
             mine = [t[mesh.dp_rank * share : (mesh.dp_rank + 1) * share] for t in tiny.rows(step)]
             starts, total = range(0, share, micro_rows), 0.0
             for start in starts:
@@ -71,6 +87,10 @@ def in_bf16(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, precision="bf16"))
 
 
+def with_recipe_epsilon(config: RunConfig) -> RunConfig:
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, epsilon=1e-8))
+
+
 CASES = [(v, name) for v in tiny.VARIANTS for name in LAYOUTS if not (v == "stablelm" and name == "tp4")]
 """The grouped variant has two key heads, which four ranks cannot share."""
 
@@ -87,6 +107,11 @@ def trained(tmp_path_factory) -> dict[str, dict]:
             world_size = LAYOUTS[layout][0] if layout else 1
             config = variant_config(variant, layout)
             wanted[world_size].append((f"bf16/{variant}/{layout}", in_bf16(config)))
+    for variant in tiny.VARIANTS:
+        for layout in (None, "tp2_dp2"):
+            recipe = with_recipe_epsilon(variant_config(variant, layout))
+            wanted[LAYOUTS[layout][0] if layout else 1].append((f"recipe/{variant}/{layout}", recipe))
+        wanted[1].append((f"recipe/{variant}/{NUDGED}", with_recipe_epsilon(variant_config(variant, None))))
     found: dict[str, dict] = {}
     for world_size, configs in wanted.items():
         found |= ranks.run(train_all, world_size, folder, configs, timeout_seconds=200)[0]
@@ -110,6 +135,26 @@ def test_bf16_losses_and_gradient_norms_are_the_same_to_its_rounding(trained, va
     rounding = 2.0**-8
     assert other["losses"] == pytest.approx(one["losses"], rel=rounding)
     assert other["norms"] == pytest.approx(one["norms"], rel=4 * rounding)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("kind", ["gradients", "parameters"])
+def test_with_the_recipes_epsilon_a_layout_moves_no_more_than_one_ulp_does(trained, variant, kind):
+    """What AdamW makes of rounding is seen on one rank whose every weight is moved by one unit in the last place before each
+    step. A layout rounds differently in every one of a step's dozens of operations, hence an order of magnitude; a fault (a
+    gradient counted twice, a wrong shard) moves the weights by per cents, a hundred times more.
+    """
+
+    def error(other: dict) -> float:
+        distance = sum(float((other[name] - expected).norm() ** 2) for name, expected in one.items())
+        return (distance / sum(float(expected.norm() ** 2) for expected in one.values())) ** 0.5
+
+    one = trained[f"recipe/{variant}/None"][kind]
+    rounding = error(trained[f"recipe/{variant}/{NUDGED}"][kind])
+    layout = error(trained[f"recipe/{variant}/tp2_dp2"][kind])
+    print(f"figures {variant} {kind}: rounding {rounding:.2e}, layout {layout:.2e}")
+    assert 0 < layout <= 10 * rounding
 
 
 @pytest.mark.dist
