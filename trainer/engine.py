@@ -80,7 +80,6 @@ class Engine:
                 mpu=mpu, dist_init_required=False,
             )  # fmt: skip
         log.debug("deepspeed: %s", printed.getvalue())
-        self._clip_norm = config.optim.clip_norm
 
     def accumulate(self, loss: Tensor, *, last: bool) -> None:
         """The loss's gradient is added to the step's; with the `last` one it is averaged over data-parallel ranks.

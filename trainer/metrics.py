@@ -41,7 +41,7 @@ class StepRecord:
     gradient_norm: float
     """Global, before clipping."""
     step_seconds: float
-    """From the end of the step before to the end of this one, data_seconds included."""
+    """From asking for the batch to the end of the update, data_seconds included; validations and saves are not in it."""
     data_seconds: float
     """Of these, waiting for the batch."""
     tokens_per_second: float

@@ -4,9 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import pytest
 import yaml
 
 from tests.promises import conftest
-from tests.promises.conftest import clean_environment, steps_of, two_phases
+from tests.promises.conftest import begun, steps_of, two_phases
 from trainer.config import load
 from trainer.costs import parameters
 
@@ -79,21 +77,6 @@ def config(tmp_path: Path, corpus: Path) -> Path:
 def sent_bytes(host: str) -> int:
     (link,) = json.loads(ip("-n", host, "-json", "-statistics", "link", "show", CABLE))
     return int(link["stats64"]["tx"]["bytes"])
-
-
-@contextlib.contextmanager
-def begun(command: list[object], **extra: str) -> Iterator[subprocess.Popen[str]]:
-    """The launcher running; it and its ranks are gone when the block ends."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    with subprocess.Popen(
-        [*map(str, command)], env={**clean_environment(), "PATH": path, **extra}, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    ) as process:  # fmt: skip
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
 
 
 def on_host(node: int, config: Path) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:

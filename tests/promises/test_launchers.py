@@ -1,38 +1,24 @@
 """Who starts the ranks changes nothing: torchrun, deepspeed and srun's environment give the same bits."""
 
-import os
-import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+from subprocess import Popen
 
 import pytest
 import yaml
 
-from tests.promises.conftest import clean_environment, steps_of, two_phases
+from tests.promises.conftest import begun, steps_of, two_phases
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 LAUNCH = Path(__file__).parents[2] / "launch"
 STEPS = 4
 
 
-@contextmanager
-def launched(command: list[object], config: Path, name: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def launched(command: list[object], config: Path, name: str, **environment: str) -> AbstractContextManager[Popen[str]]:
     """The command begun, as one launcher or one rank of the run of that name; gone when the block ends."""
-    words = [*map(str, command), str(config), f"run.name={name}"]
-    environ = {**clean_environment(), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **environment}
-    with subprocess.Popen(
-        words, cwd=LAUNCH.parent, env=environ, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    ) as process:  # fmt: skip
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+    return begun([*command, config, f"run.name={name}"], **environment)
 
 
 def free_port() -> str:
