@@ -1,8 +1,9 @@
 """Padding is invisible: sizes that divide by nothing are trained, saved and exported as they are.
 
-Initial values are the same bits with and without padding. Trained ones cannot be: padding moves the border
-between the ranks' shares and the blocks of a matrix product, so sums are grouped differently and agree to
-the rounding of fp32 only. Bitwise throughout: that padding is zero, and that a checkpoint fits both layouts.
+Two runs stand beside the padded one. One owns no padding (`tests.reference.unpadded`) but computes over the same borders:
+BTLM's ffn_width and vocabulary, 50 steps, the same bits. The other has no padding anywhere, products included, which moves
+the borders between the ranks' shares and the blocks of a product; sums over a padded dim are then grouped differently and
+agree to the rounding of fp32 only. Bitwise in both: that padding is zero, and that a checkpoint fits every layout.
 """
 
 import json
@@ -16,18 +17,20 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tests import ranks, tiny
+from tests.reference.unpadded import Unpadded
 from tests.reference.variants import reference
-from trainer import costs
+from trainer import costs, optim
 from trainer.checkpoint.read import opened
 from trainer.checkpoint.write import model_facts, save
 from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.hf import convert
+from trainer.models.mup import rules
 from trainer.parallel.mesh import Mesh, gather_to_all, started
 from trainer.parallel.shards import Shard, joined, local_part
 from trainer.train import build_engine
 
-STEPS = 5
+STEPS, LONG_STEPS = 5, 50
 VARIANTS = ("btlm", "stablelm")
 EPSILON = 1e-2
 """Above the size of the gradients, so that AdamW does not divide rounding noise by rounding noise."""
@@ -74,6 +77,52 @@ def reload(config: RunConfig, mesh: Mesh, checkpoints: Path) -> dict:
     return {"trained": gathered(engine)}
 
 
+def train_odd(tp_size: int) -> dict[str, dict]:
+    """Every variant with BTLM's odd sizes, padded and beside it without: which values were ever not the same bits."""
+    found = {}
+    with started(tp_size) as mesh:
+        for variant in VARIANTS:
+            config, wide = odd(variant, tp_size), build_engine(odd(variant, tp_size), mesh, None)
+            true = Unpadded(build_engine(config, mesh, None).model, mesh)
+            groups = optim.groups(true, rules(config.model, config.mup), config.optim)
+            narrow = Engine(config, true, optim.adamw(groups, config.optim, mesh.device), mesh)
+            steps = [both(wide, narrow, step) for step in range(LONG_STEPS)]
+            found[variant] = {
+                "steps": [step for step, (with_padding, without) in enumerate(steps) if with_padding != without],
+                "norms": [norm for (_, norm), _ in steps],
+                "tensors": differing(wide, narrow, true, mesh),
+                "padding": padding(wide, mesh),
+                "elements": sum(p.numel() for p in wide.model.parameters()) - sum(p.numel() for p in true.parameters()),
+            }
+    return found
+
+
+def odd(variant: str, tp_size: int) -> RunConfig:
+    model = {"width": 32, "depth": 1, "ffn_width": 6_826, "vocab": 50_257}
+    model |= {"kv_heads": 4} if variant == "stablelm" else {}
+    return tiny.config(variant, parallel={"tp_size": tp_size}, model=model)
+
+
+def both(wide: Engine, narrow: Engine, step: int) -> list[tuple[float, float]]:
+    """Loss and gradient norm of one step, clipped and decayed, of each."""
+    batch, found = tiny.rows(step, num_rows=2, seq_len=16, vocab=50_257), []
+    for engine in (wide, narrow):
+        loss = engine(*batch).mean()
+        engine.accumulate(loss, last=True)
+        found.append((float(loss), engine.update(lr=1e-2)))
+    return found
+
+
+def differing(wide: Engine, narrow: Engine, true: Unpadded, mesh: Mesh) -> list[str]:
+    """Weights, masters and moments whose true part is not the same bits."""
+    without = {name.replace("/", "."): tensor for name, (_, tensor) in local_tensors(narrow).items()}
+    names = {name: name.rsplit(" of ")[-1] for name in without}
+    found = local_tensors(wide)
+    assert found.keys() == without.keys()
+    parts = {name: true.true_part(names[name], found[name][1], mesh) for name in found}
+    return [name for name in parts if not torch.equal(parts[name].reshape(-1), without[name])]
+
+
 def local_tensors(engine: Engine) -> dict[str, tuple[Shard, Tensor]]:
     """Weights, masters and moments of this rank, each as its parameter's flat box (dp_size is 1)."""
     parameters = dict(engine.model.named_parameters())
@@ -108,6 +157,27 @@ def folder(tmp_path_factory) -> Path:
 def trained(folder) -> list[dict]:
     """`train_all` by rank."""
     return ranks.run(train_all, 2, folder, folder, timeout_seconds=120)
+
+
+@pytest.fixture(scope="module")
+def trained_odd(tmp_path_factory) -> dict[int, list[dict]]:
+    """`train_odd` by tp_size and rank."""
+    folder = tmp_path_factory.mktemp("odd")
+    return {tp_size: ranks.run(train_odd, tp_size, folder, tp_size, timeout_seconds=200) for tp_size in (2, 4)}
+
+
+@every_variant
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_fifty_steps_with_and_without_padding_are_the_same_bits(trained_odd, tp_size, variant):
+    """Losses, gradient norms, weights, masters and moments, with ffn_width 6,826 and a vocabulary of 50,257."""
+    for rank in trained_odd[tp_size]:
+        found = rank[variant]
+        assert found["steps"] == []
+        assert found["tensors"] == []
+        assert len(set(found["norms"])) == LONG_STEPS
+        assert max(found["norms"]) > 1.0  # so it was clipped
+        assert {largest for _, largest in found["padding"].values()} == {0.0}
+    assert trained_odd[tp_size][-1][variant]["elements"] > 0
 
 
 @every_variant
