@@ -73,9 +73,9 @@ def join_heads(heads: Float[Tensor, "rows seq heads_local head_dim"]) -> Float[T
 def residual(
     stream: Float[Tensor, "seq rows width"], partial: Float[Tensor, "seq rows width"], bias: Tensor | None
 ) -> Float[Tensor, "seq rows width"]:
-    """stream plus the sum of all ranks' partial sums plus the output bias: one all-reduce."""
+    """stream plus the sum of all ranks' partial sums plus the output bias: one all-reduce, one rounding after it."""
     update = from_rows(partial)
-    return stream + (update if bias is None else update + bias)
+    return (stream + (update if bias is None else update + bias)).to(stream.dtype)
 
 
 class PartialAttention(nn.Module):

@@ -6,6 +6,8 @@ count a gradient once). megatron-core 0.16.1 leaves the last unset when it does 
 gradient norms become wrong, so it is set here, in one place.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int64
 from megatron.core import ModelParallelConfig
@@ -14,7 +16,6 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from torch import Tensor, nn
@@ -130,12 +131,36 @@ def divided(shape: tuple[int, ...], mesh: Mesh, dtype: torch.dtype, role: str) -
 
 def to_columns(stream: Tensor) -> Tensor:
     """The same values; in backward the gradient is summed over tensor-parallel ranks, once for all columns that read it."""
-    return copy_to_tensor_model_parallel_region(stream)
+    group = get_tensor_model_parallel_group()
+    return stream if group.size() == 1 else _SumOfGradients.apply(stream, group)
 
 
 def from_rows(partial: Tensor) -> Tensor:
-    """The sum of all ranks' partial sums."""
-    return reduce_from_tensor_model_parallel_region(partial)
+    """The sum of all ranks' partial sums, in fp32 where there are several.
+
+    Source: `fp32_allreduce` of Stability-AI/StableLM `configs/stablelm-2-12b.yml`; a sum in bf16 rounds again at every rank.
+    """
+    if get_tensor_model_parallel_group().size() == 1:
+        return partial
+    return reduce_from_tensor_model_parallel_region(partial.float())
+
+
+class _SumOfGradients(torch.autograd.Function):
+    """As megatron-core 0.16.1's `copy_to_tensor_model_parallel_region`, which sums in the dtype of the gradient: here in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, stream: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return stream.view_as(stream)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        total = gradient.float().contiguous()
+        # A copy where the gradient was fp32 already: others may hold it.
+        total = total.clone() if total is gradient else total
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total.to(gradient.dtype), None
 
 
 def gathered(logits: Float[Tensor, "*batch vocab_local"]) -> Float[Tensor, "*batch vocab_padded"]:
