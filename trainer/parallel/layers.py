@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
+from kernels.layer_norm import layer_norm
 from trainer.costs import padded
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.shards import Shard
@@ -114,7 +115,7 @@ class LayerNorm(nn.Module):
         self.bias = replicated((width,), dtype, "bias") if bias else None
 
     def forward(self, stream: Float[Tensor, "seq rows width"]) -> Float[Tensor, "seq rows width"]:
-        return nn.functional.layer_norm(stream, stream.shape[-1:], self.weight, self.bias, self.epsilon)
+        return layer_norm(stream, self.weight, self.bias, self.epsilon)
 
 
 def replicated(shape: tuple[int, ...], dtype: torch.dtype, role: str) -> nn.Parameter:
@@ -146,7 +147,7 @@ def from_rows(partial: Tensor) -> Tensor:
 
 
 class _SumOfGradients(torch.autograd.Function):
-    """As megatron-core 0.16.1's `copy_to_tensor_model_parallel_region`, which sums in the dtype of the gradient: here in fp32."""
+    """As megatron-core 0.16.1's `copy_to_tensor_model_parallel_region`, but the sum is in fp32."""
 
     @staticmethod
     def forward(ctx: Any, stream: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
