@@ -1,8 +1,9 @@
-"""Our models are the published ones: as the references have them, on one rank and on two, and transformers."""
+"""Our models are the published ones, on one rank, two and four: as our references have them, and as transformers runs them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.functional import cross_entropy
 
 from tests import ranks
+from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, in_double, reference, tokens
 from trainer.checkpoint.read import load_weights
 from trainer.config import BTLM, Mup, StableLM
@@ -21,105 +23,165 @@ from trainer.models.layers import Decoder
 from trainer.parallel.mesh import Mesh, gather_to_all, started
 from trainer.parallel.shards import joined
 
+__all__ = ["offline"]
+
 NOISE = 4
 """Two evaluations in fp32 stray about equally far from fp64; this leaves room for another order of sums."""
 LIMIT = 1e-5
-"""Relative error that no noise excuses."""
+"""Of the range of the logits, of the norm of a gradient: an error that no noise excuses."""
+BF16_LIMIT = 1.1
+"""Our error in bf16 against fp64, over that of the plain PyTorch model."""
 
-Case = tuple[StableLM | BTLM, Mup | None]
-
-
-def divisible(case: Case) -> Case:
-    """A model that two ranks can share, with an odd ffn_width, and padding that lies on the second rank."""
-    model, mup = case
-    if isinstance(model, StableLM) and model.kv_heads % 2:
-        model = replace(model, kv_heads=model.heads)
-    return replace(model, vocab=model.vocab + 200, ffn_width=151), mup
+Values = dict[str, Tensor]
+"""Logits, losses, and gradients by the names of their parameters."""
 
 
-ON_ONE = VARIANTS | {
-    "btlm_documents": (replace(VARIANTS["btlm_mup"][0], document_masking=True), VARIANTS["btlm_mup"][1]),
-    "stablelm_no_documents": (replace(VARIANTS["stablelm_12b"][0], document_masking=False), None),
+class Case(NamedTuple):
+    model: StableLM | BTLM
+    mup: Mup | None
+
+
+def shared_by(case: Case, tp_size: int) -> Case:
+    """A model that so many ranks can share, with an odd ffn_width, and padding that lies on the last rank."""
+    model = replace(case.model, vocab=case.model.vocab + 200, ffn_width=151)
+    while model.heads % tp_size or model.kv_heads % tp_size:
+        model = replace(model, heads=2 * model.heads, width=2 * model.width)
+        model = replace(model, kv_heads=2 * model.kv_heads) if isinstance(model, StableLM) else model
+    return Case(model, case.mup)
+
+
+def in_bf16(case: Case) -> Case:
+    """Large enough for errors to average out."""
+    model = shared_by(case, 4).model
+    return Case(replace(model, width=32 * model.heads, ffn_width=640, vocab=1_000), case.mup)
+
+
+ON_ONE = {name: Case(*case) for name, case in VARIANTS.items()} | {
+    "btlm_documents": Case(replace(VARIANTS["btlm_mup"][0], document_masking=True), VARIANTS["btlm_mup"][1]),
+    "stablelm_no_documents": Case(replace(VARIANTS["stablelm_12b"][0], document_masking=False), None),
 }
-ON_TWO = {name: divisible(case) for name, case in ON_ONE.items()}
-CASES = {"tp1": ON_ONE, "tp2": ON_TWO}
-MASKED = [name for name, (model, _) in ON_ONE.items() if model.document_masking]
-every_case = pytest.mark.parametrize(
-    ("layout", "variant"),
-    [pytest.param("tp1", name) for name in ON_ONE]
-    + [pytest.param("tp2", name, marks=pytest.mark.dist) for name in ON_TWO],
-)
+LAYOUTS = {1: ON_ONE} | {size: {name: shared_by(case, size) for name, case in ON_ONE.items()} for size in (2, 4)}
+IN_BF16 = {name: in_bf16(ON_ONE[name]) for name in ("stablelm_12b", "stablelm_1_6b", "btlm_mup", "btlm_6_heads")}
+MASKED = [name for name, case in ON_ONE.items() if case.model.document_masking]
 
 
-def batch(model: StableLM | BTLM) -> tuple[Tensor, Tensor, Tensor]:
+def layouts(names: list[str] | dict) -> pytest.MarkDecorator:
+    marks = {1: (), 2: pytest.mark.dist, 4: pytest.mark.dist}
+    cases = [pytest.param(size, name, marks=mark) for size, mark in marks.items() for name in names]
+    return pytest.mark.parametrize(("tp_size", "variant"), cases)
+
+
+# --- what is evaluated
+
+
+def batch(model: StableLM | BTLM, length: int = 40) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, targets, and documents of one and more tokens."""
-    drawn = tokens(model, rows=2, length=41)
-    lengths = [[6, 1, 14, 19], [40]]
+    drawn = tokens(model, rows=2, length=length + 1)
+    lengths = [[6, 1, 14, length - 21], [length]]
     documents = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths]
     return drawn[:, :-1], drawn[:, 1:], torch.stack(documents).int()
 
 
-def weights(losses: Tensor) -> Tensor:
-    """A different weight for each token's loss, so that no two may be exchanged."""
-    return torch.linspace(0.5, 1.5, losses.numel(), dtype=losses.dtype).reshape(losses.shape)
+def weighted(losses: Tensor) -> Tensor:
+    """Their mean with a different weight for each, so that no two may be exchanged."""
+    return (losses * torch.linspace(0.5, 1.5, losses.numel(), dtype=losses.dtype).reshape(losses.shape)).mean()
 
 
-def decoder(model: StableLM | BTLM, mup: Mup | None, mesh: Mesh) -> Decoder:
-    built = build(model, mup, mesh, dtype=torch.float32)
-    load_weights(built, reference(model).random_tensors(model, seed=5).__getitem__, mesh)
+def decoder(case: Case, mesh: Mesh, dtype: torch.dtype = torch.float32) -> Decoder:
+    built = build(case.model, case.mup, mesh, dtype=dtype)
+    load_weights(built, reference(case.model).random_tensors(case.model, seed=5).__getitem__, mesh)
     return built
 
 
-def evaluate(cases: dict[str, Case], tp_size: int) -> dict[str, dict[str, Tensor]]:
-    """Logits, losses and gathered gradients of every case."""
-    found = {}
-    with started(tp_size) as mesh:
-        for name, (model, mup) in cases.items():
-            ours, (read, targets, documents) = decoder(model, mup, mesh), batch(model)
-            losses = ours(read, targets, documents)
-            (losses * weights(losses)).mean().backward()
-            found[name] = {"logits": ours.logits(read, documents), "losses": losses.detach()}
-            for parameter_name, parameter in ours.named_parameters():
-                found[name][parameter_name] = joined(parameter.shard, gather_to_all(parameter.grad))
+def evaluated(ours: Decoder, read: Tensor, targets: Tensor, documents: Tensor, mesh: Mesh) -> Values:
+    """Logits, losses and gathered gradients."""
+    losses = ours(read, targets, documents)
+    weighted(losses).backward()
+    found = {"logits": ours.logits(read, documents), "losses": losses.detach()}
+    for name, parameter in ours.named_parameters():
+        # The first tp_size of all ranks are one replica.
+        found[name] = joined(parameter.shard, gather_to_all(parameter.grad)[: mesh.tp_size])
+        parameter.grad = None
     return found
 
 
-def on_two_ranks() -> dict:
-    found: dict = evaluate(ON_TWO, 2)
+def evaluate(tp_size: int) -> dict[tuple[str, str], Values]:
+    """By variant and what it is to be compared with: rows of documents, rows of one document, bf16."""
+    found = {}
+    with started(tp_size) as mesh:
+        for name, case in LAYOUTS[tp_size].items():
+            ours, (read, targets, documents) = decoder(case, mesh), batch(case.model)
+            found[name, "documents"] = evaluated(ours, read, targets, documents, mesh)
+            found[name, "one document"] = evaluated(ours, read, targets, torch.zeros_like(documents), mesh)
+        for name, case in IN_BF16.items():
+            read, targets, documents = batch(case.model, length=128)
+            ours = decoder(case, mesh, torch.bfloat16)
+            found[name, "bf16"] = evaluated(ours, read, targets, torch.zeros_like(documents), mesh)
+    return found
+
+
+def on_four_ranks() -> dict:
+    found: dict = {size: evaluate(size) for size in (2, 4)}
     for name in ("stablelm_12b", "stablelm_1_6b"):
-        found[name, "reductions"] = reductions(ON_TWO[name])
+        found[name, "reductions"] = reductions(LAYOUTS[2][name])
     return found
 
 
 def reductions(case: Case) -> tuple[int, int]:
     """All-reduces that one layer more costs, forward and backward."""
-    model, mup = case
     with started(2) as mesh:
-        shallow, deep = (collectives(replace(model, depth=depth), mup, mesh) for depth in (1, 2))
+        shallow, deep = (collectives(case._replace(model=replace(case.model, depth=depth)), mesh) for depth in (1, 2))
     return deep[0] - shallow[0], deep[1] - shallow[1]
 
 
-def collectives(model: StableLM | BTLM, mup: Mup | None, mesh: Mesh) -> tuple[int, int]:
+def collectives(case: Case, mesh: Mesh) -> tuple[int, int]:
     """Collective calls of any kind in forward and in backward."""
-    ours = decoder(model, mup, mesh)
+    ours = decoder(case, mesh)
     with CommDebugMode() as forward:
-        loss = ours(*batch(model)).mean()
+        loss = ours(*batch(case.model)).mean()
     with CommDebugMode() as backward:
         loss.backward()
     return forward.get_total_counts(), backward.get_total_counts()
 
 
-def expected(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+# --- what is expected
+
+
+def expected(case: Case, tensors: Values, *, length: int = 40, apart: bool = True) -> Values:
     """The reference's own, in the dtype of the tensors."""
-    model, mup = case
-    read, targets, documents = batch(model)
+    read, targets, documents = batch(case.model, length)
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-    seen = documents if model.document_masking else None
-    logits = reference(model).logits(leaves.__getitem__, model, mup, read, seen)
+    seen = documents if apart and case.model.document_masking else None
+    logits = reference(case.model).logits(leaves.__getitem__, *case, read, seen)
     losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-    (losses * weights(losses)).mean().backward()
-    gradients = {name: leaf.grad for name, leaf in leaves.items()}
+    weighted(losses).backward()
+    return {"logits": logits.detach(), "losses": losses.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
+def of_transformers(case: Case, folder: Path, dtype: torch.dtype = torch.float32, length: int = 40) -> Values:
+    """transformers' own, through the export, under its own names; in rows of one document, because it knows no others."""
+    from transformers import AutoModelForCausalLM  # not at the top, where each rank would spend seconds on it
+
+    tensors = reference(case.model).random_tensors(case.model, seed=5)
+    convert.export(tensors.__getitem__, *case, folder, tokenizer=None, max_seq_len=256, dtype=dtype)
+    remote = case.model.family == "btlm"
+    theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote, dtype=dtype)
+    read, targets, _ = batch(case.model, length)
+    logits = theirs(read).logits
+    losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    weighted(losses).backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
     return {"logits": logits.detach(), "losses": losses.detach(), **gradients}
+
+
+def their_names(case: Case, values: Values) -> Values:
+    """Our values under transformers' names; what only transformers has is not there."""
+    pieces = {
+        piece.theirs: cut(row, piece, values[row.ours])
+        for row in convert.TABLES[case.model.family].rows(case.model)
+        for piece in row.pieces
+    }
+    return {"logits": values["logits"], "losses": values["losses"], **pieces}
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
@@ -127,14 +189,26 @@ def relative(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> dict:
-    return ranks.run(on_two_ranks, 2, tmp_path_factory.mktemp("two"))[0]
+def of_the_range(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).abs().max() / (exact.max() - exact.min()))
 
 
 @pytest.fixture(scope="module")
-def one_rank() -> dict:
-    return evaluate(ON_ONE, 1)
+def four_ranks(tmp_path_factory) -> dict:
+    return ranks.run(on_four_ranks, 4, tmp_path_factory.mktemp("four"), timeout_seconds=180)[0]
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> dict[tuple[str, str], Values]:
+    return evaluate(1)
+
+
+@pytest.fixture
+def found(request) -> Callable[[int], dict[tuple[str, str], Values]]:
+    """found(tp_size): what `evaluate` found; starts the four ranks when they are first asked for."""
+    return lambda size: (
+        request.getfixturevalue("one_rank") if size == 1 else request.getfixturevalue("four_ranks")[size]
+    )
 
 
 @pytest.fixture
@@ -143,29 +217,63 @@ def mesh() -> Iterator[Mesh]:
         yield mesh
 
 
-@every_case
-def test_logits_losses_and_every_gradient_are_the_references(layout, variant, request):
-    found = request.getfixturevalue("one_rank" if layout == "tp1" else "two_ranks")
-    model, _ = case = CASES[layout][variant]
-    tensors = reference(model).random_tensors(model, seed=5)
+# --- promises
+
+
+@layouts(ON_ONE)
+def test_logits_losses_and_every_gradient_are_the_references(tp_size, variant, found):
+    case, ours = LAYOUTS[tp_size][variant], found(tp_size)[variant, "documents"]
+    tensors = reference(case.model).random_tensors(case.model, seed=5)
     exact, noisy = expected(case, in_double(tensors)), expected(case, tensors)
-    assert found[variant].keys() == exact.keys()
+    assert ours.keys() == exact.keys()
     for name, value in exact.items():
-        error, noise = relative(found[variant][name], value), relative(noisy[name], value)
+        error, noise = relative(ours[name], value), relative(noisy[name], value)
         assert error <= min(NOISE * noise, LIMIT), f"{name}: {error:.1e} where the reference has {noise:.1e}"
+    assert of_the_range(ours["logits"], exact["logits"]) <= LIMIT
+
+
+@layouts(ON_ONE)
+def test_logits_losses_and_every_gradient_are_those_of_transformers(tp_size, variant, found, tmp_path):
+    """Stable LM by transformers' own class, without remote code; BTLM by the code that the export ships."""
+    case = LAYOUTS[tp_size][variant]
+    theirs = of_transformers(case, tmp_path / "out")
+    ours = their_names(case, found(tp_size)[variant, "one document"])
+    assert of_the_range(ours["logits"], theirs["logits"]) <= LIMIT
+    # Norm biases that our model lacks have gradients there and no place here.
+    assert ours.keys() <= theirs.keys()
+    assert {name for name in theirs.keys() - ours.keys() if not name.endswith("norm.bias")} == set()
+    for name in ours.keys() - {"logits"}:
+        assert relative(ours[name], theirs[name]) <= LIMIT, name
+
+
+@layouts(IN_BF16)
+def test_bf16_strays_no_further_than_the_plain_model_in_bf16(tp_size, variant, found, tmp_path):
+    """From the same computation in fp64 on the same weights, as bf16 holds them: logits, and all gradients together."""
+    case = IN_BF16[variant]
+    tensors = reference(case.model).random_tensors(case.model, seed=5)
+    rounded = {name: tensor.bfloat16().double() for name, tensor in tensors.items()}
+    exact = their_names(case, expected(case, rounded, length=128, apart=False))
+    plain = of_transformers(case, tmp_path / "out", torch.bfloat16, length=128)
+    ours = their_names(case, found(tp_size)[variant, "bf16"])
+
+    def strays(values: Values, names: set[str]) -> float:
+        return float(sum((values[name].double() - exact[name]).square().sum() for name in names)) ** 0.5
+
+    for names in ({"logits"}, exact.keys() - {"logits", "losses"}):
+        assert strays(ours, names) <= BF16_LIMIT * strays(plain, names)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(("variant", "calls"), [("stablelm_12b", (1, 1)), ("stablelm_1_6b", (2, 2))])
-def test_a_parallel_layer_reduces_once_forward_and_once_backward(two_ranks, variant, calls):
+def test_a_parallel_layer_reduces_once_forward_and_once_backward(four_ranks, variant, calls):
     """And a sequential one twice."""
-    assert two_ranks[variant, "reductions"] == calls
+    assert four_ranks[variant, "reductions"] == calls
 
 
 @pytest.mark.parametrize("variant", MASKED)
 def test_documents_together_are_each_document_alone(mesh, variant):
-    model, mup = ON_ONE[variant]
-    ours, (read, _, documents) = decoder(model, mup, mesh), batch(model)
+    case = ON_ONE[variant]
+    ours, (read, _, documents) = decoder(case, mesh), batch(case.model)
     together = ours.logits(read, documents)
     for document in range(int(documents.max()) + 1):
         inside = documents[0] == document
@@ -175,30 +283,6 @@ def test_documents_together_are_each_document_alone(mesh, variant):
 
 @pytest.mark.parametrize("variant", [name for name in ON_ONE if name not in MASKED])
 def test_documents_are_ignored_without_document_masking(mesh, variant):
-    model, mup = ON_ONE[variant]
-    ours, (read, _, documents) = decoder(model, mup, mesh), batch(model)
+    case = ON_ONE[variant]
+    ours, (read, _, documents) = decoder(case, mesh), batch(case.model)
     assert torch.equal(ours.logits(read, documents), ours.logits(read, torch.zeros_like(documents)))
-
-
-def test_stablelm_is_the_one_of_transformers(mesh, tmp_path: Path):
-    """Logits and every gradient, through the export; one document, because transformers knows no others."""
-    from transformers import StableLmForCausalLM  # not at the top, where each rank would spend seconds on it
-
-    model, mup = VARIANTS["stablelm_12b"]
-    tensors = reference(model).random_tensors(model, seed=5)
-    convert.export(
-        tensors.__getitem__, model, mup, tmp_path / "out", tokenizer=None, max_seq_len=64, dtype=torch.float32
-    )
-    theirs = StableLmForCausalLM.from_pretrained(tmp_path / "out")
-    ours, (read, targets, documents) = decoder(model, mup, mesh), batch(model)
-    one = torch.zeros_like(documents)
-    ours(read, targets, one).mean().backward()
-    logits = theirs(read).logits
-    cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-    assert relative(ours.logits(read, one), logits.detach()) <= LIMIT
-    gradients = {name: joined(p.shard, [p.grad]) for name, p in ours.named_parameters()}
-    found = dict(theirs.named_parameters())
-    for row in convert.TABLES["stablelm"].rows(model):
-        for piece in row.pieces:
-            error = relative(cut(row, piece, gradients[row.ours]), found[piece.theirs].grad)
-            assert error <= LIMIT, f"{piece.theirs}: {error:.1e}"
