@@ -19,8 +19,7 @@ def padded(size: int, tp_size: int) -> int:
 def parameters(model: StableLM | BTLM) -> int:
     """Number of unique parameters: a tied head counts once, and tensors copied to several ranks count once.
 
-    Note: Stability's published 12,143,605,760 for the 12B also counts a second, unused norm per layer, and
-    norms once for each of two tensor-parallel ranks.
+    Note: the model cards of Stable LM 2 count norms in another way; configs/README.md works it out.
     """
     return sum(parameters_by_part(model).values())
 

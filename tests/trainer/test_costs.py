@@ -27,6 +27,21 @@ def test_parameters_are_the_published_ones(name: str, published: int) -> None:
     assert costs.parameters(model(name)) == published
 
 
+@pytest.mark.parametrize(
+    ("name", "tp_size", "published"), [("stablelm-2-12b", 2, 12_143_605_760), ("stablelm-2-1_6b", 1, 1_644_417_024)]
+)
+def test_the_counts_of_the_model_cards_differ_by_norms_alone(name: str, tp_size: int, published: int) -> None:
+    """GPT-NeoX sums the tensors of every tensor-parallel rank, so norms over the width count once a rank; it builds two norms
+    a layer, used or not, with a weight each, and a final norm with weight and bias. (`use_bias_in_norms` is false in both.)
+    """
+    section = model(name)
+    norms_a_layer = 1 if section.parallel_residual else 2
+    vectors = (norms_a_layer * section.depth + 1) * (2 if section.norm_bias else 1)
+    without_norms = costs.parameters(section) - vectors * section.width
+    counted_vectors = 2 * section.depth + 2
+    assert without_norms + tp_size * counted_vectors * section.width == published
+
+
 def test_stablelm_norm_biases_count_as_hugging_face_does() -> None:
     """transformers gives the 12B a bias on every norm over the width."""
     assert costs.parameters(replace(model("stablelm-2-12b"), norm_bias=True)) == 12_143_185_920
