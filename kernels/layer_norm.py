@@ -19,8 +19,8 @@ def layer_norm(
     the whole runs in fp32. On CUDA its kernel sums in fp32.
     """
     inside = x.dtype if x.is_cuda else torch.promote_types(x.dtype, torch.float32)
-    x_inside, weight, bias = (None if each is None else each.to(inside) for each in (x, weight, bias))
-    return F.layer_norm(x_inside, x.shape[-1:], weight, bias, epsilon).to(x.dtype)
+    bias = None if bias is None else bias.to(inside)
+    return F.layer_norm(x.to(inside), x.shape[-1:], weight.to(inside), bias, epsilon).to(x.dtype)
 
 
 def head_norm(

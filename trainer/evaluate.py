@@ -4,6 +4,8 @@ import argparse
 import json
 import math
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +14,17 @@ from torch import Tensor, nn
 from trainer import models
 from trainer.checkpoint.read import load_weights
 from trainer.checkpoint.source import Source, source
-from trainer.config import Data, LearningRate, Phase, Schedule, UserError
+from trainer.config import (
+    BTLM,
+    AlibiScaling,
+    Data,
+    LearningRate,
+    Phase,
+    Schedule,
+    UserError,
+    check_alibi_scaling,
+    section_from,
+)
 from trainer.data import manifest
 from trainer.data.loader import Batch, Loader
 from trainer.parallel.mesh import Mesh, started, sum_over_ranks
@@ -47,11 +59,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bins", type=int, default=8, help="positions are averaged in this many equal parts (default 8)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_alibi_scaling(parser)
+
+
+def add_alibi_scaling(parser: argparse.ArgumentParser) -> None:
+    """The option that `with_alibi_scaling` understands."""
+    parser.add_argument(
+        "--alibi-scaling", metavar="KEY=NUMBER",
+        help="interpolate positions (BTLM): factor=4.0 for all rows, train_seq_len=8192 for rows longer than that, or none; "
+        "default: as the model was trained",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints mean loss, perplexity, and loss by position in the row."""
-    origin = source(arguments.source)
+    origin = with_alibi_scaling(source(arguments.source), arguments.alibi_scaling)
     length = arguments.length or origin.max_seq_len
     if not length:
         raise UserError(
@@ -89,6 +111,25 @@ def check_data(data: Path, origin: Source, length: int, rows: int) -> None:
         )
 
 
+def with_alibi_scaling(origin: Source, given: str | None) -> Source:
+    """The source with another position interpolation, which no weight depends on.
+
+    Raises: UserError where it says nothing valid, or the family has no ALiBi.
+    """
+    if given is None:
+        return origin
+    if not isinstance(origin.model, BTLM):
+        raise UserError(
+            f"--alibi-scaling: {given}; the weights are of {origin.model.family}, without ALiBi; leave it out"
+        )
+    scaling = None
+    if given != "none":
+        key, _, number = given.partition("=")
+        scaling = section_from(AlibiScaling, {"type": "linear", key: _number(number)}, "--alibi-scaling")
+        check_alibi_scaling(scaling, "--alibi-scaling")
+    return replace(origin, model=replace(origin.model, alibi_scaling=scaling))
+
+
 def model_from(origin: Source, mesh: Mesh, dtype: torch.dtype | None = None) -> models.Decoder:
     """The model with the source's weights, by default in fp32 on a CPU and bf16 on a GPU."""
     dtype = dtype or (torch.bfloat16 if mesh.device.type == "cuda" else torch.float32)
@@ -105,6 +146,13 @@ def held_out(data: Path, vocab: int, length: int, rows: int) -> Iterable[Batch]:
     schedule = Schedule(None, [phase], LearningRate("linear", 1.0, 0.0, 0, None))
     loader = Loader(Data({name: str(data)}), schedule, seed=0, vocab=vocab, dp_rank=0, dp_size=1)
     return loader.validation(phase, rows * length)
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _table(report: dict[str, float | list[float]]) -> str:

@@ -1,43 +1,121 @@
-"""`tandem generate`: text from a run, an import or a Hugging Face folder, token by token, each step from scratch."""
+"""`tandem generate`: prompts continued, from a run, an import or a Hugging Face folder."""
 
 import argparse
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from jaxtyping import Float, Int64
-from torch import Tensor
-
-from trainer import models
-from trainer.checkpoint.source import source
+from trainer.checkpoint.source import Source, source
 from trainer.config import UserError
-from trainer.evaluate import model_from
+from trainer.continuation import Sampling, continuations
+from trainer.evaluate import add_alibi_scaling, model_from, with_alibi_scaling
 from trainer.parallel.mesh import started
 
-LENGTH_STEP = 128
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What the first bytes of a character are decoded to while its last are still to come."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `tandem generate`."""
     parser.add_argument("source", type=Path, help="run folder, import folder or Hugging Face folder")
-    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given again")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="texts to continue, one in a line")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to add at most (default 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from so many of the likeliest tokens; 0 from all")
     parser.add_argument(
         "--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling; each prompt has its own draws")
+    parser.add_argument("--past-end", action="store_true", help="go on after the token that ends a document")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each prompt, one in a line")
+    parser.add_argument(
+        "--no-cache", action="store_true",
+        help="read the whole text again for every token. The text is the same, but for dynamic --alibi-scaling beyond its "
+        "train_seq_len: keys and values that are kept were made with the divisor of a shorter text",
+    )  # fmt: skip
+    add_alibi_scaling(parser)
     parser.add_argument(
         "--tokenizer", type=Path, help="tokenizer.json; default: the one beside the weights or their corpus"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints the prompt and its continuation."""
+    """Prints every prompt and its continuation; that of a single prompt while it is made."""
+    sampling = sampling_of(arguments)
+    origin = with_alibi_scaling(source(arguments.source), arguments.alibi_scaling)
+    tokenizer = tokenizer_of(origin, arguments.tokenizer)
+    texts = texts_of(arguments)
+    prompts = [encoded(text, tokenizer) for text in texts]
+    end = None if arguments.past_end else tokenizer.token_to_id(origin.eos_token)
+    with started(tp_size=1) as mesh:
+        model = model_from(origin, mesh)
+        steps = continuations(model, prompts, arguments.tokens, sampling, end=end, cached=not arguments.no_cache)
+        if len(prompts) == 1 and not arguments.json:
+            show((token for (token,) in steps), prompts[0], tokenizer)
+            return
+        rows = [until(row, end) for row in zip(*steps, strict=True)]
+    for index, (text, prompt, row) in enumerate(zip(texts, prompts, rows, strict=True)):
+        whole = tokenizer.decode(prompt + row)
+        print(json.dumps({"prompt": text, "text": whole, "tokens": row}) if arguments.json else f"[{index}] {whole}")
+
+
+def show(steps: Iterator[int], prompt: list[int], tokenizer: "Tokenizer") -> None:
+    """The text stands on the terminal, each part as soon as its characters are whole."""
+    tokens, text, shown = list(prompt), tokenizer.decode(prompt), 0
+    for token in steps:
+        if not text.endswith(INCOMPLETE):
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+    print(text[shown:])
+
+
+def until(row: tuple[int, ...], end: int | None) -> list[int]:
+    """The row up to its first `end`, which is part of it."""
+    return list(row[: row.index(end) + 1] if end in row else row)
+
+
+def texts_of(arguments: argparse.Namespace) -> list[str]:
+    """All texts to continue, in the order of the command line, the file's last.
+
+    Raises: UserError where there is none.
+    """
+    texts: list[str] = list(arguments.prompt)
+    if arguments.prompts is not None:
+        try:
+            texts += arguments.prompts.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts: {arguments.prompts} cannot be read: {error}; give a text file") from None
+    if not texts:
+        raise UserError("--prompt: is missing; generation continues a text; give --prompt TEXT or --prompts FILE")
+    return texts
+
+
+def encoded(text: str, tokenizer: "Tokenizer") -> list[int]:
+    """The tokens of a text.
+
+    Raises: UserError where there is none.
+    """
+    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    if not tokens:
+        raise UserError("--prompt: is empty, or a line of --prompts; at least one token is continued; give some text")
+    return tokens
+
+
+def tokenizer_of(origin: Source, named: Path | None) -> "Tokenizer":
+    """The tokenizer the weights were trained with.
+
+    Raises: UserError where none is known, or it has more ids than the weights.
+    """
     from tokenizers import Tokenizer
 
-    check_sampling(arguments)
-    origin = source(arguments.source)
-    file = arguments.tokenizer or origin.tokenizer
+    file = named or origin.tokenizer
     if file is None or not file.is_file():
         raise UserError(
             f"--tokenizer: {file}; text needs the tokenizer the corpus was prepared with; give its tokenizer.json"
@@ -49,53 +127,24 @@ def run(arguments: argparse.Namespace) -> None:
             f"--tokenizer: {file} has id {largest}; the weights know {origin.model.vocab} ids; name the tokenizer they were "
             "trained with"
         )
-    prompt = tokenizer.encode(arguments.prompt, add_special_tokens=False).ids
-    if not prompt:
-        raise UserError("--prompt: is empty; generation continues at least one token; give some text")
-    with started(tp_size=1) as mesh:
-        model = model_from(origin, mesh)
-        generator = torch.Generator().manual_seed(arguments.seed)
-        tokens = torch.tensor([prompt])
-        for _ in range(arguments.tokens):
-            tokens = torch.cat(
-                [tokens, next_token(model, tokens, generator, arguments.temperature, arguments.top_p)], dim=1
-            )
-    print(tokenizer.decode(tokens[0].tolist()))
+    return tokenizer
 
 
-def check_sampling(arguments: argparse.Namespace) -> None:
-    """Raises UserError for settings that mean nothing."""
-    if arguments.temperature < 0:
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    """The settings of the command line.
+
+    Raises: UserError for those that mean nothing.
+    """
+    if not arguments.temperature >= 0:
         raise UserError(f"--temperature: {arguments.temperature}; must not be negative; 0 takes the likeliest token")
+    if arguments.top_k < 0:
+        raise UserError(f"--top-k: {arguments.top_k}; must not be negative; 0 samples from all tokens")
     if not 0 < arguments.top_p <= 1:
         raise UserError(f"--top-p: {arguments.top_p}; must lie above 0 and at most 1; 1 samples from all tokens")
+    if not arguments.temperature and (arguments.top_k or arguments.top_p < 1):
+        raise UserError(
+            "--temperature: 0 takes the likeliest token; --top-k and --top-p choose among several; raise it"
+        )
     if arguments.tokens < 1:
         raise UserError(f"--tokens: {arguments.tokens}; must be at least 1; give a number of tokens")
-
-
-def next_token(
-    model: models.Decoder,
-    tokens: Int64[Tensor, "rows seq"],
-    generator: torch.Generator,
-    temperature: float,
-    top_p: float,
-) -> Int64[Tensor, "rows 1"]:
-    """The likeliest next token, or a draw from the nucleus of probability top_p at the given temperature."""
-    length, device = tokens.shape[1], model.embedding.weight.device
-    # Lengths in large steps, as compiled attention is made anew for each; what follows a token cannot change its logits.
-    padded = torch.nn.functional.pad(tokens, (0, -length % LENGTH_STEP))
-    documents = torch.zeros(padded.shape, dtype=torch.int32)
-    logits = model.logits(padded.to(device), documents.to(device))[:, length - 1].cpu()
-    if not temperature:
-        return logits.argmax(-1, keepdim=True)
-    return torch.multinomial(nucleus(torch.softmax(logits / temperature, -1), top_p), 1, generator=generator)
-
-
-def nucleus(probabilities: Float[Tensor, "rows vocab"], top_p: float) -> Float[Tensor, "rows vocab"]:
-    """The same probabilities with all but the likeliest of total top_p set to zero; at least one stays.
-
-    Source: Holtzman et al. 2020, arXiv 1904.09751.
-    """
-    ordered, order = probabilities.sort(dim=-1, descending=True)
-    beyond = ordered.cumsum(-1) - ordered >= top_p
-    return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(beyond, 0.0))
+    return Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import attention as module
 from kernels.attention import alibi_slopes, attention
@@ -16,20 +18,21 @@ MASKED = pytest.mark.parametrize("masked", [False, True], ids=["row", "documents
 
 def definition(query, key, value, *, scale, slopes, documents):
     query, key, value = query.double(), key.double(), value.double()
-    rows, seq, heads, _ = query.shape
-    group = heads // key.shape[2]
+    rows, queries, heads, _ = query.shape
+    group, first = heads // key.shape[2], key.shape[1] - queries
     mixed = torch.zeros_like(query)
     for row in range(rows):
         for head in range(heads):
-            for to in range(seq):
+            for to in range(first, first + queries):
                 seen = [
                     source for source in range(to + 1)
                     if documents is None or documents[row, source] == documents[row, to]
                 ]  # fmt: skip
-                scores = scale * key[row, seen, head // group] @ query[row, to, head]
+                scores = scale * key[row, seen, head // group] @ query[row, to - first, head]
                 if slopes is not None:
-                    scores = scores - slopes[head].double() * (to - torch.tensor(seen))
-                mixed[row, to, head] = scores.softmax(0) @ value[row, seen, head // group]
+                    slope = slopes.expand(rows, heads)[row, head].double()
+                    scores = scores - slope * (to - torch.tensor(seen))
+                mixed[row, to - first, head] = scores.softmax(0) @ value[row, seen, head // group]
     return mixed
 
 
@@ -62,6 +65,42 @@ def test_result_and_gradients_are_those_of_the_definition(shape, biased, masked,
     exact = with_gradients(definition, tensors, settings, output_gradient)
     for mine, true in zip(ours, exact, strict=True):
         torch.testing.assert_close(mine, true.float(), rtol=1e-5, atol=1e-5)
+
+
+@BIASED
+@MASKED
+@pytest.mark.parametrize("queries", [1, 3])
+def test_fewer_queries_than_keys_are_the_last_positions(queries, biased, masked, generator):
+    (query, key, value), settings = example((2, 11, 4, 2, 6), generator, biased=biased, masked=masked)
+    found = attention(query[:, -queries:], key, value, **settings)
+    torch.testing.assert_close(found, attention(query, key, value, **settings)[:, -queries:])
+    exact = definition(query[:, -queries:], key, value, **settings)
+    torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=1e-5)
+
+
+@MASKED
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_each_row_may_have_its_own_slopes(masked, generator):
+    tensors, settings = example((2, 9, 4, 2, 16), generator, biased=True, masked=masked)
+    settings["slopes"] = settings["slopes"] / torch.tensor([[1.0], [2.5]])
+    exact = definition(*tensors, **settings).float()
+    torch.testing.assert_close(attention(*tensors, **settings), exact, rtol=1e-5, atol=1e-5)
+    heads_first = [x.detach().transpose(1, 2) for x in tensors]
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        flex = module._flex(*heads_first, **settings).transpose(1, 2)
+    torch.testing.assert_close(flex, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_sdpas_plain_way_takes_an_fp32_bias_beside_bf16_queries(generator):
+    """What few queries take on a GPU, run here on the CPU."""
+    (query, key, value), settings = example((2, 9, 4, 2, 16), generator, biased=True, masked=True, dtype=torch.bfloat16)
+    query = query[:, -1:]
+    q, k, v = (x.detach().transpose(1, 2) for x in (query, key, value))
+    mask = module._written_out(settings["slopes"], settings["documents"], query, key)
+    with sdpa_kernel(SDPBackend.MATH):
+        found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=settings["scale"], enable_gqa=True)
+    error = (found.transpose(1, 2).double() - definition(query, key, value, **settings)).abs().max()
+    assert error <= torch.finfo(torch.bfloat16).eps * value.abs().max()
 
 
 @BIASED
@@ -136,6 +175,24 @@ def test_slopes_are_powers_of_two_and_every_second_of_the_next_list():
     assert alibi_slopes(32)[[0, 3, 31]].tolist() == pytest.approx([2**-0.25, 0.5, 2**-8])
     assert alibi_slopes(6).tolist() == pytest.approx([2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3])
     assert alibi_slopes(1).tolist() == [2**-8]
+
+
+@pytest.mark.gpu
+@BIASED
+@MASKED
+def test_gpu_error_of_few_queries_is_that_of_bf16(biased, masked, generator):
+    """And nothing is compiled for a number of keys."""
+    (query, key, value), settings = example(
+        (2, 1_001, 32, 8, 80), generator, biased=biased, masked=masked, dtype=torch.bfloat16, device="cuda"
+    )
+    query, slopes = query[:, -3:], settings["slopes"]
+    settings["slopes"] = slopes / torch.tensor([[1.0], [2.5]], device="cuda") if biased else None
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found = attention(query, key, value, **settings)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+    settings = {name: x.cpu() if torch.is_tensor(x) else x for name, x in settings.items()}
+    exact = attention(*(x.detach().cpu().double() for x in (query, key, value)), **settings)
+    assert (found.cpu() - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * value.abs().max()
 
 
 @pytest.mark.gpu

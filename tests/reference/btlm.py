@@ -2,8 +2,9 @@
 
 Sequential pre-norm blocks, biases everywhere, SwiGLU, ALiBi. With muP: scores times 1 / head_dim (without:
 its root), embeddings times a multiplier, logits times output_multiplier / (width / base_width). The ALiBi
-bias is added to the scaled scores as it is. Documents attend across their borders unless `documents` is
-given.
+bias is added to the scaled scores as it is; position interpolation divides its distances by a factor, or by
+how many times longer than `train_seq_len` the row is. Documents attend across their borders unless
+`documents` is given.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, layer_norm, linear, silu
 
 from tests.reference import parts
-from trainer.config import BTLM, Mup
+from trainer.config import BTLM, AlibiScaling, Mup
 
 
 def shapes(model: BTLM) -> dict[str, tuple[int, ...]]:
@@ -51,6 +52,13 @@ def slopes(heads: int) -> list[float]:
     return slopes(below) + slopes(2 * below)[0::2][: heads - below]
 
 
+def stretch(scaling: AlibiScaling | None, length: int) -> float:
+    """How many of a row's positions count as one."""
+    if scaling is None:
+        return 1.0
+    return scaling.factor or max(1.0, length / scaling.train_seq_len)
+
+
 def logits(
     read: Callable[[str], Tensor],
     model: BTLM,
@@ -64,7 +72,7 @@ def logits(
     place = torch.arange(length, device=tokens.device)
     stream = embedding(tokens, read("embedding.weight")) * (mup.embedding_multiplier if mup else 1.0)
     slope = torch.tensor(slopes(heads), dtype=stream.dtype, device=tokens.device)
-    bias = -slope[:, None, None] * (place[:, None] - place[None, :]).abs()
+    bias = -slope[:, None, None] * (place[:, None] - place[None, :]).abs() / stretch(model.alibi_scaling, length)
     scale = 1 / head_dim if mup else 1 / math.sqrt(head_dim)
     mask = parts.seen(tokens, documents)
 

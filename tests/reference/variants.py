@@ -1,6 +1,7 @@
 """One tiny model for each combination of options that changes what is computed or stored, in odd sizes.
 
-No value is the default of a class of transformers, so that a field which is not written is noticed.
+No value is the default of a class of transformers, so that a field which is not written is noticed. The rows that
+`tokens` draws are longer than the `train_seq_len` of dynamic interpolation.
 """
 
 from types import ModuleType
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.reference import btlm, stablelm
-from trainer.config import BTLM, Model, Mup, StableLM
+from trainer.config import BTLM, AlibiScaling, Model, Mup, StableLM
 
 _BOTH = {"depth": 2, "ffn_width": 54, "norm_epsilon": 3e-4, "init_std": 0.03, "init_truncation_sigmas": 2.0}
 _STABLELM = _BOTH | {"family": "stablelm", "rotary_base": 500.0, "document_masking": True}
@@ -40,6 +41,14 @@ VARIANTS: dict[str, tuple[StableLM | BTLM, Mup | None]] = {
     "btlm_mup": (BTLM(**_BTLM, width=48, heads=4, vocab=101, tied_head=True), Mup(16, 14.6, 2.22)),
     "btlm_6_heads": (BTLM(**_BTLM, width=48, heads=6, vocab=103, tied_head=True), Mup(32, 10.0, 1.5)),
     "btlm_untied": (BTLM(**_BTLM, width=40, heads=10, vocab=97, tied_head=False), None),
+    "btlm_fixed": (
+        BTLM(**_BTLM, width=48, heads=4, vocab=101, tied_head=True, alibi_scaling=AlibiScaling("linear", factor=2.5)),
+        Mup(16, 14.6, 2.22),
+    ),
+    "btlm_dynamic": (
+        BTLM(**_BTLM, width=40, heads=10, vocab=97, tied_head=False, alibi_scaling=AlibiScaling("linear", train_seq_len=24)),
+        None,
+    ),
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from trainer.config import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEMO = CONFIGS / "demo-stablelm.yaml"
+DEMO_BTLM = CONFIGS / "demo-btlm.yaml"
 
 
 def mistake(*overrides: str, path: Path = DEMO) -> str:
@@ -70,6 +71,47 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
 def test_a_mistake_is_one_line_with_field_value_rule_and_remedy(override: str, parts: list[str]) -> None:
     message = mistake(override)
     assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("={type: linear}", ["factor None, train_seq_len None", "exactly one", "write factor"]),
+        ("={type: linear, factor: 4.0, train_seq_len: 2}", ["factor 4.0, train_seq_len 2", "exactly one"]),
+        ("={type: dynamic, factor: 4.0}", [".type: 'dynamic'", "must be one of linear"]),
+        ("={type: linear, factor: 1.0}", [".factor: 1.0", "above 1", "to null"]),
+        ("={type: linear, factor: .inf}", [".factor: inf", "above 1"]),
+        ("={type: linear, factor: .nan}", [".factor: nan", "above 1"]),
+        ("={type: linear, factor: true}", [".factor: True is bool", "must be float"]),
+        ("={type: linear, train_seq_len: 1}", [".train_seq_len: 1", "above 1", "trained on"]),
+        ("={type: linear, train_seq_len: 8192.0}", [".train_seq_len: 8192.0 is float", "must be int"]),
+        ("={type: linear, factr: 4.0}", [".factr: 4.0", "did you mean factor?"]),
+        (".factor=4.0", [".type: missing", "add model.alibi_scaling.type"]),
+        ("=4.0", [": 4.0", "must be a section with fields"]),
+    ],
+)
+def test_a_mistaken_interpolation_is_named(override: str, parts: list[str]) -> None:
+    message = mistake("model.alibi_scaling" + override, path=DEMO_BTLM)
+    assert [part for part in ["model.alibi_scaling", *parts] if part not in message] == [], message
+
+
+def test_stablelm_has_no_interpolation() -> None:
+    assert "model.alibi_scaling: {'type': 'linear'}; no such field" in mistake("model.alibi_scaling.type=linear")
+
+
+def test_an_interpolation_is_one_override_or_two_and_survives_the_file(tmp_path: Path) -> None:
+    fixed = config.load(DEMO_BTLM, ["model.alibi_scaling.type=linear", "model.alibi_scaling.factor=4"])
+    assert fixed.model.alibi_scaling == config.AlibiScaling("linear", factor=4.0)
+    (tmp_path / "copy.yaml").write_text(config.dump(fixed))
+    assert config.load(tmp_path / "copy.yaml") == fixed
+    dynamic = config.load(DEMO_BTLM, ["model.alibi_scaling={type: linear, train_seq_len: 8_192}"])
+    assert dynamic.model.alibi_scaling == config.AlibiScaling("linear", train_seq_len=8192)
+
+
+def test_a_config_from_before_interpolation_has_none(tmp_path: Path) -> None:
+    older = tmp_path / "older.yaml"
+    older.write_text(DEMO_BTLM.read_text().replace("  alibi_scaling: null\n", ""))
+    assert config.load(older) == config.load(DEMO_BTLM)
 
 
 def test_a_missing_field_is_named(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ omegaconf are imported, so that commands which merely look at a config answer at
 """
 
 from trainer.config.file import dump, load
-from trainer.config.rules import check, check_world
+from trainer.config.rules import check, check_alibi_scaling, check_world
 from trainer.config.sections import (
     BTLM,
     FAMILIES,
     LEARNING_RATES,
     PADDING_MULTIPLE,
+    AlibiScaling,
     Checkpoint,
     Cosine,
     Data,
@@ -39,6 +40,7 @@ __all__ = [
     "FAMILIES",
     "LEARNING_RATES",
     "PADDING_MULTIPLE",
+    "AlibiScaling",
     "Checkpoint",
     "Cosine",
     "Data",
@@ -60,6 +62,7 @@ __all__ = [
     "StableLM",
     "UserError",
     "check",
+    "check_alibi_scaling",
     "check_world",
     "dump",
     "load",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from trainer.config.sections import BTLM, Hybrid, Phase, RunConfig, StableLM, UserError
+from trainer.config.sections import BTLM, AlibiScaling, Hybrid, Phase, RunConfig, StableLM, UserError
 
 
 def check(config: RunConfig) -> None:
@@ -70,6 +71,22 @@ def check_world(config: RunConfig, world_size: int) -> None:
             )
 
 
+def check_alibi_scaling(scaling: AlibiScaling, where: str) -> None:
+    """Raises UserError unless exactly one of the two numbers is given and lies above 1; `where` is the section's path."""
+    factor, train_seq_len = scaling.factor, scaling.train_seq_len
+    if (factor is None) == (train_seq_len is None):
+        raise UserError(
+            f"{where}: factor {factor}, train_seq_len {train_seq_len}; exactly one of them is given; write factor to "
+            "interpolate by a fixed number, train_seq_len to interpolate rows longer than that"
+        )
+    if factor is not None and not 1 < factor < math.inf:
+        raise UserError(f"{where}.factor: {factor}; must be a number above 1; for none set {where} to null")
+    if train_seq_len is not None and train_seq_len <= 1:
+        raise UserError(
+            f"{where}.train_seq_len: {train_seq_len}; must be above 1; give the length of the rows the model was trained on"
+        )
+
+
 def _check_model(model: StableLM | BTLM) -> None:
     _positive(model, "model", "width", "depth", "heads", "ffn_width", "vocab", "norm_epsilon", "init_std")
     if model.width % model.heads:
@@ -82,6 +99,8 @@ def _check_model(model: StableLM | BTLM) -> None:
             f"model.init_truncation_sigmas: {model.init_truncation_sigmas}; must not be negative; 0 does not cut"
         )
     if isinstance(model, BTLM):
+        if model.alibi_scaling is not None:
+            check_alibi_scaling(model.alibi_scaling, "model.alibi_scaling")
         return
     _positive(model, "model", "kv_heads", "rotary_base")
     if model.heads % model.kv_heads:

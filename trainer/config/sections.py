@@ -83,9 +83,23 @@ class StableLM(Model):
 
 
 @dataclass(frozen=True)
+class AlibiScaling:
+    """Position interpolation: ALiBi's slopes are divided by one number. The keys are those of the published config.json."""
+
+    type: Literal["linear"]
+    """linear, the one kind there is."""
+    factor: float | None = None
+    """Fixed: the divisor, above 1. To fine-tune on longer rows, their length / the length of the rows before."""
+    train_seq_len: int | None = None
+    """Dynamic: the divisor is a row's length / this number in rows that are longer, else 1."""
+
+
+@dataclass(frozen=True)
 class BTLM(Model):
     tied_head: bool
     """The output head is the embedding matrix."""
+    alibi_scaling: AlibiScaling | None = None
+    """Position interpolation, with factor or train_seq_len; null reads distances as they are. No weight depends on it."""
 
     @property
     def kv_heads(self) -> int:

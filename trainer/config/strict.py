@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trainer.config.sections import BTLM, FAMILIES, LEARNING_RATES, LearningRate, StableLM, UserError
 
 
-def section_from(kind: Any, tree: Mapping[Any, Any], where: str) -> Any:
+def section_from(kind: Any, tree: Any, where: str) -> Any:
     """One section, or the whole config, as its frozen dataclass; `where` is its path, for messages.
 
     Raises: UserError for an unknown or missing key and a value of the wrong type.

@@ -5,20 +5,21 @@ the gate. transformers has no such class; an export ships `modeling_btlm.py` and
 """
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from trainer.config import BTLM, Mup, UserError
+from trainer.config import BTLM, AlibiScaling, Mup, UserError, check_alibi_scaling, section_from
 from trainer.hf.mapping import Piece, Row, whole
 
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
+MAX_SEQ_LEN = "n_positions"
 CODE = ("configuration_btlm.py", "modeling_btlm.py")
 """Files of code shipped in an export."""
 
 FIXED = {
     "activation_function": "swiglu",
-    "alibi_scaling": None,
     "attn_pdrop": 0.0,
     "embd_pdrop": 0.0,
     "position_embedding_type": "alibi",
@@ -47,8 +48,8 @@ def rows(model: BTLM) -> Iterator[Row]:
         yield whole("head.weight", HEAD, model.vocab, width)
 
 
-def defaults(model: BTLM) -> dict[str, torch.Tensor]:
-    """What a folder holds although it is no parameter: the ALiBi slopes, in fp32."""
+def defaults(model: BTLM, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """What a folder holds although it is no parameter: the ALiBi slopes, in fp32 whatever the rest is in."""
     return {"transformer.relative_pe.slopes": torch.tensor(slopes(model.heads)).unsqueeze(-1)}
 
 
@@ -73,6 +74,7 @@ def fields(model: BTLM, mup: Mup | None, max_seq_len: int) -> dict[str, Any]:
             **{auto: f"modeling_btlm.{name}" for auto, name in classes.items()},
         },
         "model_type": "btlm",
+        "alibi_scaling": _published(model.alibi_scaling),
         "initializer_range": model.init_std,
         "layer_norm_epsilon": model.norm_epsilon,
         "mup_embeddings_scale": mup.embedding_multiplier if mup else 1.0,
@@ -91,6 +93,10 @@ def fields(model: BTLM, mup: Mup | None, max_seq_len: int) -> dict[str, Any]:
     }
 
 
+OLDER = ("embeddings_scale", "output_logits_scale", "scale_qk_dot_by_d", "width_scale")
+"""Names of the muP factors before they began with mup_."""
+
+
 def section(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The model and muP sections of a config.json, as plain trees without what the published schema lacks.
 
@@ -99,6 +105,12 @@ def section(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | Non
     for name, value in FIXED.items():
         if given.get(name, value) != value:
             raise UserError(f"config.json: {name} {given[name]!r}; BTLM has {value!r}; choose another folder")
+    older = [name for name in OLDER if name in given]
+    if older:
+        raise UserError(
+            f"config.json: {older[0]} {given[older[0]]!r}; is of an older revision of the schema, whose factors are not "
+            "read; take the newest revision of the folder"
+        )
     model = {
         "family": "btlm",
         "width": given["n_embd"],
@@ -109,8 +121,21 @@ def section(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | Non
         "norm_epsilon": given.get("layer_norm_epsilon", 1e-5),
         "init_std": given.get("initializer_range", 0.02),
         "tied_head": given.get("tie_word_embeddings", True),
+        "alibi_scaling": _checked(given.get("alibi_scaling")),
     }
     return model, _mup(given)
+
+
+def _published(scaling: AlibiScaling | None) -> dict[str, Any] | None:
+    """The two keys of the published schema: type, and the number that is given."""
+    return {key: value for key, value in asdict(scaling).items() if value is not None} if scaling else None
+
+
+def _checked(scaling: Any) -> Any:
+    where = "config.json: alibi_scaling"
+    if scaling is not None:
+        check_alibi_scaling(section_from(AlibiScaling, scaling, where), where)
+    return scaling
 
 
 def _mup(given: dict[str, Any]) -> dict[str, Any] | None:

@@ -2,8 +2,9 @@
 
 A GPT-2 skeleton (pre-norm, [in, out] matrices) with ALiBi instead of positions, SwiGLU, and muP's
 multipliers. The ALiBi bias and the softmax are fp32 whatever the weights are, and the bias is not multiplied
-by the attention's scale. Queries attend in blocks, so the memory of the scores grows with the sequence, not
-with its square.
+by the attention's scale. `config.alibi_scaling` divides its slopes; where the divisor depends on a row's length,
+padding is not counted, and what is cached stays as it was made. Queries attend in blocks, so the memory of the
+scores grows with the sequence, not with its square.
 """
 
 import torch
@@ -29,7 +30,10 @@ def alibi_slopes(heads: int) -> torch.Tensor:
 
 
 def attend(query, key, value, slopes, visible, scale):
-    """[rows, heads, queries, head_dim]; queries end where keys end; `visible` [rows, keys] hides padding."""
+    """[rows, heads, queries, head_dim]; queries end where keys end; `visible` [rows, keys] hides padding.
+
+    `slopes` is [heads, 1], or [rows, heads, 1] where rows differ.
+    """
     cached = key.shape[2] - query.shape[2]
     key_position = torch.arange(key.shape[2], device=key.device)
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -41,7 +45,7 @@ def attend(query, key, value, slopes, visible, scale):
         seen = distance >= 0
         if visible is not None:
             seen = seen & visible[:, None, None, :]
-        scores = (block @ key.transpose(2, 3)).to(dtype) * scale - slopes[:, :, None] * distance
+        scores = (block @ key.transpose(2, 3)).to(dtype) * scale - slopes[..., None] * distance
         weights = scores.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1)
         mixed.append(weights.to(value.dtype) @ value)
     return torch.cat(mixed, dim=2)
@@ -50,9 +54,22 @@ def attend(query, key, value, slopes, visible, scale):
 class BTLMAlibi(nn.Module):
     """The slopes, stored as published, never trained; they stay fp32 when the model is cast."""
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, config: BTLMConfig) -> None:
         super().__init__()
-        self.register_buffer("slopes", alibi_slopes(heads))
+        self.scaling = config.alibi_scaling
+        self.register_buffer("slopes", alibi_slopes(config.n_head))
+
+    def forward(self, keys: int, visible, dtype: torch.dtype):
+        """The slopes for rows of so many keys: [heads, 1], or [rows, heads, 1] where rows differ in length."""
+        slopes = self.slopes.to(torch.promote_types(dtype, torch.float32))
+        if self.scaling is None:
+            return slopes
+        if "factor" in self.scaling:
+            return slopes / self.scaling["factor"]
+        trained = self.scaling["train_seq_len"]
+        if visible is None:
+            return slopes / max(1.0, keys / trained)
+        return slopes / (visible.sum(-1).to(slopes.dtype) / trained).clamp(min=1.0)[:, None, None]
 
     def _apply(self, fn, recurse=True):
         exact = self.slopes
@@ -140,7 +157,7 @@ class BTLMModel(BTLMPreTrainedModel):
     def __init__(self, config: BTLMConfig) -> None:
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.relative_pe = BTLMAlibi(config.n_head)
+        self.relative_pe = BTLMAlibi(config)
         self.h = nn.ModuleList(BTLMBlock(config, index) for index in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
@@ -176,10 +193,12 @@ class BTLMModel(BTLMPreTrainedModel):
         visible = None if attention_mask is None else attention_mask.bool()
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        slopes = self.relative_pe(cached + hidden.shape[1], visible, hidden.dtype)
         states = ()
         for block in self.h:
             states += (hidden,) if output_hidden_states else ()
-            hidden = block(hidden, self.relative_pe.slopes, visible, past_key_values=past_key_values)
+            hidden = block(hidden, slopes, visible, past_key_values=past_key_values)
         hidden = self.ln_f(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
@@ -197,6 +216,25 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
         self.transformer = BTLMModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
+
+    def get_mup_param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict]:
+        """Parameter groups of muP for torch.optim.AdamW: every parameter once, the frozen slopes in none.
+
+        Matrices of the layers learn at lr * mup_width_scale; embedding and head at lr; biases and norms at lr,
+        undecayed. Decay is decoupled, multiplied by a group's own rate. Published: betas (0.9, 0.95), eps 1e-8.
+        """
+        groups = [
+            {"params": [], "lr": lr * self.config.mup_width_scale, "weight_decay": weight_decay},
+            {"params": [], "lr": lr, "weight_decay": weight_decay},
+            {"params": [], "lr": lr, "weight_decay": 0.0},
+        ]
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias") or ".ln_" in name:
+                group = 2
+            else:
+                group = 1 if name in ("transformer.wte.weight", "lm_head.weight") else 0
+            groups[group]["params"].append(parameter)
+        return groups
 
     def get_output_embeddings(self):
         return self.lm_head

@@ -13,6 +13,7 @@ from trainer.config import Mup, StableLM, UserError
 from trainer.hf.mapping import Piece, Row, whole
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+MAX_SEQ_LEN = "max_position_embeddings"
 CODE: tuple[str, ...] = ()
 """Files of code shipped in an export: none, transformers has the class."""
 
@@ -47,11 +48,11 @@ def rows(model: StableLM) -> Iterator[Row]:
         yield whole("head.weight", HEAD, model.vocab, width)
 
 
-def defaults(model: StableLM) -> dict[str, torch.Tensor]:
+def defaults(model: StableLM, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """What the class has although the model need not: the biases of its block and final norms, zero."""
     norms = ["input_layernorm"] if model.parallel_residual else ["input_layernorm", "post_attention_layernorm"]
     names = [f"model.layers.{index}.{norm}.bias" for index in range(model.depth) for norm in norms]
-    return {name: torch.zeros(model.width) for name in [*names, "model.norm.bias"]}
+    return {name: torch.zeros(model.width, dtype=dtype) for name in [*names, "model.norm.bias"]}
 
 
 def fields(model: StableLM, mup: Mup | None, max_seq_len: int) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def section(given: dict[str, Any]) -> tuple[dict[str, Any], None]:
     Raises: UserError for rotary scaling and other activations, KeyError where a required field is missing.
     """
     rotary = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    fraction = given.get("partial_rotary_factor", given.get("rope_pct", 0.25))  # the second in early revisions
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     if kind != "default" or given.get("hidden_act", "silu") != "silu":
         raise UserError(
@@ -105,10 +107,10 @@ def section(given: dict[str, Any]) -> tuple[dict[str, Any], None]:
         "heads": given["num_attention_heads"],
         "ffn_width": given["intermediate_size"],
         "vocab": given["vocab_size"],
-        "norm_epsilon": given.get("layer_norm_eps", 1e-5),
+        "norm_epsilon": given.get("layer_norm_eps", given.get("norm_eps", 1e-5)),
         "init_std": given.get("initializer_range", 0.02),
         "kv_heads": given.get("num_key_value_heads") or given["num_attention_heads"],
-        "rotary_fraction": rotary.get("partial_rotary_factor", given.get("partial_rotary_factor", 0.25)),
+        "rotary_fraction": rotary.get("partial_rotary_factor", fraction),
         "rotary_base": rotary.get("rope_theta", given.get("rope_theta", 10_000)),
         "parallel_residual": given.get("use_parallel_residual", False),
         "qk_norm": given.get("qk_layernorm", False),

@@ -1,6 +1,7 @@
 """Initial values, drawn at the true global shape from (seed, name) and then sliced, so that no parallel layout changes them."""
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,22 @@ from trainer.parallel.shards import local_part
 @torch.no_grad()
 def fill(model: nn.Module, table: dict[str, Rule], *, seed: int, truncation_sigmas: float, mesh: Mesh) -> None:
     """Every parameter holds its rank's part of its initial value; padding is zero."""
+    value = values(model, table, seed=seed, truncation_sigmas=truncation_sigmas)
     for name, parameter in model.named_parameters():
-        rule = table[role_of(parameter)]
-        full = initial(name, shard_of(parameter).shape, rule, seed=seed, truncation_sigmas=truncation_sigmas)
-        place(parameter, full, mesh)
+        place(parameter, value(name), mesh)
+
+
+def values(
+    model: nn.Module, table: dict[str, Rule], *, seed: int, truncation_sigmas: float
+) -> Callable[[str], Tensor]:
+    """Name of a parameter -> its global initial value in fp32, drawn when asked for."""
+    marks = {name: (shard_of(parameter).shape, role_of(parameter)) for name, parameter in model.named_parameters()}
+
+    def value(name: str) -> Tensor:
+        shape, role = marks[name]
+        return initial(name, shape, table[role], seed=seed, truncation_sigmas=truncation_sigmas)
+
+    return value
 
 
 @torch.no_grad()

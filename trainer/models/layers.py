@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kernels.swiglu import swiglu
 from trainer.config import BTLM, StableLM
 from trainer.costs import padded
+from trainer.models.cache import Cache
 from trainer.models.mup import ForwardScales
 from trainer.parallel.layers import Column, Embedding, LayerNorm, Row, from_rows, gathered, to_columns
 from trainer.parallel.loss import cross_entropy
@@ -102,6 +103,8 @@ class SequentialLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, final norm, head. A family adds its layers and its `context`: what all its layers read besides x."""
 
+    section: StableLM | BTLM
+
     def __init__(
         self, section: StableLM | BTLM, scales: ForwardScales, layers: list[nn.Module], final_norm: LayerNorm,
         mesh: Mesh, dtype: torch.dtype, *, recompute: Recompute,
@@ -117,9 +120,16 @@ class Decoder(nn.Module):
             self.head = Column((section.vocab, section.width), 0, size, mesh, dtype, bias=False, role="head")
         self.run = again_in_backward if recompute == "full" else kept
 
-    def context(self, documents: Int32[Tensor, "rows seq"]) -> Any:
-        """What every layer of the family reads besides the stream; `documents` is to be ignored without document masking."""
+    def context(self, documents: Int32[Tensor, "rows seq"], cache: Cache | None) -> Any:
+        """What every layer of the family reads besides the stream; `documents` are of the tokens in the stream."""
         raise NotImplementedError
+
+    def apart(self, documents: Int32[Tensor, "rows seq"], cache: Cache | None) -> Int32[Tensor, "rows keys"] | None:
+        """The documents of all keys where attention stays within them; None where all tokens of a row are one."""
+        if cache is None:
+            return documents if self.section.document_masking else None
+        # Padding stays apart from text even where texts do not stay apart from one another.
+        return cache.documents if self.section.document_masking else cache.documents.clamp(max=0)
 
     def forward(
         self,
@@ -128,7 +138,7 @@ class Decoder(nn.Module):
         documents: Int32[Tensor, "rows seq"],
     ) -> Float32[Tensor, "rows seq"]:
         """Cross-entropy of each target in nats; the same on every tensor-parallel rank."""
-        logits = self._logits_local(tokens, documents)
+        logits = self._logits_local(tokens, self.context(documents, None))
         losses = cross_entropy(logits, targets.t().contiguous(), vocab=self.section.vocab, mesh=self.mesh)
         return losses.t()
 
@@ -137,16 +147,30 @@ class Decoder(nn.Module):
         self, tokens: Int64[Tensor, "rows seq"], documents: Int32[Tensor, "rows seq"]
     ) -> Float32[Tensor, "rows seq vocab"]:
         """Logits of the true vocabulary on every rank."""
-        logits = gathered(self._logits_local(tokens, documents).float())
+        logits = gathered(self._logits_local(tokens, self.context(documents, None)).float())
         return logits[..., : self.section.vocab].transpose(0, 1)
 
+    @torch.no_grad()
+    def read(
+        self, tokens: Int64[Tensor, "rows seq"], documents: Int32[Tensor, "rows seq"], cache: Cache
+    ) -> Float32[Tensor, "rows vocab"]:
+        """Logits of what follows the last of the tokens, on every rank; the cache holds them behind those it held.
+
+        The logits are those of `logits` for all tokens together, each row without its padding (negative documents,
+        before the first token). Note: not so with dynamic position interpolation, whose divisor grows with the row
+        while keys and values stay as they were made.
+        """
+        cache.begin(documents)
+        logits = gathered(self._logits_local(tokens, self.context(documents, cache), last=1).float())
+        return logits[0, :, : self.section.vocab]
+
     def _logits_local(
-        self, tokens: Int64[Tensor, "rows seq"], documents: Int32[Tensor, "rows seq"]
-    ) -> Float[Tensor, "seq rows vocab_local"]:
-        context = self.context(documents)
+        self, tokens: Int64[Tensor, "rows seq"], context: Any, last: int = 0
+    ) -> Float[Tensor, "positions rows vocab_local"]:
+        """At the last so many positions; 0: at all."""
         stream = self.embedding(tokens.t().contiguous()) * self.scales.embedding
         for layer in self.layers:
             stream = self.run(layer, stream, context)
-        columns = to_columns(self.final_norm(stream))
+        columns = to_columns(self.final_norm(stream[-last:]))
         logits = nn.functional.linear(columns, self.embedding.weight) if self.head is None else self.head(columns)
         return logits * self.scales.logits

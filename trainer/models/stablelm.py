@@ -3,6 +3,8 @@
 Source: Stability-AI/StableLM `configs/stablelm-2-12b.yml` and `stablelm-2-1_6b.yml`, and the model cards.
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Float32, Int32
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from kernels.attention import attention
 from kernels.layer_norm import head_norm
 from kernels.rope import positions, rotary_table, rotate
 from trainer.config import StableLM
+from trainer.models.cache import Cache
 from trainer.models.layers import (
     Decoder,
     FeedForward,
@@ -27,10 +30,14 @@ from trainer.parallel.layers import LayerNorm, Row, divided, to_columns
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.recompute import again_in_backward, kept
 
-Context = tuple[
-    Float32[Tensor, "any_rows seq half"], Float32[Tensor, "any_rows seq half"], Int32[Tensor, "rows seq"] | None
-]
-"""Cosines, sines, and the documents where attention stays within them."""
+
+@dataclass(frozen=True)
+class Context:
+    cos: Float32[Tensor, "any_rows seq half"]
+    sin: Float32[Tensor, "any_rows seq half"]
+    documents: Int32[Tensor, "rows keys"] | None
+    """Where attention stays within them."""
+    cache: Cache | None
 
 
 class HeadNorm(nn.Module):
@@ -68,11 +75,12 @@ class Attention(PartialAttention):
     def _attend(
         self, qkv: Float[Tensor, "seq rows qkv_local"], context: Context
     ) -> Float[Tensor, "rows seq heads_local head_dim"]:
-        cos, sin, documents = context
         query, key, value = split_heads(qkv, self.section)
-        query = rotate(self.query_norm(query), cos, sin)
-        key = rotate(self.key_norm(key), cos, sin)
-        return attention(query, key, value, scale=self.scale, slopes=None, documents=documents)
+        query = rotate(self.query_norm(query), context.cos, context.sin)
+        key = rotate(self.key_norm(key), context.cos, context.sin)
+        if context.cache is not None:
+            key, value = context.cache.extended(self, key, value)
+        return attention(query, key, value, scale=self.scale, slopes=None, documents=context.documents)
 
 
 class ParallelLayer(nn.Module):
@@ -91,15 +99,13 @@ class ParallelLayer(nn.Module):
 class StableLMDecoder(Decoder):
     section: StableLM
 
-    def context(self, documents: Int32[Tensor, "rows seq"]) -> Context:
-        section = self.section
+    def context(self, documents: Int32[Tensor, "rows seq"], cache: Cache | None) -> Context:
+        section, seq = self.section, documents.shape[1]
+        apart = self.apart(documents, cache)
+        places = torch.arange(seq, device=documents.device)[None] if apart is None else positions(apart)[:, -seq:]
         rotated = int(section.rotary_fraction * section.head_dim)
-        if section.document_masking:
-            cos, sin = rotary_table(positions(documents), rotated, section.rotary_base)
-            return cos, sin, documents
-        row = torch.arange(documents.shape[1], device=documents.device)[None]
-        cos, sin = rotary_table(row, rotated, section.rotary_base)
-        return cos, sin, None
+        cos, sin = rotary_table(places, rotated, section.rotary_base)
+        return Context(cos, sin, apart, cache)
 
 
 def build(section: StableLM, scales: ForwardScales, mesh: Mesh, dtype: torch.dtype, recompute: Recompute) -> Decoder:

@@ -20,10 +20,32 @@ def test_the_shipped_config_and_the_table_agree_on_what_is_fixed() -> None:
     assert ONLY == btlm.FIXED
 
 
-@pytest.mark.parametrize(("name", "value"), [("alibi_scaling", {"type": "linear"}), ("attn_pdrop", 0.1)])
+@pytest.mark.parametrize(("name", "value"), [("scale_attn_weights", False), ("attn_pdrop", 0.1)])
 def test_a_config_that_asks_for_more_is_refused(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name}: .*supports only"):
         BTLMConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        (4.0, "4.0; has exactly two keys"),
+        ({"type": "linear"}, "exactly two keys, type and one of factor and train_seq_len"),
+        ({"factor": 4.0, "train_seq_len": 8192}, "exactly two keys"),
+        ({"type": "linear", "factor": 4.0, "train_seq_len": 8192}, "exactly two keys"),
+        ({"type": "linear", "stretch": 4.0}, "exactly two keys"),
+        ({"type": "dynamic", "factor": 4.0}, "type 'dynamic'; must be 'linear'"),
+        ({"type": "linear", "factor": 1.0}, "factor 1.0; must be float and above 1"),
+        ({"type": "linear", "factor": 4}, "factor 4; must be float and above 1"),
+        ({"type": "linear", "factor": float("nan")}, "factor nan; must be float and above 1"),
+        ({"type": "linear", "train_seq_len": 1}, "train_seq_len 1; must be int and above 1"),
+        ({"type": "linear", "train_seq_len": 8192.0}, "train_seq_len 8192.0; must be int and above 1"),
+        ({"type": "linear", "train_seq_len": True}, "train_seq_len True; must be int and above 1"),
+    ],
+)
+def test_a_mistaken_interpolation_is_refused(scaling: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"alibi_scaling: .*{message}"):
+        BTLMConfig(alibi_scaling=scaling)
 
 
 def test_loss_with_labels_is_the_mean_over_predicted_tokens() -> None:
@@ -36,13 +58,17 @@ def test_loss_with_labels_is_the_mean_over_predicted_tokens() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_invisible(side: str) -> None:
-    theirs, batch = made().double(), tokens(VARIANTS["btlm_6_heads"][0])
+@pytest.mark.parametrize("variant", ["btlm_6_heads", "btlm_dynamic"])
+def test_padding_is_invisible(variant: str, side: str) -> None:
+    """Not counted either, where the slopes depend on the length of a row."""
+    theirs, batch = made(variant).double(), tokens(VARIANTS[variant][0])
     inside = slice(7, None) if side == "left" else slice(None, -7)
     mask = torch.zeros_like(batch)
     mask[:, inside] = 1
     found = theirs(batch, attention_mask=mask).logits[:, inside]
-    assert (found - theirs(batch[:, inside]).logits).abs().max() < 1e-12  # fp64: sums over other lengths
+    alone = theirs(batch[:, inside]).logits
+    assert (found - alone).abs().max() < 1e-12  # fp64: sums over other lengths
+    assert (theirs(batch).logits[:, inside] - alone).abs().max() > 1e-6 or side == "right"
 
 
 def test_blocks_of_queries_are_invisible(monkeypatch: pytest.MonkeyPatch) -> None:

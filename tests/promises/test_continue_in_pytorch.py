@@ -1,0 +1,93 @@
+"""Who goes on training an export with plain PyTorch makes the trainer's own updates."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests import tiny
+from tests.promises.test_hf import loaded
+from tests.reference.offline import offline
+from tests.reference.variants import VARIANTS, reference, tokens
+from trainer import models, optim
+from trainer.checkpoint.read import load_weights
+from trainer.config import Mup
+from trainer.hf import btlm, convert
+from trainer.hf.mapping import cut
+from trainer.models.mup import rules
+from trainer.parallel.mesh import started
+from trainer.parallel.shards import joined
+
+__all__ = ["offline"]
+
+LR = 0.01
+MODELS = {
+    "tied": VARIANTS["btlm_mup"],
+    "untied": (VARIANTS["btlm_untied"][0], Mup(16, 10.0, 1.5)),
+    "without muP": VARIANTS["btlm_untied"],
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def exported(name: str, out: Path) -> tuple[dict[str, Tensor], PreTrainedModel]:
+    """The weights, and the export of them as transformers loads it."""
+    model, mup = MODELS[name]
+    tensors = reference(model).random_tensors(model, seed=3)
+    convert.export(tensors.__getitem__, model, mup, out, tokenizer=None, max_seq_len=64, dtype=torch.float32)
+    return tensors, loaded(out)
+
+
+@every_model
+def test_updates_with_the_exports_groups_are_the_trainers(name: str, tmp_path: Path) -> None:
+    """Bitwise, for three updates, given the same gradients: those of the trainer's model. That gradients agree is shown
+    elsewhere; AdamW would turn the rounding of the smallest ones into whole steps.
+    """
+    model, mup = MODELS[name]
+    section = replace(tiny.config("btlm").optim, weight_decay=0.1)
+    tensors, theirs = exported(name, tmp_path / "out")
+    with started(1) as mesh:
+        ours = models.build(model, mup, mesh, dtype=torch.float32)
+        load_weights(ours, tensors.__getitem__, mesh)
+        adamw = optim.adamw(optim.groups(ours, rules(model, mup), section), section, mesh.device)
+        for group in adamw.param_groups:
+            group["lr"] = LR * group["lr_scale"]
+        groups = theirs.get_mup_param_groups(LR, weight_decay=section.weight_decay)
+        exports_adamw = torch.optim.AdamW(groups, betas=(section.beta1, section.beta2), eps=section.epsilon)
+        named, found = dict(ours.named_parameters()), dict(theirs.named_parameters())
+        for step in range(3):
+            batch = tokens(model, length=21, seed=step)
+            ours(batch[:, :-1], batch[:, 1:], torch.zeros_like(batch[:, 1:]).int()).mean().backward()
+            for row in btlm.rows(model):
+                for piece in row.pieces:
+                    gradient = joined(named[row.ours].shard, [named[row.ours].grad])
+                    found[piece.theirs].grad = cut(row, piece, gradient).contiguous()
+            for optimizer in (adamw, exports_adamw):
+                optimizer.step()
+            ours.zero_grad()
+        for row in btlm.rows(model):
+            whole = joined(named[row.ours].shard, [named[row.ours].detach()])
+            assert not torch.equal(whole, tensors[row.ours]), row.ours
+            assert all(torch.equal(found[piece.theirs], cut(row, piece, whole)) for piece in row.pieces), row.ours
+
+
+@every_model
+def test_every_parameter_is_in_one_group_with_the_published_rate_and_decay(name: str, tmp_path: Path) -> None:
+    """The slopes are in none: they are frozen."""
+    model, mup = MODELS[name]
+    _, theirs = exported(name, tmp_path / "out")
+    groups = theirs.get_mup_param_groups(LR, weight_decay=0.1)
+    names = {id(parameter): name for name, parameter in theirs.named_parameters()}
+    found = {names[id(each)]: (group["lr"], group["weight_decay"]) for group in groups for each in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found) == len(names)
+    scale = mup.base_width / model.width if mup else 1.0
+    for each, settings in found.items():
+        if each.endswith("bias") or ".ln_" in each:
+            assert settings == (LR, 0.0), each
+        elif each in ("transformer.wte.weight", "lm_head.weight"):
+            assert settings == (LR, 0.1), each
+        else:
+            assert settings == (pytest.approx(LR * scale), 0.1), each
+    assert theirs.get_mup_param_groups(LR)[0]["weight_decay"] == 0.0

@@ -1,0 +1,304 @@
+"""Generation through the cache says what reading from scratch says, and transformers on the export; no row sees another."""
+
+import json
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from tests import ranks
+from tests.promises.test_hf import loaded
+from tests.reading import (
+    CASES,
+    LENGTHS,
+    LONG,
+    ON_TWO,
+    STEPS,
+    decoder,
+    followed,
+    from_scratch,
+    on_two_ranks,
+    read_on,
+    texts,
+)
+from tests.reference.offline import offline
+from tests.reference.variants import VARIANTS, reference, tokens
+from trainer.__main__ import main
+from trainer.continuation import Sampling, continuations, draw, padded
+from trainer.generate import show
+from trainer.hf import convert
+from trainer.models.cache import Cache
+from trainer.parallel.mesh import Mesh, started
+
+__all__ = ["offline"]
+
+NOISE = 4
+"""Two evaluations in fp32 stray about equally far from fp64; this leaves room for another order of sums."""
+every_case = pytest.mark.parametrize("variant", CASES)
+
+
+def through_transformers(theirs: PreTrainedModel, prompts: list[list[int]], followed_by: Tensor) -> Tensor:
+    """The same through the cache of transformers, padded on the left."""
+    read = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones(len(prompt)) for prompt in prompts], batch_first=True, padding_side="left").long()
+    cache, logits = DynamicCache(config=theirs.config), []
+    with torch.no_grad():
+        for step in range(STEPS):
+            places = {} if theirs.config.model_type == "btlm" else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+            places = {name: value[:, -read.shape[1] :] for name, value in places.items()}
+            logits.append(theirs(read, attention_mask=mask, past_key_values=cache, **places).logits[:, -1])
+            read = followed_by[:, step : step + 1]
+            mask = torch.cat((mask, torch.ones_like(read)), dim=1)
+    return torch.stack(logits, dim=1)
+
+
+def exported(variant: str, out: Path, **options) -> PreTrainedModel:
+    model, mup = CASES[variant]
+    tensors = reference(model).random_tensors(model, seed=3)
+    options = {"tokenizer": None, "max_seq_len": 64, "dtype": torch.float32} | options
+    convert.export(tensors.__getitem__, model, mup, out, **options)
+    return loaded(out).eval()
+
+
+@pytest.fixture
+def mesh() -> Iterator[Mesh]:
+    with started(1) as mesh:
+        yield mesh
+
+
+@every_case
+@pytest.mark.parametrize("lengths", [LENGTHS, LONG], ids=["short", "long"])
+def test_reading_on_is_transformers_reading_on_and_reading_from_scratch(variant, lengths, mesh, tmp_path):
+    """Of every logit at every step, each row beside longer ones. Beyond the length that dynamic interpolation begins at,
+    reading from scratch is another function; its first logits, all read at once, are still the same.
+    """
+    ours, (prompts, followed_by) = decoder(variant, mesh), texts(variant, lengths)
+    theirs = exported(variant, tmp_path / "out")
+    through = through_transformers(theirs, prompts, followed_by)
+    exact = through_transformers(theirs.double(), prompts, followed_by)
+    noise = NOISE * (through - exact).abs().max()
+    assert (read_on(ours, prompts, followed_by) - exact).abs().max() <= noise
+    scratch = (from_scratch(ours, prompts, followed_by) - exact).abs()
+    if variant != "btlm_dynamic" or lengths == LENGTHS:
+        assert scratch.max() <= noise
+    else:
+        assert scratch[:, 0].max() <= noise
+        assert scratch[0, -1].max() > 100 * noise
+        assert scratch[2].max() <= noise, "a short row beside long ones is read as if alone"
+
+
+@every_case
+def test_the_likeliest_tokens_are_those_of_transformers_generate(variant, mesh, tmp_path):
+    ours, (prompts, _) = decoder(variant, mesh), texts(variant, LENGTHS)
+    read, documents = padded(prompts, 1)
+    settings = GenerationConfig(max_new_tokens=STEPS, do_sample=False, pad_token_id=0)
+    theirs = exported(variant, tmp_path / "out")
+    found = theirs.generate(read, attention_mask=(documents >= 0).long(), generation_config=settings)
+    steps = list(continuations(ours, prompts, STEPS, Sampling(), end=None))
+    assert torch.tensor(steps).t().tolist() == found[:, read.shape[1] :].tolist()
+
+
+@every_case
+def test_documents_are_read_on_as_they_are_read_at_once(variant, mesh):
+    """In parts that end inside documents and at their ends."""
+    ours, batch = decoder(variant, mesh), tokens(CASES[variant][0], rows=2, length=20)
+    documents = torch.tensor([[0] * 6 + [1] * 9 + [2] * 5, [0] * 1 + [1] * 19]).int()
+    whole, cache = ours.logits(batch, documents), Cache(20)
+    for start, end in ((0, 4), (4, 6), (6, 7), (7, 16), (16, 20)):
+        part = slice(start, end)
+        found = ours.read(batch[:, part], documents[:, part], cache)
+        # A few roundings of the largest logit.
+        assert (found - whole[:, end - 1]).abs().max() <= 2**-19 * whole.abs().max()
+
+
+@pytest.mark.dist
+def test_two_tensor_parallel_ranks_read_on_as_one_does(mesh, tmp_path):
+    first, second = ranks.run(on_two_ranks, 2, tmp_path)
+    for variant in ON_TWO:
+        logits, drawn = followed(variant, mesh)
+        assert (first[variant][0] - logits).abs().max() <= 2**-19 * logits.abs().max()
+        assert first[variant][1] == second[variant][1] == drawn
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, seed=3)], ids=["likeliest", "drawn"])
+@pytest.mark.parametrize("variant", ["stablelm_12b", "btlm_dynamic"])
+def test_a_text_does_not_depend_on_the_prompts_beside_it(variant, sampling, mesh):
+    ours, (prompts, _) = decoder(variant, mesh), texts(variant, LONG)
+
+    def together(chosen: list[list[int]], **options) -> list[tuple[int, ...]]:
+        return list(zip(*continuations(ours, chosen, STEPS, sampling, end=None, **options), strict=True))
+
+    alone = [together([prompt])[0] for prompt in prompts]
+    assert together(prompts) == alone
+    assert together(prompts[::-1]) == alone[::-1]
+    assert len(set(alone)) == len(alone)
+    again = together([prompts[0], prompts[1], prompts[0]])
+    assert again[:2] == alone[:2]
+    assert (again[2] == alone[0]) == (sampling.temperature == 0), "a prompt given twice is drawn twice"
+    if variant == "stablelm_12b":
+        assert together(prompts, cached=False) == alone
+
+
+def test_the_seed_fixes_the_text(mesh):
+    ours, (prompts, _) = decoder("btlm_mup", mesh), texts("btlm_mup", LENGTHS)
+    first, again, other = (
+        list(continuations(ours, prompts, STEPS, Sampling(9.0, seed=seed), end=None)) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert all(one != two for one, two in zip(zip(*first, strict=True), zip(*other, strict=True), strict=True))
+
+
+def test_all_rows_end_before_the_steps_do(mesh):
+    """Each with the end it comes to; the loop goes on until the last has."""
+    ours, (prompts, _) = decoder("stablelm_12b", mesh), texts("stablelm_12b", LENGTHS)
+    unended = list(continuations(ours, prompts, STEPS, Sampling(3.0), end=None))
+    assert len(unended) == STEPS
+    for end in (unended[0][0], unended[4][1], unended[-1][2]):
+        last = [row.index(end) + 1 if end in row else STEPS for row in zip(*unended, strict=True)]
+        assert list(continuations(ours, prompts, STEPS, Sampling(3.0), end=end)) == unended[: max(last)]
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def shares(sampling: Sampling, probabilities: list[float], draws: int = 4_000) -> Tensor:
+    """How often each token is drawn."""
+    logits = torch.tensor(probabilities).log().expand(draws, -1)
+    drawn = draw(logits, sampling, generators(draws))
+    return torch.bincount(torch.tensor(drawn), minlength=len(probabilities)) / draws
+
+
+@pytest.mark.parametrize(
+    ("sampling", "wanted"),
+    [
+        (Sampling(1.0), [0.4, 0.3, 0.2, 0.1]),
+        (Sampling(0.5), [0.16 / 0.3, 0.09 / 0.3, 0.04 / 0.3, 0.01 / 0.3]),
+        (Sampling(1.0, top_k=2), [4 / 7, 3 / 7, 0, 0]),
+        (Sampling(1.0, top_k=9), [0.4, 0.3, 0.2, 0.1]),
+        (Sampling(1.0, top_p=0.69), [4 / 7, 3 / 7, 0, 0]),
+        (Sampling(1.0, top_p=0.71), [4 / 9, 3 / 9, 2 / 9, 0]),
+        (Sampling(1.0, top_p=0.01), [1, 0, 0, 0]),
+        # Of the two likeliest, the first alone has 4/7 > 0.5.
+        (Sampling(1.0, top_k=2, top_p=0.5), [1, 0, 0, 0]),
+        (Sampling(1e-40), [1, 0, 0, 0]),
+        (Sampling(), [1, 0, 0, 0]),
+    ],
+)
+def test_tokens_are_drawn_as_often_as_the_settings_say(sampling, wanted):
+    found = shares(sampling, [0.4, 0.3, 0.2, 0.1])
+    expected = torch.tensor(wanted)
+    # Five standard errors of a share of 4,000 draws.
+    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / 4_000).sqrt()).all(), found
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """An export with a tokenizer of whole bytes, so that random weights write much that is no character."""
+    root = tmp_path_factory.mktemp("generate")
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    settings = {"vocab_size": 280, "special_tokens": ["<|endoftext|>"], "initial_alphabet": alphabet}
+    made.train_from_iterator(["the house and a cat"], trainers.BpeTrainer(**settings, show_progress=False))
+    made.save(str(root / "tokenizer.json"))
+    model, mup = VARIANTS["btlm_untied"]
+    model = replace(model, vocab=280)
+    tensors = reference(model).random_tensors(model, seed=3)
+    convert.export(
+        tensors.__getitem__, model, mup, root / "out", tokenizer=root / "tokenizer.json", max_seq_len=64,
+        dtype=torch.float32,
+    )  # fmt: skip
+    return root / "out"
+
+
+def said(capsys, *arguments: object) -> str:
+    assert main(["generate", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+DRAWN = ("--temperature", 2, "--seed", 4, "--tokens", 30)
+
+
+def test_the_command_prints_one_text_or_numbers_several(folder, capsys, tmp_path):
+    single = said(capsys, folder, "--prompt", "the house", *DRAWN)
+    assert single.startswith("the house")
+    assert said(capsys, folder, "--prompt", "the house", *DRAWN, "--no-cache") == single
+    assert said(capsys, folder, "--prompt", "the house", *DRAWN, "--alibi-scaling", "factor=8") != single
+    (tmp_path / "prompts.txt").write_text("a cat\nthe\n")
+    several = said(capsys, folder, "--prompt", "the house", "--prompts", tmp_path / "prompts.txt", *DRAWN)
+    assert several.startswith(f"[0] {single}[1] a cat")
+    assert "\n[2] the" in several
+
+
+def test_a_text_ends_with_its_document_unless_asked_to_go_on(folder, capsys):
+    """At a temperature that makes all 280 tokens alike: in 200 draws about half of the rows come to their end."""
+    end = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("<|endoftext|>")
+    prompts = ["a", "cat", "and", "the", "house", "in", "it"]
+    options = [each for prompt in prompts for each in ("--prompt", prompt)]
+    options += ["--temperature", 1e6, "--tokens", 200, "--json"]
+    ended = [json.loads(line) for line in said(capsys, folder, *options).splitlines()]
+    unended = [json.loads(line) for line in said(capsys, folder, *options, "--past-end").splitlines()]
+    assert [each["prompt"] for each in ended] == prompts
+    assert all(each["text"].startswith(each["prompt"]) for each in ended)
+    assert any(end in each["tokens"] for each in ended)
+    for short, long in zip(ended, unended, strict=True):
+        assert short["tokens"] == long["tokens"][: len(short["tokens"])]
+        assert (short["tokens"] + [end]).index(end) == len(short["tokens"]) - (end in short["tokens"])
+        assert len(long["tokens"]) == 200
+        assert len(short["tokens"]) == 200 or short["tokens"][-1] == end
+
+
+def test_text_appears_with_its_tokens_in_whole_characters(folder):
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = "the é house 😀 and €"
+    ids, parts, written = tokenizer.encode(text).ids, [], StringIO()
+
+    def steps() -> Iterator[int]:
+        for token in ids[3:]:
+            yield token
+            parts.append(written.getvalue())
+
+    with redirect_stdout(written):
+        show(steps(), ids[:3], tokenizer)
+    assert written.getvalue() == text + "\n"
+    assert len(ids) > len(text.split()) + 5, "characters of several tokens"
+    assert all(text.startswith(part) for part in parts)
+    assert len(set(parts)) > 5
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ("", ["--prompt: is missing", "--prompts FILE"]),
+        ("--prompts {}/none.txt", ["--prompts: ", "none.txt cannot be read", "give a text file"]),
+        ("--prompts {}/gap.txt", ["--prompt: is empty", "give some text"]),
+        ("--prompt a --temperature -1", ["--temperature: -1.0; must not be negative"]),
+        ("--prompt a --temperature nan", ["--temperature: nan; must not be negative"]),
+        ("--prompt a --temperature 1 --top-p 0", ["--top-p: 0.0; must lie above 0"]),
+        ("--prompt a --temperature 1 --top-k -2", ["--top-k: -2; must not be negative"]),
+        ("--prompt a --top-k 5", ["--temperature: 0 takes the likeliest", "raise it"]),
+        ("--prompt a --tokens 0", ["--tokens: 0; must be at least 1"]),
+        ("--prompt a --alibi-scaling factor=1", ["--alibi-scaling.factor: 1.0; must be a number above 1"]),
+        ("--prompt a --alibi-scaling 4.0", ["--alibi-scaling", "no such field", "known: type, factor, train_seq_len"]),
+    ],
+)
+def test_a_mistake_is_one_line(options, parts, folder, capsys, tmp_path):
+    (tmp_path / "gap.txt").write_text("a\n\nb\n")
+    assert main(["generate", str(folder), *options.format(tmp_path).split()]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert [part for part in parts if part not in captured.err] == [], captured.err

@@ -1,0 +1,107 @@
+"""One layer of Stable LM 2 12B at its real width is transformers', on one rank and on four.
+
+Width 5,120, 32 heads of 160 over 8 key heads, ffn_width 13,824: where a wrong stride, a wrong group of key heads or a share
+cut in the wrong place would show that small even sizes may hide. The vocabulary alone is small.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from tests import ranks
+from tests.reference.variants import reference
+from trainer.config import StableLM, load
+from trainer.hf import convert
+from trainer.hf.mapping import cut, join
+from trainer.models import build
+from trainer.parallel.layers import shard_of
+from trainer.parallel.mesh import gather_to_all, started
+from trainer.parallel.shards import local_part
+
+LIMIT = 1e-5
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+def model() -> StableLM:
+    """The shipped 12B with one layer and few words."""
+    section = load(Path(__file__).parents[2] / "configs" / "stablelm-2-12b.yaml").model
+    return StableLM(**{**vars(section), "depth": 1, "vocab": 300, "document_masking": False})
+
+
+def rows() -> tuple[Tensor, Tensor]:
+    drawn = torch.randint(300, (2, 25), generator=torch.Generator().manual_seed(7))
+    return drawn[:, :-1], drawn[:, 1:]
+
+
+def of_transformers(file: Path) -> None:
+    """Into the file go, by our names: weights, logits, loss, and the gradients that transformers finds."""
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    section = model()
+    table = list(convert.TABLES["stablelm"].rows(section))
+    given = StableLmConfig(**convert.TABLES["stablelm"].fields(section, None, 4_096))
+    with torch.device("meta"):
+        theirs = StableLmForCausalLM(given)
+    weights = reference(section).random_tensors(section, seed=5)
+    pieces = {piece.theirs: cut(row, piece, weights[row.ours]) for row in table for piece in row.pieces}
+    pieces |= convert.TABLES["stablelm"].defaults(section)
+    theirs.load_state_dict(pieces, assign=True)
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(given)
+    for parameter in theirs.parameters():
+        parameter.requires_grad_()
+    read, targets = rows()
+    logits = theirs(read).logits
+    loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    found = {f"gradient of {row.ours}": join(row, gradients.__getitem__) for row in table}
+    save_file({**weights, **found, "logits": logits.detach(), "loss": loss.detach()}, file)
+
+
+def errors(file: Path, tp_size: int) -> dict[str, float]:
+    """This rank's parts of ours against transformers': of logits over their range, of the rest over its norm."""
+    read, targets = rows()
+    with started(tp_size) as mesh, safe_open(file, framework="pt") as exact:
+        ours = build(model(), None, mesh, dtype=torch.float32)
+        parameters: dict[str, nn.Parameter] = dict(ours.named_parameters())
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                part = local_part(shard_of(parameter), exact.get_tensor(name), mesh.tp_rank, tp_size)
+                parameter.copy_(part.reshape(parameter.shape))
+        loss = ours(read, targets, torch.zeros_like(read).int()).mean()
+        loss.backward()
+        logits, theirs = ours.logits(read, torch.zeros_like(read).int()), exact.get_tensor("logits")
+        found = {
+            "logits": float((logits - theirs).abs().max() / (theirs.max() - theirs.min())),
+            "loss": abs(float(loss.detach() - exact.get_tensor("loss"))) / float(loss.detach()),
+        }
+        for name, parameter in parameters.items():
+            full = exact.get_tensor(f"gradient of {name}")
+            part = local_part(shard_of(parameter), full, mesh.tp_rank, tp_size).reshape(parameter.shape)
+            found[name] = float((parameter.grad - part).norm() / part.norm())
+        return found
+
+
+def worst_of_ranks(file: Path, tp_size: int) -> dict[str, float]:
+    by_rank = gather_to_all(errors(file, tp_size))
+    return {name: max(found[name] for found in by_rank) for name in by_rank[0]}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("width") / "transformers.safetensors"
+    of_transformers(path)
+    return path
+
+
+@pytest.mark.parametrize("tp_size", [1, 4])
+def test_a_layer_at_real_width_is_that_of_transformers(file, tp_size, tmp_path):
+    alone = tp_size == 1
+    found = errors(file, 1) if alone else ranks.run(worst_of_ranks, 4, tmp_path, file, 4, timeout_seconds=300)[0]
+    assert found.keys() == {*reference(model()).shapes(model()), "logits", "loss"}
+    assert {name: error for name, error in found.items() if error > LIMIT} == {}
