@@ -1,4 +1,4 @@
-"""One layer of Stable LM 2 12B at its real width is transformers', on one rank and on four.
+"""One layer of Stable LM 2 12B at its real width is transformers', on one rank and on the two of the published run.
 
 Width 5,120, 32 heads of 160 over 8 key heads, ffn_width 13,824: where a wrong stride, a wrong group of key heads or a share
 cut in the wrong place would show that small even sizes may hide. The vocabulary alone is small.
@@ -20,7 +20,7 @@ from trainer.hf import convert
 from trainer.hf.mapping import cut, join
 from trainer.models import build
 from trainer.parallel.layers import shard_of
-from trainer.parallel.mesh import gather_to_all, started
+from trainer.parallel.mesh import Mesh, gather_to_all, started
 from trainer.parallel.shards import local_part
 
 LIMIT = 1e-5
@@ -63,6 +63,17 @@ def of_transformers(file: Path) -> None:
     save_file({**weights, **found, "logits": logits.detach(), "loss": loss.detach()}, file)
 
 
+def own(file: safe_open, name: str, parameter: nn.Parameter, mesh: Mesh) -> Tensor:
+    """This rank's part of the file's tensor, in the shape of the parameter; of a tensor without padding only that is read."""
+    shard = shard_of(parameter)
+    if shard.dim is None or shard.padded_size != shard.shape[shard.dim]:
+        return local_part(shard, file.get_tensor(name), mesh.tp_rank, mesh.tp_size).reshape(parameter.shape)
+    share = shard.padded_size // mesh.tp_size
+    place = [slice(None)] * len(shard.shape)
+    place[shard.dim] = slice(mesh.tp_rank * share, (mesh.tp_rank + 1) * share)
+    return file.get_slice(name)[tuple(place)].reshape(parameter.shape)
+
+
 def errors(file: Path, tp_size: int) -> dict[str, float]:
     """This rank's parts of ours against transformers': of logits over their range, of the rest over its norm."""
     read, targets = rows()
@@ -71,8 +82,7 @@ def errors(file: Path, tp_size: int) -> dict[str, float]:
         parameters: dict[str, nn.Parameter] = dict(ours.named_parameters())
         with torch.no_grad():
             for name, parameter in parameters.items():
-                part = local_part(shard_of(parameter), exact.get_tensor(name), mesh.tp_rank, tp_size)
-                parameter.copy_(part.reshape(parameter.shape))
+                parameter.copy_(own(exact, name, parameter, mesh))
         loss = ours(read, targets, torch.zeros_like(read).int()).mean()
         loss.backward()
         logits, theirs = ours.logits(read, torch.zeros_like(read).int()), exact.get_tensor("logits")
@@ -81,8 +91,7 @@ def errors(file: Path, tp_size: int) -> dict[str, float]:
             "loss": abs(float(loss.detach() - exact.get_tensor("loss"))) / float(loss.detach()),
         }
         for name, parameter in parameters.items():
-            full = exact.get_tensor(f"gradient of {name}")
-            part = local_part(shard_of(parameter), full, mesh.tp_rank, tp_size).reshape(parameter.shape)
+            part = own(exact, f"gradient of {name}", parameter, mesh)
             found[name] = float((parameter.grad - part).norm() / part.norm())
         return found
 
@@ -99,9 +108,9 @@ def file(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("tp_size", [1, 4])
+@pytest.mark.parametrize("tp_size", [1, 2])
 def test_a_layer_at_real_width_is_that_of_transformers(file, tp_size, tmp_path):
     alone = tp_size == 1
-    found = errors(file, 1) if alone else ranks.run(worst_of_ranks, 4, tmp_path, file, 4, timeout_seconds=300)[0]
+    found = errors(file, 1) if alone else ranks.run(worst_of_ranks, 2, tmp_path, file, 2, timeout_seconds=200)[0]
     assert found.keys() == {*reference(model()).shapes(model()), "logits", "loss"}
     assert {name: error for name, error in found.items() if error > LIMIT} == {}
