@@ -7,6 +7,7 @@
 #   fast     tests of one process that take seconds        dist      tests of several processes, and slow ones
 #   kernels  every op against its meaning                  cluster   several hosts, and what Slurm is told
 #   gpu      what needs a CUDA device                       demo      launch/demo.sh
+#   full_size   BTLM of 2.65 billion parameters in and out: some minutes, 22 GB in $TMPDIR
 #
 # Without a stage: lint, types, arch and every test that needs no GPU in one pytest run, whose summary ends the output.
 # GPUs are hidden from all stages but gpu and demo: a test's ranks share one machine and meet over gloo.
@@ -23,6 +24,7 @@ dist() { pytest tests --ignore tests/kernels --ignore tests/cluster -m 'dist or 
 kernels() { pytest tests/kernels; }
 cluster() { with_ip && pytest tests/cluster; }
 gpu() { pytest tests -m gpu; }
+full_size() { pytest tests -m full_size -s; }
 demo() { launch/demo.sh; }
 tests() { with_ip && pytest tests --durations 10; }
 
@@ -46,8 +48,8 @@ failed=()
 for stage in "${stages[@]}"; do
     case $stage in
     gpu | demo) unset CUDA_VISIBLE_DEVICES ;;
-    lint | types | arch | fast | dist | kernels | cluster | tests) export CUDA_VISIBLE_DEVICES= ;;
-    *) echo "test: unknown stage $stage; known: lint types arch fast dist kernels cluster gpu demo" >&2 && exit 2 ;;
+    lint | types | arch | fast | dist | kernels | cluster | full_size | tests) export CUDA_VISIBLE_DEVICES= ;;
+    *) echo "test: unknown stage $stage; known: lint types arch fast dist kernels cluster gpu full_size demo" >&2 && exit 2 ;;
     esac
     SECONDS=0
     printf '\n== %s\n' "$stage"

@@ -4,6 +4,8 @@ The import hook turns the jaxtyping annotations of our packages into checks, her
 cost nothing. It must be in place before the first import of `trainer` or `kernels`, hence the order below.
 """
 
+import gc
+
 import pytest
 
 from tests.ranks import check_annotations
@@ -19,15 +21,21 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def imports_are_no_garbage() -> None:
+    """DeepSpeed's bf16 optimizer collects garbage eight times, and would look at every imported object each time."""
+    gc.freeze()
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     """The randomness of a test."""
     return torch.Generator().manual_seed(20231121)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("full_size") and "full_size" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="runs when asked for: -m full_size"))

@@ -6,6 +6,7 @@ look at its own fact. The function stands at the top of its module; arguments an
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -146,6 +147,7 @@ def _in_process_group(place: _Place, call: bytes) -> Any:
 
     torch.set_num_threads(1)
     function, args = pickle.loads(call)
+    gc.freeze()  # DeepSpeed's bf16 optimizer collects garbage eight times: what was imported is not looked at again
     dist.init_process_group(
         "gloo",
         init_method=f"file://{place.folder / 'rendezvous'}",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.reference.variants import VARIANTS, reference, tokens
 from trainer.checkpoint.read import load_weights
-from trainer.continuation import Sampling, continuations, padded
+from trainer.continuation import Sampling, continuations, side_by_side
 from trainer.models import build
 from trainer.models.cache import Cache
 from trainer.models.layers import Decoder
@@ -42,8 +42,8 @@ def texts(variant: str, lengths: tuple[int, ...]) -> tuple[list[list[int]], Tens
 
 def read_on(ours: Decoder, prompts: list[list[int]], followed_by: Tensor) -> Tensor:
     """[rows, steps, vocab]: the logits from which each of the following tokens would be drawn."""
-    read, documents = padded(prompts, 1)
-    cache, logits = Cache(read.shape[1] + STEPS), []
+    read, documents = side_by_side(prompts, 1)
+    cache, logits = Cache(), []
     for step in range(STEPS):
         logits.append(ours.read(read, documents, cache))
         read = followed_by[:, step : step + 1]

@@ -1,7 +1,8 @@
 """Token ids to more token ids: rows are read together through a cache, and each is drawn as if it were alone.
 
 A row's draws are keyed by the seed and its prompt, and padding is never seen, so its text does not depend on the rows
-beside it. A row is one document, as for transformers, whatever tokens it holds.
+beside it, but for the rounding of sums that may settle a near tie (in bf16 now and then). A row is one document, as for
+transformers, whatever tokens it holds.
 """
 
 import hashlib
@@ -31,9 +32,9 @@ class Sampling:
 
 
 def continuations(
-    model: Decoder, prompts: list[list[int]], tokens: int, sampling: Sampling, *, end: int | None, cached: bool = True
+    model: Decoder, prompts: list[list[int]], num_tokens: int, sampling: Sampling, *, end: int | None, cached: bool = True
 ) -> Iterator[list[int]]:
-    """The next token of every prompt, then the one after it, at most `tokens` times; until all rows have had `end`.
+    """The next token of every prompt, then the one after it, at most `num_tokens` times; until all rows have had `end`.
 
     What a row gets after its `end` means nothing. Not `cached`, all tokens are read again for every next one.
     """
@@ -42,10 +43,10 @@ def continuations(
     device = model.embedding.weight.device
     length_step = LENGTH_STEP if device.type == "cuda" else 1
     cache = None
-    for _ in range(tokens):
+    for _ in range(num_tokens):
         if cache is None or not cached:
-            read, documents = padded(rows, length_step)
-            cache = Cache(read.shape[1] + tokens)
+            read, documents = side_by_side(rows, length_step)
+            cache = Cache()
         else:
             read = torch.tensor([row[-1:] for row in rows])
             documents = torch.zeros(read.shape, dtype=torch.int32)
@@ -58,7 +59,7 @@ def continuations(
             return
 
 
-def padded(rows: list[list[int]], length_step: int) -> tuple[Int64[Tensor, "rows seq"], Int32[Tensor, "rows seq"]]:
+def side_by_side(rows: list[list[int]], length_step: int) -> tuple[Int64[Tensor, "rows seq"], Int32[Tensor, "rows seq"]]:
     """Tokens and documents of rows that end together, the shorter ones padded in front."""
     longest = max(map(len, rows))
     seq = longest + -longest % length_step
@@ -71,8 +72,8 @@ def draw(logits: Float[Tensor, "rows vocab"], sampling: Sampling, generators: li
     """The next token of every row, each with its own generator."""
     if not sampling.temperature:
         return logits.argmax(-1).tolist()
-    # From the largest, so that no temperature overflows.
-    likely = torch.softmax((logits - logits.amax(-1, keepdim=True)) / sampling.temperature, -1)
+    # In fp64 from the largest, so that no temperature is 0 or overflows.
+    likely = torch.softmax((logits - logits.amax(-1, keepdim=True)).double() / sampling.temperature, -1)
     if 0 < sampling.top_k < likely.shape[-1]:
         kept = likely.topk(sampling.top_k)
         likely = torch.zeros_like(likely).scatter(-1, kept.indices, kept.values)

@@ -9,16 +9,18 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainer import models, optim, runtime
 from trainer.checkpoint.layout import committed
-from trainer.checkpoint.read import Snapshot, load_weights, newest, opened, restore
+from trainer.checkpoint.read import Snapshot, load_weights, newest, opened, restore, set_masters
 from trainer.checkpoint.write import model_facts, save
 from trainer.config import RunConfig, UserError, check_world, dump
 from trainer.costs import flops_per_token
@@ -27,12 +29,14 @@ from trainer.data.manifest import check_resume
 from trainer.engine import Engine
 from trainer.evaluate import validation_loss
 from trainer.metrics import Sinks, StepRecord, open_sinks, throughput
-from trainer.models.init import fill
+from trainer.models.init import values
 from trainer.models.mup import rules
 from trainer.parallel.mesh import Mesh, from_rank_0, launched_world_size, on_rank_0, started, sum_over_ranks
 from trainer.timeline import Timeline
 
 log = logging.getLogger(__name__)
+NOT_OF_THE_WEIGHTS = ("init_std", "init_truncation_sigmas", "document_masking", "alibi_scaling")
+"""Fields of the model that whoever trains given weights further may set anew."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def run(config: RunConfig) -> int:
         )  # fmt: skip
         check_held_out(config, loader)
         continues = from_rank_0(bool(committed(folder / "checkpoints")))
-        initial = None if continues else imported(config)
+        initial = None if continues else imported(config, mesh)
         with ExitStack() as stack:
             on_rank_0(lambda: stack.enter_context(runtime.held(folder)), mesh)
             return run_in(folder, config, mesh, loader, initial, stop_signal)
@@ -134,15 +138,7 @@ def one_step(training: Training, batch: Batch, step: int, stop_signal: runtime.S
     rank was told to stop.
     """
     mesh, engine = training.mesh, training.engine
-    micro_rows = training.timeline.phase_at(step).phase.micro_rows
-    starts = range(0, len(batch.tokens), micro_rows)
-    total = torch.zeros((), device=mesh.device)
-    for start in starts:
-        part = slice(start, start + micro_rows)
-        inputs = (batch.tokens[part], batch.targets[part], batch.documents[part])
-        loss = engine(*(tensor.to(mesh.device, non_blocking=True) for tensor in inputs)).mean() / len(starts)
-        engine.accumulate(loss, last=start == starts[-1])
-        total += loss.detach()
+    total = accumulate(engine, batch, training.timeline.phase_at(step).phase.micro_rows, mesh)
     summed, stops = sum_over_ranks([float(total), float(stop_signal.name is not None)], mesh)
     mean_loss = summed / mesh.world_size
     gradient_norm = engine.update(training.timeline.lr_at(step))
@@ -152,6 +148,19 @@ def one_step(training: Training, batch: Batch, step: int, stop_signal: runtime.S
             "checkpoint; lower schedule.lr.peak or look at the data of this step"
         )
     return mean_loss, gradient_norm, stops > 0
+
+
+def accumulate(engine: Engine, batch: Batch, micro_rows: int, mesh: Mesh) -> Tensor:
+    """The gradient of the batch's mean loss is ready for the update; returns that loss, of this rank's rows, in nats."""
+    starts = range(0, len(batch.tokens), micro_rows)
+    total = torch.zeros((), device=mesh.device)
+    for start in starts:
+        part = slice(start, start + micro_rows)
+        inputs = (batch.tokens[part], batch.targets[part], batch.documents[part])
+        loss = engine(*(tensor.to(mesh.device, non_blocking=True) for tensor in inputs)).mean() / len(starts)
+        engine.accumulate(loss, last=start == starts[-1])
+        total += loss.detach()
+    return total
 
 
 def evaluate(training: Training, step: int) -> None:
@@ -184,35 +193,39 @@ def build_engine(config: RunConfig, mesh: Mesh, snapshot: Snapshot | None, initi
     table = rules(config.model, config.mup)
     with mesh.device:
         model = models.build(config.model, config.mup, mesh, dtype=dtype, recompute=config.parallel.recompute)
-    if snapshot:
-        load_weights(model, snapshot.weight, mesh)
-    elif initial:
-        load_weights(model, initial.weight, mesh)
-    else:
-        fill(model, table, seed=config.run.seed, truncation_sigmas=config.model.init_truncation_sigmas, mesh=mesh)
+    read: Callable[[str], Tensor] = values(
+        model, table, seed=config.run.seed, truncation_sigmas=config.model.init_truncation_sigmas
+    )
+    if given := snapshot or initial:
+        read = given.weight
+    load_weights(model, read, mesh)
     optimizer = optim.adamw(optim.groups(model, table, config.optim), config.optim, mesh.device)
     engine = Engine(config, model, optimizer, mesh)
     if snapshot:
         restore(engine, snapshot, mesh)
         log.info("continuing from %s", snapshot.folder)
+    elif dtype != torch.float32:
+        set_masters(engine, read, mesh)
     return engine
 
 
-def imported(config: RunConfig) -> Snapshot | None:
+def imported(config: RunConfig, mesh: Mesh) -> Snapshot | None:
     """The snapshot that `run.initial_weights` names, if it names one.
 
-    Raises: UserError when it is not of the config's model.
+    Raises: UserError when its weights would compute something else in the config's model.
     """
     if config.run.initial_weights is None:
         return None
-    snapshot = opened(Path(config.run.initial_weights))
-    check_same_model(config, snapshot, f"run.initial_weights {snapshot.folder}")
+    snapshot = opened(Path(config.run.initial_weights), mesh)
+    remedy = "the weights are made for that; take their value or other weights"
+    check_same_model(config, snapshot, f"run.initial_weights {snapshot.folder}", remedy, free=NOT_OF_THE_WEIGHTS)
     return snapshot
 
 
 def check_continues(config: RunConfig, snapshot: Snapshot, loader: Loader) -> None:
     """Raises UserError unless the snapshot is of this model and these corpora."""
-    check_same_model(config, snapshot, f"checkpoint {snapshot.folder}")
+    remedy = "a run keeps its model; restore the value or choose another run.name"
+    check_same_model(config, snapshot, f"checkpoint {snapshot.folder}", remedy)
     check_resume(snapshot.manifest["fingerprints"], loader.fingerprints)
     check_same_past(Timeline(config.schedule), snapshot)
     for field, saved in snapshot.manifest["order"].items():
@@ -251,17 +264,16 @@ def check_held_out(config: RunConfig, loader: Loader) -> None:
         loader.validation(phase, config.evaluate.tokens)
 
 
-def check_same_model(config: RunConfig, snapshot: Snapshot, where: str) -> None:
-    """Raises UserError for the first field of model or mup that differs from the saved one."""
+def check_same_model(
+    config: RunConfig, snapshot: Snapshot, where: str, remedy: str, *, free: Collection[str] = ()
+) -> None:
+    """Raises UserError for the first field of model or mup, but the `free` ones, that differs from the saved one."""
     saved, asked = snapshot.manifest, model_facts(config.model, config.mup)
     for section in ("model", "mup"):
         ours, theirs = asked[section] or {}, saved[section] or {}
-        for name in sorted(ours.keys() | theirs.keys()):
+        for name in sorted((ours.keys() | theirs.keys()) - set(free)):
             if ours.get(name) != theirs.get(name):
-                raise UserError(
-                    f"{section}.{name}: {ours.get(name)} but the {where} has {theirs.get(name)}; a run keeps its model; "
-                    "restore the value or choose another run.name"
-                )
+                raise UserError(f"{section}.{name}: {ours.get(name)} but the {where} has {theirs.get(name)}; {remedy}")
 
 
 def record_of(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
@@ -18,7 +19,7 @@ from transformers import (
 
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, in_double, reference, tokens
-from trainer.hf import convert
+from trainer.hf import btlm, convert
 from trainer.hf.mapping import cut
 
 __all__ = ["offline"]
@@ -38,9 +39,8 @@ def export(variant: str, out: Path, **options) -> dict[str, Tensor]:
 
 
 def loaded(folder: Path, **options) -> PreTrainedModel:
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, output_loading_info=True, **options
-    )
+    options = {"trust_remote_code": True} | options
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(report.values()), report
     return model
 
@@ -112,6 +112,8 @@ def test_export_in_bf16_holds_the_rounded_weights(variant: str, tmp_path: Path) 
     slopes = {name: value for name, value in theirs.named_buffers() if name.endswith("slopes")}
     defaults = convert.TABLES[VARIANTS[variant][0].family].defaults(VARIANTS[variant][0])
     assert all(torch.equal(value, defaults[name]) for name, value in slopes.items())
+    stored = load_file(tmp_path / "out" / convert.WEIGHTS)
+    assert {name for name, value in stored.items() if value.dtype != torch.bfloat16} == slopes.keys()
     _, _, read = convert.load(tmp_path / "out")
     assert all(torch.equal(read(name), tensor.bfloat16()) for name, tensor in tensors.items())
 
@@ -169,20 +171,74 @@ def test_stablelm_made_by_transformers_is_imported(options: dict, norm_bias: boo
     assert (found - exact).abs().max() <= NOISE * (ours - exact).abs().max()
 
 
-def test_tokenizer_of_an_export_loads_by_itself(tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
+@pytest.mark.parametrize("variant", ["btlm_6_heads", "stablelm_12b"])
+def test_an_export_is_all_that_transformers_needs_to_write_text(variant: str, tmp_path: Path) -> None:
+    """Tokenizer, settings of generation and model; Stable LM without any code of ours."""
+    path, ours = tmp_path / "tokenizer.json", variant.startswith("btlm")
     write_tokenizer(path, vocab=97)
-    export("btlm_6_heads", tmp_path / "out", tokenizer=path)
+    export(variant, tmp_path / "out", tokenizer=path)
+    assert {file.name for file in (tmp_path / "out").glob("*.py")} == (set(btlm.CODE) if ours else set())
     found = AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "the house and a cat"
     assert found(text)["input_ids"] == Tokenizer.from_file(str(path)).encode(text).ids
     assert found.decode(found(text)["input_ids"]) == text
     assert found.eos_token == "<|endoftext|>"
     assert found.pad([found("a"), found(text)], return_tensors="pt")["attention_mask"].sum() > 0
-    theirs = loaded(tmp_path / "out")
-    assert theirs.generation_config.eos_token_id == found.eos_token_id == theirs.config.eos_token_id
+    theirs = loaded(tmp_path / "out", trust_remote_code=ours)
+    settings = GenerationConfig.from_pretrained(tmp_path / "out")
+    for end in (settings.eos_token_id, settings.pad_token_id, theirs.generation_config.eos_token_id):
+        assert end == found.eos_token_id == theirs.config.eos_token_id
     words = theirs.generate(**found(text, return_tensors="pt"), max_new_tokens=3, do_sample=False)
     assert found.decode(words[0]).startswith(text)
+
+
+def test_every_token_of_an_export_has_a_gradient(tmp_path: Path) -> None:
+    """A pad token in config.json would take it from its row of the embedding, which is also that of the end of a document."""
+    write_tokenizer(tmp_path / "tokenizer.json", vocab=97)
+    export("stablelm_12b", tmp_path / "out", tokenizer=tmp_path / "tokenizer.json")
+    theirs = loaded(tmp_path / "out")
+    theirs(torch.arange(101)[None]).logits.square().mean().backward()
+    assert theirs.get_input_embeddings().weight.grad.abs().sum(1).min() > 0
+
+
+PUBLISHED = {
+    "stablelm-2-12b": {
+        "architectures": ["StableLmForCausalLM"], "bos_token_id": 100_257, "eos_token_id": 100_257, "hidden_act": "silu",
+        "hidden_size": 5120, "initializer_range": 0.01, "intermediate_size": 13_824, "layer_norm_eps": 1e-5,
+        "max_position_embeddings": 4096, "model_type": "stablelm", "num_attention_heads": 32, "num_hidden_layers": 40,
+        "num_key_value_heads": 8, "partial_rotary_factor": 0.25, "qk_layernorm": True, "rope_theta": 10_000,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "use_norm_bias": False,
+        "use_parallel_residual": True, "use_qkv_bias": False, "vocab_size": 100_352,
+    },
+    "btlm-3b-8k-base": {
+        "activation_function": "swiglu", "architectures": ["BTLMLMHeadModel"], "attn_pdrop": 0.0, "bos_token_id": 50_256,
+        "embd_pdrop": 0.0, "eos_token_id": 50_256, "initializer_range": 0.073, "layer_norm_epsilon": 1e-5,
+        "model_type": "btlm", "mup_embeddings_scale": 14.6, "mup_output_alpha": 2.2200000000000003,
+        "mup_scale_qk_dot_by_d": True, "mup_width_scale": 0.1, "n_embd": 2560, "n_head": 32, "n_inner": 6826,
+        "n_layer": 32, "n_positions": 8192, "position_embedding_type": "alibi", "reorder_and_upcast_attn": False,
+        "resid_pdrop": 0.0, "scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True,
+        "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 50_257,
+        "auto_map": {
+            "AutoConfig": "configuration_btlm.BTLMConfig", "AutoModel": "modeling_btlm.BTLMModel",
+            "AutoModelForCausalLM": "modeling_btlm.BTLMLMHeadModel",
+        },
+    },
+}  # fmt: skip
+NEWER = {"dtype", convert.MARK, "rope_parameters", "alibi_scaling", "tie_word_embeddings"}
+"""torch_dtype and the rotary fields as transformers 5 spells them, what the schema has no field for, and what a released
+folder leaves out where it is the class's default."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_config_of_an_export_is_the_published_one(name: str) -> None:
+    """Field by field, after the way through ours: none is missing, none is invented."""
+    published = PUBLISHED[name]
+    table = convert.TABLES[published["model_type"]]
+    model, mup = convert._section(Path("folder"), published)
+    longest, end = published[table.MAX_SEQ_LEN], published["eos_token_id"]
+    found = convert._config(model, mup, end, longest, torch.bfloat16)
+    assert {key: found.get(key) for key in published} == published
+    assert found.keys() - published.keys() <= NEWER
 
 
 def write_tokenizer(path: Path, vocab: int, special: str = "<|endoftext|>") -> None:
@@ -198,9 +254,9 @@ def write_tokenizer(path: Path, vocab: int, special: str = "<|endoftext|>") -> N
 
 def test_the_section_without_the_marked_fields_is_that_of_a_folder_made_elsewhere(tmp_path: Path) -> None:
     export("stablelm_12b", tmp_path / "out")
-    config = convert._read_json(tmp_path / "out" / "config.json")
+    config = convert.read_json(tmp_path / "out" / "config.json")
     del config[convert.MARK]
-    convert._write_json(tmp_path / "out" / "config.json", config)
+    convert.write_json(tmp_path / "out" / "config.json", config)
     model, _, _ = convert.load(tmp_path / "out")
     wanted, _ = VARIANTS["stablelm_12b"]
     assert model == dataclasses.replace(wanted, init_truncation_sigmas=0.0, document_masking=False)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +107,17 @@ def _damage_on_all_ranks(folder: Path, mesh: Mesh) -> str | None:
     return next((found for found in gather_to_all(damage(folder, files)) if found), None)
 
 
-def opened(folder: Path) -> Snapshot:
+def opened(folder: Path, mesh: Mesh | None = None) -> Snapshot:
     """The newest whole checkpoint of a run folder, an import's folder, or a checkpoint folder itself.
+
+    With a mesh all ranks call this together and share the hashing.
 
     Raises: UserError when there is none.
     """
     roots = [folder / "checkpoints", folder]
-    snapshot = next((s for s in map(newest, roots) if s), None)
+    snapshot = next((found for root in roots if (found := newest(root, mesh))), None)
     if snapshot is None and (folder / MARKER).is_file():
-        wrong = damage(folder)
+        wrong = _damage_on_all_ranks(folder, mesh) if mesh else damage(folder)
         if wrong:
             raise UserError(f"{folder}: is damaged ({wrong}); name another checkpoint or the run's folder")
         snapshot = Snapshot(folder)
@@ -133,13 +136,20 @@ def load_weights(model: nn.Module, read: Callable[[str], Tensor], mesh: Mesh) ->
 
 def restore(engine: Engine, snapshot: Snapshot, mesh: Mesh) -> None:
     """Masters and moments of this rank's fragments are the saved ones; learning rates and decay stay the config's."""
-    parameters = dict(engine.model.named_parameters())
     engine.allocate_moments(snapshot.step)
-    with torch.no_grad():
-        for fragment in engine.fragments():
-            shard = shard_of(parameters[fragment.name])
-            targets = {"master": fragment.master, **fragment.moments}
-            assert set(targets) == set(KINDS)
-            for kind, target in targets.items():
-                part = local_part(shard, snapshot.tensor(kind, fragment.name), mesh.tp_rank, mesh.tp_size)
-                target.copy_(part.reshape(-1)[fragment.start : fragment.start + target.numel()])
+    for kind in KINDS:
+        _fill(engine, kind, partial(snapshot.tensor, kind), mesh)
+
+
+def set_masters(engine: Engine, read: Callable[[str], Tensor], mesh: Mesh) -> None:
+    """The fp32 weights of this rank's fragments are `read`'s, unrounded; DeepSpeed makes them from the model's bf16 ones."""
+    _fill(engine, "master", read, mesh)
+
+
+@torch.no_grad()
+def _fill(engine: Engine, kind: str, read: Callable[[str], Tensor], mesh: Mesh) -> None:
+    parameters = dict(engine.model.named_parameters())
+    for fragment in engine.fragments():
+        target = {"master": fragment.master, **fragment.moments}[kind]
+        part = local_part(shard_of(parameters[fragment.name]), read(fragment.name), mesh.tp_rank, mesh.tp_size)
+        target.copy_(part.reshape(-1)[fragment.start : fragment.start + target.numel()])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from trainer.checkpoint.layout import MARKER, committed, folder_name
 from trainer.checkpoint.read import opened
 from trainer.config import BTLM, Mup, StableLM, UserError, load
 from trainer.data import manifest
@@ -29,25 +30,47 @@ class Source:
     """Longest row it was trained on, where that is known."""
 
 
-def source(path: Path) -> Source:
-    """What lies at `path`, opened lazily.
+def source(path: Path, step: int | None = None) -> Source:
+    """What lies at `path`, of a run the checkpoint of `step` or the newest, opened lazily.
 
     Raises: UserError when nothing there can be read.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; name a run folder or a Hugging Face folder")
-    if (path / "config.json").is_file():
+    if step is None and (path / "config.json").is_file():
         model, mup, read = convert.load(path)
-        tokenizer = path / "tokenizer.json"
-        return Source(model, mup, read, tokenizer if tokenizer.is_file() else None, ORDINARY_EOS, None)
+        eos_token, max_seq_len = convert.text_facts(path)
+        return Source(model, mup, read, _file(path / TOKENIZER_FILE), eos_token or ORDINARY_EOS, max_seq_len)
+    return _checkpoint(path if step is None else _of_step(path, step))
+
+
+def _checkpoint(path: Path) -> Source:
     snapshot = opened(path)
     model, mup = snapshot.sections()
-    tokenizer, eos_token, max_seq_len = path / TOKENIZER_FILE, ORDINARY_EOS, None
-    if (path / "config.yaml").is_file():
-        config = load(path / "config.yaml")
-        corpus = Path(next(iter(config.data.sources.values())))
+    home = snapshot.folder.absolute().parent
+    if home.name == "checkpoints":
+        home = home.parent
+    facts = snapshot.manifest
+    # An import's manifest says what its folder said; a run's corpus and phases say it otherwise.
+    tokenizer, eos_token, max_seq_len = home / TOKENIZER_FILE, facts.get("eos_token"), facts.get("max_seq_len")
+    if "phases" in facts:
+        max_seq_len = max(phase["seq_len"] for phase in facts["phases"])
+    if (home / "config.yaml").is_file():
+        corpus = Path(next(iter(load(home / "config.yaml").data.sources.values())))
         tokenizer = corpus / TOKENIZER_FILE
         if tokenizer.is_file():
             eos_token = manifest.load(corpus).eos_token
-        max_seq_len = max(phase.seq_len for phase in config.schedule.phases)
-    return Source(model, mup, snapshot.weight, tokenizer if tokenizer.is_file() else None, eos_token, max_seq_len)
+    return Source(model, mup, snapshot.weight, _file(tokenizer), eos_token or ORDINARY_EOS, max_seq_len)
+
+
+def _of_step(path: Path, step: int) -> Path:
+    root = path / "checkpoints"
+    folder = root / folder_name(step)
+    if (folder / MARKER).is_file():
+        return folder
+    kept = ", ".join(str(int(found.name.removeprefix("step-"))) for found in committed(root)) or "none"
+    raise UserError(f"--step: {step}; {path} has kept checkpoints of steps {kept}; name one of them")
+
+
+def _file(path: Path) -> Path | None:
+    return path if path.is_file() else None

@@ -7,25 +7,29 @@ it, and only then are older checkpoints removed. A kill anywhere leaves the last
 import dataclasses
 import json
 import logging
-import os
+import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-from trainer.checkpoint.layout import FORMAT, MANIFEST, MARKER, begun, file_sha256, folder_name, key, rank_file
+from trainer import tensor_file
+from trainer.checkpoint.layout import FORMAT, MANIFEST, MARKER, begun, folder_name, key, rank_file
 from trainer.config import BTLM, Mup, StableLM
 from trainer.engine import Engine
 from trainer.parallel.layers import shard_of
 from trainer.parallel.mesh import Mesh, barrier, gather_to_all
 from trainer.parallel.shards import Shard
 from trainer.runtime import sync_folder, write_whole
+from trainer.tensor_file import Spec
 
 log = logging.getLogger(__name__)
+IMPORT_FILE_BYTES = 1_000_000_000
+"""Largest file of an import: the ranks of a run share the hashing of them, file by file."""
 
 
 def save(root: Path, step: int, engine: Engine, mesh: Mesh, *, facts: dict[str, Any], keep: int) -> int:
@@ -38,9 +42,13 @@ def save(root: Path, step: int, engine: Engine, mesh: Mesh, *, facts: dict[str, 
         shutil.rmtree(folder, ignore_errors=True)  # a torn save of the same step, or one that is being written again
         folder.mkdir(parents=True)
     barrier()
-    tensors, entries = _owned(engine, mesh)
+    owned = _owned(engine, mesh)
+    entries = [entry for entry, _ in owned]
+    specs = {_key(entry, kind): _flat(entry["numel"]) for entry in entries for kind in entry["kinds"]}
+    # One at a time from the device: a node's share of the state need not fit its memory a second time.
+    tensors = (tensor.cpu() for _, kinds in owned for tensor in kinds)
     file = rank_file(mesh.rank)
-    described = _write(folder / file, tensors) if tensors else None
+    described = _write(folder / file, specs, tensors) if specs else None
     tables: list[dict[str, Any]] = gather_to_all({"file": file, "described": described, "entries": entries})
     if mesh.rank == 0:
         _commit(folder, tables, {"step": step, "tp_size": mesh.tp_size, "dp_size": mesh.dp_size, **facts})
@@ -51,23 +59,25 @@ def save(root: Path, step: int, engine: Engine, mesh: Mesh, *, facts: dict[str, 
 
 def save_weights(
     root: Path,
-    model: StableLM | BTLM,
-    mup: Mup | None,
     read: Callable[[str], Tensor],
     shapes: dict[str, tuple[int, ...]],
-) -> Path:
-    """A committed checkpoint of step 0 with weights only, read one tensor at a time: what an import leaves behind."""
+    *,
+    facts: dict[str, Any],
+) -> int:
+    """A committed checkpoint of step 0 with weights only, read one tensor at a time: what an import leaves behind. Returns its
+    size in bytes.
+    """
     folder = root / folder_name(0)
     folder.mkdir(parents=True)
-    tables = []
-    for index, (name, shape) in enumerate(shapes.items()):
+    entries = [_entry(name, Shard(shape), 0, 0, math.prod(shape), ["master"]) for name, shape in shapes.items()]
+    tables: list[dict[str, Any]] = []
+    for index, held in enumerate(tensor_file.runs(entries, _master_bytes, IMPORT_FILE_BYTES)):
+        specs = {_key(entry, "master"): _flat(entry["numel"]) for entry in held}
+        tensors = (read(entry["name"]).float().reshape(-1) for entry in held)
         file = rank_file(index)
-        flat = read(name).float().reshape(-1).contiguous()
-        described = _write(folder / file, {key("master", name, 0): flat})
-        entry = _entry(name, Shard(shape), 0, 0, flat.numel(), ["master"])
-        tables.append({"file": file, "described": described, "entries": [entry]})
-    _commit(folder, tables, {"step": 0, "tp_size": 1, "dp_size": 1, **model_facts(model, mup)})
-    return folder
+        tables.append({"file": file, "described": _write(folder / file, specs, tensors), "entries": held})
+    _commit(folder, tables, {"step": 0, "tp_size": 1, "dp_size": 1, **facts})
+    return sum(table["described"]["bytes"] for table in tables)
 
 
 def model_facts(model: StableLM | BTLM, mup: Mup | None) -> dict[str, Any]:
@@ -75,22 +85,21 @@ def model_facts(model: StableLM | BTLM, mup: Mup | None) -> dict[str, Any]:
     return {"model": dataclasses.asdict(model), "mup": dataclasses.asdict(mup) if mup else None}
 
 
-def _owned(engine: Engine, mesh: Mesh) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def _owned(engine: Engine, mesh: Mesh) -> list[tuple[dict[str, Any], list[Tensor]]]:
+    """What this rank saves: entries of the table of fragments, each with its tensors in the order of its kinds."""
     parameters = dict(engine.model.named_parameters())
-    tensors: dict[str, Tensor] = {}
-    entries: list[dict[str, Any]] = []
     if engine.owns_whole_replica() and mesh.dp_rank:
-        return tensors, entries
+        return []
+    owned = []
     for fragment in engine.fragments():
         shard = shard_of(parameters[fragment.name])
         if shard.dim is None and mesh.tp_rank:
             continue  # replicated over tensor-parallel ranks: the first one saves it
         kinds = {"master": fragment.master, **fragment.moments}
-        for kind, tensor in kinds.items():
-            tensors[key(kind, fragment.name, fragment.start)] = tensor.detach().cpu().contiguous()
         numel = fragment.master.numel()
-        entries.append(_entry(fragment.name, shard, mesh.tp_rank, fragment.start, numel, list(kinds)))
-    return tensors, entries
+        entry = _entry(fragment.name, shard, mesh.tp_rank, fragment.start, numel, list(kinds))
+        owned.append((entry, list(kinds.values())))
+    return owned
 
 
 def _entry(name: str, shard: Shard, tp_rank: int, start: int, numel: int, kinds: list[str]) -> dict[str, Any]:
@@ -98,11 +107,22 @@ def _entry(name: str, shard: Shard, tp_rank: int, start: int, numel: int, kinds:
     return {"name": name, "shard": place, "tp_rank": tp_rank, "start": start, "numel": numel, "kinds": kinds}
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    save_file(tensors, path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+def _key(entry: dict[str, Any], kind: str) -> str:
+    return key(kind, entry["name"], entry["start"])
+
+
+def _master_bytes(entry: dict[str, Any]) -> int:
+    return _flat(entry["numel"]).num_bytes
+
+
+def _flat(numel: int) -> Spec:
+    return Spec(torch.float32, (numel,))
+
+
+def _write(path: Path, specs: Mapping[str, Spec], tensors: Iterable[Tensor]) -> dict[str, Any]:
+    digest = sha256()
+    size = tensor_file.write(path, specs, tensors, watch=digest.update)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _commit(folder: Path, tables: Iterable[dict[str, Any]], facts: dict[str, Any]) -> None:

@@ -74,7 +74,7 @@ def join_heads(heads: Float[Tensor, "rows seq heads_local head_dim"]) -> Float[T
 def residual(
     stream: Float[Tensor, "seq rows width"], partial: Float[Tensor, "seq rows width"], bias: Tensor | None
 ) -> Float[Tensor, "seq rows width"]:
-    """stream plus the sum of all ranks' partial sums plus the output bias: one all-reduce, one rounding after it."""
+    """stream plus the sum of all ranks' partial sums plus the output bias: one all-reduce, of several ranks one rounding after it."""
     update = from_rows(partial)
     return (stream + (update if bias is None else update + bias)).to(stream.dtype)
 
@@ -128,6 +128,8 @@ class Decoder(nn.Module):
         """The documents of all keys where attention stays within them; None where all tokens of a row are one."""
         if cache is None:
             return documents if self.section.document_masking else None
+        if not cache.mixed:
+            return None
         # Padding stays apart from text even where texts do not stay apart from one another.
         return cache.documents if self.section.document_masking else cache.documents.clamp(max=0)
 

@@ -42,9 +42,10 @@ def local_part(shard: Shard, full: Tensor, tp_rank: int, tp_size: int) -> Tensor
 
 
 def joined(shard: Shard, parts: list[Tensor]) -> Tensor:
-    """The true global tensor from every rank's local one, in rank order; padding is dropped."""
+    """The true global tensor from every rank's local one, in rank order; padding is dropped. Of one part it is a view."""
     if shard.dim is None:
         return parts[0].reshape(shard.shape)
     box = shard.box_shape(len(parts))
-    whole = torch.cat([part.reshape(box) for part in parts], dim=shard.dim)
+    boxes = [part.reshape(box) for part in parts]
+    whole = torch.cat(boxes, dim=shard.dim) if len(boxes) > 1 else boxes[0]
     return whole.narrow(shard.dim, 0, shard.shape[shard.dim])

@@ -1,0 +1,138 @@
+"""Weights go in and out one tensor at a time: memory is bounded by the largest tensor, whatever the model or the shard holds.
+
+What counts is RssAnon of the process: the memory it has for itself alone. Files that are read through the page cache are in
+VmHWM and ru_maxrss, which therefore cannot tell a stream from a hoard; limits (RLIMIT_AS, RLIMIT_DATA) count address space.
+Somebody else looks, every two milliseconds, because a thread inside would wait for the interpreter with the rest.
+"""
+
+import filecmp
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.promises.conftest import clean_environment
+from trainer.config import BTLM, Mup, load
+from trainer.hf import convert
+from trainer.models.init import initial
+from trainer.models.mup import rules
+
+MIB, GIB = 1 << 20, 1 << 30
+MODEL = BTLM(
+    family="btlm", width=256, depth=60, heads=4, ffn_width=1200, vocab=50_257, norm_epsilon=1e-5, init_std=0.02,
+    init_truncation_sigmas=0.0, document_masking=False, tied_head=True,
+)  # fmt: skip
+"""84 million parameters, of which the embedding, the largest tensor, has 13."""
+OVERHEAD = 32 * MIB
+"""Objects of Python, buffers of files, and what the allocator keeps; measured 3 MiB."""
+BOTH = """
+import sys
+from trainer.__main__ import main, quiet_libraries
+quiet_libraries()
+import trainer.exchange
+source, between, out = sys.argv[1:]
+print("imported modules", flush=True)
+sys.stdin.readline()
+sys.exit(main(["import-hf", source, between]) or main(["export-hf", between, out]))
+"""
+
+
+def anonymous_bytes(process: subprocess.Popen) -> int:
+    """RssAnon; 0 when the process is gone."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    found = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
+
+
+def peak_bytes(process: subprocess.Popen) -> int:
+    """The largest RssAnon until the process ends, which it must do well."""
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, anonymous_bytes(process))
+        time.sleep(0.002)
+    assert process.returncode == 0
+    return peak
+
+
+def begun(*arguments: object) -> subprocess.Popen:
+    command = [sys.executable, *map(str, arguments)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=clean_environment(), **pipes)
+
+
+def written(model: BTLM, mup: Mup | None, values: Callable[[tuple[int, ...], str], Tensor], out: Path) -> int:
+    """A folder in bf16, as released ones are; returns the bytes of the largest tensor in fp32."""
+    rows = {row.ours: row for row in convert.TABLES["btlm"].rows(model)}
+    convert.export(
+        lambda name: values(rows[name].shape, name),
+        model,
+        mup,
+        out,
+        tokenizer=None,
+        max_seq_len=64,
+        dtype=torch.bfloat16,
+    )
+    return max(4 * math.prod(row.shape) for row in rows.values())
+
+
+def test_import_and_export_hold_one_tensor(tmp_path: Path) -> None:
+    """At most one in fp32 and, while it is cast, one in bf16; all of it is seven in fp32, and one shard of it as many."""
+    source, between, out = (tmp_path / name for name in ("source", "between", "out"))
+    largest = written(MODEL, None, lambda shape, name: torch.full(shape, float(len(name))), source)
+    with begun("-c", BOTH, source, between, out) as process:
+        assert process.stdout.readline() == "imported modules\n"
+        modules = anonymous_bytes(process)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        peak, said = peak_bytes(process) - modules, process.stdout.read()
+    assert (between / "step-00000000").is_dir()
+    said_of_each = [
+        rf"imported btlm of .* into {between}: 0.337 GB in \d+\.\d s",
+        rf"exported {between} to {out}: 0.168 GB .*",
+    ]
+    assert re.fullmatch("\n".join([*said_of_each, ""]), said), said
+    assert filecmp.cmp(source / convert.WEIGHTS, out / convert.WEIGHTS, shallow=False)
+    print(f"figures: largest tensor {largest / MIB:.0f} MiB, peak {peak / MIB:.0f} MiB")
+    assert largest <= peak <= 1.5 * largest + OVERHEAD
+
+
+@pytest.mark.full_size
+@pytest.mark.timeout(1800)
+def test_full_size_btlm_goes_in_and_out_within_3_gib(tmp_path: Path) -> None:
+    """2.65 billion parameters as released, in bf16, by the commands of the README. Needs 22 GB of disk."""
+    config = load(Path(__file__).parents[2] / "configs" / "btlm-3b-8k.yaml")
+    model, mup = config.model, config.mup
+    assert isinstance(model, BTLM)
+    table = rules(model, mup)
+
+    def drawn(shape: tuple[int, ...], name: str) -> Tensor:
+        """Of the sizes that training begins with; biases and norms are not their constants."""
+        role = "embedding" if name == "embedding.weight" else "hidden"
+        return initial(name, shape, table[role], seed=1, truncation_sigmas=model.init_truncation_sigmas)
+
+    source, between, out = (tmp_path / name for name in ("source", "between", "out"))
+    try:
+        written(model, mup, drawn, source)
+        for verb in (["import-hf", source, between], ["export-hf", between, out]):
+            with begun("-m", "trainer", *verb) as process:
+                peak = peak_bytes(process)
+                print(f"figures: {process.stdout.read().strip()}, peak {peak / GIB:.2f} GiB")
+                assert peak <= 3 * GIB
+        shards = sorted(path.name for path in source.glob("model-*.safetensors"))
+        assert shards == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+        for name in [*shards, convert.INDEX]:
+            assert filecmp.cmp(source / name, out / name, shallow=False)
+    finally:
+        for folder in (source, between, out):
+            shutil.rmtree(folder, ignore_errors=True)

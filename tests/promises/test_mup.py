@@ -1,0 +1,260 @@
+"""The kit of `tandem mup` passes the shipped parametrisation and notices every rule of it that is broken."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trainer.models
+import trainer.optim
+import trainer.train
+from tests import tiny
+from tests.promises.conftest import VOCAB, tandem
+from trainer.__main__ import main
+from trainer.config import BTLM, Mup, RunConfig, StableLM, load
+from trainer.models.mup import ForwardScales, Rule, forward_scales, rules, width_multiplier
+from trainer.mup_check import coordinates, decay, transfer
+from trainer.mup_check.proxies import proxy
+from trainer.mup_check.verdict import Finding, first_failure, interval
+from trainer.optim import groups
+from trainer.parallel.mesh import Mesh, started
+
+CONFIG = Path(__file__).parents[2] / "configs" / "mup-check.yaml"
+WIDTHS = [64, 128, 256]
+UPDATES = 2
+PHASE = "{name: proxy, tokens: 2048, seq_len: 64, rows: 8, micro_rows: 4, mixture: {corpus: 1.0}}"
+HIDDEN = ("hidden", "residual_output")
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    with started(1) as mesh:
+        yield mesh
+
+
+def overrides(corpus: Path) -> list[str]:
+    """The shipped config, smaller: what a test can wait for."""
+    return [
+        f"data.sources.corpus={corpus}", f"model.vocab={VOCAB}", "schedule.batch_tokens=512",
+        f"schedule.phases=[{PHASE}]", "schedule.lr.warmup_steps=1",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(corpus) -> RunConfig:
+    return load(CONFIG, overrides(corpus))
+
+
+def judged(config: RunConfig, mesh: Mesh) -> list[Finding]:
+    """What the kit finds on one rank in fp32: coordinates first, then decay."""
+    records = [record for width in WIDTHS for record in coordinates.measure_one(proxy(config, width), UPDATES, mesh)]
+    return coordinates.judge(records) + decay.measure(config, WIDTHS, mesh)
+
+
+Section = StableLM | BTLM
+Change = Callable[[Rule, float], Rule]
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A broken rule, and where the kit must see it."""
+
+    place: Any
+    name: str
+    stands_in: Callable[..., Any]
+    seen_in: str | tuple[str, ...]
+    """How check and quantity of the first finding that fails begin."""
+
+
+def in_table(roles: tuple[str, ...], change: Change, seen_in: str | tuple[str, ...]) -> Broken:
+    """The table as `train` reads it, with the rules of some roles changed by a function of rule and width multiplier."""
+
+    def table(model: Section, mup: Mup | None) -> dict[str, Rule]:
+        found, multiplier = rules(model, mup), width_multiplier(model, mup)
+        return found | {role: change(found[role], multiplier) for role in roles}
+
+    return Broken(trainer.train, "rules", table, seen_in)
+
+
+def in_forward(change: Callable[[ForwardScales, float, Section], ForwardScales], seen_in: str) -> Broken:
+    """The factors of the forward pass as `models.build` reads them."""
+
+    def scales(model: Section, mup: Mup | None) -> ForwardScales:
+        return change(forward_scales(model, mup), width_multiplier(model, mup), model)
+
+    return Broken(trainer.models, "forward_scales", scales, seen_in)
+
+
+def with_std(factor: Callable[[float], float]) -> Change:
+    return lambda rule, multiplier: replace(rule, init_std=rule.init_std * factor(multiplier))
+
+
+def with_lr(factor: Callable[[float], float]) -> Change:
+    return lambda rule, multiplier: replace(rule, lr_scale=factor(multiplier))
+
+
+def with_decay(decays: bool) -> Change:
+    return lambda rule, multiplier: replace(rule, decays=decays)
+
+
+def root(multiplier: float) -> float:
+    return multiplier**0.5
+
+
+def decay_of_its_own(model: Any, table: dict[str, Rule], section: Any) -> list[dict[str, Any]]:
+    """Groups whose decay does not follow their learning rate: what one update takes is the same at every width."""
+    found = groups(model, table, section)
+    return [group | {"weight_decay": group["weight_decay"] / group["lr_scale"]} for group in found]
+
+
+def one_matrix_undecayed(model: Any, table: dict[str, Rule], section: Any) -> list[dict[str, Any]]:
+    """Groups in which a single hidden matrix has left the others for one of its own, without decay."""
+    found, matrix = groups(model, table, section), model.layers[1].attention.qkv.weight
+    (home,) = (group for group in found if any(parameter is matrix for parameter in group["params"]))
+    home["params"] = [parameter for parameter in home["params"] if parameter is not matrix]
+    return [*found, home | {"params": [matrix], "weight_decay": 0.0}]
+
+
+SIZE, CHANGE = "coordinates: size of ", "coordinates: change of "
+RATE, DECAY = "decay: learning rate of ", "decay: decay of "
+BROKEN = {
+    "init std of hidden matrices and residual outputs not / sqrt(m)":
+        in_table(HIDDEN, with_std(root), SIZE + "attention 0"),
+    "init std of hidden matrices alone not / sqrt(m)":
+        in_table(("hidden",), with_std(root), SIZE + "attention 0"),
+    "init std of residual outputs alone not / sqrt(m)":
+        in_table(("residual_output",), with_std(root), SIZE + "attention 0"),
+    "init std of the embedding / sqrt(m)":
+        in_table(("embedding",), with_std(lambda m: m**-0.5), SIZE + "embedding"),
+    "lr scale of hidden matrices and residual outputs 1":
+        in_table(HIDDEN, with_lr(lambda m: 1.0), CHANGE),
+    "lr scale of hidden matrices alone 1":
+        in_table(("hidden",), with_lr(lambda m: 1.0), CHANGE),
+    "lr scale of residual outputs alone 1":
+        in_table(("residual_output",), with_lr(lambda m: 1.0), CHANGE),
+    "lr scale of hidden matrices and residual outputs 1 / m^2":
+        in_table(HIDDEN, with_lr(lambda m: m**-2), (CHANGE, RATE + "hidden")),
+    "lr scale of norms 1 / m":
+        in_table(("norm",), with_lr(lambda m: 1 / m), RATE + "norm"),
+    "lr scale of biases 1 / m":
+        in_table(("bias",), with_lr(lambda m: 1 / m), RATE + "bias"),
+    "lr scale of the embedding 1 / m":
+        in_table(("embedding",), with_lr(lambda m: 1 / m), CHANGE + "embedding"),
+    "embedding output * sqrt(m)":
+        in_forward(lambda s, m, model: replace(s, embedding=s.embedding * m**0.5), SIZE + "embedding"),
+    "logits not / m":
+        in_forward(lambda s, m, model: replace(s, logits=s.logits * m), SIZE + "logits"),
+    "logits / sqrt(m)":
+        in_forward(lambda s, m, model: replace(s, logits=s.logits * m**0.5), SIZE + "logits"),
+    "attention 1 / sqrt(head_dim)":
+        in_forward(lambda s, m, model: replace(s, attention=model.head_dim**-0.5), SIZE + "scores 0"),
+    "decay of hidden matrices not following their learning rate":
+        Broken(trainer.optim, "groups", decay_of_its_own, DECAY + "hidden"),
+    "one hidden matrix not decayed":
+        Broken(trainer.optim, "groups", one_matrix_undecayed, DECAY + "hidden"),
+    "embedding not decayed": in_table(("embedding",), with_decay(False), DECAY + "embedding"),
+    "norms decayed": in_table(("norm",), with_decay(True), DECAY + "norm"),
+    "biases decayed": in_table(("bias",), with_decay(True), DECAY + "bias"),
+}  # fmt: skip
+
+
+def test_the_shipped_rules_pass_with_room(config, mesh):
+    """Within two thirds of the bound outside their law: a bound that correct rules just meet would cry wolf."""
+    findings = judged(config, mesh)
+    assert first_failure(findings) is None
+    for finding in findings:
+        spare = coordinates.BOUND / 3 if finding.check == "coordinates" else decay.BOUND / 3
+        print(f"figures {finding.what} {finding.value:+.3f}")
+        assert finding.low + spare <= finding.value <= finding.high - spare, finding.sentence()
+
+
+def test_stable_lm_passes_under_mup_too(config, mesh):
+    """Parallel residual, norms of heads, grouped keys, an untied head: other coordinates, the same laws."""
+    model = tiny.config("stablelm", model={"vocab": VOCAB}).model
+    findings = judged(replace(config, model=model), mesh)
+    assert first_failure(findings) is None
+    assert {"learning rate of head", "decay of head"} <= {finding.what for finding in findings}
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_broken_rule_is_noticed_and_named(rule, config, mesh, monkeypatch):
+    broken = BROKEN[rule]
+    monkeypatch.setattr(broken.place, broken.name, broken.stands_in)
+    failure = first_failure(judged(config, mesh))
+    assert failure is not None, "not noticed"
+    print(f"figures | {rule} | {failure.what} | {failure.value:+.3g} | {interval(failure)} |")
+    assert f"{failure.check}: {failure.what}".startswith(broken.seen_in)
+
+
+def test_a_sweep_that_was_killed_runs_only_what_is_missing(config, mesh, tmp_path):
+    """The ledger's last line is cut, as by a kill; the narrow width is the base width, where both parametrisations are one."""
+    wanted = transfer.trials(replace(config, mup=replace(config.mup, base_width=32)), [32, 64], octaves=1)
+    ledger = tmp_path / "transfer.jsonl"
+    whole = transfer.sweep(wanted, ledger, mesh)
+    lines = ledger.read_text().splitlines()
+    assert len(lines) == 3 + 3 + 3
+    ledger.write_text("\n".join([*lines[:5], lines[5][:40]]))
+    assert transfer.sweep(wanted, ledger, mesh) == whole
+    again = [json.loads(line) for line in ledger.read_text().splitlines() if line.endswith("}")]
+    assert [record["key"] for record in again] == [json.loads(line)["key"] for line in lines]
+    other = transfer.trials(replace(config, optim=replace(config.optim, beta2=0.99)), [32], octaves=1)
+    transfer.sweep(other[:1], ledger, mesh)
+    assert len(ledger.read_text().splitlines()) == len(again) + 2, "another config is another trial"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_command_measures_on_two_ranks_what_it_measures_on_one(tmp_path, corpus):
+    """Verdict, plots, exit code 0; the same figures at tp 1 and 2 to the rounding that Adam makes of fp32's."""
+    options = ["--widths=64,256", "--seeds=1", "--updates=2", "--checks=coordinates,decay", f"--output={tmp_path}"]
+    done = tandem("mup", CONFIG, *overrides(corpus), *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed coordinates\npassed decay" in done.stdout
+    verdict = json.loads((tmp_path / "verdict.json").read_text())
+    assert verdict["passed"]
+    values = {(found["what"], found["case"]): found["value"] for found in verdict["findings"]}
+    for (what, case), value in values.items():
+        if case == "tp 1 fp32":
+            assert values[what, "tp 2 fp32"] == pytest.approx(value, abs=1e-3)
+            assert values[what, "tp 2 bf16"] == pytest.approx(value, abs=0.05)
+    one, two = (json.loads((tmp_path / f"coordinates-tp{size}.json").read_text()) for size in (1, 2))
+    for here, there in zip(one, two, strict=True):
+        if (here["step"], here["precision"]) == (0, "fp32"):
+            assert there["size"] == pytest.approx(here["size"], rel=1e-5)
+    for case in ("tp1-fp32", "tp1-bf16", "tp2-fp32", "tp2-bf16"):
+        assert (tmp_path / f"coordinates-{case}.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_check_that_fails_is_named_and_ends_with_code_1(tmp_path, corpus):
+    """Four updates are best made at the highest rate there is: the sweep does not hold its optimum."""
+    options = ["--widths=32,64", "--octaves=1", "--checks=transfer", f"--output={tmp_path}"]
+    done = tandem("mup", CONFIG, *overrides(corpus), *options)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAILED transfer: share of muP optima inside the grid" in done.stdout
+    assert not json.loads((tmp_path / "verdict.json").read_text())["passed"]
+    assert (tmp_path / "transfer.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "line"),
+    [
+        (["mup=null"], [], "mup: null"),
+        ([], ["--widths=30,64"], "--widths 30: model.width: 30"),
+        ([], ["--widths=64"], "--widths: 64; "),
+        ([], ["--widths=64,wide"], "--widths: '64,wide'"),
+        ([], ["--checks=decay,init"], "--checks: 'init'"),
+        ([], ["--checks=coordinates", "--tp-sizes=3"], "parallel.tp_size 3"),
+        ([], ["--seeds=0"], "--seeds: 0"),
+        (["optim.weight_decay=0.0"], ["--checks=decay"], "optim.weight_decay: 0"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_made(overrides, options, line, tmp_path, capsys):
+    assert main(["mup", str(CONFIG), *overrides, f"--output={tmp_path / 'out'}", *options]) == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
