@@ -32,7 +32,13 @@ class Sampling:
 
 
 def continuations(
-    model: Decoder, prompts: list[list[int]], num_tokens: int, sampling: Sampling, *, end: int | None, cached: bool = True
+    model: Decoder,
+    prompts: list[list[int]],
+    num_tokens: int,
+    sampling: Sampling,
+    *,
+    end: int | None,
+    cached: bool = True,
 ) -> Iterator[list[int]]:
     """The next token of every prompt, then the one after it, at most `num_tokens` times; until all rows have had `end`.
 
@@ -59,7 +65,9 @@ def continuations(
             return
 
 
-def side_by_side(rows: list[list[int]], length_step: int) -> tuple[Int64[Tensor, "rows seq"], Int32[Tensor, "rows seq"]]:
+def side_by_side(
+    rows: list[list[int]], length_step: int
+) -> tuple[Int64[Tensor, "rows seq"], Int32[Tensor, "rows seq"]]:
     """Tokens and documents of rows that end together, the shorter ones padded in front."""
     longest = max(map(len, rows))
     seq = longest + -longest % length_step

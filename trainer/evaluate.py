@@ -74,12 +74,14 @@ def add_alibi_scaling(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prints mean loss, perplexity, and loss by position in the row."""
     origin = with_alibi_scaling(source(arguments.source), arguments.alibi_scaling)
-    length = arguments.length or origin.max_seq_len
-    if not length:
+    length = origin.max_seq_len if arguments.length is None else arguments.length
+    if length is None:
         raise UserError(
             f"--length: missing; {arguments.source} does not say how long its rows were; give --length TOKENS"
         )
     check_data(arguments.data, origin, length, arguments.rows)
+    if arguments.bins < 1:
+        raise UserError(f"--bins: {arguments.bins}; must be at least 1; 1 prints the mean alone")
     bins = min(arguments.bins, length)
     with started(tp_size=1) as mesh, torch.no_grad():
         model = model_from(origin, mesh)

@@ -61,17 +61,23 @@ def add_export_hf_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check", action="store_true", help="reload the export with transformers and compare its logits"
     )
+    parser.add_argument(
+        "--max-seq-len", type=int, help="longest row to name in config.json (default: the longest trained on); raise it with "
+        "--alibi-scaling"
+    )  # fmt: skip
     add_alibi_scaling(parser)
 
 
 def run_export_hf(arguments: argparse.Namespace) -> None:
     """The output folder loads with transformers' AutoModelForCausalLM and AutoTokenizer."""
     began, dtype = time.perf_counter(), DTYPES[arguments.dtype]
+    if arguments.max_seq_len is not None and arguments.max_seq_len < 1:
+        raise UserError(f"--max-seq-len: {arguments.max_seq_len}; must be at least 1; leave it out or name a length")
     origin = with_alibi_scaling(opened(arguments.run_folder, arguments.step), arguments.alibi_scaling)
     with followed("exporting", origin) as read:
         convert.export(
             read, origin.model, origin.mup, arguments.output, tokenizer=origin.tokenizer, eos_token=origin.eos_token,
-            max_seq_len=origin.max_seq_len or UNSAID_SEQ_LEN, dtype=dtype,
+            max_seq_len=arguments.max_seq_len or origin.max_seq_len or UNSAID_SEQ_LEN, dtype=dtype,
         )  # fmt: skip
     size = dtype.itemsize * sum(map(math.prod, shapes(origin.model).values()))
     print(f"exported {arguments.run_folder} to {arguments.output}: {spent(size, began)}")

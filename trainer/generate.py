@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.checkpoint.source import Source, source
-from trainer.config import UserError
+from trainer.config import BTLM, UserError
 from trainer.continuation import Sampling, continuations
 from trainer.evaluate import add_alibi_scaling, model_from, with_alibi_scaling
 from trainer.parallel.mesh import started
@@ -15,6 +16,7 @@ from trainer.parallel.mesh import started
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+log = logging.getLogger(__name__)
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What the first bytes of a character are decoded to while its last are still to come."""
 
@@ -35,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON object for each prompt, one in a line")
     parser.add_argument(
         "--no-cache", action="store_true",
-        help="read the whole text again for every token. The text is the same, but for dynamic --alibi-scaling beyond its "
-        "train_seq_len: keys and values that are kept were made with the divisor of a shorter text",
+        help="read the whole text again for every token. The text is the same up to rounding, but for dynamic "
+        "--alibi-scaling beyond its train_seq_len: keys and values that are kept were made with the divisor of a shorter text",
     )  # fmt: skip
     add_alibi_scaling(parser)
     parser.add_argument(
@@ -51,29 +53,36 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = tokenizer_of(origin, arguments.tokenizer)
     texts = texts_of(arguments)
     prompts = [encoded(text, tokenizer) for text in texts]
-    end = None if arguments.past_end else tokenizer.token_to_id(origin.eos_token)
+    end = None if arguments.past_end else end_of_document(origin, tokenizer)
+    warn_beyond(origin, max(map(len, prompts)) + arguments.tokens)
     with started(tp_size=1) as mesh:
         model = model_from(origin, mesh)
         steps = continuations(model, prompts, arguments.tokens, sampling, end=end, cached=not arguments.no_cache)
         if len(prompts) == 1 and not arguments.json:
-            show((token for (token,) in steps), prompts[0], tokenizer)
+            show((token for (token,) in steps if token != end), prompts[0], tokenizer)
             return
         rows = [until(row, end) for row in zip(*steps, strict=True)]
     for index, (text, prompt, row) in enumerate(zip(texts, prompts, rows, strict=True)):
-        whole = tokenizer.decode(prompt + row)
+        whole = decoded(prompt + [token for token in row if token != end], tokenizer)
         print(json.dumps({"prompt": text, "text": whole, "tokens": row}) if arguments.json else f"[{index}] {whole}")
 
 
 def show(steps: Iterator[int], prompt: list[int], tokenizer: "Tokenizer") -> None:
     """The text stands on the terminal, each part as soon as its characters are whole."""
-    tokens, text, shown = list(prompt), tokenizer.decode(prompt), 0
+    tokens, text, shown = list(prompt), decoded(prompt, tokenizer), 0
     for token in steps:
         if not text.endswith(INCOMPLETE):
             print(text[shown:], end="", flush=True)
             shown = len(text)
         tokens.append(token)
-        text = tokenizer.decode(tokens)
+        text = decoded(tokens, tokenizer)
     print(text[shown:])
+
+
+def decoded(tokens: list[int], tokenizer: "Tokenizer") -> str:
+    """The text of the tokens, with the marks between documents, so that it begins as the prompt does."""
+    text: str = tokenizer.decode(tokens, skip_special_tokens=False)
+    return text
 
 
 def until(row: tuple[int, ...], end: int | None) -> list[int]:
@@ -89,7 +98,8 @@ def texts_of(arguments: argparse.Namespace) -> list[str]:
     texts: list[str] = list(arguments.prompt)
     if arguments.prompts is not None:
         try:
-            texts += arguments.prompts.read_text(encoding="utf-8").splitlines()
+            # Not splitlines, which would also cut at form feeds and rarer characters.
+            texts += arguments.prompts.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts: {arguments.prompts} cannot be read: {error}; give a text file") from None
     if not texts:
@@ -120,7 +130,10 @@ def tokenizer_of(origin: Source, named: Path | None) -> "Tokenizer":
         raise UserError(
             f"--tokenizer: {file}; text needs the tokenizer the corpus was prepared with; give its tokenizer.json"
         )
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"--tokenizer: {file} cannot be read: {error}; it must be a tokenizer.json") from None
     largest = max(tokenizer.get_vocab().values())
     if largest >= origin.model.vocab:
         raise UserError(
@@ -128,6 +141,27 @@ def tokenizer_of(origin: Source, named: Path | None) -> "Tokenizer":
             "trained with"
         )
     return tokenizer
+
+
+def end_of_document(origin: Source, tokenizer: "Tokenizer") -> int:
+    """The token that ends a document.
+
+    Raises: UserError where the tokenizer has none.
+    """
+    end: int | None = tokenizer.token_to_id(origin.eos_token)
+    if end is None:
+        raise UserError(
+            f"--tokenizer: has no token {origin.eos_token}, which ends documents of these weights; name the tokenizer they "
+            "were trained with, or go on past the end with --past-end"
+        )
+    return end
+
+
+def warn_beyond(origin: Source, length: int) -> None:
+    """It is said when texts may grow longer than any row the weights were trained on."""
+    if origin.max_seq_len and length > origin.max_seq_len:
+        remedy = f"; see --alibi-scaling train_seq_len={origin.max_seq_len}" if isinstance(origin.model, BTLM) else ""
+        log.warning("texts of up to %d tokens; the weights were trained on %d%s", length, origin.max_seq_len, remedy)
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:

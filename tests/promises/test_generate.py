@@ -32,7 +32,7 @@ from tests.reading import (
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, reference, tokens
 from trainer.__main__ import main
-from trainer.continuation import Sampling, continuations, draw, padded
+from trainer.continuation import Sampling, continuations, draw, side_by_side
 from trainer.generate import show
 from trainer.hf import convert
 from trainer.models.cache import Cache
@@ -98,7 +98,7 @@ def test_reading_on_is_transformers_reading_on_and_reading_from_scratch(variant,
 @every_case
 def test_the_likeliest_tokens_are_those_of_transformers_generate(variant, mesh, tmp_path):
     ours, (prompts, _) = decoder(variant, mesh), texts(variant, LENGTHS)
-    read, documents = padded(prompts, 1)
+    read, documents = side_by_side(prompts, 1)
     settings = GenerationConfig(max_new_tokens=STEPS, do_sample=False, pad_token_id=0)
     theirs = exported(variant, tmp_path / "out")
     found = theirs.generate(read, attention_mask=(documents >= 0).long(), generation_config=settings)
@@ -111,7 +111,7 @@ def test_documents_are_read_on_as_they_are_read_at_once(variant, mesh):
     """In parts that end inside documents and at their ends."""
     ours, batch = decoder(variant, mesh), tokens(CASES[variant][0], rows=2, length=20)
     documents = torch.tensor([[0] * 6 + [1] * 9 + [2] * 5, [0] * 1 + [1] * 19]).int()
-    whole, cache = ours.logits(batch, documents), Cache(20)
+    whole, cache = ours.logits(batch, documents), Cache()
     for start, end in ((0, 4), (4, 6), (6, 7), (7, 16), (16, 20)):
         part = slice(start, end)
         found = ours.read(batch[:, part], documents[:, part], cache)
@@ -190,6 +190,7 @@ def shares(sampling: Sampling, probabilities: list[float], draws: int = 4_000) -
         # Of the two likeliest, the first alone has 4/7 > 0.5.
         (Sampling(1.0, top_k=2, top_p=0.5), [1, 0, 0, 0]),
         (Sampling(1e-40), [1, 0, 0, 0]),
+        (Sampling(1e-60), [1, 0, 0, 0]),
         (Sampling(), [1, 0, 0, 0]),
     ],
 )
@@ -261,6 +262,21 @@ def test_a_text_ends_with_its_document_unless_asked_to_go_on(folder, capsys):
         assert len(short["tokens"]) == 200 or short["tokens"][-1] == end
 
 
+def test_a_text_begins_with_its_prompt_whatever_stands_there(folder, capsys, tmp_path):
+    """Marks between documents, and characters that only some take for ends of lines."""
+    (tmp_path / "prompts.txt").write_text("the<|endoftext|>a\na cat\fand\u2028the house\n")
+    lines = said(capsys, folder, "--prompts", tmp_path / "prompts.txt", "--json", *DRAWN).splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [each["prompt"] for each in found] == ["the<|endoftext|>a", "a cat\fand\u2028the house"]
+    assert all(each["text"].startswith(each["prompt"]) for each in found)
+
+
+@pytest.mark.parametrize(("num_tokens", "warned"), [(62, False), (64, True)])
+def test_texts_beyond_the_trained_length_are_remarked_upon(folder, capsys, caplog, num_tokens, warned):
+    said(capsys, folder, "--prompt", "a", "--tokens", num_tokens)
+    assert ("the weights were trained on 64; see --alibi-scaling train_seq_len=64" in caplog.text) == warned
+
+
 def test_text_appears_with_its_tokens_in_whole_characters(folder):
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     text = "the é house 😀 and €"
@@ -292,11 +308,15 @@ def test_text_appears_with_its_tokens_in_whole_characters(folder):
         ("--prompt a --top-k 5", ["--temperature: 0 takes the likeliest", "raise it"]),
         ("--prompt a --tokens 0", ["--tokens: 0; must be at least 1"]),
         ("--prompt a --alibi-scaling factor=1", ["--alibi-scaling.factor: 1.0; must be a number above 1"]),
+        ("--prompt a --tokenizer {}/gap.txt", ["--tokenizer: ", "gap.txt cannot be read", "must be a tokenizer.json"]),
+        ("--prompt a --tokenizer {}/endless.json", ["--tokenizer: has no token <|endoftext|>", "--past-end"]),
         ("--prompt a --alibi-scaling 4.0", ["--alibi-scaling", "no such field", "known: type, factor, train_seq_len"]),
     ],
 )
 def test_a_mistake_is_one_line(options, parts, folder, capsys, tmp_path):
     (tmp_path / "gap.txt").write_text("a\n\nb\n")
+    endless = (folder / "tokenizer.json").read_text().replace("<|endoftext|>", "<|pause|>")
+    (tmp_path / "endless.json").write_text(endless)
     assert main(["generate", str(folder), *options.format(tmp_path).split()]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

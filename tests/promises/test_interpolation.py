@@ -111,12 +111,14 @@ def test_an_export_carries_the_interpolation_and_comes_back_with_it(run, capsys,
     """`--check` compares with transformers on rows of 64, longer than 32."""
     for source, asked, wanted in (
         (run.parent / "long", [], {"type": "linear", "train_seq_len": 32}),
-        (run, ["--alibi-scaling", "factor=4"], {"type": "linear", "factor": 4.0}),
+        (run, ["--alibi-scaling", "factor=4", "--max-seq-len", "256"], {"type": "linear", "factor": 4.0}),
         (run, [], None),
     ):
         out = tmp_path / f"{source.name}{len(asked)}"
         assert main(["export-hf", str(source), str(out), "--dtype", "fp32", "--check", *asked]) == 0
-        assert json.loads((out / "config.json").read_text())["alibi_scaling"] == wanted
+        config = json.loads((out / "config.json").read_text())
+        assert config["alibi_scaling"] == wanted
+        assert (config["n_positions"] == 256) == bool(asked)
         scaling = convert.load(out)[0].alibi_scaling
         assert scaling == (AlibiScaling(**wanted) if wanted else None)
     assert main(["import-hf", str(tmp_path / "long0"), str(tmp_path / "back")]) == 0

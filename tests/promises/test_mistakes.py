@@ -131,6 +131,8 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "evaluate too many rows": (
         "evaluate {run} --data {corpus} --rows 9000", ["--rows: 9000", "held-out tokens", "at most"],
     ),
+    "evaluate no bins": ("evaluate {run} --data {corpus} --rows 1 --bins 0", ["--bins: 0", "at least 1"]),
+    "evaluate rows of nothing": ("evaluate {run} --data {corpus} --length 0", ["--length 0", "positive numbers"]),
     "evaluate nothing": ("evaluate {root}/none --data {corpus}", ["none: no such folder", "name a run folder"]),
     "empty prompt": ("generate {run} --prompt ''", ["--prompt: is empty", "give some text"]),
     "generate with another tokenizer": (

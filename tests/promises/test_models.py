@@ -1,5 +1,6 @@
 """Our models are the published ones, on one rank, two and four: as our references have them, and as transformers runs them."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -248,19 +249,32 @@ def test_logits_losses_and_every_gradient_are_those_of_transformers(tp_size, var
 
 @layouts(IN_BF16)
 def test_bf16_strays_no_further_than_the_plain_model_in_bf16(tp_size, variant, found, tmp_path):
-    """From the same computation in fp64 on the same weights, as bf16 holds them: logits, and all gradients together."""
+    """From the same computation in fp64 on the same weights, as bf16 holds them: logits, losses, and gradients kind by kind."""
     case = IN_BF16[variant]
     tensors = reference(case.model).random_tensors(case.model, seed=5)
     rounded = {name: tensor.bfloat16().double() for name, tensor in tensors.items()}
     exact = their_names(case, expected(case, rounded, length=128, apart=False))
     plain = of_transformers(case, tmp_path / "out", torch.bfloat16, length=128)
     ours = their_names(case, found(tp_size)[variant, "bf16"])
+    kinds: dict[str, list[str]] = {}
+    for name in exact:
+        kinds.setdefault(kind(name), []).append(name)
 
-    def strays(values: Values, names: set[str]) -> float:
+    def strays(values: Values, names: list[str]) -> float:
         return float(sum((values[name].double() - exact[name]).square().sum() for name in names)) ** 0.5
 
-    for names in ({"logits"}, exact.keys() - {"logits", "losses"}):
-        assert strays(ours, names) <= BF16_LIMIT * strays(plain, names)
+    ratios = {each: strays(ours, names) / strays(plain, names) for each, names in kinds.items()}
+    assert len(ratios) >= 8
+    assert {each: ratio for each, ratio in ratios.items() if ratio > BF16_LIMIT} == {}
+
+
+def kind(name: str) -> str:
+    """The same matrix of all layers; all norms, whose gradients torch adds up in bf16 on the CPU; all biases of matrices,
+    since a single one's gradient may be a sum that cancels to little but rounding.
+    """
+    if "norm" in name or "ln_" in name:
+        return "norms"
+    return "biases" if name.endswith("bias") else re.sub(r"\.\d+\.", ".", name)
 
 
 @pytest.mark.dist

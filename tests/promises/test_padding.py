@@ -98,8 +98,8 @@ def train_odd(tp_size: int) -> dict[str, dict]:
 
 
 def odd(variant: str, tp_size: int) -> RunConfig:
-    model = {"width": 32, "depth": 1, "ffn_width": 6_826, "vocab": 50_257}
-    model |= {"kv_heads": 4} if variant == "stablelm" else {}
+    model = {"width": 16, "depth": 1, "ffn_width": 6_826, "vocab": 50_257}
+    model |= {"kv_heads": 4, "rotary_fraction": 0.5} if variant == "stablelm" else {}
     return tiny.config(variant, parallel={"tp_size": tp_size}, model=model)
 
 

@@ -104,16 +104,16 @@ def test_masters_and_moments_are_fp32(mesh):
 
 
 def test_alibi_slopes_stay_fp32(mesh):
-    for layer in in_bf16("btlm", mesh).model.layers:
-        assert layer.attention.slopes.dtype == torch.float32
-        assert torch.equal(layer.attention.slopes, alibi_slopes(4))
+    slopes = in_bf16("btlm", mesh).model.context(tiny.rows(0)[2], None).slopes
+    assert slopes.dtype == torch.float32
+    assert torch.equal(slopes, alibi_slopes(4))
 
 
 def test_rotary_tables_stay_fp32(mesh):
     documents = tiny.rows(0, seq_len=64)[2]
-    cos, sin, _ = in_bf16("stablelm", mesh).model.context(documents)
+    context = in_bf16("stablelm", mesh).model.context(documents, None)
     exact = rotary_table(positions(documents), 4, 10_000.0)
-    for found, expected in zip((cos, sin), exact, strict=True):
+    for found, expected in zip((context.cos, context.sin), exact, strict=True):
         assert found.dtype == torch.float32
         assert torch.equal(found, expected)
         assert not torch.equal(found, found.bfloat16().float())

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kernels.attention import alibi_slopes
 from trainer.config import BTLM, AlibiScaling, Mup, UserError, check_alibi_scaling, section_from
 from trainer.hf.mapping import Piece, Row, whole
 
@@ -50,18 +51,7 @@ def rows(model: BTLM) -> Iterator[Row]:
 
 def defaults(model: BTLM, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """What a folder holds although it is no parameter: the ALiBi slopes, in fp32 whatever the rest is in."""
-    return {"transformer.relative_pe.slopes": torch.tensor(slopes(model.heads)).unsqueeze(-1)}
-
-
-def slopes(heads: int) -> list[float]:
-    """ALiBi's slope of every head.
-
-    Source: Press et al. 2022 (arXiv 2108.12409); where heads is no power of two, the slopes of the power
-    below it, then every other one of the power above.
-    """
-    below = 1 << (heads.bit_length() - 1)
-    powers = [2.0 ** (-8 * (head + 1) / below) for head in range(below)]
-    return powers + [2.0 ** (-4 * (2 * head + 1) / below) for head in range(heads - below)]
+    return {"transformer.relative_pe.slopes": alibi_slopes(model.heads).unsqueeze(-1)}
 
 
 def fields(model: BTLM, mup: Mup | None, max_seq_len: int) -> dict[str, Any]:

@@ -20,9 +20,7 @@ def fill(model: nn.Module, table: dict[str, Rule], *, seed: int, truncation_sigm
         place(parameter, value(name), mesh)
 
 
-def values(
-    model: nn.Module, table: dict[str, Rule], *, seed: int, truncation_sigmas: float
-) -> Callable[[str], Tensor]:
+def values(model: nn.Module, table: dict[str, Rule], *, seed: int, truncation_sigmas: float) -> Callable[[str], Tensor]:
     """Name of a parameter -> its global initial value in fp32, drawn when asked for."""
     marks = {name: (shard_of(parameter).shape, role_of(parameter)) for name, parameter in model.named_parameters()}
 

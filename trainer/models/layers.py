@@ -74,8 +74,8 @@ def join_heads(heads: Float[Tensor, "rows seq heads_local head_dim"]) -> Float[T
 def residual(
     stream: Float[Tensor, "seq rows width"], partial: Float[Tensor, "seq rows width"], bias: Tensor | None
 ) -> Float[Tensor, "seq rows width"]:
-    """stream plus the sum of all ranks' partial sums plus the output bias: one all-reduce, of several ranks one rounding after it."""
-    update = from_rows(partial)
+    """stream plus the sum of all ranks' partial sums plus the output bias: one all-reduce."""
+    update = from_rows(partial)  # of several ranks in fp32 still
     return (stream + (update if bias is None else update + bias)).to(stream.dtype)
 
 

@@ -102,9 +102,10 @@ class StableLMDecoder(Decoder):
     def context(self, documents: Int32[Tensor, "rows seq"], cache: Cache | None) -> Context:
         section, seq = self.section, documents.shape[1]
         apart = self.apart(documents, cache)
-        places = torch.arange(seq, device=documents.device)[None] if apart is None else positions(apart)[:, -seq:]
+        keys = seq if cache is None else cache.documents.shape[1]
+        row = torch.arange(keys, device=documents.device)[None] if apart is None else positions(apart)
         rotated = int(section.rotary_fraction * section.head_dim)
-        cos, sin = rotary_table(places, rotated, section.rotary_base)
+        cos, sin = rotary_table(row[:, -seq:], rotated, section.rotary_base)
         return Context(cos, sin, apart, cache)
 
 
