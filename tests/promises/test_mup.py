@@ -3,14 +3,17 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import trainer.models
+import trainer.models.btlm
 import trainer.optim
 import trainer.train
+from kernels.attention import attention
 from tests import tiny
 from tests.promises.conftest import VOCAB, tandem
 from trainer.__main__ import main
@@ -118,6 +121,10 @@ def one_matrix_undecayed(model: Any, table: dict[str, Rule], section: Any) -> li
     return [*found, home | {"params": [matrix], "weight_decay": 0.0}]
 
 
+def of_its_own_scale(query: Any, key: Any, value: Any, *, scale: float, **rest: Any) -> Any:
+    return attention(query, key, value, scale=query.shape[-1] ** -0.5, **rest)
+
+
 SIZE, CHANGE = "coordinates: size of ", "coordinates: change of "
 RATE, DECAY = "decay: learning rate of ", "decay: decay of "
 BROKEN = {
@@ -151,6 +158,8 @@ BROKEN = {
         in_forward(lambda s, m, model: replace(s, logits=s.logits * m**0.5), SIZE + "logits"),
     "attention 1 / sqrt(head_dim)":
         in_forward(lambda s, m, model: replace(s, attention=model.head_dim**-0.5), SIZE + "scores 0"),
+    "attention kernel that takes 1 / sqrt(head_dim) whatever scale it is given":
+        Broken(trainer.models.btlm, "attention", of_its_own_scale, SIZE + "scores 0"),
     "decay of hidden matrices not following their learning rate":
         Broken(trainer.optim, "groups", decay_of_its_own, DECAY + "hidden"),
     "one hidden matrix not decayed":
@@ -249,6 +258,7 @@ def test_a_check_that_fails_is_named_and_ends_with_code_1(tmp_path, corpus):
         ([], ["--checks=decay,init"], "--checks: 'init'"),
         ([], ["--checks=coordinates", "--tp-sizes=3"], "parallel.tp_size 3"),
         ([], ["--seeds=0"], "--seeds: 0"),
+        ([], ["--checks=coordinates", "--updates=9999"], "--updates: 9999; the schedule has"),
         (["optim.weight_decay=0.0"], ["--checks=decay"], "optim.weight_decay: 0"),
     ],
 )
@@ -258,3 +268,18 @@ def test_a_mistake_is_one_line_before_anything_is_made(overrides, options, line,
     assert line in said
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_ranks_of_a_launcher_are_refused(tmp_path, capsys, monkeypatch):
+    """They would all write one folder."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["mup", str(CONFIG), f"--output={tmp_path / 'out'}", "--checks=decay"]) == 2
+    assert "ranks: 2; tandem mup is one process" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_never_changes_has_no_exponent():
+    """A frozen model's changes are 0, which is no power of anything."""
+    assert isnan(coordinates.slope([64, 128], [0.0, 0.0]))
+    assert coordinates.slope([64, 128], [1.0, 0.5]) == pytest.approx(-1)

@@ -21,6 +21,7 @@ from trainer.mup_check import coordinates, decay, transfer
 from trainer.mup_check.proxies import mup_of, proxy
 from trainer.mup_check.verdict import Finding, as_json, first_failure, table
 from trainer.parallel.mesh import launched_rank, launched_world_size, started
+from trainer.timeline import Timeline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,24 +36,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the coordinate check (default 3)")
     parser.add_argument("--updates", type=int, default=4, help="updates of the coordinate check (default 4)")
     parser.add_argument("--tp-sizes", default="1,2", help="tensor-parallel sizes of the coordinate check (default 1,2)")
+    parser.add_argument("--as-ranks", action="store_true", help=argparse.SUPPRESS)  # how `launch` calls us
     parser.add_argument(
         "--octaves", type=int, default=3, help="transfer: peaks from schedule.lr.peak / 2^N to * 2^N (default 3)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Verdict and plots lie in the output folder, the tables are printed. Returns 0 if every check passed, else 1.
-
-    As one rank of a launch it only measures coordinates, with as many tensor-parallel ranks as there are.
-    """
+    """Verdict and plots lie in the output folder, the tables are printed. Returns 0 if every check passed, else 1."""
     config = load(arguments.config, arguments.overrides)
     request = Request.of(config, arguments)
     request.folder.mkdir(parents=True, exist_ok=True)
     if config.debug.deterministic:
         runtime.make_deterministic()
-    if launched_world_size() > 1:
+    if arguments.as_ranks:
         measure_coordinates(request, launched_world_size())
         return 0
+    (request.folder / "verdict.json").unlink(missing_ok=True)
     findings: list[Finding] = []
     for check in request.checks:
         found = CHECKS[check](request)
@@ -79,6 +79,11 @@ class Request:
     def of(config: RunConfig, arguments: argparse.Namespace) -> "Request":
         """The request, once every proxy's config has been made. Raises: UserError for what cannot be done."""
         mup_of(config)
+        if launched_world_size() > 1 and not arguments.as_ranks:
+            raise UserError(
+                f"ranks: {launched_world_size()}; tandem mup is one process, which starts the ranks it needs; run it without "
+                "a launcher"
+            )
         widths, tp_sizes = (sizes(getattr(arguments, name), name) for name in ("widths", "tp_sizes"))
         checks = arguments.checks.split(",")
         if unknown := [check for check in checks if check not in CHECKS]:
@@ -92,6 +97,9 @@ class Request:
                 raise UserError(f"--{name}: {getattr(arguments, name)}; must be at least 1; change it")
         if "decay" in checks:
             decay.refuse(config)
+        steps = Timeline(config.schedule).total_steps
+        if "coordinates" in checks and arguments.updates > steps:
+            raise UserError(f"--updates: {arguments.updates}; the schedule has {steps} steps; ask for fewer")
         devices = torch.cuda.device_count()
         if "coordinates" in checks and devices and max(tp_sizes) > devices:
             raise UserError(
@@ -160,7 +168,7 @@ def launch(request: Request, tp_size: int) -> None:
         "seeds": arguments.seeds, "updates": arguments.updates,
     }  # fmt: skip
     command = [sys.executable, "-m", *launcher, str(arguments.config), *arguments.overrides]
-    command += [f"--{name}={value}" for name, value in options.items()]
+    command += [f"--{name}={value}" for name, value in options.items()] + ["--as-ranks"]
     if subprocess.run(command).returncode:
         raise RuntimeError(f"the {tp_size} ranks of the coordinate check failed")
 

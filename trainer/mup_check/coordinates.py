@@ -1,16 +1,16 @@
 """The coordinate check: how large the activations of a proxy are and how far some updates move them, against its width.
 
 A coordinate is one activation on fixed held-out rows: the embedding's output, every layer's attention output, feed-forward
-output, residual stream and attention scores, the logits. Its *size* is its root mean square at the start, its *change* that of
-the difference some updates make. muP is the parametrisation in which neither depends on the width, but for what is random at
-the start (`LAWS`). Weight decay is too slow to be seen here: that is what `decay` is for.
+output and residual stream, what its attention scores do, the logits. Its *size* is its root mean square at the start, its
+*change* that of the difference some updates make. muP is the parametrisation in which neither depends on the width, but for
+what is random at the start (`LAWS`). Weight decay is too slow to be seen here: that is what `decay` is for.
 """
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from math import log, sqrt
+from math import log, nan, sqrt
 from typing import Any, Literal, cast
 
 import torch
@@ -41,7 +41,8 @@ LAWS = {
 """Exponent of the width in a coordinate's size at the start, and the least and greatest in its change.
 
 Said here once more and not taken from `models.mup`, or a broken table would confirm itself. At the start queries and keys,
-and the last stream and the head, are independent: a sum of n products is sqrt(n) large, and 1/n makes it 1/sqrt(n). A change
+and the last stream and the head, are independent: a sum of n products is sqrt(n) large, and 1/n makes it 1/sqrt(n). (But for
+the row of a tied head that a position has read: its own square is in the stream. That logit is left out.) A change
 is the sum of a part that the gradient aligned, whose exponent is 0, and of a part that is still random: 1/sqrt(n), twice in
 the products of scores and logits. Narrow models, few updates and small learning rates show more of the random part. The
 embedding has no sum over the width at all.
@@ -51,6 +52,9 @@ Source: Yang et al. 2022, arXiv 2203.03466, appendix J and table 8.
 PRECISIONS: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
 BOUND = 0.15
 """How far a measured exponent may lie outside its law: the README has what correct and broken rules measure."""
+
+LONGEST_ROW = 256
+"""Tokens of a held-out row that are looked at: whole activations are held twice."""
 
 LR_FRACTION = 0.125
 """Updates are made at this share of the schedule's peak, without warm-up. At the peak itself, four updates change
@@ -107,8 +111,11 @@ def activations(model: nn.Module, batch: Batch, mesh: Mesh) -> dict[str, Tensor]
     """Every coordinate of the batch in fp32; of the scores, those of this rank's heads."""
     assert isinstance(model, Decoder)
     seen: dict[str, Tensor] = {}
+    tokens, documents = (part[:, :LONGEST_ROW].to(mesh.device) for part in (batch.tokens, batch.documents))
     with _watched(model, seen):
-        logits = model.logits(batch.tokens.to(mesh.device), batch.documents.to(mesh.device))
+        logits = model.logits(tokens, documents)
+    if model.head is None:
+        logits.scatter_(-1, tokens.unsqueeze(-1), 0.0)
     return {name: value.float() for name, value in seen.items()} | {"logits": logits}
 
 
@@ -144,9 +151,11 @@ def curve(
 
 
 def slope(widths: list[int], values: list[float]) -> float:
-    """Exponent of the width in the values, by least squares."""
+    """Exponent of the width in the values, by least squares; not a number where a value is 0, as of what never changed."""
+    if min(values) <= 0:
+        return nan
     x = [log(width) for width in widths]
-    y = [log(max(value, 1e-30)) for value in values]
+    y = [log(value) for value in values]
     middle = sum(x) / len(x)
     return sum((a - middle) * b for a, b in zip(x, y, strict=True)) / sum((a - middle) ** 2 for a in x)
 
@@ -181,7 +190,7 @@ def _watched(model: Decoder, seen: dict[str, Tensor]) -> Iterator[None]:
             layer.ffn.register_forward_hook(branch(f"ffn {index}", layer.ffn.down.bias)),
             layer.register_forward_hook(stream(f"stream {index}")),
         ]
-    # The family calls the kernel by this name; only there are norms, rotation and scale all applied.
+    # The family calls the kernel by this name; only there are norms and rotation applied.
     family = sys.modules[type(model).__module__]
     kernel = family.attention
     family.attention = _scored(kernel, seen)  # type: ignore[attr-defined]
@@ -200,14 +209,19 @@ def _whole(partial: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _scored(kernel: Callable[..., Tensor], seen: dict[str, Tensor]) -> Callable[..., Tensor]:
-    """The kernel, which leaves the scores of all earlier keys in `seen`."""
+    """The kernel, which leaves in `seen` what its scores do: the mix less that of queries of zero, per size of a head's values.
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, **rest: Any) -> Tensor:
-        keys = key.float().repeat_interleave(query.shape[2] // key.shape[2], dim=2)
-        scores = scale * torch.einsum("rihd,rjhd->rhij", query.float(), keys)
-        earlier = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    While scores are small this is as large as they are. Unlike products of queries and keys it has passed the kernel itself,
+    whatever that made of the scale it was given.
+    """
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, **rest: Any) -> Tensor:
+        # In fp32: the difference is small beside the rounding of a mix in bf16.
+        wide = [each.float() for each in (query, key, value)]
+        effect = kernel(*wide, **rest) - kernel(torch.zeros_like(wide[0]), *wide[1:], **rest)
         index = sum(name.startswith("scores") for name in seen)
-        seen[f"scores {index}"] = scores[..., earlier]
-        return kernel(query, key, value, scale=scale, **rest)
+        of_value_heads = wide[2].square().mean((0, 1, 3)).sqrt()
+        seen[f"scores {index}"] = effect / of_value_heads.repeat_interleave(query.shape[2] // key.shape[2])[:, None]
+        return kernel(query, key, value, **rest)
 
     return attention

@@ -28,7 +28,10 @@ DECAYING = ("hidden", "residual_output", "embedding", "head")
 """Roles whose weights an update shrinks by lr * weight_decay, the learning rate being theirs."""
 
 BOUND = 1e-3
-"""Relative; a weight of 1 that changes by a thousandth does so with an fp32 rounding error of 1e-4 of the change."""
+"""Relative; a weight of 1 that changes by a hundredth does so with an fp32 rounding error of 1e-5 of the change."""
+
+LR = 0.01
+"""Learning rate at which a role's movement is measured: large enough to show beside weights of 1, whatever the config's."""
 
 SHRINK = 0.1
 """Share of a weight that the decay check's update takes where the law has no factor: the learning rate is chosen for it."""
@@ -45,9 +48,8 @@ def measure(config: RunConfig, widths: list[int], mesh: Mesh) -> list[Finding]:
     rates, decays = [], []
     for width in widths:
         found, multiplier = proxy(config, width, tp_size=mesh.tp_size), width / mup_of(config).base_width
-        lr = config.schedule.lr.peak
-        for role, moved in movements(found, lr, mesh).items():
-            unit = lr * multiplier ** LR_LAW[role]
+        for role, moved in movements(found, mesh).items():
+            unit = LR * multiplier ** LR_LAW[role]
             rates.append(_finding("learning rate", role, width, moved, unit, 1.0))
         for role, shares in shrinks(found, mesh).items():
             unit = SHRINK * multiplier ** LR_LAW[role]
@@ -55,8 +57,8 @@ def measure(config: RunConfig, widths: list[int], mesh: Mesh) -> list[Finding]:
     return rates + decays
 
 
-def movements(config: RunConfig, lr: float, mesh: Mesh) -> dict[str, list[float]]:
-    """Role -> of each of its tensors, the farthest that the first update at `lr` moves a weight, decay aside.
+def movements(config: RunConfig, mesh: Mesh) -> dict[str, list[float]]:
+    """Role -> of each of its tensors, the farthest that the first update at `LR` moves a weight, decay aside.
 
     Source: with one gradient behind it, Adam's quotient of moments is the gradient's sign.
     """
@@ -64,7 +66,7 @@ def movements(config: RunConfig, lr: float, mesh: Mesh) -> dict[str, list[float]
     engine, batch = build_engine(config, mesh, None), next(loader_of(config).batches(0, None))
     before = {fragment.name: fragment.master.clone() for fragment in engine.fragments()}
     accumulate(engine, batch, config.schedule.phases[0].micro_rows, mesh)
-    engine.update(lr)
+    engine.update(LR)
     return _by_role(engine, lambda name, master: float((master - before[name]).abs().max()))
 
 

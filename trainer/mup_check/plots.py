@@ -43,7 +43,8 @@ def draw_transfer(losses: Losses, folder: Path) -> Path:
         for axes, (name, by_width) in zip(panels, losses.items(), strict=True):
             _transfer(axes, by_width)
             axes.set_title(name, loc="left")
-            axes.set_ylim(min(finite) - 0.1, min(max(finite), min(finite) + 2.5) + 0.1)
+            if finite:
+                axes.set_ylim(min(finite) - 0.1, min(max(finite), min(finite) + 2.5) + 0.1)
         panels[0].set_ylabel("training loss at the end (nats per token)")
         figure.legend(*panels[0].get_legend_handles_labels(), title="width", loc="outside right upper")
         return save(figure, folder / "transfer.png")
@@ -53,8 +54,9 @@ def _transfer(axes: Axes, by_width: dict[int, dict[float, float]]) -> None:
     for color, (width, by_lr) in zip(_shades(len(by_width)), by_width.items(), strict=True):
         reached = {lr: loss for lr, loss in by_lr.items() if isfinite(loss)}
         axes.plot(list(reached), list(reached.values()), "o-", color=color, ms=4, label=str(width))
-        best = optimum(by_lr)
-        axes.plot([best], [by_lr[best]], "o", color=color, ms=10, mfc="none", mew=1.5)
+        if reached:
+            best = optimum(reached)
+            axes.plot([best], [reached[best]], "o", color=color, ms=10, mfc="none", mew=1.5)
     axes.set_xscale("log", base=2)
     peaks = list(next(iter(by_width.values())))
     axes.set_xticks(peaks, [f"{peak:.2g}" for peak in peaks])

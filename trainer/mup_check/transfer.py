@@ -13,8 +13,10 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from math import inf
+from math import inf, nan
 from pathlib import Path
+
+import torch
 
 import kernels
 import trainer
@@ -103,28 +105,37 @@ def tail_mean(losses: list[float], total_steps: int) -> float:
 
 
 def optimum(by_lr: dict[float, float]) -> float:
-    """The learning rate of the grid with the least loss."""
-    return min(by_lr, key=lambda lr: by_lr[lr])
+    """The learning rate of the grid with the least loss; not a number where every run diverged."""
+    best = min(by_lr, key=lambda lr: by_lr[lr])
+    return best if math.isfinite(by_lr[best]) else nan
 
 
-def moved(by_width: dict[int, dict[float, float]]) -> int:
+def moved(by_width: dict[int, dict[float, float]]) -> float:
     """Between which two widths the optimum differs most, in grid steps of 2x."""
     best = [math.log2(optimum(by_lr)) for by_lr in by_width.values()]
-    return round(max(best) - min(best))
+    return max(best) - min(best) if all(map(math.isfinite, best)) else nan
+
+
+def fallen(by_width: dict[int, dict[float, float]]) -> float:
+    """How many grid steps of 2x lower the optimum of the widest is than that of the narrowest."""
+    best = [math.log2(optimum(by_lr)) for by_lr in by_width.values()]
+    return best[0] - best[-1]
 
 
 def judge(losses: Losses) -> list[Finding]:
-    """How far the optimum moves: at most a step under muP, and further without, or the sweep has shown nothing."""
+    """How far the optimum moves in grid steps of 2x: at most one under muP; without it must fall further from the narrowest
+    to the widest, or the sweep has shown nothing.
+    """
     widths = list(losses[MUP])
     case = f"widths {widths[0]} to {widths[-1]}"
-    under_mup, without = float(moved(losses[MUP])), float(moved(losses[WITHOUT]))
+    under_mup, without = moved(losses[MUP]), fallen(losses[WITHOUT])
     inner = [min(by_lr) < optimum(by_lr) < max(by_lr) for by_lr in losses[MUP].values()]
-    text = "moves of the optimum in grid steps of 2x, "
     return [
         Finding("transfer", "share of muP optima inside the grid", case, sum(inner) / len(inner), 1.0, 1.0,
                 "a grid that does not hold the optimum: move schedule.lr.peak or raise --octaves"),
-        Finding("transfer", text + MUP, case, under_mup, 0.0, MOST_MOVED, SYMPTOM),
-        Finding("transfer", text + WITHOUT, case, without, under_mup + 1, inf, "a sweep too short or narrow to tell"),
+        Finding("transfer", f"moves of the optimum, {MUP}", case, under_mup, 0.0, MOST_MOVED, SYMPTOM),
+        Finding("transfer", f"fall of the optimum, {WITHOUT}", case, without, under_mup + 1, inf,
+                "a sweep too short or narrow to tell"),
     ]  # fmt: skip
 
 
@@ -145,17 +156,15 @@ def _flops(trial: Trial) -> float:
 
 
 def _key(config: RunConfig, code: str) -> str:
-    """What decides the loss: the whole config, the corpora themselves, and the code that trains."""
+    """What decides the loss: the whole config, the corpora themselves, the code that trains, and what it runs on."""
     corpora = json.dumps(loader_of(config).fingerprints, sort_keys=True)
-    return hashlib.sha256("\n".join([dump(config), corpora, code]).encode()).hexdigest()[:16]
+    machine = f"{torch.__version__} {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}"
+    return hashlib.sha256("\n".join([dump(config), corpora, code, machine]).encode()).hexdigest()[:16]
 
 
 def _digest_of_code() -> str:
-    """Changes with every source file of the trainer and the kernels that a training step runs."""
-    root, files = Path(trainer.__file__).parent, [*Path(kernels.__file__).parent.rglob("*.py")]
-    for part in ("models", "parallel", "data"):
-        files += (root / part).rglob("*.py")
-    files += [root / f"{name}.py" for name in ("train", "engine", "optim", "timeline")]
+    """Changes with every source file of the trainer and the kernels."""
+    files = [file for package in (kernels, trainer) for file in Path(str(package.__file__)).parent.rglob("*.py")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 

@@ -1,10 +1,11 @@
 """What the sweep concludes from losses, and which runs it is made of."""
 
-from math import inf
+from math import inf, isnan
 
 import pytest
 
 from tests import tiny
+from trainer.mup_check.plots import draw_transfer
 from trainer.mup_check.transfer import MUP, WITHOUT, judge, moved, tail_mean, trials
 from trainer.mup_check.verdict import first_failure
 
@@ -36,6 +37,7 @@ def test_an_optimum_that_stays_or_moves_one_step_passes():
         ([2, 4, 3, 3], [3, 2, 1, 0], "width rules"),
         ([3, 3, 3, 3], [3, 3, 3, 3], "too short or narrow"),
         ([3, 3, 4, 4], [3, 3, 3, 2], "too short or narrow"),
+        ([3, 3, 3, 3], [3, 4, 5, 6], "too short or narrow"),
         ([0, 0, 0, 0], [3, 2, 1, 0], "--octaves"),
         ([6, 6, 6, 6], [3, 2, 1, 0], "--octaves"),
     ],
@@ -49,7 +51,18 @@ def test_a_moving_optimum_an_equal_rival_and_an_optimum_at_the_edge_fail(under_m
 def test_a_diverged_run_is_never_the_best():
     assert tail_mean([9.0, 8.0, float("nan")], 4) == inf
     assert tail_mean([9.0, 8.0], 4) == inf
+    assert isnan(moved({64: {0.1: inf, 0.2: 3.0}, 128: {0.1: inf, 0.2: inf}}))
     assert moved({64: {0.1: inf, 0.2: 3.0}, 128: {0.1: inf, 0.2: 4.0}}) == 0
+
+
+def test_a_sweep_in_which_a_width_always_diverged_shows_nothing(tmp_path):
+    given = losses([3, 3], [3, 1])
+    given[WITHOUT][128] = dict.fromkeys(GRID, inf)
+    failure = first_failure(judge(given))
+    assert failure is not None
+    assert "too short or narrow" in failure.sentence()
+    nothing = {name: {width: dict.fromkeys(GRID, inf) for width in (64, 128)} for name in (MUP, WITHOUT)}
+    assert draw_transfer(nothing, tmp_path).is_file()
 
 
 def test_the_loss_is_the_mean_of_the_last_eighth():
