@@ -1,6 +1,7 @@
 """`tandem import-hf` and `tandem export-hf`: weights in from and out to Hugging Face folders, one tensor at a time."""
 
 import argparse
+import logging
 import math
 import shutil
 import time
@@ -24,6 +25,7 @@ from trainer.hf.mapping import Read
 from trainer.hf.reload import pretrained
 from trainer.parallel.mesh import started
 
+log = logging.getLogger(__name__)
 LOGIT_TOLERANCE = 1e-5
 """Of the range of the logits: two fp32 implementations that sum in different orders stay well inside."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -81,6 +83,10 @@ def run_export_hf(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
     size = dtype.itemsize * sum(map(math.prod, shapes(origin.model).values()))
     print(f"exported {arguments.run_folder} to {arguments.output}: {spent(size, began)}")
+    if origin.lost_tokenizer:
+        log.warning(
+            "exported without a tokenizer: %s is not there; put the corpus back and export again", origin.lost_tokenizer
+        )
     if arguments.check:
         error = logit_error(origin, arguments.output, dtype)
         print(f"reloaded with transformers: largest difference of logits {error:.1e} of their range")

@@ -37,6 +37,8 @@ from trainer.timeline import Timeline
 log = logging.getLogger(__name__)
 NOT_OF_THE_WEIGHTS = ("init_std", "init_truncation_sigmas", "document_masking", "alibi_scaling")
 """Fields of the model that whoever trains given weights further may set anew."""
+WARNED_OF = ("document_masking", "alibi_scaling")
+"""Those of them with which the weights compute something else."""
 
 
 @dataclass(frozen=True)
@@ -212,13 +214,21 @@ def build_engine(config: RunConfig, mesh: Mesh, snapshot: Snapshot | None, initi
 def imported(config: RunConfig, mesh: Mesh) -> Snapshot | None:
     """The snapshot that `run.initial_weights` names, if it names one.
 
-    Raises: UserError when its weights would compute something else in the config's model.
+    Fields of `NOT_OF_THE_WEIGHTS` may differ from the snapshot's; a warning names those that change what its weights
+    compute.
+
+    Raises: UserError when any other field of model or mup differs.
     """
     if config.run.initial_weights is None:
         return None
     snapshot = opened(Path(config.run.initial_weights), mesh)
     remedy = "the weights are made for that; take their value or other weights"
     check_same_model(config, snapshot, f"run.initial_weights {snapshot.folder}", remedy, free=NOT_OF_THE_WEIGHTS)
+    ours, theirs = model_facts(config.model, config.mup)["model"], snapshot.manifest["model"]
+    differing = [name for name in WARNED_OF if ours.get(name) != theirs.get(name)]
+    if differing and mesh.rank == 0:
+        said = ", ".join(f"model.{name} {ours.get(name)} (there {theirs.get(name)})" for name in differing)
+        log.warning("training does not go on as run.initial_weights %s was made: %s", snapshot.folder, said)
     return snapshot
 
 

@@ -16,11 +16,12 @@ from torch.nn.functional import cross_entropy
 from tests import ranks, tiny
 from tests.promises.conftest import steps_of, two_phases
 from tests.promises.test_resume import run_all
+from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, reference
 from trainer.__main__ import main
 from trainer.checkpoint.read import Snapshot, opened
 from trainer.checkpoint.write import model_facts, save
-from trainer.config import BTLM, Mup, RunConfig, StableLM, UserError, section_from
+from trainer.config import BTLM, AlibiScaling, Mup, RunConfig, StableLM, UserError, dump, section_from
 from trainer.data.loader import Batch, Loader
 from trainer.engine import Engine
 from trainer.hf import convert
@@ -29,6 +30,8 @@ from trainer.hf.reload import pretrained
 from trainer.parallel.mesh import Mesh, gather_to_all, started
 from trainer.parallel.shards import joined
 from trainer.train import build_engine, imported
+
+__all__ = ["offline"]
 
 Case = tuple[StableLM | BTLM, Mup | None]
 TP_SIZES = (1, 2, 4)
@@ -217,6 +220,16 @@ def test_what_is_no_property_of_the_weights_may_differ_from_the_imports(folder, 
     assert asked(folder, name, init_std=0.5, init_truncation_sigmas=0.0, document_masking=masking) is not None
 
 
+def test_what_the_weights_compute_otherwise_than_in_the_import_is_told_once(folder, caplog):
+    asked(folder, "btlm_mup", init_std=0.5)
+    assert caplog.messages == []
+    masking, scaling = CASES["btlm_mup"][0].document_masking, AlibiScaling("linear", factor=2.0)
+    asked(folder, "btlm_mup", document_masking=not masking, alibi_scaling=scaling)
+    (said,) = caplog.messages
+    assert f"model.document_masking {not masking} (there {masking})" in said
+    assert f"model.alibi_scaling {dataclasses.asdict(scaling)} (there None)" in said
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -327,6 +340,19 @@ def test_a_run_is_exported_by_its_folder_by_a_step_and_by_a_checkpoints_folder_a
     corpus = Path(next(iter(given.data.sources.values())))
     assert filecmp.cmp(tmp_path / "newest" / "tokenizer.json", corpus / "tokenizer.json", shallow=False)
     assert convert.text_facts(tmp_path / "newest") == ("<|endoftext|>", 256)
+
+
+def test_an_export_whose_corpus_has_moved_tells_what_it_lacks(folder, tmp_path, caplog):
+    """Of a run's folder, what an export reads: a checkpoint and config.yaml."""
+    run, moved, weights = tmp_path / "run", tmp_path / "moved", folder / "btlm_mup" / "import" / "step-00000000"
+    shutil.copytree(weights, run / "checkpoints" / weights.name)
+    assert main(["export-hf", str(run), str(tmp_path / "out"), "--dtype", "fp32"]) == 0
+    assert caplog.messages == []
+    (run / "config.yaml").write_text(dump(section_from(RunConfig, two_phases("btlm", moved, tmp_path), "")))
+    assert main(["export-hf", str(run), str(tmp_path / "out"), "--dtype", "fp32"]) == 0
+    (said,) = caplog.messages
+    assert said.startswith(f"exported without a tokenizer: {moved / 'tokenizer.json'} is not there")
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
 @pytest.mark.dist

@@ -16,7 +16,7 @@ from trainer.engine import Engine
 from trainer.models.init import place
 from trainer.parallel.layers import shard_of
 from trainer.parallel.mesh import Mesh, from_rank_0, gather_to_all
-from trainer.parallel.shards import Shard, joined, local_part
+from trainer.parallel.shards import Shard, local_part
 
 log = logging.getLogger(__name__)
 
@@ -49,20 +49,22 @@ class Snapshot:
         return self.tensor("master", name)
 
     def tensor(self, kind: str, name: str) -> Tensor:
-        """The true global fp32 tensor of one kind of state (master, exp_avg, exp_avg_sq) of `name`."""
+        """The true global fp32 tensor of one kind of state (master, exp_avg, exp_avg_sq) of `name`.
+
+        Memory: the tensor and, where a rank's box is no run of it, one box.
+        """
         fragments = self._by_name[name]
         place = fragments[0]["shard"]
         shard = Shard(tuple(place["shape"]), place["dim"], place["padded_size"])
         tp_size = self.manifest["tp_size"] if shard.dim is not None else 1
-        boxes = [torch.empty(shard.box_shape(tp_size)).reshape(-1) for _ in range(tp_size)]
-        read = 0
-        for fragment in fragments:
-            start, numel = fragment["start"], fragment["numel"]
-            flat = self._file(fragment["file"]).get_tensor(key(kind, name, start))
-            boxes[fragment["tp_rank"] if tp_size > 1 else 0][start : start + numel] = flat
-            read += numel
-        assert read == sum(box.numel() for box in boxes), f"{self.folder}: fragments of {name} do not cover it"
-        return joined(shard, boxes)
+        padded = torch.empty(shard.box_shape(1))
+        for tp_rank, hole in enumerate(padded.chunk(tp_size, dim=shard.dim or 0)):
+            box = hole if hole.is_contiguous() else torch.empty(hole.shape)
+            self._fill_box(box.view(-1), kind, name, [each for each in fragments if each["tp_rank"] == tp_rank])
+            if box is not hole:
+                hole.copy_(box)
+            del box  # before the next is made
+        return padded if shard.dim is None else padded.narrow(shard.dim, 0, shard.shape[shard.dim])
 
     def sections(self) -> tuple[StableLM | BTLM, Mup | None]:
         """The model and its parametrisation as they were saved."""
@@ -74,6 +76,13 @@ class Snapshot:
     def close(self) -> None:
         """The files are let go; they would else stay mapped, and their space in use after they are removed."""
         self._files.clear()
+
+    def _fill_box(self, flat: Tensor, kind: str, name: str, fragments: list[dict[str, Any]]) -> None:
+        for fragment in fragments:
+            start, numel = fragment["start"], fragment["numel"]
+            flat[start : start + numel] = self._file(fragment["file"]).get_tensor(key(kind, name, start))
+        read = sum(fragment["numel"] for fragment in fragments)
+        assert read == flat.numel(), f"{self.folder}: fragments of {name} do not cover it"
 
     def _file(self, name: str) -> Any:
         if name not in self._files:

@@ -28,6 +28,8 @@ class Source:
     """What ends a document."""
     max_seq_len: int | None
     """Longest row it was trained on, where that is known."""
+    lost_tokenizer: Path | None = None
+    """Where the run's config.yaml has it, if it is not there any more."""
 
 
 def source(path: Path, step: int | None = None) -> Source:
@@ -55,12 +57,15 @@ def _checkpoint(path: Path) -> Source:
     tokenizer, eos_token, max_seq_len = home / TOKENIZER_FILE, facts.get("eos_token"), facts.get("max_seq_len")
     if "phases" in facts:
         max_seq_len = max(phase["seq_len"] for phase in facts["phases"])
+    lost = None
     if (home / "config.yaml").is_file():
         corpus = Path(next(iter(load(home / "config.yaml").data.sources.values())))
         tokenizer = corpus / TOKENIZER_FILE
         if tokenizer.is_file():
             eos_token = manifest.load(corpus).eos_token
-    return Source(model, mup, snapshot.weight, _file(tokenizer), eos_token or ORDINARY_EOS, max_seq_len)
+        else:
+            lost = tokenizer
+    return Source(model, mup, snapshot.weight, _file(tokenizer), eos_token or ORDINARY_EOS, max_seq_len, lost)
 
 
 def _of_step(path: Path, step: int) -> Path:

@@ -35,6 +35,8 @@ ONLY_HERE = {"init_truncation_sigmas": 0.0, "document_masking": False}
 """The fields below it, with the values of folders made elsewhere."""
 IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Endings of buffers in older folders: causal masks and rotary frequencies."""
+DTYPES = ("F32", "BF16", "F16")
+"""Of weights in a folder, as its files call them; fp32 holds each without loss."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -74,7 +76,7 @@ def export(
 def load(folder: Path) -> tuple[StableLM | BTLM, Mup | None, Read]:
     """The model of a Hugging Face folder, its muP section, and a reader of its tensors by our names.
 
-    Names and shapes of all tensors are checked here; values are read, as stored, when asked for.
+    Names, shapes and dtypes of all tensors are checked here; values are read, as stored, when asked for.
     Raises: UserError for a folder that is damaged, incomplete, or not of one of the two families.
     """
     folder = Path(folder)
@@ -199,9 +201,15 @@ def _check_names(folder: Path, rows: Iterable[Row], files: dict[str, Any], defau
     for name, shape in expected.items():
         if name not in files and name not in defaults:
             raise UserError(f"{folder}: {name} is missing; config.json asks for it; complete the folder")
-        if name in files and tuple(files[name].get_slice(name).get_shape()) != shape:
-            found = tuple(files[name].get_slice(name).get_shape())
+        if name not in files:
+            continue
+        found, dtype = tuple(files[name].get_slice(name).get_shape()), files[name].get_slice(name).get_dtype()
+        if found != shape:
             raise UserError(f"{folder}: {name} has shape {found}; config.json makes it {shape}; correct one of them")
+        if dtype not in DTYPES:
+            raise UserError(
+                f"{folder}: {name} is {dtype}; weights are read from {', '.join(DTYPES)}; convert the folder"
+            )
     for name in files:
         if name not in expected and name not in defaults and not name.endswith(IGNORED):
             raise UserError(f"{folder}: {name} is no tensor of the model in config.json; correct config.json")

@@ -5,6 +5,7 @@ all. Nothing here knows what a tensor means.
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,18 +45,29 @@ def write_json(path: Path, tree: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def appearing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place at the end, or is gone after an error."""
+    """A folder beside `out` that takes its place at the end, or is gone after an error, `out` being as it was.
+
+    Raises: UserError where `out` cannot be replaced, before anything is written.
+    """
+    out = out.resolve()
+    if os.path.ismount(out) or out == Path.cwd():
+        what = "a mount point" if os.path.ismount(out) else "the current folder"
+        raise UserError(f"{out}: is {what}; the output takes its place when it is complete; name a new folder")
     folder, old = (out.with_name(f".{out.name}.{os.getpid()}.{state}") for state in ("partial", "old"))
-    folder.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(out)
+    folder.mkdir()
     try:
         yield folder
         if out.exists():
             out.rename(old)
         folder.rename(out)
         sync_folder(out.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if old.exists() and not out.exists():
+            old.rename(out)
+        for rest in (folder, old):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def write_weights(folder: Path, read: Read, rows: list[Row], dtypes: dict[str, dtype], shard_bytes: int) -> None:
@@ -110,6 +122,26 @@ def open_weights(folder: Path) -> dict[str, Any]:
             f"{folder / INDEX}: {lost[0]} is not in {wanted[lost[0]]}; index and files differ; copy them again"
         )
     return held
+
+
+def _remove_stale(out: Path) -> None:
+    """What killed processes left beside `out` is gone; one with our own id is another's too: containers give ids again."""
+    # Without its successor in place, an old folder is all that is left of an earlier output.
+    states = "partial|old" if out.exists() else "partial"
+    for path in out.parent.iterdir():
+        found = re.fullmatch(rf"\.{re.escape(out.name)}\.(\d+)\.({states})", path.name)
+        if found and (int(found[1]) == os.getpid() or not _runs(int(found[1]))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it does, for somebody else
+    return True
 
 
 def _pieces(row: Row, ours: Tensor, dtype: dtype) -> Iterator[Tensor]:

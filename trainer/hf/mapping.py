@@ -1,13 +1,13 @@
 """What a table of names says, and how it is read: each `Row` is one of our tensors, each `Piece` the tensor
 of a Hugging Face folder that holds a part of it. A row is pure data; `cut` reads it outwards and `join`
-inwards, so export and import cannot disagree. Nothing here knows a family, a file, or torch beyond a tensor's
-methods.
+inwards, so export and import cannot disagree. Nothing here knows a family, a file, or torch beyond its tensors.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
-from torch import Tensor
+from torch import Tensor, promote_types
 
 Read = Callable[[str], Tensor]
 """Our name of a tensor -> the whole tensor at its true shape, on the CPU."""
@@ -57,9 +57,9 @@ def cut(row: Row, piece: Piece, ours: Tensor) -> Tensor:
 
 
 def join(row: Row, read: Read) -> Tensor:
-    """Our whole tensor, from the folder's tensors that `read` finds by their names."""
+    """Our whole tensor, from the folder's tensors that `read` finds by their names, in a dtype that rounds none of them."""
     parts = [read(piece.theirs) for piece in row.pieces]
-    ours = parts[0].new_empty(row.view)
+    ours = parts[0].new_empty(row.view, dtype=reduce(promote_types, (part.dtype for part in parts)))
     for piece, part in zip(row.pieces, parts, strict=True):
         hole = ours[piece.index]
         if piece.axes:

@@ -1,6 +1,9 @@
 """Folders: whole or not at all on the way out, one line about what is wrong on the way in."""
 
 import json
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +15,10 @@ from tests.promises.test_hf import export, write_tokenizer
 from tests.reference.variants import VARIANTS
 from trainer.config import Mup, UserError
 from trainer.hf import convert
+from trainer.hf.folder import appearing
+from trainer.hf.mapping import cut
+
+QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
 def edit(path: Path, **fields: object) -> None:
@@ -72,6 +79,18 @@ def shard(folder: Path) -> Path:
             "lm_head.weight differs",
         ),
         ("stablelm_12b", 10**9, lambda f: change(f, **{"model.norm.bias": torch.ones(4)}), "has shape"),
+        (
+            "stablelm_12b",
+            10**9,
+            lambda f: change(f, **{QUERY: load_file(f / convert.WEIGHTS)[QUERY].double()}),
+            f"{QUERY} is F64; .* F32, BF16, F16; convert",
+        ),
+        (
+            "stablelm_12b",
+            10**9,
+            lambda f: change(f, **{QUERY: load_file(f / convert.WEIGHTS)[QUERY].to(torch.int8)}),
+            f"{QUERY} is I8",
+        ),
         ("stablelm_12b", 10**9, lambda f: edit(f / "config.json", hidden_act="gelu"), "hidden_act"),
         (
             "stablelm_12b",
@@ -122,6 +141,23 @@ def test_a_published_folders_extras_are_accepted(tmp_path: Path) -> None:
     assert all(torch.equal(read(name), tensor) for name, tensor in tensors.items())
     change(tmp_path / "out", **{"transformer.relative_pe.slopes": None})
     assert convert.load(tmp_path / "out")[0] == model
+
+
+def test_a_tensor_of_pieces_in_several_dtypes_is_not_rounded(tmp_path: Path) -> None:
+    """The first piece is narrower than the others, and neither of the two 16-bit formats holds the other."""
+    tensors = export("stablelm_12b", tmp_path / "out")
+    held, name = load_file(tmp_path / "out" / convert.WEIGHTS), "layers.0.attention.qkv.weight"
+    for changed in ({QUERY: torch.bfloat16}, {QUERY: torch.bfloat16, QUERY.replace("q_", "k_"): torch.float16}):
+        given = {key: held[key].to(dtype) for key, dtype in changed.items()}
+        change(tmp_path / "out", **held | given)
+        found = {key: value.float() for key, value in given.items()}
+        read = convert.load(tmp_path / "out")[2]
+        row = next(row for row in convert.TABLES["stablelm"].rows(VARIANTS["stablelm_12b"][0]) if row.ours == name)
+        assert read(name).dtype == torch.float32
+        for piece in row.pieces:
+            wanted = found.get(piece.theirs, held[piece.theirs])
+            assert torch.equal(cut(row, piece, read(name)), wanted), piece.theirs
+    assert not torch.equal(read(name), tensors[name])
 
 
 def test_earlier_names_of_fields_are_read(tmp_path: Path) -> None:
@@ -226,6 +262,44 @@ def test_a_failed_export_leaves_what_was_there(tmp_path: Path) -> None:
             convert.export(read, model, mup, tmp_path / out, tokenizer=None, max_seq_len=64, dtype=torch.bfloat16)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert torch.equal(convert.load(tmp_path / "out")[2]("embedding.weight"), tensors["embedding.weight"])
+
+
+@pytest.mark.parametrize("out", [".", "/proc"])
+def test_what_cannot_be_replaced_is_refused_before_anything_is_written(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current folder, of which a shell would go on to see the removed one, and a mount point."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with (
+        pytest.raises(UserError, match=r"is (the current folder|a mount point); .*; name a new folder$"),
+        appearing(Path(out)),
+    ):
+        raise AssertionError("something can be written")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    left = [f".out.{gone.pid}.partial", f".out.{os.getpid()}.partial"]
+    kept = [f".out.{os.getppid()}.partial", f".other.{gone.pid}.partial", f".out.{gone.pid}.old", ".out.notes.partial"]
+    for name in left + kept:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / convert.WEIGHTS).touch()
+    with appearing(tmp_path / "out") as folder:
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, folder.name])
+        assert not list(folder.iterdir())
+    with appearing(tmp_path / "out"):
+        assert not (tmp_path / f".out.{gone.pid}.old").exists()
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_earlier_one_there(tmp_path: Path) -> None:
+    export("btlm_mup", tmp_path / "out")
+    with pytest.raises(FileNotFoundError), appearing(tmp_path / "out") as folder:
+        shutil.rmtree(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert convert.load(tmp_path / "out")[0].family == "btlm"
 
 
 def test_stablelm_with_mup_is_not_published(tmp_path: Path) -> None:
