@@ -211,7 +211,7 @@ def _whole(partial: Tensor, bias: Tensor | None) -> Tensor:
 def _scored(kernel: Callable[..., Tensor], seen: dict[str, Tensor]) -> Callable[..., Tensor]:
     """The kernel, which leaves in `seen` what its scores do: the mix less that of queries of zero, per size of a head's values.
 
-    While scores are small this is as large as they are. Unlike products of queries and keys it has passed the kernel itself,
+    While scores are small this is in proportion to them. Unlike products of queries and keys it has passed the kernel itself,
     whatever that made of the scale it was given.
     """
 
