@@ -14,6 +14,7 @@ from trainer.config import UserError, check_world, load
 from trainer.runtime import quiet_libraries
 
 USER_ERROR_EXIT_CODE = 2
+CLOSED_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 
 VERBS = {
     "prepare": ("data_prep.prepare", "text to tokenized shards and a manifest"),
@@ -37,7 +38,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0 done, 2 the user's mistake, 85 saved on a signal."""
+    """Runs one verb; returns the exit code: 0 done, 2 the user's mistake, 85 saved on a signal,
+    141 nobody reads the output any longer.
+    """
     argv = sys.argv[1:] if argv is None else argv
     # The deepspeed launcher adds its own flag in front of or behind ours; the rank comes from the environment.
     argv = [argument for argument in argv if not argument.startswith("--local_rank")]
@@ -51,6 +54,10 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(3)
         print(f"tandem: {error}", file=sys.stderr, flush=True)
         return USER_ERROR_EXIT_CODE
+    except BrokenPipeError:
+        # Whoever read our output, `head` say, has enough; what Python still holds back must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE_EXIT_CODE
 
 
 def parse(argv: list[str]) -> int:

@@ -1,6 +1,8 @@
 """Generation through the cache says what reading from scratch says, and transformers on the export; no row sees another."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -31,7 +33,7 @@ from tests.reading import (
 )
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, reference, tokens
-from trainer.__main__ import main
+from trainer.__main__ import CLOSED_PIPE_EXIT_CODE, main
 from trainer.continuation import Sampling, continuations, draw, side_by_side
 from trainer.generate import show
 from trainer.hf import convert
@@ -293,6 +295,20 @@ def test_text_appears_with_its_tokens_in_whole_characters(folder):
     assert len(ids) > len(text.split()) + 5, "characters of several tokens"
     assert all(text.startswith(part) for part in parts)
     assert len(set(parts)) > 5
+
+
+@pytest.mark.dist
+def test_a_reader_who_has_enough_ends_the_command_quietly(folder):
+    """As in `tandem generate ... | head -c 1`."""
+    command = [sys.executable, "-m", "trainer", "generate", folder, "--prompt", "the", "--past-end", "--tokens", "2000"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout.read(1) == "t"
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == CLOSED_PIPE_EXIT_CODE
+    assert "Traceback" not in said
+    assert "BrokenPipe" not in said
 
 
 @pytest.mark.parametrize(
