@@ -1,42 +1,120 @@
-"""The gated activation of the feed-forward network.
+"""The gated activation of the feed-forward network, alone and before the product with the matrix that follows.
 
     forward   y  = silu(g) * u                      silu(g) = g * s,  s = sigmoid(g)
     backward  dg = dy * u * s * (1 + g * (1 - s)),  du = dy * silu(g)
 
-Written as one operation so that backward keeps nothing but the input: left to autograd, bf16 training would
-keep three fp32 copies of the widest activation of the model.
+Written as one operation so that backward keeps nothing but the input: left to autograd, bf16 training would keep three fp32
+copies of the widest activation of the model. The product with the next matrix would keep y besides; `swiglu_linear` makes y
+once more in backward, in the pass that reads g and u anyway.
 """
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
-def swiglu(gate_up: Float[Tensor, "... 2 ffn_width"]) -> Float[Tensor, "... ffn_width"]:
-    """silu(gate) * up; index 0 is the gate, 1 is up. fp32 inside (fp64 for fp64), the input's dtype out.
+def swiglu(gate_up: Float[Tensor, "*batch 2 ffn_width"], *, gate: int = 0) -> Float[Tensor, "*batch ffn_width"]:
+    """silu(gate) * up; `gate` is the index of the gate, the other is up. fp32 inside (fp64 for fp64), the input's dtype out.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", section 2, without biases.
     """
-    return _SwiGLU.apply(gate_up)
+    return torch.ops.tandem.swiglu(gate_up, gate)
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = _wide(gate_up).unbind(-2)
-        return (gate * gate.sigmoid() * up).to(gate_up.dtype)
+def swiglu_linear(
+    gate_up: Float[Tensor, "*batch 2 ffn_width"], weight: Float[Tensor, "width ffn_width"], *, gate: int = 0
+) -> Float[Tensor, "*batch width"]:
+    """swiglu(gate_up) times the transposed weight, keeping these two for backward and not the widest tensor between them."""
+    return torch.ops.tandem.swiglu_linear(gate_up, weight, gate)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, output_gradient: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        (gate, up), gradient = _wide(gate_up).unbind(-2), _wide(output_gradient)
-        sigmoid = gate.sigmoid()
-        gate_gradient = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
-        up_gradient = gradient * gate * sigmoid
-        return torch.stack((gate_gradient, up_gradient), dim=-2).to(gate_up.dtype)
+
+@torch.library.custom_op("tandem::swiglu", mutates_args=(), device_types="cpu")
+def _swiglu(gate_up: Tensor, gate: int) -> Tensor:
+    wide = _wide(gate_up)
+    g, u = wide.select(-2, gate), wide.select(-2, 1 - gate)
+    return (g * g.sigmoid() * u).to(gate_up.dtype)
+
+
+@_swiglu.register_kernel("cuda")
+def _(gate_up: Tensor, gate: int) -> Tensor:
+    from kernels.device import swiglu as device
+
+    return device.forward(gate_up, gate)
+
+
+@_swiglu.register_fake
+def _(gate_up: Tensor, gate: int) -> Tensor:
+    return gate_up.new_empty(_narrow(gate_up))
+
+
+@torch.library.custom_op("tandem::swiglu_backward", mutates_args=(), device_types="cpu")
+def _swiglu_backward(out_gradient: Tensor, gate_up: Tensor, gate: int, with_product: bool) -> tuple[Tensor, Tensor]:
+    """Gradient of gate_up, and the forward result, which is empty unless asked for."""
+    wide, dy = _wide(gate_up), _wide(out_gradient)
+    g, u = wide.select(-2, gate), wide.select(-2, 1 - gate)
+    sigmoid = g.sigmoid()
+    halves = [dy * u * sigmoid * (1 + g * (1 - sigmoid)), dy * g * sigmoid]
+    gradient = torch.stack(halves if gate == 0 else halves[::-1], dim=-2).to(gate_up.dtype)
+    product = (g * sigmoid * u).to(gate_up.dtype) if with_product else gate_up.new_empty(0)
+    return gradient, product
+
+
+@_swiglu_backward.register_kernel("cuda")
+def _(out_gradient: Tensor, gate_up: Tensor, gate: int, with_product: bool) -> tuple[Tensor, Tensor]:
+    from kernels.device import swiglu as device
+
+    return device.backward(out_gradient, gate_up, gate, with_product=with_product)
+
+
+@_swiglu_backward.register_fake
+def _(out_gradient: Tensor, gate_up: Tensor, gate: int, with_product: bool) -> tuple[Tensor, Tensor]:
+    return gate_up.new_empty(gate_up.shape), gate_up.new_empty(_narrow(gate_up) if with_product else (0,))
+
+
+def _keep_gate_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate_up, ctx.gate = inputs
+    ctx.save_for_backward(gate_up)
+
+
+def _gate_up_gradient(ctx: Any, out_gradient: Tensor) -> tuple[Tensor, None]:
+    (gate_up,) = ctx.saved_tensors
+    gradient, _ = torch.ops.tandem.swiglu_backward(out_gradient, gate_up, ctx.gate, False)
+    return gradient, None
+
+
+_swiglu.register_autograd(_gate_up_gradient, setup_context=_keep_gate_up)
+
+
+@torch.library.custom_op("tandem::swiglu_linear", mutates_args=())
+def _swiglu_linear(gate_up: Tensor, weight: Tensor, gate: int) -> Tensor:
+    return torch.nn.functional.linear(torch.ops.tandem.swiglu(gate_up, gate), weight)
+
+
+@_swiglu_linear.register_fake
+def _(gate_up: Tensor, weight: Tensor, gate: int) -> Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-2], len(weight)))
+
+
+def _keep_gate_up_and_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate_up, weight, ctx.gate = inputs
+    ctx.save_for_backward(gate_up, weight)
+
+
+def _both_gradients(ctx: Any, out_gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    gate_up, weight = ctx.saved_tensors
+    product_gradient = out_gradient @ weight
+    gradient, product = torch.ops.tandem.swiglu_backward(product_gradient, gate_up, ctx.gate, True)
+    return gradient, out_gradient.flatten(0, -2).t() @ product.flatten(0, -2), None
+
+
+_swiglu_linear.register_autograd(_both_gradients, setup_context=_keep_gate_up_and_weight)
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _narrow(gate_up: Tensor) -> torch.Size:
+    return gate_up.shape[:-2] + gate_up.shape[-1:]

@@ -5,6 +5,8 @@ cost nothing. It must be in place before the first import of `trainer` or `kerne
 """
 
 import gc
+import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,6 +16,10 @@ check_annotations()
 
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():
+    # Kernels run on the CPU, line by line, in Triton's interpreter. Triton reads this when it is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
@@ -22,9 +28,11 @@ def one_thread() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def imports_are_no_garbage() -> None:
+def imports_are_no_garbage() -> Iterator[None]:
     """DeepSpeed's bf16 optimizer collects garbage eight times, and would look at every imported object each time."""
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -35,6 +43,8 @@ def generator() -> torch.Generator:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
+        if "tests/kernels/device/" in item.nodeid and torch.cuda.is_available():
+            item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("full_size") and "full_size" not in config.option.markexpr:

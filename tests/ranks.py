@@ -22,7 +22,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-OWN_PACKAGES = ["trainer", "kernels", "data_prep"]
+OPERATIONS = [f"kernels.{file.stem}" for file in (Path(__file__).parents[1] / "kernels").glob("[!_]*.py")]
+OWN_PACKAGES = ["trainer", "data_prep", *OPERATIONS]
+"""Without kernels.device: Triton wants its functions as they are written."""
 GRACE_SECONDS = 5
 """After one rank has failed, the others have this long to tell their own story."""
 

@@ -1,0 +1,24 @@
+"""One way to launch a kernel."""
+
+from typing import Any
+
+import torch
+import triton
+
+
+def launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """The kernel runs once for each program of the grid, on the device of the first argument, a tensor.
+
+    `constants` are the kernel's compile-time arguments and Triton's own, num_warps and num_stages. Nothing runs where there
+    is no program.
+    """
+    if 0 in programs:
+        return
+    with torch.cuda.device_of(arguments[0]):
+        # Fused multiply-adds: the default until triton 3.9, which warns where nobody says so.
+        kernel[programs](*arguments, enable_fp_fusion=True, **constants)
+
+
+def blocks(size: int, block: int) -> int:
+    """Blocks that cover `size`."""
+    return triton.cdiv(size, block)

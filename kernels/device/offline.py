@@ -1,0 +1,102 @@
+"""Kernels compiled for a Hopper GPU that need not be there, by the launchers that would launch them.
+
+Triton asks its driver what to compile for, loads what was compiled and launches it. The driver here says "sm_90", notes what
+it is given to load and launches nothing, so a launcher called with tensors on the meta device compiles just what it would
+run at those shapes. In a process of its own: Triton must not be interpreting.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import ty_to_cpp
+from triton.runtime.driver import driver
+
+SM_90_SHARED_BYTES = 232_448
+"""Of one block at most. Source: CUDA C++ programming guide, technical specifications, compute capability 9.0."""
+SM_90_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel asks of a multiprocessor."""
+
+    name: str
+    registers: int
+    """Per thread."""
+    spilled_bytes: int
+    """Per thread, in local memory."""
+    shared_bytes: int
+    num_warps: int
+
+
+@contextmanager
+def hopper() -> Iterator[list[Compiled]]:
+    """Within the block launches compile for sm_90 and run nothing; the list names each kernel as it is compiled.
+
+    Raises: RuntimeError where Triton interprets.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
+    stand_in = _Driver()
+    before = driver._active
+    driver.set_active(stand_in)
+    try:
+        yield stand_in.compiled
+    finally:
+        driver._active = before
+
+
+class _Driver:
+    """As much of triton.backends.driver.DriverBase as a launch touches; triton 3.6 to 3.9."""
+
+    def __init__(self) -> None:
+        self.compiled: list[Compiled] = []
+        self.utils = self
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SM_90_SHARED_BYTES, "multiprocessor_count": 132}
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty_to_cpp(ty)
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        self.num_warps = metadata.num_warps
+        return lambda *arguments: None
+
+    def load_binary(
+        self, name: str, cubin: bytes, shared_bytes: int, device: int
+    ) -> tuple[object, object, int, int, int]:
+        found = Compiled(name, *_usage(cubin), shared_bytes, self.num_warps)
+        self.compiled.append(found)
+        return object(), object(), found.registers, found.spilled_bytes // 4, SM_90_THREADS
+
+    def unload_module(self, module: object) -> None:
+        pass
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory of each thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    fields = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told.stdout)}
+    return fields["REG"], fields["STACK"] + fields["LOCAL"]

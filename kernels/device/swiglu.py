@@ -1,0 +1,99 @@
+"""SwiGLU in units of 128 columns.
+
+A unit is 128 neighbouring columns of one row: 256 bytes of bf16, so that any ffn_width of whole units, however odd (54, 27
+or 14 of them for BTLM over 1, 2 and 4 ranks), leaves no idle thread and no ragged last block. Gate and up are read in place
+from the buffer that holds both.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.device.launch import blocks, launch
+
+UNIT = 128
+FORWARD = {"UNITS": 16, "num_warps": 4}
+BACKWARD = {"UNITS": 8, "num_warps": 4}
+"""Sixteen bytes per thread and tensor are in flight at once, twice in forward, which reads fewer tensors."""
+
+
+@triton.jit
+def _place(row_units, UNITS: tl.constexpr, UNIT: tl.constexpr):
+    """Row of each unit and columns of its elements."""
+    unit = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
+    row = unit // row_units
+    column = (unit % row_units)[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+    return row, column
+
+
+@triton.jit
+def _forward(gate, up, out, rows, columns, row_units, row_stride, UNITS: tl.constexpr, UNIT: tl.constexpr):
+    row, column = _place(row_units, UNITS, UNIT)
+    exists = (row < rows)[:, None] & (column < columns)
+    source = row[:, None] * row_stride + column
+    g = tl.load(gate + source, mask=exists, other=0.0).to(tl.float32)
+    u = tl.load(up + source, mask=exists, other=0.0).to(tl.float32)
+    tl.store(out + row[:, None] * columns + column, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _backward(
+    out_gradient, gate, up, gate_gradient, up_gradient, product,
+    rows, columns, row_units, row_stride,
+    WITH_PRODUCT: tl.constexpr, UNITS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    row, column = _place(row_units, UNITS, UNIT)
+    exists = (row < rows)[:, None] & (column < columns)
+    source = row[:, None] * row_stride + column
+    narrow = row[:, None] * columns + column
+    dy = tl.load(out_gradient + narrow, mask=exists, other=0.0).to(tl.float32)
+    g = tl.load(gate + source, mask=exists, other=0.0).to(tl.float32)
+    u = tl.load(up + source, mask=exists, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(g)
+    silu = g * sigmoid
+    wide = row[:, None] * (2 * columns) + column
+    dtype = gate_gradient.dtype.element_ty
+    tl.store(gate_gradient + wide, (dy * u * sigmoid * (1 + g * (1 - sigmoid))).to(dtype), mask=exists)
+    tl.store(up_gradient + wide, (dy * silu).to(dtype), mask=exists)
+    if WITH_PRODUCT:
+        tl.store(product + narrow, (silu * u).to(dtype), mask=exists)
+
+
+def forward(gate_up: Tensor, gate: int) -> Tensor:
+    """silu(gate) * up, contiguous."""
+    halves, out = _halves(gate_up), _narrow(gate_up)
+    sizes = _sizes(halves)
+    programs = (blocks(sizes[0] * sizes[2], FORWARD["UNITS"]),)
+    launch(_forward, programs, halves[:, gate], halves[:, 1 - gate], out, *sizes, UNIT=UNIT, **FORWARD)
+    return out
+
+
+def backward(out_gradient: Tensor, gate_up: Tensor, gate: int, *, with_product: bool) -> tuple[Tensor, Tensor]:
+    """Gradient of gate_up, contiguous; and the forward result once more, which is empty unless asked for."""
+    halves = _halves(gate_up)
+    gradient = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    product = _narrow(gate_up) if with_product else gate_up.new_empty(0)
+    wide, sizes = gradient.view(halves.shape), _sizes(halves)
+    programs = (blocks(sizes[0] * sizes[2], BACKWARD["UNITS"]),)
+    launch(
+        _backward, programs, out_gradient.contiguous(), halves[:, gate], halves[:, 1 - gate], wide[:, gate], wide[:, 1 - gate],
+        product, *sizes, WITH_PRODUCT=with_product, UNIT=UNIT, **BACKWARD,
+    )  # fmt: skip
+    return gradient, product
+
+
+def _halves(gate_up: Tensor) -> Tensor:
+    """[rows, 2, columns] with neighbouring columns; a view unless the leading dims lie in memory like no single one."""
+    halves = gate_up.reshape(-1, 2, gate_up.shape[-1])
+    return halves if halves.stride(-1) == 1 else halves.contiguous()
+
+
+def _narrow(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[:-2] + gate_up.shape[-1:])
+
+
+def _sizes(halves: Tensor) -> tuple[int, int, int, int]:
+    """Rows, columns, units in a row, elements from row to row."""
+    rows, _, columns = halves.shape
+    return rows, columns, blocks(columns, UNIT), halves.stride(0)

@@ -1,0 +1,77 @@
+"""The kernels of SwiGLU against their meaning in fp64."""
+
+import pytest
+import torch
+
+from kernels.device import swiglu as kernels
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+SHAPES = [(1, 2, 1), (1, 2, 128), (3, 2, 7), (5, 2, 131), (2, 3, 2, 300), (17, 2, 256)]
+ROUNDING = {torch.float32: 8 * 2**-24, torch.bfloat16: 0.51 * 2**-7}
+"""Relative: a handful of fp32 operations, or one rounding to bf16."""
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def example(shape, dtype, generator, device):
+    gate_up = torch.randn(shape, generator=generator).mul(3).to(device, dtype)
+    return gate_up, torch.randn(shape[:-2] + shape[-1:], generator=generator).to(device, dtype)
+
+
+def exact(gate_up, out_gradient, gate=0):
+    """Result and gradient in fp64, by autograd from the definition."""
+    wide = gate_up.detach().cpu().double().requires_grad_()
+    result = torch.nn.functional.silu(wide.select(-2, gate)) * wide.select(-2, 1 - gate)
+    (gradient,) = torch.autograd.grad(result, wide, out_gradient.cpu().double())
+    return result.detach(), gradient
+
+
+def close(found, true):
+    torch.testing.assert_close(found.cpu().double(), true, rtol=ROUNDING[found.dtype], atol=1e-6)
+
+
+@DTYPES
+@pytest.mark.parametrize("gate", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_result_and_gradient_are_the_meaning_rounded_once(shape, gate, dtype, generator, device):
+    gate_up, out_gradient = example(shape, dtype, generator, device)
+    result, gradient = exact(gate_up, out_gradient, gate)
+    close(kernels.forward(gate_up, gate), result)
+    found, product = kernels.backward(out_gradient, gate_up, gate, with_product=True)
+    close(found, gradient)
+    assert torch.equal(product, kernels.forward(gate_up, gate))
+    without, nothing = kernels.backward(out_gradient, gate_up, gate, with_product=False)
+    assert torch.equal(without, found)
+    assert nothing.numel() == 0
+
+
+def test_halves_of_a_wider_buffer_are_read_where_they_lie(generator, device):
+    """Rows far apart, and a projection [rows, seq, 2 * ffn_width] seen as two halves; other layouts are copied first."""
+    buffer = torch.randn(4, 3, 400, generator=generator).to(device)
+    inside = buffer[..., 8:208].unflatten(-1, (2, 100))
+    transposed = torch.randn(2, 100, 7, generator=generator).to(device).permute(2, 0, 1)
+    for gate_up in (inside, inside[::2], inside.transpose(0, 1), transposed):
+        assert not gate_up.is_contiguous()
+        packed = gate_up.contiguous()
+        assert torch.equal(kernels.forward(gate_up, 0), kernels.forward(packed, 0))
+        out_gradient = torch.randn(packed.shape[:-2] + packed.shape[-1:], generator=generator).to(device)
+        pair = [kernels.backward(out_gradient, x, 0, with_product=False)[0] for x in (gate_up, packed)]
+        assert torch.equal(*pair)
+
+
+def test_large_gates_neither_overflow_nor_vanish_wrongly(device):
+    gate_up = torch.tensor([[-200.0, -20.0, 20.0, 200.0], [3.0, 3.0, 3.0, 3.0]], device=device)
+    out_gradient = torch.ones(4, device=device)
+    result, gradient = exact(gate_up, out_gradient)
+    close(kernels.forward(gate_up, 0), result)
+    close(kernels.backward(out_gradient, gate_up, 0, with_product=False)[0], gradient)
+
+
+def test_inputs_are_unchanged_and_the_bits_repeat(generator, device):
+    tensors = example((9, 2, 150), torch.bfloat16, generator, device)
+    before = [tensor.clone() for tensor in tensors]
+    gate_up, out_gradient = tensors
+    first, second = (
+        (kernels.forward(gate_up, 0), *kernels.backward(out_gradient, gate_up, 0, with_product=True)) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
