@@ -2,22 +2,27 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from kernels.swiglu import swiglu
+from kernels.swiglu import swiglu, swiglu_linear
 
 SHAPES = [(2, 1), (3, 2, 7), (2, 5, 2, 33)]
+ONE_ROUNDING = {"rtol": 0.51 * torch.finfo(torch.bfloat16).eps, "atol": 1e-6}
+"""Half a unit in the last place, and a little for the fp32 arithmetic before it."""
 
 
-def definition(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.double()[..., 0, :], gate_up.double()[..., 1, :]
-    return gate / (1 + torch.exp(-gate)) * up
+def definition(gate_up: torch.Tensor, gate: int = 0) -> torch.Tensor:
+    halves = gate_up.double().unbind(-2)
+    return halves[gate] / (1 + torch.exp(-halves[gate])) * halves[1 - gate]
 
 
+@pytest.mark.parametrize("gate", [0, 1])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward_and_backward_are_the_definition_in_double(shape, generator):
+def test_forward_and_backward_are_the_definition_in_double(shape, gate, generator):
     gate_up = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(swiglu(gate_up), definition(gate_up))
-    assert torch.autograd.gradcheck(swiglu, gate_up)
+    torch.testing.assert_close(swiglu(gate_up, gate=gate), definition(gate_up, gate))
+    assert torch.autograd.gradcheck(lambda x: swiglu(x, gate=gate), gate_up)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -27,18 +32,66 @@ def test_bf16_result_is_the_fp64_result_rounded_once(shape, generator):
     exact = definition(gate_up)
     (gradient,) = torch.autograd.grad(swiglu(gate_up), gate_up, output_gradient)
     (exact_gradient,) = torch.autograd.grad(exact, gate_up, output_gradient.double())
-    # Half a unit in the last place, and a little for the fp32 arithmetic before it.
-    one_rounding = {"rtol": 0.51 * torch.finfo(torch.bfloat16).eps, "atol": 1e-6}
-    torch.testing.assert_close(swiglu(gate_up).double(), exact, **one_rounding)
-    torch.testing.assert_close(gradient.double(), exact_gradient.double(), **one_rounding)
+    torch.testing.assert_close(swiglu(gate_up).double(), exact, **ONE_ROUNDING)
+    torch.testing.assert_close(gradient.double(), exact_gradient.double(), **ONE_ROUNDING)
 
 
-def test_backward_keeps_nothing_but_the_input(generator):
+@pytest.mark.parametrize("gate", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_with_a_matrix_has_the_bits_of_the_two_operations(dtype, gate, generator):
+    leaves = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in ((3, 5, 2, 24), (7, 24))]
+    output_gradient = torch.randn(3, 5, 7, generator=generator).to(dtype)
+    together = swiglu_linear(*leaves, gate=gate)
+    apart = F.linear(swiglu(leaves[0], gate=gate), leaves[1])
+    pairs = [torch.autograd.grad(result, leaves, output_gradient) for result in (together, apart)]
+    assert torch.equal(together, apart)
+    assert all(torch.equal(one, other) for one, other in zip(*pairs, strict=True))
+
+
+def test_gradients_of_the_product_with_a_matrix_are_exact_in_double(generator):
+    shapes = ((3, 2, 5), (4, 5))
+    leaves = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(swiglu_linear, leaves)
+
+
+def test_backward_keeps_the_input_alone_and_of_the_product_the_matrix_besides(generator):
     gate_up = torch.randn(4, 2, 8, generator=generator).bfloat16().requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        swiglu(gate_up)
-    assert [x.data_ptr() for x in kept] == [gate_up.data_ptr()]
+    weight = torch.randn(3, 8, generator=generator).bfloat16().requires_grad_()
+    for operation, inputs in ((swiglu, (gate_up,)), (swiglu_linear, (gate_up, weight))):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+            operation(*inputs)
+        assert [x.data_ptr() for x in kept] == [x.data_ptr() for x in inputs]
+
+
+def test_operations_are_what_torch_expects_of_them(generator):
+    gate_up = torch.randn(2, 3, 2, 5, generator=generator, requires_grad=True)
+    weight = torch.randn(4, 5, generator=generator, requires_grad=True)
+    torch.library.opcheck(torch.ops.tandem.swiglu.default, (gate_up, 0))
+    torch.library.opcheck(torch.ops.tandem.swiglu_linear.default, (gate_up, weight, 1))
+    for with_product in (False, True):
+        arguments = (torch.randn(2, 3, 5), gate_up.detach(), 0, with_product)
+        torch.library.opcheck(torch.ops.tandem.swiglu_backward.default, arguments)
+
+
+def test_compiled_recomputed_and_on_meta_it_is_the_same(generator):
+    gate_up = torch.randn(2, 3, 2, 5, generator=generator, requires_grad=True)
+    weight = torch.randn(4, 5, generator=generator, requires_grad=True)
+
+    def gradients(function):
+        return torch.autograd.grad(function(gate_up, weight).square().sum(), (gate_up, weight))
+
+    plain = gradients(swiglu_linear)
+    # The operation itself: the annotations that tests check are nothing a compiler could follow.
+    bare = torch.compile(
+        lambda *leaves: torch.ops.tandem.swiglu_linear(*leaves, 0), backend="aot_eager", fullgraph=True
+    )
+    compiled = gradients(bare)
+    again = gradients(lambda *inputs: checkpoint(swiglu_linear, *inputs, use_reentrant=False))
+    for found in (compiled, again):
+        assert all(torch.equal(one, other) for one, other in zip(plain, found, strict=True))
+    assert swiglu_linear(gate_up.to("meta"), weight.to("meta")).shape == (2, 3, 4)
+    assert swiglu(gate_up.to("meta")).shape == (2, 3, 5)
 
 
 def test_large_gates_neither_overflow_nor_vanish_wrongly():
@@ -49,9 +102,10 @@ def test_large_gates_neither_overflow_nor_vanish_wrongly():
     assert gate_up.grad.isfinite().all()
 
 
-def test_input_is_unchanged_and_the_bits_repeat(generator):
-    gate_up = torch.randn(3, 2, 5, generator=generator)
-    before = gate_up.clone()
-    first, second = swiglu(gate_up), swiglu(gate_up)
-    assert torch.equal(gate_up, before)
-    assert torch.equal(first, second)
+def test_inputs_are_unchanged_and_the_bits_repeat(generator):
+    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in ((3, 2, 5), (4, 5))]
+    before = [leaf.detach().clone() for leaf in leaves]
+    first, second = (torch.autograd.grad(swiglu_linear(*leaves).sum(), leaves) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert all(torch.equal(leaf, copy) for leaf, copy in zip(leaves, before, strict=True))
+    assert torch.equal(swiglu(leaves[0]), swiglu(leaves[0]))

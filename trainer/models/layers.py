@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor, nn
 
-from kernels.swiglu import swiglu
+from kernels.swiglu import swiglu, swiglu_linear
 from trainer.config import BTLM, StableLM
 from trainer.costs import padded
 from trainer.models.cache import Cache
@@ -35,14 +35,12 @@ class FeedForward(nn.Module):
         shape = (2, section.ffn_width, section.width)
         self.gate_up = Column(shape, 1, size, mesh, dtype, bias=bias)
         self.down = Row((section.width, section.ffn_width), size, mesh, dtype, bias=bias)
-        self.run = again_in_backward if recompute == "selective" else kept
+        self.recompute_product = recompute == "selective"
 
     def forward(self, columns: Float[Tensor, "seq rows width"]) -> Float[Tensor, "seq rows width"]:
         gate_up = self.gate_up(columns).unflatten(-1, (2, -1))
-        return self.run(self._contract, gate_up)
-
-    def _contract(self, gate_up: Float[Tensor, "seq rows 2 ffn_local"]) -> Float[Tensor, "seq rows width"]:
-        # `down` belongs inside: swiglu keeps its input alone, so running only that again would free nothing.
+        if self.recompute_product:
+            return swiglu_linear(gate_up, self.down.weight)
         return self.down(swiglu(gate_up))
 
 

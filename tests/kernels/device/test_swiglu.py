@@ -75,3 +75,21 @@ def test_inputs_are_unchanged_and_the_bits_repeat(generator, device):
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(8_192, 1, 2, 6_912), (4_096, 1, 2, 13_824)], ids=["btlm", "stablelm"])
+def test_gpu_error_is_no_more_than_that_of_torch_in_bf16(shape, generator, device):
+    gate_up, out_gradient = example(shape, torch.bfloat16, generator, device)
+    wide = gate_up.double().requires_grad_()
+    true = torch.nn.functional.silu(wide.select(-2, 0)) * wide.select(-2, 1)
+    narrow = gate_up.clone().requires_grad_()
+    theirs = torch.nn.functional.silu(narrow.select(-2, 0)) * narrow.select(-2, 1)
+    true_gradient, their_gradient = (
+        torch.autograd.grad(result, leaf, out_gradient.to(result.dtype))[0]
+        for result, leaf in ((true, wide), (theirs, narrow))
+    )
+    gradient, product = kernels.backward(out_gradient, gate_up, 0, with_product=True)
+    assert torch.equal(product, kernels.forward(gate_up, 0))
+    for mine, other, exact_value in ((product, theirs, true), (gradient, their_gradient, true_gradient)):
+        assert (mine - exact_value).norm() <= 1.1 * (other - exact_value).norm()
