@@ -18,7 +18,7 @@ def layer_norm(
     Note: torch 2.13 sums the gradients of weight and bias in bf16 on the CPU, which over 4,096 positions is 7 % off; so there
     the whole runs in fp32. On CUDA its kernel sums in fp32.
     """
-    inside = x.dtype if x.is_cuda else torch.promote_types(x.dtype, torch.float32)
+    inside = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
     bias = None if bias is None else bias.to(inside)
     return F.layer_norm(x.to(inside), x.shape[-1:], weight.to(inside), bias, epsilon).to(x.dtype)
 
