@@ -4,7 +4,7 @@
 #   tests      what is marked gpu, and every kernel against its meaning on the GPU itself
 #   kernels    every operation against its rivals, at our shapes and at theirs
 #   btlm       BTLM-3B-8K whole, rows of 2,048 and of 8,192 tokens
-#   stablelm   Stable LM 2 12B, as many of its layers as 80 GB hold with their optimizer
+#   stablelm   Stable LM 2 12B, six of its layers, which 80 GB hold with their optimizer
 #
 # Without a stage: all, in this order, each within ten minutes on an H100; a stage that fails does not stop the others.
 # Uses the Python it finds where that one has what is needed, else .venv, which launch/install.sh makes.
@@ -35,7 +35,7 @@ RANKS_PER_NODE=1
 source launch/env.sh
 python3 -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || no_gpu
 
-slice_depth=8
+slice_depth=6
 tests() { python3 -m pytest tests -m gpu; }
 kernels() { python3 -m kernels.bench --json "$out/kernels.jsonl"; }
 btlm() { phases configs/btlm-3b-8k.yaml "2k 8k" parallel.tp_size=1; }
@@ -45,8 +45,8 @@ stablelm() { phases configs/stablelm-2-12b.yaml 4k parallel.tp_size=1 --depth "$
 phases() {
     local config=$1 name
     for name in $2; do
-        python3 -m trainer bench "$config" --phase "$name" --profile "$out/$(basename "$config" .yaml)-$name.trace.json" \
-            "${@:3}" >>"$out/steps.jsonl"
+        python3 -m trainer bench "$config" "${@:3}" \
+            --phase "$name" --profile "$out/$(basename "$config" .yaml)-$name.trace.json" >>"$out/steps.jsonl"
     done
 }
 

@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def block(language: str) -> list[str]:
-    return re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    return "".join(re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)).splitlines()
 
 
 @pytest.mark.dist

@@ -25,6 +25,7 @@ VERBS = {
     "import-hf": ("trainer.exchange", "a Hugging Face folder to weights a run can start from"),
     "export-hf": ("trainer.exchange", "a run's newest checkpoint to a Hugging Face folder"),
     "report": ("trainer.report", "one HTML page with the plots of a run"),
+    "bench": ("trainer.bench", "speed, memory and time by part of the run's own training steps, on synthetic rows"),
     "mup": ("trainer.mup_check", "whether a config's muP holds: coordinates, learning-rate transfer, weight decay"),
 }
 

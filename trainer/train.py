@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,17 +42,23 @@ WARNED_OF = ("document_masking", "alibi_scaling")
 
 
 @dataclass(frozen=True)
-class Training:
-    """Everything a step needs; nothing in it changes but the engine's weights and the sinks' files."""
+class Stepper:
+    """What a step needs; nothing in it changes but the engine's weights."""
 
     config: RunConfig
-    folder: Path
     mesh: Mesh
     timeline: Timeline
-    loader: Loader
     engine: Engine
-    sinks: Sinks
     peak_flops: float
+
+
+@dataclass(frozen=True)
+class Training(Stepper):
+    """What a run needs besides: where its rows come from, where records and checkpoints go."""
+
+    folder: Path
+    loader: Loader
+    sinks: Sinks
 
 
 def run(config: RunConfig) -> int:
@@ -101,7 +107,7 @@ def run_in(
             source.close()
     sinks = on_rank_0(lambda: open_sinks(folder, config, rank=0, resumed_step=step), mesh) or Sinks([], step)
     peak_flops = config.hardware.peak_flops if config.hardware else runtime.measured_peak_flops(mesh.device)
-    training = Training(config, folder, mesh, Timeline(config.schedule), loader, engine, sinks, peak_flops)
+    training = Training(config, mesh, Timeline(config.schedule), engine, peak_flops, folder, loader, sinks)
     try:
         return loop(training, step, cursor, stop_signal)
     finally:
@@ -118,16 +124,13 @@ def loop(training: Training, step: int, cursor: dict[str, int] | None, stop_sign
     )  # fmt: skip
     batches, stopping = training.loader.batches(step, cursor), False
     while step < last and not stopping:
-        began = time.perf_counter()
-        batch = next(batches)
-        data_seconds = time.perf_counter() - began
-        loss, gradient_norm, stopping = one_step(training, batch, step, stop_signal)
+        record, cursor, stopping = timed_step(training, batches, step, stop_signal)
         step += 1
-        sinks.step(record_of(training, step, loss, gradient_norm, time.perf_counter() - began, data_seconds))
+        sinks.step(record)
         if due(step, config.evaluate.every_steps) or (config.evaluate.every_steps and step == last):
             evaluate(training, step)
         if stopping or step == last or due(step, config.checkpoint.every_steps):
-            save_checkpoint(training, step, batch.cursor)
+            save_checkpoint(training, step, cursor)
     if step >= last:
         sinks.end(step, "finished" if step == timeline.total_steps else f"run.stop_step {last}")
         return 0
@@ -135,15 +138,29 @@ def loop(training: Training, step: int, cursor: dict[str, int] | None, stop_sign
     return runtime.REQUEUE_EXIT_CODE
 
 
-def one_step(training: Training, batch: Batch, step: int, stop_signal: runtime.StopSignal) -> tuple[float, float, bool]:
+def timed_step(
+    stepper: Stepper, batches: Iterator[Batch], step: int, stop_signal: runtime.StopSignal
+) -> tuple[StepRecord, dict[str, int], bool]:
+    """Update number `step`, on the next batch. Returns its record, the cursor after the batch, and whether any rank was told
+    to stop.
+    """
+    began = time.perf_counter()
+    batch = next(batches)
+    data_seconds = time.perf_counter() - began
+    loss, gradient_norm, stopping = one_step(stepper, batch, step, stop_signal)
+    record = record_of(stepper, step + 1, loss, gradient_norm, time.perf_counter() - began, data_seconds)
+    return record, batch.cursor, stopping
+
+
+def one_step(stepper: Stepper, batch: Batch, step: int, stop_signal: runtime.StopSignal) -> tuple[float, float, bool]:
     """One update on one global batch. Returns its mean loss in nats, the gradient norm before clipping, and whether any
     rank was told to stop.
     """
-    mesh, engine = training.mesh, training.engine
-    total = accumulate(engine, batch, training.timeline.phase_at(step).phase.micro_rows, mesh)
+    mesh, engine = stepper.mesh, stepper.engine
+    total = accumulate(engine, batch, stepper.timeline.phase_at(step).phase.micro_rows, mesh)
     summed, stops = sum_over_ranks([float(total), float(stop_signal.name is not None)], mesh)
     mean_loss = summed / mesh.world_size
-    gradient_norm = engine.update(training.timeline.lr_at(step))
+    gradient_norm = engine.update(stepper.timeline.lr_at(step))
     if not (math.isfinite(mean_loss) and math.isfinite(gradient_norm)):
         raise RuntimeError(
             f"step {step + 1}: loss {mean_loss}, gradient norm {gradient_norm}: not finite; nothing was saved after the last "
@@ -287,16 +304,16 @@ def check_same_model(
 
 
 def record_of(
-    training: Training, step: int, loss: float, gradient_norm: float, step_seconds: float, data_seconds: float
+    stepper: Stepper, step: int, loss: float, gradient_norm: float, step_seconds: float, data_seconds: float
 ) -> StepRecord:
     """The record of the step that was just finished, the `step`-th."""
-    config, mesh, timeline = training.config, training.mesh, training.timeline
+    config, mesh, timeline = stepper.config, stepper.mesh, stepper.timeline
     phase = timeline.phase_at(step - 1).phase
     speed = throughput(
         phase.batch_tokens, step_seconds,
         flops_per_token=flops_per_token(config.model, phase.seq_len, causal=False),
         causal_flops_per_token=flops_per_token(config.model, phase.seq_len, causal=True),
-        devices=mesh.world_size, peak_flops=training.peak_flops,
+        devices=mesh.world_size, peak_flops=stepper.peak_flops,
     )  # fmt: skip
     memory: Any = torch.cuda.max_memory_allocated() / 2**30 if mesh.device.type == "cuda" else None
     return StepRecord(

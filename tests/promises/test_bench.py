@@ -1,0 +1,293 @@
+"""`tandem bench` makes the trainer's own steps, and the figures of its line are consistent with one another."""
+
+import argparse
+import dataclasses
+import json
+import math
+import subprocess
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from tests import ranks, tiny
+from tests.promises.conftest import tandem
+from trainer import bench, costs, runtime
+from trainer.__main__ import main
+from trainer.bench.measure import measure
+from trainer.bench.plan import Plan, planned
+from trainer.bench.rows import drawn
+from trainer.config import RunConfig, section_from
+from trainer.data.loader import Loader
+from trainer.engine import Engine
+from trainer.metrics import Sinks
+from trainer.parallel.mesh import Mesh, gather_to_all, started
+from trainer.timeline import Timeline
+from trainer.train import Stepper, Training, build_engine, loop
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+PEAK_FLOPS = 2e11
+TWICE = ["--phase", "long", "--depth", "1", "--rows", "4", "--steps", "3", "--warmup-steps", "2"]
+"""Asked of one rank, and of two that share the layers."""
+FEW = "--rows 8 --warmup-steps 1 --steps 3"
+"""Asked of two replicas."""
+CARD = {
+    "name": "card", "peak_flops": PEAK_FLOPS, "memory_gib": 1.0, "memory_bytes_per_second": 1e9, "devices_per_node": 1,
+}  # fmt: skip
+
+
+def tree(**sections: dict) -> dict:
+    """Grouped keys, document masks, bf16 over fp32 masters, gradients that are always clipped; a corpus that does not exist."""
+    run = {"name": "tiny", "seed": 1, "precision": "bf16", "root": "runs"}
+    lr = {"kind": "linear", "peak": 1e-2, "final": 1e-4, "warmup_steps": 2, "decay_steps": None}
+    phases = [
+        {
+            "name": name,
+            "tokens": 20 * 512,
+            "seq_len": seq_len,
+            "rows": rows,
+            "micro_rows": 2,
+            "mixture": {"corpus": 1.0},
+        }
+        for name, seq_len, rows in (("short", 32, 16), ("long", 64, 8))
+    ]
+    found = tiny.tree("stablelm", run=run, optim={"clip_norm": 0.05}, **sections)
+    return found | {"schedule": {"batch_tokens": 512, "phases": phases, "lr": lr}, "hardware": CARD}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(place) -> subprocess.CompletedProcess[str]:
+    """One layer of two, the second phase, a quarter of its rows, one step more under the profiler."""
+    done = tandem(
+        "bench", place / "config.yaml", f"run.root={place}/runs", *TWICE, "--profile", place / "trace.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def line(said) -> dict[str, Any]:
+    [only] = said.stdout.splitlines()
+    found: dict[str, Any] = json.loads(only)
+    return found
+
+
+def test_the_line_says_what_was_measured(line):
+    expected = {
+        "config": "tiny", "family": "stablelm", "depth": 1, "recipe_depth": 2, "phase": "long", "seq_len": 64, "rows": 4,
+        "micro_rows": 2, "micro_batches": 2, "tp_size": 1, "dp_size": 1, "zero_stage": 1, "precision": "bf16",
+        "recompute": "none", "deterministic": True, "document_masking": True, "warmup_steps": 2, "steps": 3,
+        "hardware": "card", "peak_flops": PEAK_FLOPS, "torch": torch.__version__, "peak_allocated_gib": None,
+    }  # fmt: skip
+    assert {name: line[name] for name in expected} == expected
+    assert line["parameters"] == costs.parameters(one_layer())
+    assert 0.1 < line["peak_resident_gib"] < 16, "a process that holds torch and a model of nothing"
+    assert line["device"]
+    assert line["deepspeed"]
+    assert line["triton"]
+
+
+def one_layer():
+    config: RunConfig = section_from(RunConfig, tree(), "")
+    return dataclasses.replace(config.model, depth=1)
+
+
+def test_its_figures_are_consistent(line):
+    tokens, rate = 4 * 64, line["tokens_per_second"]
+    assert line["step_tokens"] == tokens
+    assert rate * line["step_seconds"] == pytest.approx(tokens)
+    assert line["step_seconds_p20"] <= line["step_seconds"] <= line["step_seconds_p80"]
+    assert line["tokens_per_second_p80"] * line["step_seconds_p20"] == pytest.approx(tokens)
+    assert line["tokens_per_second_p20"] * line["step_seconds_p80"] == pytest.approx(tokens)
+    for suffix, causal in (("", False), ("_causal", True)):
+        flops = costs.flops_per_token(one_layer(), 64, causal=causal) * rate
+        assert line[f"mfu{suffix}"] == pytest.approx(flops / PEAK_FLOPS)
+        assert line[f"share_of_matmul{suffix}"] == pytest.approx(flops / line["matmul_flops"])
+        assert line[f"{suffix[1:]}{'_' * causal}model_tflops_per_second_per_device"] == pytest.approx(flops / 1e12)
+
+
+def test_parts_are_the_step(line):
+    parts = line["part_seconds"]
+    assert list(parts) == ["data", "forward", "backward", "update", "other"]
+    assert min(parts.values()) > 0
+    # Their clock starts just before the loop's and stops just after it: what is too much is in the first or the last part.
+    too_much = sum(parts.values()) - line["instrumented_step_seconds"]
+    assert 0 <= too_much <= parts["data"] + parts["other"]
+
+
+def test_the_recipes_own_batch_is_derived_by_its_rows(line):
+    derived = line["derived"]
+    assert derived["rows_at_full_batch"] == 8
+    assert derived["accumulation_seconds"] + derived["update_seconds"] == pytest.approx(line["step_seconds"])
+    assert derived["update_seconds"] == line["part_seconds"]["update"] + line["part_seconds"]["other"]
+    seconds = derived["step_seconds_at_full_batch"]
+    assert seconds == pytest.approx(2 * derived["accumulation_seconds"] + derived["update_seconds"])
+    rate = derived["tokens_per_second_at_full_batch"]
+    assert rate * seconds == pytest.approx(512)
+    assert derived["mfu_at_full_batch"] / line["mfu"] == pytest.approx(rate / line["tokens_per_second"])
+
+
+def test_progress_and_the_profile_go_to_standard_error(said, place):
+    assert "tiny, 1 of 2 layers" in said.stderr
+    assert said.stderr.count("warm-up step") == 2
+    assert said.stderr.count("timed step") == 3
+    table = said.stderr[said.stderr.index("one step under the profiler") :]
+    for kind in ("matmul", "attention", "swiglu", "cross-entropy", "norm", "optimizer", "elementwise", "between them"):
+        assert f"\n{kind} " in table, kind
+    trace = json.loads((place / "trace.json").read_text())
+    assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
+
+
+def test_nothing_is_left_of_a_run(said, place):
+    assert sorted(path.name for path in place.iterdir()) == ["config.yaml", "trace.json"]
+
+
+class Rows(Loader):
+    """A run's loader, of the bench's rows."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+        self._of, self.fingerprints, self.order = (config, mesh), {}, {}
+
+    def batches(self, step, cursor):
+        config, mesh = self._of
+        timeline = Timeline(config.schedule)
+        for now in range(step, timeline.total_steps):
+            yield drawn(config, timeline.phase_at(now).phase, now, mesh)
+
+
+class Kept:
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+
+    def write(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "step":
+            self.losses[record["step"]] = record["loss"]
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
+
+def plan_of(words: str, world_size: int) -> tuple[RunConfig, list[Plan]]:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    config: RunConfig = section_from(RunConfig, tree(), "")
+    return planned(config, parser.parse_args(["no-file", *words.split()]), world_size)
+
+
+def state(engine: Engine) -> list[dict[str, Tensor]]:
+    """Every rank's weights, and the masters and moments it owns."""
+    found = {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
+    for fragment in engine.fragments():
+        owned = {"master": fragment.master, **fragment.moments}
+        found |= {f"{fragment.name} {key}": value.clone() for key, value in owned.items()}
+    return gather_to_all(found)
+
+
+def on_two_ranks(folder: Path, config_file: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """What the command says on this rank, as one of two that share the layers and as one of two replicas; then
+    `benched_and_trained`.
+    """
+    said = {}
+    for name, words in {"tp2": ["parallel.tp_size=2", "run.precision=fp32", *TWICE], "dp2": FEW.split()}.items():
+        with redirect_stdout(StringIO()) as output:
+            assert main(["bench", str(config_file), *words]) == 0
+        said[name] = output.getvalue()
+    return said, benched_and_trained(folder)
+
+
+def benched_and_trained(folder: Path) -> dict[str, Any]:
+    """Losses and states after the bench's steps, after `train.loop` over the same rows, and after loops that differ."""
+    config, [plan] = plan_of(FEW, 2)
+    stop_signal, total = runtime.StopSignal(), plan.total_steps
+    others = {
+        "trained": config,
+        "unclipped": dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip_norm=0.0)),
+        "other lr": with_peak(config, 2 * config.schedule.lr.peak),
+    }
+    found: dict[str, Any] = {}
+    with started(1) as mesh:
+        engine = build_engine(config, mesh, None)
+        line = measure(Stepper(config, mesh, Timeline(config.schedule), engine, 1.0), plan, 1.0, stop_signal)
+        found["benched"] = (line["first_loss"], line["last_loss"], state(engine))
+        for name, other in others.items():
+            stopping = dataclasses.replace(other, run=dataclasses.replace(other.run, stop_step=total))
+            engine, kept = build_engine(stopping, mesh, None), Kept()
+            loop(
+                Training(stopping, mesh, Timeline(stopping.schedule), engine, 1.0, folder / name, Rows(stopping, mesh),
+                         Sinks([kept], 0)),
+                0, None, stop_signal,
+            )  # fmt: skip
+            found[name] = (kept.losses[2], kept.losses[4], state(engine))
+    return found
+
+
+def with_peak(config: RunConfig, peak: float) -> RunConfig:
+    lr = dataclasses.replace(config.schedule.lr, peak=peak)
+    return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, lr=lr))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, place) -> list[tuple[dict[str, str], dict[str, Any]]]:
+    """Facts by rank, of one world."""
+    folder = tmp_path_factory.mktemp("steps")
+    return ranks.run(on_two_ranks, 2, folder, folder, place / "config.yaml", timeout_seconds=180)
+
+
+@pytest.fixture(scope="module")
+def both(two) -> dict[str, Any]:
+    """As two replicas, which divide masters and moments between them."""
+    return two[0][1]
+
+
+def test_of_two_tensor_parallel_ranks_the_first_says_the_line(two, line):
+    assert two[1][0] == {"tp2": "", "dp2": ""}
+    [only] = two[0][0]["tp2"].splitlines()
+    found = json.loads(only)
+    assert (found["tp_size"], found["dp_size"], found["micro_batches"]) == (2, 1, 2)
+    assert found["tokens_per_second_per_device"] == pytest.approx(found["tokens_per_second"] / 2)
+    flops = costs.flops_per_token(one_layer(), 64, causal=False) * found["tokens_per_second"]
+    assert found["mfu"] == pytest.approx(flops / (2 * PEAK_FLOPS))
+    # The same rows and weights in another layout and precision: bf16 keeps eight bits of numbers like the loss's log(500).
+    assert found["first_loss"] == pytest.approx(line["first_loss"], rel=2**-8)
+
+
+def test_its_steps_are_those_of_the_training_loop(both):
+    """Bit for bit: losses of measured steps, and after the instrumented ones the weights, fp32 masters and both moments."""
+    *losses, benched = both["benched"]
+    *expected, trained = both["trained"]
+    assert losses == expected
+    assert all(math.isfinite(loss) for loss in losses)
+    assert [list(ours) for ours in benched] == [list(theirs) for theirs in trained]
+    assert [
+        (rank, name)
+        for rank, (ours, theirs) in enumerate(zip(benched, trained, strict=True))
+        for name in ours
+        if not torch.equal(ours[name], theirs[name])
+    ] == []
+    owned = [{name for name in ours if name.endswith("exp_avg")} for ours in benched]
+    assert owned[0] != owned[1], "replicas hold different shares of the moments"
+
+
+def test_the_commands_losses_are_those_of_the_training_loop(two):
+    """The engine too is the trainer's: the command has built its own."""
+    said, found = two[0]
+    line = json.loads(said["dp2"])
+    assert (line["tp_size"], line["dp_size"], line["precision"]) == (1, 2, "bf16")
+    assert (line["first_loss"], line["last_loss"]) == found["trained"][:2]
+
+
+@pytest.mark.parametrize("name", ["unclipped", "other lr"])
+def test_a_loop_that_differs_is_seen(both, name):
+    assert both[name][1] != both["trained"][1]
