@@ -9,16 +9,15 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.ranks import check_annotations
-
-check_annotations()
-
-import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     # Kernels run on the CPU, line by line, in Triton's interpreter. Triton reads this when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
+
+check_annotations()
 
 
 @pytest.fixture(autouse=True, scope="session")

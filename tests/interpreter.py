@@ -18,3 +18,16 @@ if not torch.cuda.is_available():
         return np.where(np.isnan(source), np.uint16(0x7FC0), rounded)
 
     interpreter._convert_float = _rounded_to_nearest
+
+    _dot = interpreter.InterpreterBuilder.create_dot
+
+    def _of_numbers(self, first, second, *rest):
+        """triton 3.6 to 3.9 interprets a product of bf16 tiles as one of the integers that hold their bits."""
+        wide = (
+            interpreter.TensorHandle((tile.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+            if tile.dtype.scalar == tl.bfloat16 else tile
+            for tile in (first, second)
+        )  # fmt: skip
+        return _dot(self, *wide, *rest)
+
+    interpreter.InterpreterBuilder.create_dot = _of_numbers

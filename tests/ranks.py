@@ -1,12 +1,12 @@
 """Runs a function on several ranks: fresh processes, gloo, a rendezvous file (no ports), a hard time limit.
 
-A process spends seconds on imports, so one `run` should serve many assertions: let the function return facts
-for all of them, call `run` in a module-scoped fixture (with `tmp_path_factory.mktemp`), and let each test
-look at its own fact. The function stands at the top of its module; arguments and results can be pickled.
+A rank is a fork of a server that has imported everything (`imported.py`) and done nothing: what a world does, the next
+one cannot see. Several ranks still share a core or two, so let one `run` serve many assertions: the function returns facts
+for all of them, a module-scoped fixture calls `run` (with `tmp_path_factory.mktemp`), and each test looks at its own fact.
+The function stands at the top of its module; arguments and results can be pickled.
 """
 
 import faulthandler
-import gc
 import multiprocessing
 import os
 import pickle
@@ -27,10 +27,15 @@ OWN_PACKAGES = ["trainer", "data_prep", *OPERATIONS]
 """Without kernels.device: Triton wants its functions as they are written."""
 GRACE_SECONDS = 5
 """After one rank has failed, the others have this long to tell their own story."""
+SERVER = multiprocessing.get_context("forkserver")
+"""Starts with the first process that is asked of it, and ends when this process and all of its forks have."""
+SERVER.set_forkserver_preload(["tests.imported"])
 
 
 def check_annotations() -> None:
     """From here on every jaxtyping annotation of our packages is checked at each call."""
+    import deepspeed  # noqa: F401
+    import megatron.core  # noqa: F401  Both first: what our modules import is compiled from source under the hook.
     from jaxtyping import install_import_hook
 
     install_import_hook(OWN_PACKAGES, "beartype.beartype")
@@ -41,7 +46,8 @@ def run(
 ) -> list[Any]:
     """What `function(*args)` returned on each rank, by rank, inside a gloo process group of `world_size`.
 
-    RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are set before torch is imported, which has one thread.
+    The environment is this process's, with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; but what a library reads
+    while it is imported the server has read when it began. Torch has one thread.
     Raises: AssertionError with the traceback of every rank that failed or hung. No process outlives the call.
     """
     folder = Path(tempfile.mkdtemp(prefix="ranks-", dir=tmp_path))
@@ -110,9 +116,8 @@ class _Rank:
 
 
 def _start(place: _Place, call: bytes) -> _Rank:
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_rank_main, args=(sender, place, call), daemon=False)
+    receiver, sender = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=_rank_main, args=(sender, place, dict(os.environ), call), daemon=False)
     process.start()
     sender.close()
     return _Rank(place, process, receiver)
@@ -128,11 +133,12 @@ def _collect(ranks: list[_Rank], deadline: float) -> None:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
 
 
-def _rank_main(sender: Connection, place: _Place, call: bytes) -> None:
+def _rank_main(sender: Connection, place: _Place, environment: dict[str, str], call: bytes) -> None:
     faulthandler.register(signal.SIGUSR1, file=place.stack_file.open("w"), all_threads=False)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     values = (place.rank, place.world_size, place.rank, place.world_size)
-    os.environ.update(zip(names, map(str, values), strict=True))
+    os.environ.clear()
+    os.environ.update(environment, **dict(zip(names, map(str, values), strict=True)))
     try:
         answer = pickle.dumps((True, _in_process_group(place, call)))
     except BaseException:
@@ -143,13 +149,16 @@ def _rank_main(sender: Connection, place: _Place, call: bytes) -> None:
 
 
 def _in_process_group(place: _Place, call: bytes) -> Any:
-    check_annotations()
+    import numpy
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
+    import tests.imported  # noqa: F401  The server has, unless pytest was started outside the repository.
+
+    # As in a process of its own: what is drawn without a seed is another thing on each rank.
+    torch.seed()
+    numpy.random.seed()
     function, args = pickle.loads(call)
-    gc.freeze()  # DeepSpeed's bf16 optimizer collects garbage eight times: what was imported is not looked at again
     dist.init_process_group(
         "gloo",
         init_method=f"file://{place.folder / 'rendezvous'}",

@@ -8,12 +8,14 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests import tiny
+from tests.ranks import SERVER
 
 MODULES = ("argparse", "ast", "bisect", "calendar", "copy", "csv", "dataclasses", "enum", "fractions", "heapq", "inspect",
            "json/decoder", "json/encoder", "pathlib", "statistics", "string", "tarfile", "textwrap", "tokenize")  # fmt: skip
@@ -37,6 +39,35 @@ def clean_environment() -> dict[str, str]:
     """This process's environment without what a launcher would have left there."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
     return {name: value for name, value in os.environ.items() if name not in launcher} | {"OMP_NUM_THREADS": "1"}
+
+
+def forked(*commands: list[object]) -> BaseProcess:
+    """These commands of `tandem`, one after the other in one fork of the ranks' server: not what a user types, and seconds
+    sooner. Ends with the exit code of the first that fails.
+    """
+    process = SERVER.Process(target=_run, args=([list(map(str, command)) for command in commands],))
+    process.start()
+    return process
+
+
+def _run(commands: list[list[str]]) -> None:
+    from jaxtyping import config
+
+    from trainer.__main__ import main
+
+    config.update("jaxtyping_disable", True)  # as in a command, whose steps would take half as long again
+
+    sys.exit(next(filter(None, map(main, commands)), 0))
+
+
+def ended(process: BaseProcess) -> int | None:
+    """The exit code; minus the signal that killed it."""
+    process.join(60)
+    hung = process.is_alive()
+    process.kill()
+    process.join()
+    assert not hung, "still running after a minute"
+    return process.exitcode
 
 
 @contextmanager

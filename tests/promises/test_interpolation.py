@@ -1,8 +1,6 @@
 """Position interpolation from the config to the export: what it does to distances, where it is set, what is refused."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from tests.promises.conftest import clean_environment, steps_of, two_phases
+from tests.promises.conftest import ended, forked, steps_of, two_phases
 from tests.promises.test_hf import export
 from tests.reading import decoder
 from tests.reference.offline import offline
@@ -70,12 +68,8 @@ def run(tmp_path_factory, corpus) -> Path:
     (root / "config.yaml").write_text(yaml.safe_dump(two_phases("btlm", corpus, root / "runs")))
     scaled = "model.alibi_scaling={type: linear, train_seq_len: 32}"
     longer = ["run.name=long", "run.stop_step=7", f"run.initial_weights={root}/runs/tiny", scaled]
-    commands = [["train", str(root / "config.yaml"), *overrides] for overrides in (["run.stop_step=2"], longer)]
-    # One process of its own for both: its imports take longer than the runs.
-    program = f"from trainer.__main__ import main; raise SystemExit(any(main(each) for each in {commands}))"
-    environment = clean_environment() | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    commands = (["train", root / "config.yaml", *overrides] for overrides in (["run.stop_step=2"], longer))
+    assert ended(forked(*commands)) == 0
     return root / "runs" / "tiny"
 
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from data_prep import prepare
-from tests.promises.conftest import MODULES, clean_environment, tandem, two_phases
+from tests.promises.conftest import MODULES, clean_environment, ended, forked, tandem, two_phases
 from trainer.__main__ import main
 from trainer.config import Data, RunConfig, UserError, section_from
 from trainer.data.loader import Loader
@@ -55,8 +55,7 @@ def place(tmp_path_factory, corpus) -> Place:
     (root / "foreign" / "thesis.doc").write_text("years")
     (root / "untexted" / "empty.txt").write_text("")
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    done = tandem("train", config, "run.stop_step=2")
-    assert done.returncode == 0, done.stderr
+    assert ended(forked(["train", config, "run.stop_step=2"])) == 0
     yield Place(root, config, root / "runs" / "tiny", corpus, root / "other", root / "later")
     for number, handler in before.items():  # this process keeps no run's answer to signals
         signal.signal(number, handler)

@@ -1,6 +1,5 @@
 """Whatever ends a run, the same command continues it to the bits of the run that nothing ended."""
 
-import multiprocessing
 import random
 import shutil
 import signal
@@ -15,7 +14,8 @@ import pytest
 import torch
 import yaml
 
-from tests.promises.conftest import clean_environment, steps_of, two_phases
+from tests.promises.conftest import clean_environment, ended, forked, steps_of, two_phases
+from tests.ranks import SERVER
 from trainer import runtime
 from trainer.checkpoint.layout import KINDS, committed
 from trainer.checkpoint.read import Snapshot, opened
@@ -28,33 +28,10 @@ KILLS = 6
 GRACE_SECONDS = 1.0
 ROOT = Path(__file__).parents[2]
 
-# Children of a server that has imported everything: a run that is killed six times would spend a minute on imports.
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["trainer.train", "trainer.__main__"])
-
-
-def train(config: Path, *overrides: str) -> None:
-    """`tandem train` in a process of its own."""
-    from trainer.__main__ import main
-
-    torch.set_num_threads(1)
-    sys.exit(main(["train", str(config), *overrides]))
-
 
 def started(config: Path, *overrides: str) -> BaseProcess:
-    process = server.Process(target=train, args=(config, *overrides))
-    process.start()
-    return process
-
-
-def ended(process: BaseProcess) -> int | None:
-    """The exit code; minus the signal that killed it."""
-    process.join(60)
-    hung = process.is_alive()
-    process.kill()
-    process.join()
-    assert not hung, "still running after a minute"
-    return process.exitcode
+    """A fork, for a run that is killed six times would spend a minute on imports."""
+    return forked(["train", config, *overrides])
 
 
 def said(process: subprocess.Popen[str]) -> str:
@@ -183,7 +160,7 @@ def test_a_damaged_newer_checkpoint_does_not_count_among_the_kept(config, straig
 
 
 def test_a_signal_that_arrives_twice_is_one_and_a_later_one_ends_the_process_at_once():
-    process = server.Process(target=listen, args=(GRACE_SECONDS,))
+    process = SERVER.Process(target=listen, args=(GRACE_SECONDS,))
     process.start()
     time.sleep(GRACE_SECONDS / 2)
     process.terminate()

@@ -1,0 +1,29 @@
+"""What ranks need, imported once, in the server whose forks they are (see `ranks.py`).
+
+Of a parent's threads a fork has none, and what the parent has begun all worlds would share: nothing here starts a
+thread or a process group, or computes.
+"""
+
+import gc
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # else numpy starts threads
+
+from tests.ranks import check_annotations
+
+check_annotations()
+
+import pytest  # noqa: E402, F401
+import torch  # noqa: E402
+import transformers  # noqa: E402, F401
+
+import trainer.__main__  # noqa: E402
+import trainer.exchange  # noqa: E402
+import trainer.generate  # noqa: E402
+import trainer.train  # noqa: E402, F401
+
+torch.set_num_threads(1)
+PROCESS = os.getpid()
+"""The one that imported this: in a fork, its server."""
+gc.collect()
+gc.freeze()  # DeepSpeed's bf16 optimizer collects garbage eight times; and a page that nobody writes to stays shared
