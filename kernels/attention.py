@@ -1,34 +1,26 @@
-"""Causal attention with grouped keys, linear biases (ALiBi) and document masks.
+"""Causal attention with grouped keys, linear biases (ALiBi) and documents kept apart.
 
-    forward   p = softmax(scale * q k^T - slope * |i - j|) over the keys j <= i of i's document,  y = p v
-    backward  dv = p^T dy,  ds = p * (dy v^T - rowsum(p * dy v^T)),  dq = scale * ds k,  dk = scale * ds^T q
+    forward   p = softmax(scale * q k^T - slope * (i - j)) over the keys j of i's document up to i itself,  y = p v
+    backward  dv = p^T dy,  ds = p * (dy v^T - rowsum(dy * y)),  dq = scale * ds k,  dk = scale * ds^T q
 
-Two ways to the same result. With a GPU, FlexAttention compiled for the case: it never holds the matrix of
-scores and skips blocks that are masked altogether. Elsewhere PyTorch's SDPA with bias and mask written out.
-Causal attention with neither biases nor documents takes SDPA's own causal path everywhere.
+Backward keeps q, k, v, y and the logarithm of each softmax's denominator, and makes p from them once more. With a GPU a kernel
+of our own never holds the matrix of scores; elsewhere it is written out for a block of queries at a time. Attention with
+neither biases nor documents takes SDPA's causal path on any device.
 
 Fewer queries than keys are the last positions, whose keys and values a cache had no need to make again. They are few, so
-their scores are written out on a GPU too: compiling anew for every number of keys would cost far more.
+their scores are written out on a GPU too.
 """
 
-import functools
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int32
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.utils.weak import WeakTensorKeyDictionary
 
-RECOMPILE_LIMIT = 64
-"""Shapes FlexAttention may be compiled for: one per phase, validation remainder and evaluation length."""
-
-_BLOCK_MASKS = WeakTensorKeyDictionary()
-"""Made by the first layer that sees a batch's documents, read by the others, gone with the batch."""
+QUERIES_AT_ONCE = 128
+"""Where scores are written out: memory grows with the row and not with its square."""
 
 
 def attention(
@@ -38,29 +30,28 @@ def attention(
     *,
     scale: float,
     slopes: Float32[Tensor, " heads"] | Float32[Tensor, "rows heads"] | None,
-    documents: Int[Tensor, "rows keys"] | None,
+    starts: Int32[Tensor, "rows keys"] | None,
 ) -> Float[Tensor, "rows queries heads head_dim"]:
-    """Every token's attention to itself and the earlier ones of its document; fp32 inside, query's dtype out.
+    """Every token's attention to itself and the earlier ones of its document; fp32 inside (fp64 for fp64), query's dtype out.
 
     Queries are the last of the keys' positions. Query head h reads key head h // (heads // kv_heads). The bias joins
-    the scaled scores, itself unscaled; each row may have its own slopes. Without `slopes` there is no bias, without
-    `documents` a row is one document. `slopes` get no gradient.
-    Nobody may write to `documents` afterwards: with a GPU its mask is kept for the layers that follow.
+    the scaled scores, itself unscaled; each row may have its own slopes, which get no gradient. Token i sees keys starts[i]
+    to i: `kernels.documents.starts`. Without `slopes` there is no bias, without `starts` a row is one document.
 
-    Source: Press et al. 2022, "Train Short, Test Long", section 3; Ainslie et al. 2023, "GQA".
+    Raises: ValueError for more queries than keys, a scale that is not positive, or on a GPU a head_dim above 256.
+    Source: Press et al. 2022, "Train Short, Test Long", section 3; Ainslie et al. 2023, "GQA"; backward: Dao et al. 2022,
+    "FlashAttention", appendix B.
     """
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    fewer = query.shape[1] < key.shape[1]
-    if slopes is None and documents is None and not fewer:
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    elif query.is_cuda and not fewer:
-        mixed = _flex(q, k, v, scale, slopes, documents)
-    else:
-        mask = _written_out(slopes, documents, query, key)
-        # SDPA's fused kernels for a GPU would want the bias in bf16 beside bf16 queries.
-        with sdpa_kernel(SDPBackend.MATH) if query.is_cuda else nullcontext():
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    return mixed.transpose(1, 2)
+    queries, keys = query.shape[1], key.shape[1]
+    if queries > keys:
+        raise ValueError(f"{queries} queries of {keys} keys: queries are the last of the keys' positions")
+    if not scale > 0:
+        raise ValueError(f"scale {scale}: must be positive")
+    if slopes is None and starts is None and queries == keys:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+    out, _ = torch.ops.tandem.attention(query, key, value, scale, slopes, starts)
+    return out
 
 
 def alibi_slopes(heads: int) -> Float32[Tensor, " heads"]:
@@ -78,67 +69,146 @@ def alibi_slopes(heads: int) -> Float32[Tensor, " heads"]:
     return torch.tensor((geometric(power) + geometric(2 * power)[::2])[:heads], dtype=torch.float32)
 
 
-def _written_out(slopes: Tensor | None, documents: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """What SDPA takes as a mask: a bias in fp32 where there are slopes, else booleans.
-
-    Never in bf16, whatever the query: its eight bits cannot tell neighbouring distances apart beyond 256.
-    """
-    source = torch.arange(key.shape[1], device=query.device)
-    distance = source[-query.shape[1] :, None] - source
-    seen = (distance >= 0)[None, None]
-    if documents is not None:
-        seen = seen & (documents[:, None, -query.shape[1] :, None] == documents[:, None, None, :])
-    if slopes is None:
-        return seen
-    bias = -slopes.detach()[..., None, None] * distance.abs()
-    # SDPA wants fp64 beside fp64.
-    return bias.to(torch.promote_types(bias.dtype, query.dtype)).masked_fill(~seen, -math.inf)
+def like(x: Tensor) -> Tensor:
+    """Room for such a tensor with tokens outermost in memory, as the residual stream has them: heads join without a copy."""
+    rows, seq, heads, head_dim = x.shape
+    return x.new_empty((seq, rows, heads, head_dim)).transpose(0, 1)
 
 
-def _flex(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, slopes: Tensor | None, documents: Tensor | None
-) -> Tensor:
-    arguments = {
-        "score_mod": _score_mod(slopes),
-        "block_mask": _block_mask(documents, query.shape[2], query.device),
-        "scale": scale,
-        "enable_gqa": True,
-    }
-    # At its limit dynamo raises because of fullgraph; else FlexAttention would quietly write out every score.
-    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-        return _compiled_flex()(query, key, value, **arguments)
+def _written_out(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, slopes: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The result, and of every query the logarithm of the sum of exponentials [rows, heads, queries]."""
+    out, lse = like(query), _per_query(query)
+    kv_heads = key.shape[2]
+    q, k, v = (_heads_first(x, kv_heads) for x in (query, key, value))
+    for block, source in _blocks(query, key):
+        scores = _scores(q[:, :, block], k[:, 0, source], scale, lse, slopes, starts)
+        weights = scores.softmax(-1)
+        # The largest weight is e to the largest score over the sum, and never small.
+        lse[:, :, block] = scores.amax(-1).sub_(weights.amax(-1).log_())
+        mixed = torch.bmm(weights.view(len(k), -1, source.stop), v[:, 0, source])
+        out[:, block] = mixed.view(*scores.shape[:-1], -1).transpose(1, 2)
+    return out, lse
 
 
-def _score_mod(slopes: Tensor | None) -> Callable[..., Tensor] | None:
-    if slopes is None:
-        return None
-    fixed = slopes.detach()
-    if fixed.dim() == 1:
-        return lambda score, row, head, to, source: score - fixed[head] * (to - source).abs()
-    return lambda score, row, head, to, source: score - fixed[row, head] * (to - source).abs()
+_attention = torch.library.custom_op("tandem::attention", _written_out, mutates_args=(), device_types="cpu")
 
 
-def _mask_mod(documents: Tensor | None) -> Callable[..., Tensor]:
-    if documents is None:
-        return lambda row, head, to, source: to >= source
-    return lambda row, head, to, source: (to >= source) & (documents[row, to] == documents[row, source])
+@_attention.register_kernel("cuda")
+def _(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, slopes: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if _beside_the_kernel(query, key):
+        return _written_out(query, key, value, scale, slopes, starts)
+    from kernels.device import attention as device
+
+    return device.forward(query, key, value, scale, slopes, starts)
 
 
-@functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+@_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, slopes: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return like(query), _per_query(query)
 
 
-def _block_mask(documents: Tensor | None, seq: int, device: torch.device) -> BlockMask:
-    if documents is None:
-        return _causal_block_mask(seq, device)
-    if documents not in _BLOCK_MASKS:
-        # A copy, because a mask that held its own key would keep both alive for ever.
-        mask_mod = _mask_mod(documents.clone())
-        _BLOCK_MASKS[documents] = create_block_mask(mask_mod, len(documents), None, seq, seq, device=device)
-    return _BLOCK_MASKS[documents]
+def _backward_written_out(
+    out_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    scale: float, slopes: Tensor | None, starts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key and value."""
+    q, k, v, dy, y = (_heads_first(x, key.shape[2]) for x in (query, key, value, out_gradient, out))
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    gradients = like(query), like(key), like(value)
+    for block, source in _blocks(query, key):
+        scores = _scores(q[:, :, block], k[:, 0, source], scale, lse, slopes, starts)
+        weights = scores.sub_(lse[:, :, block, None]).exp_().view(len(k), -1, source.stop)
+        dy_block, q_block = dy[:, :, block].flatten(1, 2), q[:, :, block].flatten(1, 2)
+        products = (dy_block * y[:, :, block].flatten(1, 2)).sum(-1, keepdim=True)
+        ds = torch.bmm(dy_block, v[:, 0, source].transpose(1, 2)).sub_(products).mul_(weights)
+        dv[:, 0, source].baddbmm_(weights.transpose(1, 2), dy_block)
+        dk[:, 0, source].baddbmm_(ds.transpose(1, 2), q_block, alpha=scale)
+        dq = torch.bmm(ds, k[:, 0, source]).mul_(scale)
+        gradients[0][:, block] = dq.view(*scores.shape[:-1], -1).transpose(1, 2)
+    for gradient, x in zip(gradients[1:], (dk, dv), strict=True):
+        gradient.copy_(x.view(len(key), -1, *x.shape[2:]).transpose(1, 2))
+    return gradients
 
 
-@functools.lru_cache(maxsize=8)
-def _causal_block_mask(seq: int, device: torch.device) -> BlockMask:
-    return create_block_mask(_mask_mod(None), None, None, seq, seq, device=device)
+_attention_backward = torch.library.custom_op(
+    "tandem::attention_backward", _backward_written_out, mutates_args=(), device_types="cpu"
+)
+
+
+@_attention_backward.register_kernel("cuda")
+def _(
+    out_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    scale: float, slopes: Tensor | None, starts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if _beside_the_kernel(query, key):
+        return _backward_written_out(out_gradient, query, key, value, out, lse, scale, slopes, starts)
+    from kernels.device import attention as device
+
+    return device.backward(out_gradient, query, key, value, out, lse, scale, slopes, starts)
+
+
+@_attention_backward.register_fake
+def _(
+    out_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    scale: float, slopes: Tensor | None, starts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return like(query), like(key), like(value)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, ctx.scale, slopes, starts = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, *output, slopes, starts)
+
+
+def _gradients(ctx: Any, out_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *kept, slopes, starts = ctx.saved_tensors
+    gradients = torch.ops.tandem.attention_backward(out_gradient, *kept, ctx.scale, slopes, starts)
+    return *gradients, None, None, None
+
+
+_attention.register_autograd(_gradients, setup_context=_keep)
+
+
+def _beside_the_kernel(query: Tensor, key: Tensor) -> bool:
+    """What the kernel is not for: few queries, for each number of which it would walk all tiles, and fp64."""
+    return query.shape[1] < key.shape[1] or query.dtype == torch.float64
+
+
+def _per_query(query: Tensor) -> Tensor:
+    rows, queries, heads, _ = query.shape
+    return query.new_empty((rows, heads, queries), dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+def _heads_first(x: Tensor, kv_heads: int) -> Tensor:
+    """[rows * kv_heads, group, tokens, head_dim], wide."""
+    rows, tokens, heads, head_dim = x.shape
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.transpose(1, 2).reshape(rows * kv_heads, heads // kv_heads, tokens, head_dim)
+
+
+def _blocks(query: Tensor, key: Tensor) -> list[tuple[slice, slice]]:
+    """Blocks of queries, each with the keys up to its last one."""
+    queries, earlier = query.shape[1], key.shape[1] - query.shape[1]
+    ends = [min(first + QUERIES_AT_ONCE, queries) for first in range(0, queries, QUERIES_AT_ONCE)]
+    return [(slice(index * QUERIES_AT_ONCE, end), slice(0, earlier + end)) for index, end in enumerate(ends)]
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, lse: Tensor, slopes: Tensor | None, starts: Tensor | None) -> Tensor:
+    """[rows, heads, queries of the block, keys]: scaled, biased, minus infinity where a query does not see the key."""
+    queries, keys = q.shape[2], k.shape[1]
+    scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2)).mul_(scale).view(*lse.shape[:2], queries, keys)
+    place = torch.arange(keys, dtype=scores.dtype, device=k.device)
+    distance = place - place[keys - queries :, None]
+    unseen = distance > 0
+    if starts is not None:
+        unseen = unseen | (place < starts[:, None, keys - queries : keys, None])
+    if slopes is not None:
+        scores.addcmul_(slopes[..., None, None].to(scores.dtype), distance)
+    return scores.masked_fill_(unseen, -math.inf)

@@ -1,4 +1,4 @@
-"""LayerNorm of the residual stream, and of each head over its own dims, without bias."""
+"""LayerNorm of the residual stream."""
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +21,3 @@ def layer_norm(
     inside = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
     bias = None if bias is None else bias.to(inside)
     return F.layer_norm(x.to(inside), x.shape[-1:], weight.to(inside), bias, epsilon).to(x.dtype)
-
-
-def head_norm(
-    x: Float[Tensor, "rows seq heads head_dim"], weight: Float[Tensor, "heads head_dim"], epsilon: float
-) -> Float[Tensor, "rows seq heads head_dim"]:
-    """(x - mean) / sqrt(variance + epsilon) * weight per head, biased variance; fp32 inside, x's dtype out.
-
-    Source: query and key norms of Stable LM 2; each head has a weight vector of its own.
-    """
-    inside = torch.promote_types(x.dtype, torch.float32)
-    normal = F.layer_norm(x.to(inside), x.shape[-1:], eps=epsilon)
-    return (normal * weight.to(inside)).to(x.dtype)

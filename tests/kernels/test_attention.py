@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import attention as module
 from kernels.attention import alibi_slopes, attention
+from kernels.documents import starts
 
 SHAPES = [(1, 1, 1, 1, 2), (2, 5, 4, 2, 3), (2, 33, 4, 4, 20), (1, 64, 6, 2, 80)]
 """rows, seq, heads, kv_heads, head_dim"""
@@ -16,7 +15,7 @@ BIASED = pytest.mark.parametrize("biased", [False, True], ids=["plain", "alibi"]
 MASKED = pytest.mark.parametrize("masked", [False, True], ids=["row", "documents"])
 
 
-def definition(query, key, value, *, scale, slopes, documents):
+def definition(query, key, value, *, scale, slopes, starts):
     query, key, value = query.double(), key.double(), value.double()
     rows, queries, heads, _ = query.shape
     group, first = heads // key.shape[2], key.shape[1] - queries
@@ -24,10 +23,7 @@ def definition(query, key, value, *, scale, slopes, documents):
     for row in range(rows):
         for head in range(heads):
             for to in range(first, first + queries):
-                seen = [
-                    source for source in range(to + 1)
-                    if documents is None or documents[row, source] == documents[row, to]
-                ]  # fmt: skip
+                seen = list(range(0 if starts is None else int(starts[row, to]), to + 1))
                 scores = scale * key[row, seen, head // group] @ query[row, to - first, head]
                 if slopes is not None:
                     slope = slopes.expand(rows, heads)[row, head].double()
@@ -42,11 +38,11 @@ def example(shape, generator, *, biased, masked, dtype=torch.float32, device="cp
         torch.randn(rows, seq, count, head_dim, generator=generator).to(device, dtype).requires_grad_()
         for count in (heads, kv_heads, kv_heads)
     ]
-    ends = torch.rand(rows, seq, generator=generator) < 0.2
+    documents = (torch.rand(rows, seq, generator=generator) < 0.2).cumsum(1).int()
     return tensors, {
         "scale": 1 / math.sqrt(head_dim),
         "slopes": alibi_slopes(heads).to(device) if biased else None,
-        "documents": ends.cumsum(1).int().to(device) if masked else None,
+        "starts": starts(documents.to(device)) if masked else None,
     }
 
 
@@ -79,28 +75,23 @@ def test_fewer_queries_than_keys_are_the_last_positions(queries, biased, masked,
 
 
 @MASKED
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_each_row_may_have_its_own_slopes(masked, generator):
     tensors, settings = example((2, 9, 4, 2, 16), generator, biased=True, masked=masked)
     settings["slopes"] = settings["slopes"] / torch.tensor([[1.0], [2.5]])
     exact = definition(*tensors, **settings).float()
     torch.testing.assert_close(attention(*tensors, **settings), exact, rtol=1e-5, atol=1e-5)
-    heads_first = [x.detach().transpose(1, 2) for x in tensors]
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        flex = module._flex(*heads_first, **settings).transpose(1, 2)
-    torch.testing.assert_close(flex, exact, rtol=1e-5, atol=1e-5)
 
 
-def test_sdpas_plain_way_takes_an_fp32_bias_beside_bf16_queries(generator):
-    """What few queries take on a GPU, run here on the CPU."""
-    (query, key, value), settings = example((2, 9, 4, 2, 16), generator, biased=True, masked=True, dtype=torch.bfloat16)
-    query = query[:, -1:]
-    q, k, v = (x.detach().transpose(1, 2) for x in (query, key, value))
-    mask = module._written_out(settings["slopes"], settings["documents"], query, key)
-    with sdpa_kernel(SDPBackend.MATH):
-        found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=settings["scale"], enable_gqa=True)
-    error = (found.transpose(1, 2).double() - definition(query, key, value, **settings)).abs().max()
-    assert error <= torch.finfo(torch.bfloat16).eps * value.abs().max()
+@BIASED
+@MASKED
+def test_rows_of_several_blocks_are_as_of_one(biased, masked, generator, monkeypatch):
+    tensors, settings = example((2, 33, 4, 2, 20), generator, biased=biased, masked=masked)
+    output_gradient = torch.randn(tensors[0].shape, generator=generator)
+    whole = with_gradients(attention, tensors, settings, output_gradient)
+    monkeypatch.setattr(module, "QUERIES_AT_ONCE", 8)
+    # Sums of at most 33 numbers in another order.
+    for mine, other in zip(with_gradients(attention, tensors, settings, output_gradient), whole, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
 @BIASED
@@ -124,7 +115,7 @@ def test_bf16_queries_still_tell_far_distances_apart():
     query = torch.ones(1, seq, 1, 2, dtype=torch.bfloat16)
     key, value = torch.zeros_like(query), torch.zeros_like(query)
     key[:, :2], value[:, 1] = 1_024, 1
-    mixed = attention(query, key, value, scale=1.0, slopes=torch.tensor([slope]), documents=None)
+    mixed = attention(query, key, value, scale=1.0, slopes=torch.tensor([slope]), starts=None)
     # 2^-8 for the result's own bits, as much for the weights'.
     assert mixed[0, -1, 0, 0].item() == pytest.approx(1 / (1 + math.exp(-slope)), rel=2**-7)
 
@@ -132,7 +123,7 @@ def test_bf16_queries_still_tell_far_distances_apart():
 @BIASED
 def test_nothing_reaches_a_token_from_its_future_or_from_other_documents(biased, generator):
     tensors, settings = example((1, 12, 2, 1, 4), generator, biased=biased, masked=True)
-    settings["documents"] = torch.tensor([[0] * 5 + [1] * 7], dtype=torch.int32)
+    settings["starts"] = torch.tensor([[0] * 5 + [5] * 7], dtype=torch.int32)
     before = attention(*tensors, **settings)
     with torch.no_grad():
         for tensor in tensors:
@@ -150,24 +141,51 @@ def test_inputs_are_unchanged_and_the_bits_repeat(generator):
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize(("biased", "masked"), [(True, False), (False, True), (True, True)])
-def test_flex_attention_is_asked_for_the_same(biased, masked, generator):
-    """What a GPU compiles, run uncompiled here: 150 tokens are more than one block of its mask."""
-    (query, key, value), settings = example((2, 150, 4, 2, 16), generator, biased=biased, masked=masked)
-    heads_first = [x.detach().transpose(1, 2) for x in (query, key, value)]
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        flex = module._flex(*heads_first, **settings).transpose(1, 2)
-        torch.testing.assert_close(flex, attention(query, key, value, **settings))
+def test_backward_keeps_no_scores(generator):
+    """Query, key, value, result, one number for each query and head, and what names slopes and documents."""
+    tensors, settings = example((2, 33, 4, 2, 20), generator, biased=True, masked=True, dtype=torch.bfloat16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        out = attention(*tensors, **settings)
+    addresses = [x.data_ptr() for x in (*tensors, out, settings["slopes"], settings["starts"])]
+    assert sorted(x.data_ptr() for x in kept if x.shape != (2, 4, 33)) == sorted(addresses)
+    assert [x.dtype for x in kept if x.shape == (2, 4, 33)] == [torch.float32]
 
 
-def test_block_mask_is_made_once_for_a_batch_and_goes_with_it():
-    documents = torch.zeros(1, 8, dtype=torch.int32)
-    mask = module._block_mask(documents, 8, documents.device)
-    assert module._block_mask(documents, 8, documents.device) is mask
-    held = len(module._BLOCK_MASKS)
-    del documents, mask
-    assert len(module._BLOCK_MASKS) == held - 1
+@pytest.mark.parametrize("queries", [1, 5])
+def test_operation_is_registered_as_torch_wants_it(queries, generator):
+    """Schema, meta tensors, autograd, and under torch.compile."""
+    (query, key, value), settings = example((2, 5, 4, 2, 16), generator, biased=True, masked=True)
+    arguments = (query[:, -queries:].detach().requires_grad_(), key, value, *settings.values())
+    torch.library.opcheck(torch.ops.tandem.attention, arguments)
+    out, lse = torch.ops.tandem.attention(*arguments)
+    kept = [x.detach() for x in (out, *arguments[:3], out, lse)]
+    torch.library.opcheck(torch.ops.tandem.attention_backward, (*kept, *settings.values()))
+
+
+def test_compiled_is_the_same(generator):
+    tensors, settings = example((2, 5, 4, 2, 16), generator, biased=True, masked=True)
+    output_gradient = torch.randn(tensors[0].shape, generator=generator)
+
+    def operation(query, key, value, **settings):
+        return torch.ops.tandem.attention(query, key, value, *settings.values())[0] * 2
+
+    compiled = torch.compile(operation, backend="aot_eager", fullgraph=True)
+    pairs = zip(*(with_gradients(f, tensors, settings, output_gradient) for f in (operation, compiled)), strict=True)
+    assert all(torch.equal(mine, other) for mine, other in pairs)
+
+
+def test_heads_join_without_a_copy(generator):
+    tensors, settings = example((2, 5, 4, 2, 16), generator, biased=True, masked=False)
+    assert attention(*tensors, **settings).flatten(2).transpose(0, 1).is_contiguous()
+
+
+def test_what_cannot_be_honoured_is_refused(generator):
+    (query, key, value), settings = example((2, 5, 4, 2, 16), generator, biased=True, masked=False)
+    with pytest.raises(ValueError, match="5 queries of 4 keys"):
+        attention(query, key[:, :4], value[:, :4], **settings)
+    with pytest.raises(ValueError, match="must be positive"):
+        attention(query, key, value, **settings | {"scale": 0.0})
 
 
 def test_slopes_are_powers_of_two_and_every_second_of_the_next_list():
@@ -181,33 +199,12 @@ def test_slopes_are_powers_of_two_and_every_second_of_the_next_list():
 @BIASED
 @MASKED
 def test_gpu_error_of_few_queries_is_that_of_bf16(biased, masked, generator):
-    """And nothing is compiled for a number of keys."""
     (query, key, value), settings = example(
         (2, 1_001, 32, 8, 80), generator, biased=biased, masked=masked, dtype=torch.bfloat16, device="cuda"
     )
     query, slopes = query[:, -3:], settings["slopes"]
     settings["slopes"] = slopes / torch.tensor([[1.0], [2.5]], device="cuda") if biased else None
-    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     found = attention(query, key, value, **settings)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
     settings = {name: x.cpu() if torch.is_tensor(x) else x for name, x in settings.items()}
     exact = attention(*(x.detach().cpu().double() for x in (query, key, value)), **settings)
     assert (found.cpu() - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * value.abs().max()
-
-
-@pytest.mark.gpu
-@BIASED
-@MASKED
-@pytest.mark.parametrize("shape", [(1, 1_024, 32, 32, 80), (2, 1_000, 32, 8, 160)], ids=["btlm", "stablelm"])
-def test_gpu_error_is_that_of_bf16(shape, biased, masked, generator):
-    tensors, settings = example(shape, generator, biased=biased, masked=masked, dtype=torch.bfloat16, device="cuda")
-    output_gradient = torch.randn(shape[:3] + shape[4:], generator=generator).to("cuda", torch.bfloat16)
-    on_cpu = {name: x.cpu() if torch.is_tensor(x) else x for name, x in settings.items()}
-    wide = [tensor.detach().cpu().double().requires_grad_() for tensor in tensors]
-    narrow = [tensor.detach().cpu().requires_grad_() for tensor in tensors]
-    exact = with_gradients(attention, wide, on_cpu, output_gradient.cpu())
-    torch_bf16 = with_gradients(attention, narrow, on_cpu, output_gradient.cpu())
-    ours = with_gradients(attention, tensors, settings, output_gradient)
-    for mine, theirs, true in zip(ours, torch_bf16, exact, strict=True):
-        allowed = 2 * (theirs.double() - true).abs().max()
-        assert (mine.cpu().double() - true).abs().max() <= allowed

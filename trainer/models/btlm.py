@@ -10,6 +10,7 @@ from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor, nn
 
 from kernels.attention import alibi_slopes, attention
+from kernels.qkv import split
 from trainer.config import BTLM, AlibiScaling
 from trainer.models.cache import Cache
 from trainer.models.layers import (
@@ -20,7 +21,6 @@ from trainer.models.layers import (
     SequentialLayer,
     join_heads,
     qkv_projection,
-    split_heads,
 )
 from trainer.models.mup import ForwardScales
 from trainer.parallel.layers import LayerNorm, Row
@@ -32,8 +32,8 @@ from trainer.parallel.recompute import again_in_backward, kept
 class Context:
     slopes: Float32[Tensor, " heads_local"] | Float32[Tensor, "rows heads_local"]
     """Of the bias; one set for each row where rows differ."""
-    documents: Int32[Tensor, "rows keys"] | None
-    """Where attention stays within them."""
+    starts: Int32[Tensor, "rows keys"] | None
+    """Of the documents, where attention stays within them."""
     cache: Cache | None
 
 
@@ -54,10 +54,10 @@ class Attention(PartialAttention):
     def _attend(
         self, qkv: Float[Tensor, "seq rows qkv_local"], context: Context
     ) -> Float[Tensor, "rows seq heads_local head_dim"]:
-        query, key, value = split_heads(qkv, self.section)
+        query, key, value = split(qkv, head_dim=self.section.head_dim, queries=1)
         if context.cache is not None:
             key, value = context.cache.extended(self, key, value)
-        return attention(query, key, value, scale=self.scale, slopes=context.slopes, documents=context.documents)
+        return attention(query, key, value, scale=self.scale, slopes=context.slopes, starts=context.starts)
 
 
 class BTLMDecoder(Decoder):

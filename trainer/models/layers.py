@@ -1,8 +1,7 @@
-"""What both families share: the gated feed-forward network, the split of a fused projection into heads, the decoder around
-the layers.
+"""What both families share: the gated feed-forward network, the fused projection to heads, the decoder around the layers.
 
 The one layout decision: the residual stream is [seq, rows, width], the order Megatron's layers work in; heads appear as
-[rows, seq, heads_local, head_dim] only between `split_heads` and `join_heads`.
+[rows, seq, heads_local, head_dim] only between `kernels.qkv` and `join_heads`.
 """
 
 from typing import Any, Literal
@@ -11,6 +10,7 @@ import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor, nn
 
+from kernels.documents import starts
 from kernels.swiglu import swiglu, swiglu_linear
 from trainer.config import BTLM, StableLM
 from trainer.costs import padded
@@ -49,19 +49,6 @@ def qkv_projection(section: StableLM | BTLM, mesh: Mesh, dtype: torch.dtype, *, 
     group = section.heads // section.kv_heads + 2
     size = section.kv_heads * group * section.head_dim
     return Column((size, section.width), 0, size, mesh, dtype, bias=bias)
-
-
-def split_heads(
-    qkv: Float[Tensor, "seq rows qkv_local"], section: StableLM | BTLM
-) -> tuple[
-    Float[Tensor, "rows seq heads_local head_dim"],
-    Float[Tensor, "rows seq kv_heads_local head_dim"],
-    Float[Tensor, "rows seq kv_heads_local head_dim"],
-]:
-    """Queries, keys and values of this rank."""
-    queries = section.heads // section.kv_heads
-    grouped = qkv.transpose(0, 1).unflatten(-1, (-1, queries + 2, section.head_dim))
-    return grouped[..., :queries, :].flatten(2, 3), grouped[..., queries, :], grouped[..., queries + 1, :]
 
 
 def join_heads(heads: Float[Tensor, "rows seq heads_local head_dim"]) -> Float[Tensor, "seq rows width_local"]:
@@ -123,13 +110,13 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def apart(self, documents: Int32[Tensor, "rows seq"], cache: Cache | None) -> Int32[Tensor, "rows keys"] | None:
-        """The documents of all keys where attention stays within them; None where all tokens of a row are one."""
+        """Where the document of every key starts if attention stays within them; None where all tokens of a row are one."""
         if cache is None:
-            return documents if self.section.document_masking else None
+            return starts(documents) if self.section.document_masking else None
         if not cache.mixed:
             return None
         # Padding stays apart from text even where texts do not stay apart from one another.
-        return cache.documents if self.section.document_masking else cache.documents.clamp(max=0)
+        return starts(cache.documents if self.section.document_masking else cache.documents.clamp(max=0))
 
     def forward(
         self,
@@ -138,8 +125,10 @@ class Decoder(nn.Module):
         documents: Int32[Tensor, "rows seq"],
     ) -> Float32[Tensor, "rows seq"]:
         """Cross-entropy of each target in nats; the same on every tensor-parallel rank."""
-        logits = self._logits_local(tokens, self.context(documents, None))
-        losses = cross_entropy(logits, targets.t().contiguous(), vocab=self.section.vocab, mesh=self.mesh)
+        columns, weight = self._last_factors(tokens, self.context(documents, None))
+        losses = cross_entropy(
+            columns, weight, targets.t(), vocab=self.section.vocab, scale=self.scales.logits, mesh=self.mesh
+        )
         return losses.t()
 
     @torch.no_grad()
@@ -147,7 +136,7 @@ class Decoder(nn.Module):
         self, tokens: Int64[Tensor, "rows seq"], documents: Int32[Tensor, "rows seq"]
     ) -> Float32[Tensor, "rows seq vocab"]:
         """Logits of the true vocabulary on every rank."""
-        logits = gathered(self._logits_local(tokens, self.context(documents, None)).float())
+        logits = gathered(self._logits_local(tokens, self.context(documents, None)))
         return logits[..., : self.section.vocab].transpose(0, 1)
 
     @torch.no_grad()
@@ -161,16 +150,21 @@ class Decoder(nn.Module):
         while keys and values stay as they were made.
         """
         cache.begin(documents)
-        logits = gathered(self._logits_local(tokens, self.context(documents, cache), last=1).float())
+        logits = gathered(self._logits_local(tokens, self.context(documents, cache), last=1))
         return logits[0, :, : self.section.vocab]
 
     def _logits_local(
         self, tokens: Int64[Tensor, "rows seq"], context: Any, last: int = 0
-    ) -> Float[Tensor, "positions rows vocab_local"]:
+    ) -> Float32[Tensor, "positions rows vocab_local"]:
         """At the last so many positions; 0: at all."""
+        return nn.functional.linear(*self._last_factors(tokens, context, last)).float() * self.scales.logits
+
+    def _last_factors(
+        self, tokens: Int64[Tensor, "rows seq"], context: Any, last: int = 0
+    ) -> tuple[Float[Tensor, "positions rows width"], Float[Tensor, "vocab_local width"]]:
+        """Logits are the product of these, at the last so many positions, 0: at all. A tied matrix is the embedding's."""
         stream = self.embedding(tokens.t().contiguous()) * self.scales.embedding
         for layer in self.layers:
             stream = self.run(layer, stream, context)
         columns = to_columns(self.final_norm(stream[-last:]))
-        logits = nn.functional.linear(columns, self.embedding.weight) if self.head is None else self.head(columns)
-        return logits * self.scales.logits
+        return columns, self.embedding.weight if self.head is None else self.head.weight

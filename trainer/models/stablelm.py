@@ -10,8 +10,8 @@ from jaxtyping import Float, Float32, Int32
 from torch import Tensor, nn
 
 from kernels.attention import attention
-from kernels.layer_norm import head_norm
-from kernels.rope import positions, rotary_table, rotate
+from kernels.qkv import split_rotated
+from kernels.rope import rotary_table
 from trainer.config import StableLM
 from trainer.models.cache import Cache
 from trainer.models.layers import (
@@ -23,7 +23,6 @@ from trainer.models.layers import (
     join_heads,
     qkv_projection,
     residual,
-    split_heads,
 )
 from trainer.models.mup import ForwardScales
 from trainer.parallel.layers import LayerNorm, Row, divided, to_columns
@@ -35,23 +34,17 @@ from trainer.parallel.recompute import again_in_backward, kept
 class Context:
     cos: Float32[Tensor, "any_rows seq half"]
     sin: Float32[Tensor, "any_rows seq half"]
-    documents: Int32[Tensor, "rows keys"] | None
-    """Where attention stays within them."""
+    starts: Int32[Tensor, "rows keys"] | None
+    """Of the documents, where attention stays within them."""
     cache: Cache | None
 
 
 class HeadNorm(nn.Module):
-    """LayerNorm over head_dim, one weight vector for every head, no bias."""
+    """Of a LayerNorm over head_dim without bias the weights, one vector for every head; None where there is no norm."""
 
     def __init__(self, heads: int, section: StableLM, mesh: Mesh, dtype: torch.dtype) -> None:
         super().__init__()
-        self.epsilon = section.norm_epsilon
-        self.weight = divided((heads, section.head_dim), mesh, dtype, "norm")
-
-    def forward(
-        self, heads: Float[Tensor, "rows seq heads_local head_dim"]
-    ) -> Float[Tensor, "rows seq heads_local head_dim"]:
-        return head_norm(heads, self.weight, self.epsilon)
+        self.weight = divided((heads, section.head_dim), mesh, dtype, "norm") if section.qk_norm else None
 
 
 class Attention(PartialAttention):
@@ -63,8 +56,8 @@ class Attention(PartialAttention):
         super().__init__()
         self.section, self.scale = section, scale
         self.qkv = qkv_projection(section, mesh, dtype, bias=section.qkv_bias)
-        self.query_norm = HeadNorm(section.heads, section, mesh, dtype) if section.qk_norm else nn.Identity()
-        self.key_norm = HeadNorm(section.kv_heads, section, mesh, dtype) if section.qk_norm else nn.Identity()
+        self.query_norm = HeadNorm(section.heads, section, mesh, dtype)
+        self.key_norm = HeadNorm(section.kv_heads, section, mesh, dtype)
         self.out = Row((section.width, section.width), section.width, mesh, dtype, bias=False)
         self.run = again_in_backward if recompute == "selective" else kept
 
@@ -75,12 +68,14 @@ class Attention(PartialAttention):
     def _attend(
         self, qkv: Float[Tensor, "seq rows qkv_local"], context: Context
     ) -> Float[Tensor, "rows seq heads_local head_dim"]:
-        query, key, value = split_heads(qkv, self.section)
-        query = rotate(self.query_norm(query), context.cos, context.sin)
-        key = rotate(self.key_norm(key), context.cos, context.sin)
+        section = self.section
+        query, key, value = split_rotated(
+            qkv, context.cos, context.sin, head_dim=section.head_dim, queries=section.heads // section.kv_heads,
+            query_norm=self.query_norm.weight, key_norm=self.key_norm.weight, epsilon=section.norm_epsilon,
+        )  # fmt: skip
         if context.cache is not None:
             key, value = context.cache.extended(self, key, value)
-        return attention(query, key, value, scale=self.scale, slopes=None, documents=context.documents)
+        return attention(query, key, value, scale=self.scale, slopes=None, starts=context.starts)
 
 
 class ParallelLayer(nn.Module):
@@ -101,12 +96,13 @@ class StableLMDecoder(Decoder):
 
     def context(self, documents: Int32[Tensor, "rows seq"], cache: Cache | None) -> Context:
         section, seq = self.section, documents.shape[1]
-        apart = self.apart(documents, cache)
+        starts = self.apart(documents, cache)
         keys = seq if cache is None else cache.documents.shape[1]
-        row = torch.arange(keys, device=documents.device)[None] if apart is None else positions(apart)
+        row = torch.arange(keys, device=documents.device)[None]
+        row = row if starts is None else row - starts
         rotated = int(section.rotary_fraction * section.head_dim)
         cos, sin = rotary_table(row[:, -seq:], rotated, section.rotary_base)
-        return Context(cos, sin, apart, cache)
+        return Context(cos, sin, starts, cache)
 
 
 def build(section: StableLM, scales: ForwardScales, mesh: Mesh, dtype: torch.dtype, recompute: Recompute) -> Decoder:

@@ -1,31 +1,57 @@
-"""Cross-entropy over logits whose vocabulary is divided over ranks, in fp32, padding left out of the softmax."""
+"""Cross-entropy of the output matrix's logits, its vocabulary divided over ranks, in fp32, padding left out of the softmax.
+
+Each rank finds three numbers per token for its part of the vocabulary (`kernels.linear_cross_entropy`), r its rank:
+
+    loss = M - sum over r of target_logit[r] + log(sum over r of total[r] * exp(maximum[r] - M)),   M = max of maximum[r]
+"""
 
 import torch
 from jaxtyping import Float, Float32, Int64
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
+from kernels.linear_cross_entropy import linear_cross_entropy
 from trainer.parallel.mesh import Mesh
 
 
 def cross_entropy(
-    logits: Float[Tensor, "seq rows vocab_local"], targets: Int64[Tensor, "seq rows"], *, vocab: int, mesh: Mesh
+    hidden: Float[Tensor, "seq rows width"],
+    weight: Float[Tensor, "vocab_local width"],
+    targets: Int64[Tensor, "seq rows"],
+    *,
+    vocab: int,
+    scale: float,
+    mesh: Mesh,
 ) -> Float32[Tensor, "seq rows"]:
-    """Minus the log-probability of each target among the true `vocab` ids; the same on every tensor-parallel rank.
+    """Minus the log-probability of each target among the true `vocab` ids, of logits scale * hidden @ weight.T.
+
+    The same on every tensor-parallel rank; its gradient is to be that of one rank's losses, not of their sum over ranks. The
+    gradient of hidden is this rank's part (`to_columns` adds the parts up). No logits are kept, nor ever all at once there.
 
     Units: nats.
     """
-    logits = without_padding(logits.float(), vocab=vocab, mesh=mesh)
-    return vocab_parallel_cross_entropy(logits, targets)
+    first = mesh.tp_rank * len(weight)
+    columns = min(max(vocab - first, 0), len(weight))
+    local = (targets - first).flatten()
+    parts = linear_cross_entropy(hidden.flatten(0, 1), weight, local, columns=columns, scale=scale)
+    return _over_ranks(*parts, mesh).view(targets.shape)
 
 
-def without_padding(
-    logits: Float[Tensor, "*batch vocab_local"], *, vocab: int, mesh: Mesh
-) -> Float[Tensor, "*batch vocab_local"]:
-    """Logits of ids that do not exist are minus infinity, so they have no probability and no gradient."""
-    local = logits.shape[-1]
-    first = mesh.tp_rank * local
-    if first + local <= vocab:
-        return logits
-    ids = torch.arange(first, first + local, device=logits.device)
-    return logits.masked_fill(ids >= vocab, float("-inf"))
+def _over_ranks(
+    maximum: Float[Tensor, " tokens"],
+    total: Float[Tensor, " tokens"],
+    target_logit: Float[Tensor, " tokens"],
+    mesh: Mesh,
+) -> Float32[Tensor, " tokens"]:
+    """The loss of each token, from every rank's part. A rank that holds padding alone has the lowest number and no total.
+
+    In fp64, which costs nothing for so few numbers: a rounding here is one error for all of a token's columns in backward.
+    """
+    maximum, total, target_logit = maximum.double(), total.double(), target_logit.double()
+    if mesh.tp_size > 1:
+        largest = maximum.clone()
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, get_tensor_model_parallel_group())
+        parts = torch.stack((total * (maximum - largest).exp(), target_logit))
+        maximum, (total, target_logit) = largest, reduce_from_tensor_model_parallel_region(parts)
+    return (maximum - target_logit + total.log()).float()

@@ -1,0 +1,141 @@
+"""Cross-entropy over logits that are at hand, as the three numbers per token that it is made of.
+
+    forward   maximum = max of z,  total = sum of exp(z - maximum),  target_logit = z[target],   z = scale * logit
+    backward  dlogit = scale * (dtotal * exp(z - maximum) + dtarget_logit * (column == target))
+    loss      maximum + log(total) - target_logit, which the maximum leaves as it is: to autograd it is a constant
+
+The three stay apart because a block of logits may be a part of the vocabulary only: parts that lie on other ranks are put
+together by the caller, parts that come one after the other (`linear_cross_entropy`) by the two operations on a block below.
+And because maximum + log(total) is rounded to the last place of a large number: in backward its exponential would have that
+error in all columns alike, where a sum over them cancels nothing. Logits are read once in each direction and replaced by
+their gradient in backward, so there is never a second tensor of their size.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+LOWEST = torch.finfo(torch.float32).min
+"""The maximum of no columns. Not minus infinity, whose difference from itself is no number."""
+
+
+def cross_entropy(
+    logits: Float[Tensor, "tokens vocab_local"], targets: Int64[Tensor, " tokens"], *, columns: int, scale: float
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """Maximum, total and target_logit over the first `columns`, in fp32 (fp64 for fp64); the columns behind are padding.
+
+    A target outside 0..columns - 1 is in another part of the vocabulary: 0. Without columns the maximum is LOWEST, the total 0.
+
+    Note: gives the logits up. Backward writes their gradient over them, so whatever else backward would read them for, a
+    second backward too, raises RuntimeError.
+    Raises: ValueError for logits whose columns are not neighbours in memory, or whose rows overlap there.
+    """
+    tokens, width = logits.shape
+    if (width > 1 and logits.stride(1) != 1) or (tokens > 1 and logits.stride(0) < width):
+        raise ValueError(f"logits of shape {tokens} x {width} have strides {logits.stride()}: make them contiguous")
+    maximum, total, target_logit = torch.ops.tandem.cross_entropy(logits, targets, columns, scale)
+    return maximum.detach(), total, target_logit
+
+
+def nothing_seen(logits: Tensor, targets: Tensor) -> Tensor:
+    """Maximum, total and target_logit before the first block, [3, tokens]."""
+    statistics = torch.zeros((3, len(targets)), dtype=wide(logits.dtype), device=logits.device)
+    statistics[0].fill_(LOWEST)
+    return statistics
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@torch.library.custom_op("tandem::cross_entropy_add", mutates_args=("statistics",), device_types="cpu")
+def _add(logits: Tensor, targets: Tensor, statistics: Tensor, *, first: int, columns: int, scale: float) -> None:
+    """Adds a block to the statistics: its first column has the id `first`, and `columns` of it are true."""
+    if columns == 0:
+        return
+    maximum, total, target_logit = statistics
+    z = logits[:, :columns].to(statistics.dtype) * scale
+    largest = torch.maximum(maximum, z.amax(1))
+    total.mul_((maximum - largest).exp()).add_((z - largest[:, None]).exp().sum(1))
+    maximum.copy_(largest)
+    column = targets - first
+    here = (column >= 0) & (column < columns)
+    target_logit.copy_(torch.where(here, z.gather(1, column.clamp(0, columns - 1)[:, None])[:, 0], target_logit))
+
+
+@_add.register_kernel("cuda")
+def _(logits: Tensor, targets: Tensor, statistics: Tensor, *, first: int, columns: int, scale: float) -> None:
+    from kernels.device import cross_entropy as device
+
+    device.add(logits, targets, statistics, first=first, columns=columns, scale=scale)
+
+
+@_add.register_fake
+def _(logits: Tensor, targets: Tensor, statistics: Tensor, *, first: int, columns: int, scale: float) -> None:
+    pass
+
+
+@torch.library.custom_op("tandem::cross_entropy_gradient", mutates_args=("logits",), device_types="cpu")
+def _gradient(
+    logits: Tensor, targets: Tensor, maximum: Tensor, total_gradient: Tensor, target_logit_gradient: Tensor,
+    *, first: int, columns: int, scale: float,
+) -> None:  # fmt: skip
+    """Writes the gradient of a block of logits over them: zero in the columns behind `columns`."""
+    true = logits[:, :columns]
+    z = true.to(maximum.dtype) * scale
+    of_total = total_gradient[:, None] * (z - maximum[:, None]).exp()
+    is_target = torch.arange(columns, device=logits.device) == (targets - first)[:, None]
+    of_target = torch.where(is_target, target_logit_gradient[:, None], 0.0)
+    true.copy_(scale * (of_total + of_target))
+    logits[:, columns:] = 0
+
+
+@_gradient.register_kernel("cuda")
+def _(
+    logits: Tensor, targets: Tensor, maximum: Tensor, total_gradient: Tensor, target_logit_gradient: Tensor,
+    *, first: int, columns: int, scale: float,
+) -> None:  # fmt: skip
+    from kernels.device import cross_entropy as device
+
+    gradients = total_gradient, target_logit_gradient
+    device.gradient(logits, targets, maximum, *gradients, first=first, columns=columns, scale=scale)
+
+
+@_gradient.register_fake
+def _(
+    logits: Tensor, targets: Tensor, maximum: Tensor, total_gradient: Tensor, target_logit_gradient: Tensor,
+    *, first: int, columns: int, scale: float,
+) -> None:  # fmt: skip
+    pass
+
+
+@torch.library.custom_op("tandem::cross_entropy", mutates_args=())
+def _cross_entropy(logits: Tensor, targets: Tensor, columns: int, scale: float) -> Tensor:
+    statistics = nothing_seen(logits, targets)
+    torch.ops.tandem.cross_entropy_add(logits, targets, statistics, first=0, columns=columns, scale=scale)
+    return statistics
+
+
+@_cross_entropy.register_fake
+def _(logits: Tensor, targets: Tensor, columns: int, scale: float) -> Tensor:
+    return nothing_seen(logits, targets)
+
+
+def _keep_logits(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, targets, ctx.columns, ctx.scale = inputs
+    ctx.save_for_backward(logits, targets, output)
+
+
+def _logits_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    kept, targets, statistics = ctx.saved_tensors
+    logits = kept.detach()  # whose writes count as the kept tensor's: autograd refuses to read that again
+    torch.ops.tandem.cross_entropy_gradient(
+        logits, targets, statistics[0], gradient[1], gradient[2], first=0, columns=ctx.columns, scale=ctx.scale
+    )
+    return logits, None, None, None
+
+
+_cross_entropy.register_autograd(_logits_gradient, setup_context=_keep_logits)

@@ -1,0 +1,362 @@
+"""Attention in tiles of queries by keys, whose scores never leave the multiprocessor.
+
+A head is multiplied in two parts, 80 = 64 + 16 and 160 = 128 + 32: a tile is a power of two wide, and of one of 128 or 256
+three eighths would be zeros. Each program walks the tiles of one block of queries (for dk and dv: of keys) in three
+stretches: tiles in which documents begin, whole tiles, tiles on the diagonal; whole tiles need no mask. Tiles above the
+diagonal or of other documents are not walked. Programs with the longest walk come first.
+
+    forward   m = max(m, s),  l = l * 2^(m_old - m) + rowsum(2^(s - m)),  y likewise;  lse = log of the sum, kept for backward
+    backward  p = 2^(s - lse);  one kernel for dq, one for dk and dv, which both make p and dp: seven products of a tile instead
+              of five, but no two programs add to one number, so that neither atomics nor their order come into it
+
+The bias of key j within a tile is slope * (j - first of the tile), small and different in each column, plus
+slope * (first of the tile - i), one number for a query: added to its maximum instead of its scores, it costs nothing there.
+Each of the two is rounded no more coarsely than slope * (j - i) itself.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.attention import like
+from kernels.device.launch import blocks as cover
+from kernels.device.launch import launch
+from kernels.device.tiles import added, biased, each, load, product, store, unseen
+
+LOWEST = tl.constexpr(-1e30)
+"""Below any score, yet finite: the difference of two is 0 and not NaN."""
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _slope(slopes, slopes_row, row, head, scale, ALIBI: tl.constexpr):
+    """Of the scores before they are scaled."""
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes + row * slopes_row + head) / scale
+    return slope
+
+
+@triton.jit
+def _walk_of_queries(starts, first, seq, DOCUMENTS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """Where the walk over keys begins, has whole tiles from, meets the diagonal, and ends."""
+    diagonal = first // KEYS * KEYS
+    begin, whole = 0, 0
+    if DOCUMENTS:
+        begin = tl.load(starts + first) // KEYS * KEYS
+        last = tl.minimum(first + QUERIES, seq) - 1
+        whole = tl.minimum(tl.cdiv(tl.load(starts + last), KEYS) * KEYS, diagonal)
+    return begin, whole, diagonal, tl.minimum(first + QUERIES, seq)
+
+
+@triton.jit(do_not_specialize=["heads"])
+def _forward(
+    query, q_row, q_token, q_head, key, k_row, k_token, k_head, value, v_row, v_token, v_head, out, o_row, o_token, o_head,
+    lse, slopes, slopes_row, starts, seq, heads, scale,
+    GROUP: tl.constexpr, ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, RAGGED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    along = tl.cdiv(seq, QUERIES)
+    first = (along - 1 - tl.program_id(0) % along) * QUERIES
+    row, head = (tl.program_id(0) // along // heads).to(tl.int64), tl.program_id(0) // along % heads
+    query += row * q_row + head * q_head
+    key += row * k_row + head // GROUP * k_head
+    value += row * v_row + head // GROUP * v_head
+    starts += row * seq
+    to = first + tl.arange(0, QUERIES)
+    q_main, q_tail = load(query, to, q_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
+    begin = to
+    if DOCUMENTS:
+        begin = each(starts, to, seq, RAGGED)
+    slope = _slope(slopes, slopes_row, row, head, scale, ALIBI)
+    highest = tl.full([QUERIES], LOWEST, tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    index = tl.arange(0, KEYS).to(tl.float32)
+    main = tl.zeros([QUERIES, MAIN], tl.float32)
+    tail = tl.zeros([QUERIES, TAIL if TAIL > 0 else 16], tl.float32)
+    walk_begin, walk_whole, walk_diagonal, walk_end = _walk_of_queries(starts, first, seq, DOCUMENTS, QUERIES, KEYS)
+    for stretch in tl.static_range(0 if DOCUMENTS else 1, 3):
+        low = walk_begin if stretch == 0 else (walk_whole if stretch == 1 else walk_diagonal)
+        high = walk_whole if stretch == 0 else (walk_diagonal if stretch == 1 else walk_end)
+        for step in tl.range(0, tl.cdiv(high - low, KEYS)):
+            place = low + step * KEYS
+            source = place + tl.arange(0, KEYS)
+            k_main, k_tail = load(key, source, k_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED and stretch == 2)
+            v_main, v_tail = load(value, source, v_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED and stretch == 2)
+            score = product(q_main, q_tail, k_main, k_tail, TAIL)
+            shift = tl.zeros([QUERIES], tl.float32)
+            if ALIBI:
+                score = biased(score, slope, index[None, :])
+                shift = slope * (place - to).to(tl.float32)
+            if stretch != 1:
+                score = unseen(score, (to - place)[:, None], index[None, :], (begin - place)[:, None], DOCUMENTS)
+            higher = tl.maximum(highest, tl.max(score, 1) + shift)
+            p = tl.exp2(score * (scale * LOG2_E) + ((shift - higher) * (scale * LOG2_E))[:, None])
+            shrink = tl.exp2((highest - higher) * (scale * LOG2_E))
+            total = total * shrink + tl.sum(p, 1)
+            main *= shrink[:, None]
+            if TAIL > 0:
+                tail *= shrink[:, None]
+            main, tail = added(main, tail, p.to(value.dtype.element_ty), v_main, v_tail, TAIL)
+            highest = higher
+    tl.store(lse + (row * heads + head) * seq + to, highest * scale + tl.log(total), mask=to < seq)
+    weight = (1.0 / total)[:, None]
+    store(out + row * o_row + head * o_head, to, o_token, seq, main * weight, tail * weight, HEAD_DIM, MAIN, TAIL)
+
+
+@triton.jit(do_not_specialize=["heads"])
+def _backward_queries(
+    query, q_row, q_token, q_head, key, k_row, k_token, k_head, value, v_row, v_token, v_head, out, o_row, o_token, o_head,
+    out_gradient, do_row, do_token, do_head, gradient, dq_row, dq_token, dq_head,
+    lse, delta, slopes, slopes_row, starts, seq, heads, scale,
+    GROUP: tl.constexpr, ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, RAGGED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Also leaves rowsum(dy * y) in `delta`."""
+    along = tl.cdiv(seq, QUERIES)
+    first = (along - 1 - tl.program_id(0) % along) * QUERIES
+    row, head = (tl.program_id(0) // along // heads).to(tl.int64), tl.program_id(0) // along % heads
+    key += row * k_row + head // GROUP * k_head
+    value += row * v_row + head // GROUP * v_head
+    starts += row * seq
+    to = first + tl.arange(0, QUERIES)
+    o_main, o_tail = load(out + row * o_row + head * o_head, to, o_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
+    do_main, do_tail = load(
+        out_gradient + row * do_row + head * do_head, to, do_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED
+    )
+    products = tl.sum(o_main.to(tl.float32) * do_main.to(tl.float32), 1)
+    if TAIL > 0:
+        products += tl.sum(o_tail.to(tl.float32) * do_tail.to(tl.float32), 1)
+    per_query = (row * heads + head) * seq + to
+    tl.store(delta + per_query, products, mask=to < seq)
+    log_total = each(lse + (row * heads + head) * seq, to, seq, RAGGED) * LOG2_E
+    q_main, q_tail = load(query + row * q_row + head * q_head, to, q_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
+    begin = to
+    if DOCUMENTS:
+        begin = each(starts, to, seq, RAGGED)
+    slope = _slope(slopes, slopes_row, row, head, scale, ALIBI)
+    index = tl.arange(0, KEYS).to(tl.float32)
+    main = tl.zeros([QUERIES, MAIN], tl.float32)
+    tail = tl.zeros([QUERIES, TAIL if TAIL > 0 else 16], tl.float32)
+    walk_begin, walk_whole, walk_diagonal, walk_end = _walk_of_queries(starts, first, seq, DOCUMENTS, QUERIES, KEYS)
+    for stretch in tl.static_range(0 if DOCUMENTS else 1, 3):
+        low = walk_begin if stretch == 0 else (walk_whole if stretch == 1 else walk_diagonal)
+        high = walk_whole if stretch == 0 else (walk_diagonal if stretch == 1 else walk_end)
+        for step in tl.range(0, tl.cdiv(high - low, KEYS)):
+            place = low + step * KEYS
+            source = place + tl.arange(0, KEYS)
+            k_main, k_tail = load(key, source, k_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED and stretch == 2)
+            v_main, v_tail = load(value, source, v_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED and stretch == 2)
+            score = product(q_main, q_tail, k_main, k_tail, TAIL)
+            shift = -log_total
+            if ALIBI:
+                score = biased(score, slope, index[None, :])
+                shift += slope * (place - to).to(tl.float32) * (scale * LOG2_E)
+            if stretch != 1:
+                score = unseen(score, (to - place)[:, None], index[None, :], (begin - place)[:, None], DOCUMENTS)
+            p = tl.exp2(score * (scale * LOG2_E) + shift[:, None])
+            dp = product(do_main, do_tail, v_main, v_tail, TAIL)
+            ds = (p * (dp - products[:, None])).to(key.dtype.element_ty)
+            main, tail = added(main, tail, ds, k_main, k_tail, TAIL)
+    gradient += row * dq_row + head * dq_head
+    store(gradient, to, dq_token, seq, main * scale, tail * scale, HEAD_DIM, MAIN, TAIL)
+
+
+@triton.jit(do_not_specialize=["kv_heads"])
+def _backward_keys(
+    query, q_row, q_token, q_head, key, k_row, k_token, k_head, value, v_row, v_token, v_head,
+    out_gradient, do_row, do_token, do_head, key_gradient, dk_row, dk_token, dk_head, value_gradient, dv_row, dv_token, dv_head,
+    lse, delta, slopes, slopes_row, starts, ends, seq, kv_heads, scale,
+    GROUP: tl.constexpr, ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, RAGGED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """`ends` [rows, 2, blocks of keys]: queries that see the block's first key and no later document; any of its keys."""
+    along = tl.cdiv(seq, KEYS)
+    block = tl.program_id(0) % along
+    row, kv_head = (tl.program_id(0) // along // kv_heads).to(tl.int64), tl.program_id(0) // along % kv_heads
+    first = block * KEYS
+    starts += row * seq
+    source = first + tl.arange(0, KEYS)
+    k_main, k_tail = load(key + row * k_row + kv_head * k_head, source, k_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
+    v_main, v_tail = load(value + row * v_row + kv_head * v_head, source, v_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
+    index = tl.arange(0, KEYS).to(tl.float32)
+    dk_main = tl.zeros([KEYS, MAIN], tl.float32)
+    dk_tail = tl.zeros([KEYS, TAIL if TAIL > 0 else 16], tl.float32)
+    dv_main = tl.zeros([KEYS, MAIN], tl.float32)
+    dv_tail = tl.zeros([KEYS, TAIL if TAIL > 0 else 16], tl.float32)
+    whole_until, walk_end = seq, seq
+    if DOCUMENTS:
+        whole_until = tl.load(ends + (row * 2) * along + block)
+        walk_end = tl.load(ends + (row * 2 + 1) * along + block)
+    walk_begin = first // QUERIES * QUERIES
+    walk_whole = tl.minimum(tl.cdiv(first + KEYS, QUERIES) * QUERIES, walk_end)
+    walk_mixed = tl.maximum(whole_until // QUERIES * QUERIES, walk_whole)
+    for stretch in tl.static_range(3):
+        low = walk_begin if stretch == 0 else (walk_whole if stretch == 1 else walk_mixed)
+        high = walk_whole if stretch == 0 else (walk_mixed if stretch == 1 else walk_end)
+        steps = tl.cdiv(tl.maximum(high - low, 0), QUERIES)
+        # One loop over all heads of the group: another one around it would fill registers with what it keeps for each start.
+        for step in tl.range(0, GROUP * steps):
+            place, head = low + step * QUERIES, kv_head
+            if GROUP > 1:
+                place, head = low + step % steps * QUERIES, kv_head * GROUP + step // steps
+            q_base = query + row * q_row + head * q_head
+            do_base = out_gradient + row * do_row + head * do_head
+            per_query = (row * (kv_heads * GROUP) + head) * seq
+            slope = _slope(slopes, slopes_row, row, head, scale, ALIBI)
+            to = place + tl.arange(0, QUERIES)
+            q_main, q_tail = load(q_base, to, q_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED and stretch != 1)
+            do_main, do_tail = load(do_base, to, do_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED and stretch != 1)
+            begin = to
+            log_total = each(lse + per_query, to, seq, RAGGED and stretch != 1)
+            products = each(delta + per_query, to, seq, RAGGED and stretch != 1)
+            if DOCUMENTS and stretch != 1:
+                begin = each(starts, to, seq, RAGGED)
+            score = product(k_main, k_tail, q_main, q_tail, TAIL)
+            shift = -log_total * LOG2_E
+            if ALIBI:
+                score = biased(score, slope, index[:, None])
+                shift += slope * (first - to).to(tl.float32) * (scale * LOG2_E)
+            if stretch != 1:
+                score = unseen(score, (to - first)[None, :], index[:, None], (begin - first)[None, :], DOCUMENTS)
+            p = tl.exp2(score * (scale * LOG2_E) + shift[None, :])
+            dv_main, dv_tail = added(dv_main, dv_tail, p.to(query.dtype.element_ty), do_main, do_tail, TAIL)
+            dp = product(v_main, v_tail, do_main, do_tail, TAIL)
+            ds = (p * (dp - products[None, :])).to(query.dtype.element_ty)
+            dk_main, dk_tail = added(dk_main, dk_tail, ds, q_main, q_tail, TAIL)
+    key_gradient += row * dk_row + kv_head * dk_head
+    value_gradient += row * dv_row + kv_head * dv_head
+    store(key_gradient, source, dk_token, seq, dk_main * scale, dk_tail * scale, HEAD_DIM, MAIN, TAIL)
+    store(value_gradient, source, dv_token, seq, dv_main, dv_tail, HEAD_DIM, MAIN, TAIL)
+
+
+SIZES: dict[str, dict[int, dict[str, int]]] = {
+    "forward": {
+        64: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
+        80: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3},
+        160: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3},
+        256: {"QUERIES": 128, "KEYS": 32, "num_warps": 8, "num_stages": 2},
+    },
+    "queries": {
+        80: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 2},
+        160: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 2},
+        256: {"QUERIES": 64, "KEYS": 32, "num_warps": 8, "num_stages": 2},
+    },
+    "keys": {
+        80: {"KEYS": 64, "QUERIES": 64, "num_warps": 4, "num_stages": 2},
+        160: {"KEYS": 128, "QUERIES": 32, "num_warps": 8, "num_stages": 3},
+        256: {"KEYS": 32, "QUERIES": 32, "num_warps": 4, "num_stages": 2},
+    },
+}
+"""By the widest head they serve, for bf16 on sm_90. 128 queries to a program: 64 would read keys
+and values from the L2 cache at 6 TB/s for 400 TFLOP/s, more than it gives. The other side is as wide as registers allow for
+scores, weights and sums. Registers let two programs live on a multiprocessor in forward to 64, in gradients of keys to 80.
+
+Nothing spills, but for 32 bytes in gradients of keys of 160 dims and groups under triton 3.9 (none under 3.6): in its SASS they
+are stored before the loops and read between them, not once within.
+"""
+FP32_SIZES = {"QUERIES": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1}
+"""Three products of tf32 for one of fp32: exact enough to check by, not made to be fast."""
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, slopes: Tensor | None, starts: Tensor | None,
+    *, sizes: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Result [rows, seq, heads, head_dim], tokens outermost in memory; log of the sums of exponentials [rows, heads, seq]."""
+    rows, seq, heads, _ = query.shape
+    query, key, value = _neighbours(query), _neighbours(key), _neighbours(value)
+    out, lse = like(query), query.new_empty((rows, heads, seq), dtype=torch.float32)
+    sizes = sizes or _sizes("forward", query)
+    launch(
+        _forward, (cover(seq, sizes["QUERIES"]) * rows * heads,),
+        *_laid(query), *_laid(key), *_laid(value), *_laid(out),
+        lse, *_slopes(slopes, lse), lse if starts is None else starts.contiguous(), seq, heads, scale,
+        **_constants(query, key, slopes, starts), **_fitted(seq, sizes),
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    out_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    scale: float, slopes: Tensor | None, starts: Tensor | None,
+    *, query_sizes: dict[str, int] | None = None, key_sizes: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key and value, tokens outermost in memory."""
+    rows, seq, heads, _ = query.shape
+    query, key, value, out_gradient = (_neighbours(x) for x in (query, key, value, out_gradient))
+    gradients = like(query), like(key), like(value)
+    delta = torch.empty_like(lse)
+    slopes_at, starts_at = _slopes(slopes, lse), lse if starts is None else starts.contiguous()
+    constants = _constants(query, key, slopes, starts)
+    sizes = query_sizes or _sizes("queries", query)
+    launch(
+        _backward_queries, (cover(seq, sizes["QUERIES"]) * rows * heads,),
+        *_laid(query), *_laid(key), *_laid(value), *_laid(out), *_laid(out_gradient), *_laid(gradients[0]),
+        lse, delta, *slopes_at, starts_at, seq, heads, scale, **constants, **_fitted(seq, sizes),
+    )  # fmt: skip
+    sizes = key_sizes or _sizes("keys", query)
+    ends = lse if starts is None else _ends(starts_at, sizes["KEYS"])
+    launch(
+        _backward_keys, (cover(seq, sizes["KEYS"]) * rows * key.shape[2],),
+        *_laid(query), *_laid(key), *_laid(value), *_laid(out_gradient), *_laid(gradients[1]), *_laid(gradients[2]),
+        lse, delta, *slopes_at, starts_at, ends, seq, key.shape[2], scale, **constants, **_fitted(seq, sizes),
+    )  # fmt: skip
+    return gradients
+
+
+def _ends(starts: Tensor, keys: int) -> Tensor:
+    """For every block of keys how many queries begin no later than its first key, and than its last."""
+    rows, seq = starts.shape
+    first = torch.arange(0, seq, keys, dtype=starts.dtype, device=starts.device)
+    bounds = torch.cat((first, first + (keys - 1)))
+    ends = torch.searchsorted(starts, bounds.repeat(rows, 1), right=True, out_int32=True)
+    return ends.view(rows, 2, len(first))
+
+
+def _sizes(kernel: str, query: Tensor) -> dict[str, int]:
+    head_dim = query.shape[-1]
+    found = next((sizes for widest, sizes in SIZES[kernel].items() if head_dim <= widest), None)
+    if found is None:
+        raise ValueError(f"head_dim {head_dim}: attention on a GPU reads heads of up to {max(SIZES[kernel])} dims")
+    if query.dtype != torch.float32:
+        return found
+    return FP32_SIZES
+
+
+def _fitted(seq: int, sizes: dict[str, int]) -> dict[str, Any]:
+    return {"RAGGED": seq % max(sizes["QUERIES"], sizes["KEYS"]) > 0, **sizes}
+
+
+def _constants(query: Tensor, key: Tensor, slopes: Tensor | None, starts: Tensor | None) -> dict[str, Any]:
+    head_dim = query.shape[-1]
+    main = max(16, 1 << (head_dim.bit_length() - 1))
+    rest = head_dim - main
+    return {
+        "GROUP": query.shape[2] // key.shape[2], "ALIBI": slopes is not None, "DOCUMENTS": starts is not None,
+        "HEAD_DIM": head_dim, "MAIN": main, "TAIL": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0,
+    }  # fmt: skip
+
+
+def _slopes(slopes: Tensor | None, absent: Tensor) -> tuple[Tensor, int]:
+    """Slopes and the elements from row to row."""
+    if slopes is None:
+        return absent, 0
+    slopes = slopes.contiguous()
+    return slopes, slopes.stride(0) if slopes.dim() == 2 else 0
+
+
+def _laid(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """A tensor and its elements from row to row, token to token, head to head."""
+    return x, x.stride(0), x.stride(1), x.stride(2)
+
+
+def _neighbours(x: Tensor) -> Tensor:
+    """With neighbouring head dims; a view unless they lie apart."""
+    return x if x.stride(-1) == 1 else x.contiguous()

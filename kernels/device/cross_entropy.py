@@ -1,0 +1,105 @@
+"""Cross-entropy by rows: one program for a token in forward, for a run of a token's columns in backward.
+
+Forward keeps a maximum and a sum for every lane, which is one thread's load of neighbouring columns, and brings lanes
+together only behind the last block: within the loop no thread waits for another, and an element costs one exponential and an
+eighth. Loads are masked by the columns that exist and not by those that are true, whose number divides by nothing and would
+make them loads of single elements.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.cross_entropy import LOWEST
+from kernels.device.launch import blocks, launch
+
+LANE_BYTES = 16
+"""The widest load of a thread."""
+MAX_LANES = 512
+LANES_PER_WARP = 64
+"""Two loads per thread are in flight at once, and a multiprocessor holds enough threads for 64 KiB of them."""
+
+
+@triton.jit
+def _add(
+    logits, targets, statistics,
+    tokens, width, row_stride, first, columns, scale,
+    LOWEST: tl.constexpr, LANES: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    source = logits + row * row_stride
+    target = tl.load(targets + row) - first
+    offset = tl.arange(0, LANES)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+    maximum = tl.full((LANES,), LOWEST, tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    for start in range(0, columns, LANES * LANE):
+        column = start + offset
+        z = tl.load(source + column, mask=column < width, other=0.0).to(tl.float32) * scale
+        z = tl.where(column < columns, z, float("-inf"))
+        largest = tl.maximum(maximum, tl.max(z, 1))
+        total = total * tl.exp(maximum - largest) + tl.sum(tl.exp(z - largest[:, None]), 1)
+        maximum = largest
+    _merge(statistics + row, statistics + tokens + row, maximum, total)
+    is_here = (target >= 0) & (target < columns)
+    target_logit = tl.load(source + target, mask=is_here, other=0.0).to(tl.float32) * scale
+    tl.store(statistics + 2 * tokens + row, target_logit, mask=is_here)
+
+
+@triton.jit
+def _merge(maximum_before, total_before, maximum, total):
+    """The lanes' maxima and sums come to those of earlier blocks."""
+    before = tl.load(maximum_before).to(tl.float32)
+    largest = tl.maximum(before, tl.max(maximum, 0))
+    merged = tl.sum(total * tl.exp(maximum - largest), 0)
+    merged += tl.load(total_before).to(tl.float32) * tl.exp(before - largest)
+    tl.store(maximum_before, largest)
+    tl.store(total_before, merged)
+
+
+@triton.jit
+def _gradient(
+    logits, targets, maximum, total_gradient, target_logit_gradient,
+    width, row_stride, first, columns, scale,
+    LANES: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * (LANES * LANE) + tl.arange(0, LANES * LANE)
+    place = logits + row * row_stride + column
+    z = tl.load(place, mask=column < width, other=0.0).to(tl.float32) * scale
+    exponential = tl.exp(z - tl.load(maximum + row).to(tl.float32))
+    is_target = column == tl.load(targets + row) - first
+    gradient = tl.load(total_gradient + row).to(tl.float32) * exponential
+    gradient += tl.where(is_target, tl.load(target_logit_gradient + row).to(tl.float32), 0.0)
+    gradient = tl.where(column < columns, gradient * scale, 0.0)
+    tl.store(place, gradient.to(logits.dtype.element_ty), mask=column < width)
+
+
+def add(logits: Tensor, targets: Tensor, statistics: Tensor, *, first: int, columns: int, scale: float) -> None:
+    """Adds a block of logits to the statistics of each token."""
+    tokens, width = logits.shape
+    shape = _lanes(logits)
+    launch(
+        _add, (tokens,), logits, targets.contiguous(), statistics,
+        tokens, width, logits.stride(0), first, columns, scale, LOWEST=LOWEST, **shape,
+    )  # fmt: skip
+
+
+def gradient(
+    logits: Tensor, targets: Tensor, maximum: Tensor, total_gradient: Tensor, target_logit_gradient: Tensor,
+    *, first: int, columns: int, scale: float,
+) -> None:  # fmt: skip
+    """Writes the gradient of a block of logits over them."""
+    tokens, width = logits.shape
+    shape = _lanes(logits)
+    by_token = (x.contiguous() for x in (targets, maximum, total_gradient, target_logit_gradient))
+    launch(
+        _gradient, (tokens, blocks(width, shape["LANES"] * shape["LANE"])), logits, *by_token,
+        width, logits.stride(0), first, columns, scale, **shape,
+    )  # fmt: skip
+
+
+def _lanes(logits: Tensor) -> dict[str, int]:
+    """A whole row in one block where it is short enough: no more threads than it has loads."""
+    lane = LANE_BYTES // logits.element_size()
+    lanes = min(MAX_LANES, triton.next_power_of_2(blocks(logits.shape[1], lane)))
+    return {"LANES": lanes, "LANE": lane, "num_warps": max(1, lanes // LANES_PER_WARP)}

@@ -1,0 +1,88 @@
+"""Tiles of tokens by the dims of a head, in two parts: the largest power of two in the head, and a tail of 16 dims or more.
+
+Both parts go to the tensor cores as they are. Rows lie apart by any stride, dims are neighbours.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _part(
+    base, token, stride, seq, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr
+):
+    """Tokens by `WIDTH` dims; zeros beyond the head and, if `RAGGED`, beyond the row."""
+    dim = FIRST + tl.arange(0, WIDTH)
+    place = base + token.to(tl.int64)[:, None] * stride + dim[None, :]
+    if RAGGED:
+        part = tl.load(place, mask=(token < seq)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    elif FIRST + WIDTH > HEAD_DIM:
+        part = tl.load(place, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+    else:
+        part = tl.load(place)
+    return part
+
+
+@triton.jit
+def load(
+    base, token, stride, seq,
+    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Both parts of the head; without a tail the second is a stand-in."""
+    main = _part(base, token, stride, seq, 0, MAIN, HEAD_DIM, RAGGED)
+    tail = main
+    if TAIL > 0:
+        tail = _part(base, token, stride, seq, MAIN, TAIL, HEAD_DIM, RAGGED)
+    return main, tail
+
+
+@triton.jit
+def each(base, token, seq, RAGGED: tl.constexpr):
+    """One number for each token; zeros beyond the row."""
+    return tl.load(base + token, mask=token < seq, other=0) if RAGGED else tl.load(base + token)
+
+
+@triton.jit
+def store(
+    base, token, stride, seq, main, tail, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr
+):  # fmt: skip
+    dim = tl.arange(0, MAIN)
+    place = base + token.to(tl.int64)[:, None] * stride
+    exists = (token < seq)[:, None]
+    tl.store(place + dim[None, :], main.to(base.dtype.element_ty), mask=exists & (dim < HEAD_DIM)[None, :])
+    if TAIL > 0:
+        dim = MAIN + tl.arange(0, TAIL)
+        tl.store(place + dim[None, :], tail.to(base.dtype.element_ty), mask=exists & (dim < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def product(a_main, a_tail, b_main, b_tail, TAIL: tl.constexpr):
+    """a b^T over the dims of the head."""
+    sums = tl.dot(a_main, tl.trans(b_main), input_precision="tf32x3")
+    if TAIL > 0:
+        sums = tl.dot(a_tail, tl.trans(b_tail), sums, input_precision="tf32x3")
+    return sums
+
+
+@triton.jit
+def added(main, tail, weights, b_main, b_tail, TAIL: tl.constexpr):
+    """The sums plus weights b."""
+    main = tl.dot(weights, b_main, main, input_precision="tf32x3")
+    if TAIL > 0:
+        tail = tl.dot(weights, b_tail, tail, input_precision="tf32x3")
+    return main, tail
+
+
+@triton.jit
+def biased(score, slope, column):
+    """Plus slope * column; a fused multiply-add, of which nothing is left for the compiler to keep in registers."""
+    return tl.fma(tl.zeros_like(score) + slope, tl.broadcast_to(column, score.shape), score)
+
+
+@triton.jit
+def unseen(score, to, source, begin, DOCUMENTS: tl.constexpr):
+    """Scores of what a query does not see are minus infinity. Places are broadcast against the tile."""
+    seen = source <= to.to(tl.float32)
+    if DOCUMENTS:
+        seen = seen & (source >= begin.to(tl.float32))
+    return tl.where(seen, score, float("-inf"))

@@ -1,0 +1,121 @@
+"""The product with the output matrix and cross-entropy over it, one chunk of the vocabulary at a time.
+
+    forward   logits = hidden @ weight[chunk].T, added to the maximum, total and target_logit of `cross_entropy`
+    backward  logits once more, replaced by their gradient g;  dweight[chunk] = g.T @ hidden;  dhidden += g @ weight[chunk]
+
+Logits exist for one chunk only. Chunks divide the vocabulary, not the tokens, so that the gradient of a weight is one product
+over all tokens, rounded once; the gradient of hidden is added up in fp32 and rounded once. That costs 8 instead of 6
+operations per token and weight.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from kernels.cross_entropy import nothing_seen, wide
+
+CHUNKS = 16
+"""At most: a sixteenth of the logits, rounded up to whole blocks, stays below a tenth of them from 30 blocks on."""
+BLOCK = 128
+"""Columns of a tile of a matrix product."""
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "tokens width"],
+    weight: Float[Tensor, "vocab_local width"],
+    targets: Int64[Tensor, " tokens"],
+    *,
+    columns: int,
+    scale: float,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """`kernels.cross_entropy.cross_entropy` of hidden times the transposed weight, whose rows behind `columns` are padding.
+
+    Logits have the dtype of hidden and weight. These two are kept for backward, the targets, and three numbers per token.
+    """
+    maximum, total, target_logit = torch.ops.tandem.linear_cross_entropy(hidden, weight, targets, columns, scale)
+    return maximum.detach(), total, target_logit
+
+
+def chunk_width(vocab_local: int) -> int:
+    """Columns of every chunk but the last."""
+    return BLOCK * -(-vocab_local // (CHUNKS * BLOCK))
+
+
+def statistics_by_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, columns: int, scale: float) -> Tensor:
+    """Maximum, total and target_logit, [3, tokens], with one buffer for logits."""
+    statistics = nothing_seen(hidden, targets)
+    for first, true, logits, _ in _chunks(hidden, weight, columns):
+        torch.ops.tandem.cross_entropy_add(logits, targets, statistics, first=first, columns=true, scale=scale)
+    return statistics
+
+
+def gradients_by_chunk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, statistics: Tensor, gradient: Tensor, columns: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden, in fp32 still, and weight from that of the statistics, with one buffer for logits."""
+    of_token = statistics[0], gradient[1], gradient[2]
+    hidden_gradient = torch.zeros(hidden.shape, dtype=wide(hidden.dtype), device=hidden.device)
+    weight_gradient = weight.new_empty(weight.shape)
+    for first, true, logits, rows in _chunks(hidden, weight, columns):
+        torch.ops.tandem.cross_entropy_gradient(logits, targets, *of_token, first=first, columns=true, scale=scale)
+        torch.mm(logits.t(), hidden, out=weight_gradient[first : first + len(rows)])
+        _add_product(hidden_gradient, logits, rows)
+    return hidden_gradient, weight_gradient
+
+
+def _chunks(hidden: Tensor, weight: Tensor, columns: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """First id, number of true columns, logits (gone with the next chunk), rows of the weight."""
+    buffer = hidden.new_empty(len(hidden), min(chunk_width(len(weight)), len(weight)))
+    for first in range(0, len(weight), buffer.shape[1]):
+        rows = weight[first : first + buffer.shape[1]]
+        logits = torch.mm(hidden, rows.t(), out=buffer[:, : len(rows)])
+        yield first, min(max(columns - first, 0), len(rows)), logits, rows
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:  # torch 2.13 has no product on the CPU that is wider than its factors
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+@torch.library.custom_op("tandem::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, columns: int, scale: float) -> Tensor:
+    return statistics_by_chunk(hidden, weight, targets, columns, scale)
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, columns: int, scale: float) -> Tensor:
+    return nothing_seen(hidden, targets)
+
+
+@torch.library.custom_op("tandem::linear_cross_entropy_backward", mutates_args=())
+def _linear_cross_entropy_backward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, statistics: Tensor, gradient: Tensor, columns: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    hidden_gradient, weight_gradient = gradients_by_chunk(hidden, weight, targets, statistics, gradient, columns, scale)
+    # Out here, where the buffer for logits is gone: both at once would be the peak.
+    return hidden_gradient.to(hidden.dtype), weight_gradient
+
+
+@_linear_cross_entropy_backward.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, statistics: Tensor, gradient: Tensor, columns: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+
+
+def _keep_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, weight, targets, ctx.columns, ctx.scale = inputs
+    ctx.save_for_backward(hidden, weight, targets, output)
+
+
+def _both_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    found = torch.ops.tandem.linear_cross_entropy_backward(*ctx.saved_tensors, gradient, ctx.columns, ctx.scale)
+    return (*found, None, None, None)
+
+
+_linear_cross_entropy.register_autograd(_both_gradients, setup_context=_keep_factors)

@@ -1,0 +1,171 @@
+"""A fused projection taken apart into queries, keys and values, with or without what happens to them on the way to attention.
+
+    forward   y  = R(w * n),  n = (x - mean) * r,  r = 1 / sqrt(variance + epsilon),  over the dims of each head
+    backward  g  = w * R'(dy),  dx = r * (g - mean(g) - n * mean(g * n)),  dw = sum of R'(dy) * n over all tokens
+
+R turns the pairs (i, i + half) of the leading dims, x1, x2 -> x1 cos - x2 sin, x2 cos + x1 sin; R' is R with the sine negated.
+Without weights y = R(x) and dx = R'(dy), for which nothing of the projection need be kept. The buffer is [seq, rows, ...],
+heads grouped by key head: its queries, then its key, then its value; what comes out is [rows, seq, heads, head_dim].
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+Split = tuple[
+    Float[Tensor, "rows seq heads_local head_dim"],
+    Float[Tensor, "rows seq kv_heads_local head_dim"],
+    Float[Tensor, "rows seq kv_heads_local head_dim"],
+]
+
+
+def split(qkv: Float[Tensor, "seq rows qkv_local"], *, head_dim: int, queries: int) -> Split:
+    """Queries, of which each key head has so many, keys and values: views, except for queries that share a key.
+
+    Note: autograd joins the three gradients in one buffer; of slices it would add up three buffers full of zeros.
+    """
+    query, key, value = qkv.unflatten(-1, (-1, queries + 2, head_dim)).split((queries, 1, 1), dim=-2)
+    query, key, value = (heads.flatten(2, 3).transpose(0, 1) for heads in (query, key, value))
+    return query, key, value
+
+
+def split_rotated(
+    qkv: Float[Tensor, "seq rows qkv_local"],
+    cos: Float32[Tensor, "#rows seq rotary_half"],
+    sin: Float32[Tensor, "#rows seq rotary_half"],
+    *,
+    head_dim: int,
+    queries: int,
+    query_norm: Float[Tensor, "heads_local head_dim"] | None = None,
+    key_norm: Float[Tensor, "kv_heads_local head_dim"] | None = None,
+    epsilon: float = 0.0,
+) -> Split:
+    """Queries, of which each key head has so many, and keys, rotated, and values as they are; each contiguous.
+
+    Given weights, queries and keys are normalised first, every head over its own dims with its own weight, biased variance,
+    no bias. Of each head the first 2 * rotary_half dims are rotated. fp32 inside (fp64 for fp64), rounded once.
+
+    Source: Su et al. 2021, "RoFormer", section 3.2.2; query and key norms of Stable LM 2 12B.
+    """
+    return torch.ops.tandem.split_rotated(qkv, cos, sin, query_norm, key_norm, epsilon, head_dim, queries)
+
+
+@torch.library.custom_op("tandem::split_rotated", mutates_args=(), device_types="cpu")
+def _split_rotated(
+    qkv: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None,
+    epsilon: float, head_dim: int, queries: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query, key, value = split(qkv, head_dim=head_dim, queries=queries)
+    rotated = []
+    for heads, weight in ((query, query_norm), (key, key_norm)):
+        wide = _wide(heads)
+        if weight is not None:
+            wide = _normal(wide, epsilon)[0] * _wide(weight)
+        rotated.append(_turned(wide, cos, sin).to(qkv.dtype).contiguous())
+    # What an op returns must not be a view of what it was given.
+    return rotated[0], rotated[1], value.clone(memory_format=torch.contiguous_format)
+
+
+@_split_rotated.register_kernel("cuda")
+def _(
+    qkv: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None,
+    epsilon: float, head_dim: int, queries: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from kernels.device import qkv as device
+
+    return device.forward(qkv, cos, sin, query_norm, key_norm, epsilon, head_dim, queries)
+
+
+@_split_rotated.register_fake
+def _(
+    qkv: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None,
+    epsilon: float, head_dim: int, queries: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    seq, rows, width = qkv.shape
+    kv_heads = width // head_dim // (queries + 2)
+    query, key, value = (
+        qkv.new_empty(rows, seq, heads, head_dim) for heads in (kv_heads * queries, kv_heads, kv_heads)
+    )
+    return query, key, value
+
+
+@torch.library.custom_op("tandem::split_rotated_backward", mutates_args=(), device_types="cpu")
+def _split_rotated_backward(
+    query: Tensor, key: Tensor, value: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor,
+    query_norm: Tensor | None, key_norm: Tensor | None, epsilon: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """From the gradients of queries, keys and values that of the fused buffer; and of the norms' weights, those of the
+    queries first, in the dtype of the arithmetic, empty where there are none.
+    """
+    rows, seq, kv_heads, head_dim = key.shape
+    queries = query.shape[2] // kv_heads
+    heads = [_turned(_wide(gradient), cos, -sin) for gradient in (query, key)]
+    sums = key.new_empty(0, dtype=heads[0].dtype)
+    if qkv is not None and query_norm is not None and key_norm is not None:
+        normals = [_normal(_wide(x), epsilon) for x in split(qkv, head_dim=head_dim, queries=queries)[:2]]
+        sums = torch.cat([(dy * n).sum((0, 1)) for dy, (n, _) in zip(heads, normals, strict=True)])
+        heads = [dy * _wide(weight) for dy, weight in zip(heads, (query_norm, key_norm), strict=True)]
+        heads = [
+            scale * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))
+            for g, (n, scale) in zip(heads, normals, strict=True)
+        ]
+    groups = [x.to(key.dtype).unflatten(2, (kv_heads, -1)) for x in (*heads, value)]
+    return torch.cat(groups, dim=3).transpose(0, 1).reshape(seq, rows, -1).contiguous(), sums
+
+
+@_split_rotated_backward.register_kernel("cuda")
+def _(
+    query: Tensor, key: Tensor, value: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor,
+    query_norm: Tensor | None, key_norm: Tensor | None, epsilon: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from kernels.device import qkv as device
+
+    return device.backward(query, key, value, qkv, cos, sin, query_norm, key_norm, epsilon)
+
+
+@_split_rotated_backward.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor,
+    query_norm: Tensor | None, key_norm: Tensor | None, epsilon: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows, seq, kv_heads, head_dim = key.shape
+    heads = query.shape[2] + kv_heads
+    shape = (0,) if query_norm is None else (heads, head_dim)
+    sums = key.new_empty(shape, dtype=torch.promote_types(key.dtype, torch.float32))
+    return key.new_empty(seq, rows, (heads + kv_heads) * head_dim), sums
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    qkv, cos, sin, query_norm, key_norm, ctx.epsilon, _, _ = inputs
+    ctx.save_for_backward(None if query_norm is None else qkv, cos, sin, query_norm, key_norm)
+
+
+def _gradients(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...]:
+    gradient, sums = torch.ops.tandem.split_rotated_backward(query, key, value, *ctx.saved_tensors, ctx.epsilon)
+    norms = [None, None]
+    if len(sums):
+        norms = [part.to(query.dtype) for part in sums.split((query.shape[2], key.shape[2]))]
+    return gradient, None, None, *norms, None, None, None
+
+
+_split_rotated.register_autograd(_gradients, setup_context=_keep)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _normal(heads: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Heads of mean 0 and variance 1, and one over the standard deviation they had."""
+    variance, mean = torch.var_mean(heads, -1, correction=0, keepdim=True)
+    scale = (variance + epsilon).rsqrt()
+    return (heads - mean) * scale, scale
+
+
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    rotary_half = cos.shape[-1]
+    first, second, rest = heads.tensor_split((rotary_half, 2 * rotary_half), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

@@ -1,0 +1,197 @@
+"""The kernels of attention against its definition in fp64."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from kernels.attention import alibi_slopes, attention
+from kernels.device import attention as kernels
+from kernels.documents import starts
+
+TILES = [(16, 16), (16, 32), (32, 16)]
+"""Queries by keys: rows of a few dozen tokens are of several blocks."""
+BIASED = pytest.mark.parametrize("biased", [False, True], ids=["plain", "alibi"])
+MASKED = pytest.mark.parametrize("masked", [False, True], ids=["row", "documents"])
+LENGTHS = torch.tensor([[16, 1, 14, 1, 1, 8, 6], [3, 12, 2, 1, 20, 8, 1]])
+"""Of documents: some start where a block does, some one token before or after, some are one token, some cross a border."""
+
+
+def sizes(tile):
+    return {"QUERIES": tile[0], "KEYS": tile[1], "num_warps": 4, "num_stages": 1}
+
+
+def documents(seq):
+    return torch.stack([torch.arange(7).repeat_interleave(lengths)[:seq] for lengths in LENGTHS])
+
+
+def example(shape, generator, device, *, biased, masked, dtype=torch.float32):
+    """Query, key, value, gradient of the result; scale, slopes of each row and starts. Rows are as long as LENGTHS at most."""
+    seq, heads, kv_heads, head_dim = shape
+    tensors = [
+        torch.randn(2, seq, count, head_dim, generator=generator).to(device, dtype)
+        for count in (heads, kv_heads, kv_heads, heads)
+    ]
+    slopes = alibi_slopes(heads) / torch.tensor([[1.0], [2.5]]) if biased else None
+    begun = starts(documents(seq)) if masked else None
+    return tensors, (1 / math.sqrt(head_dim), *(x if x is None else x.to(device) for x in (slopes, begun)))
+
+
+def masked_scores(seq, slopes, begun, device):
+    """[rows, heads, queries, keys] or of one row and head: the bias, minus infinity for what is not seen."""
+    place = torch.arange(seq, device=device)
+    bias = torch.zeros(1, 1, seq, seq, dtype=torch.float64, device=device)
+    if slopes is not None:
+        bias = bias - slopes.double().view(-1, slopes.shape[-1], 1, 1) * (place[:, None] - place)
+    unseen = (place > place[:, None])[None, None]
+    if begun is not None:
+        unseen = unseen | (place < begun[..., None])[:, None]
+    return bias.masked_fill(unseen, -math.inf)
+
+
+def of_torch(tensors, settings, dtype):
+    """Result and gradients of attention written out in that dtype."""
+    scale, slopes, begun = settings
+    *inputs, out_gradient = (x.detach().to(dtype) for x in tensors)
+    inputs = [x.requires_grad_() for x in inputs]
+    q, k, v = (x.transpose(1, 2) for x in inputs)
+    mask = masked_scores(q.shape[2], slopes, begun, q.device).to(dtype)
+    result = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
+    return result.detach(), *torch.autograd.grad(result, inputs, out_gradient)
+
+
+def of_kernels(tensors, settings, tile):
+    *inputs, out_gradient = tensors
+    out, lse = kernels.forward(*inputs, *settings, sizes=sizes(tile))
+    return out, *kernels.backward(
+        out_gradient, *inputs, out, lse, *settings, query_sizes=sizes(tile), key_sizes=sizes(tile)
+    )
+
+
+def close(found, true):
+    """fp32 sums of at most a few hundred products of numbers near one."""
+    for mine, exact in zip(found, true, strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_result_and_gradients_are_the_definition(tile, generator, device):
+    tensors, settings = example((33, 2, 1, 20), generator, device, biased=True, masked=True)
+    close(of_kernels(tensors, settings, tile), of_torch(tensors, settings, torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("shape", "biased", "masked"),
+    [
+        ((33, 1, 1, 80), True, False),
+        ((17, 4, 1, 160), False, True),
+        ((32, 1, 1, 64), False, True),
+        ((32, 2, 2, 16), False, False),
+    ],
+    ids=["btlm", "12b", "1.6b", "neither"],
+)
+def test_heads_of_the_shipped_models(shape, biased, masked, generator, device):
+    tensors, settings = example(shape, generator, device, biased=biased, masked=masked)
+    close(of_kernels(tensors, settings, (16, 16)), of_torch(tensors, settings, torch.float64))
+
+
+def test_one_token_and_tiles_wider_than_the_row(generator, device):
+    for seq in (1, 5):
+        tensors, settings = example((seq, 1, 1, 16), generator, device, biased=True, masked=True)
+        close(of_kernels(tensors, settings, (16, 32)), of_torch(tensors, settings, torch.float64))
+
+
+def test_sums_of_exponentials_are_natural_logarithms(generator, device):
+    (query, key, value, _), settings = example((20, 1, 1, 16), generator, device, biased=True, masked=True)
+    _, lse = kernels.forward(query, key, value, *settings, sizes=sizes((16, 16)))
+    scores = torch.einsum("rihd,rjd->rhij", query.double(), key[:, :, 0].double()) * settings[0]
+    exact = (scores + masked_scores(20, *settings[1:], query.device)).logsumexp(-1)
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_of_one_buffer_are_read_where_they_lie(generator, device):
+    """[seq, rows, heads * 3 * head_dim], as a projection makes it; head dims that lie apart are copied first."""
+    buffer = torch.randn(20, 2, 3 * 20, generator=generator).to(device)
+    query, key, value = buffer.unflatten(-1, (1, 3, 20)).transpose(0, 1).unbind(3)
+    apart = torch.randn(2, 20, 1, 20, generator=generator).to(device).transpose(1, 3)
+    _, settings = example((20, 1, 1, 20), generator, device, biased=True, masked=True)
+    for tensors in ([query, key, value, apart], [apart, key, value, query]):
+        packed = [x.contiguous() for x in tensors]
+        pairs = zip(*(of_kernels(x, settings, (16, 16)) for x in (tensors, packed)), strict=True)
+        assert all(torch.equal(mine, other) for mine, other in pairs)
+
+
+def test_far_tokens_are_as_far_as_the_definition_says(device):
+    """Two keys that match alike, 299 and 300 away: their weights differ by e to the slope."""
+    seq, slope = 301, 0.840896
+    query = torch.ones(1, seq, 1, 16, device=device)
+    key, value = torch.zeros_like(query), torch.zeros_like(query)
+    key[:, :2], value[:, 1] = 1_024, 1
+    slopes = torch.tensor([slope], device=device)
+    out, _ = kernels.forward(query, key, value, 1.0, slopes, None, sizes=sizes((64, 64)))
+    # Scores near 16,384 are rounded to 2^-10 each.
+    assert out[0, -1, 0, 0].item() == pytest.approx(1 / (1 + math.exp(-slope)), abs=2**-10)
+
+
+def test_nothing_reaches_a_token_from_its_future_or_from_other_documents(generator, device):
+    """Of the third document of the first row, all; of its first ten tokens, nothing from those after them."""
+    tensors, settings = example((33, 1, 1, 16), generator, device, biased=True, masked=True)
+    before = of_kernels(tensors, settings, (16, 16))
+    for x in tensors:
+        x[0, :17] += 1
+        x[0, 31:] += 1
+    assert all(
+        torch.equal(a[0, 17:31], b[0, 17:31])
+        for a, b in zip(of_kernels(tensors, settings, (16, 16)), before, strict=True)
+    )
+    for x in tensors[:3]:
+        x[0, 27:] += 1
+    assert torch.equal(of_kernels(tensors, settings, (16, 16))[0][0, 17:27], before[0][0, 17:27])
+
+
+def test_inputs_are_unchanged_and_the_bits_repeat(generator, device):
+    tensors, settings = example((20, 2, 1, 20), generator, device, biased=True, masked=True, dtype=torch.bfloat16)
+    before = [x.clone() for x in tensors]
+    first, second = (of_kernels(tensors, settings, (16, 16)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_bf16_errors_are_no_larger_than_those_of_torch(generator, device):
+    tensors, settings = example((33, 2, 1, 80), generator, device, biased=True, masked=True, dtype=torch.bfloat16)
+    no_worse(of_kernels(tensors, settings, (16, 16)), tensors, settings)
+
+
+def no_worse(found, tensors, settings):
+    """Root of the mean squared error against fp64, at most 1.1 times that of torch with a mask written out in bf16."""
+    torch_bf16, exact = of_torch(tensors, settings, torch.bfloat16), of_torch(tensors, settings, torch.float64)
+    for mine, theirs, true in zip(found, torch_bf16, exact, strict=True):
+        assert (mine.double() - true).norm() <= 1.1 * (theirs.double() - true).norm()
+
+
+def test_heads_too_wide_are_refused(generator, device):
+    (query, key, value, _), settings = example((1, 1, 1, 257), generator, device, biased=False, masked=False)
+    with pytest.raises(ValueError, match="head_dim 257"):
+        kernels.forward(query, key, value, *settings)
+
+
+@pytest.mark.gpu
+@BIASED
+@MASKED
+@pytest.mark.parametrize(
+    "shape", [(2_048, 32, 32, 80), (2_000, 32, 8, 160), (2_048, 32, 32, 64)], ids=["btlm", "12b", "1.6b"]
+)
+def test_gpu_errors_are_no_larger_than_those_of_torch(shape, biased, masked, generator):
+    seq, heads, kv_heads, head_dim = shape
+    *tensors, out_gradient = [
+        torch.randn(1, seq, count, head_dim, generator=generator).to("cuda", torch.bfloat16)
+        for count in (heads, kv_heads, kv_heads, heads)
+    ]
+    slopes = alibi_slopes(heads).cuda() if biased else None
+    begun = starts((torch.rand(1, seq, generator=generator) < 0.01).cumsum(1)).cuda() if masked else None
+    inputs = [x.requires_grad_() for x in tensors]
+    settings = {"scale": 1 / math.sqrt(head_dim), "slopes": slopes, "starts": begun}
+    found = attention(*inputs, **settings)
+    found = found.detach(), *torch.autograd.grad(found, inputs, out_gradient)
+    no_worse(found, [*tensors, out_gradient], tuple(settings.values()))

@@ -1,0 +1,128 @@
+"""The kernels that take a fused projection apart, against their meaning in fp64."""
+
+import pytest
+import torch
+
+import kernels.qkv  # noqa: F401, registers the meaning
+from kernels.device.qkv import backward, forward
+
+EPSILON = 1e-5
+CASES = [
+    # seq, rows, queries, kv_heads, head_dim, half, normed, rows of the table
+    (1, 1, 1, 1, 2, 1, True, 1),
+    (5, 2, 1, 2, 64, 8, False, 1),
+    (3, 2, 4, 1, 160, 20, True, 2),
+    (9, 3, 4, 1, 40, 20, True, 1),
+    (131, 1, 1, 1, 6, 1, True, 1),
+    (21, 2, 1, 1, 44, 20, False, 2),
+]
+ROUNDING = {torch.float32: 64 * 2**-24, torch.bfloat16: 0.51 * 2**-7}
+"""Relative: some dozens of fp32 operations, of which those over a head cancel in part; or one rounding to bf16."""
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+PRODUCTION = [(4_096, 2, 4, 8, 160, 20, True), (4_096, 2, 1, 32, 64, 8, False)]
+
+
+def example(seq, rows, queries, kv_heads, head_dim, half, normed, rows_of_table, generator, device, dtype):
+    """The fused buffer, the norms' weights or None, the table, and gradients of queries, keys and values."""
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    heads, slots = kv_heads * queries, kv_heads * (queries + 2)
+    norms = (random(heads, head_dim), random(kv_heads, head_dim)) if normed else (None, None)
+    gradients = [random(rows, seq, number, head_dim) for number in (heads, kv_heads, kv_heads)]
+    angles = 6 * random(rows_of_table, seq, half)
+    qkv = 2 * random(seq, rows, slots * head_dim) + 1
+    inputs, gradients = ([x if x is None else x.to(device, dtype) for x in many] for many in ((qkv, *norms), gradients))
+    return *inputs, angles.cos().to(device), angles.sin().to(device), gradients
+
+
+def exact(qkv, query_norm, key_norm, cos, sin, gradients):
+    """Results and gradients in fp64 by the meaning, which tests/kernels/test_qkv.py holds to its definition."""
+    qkv, query_norm, key_norm, cos, sin, *gradients = (
+        None if x is None else x.cpu().double() for x in (qkv, query_norm, key_norm, cos, sin, *gradients)
+    )
+    head_dim, queries = gradients[0].shape[3], gradients[0].shape[2] // gradients[1].shape[2]
+    results = torch.ops.tandem.split_rotated(qkv, cos, sin, query_norm, key_norm, EPSILON, head_dim, queries)
+    kept = None if query_norm is None else qkv
+    gradients = torch.ops.tandem.split_rotated_backward(*gradients, kept, cos, sin, query_norm, key_norm, EPSILON)
+    return [*results, *gradients]
+
+
+def found(qkv, query_norm, key_norm, cos, sin, gradients):
+    head_dim, queries = gradients[0].shape[3], gradients[0].shape[2] // gradients[1].shape[2]
+    results = forward(qkv, cos, sin, query_norm, key_norm, EPSILON, head_dim, queries)
+    kept = None if query_norm is None else qkv
+    return [*results, *backward(*gradients, kept, cos, sin, query_norm, key_norm, EPSILON)]
+
+
+@DTYPES
+@pytest.mark.parametrize("case", CASES)
+def test_results_and_gradients_are_the_meaning_rounded_once(case, dtype, generator, device):
+    tensors = example(*case, generator, device, dtype)
+    for mine, true in zip(found(*tensors), exact(*tensors), strict=True):
+        # A head of two dims is +-1 however near its dims are: the gradient is divided by a difference that cancels.
+        rtol, atol = ROUNDING[mine.dtype], 1e-4 if case[4] == 2 else 2e-5
+        torch.testing.assert_close(mine.cpu().double(), true, rtol=rtol, atol=atol)
+        assert mine.is_contiguous()
+
+
+def test_other_layouts_are_read_as_if_they_were_contiguous(generator, device):
+    tensors = example(3, 2, 2, 1, 8, 2, True, 1, generator, device, torch.float32)
+    qkv, query_norm, key_norm, cos, sin, gradients = tensors
+    turned = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (qkv, query_norm, key_norm, cos, sin)]
+    turned_gradients = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in gradients]
+    assert not any(x.is_contiguous() for x in (*turned[:2], *turned[3:], *turned_gradients))
+    assert all(torch.equal(a, b) for a, b in zip(found(*tensors), found(*turned, turned_gradients), strict=True))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_inputs_are_unchanged_and_the_bits_repeat(normed, generator, device):
+    tensors = example(35, 2, 2, 1, 8, 2, normed, 1, generator, device, torch.bfloat16)
+    inputs = [x for x in (*tensors[:5], *tensors[5]) if x is not None]
+    before = [x.clone() for x in inputs]
+    assert all(torch.equal(a, b) for a, b in zip(found(*tensors), found(*tensors), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+def plain(qkv, query_norm, key_norm, cos, sin, gradients):
+    """The same by torch in the dtype of its inputs, norm and rotation each rounded: what a model without kernels does."""
+    query_gradient, key_gradient, value_gradient = gradients
+    kv_heads, head_dim = value_gradient.shape[2:]
+    leaves = [x.detach().requires_grad_() for x in (qkv, query_norm, key_norm) if x is not None]
+    groups = leaves[0].transpose(0, 1).unflatten(-1, (kv_heads, -1, head_dim))
+    heads = [groups[..., :-2, :].flatten(2, 3), groups[..., -2, :]]
+    for index, weight in enumerate(leaves[1:]):
+        heads[index] = torch.nn.functional.layer_norm(heads[index], (head_dim,), eps=EPSILON) * weight
+    rotated = []
+    for x in heads:
+        first, second, rest = x.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
+        c, s = cos.unsqueeze(2).to(x.dtype), sin.unsqueeze(2).to(x.dtype)
+        rotated.append(torch.cat((first * c - second * s, second * c + first * s, rest), dim=-1))
+    results = [*rotated, groups[..., -1, :]]
+    grads = torch.autograd.grad(results, leaves, [query_gradient, key_gradient, value_gradient])
+    return [
+        *(x.detach() for x in results),
+        grads[0],
+        torch.cat(grads[1:]) if query_norm is not None else qkv.new_empty(0),
+    ]
+
+
+def errors(tensors):
+    """Of the kernels and of plain torch, relative to fp64, for each result and gradient."""
+    for mine, theirs, true in zip(found(*tensors), plain(*tensors), exact(*tensors), strict=True):
+        if true.numel():
+            yield tuple(float((x.cpu().double() - true).norm() / true.norm()) for x in (mine, theirs))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_bf16_is_nearer_to_fp64_than_plain_torch(normed, generator, device):
+    for mine, theirs in errors(example(7, 2, 2, 1, 40, 5, normed, 1, generator, device, torch.bfloat16)):
+        assert mine <= 1.1 * theirs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", PRODUCTION)
+def test_bf16_is_nearer_to_fp64_than_plain_torch_at_production_shapes(case, generator, device):
+    for mine, theirs in errors(example(*case, 1, generator, device, torch.bfloat16)):
+        assert mine <= 1.1 * theirs

@@ -1,0 +1,177 @@
+"""Cross-entropy over given logits against its definition in fp64."""
+
+import pytest
+import torch
+
+from kernels.cross_entropy import LOWEST, cross_entropy, nothing_seen
+
+SHAPES = [(1, 1, 1), (5, 7, 7), (4, 40, 37), (3, 130, 1)]
+"""Tokens, columns that exist, columns that are true."""
+SCALE = 0.7
+OPS = torch.ops.tandem
+
+
+def example(tokens, width, columns, generator, dtype=torch.float64):
+    """Padded columns that would show; targets in the first and last true column, and on either side of them."""
+    logits = 3 * torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+    logits[:, columns:] = 90.0
+    targets = torch.tensor([columns - 1, 0, columns, -2, columns // 2])[:tokens]
+    return logits.to(dtype), targets
+
+
+def definition(logits, targets, columns, scale=SCALE):
+    """log_sum_exp and the target's logit in fp64."""
+    z = scale * logits.double()[:, :columns]
+    here = (targets >= 0) & (targets < columns)
+    return z.exp().sum(1).log(), torch.where(here, z.gather(1, (targets * here)[:, None])[:, 0], 0.0)
+
+
+def found_in(logits, targets, columns, scale=SCALE):
+    """The same two, from the three."""
+    maximum, total, target_logit = cross_entropy(logits, targets, columns=columns, scale=scale)
+    return maximum + total.log(), target_logit
+
+
+def gradient(function, logits, generator):
+    """Of both results together, with a different weight for each number."""
+    pair = function(logits)
+    weights = [torch.randn(len(logits), generator=generator).to(x.dtype) for x in pair]
+    return torch.autograd.grad(pair, logits, weights)[0]
+
+
+@pytest.mark.parametrize(("tokens", "width", "columns"), SHAPES)
+def test_forward_and_backward_are_the_definition_in_double(tokens, width, columns, generator):
+    logits, targets = example(tokens, width, columns, generator)
+    expected = definition(logits, targets, columns)
+    leaf = logits.clone().requires_grad_()
+    state = generator.get_state()
+    true = gradient(lambda x: definition(x, targets, columns), leaf, generator)
+    generator.set_state(state)
+    found = gradient(lambda x: found_in(x, targets, columns), leaf, generator)
+    torch.testing.assert_close(found_in(logits, targets, columns), expected)
+    torch.testing.assert_close(found, true)
+    assert not found[:, columns:].any()
+
+
+def test_bf16_logits_give_fp32_results_and_a_gradient_rounded_once(generator):
+    logits, targets = example(5, 300, 277, generator, torch.bfloat16)
+    pair = found_in(logits, targets, 277)
+    for found, true in zip(pair, definition(logits, targets, 277), strict=True):
+        assert found.dtype == torch.float32
+        # The maximum, the logarithm and their sum are each rounded once; an error in the sum of 277 enters its logarithm.
+        torch.testing.assert_close(found.double(), true, rtol=3 * 2**-24, atol=2**-22)
+    leaf = logits.clone().requires_grad_()
+    state = generator.get_state()
+    true = gradient(lambda x: definition(x, targets, 277), leaf.double().detach().requires_grad_(), generator)
+    generator.set_state(state)
+    found = gradient(lambda x: found_in(x, targets, 277), leaf, generator)
+    # Half a unit in the last place, and a little for the fp32 arithmetic before it.
+    torch.testing.assert_close(found.double(), true, rtol=0.51 * 2**-7, atol=1e-8)
+
+
+def test_backward_writes_the_gradient_over_the_logits(generator):
+    logits, targets = example(4, 9, 8, generator)
+    leaf = logits.requires_grad_()
+    given = leaf * 1.0
+    found = gradient(lambda x: found_in(x, targets, 8), given, generator)
+    assert found.data_ptr() == given.data_ptr()
+
+
+def test_a_second_backward_is_refused(generator):
+    logits, targets = example(4, 9, 8, generator)
+    log_sum_exp, target_logit = found_in(logits.requires_grad_() * 1.0, targets, 8)
+    loss = (log_sum_exp - target_logit).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_whoever_reads_the_logits_in_backward_later_is_refused(generator):
+    logits, targets = example(4, 9, 8, generator)
+    given = logits.requires_grad_() * 1.0
+    squares = (given * given).sum()  # older, so that its backward comes after
+    log_sum_exp, target_logit = found_in(given, targets, 8)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        ((log_sum_exp - target_logit).sum() + squares).backward()
+
+
+def test_forward_changes_nothing_keeps_the_logits_and_repeats_its_bits(generator):
+    logits, targets = example(5, 9, 8, generator, torch.bfloat16)
+    before, kept = logits.clone(), []
+    logits.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        first = cross_entropy(logits, targets, columns=8, scale=SCALE)
+    second = cross_entropy(logits, targets, columns=8, scale=SCALE)
+    assert torch.equal(logits, before)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert [x.data_ptr() for x in kept] == [x.data_ptr() for x in (logits, targets, first[0])]
+
+
+def test_blocks_one_after_the_other_are_the_whole(generator):
+    logits, targets = example(5, 12, 9, generator)
+    statistics = nothing_seen(logits, targets)
+    for first in (8, 0, 4):  # the last block holds one true column
+        true = min(9 - first, 4)
+        OPS.cross_entropy_add(logits[:, first : first + 4], targets, statistics, first=first, columns=true, scale=SCALE)
+    torch.testing.assert_close(tuple(statistics), cross_entropy(logits, targets, columns=9, scale=SCALE))
+
+
+def test_a_part_without_columns_has_no_total_and_no_gradient(generator):
+    logits, targets = example(4, 6, 0, generator, torch.float32)
+    logits.requires_grad_()
+    maximum, total, target_logit = cross_entropy(logits * 1.0, targets, columns=0, scale=SCALE)
+    assert maximum.tolist() == [LOWEST] * 4
+    assert total.tolist() == target_logit.tolist() == [0.0] * 4
+    (total + target_logit).sum().backward()
+    assert logits.grad.tolist() == [[0.0] * 6] * 4
+
+
+def test_large_logits_neither_overflow_nor_vanish_wrongly():
+    logits = torch.tensor([[-3e4, 2e4, 2e4, -1.0], [-500.0, -501.0, -600.0, -3e4]], requires_grad=True)
+    targets = torch.tensor([1, 0])
+    log_sum_exp, _ = found_in(logits * 1.0, targets, 4, scale=1.0)
+    expected = torch.logsumexp(logits.double(), 1)
+    torch.testing.assert_close(log_sum_exp.double(), expected, rtol=2**-23, atol=0)
+    log_sum_exp.sum().backward()
+    # A few roundings: the size of the logits has no part in it, as it had in the exponential of a rounded log_sum_exp.
+    close = {"rtol": 2**-21, "atol": torch.finfo(torch.float32).tiny}
+    torch.testing.assert_close(logits.grad.double(), torch.softmax(logits.double(), 1), **close)
+
+
+def test_rows_may_lie_apart_but_columns_may_not(generator):
+    buffer, targets = example(4, 20, 8, generator)
+    inside = buffer[:, :9]
+    whole = cross_entropy(inside.contiguous(), targets, columns=8, scale=SCALE)
+    torch.testing.assert_close(cross_entropy(inside, targets, columns=8, scale=SCALE), whole)
+    for refused in (buffer[:, :18:2], inside.t().contiguous().t(), inside[:1].expand(4, 9)):
+        with pytest.raises(ValueError, match=r"logits of shape 4 x 9 have strides .*: make them contiguous"):
+            cross_entropy(refused, targets, columns=8, scale=SCALE)
+
+
+def test_registration_holds_what_it_says(generator):
+    logits, targets = example(4, 9, 8, generator, torch.float32)
+    numbers, block = torch.ones(4), {"first": 2, "columns": 8, "scale": SCALE}
+    torch.library.opcheck(OPS.cross_entropy, (logits.clone().requires_grad_(), targets, 8, SCALE))
+    torch.library.opcheck(OPS.cross_entropy_add, (logits, targets, nothing_seen(logits, targets)), block)
+    torch.library.opcheck(OPS.cross_entropy_gradient, (logits, targets, numbers, numbers, numbers), block)
+
+
+def test_compiled_it_is_the_same(generator):
+    logits, targets = example(5, 12, 9, generator, torch.float32)
+
+    def loss(leaf):  # of the operation itself: the annotations that tests check are nothing a compiler could follow
+        maximum, total, target_logit = OPS.cross_entropy(leaf * 2.0, targets, 9, SCALE)
+        return (maximum.detach() - target_logit + total.log()).sum()
+
+    plain, compiled = (logits.clone().requires_grad_() for _ in range(2))
+    results = loss(plain), torch.compile(loss, backend="aot_eager", fullgraph=True)(compiled)
+    for result in results:
+        result.backward()
+    assert torch.equal(*results)
+    assert torch.equal(plain.grad, compiled.grad)
+
+
+def test_shapes_are_known_without_data():
+    logits = torch.empty(4, 9, dtype=torch.bfloat16, device="meta")
+    found = cross_entropy(logits, torch.empty(4, dtype=torch.int64, device="meta"), columns=8, scale=SCALE)
+    assert [(x.shape, x.dtype) for x in found] == [((4,), torch.float32)] * 3

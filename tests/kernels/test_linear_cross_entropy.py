@@ -1,0 +1,214 @@
+"""Product and cross-entropy by chunks against both at once."""
+
+import pytest
+import torch
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from kernels.linear_cross_entropy import chunk_width, gradients_by_chunk, linear_cross_entropy, statistics_by_chunk
+
+SHAPES = [(1, 1, 1, 1), (5, 6, 300, 271), (4, 3, 300, 100), (3, 4, 256, 0), (3, 5, 130, 130)]
+"""Tokens, width, vocabulary that exists, vocabulary that is true. Chunks of these are 128 columns."""
+SCALE = 0.7
+OPS = torch.ops.tandem
+PRODUCTION = [(8192, 2560, 50_304, 50_257, 0.5), (4096, 5120, 100_352, 100_352, 1.0)]
+"""BTLM's and Stable LM 2 12B's: tokens, width, vocabulary that exists and that is true, scale."""
+
+
+def example(tokens, width, vocab, columns, generator, dtype=torch.float64):
+    """Targets at both ends, in every chunk, and outside; rows of padding that would show."""
+    hidden = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+    weight = 2 * torch.randn(vocab, width, generator=generator, dtype=torch.float64) / width**0.5
+    weight[columns:] = 9.0
+    targets = torch.tensor([columns - 1, 130, 0, columns, -5])[:tokens].clamp(max=vocab - 1)
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+
+def definition(hidden, weight, targets, columns, scale=SCALE):
+    """Both results from all logits, which keep the dtype of the factors; what follows is in fp32, of fp64 in fp64."""
+    logits = linear(hidden, weight[:columns])
+    z = scale * logits.to(torch.promote_types(logits.dtype, torch.float32))
+    here = (targets >= 0) & (targets < columns)
+    padded = torch.nn.functional.pad(z, (0, 1))  # so that there is a column to gather from
+    return z.logsumexp(1), torch.where(here, padded.gather(1, (targets * here)[:, None])[:, 0], 0.0)
+
+
+def found_in(hidden, weight, targets, columns, scale=SCALE):
+    """The same two, from the three."""
+    maximum, total, target_logit = linear_cross_entropy(hidden, weight, targets, columns=columns, scale=scale)
+    return maximum + total.log(), target_logit
+
+
+def gradients(pair, leaves, weights):
+    return torch.autograd.grad(pair, leaves, [weight.to(x.dtype) for weight, x in zip(weights, pair, strict=True)])
+
+
+@pytest.mark.parametrize(("tokens", "width", "vocab", "columns"), SHAPES)
+def test_forward_and_backward_are_the_definition_in_double(tokens, width, vocab, columns, generator):
+    *leaves, targets = example(tokens, width, vocab, columns, generator)
+    weights = torch.randn(2, tokens, generator=generator)
+    found, true = found_in(*leaves, targets, columns), definition(*leaves, targets, columns)
+    torch.testing.assert_close(found, true)
+    ours = gradients(found, leaves, weights)
+    if columns:
+        torch.testing.assert_close(ours, gradients(true, leaves, weights))
+    assert not ours[1][columns:].any()
+
+
+def test_gradients_are_the_differences_quotients(generator):
+    *leaves, targets = example(2, 2, 130, 129, generator)
+    assert torch.autograd.gradcheck(lambda *leaves: found_in(*leaves, targets, 129), leaves)
+
+
+def test_bf16_strays_no_further_than_plain_torch_in_bf16(generator):
+    """From fp64 on the same factors. Its logits are rounded as ours are, so this leaves room for the order of sums only."""
+    hidden, weight, _ = example(96, 64, 1000, 977, generator, torch.bfloat16)
+    targets = torch.randint(977, (96,), generator=generator)
+    assert_within_plain_torchs_error(hidden, weight, targets, 977, SCALE)
+
+
+def assert_within_plain_torchs_error(hidden, weight, targets, columns, scale):
+    leaves, weights = (hidden, weight), torch.stack((torch.ones(len(targets)), -torch.ones(len(targets)))).to(hidden)
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+
+    def evaluated(pair, leaves):
+        return [pair[0].detach() - pair[1].detach(), *gradients(pair, leaves, weights)]
+
+    exact = evaluated(definition(*doubles, targets, columns, scale), doubles)
+    ours = evaluated(found_in(*leaves, targets, columns, scale), leaves)
+    torchs = evaluated(definition(*leaves, targets, columns, scale), leaves)
+    for true, mine, plain in zip(exact, ours, torchs, strict=True):
+        assert 0 < (mine - true).norm() <= 1.1 * (plain - true).norm()
+
+
+class Allocated(TorchDispatchMode):
+    """The most bytes that tensors made within the block held at one time, and the products among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak, self.products = {}, 0, []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        result = operation(*arguments, **(keywords or {}))
+        self.storages = {key: box for key, box in self.storages.items() if not box.expired()}
+        given = {
+            tensor.untyped_storage()._cdata for tensor in tree_leaves((arguments, keywords)) if torch.is_tensor(tensor)
+        }
+        for tensor in tree_leaves(result):
+            if torch.is_tensor(tensor) and (key := tensor.untyped_storage()._cdata) not in given:
+                self.storages.setdefault(key, Held(tensor.untyped_storage()))
+        self.peak = max(self.peak, sum(box.num_bytes for box in self.storages.values()))
+        return result
+
+
+class Held:
+    """A storage, without keeping it."""
+
+    def __init__(self, storage):
+        self.reference, self.num_bytes = torch.multiprocessing.reductions.StorageWeakRef(storage), storage.nbytes()
+
+    def expired(self):
+        return self.reference.expired()
+
+
+def test_no_more_than_a_tenth_of_the_logits_is_held_beside_the_results(generator):
+    """Of the loop over chunks, whose operations on one chunk hold nothing where they are kernels."""
+    tokens, width, vocab = 64, 8, 4096
+    hidden = torch.randn(tokens, width, generator=generator)
+    weight = torch.randn(vocab, width, generator=generator)
+    targets = torch.randint(vocab, (tokens,), generator=generator)
+    logits_bytes = 4 * tokens * vocab
+    with Allocated() as forward:
+        statistics = statistics_by_chunk(hidden, weight, targets, vocab, SCALE)
+    assert logits_bytes / 20 < forward.peak - statistics.nbytes < logits_bytes / 10
+    with Allocated() as backward:
+        results = gradients_by_chunk(hidden, weight, targets, statistics, torch.ones(3, tokens), vocab, SCALE)
+    # In fp32 the sum that becomes the gradient of hidden is that gradient.
+    assert logits_bytes / 20 < backward.peak - sum(x.nbytes for x in results) < logits_bytes / 10
+
+
+@pytest.mark.parametrize("local", [50_304, 25_216, 12_672, 100_352, 50_176, 25_088, 4_096, 3_840])
+def test_a_chunk_is_whole_blocks_and_less_than_a_tenth(local):
+    assert chunk_width(local) % 128 == 0
+    assert chunk_width(local) < local / 10
+
+
+def test_the_factors_and_three_numbers_per_token_are_kept(generator):
+    hidden, weight, targets = example(5, 6, 300, 271, generator, torch.bfloat16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        maximum, _, _ = linear_cross_entropy(hidden, weight, targets, columns=271, scale=SCALE)
+    assert [x.data_ptr() for x in kept] == [x.data_ptr() for x in (hidden, weight, targets, maximum)]
+    assert kept[-1].shape == (3, 5)
+
+
+def test_inputs_are_unchanged_backward_repeats_and_so_do_the_bits(generator):
+    *leaves, targets = example(5, 6, 300, 271, generator, torch.bfloat16)
+    before, weights = [leaf.detach().clone() for leaf in leaves], torch.randn(2, 5, generator=generator)
+    first, second = (found_in(*leaves, targets, 271) for _ in range(2))
+    with torch.no_grad():
+        without = found_in(*leaves, targets, 271)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, without, strict=True))
+    again = gradients(first, leaves, weights), gradients(second, leaves, weights)
+    assert all(torch.equal(a, b) for a, b in zip(*again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(leaves, before, strict=True))
+
+
+def test_registration_holds_what_it_says(generator):
+    hidden, weight, targets = example(3, 4, 130, 129, generator, torch.float32)
+    numbers = torch.ones(3, 3), torch.ones(3, 3)
+    torch.library.opcheck(OPS.linear_cross_entropy, (hidden, weight, targets, 129, SCALE))
+    torch.library.opcheck(
+        OPS.linear_cross_entropy_backward, (hidden.detach(), weight.detach(), targets, *numbers, 129, SCALE)
+    )
+
+
+def test_compiled_recomputed_and_on_meta_it_is_the_same(generator):
+    hidden, weight, targets = example(5, 4, 130, 129, generator, torch.float32)
+
+    def results(function):
+        maximum, total, target_logit = function(hidden, weight, targets, 129, SCALE)
+        losses = maximum.detach() - target_logit + total.log()
+        return losses, *torch.autograd.grad(losses.sum(), (hidden, weight))
+
+    # The operation itself: the annotations that tests check are nothing a compiler could follow.
+    bare = OPS.linear_cross_entropy
+    compiled = torch.compile(lambda *inputs: bare(*inputs), backend="aot_eager", fullgraph=True)
+    for other in (compiled, lambda *inputs: checkpoint(bare, *inputs, use_reentrant=False)):
+        assert all(torch.equal(a, b) for a, b in zip(results(bare), results(other), strict=True))
+    meta = linear_cross_entropy(hidden.to("meta"), weight.to("meta"), targets.to("meta"), columns=129, scale=SCALE)
+    assert [(x.shape, x.dtype) for x in meta] == [((5,), torch.float32)] * 3
+
+
+def on_gpu(tokens, width, vocab, columns, dtype=torch.bfloat16):
+    torch.manual_seed(1)
+    hidden = torch.randn(tokens, width, device="cuda").to(dtype).requires_grad_()
+    weight = (torch.randn(vocab, width, device="cuda") / width**0.5).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(columns, (tokens,), device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "width", "vocab", "columns", "scale"), PRODUCTION)
+def test_bf16_strays_no_further_than_plain_torch_at_production_shapes(tokens, width, vocab, columns, scale):
+    hidden, weight, targets = on_gpu(
+        tokens // 4, width, vocab, columns
+    )  # a quarter: fp64 logits and gradients must fit
+    assert_within_plain_torchs_error(hidden, weight, targets, columns, scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "width", "vocab", "columns", "scale"), PRODUCTION)
+def test_memory_stays_below_a_tenth_of_the_logits_on_a_gpu(tokens, width, vocab, columns, scale):
+    """Beside inputs, gradients, and in backward the fp32 sum of the gradient of hidden."""
+    found_in(*on_gpu(128, 64, 128, 128), 128)[0].sum().backward()  # cuBLAS keeps a workspace for each thread
+    hidden, weight, targets = on_gpu(tokens, width, vocab, columns)
+    logits_bytes, sum_bytes = 2 * tokens * vocab, 4 * tokens * width
+    before, _ = torch.cuda.memory_allocated(), torch.cuda.reset_peak_memory_stats()
+    log_sum_exp, target_logit = found_in(hidden, weight, targets, columns, scale)
+    assert torch.cuda.max_memory_allocated() - before < logits_bytes / 10
+    before, _ = torch.cuda.memory_allocated(), torch.cuda.reset_peak_memory_stats()
+    (log_sum_exp - target_logit).sum().backward()
+    gradient_bytes = weight.nbytes
+    assert torch.cuda.max_memory_allocated() - before < gradient_bytes + sum_bytes + logits_bytes / 10
