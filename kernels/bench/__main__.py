@@ -1,0 +1,132 @@
+"""The command line: `python -m kernels.bench [op ...]`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.bench import one_rank
+from kernels.bench.compare import Row, rows, surroundings
+from kernels.bench.kept import table
+from kernels.bench.measure import ceilings
+from kernels.bench.operation import Operation
+from kernels.bench.ops import OPERATIONS
+from kernels.bench.resources import resources
+
+NO_GPU = (
+    "kernels.bench measures a GPU and there is none; without one --resources compiles every kernel for sm_90, "
+    "--kept counts the bytes kept for backward, and --device cpu --tokens N runs the harness itself"
+)
+NUMBERS = ["20% us", "50% us", "80% us", "GB/s", "TFLOP/s", "of peak", "peak MiB"]
+WIDTHS = {"op": 20, "shape": 26, "rival": 28, "direction": 16}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0; 1 where a kernel spills registers; 2 where there is no GPU to measure."""
+    options = _options(arguments)
+    operations = [OPERATIONS[name] for name in options.op or OPERATIONS]
+    if options.resources:
+        return _print_resources(operations, options)
+    if options.kept:
+        return _print_kept(options)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(NO_GPU, file=sys.stderr)
+        return 2
+    try:
+        _compare(operations, options)
+    finally:
+        one_rank.end()
+    return 0
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("kernels.bench", description="Our operations beside their rivals.")
+    parser.add_argument("op", nargs="*", choices=[[], *OPERATIONS], help="all where none is named")
+    parser.add_argument(
+        "--shape",
+        default="",
+        help="shapes whose name contains this, also those of tp2, tp4 and the small configs, which no one else measures",
+    )
+    parser.add_argument("--rival", default="", help="only rivals whose name contains this")
+    parser.add_argument("--json", type=Path, help="file that every row is added to, a line each")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tokens", type=int, help="instead of the shapes' own number")
+    parser.add_argument("--resources", action="store_true", help="compile for sm_90 and print what kernels use")
+    parser.add_argument("--kept", action="store_true", help="count the bytes that a layer keeps for backward, by token")
+    return parser.parse_args(arguments)
+
+
+def _compare(operations: list[Operation], options: argparse.Namespace) -> None:
+    device = torch.device(options.device)
+    limits = ceilings(device)
+    copied, multiplied = limits.copy_bytes_per_second / 1e9, limits.matmul_flops_per_second / 1e12
+    print(*(f"{name} {value}" for name, value in surroundings(device).items()), sep="; ")
+    print(f"copy {copied:.0f} GB/s, matmul {multiplied:.1f} TFLOP/s")
+    _keep(options.json, [{"op": "ceilings", **asdict(limits), **surroundings(device)}])
+    print(_line("op", "shape", "rival", "direction", NUMBERS))
+    for op in operations:
+        for shape in _shapes(op, options):
+            for row in rows(op, shape, device, limits, lambda name: options.rival in name):
+                print(_table_line(row), flush=True)
+                _keep(options.json, [asdict(row)])
+
+
+def _shapes(op: Operation, options: argparse.Namespace) -> list[Any]:
+    named = [shape for shape in op.shapes + op.more_shapes if options.shape in shape.name]
+    chosen = named if options.shape else op.shapes
+    return [shape.with_tokens(options.tokens) for shape in chosen] if options.tokens else chosen
+
+
+def _keep(file: Path | None, lines: Iterable[dict[str, Any]]) -> None:
+    if file is not None:
+        with file.open("a") as out:
+            out.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _line(op: str, shape: str, rival: str, direction: str, numbers: Sequence[str], note: str = "") -> str:
+    names = [name.ljust(width) for name, width in zip((op, shape, rival, direction), WIDTHS.values(), strict=True)]
+    return " ".join([*names, *(number.rjust(9) for number in numbers), note]).rstrip()
+
+
+def _table_line(row: Row) -> str:
+    peak_mib = None if row.peak_extra_bytes is None else row.peak_extra_bytes / 2**20
+    times = [_number(time, 1) for time in (row.time_us_20, row.time_us_50, row.time_us_80)]
+    rates = [_number(row.gb_per_second, 0), _number(row.tflops_per_second if row.flops else None, 1)]
+    numbers = [*times, *rates, _number(row.fraction, 3), _number(peak_mib, 0)]
+    return _line(row.op, row.shape, row.rival, row.direction, numbers, row.note)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _print_resources(operations: list[Operation], options: argparse.Namespace) -> int:
+    numbers = ["registers", "spilled", "shared", "warps", "blocks/SM"]
+    print(_line("op", "shape", "kernel", "", numbers))
+    spills = False
+    for found in resources(operations, options.shape):
+        values = asdict(found)
+        columns = [str(value) for value in list(values.values())[3:]]
+        print(_line(found.op, found.shape, found.kernel, "", columns), flush=True)
+        _keep(options.json, [values])
+        spills |= found.spilled_bytes > 0
+    return int(spills)
+
+
+def _print_kept(options: argparse.Namespace) -> int:
+    found = table()
+    parts = [name for name in found[0] if name not in ("model", "kit")]
+    print(" ".join(["model".ljust(16), "kit".ljust(26), *(name.rjust(12) for name in parts)]))
+    for row in found:
+        print(" ".join([row["model"].ljust(16), row["kit"].ljust(26), *(f"{row[name]:12.0f}" for name in parts)]))
+    _keep(options.json, found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

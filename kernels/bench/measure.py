@@ -1,0 +1,118 @@
+"""Time and memory of a call, and the two ceilings of a device that they are held against.
+
+A call is timed alone: on a GPU by events around it, behind a wait on the device that lets the host put the call's kernels
+into the queue first, so that what is read is the device's time and not Python's. Calls go round several sets of the same
+values, together larger than the L2 cache, so none finds its inputs there. Elsewhere the host's clock is read, which shows that
+the harness works and nothing about speed.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+L2_BYTES = 50 * 2**20
+"""Of an H100 and an H200. Source: NVIDIA H100 whitepaper, table 3."""
+HEAD_START_CYCLES = 2_000_000
+"""Of the device's clock, about a millisecond: more than Python needs to launch what is timed."""
+MAX_SETS = 32
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of one call, in microseconds."""
+
+    percentile_20: float
+    percentile_50: float
+    percentile_80: float
+    repetitions: int
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reaches in this process: no operation moves or computes faster."""
+
+    copy_bytes_per_second: float
+    """Bytes read and written by a copy much larger than the L2 cache."""
+    matmul_flops_per_second: float
+
+
+def ceilings(device: torch.device) -> Ceilings:
+    """Of a copy of 2 GiB and the bf16 product of two matrices of 8,192 x 8,192 on a GPU, of small ones elsewhere."""
+    elements, side = (2**30, 8_192) if device.type == "cuda" else (2**22, 256)
+    source = torch.randn(elements, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    copy = times(lambda: [None] * 4, lambda _: target.copy_(source), device)
+    del source, target
+    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    matmul = times(lambda: [None] * 4, lambda _: left @ right, device)
+    return Ceilings(4e6 * elements / copy.percentile_50, 2e6 * side**3 / matmul.percentile_50)
+
+
+def times(
+    prepare: Callable[[], Sequence[Any]],
+    call: Callable[[Any], object],
+    device: torch.device,
+    finish: Callable[[], None] = lambda: None,
+) -> Times:
+    """Of `call` with each thing that `prepare` returns, both again and again; `finish` ends a round. Only calls are timed.
+
+    The first rounds are not counted: kernels are compiled and memory is reserved in them.
+    """
+    seconds, least = (0.2, 10) if device.type == "cuda" else (0.02, 3)
+
+    def rounds(number: int) -> list[float]:
+        found = []
+        for _ in range(number):
+            found += _timed(call, prepare(), device)
+            finish()
+        return found
+
+    rounds(1)
+    once = rounds(1)
+    repetitions = min(max(least, int(1e6 * seconds / (sum(once) / len(once)))), 200)
+    found = torch.tensor(rounds(math.ceil(repetitions / len(once))), dtype=torch.float64)
+    low, middle, high = found.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    return Times(low, middle, high, len(found))
+
+
+def num_sets(inputs: Iterable[Tensor]) -> int:
+    """As many as together are twice the L2 cache; at least two."""
+    size = sum(tensor.nbytes for tensor in inputs)
+    return min(max(2, math.ceil(2 * L2_BYTES / size)), MAX_SETS) if any(tensor.is_cuda for tensor in inputs) else 2
+
+
+def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """Most bytes allocated during the call, its result included, beyond those before it; None where nobody counts."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _timed(call: Callable[[Any], object], arguments: Sequence[Any], device: torch.device) -> list[float]:
+    """Microseconds of each call."""
+    if device.type != "cuda":
+        return [_host_microseconds(call, argument) for argument in arguments]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in arguments]
+    for argument, (start, end) in zip(arguments, events, strict=True):
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        start.record()
+        call(argument)
+        end.record()
+    torch.cuda.synchronize(device)
+    return [1e3 * start.elapsed_time(end) for start, end in events]
+
+
+def _host_microseconds(call: Callable[[Any], object], argument: Any) -> float:
+    start = time.perf_counter()
+    call(argument)
+    return 1e6 * (time.perf_counter() - start)

@@ -1,0 +1,28 @@
+"""A world of one, for rivals that reduce over ranks whether or not there are others."""
+
+import functools
+
+import torch.distributed as dist
+
+
+@functools.cache
+def tensor_parallel_group(device_type: str) -> dist.ProcessGroup:
+    """Megatron's group of one rank, on torch.distributed started for it."""
+    from megatron.core import parallel_state
+
+    if not dist.is_initialized():
+        backend = "nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def end() -> None:
+    """Nothing of it is left."""
+    if tensor_parallel_group.cache_info().currsize:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+        tensor_parallel_group.cache_clear()

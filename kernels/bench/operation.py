@@ -1,0 +1,98 @@
+"""What can be measured: an operation, what it must do at a shape, and who offers it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Direction = Literal["forward", "backward", "forward+backward"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "forward+backward")
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least an operation does, whoever does it."""
+
+    bytes: int
+    """Every input of the direction read once, every result written once; nothing in between."""
+    flops: int = 0
+    """Of its matrix products; 0 where it has none."""
+    executed_flops: int = 0
+    """With what is computed a second time by whoever keeps no matrix of scores or logits."""
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.bytes + other.bytes, self.flops + other.flops, self.executed_flops + other.executed_flops
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Example:
+    """Random values to compute with."""
+
+    inputs: tuple[Tensor, ...]
+    """Those that get a gradient require it."""
+    out_gradients: tuple[Tensor, ...]
+
+    @property
+    def differentiated(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for tensor in self.inputs if tensor.requires_grad)
+
+
+@dataclass(frozen=True)
+class Rival:
+    name: str
+    function: Callable[[Any], Function]
+    """The function for a shape, which takes the example's inputs. Whatever it imports it imports here."""
+    gpu: bool = True
+    """Its kernels run on a GPU, or in Triton's interpreter where they are Triton's."""
+    other: str = ""
+    """What it computes instead, where that is not the operation at the shape: its results need not agree."""
+    example: Callable[[Any, torch.device, torch.dtype, torch.Generator], Example] | None = None
+    """Its own inputs then."""
+    instead: Callable[[Any], Any] = lambda shape: shape
+    """Its own shape then, for inputs and work alike."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    name: str
+    ceiling: Literal["copy", "matmul"]
+    shapes: list[Any]
+    """Measured: of one rank, and the rivals' own."""
+    more_shapes: list[Any]
+    """Over more ranks, and of small configs: compiled for, and measured when asked for by name."""
+    example: Callable[[Any, torch.device, torch.dtype, torch.Generator], Example]
+    forward: Callable[[Any, int], Work]
+    """Of a shape, and the bytes of an element."""
+    backward: Callable[[Any, int], Work]
+    rivals: list[Rival]
+    launches: Callable[[Any], None] | None = field(default=None)
+    """Launches all kernels of ours on meta tensors; None where we have none."""
+
+    def work(self, shape: Any, direction: Direction, element_bytes: int) -> Work:
+        """Both directions together are their sum: autograd asks for the result before it brings its gradient."""
+        forward, backward = self.forward(shape, element_bytes), self.backward(shape, element_bytes)
+        return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[direction]
+
+
+def leaf(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0
+) -> Tensor:
+    """Normal values that get a gradient."""
+    return values(shape, device, dtype, generator, scale).requires_grad_()
+
+
+def values(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0
+) -> Tensor:
+    return torch.randn(shape, device=device, dtype=dtype, generator=generator).mul_(scale)
+
+
+def compiled(function: Function) -> Function:
+    """By torch.compile, for one shape."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False, fullgraph=True)

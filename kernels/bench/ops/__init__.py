@@ -1,0 +1,13 @@
+"""One module for each operation: what it must do, an example of its inputs, ours and the rivals on them."""
+
+from kernels.bench.operation import Operation
+from kernels.bench.ops.attention import ATTENTION
+from kernels.bench.ops.cross_entropy import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY
+from kernels.bench.ops.qkv import QKV
+from kernels.bench.ops.residual_norm import RESIDUAL_NORM
+from kernels.bench.ops.swiglu import SWIGLU, SWIGLU_LINEAR
+
+OPERATIONS: dict[str, Operation] = {
+    operation.name: operation
+    for operation in (SWIGLU, SWIGLU_LINEAR, QKV, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, ATTENTION, RESIDUAL_NORM)
+}

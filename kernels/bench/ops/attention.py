@@ -1,0 +1,236 @@
+"""Attention over [rows, seq, heads, head_dim], causal, with linear biases or within documents where the shape has them.
+
+Rivals that know neither run the shape without, as the speed such a shape can have at all; their rates count the work that
+they do then.
+"""
+
+import functools
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from kernels.bench.operation import Example, Function, Operation, Rival, Work, leaf, values
+from kernels.bench.shapes import FLASH_HEADS, SMALL_MODELS, Heads, heads
+
+DOCUMENT_TOKENS = 1_000
+"""Mean length. Lengths are exponential, cut where the row ends."""
+
+
+def lengths(shape: Heads) -> list[list[int]]:
+    """Of the documents of each row, the same at every call."""
+    draw = random.Random(0)
+    found = []
+    for _ in range(shape.rows):
+        row: list[int] = []
+        while (left := shape.tokens - sum(row)) > 0:
+            row.append(min(left, 1 + int(draw.expovariate(1 / DOCUMENT_TOKENS))) if shape.documents else left)
+        found.append(row)
+    return found
+
+
+def documents(shape: Heads, device: torch.device) -> Tensor | None:
+    """The index of each token's document, [rows, seq]."""
+    if not shape.documents:
+        return None
+    rows = [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths(shape)]
+    return torch.stack(rows).to(device, torch.int32)
+
+
+def starts(shape: Heads, device: torch.device) -> Tensor | None:
+    """Where in its row each token's document begins, [rows, seq]."""
+    from kernels import documents as of_documents
+
+    apart = documents(shape, device)
+    return None if apart is None else of_documents.starts(apart)
+
+
+def _example(shape: Heads, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Example:
+    sizes = [
+        (shape.rows, shape.tokens, count, shape.head_dim) for count in (shape.heads, shape.kv_heads, shape.kv_heads)
+    ]
+    inputs = tuple(leaf(size, device, dtype, generator) for size in sizes)
+    return Example(inputs, (values(sizes[0], device, dtype, generator),))
+
+
+def _forward(shape: Heads, element_bytes: int) -> Work:
+    """Queries, keys and values in, the result and a number for each query out: two products over the pairs that are seen."""
+    flops = 4 * _pairs(shape) * shape.heads * shape.head_dim
+    return Work(_elements(shape, 2, 2) * element_bytes + _statistics_bytes(shape), flops, flops)
+
+
+def _backward(shape: Heads, element_bytes: int) -> Work:
+    """These five and a gradient in, three gradients out: four products, five with the scores once more."""
+    flops = 8 * _pairs(shape) * shape.heads * shape.head_dim
+    return Work(_elements(shape, 4, 4) * element_bytes + _statistics_bytes(shape), flops, flops * 5 // 4)
+
+
+def _pairs(shape: Heads) -> int:
+    """Queries and keys that see each other."""
+    return sum(length * (length + 1) // 2 for row in lengths(shape) for length in row)
+
+
+def _elements(shape: Heads, queries: int, keys: int) -> int:
+    return shape.rows * shape.tokens * shape.head_dim * (queries * shape.heads + keys * shape.kv_heads)
+
+
+def _statistics_bytes(shape: Heads) -> int:
+    return 4 * shape.rows * shape.tokens * shape.heads
+
+
+def _slopes(shape: Heads, device: torch.device) -> Tensor | None:
+    from kernels.attention import alibi_slopes
+
+    return alibi_slopes(shape.heads).to(device) if shape.alibi else None
+
+
+def _once(make: Callable[[torch.device], Any]) -> Callable[[torch.device], Any]:
+    """What the layers of a model share is made by the first of them."""
+    return functools.lru_cache(maxsize=1)(make)
+
+
+def _ours(shape: Heads) -> Function:
+    from kernels.attention import attention
+
+    slopes = _once(lambda device: _slopes(shape, device))
+    begin = _once(lambda device: starts(shape, device))
+    return lambda q, k, v: attention(q, k, v, scale=shape.scale, slopes=slopes(q.device), starts=begin(q.device))
+
+
+def _our_kernel(shape: Heads) -> Function:
+    """Where attention is SDPA's, as there is nothing that SDPA would not do."""
+    import kernels.attention
+
+    assert kernels.attention
+    if shape.alibi or shape.documents:
+        raise ValueError("is what ours is here")
+    return lambda q, k, v: torch.ops.tandem.attention(q, k, v, shape.scale, None, None)[0]
+
+
+def _flex(shape: Heads) -> Function:
+    torch._dynamo.reset()
+    flex: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    @_once
+    def arguments(device: torch.device) -> dict[str, Any]:
+        slopes, apart = _slopes(shape, device), documents(shape, device)
+
+        def biased(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return score - slopes[head] * (query - key).abs()  # type: ignore[index]
+
+        def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return query >= key if apart is None else (query >= key) & (apart[row, query] == apart[row, key])
+
+        rows = None if apart is None else shape.rows
+        mask = create_block_mask(seen, rows, None, shape.tokens, shape.tokens, device=device)
+        return {
+            "score_mod": biased if shape.alibi else None,
+            "block_mask": mask,
+            "scale": shape.scale,
+            "enable_gqa": True,
+        }
+
+    return lambda q, k, v: _by_heads(flex, q, k, v, **arguments(q.device))
+
+
+def _written_out(shape: Heads) -> Function:
+    @_once
+    def mask(device: torch.device) -> Tensor:
+        index = torch.arange(shape.tokens, device=device)
+        distance = index[:, None] - index
+        seen, apart, slopes = (distance >= 0)[None, None], documents(shape, device), _slopes(shape, device)
+        if apart is not None:
+            seen = seen & (apart[:, None, :, None] == apart[:, None, None, :])
+        if slopes is None:
+            return seen
+        # bf16, because SDPA's kernels take a bias in the queries' dtype alone; made by heads, as fp32 would not fit.
+        heads = [(-slope * distance).bfloat16() for slope in slopes]
+        return torch.stack(heads)[None].masked_fill_(~seen, -torch.inf)
+
+    scaled = functools.partial(
+        F.scaled_dot_product_attention, scale=shape.scale, enable_gqa=shape.heads > shape.kv_heads
+    )
+    return lambda q, k, v: _by_heads(scaled, q, k, v, attn_mask=mask(q.device))
+
+
+def _sdpa(backend: SDPBackend) -> Callable[[Heads], Function]:
+    def function(shape: Heads) -> Function:
+        gqa = shape.heads > shape.kv_heads
+        scaled = functools.partial(F.scaled_dot_product_attention, is_causal=True, scale=shape.scale, enable_gqa=gqa)
+
+        def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return _by_heads(scaled, q, k, v)
+
+        return causal
+
+    return function
+
+
+def _flash(shape: Heads) -> Function:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    if not shape.documents:
+        slopes = _once(lambda device: _slopes(shape, device))
+        common = {"softmax_scale": shape.scale, "causal": True}
+        return lambda q, k, v: flash_attn_func(q, k, v, alibi_slopes=slopes(q.device), **common)
+    flat = [length for row in lengths(shape) for length in row]
+    ends = _once(lambda device: torch.tensor([0, *flat], device=device).cumsum(0).int())
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        bounds = ends(q.device)
+        packed = (x.flatten(0, 1) for x in (q, k, v))
+        options = {"softmax_scale": shape.scale, "causal": True}
+        return flash_attn_varlen_func(*packed, bounds, bounds, max(flat), max(flat), **options).view_as(q)
+
+    return varlen
+
+
+def _launches(shape: Heads) -> None:
+    from kernels.device import attention as device
+
+    def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    query, key, value = (
+        empty(shape.rows, shape.tokens, n, shape.head_dim) for n in (shape.heads, *[shape.kv_heads] * 2)
+    )
+    slopes = empty(shape.heads, dtype=torch.float32) if shape.alibi else None
+    begin = empty(shape.rows, shape.tokens, dtype=torch.int32) if shape.documents else None
+    out, statistics = device.forward(query, key, value, shape.scale, slopes, begin)
+    device.backward(out, query, key, value, out, statistics, shape.scale, slopes, begin)
+
+
+def _by_heads(function: Any, q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
+    return function(*(x.transpose(1, 2) for x in (q, k, v)), **arguments).transpose(1, 2)
+
+
+def _causal(shape: Heads) -> Heads:
+    return replace(shape, alibi=False, documents=False)
+
+
+ATTENTION = Operation(
+    name="attention",
+    ceiling="matmul",
+    shapes=[*heads(tp_sizes=(1,)), *FLASH_HEADS],
+    more_shapes=heads(tp_sizes=(2, 4)) + heads(SMALL_MODELS),
+    example=_example,
+    forward=_forward,
+    backward=_backward,
+    rivals=[
+        Rival("ours", _ours, gpu=False),
+        Rival("our kernel", _our_kernel, gpu=False),
+        Rival("flex", _flex),
+        Rival("sdpa, mask written out", _written_out, gpu=False),
+        Rival("flash-attn", _flash),
+        Rival("sdpa flash", _sdpa(SDPBackend.FLASH_ATTENTION), other="causal alone", instead=_causal),
+        Rival("sdpa cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION), other="causal alone", instead=_causal),
+    ],
+    launches=_launches,
+)

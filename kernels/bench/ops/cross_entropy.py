@@ -1,0 +1,234 @@
+"""Mean cross-entropy over a vocabulary, from logits and from what precedes them.
+
+The mean, because Liger's fast way is for a loss that backward begins at, with a gradient of 1. Padded columns and a scale of
+the logits are ours only: rivals get the true columns, scaled beforehand, as whoever used them here would have to.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from kernels.bench.one_rank import tensor_parallel_group
+from kernels.bench.operation import Example, Function, Operation, Rival, Work, compiled, leaf
+from kernels.bench.shapes import CUTE_LOGITS, LIGER_LOGITS, SMALL_MODELS, Logits, logits
+
+TOKEN_BYTES = 8 + 4
+"""A target, and an fp32 number between forward and backward."""
+CHUNK_TOKENS = 1_024
+
+
+def _example(shape: Logits, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Example:
+    inputs = leaf((shape.tokens, shape.columns), device, dtype, generator), _targets(shape, device, generator)
+    return Example(inputs, (torch.ones((), device=device),))
+
+
+def _linear_example(shape: Logits, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Example:
+    hidden = leaf((shape.tokens, shape.width), device, dtype, generator)
+    weight = leaf((shape.columns, shape.width), device, dtype, generator, shape.width**-0.5)
+    return Example((hidden, weight, _targets(shape, device, generator)), (torch.ones((), device=device),))
+
+
+def _targets(shape: Logits, device: torch.device, generator: torch.Generator) -> Tensor:
+    return torch.randint(shape.vocab, (shape.tokens,), device=device, generator=generator)
+
+
+def _forward(shape: Logits, element_bytes: int) -> Work:
+    """The true logits in."""
+    return Work(shape.tokens * (shape.vocab * element_bytes + TOKEN_BYTES))
+
+
+def _backward(shape: Logits, element_bytes: int) -> Work:
+    """The true logits in once more, the gradient of all out."""
+    return Work(shape.tokens * ((shape.vocab + shape.columns) * element_bytes + TOKEN_BYTES))
+
+
+def _linear_forward(shape: Logits, element_bytes: int) -> Work:
+    """Hidden and weight in: one product."""
+    moved = (shape.tokens + shape.vocab) * shape.width * element_bytes + shape.tokens * TOKEN_BYTES
+    product = 2 * shape.tokens * shape.width
+    return Work(moved, product * shape.vocab, product * shape.columns)
+
+
+def _linear_backward(shape: Logits, element_bytes: int) -> Work:
+    """Hidden and weight in, their gradients out: two products, three with the logits once more."""
+    rows = 2 * shape.tokens + shape.vocab + shape.columns
+    moved = rows * shape.width * element_bytes + shape.tokens * TOKEN_BYTES
+    product = 2 * shape.tokens * shape.width
+    return Work(moved, 2 * product * shape.vocab, 3 * product * shape.columns)
+
+
+def _ours(shape: Logits) -> Function:
+    from kernels.cross_entropy import cross_entropy
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        maximum, total, target_logit = cross_entropy(logits, targets, columns=shape.vocab, scale=shape.scale)
+        return (maximum - target_logit + total.log()).mean()
+
+    return loss
+
+
+def _ours_linear(shape: Logits) -> Function:
+    from kernels.linear_cross_entropy import linear_cross_entropy
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        parts = linear_cross_entropy(hidden, weight, targets, columns=shape.vocab, scale=shape.scale)
+        return (parts[0] - parts[2] + parts[1].log()).mean()
+
+    return loss
+
+
+def _scaled(shape: Logits, logits: Tensor) -> Tensor:
+    true = logits if shape.vocab == shape.columns else logits[:, : shape.vocab]
+    return true if shape.scale == 1.0 else true * shape.scale
+
+
+def _torch(shape: Logits) -> Function:
+    return lambda logits, targets: F.cross_entropy(_scaled(shape, logits.float()), targets)
+
+
+def _liger(shape: Logits) -> Function:
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    return lambda logits, targets: LigerCrossEntropyFunction.apply(_scaled(shape, logits), targets, None)[0]
+
+
+def _liger_parallel(shape: Logits) -> Function:
+    from liger_kernel.megatron import LigerMegatronCrossEntropy
+
+    loss = LigerMegatronCrossEntropy()
+    return lambda logits, targets: loss(_scaled(shape, logits)[:, None], targets[:, None]).mean()
+
+
+def _megatron_fused(shape: Logits) -> Function:
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+
+    torch._dynamo.reset()  # what it compiled for another shape would make it compile for all shapes at once
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        group = tensor_parallel_group(logits.device.type)
+        return fused_vocab_parallel_cross_entropy(_scaled(shape, logits)[:, None], targets[:, None], group).mean()
+
+    return loss
+
+
+def _megatron(shape: Logits) -> Function:
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        tensor_parallel_group(logits.device.type)
+        return vocab_parallel_cross_entropy(_scaled(shape, logits.float())[:, None], targets[:, None]).mean()
+
+    return loss
+
+
+def _torch_linear(shape: Logits) -> Function:
+    loss = _torch(shape)
+    return lambda hidden, weight, targets: loss(hidden @ weight.t(), targets)
+
+
+def _chunked(shape: Logits) -> Function:
+    """By tokens, logits made again in backward."""
+
+    def part(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(_scaled(shape, (hidden @ weight.t()).float()), targets, reduction="sum")
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        chunks = zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+        losses = [checkpoint(part, rows, weight, of_rows, use_reentrant=False) for rows, of_rows in chunks]
+        return torch.stack(losses).sum() / len(targets)
+
+    return loss
+
+
+def _liger_linear(accum_dtype: torch.dtype | None) -> Any:
+    def function(shape: Logits) -> Function:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            true = weight[: shape.vocab]
+            hidden = hidden if shape.scale == 1.0 else hidden * shape.scale
+            return liger_fused_linear_cross_entropy(hidden, true, targets, accum_dtype=accum_dtype)
+
+        return loss
+
+    return function
+
+
+def _liger_cute(shape: Logits) -> Function:
+    from liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90 import LigerFusedScaledCrossEntropySM90Function
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    assert LigerFusedScaledCrossEntropySM90Function  # without which the other quietly takes plain torch
+    apply = LigerFusedLinearScaledCrossEntropyFunction.apply
+    return lambda hidden, weight, targets: apply(hidden, weight[: shape.vocab], targets, 1 / shape.scale).mean()
+
+
+def _launches(shape: Logits) -> None:
+    from kernels.cross_entropy import nothing_seen
+    from kernels.device import cross_entropy as device
+
+    values = torch.empty(shape.tokens, shape.columns, dtype=torch.bfloat16, device="meta")
+    _on_block(device, nothing_seen, values, shape)
+
+
+def _linear_launches(shape: Logits) -> None:
+    from kernels.cross_entropy import nothing_seen
+    from kernels.device import cross_entropy as device
+    from kernels.linear_cross_entropy import chunk_width
+
+    width = min(chunk_width(shape.columns), shape.columns)
+    buffer = torch.empty(shape.tokens, width, dtype=torch.bfloat16, device="meta")
+    for first in range(0, shape.columns, width):
+        _on_block(device, nothing_seen, buffer[:, : shape.columns - first], shape, first)
+
+
+def _on_block(device: Any, nothing_seen: Any, block: Tensor, shape: Logits, first: int = 0) -> None:
+    targets = torch.empty(shape.tokens, dtype=torch.int64, device="meta")
+    statistics = nothing_seen(block, targets)
+    known = {"first": first, "columns": min(max(shape.vocab - first, 0), block.shape[1]), "scale": shape.scale}
+    device.add(block, targets, statistics, **known)
+    device.gradient(block, targets, *statistics, **known)
+
+
+CROSS_ENTROPY = Operation(
+    name="cross_entropy",
+    ceiling="copy",
+    shapes=[*logits(tp_sizes=(1,)), *LIGER_LOGITS],
+    more_shapes=logits(tp_sizes=(2, 4)) + logits(SMALL_MODELS),
+    example=_example,
+    forward=_forward,
+    backward=_backward,
+    rivals=[
+        Rival("ours", _ours, gpu=False),
+        Rival("torch", _torch, gpu=False),
+        Rival("torch.compile", lambda shape: compiled(_torch(shape))),
+        Rival("liger", _liger),
+        Rival("liger vocab-parallel", _liger_parallel),
+        Rival("megatron fused", _megatron_fused),
+        Rival("megatron", _megatron, gpu=False),
+    ],
+    launches=_launches,
+)
+
+LINEAR_CROSS_ENTROPY = Operation(
+    name="linear_cross_entropy",
+    ceiling="matmul",
+    shapes=[*logits(tp_sizes=(1,)), *CUTE_LOGITS],
+    more_shapes=logits(tp_sizes=(2, 4)) + logits(SMALL_MODELS),
+    example=_linear_example,
+    forward=_linear_forward,
+    backward=_linear_backward,
+    rivals=[
+        Rival("ours", _ours_linear, gpu=False),
+        Rival("torch", _torch_linear, gpu=False),
+        Rival("torch.compile", lambda shape: compiled(_torch_linear(shape))),
+        Rival("torch in chunks", _chunked, gpu=False),
+        Rival("liger", _liger_linear(None)),
+        Rival("liger, fp32 sums", _liger_linear(torch.float32)),
+        Rival("liger CuTe", _liger_cute),
+    ],
+    launches=_linear_launches,
+)

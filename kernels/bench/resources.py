@@ -1,0 +1,72 @@
+"""What every kernel asks of a Hopper multiprocessor at every shape, compiled without one."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from triton.runtime.jit import JITFunction
+
+from kernels.bench.operation import Operation
+from kernels.device.offline import Compiled, hopper
+
+REGISTERS = 65_536
+REGISTER_UNIT = 256
+"""Registers are given to whole warps, in these units."""
+SHARED_BYTES = 228 * 1024
+RESERVED_BYTES = 1024
+"""Of shared memory, for each block."""
+THREADS = 2_048
+BLOCKS = 32
+"""Of one multiprocessor of compute capability 9.0. Source: CUDA C++ programming guide, technical specifications."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    op: str
+    shape: str
+    kernel: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    num_warps: int
+    blocks_per_multiprocessor: int
+
+
+def resources(operations: Iterable[Operation], wanted: str = "") -> Iterator[Resources]:
+    """Of each kernel that each operation launches at each shape whose name contains `wanted`.
+
+    Raises: RuntimeError where Triton interprets.
+    """
+    for op in operations:
+        for shape in op.shapes + op.more_shapes if op.launches is not None else ():
+            if wanted not in shape.name:
+                continue
+            for kernel in _launched(op, shape):
+                yield Resources(
+                    op.name, shape.name, kernel.name, kernel.registers, kernel.spilled_bytes, kernel.shared_bytes,
+                    kernel.num_warps, blocks_per_multiprocessor(kernel),
+                )  # fmt: skip
+
+
+def blocks_per_multiprocessor(kernel: Compiled) -> int:
+    """That fit at once, by registers, shared memory, threads and the limit of blocks."""
+    threads = 32 * kernel.num_warps
+    of_a_warp = -(-kernel.registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    by_registers = REGISTERS // of_a_warp // kernel.num_warps
+    return min(by_registers, SHARED_BYTES // (kernel.shared_bytes + RESERVED_BYTES), THREADS // threads, BLOCKS)
+
+
+def _launched(op: Operation, shape: Any) -> list[Compiled]:
+    assert op.launches is not None
+    with hopper() as compiled:
+        op.launches(shape)
+        # Loaded once more for the next shape, so that each names its kernels; Triton's folder of binaries spares compiling.
+        for kernel in _kernels():
+            kernel.device_caches.clear()
+    return list(dict.fromkeys(compiled))
+
+
+def _kernels() -> list[JITFunction]:
+    modules = [module for name, module in sys.modules.items() if name.startswith("kernels.device.")]
+    return [thing for module in modules for thing in vars(module).values() if isinstance(thing, JITFunction)]

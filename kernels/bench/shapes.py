@@ -1,0 +1,172 @@
+"""The sizes measured and compiled: what one rank holds of the shipped configs over 1, 2 and 4, and the rivals' own.
+
+Plain numbers, because nothing here knows of configs; tests/kernels/bench/test_shapes.py derives them from configs/*.yaml and
+compares.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+TP_SIZES = (1, 2, 4)
+
+
+class Model(NamedTuple):
+    name: str
+    phases: tuple[tuple[int, int], ...]
+    """Rows of one forward pass, tokens in a row."""
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dims: int
+    """0 where positions are linear biases."""
+    qk_norm: bool
+    documents: bool
+    """Attention stays within them."""
+    ffn_local: tuple[int, int, int]
+    """Over each of TP_SIZES, padded to a multiple of 128 on a rank."""
+    vocab: int
+    vocab_local: tuple[int, int, int]
+    logit_scale: float
+    attention_scale: float
+
+
+MODELS = (
+    Model("btlm-3b-8k", ((4, 2_048), (1, 8_192)), 2_560, 32, 32, 80, 0, False, False,
+          (6_912, 3_456, 1_792), 50_257, (50_304, 25_216, 12_672), 0.222, 1 / 80),
+    Model("stablelm-2-12b", ((1, 4_096),), 5_120, 32, 8, 160, 40, True, True,
+          (13_824, 6_912, 3_456), 100_352, (100_352, 50_176, 25_088), 1.0, 160**-0.5),
+    Model("stablelm-2-1_6b", ((2, 4_096),), 2_048, 32, 32, 64, 16, False, True,
+          (5_632, 2_816, 1_408), 100_352, (100_352, 50_176, 25_088), 1.0, 64**-0.5),
+)  # fmt: skip
+"""The models the kernels are for."""
+SMALL_MODELS = (
+    Model("btlm-proxy-256", ((16, 2_048), (4, 8_192)), 256, 4, 4, 64, 0, False, False,
+          (768, 384, 256), 50_257, (50_304, 25_216, 12_672), 2.22, 1 / 64),
+    Model("btlm-proxy-512", ((8, 2_048), (2, 8_192)), 512, 8, 8, 64, 0, False, False,
+          (1_408, 768, 384), 50_257, (50_304, 25_216, 12_672), 1.11, 1 / 64),
+    Model("btlm-proxy-1024", ((4, 2_048), (1, 8_192)), 1_024, 16, 16, 64, 0, False, False,
+          (2_816, 1_408, 768), 50_257, (50_304, 25_216, 12_672), 0.555, 1 / 64),
+    Model("demo-btlm", ((8, 128), (2, 512)), 128, 4, 4, 32, 0, False, False,
+          (384, 256, 128), 4_096, (4_096, 2_048, 1_024), 1.11, 1 / 32),
+    Model("demo-stablelm", ((8, 128), (2, 512)), 128, 4, 2, 32, 8, True, True,
+          (384, 256, 128), 4_096, (4_096, 2_048, 1_024), 1.0, 32**-0.5),
+    Model("mup-check", ((8, 128),), 64, 4, 4, 16, 0, False, False,
+          (256, 128, 128), 512, (512, 256, 128), 2.22, 1 / 16),
+)  # fmt: skip
+"""The other shipped configs: compiled for, and measured when asked for by name."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    tokens: int
+
+    def with_tokens(self, tokens: int) -> "Shape":
+        """As narrow or wide, for so many tokens."""
+        return replace(self, tokens=tokens)
+
+
+@dataclass(frozen=True)
+class FeedForward(Shape):
+    ffn: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Stream(Shape):
+    width: int
+
+
+@dataclass(frozen=True)
+class Logits(Shape):
+    width: int
+    """Of the hidden state before the head."""
+    columns: int
+    """Padding included."""
+    vocab: int
+    """Columns that are true."""
+    scale: float
+
+
+@dataclass(frozen=True)
+class Heads(Shape):
+    """`tokens` are those of a row."""
+
+    rows: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dims: int
+    qk_norm: bool
+    alibi: bool
+    documents: bool
+    scale: float
+
+    def with_tokens(self, tokens: int) -> "Heads":
+        return replace(self, tokens=tokens, rows=min(self.rows, 2))
+
+
+def feed_forward(models: tuple[Model, ...] = MODELS, tp_sizes: tuple[int, ...] = TP_SIZES) -> list[FeedForward]:
+    return [
+        FeedForward(f"{model.name} tp{tp_size}", tokens, model.ffn_local[index], model.width)
+        for model in models
+        for index, tp_size, tokens in _local(model, tp_sizes)
+    ]
+
+
+def stream(models: tuple[Model, ...] = MODELS) -> list[Stream]:
+    """The residual stream is whole on every rank."""
+    return [Stream(model.name, tokens, model.width) for model in models for tokens in _tokens(model)]
+
+
+def logits(models: tuple[Model, ...] = MODELS, tp_sizes: tuple[int, ...] = TP_SIZES) -> list[Logits]:
+    """Of the last rank, which holds the padding."""
+    found = []
+    for model in models:
+        for index, tp_size, tokens in _local(model, tp_sizes):
+            columns = model.vocab_local[index]
+            true = model.vocab - (tp_size - 1) * columns
+            found.append(Logits(f"{model.name} tp{tp_size}", tokens, model.width, columns, true, model.logit_scale))
+    return found
+
+
+def heads(models: tuple[Model, ...] = MODELS, tp_sizes: tuple[int, ...] = TP_SIZES) -> list[Heads]:
+    return [
+        Heads(
+            f"{model.name} {seq} tp{tp_size}", seq, rows, model.heads // tp_size, model.kv_heads // tp_size, model.head_dim,
+            model.rotary_dims, model.qk_norm, model.rotary_dims == 0, model.documents, model.attention_scale,
+        )
+        for model in models
+        for tp_size in tp_sizes
+        if model.kv_heads % tp_size == 0
+        for rows, seq in model.phases
+    ]  # fmt: skip
+
+
+LIGER_FEED_FORWARD = [FeedForward("liger 8192x16384", 8_192, 16_384, 4_096)]
+"""Source: Liger-Kernel benchmark/data/all_benchmark_data.csv, megatron_swiglu."""
+LIGER_LOGITS = [
+    Logits(f"liger 8192x{columns}", 8_192, 4_096, columns, columns, 1.0)
+    for columns in (50_304, 65_536, 100_352, 131_072)
+]
+"""Source: the same table, megatron_cross_entropy, and both vocabularies of ours at its number of tokens."""
+CUTE_LOGITS = [Logits("cute 8192x4096x131072", 8_192, 4_096, 131_072, 131_072, 1.0)]
+"""Source: Liger-Kernel README.md, fused scaled cross entropy."""
+FLASH_HEADS = [
+    Heads(f"flash {seq} hd{head_dim}", seq, 16_384 // seq, 2_048 // head_dim, 2_048 // head_dim, head_dim, 0, False, False,
+          False, head_dim**-0.5)
+    for head_dim in (64, 128)
+    for seq in (2_048, 8_192, 16_384)
+]  # fmt: skip
+"""Source: flash-attention README.md, performance: 16,384 tokens, width 2,048, causal."""
+
+
+def _tokens(model: Model) -> list[int]:
+    """Of one forward pass: phases that differ in the length of rows alone are one to operations on tokens."""
+    return sorted({rows * seq for rows, seq in model.phases})
+
+
+def _local(model: Model, tp_sizes: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Place in the model's local sizes, number of ranks, tokens."""
+    return [(TP_SIZES.index(tp_size), tp_size, tokens) for tp_size in tp_sizes for tokens in _tokens(model)]
