@@ -8,13 +8,6 @@ import torch
 from jaxtyping import Float32, Int
 from torch import Tensor
 
-from kernels.documents import starts
-
-
-def positions(documents: Int[Tensor, "rows seq"]) -> Int[Tensor, "rows seq"]:
-    """Distance of each token from its document's first in the row; a document is a run of one index."""
-    return torch.arange(documents.shape[1], device=documents.device) - starts(documents)
-
 
 def rotary_table(
     positions: Int[Tensor, "rows seq"], rotary_dims: int, base: float

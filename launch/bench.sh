@@ -6,14 +6,13 @@
 #   btlm       BTLM-3B-8K whole, rows of 2,048 and of 8,192 tokens
 #   stablelm   Stable LM 2 12B, six of its layers, which 80 GB hold with their optimizer
 #
-# Without a stage: all, in this order, each within ten minutes on an H100; a stage that fails does not stop the others.
+# Without a stage: all, in this order; a stage that fails does not stop the others.
 # Uses the Python it finds where that one has what is needed, else .venv, which launch/install.sh makes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 [[ $# -gt 0 ]] || { echo "bench: name a folder for the results: launch/bench.sh FOLDER [stage...]" >&2 && exit 2; }
-mkdir -p "$1"
-out=$(cd "$1" && pwd)
+folder=$1
 shift
 stages=("$@")
 [[ $# -gt 0 ]] || stages=(tests kernels btlm stablelm)
@@ -34,6 +33,8 @@ RANKS_PER_NODE=1
 # shellcheck source=launch/env.sh
 source launch/env.sh
 python3 -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || no_gpu
+mkdir -p "$folder"
+out=$(cd "$folder" && pwd)
 
 slice_depth=6
 tests() { python3 -m pytest tests -m gpu; }

@@ -1,4 +1,4 @@
-"""Runs a function on several ranks: fresh processes, gloo, a rendezvous file (no ports), a hard time limit.
+"""Runs a function on several ranks: processes of their own, gloo, a rendezvous file (no ports), a hard time limit.
 
 A rank is a fork of a server that has imported everything (`imported.py`) and done nothing: what a world does, the next
 one cannot see. Several ranks still share a core or two, so let one `run` serve many assertions: the function returns facts

@@ -1,10 +1,10 @@
-"""Positions and the angles of their rotation; the rotation itself is in test_qkv."""
+"""The angles of rotary positions; the rotation itself is in test_qkv."""
 
 import math
 
 import torch
 
-from kernels.rope import positions, rotary_table
+from kernels.rope import rotary_table
 
 BASE = 10_000.0
 
@@ -14,8 +14,3 @@ def test_table_keeps_its_precision_far_out():
     angles = [32_768 * BASE ** (-2 * pair / 40) for pair in range(20)]
     torch.testing.assert_close(cos[0, 0], torch.tensor([math.cos(angle) for angle in angles]), rtol=0, atol=1e-7)
     torch.testing.assert_close(sin[0, 0], torch.tensor([math.sin(angle) for angle in angles]), rtol=0, atol=1e-7)
-
-
-def test_positions_restart_with_every_document():
-    documents = torch.tensor([[0, 0, 0, 1, 2, 2], [0, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 4]], dtype=torch.int32)
-    assert positions(documents).tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 1]]

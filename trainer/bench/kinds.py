@@ -28,7 +28,7 @@ SAYING = {
     "attention": r"attention|flash|flex|fmha|cudnn.*sdpa",
     "matmul": r"gemm|nvjet|cutlass|xmma|cublas|aten::(mm|addmm|bmm|baddbmm)_?$",
     "swiglu": r"swiglu",
-    "rotary and head norm": r"rope|rotate|rotary|head_norm|qk_norm|tandem::qkv",
+    "rotary and head norm": r"split_rotated|rope|rotary",
     "norm": r"layer_?norm|LayerNorm|GammaBeta",
     "optimizer": r"[Aa]dam|Optimizer\.step|multi_tensor|_foreach_",
     "embedding": r"embedding|index_?[Ss]elect",
