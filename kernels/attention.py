@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
+WIDEST_HEAD = 256
+"""For which the kernel has tiles; wider heads are written out on a GPU too."""
 QUERIES_AT_ONCE = 128
 """Where scores are written out: memory grows with the row and not with its square."""
 
@@ -38,7 +40,7 @@ def attention(
     the scaled scores, itself unscaled; each row may have its own slopes, which get no gradient. Token i sees keys starts[i]
     to i: `kernels.documents.starts`. Without `slopes` there is no bias, without `starts` a row is one document.
 
-    Raises: ValueError for more queries than keys, a scale that is not positive, or on a GPU a head_dim above 256.
+    Raises: ValueError for more queries than keys, or a scale that is not positive.
     Source: Press et al. 2022, "Train Short, Test Long", section 3; Ainslie et al. 2023, "GQA"; backward: Dao et al. 2022,
     "FlashAttention", appendix B.
     """
@@ -177,8 +179,8 @@ _attention.register_autograd(_gradients, setup_context=_keep)
 
 
 def _beside_the_kernel(query: Tensor, key: Tensor) -> bool:
-    """What the kernel is not for: few queries, for each number of which it would walk all tiles, and fp64."""
-    return query.shape[1] < key.shape[1] or query.dtype == torch.float64
+    """What the kernel is not for: few queries, for each number of which it would walk all tiles, fp64, and very wide heads."""
+    return query.shape[1] < key.shape[1] or query.dtype == torch.float64 or query.shape[-1] > WIDEST_HEAD
 
 
 def _per_query(query: Tensor) -> Tensor:

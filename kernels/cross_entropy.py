@@ -28,10 +28,13 @@ def cross_entropy(
 
     A target outside 0..columns - 1 is in another part of the vocabulary: 0. Without columns the maximum is LOWEST, the total 0.
 
-    Note: gives the logits up. Backward writes their gradient over them, so whatever else backward would read them for, a
-    second backward too, raises RuntimeError.
-    Raises: ValueError for logits whose columns are not neighbours in memory, or whose rows overlap there.
+    Note: gives the logits up, the only kept tensor that an operation of ours writes to. Backward writes their gradient over
+    them, so whatever else backward would read them for, a second backward too, raises RuntimeError.
+    Raises: ValueError for logits whose columns are not neighbours in memory, or whose rows overlap there, and for a leaf that
+    is to have a gradient.
     """
+    if torch.is_grad_enabled() and logits.is_leaf and logits.requires_grad:
+        raise ValueError("logits are a leaf with a gradient of its own, which backward would write over them")
     tokens, width = logits.shape
     if (width > 1 and logits.stride(1) != 1) or (tokens > 1 and logits.stride(0) < width):
         raise ValueError(f"logits of shape {tokens} x {width} have strides {logits.stride()}: make them contiguous")

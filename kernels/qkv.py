@@ -143,10 +143,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...]:
-    gradient, sums = torch.ops.tandem.split_rotated_backward(query, key, value, *ctx.saved_tensors, ctx.epsilon)
+    kept = ctx.saved_tensors  # once: a recomputed tensor is given out no second time
+    gradient, sums = torch.ops.tandem.split_rotated_backward(query, key, value, *kept, ctx.epsilon)
     norms = [None, None]
     if len(sums):
-        norms = [part.to(query.dtype) for part in sums.split((query.shape[2], key.shape[2]))]
+        parts = sums.split((query.shape[2], key.shape[2]))
+        norms = [part.to(weight.dtype) for part, weight in zip(parts, kept[3:], strict=True)]
     return gradient, None, None, *norms, None, None, None
 
 
@@ -159,9 +161,8 @@ def _wide(x: Tensor) -> Tensor:
 
 def _normal(heads: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Heads of mean 0 and variance 1, and one over the standard deviation they had."""
-    variance, mean = torch.var_mean(heads, -1, correction=0, keepdim=True)
-    scale = (variance + epsilon).rsqrt()
-    return (heads - mean) * scale, scale
+    normal, _, scale = torch.native_layer_norm(heads, heads.shape[-1:], None, None, epsilon)
+    return normal, scale
 
 
 def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def swiglu_linear(
 def _swiglu(gate_up: Tensor, gate: int) -> Tensor:
     wide = _wide(gate_up)
     g, u = wide.select(-2, gate), wide.select(-2, 1 - gate)
-    return (g * g.sigmoid() * u).to(gate_up.dtype)
+    return (g * g.sigmoid() * u).to(gate_up.dtype).contiguous()
 
 
 @_swiglu.register_kernel("cuda")
@@ -58,7 +58,7 @@ def _swiglu_backward(out_gradient: Tensor, gate_up: Tensor, gate: int, with_prod
     halves = [dy * u * sigmoid * (1 + g * (1 - sigmoid)), dy * g * sigmoid]
     gradient = torch.stack(halves if gate == 0 else halves[::-1], dim=-2).to(gate_up.dtype)
     product = (g * sigmoid * u).to(gate_up.dtype) if with_product else gate_up.new_empty(0)
-    return gradient, product
+    return gradient.contiguous(), product.contiguous()
 
 
 @_swiglu_backward.register_kernel("cuda")
@@ -106,7 +106,7 @@ def _both_gradients(ctx: Any, out_gradient: Tensor) -> tuple[Tensor, Tensor, Non
     gate_up, weight = ctx.saved_tensors
     product_gradient = out_gradient @ weight
     gradient, product = torch.ops.tandem.swiglu_backward(product_gradient, gate_up, ctx.gate, True)
-    return gradient, out_gradient.flatten(0, -2).t() @ product.flatten(0, -2), None
+    return gradient, out_gradient.reshape(-1, len(weight)).t() @ product.reshape(-1, weight.shape[1]), None
 
 
 _swiglu_linear.register_autograd(_both_gradients, setup_context=_keep_gate_up_and_weight)

@@ -3,20 +3,22 @@
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from kernels.bench import one_rank
-from kernels.bench.compare import Row, rows, surroundings
+from kernels.bench.compare import Row, card, rows, surroundings
 from kernels.bench.kept import table
 from kernels.bench.measure import ceilings
 from kernels.bench.operation import Operation
 from kernels.bench.ops import OPERATIONS
-from kernels.bench.resources import resources
+from kernels.bench.resources import COMPILED, resources, spills
 
 NO_GPU = (
     "kernels.bench measures a GPU and there is none; without one --resources compiles every kernel for sm_90, "
@@ -27,8 +29,11 @@ WIDTHS = {"op": 20, "shape": 26, "rival": 28, "direction": 16}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0; 1 where a kernel spills registers; 2 where there is no GPU to measure."""
+    """0; 1 where a kernel spills more than is known; 2 where what is asked for cannot be, with one line that says why."""
     options = _options(arguments)
+    if refusal := _refusal(options):
+        print(f"kernels.bench: {refusal}", file=sys.stderr)
+        return 2
     operations = [OPERATIONS[name] for name in options.op or OPERATIONS]
     if options.resources:
         return _print_resources(operations, options)
@@ -46,28 +51,79 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("kernels.bench", description="Our operations beside their rivals.")
-    parser.add_argument("op", nargs="*", choices=[[], *OPERATIONS], help="all where none is named")
+    parser.add_argument("op", nargs="*", metavar="op", help=f"all where none is named: {', '.join(OPERATIONS)}")
     parser.add_argument(
         "--shape",
         default="",
         help="shapes whose name contains this, also those of tp2, tp4 and the small configs, which no one else measures",
     )
     parser.add_argument("--rival", default="", help="only rivals whose name contains this")
-    parser.add_argument("--json", type=Path, help="file that every row is added to, a line each")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file that every row is added to, a line each")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tokens", type=int, help="instead of the shapes' own number")
-    parser.add_argument("--resources", action="store_true", help="compile for sm_90 and print what kernels use")
+    parser.add_argument("--resources", action="store_true", help="compile ours for sm_90 and print what kernels use")
     parser.add_argument("--kept", action="store_true", help="count the bytes that a layer keeps for backward, by token")
     return parser.parse_args(arguments)
+
+
+def _refusal(options: argparse.Namespace) -> str:
+    """Why nothing can be done; empty where it can."""
+    unknown = [name for name in options.op if name not in OPERATIONS]
+    if unknown:
+        return f"op {unknown[0]!r} is unknown; known: {', '.join(OPERATIONS)}"
+    if options.tokens is not None and options.tokens < 1:
+        return f"--tokens {options.tokens}: at least 1"
+    if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
+        return f"--json {options.json}: a file in a folder that exists"
+    if options.resources or options.kept:
+        refusal = _refusal_without_gpu(options)
+        if refusal or options.kept:
+            return refusal
+    return _refusal_of_names(options)
+
+
+def _refusal_without_gpu(options: argparse.Namespace) -> str:
+    """Of --resources and --kept, which know no rivals and take the shapes as they are."""
+    if options.resources and options.kept:
+        return "--resources and --kept are two tables; ask for one"
+    mode = "--resources" if options.resources else "--kept"
+    given = {"--rival": options.rival, "--tokens": options.tokens}
+    if options.kept:
+        given |= {"op": " ".join(options.op), "--shape": options.shape}
+    for name, value in given.items():
+        if value:
+            return f"{name} {value} with {mode}: {mode} takes {'ops, --shape and ' if options.resources else ''}--json alone"
+    if triton.knobs.runtime.interpret:
+        return f"{mode}: TRITON_INTERPRET is set, so that nothing would be compiled; unset it"
+    return ""
+
+
+def _refusal_of_names(options: argparse.Namespace) -> str:
+    """Of names that are in no table."""
+    operations = [OPERATIONS[name] for name in options.op or OPERATIONS]
+    if options.resources:
+        compiled = [name for name, op in OPERATIONS.items() if op.launches is not None]
+        for name in options.op:
+            if name not in compiled:
+                return f"op {name!r} with --resources has no kernel of ours; known: {', '.join(compiled)}"
+        operations = [op for op in operations if op.launches is not None]
+    names = dict.fromkeys(shape.name for op in operations for shape in op.shapes + op.more_shapes)
+    if not any(options.shape in name for name in names):
+        models = dict.fromkeys(name.split()[0] for name in names)
+        return f"--shape {options.shape!r} is in no name; names are as {next(iter(names))!r}, of {', '.join(models)}"
+    rivals = dict.fromkeys(rival.name for op in operations if _named(op, options) for rival in op.rivals)
+    if not any(options.rival in name for name in rivals):
+        return f"--rival {options.rival!r} is in no name; known: {', '.join(rivals)}"
+    return ""
 
 
 def _compare(operations: list[Operation], options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     limits = ceilings(device)
     copied, multiplied = limits.copy_bytes_per_second / 1e9, limits.matmul_flops_per_second / 1e12
-    print(*(f"{name} {value}" for name, value in surroundings(device).items()), sep="; ")
+    print(*(f"{name} {value}" for name, value in surroundings(card(device)).items()), sep="; ")
     print(f"copy {copied:.0f} GB/s, matmul {multiplied:.1f} TFLOP/s")
-    _keep(options.json, [{"op": "ceilings", **asdict(limits), **surroundings(device)}])
+    _keep(options.json, [{"op": "ceilings", **asdict(limits), **surroundings(card(device))}])
     print(_line("op", "shape", "rival", "direction", NUMBERS))
     for op in operations:
         for shape in _shapes(op, options):
@@ -77,9 +133,12 @@ def _compare(operations: list[Operation], options: argparse.Namespace) -> None:
 
 
 def _shapes(op: Operation, options: argparse.Namespace) -> list[Any]:
-    named = [shape for shape in op.shapes + op.more_shapes if options.shape in shape.name]
-    chosen = named if options.shape else op.shapes
+    chosen = _named(op, options) if options.shape else op.shapes
     return [shape.with_tokens(options.tokens) for shape in chosen] if options.tokens else chosen
+
+
+def _named(op: Operation, options: argparse.Namespace) -> list[Any]:
+    return [shape for shape in op.shapes + op.more_shapes if options.shape in shape.name]
 
 
 def _keep(file: Path | None, lines: Iterable[dict[str, Any]]) -> None:
@@ -108,23 +167,30 @@ def _number(value: float | None, digits: int) -> str:
 def _print_resources(operations: list[Operation], options: argparse.Namespace) -> int:
     numbers = ["registers", "spilled", "shared", "warps", "blocks/SM"]
     print(_line("op", "shape", "kernel", "", numbers))
-    spills = False
+    seen = []
     for found in resources(operations, options.shape):
+        seen.append(found)
         values = asdict(found)
         columns = [str(value) for value in list(values.values())[3:]]
         print(_line(found.op, found.shape, found.kernel, "", columns), flush=True)
-        _keep(options.json, [values])
-        spills |= found.spilled_bytes > 0
-    return int(spills)
+        _keep(options.json, [values | surroundings(COMPILED)])
+    spilled = spills(seen)
+    for sentence, _ in spilled:
+        print(sentence, file=sys.stderr)
+    return int(not all(known for _, known in spilled))
 
 
 def _print_kept(options: argparse.Namespace) -> int:
-    found = table()
+    with warnings.catch_warnings():
+        # Of triton 3.9 about Liger's kernels, which do not say what ours do.
+        warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+        found = table()
+    print("bytes per token and layer; the liger kit's heads are torch's")
     parts = [name for name in found[0] if name not in ("model", "kit")]
     print(" ".join(["model".ljust(16), "kit".ljust(26), *(name.rjust(12) for name in parts)]))
     for row in found:
         print(" ".join([row["model"].ljust(16), row["kit"].ljust(26), *(f"{row[name]:12.0f}" for name in parts)]))
-    _keep(options.json, found)
+    _keep(options.json, [row | surroundings(COMPILED) for row in found])
     return 0
 
 

@@ -153,6 +153,7 @@ def _torch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _torch_heads(qkv: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    """In bf16 throughout, which keeps least: the one that is timed in `ops.qkv` norms and turns in fp32, as ours does."""
     model, w = layer.model, layer.weights
     grouped = qkv.transpose(0, 1).unflatten(-1, (-1, layer.group + 2, model.head_dim))
     query, key, value = (x.flatten(2, 3) for x in grouped.split((layer.group, 1, 1), dim=3))

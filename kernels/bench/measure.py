@@ -1,9 +1,9 @@
 """Time and memory of a call, and the two ceilings of a device that they are held against.
 
-A call is timed alone: on a GPU by events around it, behind a wait on the device that lets the host put the call's kernels
-into the queue first, so that what is read is the device's time and not Python's. Calls go round several sets of the same
-values, together larger than the L2 cache, so none finds its inputs there. Elsewhere the host's clock is read, which shows that
-the harness works and nothing about speed.
+A call is timed alone: on a GPU by events around it, behind a wait on the device that gives the host a head start. Where the
+call's kernels are in the queue by then, what is read is the device's time and not Python's. Calls go round several sets of the
+same values, together larger than the L2 cache, so none finds its inputs there. Elsewhere the host's clock is read, which shows
+that the harness works and nothing about speed.
 """
 
 import math
@@ -18,7 +18,8 @@ from torch import Tensor
 L2_BYTES = 50 * 2**20
 """Of an H100 and an H200. Source: NVIDIA H100 whitepaper, table 3."""
 HEAD_START_CYCLES = 2_000_000
-"""Of the device's clock, about a millisecond: more than Python needs to launch what is timed."""
+"""Of the device's clock, about a millisecond: Python launches some dozen kernels meanwhile. Of a call that launches more, and
+is not slower itself than its launches, some of Python's time is read too."""
 MAX_SETS = 32
 
 

@@ -12,6 +12,10 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "forward+backward")
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
+class Refused(Exception):
+    """A rival that is not measured, with the reason."""
+
+
 @dataclass(frozen=True)
 class Work:
     """The least an operation does, whoever does it."""

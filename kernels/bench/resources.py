@@ -19,6 +19,10 @@ RESERVED_BYTES = 1024
 THREADS = 2_048
 BLOCKS = 32
 """Of one multiprocessor of compute capability 9.0. Source: CUDA C++ programming guide, technical specifications."""
+KNOWN_SPILLS: dict[tuple[str, str, str], int] = {}
+"""Bytes for each thread that are let pass, by operation, model and kernel, each with its reason; there are none."""
+COMPILED = "sm_90, compiled"
+"""The card of rows that were measured on none."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,19 @@ def resources(operations: Iterable[Operation], wanted: str = "") -> Iterator[Res
                     op.name, shape.name, kernel.name, kernel.registers, kernel.spilled_bytes, kernel.shared_bytes,
                     kernel.num_warps, blocks_per_multiprocessor(kernel),
                 )  # fmt: skip
+
+
+def spills(found: Iterable[Resources]) -> list[tuple[str, bool]]:
+    """A sentence for each kernel and number of bytes it spills, with its shapes, and whether that is known."""
+    shapes: dict[tuple[str, str, int, bool], list[str]] = {}
+    for one in found:
+        if one.spilled_bytes > 0:
+            known = one.spilled_bytes <= KNOWN_SPILLS.get((one.op, one.shape.split()[0], one.kernel), 0)
+            shapes.setdefault((one.op, one.kernel, one.spilled_bytes, known), []).append(one.shape)
+    return [
+        (f"{op} {kernel} spills {size} bytes at {', '.join(names)}" + (": known" if known else ""), known)
+        for (op, kernel, size, known), names in shapes.items()
+    ]
 
 
 def blocks_per_multiprocessor(kernel: Compiled) -> int:

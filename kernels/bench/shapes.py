@@ -4,8 +4,10 @@ Plain numbers, because nothing here knows of configs; tests/kernels/bench/test_s
 compares.
 """
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import torch
 
 TP_SIZES = (1, 2, 4)
 
@@ -29,30 +31,35 @@ class Model(NamedTuple):
     vocab_local: tuple[int, int, int]
     logit_scale: float
     attention_scale: float
+    precision: Literal["bf16", "fp32"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
 
 MODELS = (
     Model("btlm-3b-8k", ((4, 2_048), (1, 8_192)), 2_560, 32, 32, 80, 0, False, False,
-          (6_912, 3_456, 1_792), 50_257, (50_304, 25_216, 12_672), 0.222, 1 / 80),
+          (6_912, 3_456, 1_792), 50_257, (50_304, 25_216, 12_672), 0.222, 1 / 80, "bf16"),
     Model("stablelm-2-12b", ((1, 4_096),), 5_120, 32, 8, 160, 40, True, True,
-          (13_824, 6_912, 3_456), 100_352, (100_352, 50_176, 25_088), 1.0, 160**-0.5),
+          (13_824, 6_912, 3_456), 100_352, (100_352, 50_176, 25_088), 1.0, 160**-0.5, "bf16"),
     Model("stablelm-2-1_6b", ((2, 4_096),), 2_048, 32, 32, 64, 16, False, True,
-          (5_632, 2_816, 1_408), 100_352, (100_352, 50_176, 25_088), 1.0, 64**-0.5),
+          (5_632, 2_816, 1_408), 100_352, (100_352, 50_176, 25_088), 1.0, 64**-0.5, "bf16"),
 )  # fmt: skip
 """The models the kernels are for."""
 SMALL_MODELS = (
     Model("btlm-proxy-256", ((16, 2_048), (4, 8_192)), 256, 4, 4, 64, 0, False, False,
-          (768, 384, 256), 50_257, (50_304, 25_216, 12_672), 2.22, 1 / 64),
+          (768, 384, 256), 50_257, (50_304, 25_216, 12_672), 2.22, 1 / 64, "bf16"),
     Model("btlm-proxy-512", ((8, 2_048), (2, 8_192)), 512, 8, 8, 64, 0, False, False,
-          (1_408, 768, 384), 50_257, (50_304, 25_216, 12_672), 1.11, 1 / 64),
+          (1_408, 768, 384), 50_257, (50_304, 25_216, 12_672), 1.11, 1 / 64, "bf16"),
     Model("btlm-proxy-1024", ((4, 2_048), (1, 8_192)), 1_024, 16, 16, 64, 0, False, False,
-          (2_816, 1_408, 768), 50_257, (50_304, 25_216, 12_672), 0.555, 1 / 64),
+          (2_816, 1_408, 768), 50_257, (50_304, 25_216, 12_672), 0.555, 1 / 64, "bf16"),
     Model("demo-btlm", ((8, 128), (2, 512)), 128, 4, 4, 32, 0, False, False,
-          (384, 256, 128), 4_096, (4_096, 2_048, 1_024), 1.11, 1 / 32),
+          (384, 256, 128), 4_096, (4_096, 2_048, 1_024), 1.11, 1 / 32, "fp32"),
     Model("demo-stablelm", ((8, 128), (2, 512)), 128, 4, 2, 32, 8, True, True,
-          (384, 256, 128), 4_096, (4_096, 2_048, 1_024), 1.0, 32**-0.5),
+          (384, 256, 128), 4_096, (4_096, 2_048, 1_024), 1.0, 32**-0.5, "bf16"),
     Model("mup-check", ((8, 128),), 64, 4, 4, 16, 0, False, False,
-          (256, 128, 128), 512, (512, 256, 128), 2.22, 1 / 16),
+          (256, 128, 128), 512, (512, 256, 128), 2.22, 1 / 16, "fp32"),
 )  # fmt: skip
 """The other shipped configs: compiled for, and measured when asked for by name."""
 
@@ -61,6 +68,7 @@ SMALL_MODELS = (
 class Shape:
     name: str
     tokens: int
+    dtype: torch.dtype = field(default=torch.bfloat16, kw_only=True)
 
     def with_tokens(self, tokens: int) -> "Shape":
         """As narrow or wide, for so many tokens."""
@@ -109,7 +117,7 @@ class Heads(Shape):
 
 def feed_forward(models: tuple[Model, ...] = MODELS, tp_sizes: tuple[int, ...] = TP_SIZES) -> list[FeedForward]:
     return [
-        FeedForward(f"{model.name} tp{tp_size}", tokens, model.ffn_local[index], model.width)
+        FeedForward(f"{model.name} tp{tp_size}", tokens, model.ffn_local[index], model.width, dtype=model.dtype)
         for model in models
         for index, tp_size, tokens in _local(model, tp_sizes)
     ]
@@ -117,7 +125,7 @@ def feed_forward(models: tuple[Model, ...] = MODELS, tp_sizes: tuple[int, ...] =
 
 def stream(models: tuple[Model, ...] = MODELS) -> list[Stream]:
     """The residual stream is whole on every rank."""
-    return [Stream(model.name, tokens, model.width) for model in models for tokens in _tokens(model)]
+    return [Stream(model.name, tokens, model.width, dtype=model.dtype) for model in models for tokens in _tokens(model)]
 
 
 def logits(models: tuple[Model, ...] = MODELS, tp_sizes: tuple[int, ...] = TP_SIZES) -> list[Logits]:
@@ -127,7 +135,8 @@ def logits(models: tuple[Model, ...] = MODELS, tp_sizes: tuple[int, ...] = TP_SI
         for index, tp_size, tokens in _local(model, tp_sizes):
             columns = model.vocab_local[index]
             true = model.vocab - (tp_size - 1) * columns
-            found.append(Logits(f"{model.name} tp{tp_size}", tokens, model.width, columns, true, model.logit_scale))
+            sizes = (tokens, model.width, columns, true, model.logit_scale)
+            found.append(Logits(f"{model.name} tp{tp_size}", *sizes, dtype=model.dtype))
     return found
 
 
@@ -136,6 +145,7 @@ def heads(models: tuple[Model, ...] = MODELS, tp_sizes: tuple[int, ...] = TP_SIZ
         Heads(
             f"{model.name} {seq} tp{tp_size}", seq, rows, model.heads // tp_size, model.kv_heads // tp_size, model.head_dim,
             model.rotary_dims, model.qk_norm, model.rotary_dims == 0, model.documents, model.attention_scale,
+            dtype=model.dtype,
         )
         for model in models
         for tp_size in tp_sizes

@@ -1,9 +1,9 @@
 """Attention in tiles of queries by keys, whose scores never leave the multiprocessor.
 
 A head is multiplied in two parts, 80 = 64 + 16 and 160 = 128 + 32: a tile is a power of two wide, and of one of 128 or 256
-three eighths would be zeros. Each program walks the tiles of one block of queries (for dk and dv: of keys) in three
-stretches: tiles in which documents begin, whole tiles, tiles on the diagonal; whole tiles need no mask. Tiles above the
-diagonal or of other documents are not walked. Programs with the longest walk come first.
+three eighths would be zeros. Each program walks the tiles of one block of queries in three stretches: tiles in which documents
+begin, whole tiles, tiles on the diagonal; whole tiles need no mask. For dk and dv it walks those of a block of keys in one.
+Tiles above the diagonal or of other documents are not walked. Programs with the longest walk come first.
 
     forward   m = max(m, s),  l = l * 2^(m_old - m) + rowsum(2^(s - m)),  y likewise;  lse = log of the sum, kept for backward
     backward  p = 2^(s - lse);  one kernel for dq, one for dk and dv, which both make p and dp: seven products of a tile instead
@@ -197,39 +197,37 @@ def _backward_keys(
     walk_begin = first // QUERIES * QUERIES
     walk_whole = tl.minimum(tl.cdiv(first + KEYS, QUERIES) * QUERIES, walk_end)
     walk_mixed = tl.maximum(whole_until // QUERIES * QUERIES, walk_whole)
-    for stretch in tl.static_range(3):
-        low = walk_begin if stretch == 0 else (walk_whole if stretch == 1 else walk_mixed)
-        high = walk_whole if stretch == 0 else (walk_mixed if stretch == 1 else walk_end)
-        steps = tl.cdiv(tl.maximum(high - low, 0), QUERIES)
-        # One loop over all heads of the group: another one around it would fill registers with what it keeps for each start.
-        for step in tl.range(0, GROUP * steps):
-            place, head = low + step * QUERIES, kv_head
-            if GROUP > 1:
-                place, head = low + step % steps * QUERIES, kv_head * GROUP + step // steps
-            q_base = query + row * q_row + head * q_head
-            do_base = out_gradient + row * do_row + head * do_head
-            per_query = (row * (kv_heads * GROUP) + head) * seq
-            slope = _slope(slopes, slopes_row, row, head, scale, ALIBI)
-            to = place + tl.arange(0, QUERIES)
-            q_main, q_tail = load(q_base, to, q_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED and stretch != 1)
-            do_main, do_tail = load(do_base, to, do_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED and stretch != 1)
-            begin = to
-            log_total = each(lse + per_query, to, seq, RAGGED and stretch != 1)
-            products = each(delta + per_query, to, seq, RAGGED and stretch != 1)
-            if DOCUMENTS and stretch != 1:
-                begin = each(starts, to, seq, RAGGED)
-            score = product(k_main, k_tail, q_main, q_tail, TAIL)
-            shift = -log_total * LOG2_E
-            if ALIBI:
-                score = biased(score, slope, index[:, None])
-                shift += slope * (first - to).to(tl.float32) * (scale * LOG2_E)
-            if stretch != 1:
-                score = unseen(score, (to - first)[None, :], index[:, None], (begin - first)[None, :], DOCUMENTS)
-            p = tl.exp2(score * (scale * LOG2_E) + shift[None, :])
-            dv_main, dv_tail = added(dv_main, dv_tail, p.to(query.dtype.element_ty), do_main, do_tail, TAIL)
-            dp = product(v_main, v_tail, do_main, do_tail, TAIL)
-            ds = (p * (dp - products[None, :])).to(query.dtype.element_ty)
-            dk_main, dk_tail = added(dk_main, dk_tail, ds, q_main, q_tail, TAIL)
+    steps = tl.cdiv(walk_end - walk_begin, QUERIES)
+    # One loop over all tiles of all heads of the group. With several in a row the ptxas of triton 3.6 makes every matrix product
+    # wait for the one before (its note C7515); one around it would fill registers with what it keeps for each start.
+    for step in tl.range(0, GROUP * steps):
+        place, head = walk_begin + step * QUERIES, kv_head
+        if GROUP > 1:
+            place, head = walk_begin + step % steps * QUERIES, kv_head * GROUP + step // steps
+        q_base = query + row * q_row + head * q_head
+        do_base = out_gradient + row * do_row + head * do_head
+        per_query = (row * (kv_heads * GROUP) + head) * seq
+        slope = _slope(slopes, slopes_row, row, head, scale, ALIBI)
+        to = place + tl.arange(0, QUERIES)
+        q_main, q_tail = load(q_base, to, q_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
+        do_main, do_tail = load(do_base, to, do_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
+        log_total = each(lse + per_query, to, seq, RAGGED)
+        products = each(delta + per_query, to, seq, RAGGED)
+        begin = to
+        if DOCUMENTS:
+            begin = each(starts, to, seq, RAGGED)
+        score = product(k_main, k_tail, q_main, q_tail, TAIL)
+        shift = -log_total * LOG2_E
+        if ALIBI:
+            score = biased(score, slope, index[:, None])
+            shift += slope * (first - to).to(tl.float32) * (scale * LOG2_E)
+        if (place < walk_whole) | (place >= walk_mixed):
+            score = unseen(score, (to - first)[None, :], index[:, None], (begin - first)[None, :], DOCUMENTS)
+        p = tl.exp2(score * (scale * LOG2_E) + shift[None, :])
+        dv_main, dv_tail = added(dv_main, dv_tail, p.to(query.dtype.element_ty), do_main, do_tail, TAIL)
+        dp = product(v_main, v_tail, do_main, do_tail, TAIL)
+        ds = (p * (dp - products[None, :])).to(query.dtype.element_ty)
+        dk_main, dk_tail = added(dk_main, dk_tail, ds, q_main, q_tail, TAIL)
     key_gradient += row * dk_row + kv_head * dk_head
     value_gradient += row * dv_row + kv_head * dv_head
     store(key_gradient, source, dk_token, seq, dk_main * scale, dk_tail * scale, HEAD_DIM, MAIN, TAIL)
@@ -257,12 +255,26 @@ SIZES: dict[str, dict[int, dict[str, int]]] = {
 """By the widest head they serve, for bf16 on sm_90. 128 queries to a program: 64 would read keys
 and values from the L2 cache at 6 TB/s for 400 TFLOP/s, more than it gives. The other side is as wide as registers allow for
 scores, weights and sums. Registers let two programs live on a multiprocessor in forward to 64, in gradients of keys to 80.
-
-Nothing spills, but for 32 bytes in gradients of keys of 160 dims and groups under triton 3.9 (none under 3.6): in its SASS they
-are stored before the loops and read between them, not once within.
+Nothing spills at the shipped shapes under triton 3.6 and 3.9.
 """
-FP32_SIZES = {"QUERIES": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1}
-"""Three products of tf32 for one of fp32: exact enough to check by, not made to be fast."""
+FP32_SIZES: dict[str, dict[int, dict[str, int]]] = {
+    "forward": {
+        16: {"QUERIES": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1},
+        32: {"QUERIES": 16, "KEYS": 16, "num_warps": 4, "num_stages": 1},
+        256: {"QUERIES": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},
+    },
+    "queries": {
+        16: {"QUERIES": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1},
+        32: {"QUERIES": 16, "KEYS": 16, "num_warps": 4, "num_stages": 1},
+        256: {"QUERIES": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},
+    },
+    "keys": {
+        32: {"KEYS": 32, "QUERIES": 16, "num_warps": 4, "num_stages": 1},
+        256: {"KEYS": 32, "QUERIES": 32, "num_warps": 8, "num_stages": 1},
+    },
+}
+"""Three products of tf32 for one of fp32: exact enough to check by, not made to be fast. Nothing spills at 16, 32 and 64 dims;
+at 32 one product alone of 32 by 32 would fill all registers."""
 
 
 def forward(
@@ -322,12 +334,8 @@ def _ends(starts: Tensor, keys: int) -> Tensor:
 
 def _sizes(kernel: str, query: Tensor) -> dict[str, int]:
     head_dim = query.shape[-1]
-    found = next((sizes for widest, sizes in SIZES[kernel].items() if head_dim <= widest), None)
-    if found is None:
-        raise ValueError(f"head_dim {head_dim}: attention on a GPU reads heads of up to {max(SIZES[kernel])} dims")
-    if query.dtype != torch.float32:
-        return found
-    return FP32_SIZES
+    table = (FP32_SIZES if query.dtype == torch.float32 else SIZES)[kernel]
+    return next(sizes for widest, sizes in table.items() if head_dim <= widest)
 
 
 def _fitted(seq: int, sizes: dict[str, int]) -> dict[str, Any]:

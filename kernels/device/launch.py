@@ -11,7 +11,11 @@ def launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **constants:
 
     `constants` are the kernel's compile-time arguments and Triton's own, num_warps and num_stages. Nothing runs where there
     is no program.
+
+    Raises: ValueError for fp64, in which no kernel computes.
     """
+    if arguments[0].dtype == torch.float64:
+        raise ValueError("a tensor in fp64: kernels of a GPU compute in fp32; operations have their fp64 on the CPU")
     if 0 in programs:
         return
     with torch.cuda.device_of(arguments[0]):

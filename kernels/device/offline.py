@@ -2,7 +2,7 @@
 
 Triton asks its driver what to compile for, loads what was compiled and launches it. The driver here says "sm_90", notes what
 it is given to load and launches nothing, so a launcher called with tensors on the meta device compiles just what it would
-run at those shapes. In a process of its own: Triton must not be interpreting.
+run at those shapes. Triton must not be interpreting.
 """
 
 import re
@@ -62,7 +62,8 @@ class _Driver:
         self.utils = self
 
     def get_current_device(self) -> int:
-        return 0
+        # Of no real device, or launches on that one would find what was compiled here, and launch nothing.
+        return -1
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -47,7 +47,7 @@ def test_forward_and_backward_are_the_definition_in_double(tokens, width, column
     state = generator.get_state()
     true = gradient(lambda x: definition(x, targets, columns), leaf, generator)
     generator.set_state(state)
-    found = gradient(lambda x: found_in(x, targets, columns), leaf, generator)
+    found = gradient(lambda x: found_in(x * 1.0, targets, columns), leaf, generator)
     torch.testing.assert_close(found_in(logits, targets, columns), expected)
     torch.testing.assert_close(found, true)
     assert not found[:, columns:].any()
@@ -64,9 +64,9 @@ def test_bf16_logits_give_fp32_results_and_a_gradient_rounded_once(generator):
     state = generator.get_state()
     true = gradient(lambda x: definition(x, targets, 277), leaf.double().detach().requires_grad_(), generator)
     generator.set_state(state)
-    found = gradient(lambda x: found_in(x, targets, 277), leaf, generator)
-    # Half a unit in the last place, and a little for the fp32 arithmetic before it.
-    torch.testing.assert_close(found.double(), true, rtol=0.51 * 2**-7, atol=1e-8)
+    found = gradient(lambda x: found_in(x * 1.0, targets, 277), leaf, generator)
+    # Half a unit in the last place, and a fiftieth of that for the fp32 arithmetic before it.
+    torch.testing.assert_close(found.double(), true, rtol=0.51 * 2**-7, atol=0)
 
 
 def test_backward_writes_the_gradient_over_the_logits(generator):
@@ -97,8 +97,8 @@ def test_whoever_reads_the_logits_in_backward_later_is_refused(generator):
 
 def test_forward_changes_nothing_keeps_the_logits_and_repeats_its_bits(generator):
     logits, targets = example(5, 9, 8, generator, torch.bfloat16)
-    before, kept = logits.clone(), []
-    logits.requires_grad_()
+    logits, kept = logits.requires_grad_() * 1.0, []
+    before = logits.detach().clone()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         first = cross_entropy(logits, targets, columns=8, scale=SCALE)
     second = cross_entropy(logits, targets, columns=8, scale=SCALE)
@@ -138,6 +138,15 @@ def test_large_logits_neither_overflow_nor_vanish_wrongly():
     torch.testing.assert_close(logits.grad.double(), torch.softmax(logits.double(), 1), **close)
 
 
+def test_a_leaf_with_a_gradient_is_refused(generator):
+    """It would hold its own gradient after backward. Where there is no backward it is as good as any."""
+    logits, targets = example(4, 9, 8, generator)
+    with pytest.raises(ValueError, match="logits are a leaf"):
+        cross_entropy(logits.requires_grad_(), targets, columns=8, scale=SCALE)
+    with torch.no_grad():
+        cross_entropy(logits, targets, columns=8, scale=SCALE)
+
+
 def test_rows_may_lie_apart_but_columns_may_not(generator):
     buffer, targets = example(4, 20, 8, generator)
     inside = buffer[:, :9]
@@ -146,32 +155,3 @@ def test_rows_may_lie_apart_but_columns_may_not(generator):
     for refused in (buffer[:, :18:2], inside.t().contiguous().t(), inside[:1].expand(4, 9)):
         with pytest.raises(ValueError, match=r"logits of shape 4 x 9 have strides .*: make them contiguous"):
             cross_entropy(refused, targets, columns=8, scale=SCALE)
-
-
-def test_registration_holds_what_it_says(generator):
-    logits, targets = example(4, 9, 8, generator, torch.float32)
-    numbers, block = torch.ones(4), {"first": 2, "columns": 8, "scale": SCALE}
-    torch.library.opcheck(OPS.cross_entropy, (logits.clone().requires_grad_(), targets, 8, SCALE))
-    torch.library.opcheck(OPS.cross_entropy_add, (logits, targets, nothing_seen(logits, targets)), block)
-    torch.library.opcheck(OPS.cross_entropy_gradient, (logits, targets, numbers, numbers, numbers), block)
-
-
-def test_compiled_it_is_the_same(generator):
-    logits, targets = example(5, 12, 9, generator, torch.float32)
-
-    def loss(leaf):  # of the operation itself: the annotations that tests check are nothing a compiler could follow
-        maximum, total, target_logit = OPS.cross_entropy(leaf * 2.0, targets, 9, SCALE)
-        return (maximum.detach() - target_logit + total.log()).sum()
-
-    plain, compiled = (logits.clone().requires_grad_() for _ in range(2))
-    results = loss(plain), torch.compile(loss, backend="aot_eager", fullgraph=True)(compiled)
-    for result in results:
-        result.backward()
-    assert torch.equal(*results)
-    assert torch.equal(plain.grad, compiled.grad)
-
-
-def test_shapes_are_known_without_data():
-    logits = torch.empty(4, 9, dtype=torch.bfloat16, device="meta")
-    found = cross_entropy(logits, torch.empty(4, dtype=torch.int64, device="meta"), columns=8, scale=SCALE)
-    assert [(x.shape, x.dtype) for x in found] == [((4,), torch.float32)] * 3

@@ -5,14 +5,12 @@ import torch
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from kernels.linear_cross_entropy import chunk_width, gradients_by_chunk, linear_cross_entropy, statistics_by_chunk
 
 SHAPES = [(1, 1, 1, 1), (5, 6, 300, 271), (4, 3, 300, 100), (3, 4, 256, 0), (3, 5, 130, 130)]
 """Tokens, width, vocabulary that exists, vocabulary that is true. Chunks of these are 128 columns."""
 SCALE = 0.7
-OPS = torch.ops.tandem
 PRODUCTION = [(8192, 2560, 50_304, 50_257, 0.5), (4096, 5120, 100_352, 100_352, 1.0)]
 """BTLM's and Stable LM 2 12B's: tokens, width, vocabulary that exists and that is true, scale."""
 
@@ -62,14 +60,14 @@ def test_gradients_are_the_differences_quotients(generator):
     assert torch.autograd.gradcheck(lambda *leaves: found_in(*leaves, targets, 129), leaves)
 
 
-def test_bf16_strays_no_further_than_plain_torch_in_bf16(generator):
+def test_bf16_error_is_at_most_a_tenth_above_that_of_plain_torch_in_bf16(generator):
     """From fp64 on the same factors. Its logits are rounded as ours are, so this leaves room for the order of sums only."""
     hidden, weight, _ = example(96, 64, 1000, 977, generator, torch.bfloat16)
     targets = torch.randint(977, (96,), generator=generator)
-    assert_within_plain_torchs_error(hidden, weight, targets, 977, SCALE)
+    assert_at_most_a_tenth_above_plain_torchs_error(hidden, weight, targets, 977, SCALE)
 
 
-def assert_within_plain_torchs_error(hidden, weight, targets, columns, scale):
+def assert_at_most_a_tenth_above_plain_torchs_error(hidden, weight, targets, columns, scale):
     leaves, weights = (hidden, weight), torch.stack((torch.ones(len(targets)), -torch.ones(len(targets)))).to(hidden)
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
 
@@ -156,32 +154,6 @@ def test_inputs_are_unchanged_backward_repeats_and_so_do_the_bits(generator):
     assert all(torch.equal(a, b) for a, b in zip(leaves, before, strict=True))
 
 
-def test_registration_holds_what_it_says(generator):
-    hidden, weight, targets = example(3, 4, 130, 129, generator, torch.float32)
-    numbers = torch.ones(3, 3), torch.ones(3, 3)
-    torch.library.opcheck(OPS.linear_cross_entropy, (hidden, weight, targets, 129, SCALE))
-    torch.library.opcheck(
-        OPS.linear_cross_entropy_backward, (hidden.detach(), weight.detach(), targets, *numbers, 129, SCALE)
-    )
-
-
-def test_compiled_recomputed_and_on_meta_it_is_the_same(generator):
-    hidden, weight, targets = example(5, 4, 130, 129, generator, torch.float32)
-
-    def results(function):
-        maximum, total, target_logit = function(hidden, weight, targets, 129, SCALE)
-        losses = maximum.detach() - target_logit + total.log()
-        return losses, *torch.autograd.grad(losses.sum(), (hidden, weight))
-
-    # The operation itself: the annotations that tests check are nothing a compiler could follow.
-    bare = OPS.linear_cross_entropy
-    compiled = torch.compile(lambda *inputs: bare(*inputs), backend="aot_eager", fullgraph=True)
-    for other in (compiled, lambda *inputs: checkpoint(bare, *inputs, use_reentrant=False)):
-        assert all(torch.equal(a, b) for a, b in zip(results(bare), results(other), strict=True))
-    meta = linear_cross_entropy(hidden.to("meta"), weight.to("meta"), targets.to("meta"), columns=129, scale=SCALE)
-    assert [(x.shape, x.dtype) for x in meta] == [((5,), torch.float32)] * 3
-
-
 def on_gpu(tokens, width, vocab, columns, dtype=torch.bfloat16):
     torch.manual_seed(1)
     hidden = torch.randn(tokens, width, device="cuda").to(dtype).requires_grad_()
@@ -191,11 +163,13 @@ def on_gpu(tokens, width, vocab, columns, dtype=torch.bfloat16):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("tokens", "width", "vocab", "columns", "scale"), PRODUCTION)
-def test_bf16_strays_no_further_than_plain_torch_at_production_shapes(tokens, width, vocab, columns, scale):
+def test_bf16_error_is_at_most_a_tenth_above_that_of_plain_torch_at_production_shapes(
+    tokens, width, vocab, columns, scale
+):
     hidden, weight, targets = on_gpu(
         tokens // 4, width, vocab, columns
     )  # a quarter: fp64 logits and gradients must fit
-    assert_within_plain_torchs_error(hidden, weight, targets, columns, scale)
+    assert_at_most_a_tenth_above_plain_torchs_error(hidden, weight, targets, columns, scale)
 
 
 @pytest.mark.gpu

@@ -135,32 +135,6 @@ def test_backward_keeps_the_projection_only_for_the_norms(normed, generator):
 
 
 @NORMED
-def test_the_operation_is_registered_in_full_and_compiles(normed, generator):
-    qkv, norms = example(8, 2, 2, normed, generator, torch.float32)
-    cos, sin = rotary_table(torch.arange(5)[None], 4, BASE)
-    torch.library.opcheck(torch.ops.tandem.split_rotated, (qkv, cos, sin, *norms, EPSILON, 8, 2))
-    gradients = [x.detach() for x in rotated(qkv, torch.arange(5)[None], 4, 8, 2, norms)]
-    kept = [qkv.detach() if normed else None, cos, sin, *(None if x is None else x.detach() for x in norms)]
-    torch.library.opcheck(torch.ops.tandem.split_rotated_backward, (*gradients, *kept, EPSILON))
-
-    compiled = torch.compile(
-        lambda: torch.ops.tandem.split_rotated(qkv, cos, sin, *norms, EPSILON, 8, 2), backend="aot_eager"
-    )
-    found, wanted = (
-        evaluated(f, qkv, norms, generator.clone_state())
-        for f in (compiled, lambda: rotated(qkv, torch.arange(5)[None], 4, 8, 2, norms))
-    )
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-
-
-def test_shapes_are_known_without_values():
-    qkv, cos = torch.empty(3, 2, 96, device="meta"), torch.empty(1, 3, 2, device="meta")
-    query, key, value = split_rotated(qkv, cos, cos, head_dim=8, queries=4)
-    assert query.shape == (2, 3, 8, 8)
-    assert key.shape == value.shape == (2, 3, 2, 8)
-
-
-@NORMED
 def test_inputs_are_unchanged_and_the_bits_repeat(normed, generator):
     qkv, norms = example(8, 2, 2, normed, generator, torch.bfloat16)
     inputs = [x for x in (qkv, *norms) if x is not None]

@@ -3,12 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from kernels.swiglu import swiglu, swiglu_linear
 
 SHAPES = [(2, 1), (3, 2, 7), (2, 5, 2, 33)]
-ONE_ROUNDING = {"rtol": 0.51 * torch.finfo(torch.bfloat16).eps, "atol": 1e-6}
+ONE_ROUNDING = {"rtol": 0.51 * torch.finfo(torch.bfloat16).eps, "atol": 0}
 """Half a unit in the last place, and a little for the fp32 arithmetic before it."""
 
 
@@ -62,36 +61,6 @@ def test_backward_keeps_the_input_alone_and_of_the_product_the_matrix_besides(ge
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
             operation(*inputs)
         assert [x.data_ptr() for x in kept] == [x.data_ptr() for x in inputs]
-
-
-def test_operations_are_what_torch_expects_of_them(generator):
-    gate_up = torch.randn(2, 3, 2, 5, generator=generator, requires_grad=True)
-    weight = torch.randn(4, 5, generator=generator, requires_grad=True)
-    torch.library.opcheck(torch.ops.tandem.swiglu.default, (gate_up, 0))
-    torch.library.opcheck(torch.ops.tandem.swiglu_linear.default, (gate_up, weight, 1))
-    for with_product in (False, True):
-        arguments = (torch.randn(2, 3, 5), gate_up.detach(), 0, with_product)
-        torch.library.opcheck(torch.ops.tandem.swiglu_backward.default, arguments)
-
-
-def test_compiled_recomputed_and_on_meta_it_is_the_same(generator):
-    gate_up = torch.randn(2, 3, 2, 5, generator=generator, requires_grad=True)
-    weight = torch.randn(4, 5, generator=generator, requires_grad=True)
-
-    def gradients(function):
-        return torch.autograd.grad(function(gate_up, weight).square().sum(), (gate_up, weight))
-
-    plain = gradients(swiglu_linear)
-    # The operation itself: the annotations that tests check are nothing a compiler could follow.
-    bare = torch.compile(
-        lambda *leaves: torch.ops.tandem.swiglu_linear(*leaves, 0), backend="aot_eager", fullgraph=True
-    )
-    compiled = gradients(bare)
-    again = gradients(lambda *inputs: checkpoint(swiglu_linear, *inputs, use_reentrant=False))
-    for found in (compiled, again):
-        assert all(torch.equal(one, other) for one, other in zip(plain, found, strict=True))
-    assert swiglu_linear(gate_up.to("meta"), weight.to("meta")).shape == (2, 3, 4)
-    assert swiglu(gate_up.to("meta")).shape == (2, 3, 5)
 
 
 def test_large_gates_neither_overflow_nor_vanish_wrongly():

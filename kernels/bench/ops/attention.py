@@ -5,7 +5,6 @@ they do then.
 """
 
 import functools
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,39 +15,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from kernels.bench.operation import Example, Function, Operation, Rival, Work, leaf, values
+from kernels.bench.documents import documents, lengths, starts
+from kernels.bench.operation import Example, Function, Operation, Refused, Rival, Work, leaf, values
 from kernels.bench.shapes import FLASH_HEADS, SMALL_MODELS, Heads, heads
-
-DOCUMENT_TOKENS = 1_000
-"""Mean length. Lengths are exponential, cut where the row ends."""
-
-
-def lengths(shape: Heads) -> list[list[int]]:
-    """Of the documents of each row, the same at every call."""
-    draw = random.Random(0)
-    found = []
-    for _ in range(shape.rows):
-        row: list[int] = []
-        while (left := shape.tokens - sum(row)) > 0:
-            row.append(min(left, 1 + int(draw.expovariate(1 / DOCUMENT_TOKENS))) if shape.documents else left)
-        found.append(row)
-    return found
-
-
-def documents(shape: Heads, device: torch.device) -> Tensor | None:
-    """The index of each token's document, [rows, seq]."""
-    if not shape.documents:
-        return None
-    rows = [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths(shape)]
-    return torch.stack(rows).to(device, torch.int32)
-
-
-def starts(shape: Heads, device: torch.device) -> Tensor | None:
-    """Where in its row each token's document begins, [rows, seq]."""
-    from kernels import documents as of_documents
-
-    apart = documents(shape, device)
-    return None if apart is None else of_documents.starts(apart)
 
 
 def _example(shape: Heads, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Example:
@@ -109,8 +78,14 @@ def _our_kernel(shape: Heads) -> Function:
 
     assert kernels.attention
     if shape.alibi or shape.documents:
-        raise ValueError("is what ours is here")
-    return lambda q, k, v: torch.ops.tandem.attention(q, k, v, shape.scale, None, None)[0]
+        raise Refused("biases or documents: ours is this kernel already")
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not q.is_cuda:
+            raise Refused("needs a GPU")  # elsewhere the operation is no kernel
+        return torch.ops.tandem.attention(q, k, v, shape.scale, None, None)[0]
+
+    return kernel
 
 
 def _flex(shape: Heads) -> Function:
@@ -149,8 +124,8 @@ def _written_out(shape: Heads) -> Function:
             seen = seen & (apart[:, None, :, None] == apart[:, None, None, :])
         if slopes is None:
             return seen
-        # bf16, because SDPA's kernels take a bias in the queries' dtype alone; made by heads, as fp32 would not fit.
-        heads = [(-slope * distance).bfloat16() for slope in slopes]
+        # SDPA's kernels take a bias in the queries' dtype alone; made by heads, as all of them in fp32 would not fit.
+        heads = [(-slope * distance).to(shape.dtype) for slope in slopes]
         return torch.stack(heads)[None].masked_fill_(~seen, -torch.inf)
 
     scaled = functools.partial(
@@ -195,7 +170,7 @@ def _flash(shape: Heads) -> Function:
 def _launches(shape: Heads) -> None:
     from kernels.device import attention as device
 
-    def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
     query, key, value = (

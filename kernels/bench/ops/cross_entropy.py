@@ -64,7 +64,8 @@ def _ours(shape: Logits) -> Function:
     from kernels.cross_entropy import cross_entropy
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        maximum, total, target_logit = cross_entropy(logits, targets, columns=shape.vocab, scale=shape.scale)
+        given = logits.view_as(logits)  # a leaf is refused
+        maximum, total, target_logit = cross_entropy(given, targets, columns=shape.vocab, scale=shape.scale)
         return (maximum - target_logit + total.log()).mean()
 
     return loss
@@ -170,7 +171,7 @@ def _launches(shape: Logits) -> None:
     from kernels.cross_entropy import nothing_seen
     from kernels.device import cross_entropy as device
 
-    values = torch.empty(shape.tokens, shape.columns, dtype=torch.bfloat16, device="meta")
+    values = torch.empty(shape.tokens, shape.columns, dtype=shape.dtype, device="meta")
     _on_block(device, nothing_seen, values, shape)
 
 
@@ -180,7 +181,7 @@ def _linear_launches(shape: Logits) -> None:
     from kernels.linear_cross_entropy import chunk_width
 
     width = min(chunk_width(shape.columns), shape.columns)
-    buffer = torch.empty(shape.tokens, width, dtype=torch.bfloat16, device="meta")
+    buffer = torch.empty(shape.tokens, width, dtype=shape.dtype, device="meta")
     for first in range(0, shape.columns, width):
         _on_block(device, nothing_seen, buffer[:, : shape.columns - first], shape, first)
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench.operation import Example, Function, Operation, Rival, Work, compiled, leaf, values
-from kernels.bench.ops.attention import starts
+from kernels.bench.documents import starts
+from kernels.bench.operation import Example, Function, Operation, Refused, Rival, Work, compiled, leaf, values
 from kernels.bench.shapes import SMALL_MODELS, Heads, heads
 
 EPSILON = 1e-5
@@ -121,7 +121,7 @@ def _megatron(shape: Heads) -> Function:
     if fused is None:
         raise ImportError("Megatron's fused rotary positions need Transformer Engine")
     if shape.documents:
-        raise ValueError("Megatron's fused rotary positions have one table for all rows")
+        raise Refused("Megatron's fused rotary positions have one table for all rows")
 
     def rotated(qkv: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         query, key, value = _split(shape, qkv, weights)
@@ -137,12 +137,12 @@ def _launches(shape: Heads) -> None:
     from kernels.device import qkv as device
 
     queries, width = shape.heads // shape.kv_heads, _slots(shape) * shape.head_dim
-    buffer = torch.empty(shape.tokens, shape.rows, width, dtype=torch.bfloat16, device="meta")
+    buffer = torch.empty(shape.tokens, shape.rows, width, dtype=shape.dtype, device="meta")
     table_rows = shape.rows if shape.documents else 1
     cos, sin = (torch.empty(table_rows, shape.tokens, shape.rotary_dims // 2, device="meta") for _ in range(2))
     counts = (shape.heads, shape.kv_heads) if shape.qk_norm else (None, None)
     norms: Any = [
-        None if n is None else torch.empty(n, shape.head_dim, dtype=torch.bfloat16, device="meta") for n in counts
+        None if n is None else torch.empty(n, shape.head_dim, dtype=shape.dtype, device="meta") for n in counts
     ]
     parts = device.forward(buffer, cos, sin, norms[0], norms[1], EPSILON, shape.head_dim, queries)
     device.backward(*parts, buffer if shape.qk_norm else None, cos, sin, norms[0], norms[1], EPSILON)

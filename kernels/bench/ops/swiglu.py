@@ -110,7 +110,7 @@ def _then_linear(rival: Rival) -> Rival:
 def _launches(shape: FeedForward) -> None:
     from kernels.device import swiglu
 
-    gate_up = torch.empty(shape.tokens, 2, shape.ffn, dtype=torch.bfloat16, device="meta")
+    gate_up = torch.empty(shape.tokens, 2, shape.ffn, dtype=shape.dtype, device="meta")
     out = swiglu.forward(gate_up, 0)
     swiglu.backward(out, gate_up, 0, with_product=False)
 
@@ -118,7 +118,7 @@ def _launches(shape: FeedForward) -> None:
 def _linear_launches(shape: FeedForward) -> None:
     from kernels.device import swiglu
 
-    gate_up = torch.empty(shape.tokens, 2, shape.ffn, dtype=torch.bfloat16, device="meta")
+    gate_up = torch.empty(shape.tokens, 2, shape.ffn, dtype=shape.dtype, device="meta")
     swiglu.backward(swiglu.forward(gate_up, 0), gate_up, 0, with_product=True)
 
 

@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+import triton
 
+import kernels.bench.__main__ as command_line
 from kernels.bench.__main__ import main
 from kernels.bench.compare import Row
 
@@ -41,7 +43,49 @@ def test_rows_are_printed_and_kept(tmp_path, capsys):
     assert capsys.readouterr().out.count("mup-check tp1") == 6
 
 
-def test_an_unknown_operation_is_refused(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["swigloo"])
-    assert "invalid choice: 'swigloo'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ("swigloo", ["op 'swigloo'", "swiglu_linear"]),
+        ("swiglu --shape nosuch", ["--shape 'nosuch'", "'btlm-3b-8k tp1'", "mup-check"]),
+        ("swiglu --shape nosuch --resources", ["--shape 'nosuch'", "btlm-3b-8k tp1"]),
+        ("swiglu --rival nosuch", ["--rival 'nosuch'", "liger fused buffer"]),
+        ("--rival nosuch --resources", ["--rival nosuch", "--shape and --json alone"]),
+        ("--tokens 8 --resources", ["--tokens 8", "--shape and --json alone"]),
+        ("residual_norm --resources", ["op 'residual_norm'", "swiglu, swiglu_linear"]),
+        ("swiglu residual_norm --resources", ["op 'residual_norm'"]),
+        ("--tokens 0", ["--tokens 0", "at least 1"]),
+        ("--tokens -3 --device cpu", ["--tokens -3"]),
+        ("--json no/such/rows.jsonl", ["--json no/such/rows.jsonl", "folder"]),
+        ("--kept --resources", ["--resources", "--kept", "ask for one"]),
+        ("swiglu --kept", ["op swiglu", "--kept takes --json alone"]),
+        ("--kept --shape tp2", ["--shape tp2", "--kept takes --json alone"]),
+        ("--kept", ["--kept", "TRITON_INTERPRET"]),
+        ("--resources", ["--resources", "TRITON_INTERPRET"]),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(command, named, capsys, monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", "TRITON_INTERPRET" in named)
+    assert main(command.split()) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.count("\n") == 1
+    for words in named:
+        assert words in told.err
+
+
+def test_help_names_operations_and_no_empty_list(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    told = capsys.readouterr().out
+    assert "[op ...]" in told
+    assert "[]" not in told
+
+
+@pytest.mark.parametrize(("known", "code"), [(True, 0), (False, 1)])
+def test_a_spill_that_nobody_knew_is_an_error(known, code, capsys, monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(command_line, "resources", lambda operations, wanted: [])
+    monkeypatch.setattr(command_line, "spills", lambda found: [("one known", True), ("another", known)])
+    assert main(["--resources"]) == code
+    assert capsys.readouterr().err == "one known\nanother\n"

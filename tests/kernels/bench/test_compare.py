@@ -1,6 +1,13 @@
-"""The harness, on the CPU: what its rows say, and that nobody is timed who computes something else."""
+"""The harness, on the CPU: what its rows say, and that nobody is timed who computes something else.
 
+To be seen on a GPU alone: what is in `UNMEASURABLE`, and the values of what is in `ARGUMENTS_IN_PYTHON`.
+"""
+
+import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 
@@ -10,11 +17,11 @@ import triton
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.bench import one_rank
-from kernels.bench.compare import Refused, agree, example_of, function_of, results, rows
+from kernels.bench.compare import agree, example_of, function_of, results, rows
+from kernels.bench.documents import documents
 from kernels.bench.measure import Ceilings
-from kernels.bench.operation import DIRECTIONS, Example, Operation, Rival, Work
+from kernels.bench.operation import DIRECTIONS, Example, Operation, Refused, Rival, Work
 from kernels.bench.ops import OPERATIONS
-from kernels.bench.ops.attention import documents
 from kernels.bench.shapes import Stream
 
 CPU = torch.device("cpu")
@@ -23,14 +30,15 @@ TOKENS = 8
 SMALLEST = {"qkv": "demo-stablelm 128 tp1", "attention": "mup-check 128 tp1", "residual_norm": "mup-check"}
 EVERY_OPERATION = pytest.mark.parametrize("op", OPERATIONS.values(), ids=OPERATIONS)
 UNMEASURABLE = {"flash-attn", "liger CuTe", "megatron rope", "sdpa cudnn", "flex", "our kernel"}
-"""Not installed, or nothing without a GPU, or nothing at the shape."""
+"""Not installed, or nothing without a GPU, or nothing at the shape; flex has a forward pass without one, which is compared."""
 ARGUMENTS_IN_PYTHON = {"liger", "liger, halves apart", "torch, liger norm", "liger fused buffer"}
-"""Their kernels take a number for a tensor, or compute in bf16: the interpreter can do neither."""
+"""Their kernels take a number for a tensor, or compute in bf16: the interpreter can do neither, so they are compiled only."""
 
 
-def smallest(op: Operation):
+def smallest(op: Operation, dtype: torch.dtype = torch.bfloat16):
+    """In the precision of the real runs, which is not that of the smallest config."""
     name = SMALLEST.get(op.name, "mup-check tp1")
-    return next(shape for shape in op.more_shapes if shape.name == name).with_tokens(TOKENS)
+    return replace(next(shape for shape in op.more_shapes if shape.name == name).with_tokens(TOKENS), dtype=dtype)
 
 
 def nbytes(tensors) -> int:
@@ -72,7 +80,7 @@ def test_a_row_says_all_of_a_measurement(op):
 
 @EVERY_OPERATION
 def test_every_rival_computes_the_same_as_ours(op, eager):
-    """In Triton's interpreter, so that no figure is lost on a GPU to a wrong argument."""
+    """In Triton's interpreter, so that no figure is lost on a GPU to a wrong argument; but for the names above."""
     shape, reference = smallest(op), None
     example = example_of(op.example, shape, CPU)
     for rival in op.rivals:
@@ -86,6 +94,42 @@ def test_every_rival_computes_the_same_as_ours(op, eager):
             found, _, _ = results(function_of(rival, shape, CPU), example)
             agree(reference, found)
             reference = reference or (rival.name, found)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("documented", [False, True], ids=["biases", "documents and groups"])
+def test_flex_is_given_the_biases_and_documents_that_ours_is(documented, eager):
+    op = OPERATIONS["attention"]
+    name = "demo-stablelm 128 tp1" if documented else "demo-btlm 128 tp1"
+    shape = replace(next(shape for shape in op.more_shapes if shape.name == name), tokens=1_500, rows=2)
+    inputs = [x.detach() for x in example_of(op.example, shape, CPU).inputs]
+    apart = documents(shape, CPU)
+    assert (apart is not None and bool(apart.any())) == documented
+    found = {rival.name: rival.function(shape)(*inputs) for rival in op.rivals if rival.name in ("ours", "flex")}
+    agree(("ours", [found["ours"]]), [found["flex"]])
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="Liger is not installed")
+def test_what_cannot_be_interpreted_takes_its_arguments_and_compiles():
+    """In a process where Triton compiles: shapes of results and gradients, on the meta device."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = "from tests.kernels.bench.launched import shapes_of_all; shapes_of_all()"
+    command = [sys.executable, "-W", "ignore", "-c", program, str(TOKENS), *sorted(ARGUMENTS_IN_PYTHON)]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in told.stdout.splitlines()]
+    assert {line["rival"] for line in lines} == ARGUMENTS_IN_PYTHON
+    assert {line["op"] for line in lines} == {"swiglu", "swiglu_linear", "residual_norm"}
+    for line in lines:
+        assert line["found"] == line["expected"], line
+    assert sum(line["kernels"] for line in lines) >= 2 * 3  # both directions of both swiglus and the norm, each once
+
+
+def test_rows_are_in_the_precision_of_the_config():
+    op = OPERATIONS["swiglu"]
+    shape = next(shape for shape in op.more_shapes if shape.name == "mup-check tp1").with_tokens(TOKENS)
+    found = list(rows(op, shape, CPU, CEILINGS, lambda name: name == "ours"))
+    assert {row.dtype for row in found} == {"float32"}
+    assert found[0].bytes == op.forward(shape, 4).bytes
 
 
 @EVERY_OPERATION
@@ -179,10 +223,20 @@ def test_who_differs_fails_or_is_missing_has_a_row_with_the_reason():
     )  # fmt: skip
     notes = {row.rival: row.note for row in rows(op, op.shapes[0], CPU, CEILINGS)}
     assert notes["ours"] == notes["same"] == ""
-    assert notes["another gradient"].startswith("not measured: result 1 differs from ours's by ")
+    assert notes["another gradient"].startswith("not measured: result 1 differs from that of ours by ")
     assert notes["not a number"] == "not measured: a result is not finite"
     assert notes["missing"] == "not measured: ImportError: no such package"
     assert notes["sine"] == "a sine"
+
+
+def test_a_kernel_of_ours_is_not_named_where_none_runs():
+    op = OPERATIONS["attention"]
+    for name, reason in (("demo-btlm 128 tp1", "ours is this kernel already"), ("flash 2048 hd64", "needs a GPU")):
+        shape = next(shape for shape in op.shapes + op.more_shapes if shape.name == name).with_tokens(TOKENS)
+        found = list(rows(op, shape, CPU, CEILINGS, lambda name: name == "our kernel"))
+        assert [row.time_us_50 for row in found] == [None]
+        assert found[0].note.startswith("not measured: ")
+        assert found[0].note.endswith(reason)
 
 
 def test_who_overwrites_its_inputs_is_named_and_spoils_no_others():
@@ -196,5 +250,5 @@ def test_who_overwrites_its_inputs_is_named_and_spoils_no_others():
 def test_a_difference_of_one_rounding_is_none_and_of_a_hundredth_is_one():
     x = torch.linspace(1, 2, 100)
     agree(("ours", [x]), [x.bfloat16()])
-    with pytest.raises(Refused, match=r"result 0 differs from ours's by 0\.02"):
+    with pytest.raises(Refused, match=r"result 0 differs from that of ours by 0\.02"):
         agree(("ours", [x]), [1.02 * x])

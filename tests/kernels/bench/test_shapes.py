@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from kernels.bench.shapes import MODELS, SMALL_MODELS, TP_SIZES, Model, logits
+from kernels.bench.shapes import MODELS, SMALL_MODELS, TP_SIZES, Model, feed_forward, heads, logits, stream
 from trainer.config import StableLM, load
 from trainer.costs import padded
 from trainer.models.mup import forward_scales
@@ -32,6 +33,7 @@ def derived(path: Path) -> Model:
         vocab_local=tuple(padded(model.vocab, tp_size) // tp_size for tp_size in TP_SIZES),
         logit_scale=pytest.approx(scales.logits),
         attention_scale=pytest.approx(scales.attention),
+        precision=config.run.precision,
     )
 
 
@@ -42,6 +44,13 @@ def test_every_shipped_config_is_in_the_table_as_it_is(path):
 
 def test_the_table_holds_nothing_else():
     assert sorted(TABLE) == [path.stem for path in CONFIGS]
+
+
+@pytest.mark.parametrize("make", [feed_forward, stream, logits, heads])
+def test_shapes_have_the_precision_of_their_model(make):
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    for model in TABLE.values():
+        assert {shape.dtype for shape in make((model,))} == {dtypes[model.precision]}
 
 
 def test_the_last_rank_holds_what_the_others_leave_of_the_vocabulary():

@@ -4,16 +4,13 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.attention import alibi_slopes, attention
+from kernels.attention import _attention, alibi_slopes, attention
 from kernels.device import attention as kernels
 from kernels.documents import starts
 
 TILES = [(16, 16), (16, 32), (32, 16)]
 """Queries by keys: rows of a few dozen tokens are of several blocks."""
-BIASED = pytest.mark.parametrize("biased", [False, True], ids=["plain", "alibi"])
-MASKED = pytest.mark.parametrize("masked", [False, True], ids=["row", "documents"])
 LENGTHS = torch.tensor([[16, 1, 14, 1, 1, 8, 6], [3, 12, 2, 1, 20, 8, 1]])
 """Of documents: some start where a block does, some one token before or after, some are one token, some cross a border."""
 
@@ -51,13 +48,17 @@ def masked_scores(seq, slopes, begun, device):
 
 
 def of_torch(tensors, settings, dtype):
-    """Result and gradients of attention written out in that dtype."""
+    """Result and gradients of attention written out in plain torch: products in that dtype, bias and softmax in fp32 (fp64)."""
     scale, slopes, begun = settings
     *inputs, out_gradient = (x.detach().to(dtype) for x in tensors)
     inputs = [x.requires_grad_() for x in inputs]
+    group = inputs[0].shape[2] // inputs[1].shape[2]
     q, k, v = (x.transpose(1, 2) for x in inputs)
-    mask = masked_scores(q.shape[2], slopes, begun, q.device).to(dtype)
-    result = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    wide = torch.promote_types(dtype, torch.float32)
+    mask = masked_scores(q.shape[2], slopes, begun, q.device).to(wide)
+    weights = (scale * (q @ k.mT).to(wide) + mask).softmax(-1).to(dtype)
+    result = (weights @ v).transpose(1, 2)
     return result.detach(), *torch.autograd.grad(result, inputs, out_gradient)
 
 
@@ -70,9 +71,10 @@ def of_kernels(tensors, settings, tile):
 
 
 def close(found, true):
-    """fp32 sums of at most a few hundred products of numbers near one."""
+    """Off by no more than sixteen roundings of the largest number, which a GPU's products of three in tf32 make of 2^-21."""
+    limit = 16 * (2**-21 if found[0].is_cuda else 2**-24) * max(float(exact.abs().max()) for exact in true)
     for mine, exact in zip(found, true, strict=True):
-        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine.double(), exact, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -107,7 +109,7 @@ def test_sums_of_exponentials_are_natural_logarithms(generator, device):
     _, lse = kernels.forward(query, key, value, *settings, sizes=sizes((16, 16)))
     scores = torch.einsum("rihd,rjd->rhij", query.double(), key[:, :, 0].double()) * settings[0]
     exact = (scores + masked_scores(20, *settings[1:], query.device)).logsumexp(-1)
-    torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=1e-5)
+    close([lse], [exact])
 
 
 def test_parts_of_one_buffer_are_read_where_they_lie(generator, device):
@@ -158,40 +160,55 @@ def test_inputs_are_unchanged_and_the_bits_repeat(generator, device):
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
-def test_bf16_errors_are_no_larger_than_those_of_torch(generator, device):
+def test_bf16_errors_are_at_most_a_tenth_above_those_of_torch(generator, device):
     tensors, settings = example((33, 2, 1, 80), generator, device, biased=True, masked=True, dtype=torch.bfloat16)
-    no_worse(of_kernels(tensors, settings, (16, 16)), tensors, settings)
+    at_most_a_tenth_above(of_kernels(tensors, settings, (16, 16)), tensors, settings)
 
 
-def no_worse(found, tensors, settings):
-    """Root of the mean squared error against fp64, at most 1.1 times that of torch with a mask written out in bf16."""
+def at_most_a_tenth_above(found, tensors, settings):
+    """Root of the mean squared error against fp64, beside that of torch with bf16 products but a bias in fp32.
+
+    A bias rounded to bf16, as SDPA wants a mask of its inputs' dtype, would be torch's largest error and a handicap.
+    """
     torch_bf16, exact = of_torch(tensors, settings, torch.bfloat16), of_torch(tensors, settings, torch.float64)
     for mine, theirs, true in zip(found, torch_bf16, exact, strict=True):
-        assert (mine.double() - true).norm() <= 1.1 * (theirs.double() - true).norm()
+        assert 0 < (mine.double() - true).norm() <= 1.1 * (theirs.double() - true).norm()
 
 
-def test_heads_too_wide_are_refused(generator, device):
-    (query, key, value, _), settings = example((1, 1, 1, 257), generator, device, biased=False, masked=False)
-    with pytest.raises(ValueError, match="head_dim 257"):
-        kernels.forward(query, key, value, *settings)
+def test_heads_too_wide_for_the_kernel_are_written_out(generator, device):
+    (query, key, value, _), settings = example((3, 1, 1, 257), generator, device, biased=False, masked=True)
+    beside = _attention._backend_fns["cuda"](query, key, value, *settings)
+    meant = _attention._backend_fns["cpu"](query, key, value, *settings)
+    assert all(torch.equal(one, other) for one, other in zip(beside, meant, strict=True))
 
 
 @pytest.mark.gpu
-@BIASED
-@MASKED
 @pytest.mark.parametrize(
-    "shape", [(2_048, 32, 32, 80), (2_000, 32, 8, 160), (2_048, 32, 32, 64)], ids=["btlm", "12b", "1.6b"]
+    ("shape", "biased", "masked"),
+    [
+        ((8_192, 32, 32, 80), True, False),
+        ((4_096, 32, 8, 160), False, True),
+        ((4_096, 32, 8, 160), True, True),
+        ((4_096, 32, 32, 64), False, True),
+    ],
+    ids=["btlm", "12b", "12b with biases", "1.6b"],
 )
-def test_gpu_errors_are_no_larger_than_those_of_torch(shape, biased, masked, generator):
+def test_gpu_errors_are_at_most_a_tenth_above_those_of_torch(shape, biased, masked, generator):
+    """All heads by the kernels; three groups, with the steepest, a middle and the flattest bias, beside torch and fp64."""
     seq, heads, kv_heads, head_dim = shape
     *tensors, out_gradient = [
         torch.randn(1, seq, count, head_dim, generator=generator).to("cuda", torch.bfloat16)
         for count in (heads, kv_heads, kv_heads, heads)
     ]
-    slopes = alibi_slopes(heads).cuda() if biased else None
-    begun = starts((torch.rand(1, seq, generator=generator) < 0.01).cumsum(1)).cuda() if masked else None
+    scale, slopes = 1 / math.sqrt(head_dim), alibi_slopes(heads).cuda() if biased else None
+    begun = starts((torch.rand(1, seq, generator=generator) < 0.002).cumsum(1)).cuda() if masked else None
     inputs = [x.requires_grad_() for x in tensors]
-    settings = {"scale": 1 / math.sqrt(head_dim), "slopes": slopes, "starts": begun}
-    found = attention(*inputs, **settings)
+    found = attention(*inputs, scale=scale, slopes=slopes, starts=begun)
     found = found.detach(), *torch.autograd.grad(found, inputs, out_gradient)
-    no_worse(found, [*tensors, out_gradient], tuple(settings.values()))
+    for kv_head in (0, kv_heads // 2, kv_heads - 1):
+        of_query, of_key = (slice(kv_head * n, (kv_head + 1) * n) for n in (heads // kv_heads, 1))
+        places = of_query, of_key, of_key, of_query
+        alone = [x[:, :, place] for x, place in zip((*tensors, out_gradient), places, strict=True)]
+        ours = [x[:, :, place] for x, place in zip(found, (of_query, *places[:3]), strict=True)]
+        settings = scale, None if slopes is None else slopes[of_query], begun
+        at_most_a_tenth_above(ours, alone, settings)

@@ -10,8 +10,10 @@ SHAPES = [(1, 1, 1), (3, 8, 8), (5, 130, 97), (2, 256, 256), (3, 77, 1), (2, 5_0
 """Tokens, columns that exist, columns that are true; rows of several blocks, and one whose last block is padding alone."""
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 SCALE = 0.7
-ROUNDING = {torch.float32: 2**-20, torch.bfloat16: 0.51 * 2**-7}
-"""Of a gradient, relative: a handful of fp32 operations on numbers of ten at most, or one rounding to bf16."""
+ROUNDING = {torch.float32: 2**-18, torch.bfloat16: 0.51 * 2**-7}
+"""Of a gradient, relative. z is ten at most, so rounded to 2^-21, its difference from the maximum to 2^-20, and that in powers
+of two to 2^-20: errors of their exponential, and an eighth of that for the products. In bf16 half a unit in the last place.
+"""
 
 
 def example(tokens, width, columns, dtype, generator, device):
@@ -63,7 +65,7 @@ def test_results_and_gradient_are_the_meaning(tokens, width, columns, dtype, gen
         torch.testing.assert_close(found.cpu().double(), true, rtol=4 * 2**-24, atol=2**-22)
     given = of_token(statistics, gradients)
     kernels.gradient(logits, targets, *given, first=1_000, columns=columns, scale=SCALE)
-    torch.testing.assert_close(logits[:, :columns].cpu().double(), gradient, rtol=ROUNDING[dtype], atol=1e-7)
+    torch.testing.assert_close(logits[:, :columns].cpu().double(), gradient, rtol=ROUNDING[dtype], atol=0)
     assert not logits[:, columns:].any()
 
 
@@ -96,7 +98,7 @@ def test_blocks_one_after_the_other_are_the_whole(generator, device):
     for first, true in blocks:
         part = logits[:, first : first + 128]
         kernels.gradient(part, targets, *of_token(statistics, gradients), first=first, columns=true, scale=SCALE)
-    torch.testing.assert_close(logits[:, :260].cpu().double(), gradient, rtol=ROUNDING[torch.bfloat16], atol=1e-7)
+    torch.testing.assert_close(logits[:, :260].cpu().double(), gradient, rtol=ROUNDING[torch.bfloat16], atol=0)
     assert not logits[:, 260:].any()
 
 

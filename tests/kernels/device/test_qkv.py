@@ -16,8 +16,8 @@ CASES = [
     (131, 1, 1, 1, 6, 1, True, 1),
     (21, 2, 1, 1, 44, 20, False, 2),
 ]
-ROUNDING = {torch.float32: 64 * 2**-24, torch.bfloat16: 0.51 * 2**-7}
-"""Relative: some dozens of fp32 operations, of which those over a head cancel in part; or one rounding to bf16."""
+ROUNDING = {torch.float32: 16 * 2**-24, torch.bfloat16: 0.51 * 2**-7}
+"""Relative: a dozen fp32 operations one after the other; or one rounding to bf16, half a unit in the last place."""
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 PRODUCTION = [(4_096, 2, 4, 8, 160, 20, True), (4_096, 2, 1, 32, 64, 8, False)]
 
@@ -60,10 +60,11 @@ def found(qkv, query_norm, key_norm, cos, sin, gradients):
 @pytest.mark.parametrize("case", CASES)
 def test_results_and_gradients_are_the_meaning_rounded_once(case, dtype, generator, device):
     tensors = example(*case, generator, device, dtype)
-    for mine, true in zip(found(*tensors), exact(*tensors), strict=True):
-        # A head of two dims is +-1 however near its dims are: the gradient is divided by a difference that cancels.
-        rtol, atol = ROUNDING[mine.dtype], 1e-4 if case[4] == 2 else 2e-5
-        torch.testing.assert_close(mine.cpu().double(), true, rtol=rtol, atol=atol)
+    pairs = list(zip(found(*tensors), exact(*tensors), strict=True))
+    # Pairs, heads and sums over tokens cancel: what is left is off by a few roundings of the largest number.
+    atol = 4 * 2**-24 * max(float(true.abs().max()) for _, true in pairs if true.numel())
+    for mine, true in pairs:
+        torch.testing.assert_close(mine.cpu().double(), true, rtol=ROUNDING[mine.dtype], atol=atol)
         assert mine.is_contiguous()
 
 
@@ -116,13 +117,13 @@ def errors(tensors):
 
 
 @pytest.mark.parametrize("normed", [False, True])
-def test_bf16_is_nearer_to_fp64_than_plain_torch(normed, generator, device):
+def test_bf16_error_is_at_most_a_tenth_above_that_of_plain_torch(normed, generator, device):
     for mine, theirs in errors(example(7, 2, 2, 1, 40, 5, normed, 1, generator, device, torch.bfloat16)):
         assert mine <= 1.1 * theirs
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", PRODUCTION)
-def test_bf16_is_nearer_to_fp64_than_plain_torch_at_production_shapes(case, generator, device):
+def test_bf16_error_is_at_most_a_tenth_above_that_of_plain_torch_at_production_shapes(case, generator, device):
     for mine, theirs in errors(example(*case, 1, generator, device, torch.bfloat16)):
         assert mine <= 1.1 * theirs
