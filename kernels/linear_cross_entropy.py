@@ -18,7 +18,10 @@ from torch import Tensor
 from kernels.cross_entropy import nothing_seen, wide
 
 CHUNKS = 16
-"""At most: a sixteenth of the logits, rounded up to whole blocks, stays below a tenth of them from 30 blocks on."""
+"""At most: a sixteenth of the logits, rounded up to whole blocks, stays below a tenth of them from 30 blocks on.
+
+Backward holds hidden's gradient in fp32 besides; at both models the two are 8 % of the logits in fp32, 17 % in bf16.
+"""
 BLOCK = 128
 """Columns of a tile of a matrix product."""
 
@@ -76,10 +79,10 @@ def _chunks(hidden: Tensor, weight: Tensor, columns: int) -> Iterator[tuple[int,
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:  # torch 2.13 has no product on the CPU that is wider than its factors
+    if total.device.type == "cpu":  # torch 2.13 has no product there that is wider than its factors
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 @torch.library.custom_op("tandem::linear_cross_entropy", mutates_args=())

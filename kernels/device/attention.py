@@ -198,8 +198,8 @@ def _backward_keys(
     walk_whole = tl.minimum(tl.cdiv(first + KEYS, QUERIES) * QUERIES, walk_end)
     walk_mixed = tl.maximum(whole_until // QUERIES * QUERIES, walk_whole)
     steps = tl.cdiv(walk_end - walk_begin, QUERIES)
-    # One loop over all tiles of all heads of the group. With several in a row the ptxas of triton 3.6 makes every matrix product
-    # wait for the one before (its note C7515); one around it would fill registers with what it keeps for each start.
+    # One loop over all tiles of all heads of the group. With several in a row the ptxas of triton 3.6 makes every product wait
+    # for the one before (its note C7515); one around it would fill registers with what it keeps for each start.
     for step in tl.range(0, GROUP * steps):
         place, head = walk_begin + step * QUERIES, kv_head
         if GROUP > 1:
