@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
             # Rank 0 says the same, and the launcher then ends us; unless only this rank met it.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
+            time.sleep(8)
         print(f"tandem: {error}", file=sys.stderr, flush=True)
         return USER_ERROR_EXIT_CODE
     except BrokenPipeError:
