@@ -1,7 +1,7 @@
 """Whose the output folder is: a finished corpus, one being prepared, nobody's, or the user's to leave alone.
 
-While a preparation works, the folder holds a note of its settings. It says that the folder is ours to fill
-and, after a kill, to clear; it goes when the manifest is there.
+While a preparation works, the folder holds a note of its settings and a folder of unfinished work. The note says that
+the folder is ours to fill; it goes when the manifest is there.
 """
 
 from __future__ import annotations
@@ -9,69 +9,142 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from data_prep import origin, plan, read
+from data_prep.plan import Unit
+from data_prep.read import Input
 from data_prep.write import TEMPORARY, whole_file
 from trainer.config import UserError
 from trainer.data import manifest
+from trainer.data.manifest import Manifest
 
 NOTE = "preparing.json"
+WORK = "work"
+INPUTS = "inputs.json"
+"""What `origin` says of every file that was read."""
 
 
-def is_finished(output: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether the folder already is the corpus of these settings, complete.
+class Useless(UserError):
+    """A mistake in the settings that shows late: what was done with them helps nobody."""
 
-    Raises: UserError where it is one of other settings, or a damaged one.
+
+def is_finished(output: Path, identity: Mapping[str, Any], inputs: list[Input]) -> bool:
+    """Whether the folder already is the corpus of these settings and inputs, complete.
+
+    Raises: UserError where it is one of others, or a damaged one.
     """
     if not (output / manifest.FILE).exists():
         return False
     corpus = manifest.load(output)
-    _refuse_other(output, corpus.settings, settings)
+    _refuse_other(output, corpus.settings, identity)
+    _refuse_other_inputs(output, inputs)
     manifest.check_files(output, corpus)
-    (output / NOTE).unlink(missing_ok=True)
+    _clear(output, keep=manifest_files(corpus))
     return True
 
 
-@contextmanager
-def claimed(output: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Inside the block the folder exists and holds our note alone; the note goes at its end.
+def manifest_files(corpus: Manifest) -> set[str]:
+    """Names of the files a finished corpus has."""
+    shards = {shard.file for split in (corpus.train, corpus.validation) for shard in split.shards}
+    return shards | {manifest.FILE, manifest.TOKENIZER_FILE, INPUTS}
 
-    Raises: UserError where the folder cannot be written or is not ours. If the block raises UserError or
-    OSError, everything is as it was before.
+
+@contextmanager
+def claimed(output: Path, identity: Mapping[str, Any], refuse: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Inside the block the folder exists and is ours alone: it holds our note, and what of the work is finished.
+
+    Raises: UserError where the folder cannot be written or is not ours, and what `refuse` raises, which is asked when no
+    other process of this machine can begin any more. If the block raises UserError or OSError, everything is as it
+    was before, but finished units of work.
     """
-    _check_ours(output, settings)
+    _check_ours(output, identity)
     absent = [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(output, error) from None
     with _locked(output):
-        yield from _filled(output, settings, absent)
+        refuse()
+        yield from _filled(output, identity, absent)
 
 
-def _filled(output: Path, settings: Mapping[str, Any], absent: list[Path]) -> Iterator[None]:
+def _filled(output: Path, identity: Mapping[str, Any], absent: list[Path]) -> Iterator[None]:
     try:
         if (output / manifest.FILE).exists():  # finished by another process since we looked
             yield
             return
-        _clear(output)
+        for path in [*output.glob(f"*{TEMPORARY}"), *(output / WORK).rglob(f"*{TEMPORARY}")]:
+            path.unlink(missing_ok=True)  # of killed workers
         with whole_file(output / NOTE) as file:
-            file.write(json.dumps(settings, indent=1).encode())
+            file.write(json.dumps(identity, indent=1).encode())
         yield
-        (output / NOTE).unlink(missing_ok=True)
     except (UserError, OSError) as error:
-        if output.is_dir() and not (output / manifest.FILE).exists():
-            _clear(output)
+        refusal = error if isinstance(error, UserError) else _unwritable(output, error)
+        if (output / manifest.FILE).exists():
+            raise refusal from None
+        if not isinstance(error, Useless) and any((output / WORK).glob("[0-9a-f]*.json")):
+            raise UserError(f"{refusal}; finished work is kept in {output}, the same command goes on") from None
+        if output.is_dir():
+            _clear(output, keep=set())
         # Folders made for this corpus go too, unless another has moved in meanwhile.
         with suppress(OSError):
             for folder in absent:
                 folder.rmdir()
-        if isinstance(error, UserError):
-            raise
-        raise _unwritable(output, error) from None
+        raise refusal from None
+
+
+def of_inputs(units: list[Unit], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the manifest says of the inputs."""
+    return origin.identity(_contents(units, records))
+
+
+def finish(
+    output: Path, units: list[Unit], records: Sequence[Mapping[str, Any]], tokenizer_json: str, corpus: Manifest
+) -> None:
+    """The corpus is complete: its manifest is there, the last of its files, and nothing that is not of it."""
+    with whole_file(output / manifest.TOKENIZER_FILE) as file:
+        file.write(tokenizer_json.encode())
+    with whole_file(output / INPUTS) as file:
+        file.write(origin.dump(_contents(units, records)).encode())
+    for path in [*output.glob("train-*.tar"), *output.glob("validation-*.tar")]:
+        if path.name not in manifest_files(corpus):
+            path.unlink()  # of an earlier state of the inputs
+    with whole_file(output / manifest.FILE) as file:
+        file.write(manifest.dump(corpus).encode())
+    _clear(output, keep=manifest_files(corpus))
+
+
+def _contents(units: list[Unit], records: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Name, bytes, version and hashes of the parts of each file, in order."""
+    read_parts = [part for unit in units for part in unit.parts]
+    hashes = [content for record in records for content in record["parts"]]
+    found = []
+    for file, parts in groupby(zip(read_parts, hashes, strict=True), key=lambda pair: pair[0].input):
+        found.append([file.name, file.bytes, file.version, [content for _, (_, content) in parts]])
+    return found
+
+
+def _refuse_other_inputs(output: Path, inputs: list[Input]) -> None:
+    """A file whose time or tag has changed is read again, to see whether its content has."""
+    before = {name: rest for name, *rest in origin.load(output / INPUTS)}
+    changed = list(before.keys() ^ {file.name for file in inputs})
+    for unit in plan.units(inputs, {}):
+        for part in unit.parts:
+            size, version, hashes = before.get(part.input.name, (-1, "", []))
+            touched = (size, version) != (part.input.bytes, part.input.version)
+            if touched and (size != part.input.bytes or hashes[part.number] != read.content_hash(part)):
+                changed.append(part.input.name)
+    if changed:
+        raise UserError(
+            f"--output: {output} was prepared from other inputs: {min(changed)} is not what it was "
+            f"({len(set(changed))} such); name another folder, or remove this one first"
+        )
 
 
 def _unwritable(output: Path, error: OSError) -> UserError:
@@ -95,16 +168,16 @@ def _locked(output: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _check_ours(output: Path, settings: Mapping[str, Any]) -> None:
+def _check_ours(output: Path, identity: Mapping[str, Any]) -> None:
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if NOTE in names:
-        _refuse_other(output, json.loads((output / NOTE).read_text()), settings)
-    elif names - {NOTE + TEMPORARY}:
+        _refuse_other(output, json.loads((output / NOTE).read_text()), identity)
+    elif any(not (name.startswith(NOTE) and name.endswith(TEMPORARY)) for name in names):
         raise UserError(f"--output: {output} holds files but no corpus; name a new or an empty folder")
 
 
-def _refuse_other(output: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    for name, value in settings.items():
+def _refuse_other(output: Path, before: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    for name, value in identity.items():
         if before.get(name) != value:
             raise UserError(
                 f"--output: {output} was prepared with {name} {before.get(name)}, not {value}; "
@@ -112,8 +185,10 @@ def _refuse_other(output: Path, before: Mapping[str, Any], settings: Mapping[str
             )
 
 
-def _clear(output: Path) -> None:
-    """Removes what an unfinished preparation leaves, nothing else; the note last, for a kill here."""
-    patterns = ("train-*.tar", "validation-*.tar", manifest.TOKENIZER_FILE, f"*{TEMPORARY}", NOTE)
+def _clear(output: Path, keep: set[str]) -> None:
+    """Removes what a preparation leaves besides these, nothing else; the note last, for a kill here."""
+    shutil.rmtree(output / WORK, ignore_errors=True)
+    patterns = ("train-*.tar", "validation-*.tar", manifest.TOKENIZER_FILE, INPUTS, f"*{TEMPORARY}", NOTE)
     for path in [path for pattern in patterns for path in output.glob(pattern)]:
-        path.unlink()
+        if path.name not in keep:
+            path.unlink()

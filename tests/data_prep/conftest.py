@@ -2,12 +2,14 @@
 
 import argparse
 import random
+import threading
 from pathlib import Path
 
 import pyarrow
 import pytest
 
 from data_prep import prepare, verify
+from tests.trainer.data.web import Server
 
 WORDS = [
     "the",
@@ -83,3 +85,13 @@ def verified():
 def content():
     """The name and bytes of every file of a folder."""
     return lambda output: {path.name: path.read_bytes() for path in Path(output).iterdir()}
+
+
+@pytest.fixture
+def address(tmp_path, monkeypatch):
+    """tmp_path over http."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Server(tmp_path) as running:
+        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield running.address
+        running.shutdown()

@@ -1,6 +1,7 @@
 import gc
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 import webdataset
 from tokenizers import Tokenizer
 
-from data_prep import tokenizer
+from data_prep import stages
+from data_prep.tokenizers import build
 from tests.data_prep.conftest import zst
 from trainer.config import UserError
 from trainer.data import manifest
@@ -49,14 +51,21 @@ def test_every_document_comes_back_once_even_with_the_characters_of_eos_in_it(pr
     assert corpus.train.documents + corpus.validation.documents == len(texts) - 1
 
 
-def test_bytes_do_not_depend_on_the_number_of_workers(prepared, folder, content, monkeypatch):
-    monkeypatch.setattr("data_prep.prepare.BATCH_CHARACTERS", 2_000)
-    outputs = [content(prepared(f"out{n}", "--input", folder, "--workers", n)) for n in (1, 2, 3)]
-    assert outputs[0] == outputs[1] == outputs[2]
-    assert len([name for name in outputs[0] if name.startswith("train")]) > 3
-    other = content(prepared("other", "--input", folder, "--seed", 1))
-    assert other["tokenizer.json"] == outputs[0]["tokenizer.json"]
-    assert other["train-000000.tar"] != outputs[0]["train-000000.tar"]
+def test_bytes_do_not_depend_on_workers_units_spills_or_batches(prepared, folder, content, monkeypatch):
+    expected = content(prepared("whole", "--input", folder))
+    assert len([name for name in expected if name.startswith("train")]) > 3
+    monkeypatch.setattr("data_prep.plan.SMALLEST_UNIT_BYTES", 3_000)
+    for workers in (1, 2, 5):
+        assert content(prepared(f"{workers} workers", "--input", folder, "--workers", workers)) == expected
+    monkeypatch.setattr("data_prep.encode.SPILL_BYTES", 2_000)
+    monkeypatch.setattr("data_prep.encode.BATCH_CHARACTERS", 1_000)
+    assert content(prepared("spills", "--input", folder)) == expected
+
+
+def test_the_seed_changes_the_order_and_not_the_tokenizer(prepared, folder, content):
+    one, other = (content(prepared(f"seed {seed}", "--input", folder, "--seed", seed)) for seed in (0, 1))
+    assert one["tokenizer.json"] == other["tokenizer.json"]
+    assert one["train-000000.tar"] != other["train-000000.tar"]
 
 
 def test_documents_of_all_files_are_shuffled_together(prepared, tmp_path):
@@ -112,12 +121,12 @@ def test_the_trained_tokenizer_has_seen_no_held_out_text(prepared, folder):
     output = prepared("out", "--input", folder, "--held-out", 0.5)
     given = Tokenizer.from_file(str(output / "tokenizer.json"))
     training = [given.decode(ids[:-1], skip_special_tokens=False) for ids in documents(output)]
-    assert tokenizer.train(training, 300, "<|endoftext|>") == (output / "tokenizer.json").read_text()
+    assert build.train(training, 300, "<|endoftext|>") == (output / "tokenizer.json").read_text()
 
 
 @pytest.mark.parametrize("special", [True, False])
 def test_special_tokens_in_text_are_text_whatever_the_tokenizer_says_of_them(prepared, tmp_path, special):
-    tree = json.loads(tokenizer.train(["some words"] * 9, 270, "<|endoftext|>"))
+    tree = json.loads(build.train(["some words"] * 9, 270, "<|endoftext|>"))
     tree["added_tokens"][0]["special"] = special
     pad = {"id": len(tree["model"]["vocab"]), "content": "<pad>", "special": True}
     tree["added_tokens"].append(tree["added_tokens"][0] | pad)
@@ -155,7 +164,7 @@ def test_the_manifest_counts_and_measures_what_is_there(prepared, folder, capsys
 
 
 def test_a_vocabulary_beyond_65536_is_stored_in_32_bits(prepared, tmp_path, texts):
-    tree = json.loads(tokenizer.train(texts, 300, "<|endoftext|>"))
+    tree = json.loads(build.train(texts, 300, "<|endoftext|>"))
     vocab = tree["model"]["vocab"]
     vocab |= {f"never {number}": number for number in range(len(vocab), 70_000)}
     eos = tree["added_tokens"][0]
@@ -177,8 +186,24 @@ def test_a_second_run_changes_nothing_and_another_setting_is_refused(prepared, f
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
     with pytest.raises(UserError, match=r"--output: .*out was prepared with seed 0, not 1"):
         prepared("out", "--input", folder, "--seed", 1)
-    (folder / "0" / "0.py").write_text("changed")
-    with pytest.raises(UserError, match=r"was prepared with inputs_sha256"):
+    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
+
+
+def test_inputs_that_have_changed_are_refused_and_touched_ones_are_not(prepared, folder, capsys):
+    output = prepared("out", "--input", folder)
+    before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    file = folder / "0" / "0.py"
+    text = file.read_bytes()
+    os.utime(file, (1, 1))
+    prepared("out", "--input", folder)
+    assert "already prepared" in capsys.readouterr().out
+    refusal = r"--output: .*out was prepared from other inputs: 0/0/0.py is not what it was \(1 such\)"
+    for changed in (b"x" * len(text), text + b"x"):
+        file.write_bytes(changed)
+        with pytest.raises(UserError, match=refusal):
+            prepared("out", "--input", folder)
+    file.unlink()
+    with pytest.raises(UserError, match=refusal):
         prepared("out", "--input", folder)
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
 
@@ -199,7 +224,7 @@ def kill_at(output, moment, arguments):
     for _ in range(20):
         command = [sys.executable, "-c", COMMAND, *map(str, arguments), "--output", str(output)]
         running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (output / moment).exists() and running.poll() is None:
+        while not any(output.glob(moment)) and running.poll() is None:
             time.sleep(0.0005)
         running.kill()
         running.wait()
@@ -209,7 +234,7 @@ def kill_at(output, moment, arguments):
     raise AssertionError("never killed in time")
 
 
-@pytest.mark.parametrize("moment", ["preparing.json", "train-000004.tar.tmp", "validation-000000.tar"])
+@pytest.mark.parametrize("moment", ["preparing.json", "work", "train-000004.tar.*.tmp", "validation-000000.tar"])
 def test_killed_and_run_again_gives_the_same_bytes(prepared, folder, content, tmp_path, moment):
     settings = ["--input", folder, "--sample-tokens", 512, "--shard-tokens", 512]
     expected = content(prepared("whole", *settings))
@@ -230,7 +255,59 @@ def test_a_kill_between_manifest_and_the_note_is_repaired(prepared, folder, cont
 def test_an_unfinished_folder_of_other_settings_is_refused(prepared, folder, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
-    (output / "preparing.json").write_text(json.dumps({"seed": 5}))
-    with pytest.raises(UserError, match=r"was prepared with inputs_sha256 None"):
+    (output / "preparing.json").write_text(json.dumps({"text_field": "body"}))
+    with pytest.raises(UserError, match=r"was prepared with text_field body, not text"):
         prepared("out", "--input", folder)
     assert [path.name for path in output.iterdir()] == ["preparing.json"]
+
+
+def test_after_a_mistake_finished_units_are_kept_and_the_corrected_inputs_go_on_from_them(
+    prepared, folder, content, monkeypatch
+):
+    monkeypatch.setattr("data_prep.plan.SMALLEST_UNIT_BYTES", 3_000)
+    expected = content(prepared("whole", "--input", folder))
+    last = max(path for path in folder.rglob("*") if path.is_file())
+    text = last.read_bytes()
+    given = ["--input", folder, "--tokenizer", folder.parent / "whole" / "tokenizer.json"]
+    expected = content(prepared("given", *given))
+    last.write_bytes(b"\xff" + text[1:])
+    with pytest.raises(UserError, match=r"is not UTF-8.*finished work is kept in .*out, the same command goes on"):
+        prepared("out", *given)
+    output = folder.parent / "out"
+    finished = {path: path.stat().st_mtime_ns for path in (output / "work").glob("*.json")}
+    assert len(finished) > 3
+    last.write_bytes(text)
+    kept = {}
+    finish = stages.finish
+
+    def watched(preparation):
+        kept.update({path: path.stat().st_mtime_ns for path in finished})
+        return finish(preparation)
+
+    monkeypatch.setattr("data_prep.stages.finish", watched)
+    assert content(prepared("out", *given)) == expected | {"inputs.json": (output / "inputs.json").read_bytes()}
+    assert kept == finished
+
+
+def test_cleaning_is_counted_and_groups_add_up(prepared, tmp_path):
+    unlike = [" ".join(f"{number}-{word}" for word in range(60)) for number in range(40)]
+    long, decomposed = unlike[0], "e\u0301" * 200
+    records = [{"text": text, "meta": {"set": f"s{number % 2}"}} for number, text in enumerate(unlike)]
+    records += [{"text": long + " and a little more", "meta": {"set": "s0"}}, {"text": "short", "meta": {"set": "s1"}}]
+    records += [{"text": decomposed, "meta": {}}, {"text": "", "meta": {"set": "s1"}}]
+    records += [{"text": "Taken FROM a benchmark! " * 20, "meta": {"set": "s1"}}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "benchmark.txt").write_text("taken from a benchmark " * 20)
+    cleaning = ["--nfc", "--min-characters", 100, "--deduplicate", "--decontaminate", tmp_path / "benchmark.txt"]
+    output = prepared("out", "--input", tmp_path / "a.jsonl", *cleaning, "--group-field", "meta.set", "--held-out", 0)
+    corpus = manifest.load(output)
+    assert corpus.counts | {"tokens": 0} == {
+        "files": 1, "empty_documents": 1, "short_documents": 1, "normalized_documents": 1,
+        "contaminated_documents": 1, "duplicate_documents": 1, "documents": 41, "tokens": 0,
+    }  # fmt: skip
+    assert {name: group["documents"] for name, group in corpus.groups.items()} == {"": 1, "s0": 20, "s1": 20}
+    assert sum(group["tokens"] for group in corpus.groups.values()) == corpus.train.tokens
+    assert sorted(decoded(output)) == sorted([*unlike, "\u00e9" * 200])
+    one = prepared("one", "--input", tmp_path / "a.jsonl", "--where", "meta.set=s1", "--held-out", 0)
+    assert manifest.load(one).counts["other_documents"] == 22
+    assert manifest.load(one).counts["documents"] == 22

@@ -87,12 +87,17 @@ def begun(command: list[object], **environment: str) -> Iterator[subprocess.Pope
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """Some modules of the standard library in several small shards."""
+    """Some modules of the standard library, a document every forty lines, in several small shards.
+
+    Hundreds of documents: the held-out share is then met whatever the words of this version of Python are.
+    """
     folder = tmp_path_factory.mktemp("corpus")
     stdlib = Path(sysconfig.get_path("stdlib"))
-    inputs = [stdlib / f"{module}.py" for module in MODULES]
+    modules = [(stdlib / f"{module}.py").read_text(encoding="utf-8").splitlines(keepends=True) for module in MODULES]
+    texts = ["".join(lines[first : first + 40]) for lines in modules for first in range(0, len(lines), 40)]
+    (folder / "modules.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     done = tandem(
-        "prepare", "--input", *inputs, "--output", folder / "prepared", "--vocab", VOCAB, "--held-out", 0.1,
+        "prepare", "--input", folder / "modules.jsonl", "--output", folder / "prepared", "--vocab", VOCAB, "--held-out", 0.1,
         "--sample-tokens", 512, "--shard-tokens", 40_000, "--workers", 1,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

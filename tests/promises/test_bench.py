@@ -158,7 +158,10 @@ class Rows(Loader):
     """A run's loader, of the bench's rows."""
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
-        self._of, self.fingerprints, self.order = (config, mesh), {}, {}
+        self._of, self.fingerprints, self.order, self.skipped = (config, mesh), {}, {}, {}
+
+    def end(self, step, cursor):
+        return Timeline(self._of[0].schedule).total_steps, None
 
     def batches(self, step, cursor):
         config, mesh = self._of

@@ -30,12 +30,18 @@ def check(config: RunConfig) -> None:
     for section, name in (
         (config.optim, "weight_decay"), (config.optim, "clip_norm"), (config.evaluate, "every_steps"),
         (config.checkpoint, "every_steps"), (config.checkpoint, "keep"), (config.data, "prefetch_steps"),
-        (config.data, "block_tokens"),
+        (config.data, "workers"), (config.data, "block_tokens"),
     ):  # fmt: skip
         if getattr(section, name) < 0:
             where = type(section).__name__.lower()
             raise UserError(f"{where}.{name}: {getattr(section, name)}; must not be negative; 0 turns it off")
     _positive(config.data, "data", "window_tokens")
+    _positive(config.data.cache, "data.cache", "gib", "attempts", "timeout_seconds")
+    for name, limit in config.data.max_epochs.items():
+        if name not in config.data.sources or limit <= 0:
+            raise UserError(
+                f"data.max_epochs.{name}: {limit}; must be a positive number for a name in data.sources; correct it"
+            )
     _positive(config.parallel, "parallel", "tp_size", "bucket_elements")
     _positive(config.log, "log", "every_steps")
     if config.parallel.zero_stage == 0 and config.run.precision == "bf16":

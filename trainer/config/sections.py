@@ -5,7 +5,7 @@ A line under a field is its documentation: meaning, unit, what zero or null mean
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 PADDING_MULTIPLE = 128
@@ -219,17 +219,41 @@ class Parallel:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """Copies of shards that lie elsewhere (s3://, gs://, https://), shared by the ranks of a node."""
+
+    folder: str = "~/.cache/tandem/shards"
+    """Local folder of the copies."""
+    gib: float = 64.0
+    """Room for the copies; the shards not read for longest are removed to stay within it."""
+    attempts: int = 8
+    """Tries to fetch a shard, a growing pause between them, before the run stops."""
+    timeout_seconds: float = 30.0
+    """Longest wait for the next bytes of a shard before a try counts as failed."""
+
+
+@dataclass(frozen=True)
 class Data:
     sources: dict[str, str]
-    """Name of each source and the folder `tandem prepare` wrote for it."""
+    """Name of each source and the folder, or remote address, of the corpus `tandem prepare` wrote for it."""
     tokenizer: str | None = None
     """tokenizer.json that the corpora must have been prepared with; null trusts the manifests."""
+    workers: int = 1
+    """Threads that read ahead; 0 reads when asked. The rows do not depend on it."""
     prefetch_steps: int = 2
-    """Global batches read ahead in the background; 0 reads when asked."""
+    """Global batches read ahead by the workers; 0 reads when asked."""
     block_tokens: int = 8_192
     """Neighbouring tokens that stay together when the corpus is shuffled; best the longest seq_len. 0 reads it in order."""
     window_tokens: int = 33_554_432
     """Blocks are shuffled within runs of this many tokens, so that a step reads from few shards."""
+    max_epochs: dict[str, float] = field(default_factory=dict)
+    """How often a source may be read, at most; a source that is left out may be read without end."""
+    at_end: Literal["refuse", "stop"] = "refuse"
+    """When max_epochs cannot feed the whole schedule: refuse the run, or stop it after the last step that can be fed."""
+    damaged_shards: Literal["stop", "skip"] = "stop"
+    """A shard that is missing, truncated or altered stops the run, or is left out from then on, on record."""
+    cache: Cache = Cache()
+    """Where copies of remote shards are kept."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a prepared corpus says about itself, and the checks that need nothing but that and the bytes of files.
 
-`data_prep` writes the manifest last, so a folder with one is complete. Only the standard library and
-`trainer.config` are imported. The one idea: everything a reader relies on (token counts, where a token lies,
+`data_prep` writes the manifest last, so a folder with one is complete. Only the standard library, `trainer.config` and
+`remote` are imported. The one idea: everything a reader relies on (token counts, where a token lies,
 the hash of every shard, the tokenizer) is stated here once, and the manifest carries a hash of its own
 content, its *fingerprint*: two corpora with the same fingerprint hold the same tokens in the same order.
 """
@@ -11,19 +11,30 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from trainer.config import UserError
+from trainer.config import Cache, UserError
+from trainer.data import remote
 
 FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT = "tandem-corpus"
-VERSION = 1
+VERSION = 2
 TAR_BLOCK_BYTES = 512
 """A tar member is one header block and its data padded to whole blocks.  Source: POSIX.1-1988 ustar."""
+
+
+class DamagedShard(UserError):
+    """A shard that is missing, truncated or altered, by the name the manifest has for it."""
+
+    def __init__(self, file: str, message: str):
+        super().__init__(message)
+        self.file = file
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,8 @@ class Manifest:
     """What the preparation was asked for; the same settings give the same bytes."""
     train: Split
     validation: Split
+    groups: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    """Documents and tokens by value of the field that was asked for, held-out ones included."""
 
     @property
     def token_bytes(self) -> int:
@@ -89,16 +102,29 @@ def dump(manifest: Manifest) -> str:
     return json.dumps(head | dataclasses.asdict(manifest), indent=1) + "\n"
 
 
-def load(folder: str | Path) -> Manifest:
-    """The manifest of a finished corpus, its fingerprint checked.
+def load(folder: str | Path, settings: Cache = remote.PATIENCE) -> Manifest:
+    """The manifest of a finished corpus, in a local folder or at a remote address, its fingerprint checked.
 
     Raises: UserError where there is none, or it is damaged or of another version.
     """
-    path = Path(folder) / FILE
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; a prepared corpus has one; run tandem prepare --output {folder}")
+    path = remote.below(folder, FILE)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        return parsed(remote.content(path, settings), path)
+    except (FileNotFoundError, NotADirectoryError, remote.Missing):
+        raise UserError(
+            f"{path}: no such file; a prepared corpus has one; run tandem prepare --output {folder}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({str(error)[:200]}); restore it, or the way to it") from None
+
+
+def parsed(content: bytes, path: str | Path) -> Manifest:
+    """The manifest in the content of a manifest.json that lies at `path`, its fingerprint checked.
+
+    Raises: UserError where it is damaged or of another version.
+    """
+    try:
+        tree = json.loads(content.decode())
         header = (tree.pop("format"), tree.pop("version"))
         fingerprint = tree.pop("fingerprint")
         if header != (FORMAT, VERSION):
@@ -107,7 +133,7 @@ def load(folder: str | Path) -> Manifest:
             )
         tree |= {name: _split(tree[name]) for name in ("train", "validation")}
         manifest = Manifest(**tree)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: is not a corpus manifest ({_one_line(error)}); prepare the corpus again") from None
@@ -119,38 +145,48 @@ def load(folder: str | Path) -> Manifest:
 
 
 def check_files(folder: str | Path, manifest: Manifest) -> None:
-    """Raises UserError for the first shard that is missing or has another size than the manifest says."""
+    """Raises DamagedShard for the first shard that is missing or has another size than the manifest says.
+
+    Note: of a remote folder nothing is asked; its shards are checked as they are fetched.
+    """
+    if remote.is_remote(folder):
+        return
     for shard in [*manifest.train.shards, *manifest.validation.shards]:
         path = Path(folder) / shard.file
         if not path.is_file():
-            raise UserError(f"{path}: shard is missing; {FILE} lists it; restore it or prepare the corpus again")
-        if path.stat().st_size != shard.bytes:
-            raise UserError(
-                f"{path}: has {path.stat().st_size} bytes; {FILE} says {shard.bytes}; "
-                "restore it or prepare the corpus again"
+            raise DamagedShard(
+                shard.file, f"{path}: shard is missing; {FILE} lists it; restore it or prepare the corpus again"
             )
+        _check_size(path, path.stat().st_size, shard)
 
 
 def check_hash(folder: str | Path, shard: Shard) -> None:
-    """Raises UserError where the bytes of the shard are not those the manifest was written for."""
+    """Raises DamagedShard where the bytes of a local shard are not those the manifest was written for."""
     path = Path(folder) / shard.file
     try:
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            check_bytes(file, path, shard)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({_one_line(error)}); restore it or prepare the corpus again"
+        raise DamagedShard(
+            shard.file, f"{path}: cannot be read ({_one_line(error)}); restore it or prepare the corpus again"
         ) from None
+
+
+def check_bytes(file: BufferedReader, path: Path, shard: Shard) -> None:
+    """Raises DamagedShard where an open file is not the shard; OSError where it cannot be read."""
+    _check_size(path, os.fstat(file.fileno()).st_size, shard)
+    found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != shard.sha256:
-        raise UserError(
-            f"{path}: sha256 {found[:12]}; {FILE} says {shard.sha256[:12]}; the shard is damaged; restore it"
+        raise DamagedShard(
+            shard.file,
+            f"{path}: sha256 {found[:12]}; {FILE} says {shard.sha256[:12]}; the shard is damaged; restore it",
         )
 
 
 def check_tokenizer(file: str | Path, manifest: Manifest, where: str) -> None:
     """Raises UserError, its message starting with `where`, if the file is not the tokenizer of the corpus."""
     try:
-        found = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        found = hashlib.sha256(remote.content(file)).hexdigest()
     except OSError as error:
         raise UserError(
             f"{where}: {file} cannot be read ({_one_line(error)}); name the corpus's tokenizer.json"
@@ -182,6 +218,14 @@ def check_resume(saved_fingerprints: Mapping[str, str], fingerprints: Mapping[st
                 f"the run was saved with corpus {saved[:12]}; "
                 "resume with the corpus it began with, or start a new run"
             )
+
+
+def _check_size(path: Path, found: int, shard: Shard) -> None:
+    if found != shard.bytes:
+        raise DamagedShard(
+            shard.file,
+            f"{path}: has {found} bytes; {FILE} says {shard.bytes}; restore it or prepare the corpus again",
+        )
 
 
 def _split(tree: dict[str, Any]) -> Split:

@@ -1,0 +1,123 @@
+"""Real text of this machine, as .jsonl.zst files with `text` and `meta`, gathered once into a folder."""
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+import pyarrow
+
+from trainer.config import UserError
+
+SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt", ".html", ".c", ".h", ".cpp")
+FILE_MB = 4
+INDEX = "index.json"
+LEAST_CHARACTERS = 64
+
+
+@dataclass(frozen=True)
+class Text:
+    folder: Path
+    names: list[str]
+    bytes: list[int]
+    """Of the texts in each file, as UTF-8."""
+    documents: list[int]
+
+    def share(self, mb: float, folder: Path) -> "Text":
+        """The first files that together have as much, in a folder of their own."""
+        count, total = 0, 0
+        while count < len(self.names) and total < mb * 1e6:
+            total += self.bytes[count]
+            count += 1
+        folder.mkdir()
+        for name in self.names[:count]:
+            (folder / name).symlink_to((self.folder / name).resolve())
+        return Text(folder, self.names[:count], self.bytes[:count], self.documents[:count])
+
+    @property
+    def paths(self) -> list[str]:
+        return [str(self.folder / name) for name in self.names]
+
+
+def gathered(folder: Path, sources: list[Path], mb: float) -> Text:
+    """Texts of at least `mb` MB in the folder, or as many as there are; what was gathered with the same request stays.
+
+    Raises: UserError where the folder holds something else, or there is no text.
+    """
+    request = {"sources": [str(source) for source in sources], "mb": mb}
+    index = folder / INDEX
+    if index.exists():
+        found = json.loads(index.read_text())
+        if found.pop("request") != request:
+            raise UserError(f"--folder: {folder} holds other text than asked for; name another folder, or remove it")
+        return Text(folder, **found)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--folder: {folder} is not empty and has no {INDEX}; name another folder")
+    folder.mkdir(exist_ok=True)
+    files = list(_written(folder, _texts(sources), mb))
+    if not files:
+        raise UserError(
+            f"--input: no text in {', '.join(map(str, sources))}; name folders with {' '.join(SUFFIXES)} files"
+        )
+    text = Text(folder, *(list(column) for column in zip(*files, strict=True)))
+    index.write_text(
+        json.dumps({"request": request, "names": text.names, "bytes": text.bytes, "documents": text.documents})
+    )
+    return text
+
+
+def machine() -> list[Path]:
+    """The standard library and the installed packages, code and documentation."""
+    return [Path(path) for path in dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))]
+
+
+def documents(paths: Iterable[str]) -> Iterator[str]:
+    """The texts in the files, in their order."""
+    for path in paths:
+        with pyarrow.input_stream(path, compression="zstd") as stream:
+            yield from (orjson.loads(line)["text"] for line in stream.read().splitlines())
+
+
+def _texts(sources: list[Path]) -> Iterator[tuple[Path, str]]:
+    """Each text once."""
+    seen: set[bytes] = set()
+    for source in sources:
+        for path in sorted(source.rglob("*")):
+            if path.suffix not in SUFFIXES or not path.is_file():
+                continue
+            content = path.read_bytes()
+            digest = hashlib.blake2b(content, digest_size=16).digest()
+            try:
+                text = content.decode()
+            except UnicodeDecodeError:
+                continue
+            if len(text) >= LEAST_CHARACTERS and digest not in seen:
+                seen.add(digest)
+                yield path, text
+
+
+def _written(folder: Path, texts: Iterator[tuple[Path, str]], mb: float) -> Iterator[tuple[str, int, int]]:
+    """Name, bytes and documents of each file."""
+    lines: list[bytes] = []
+    size, total = 0, 0
+    for path, text in texts:
+        if total + size >= mb * 1e6:
+            break
+        lines.append(orjson.dumps({"text": text, "meta": {"path": str(path)}}) + b"\n")
+        size += len(text.encode())
+        if size >= FILE_MB * 1e6:
+            yield _file(folder, total, lines), size, len(lines)
+            total += size
+            lines, size = [], 0
+    if lines:
+        yield _file(folder, total, lines), size, len(lines)
+
+
+def _file(folder: Path, start: int, lines: list[bytes]) -> str:
+    name = f"text-{start:012d}.jsonl.zst"
+    with pyarrow.CompressedOutputStream(str(folder / name), "zstd") as out:
+        out.write(b"".join(lines))
+    return name

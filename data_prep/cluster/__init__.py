@@ -1,0 +1,30 @@
+"""A corpus larger than a machine: the stages of a preparation as jobs of Slurm or tasks of Ray.
+
+The one idea: what is finished is told by the files of the stages alone. So a task only needs to know which share of which
+stage is its own, may be killed and started again anywhere, and how many tasks there are cannot show in the result.
+`task` and `jobs` are the standard library's; each scheduler's library has one door, named after it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from trainer.config import UserError
+
+LIBRARIES = {"slurm": "datatrove", "ray": "ray"}
+
+
+def door(executor: str) -> ModuleType:
+    """The module of this executor.
+
+    Raises: UserError where the library that it stands on is not installed.
+    """
+    try:
+        return import_module(f"data_prep.cluster.{executor}")
+    except ModuleNotFoundError as error:
+        if error.name != LIBRARIES[executor]:
+            raise
+        raise UserError(
+            f"--executor: {executor}; needs {error.name}, which is not installed; pip install 'tandem[{executor}]'"
+        ) from None

@@ -1,0 +1,81 @@
+"""Tasks of Ray, one for each item of a stage; this process hands them out and waits.
+
+Not datatrove's executor for Ray: it starts its tasks in a pool that waits for ever for a process that the system has
+killed, and says nothing to its caller of tasks that failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+
+from data_prep.executor import Advance, Do
+from trainer.config import UserError
+
+RETRIES = 3
+"""Of an item whose process was killed."""
+CANCEL_SECONDS = 10
+ROOT = Path(__file__).parents[2]
+
+
+def run(
+    start: Callable[[], Do],
+    items: Sequence[Any],
+    advance: Advance,
+    take: Callable[[Any], None] | None = None,
+    workers: int | None = None,
+) -> None:
+    """As `data_prep.executor.run`, on the cluster that RAY_ADDRESS names, or on this machine; no more than `workers` items
+    at once.
+    """
+    if not ray.is_initialized():
+        environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env=environment)
+    one = ray.remote(num_cpus=1, max_retries=RETRIES)(_item)
+    given, left, waiting = ray.put(start), list(reversed(items)), set[Any]()
+    try:
+        while left or waiting:
+            while left and len(waiting) < (workers or len(items)):
+                waiting.add(one.remote([given], left.pop()))
+            finished, _ = ray.wait(list(waiting))
+            for item in finished:
+                waiting.remove(item)
+                told, result = ray.get(item)
+                advance(told)
+                if take:
+                    take(result)
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, UserError) else error) from None
+    except (OutOfMemoryError, WorkerCrashedError):
+        raise UserError(
+            f"--executor: ray; a task was killed {RETRIES + 1} times, most likely for memory; finished work is kept; "
+            "run the same command again, with fewer --workers"
+        ) from None
+    finally:
+        for item in waiting:
+            ray.cancel(item)
+        if waiting:
+            ray.wait(list(waiting), num_returns=len(waiting), timeout=CANCEL_SECONDS)
+
+
+def _item(given: list[Any], item: Any) -> tuple[int, Any]:
+    told = 0
+
+    def advance(count: int) -> None:
+        nonlocal told
+        told += count
+
+    result = _started(given[0])(item, advance)
+    return told, result
+
+
+@lru_cache(maxsize=1)
+def _started(given: Any) -> Do:
+    """Once in each process and stage."""
+    do: Do = ray.get(given)()
+    return do

@@ -1,0 +1,131 @@
+"""Jobs of Slurm, by datatrove's executor: one array for each stage, each after the one before.
+
+Of datatrove we take the script, its submission and the start of a task. Its job that adds up statistics is left out, and
+of sbatch's options all that nobody asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datatrove.executor.slurm import SlurmPipelineExecutor
+from datatrove.utils.logging import logger
+
+from data_prep import folder
+from data_prep.cluster import jobs, task
+from data_prep.cluster.jobs import Submission
+from data_prep.cluster.task import Job, Request
+from trainer.config import UserError
+
+USER_ERROR_EXIT_CODE = 2
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What datatrove calls in every task."""
+
+    job: Path
+
+    def __call__(self, data: object, rank: int, world_size: int) -> None:
+        """The task's share is done; or the process ends with the one line that says why not, kept beside the logs."""
+        job = task.read(self.job)
+        try:
+            job.work(rank, world_size)
+        except (UserError, OSError) as error:
+            line = str(error) if isinstance(error, UserError) else f"{job.request.output}: {error}"
+            failed = self.job.with_name(f"{self.job.stem}-{rank:05d}{jobs.FAILED}")
+            with suppress(OSError):  # a full disk is also a reason
+                failed.write_text(f"{line}\n", encoding="utf-8")
+            print(f"tandem: {line}", file=sys.stderr, flush=True)
+            raise SystemExit(USER_ERROR_EXIT_CODE) from None
+
+
+class Array(SlurmPipelineExecutor):
+    """A job array, and nothing beside it."""
+
+    def launch_merge_stats(self) -> None:
+        """No statistics."""
+
+    def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
+        """Those that have a value."""
+        given: dict[str, Any] = super().get_sbatch_args(max_array)
+        if {"mem", "mem-per-gpu"} & given.keys():
+            del given["mem-per-cpu"]
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def submit(request: Request, *, tasks: int, workers: int | None, options: Mapping[str, str]) -> Submission:
+    """All that is left to do is submitted, and the folder belongs to those jobs.
+
+    Raises: UserError where Slurm refuses a job; then none is left.
+    """
+    logger.disable("datatrove")
+    (request.output / folder.WORK).mkdir(exist_ok=True)
+    logs = jobs.new_logs(request.output)
+    found: dict[str, str] = {}
+    for job in task.left(request, tasks):
+        job.write(logs / f"{job.name}.job")
+        array = _array(job, logs, workers, options, after=next(reversed(found.values()), None))
+        try:
+            with _standard_error() as said:
+                array.launch_job()
+        except (OSError, subprocess.CalledProcessError) as error:
+            if found:
+                subprocess.run(["scancel", *found.values()], check=False)
+            jobs.forget(request.output, logs)
+            why = " ".join((said() or str(error)).split())
+            raise UserError(f"--executor: slurm; no job for {job.name} ({why}); see --slurm") from None
+        found[job.name] = array.job_id
+        Submission(str(logs), found).write(request.output)
+    return Submission(str(logs), found)
+
+
+def _array(job: Job, logs: Path, workers: int | None, options: Mapping[str, str], after: str | None) -> Array:
+    return Array(
+        [Step(logs / f"{job.name}.job")],
+        tasks=job.tasks,
+        workers=-1 if workers is None else workers,
+        job_name=f"tandem-{job.name}",
+        logging_dir=str(logs / job.name),
+        skip_completed=False,
+        depends_job_id=after,
+        # A job whose predecessor has failed must not wait for ever.
+        sbatch_args={"kill-on-invalid-dep": "yes", **options},
+        max_array_size=job.tasks,
+        time=None,
+        partition=None,
+        qos=None,
+        env_command=_environment(),
+    )
+
+
+def _environment() -> str:
+    """Tasks run this Python and these sources, wherever the command was typed."""
+    scripts, root = shlex.quote(str(Path(sys.executable).parent)), shlex.quote(str(ROOT))
+    return f"export PATH={scripts}:$PATH PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}"
+
+
+@contextmanager
+def _standard_error() -> Iterator[Any]:
+    """What other programs print to standard error inside the block is held back; the function yielded returns it."""
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        text: list[str] = []
+        try:
+            yield lambda: "".join(text)
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            text.append(file.read().decode(errors="replace"))

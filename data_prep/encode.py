@@ -1,0 +1,148 @@
+"""One unit of the inputs encoded: its documents read, cleaned, turned into ids and laid out for the shuffle.
+
+A unit leaves some spills (`data_prep.spill`), the signatures of its documents where duplicates are looked for, and, last,
+a record of what it counted. A unit with a record is finished; anything else of it is of a killed worker and is written
+again, the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from struct import pack
+from typing import Any
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from data_prep import clean, duplicates, minhash, read, spill
+from data_prep.plan import Unit
+from data_prep.read import Advance, Document
+from data_prep.settings import Settings
+from data_prep.spill import Spill
+from data_prep.tokenizers.encoding import Encode
+from data_prep.write import whole_file
+
+BATCH_CHARACTERS = 1 << 20
+SPILL_BYTES = 256 << 20
+"""Of ids held by a worker before they are written: the greater part of its memory."""
+NO_GROUP = ""
+
+
+def is_finished(work: Path, unit: Unit) -> bool:
+    """Whether the unit was encoded, now or before."""
+    return spill.record_path(work, unit.name).exists()
+
+
+def bands_path(work: Path, unit: str) -> Path:
+    """Signatures of the unit's documents, as `duplicates` wants them."""
+    return work / f"{unit}.bands.npy"
+
+
+def encode(settings: Settings, encode_texts: Encode, work: Path, unit: Unit, advance: Advance) -> None:
+    """The unit's spills and its record are on disk.
+
+    Raises: UserError naming the file, and line or row, that cannot be read or lacks the text.
+    """
+    counts: Counter[str] = Counter()
+    groups: dict[str, int] = {}
+    held, signatures, spills, encoded = _Held(), [], 0, 0
+    for batch in _batches(documents(settings, unit, counts, advance)):
+        texts = [document.text for document in batch]
+        tokens, lengths = encode_texts(texts, [document.place for document in batch])
+        held.tokens.append(tokens)
+        held.lengths.append(lengths)
+        held.entries.append(_entries(settings, batch, encoded, groups))
+        encoded += len(batch)
+        if settings.deduplicate:
+            signatures.append(minhash.signatures(texts))
+        if sum(map(len, held.tokens)) * tokens.itemsize >= SPILL_BYTES:
+            held.write(Spill(work, unit.name, spills))
+            held, spills = _Held(), spills + 1
+    if held.tokens:
+        held.write(Spill(work, unit.name, spills))
+        spills += 1
+    if signatures:
+        duplicates.write_bands(bands_path(work, unit.name), np.concatenate(signatures))
+    record = {
+        "spills": spills,
+        "documents": encoded,
+        "groups": list(groups) or [NO_GROUP],
+        "counts": dict(sorted(counts.items())),
+        "parts": [[part.input.name, read.content_hash(part)] for part in unit.parts],
+    }
+    with whole_file(spill.record_path(work, unit.name)) as file:
+        file.write(json.dumps(record).encode())
+
+
+@dataclass
+class _Held:
+    """Encoded batches of a unit that are not written yet."""
+
+    tokens: list[np.ndarray] = field(default_factory=list)
+    lengths: list[np.ndarray] = field(default_factory=list)
+    entries: list[np.ndarray] = field(default_factory=list)
+
+    def write(self, to: Spill) -> None:
+        to.write(self.tokens, np.concatenate(self.lengths), np.concatenate(self.entries))
+
+
+def rank(seed: int, document: Document) -> int:
+    """The document's place in the global shuffle, 64 bits that depend on seed, place and text alone."""
+    return xxh3_64_intdigest(document.text.encode() + b"\0" + document.place.encode() + pack("<q", seed))
+
+
+def _entries(settings: Settings, batch: list[Document], first: int, groups: dict[str, int]) -> np.ndarray:
+    entries = np.zeros(len(batch), spill.ENTRY)
+    entries["rank"] = [rank(settings.seed, document) for document in batch]
+    entries["document"] = np.arange(first, first + len(batch))
+    if settings.held_out:
+        entries["held_out"] = [clean.draw(document.text) < settings.held_out for document in batch]
+    if settings.group_field:
+        names = [_value(document, settings.group_field) for document in batch]
+        entries["group"] = [groups.setdefault(name, len(groups)) for name in names]
+    return entries
+
+
+def documents(settings: Settings, unit: Unit, counts: Counter[str], advance: Advance) -> Iterator[Document]:
+    """The unit's documents that are to be encoded, as they are to be encoded."""
+    wanted = [name.split(".")[0] for name in (settings.group_field, settings.where and settings.where[0]) if name]
+    for part in unit.parts:
+        try:
+            for document in read.documents(part, settings.text_field, wanted, advance):
+                if not document.text:
+                    counts["empty_documents"] += 1
+                elif settings.where and _value(document, settings.where[0]) != settings.where[1]:
+                    counts["other_documents"] += 1
+                elif (text := clean.cleaned(document.text, settings.cleaning, counts)) is not None:
+                    yield Document(document.place, text, document.fields)
+        except read.Undecodable:
+            if not settings.skip_undecodable:
+                raise
+            counts["skipped_files"] += 1
+            advance(part.bytes)
+        counts["files"] += part.number == 0
+
+
+def _value(document: Document, field_name: str) -> str:
+    """The value of a dotted field as text; NO_GROUP where there is none."""
+    value: Any = document.fields
+    for name in field_name.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return NO_GROUP if value is None else str(value)
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,121 @@
+"""`python -m data_prep.bench` on little text: ours and the script with HF tokenizers, their ids compared; its mistakes."""
+
+import json
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.bench import libraries
+from data_prep.bench.__main__ import main
+from data_prep.bench.rows import Row
+from data_prep.bench.text import documents, gathered
+from data_prep.bench.ways import REFERENCE, differing, hashed
+from data_prep.tokenizers import build
+
+OURS = "tandem prepare"
+WORDS = ["the", "of", "and", "row", "shard", "1", "23", "def", "return", "(", ")", ":", "naïve", "漢字", "🙂\n"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        (folder / f"{number}.txt").write_text(" ".join(rng.choice(WORDS, rng.integers(60, 900))))
+    (folder / "copy.txt").write_text((folder / "7.txt").read_text())
+    (folder / "binary.txt").write_bytes(b"\xff" * 100)
+    (folder / "short.txt").write_text("short")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(source, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    path.write_text(build.train((path.read_text() for path in sorted(source.glob("?.txt"))), 400, libraries.EOS))
+    return path
+
+
+def test_a_run_compares_all_ids_and_says_what_each_way_took(source, tokenizer, tmp_path, capfd):
+    kept = tmp_path / "rows.jsonl"
+    options = ["--input", str(source), "--tokenizer", str(tokenizer), "--rounds", "1", "--json", str(kept)]
+    assert main([OURS, REFERENCE, *options]) == 0
+    rows = {(row.way, row.part): row for row in (Row(**json.loads(line)) for line in kept.read_text().splitlines())}
+    assert list(rows) == [(way, part) for part in ("whole", "tokenizing") for way in (OURS, REFERENCE)]
+    text_bytes = sum(len(text.encode()) for text in texts_of(source))
+    for (_, part), row in rows.items():
+        assert row.text_bytes == text_bytes
+        assert min(row.seconds, row.cpu_seconds, row.bytes_per_second, row.bytes_per_cpu_second) > 0
+        assert 10 * 2**20 < row.peak_bytes < 2**31
+        compared = (0, 60) if part == "whole" else (None, None)
+        assert (row.differing_documents, row.compared_documents) == compared
+    first, header, *lines = capfd.readouterr().out.splitlines()
+    assert "60 documents" in first
+    assert header.split()[0] == "way"
+    assert [line[:22].strip() for line in lines] == [way for way, _ in rows]
+
+
+def texts_of(source: Path) -> list[str]:
+    return sorted(path.read_text() for path in source.glob("[0-9]*.txt"))
+
+
+@pytest.mark.skipif(find_spec("tiktoken") is not None, reason="tiktoken is installed")
+def test_a_rival_that_is_not_installed_is_a_row_that_says_so(source, tokenizer, capfd):
+    assert main(["tiktoken, script", "--input", str(source), "--tokenizer", str(tokenizer), "--rounds", "1"]) == 0
+    line = capfd.readouterr().out.splitlines()[-1]
+    assert "not measured: tiktoken is not installed: pip install 'tandem[bench]'" in line
+
+
+def test_text_is_gathered_once_and_every_text_once(source, tmp_path):
+    text = gathered(tmp_path / "text", [source], 200.0)
+    assert sorted(documents(text.paths)) == texts_of(source)
+    assert sum(text.documents) == 60
+    assert gathered(tmp_path / "text", [source], 200.0) == text
+
+
+def test_a_share_is_the_first_files(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.bench.text.FILE_MB", 0.02)
+    text = gathered(tmp_path / "text", [source], 200.0)
+    share = text.share(0.05, tmp_path / "share")
+    assert 1 < len(share.names) < len(text.names)
+    assert list(documents(share.paths)) == list(documents(text.paths))[: sum(share.documents)]
+    assert 50_000 <= sum(share.bytes) < 100_000
+
+
+def test_a_document_with_another_id_is_counted():
+    reference = hashed([np.array([1, 2, 3]), np.array([4]), np.array([4])])
+    assert differing(reference, hashed([np.array([4]), np.array([1, 2, 3]), np.array([4])]), same_text=True) == 0
+    assert differing(reference, hashed([np.array([4]), np.array([1, 2, 9]), np.array([4])]), same_text=True) == 1
+    assert differing(reference, hashed([np.array([4]), np.array([1, 2, 3])]), same_text=True) == 1
+    more = reference + Counter(hashed([np.array([7])]))
+    assert (differing(reference, more, same_text=False), differing(reference, more, same_text=True)) == (0, 1)
+
+
+def test_ranks_are_the_bytes_of_the_tokens(tokenizer):
+    tree = json.loads(tokenizer.read_text())
+    ranks, specials = libraries.ranks_of(tree)
+    assert {bytes([value]) for value in range(256)} <= ranks.keys()
+    assert len(ranks) + len(specials) == 400
+    assert list(specials) == [libraries.EOS]
+    joined = {tuple(merge) for merge in tree["model"]["merges"]}
+    assert len(joined) == len(ranks) - 256
+
+
+MISTAKES = {
+    "way": (["sentencepiece"], ["way: 'sentencepiece'", "tandem prepare", "datatrove"]),
+    "mb": (["--mb", "0"], ["--mb: 0.0", "above 0"]),
+    "workers": (["--workers", "0"], ["--workers: 0", "above 0"]),
+    "input": (["--input", "none"], ["--input: none", "is no folder"]),
+    "json": (["--json", "none/rows.jsonl"], ["--json: none/rows.jsonl", "does not exist"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(name, capfd):
+    arguments, said = MISTAKES[name]
+    assert main(arguments) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("data_prep.bench: ")
+    assert [part for part in said if part not in line] == []

@@ -1,0 +1,186 @@
+"""A preparation in jobs: whatever the number of tasks, and whatever was killed, the bytes of one machine."""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep import plan, prepare, read
+from data_prep.cluster import door, jobs, task
+from data_prep.cluster.jobs import Submission
+from data_prep.cluster.task import Request
+from data_prep.write import whole_file
+from trainer.config import UserError
+
+SETTINGS = ["--sample-tokens", 512, "--shard-tokens", 512, "--held-out", 0.1, "--vocab", 300, "--deduplicate"]
+SQUEUE = """#!/bin/sh
+echo "12 RUNNING\n12 PENDING\n12 PENDING\n99 RUNNING"
+"""
+
+
+@pytest.fixture(autouse=True)
+def _several_units(monkeypatch):
+    monkeypatch.setattr(plan, "SMALLEST_UNIT_BYTES", 4096)
+
+
+@pytest.fixture
+def request_of(tmp_path, folder):
+    """request_of(name): the request that `tandem prepare` would submit for that output, which is claimed."""
+
+    def made(name: str) -> Request:
+        output = tmp_path / name
+        parser = argparse.ArgumentParser()
+        prepare.add_arguments(parser)
+        given = ["--input", folder, "--output", output, *SETTINGS]
+        arguments = parser.parse_args(list(map(str, given)))
+        (output / "work").mkdir(parents=True, exist_ok=True)
+        settings = prepare._settings(arguments, None)
+        return Request(output, settings, read.inputs([str(folder)], None, output), None, 300, "tokenizers")
+
+    return made
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+def test_any_number_of_tasks_in_any_order_gives_the_same_bytes(prepared, folder, request_of, content, tasks):
+    expected = content(prepared("local", "--input", folder, *SETTINGS))
+    request = request_of("jobs")
+    submitted = task.left(request, tasks)
+    assert [(job.name, job.tasks) for job in submitted] == [
+        ("train", 1), ("encode", tasks), ("link", tasks), ("arrange", 1), ("gather", tasks), ("finish", 1)
+    ]  # fmt: skip
+    for job in submitted:
+        for rank in random.Random(tasks).sample(range(job.tasks), job.tasks):
+            job.work(rank, job.tasks)
+    assert content(request.output) == expected
+    assert len({unit for unit in plan.units(request.inputs, {})}) > 2
+
+
+def test_after_failed_tasks_another_number_of_them_does_what_is_missing(prepared, folder, request_of, content):
+    expected = content(prepared("local", "--input", folder, *SETTINGS))
+    request = request_of("jobs")
+    train, encode, *_ = task.left(request, 3)
+    train.work(0, 1)
+    encode.work(1, 3)
+    work = request.output / "work"
+    finished = {path: path.stat().st_mtime_ns for path in work.glob("*.tokens")}
+    encode, *others = task.left(request, 2)
+    preparation = request.begin()
+    assert finished
+    assert 2 < len(encode.items) < len(preparation.units)
+    for rank in (0, 1, 1):  # one is started twice
+        encode.work(rank, 2)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert [job.name for job in task.left(request, 2)] == ["link", "arrange", "gather", "finish"]
+    for job in others:
+        for rank in range(job.tasks):
+            job.work(rank, job.tasks)
+    assert content(request.output) == expected
+
+
+def test_a_job_that_begins_too_early_says_what_is_missing(request_of):
+    train, encode, link, arrange, *_ = task.left(request_of("jobs"), 2)
+    with pytest.raises(UserError, match=r"^encode: the tokenizer is not trained; run the same command again$"):
+        encode.work(0, 2)
+    train.work(0, 1)
+    encode.work(0, 2)
+    with pytest.raises(UserError, match=r"^link: \d+ of \d+ items of encode miss; run the same command again$"):
+        link.work(0, 2)
+    encode.work(1, 2)
+    link.work(0, 2)
+    with pytest.raises(UserError, match=r"^arrange: \d+ of \d+ items of link miss"):
+        arrange.work(0, 1)
+
+
+def test_what_a_task_failed_of_is_one_line_beside_the_logs(request_of, folder, tmp_path, capsys):
+    slurm = pytest.importorskip("data_prep.cluster.slurm", reason="datatrove is not installed")
+    (folder / "1" / "bad.jsonl").write_text('{"body": "no text"}\n')
+    job = task.left(request_of("jobs"), 1)[0]
+    job.write(tmp_path / "train.job")
+    with pytest.raises(SystemExit) as ended:
+        slurm.Step(tmp_path / "train.job")(None, 0, 1)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "bad.jsonl:1: has no field 'text'" in said
+    assert Submission(str(tmp_path), {}).failures() == [f"train-00000: {said.removeprefix('tandem: ').strip()}"]
+
+
+def test_a_folder_that_jobs_work_in_is_left_alone(request_of, prepared, folder, tmp_path, monkeypatch):
+    request = request_of("jobs")
+    (request.output / "preparing.json").write_text("{}")
+    Submission("logs of them", {"encode": "12", "gather": "13"}).write(request.output)
+    before = sorted(request.output.rglob("*"))
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text(SQUEUE)
+    squeue.chmod(0o755)
+    with monkeypatch.context() as context:
+        context.setenv("PATH", f"{squeue.parent}:/bin:/usr/bin")
+        with pytest.raises(UserError, match=r"prepared by Slurm: encode \(12\) 2 pending and 1 running; run the same"):
+            jobs.refuse_running(request.output)
+        squeue.write_text("#!/bin/sh\necho no controller >&2; exit 1")
+        with pytest.raises(UserError, match=r"squeue fails \(no controller\); if they have ended, remove .*jobs.json"):
+            jobs.refuse_running(request.output)
+        squeue.write_text("#!/bin/sh")
+        jobs.refuse_running(request.output)
+        context.setenv("PATH", str(tmp_path))
+        with pytest.raises(UserError, match=r"given to Slurm's jobs 12, 13, and there is no squeue to ask"):
+            jobs.refuse_running(request.output)
+    assert sorted(request.output.rglob("*")) == before
+
+
+def test_this_machine_does_not_begin_beside_jobs(prepared, folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as context:
+        context.setattr(plan, "UNITS", 0)  # a crash of ours, that leaves the folder unfinished
+        with pytest.raises(ZeroDivisionError):
+            prepared("out", "--input", folder, *SETTINGS)
+    output = tmp_path / "out"
+    Submission("logs of them", {"encode": "12"}).write(output)
+    before = sorted(output.rglob("*"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"given to Slurm's jobs 12, and there is no squeue to ask; if they have ended"):
+        prepared("out", "--input", folder, *SETTINGS)
+    assert sorted(output.rglob("*")) == before
+
+
+def test_two_writers_of_one_file_never_mix(tmp_path):
+    path = tmp_path / "file"
+    with whole_file(path) as slow:
+        slow.write(b"whole")
+        with whole_file(path) as quick:
+            quick.write(b"whole")
+        assert path.read_bytes() == b"whole"
+    assert path.read_bytes() == b"whole"
+    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tasks", 3], r"--tasks: is for --executor slurm, not local"),
+        (["--executor", "ray", "--slurm", "time=5"], r"--slurm: is for --executor slurm, not ray"),
+        (["--executor", "slurm", "--slurm", "partition"], r"--slurm: partition; must read NAME=VALUE"),
+        (["--executor", "slurm", "--slurm", "array=1-3"], r"--slurm: array=1-3; .* not of array"),
+        (["--executor", "slurm", "--tasks", 0], r"--tasks: 0; must be positive"),
+    ],
+)
+def test_options_of_another_executor_are_refused(prepared, folder, arguments, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        prepared("out", "--input", folder, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("executor", "library"), [("slurm", "datatrove"), ("ray", "ray")])
+def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch, executor, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"data_prep.cluster.{executor}", raising=False)
+    with pytest.raises(UserError, match=rf"needs {library}, which is not installed; pip install 'tandem\[{executor}\]'"):
+        door(executor)
+
+
+def test_logs_lie_beside_the_folder_and_are_numbered(tmp_path):
+    output = tmp_path / "corpus"
+    assert [jobs.new_logs(output) for _ in range(2)] == [Path(f"{output}.jobs/1"), Path(f"{output}.jobs/2")]
+    jobs.forget(output, Path(f"{output}.jobs/2"))
+    assert jobs.new_logs(output).name == "2"

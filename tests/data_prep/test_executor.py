@@ -1,0 +1,142 @@
+"""Processes of this machine: what a killed worker, a mistake and Ctrl-C leave behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from data_prep import executor
+from trainer.config import UserError
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import sys
+from functools import partial
+from pathlib import Path
+
+from data_prep import executor
+from tests.data_prep.test_executor import sleeping
+
+if __name__ == "__main__":
+    executor.run(partial(sleeping, Path(sys.argv[1])), range(4), 2, lambda count: None)
+"""
+
+
+def failing(folder: Path) -> executor.Do:
+    """Item 0 waits for another to begin and is a mistake; the others would take a minute."""
+
+    def do(item: int, advance: executor.Advance) -> None:
+        (folder / str(item)).touch()
+        while item == 0 and len(list(folder.iterdir())) < 2:
+            time.sleep(0.01)
+        if item == 0:
+            raise UserError("item 0: is wrong; must be right; correct it")
+        for _ in range(600):
+            time.sleep(0.1)
+            advance(1)
+
+    return do
+
+
+def dying(folder: Path) -> executor.Do:
+    def do(item: int, advance: executor.Advance) -> None:
+        (folder / str(item)).touch()
+        if item == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return do
+
+
+def sleeping(folder: Path) -> executor.Do:
+    def do(item: int, advance: executor.Advance) -> None:
+        (folder / str(os.getpid())).touch()
+        for _ in range(600):
+            time.sleep(0.1)
+            advance(1)
+
+    return do
+
+
+def eventually(what: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.02)
+
+
+def children(process: int, word: str) -> list[int]:
+    """Ids of the children of a process whose command has this word."""
+    found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(child) for child in found if word in _command(int(child))]
+
+
+def _command(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+@contextmanager
+def running(*command: object) -> Iterator[subprocess.Popen[str]]:
+    """The command, in a process group of its own, gone at the end with all that it has started."""
+    with subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, start_new_session=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_mistake_in_one_worker_stops_the_others_soon(tmp_path):
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="item 0: is wrong"):
+        executor.run(partial(failing, tmp_path), range(9), 2, lambda count: None)
+    assert time.monotonic() - begun < 20  # most of it the start of two processes
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+
+
+def test_a_killed_worker_ends_the_others_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="--workers: one of 2 was killed, most likely for memory; finished work is kept"):
+        executor.run(partial(dying, tmp_path), range(4), 2, lambda count: None)
+
+
+def test_an_interrupt_leaves_no_process(tmp_path):
+    script, folder = tmp_path / "script.py", tmp_path / "begun"
+    script.write_text(SCRIPT)
+    folder.mkdir()
+    with running(script, folder) as process:
+        eventually(lambda: len(list(folder.iterdir())) == 2)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        process.communicate(timeout=20)
+    workers = [int(path.name) for path in folder.iterdir()]
+    assert len(workers) == 2
+    eventually(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), 5)
+
+
+def test_a_preparation_whose_worker_was_killed_goes_on_to_the_same_bytes(prepared, folder, content, tmp_path):
+    small = ["--sample-tokens", 512, "--shard-tokens", 512, "--held-out", 0.1, "--vocab", 300]
+    arguments = ["--input", folder, *small]
+    expected = content(prepared("whole", *arguments))
+    output = tmp_path / "killed"
+    with running("-m", "trainer", "prepare", "--output", output, *arguments, "--workers", 2) as process:
+        eventually(lambda: children(process.pid, "spawn_main"))
+        os.kill(children(process.pid, "spawn_main")[0], signal.SIGKILL)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+    assert len(said.splitlines()) == 1
+    assert "one of 2 was killed" in said
+    finished = {path: path.stat().st_mtime_ns for path in (output / "work").glob("*.json")}
+    assert finished
+    assert prepared("killed", *arguments) == output
+    assert content(output) == expected

@@ -1,0 +1,149 @@
+import json
+from dataclasses import replace
+
+import pytest
+import tiktoken
+from tokenizers import Tokenizer
+
+from data_prep.tokenizers import build, encoding, ranks, traps
+from data_prep.tokenizers.alphabet import CHARACTERS
+from data_prep.tokenizers.ranks import END, SCHEMES
+from tests.data_prep.tokenizers.conftest import TEXTS
+from trainer.config import UserError
+
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+def ids(tokenizer_json, texts):
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    return [encoded.ids for encoded in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def test_ranks_give_back_the_merges_they_were_learnt_by(trained, tokens):
+    learnt = [tuple(pair) for pair in json.loads(trained)["model"]["merges"]]
+    assert ranks.merges(tokens, "test") == learnt
+
+
+def test_ranks_encode_every_trap_as_tiktoken_does(scheme, tokens, tokenizer_json):
+    rival = tiktoken.Encoding(
+        "test",
+        pat_str=scheme.pattern or GPT2_PATTERN,
+        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+        special_tokens=dict(scheme.specials),
+    )
+    texts = [*TEXTS, *(text.replace(END, "") for text in traps.texts())]
+    assert ids(tokenizer_json, texts) == rival.encode_ordinary_batch(texts, num_threads=1)
+
+
+def test_arcade100k_has_its_special_ids_and_splits_digits_one_by_one(tokens):
+    # Its ids from 100,257 on do not depend on how many tokens come before them.
+    few = replace(SCHEMES["arcade100k"], ranks=len(tokens))
+    text = ranks.tokenizer_json(tokens, few, "test")
+    encoder = encoding.encoder(text, END, "test")
+    assert (encoder.vocab, encoder.eos_id, encoder.library) == (100_289, 100_257, "gigatoken")
+    special = {token.content: index for index, token in Tokenizer.from_str(text).get_added_tokens_decoder().items()}
+    assert len(special) == 32
+    assert 100_256 not in Tokenizer.from_str(text).get_vocab().values()
+    known = "<|fim_prefix|> 100258 <|fim_pad|> 100261 <gh_stars> 100262 <jupyter_start> 100267 <reponame> 100275 "
+    known += (
+        "<|endofprompt|> 100276 <|im_end|> 100278 <|pause|> 100279 <|reg0|> 100280 <|reg7|> 100287 <|extra0|> 100288"
+    )
+    names = known.split()
+    assert {name: special[name] for name in names[::2]} == dict(zip(names[::2], map(int, names[1::2]), strict=True))
+    digits, _ = encoder.load()(["1024"])
+    assert digits.tolist() == [*(tokens.index(b"%d" % digit) for digit in (1, 0, 2, 4)), 100_257]
+    assert b"10" in tokens
+
+
+@pytest.mark.parametrize("names", build.VOCABULARY_FILES)
+def test_vocabulary_files_give_the_ids_of_the_tokenizer_they_are_of(names, trained, tmp_path):
+    model = json.loads(trained)["model"]
+    (tmp_path / names[0]).write_text(json.dumps(model["vocab"]))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"]), ""]
+    (tmp_path / names[1]).write_text("\n".join(lines), encoding="utf-8")
+    for path in (tmp_path, tmp_path / names[0], tmp_path / names[1]):
+        text = build.read(str(path))
+        assert ids(text, TEXTS) == ids(trained, TEXTS)
+        assert encoding.encoder(text, END, "test").eos_id == model["vocab"][END]
+
+
+def test_a_tokenizer_json_is_taken_as_it_is_from_a_file_or_its_folder(trained, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(trained, encoding="utf-8")
+    assert build.read(str(tmp_path)) == build.read(str(tmp_path / "tokenizer.json")) == trained
+
+
+def built(path):
+    """What `build.read` does, but that merges are looked at before the number of tokens."""
+    ranks.merges(ranks.read(path.read_bytes(), str(path)), str(path))
+    build.read(str(path))
+
+
+def changed(data, number, line):
+    lines = data.splitlines()
+    lines[number - 1 : number] = [line] if line is not None else []
+    return b"\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("number", "line", "message"),
+    [
+        (3, b"no base64! 2", "line 3 is 'no base64! 2'"),
+        (300, b"QUJD", "line 300 is 'QUJD'"),
+        (300, b"QUJD x", "line 300 is 'QUJD x'"),
+        (301, b"QUJDREVG 299", "line 301 repeats rank 299"),
+        (301, b"IQ== 300", "line 301 repeats the token of rank 0"),
+        (40, None, "none of rank 39"),
+        (40, b"QUJDREVG 39", "no token for byte 72"),
+        (400, b"//79/Pv6 399", "rank 399 is not made of two"),
+        (300, b"", "none of rank 299"),
+        (10_000, b"", "tokens; must be 50,256"),
+    ],
+)
+def test_a_malformed_ranks_file_is_one_line_that_says_where(number, line, message, ranks_file, tmp_path):
+    path = tmp_path / "gpt2.tiktoken"
+    path.write_bytes(changed(ranks_file, number, line))
+    with pytest.raises(UserError, match=r"gpt2\.tiktoken: ") as error:
+        built(path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("a", "line 2 is 'a'"), ("漢 字", "line 2 is '漢 字'"), ("a a a", "line 2 is 'a a a'"), (None, "line 3 is")],
+)
+def test_a_malformed_merge_is_one_line_that_says_where(line, message, trained, tmp_path):
+    model = json.loads(trained)["model"]
+    first = " ".join(model["merges"][0])
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", line or first, first]), encoding="utf-8")
+    with pytest.raises(UserError, match=r"merges.txt: line \d") as error:
+        build.read(str(tmp_path))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"a": 1, "b": 1}', '{"a": "1"}', '{"a": 1}', "{"])
+def test_a_malformed_vocabulary_names_its_file(content, tmp_path):
+    (tmp_path / "vocab.json").write_text(content)
+    with pytest.raises(UserError, match=r"vocab.json: (is no vocabulary|has no token for byte)"):
+        build.read(str(tmp_path))
+
+
+def test_what_cannot_be_told_is_asked_for(ranks_file, tmp_path):
+    path = tmp_path / "mine.tiktoken"
+    path.write_bytes(ranks_file)
+    with pytest.raises(UserError, match=r"--tokenizer-kind gpt2\|cl100k\|arcade100k"):
+        build.read(str(path))
+    with pytest.raises(UserError, match="must be 100,256"):
+        build.read(str(path), "arcade100k")
+    with pytest.raises(UserError, match="--tokenizer-kind: llama; must be one of"):
+        build.read(str(path), "llama")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has none of tokenizer\.json"):
+        build.read(str(tmp_path / "empty"))
+
+
+def test_bytes_are_written_as_the_library_writes_them():
+    spelled = Tokenizer.from_str(json.dumps(ranks.tree({c: v for v, c in CHARACTERS.items()}, [], None, {})))
+    text = "".join(chr(code) for code in (0x7F, 0x80, 0x7FF, 0xFFF, 0x1F600)) + "\0\n !~\xad"
+    assert spelled.encode(text).ids == list(text.encode())

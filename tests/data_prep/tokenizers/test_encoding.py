@@ -1,0 +1,197 @@
+import json
+import pickle
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from data_prep.tokenizers import encoding, fast, traps
+from data_prep.tokenizers.encoding import Encoder, Reference
+from data_prep.tokenizers.fast import Fast
+from data_prep.tokenizers.ranks import END
+from tests.data_prep.tokenizers.conftest import TEXTS, telling
+from trainer.config import UserError
+
+NEW_LETTERS = "a\u088fa a\U00010940b 1\U000323b0a"
+"""Of Unicode 16 and 17."""
+
+
+@pytest.fixture(scope="session")
+def encoder(tokenizer_json) -> Encoder:
+    return encoding.encoder(tokenizer_json, END, "test", library="gigatoken")
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    """Traps, text with single bytes changed, characters at random, and letters that only one library knows."""
+    draw = random.Random(0)
+    made = [*TEXTS, *traps.texts()]
+    for _ in range(300):
+        data = bytearray(draw.choice(TEXTS).encode()[:2000])
+        for _ in range(20):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        made.append(data.decode(errors="replace"))
+        codes = (draw.choice((0x20, draw.randrange(0x3000), draw.randrange(0xE000, 0x34000))) for _ in range(200))
+        made.append("".join(map(chr, codes)))
+    made[10:10] = [NEW_LETTERS, "", NEW_LETTERS * 3]
+    return [*made, NEW_LETTERS]
+
+
+def of(tokens: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+    return [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])]
+
+
+def test_gigatoken_makes_the_tokens_of_the_reference_of_every_document(encoder, documents):
+    tokens, lengths = encoder.load()(documents)
+    others, counts = replace(encoder, library="tokenizers").load()(documents)
+    assert lengths.tolist() == counts.tolist()
+    assert tokens.dtype == others.dtype == np.uint16
+    assert of(tokens, lengths) == of(others, counts)
+
+
+def test_no_document_is_split_elsewhere_than_by_the_reference(scheme, documents):
+    encoder = encoding.encoder(telling(scheme.pattern), END, "test", library="gigatoken")
+    tokens, lengths = encoder.load()(documents)
+    others, counts = replace(encoder, library="tokenizers").load()(documents)
+    assert of(tokens, lengths) == of(others, counts)
+    # That needs the reference for some of them: without it the libraries differ.
+    flat, _ = Fast(encoder.tokenizer_json, Reference(encoder.tokenizer_json))._encoded([NEW_LETTERS.encode()])
+    assert flat.tolist() != of(tokens, lengths)[10][:-1]
+
+
+def test_each_document_ends_with_its_only_eos_even_where_its_text_spells_it(encoder, tokens):
+    texts = ["", f"a{END}", END * 2, "b"]
+    made, lengths = encoder.load()(texts)
+    documents = of(made, lengths)
+    assert [document.index(encoder.eos_id) for document in documents] == [len(part) - 1 for part in documents]
+    assert [b"".join(tokens[index] for index in part[:-1]).decode() for part in documents] == texts
+    assert [len(part) for part in encoder.load()([])] == [0, 0]
+
+
+@pytest.mark.parametrize("library", ["gigatoken", "tokenizers"])
+def test_a_text_that_yields_the_eos_id_is_named_by_its_place(library, encoder, tokens):
+    encode = replace(encoder, eos="e", eos_id=tokens.index(b"Q"), library=library).load()
+    with pytest.raises(UserError, match=r"^third: its text yields the EOS id"):
+        encode(["a", "", "aQ", "Q"], ["first", "second", "third", "fourth"])
+    with pytest.raises(UserError, match=r"^document 0: "):
+        encode(["Q"])
+
+
+def test_ids_beyond_16_bits_are_kept(tokenizer_json):
+    tree = json.loads(tokenizer_json)
+    tree["model"]["vocab"][END] = tree["added_tokens"][0]["id"] = 70_000
+    made, lengths = encoding.encoder(json.dumps(tree), END, "test").load()(["", "a"])
+    assert (made.dtype, made.tolist()[0], made.tolist()[-1], lengths.tolist()) == (np.uint32, 70_000, 70_000, [1, 2])
+
+
+def test_an_encoder_means_the_same_in_another_process(encoder):
+    again = pickle.loads(pickle.dumps(encoder))
+    assert of(*again.load()(TEXTS)) == of(*encoder.load()(TEXTS))
+
+
+def changed(tokenizer_json: str, path: str, value) -> str:
+    tree = json.loads(tokenizer_json)
+    *parents, last = path.split(".")
+    place = tree
+    for name in parents:
+        place = place[int(name) if name.isdigit() else name]
+    place[int(last) if last.isdigit() else last] = value
+    return json.dumps(tree)
+
+
+DIGITS = {"type": "Digits", "individual_digits": True}
+WHOLE = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+NON_SPECIAL = {"id": 1200, "content": "rows", "special": False} | dict.fromkeys(
+    ("single_word", "lstrip", "rstrip", "normalized"), False
+)
+OBSTACLES = [
+    ("normalizer", {"type": "Lowercase"}, "it normalizes text"),
+    ("pre_tokenizer", WHOLE, "it splits text in a way"),
+    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [DIGITS, WHOLE | {"use_regex": True}]}, "it splits text"),
+    ("pre_tokenizer.add_prefix_space", True, "it splits text in a way"),
+    ("model.dropout", 0.5, "its model has dropout"),
+    ("model.merges.700", ["Ġ", "Ġ"], "it has a merge twice"),
+    ("model.vocab.漢", 5_000, "its vocabulary is not that of a byte-level BPE"),
+    ("added_tokens.1", NON_SPECIAL, "'rows' is matched in text"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "reason"), OBSTACLES)
+def test_what_gigatoken_would_read_past_is_left_to_the_reference_which_a_line_says(
+    path, value, reason, trained, capsys
+):
+    tree = json.loads(trained)
+    tree["added_tokens"].append(NON_SPECIAL | {"content": "<unused>", "special": True})
+    text = changed(json.dumps(tree), path, value)
+    assert encoding.encoder(text, END, "mine.json").library == "tokenizers"
+    line = capsys.readouterr().out
+    assert line.startswith("--tokenizer-library: tokenizers")
+    assert reason in line
+    assert line.count("\n") == 1
+    with pytest.raises(UserError, match=r"--tokenizer-library: gigatoken cannot encode with mine.json") as error:
+        encoding.encoder(text, END, "mine.json", library="gigatoken")
+    assert reason in str(error.value)
+
+
+def test_the_check_on_a_sample_finds_a_tokenizer_that_gigatoken_encodes_otherwise(trained):
+    digits = {"type": "Sequence", "pretokenizers": [DIGITS, {"type": "Split", "pattern": {"Regex": " "}}]}
+    for path, value in (("normalizer", {"type": "NFC"}), ("pre_tokenizer", WHOLE), ("pre_tokenizer", digits)):
+        text = changed(trained, path, value) if value is not digits else trained
+        made = Encoder(text, END, 0, 1_200, "tokenizers")
+        assert (encoding._difference(made, Reference(text), TEXTS) is None) == (value is digits), value
+
+
+def test_a_tokenizer_that_fits_is_taken_without_a_word(trained, capsys):
+    assert encoding.encoder(trained, END, "test", sample=TEXTS).library == "gigatoken"
+    assert encoding.encoder(trained, END, "test", library="tokenizers").library == "tokenizers"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not a tokenizer.json"),
+        ("[]", "is not a tokenizer.json"),
+        ('{"added_tokens": []}', "is not a tokenizer"),
+    ],
+)
+def test_what_is_no_tokenizer_is_one_line(text, message, trained):
+    with pytest.raises(UserError, match=f"^mine.json: {message}") as error:
+        encoding.encoder(text, END, "mine.json")
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"^mine.json: has no token '</s>'"):
+        encoding.encoder(trained, "</s>", "mine.json")
+    with pytest.raises(UserError, match="--tokenizer-library: fastest; must be one of auto"):
+        encoding.encoder(trained, END, "mine.json", library="fastest")
+
+
+def test_a_word_as_eos_is_refused_since_texts_hold_it(trained):
+    word = next(token for token in json.loads(trained)["model"]["vocab"] if token.isalpha() and len(token) > 3)
+    with pytest.raises(UserError, match="its text yields the EOS id"):
+        encoding.encoder(trained, word, "mine.json")
+
+
+def words(count: int, seed: int) -> list[str]:
+    """Documents of words that no other document has."""
+    letters = np.random.default_rng(seed).integers(ord("a"), ord("z") + 1, (count, 500, 8), dtype=np.uint8)
+    letters[:, :, 0] = ord(" ")
+    return [document.tobytes().decode() for document in letters]
+
+
+def test_memory_for_words_seen_is_bounded_and_its_loss_does_not_show(trained, monkeypatch):
+    encoder = encoding.encoder(trained, END, "test", library="gigatoken")
+    batches, tokens, grown = [words(400, seed) for seed in range(8)], {}, {}
+    for limit in (8 << 20, 1 << 40):
+        monkeypatch.setattr(fast, "CACHE_BYTES", limit)
+        encode, before = encoder.load(), fast._resident_bytes()
+        tokens[limit] = [of(*encode(batch)) for batch in batches]
+        grown[limit] = fast._resident_bytes() - before
+    assert [*tokens.values()][0] == [*tokens.values()][1]
+    print({limit: growth >> 20 for limit, growth in grown.items()})
+
+
+def test_traps_are_few():
+    # All of them are encoded by the slow library whenever a corpus is prepared.
+    assert sum(len(text.encode()) for text in traps.texts()) < 600_000
+    assert sum(map(len, traps.excerpts(["a" * 10**6] * 1000))) == traps.SAMPLE_CHARACTERS

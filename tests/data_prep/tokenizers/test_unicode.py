@@ -1,0 +1,38 @@
+import numpy as np
+import pytest
+
+from data_prep.tokenizers import traps, unicode
+from data_prep.tokenizers.encoding import Reference
+from data_prep.tokenizers.fast import Fast
+from data_prep.tokenizers.ranks import SCHEMES
+from tests.data_prep.tokenizers.conftest import telling
+
+
+def differing(reference: Reference, codes: range, per_text: int) -> list[range]:
+    """Those runs of so many of the code points that the two libraries make different tokens of."""
+    runs = [codes[first : first + per_text] for first in range(0, len(codes), per_text)]
+    texts = ["".join(traps.code_points(run, per_text)) for run in runs]
+    flat, starts = Fast(reference.json, reference)._encoded([text.encode() for text in texts])
+    own = np.split(flat, starts[1:-1])
+    other_flat, counts = reference(texts)
+    others = np.split(other_flat, np.cumsum(counts)[:-1])
+    return [run for run, ours, theirs in zip(runs, own, others, strict=True) if not np.array_equal(ours, theirs)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "arcade100k"])
+def test_the_characters_that_the_libraries_part_at_are_those_of_the_table(kind):
+    reference = Reference(telling(SCHEMES[kind].pattern))
+    everything, size = range(unicode.CODE_POINTS), 1 << 14
+    parts = [everything[first : first + size] for first in range(0, len(everything), size)]
+    runs = [run for part in parts for run in differing(reference, part, 64)]
+    found = {code for run in runs for single in differing(reference, run, 1) for code in single}
+    listed = {code for first, last in unicode.DIFFERING for code in range(first, last + 1)}
+    assert sorted(map(hex, found ^ listed)) == []
+
+
+def test_only_documents_that_hold_such_a_character_go_to_the_reference():
+    texts = ["plain", "漢字 हिन्दी 한국어 👍", "\u088f", "a" * 1000 + "\U00033479", "\u088e\u0890", "\U0003347a", ""]
+    assert unicode.holders(texts, [text.encode() for text in texts]) == [2, 3]
+    first_bytes = {chr(code).encode()[0] for first, last in unicode.DIFFERING for code in (first, last)}
+    assert first_bytes == set(unicode._FIRST_BYTES)

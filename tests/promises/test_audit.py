@@ -1,0 +1,104 @@
+"""The audit proves what the trainer did, through a kill, a rollback, phases and moves to other ranks."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import ranks
+from tests.promises.conftest import ended, forked, two_phases
+from trainer import train
+from trainer.__main__ import main
+from trainer.config import RunConfig, section_from
+from trainer.ledger import FILE
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
+TORN = b'{"kind":"step","step":99,"taken":{"corp'
+
+
+def tree(corpus: Path, root: Path, **sections: dict) -> dict:
+    return two_phases("btlm", corpus, root, checkpoint={"every_steps": 2, "keep": 0}, **sections)
+
+
+def steps(folder: Path) -> list[int]:
+    path = folder / FILE
+    records = map(json.loads, path.read_text().splitlines()) if path.is_file() else []
+    return [record["step"] for record in records if record["kind"] == "step"]
+
+
+def go_on(trees: list[dict]) -> list[int]:
+    """Runs one after the other on this world's ranks; rank 0 sees to it that no checkpoint is ahead of a synced ledger."""
+    synced, sync, save, unsynced = {}, os.fsync, train.save, []
+
+    def watched_sync(handle: int) -> None:
+        sync(handle)
+        synced[os.fstat(handle).st_ino] = os.fstat(handle).st_size
+
+    def watched_save(root: Path, step: int, *arguments: object, **facts: object) -> int:
+        ledger = root.parent / FILE
+        if os.environ["RANK"] == "0" and synced.get(ledger.stat().st_ino) != ledger.stat().st_size:
+            unsynced.append(step)
+        return save(root, step, *arguments, **facts)
+
+    os.fsync, train.save = watched_sync, watched_save
+    codes = [train.run(section_from(RunConfig, each, "")) for each in trees]
+    assert unsynced == []
+    return codes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, corpus) -> Path:
+    """A run killed on one rank, with a torn line left behind, that went on as two replicas and then as two halves of one."""
+    root = tmp_path_factory.mktemp("audit")
+    found = root / "runs" / "tiny"
+    (root / "config.yaml").write_text(yaml.safe_dump(tree(corpus, root / "runs")))
+    process = forked(["train", root / "config.yaml"])
+    deadline = time.monotonic() + 60
+    while len(steps(found)) < 5 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    assert ended(process) == -signal.SIGKILL
+    with (found / FILE).open("ab") as file:
+        file.write(TORN)
+    for later in (6, 8, 10, 12):  # the kill may have come late
+        shutil.rmtree(found / "checkpoints" / f"step-{later:08d}", ignore_errors=True)
+    assert main(["audit", str(found)]) == 0, "as the kill left it"
+    replicas = tree(corpus, root / "runs", run={"stop_step": 9})
+    halves = tree(corpus, root / "runs", parallel={"tp_size": 2})
+    assert ranks.run(go_on, 2, root, [replicas, halves])[0] == [0, 0]
+    return found
+
+
+def test_nothing_was_lost_or_repeated(folder, capsys):
+    assert main(["audit", str(folder), "--tokens", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["proven"]
+    assert said["steps"] == 12
+    assert said["checked_tokens"]
+    assert said["sources"]["corpus"]["tokens"] == 12 * 256
+    notes = "\n".join(said["notes"])
+    assert "step 4: restart, dp 2; takes back steps 5 to" in notes
+    assert "step 9: restart, dp 1; dp was 2" in notes
+    assert "step 7: phase long" in notes
+
+
+def test_a_row_that_the_trainer_was_not_fed_is_named(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    lines = (tmp_path / "run" / FILE).read_text().splitlines(keepends=True)
+    place = max(place for place, line in enumerate(lines) if '"kind":"step","step":11,' in line)
+    one = json.loads(lines[place])
+    other = json.loads(lines[place + 1])
+    lines[place] = json.dumps(one | {"ranges": other["ranges"]}) + "\n"
+    (tmp_path / "run" / FILE).write_text("".join(lines))
+    assert main(["audit", str(tmp_path / "run")]) == 1
+    assert "step 11 did not read the ranges" in (said := capsys.readouterr().out), said
+
+
+def test_no_torn_line_is_left(folder):
+    assert TORN not in (folder / FILE).read_bytes()
+    assert steps(folder)[-8:] == list(range(5, 13))
