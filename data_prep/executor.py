@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
+import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.sharedctypes import Synchronized
-from multiprocessing.synchronize import Event
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from trainer.config import UserError
@@ -48,40 +50,51 @@ def run(
             take(do(item, advance))
         return
     context = multiprocessing.get_context("spawn")
-    done, stopped = context.Value("q", 0), context.Event()
-    # In a file: what a new process is told goes through a pipe, and where that is full because the process was killed
-    # before it read, multiprocessing waits for ever.
+    # Neither is read here under a lock: a killed worker may have held it.
+    done, stopped = context.Value("q", 0), context.RawValue("b", 0)
+    with _pool(context, min(workers, len(items)), start, done, stopped) as pool:
+        try:
+            waiting = {pool.submit(_do, item) for item in items}
+            shown = 0
+            while waiting:
+                finished, waiting = wait(waiting, POLL_SECONDS, FIRST_EXCEPTION)
+                told = done.get_obj().value
+                advance(told - shown)
+                shown = told
+                for future in finished:
+                    if not isinstance(future.exception(), Stopped):  # else another has failed, and is waited for
+                        take(future.result())
+        except BrokenProcessPool:
+            raise UserError(
+                f"--workers: one of {workers} was killed, most likely for memory; finished work is kept; "
+                "run the same command again, with fewer workers"
+            ) from None
+        finally:
+            stopped.value = 1
+
+
+@contextmanager
+def _pool(context: Any, workers: int, start: Callable[[], Do], done: Any, stopped: Any) -> Iterator[ProcessPoolExecutor]:
+    # `start` in a file: what a new process is told goes through a pipe, and if that is full and the process is killed
+    # before it has read, multiprocessing waits for ever.
     with tempfile.NamedTemporaryFile() as told:
         told.write(pickle.dumps(start))
         told.flush()
-        pool = ProcessPoolExecutor(min(workers, len(items)), context, _start, (told.name, done, stopped))
-        _hand_out(pool, items, ...)
-    try:
-        waiting = {pool.submit(_do, item) for item in items}
-        shown = 0
-        while waiting:
-            finished, waiting = wait(waiting, POLL_SECONDS, FIRST_EXCEPTION)
-            advance(done.value - shown)
-            shown = done.value
-            for future in finished:
-                take(future.result())
-    except BrokenProcessPool:
-        raise UserError(
-            f"--workers: one of {workers} was killed, most likely for memory; finished work is kept; "
-            "run the same command again, with fewer workers"
-        ) from None
-    finally:
-        stopped.set()
-        pool.shutdown(cancel_futures=True)
+        pool = ProcessPoolExecutor(workers, context, _start, (told.name, done, stopped))
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Do, Synchronized[int], Event]
+_worker: tuple[Do, Any, Any]
 
 
-def _start(start: Callable[[], Do], done: Synchronized[int], stopped: Event) -> None:
+def _start(told: str, done: Any, stopped: Any) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    start = pickle.loads(Path(told).read_bytes())
     _worker = (start(), done, stopped)
 
 
@@ -97,9 +110,14 @@ def _do(item: Any) -> Any:
     do, done, stopped = _worker
 
     def advance(count: int) -> None:
-        if stopped.is_set():
+        if stopped.value:
             raise Stopped
         with done.get_lock():
             done.value += count
 
-    return do(item, advance)
+    advance(0)
+    try:
+        return do(item, advance)
+    except BaseException:
+        stopped.value = 1
+        raise

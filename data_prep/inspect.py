@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import PurePath
 from typing import Any
 
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--find", metavar="TEXT", help="show the first documents that contain the text")
     add("--split", choices=("train", "validation"), default="train", help="of rows and documents (default %(default)s)")
     add("--seq-len", type=int, default=2048, metavar="L", help="tokens in a row (default %(default)s)")
-    add("--tokens", metavar="FIRST:END", help="of --shard (default: a row from its beginning)")
+    add("--tokens", metavar="FIRST:END", help="of --shard, or FIRST+COUNT (default: a row from its beginning)")
     add("--limit", type=int, default=5, metavar="N", help="documents to find at most (default %(default)s)")
     scanned = "shards to count lengths in, or all (default %(default)s: documents are shuffled, some speak for all)"
     add("--sample", default="16", metavar="N", help=scanned)
@@ -96,13 +98,16 @@ def _shard_range(args: argparse.Namespace, corpus: Corpus) -> tuple[str, str, in
 def _tokens(args: argparse.Namespace, shard: Shard) -> tuple[int, int]:
     if args.tokens is None:
         return 0, min(args.seq_len, shard.tokens)
-    first, colon, end = args.tokens.partition(":")
-    if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end) <= shard.tokens):
+    found = re.fullmatch(r"(\d+)([:+])(\d+)", args.tokens, re.ASCII)
+    first, end = (int(found[1]), int(found[3])) if found else (0, 0)
+    if found and found[2] == "+":
+        end += first
+    if not first < end <= shard.tokens:
         raise UserError(
-            f"--tokens: {args.tokens}; must be FIRST:END, FIRST below END and END at most {shard.tokens}, "
-            f"the tokens of {shard.file}; for example 0:{min(args.seq_len, shard.tokens)}"
+            f"--tokens: {args.tokens}; must be FIRST:END or FIRST+COUNT, not empty, within the {shard.tokens} tokens of "
+            f"{shard.file}; for example 0:{min(args.seq_len, shard.tokens)}"
         )
-    return int(first), int(end)
+    return first, end
 
 
 def _check_number(option: str, value: int, count: int, there_are: str) -> None:
@@ -113,7 +118,9 @@ def _check_number(option: str, value: int, count: int, there_are: str) -> None:
 
 def _show(title: str, split: str, pieces: list[Piece], corpus: Corpus, console: Console) -> None:
     tokens = sum(len(piece.tokens) for piece in pieces)
-    console.print(f"{title}: {tokens:,} tokens, {len(pieces):,} documents, whole or in part", style="bold", soft_wrap=True)
+    console.print(
+        f"{title}: {tokens:,} tokens, {len(pieces):,} documents, whole or in part", style="bold", soft_wrap=True
+    )
     for number, piece in enumerate(pieces):
         _rule(f"{number}: {_described_place(piece, split)}", console)
         console.print(corpus.vocabulary.shown(piece.tokens), overflow="fold")
@@ -146,18 +153,16 @@ def _described(piece: Piece, corpus: Corpus) -> dict[str, Any]:
 
 def _find(args: argparse.Namespace, corpus: Corpus, console: Console) -> None:
     split: Split = getattr(corpus.manifest, args.split)
-    found: list[dict[str, Any]] = []
     with bar.shown("looking", sum(shard.bytes for shard in split.shards)) as advance:
-        for piece, text in _containing(args.find, corpus, split, advance):
-            if not args.json:
-                _rule(_described_place(piece, args.split), console)
-                console.print(_excerpt(text, args.find), overflow="fold")
-            found.append(_described(piece, corpus))
-            if len(found) == args.limit:
-                break
+        found = list(islice(_containing(args.find, corpus, split, advance), args.limit))
     if args.json:
-        print(json.dumps({"corpus": args.corpus, "split": args.split, "find": args.find, "documents": found}))
-    elif not found:
+        documents = [_described(piece, corpus) for piece, _ in found]
+        print(json.dumps({"corpus": args.corpus, "split": args.split, "find": args.find, "documents": documents}))
+        return
+    for piece, text in found:
+        _rule(_described_place(piece, args.split), console)
+        console.print(_excerpt(text, args.find), overflow="fold")
+    if not found:
         print(f"{args.corpus}: no document of {args.split} contains {args.find!r}")
 
 

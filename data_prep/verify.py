@@ -28,6 +28,8 @@ from trainer.data.manifest import Manifest, Shard, Split
 
 COUNT_TOKENS = 1 << 18
 """Ids counted at a time: numpy widens them to 64 bits for it."""
+SMALL_BYTES = 1 << 26
+"""A corpus up to this size is read sooner than processes start."""
 ENTROPY_DECIMALS = 6
 """Of the entropy in the manifest."""
 
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     read_bytes = sum(shard.bytes for shard in shards)
     print(
         f"{args.corpus}: {corpus.counts['tokens']:,} tokens in {len(shards):,} shards are what the manifest says; "
-        f"{read_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {read_bytes / 1e6 / seconds:,.0f} MB/s"
+        f"{read_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {read_bytes / 1e6 / seconds:,.1f} MB/s"
     )
 
 
@@ -136,7 +138,9 @@ def _occurrences(address: str, corpus: Manifest, workers: int) -> np.ndarray:
         elif file in training:
             np.add(occurrences, found, out=occurrences)
 
-    with bar.shown("verifying", sum(shard.bytes for shard in shards)) as advance:
+    total_bytes = sum(shard.bytes for shard in shards)
+    workers = workers if total_bytes > SMALL_BYTES else 1
+    with bar.shown("verifying", total_bytes) as advance:
         executor.run(partial(_checking, address, corpus), shards, workers, advance, take)
     if wrong:
         first = min(wrong)

@@ -19,11 +19,13 @@ CLOSED_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 VERBS = {
     "prepare": ("data_prep.prepare", "text to tokenized shards and a manifest"),
     "verify": ("data_prep.verify", "read a prepared corpus again and compare it with its manifest"),
+    "inspect": ("data_prep.inspect", "what a prepared corpus is, and the text of its rows and documents"),
     "train": ("trainer.__main__", "train: on this machine, or as one rank of torchrun, deepspeed or srun"),
     "evaluate": ("trainer.evaluate", "loss on held-out rows, by position"),
     "generate": ("trainer.generate", "continue a prompt"),
     "import-hf": ("trainer.exchange", "a Hugging Face folder to weights a run can start from"),
     "export-hf": ("trainer.exchange", "a run's newest checkpoint to a Hugging Face folder"),
+    "audit": ("trainer.audit", "prove from a run's ledger that no token was lost or repeated, or list what was"),
     "report": ("trainer.report", "one HTML page with the plots of a run"),
     "bench": ("trainer.bench", "speed, memory and time by part of the run's own training steps, on synthetic rows"),
     "mup": ("trainer.mup_check", "whether a config's muP holds: coordinates, learning-rate transfer, weight decay"),

@@ -52,7 +52,7 @@ def losses_of(model: nn.Module, batch: Batch, mesh: Mesh) -> Tensor:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `tandem evaluate`."""
     parser.add_argument("source", type=Path, help="run folder, import folder or Hugging Face folder")
-    parser.add_argument("--data", type=Path, required=True, help="prepared corpus; its held-out rows are read")
+    parser.add_argument("--data", required=True, help="prepared corpus; its held-out rows are read")
     parser.add_argument("--length", type=int, help="tokens in a row; default: the longest the run was trained on")
     parser.add_argument("--rows", type=int, default=32, help="held-out rows to read (default 32)")
     parser.add_argument(
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(report) if arguments.json else _table(report))
 
 
-def check_data(data: Path, origin: Source, length: int, rows: int) -> None:
+def check_data(data: str, origin: Source, length: int, rows: int) -> None:
     """Raises UserError unless the corpus was made with the weights' tokenizer and has so many held-out rows."""
     corpus = manifest.load(data)
     if corpus.vocab > origin.model.vocab:
@@ -141,12 +141,12 @@ def model_from(origin: Source, mesh: Mesh, dtype: torch.dtype | None = None) -> 
     return model.eval()
 
 
-def held_out(data: Path, vocab: int, length: int, rows: int) -> Iterable[Batch]:
+def held_out(data: str, vocab: int, length: int, rows: int) -> Iterable[Batch]:
     """`rows` held-out rows of `length` tokens, one at a time."""
     name = "corpus"
     phase = Phase("evaluation", rows * length, length, rows, 1, {name: 1.0})
     schedule = Schedule(None, [phase], LearningRate("linear", 1.0, 0.0, 0, None))
-    loader = Loader(Data({name: str(data)}), schedule, seed=0, vocab=vocab, dp_rank=0, dp_size=1)
+    loader = Loader(Data({name: data}), schedule, seed=0, vocab=vocab, dp_rank=0, dp_size=1)
     return loader.validation(phase, rows * length)
 
 

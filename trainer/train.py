@@ -9,9 +9,10 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,24 @@ from trainer.checkpoint.read import Snapshot, load_weights, newest, opened, rest
 from trainer.checkpoint.write import model_facts, save
 from trainer.config import RunConfig, UserError, check_world, dump
 from trainer.costs import flops_per_token
+from trainer.data.damage import Met, agreed, agreed_batches
 from trainer.data.loader import Batch, Loader
 from trainer.data.manifest import check_resume
 from trainer.engine import Engine
 from trainer.evaluate import validation_loss
+from trainer.ledger import Digests, Ledger, copy_manifests, halves, joined
 from trainer.metrics import Sinks, StepRecord, open_sinks, throughput
 from trainer.models.init import values
 from trainer.models.mup import rules
-from trainer.parallel.mesh import Mesh, from_rank_0, launched_world_size, on_rank_0, started, sum_over_ranks
+from trainer.parallel.mesh import (
+    Mesh,
+    from_rank_0,
+    gather_to_all,
+    launched_world_size,
+    on_rank_0,
+    started,
+    sum_over_ranks,
+)
 from trainer.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -59,6 +70,8 @@ class Training(Stepper):
     folder: Path
     loader: Loader
     sinks: Sinks
+    ledger: Ledger | None = None
+    """Rank 0's."""
 
 
 def run(config: RunConfig) -> int:
@@ -99,6 +112,9 @@ def run_in(
     snapshot = newest(folder / "checkpoints", mesh)
     if snapshot:
         check_continues(config, snapshot, loader)
+        for source, files in snapshot.manifest.get("skipped", {}).items():
+            for file in files:
+                loader.skip(source, file)
     on_rank_0(lambda: runtime.open_run_folder(folder, dump(config)), mesh)
     engine = build_engine(config, mesh, snapshot, initial)
     step, cursor = (snapshot.step, snapshot.manifest["cursor"]) if snapshot else (0, None)
@@ -107,58 +123,119 @@ def run_in(
             source.close()
     sinks = on_rank_0(lambda: open_sinks(folder, config, rank=0, resumed_step=step), mesh) or Sinks([], step)
     peak_flops = config.hardware.peak_flops if config.hardware else runtime.measured_peak_flops(mesh.device)
-    training = Training(config, mesh, Timeline(config.schedule), engine, peak_flops, folder, loader, sinks)
+    ledger = on_rank_0(lambda: open_ledger(folder, config, loader, step, cursor, mesh.dp_size), mesh)
+    training = Training(config, mesh, Timeline(config.schedule), engine, peak_flops, folder, loader, sinks, ledger)
     try:
         return loop(training, step, cursor, stop_signal)
     finally:
         sinks.close()
+        if ledger:
+            ledger.close()
+
+
+def open_ledger(
+    folder: Path, config: RunConfig, loader: Loader, step: int, cursor: dict[str, int] | None, dp_size: int
+) -> Ledger:
+    """The run folder's ledger, which has this start on record, and copies of the manifests that it needs to be read."""
+    copy_manifests(folder, config.data.sources)
+    ledger = Ledger(folder)
+    ledger.start(
+        step, cursor or {}, order=loader.order, phases=[dataclasses.asdict(phase) for phase in config.schedule.phases],
+        fingerprints=loader.fingerprints, skipped=loader.skipped, dp_size=dp_size,
+    )  # fmt: skip
+    return ledger
 
 
 def loop(training: Training, step: int, cursor: dict[str, int] | None, stop_signal: runtime.StopSignal) -> int:
-    """Steps from `step` until the schedule, `run.stop_step` or a signal ends them; returns the exit code."""
+    """Steps from `step` until the schedule, its sources, `run.stop_step` or a signal end them; returns the exit code."""
     config, timeline, sinks = training.config, training.timeline, training.sinks
-    last = min(timeline.total_steps, config.run.stop_step or timeline.total_steps)
+    last = min(training.loader.end(step, cursor)[0], config.run.stop_step or timeline.total_steps)
     sinks.start(
         tokens=timeline.tokens_before(step), world_size=training.mesh.world_size, tp_size=training.mesh.tp_size,
         dp_size=training.mesh.dp_size, total_steps=timeline.total_steps, total_tokens=timeline.total_tokens,
     )  # fmt: skip
-    batches, stopping = training.loader.batches(step, cursor), False
+    batches, stopping, saved_step = batches_from(training, step, cursor), False, step
     while step < last and not stopping:
-        record, cursor, stopping = timed_step(training, batches, step, stop_signal)
-        step += 1
-        sinks.step(record)
+        try:
+            record, cursor, digests, stopping = timed_step(training, batches, step, stop_signal)
+        except StopIteration:  # a shard left out just now was to feed this step
+            last = step
+        else:
+            step += 1
+            sinks.step(record)
+            if training.ledger and digests:
+                training.ledger.step(step, cursor, digests)
         if due(step, config.evaluate.every_steps) or (config.evaluate.every_steps and step == last):
             evaluate(training, step)
-        if stopping or step == last or due(step, config.checkpoint.every_steps):
+        if (stopping or step == last or due(step, config.checkpoint.every_steps)) and step != saved_step:
+            assert cursor is not None, "a step was made"
             save_checkpoint(training, step, cursor)
+            saved_step = step
     if step >= last:
-        sinks.end(step, "finished" if step == timeline.total_steps else f"run.stop_step {last}")
+        sinks.end(step, end_reason(training, step, cursor))
         return 0
     sinks.end(step, f"stopped by {stop_signal.name or 'a signal to another rank'}")
     return runtime.REQUEUE_EXIT_CODE
 
 
+def end_reason(training: Training, step: int, cursor: dict[str, int] | None) -> str:
+    """Why the run ends with `step`, of all that can end it but a signal."""
+    end, source = training.loader.end(step, cursor)
+    if step == training.timeline.total_steps:
+        return "finished"
+    return f"data.max_epochs.{source}" if source and step >= end else f"run.stop_step {step}"
+
+
+def batches_from(training: Training, step: int, cursor: dict[str, int] | None) -> Iterator[Batch]:
+    """The loader's batches from `step` on; where `data.damaged_shards` says skip, without the shards that any rank finds so."""
+    if training.config.data.damaged_shards == "stop":
+        return training.loader.batches(step, cursor)
+    return agreed_batches(
+        training.loader, step, cursor, partial(met_by_any, mesh=training.mesh), partial(leave_out, training)
+    )
+
+
+def met_by_any(met: Met | None, mesh: Mesh) -> list[Met]:
+    """What this and all other ranks have met, the same on every rank."""
+    [number] = sum_over_ranks([float(met is not None)], mesh)
+    return sorted({each for each in gather_to_all(met) if each}) if number else []
+
+
+def leave_out(training: Training, step: int, met: Met) -> None:
+    """From the update number `step` on no row is cut from the shard, and that is on record."""
+    source, file = met
+    if training.mesh.rank == 0:
+        log.warning("data.sources.%s: shard %s is damaged; it is left out from step %d on", source, file, step + 1)
+    if training.ledger:
+        training.ledger.skip(step + 1, source, file)
+    training.loader.skip(source, file)
+
+
 def timed_step(
     stepper: Stepper, batches: Iterator[Batch], step: int, stop_signal: runtime.StopSignal
-) -> tuple[StepRecord, dict[str, int], bool]:
-    """Update number `step`, on the next batch. Returns its record, the cursor after the batch, and whether any rank was told
-    to stop.
+) -> tuple[StepRecord, dict[str, int], Digests | None, bool]:
+    """Update number `step`, on the next batch. Returns its record, the cursor after the batch, the evidence of what was read
+    if batches carry it, and whether any rank was told to stop.
     """
     began = time.perf_counter()
     batch = next(batches)
     data_seconds = time.perf_counter() - began
-    loss, gradient_norm, stopping = one_step(stepper, batch, step, stop_signal)
+    loss, gradient_norm, digests, stopping = one_step(stepper, batch, step, stop_signal)
     record = record_of(stepper, step + 1, loss, gradient_norm, time.perf_counter() - began, data_seconds)
-    return record, batch.cursor, stopping
+    return record, batch.cursor, digests, stopping
 
 
-def one_step(stepper: Stepper, batch: Batch, step: int, stop_signal: runtime.StopSignal) -> tuple[float, float, bool]:
-    """One update on one global batch. Returns its mean loss in nats, the gradient norm before clipping, and whether any
-    rank was told to stop.
+def one_step(
+    stepper: Stepper, batch: Batch, step: int, stop_signal: runtime.StopSignal
+) -> tuple[float, float, Digests | None, bool]:
+    """One update on one global batch. Returns its mean loss in nats, the gradient norm before clipping, the evidence of all
+    its rows, and whether any rank was told to stop.
     """
     mesh, engine = stepper.mesh, stepper.engine
     total = accumulate(engine, batch, stepper.timeline.phase_at(step).phase.micro_rows, mesh)
-    summed, stops = sum_over_ranks([float(total), float(stop_signal.name is not None)], mesh)
+    values = [float(total), float(stop_signal.name is not None), *halves(batch.evidence)]
+    summed, stops, *evidence = sum_over_ranks(values, mesh)
+    digests = joined(evidence, mesh.tp_size)
     mean_loss = summed / mesh.world_size
     gradient_norm = engine.update(stepper.timeline.lr_at(step))
     if not (math.isfinite(mean_loss) and math.isfinite(gradient_norm)):
@@ -166,7 +243,7 @@ def one_step(stepper: Stepper, batch: Batch, step: int, stop_signal: runtime.Sto
             f"step {step + 1}: loss {mean_loss}, gradient norm {gradient_norm}: not finite; nothing was saved after the last "
             "checkpoint; lower schedule.lr.peak or look at the data of this step"
         )
-    return mean_loss, gradient_norm, stops > 0
+    return mean_loss, gradient_norm, digests, stops > 0
 
 
 def accumulate(engine: Engine, batch: Batch, micro_rows: int, mesh: Mesh) -> Tensor:
@@ -185,20 +262,29 @@ def accumulate(engine: Engine, batch: Batch, micro_rows: int, mesh: Mesh) -> Ten
 def evaluate(training: Training, step: int) -> None:
     """The validation loss of the weights after `step` is on record."""
     phase = training.timeline.phase_at(step - 1).phase
-    batches = training.loader.validation(phase, training.config.evaluate.tokens)
+    read = partial(training.loader.validation, phase, training.config.evaluate.tokens)
+    batches: Iterable[Batch]
+    if training.config.data.damaged_shards == "stop":
+        batches = read()
+    else:
+        exchange = partial(met_by_any, mesh=training.mesh)
+        batches = agreed(lambda: list(read()), exchange, partial(leave_out, training, step))
     loss = validation_loss(training.engine.model, batches, training.mesh)
     training.sinks.validation(step, training.timeline.tokens_before(step), loss)
 
 
 def save_checkpoint(training: Training, step: int, cursor: dict[str, int]) -> None:
-    """A committed checkpoint of `step` lies in the run folder."""
+    """A committed checkpoint of `step` lies in the run folder, and its ledger is not behind it."""
     began = time.perf_counter()
+    if training.ledger:
+        training.ledger.sync()
     facts = {
         **model_facts(training.config.model, training.config.mup),
         "tokens": training.timeline.tokens_before(step),
         "cursor": cursor,
         "fingerprints": training.loader.fingerprints,
         "order": training.loader.order,
+        "skipped": training.loader.skipped,
         "phases": [dataclasses.asdict(phase) for phase in training.config.schedule.phases],
     }
     root, keep = training.folder / "checkpoints", training.config.checkpoint.keep
@@ -264,7 +350,10 @@ def check_continues(config: RunConfig, snapshot: Snapshot, loader: Loader) -> No
 
 
 def check_same_past(timeline: Timeline, snapshot: Snapshot) -> None:
-    """Raises UserError when the schedule gives the steps already made another shape; what lies ahead may change."""
+    """Raises UserError when the schedule gives the steps already made another shape; what lies ahead may change.
+
+    Of a phase that the run is in, it says which two phases let the rest of it change.
+    """
     first_step = 0
     for index, saved in enumerate(snapshot.manifest["phases"]):
         if first_step >= snapshot.step:
@@ -278,9 +367,17 @@ def check_same_past(timeline: Timeline, snapshot: Snapshot) -> None:
         if min(span.end_step, snapshot.step) != min(end_step, snapshot.step):
             changed.append("tokens")
         if changed:
+            remedy = "restore the value or choose another run.name"
+            if snapshot.step < end_step:
+                done = (snapshot.step - first_step) * saved["rows"] * saved["seq_len"]
+                rest = max(1, round((span.phase.tokens - done) / span.phase.batch_tokens)) * span.phase.batch_tokens
+                remedy = (
+                    f"to change the rest of it write two phases, {saved['name']!r} as it was with tokens: {done}, and after "
+                    f"it one of another name with tokens: {rest}"
+                )
             raise UserError(
                 f"{where}.{changed[0]}: {getattr(span.phase, changed[0])} but the run made its steps with "
-                f"{saved[changed[0]]}; the past of a run is fixed; restore the value or choose another run.name"
+                f"{saved[changed[0]]}; the past of a run is fixed; {remedy}"
             )
         first_step = end_step
 

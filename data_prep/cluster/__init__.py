@@ -23,8 +23,9 @@ def door(executor: str) -> ModuleType:
     try:
         return import_module(f"data_prep.cluster.{executor}")
     except ModuleNotFoundError as error:
-        if error.name != LIBRARIES[executor]:
+        library = LIBRARIES[executor]
+        if (error.name or "").split(".")[0] != library:
             raise
         raise UserError(
-            f"--executor: {executor}; needs {error.name}, which is not installed; pip install 'tandem[{executor}]'"
+            f"--executor: {executor}; needs {library}, which is not installed; pip install 'tandem[{executor}]'"
         ) from None

@@ -156,7 +156,7 @@ def _difference(made: Encoder, reference: Reference, sample: Sequence[str]) -> s
     tokens, lengths = Encode(made, reference)(texts)
     try:
         others, counts = Encode(replace(made, library="gigatoken"), reference)(texts)
-    except ValueError as error:  # what gigatoken raises for a tokenizer.json it cannot read
+    except RuntimeError as error:  # what gigatoken raises for a tokenizer.json it cannot read
         return f"it cannot be read ({' '.join(str(error).split())[:200]})"
     starts, other_starts = np.cumsum(lengths) - lengths, np.cumsum(counts) - counts
     for index, text in enumerate(texts):

@@ -71,8 +71,10 @@ SCHEMES = {
         },
     ),
 }
-"""Source: tiktoken's openai_public (gpt2, cl100k), Stability AI's tokenizer of Stable LM 2 (arcade100k): cl100k's ranks,
-digits one by one, and 32 special ids of which 100,256 is none."""
+"""Source: tiktoken's openai_public (gpt2, cl100k); Stability AI's tokenizer of Stable LM 2 (arcade100k): cl100k's ranks,
+digits one by one, and 32 special ids, of which 100,256 is none. The pattern is cl100k's as first published, the one of
+arcade100k and of every tokenizer.json of cl100k; tiktoken's own of today keeps white space at
+the end of a document in one piece even where a line ends in it."""
 NAMES = {
     "arcade100k.tiktoken": "arcade100k",
     "cl100k_base.tiktoken": "cl100k",

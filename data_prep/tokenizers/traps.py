@@ -41,10 +41,10 @@ def texts() -> Iterator[str]:
 
 
 def code_points(codes: range, per_text: int = 64) -> Iterator[str]:
-    """Texts in which each code point stands after a letter, a digit and an apostrophe."""
+    """Texts in which each code point stands between letters, and between an apostrophe and a digit."""
     characters = [chr(code) for code in codes if code not in SURROGATES]
     for first in range(0, len(characters), per_text):
-        yield "".join(f"a{c}1{c}'{c} " for c in characters[first : first + per_text])
+        yield "".join(f"a{c}a'{c}1" for c in characters[first : first + per_text])
 
 
 def excerpts(sample: Sequence[str]) -> Iterator[str]:

@@ -70,6 +70,8 @@ def test_a_range_of_a_shard_is_the_same_tokens_as_in_its_row(folder, shown):
         span = f"{document['first']}:{document['first'] + len(document['tokens'])}"
         again = shown(folder, "--shard", document["shard"], "--tokens", span, "--json")
         assert again["documents"] == [document]
+        counted = f"{document['first']}+{len(document['tokens'])}"
+        assert shown(folder, "--shard", document["shard"], "--tokens", counted, "--json") == again
     whole = shown(folder, "--shard", "validation-000000.tar", "--json")
     assert [document["text"] for document in whole["documents"]] == [f"{text}{written.EOS}" for text in HELD_OUT]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -85,6 +86,10 @@ def test_nothing_was_lost_or_repeated(folder, capsys):
     assert "step 4: restart, dp 2; takes back steps 5 to" in notes
     assert "step 9: restart, dp 1; dp was 2" in notes
     assert "step 7: phase long" in notes
+    assert main(["audit", str(folder), "--step", "12"]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[0].split(": ")[1])
+    assert command[:2] == ["tandem", "inspect"]
+    assert main(command[1:]) == 0, "what it prints can be pasted"
 
 
 def test_a_row_that_the_trainer_was_not_fed_is_named(folder, tmp_path, capsys):

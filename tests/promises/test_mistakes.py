@@ -149,7 +149,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     ),
     "empty corpus": (
         "prepare --input {root}/untexted --output {root}/out --vocab 300 --workers 1",
-        ["--input: ", "untexted holds no text", "name another path"],
+        ["--input: ", "--input: holds no text", "name another path"],
     ),
     "resume with another corpus": (
         "train {config} data.sources.corpus={later}",

@@ -150,6 +150,22 @@ def test_the_past_of_a_schedule_is_fixed_and_its_future_free(root, corpus, phase
         check_same_past(timeline, snapshot)
 
 
+def test_whoever_edits_the_mixture_of_the_phase_a_run_is_in_is_told_which_two_phases_to_write(root, corpus):
+    snapshot = Snapshot(root / "btlm-stopped" / "checkpoints" / "step-00000008")
+    schedule = config("btlm", corpus, root, 1).schedule
+    short, long = schedule.phases
+    edited = dataclasses.replace(long, mixture={"corpus": 0.5, "other": 0.5})
+    message = r"schedule.phases\[1\].mixture: .* two phases, 'long' as it was with tokens: 512, "
+    with pytest.raises(UserError, match=message) as said:
+        check_same_past(Timeline(dataclasses.replace(schedule, phases=[short, edited])), snapshot)
+    assert str(said.value).endswith("one of another name with tokens: 1024")
+    assert "\n" not in str(said.value)
+    two = [dataclasses.replace(long, tokens=512), dataclasses.replace(edited, name="edited", tokens=1024)]
+    followed = Timeline(dataclasses.replace(schedule, phases=[short, *two]))
+    check_same_past(followed, snapshot)
+    assert followed.total_steps == 12
+
+
 def test_a_torn_or_damaged_checkpoint_is_passed_over_with_its_name(root, tmp_path, caplog):
     folder = tmp_path / "checkpoints"
     shutil.copytree(root / "btlm-stopped" / "checkpoints", folder)

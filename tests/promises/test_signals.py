@@ -17,6 +17,7 @@ import yaml
 from tests.promises.conftest import clean_environment, ended, forked, steps_of, two_phases
 from tests.ranks import SERVER
 from trainer import runtime
+from trainer.__main__ import main
 from trainer.checkpoint.layout import KINDS, committed
 from trainer.checkpoint.read import Snapshot, opened
 from trainer.runtime import REQUEUE_EXIT_CODE
@@ -66,6 +67,7 @@ def is_the_straight_run(folder: Path, straight: Path) -> None:
     assert sorted(other) == list(range(1, 2 * STEPS + 1))
     assert [other[step]["loss"] for step in sorted(other)] == [one[step]["loss"] for step in sorted(one)]
     assert opened(folder).manifest["cursor"] == opened(straight).manifest["cursor"]
+    assert main(["audit", str(folder)]) == 0
     assert differing(opened(straight), opened(folder)) == []
 
 

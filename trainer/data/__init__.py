@@ -1,1 +1,3 @@
-"""Prepared corpora as the rows of a global step: manifest, stream, mixture, rows, loader, in this order."""
+"""Prepared corpora as the rows of a global step: manifest, remote, cache, stream, order, mixture, rows, loader, damage, each
+with what stands before it.
+"""

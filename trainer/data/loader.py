@@ -2,39 +2,39 @@
 data-parallel rank.
 
 The one idea: the rows of step n are a pure function of manifests, seed, phases and n, and a rank takes its
-slice of them, so any data-parallel size that divides the rows sees the same rows. The cursor travels in the
-batch it belongs to: how far the background thread has read ahead is nobody's business, and a resume at the
-cursor of the last finished step is exact.
+slice of them, so any data-parallel size that divides the rows sees the same rows. Where rows lie is computed
+here, which costs nothing; reading them is left to any number of threads. The cursor travels in the batch it
+belongs to: how far has been read ahead is nobody's business, and a resume at the cursor of the last finished
+step is exact.
 """
 
 from __future__ import annotations
 
-import threading
+from bisect import bisect_left
+from collections import Counter, deque
 from collections.abc import Generator, Iterator
-from queue import Full, Queue
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
 
 from trainer import config
 from trainer.config import UserError
 from trainer.data import manifest, mixture
+from trainer.data.cache import Cache
 from trainer.data.order import Order
-from trainer.data.rows import Batch, Block, Place, Source, batch, cut, places
+from trainer.data.rows import Batch, Cut, Evidence, Source, Span, batch
 from trainer.data.stream import Stream
 from trainer.timeline import Timeline
 
-__all__ = ["Batch", "Loader"]
-
-Cut = tuple[Block, dict[str, int]]
-"""A rank's rows of one step as they come from `rows.cut`, and the cursor after the step."""
-
-POLL_SECONDS = 0.1
-"""How soon a thread that waits for room in the queue notices that nobody reads any more."""
+__all__ = ["Batch", "Evidence", "Loader"]
 
 
 class Loader:
     """Opens every source of `data`.
 
-    Raises: UserError for a corpus that is incomplete, was prepared with another tokenizer, or does not fit
-    `vocab`.
+    Raises: UserError for a corpus that is incomplete, was prepared with another tokenizer, does not fit
+    `vocab`, or, unless `data` says otherwise, may not be read as often as the schedule asks.
     """
 
     def __init__(
@@ -49,9 +49,10 @@ class Loader:
     ):
         self._data, self._schedule = data, schedule
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._manifests = {source: manifest.load(folder) for source, folder in data.sources.items()}
+        self._manifests = {source: manifest.load(folder, data.cache) for source, folder in data.sources.items()}
         for source, corpus in self._manifests.items():
-            manifest.check_files(data.sources[source], corpus)
+            if data.damaged_shards == "stop":
+                manifest.check_files(data.sources[source], corpus)
             _check_vocab(source, corpus, vocab)
             if data.tokenizer is not None:
                 manifest.check_tokenizer(data.tokenizer, corpus, "data.tokenizer")
@@ -63,28 +64,68 @@ class Loader:
             "run.seed": seed, "data.block_tokens": data.block_tokens, "data.window_tokens": data.window_tokens,
         }  # fmt: skip
         """What besides the corpora fixes which token comes when: for the life of a run."""
-        self._train, self._held_out = {}, {}
+        self.skipped: dict[str, list[str]] = {}
+        """Files of the shards of each source that are left out: what a resume must take up, see `skip`."""
+        self._limits = {
+            name: int(epochs * self._manifests[name].train.tokens) for name, epochs in data.max_epochs.items()
+        }
+        if data.at_end == "refuse":
+            self._check_limits()
+        self._train, self._held_out, cache = {}, {}, Cache(data.cache)
         for source, corpus in self._manifests.items():
-            self._train[source] = self._source(source, corpus, corpus.train, seed)
+            self._train[source] = self._source(source, corpus, corpus.train, seed, cache)
             if corpus.validation.tokens:
-                self._held_out[source] = self._source(source, corpus, corpus.validation, None)
+                self._held_out[source] = self._source(source, corpus, corpus.validation, None, cache)
 
-    def batches(self, step: int, cursor: dict[str, int] | None) -> Iterator[Batch]:
-        """This rank's batches of global steps `step`, `step` + 1, ... to the end of the schedule.
+    def batches(self, step: int, cursor: dict[str, int] | None) -> Generator[Batch, None, None]:
+        """This rank's batches of global steps `step`, `step` + 1, ... to the last that can be fed, see `end`.
 
         `cursor` is that of the batch before `step`; None takes the one the schedule implies (nothing read at
         step 0).
         Raises: UserError, when a batch is asked for, naming a shard that is damaged.
         """
         start = mixture.cursor_at(self._schedule, step) if cursor is None else dict(cursor)
-        blocks = self._blocks(step, start)
-        if self._data.prefetch_steps:
-            blocks = _ahead(blocks, self._data.prefetch_steps)
-        try:
-            for block, after in blocks:
-                yield batch(block, self._eos_id, after)
-        finally:
-            blocks.close()
+        cuts = self._cuts(step, start)
+        if self._data.workers and self._data.prefetch_steps:
+            return self._ahead(cuts)
+        return (batch(self._train, cut, self._eos_id) for cut in cuts)
+
+    def end(self, step: int, cursor: dict[str, int] | None) -> tuple[int, str | None]:
+        """How many steps the run can make, given where it is, and the source that ends it before the schedule does, if any.
+
+        A source is at its end where `data.max_epochs` says; a pure function, the same on every rank.
+        """
+        total = Timeline(self._schedule).total_steps
+        before = mixture.cursor_at(self._schedule, step)
+        ends = [(total, "")]
+        for source, limit in self._limits.items():
+            reader, position = self._train[source], (before if cursor is None else cursor).get(source, 0)
+            tokens = limit - reader.left_out(limit) - (position - reader.left_out(position))
+            tokens += before.get(source, 0)
+            steps = range(step, total + 1)
+            short = bisect_left(
+                steps, True, key=lambda now, source=source, tokens=tokens: self._taken(now, source) > tokens  # type: ignore[misc]
+            )
+            ends.append((max(step, step + short - 1), source))
+        last, source = min(ends)
+        return last, source or None
+
+    def skip(self, source: str, file: str) -> None:
+        """From now on the shard is left out: rows are cut from what remains of its source behind the cursor.
+
+        Iterators made before must be closed. Raises: UserError where nothing remains.
+        """
+        files = self.skipped.setdefault(source, [])
+        if file not in files:
+            files.append(file)
+        for sources in (self._train, self._held_out):
+            if source in sources:
+                sources[source].stream.leave_out(file)
+        if source in self._train and not self._train[source].stream.kept_tokens:
+            raise UserError(
+                f"data.sources.{source}: every training shard is damaged, {file} is the last; nothing is left to read; "
+                f"restore {self._data.sources[source]}"
+            )
 
     def validation(self, phase: config.Phase, tokens: int) -> Iterator[Batch]:
         """This rank's held-out rows in chunks of at most phase.micro_rows: row r of all goes to rank r %
@@ -94,19 +135,26 @@ class Loader:
         empty.
         Raises: UserError, at the call, where a source holds fewer held-out tokens than its share of `tokens`.
         """
-        num_rows = tokens // phase.seq_len
-        rows, taken = places(mixture.row_sources(phase, 0, num_rows), {}, phase.seq_len)
-        for source, needed in taken.items():
-            held_out = self._manifests[source].validation.tokens
-            if needed > held_out:
+        sources = mixture.row_sources(phase, 0, tokens // phase.seq_len)
+        for source, num_rows in Counter(sources).items():
+            needed, there = num_rows * phase.seq_len, 0
+            if source in self._held_out:
+                there = self._held_out[source].stream.kept_tokens
+            if needed > there:
                 raise UserError(
                     f"evaluate.tokens: {tokens} takes {needed} held-out tokens of "
                     f"{self._data.sources[source]}, which has "
-                    f"{held_out}; lower it, or prepare the corpus with a larger --held-out"
+                    f"{there}; lower it, or prepare the corpus with a larger --held-out"
                 )
+        rows, cursor = [], dict.fromkeys(sources, 0)
+        for source in sources:
+            rows.append((source, cursor[source]))
+            cursor[source] = self._held_out[source].after(cursor[source], phase.seq_len)
         return self._validation(rows[self._dp_rank :: self._dp_size], phase)
 
-    def _source(self, name: str, corpus: manifest.Manifest, split: manifest.Split, seed: int | None) -> Source:
+    def _source(
+        self, name: str, corpus: manifest.Manifest, split: manifest.Split, seed: int | None, cache: Cache
+    ) -> Source:
         order = Order(
             split.tokens,
             block_tokens=self._data.block_tokens,
@@ -114,62 +162,67 @@ class Loader:
             name=name,
             seed=seed,
         )
-        return Source(Stream(self._data.sources[name], corpus, split, name=name, seed=seed), order)
+        return Source(Stream(self._data.sources[name], corpus, split, name=name, seed=seed, cache=cache), order)
 
-    def _validation(self, rows: list[Place], phase: config.Phase) -> Iterator[Batch]:
+    def _validation(self, rows: list[tuple[str, int]], phase: config.Phase) -> Iterator[Batch]:
         for first in range(0, len(rows), phase.micro_rows):
-            block = cut(self._held_out, rows[first : first + phase.micro_rows], phase.seq_len)
-            yield batch(block, self._eos_id, {})
+            chunk = rows[first : first + phase.micro_rows]
+            spans = [Span(source, position, np.array([row])) for row, (source, position) in enumerate(chunk)]
+            yield batch(self._held_out, Cut(spans, len(chunk), phase.seq_len, {}, None), self._eos_id)
 
-    def _blocks(self, step: int, cursor: dict[str, int]) -> Generator[Cut, None, None]:
-        timeline = Timeline(self._schedule)
-        for now in range(step, timeline.total_steps):
-            span = timeline.phase_at(now)
-            phase = span.phase
-            assert phase.rows % self._dp_size == 0, "checked by config.check_world"
-            local = phase.rows // self._dp_size
-            rows, cursor = places(
-                mixture.row_sources(phase, (now - span.first_step) * phase.rows, phase.rows),
-                cursor,
-                phase.seq_len,
-            )
-            mine = rows[self._dp_rank * local : (self._dp_rank + 1) * local]
-            yield cut(self._train, mine, phase.seq_len), cursor
+    def _cuts(self, step: int, cursor: dict[str, int]) -> Iterator[Cut]:
+        end = self.end(step, cursor)[0]
+        for within in Timeline(self._schedule).spans:
+            for now in range(max(step, within.first_step), min(end, within.end_step)):
+                yield (cut := self._cut(within.phase, now - within.first_step, cursor))
+                cursor = cut.cursor
 
+    def _cut(self, phase: config.Phase, step: int, cursor: dict[str, int]) -> Cut:
+        """Where this rank's rows of the phase's step number `step` lie."""
+        assert phase.rows % self._dp_size == 0, "checked by config.check_world"
+        rows, seq_len = phase.rows // self._dp_size, phase.seq_len
+        first_row = self._dp_rank * rows
+        spans, after = [], dict(cursor)
+        for name, taken, before, mine in mixture.portions(phase, step, first_row, first_row + rows):
+            source, position = self._train[name], cursor.get(name, 0)
+            if len(mine):
+                spans.append(Span(name, source.after(position, before * seq_len), mine))
+            after[name] = source.after(position, taken * seq_len)
+        return Cut(spans, rows, seq_len, after, first_row)
 
-def _ahead(items: Generator[Cut, None, None], depth: int) -> Generator[Cut, None, None]:
-    """The same items, read up to `depth` ahead in a thread that ends with this; its errors come out here."""
-    queue: Queue[Cut | BaseException | None] = Queue(maxsize=depth)
-    closed = threading.Event()
+    def _ahead(self, cuts: Iterator[Cut]) -> Generator[Batch, None, None]:
+        """The batches in their order, at most `prefetch_steps` of them read ahead, by threads that end with this."""
+        pool = ThreadPoolExecutor(self._data.workers, thread_name_prefix="data")
+        waiting: deque[Future[Batch]] = deque()
 
-    def put(entry: Cut | BaseException | None) -> bool:
-        while not closed.is_set():
-            try:
-                queue.put(entry, timeout=POLL_SECONDS)
-                return True
-            except Full:
-                continue
-        return False
+        def read(count: int) -> None:
+            for cut in islice(cuts, count):
+                for span in cut.spans:
+                    self._train[span.source].soon(span.position)
+                waiting.append(pool.submit(batch, self._train, cut, self._eos_id))
 
-    def read() -> None:
         try:
-            for item in items:
-                if not put(item):
-                    return
-            put(None)
-        except BaseException as error:  # handed over whole: the reader of the queue raises it
-            put(error)
+            read(self._data.prefetch_steps)
+            while waiting:
+                found = waiting.popleft().result()
+                read(1)
+                yield found
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    thread = threading.Thread(target=read, name="data-prefetch", daemon=True)
-    thread.start()
-    try:
-        while (entry := queue.get()) is not None:
-            if isinstance(entry, BaseException):
-                raise entry
-            yield entry
-    finally:
-        closed.set()
-        thread.join()
+    def _taken(self, step: int, source: str) -> int:
+        return mixture.cursor_at(self._schedule, step).get(source, 0)
+
+    def _check_limits(self) -> None:
+        total = Timeline(self._schedule).total_steps
+        for source, limit in self._limits.items():
+            if (needed := self._taken(total, source)) > limit:
+                epochs, tokens = self._data.max_epochs[source], self._manifests[source].train.tokens
+                raise UserError(
+                    f"data.max_epochs.{source}: the schedule takes {needed} tokens; {epochs:g} times the {tokens} of "
+                    f"{self._data.sources[source]} are {limit}; raise it, lower the source's share or the phases' tokens, "
+                    "or set data.at_end to stop"
+                )
 
 
 def _check_vocab(source: str, corpus: manifest.Manifest, vocab: int) -> None:

@@ -1,10 +1,10 @@
 """Which source each row of a phase comes from, and how far each source has been read after any step of the
 schedule.
 
-The one idea: the rows of a phase follow a fixed repeating pattern in which, after any number of rows, every
-source has had its share to within less than one row. A window anywhere is then within one row for two sources
-and within two rows for more, where no order of rows can do better in general. Nothing here touches a file or
-torch.
+The one idea: the rows of a phase follow a fixed repeating pattern in which, after any number of rows, every source has had
+its share to within less than one row. A window of rows or steps anywhere is then off by less than one row for two sources,
+and by less than two for more, where no order of rows stays within one in general, however freely steps are filled; where
+every share of a step is a whole number of rows, windows of steps are exact. Nothing here touches a file or torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,10 +22,30 @@ LARGEST_PERIOD = 100_000
 """Shares that need a longer pattern are rounded to hundred-thousandths."""
 
 
+class Portion(NamedTuple):
+    """What a step takes from one source."""
+
+    source: str
+    rows: int
+    """Rows of the whole step."""
+    before: int
+    """Those of them that stand before the rows asked for."""
+    mine: np.ndarray
+    """Where this source's rows stand among the rows asked for."""
+
+
 def row_sources(phase: Phase, first: int, count: int) -> list[str]:
     """The source of each of rows [first, first + count) of the phase, counted from the phase's first row."""
     names, pattern = _pattern(tuple(phase.mixture.items()))
-    return [names[index] for index in pattern.take(range(first, first + count), mode="wrap")]
+    # Not take's mode wrap, which counts down by the length of the pattern.
+    return [names[index] for index in pattern[np.arange(first, first + count) % len(pattern)].tolist()]
+
+
+def portions(phase: Phase, step: int, start: int, stop: int) -> list[Portion]:
+    """What the phase's step number `step` takes from each source, and which of its rows [start, stop) they are."""
+    mixture = tuple(phase.mixture.items())
+    first = step * phase.rows % len(_pattern(mixture)[1])
+    return _portions(mixture, first, phase.rows, start, stop)
 
 
 def cursor_at(schedule: Schedule, step: int) -> dict[str, int]:
@@ -36,9 +57,24 @@ def cursor_at(schedule: Schedule, step: int) -> dict[str, int]:
         periods, rest = divmod(steps * phase.rows, len(pattern))
         rows = periods * np.bincount(pattern, minlength=len(names)) + np.bincount(pattern[:rest], minlength=len(names))
         for name, count in zip(names, rows, strict=True):
-            cursor[name] = cursor.get(name, 0) + int(count) * phase.seq_len
+            if count:
+                cursor[name] = cursor.get(name, 0) + int(count) * phase.seq_len
         step -= steps
     return cursor
+
+
+@lru_cache(maxsize=1024)
+def _portions(
+    mixture: tuple[tuple[str, float], ...], first: int, count: int, start: int, stop: int
+) -> list[Portion]:
+    names, pattern = _pattern(mixture)
+    rows = pattern.take(range(first, first + count), mode="wrap")
+    of_sources = [(name, rows == index) for index, name in enumerate(names)]
+    return [
+        Portion(name, int(rows.sum()), int(rows[:start].sum()), np.flatnonzero(rows[start:stop]))
+        for name, rows in of_sources
+        if rows.any()
+    ]
 
 
 @lru_cache(maxsize=64)

@@ -49,6 +49,16 @@ class Order:
             position, count = position + taken, count - taken
         return found
 
+    def window(self, position: int) -> tuple[int, int]:
+        """The window around the position, as (first position, tokens): before and in it, reading order and stream hold the
+        same positions.
+        """
+        if not self._shuffled:
+            return position, 0
+        tokens = self._window_blocks * self._block_tokens
+        offset = position % self._epoch_tokens
+        return position - offset % tokens, min(tokens, self._epoch_tokens - offset // tokens * tokens)
+
     def _window_order(self, epoch: int, window: int) -> np.ndarray:
         first = window * self._window_blocks
         size = min(self._window_blocks, self._blocks - first)

@@ -12,6 +12,7 @@ from tests.data_prep.tokenizers.conftest import TEXTS
 from trainer.config import UserError
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+"""As tiktoken has it."""
 
 
 def ids(tokenizer_json, texts):
@@ -24,23 +25,25 @@ def test_ranks_give_back_the_merges_they_were_learnt_by(trained, tokens):
     assert ranks.merges(tokens, "test") == learnt
 
 
-def test_ranks_encode_every_trap_as_tiktoken_does(scheme, tokens, tokenizer_json):
+@pytest.mark.parametrize("kind", build.KINDS)
+def test_ranks_encode_every_trap_as_tiktoken_does(kind, tokens):
+    scheme = replace(SCHEMES[kind], ranks=len(tokens))
     rival = tiktoken.Encoding(
-        "test",
+        kind,
         pat_str=scheme.pattern or GPT2_PATTERN,
         mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
         special_tokens=dict(scheme.specials),
     )
     texts = [*TEXTS, *(text.replace(END, "") for text in traps.texts())]
-    assert ids(tokenizer_json, texts) == rival.encode_ordinary_batch(texts, num_threads=1)
+    assert ids(ranks.tokenizer_json(tokens, scheme, "test"), texts) == rival.encode_ordinary_batch(texts, num_threads=1)
 
 
 def test_arcade100k_has_its_special_ids_and_splits_digits_one_by_one(tokens):
     # Its ids from 100,257 on do not depend on how many tokens come before them.
     few = replace(SCHEMES["arcade100k"], ranks=len(tokens))
     text = ranks.tokenizer_json(tokens, few, "test")
-    encoder = encoding.encoder(text, END, "test")
-    assert (encoder.vocab, encoder.eos_id, encoder.library) == (100_289, 100_257, "gigatoken")
+    encoder = encoding.encoder(text, END, "test", library="gigatoken")
+    assert (encoder.vocab, encoder.eos_id) == (100_289, 100_257)
     special = {token.content: index for index, token in Tokenizer.from_str(text).get_added_tokens_decoder().items()}
     assert len(special) == 32
     assert 100_256 not in Tokenizer.from_str(text).get_vocab().values()
@@ -52,7 +55,7 @@ def test_arcade100k_has_its_special_ids_and_splits_digits_one_by_one(tokens):
     assert {name: special[name] for name in names[::2]} == dict(zip(names[::2], map(int, names[1::2]), strict=True))
     digits, _ = encoder.load()(["1024"])
     assert digits.tolist() == [*(tokens.index(b"%d" % digit) for digit in (1, 0, 2, 4)), 100_257]
-    assert b"10" in tokens
+    assert any(pair in tokens for pair in (b"10", b"02", b"24"))
 
 
 @pytest.mark.parametrize("names", build.VOCABULARY_FILES)
@@ -64,7 +67,7 @@ def test_vocabulary_files_give_the_ids_of_the_tokenizer_they_are_of(names, train
     for path in (tmp_path, tmp_path / names[0], tmp_path / names[1]):
         text = build.read(str(path))
         assert ids(text, TEXTS) == ids(trained, TEXTS)
-        assert encoding.encoder(text, END, "test").eos_id == model["vocab"][END]
+        assert encoding.encoder(text, END, "test", library="tokenizers").eos_id == model["vocab"][END]
 
 
 def test_a_tokenizer_json_is_taken_as_it_is_from_a_file_or_its_folder(trained, tmp_path):

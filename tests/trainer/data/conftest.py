@@ -1,11 +1,14 @@
 """Corpora of known tokens, written by the real writer."""
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_prep.write import whole_file, write_split
+from tests.trainer.data.web import Server
 from trainer.data import manifest
 from trainer.data.manifest import Manifest
 
@@ -37,3 +40,17 @@ def make_corpus(tmp_path):
         return folder
 
     return make
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch) -> Iterator[Server]:
+    """tmp_path over http."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Server(tmp_path) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        yield running
+        running.ended.set()
+        running.go_on.set()
+        running.shutdown()
+        thread.join()

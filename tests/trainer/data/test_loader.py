@@ -1,18 +1,19 @@
 import dataclasses
-import hashlib
+import struct
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from xxhash import xxh3_64_intdigest
 
-from trainer.config import Data, Linear, Phase, Schedule, UserError
+from tests.trainer.data.reading import Tokens, ranks, schedule_of, steps
+from tests.trainer.data.reading import loader as loader_of
+from trainer.config import Phase, UserError
 from trainer.data import manifest
-from trainer.data.loader import Loader
 from trainer.data.mixture import row_sources
 from trainer.data.stream import Stream
-
-VOCAB = 512
 
 
 @pytest.fixture
@@ -21,44 +22,99 @@ def sources(make_corpus):
     return {"a": str(make_corpus("a", seed=1)), "b": str(make_corpus("b", seed=2, documents=12))}
 
 
-def schedule_of(*phases):
-    return Schedule(None, list(phases), Linear("linear", 1.0, 0.0, 1, None))
-
-
 SHORT = Phase("short", 6 * 8 * 32, 32, 8, 1, {"a": 0.7, "b": 0.3})
 LONG = Phase("long", 6 * 4 * 128, 128, 4, 1, {"a": 0.4, "b": 0.6})
 SCHEDULE = schedule_of(SHORT, LONG)
 STEPS = SHORT.steps + LONG.steps
 
 
-def loader(sources, *, schedule=SCHEDULE, seed=0, vocab=VOCAB, rank=0, size=1, **fields):
-    return Loader(Data(sources, **fields), schedule, seed=seed, vocab=vocab, dp_rank=rank, dp_size=size)
+def loader(sources, *, schedule=SCHEDULE, **settings):
+    return loader_of(sources, schedule, **settings)
 
 
-def digest(tensors):
-    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+def straight(sources, schedule=SCHEDULE, **settings):
+    return list(steps([loader(sources, schedule=schedule, **settings)]))
 
 
-def hashes(loaders, step=0, cursor=None):
-    """Per step: hash of the global batch put together from all ranks, and the cursor they agree on."""
-    for batches in zip(*(each.batches(step, cursor) for each in loaders), strict=True):
-        assert all(batch.cursor == batches[0].cursor for batch in batches)
-        fields = (getattr(batch, name) for name in ("tokens", "targets", "documents") for batch in batches)
-        yield digest(fields), batches[0].cursor
+EVERY = (24, 4)
+"""Rows and steps of each phase below: every data-parallel size divides the rows."""
 
 
-def straight(sources, **settings):
-    return list(hashes([loader(sources, **settings)]))
+def phase_of(name, seq_len, mixture, *, rows=EVERY[0], num_steps=EVERY[1]):
+    return Phase(name, num_steps * rows * seq_len, seq_len, rows, 1, mixture)
 
 
-def test_every_dp_size_sees_the_same_global_batches_over_a_phase_change_and_epoch_ends(sources):
-    expected = straight(sources)
-    assert len(expected) == STEPS
-    epoch = manifest.load(sources["b"]).train.tokens
-    assert expected[-1][1]["b"] > 2 * epoch, "the run must pass the end of an epoch"
-    for size in (2, 4):
-        ranks = [loader(sources, rank=rank, size=size) for rank in range(size)]
-        assert list(hashes(ranks)) == expected
+FIRST, SECOND = phase_of("first", 16, {"a": 0.7, "b": 0.3}), phase_of("second", 48, {"a": 0.4, "b": 0.6})
+EDITED = [
+    FIRST, dataclasses.replace(SECOND, tokens=SECOND.batch_tokens),
+    phase_of("edited", 48, {"a": 0.2, "b": 0.3, "c": 0.5}, num_steps=3), phase_of("back", 32, {"b": 1.0}),
+]  # fmt: skip
+"""After the first step of its second phase the run's mixture is edited: a source is added, then two are dropped."""
+
+
+@pytest.fixture
+def three(sources, make_corpus):
+    return sources | {"c": str(make_corpus("c", seed=3, documents=30))}
+
+
+@pytest.mark.parametrize("blocks", [{}, {"block_tokens": 64, "window_tokens": 256}], ids=["large", "small"])
+def test_rows_of_steps_are_those_of_one_rank_for_every_dp_size_number_of_workers_and_resume(three, blocks):
+    """Over phase changes, ends of epochs, an edit of the mixture, and a resume at another size after every fourth step."""
+    two = {name: three[name] for name in "ab"}
+    before = straight(two, schedule_of(FIRST, SECOND), workers=0, **blocks)[:5]
+    expected = [*before, *steps([loader(three, schedule=schedule_of(*EDITED), workers=0, **blocks)], 5, before[-1][2])]
+    assert len(expected) == 12
+    assert expected[-1][2]["b"] > 2 * manifest.load(three["b"]).train.tokens, "the run must pass ends of epochs"
+    sizes = (1, 2, 3, 4, 6, 8)
+    for number, size in enumerate(sizes):
+        for workers in range(4):
+            old = ranks(two, schedule_of(FIRST, SECOND), size, workers=workers, **blocks)
+            assert [found for found, _ in zip(steps(old), range(4), strict=False)] == expected[:4], (size, workers)
+        other = ranks(two, schedule_of(FIRST, SECOND), sizes[number - 1], workers=number % 4, **blocks)
+        assert next(steps(other, 4, expected[3][2])) == expected[4]
+        for step in (5, 8):
+            new = ranks(three, schedule_of(*EDITED), sizes[number - step % 5], workers=(number + step) % 4, **blocks)
+            assert list(steps(new, step, expected[step - 1][2])) == expected[step:], (size, step)
+
+
+def test_an_edit_of_the_mixture_loses_and_repeats_no_token_of_any_source(three):
+    """The run goes on as two phases where its phase was; "c" comes in there, "a" and "c" are left and taken up again."""
+    last = phase_of("again", 16, {"a": 0.3, "b": 0.2, "c": 0.5})
+    phases = [*EDITED, last]
+    cursor = list(steps([loader(three, schedule=schedule_of(FIRST, SECOND))]))[4][2]
+    taken = {name: [] for name in three}
+    for step, batch in enumerate(loader(three, schedule=schedule_of(*phases)).batches(0, None)):
+        if step == 4:
+            assert batch.cursor == cursor, "what was done stands"
+        phase, number = next(
+            (phase, step - first) for first, phase in zip((0, 4, 5, 8, 12), phases, strict=True) if step < first + phase.steps
+        )
+        for source, row in zip(row_sources(phase, number * phase.rows, phase.rows), batch.tokens, strict=True):
+            taken[source].append(row.numpy())
+    for source, rows in taken.items():
+        found = np.concatenate(rows)
+        assert len(found) == batch.cursor[source]
+        assert np.array_equal(found, Tokens(three[source], source).ids(range(len(found)))), source
+
+
+def test_the_evidence_of_a_step_is_what_its_rows_were_read_from(sources):
+    blocks = {"block_tokens": 48, "window_tokens": 480}
+    tokens = {name: Tokens(folder, name, **blocks) for name, folder in sources.items()}
+    position = dict.fromkeys(sources, 0)
+    for number, (_, found, cursor) in zip(range(3), steps(ranks(sources, SCHEDULE, 2, **blocks)), strict=False):
+        sums = [0, 0]
+        for row, source in enumerate(row_sources(SHORT, number * SHORT.rows, SHORT.rows)):
+            here = range(position[source], position[source] + SHORT.seq_len)
+            places = [tokens[source].place(each) for each in here]
+            begins = [0, *(i for i, (one, two) in enumerate(pairwise(places), 1) if (one[0], one[1] + 1) != two), len(here)]
+            pieces = b"".join(struct.pack("<qqq", *places[i], j - i) for i, j in pairwise(begins))
+            index = struct.pack("<q", row)
+            sums[0] += xxh3_64_intdigest(index + source.encode() + b"\0" + pieces)
+            sums[1] += xxh3_64_intdigest(index + tokens[source].ids(here).tobytes())
+            position[source] = here.stop
+        assert found == tuple(each % 2**64 for each in sums)
+        assert cursor == position
+    assert next(loader(sources).validation(SHORT, 64)).evidence is None
 
 
 def test_no_token_is_lost_or_repeated_over_phase_change_and_epoch_end(sources):
@@ -91,25 +147,36 @@ def test_documents_count_from_0_in_each_row_and_eos_belongs_to_the_document_it_e
                 index += token == 0
 
 
+def test_a_token_behind_the_border_of_a_block_is_of_another_document(sources):
+    blocks = {"block_tokens": 48, "window_tokens": 480}
+    tokens, position, borders = Tokens(sources["a"], "a", **blocks), 0, 0
+    only_a = dataclasses.replace(SHORT, mixture={"a": 1.0})
+    for batch in loader(sources, schedule=schedule_of(only_a), **blocks).batches(0, None):
+        for ids, documents in zip(batch.tokens.tolist(), batch.documents.tolist(), strict=True):
+            where = [tokens.order.runs(each, 1)[0][0] for each in range(position, position + only_a.seq_len)]
+            index, expected = 0, [0]
+            for i in range(1, len(ids)):
+                border = where[i] != where[i - 1] + 1
+                borders += border and ids[i - 1] != 0
+                index += border or ids[i - 1] == 0
+                expected.append(index)
+            assert documents == expected
+            position += only_a.seq_len
+    assert borders > 5
+
+
 def test_a_resume_at_any_cursor_goes_on_as_if_never_stopped(sources):
     expected = straight(sources)
     for step in (1, 5, 6, 7, 11):
-        resumed = [loader(sources, rank=rank, size=2) for rank in range(2)]
-        assert list(hashes(resumed, step, expected[step - 1][1])) == expected[step:]
-        assert straight_from(sources, step) == expected[step:], "without a cursor the schedule implies it"
-    assert list(loader(sources).batches(STEPS, expected[-1][1])) == []
+        assert list(steps(ranks(sources, SCHEDULE, 2), step, expected[step - 1][2])) == expected[step:]
+        assert list(steps([loader(sources)], step)) == expected[step:], "without a cursor the schedule implies it"
+    assert list(loader(sources).batches(STEPS, expected[-1][2])) == []
 
 
-def straight_from(sources, step):
-    return list(hashes([loader(sources)], step, None))
-
-
-def test_prefetch_changes_nothing(sources):
-    assert (
-        straight(sources, prefetch_steps=0)
-        == straight(sources, prefetch_steps=1)
-        == straight(sources, prefetch_steps=9)
-    )
+def test_reading_ahead_changes_nothing(sources):
+    expected = straight(sources, workers=0)
+    for workers, prefetch_steps in ((1, 0), (1, 1), (3, 2), (2, 99)):
+        assert straight(sources, workers=workers, prefetch_steps=prefetch_steps) == expected
 
 
 def test_the_seed_changes_the_order(sources):
@@ -124,16 +191,28 @@ def test_ids_are_64_bit_and_documents_32(sources):
     assert batch.targets.is_contiguous()
 
 
-def prefetch_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "data-prefetch"]
+def reading_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("data_")]
 
 
-def test_leaving_early_ends_the_thread(sources):
-    batches = loader(sources, prefetch_steps=1).batches(0, None)
+def test_leaving_early_ends_the_threads(sources):
+    batches = loader(sources, workers=2, prefetch_steps=2).batches(0, None)
     next(batches)
-    assert prefetch_threads()
+    assert len(reading_threads()) == 2
     batches.close()
-    assert not prefetch_threads()
+    assert not reading_threads()
+
+
+def test_at_most_prefetch_steps_are_read_ahead(sources):
+    """Each step's batch refers to its cut; what has been cut is counted at the only place where it is."""
+    one, cut = loader(sources, workers=1, prefetch_steps=3), []
+    places = one._cut
+    one._cut = lambda *place: cut.append(place) or places(*place)
+    batches = one.batches(0, None)
+    for taken in range(1, 5):
+        next(batches)
+        assert len(cut) == taken + 3
+    batches.close()
 
 
 @pytest.mark.parametrize("prefetch_steps", [0, 2])
@@ -147,7 +226,7 @@ def test_a_flipped_byte_stops_the_run_with_the_shard_named(sources, make_corpus,
     one = loader({"c": str(folder)}, schedule=schedule, prefetch_steps=prefetch_steps)
     with pytest.raises(UserError, match=rf"{shard.name}: sha256 .*the shard is damaged"):
         list(one.batches(0, None))
-    assert not prefetch_threads()
+    assert not reading_threads()
 
 
 def test_validation_rows_are_the_same_for_every_dp_size_and_in_chunks(sources):

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
-from trainer.config import UserError
+from trainer.config import Cache, UserError
 from trainer.data import manifest
+
+QUICK = Cache(attempts=4, timeout_seconds=0.3)
 
 
 def test_what_is_written_is_what_is_read(make_corpus):
@@ -15,6 +17,34 @@ def test_what_is_written_is_what_is_read(make_corpus):
     corpus = manifest.load(folder)
     assert manifest.dump(corpus) == (folder / manifest.FILE).read_text()
     assert corpus.train.tokens == sum(shard.tokens for shard in corpus.train.shards) > 0
+
+
+def test_a_corpus_elsewhere_is_opened_as_one_in_a_folder(make_corpus, server, caplog):
+    digest = hashlib.sha256(b"{}").hexdigest()
+    folder, address = make_corpus("a", tokenizer=digest), f"{server.address}/a"
+    (folder / manifest.TOKENIZER_FILE).write_text("{}")
+    server.faults["/a/manifest.json"] += ["500", "truncated", "silence"]
+    corpus = manifest.load(address, QUICK)
+    assert corpus == manifest.load(folder)
+    assert [f"try {n} of 4" in record.message for n, record in enumerate(caplog.records, start=1)] == [True] * 3
+    manifest.check_files(address, corpus)
+    manifest.check_tokenizer(f"{address}/{manifest.TOKENIZER_FILE}", corpus, "data.tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("404 always", "no such file"),
+        ("500 always", r"cannot be read \(.*500"),
+        ("wrong", "content does not match its fingerprint"),
+    ],
+)
+def test_a_corpus_elsewhere_that_cannot_be_opened_is_refused_in_one_line(make_corpus, server, fault, message):
+    make_corpus("a")
+    server.faults["/a/manifest.json"].append(fault)
+    with pytest.raises(UserError, match=rf"http://127.0.0.1:\d+/a/manifest.json: ({message})") as caught:
+        manifest.load(f"{server.address}/a", QUICK)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_changed_number_in_the_manifest_is_found(make_corpus):
@@ -76,6 +106,11 @@ def test_a_resume_with_another_corpus_is_refused():
         manifest.check_resume({"a": "1" * 64}, {"a": "2" * 64})
 
 
-def test_the_manifest_is_read_without_torch_or_numpy():
-    code = "import sys, trainer.data.manifest; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+def test_a_local_corpus_is_opened_without_torch_numpy_or_fsspec(make_corpus):
+    folder = make_corpus("a")
+    code = (
+        "import sys; from trainer.config import Cache; from trainer.data import cache, manifest; "
+        f"corpus = manifest.load({str(folder)!r}); cache.Cache(Cache()).path({str(folder)!r}, corpus.train.shards[0]); "
+        "sys.exit(bool({'torch', 'numpy', 'fsspec', 'aiohttp'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

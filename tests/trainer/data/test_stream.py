@@ -1,9 +1,13 @@
+import dataclasses
+import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from trainer.config import UserError
+from tests.trainer.data.reading import loader, schedule_of
+from trainer.config import Phase, UserError
 from trainer.data import manifest
 from trainer.data.stream import OPEN_SHARDS, Stream
 
@@ -23,7 +27,7 @@ def shard_tokens(folder, corpus):
 
 @pytest.mark.parametrize("vocab", [500, 100_000])
 def test_an_epoch_is_every_shard_once_whole(make_corpus, vocab):
-    folder = make_corpus("a", vocab=vocab, documents=200)
+    folder = make_corpus("a", vocab=vocab, documents=500)
     stream, corpus = open_stream(folder)
     assert len(corpus.train.shards) > OPEN_SHARDS, "the test shall close maps"
     shards = [tokens.tobytes() for tokens in shard_tokens(folder, corpus)]
@@ -79,3 +83,37 @@ def test_a_flipped_byte_stops_the_first_read_of_its_shard_and_no_other(make_corp
     stream.read(0, border)
     with pytest.raises(UserError, match=rf"{damaged.file}: sha256 .*damaged"):
         stream.read(border - 1, 2)
+
+
+def held() -> tuple[int, int, int]:
+    """Open files, memory maps, and resident bytes of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return len(os.listdir("/proc/self/fd")), len(Path("/proc/self/maps").read_text().splitlines()), pages * 4096
+
+
+SOAK_SHARDS = 2_000
+BOOKKEEPING_BYTES = 500
+"""Of a shard in memory once it is hashed and closed (its path, mostly): a hundred thousand times less than a full shard."""
+
+
+def test_2000_shards_streamed_leave_no_file_open_no_map_and_no_memory(make_corpus):
+    folder = make_corpus("a", documents=20)
+    corpus = manifest.load(folder)
+    shard, *_ = corpus.train.shards
+    files = [f"soak-{index:06d}.tar" for index in range(SOAK_SHARDS)]
+    for file in files:
+        os.link(folder / shard.file, folder / file)
+    shards = [dataclasses.replace(shard, file=file) for file in files]
+    tokens, documents = SOAK_SHARDS * shard.tokens, SOAK_SHARDS * shard.documents
+    many = dataclasses.replace(corpus, train=manifest.Split(tokens, documents, shards))
+    (folder / manifest.FILE).write_text(manifest.dump(many))
+    phase = Phase("p", tokens // 1024 * 1024, 128, 8, 1, {"a": 1.0})
+    blocks = {"block_tokens": 128, "window_tokens": 8 * 1024}
+    files_before, _, _ = held()
+    batches = loader({"a": str(folder)}, schedule_of(phase), workers=2, prefetch_steps=4, **blocks).batches(0, None)
+    seen = [held() for step, _ in enumerate(batches) if step % 10 == 0]
+    quarter = len(seen) // 4
+    first, last = seen[quarter // 2 : quarter], seen[-quarter:]
+    for index, room in enumerate((OPEN_SHARDS // 4, OPEN_SHARDS // 4, SOAK_SHARDS * BOOKKEEPING_BYTES)):
+        assert max(now[index] for now in last) <= max(before[index] for before in first) + room
+    assert max(now[0] for now in last) - files_before <= OPEN_SHARDS + 8

@@ -1,0 +1,116 @@
+"""`python -m trainer.data.bench` on a tiny corpus: ours and the memory map, every column measured; its mistakes."""
+
+import json
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.data import manifest
+from trainer.data.bench.__main__ import main
+from trainer.data.bench.contestant import Reading, flat_rows
+from trainer.data.bench.contestants import CONTESTANTS
+from trainer.data.bench.corpus import EOS_ID, OURS, ROW_TOKENS, UNIT_TOKENS, Corpus, written
+from trainer.data.bench.one import compared
+from trainer.data.bench.rounds import Row
+
+PLAIN = ["ours", "numpy memmap"]
+TOKENS = 2 * UNIT_TOKENS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("loaders")
+
+
+@pytest.fixture(scope="module")
+def corpus(folder) -> Corpus:
+    made = Corpus(folder, TOKENS, 0)
+    written(made)
+    return made
+
+
+def test_a_run_fills_every_column_of_ours_and_the_memory_map(corpus, capfd):
+    kept = corpus.folder / "rows.jsonl"
+    options = ["--tokens", str(TOKENS + 5), "--rounds", "1", "--folder", str(corpus.folder), "--json", str(kept)]
+    assert main([*PLAIN, *options]) == 0
+    rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()]
+    assert [row.contestant for row in rows] == PLAIN
+    for row in rows:
+        assert min(row.tokens_per_second, row.worker_tokens_per_second, row.resume_seconds) > 0
+        assert 2.0 <= row.bytes_per_token < 2.1
+        assert 50 * 2**20 < row.peak_bytes < 2**31
+        assert (row.same_ranks, row.other_ranks) == ("exact", "exact")
+        assert (row.corpus_tokens, row.rounds) == (TOKENS, 1)
+    header, *lines = capfd.readouterr().out.splitlines()
+    assert header.split()[:2] == ["contestant", "Mtok/s"]
+    assert [line[:26].strip() for line in lines] == PLAIN
+
+
+@pytest.mark.skipif(find_spec("litdata") is not None, reason="litdata is installed")
+def test_a_rival_that_is_not_installed_is_a_row_that_says_so(corpus, capfd):
+    options = ["--tokens", str(TOKENS), "--rounds", "1", "--folder", str(corpus.folder)]
+    assert main(["litdata", *options]) == 0
+    _, line = capfd.readouterr().out.splitlines()
+    assert line.startswith("litdata ")
+    assert "not measured: not installed (No module named 'litdata'): pip install 'tandem[bench]'" in line
+
+
+def test_the_shards_and_the_flat_file_hold_the_same_documents(corpus):
+    tokens = corpus.tokens()
+    found = manifest.load(corpus.folder / OURS)
+    manifest.check_files(corpus.folder / OURS, found)
+    assert len(tokens) == found.train.tokens == TOKENS
+    assert len(found.train.shards) >= 3, "a resume and a pass cross shards"
+    documents = list(corpus.documents())
+    assert found.train.documents == len(documents) == np.count_nonzero(tokens == EOS_ID)
+    assert all(document[-1] == EOS_ID for document in documents)
+
+
+@pytest.mark.filterwarnings("ignore:.*unclosed file:ResourceWarning")  # webdataset's tars
+@pytest.mark.filterwarnings("ignore:.*Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("name", [*PLAIN, "webdataset, 64 rows", "webdataset, 1 row"])
+def test_a_pass_is_every_row_once_in_shuffled_batches_of_eight(name, corpus, tmp_path):
+    contestant = CONTESTANTS[name]
+    contestant.write(corpus, tmp_path)
+    passes = [list(contestant.open(Reading(corpus, tmp_path, seed), None).batches) for seed in (0, 1)]
+    for batch in passes[0]:
+        assert batch.dtype == torch.int64
+        assert batch.shape == (8, ROW_TOKENS - (name == "ours"))
+    first, second = (torch.cat(batches).tolist() for batches in passes)
+    assert first != second
+    assert contestant.same_rows == (name != "ours")
+    if contestant.same_rows:
+        assert sorted(first) == sorted(second) == sorted(flat_rows(corpus).tolist())
+        assert first != flat_rows(corpus).tolist()
+
+
+def test_what_a_resume_loses_and_repeats_is_counted():
+    assert compared([1, 2, 3], [1, 2, 3]) == "exact"
+    assert compared([1, 2, 3], [1, 3, 2]) == "another order"
+    assert compared([1, 2, 3, 4], [1, 1, 1]) == "3 rows lost, 2 repeated"
+
+
+MISTAKES = {
+    "contestant": (["mmap"], ["contestant: 'mmap'", "numpy memmap", "litdata"]),
+    "tokens": (["--tokens", "1000"], ["--tokens: 1000", f"at least {UNIT_TOKENS}"]),
+    "rounds": (["--rounds", "0"], ["--rounds: 0", "at least 1"]),
+    "json": (["--json", "none/rows.jsonl"], ["--json: none/rows.jsonl", "does not exist"]),
+    "folder": (["--folder", "none/below"], ["--folder: none/below", "does not exist"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(name, capfd):
+    arguments, said = MISTAKES[name]
+    assert main(arguments) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("trainer.data.bench: ")
+    assert [part for part in said if part not in line] == []
+
+
+def test_another_corpus_in_the_folder_is_refused(corpus, capfd):
+    assert main(["ours", "--tokens", str(UNIT_TOKENS), "--folder", str(corpus.folder)]) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert "holds a corpus of" in line

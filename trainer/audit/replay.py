@@ -1,0 +1,253 @@
+"""The run replayed from its ledger: every step once, in order, each source read on from where it was left.
+
+The one idea: cursors say what should have been read, evidence says what was, and coverage is kept of the ranges of shards
+themselves. The three are said by different parts of the trainer, and here they must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trainer.audit.corpora import Corpora
+from trainer.audit.feed import Feed, Tokens
+from trainer.audit.history import Attempt, History, Skip, Step
+from trainer.audit.verdict import Finding, Standing, Verdict, ranges_words, steps_words
+from trainer.config import Phase
+from trainer.console import short
+
+CHUNK_ROWS = 1 << 14
+
+
+class Replay:
+    """Goes through the history once."""
+
+    def __init__(
+        self, history: History, corpora: Corpora, fingerprints: Mapping[str, str], tokens: Tokens | None = None
+    ):
+        standings = {source: Standing(each.epoch_tokens) for source, each in corpora.expansions.items()}
+        self._verdict = Verdict(standings, tokens is not None)
+        self._history, self._corpora, self._copies = history, corpora, fingerprints
+        self._feed = Feed(corpora, self._verdict, tokens)
+        self._cursor: dict[str, int] = {}
+        self._number = 0
+        self._attempt: Attempt | None = None
+        self._known: dict[str, Any] = {}
+        """What a run keeps for life, of the starts whose steps count."""
+        self._span: tuple[Phase, int, int] | None = None
+        self._chunk: list[Step] = []
+
+    def run(self, advance: Callable[[int], object] = lambda steps: None) -> Verdict:
+        """The verdict over the whole ledger; `advance` is told of steps as they are checked."""
+        for number in self._history.unreadable:
+            self._find("ledger", f"line {number} cannot be read; it was damaged or edited")
+        for record in self._history.accepted():
+            if isinstance(record, Step):
+                self._step(record)
+                if len(self._chunk) * (self._span[0].rows if self._span else 1) >= CHUNK_ROWS:
+                    advance(self._check_chunk())
+            else:
+                advance(self._check_chunk())
+                self._start(record) if isinstance(record, Attempt) else self._skip(record)
+        advance(self._check_chunk())
+        self._end()
+        return self._verdict
+
+    def _step(self, step: Step) -> None:
+        """The step joins the chunk, if it can be said what it is to read."""
+        if step.number <= self._number:
+            last = self._chunk[-1] if self._chunk else None
+            same = last is not None and last[1:] == step[1:]
+            how = "as it stands before" if same else "with other content"
+            self._find("ledger", f"step {step.number} is there again (line {step.line}), {how}", step.number)
+            return
+        missing, self._number = range(self._number + 1, step.number), step.number
+        span = self._attempt.span_of(step.number) if self._attempt else None
+        if missing:
+            self._find("ledger", f"{steps_words(missing)} not in the ledger (before line {step.line})", missing[0])
+        unknown = sorted(step.taken.keys() - self._corpora.expansions.keys())
+        if missing or span is not self._span or self._jumps(step):
+            self._check_chunk()
+        self._go_on(step, missing)
+        if span is None or unknown:
+            says = (
+                f"took from {', '.join(unknown)}, which no start names" if unknown else "lies beyond its start's phases"
+            )
+            self._find("changed", f"step {step.number} {says}", step.number)
+            self._feed.broken |= step.taken.keys()
+            return
+        if not self._span or shape_of(span[0]) != shape_of(self._span[0]):
+            self._note(f"step {step.number}: phase {span[0].name}, {span[0].rows} rows of {span[0].seq_len} tokens")
+        self._span = span
+        self._chunk.append(step)
+
+    def _check_chunk(self) -> int:
+        """The steps gathered are checked; returns how many they are."""
+        if self._chunk and self._span:
+            phase, first_step, _ = self._span
+            self._feed.check(self._chunk, phase, (self._chunk[0].number - 1 - first_step) * phase.rows)
+        checked, self._chunk = len(self._chunk), []
+        return checked
+
+    # Cursors
+
+    def _jumps(self, step: Step) -> bool:
+        return any(before != self._cursor.get(source, 0) for source, (before, _) in step.taken.items())
+
+    def _go_on(self, step: Step, missing: range) -> None:
+        """The cursors are those after the step; where they were not those before it, that is on record."""
+        for source, (before, after) in step.taken.items():
+            if source not in self._corpora:
+                continue
+            at = self._cursor.get(source, 0)
+            if before > at:
+                why = (
+                    f"{steps_words(missing)} not in the ledger" if missing else f"step {step.number} begins behind them"
+                )
+                self._gap(source, at, before, step.number, why)
+            elif before < at:
+                self._feed.broken.add(source)
+                shards = self._corpora.named(source, max(before, 0), at)
+                self._find(
+                    "repeated", f"step {step.number} takes {source} up at {before}, with {at - before} tokens taken already: "
+                    f"{ranges_words(shards)}", step.number, source, shards=shards, repeated_tokens=at - before,
+                )  # fmt: skip
+            self._cursor[source] = after
+
+    def _gap(self, source: str, start: int, end: int, step: int, why: str) -> None:
+        """Places [start, end) were passed over: lost, but for shards that are left out."""
+        lost = end - start
+        if self._corpora.left_out.get(source) and end <= self._corpora.most(source, start):
+            kept, passed = self._corpora.pieces(source, start, end)
+            self._feed.pass_over(source, passed)
+            lost = int(kept.tokens.sum())
+            if not lost:
+                return
+        self._feed.broken.add(source)
+        shards = self._corpora.named(source, start, end)
+        self._find(
+            "lost", f"{lost} tokens of {source} were taken by no step, {why}: {ranges_words(shards)}",
+            step, source, shards=shards, lost_tokens=lost,
+        )  # fmt: skip
+
+    # Starts
+
+    def _start(self, attempt: Attempt) -> None:
+        self._corpora.left_out = {}
+        if attempt.counts:
+            self._check_cursor(attempt)
+            self._check_kept(attempt)
+            self._number = max(self._number, attempt.step)
+        self._say_start(attempt)
+        self._attempt = attempt
+        for source, file in attempt.skips if attempt.counts else []:
+            self._skip(Skip(attempt.step + 1, source, file))
+
+    def _check_cursor(self, attempt: Attempt) -> None:
+        """A start goes on from where the step that it names has left the sources."""
+        missing = range(self._number + 1, attempt.step + 1)
+        if missing:
+            self._find("ledger", f"{steps_words(missing)} not in the ledger (before line {attempt.line})", missing[0])
+        for source in sorted({*attempt.cursor, *self._cursor} & {*self._corpora.expansions}):
+            found, left = attempt.cursor.get(source, 0), self._cursor.get(source, 0)
+            if missing and found > left:
+                self._gap(source, left, found, attempt.step, f"{steps_words(missing)} not in the ledger")
+                self._cursor[source] = found
+            elif found != left:
+                self._find(
+                    "changed", f"the start at step {attempt.step} (line {attempt.line}) takes {source} up at {found}; "
+                    f"the run left it at {left}", attempt.step, source,
+                )  # fmt: skip
+
+    def _check_kept(self, attempt: Attempt) -> None:
+        """Seed, sizes of blocks and corpora are those that the run has read its data with."""
+        if not self._number:
+            self._known = {}
+        corpora = {f"data.sources.{source}": found for source, found in attempt.fingerprints.items()}
+        for name, found in (attempt.fixed | corpora).items():
+            known = self._known.setdefault(name, found)
+            if found != known:
+                self._find(
+                    "changed", f"the start at step {attempt.step} (line {attempt.line}) has {name} {found}; "
+                    f"the run has read its data with {known}", attempt.step, name.removeprefix("data.sources."),
+                )  # fmt: skip
+        for source, copy in self._copies.items():
+            found = attempt.fingerprints.get(source, copy)
+            if found != copy:
+                self._find(
+                    "changed", f"the copy of the manifest of {source} is of corpus {copy[:12]}; "
+                    f"the start at step {attempt.step} (line {attempt.line}) read {found[:12]}", attempt.step, source,
+                )  # fmt: skip
+
+    def _say_start(self, attempt: Attempt) -> None:
+        words = [
+            f"step {attempt.step}: {'start' if attempt is self._history.attempts[0] else 'restart'}, dp {attempt.dp_size}"
+        ]
+        before = self._attempt
+        if before and before.thrown_away:
+            first, last, count, tokens = before.thrown_away
+            words.append(f"takes back steps {first} to {last}: {count} made and thrown away, {short(tokens)} tokens")
+        if before and before.dp_size != attempt.dp_size:
+            words.append(f"dp was {before.dp_size}")
+        if before:
+            words += changed_phases(before.phases, attempt.phases)
+            new, gone = (
+                attempt.fingerprints.keys() - before.fingerprints.keys(),
+                before.fingerprints.keys() - attempt.fingerprints.keys(),
+            )
+            words += [f"source {name} added" for name in sorted(new)] + [
+                f"source {name} left out" for name in sorted(gone)
+            ]
+        self._note("; ".join(words))
+
+    def _skip(self, skip: Skip) -> None:
+        if not self._corpora.leave_out(skip.source, skip.shard):
+            says = f"step {skip.step} leaves out {skip.shard} of {skip.source}, which has no such shard"
+            self._find("ledger", says, skip.step, skip.source)
+            return
+        passed = self._verdict.sources[skip.source].passed_over
+        if skip.shard not in passed:
+            passed[skip.shard] = 0
+            self._note(f"step {skip.step}: {skip.source} leaves out {skip.shard} from here on")
+
+    def _end(self) -> None:
+        self._feed.end(self._cursor, self._number)
+        self._verdict.steps = self._number
+        if self._history.torn:
+            self._note("the last line is torn: the run was killed, or is writing it; the next start cuts it away")
+        last = self._history.attempts[-1]
+        if last.thrown_away:
+            self._note(f"steps {last.thrown_away[0]} to {last.thrown_away[1]} do not count")
+        for source, standing in self._verdict.sources.items():
+            standing.cursor = self._cursor.get(source, 0)
+            standing.next = self._corpora.named(source, standing.cursor, standing.cursor + 1)[0].split("+")[0]
+
+    def _find(self, kind: str, says: str, step: int | None = None, source: str | None = None, **more: Any) -> None:
+        self._verdict.find(Finding(kind, says, step, source, **more))
+
+    def _note(self, says: str) -> None:
+        self._verdict.notes.append(says)
+
+
+def shape_of(phase: Phase) -> dict[str, Any]:
+    """What the rows of a phase's steps depend on, and its name."""
+    return {name: getattr(phase, name) for name in ("name", "seq_len", "rows", "mixture")}
+
+
+def changed_phases(before: list[Phase], after: list[Phase]) -> list[str]:
+    """What is new in a schedule, in words."""
+    old = {phase.name: phase for phase in before}
+    words = []
+    for phase in after:
+        if phase.name not in old:
+            words.append(f"phase {phase.name} added, mixture {phase.mixture}")
+            continue
+        names = [
+            name
+            for name in ("tokens", "seq_len", "rows", "mixture")
+            if getattr(old[phase.name], name) != getattr(phase, name)
+        ]
+        words += [
+            f"phase {phase.name}: {name} {getattr(old[phase.name], name)} -> {getattr(phase, name)}" for name in names
+        ]
+    return words + [f"phase {name} left out" for name in old if name not in {phase.name for phase in after}]

@@ -1,0 +1,98 @@
+"""What an audit finds, in words and numbers: what is wrong, what is only worth knowing, where each source stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+MOST_FINDINGS = 1_000
+"""Kept; further ones are counted, so that what is wrong everywhere fits in memory."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as it must be."""
+
+    kind: str
+    """lost, repeated, swapped: of tokens. unlike: what was read is not what the cursors say. changed: what a run keeps for
+    life. ledger: lines are missing, there twice or unreadable.
+    """
+    says: str
+    step: int | None = None
+    source: str | None = None
+    rows: Sequence[tuple[int, int]] = ()
+    """Step, and row from 0, of the rows it is about."""
+    shards: Sequence[str] = ()
+    """FILE:FIRST+TOKENS in the manifest's training split."""
+    lost_tokens: int = 0
+    repeated_tokens: int = 0
+
+
+@dataclass
+class Standing:
+    """One source at the end of the ledger."""
+
+    epoch_tokens: int
+    tokens: int = 0
+    """Taken by the steps that count."""
+    cursor: int = 0
+    next: str = ""
+    """The token that comes next, as FILE:FIRST."""
+    passed_over: dict[str, int] = field(default_factory=dict)
+    """Shard that is left out -> its tokens that were passed over."""
+    lost_tokens: int = 0
+    repeated_tokens: int = 0
+
+
+@dataclass
+class Verdict:
+    sources: dict[str, Standing]
+    checked_tokens: bool
+    """Whether the shards were read again."""
+    steps: int = 0
+    """The last step; without findings each up to it was made once."""
+    findings: list[Finding] = field(default_factory=list)
+    num_findings: int = 0
+    notes: list[str] = field(default_factory=list)
+    """Restarts, rollbacks, changes of dp size, phase, mixture and sources."""
+
+    @property
+    def proven(self) -> bool:
+        return self.num_findings == 0
+
+    def find(self, finding: Finding) -> None:
+        """The finding is on record; one that shows an earlier one to be half of a swap takes its place."""
+        half = next((old for old in self.findings[-8:] if is_swap(old, finding)), None)
+        if half:
+            self._count(half, -1)
+            self.findings.remove(half)
+            finding = Finding(
+                "swapped",
+                f"{half.says}, and the other way round",
+                half.step,
+                half.source,
+                half.rows,
+                [*half.shards, *finding.shards],
+            )
+        self._count(finding, 1)
+        if len(self.findings) < MOST_FINDINGS:
+            self.findings.append(finding)
+
+    def _count(self, finding: Finding, by: int) -> None:
+        self.num_findings += by
+        if finding.source in self.sources:
+            self.sources[finding.source].lost_tokens += by * finding.lost_tokens
+            self.sources[finding.source].repeated_tokens += by * finding.repeated_tokens
+
+
+def is_swap(one: Finding, other: Finding) -> bool:
+    """Whether a row read what another is for, and that one what the first is for."""
+    return one.kind == other.kind == "repeated" and len(one.rows) == 2 and [*one.rows] == [*reversed(other.rows)]
+
+
+def steps_words(steps: range) -> str:
+    return f"step {steps[0]} is" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]} are"
+
+
+def ranges_words(shards: Sequence[str]) -> str:
+    return ", ".join(shards) or "none"

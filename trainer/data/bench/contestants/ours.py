@@ -1,0 +1,51 @@
+"""Our loader, which also gives targets, document indices and the evidence of what was read."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trainer.data.bench.contestant import Contestant, Opened, Reading
+from trainer.data.bench.corpus import OURS as FOLDER
+from trainer.data.bench.corpus import ROW_TOKENS, VOCAB, Corpus
+
+SEQ_LEN = ROW_TOKENS - 1
+
+
+def _imports() -> None:
+    import trainer.config
+    import trainer.data.loader  # noqa: F401
+
+
+def _write(corpus: Corpus, folder: Path) -> None:
+    """It is there: what the others' forms are made from."""
+
+
+def _open(reading: Reading, state: Any) -> Opened:
+    from trainer import config
+    from trainer.data.loader import Loader
+
+    step_tokens = reading.rows * reading.ranks * SEQ_LEN
+    tokens = reading.corpus.num_tokens // step_tokens * step_tokens
+    phase = config.Phase("pass", tokens, SEQ_LEN, reading.rows * reading.ranks, reading.rows, {"corpus": 1.0})
+    lr = config.Linear("linear", 1e-4, 1e-5, 0, None)
+    # A block a row: as fine a shuffle as that of the others.
+    data = config.Data({"corpus": str(reading.corpus.folder / FOLDER)}, block_tokens=SEQ_LEN)
+    if not reading.worker:
+        data = replace(data, workers=0, prefetch_steps=0)
+    loader = Loader(
+        data,
+        config.Schedule(None, [phase], lr),
+        seed=reading.seed,
+        vocab=VOCAB,
+        dp_rank=reading.rank,
+        dp_size=reading.ranks,
+    )
+    taken = (state or 0) // step_tokens
+    batches = loader.batches(taken, None if state is None else {"corpus": state})
+    return Opened((batch.tokens for batch in batches), lambda count: (state or 0) + count * step_tokens)
+
+
+OURS = Contestant(
+    "ours", _imports, _write, _open, same_rows=False, elastic=True,
+    note="tokens, targets, documents and evidence of 8 x 2,048; the worker is a thread",
+)  # fmt: skip
