@@ -42,13 +42,6 @@ class Scheme:
 
 SCHEMES = {
     "gpt2": Scheme(50_256, None, {END: 50_256}),
-    "cl100k": Scheme(
-        100_256,
-        CL100K_PATTERN % r"\p{N}{1,3}",
-        {END: 100_257}
-        | {token: 100_258 + index for index, token in enumerate(FILL_IN_THE_MIDDLE)}
-        | {"<|endofprompt|>": 100_276},
-    ),
     "arcade100k": Scheme(
         100_256,
         CL100K_PATTERN % r"\p{N}",
@@ -71,13 +64,11 @@ SCHEMES = {
         },
     ),
 }
-"""Source: tiktoken's openai_public (gpt2, cl100k); Stability AI's tokenizer of Stable LM 2 (arcade100k): cl100k's ranks,
-digits one by one, and 32 special ids, of which 100,256 is none. The pattern is cl100k's as first published, the one of
-arcade100k and of every tokenizer.json of cl100k; tiktoken's own of today keeps white space at
-the end of a document in one piece even where a line ends in it."""
+"""Source: tiktoken's openai_public (gpt2); Stability AI's tokenizer of Stable LM 2 (arcade100k): the ranks and, as first
+published, the pattern of cl100k, digits one by one, and 32 special ids, of which 100,256 is none. cl100k itself is left
+out: tiktoken's pattern of today keeps white space at a document's end in one piece, and would not be met exactly."""
 NAMES = {
     "arcade100k.tiktoken": "arcade100k",
-    "cl100k_base.tiktoken": "cl100k",
     "gpt2.tiktoken": "gpt2",
     "r50k_base.tiktoken": "gpt2",
 }

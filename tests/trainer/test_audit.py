@@ -514,7 +514,7 @@ def test_the_last_steps_before_a_start_are_missed_too(folder):
     lines.remove(line_of(lines, 7))
     write(folder, lines)
     found = findings(folder)
-    assert found[0].step == 7
+    assert (found[0].kind, found[0].step) == ("ledger", 7)
     assert {finding.source for finding in found if finding.lost_tokens} == {"a", "b"}
 
 

@@ -19,12 +19,17 @@ def differing(reference: Reference, codes: range, per_text: int) -> list[range]:
     return [run for run, ours, theirs in zip(runs, own, others, strict=True) if not np.array_equal(ours, theirs)]
 
 
+UNFILLED = range(0x34000, 0xE0000)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "end"), [("gpt2", unicode.CODE_POINTS), ("arcade100k", 0x20000)])
+@pytest.mark.parametrize(("kind", "end"), [("gpt2", 0xE4000), ("arcade100k", 0x20000)])
 def test_the_characters_that_the_libraries_part_at_are_those_of_the_table(kind, end):
     reference = Reference(telling(SCHEMES[kind].pattern))
     everything, size = range(end), 1 << 14
-    parts = [everything[first : first + size] for first in range(0, len(everything), size)]
+    # Planes that Unicode has not begun to fill are sampled: every sixteenth character.
+    steps = [16 if UNFILLED.start <= first < UNFILLED.stop else 1 for first in range(0, len(everything), size)]
+    parts = [everything[number * size : (number + 1) * size : step] for number, step in enumerate(steps)]
     runs = [run for part in parts for run in differing(reference, part, 64)]
     found = {code for run in runs for single in differing(reference, run, 1) for code in single}
     listed = {code for first, last in unicode.DIFFERING for code in range(first, last + 1) if code < end}
