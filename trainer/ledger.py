@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 from trainer.data import manifest
+from trainer.data.manifest import Manifest
 from trainer.runtime import sync_folder, write_whole
 
 if TYPE_CHECKING:
@@ -94,11 +95,11 @@ class Ledger:
             raise OSError(f"{self._file.name}: a line could not be written whole; is the disk full?")
 
 
-def copy_manifests(folder: Path, sources: Mapping[str, str]) -> None:
-    """The run folder holds a copy of the manifest of each source: name -> folder or address of the corpus."""
+def copy_manifests(folder: Path, manifests: Mapping[str, Manifest]) -> None:
+    """The run folder holds a copy of the manifest of each source."""
     (folder / MANIFESTS).mkdir(exist_ok=True)
-    for source, corpus in sources.items():
-        write_whole(manifest_copy(folder, source), manifest.dump(manifest.load(corpus)))
+    for source, corpus in manifests.items():
+        write_whole(manifest_copy(folder, source), manifest.dump(corpus))
     sync_folder(folder)
 
 

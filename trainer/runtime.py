@@ -103,7 +103,7 @@ def environment() -> dict[str, Any]:
 def write_whole(path: Path, text: str) -> None:
     """The file holds all of `text`, or what it held before: written beside, synced, then renamed over."""
     beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "w") as file:
+    with open(beside, "w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -21,7 +21,7 @@ from tests.reference.variants import VARIANTS, reference
 from trainer.__main__ import main
 from trainer.checkpoint.read import Snapshot, opened
 from trainer.checkpoint.write import model_facts, save
-from trainer.config import BTLM, AlibiScaling, Mup, RunConfig, StableLM, UserError, dump, section_from
+from trainer.config import BTLM, AlibiScaling, Mup, RunConfig, StableLM, UserError, section_from
 from trainer.data.loader import Batch, Loader
 from trainer.engine import Engine
 from trainer.hf import convert
@@ -29,7 +29,8 @@ from trainer.hf.mapping import cut
 from trainer.hf.reload import pretrained
 from trainer.parallel.mesh import Mesh, gather_to_all, started
 from trainer.parallel.shards import joined
-from trainer.train import build_engine, imported
+from trainer.resume import imported
+from trainer.train import build_engine
 
 __all__ = ["offline"]
 
@@ -342,17 +343,20 @@ def test_a_run_is_exported_by_its_folder_by_a_step_and_by_a_checkpoints_folder_a
     assert convert.text_facts(tmp_path / "newest") == ("<|endoftext|>", 256)
 
 
-def test_an_export_whose_corpus_has_moved_tells_what_it_lacks(folder, tmp_path, caplog):
-    """Of a run's folder, what an export reads: a checkpoint and config.yaml."""
-    run, moved, weights = tmp_path / "run", tmp_path / "moved", folder / "btlm_mup" / "import" / "step-00000000"
-    shutil.copytree(weights, run / "checkpoints" / weights.name)
-    assert main(["export-hf", str(run), str(tmp_path / "out"), "--dtype", "fp32"]) == 0
+@pytest.mark.dist
+def test_a_run_needs_no_corpus_to_be_exported_and_one_without_tokenizer_tells_what_it_lacks(world, runs, tmp_path, caplog):
+    given, moved = runs["stablelm", 1], tmp_path / "moved"
+    shutil.copytree(Path(given.run.root) / given.run.name, moved)
+    somewhere_else = (moved / "config.yaml").read_text().replace(next(iter(given.data.sources.values())), "gone")
+    (moved / "config.yaml").write_text(somewhere_else)
+    assert main(["export-hf", str(moved), str(tmp_path / "out"), "--dtype", "fp32"]) == 0
     assert caplog.messages == []
-    (run / "config.yaml").write_text(dump(section_from(RunConfig, two_phases("btlm", moved, tmp_path), "")))
-    assert main(["export-hf", str(run), str(tmp_path / "out"), "--dtype", "fp32"]) == 0
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    (moved / "tokenizer.json").unlink()
+    assert main(["export-hf", str(moved), str(tmp_path / "bare"), "--dtype", "fp32"]) == 0
     (said,) = caplog.messages
     assert said.startswith(f"exported without a tokenizer: {moved / 'tokenizer.json'} is not there")
-    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    assert not (tmp_path / "bare" / "tokenizer.json").exists()
 
 
 @pytest.mark.dist

@@ -23,8 +23,10 @@ def command(tmp_path):
         texts = (" ".join(rng.choices(words, k=rng.randint(5, 200))) for _ in range(60))
         lines = (json.dumps({"text": text, "meta": {"set": f"set{rng.randint(0, 2)}"}}) for text in texts)
         (tmp_path / f"{file}.jsonl").write_text("\n".join(lines))
+    # tokenizers alone: checking the faster library takes longer than all the rest.
     options = ["--vocab", 400, "--held-out", 0.1, "--sample-tokens", 512, "--shard-tokens", 4000, "--workers", 1,
-               "--tokenizer-library", "tokenizers", "--nfc", "--min-characters", 60, "--deduplicate", "--group-field", "meta.set"]  # fmt: skip
+               "--tokenizer-library", "tokenizers", "--nfc", "--min-characters", 60, "--deduplicate",
+               "--group-field", "meta.set"]  # fmt: skip
     inputs = sorted(tmp_path.glob("*.jsonl"))
     return lambda folder: ["prepare", "--input", *inputs, "--output", folder, *options]
 

@@ -16,8 +16,9 @@ from trainer.checkpoint.read import Snapshot, newest, opened
 from trainer.checkpoint.write import save
 from trainer.config import RunConfig, UserError, section_from
 from trainer.parallel.mesh import started
+from trainer.resume import check_same_past
 from trainer.timeline import Timeline
-from trainer.train import build_engine, check_same_past, run
+from trainer.train import build_engine, run
 
 STOPS = (4, 8, None)
 """In the first phase, in the second, at the end; the border between the phases is step 6."""

@@ -83,7 +83,7 @@ def train(
     for reader in readers:
         reader.close()
     ledger.close()
-    copy_manifests(folder, sources)
+    copy_manifests(folder, ranks[0].manifests)
     return cursor
 
 

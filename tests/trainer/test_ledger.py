@@ -118,10 +118,9 @@ def test_ranks_of_one_replica_that_read_other_rows_are_an_error():
 def test_manifests_are_copied_whole_under_the_names_of_their_sources(tmp_path):
     split = Split(10, 1, [Shard("train-000000.tar", 1024, 10, 1, "0" * 64)])
     corpus = Manifest("uint16", 512, 500, "<eos>", 0, "one", 0.0, {}, {}, train=split, validation=Split(0, 0, []))
-    run, folder = tmp_path / "run", tmp_path / "corpus"
-    run.mkdir(), folder.mkdir()
-    (folder / manifest.FILE).write_text(manifest.dump(corpus))
-    copy_manifests(run, {"plain": str(folder), "a/b": str(folder)})
+    run = tmp_path / "run"
+    run.mkdir()
+    copy_manifests(run, {"plain": corpus, "a/b": corpus})
     copies = [manifest_copy(run, source) for source in ("plain", "a/b")]
     assert sorted(copies) == sorted((run / "manifests").iterdir()), "and nothing half written beside them"
     assert copies[0].name == "plain.json"

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from trainer.checkpoint.layout import MARKER, committed, folder_name
 from trainer.checkpoint.read import opened
-from trainer.config import BTLM, Mup, StableLM, UserError, load
-from trainer.data import manifest
+from trainer.config import BTLM, Mup, StableLM, UserError
 from trainer.data.manifest import TOKENIZER_FILE
 from trainer.hf import convert
 
@@ -29,7 +28,7 @@ class Source:
     max_seq_len: int | None
     """Longest row it was trained on, where that is known."""
     lost_tokenizer: Path | None = None
-    """Where the run's config.yaml has it, if it is not there any more."""
+    """Where a run keeps it, if it is not there."""
 
 
 def source(path: Path, step: int | None = None) -> Source:
@@ -53,19 +52,12 @@ def _checkpoint(path: Path) -> Source:
     if home.name == "checkpoints":
         home = home.parent
     facts = snapshot.manifest
-    # An import's manifest says what its folder said; a run's corpus and phases say it otherwise.
-    tokenizer, eos_token, max_seq_len = home / TOKENIZER_FILE, facts.get("eos_token"), facts.get("max_seq_len")
-    if "phases" in facts:
+    tokenizer, max_seq_len, lost = home / TOKENIZER_FILE, facts.get("max_seq_len"), None
+    if "phases" in facts:  # a run, not an import
         max_seq_len = max(phase["seq_len"] for phase in facts["phases"])
-    lost = None
-    if (home / "config.yaml").is_file():
-        corpus = Path(next(iter(load(home / "config.yaml").data.sources.values())))
-        tokenizer = corpus / TOKENIZER_FILE
-        if tokenizer.is_file():
-            eos_token = manifest.load(corpus).eos_token
-        else:
-            lost = tokenizer
-    return Source(model, mup, snapshot.weight, _file(tokenizer), eos_token or ORDINARY_EOS, max_seq_len, lost)
+        lost = None if tokenizer.is_file() else tokenizer
+    eos_token = facts.get("eos_token") or ORDINARY_EOS
+    return Source(model, mup, snapshot.weight, _file(tokenizer), eos_token, max_seq_len, lost)
 
 
 def _of_step(path: Path, step: int) -> Path:

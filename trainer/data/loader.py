@@ -49,17 +49,20 @@ class Loader:
     ):
         self._data, self._schedule = data, schedule
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._manifests = {source: manifest.load(folder, data.cache) for source, folder in data.sources.items()}
-        for source, corpus in self._manifests.items():
+        self.manifests: dict[str, manifest.Manifest] = {
+            source: manifest.load(folder, data.cache) for source, folder in data.sources.items()
+        }
+        """Of every source of `data`."""
+        for source, corpus in self.manifests.items():
             if data.damaged_shards == "stop":
                 manifest.check_files(data.sources[source], corpus)
             _check_vocab(source, corpus, vocab)
             if data.tokenizer is not None:
                 manifest.check_tokenizer(data.tokenizer, corpus, "data.tokenizer")
-        _check_one_tokenizer(self._manifests)
-        self.fingerprints: dict[str, str] = {name: corpus.fingerprint for name, corpus in self._manifests.items()}
+        _check_one_tokenizer(self.manifests)
+        self.fingerprints: dict[str, str] = {name: corpus.fingerprint for name, corpus in self.manifests.items()}
         """Hash of each source's manifest: what a resume must match, see `manifest.check_resume`."""
-        self._eos_id = next(iter(self._manifests.values())).eos_id if self._manifests else -1
+        self._eos_id = next(iter(self.manifests.values())).eos_id if self.manifests else -1
         self.order: dict[str, int] = {
             "run.seed": seed, "data.block_tokens": data.block_tokens, "data.window_tokens": data.window_tokens,
         }  # fmt: skip
@@ -67,12 +70,12 @@ class Loader:
         self.skipped: dict[str, list[str]] = {}
         """Files of the shards of each source that are left out: what a resume must take up, see `skip`."""
         self._limits = {
-            name: int(epochs * self._manifests[name].train.tokens) for name, epochs in data.max_epochs.items()
+            name: int(epochs * self.manifests[name].train.tokens) for name, epochs in data.max_epochs.items()
         }
         if data.at_end == "refuse":
             self._check_limits()
         self._train, self._held_out, cache = {}, {}, Cache(data.cache)
-        for source, corpus in self._manifests.items():
+        for source, corpus in self.manifests.items():
             self._train[source] = self._source(source, corpus, corpus.train, seed, cache)
             if corpus.validation.tokens:
                 self._held_out[source] = self._source(source, corpus, corpus.validation, None, cache)
@@ -104,7 +107,9 @@ class Loader:
             tokens += before.get(source, 0)
             steps = range(step, total + 1)
             short = bisect_left(
-                steps, True, key=lambda now, source=source, tokens=tokens: self._taken(now, source) > tokens  # type: ignore[misc]
+                steps,
+                True,
+                key=lambda now, source=source, tokens=tokens: self._taken(now, source) > tokens,  # type: ignore[misc]
             )
             ends.append((max(step, step + short - 1), source))
         last, source = min(ends)
@@ -217,7 +222,7 @@ class Loader:
         total = Timeline(self._schedule).total_steps
         for source, limit in self._limits.items():
             if (needed := self._taken(total, source)) > limit:
-                epochs, tokens = self._data.max_epochs[source], self._manifests[source].train.tokens
+                epochs, tokens = self._data.max_epochs[source], self.manifests[source].train.tokens
                 raise UserError(
                     f"data.max_epochs.{source}: the schedule takes {needed} tokens; {epochs:g} times the {tokens} of "
                     f"{self._data.sources[source]} are {limit}; raise it, lower the source's share or the phases' tokens, "

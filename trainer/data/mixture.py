@@ -64,9 +64,7 @@ def cursor_at(schedule: Schedule, step: int) -> dict[str, int]:
 
 
 @lru_cache(maxsize=1024)
-def _portions(
-    mixture: tuple[tuple[str, float], ...], first: int, count: int, start: int, stop: int
-) -> list[Portion]:
+def _portions(mixture: tuple[tuple[str, float], ...], first: int, count: int, start: int, stop: int) -> list[Portion]:
     names, pattern = _pattern(mixture)
     rows = pattern.take(range(first, first + count), mode="wrap")
     of_sources = [(name, rows == index) for index, name in enumerate(names)]

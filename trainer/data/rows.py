@@ -159,9 +159,7 @@ def batch(sources: Mapping[str, Source], cut: Cut, eos_id: int) -> Batch:
     found = None if cut.first_row is None else evidence(cut, reads, cut.first_row)
     tokens, targets = pair.astype(np.int64)
     documents = documents_of(pair[0], breaks, eos_id)
-    return Batch(
-        torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents), cut.cursor, found
-    )
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents), cut.cursor, found)
 
 
 def documents_of(tokens: np.ndarray, breaks: list[int], eos_id: int) -> np.ndarray:

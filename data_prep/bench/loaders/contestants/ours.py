@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainer.data.bench.contestant import Contestant, Opened, Reading
-from trainer.data.bench.corpus import OURS as FOLDER
-from trainer.data.bench.corpus import ROW_TOKENS, VOCAB, Corpus
+from data_prep.bench.loaders.contestant import Contestant, Opened, Reading
+from data_prep.bench.loaders.corpus import OURS as FOLDER
+from data_prep.bench.loaders.corpus import ROW_TOKENS, VOCAB, Corpus
 
 SEQ_LEN = ROW_TOKENS - 1
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
-from trainer.data.bench.contestant import ROWS, STEP_ROWS, Contestant, Reading
-from trainer.data.bench.contestants import CONTESTANTS
-from trainer.data.bench.corpus import ROW_TOKENS, Corpus
+from data_prep.bench.loaders.contestant import ROWS, STEP_ROWS, Contestant, Reading
+from data_prep.bench.loaders.contestants import CONTESTANTS
+from data_prep.bench.loaders.corpus import ROW_TOKENS, Corpus
 
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 READ_BEFORE_RESUME = 0.9

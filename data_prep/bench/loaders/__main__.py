@@ -1,4 +1,4 @@
-"""The command line: `python -m trainer.data.bench [contestant ...]`."""
+"""The command line: `python -m data_prep.bench.loaders [contestant ...]`."""
 
 import argparse
 import json
@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from data_prep.bench.loaders.contestants import CONTESTANTS
+from data_prep.bench.loaders.corpus import UNIT_TOKENS, Corpus
+from data_prep.bench.loaders.rounds import Refused, Row, compare
 from trainer.config import UserError
-from trainer.data.bench.contestants import CONTESTANTS
-from trainer.data.bench.corpus import UNIT_TOKENS, Corpus
-from trainer.data.bench.rounds import Refused, Row, compare
 
 HEAD = ["Mtok/s", "1 worker", "B/token", "resume s", "peak MiB"]
 
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
             corpus = Corpus(folder, options.tokens // UNIT_TOKENS * UNIT_TOKENS, options.seed)
             rows = compare(options.contestant or list(CONTESTANTS), corpus, options.rounds, options.seconds)
     except (UserError, Refused) as error:
-        print(f"trainer.data.bench: {error}", file=sys.stderr)
+        print(f"data_prep.bench.loaders: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     print(*_table(rows), sep="\n")
     if options.json is not None:
@@ -37,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("trainer.data.bench", description="Our loader beside others, on the same tokens.")
+    parser = argparse.ArgumentParser(
+        "data_prep.bench.loaders", description="Our loader beside others, on the same tokens."
+    )
     add = parser.add_argument
     add("contestant", nargs="*", help=f"all where none is named: {'; '.join(CONTESTANTS)}")
     add(

@@ -1,7 +1,7 @@
 """Who is compared, in the order of the table."""
 
-from trainer.data.bench.contestant import Contestant
-from trainer.data.bench.contestants import hf_datasets, litdata, megatron, memmap, ours, streaming, webdataset
+from data_prep.bench.loaders.contestant import Contestant
+from data_prep.bench.loaders.contestants import hf_datasets, litdata, megatron, memmap, ours, streaming, webdataset
 
 CONTESTANTS: dict[str, Contestant] = {
     one.name: one

@@ -1,4 +1,4 @@
-"""`python -m trainer.data.bench` on a tiny corpus: ours and the memory map, every column measured; its mistakes."""
+"""`python -m data_prep.bench.loaders` on a tiny corpus: ours and the memory map, every column measured; its mistakes."""
 
 import json
 from importlib.util import find_spec
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.bench.loaders.__main__ import main
+from data_prep.bench.loaders.contestant import Reading, flat_rows
+from data_prep.bench.loaders.contestants import CONTESTANTS
+from data_prep.bench.loaders.corpus import EOS_ID, OURS, ROW_TOKENS, UNIT_TOKENS, Corpus, written
+from data_prep.bench.loaders.one import compared
+from data_prep.bench.loaders.rounds import Row
 from trainer.data import manifest
-from trainer.data.bench.__main__ import main
-from trainer.data.bench.contestant import Reading, flat_rows
-from trainer.data.bench.contestants import CONTESTANTS
-from trainer.data.bench.corpus import EOS_ID, OURS, ROW_TOKENS, UNIT_TOKENS, Corpus, written
-from trainer.data.bench.one import compared
-from trainer.data.bench.rounds import Row
 
 PLAIN = ["ours", "numpy memmap"]
 TOKENS = 2 * UNIT_TOKENS
@@ -106,7 +106,7 @@ def test_a_mistake_is_one_line(name, capfd):
     arguments, said = MISTAKES[name]
     assert main(arguments) == 2
     [line] = capfd.readouterr().err.splitlines()
-    assert line.startswith("trainer.data.bench: ")
+    assert line.startswith("data_prep.bench.loaders: ")
     assert [part for part in said if part not in line] == []
 
 
