@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from xxhash import xxh3_128_hexdigest
 
 from data_prep import bar, executor, folder, origin
 from data_prep.executor import Advance
@@ -193,6 +194,8 @@ def _content(path: str, shard: Shard) -> bytes:
         size = f"has {len(content)} bytes" if len(content) < shard.bytes else f"has more than {shard.bytes} bytes"
         raise UserError(f"{path}: {size}; {manifest.FILE} says {shard.bytes}; restore it or prepare the corpus again")
     _check_hash(path, content, shard.sha256)
+    if xxh3_128_hexdigest(content) != shard.xxh3_128:
+        raise UserError(f"{path}: xxh3_128 is not what {manifest.FILE} says; sha256 is; prepare the corpus again")
     return content
 
 

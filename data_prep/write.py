@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from xxhash import xxh3_128
 
 from trainer.data.manifest import Shard, Split
 
@@ -47,13 +48,14 @@ def settle(folder: Path) -> None:
 
 
 class _Hashed:
-    """A file being written from its beginning, and the hash of what was."""
+    """A file being written from its beginning, and the hashes of what was."""
 
     def __init__(self, file: BinaryIO):
-        self._file, self._hash, self.bytes = file, hashlib.sha256(), 0
+        self._file, self.hashes, self.bytes = file, (hashlib.sha256(), xxh3_128()), 0
 
     def write(self, data: bytes | memoryview) -> None:
-        self._hash.update(data)
+        for one in self.hashes:
+            one.update(data)
         self.bytes += memoryview(data).nbytes
         self._file.write(data)
 
@@ -61,8 +63,6 @@ class _Hashed:
         """Zeros up to a multiple of a block."""
         self.write(bytes(-self.bytes % block_bytes))
 
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
 
 
 def write_shard(folder: Path, stem: str, tokens: np.ndarray, documents: int, sample_tokens: int) -> Shard:
@@ -80,7 +80,8 @@ def write_shard(folder: Path, stem: str, tokens: np.ndarray, documents: int, sam
             hashed.pad(tarfile.BLOCKSIZE)
         hashed.write(bytes(2 * tarfile.BLOCKSIZE))  # how a tar ends
         hashed.pad(tarfile.RECORDSIZE)
-    return Shard(path.name, hashed.bytes, len(tokens), documents, hashed.hexdigest())
+    hashes = (one.hexdigest() for one in hashed.hashes)
+    return Shard(path.name, hashed.bytes, len(tokens), documents, *hashes)
 
 
 def write_split(

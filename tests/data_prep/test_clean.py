@@ -56,6 +56,11 @@ def test_copies_share_key_and_draw_and_other_texts_do_not():
     assert len(clean.key("")) == 16
 
 
+def test_long_texts_that_begin_alike_are_drawn_apart():
+    licence = "Permission is hereby granted, free of charge, to any person obtaining a copy. " * 40
+    assert len({clean.draw(f"{licence} {number}") for number in range(20)}) == 20
+
+
 def test_keys_are_the_same_on_every_machine():
     assert clean.key("A b,\n\u00e9").hex() == "7bbfc32a3aba02f14f39cbeedfb7c24f"
     assert clean.draw("A b,\n\u00e9") == 0.9414478675851247

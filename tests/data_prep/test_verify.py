@@ -11,6 +11,7 @@ from hashlib import sha256
 
 import numpy as np
 import pytest
+from xxhash import xxh3_128_hexdigest
 
 from data_prep import verify
 from data_prep.write import write_shard
@@ -130,7 +131,7 @@ def rewritten(folder, corpus, tokens=None, tar=None):
         made = write_shard(folder, "train-000000", tokens, before.documents, written.SAMPLE_TOKENS)
     else:
         (folder / before.file).write_bytes(tar)
-        made = replace(before, bytes=len(tar), sha256=sha256(tar).hexdigest())
+        made = replace(before, bytes=len(tar), sha256=sha256(tar).hexdigest(), xxh3_128=xxh3_128_hexdigest(tar))
     made = replace(made, tokens=before.tokens)
     written.rewrite(folder, corpus, train=replace(corpus.train, shards=[made, *corpus.train.shards[1:]]))
 

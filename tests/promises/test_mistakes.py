@@ -232,7 +232,7 @@ def test_a_mistake_that_only_the_second_rank_meets_is_printed_and_ends_the_launc
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("tandem: ")]
     assert len(said) == 1, done.stderr
-    assert f"{broken.name}: sha256" in said[0]
+    assert f"{broken.name}: xxh3_128" in said[0]
     assert not list(tmp_path.rglob("COMMITTED"))
 
 

@@ -293,7 +293,7 @@ def test_a_shard_left_out_is_named_and_its_tokens_are_no_loss(tmp_path, sources)
 @pytest.mark.parametrize(("block", "window"), [(64, 320), (64, 1), (64, 10**6), (0, 5), (10**6, 10**6)])
 def test_places_are_expanded_as_the_reader_finds_them(block, window):
     draw = np.random.default_rng(block + window)
-    shards = [Shard(f"{index}.tar", 0, int(tokens), 0, "") for index, tokens in enumerate(draw.integers(1, 900, 9))]
+    shards = [Shard(f"{index}.tar", 0, int(tokens), 0, "", "") for index, tokens in enumerate(draw.integers(1, 900, 9))]
     split = Split(sum(shard.tokens for shard in shards), 0, shards)
     order = Order(split.tokens, block_tokens=block, window_tokens=window, name="a", seed=SEED)
     expansion = Expansion(split, name="a", seed=SEED, block_tokens=block, window_tokens=window)
@@ -311,7 +311,7 @@ def test_places_are_expanded_as_the_reader_finds_them(block, window):
 
 def test_coverage_finds_what_is_taken_twice_and_forgets_what_is_whole(monkeypatch):
     monkeypatch.setattr(coverage, "PENDING_PIECES", 20)
-    shards = [Shard(f"{index}.tar", 0, 500 + index, 0, "") for index in range(6)]
+    shards = [Shard(f"{index}.tar", 0, 500 + index, 0, "", "") for index in range(6)]
     split = Split(sum(shard.tokens for shard in shards), 0, shards)
     expansion = Expansion(split, name="a", seed=SEED, block_tokens=BLOCK, window_tokens=WINDOW)
     taken, most = Coverage(expansion), 0

@@ -118,7 +118,7 @@ class Cache:
                 file = on_error.enter_context(path.open("rb"))
                 inode = os.fstat(file.fileno()).st_ino
                 if self._good.get(str(path)) != inode:
-                    # 1.3 GB/s on one EPYC core: 0.05 s for a shard of the default size, once per shard, rank and launch.
+                    # Once for each shard, rank and launch.
                     check_bytes(file, path, shard)
                     file.seek(0)
             except OSError as error:

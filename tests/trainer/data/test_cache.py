@@ -141,7 +141,7 @@ def test_a_local_shard_is_its_own_file_and_never_mended(settings, shards, tmp_pa
     path = tmp_path / "a" / shards[0].file
     assert Cache(settings()).path(tmp_path / "a", shards[0]) == path
     content = bytearray(path.read_bytes())
-    for altered, message in ((content[:-1], "has .* bytes"), (content[:-1] + b"x", "sha256"), (None, "is missing")):
+    for altered, message in ((content[:-1], "has .* bytes"), (content[:-1] + b"x", "xxh3_128"), (None, "is missing")):
         path.unlink()
         if altered is not None:
             path.write_bytes(altered)
@@ -158,7 +158,7 @@ def test_a_file_is_hashed_once_by_a_process(settings, shards, tmp_path):
     cache.path(tmp_path / "a", shards[0])
     path.rename(tmp_path / "away")
     path.write_bytes(content[:-1] + b"x")
-    with pytest.raises(DamagedShard, match="sha256"):
+    with pytest.raises(DamagedShard, match="xxh3_128"):
         cache.path(tmp_path / "a", shards[0])
 
 

@@ -224,7 +224,7 @@ def test_a_flipped_byte_stops_the_run_with_the_shard_named(sources, make_corpus,
     shard.write_bytes(content)
     schedule = schedule_of(Phase("p", 80 * 128, 128, 8, 1, {"c": 1.0}))
     one = loader({"c": str(folder)}, schedule=schedule, prefetch_steps=prefetch_steps)
-    with pytest.raises(UserError, match=rf"{shard.name}: sha256 .*the shard is damaged"):
+    with pytest.raises(UserError, match=rf"{shard.name}: xxh3_128 .*the shard is damaged"):
         list(one.batches(0, None))
     assert not reading_threads()
 

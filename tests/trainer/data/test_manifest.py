@@ -36,7 +36,7 @@ def test_a_corpus_elsewhere_is_opened_as_one_in_a_folder(make_corpus, server, ca
     [
         ("404 always", "no such file"),
         ("500 always", r"cannot be read \(.*500"),
-        ("wrong", "content does not match its fingerprint"),
+        ("wrong", "content does not match its fingerprint|is not a corpus manifest"),
     ],
 )
 def test_a_corpus_elsewhere_that_cannot_be_opened_is_refused_in_one_line(make_corpus, server, fault, message):
