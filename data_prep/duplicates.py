@@ -1,19 +1,19 @@
-"""Near duplicates over a whole corpus: from each unit's signatures to a mask of its documents to drop.
+"""Near duplicates over a whole corpus: from the signatures of each spill to a mask of its documents to drop.
 
 Documents that agree in a band (minhash.py) are linked, links are followed (A like B, B like C: one cluster), and of
 a cluster the first document in reading order stays. The answer depends on the signatures and the reading order
-alone: not on units, workers, or the order in which links are found. A pair of texts is not looked at again, as in
+alone: not on spills, workers, or the order in which links are found. A pair of texts is not looked at again, as in
 SlimPajama, which keeps whichever document its graph library names first.
 
-In a pipeline, in three steps; all files appear whole, and a killed step goes on with those that are missing:
+In a pipeline; all files appear whole, and a killed step goes on with those that are missing:
 
-    write_bands(unit.bands, signatures)              # in the worker, once a unit: minhash.signatures of its documents
-    num_dropped = find(bands, masks, folder, run=pool.map)    # once, over all units in reading order
-    np.load(mask)[index]                             # True: drop this document of the unit
+    write_bands(bands, signatures)                  # in the worker, once a spill: minhash.signatures of its documents
+    write_links(all_bands, part)                    # for each of parts(all_bands, folder), by anybody, in any order
+    write_masks(all_bands, masks, parts)            # once, over all spills in reading order
+    np.load(mask)[index]                            # True: drop this document of the spill
 
-`run` is map, or the map of any executor: processes, a SLURM array, Ray (parts and write_links are all it needs).
-The folder and the masks belong to one set of units: clear them when inputs or settings change. A part holds
-RECORDS records, 0.3 GiB, and some more if the corpus has few units and one document in most of them; following links
+The folder and the masks belong to one set of spills: clear them when inputs or settings change. A part holds
+RECORDS records, 0.3 GiB, and some more if the corpus has few spills and one document in most of them; following links
 holds 4 MB per million documents (8 above 2^32 documents) in one process. On disk: 108 bytes a document, and
 16 bytes for each band in which a document has an earlier like.
 """
@@ -21,12 +21,10 @@ holds 4 MB per million documents (8 above 2^32 documents) in one process. On dis
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -56,20 +54,6 @@ def write_bands(path: Path, signatures: np.ndarray) -> None:
     records["document"] = order.T
     with whole_file(path) as file:
         np.save(file, records)
-
-
-def find(
-    bands: Sequence[Path],
-    masks: Sequence[Path],
-    folder: Path,
-    run: Callable[..., Any] = map,
-    records: int = RECORDS,
-) -> int:
-    """Masks are written, one boolean a document of each unit, True where it is to drop; returns how many are."""
-    todo = parts(bands, folder, records)
-    for _ in run(partial(write_links, tuple(bands)), todo):
-        pass
-    return write_masks(bands, masks, todo)
 
 
 def parts(bands: Sequence[Path], folder: Path, records: int = RECORDS) -> list[Part]:

@@ -29,6 +29,8 @@ from data_prep.write import whole_file
 BATCH_CHARACTERS = 1 << 20
 SPILL_BYTES = 256 << 20
 """Of ids held by a worker before they are written: the greater part of its memory."""
+SPILL_DOCUMENTS = 1 << 20
+"""Documents held, at most: of very short ones the signatures outweigh the ids."""
 NO_GROUP = ""
 
 
@@ -37,9 +39,9 @@ def is_finished(work: Path, unit: Unit) -> bool:
     return spill.record_path(work, unit.name).exists()
 
 
-def bands_path(work: Path, unit: str) -> Path:
-    """Signatures of the unit's documents, as `duplicates` wants them."""
-    return work / f"{unit}.bands.npy"
+def bands_path(of: Spill) -> Path:
+    """Signatures of the spill's documents, as `duplicates` wants them."""
+    return of.index_path.with_suffix(".bands.npy")
 
 
 def encode(settings: Settings, encode_texts: Encode, work: Path, unit: Unit, advance: Advance) -> None:
@@ -49,24 +51,23 @@ def encode(settings: Settings, encode_texts: Encode, work: Path, unit: Unit, adv
     """
     counts: Counter[str] = Counter()
     groups: dict[str, int] = {}
-    held, signatures, spills, encoded = _Held(), [], 0, 0
+    held, spills, encoded = _Held(), 0, 0
     for batch in _batches(documents(settings, unit, counts, advance)):
         texts = [document.text for document in batch]
         tokens, lengths = encode_texts(texts, [document.place for document in batch])
         held.tokens.append(tokens)
         held.lengths.append(lengths)
-        held.entries.append(_entries(settings, batch, encoded, groups))
-        encoded += len(batch)
+        held.entries.append(_entries(settings, batch, held.documents, groups))
         if settings.deduplicate:
-            signatures.append(minhash.signatures(texts))
-        if sum(map(len, held.tokens)) * tokens.itemsize >= SPILL_BYTES:
+            held.signatures.append(minhash.signatures(texts))
+        held.documents += len(batch)
+        held.bytes += tokens.nbytes
+        if held.bytes >= SPILL_BYTES or held.documents >= SPILL_DOCUMENTS:
             held.write(Spill(work, unit.name, spills))
-            held, spills = _Held(), spills + 1
-    if held.tokens:
+            encoded, spills, held = encoded + held.documents, spills + 1, _Held()
+    if held.documents:
         held.write(Spill(work, unit.name, spills))
-        spills += 1
-    if signatures:
-        duplicates.write_bands(bands_path(work, unit.name), np.concatenate(signatures))
+        encoded, spills = encoded + held.documents, spills + 1
     record = {
         "spills": spills,
         "documents": encoded,
@@ -85,8 +86,13 @@ class _Held:
     tokens: list[np.ndarray] = field(default_factory=list)
     lengths: list[np.ndarray] = field(default_factory=list)
     entries: list[np.ndarray] = field(default_factory=list)
+    signatures: list[np.ndarray] = field(default_factory=list)
+    documents: int = 0
+    bytes: int = 0
 
     def write(self, to: Spill) -> None:
+        if self.signatures:
+            duplicates.write_bands(bands_path(to), np.concatenate(self.signatures))
         to.write(self.tokens, np.concatenate(self.lengths), np.concatenate(self.entries))
 
 

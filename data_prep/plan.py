@@ -17,6 +17,8 @@ from data_prep.read import Input, Part
 
 SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 8 << 20, 512 << 20
 """Of text: what is lost by a kill, at most, against the number of files of unfinished work."""
+VERSION = 1
+"""Of what a unit leaves behind: unfinished work of another version is not taken over."""
 UNITS = 64
 """A corpus is cut into about as many units, within the bounds above, so that workers end together."""
 
@@ -38,7 +40,7 @@ def units(inputs: list[Input], identity: dict[str, Any]) -> list[Unit]:
     """All inputs, each in one unit or, where its format allows it, cut over several."""
     total = sum(file.text_bytes for file in inputs)
     unit_bytes = min(max(total // UNITS, SMALLEST_UNIT_BYTES), LARGEST_UNIT_BYTES)
-    settings = json.dumps(identity, sort_keys=True)
+    settings = json.dumps([VERSION, identity], sort_keys=True)
     found: list[Unit] = []
     for parts in _grouped(inputs, unit_bytes):
         keys = [[part.input.name, part.input.bytes, part.input.version, part.number, part.count] for part in parts]

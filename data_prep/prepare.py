@@ -34,6 +34,8 @@ from trainer.data.manifest import Manifest
 ORDINARY_VOCAB = 16_384
 ORDINARY_TASKS = 64
 SHOWN_FAILURES = 5
+MOST_SEEDS = 1 << 63
+"""On each side of zero."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,12 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--glob", metavar="PATTERN", help="files to take from folders, instead of known suffixes")
     add("--nfc", action="store_true", help="bring text to Unicode's composed form")
     add("--min-characters", type=int, default=0, metavar="N",
-        help=f"leave out documents with fewer letters and digits ({clean.SHORTEST} in SlimPajama; default: none)")  # fmt: skip
+        help="leave out documents with fewer characters other than ASCII punctuation and whitespace "
+        f"({clean.SHORTEST} in SlimPajama; default: none)")  # fmt: skip
     add("--deduplicate", action="store_true", help="keep one of documents that share 0.8 of their 13-grams")
     add("--decontaminate", nargs="+", default=[], metavar="PATH", help="leave out documents that are also here")
     kept = "share of documents kept for validation (default %(default)s)"
     add("--held-out", type=float, default=0.005, metavar="FRACTION", help=kept)
-    add("--skip-undecodable", action="store_true", help="leave out, and count, text that is not UTF-8")
+    add("--skip-undecodable", action="store_true", help="leave out, and count, text files that are not UTF-8")
     add("--workers", type=int, metavar="N", help="processes at once (default: cores; with slurm and ray, no limit)")
     where = "where they work: this machine, jobs of Slurm, tasks of Ray (default %(default)s)"
     add("--executor", choices=("local", *cluster.LIBRARIES), default="local", help=where)
@@ -173,7 +176,7 @@ def _settings(args: argparse.Namespace, given: str | None) -> Settings:
 
 
 def _contaminants(paths: list[str], text_field: str) -> frozenset[bytes]:
-    parts = (read.Part(file, 0, 1) for file in read.inputs(paths, None, Path(os.devnull)))
+    parts = (read.Part(file, 0, 1) for file in read.inputs(paths, None, Path(os.devnull), "--decontaminate"))
     texts = (document.text for part in parts for document in read.documents(part, text_field, [], lambda count: None))
     return clean.keys(texts)
 
@@ -191,22 +194,36 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.min_characters < 0:
         raise UserError(f"--min-characters: {args.min_characters}; must not be negative; 0 leaves none out")
     _check_executor(args)
-    if args.where and "=" not in args.where:
-        raise UserError(f"--where: {args.where!r}; must read NAME=VALUE; for example meta.language=en")
+    if not -MOST_SEEDS <= args.seed < MOST_SEEDS:
+        raise UserError(f"--seed: {args.seed}; must be a number of 64 bits with its sign; choose a smaller one")
+    _check_fields(args)
     if args.sample_tokens < 1 or args.sample_tokens % manifest.TAR_BLOCK_BYTES:
         raise UserError(
             f"--sample-tokens: {args.sample_tokens}; must be a multiple of {manifest.TAR_BLOCK_BYTES}; change it"
         )
 
 
+def _check_fields(args: argparse.Namespace) -> None:
+    name, equals, _ = (args.where or "").partition("=")
+    if args.where is not None and not (name and equals):
+        raise UserError(f"--where: {args.where!r}; must read NAME=VALUE; for example meta.language=en")
+    for option, field in (("--where", name), ("--group-field", args.group_field or "")):
+        if field.split(".")[0] == args.text_field:
+            raise UserError(f"{option}: {field} is the text itself; must be another field of the record; name that")
+
+
 def _check_executor(args: argparse.Namespace) -> None:
     for name in ("tasks", "slurm"):
         if getattr(args, name) is not None and args.executor != "slurm":
-            raise UserError(f"--{name}: is for --executor slurm, not {args.executor}; leave it out, or name that executor")
+            raise UserError(
+                f"--{name}: is for --executor slurm, not {args.executor}; leave it out, or name that executor"
+            )
     for option in args.slurm or []:
         name = option.partition("=")[0]
         if "=" not in option or name.startswith("-") or name in OURS:
-            raise UserError(f"--slurm: {option}; must read NAME=VALUE, without dashes, not of {', '.join(OURS)}; change it")
+            raise UserError(
+                f"--slurm: {option}; must read NAME=VALUE, without dashes, not of {', '.join(OURS)}; change it"
+            )
     if args.executor != "local":
         cluster.door(args.executor)
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NoReturn
+from urllib.parse import unquote, urlsplit
 
 import orjson
 import pyarrow
@@ -21,6 +24,7 @@ import pyarrow.parquet
 
 from trainer.config import UserError
 from trainer.data import remote
+from trainer.data.remote import File
 
 _SUFFIXES = """
 .txt .text .md .markdown .rst .adoc .org .tex .html .htm .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .hh .cu .cuh
@@ -32,6 +36,8 @@ RECORD_CODECS = {".jsonl": None, ".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
 TYPICAL_COMPRESSION = 3
 """Bytes of text in a byte of a compressed file, about; only the size of units depends on it."""
 READ_BYTES = 4 << 20
+BATCH_BYTES, LARGEST_BATCH_ROWS = 8 << 20, 1024
+"""Of parquet read at once. Rows are bounded too: metadata counts a text that is stored once for many rows only once."""
 
 
 class Undecodable(UserError):
@@ -41,7 +47,7 @@ class Undecodable(UserError):
 @dataclass(frozen=True)
 class Input:
     name: str
-    """The path below its --input, after that input's number; order and shuffle depend on this alone."""
+    """The path below its --input, after that input's number; order, shuffle and the way to read depend on this alone."""
     address: str
     bytes: int
     version: str
@@ -50,23 +56,25 @@ class Input:
     @property
     def text_bytes(self) -> int:
         """About how much text the file holds."""
-        return self.bytes if self._codec is None and not self._is_parquet else self.bytes * TYPICAL_COMPRESSION
+        return self.bytes if self.codec is None and not self.is_parquet else self.bytes * TYPICAL_COMPRESSION
 
     @property
-    def _is_parquet(self) -> bool:
-        return self.address.endswith(".parquet")
+    def is_parquet(self) -> bool:
+        return self.name.endswith(".parquet")
 
     @property
-    def _codec(self) -> str | None:
-        return next((codec for suffix, codec in RECORD_CODECS.items() if self.address.endswith(suffix)), None)
+    def is_records(self) -> bool:
+        """Whether it has a JSON record in each line."""
+        return self.name.endswith(tuple(RECORD_CODECS))
 
     @property
-    def _is_records(self) -> bool:
-        return self.address.endswith(tuple(RECORD_CODECS))
+    def codec(self) -> str | None:
+        """What the lines of records are compressed with."""
+        return next((codec for suffix, codec in RECORD_CODECS.items() if self.name.endswith(suffix)), None)
 
     def parts(self, part_bytes: int) -> list[Part]:
         """The whole file, or, where readers can start inside, about `part_bytes` of text each."""
-        divisible = self._is_parquet or (self._is_records and self._codec is None)
+        divisible = self.is_parquet or (self.is_records and self.codec is None)
         count = max(1, self.text_bytes // part_bytes) if divisible else 1
         return [Part(self, number, count) for number in range(count)]
 
@@ -104,37 +112,122 @@ Advance = Callable[[int], None]
 """Told how many bytes of the inputs were read since the last call."""
 
 
-def inputs(paths: list[str], glob: str | None, output: Path) -> list[Input]:
+def inputs(paths: list[str], glob: str | None, output: Path, option: str = "--input") -> list[Input]:
     """Every file to read, sorted within each path; a file reached twice is read once, hidden ones and
-    `output` never.
+    `output` never. `option` is what the user calls the paths.
 
-    Raises: UserError for a path that does not exist, or where there is nothing to read.
+    Raises: UserError for a path that does not exist or cannot be read, or where there is nothing to read.
     """
+    if glob and glob.startswith("/"):
+        raise UserError(f"--glob: {glob}; must be a pattern of names below --input; for example 'src/**/*.py'")
     found: dict[str, Input] = {}
     for number, given in enumerate(paths):
-        for name, address, size, version in _files(given, glob, output):
-            found.setdefault(address, Input(f"{number}/{name}", address, size, version))
+        if not given:
+            raise UserError(
+                f"{option}: an empty path; must name a folder or a file; leave it out, or write . for this one"
+            )
+        files = _elsewhere(given, glob, option) if remote.is_remote(given) else _here(given, glob, output, option)
+        for identity, file in files:
+            found.setdefault(identity, Input(f"{number}/{file.name}", file.address, file.bytes, file.version))
     if not found:
-        pattern = f"--glob {glob}" if glob else "a known suffix"
-        raise UserError(f"--input: {', '.join(paths)} has no file with {pattern}; give --glob or another path")
+        remedy = f"--glob {glob}; give another" if glob else "a known suffix; give --glob or another path"
+        raise UserError(f"{option}: {', '.join(paths)} has no file with {remedy}")
     return list(found.values())
 
 
-def _files(given: str, glob: str | None, output: Path) -> Iterator[tuple[str, str, int, str]]:
-    if remote.is_remote(given):
-        for file in remote.files(given):
-            if Path(file.name).match(glob) if glob else _is_known(Path(file.name)):
-                yield file.name, file.address, file.bytes, file.version
-        return
-    root = Path(given)
-    if not root.exists():
-        raise UserError(f"--input: {given} does not exist; name a folder or a file")
-    for path in sorted(_below(root, glob)) if root.is_dir() else [root]:
-        real = path.resolve()
-        if output.resolve() not in real.parents:
-            status = path.stat()
-            name = path.relative_to(root).as_posix() if root.is_dir() else path.name
-            yield name, str(real), status.st_size, str(status.st_mtime_ns)
+def _elsewhere(given: str, glob: str | None, option: str) -> Iterator[tuple[str, File]]:
+    for file in remote.files(given):
+        if file.address != given:
+            if _is_wanted(file.name, glob):
+                yield file.address, file
+            continue
+        # What follows the path of a link to one file is often a signature, which is another one every day.
+        name = unquote(PurePosixPath(urlsplit(given).path).name) if given.startswith("http") else file.name
+        _check_suffix(name, given, glob, option)
+        yield file.address, replace(file, name=name)
+
+
+def _here(given: str, glob: str | None, output: Path, option: str) -> Iterator[tuple[str, File]]:
+    root, made = Path(given), output.resolve()
+    try:
+        if not root.exists():
+            raise UserError(f"{option}: {given} does not exist; name a folder or a file")
+        if not root.is_dir():
+            _check_suffix(root.name, given, glob, option)
+        for path in sorted(_below(root, glob)) if root.is_dir() else [root]:
+            real = path.resolve()
+            if made not in real.parents:
+                name = path.relative_to(root).as_posix() if root.is_dir() else path.name
+                yield str(real), File(name, str(path.absolute()), *_size_and_version(path))
+    except OSError as error:
+        raise _unreadable(str(error.filename or given), error) from None
+
+
+def _below(root: Path, glob: str | None) -> Iterator[Path]:
+    """The wanted files; folders behind links too, each once, because a link may lead back up."""
+    seen: set[Path] = set()
+    for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
+        here = Path(folder)
+        if (real := here.resolve()) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (here / name for name in names):
+            # A link to nothing is a file that is missing, and says so when it is looked at.
+            if _is_wanted(path.relative_to(root).as_posix(), glob) and (path.is_file() or not path.exists()):
+                yield path
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def _is_wanted(name: str, glob: str | None) -> bool:
+    parts = PurePosixPath(name).parts
+    if any(part.startswith(".") for part in parts):
+        return False
+    return _matches(parts, ("**", *PurePosixPath(glob).parts)) if glob else _is_known(name)
+
+
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether the path fits; ** stands for any number of folders."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[first:], pattern[1:]) for first in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def _is_known(name: str) -> bool:
+    return PurePosixPath(name).suffix in TEXT_SUFFIXES or name.endswith((".parquet", *RECORD_CODECS))
+
+
+def _check_suffix(name: str, given: str, glob: str | None, option: str) -> None:
+    """Records must not become one long text because their file is called .json."""
+    if not glob and not _is_known(name):
+        records = ", ".join((*RECORD_CODECS, ".parquet"))
+        remedy = "rename it, or give --glob to read it as one text" if option == "--input" else "rename it"
+        raise UserError(f"{option}: {given} has no known suffix; records are in {records}, text in .txt; {remedy}")
+
+
+def _size_and_version(path: Path) -> tuple[int, str]:
+    status = path.stat()
+    return status.st_size, str(status.st_mtime_ns)
+
+
+def check_unchanged(part: Part) -> None:
+    """Raises: UserError where the part's file is not the one any more that was listed, or cannot be looked at."""
+    file = part.input
+    if remote.is_remote(file.address):
+        now = [(found.bytes, found.version) for found in remote.files(file.address)]
+    else:
+        try:
+            now = [_size_and_version(Path(file.address))]
+        except OSError as error:
+            raise _unreadable(file.address, error) from None
+    if now != [(file.bytes, file.version)]:
+        raise UserError(f"{file.address}: has changed since it was listed; run the same command again")
 
 
 def content_hash(part: Part) -> str:
@@ -151,6 +244,7 @@ def content_hash(part: Part) -> str:
                 start += len(block)
     except OSError as error:
         raise _unreadable(part.input.address, error) from None
+    check_unchanged(part)
     return whole.hexdigest()
 
 
@@ -160,23 +254,31 @@ def documents(part: Part, text_field: str, more_fields: list[str], advance: Adva
     Raises: UserError naming the file, and line or row, that cannot be read or lacks the text.
     """
     file = part.input
+    check_unchanged(part)
     try:
         with remote.opened(file.address) as opened:
-            if file._is_parquet:
+            if file.is_parquet:
                 yield from _parquet_rows(part, opened, text_field, more_fields)
                 advance(part.bytes)
-            elif file._is_records:
+            elif file.is_records:
                 yield from _json_lines(part, opened, text_field, advance)
             else:
                 yield Document(file.name, _decoded(opened.read(), file.address), {})
                 advance(part.bytes)
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+    except (UserError, OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        if not isinstance(error, remote.Unreachable):
+            check_unchanged(part)  # one that is being written is first of all that
+        if isinstance(error, UserError):
+            raise
         raise _unreadable(file.address, error) from None
+    check_unchanged(part)
 
 
 def _json_lines(part: Part, opened: BinaryIO, text_field: str, advance: Advance) -> Iterator[Document]:
     file, (start, end) = part.input, part.range
-    codec = file._codec
+    codec = file.codec
+    if codec and not file.bytes:
+        raise OSError("Truncated: not even a file of no lines is empty when it is compressed")
     if start:
         opened.seek(start - 1)
         start += len(opened.readline()) - 1  # the line that began in the part before belongs to it
@@ -207,8 +309,12 @@ def _lines_before(part: Part, start: int) -> int:
     """Lines of a plain file before byte `start`: only asked for when something is wrong."""
     if not start:
         return 0
+    count = 0
     with remote.opened(part.input.address) as opened:
-        return opened.read(start).count(b"\n")
+        while start and (block := opened.read(min(READ_BYTES, start))):
+            count += block.count(b"\n")
+            start -= len(block)
+    return count
 
 
 def _record(line: bytes, text_field: str) -> dict[str, Any]:
@@ -227,7 +333,8 @@ def _record(line: bytes, text_field: str) -> dict[str, Any]:
 
 
 def _parquet_rows(part: Part, opened: BinaryIO, text_field: str, more_fields: list[str]) -> Iterator[Document]:
-    file, table = part.input, pyarrow.parquet.ParquetFile(opened)
+    file = part.input
+    table = pyarrow.parquet.ParquetFile(opened, buffer_size=BATCH_BYTES, pre_buffer=False)
     schema = table.schema_arrow
     columns = [text_field, *(name for name in more_fields if name in schema.names)]
     if text_field not in schema.names:
@@ -237,19 +344,25 @@ def _parquet_rows(part: Part, opened: BinaryIO, text_field: str, more_fields: li
         )
     kind = schema.field(text_field).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UserError(
-            f"{file.address}: field {text_field!r} is {kind}; must be text; name another with --text-field"
-        )
+        raise UserError(f"{file.address}: field {text_field!r} is {kind}; must be text; name another with --text-field")
     groups = table.num_row_groups
     first, last = groups * part.number // part.count, groups * (part.number + 1) // part.count
     number = sum(table.metadata.row_group(group).num_rows for group in range(first))
-    for batch in table.iter_batches(row_groups=list(range(first, last)), columns=columns):
-        for record in batch.to_pylist():
-            number += 1
-            text = record.pop(text_field)
-            if text is None:
-                raise UserError(f"{file.address}: row {number} has no {text_field!r}; correct or remove the row")
-            yield Document(f"{file.name}:{number}", text, record)
+    for group in range(first, last):
+        rows = _batch_rows(table.metadata.row_group(group), columns)
+        for batch in table.iter_batches(rows, row_groups=[group], columns=columns):
+            for record in batch.to_pylist():
+                number += 1
+                text = record.pop(text_field)
+                if text is None:
+                    raise UserError(f"{file.address}: row {number} has no {text_field!r}; correct or remove the row")
+                yield Document(f"{file.name}:{number}", text, record)
+
+
+def _batch_rows(group: pyarrow.parquet.RowGroupMetaData, columns: list[str]) -> int:
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+    return min(max(1, BATCH_BYTES * group.num_rows // max(1, size)), LARGEST_BATCH_ROWS)
 
 
 def _decoded(content: bytes, path: str) -> str:
@@ -260,17 +373,6 @@ def _decoded(content: bytes, path: str) -> str:
             f"{path}: is not UTF-8 ({error.reason} at byte {error.start}); "
             "convert it, or leave such files out with --skip-undecodable"
         ) from None
-
-
-def _below(folder: Path, glob: str | None) -> Iterator[Path]:
-    for path in folder.rglob(glob or "*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and (glob or _is_known(path)):
-            yield path
-
-
-def _is_known(path: Path) -> bool:
-    return path.suffix in TEXT_SUFFIXES or path.suffix == ".parquet" or path.name.endswith(tuple(RECORD_CODECS))
 
 
 def _unreadable(path: str, error: Exception) -> UserError:

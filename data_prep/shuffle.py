@@ -21,8 +21,8 @@ from trainer.data.manifest import Shard
 BINS_PER_SHARD = 256
 """A shard is larger than it must be by a bin at most."""
 SMALLEST_BINS, LARGEST_BINS = 1 << 12, 1 << 24
-Dropped = Callable[[str], np.ndarray | None]
-"""Of a unit, by name: which of its documents, in the order read, are left out after all; None for none of them."""
+Dropped = Callable[[Spill], np.ndarray | None]
+"""Of a spill: which of its documents, in the order read, are left out after all; None for none of them."""
 COUNT_TOKENS = 1 << 20
 """Ids counted at a time: numpy widens them to 64 bits for it."""
 
@@ -61,17 +61,14 @@ def ranges(spills: list[Spill], dropped: Dropped, shard_tokens: int) -> list[Ran
 def _kept(spills: list[Spill], split: str, dropped: Dropped) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Ranks and lengths of the documents of each spill."""
     for one in spills:
-        entries = one.between(split, 0, 2**64 - 1)
-        every = spill.index(one)
-        ends = every["end"].astype(np.int64)
-        lengths = np.diff(ends, prepend=0)[entries]
-        ranks, keep = every["rank"][entries], _keep(one, entries, dropped)
-        yield ranks[keep], lengths[keep]
+        entries, start = one.documents(split, 0, 2**64 - 1)
+        keep = _keep(one, entries, dropped)
+        yield entries["rank"][keep], spill.lengths(entries, start)[keep]
 
 
-def _keep(one: Spill, entries: slice, dropped: Dropped) -> np.ndarray | slice:
-    mask = dropped(one.unit)
-    return slice(None) if mask is None else ~mask[spill.index(one)["document"][entries]]
+def _keep(one: Spill, entries: np.ndarray, dropped: Dropped) -> np.ndarray | slice:
+    mask = dropped(one)
+    return slice(None) if mask is None else ~mask[entries["document"]]
 
 
 def _cut(split: str, tokens: np.ndarray, shift: int, shard_tokens: int) -> Iterator[Range]:
@@ -96,21 +93,30 @@ def occurrences_path(work: Path, stem: str) -> Path:
 
 
 def gather(
-    output: Path, work: Path, spills: list[Spill], dropped: Dropped, span: Range, *, dtype: str, vocab: int, sample_tokens: int
+    output: Path,
+    work: Path,
+    spills: list[Spill],
+    dropped: Dropped,
+    span: Range,
+    *,
+    dtype: str,
+    vocab: int,
+    sample_tokens: int,
 ) -> None:
     """The shard lies in `output`, its record and its count of ids in `work`."""
     documents: list[np.ndarray] = []
     ranks: list[np.ndarray] = []
     groups: dict[str, list[int]] = {}
     for one in spills:
-        entries = one.between(span.split, span.first, span.last)
-        if entries.start == entries.stop:
+        entries, start = one.documents(span.split, span.first, span.last)
+        if not len(entries):
             continue
-        keep = _keep(one, entries, dropped)
-        tokens, starts, ends = one.read(entries, dtype)
-        ranks.append(spill.index(one)["rank"][entries][keep])
-        documents += [tokens[start:end] for start, end in zip(starts[keep], ends[keep], strict=True)]
-        _count_groups(groups, one, spill.index(one)["group"][entries][keep], (ends - starts)[keep])
+        lengths = spill.lengths(entries, start)
+        tokens = one.tokens(start, int(lengths.sum()), dtype)
+        keep, ends = _keep(one, entries, dropped), np.cumsum(lengths)
+        ranks.append(entries["rank"][keep])
+        documents += [tokens[end - length : end] for end, length in zip(ends[keep], lengths[keep], strict=True)]
+        _count_groups(groups, spill.groups(one.work, one.unit), entries["group"][keep], lengths[keep])
     # Equal ranks stay in the order of the inputs, which is that of the spills.
     order = np.argsort(np.concatenate(ranks), kind="stable")
     tokens = np.concatenate([documents[document] for document in order])
@@ -121,12 +127,11 @@ def gather(
         file.write(json.dumps({"shard": asdict(shard), "groups": groups}).encode())
 
 
-def _count_groups(counts: dict[str, list[int]], one: Spill, groups: np.ndarray, lengths: np.ndarray) -> None:
+def _count_groups(counts: dict[str, list[int]], names: list[str], groups: np.ndarray, lengths: np.ndarray) -> None:
     for group in np.unique(groups):
-        documents = groups == group
-        name = spill.record(one.work, one.unit)["groups"][group]
-        before = counts.get(name, [0, 0])
-        counts[name] = [before[0] + int(documents.sum()), before[1] + int(lengths[documents].sum())]
+        inside, name = groups == group, names[group]
+        documents, tokens = counts.get(name, (0, 0))
+        counts[name] = [documents + int(inside.sum()), tokens + int(lengths[inside].sum())]
 
 
 def _occurrences(tokens: np.ndarray, vocab: int) -> np.ndarray:

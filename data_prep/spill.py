@@ -19,7 +19,7 @@ import numpy as np
 from data_prep.write import whole_file
 
 ENTRY = np.dtype([("rank", "<u8"), ("end", "<u8"), ("document", "<u4"), ("group", "<u2"), ("held_out", "?")])
-"""Of a document: its rank, where its ids end in the spill, its number in the unit, its group in the unit's record."""
+"""Of a document: its rank, where its ids end in the spill, its number in the spill as read, its group in the unit's record."""
 SPLITS = ("train", "validation")
 
 
@@ -55,39 +55,40 @@ class Spill:
         with whole_file(self.index_path) as file:
             np.save(file, entries)
 
-    def between(self, split: str, first: int, last: int) -> slice:
-        """Which entries of the index are documents of the split with ranks in [first, last]."""
-        entries = index(self)
-        border = int(np.searchsorted(entries["held_out"], True))
-        start, stop = (0, border) if split == "train" else (border, len(entries))
-        ranks = entries["rank"][start:stop]
-        return slice(
-            start + int(np.searchsorted(ranks, np.uint64(first), "left")),
-            start + int(np.searchsorted(ranks, np.uint64(last), "right")),
-        )
+    def documents(self, split: str, first: int, last: int) -> tuple[np.ndarray, int]:
+        """Entries of the split's documents with ranks in [first, last], and where in the spill the first of them begins."""
+        every = np.load(self.index_path, mmap_mode="r")
+        border = int(np.searchsorted(every["held_out"], True))
+        low, high = (0, border) if split == "train" else (border, len(every))
+        ranks = every["rank"][low:high]
+        start = low + int(np.searchsorted(ranks, np.uint64(first), "left"))
+        stop = low + int(np.searchsorted(ranks, np.uint64(last), "right"))
+        # A copy: a map would keep its file open, and there may be more spills than files a process may have open.
+        return np.array(every[start:stop]), int(every["end"][start - 1]) if start else 0
 
-    def read(self, entries: slice, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids of these documents, and where each begins and ends in them."""
-        every = index(self)
-        ends = every["end"][entries].astype(np.int64)
-        first = int(every["end"][entries.start - 1]) if entries.start else 0
-        starts = np.concatenate([[first], ends[:-1]]) if len(ends) else ends
-        size = np.dtype(dtype).itemsize
-        count = int(ends[-1]) - first if len(ends) else 0
-        tokens = np.fromfile(self.tokens_path, dtype, count, offset=first * size)
-        return tokens, starts - first, ends - first
+    def tokens(self, start: int, count: int, dtype: str) -> np.ndarray:
+        """`count` ids from `start` on."""
+        tokens = np.fromfile(self.tokens_path, dtype, count, offset=start * np.dtype(dtype).itemsize)
+        if len(tokens) != count:
+            raise OSError(f"{self.tokens_path} is shorter than its index says")
+        return tokens
 
 
-@lru_cache(maxsize=4096)
-def index(spill: Spill) -> np.ndarray:
-    """The entries of a spill, mapped from its file."""
-    entries: np.ndarray = np.load(spill.index_path, mmap_mode="r")
-    return entries
+def lengths(entries: np.ndarray, start: int) -> np.ndarray:
+    """How many ids each of neighbouring documents has, the first of which begins at `start`."""
+    return np.diff(entries["end"].astype(np.int64), prepend=start)
 
 
 def record_path(work: Path, unit: str) -> Path:
     """The file whose presence says that the unit is finished."""
     return work / f"{unit}.json"
+
+
+@lru_cache(maxsize=1 << 16)
+def groups(work: Path, unit: str) -> list[str]:
+    """The names of the groups of a finished unit."""
+    names: list[str] = record(work, unit)["groups"]
+    return names
 
 
 def record(work: Path, unit: str) -> dict[str, Any]:

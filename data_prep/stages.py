@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep import clean, duplicates, encode, folder, plan, shuffle, spill
+from data_prep import clean, duplicates, encode, folder, plan, read, shuffle, spill
 from data_prep.executor import Advance, Do
 from data_prep.plan import Unit
-from data_prep.read import Input
+from data_prep.read import Input, Part
 from data_prep.settings import Settings
 from data_prep.shuffle import Dropped, Range
 from data_prep.spill import Spill
@@ -31,8 +32,10 @@ from data_prep.write import whole_file
 from trainer.data import manifest
 from trainer.data.manifest import Manifest, Shard, Split
 
-SAMPLE_DOCUMENTS = 200
-"""Documents on which an encoding library is checked against the reference before it is used."""
+SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 200, 1 << 20
+"""On how much an encoding library is checked against the reference before it is used."""
+TRAINING_BYTES = 1 << 30
+"""Text that a tokenizer is trained on, about, where there is more."""
 LEFT_OUT = (
     "empty_documents", "other_documents", "skipped_files",
     "short_documents", "contaminated_documents", "duplicate_documents",
@@ -77,20 +80,36 @@ def begin(
     work.mkdir(exist_ok=True)
     text = given if given is not None else _trained(work, settings, inputs, vocab, shown)
     where = "--tokenizer" if given is not None else "--eos"
-    sample = list(islice(_texts(settings, inputs, lambda _: None), SAMPLE_DOCUMENTS))
-    encoder = encoding.encoder(text, settings.eos, where, library=library, sample=sample)
+    encoder = encoding.encoder(text, settings.eos, where, library=library, sample=_sample(settings, inputs))
     identity = settings.identity() | {"tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest()}
     preparation = Preparation(output, settings, plan.units(inputs, identity), encoder, text)
+    for other in set(work.glob("whole-*")) - {preparation.whole}:
+        shutil.rmtree(other)  # of other inputs: their shards in the output are about to be written over
     preparation.whole.mkdir(exist_ok=True)
     return preparation
 
 
+def _sample(settings: Settings, inputs: list[Input]) -> list[str]:
+    """The first texts there are, whatever becomes of them."""
+    texts: list[str] = []
+    for file in inputs:
+        with suppress(read.Undecodable):  # said, or counted, when it is encoded
+            for document in read.documents(Part(file, 0, 1), settings.text_field, [], lambda count: None):
+                texts.append(document.text)
+                if len(texts) >= SAMPLE_DOCUMENTS or sum(map(len, texts)) >= SAMPLE_CHARACTERS:
+                    return texts
+    return texts
+
+
 def _trained(work: Path, settings: Settings, inputs: list[Input], vocab: int, shown: Shown) -> str:
-    """tokenizer.json of a BPE trained on all text that is not held out; kept in the folder of unfinished work."""
+    """tokenizer.json of a BPE trained on text that is not held out, TRAINING_BYTES of it where there is more; kept in the
+    folder of unfinished work.
+    """
     path = tokenizer_path(work, inputs)
     if not path.exists():
         advance = shown("training the tokenizer", sum(file.bytes for file in inputs))
-        texts = (text for text in _texts(settings, inputs, advance) if clean.draw(text) >= settings.held_out)
+        share = min(1.0, TRAINING_BYTES / max(1, sum(file.text_bytes for file in inputs)))
+        texts = (text for text in _texts(settings, inputs, share, advance) if clean.draw(text) >= settings.held_out)
         with whole_file(path) as file:
             file.write(build.train(texts, vocab, settings.eos).encode())
     return path.read_text(encoding="utf-8")
@@ -102,10 +121,22 @@ def tokenizer_path(work: Path, inputs: list[Input]) -> Path:
     return work / f"tokenizer-{hashlib.sha256(versions.encode()).hexdigest()[:24]}.json"
 
 
-def _texts(settings: Settings, inputs: list[Input], advance: Advance) -> Iterator[str]:
-    """All documents as they will be encoded, in order."""
-    unit = Unit("", 0, tuple(part for file in inputs for part in file.parts(file.text_bytes + 1)))
-    return (document.text for document in encode.documents(settings, unit, Counter(), advance))
+def _texts(settings: Settings, inputs: list[Input], share: float, advance: Advance) -> Iterator[str]:
+    """The documents as they will be encoded, in order: this share of all text, from the beginnings of files all over it."""
+    wanted = taken = 0.0
+    for file in inputs:
+        wanted += share * file.text_bytes
+        unit = Unit("", 0, (Part(file, 0, 1),))
+        if share == 1:
+            yield from (document.text for document in encode.documents(settings, unit, Counter(), advance))
+            continue
+        if taken < wanted:
+            for document in encode.documents(settings, unit, Counter(), lambda count: None):
+                yield document.text
+                taken += len(document.text)
+                if taken >= wanted:
+                    break
+        advance(file.bytes)
 
 
 @dataclass(frozen=True)
@@ -166,17 +197,16 @@ def _linking(preparation: Preparation) -> Do:
 
 
 def _bands(preparation: Preparation) -> tuple[list[Path], list[Path]]:
-    names = [unit.name for unit in preparation.units if spill.record(preparation.work, unit.name)["documents"]]
-    bands = [encode.bands_path(preparation.work, name) for name in names]
-    return bands, [_mask_path(preparation, name) for name in names]
+    spills = _spills(preparation)
+    return [encode.bands_path(one) for one in spills], [_mask_path(preparation, one) for one in spills]
 
 
-def _mask_path(preparation: Preparation, unit: str) -> Path:
-    return preparation.whole / f"{unit}.dropped.npy"
+def _mask_path(preparation: Preparation, of: Spill) -> Path:
+    return preparation.whole / f"{of.index_path.stem}.dropped.npy"
 
 
 def _arranging(preparation: Preparation) -> Do:
-    """Masks of the documents to leave out, of every unit that has documents; and the ranges of the shards."""
+    """Masks of the documents to leave out, of every spill; and the ranges of the shards."""
 
     def arrange(path: Path, advance: Advance) -> None:
         if preparation.settings.deduplicate:
@@ -223,8 +253,8 @@ def _spills(preparation: Preparation) -> list[Spill]:
 
 def _dropped(preparation: Preparation) -> Dropped:
     if not preparation.settings.deduplicate:
-        return lambda unit: None
-    return lru_cache(maxsize=4096)(lambda unit: np.load(_mask_path(preparation, unit), mmap_mode="r"))
+        return lambda spill: None
+    return lambda spill: np.load(_mask_path(preparation, spill), mmap_mode="r")
 
 
 def _refuse_without_training_documents(preparation: Preparation) -> None:

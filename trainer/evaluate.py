@@ -30,8 +30,11 @@ from trainer.data.loader import Batch, Loader
 from trainer.parallel.mesh import Mesh, started, sum_over_ranks
 
 
-def validation_loss(model: nn.Module, batches: Iterable[Batch], mesh: Mesh) -> float:
-    """Mean cross-entropy in nats over all ranks' rows, weights and gradients untouched; the same on every rank."""
+def validation_loss(model: nn.Module, batches: Iterable[Batch], mesh: Mesh) -> float | None:
+    """Mean cross-entropy in nats over all ranks' rows, weights and gradients untouched; the same on every rank.
+
+    None where no rank has a row.
+    """
     total, tokens = 0.0, 0
     with torch.no_grad():
         for batch in batches:
@@ -40,7 +43,7 @@ def validation_loss(model: nn.Module, batches: Iterable[Batch], mesh: Mesh) -> f
             tokens += losses.numel()
     # Tensor-parallel ranks add the same numbers, which leaves the ratio as it is.
     summed, counted = sum_over_ranks([total, float(tokens)], mesh)
-    return summed / counted
+    return summed / counted if counted else None
 
 
 def losses_of(model: nn.Module, batch: Batch, mesh: Mesh) -> Tensor:

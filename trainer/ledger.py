@@ -4,9 +4,10 @@
     skip   from this step on a damaged shard is left out
     step   how far each source was read, and two sums of hashes of what was really read (`trainer.data`, Evidence)
 
-The one idea: the file only grows, and is never ahead of what it tells nor behind a committed checkpoint. A start at step S
-takes back the later steps before it, which stay as evidence of what was made and thrown away. Copies of the corpora's
-manifests lie beside it, so that `tandem audit` needs nothing else. Nothing here reads the ledger; it never imports torch.
+The one idea: the file only grows, and is never ahead of what it tells nor behind a committed checkpoint. A checkpoint knows
+how many lines there were when it was made, and a start from it says so: the lines between the two are of steps that the run
+took back, which stay as evidence of what was made and thrown away. Copies of the corpora's manifests lie beside it, so that
+`tandem audit` needs nothing else. Nothing here reads the ledger; it never imports torch.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         path = folder / FILE
         _cut_torn_line(path)
+        self._lines = _num_lines(path)
         self._file = path.open("ab", buffering=0)
         sync_folder(folder)
         self._cursor: dict[str, int] = {}
@@ -59,12 +61,17 @@ class Ledger:
         fingerprints: Mapping[str, str],
         skipped: Mapping[str, Sequence[str]],
         dp_size: int,
+        after: int = 0,
     ) -> None:
-        """The run goes on after `step` finished steps; `order` are seed and block sizes under their names in the config."""
+        """The run goes on after `step` finished steps, from a checkpoint made when the ledger had `after` lines; 0: from none.
+
+        `order` are seed and block sizes under their names in the config.
+        """
         self._cursor = dict(cursor)
         self._write(
-            kind="start", step=step, cursor=self._cursor, **{name.split(".")[-1]: value for name, value in order.items()},
-            phases=phases, fingerprints=fingerprints, skipped={name: list(files) for name, files in skipped.items()},
+            kind="start", step=step, after=after, cursor=self._cursor,
+            **{name.split(".")[-1]: value for name, value in order.items()}, phases=phases,
+            fingerprints=fingerprints, skipped={name: list(files) for name, files in skipped.items()},
             dp_size=dp_size, time=time.time(),
         )  # fmt: skip
 
@@ -81,9 +88,12 @@ class Ledger:
             kind="step", step=step, taken=taken, **{name: f"{sum:016x}" for name, sum in digests._asdict().items()}
         )
 
-    def sync(self) -> None:
-        """What was written survives a power cut: to be called before a checkpoint of the last step is committed."""
+    def sync(self) -> int:
+        """What was written survives a power cut: to be called before a checkpoint of the last step is committed, which has
+        to keep the number of lines that this returns.
+        """
         os.fsync(self._file.fileno())
+        return self._lines
 
     def close(self) -> None:
         self._file.close()
@@ -93,6 +103,7 @@ class Ledger:
         line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
         if self._file.write(line) != len(line):
             raise OSError(f"{self._file.name}: a line could not be written whole; is the disk full?")
+        self._lines += 1
 
 
 def copy_manifests(folder: Path, manifests: Mapping[str, Manifest]) -> None:
@@ -146,3 +157,10 @@ def _cut_torn_line(path: Path) -> None:
         if end < size:
             file.truncate(end)
             os.fsync(file.fileno())
+
+
+def _num_lines(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return sum(1 for _ in file)

@@ -5,6 +5,7 @@ on all ranks alike, what to do about it.
 """
 
 import ctypes
+import faulthandler
 import fcntl
 import json
 import logging
@@ -55,6 +56,7 @@ def start_logging(rank: int) -> None:
     """Rank 0 logs from INFO on, other ranks from WARNING on; all to stderr."""
     level = logging.INFO if rank == 0 else logging.WARNING
     handler = logging.StreamHandler(CurrentStderr())
+    faulthandler.enable(2)  # so that a fault of memory or disk, which is no exception, says where it met us
     logging.basicConfig(level=level, format=f"[rank {rank}] %(message)s", handlers=[handler], force=True)
     for noisy in ("megatron", "torch.distributed", "wandb", "DeepSpeed", "deepspeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -100,11 +102,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_whole(path: Path, text: str) -> None:
-    """The file holds all of `text`, or what it held before: written beside, synced, then renamed over."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """The file holds all of the content, or what it held before: written beside, synced, then renamed over."""
     beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
+    with open(beside, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)

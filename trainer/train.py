@@ -23,7 +23,7 @@ from trainer import models, optim, runtime
 from trainer.checkpoint.layout import committed
 from trainer.checkpoint.read import Snapshot, load_weights, newest, restore, set_masters
 from trainer.checkpoint.write import model_facts, save
-from trainer.config import Data, RunConfig, UserError, check_world, dump
+from trainer.config import Data, RunConfig, check_world, dump
 from trainer.costs import flops_per_token
 from trainer.data import remote
 from trainer.data.damage import Met, agreed, agreed_batches
@@ -121,7 +121,8 @@ def run_in(
             source.close()
     sinks = on_rank_0(lambda: open_sinks(folder, config, rank=0, resumed_step=step), mesh) or Sinks([], step)
     peak_flops = config.hardware.peak_flops if config.hardware else runtime.measured_peak_flops(mesh.device)
-    ledger = on_rank_0(lambda: open_ledger(folder, config, loader, step, cursor, mesh.dp_size), mesh)
+    after = snapshot.manifest["ledger_lines"] if snapshot else 0
+    ledger = on_rank_0(lambda: open_ledger(folder, config, loader, step, cursor, after, mesh.dp_size), mesh)
     training = Training(config, mesh, Timeline(config.schedule), engine, peak_flops, folder, loader, sinks, ledger)
     try:
         return loop(training, step, cursor, stop_signal)
@@ -132,7 +133,7 @@ def run_in(
 
 
 def open_ledger(
-    folder: Path, config: RunConfig, loader: Loader, step: int, cursor: dict[str, int] | None, dp_size: int
+    folder: Path, config: RunConfig, loader: Loader, step: int, cursor: dict[str, int] | None, after: int, dp_size: int
 ) -> Ledger:
     """The run folder's ledger, which has this start on record, and copies of the manifests that it needs to be read."""
     copy_manifests(folder, loader.manifests)
@@ -140,20 +141,20 @@ def open_ledger(
     ledger = Ledger(folder)
     ledger.start(
         step, cursor or {}, order=loader.order, phases=[dataclasses.asdict(phase) for phase in config.schedule.phases],
-        fingerprints=loader.fingerprints, skipped=loader.skipped, dp_size=dp_size,
+        fingerprints=loader.fingerprints, skipped=loader.skipped, dp_size=dp_size, after=after,
     )  # fmt: skip
     return ledger
 
 
 def keep_tokenizer(folder: Path, data: Data) -> None:
     """The run folder holds the tokenizer of the corpora: with it, exports need nothing but the run."""
-    corpus = next(iter(data.sources.values()))
+    address = remote.below(next(iter(data.sources.values())), TOKENIZER_FILE)
     try:
-        content = remote.content(remote.below(corpus, TOKENIZER_FILE), data.cache)
-    except UserError as error:
-        log.warning("%s; the run trains without it, its exports will have no tokenizer", error)
+        content = remote.content(address, data.cache)
+    except OSError as error:
+        log.warning("%s: cannot be read (%s); the run trains without it, its exports have no tokenizer", address, error)
     else:
-        runtime.write_whole(folder / TOKENIZER_FILE, content.decode())
+        runtime.write_whole(folder / TOKENIZER_FILE, content)
 
 
 def loop(training: Training, step: int, cursor: dict[str, int] | None, stop_signal: runtime.StopSignal) -> int:
@@ -164,23 +165,25 @@ def loop(training: Training, step: int, cursor: dict[str, int] | None, stop_sign
         tokens=timeline.tokens_before(step), world_size=training.mesh.world_size, tp_size=training.mesh.tp_size,
         dp_size=training.mesh.dp_size, total_steps=timeline.total_steps, total_tokens=timeline.total_tokens,
     )  # fmt: skip
-    batches, stopping, saved_step = batches_from(training, step, cursor), False, step
+    batches, stopping, saved_step, evaluated_step = batches_from(training, step, cursor), False, step, step
     while step < last and not stopping:
-        try:
-            record, cursor, digests, stopping = timed_step(training, batches, step, stop_signal)
-        except StopIteration:  # a shard left out just now was to feed this step
-            last = step
-        else:
+        if made := timed_step(training, batches, step, stop_signal):
             step += 1
+            record, cursor, digests, stopping = made
             sinks.step(record)
             if training.ledger and digests:
                 training.ledger.step(step, cursor, digests)
-        if due(step, config.evaluate.every_steps) or (config.evaluate.every_steps and step == last):
-            evaluate(training, step)
+        else:  # a shard left out just now was to feed this step
+            last = step
         if (stopping or step == last or due(step, config.checkpoint.every_steps)) and step != saved_step:
             assert cursor is not None, "a step was made"
             save_checkpoint(training, step, cursor)
             saved_step = step
+        # Saved first: whatever held-out rows do, the step is not lost.
+        evaluating = due(step, config.evaluate.every_steps) or (config.evaluate.every_steps and step == last)
+        if evaluating and step != evaluated_step:
+            evaluate(training, step)
+            evaluated_step = step
     if step >= last:
         sinks.end(step, end_reason(training, step, cursor))
         return 0
@@ -193,7 +196,7 @@ def end_reason(training: Training, step: int, cursor: dict[str, int] | None) -> 
     end, source = training.loader.end(step, cursor)
     if step == training.timeline.total_steps:
         return "finished"
-    return f"data.max_epochs.{source}" if source and step >= end else f"run.stop_step {step}"
+    return f"data.max_epochs.{source}" if source and step >= end else f"run.stop_step {training.config.run.stop_step}"
 
 
 def batches_from(training: Training, step: int, cursor: dict[str, int] | None) -> Iterator[Batch]:
@@ -223,12 +226,13 @@ def leave_out(training: Training, step: int, met: Met) -> None:
 
 def timed_step(
     stepper: Stepper, batches: Iterator[Batch], step: int, stop_signal: runtime.StopSignal
-) -> tuple[StepRecord, dict[str, int], Digests | None, bool]:
+) -> tuple[StepRecord, dict[str, int], Digests | None, bool] | None:
     """Update number `step`, on the next batch. Returns its record, the cursor after the batch, the evidence of what was read
-    if batches carry it, and whether any rank was told to stop.
+    if batches carry it, and whether any rank was told to stop; None, with nothing done, where there is no next batch.
     """
     began = time.perf_counter()
-    batch = next(batches)
+    if (batch := next(batches, None)) is None:
+        return None
     data_seconds = time.perf_counter() - began
     loss, gradient_norm, digests, stopping = one_step(stepper, batch, step, stop_signal)
     record = record_of(stepper, step + 1, loss, gradient_norm, time.perf_counter() - began, data_seconds)
@@ -270,7 +274,7 @@ def accumulate(engine: Engine, batch: Batch, micro_rows: int, mesh: Mesh) -> Ten
 
 
 def evaluate(training: Training, step: int) -> None:
-    """The validation loss of the weights after `step` is on record."""
+    """The validation loss of the weights after `step` is on record, unless damage has left no held-out row to take it of."""
     phase = training.timeline.phase_at(step - 1).phase
     read = partial(training.loader.validation, phase, training.config.evaluate.tokens)
     batches: Iterable[Batch]
@@ -280,20 +284,24 @@ def evaluate(training: Training, step: int) -> None:
         exchange = partial(met_by_any, mesh=training.mesh)
         batches = agreed(lambda: list(read()), exchange, partial(leave_out, training, step))
     loss = validation_loss(training.engine.model, batches, training.mesh)
-    training.sinks.validation(step, training.timeline.tokens_before(step), loss)
+    if loss is not None:
+        training.sinks.validation(step, training.timeline.tokens_before(step), loss)
+    elif training.mesh.rank == 0:
+        files = ", ".join(f"{source}/{file}" for source, files in training.loader.skipped.items() for file in files)
+        log.warning("step %d: no validation loss: left out as damaged are %s, and no held-out row is left", step, files)
 
 
 def save_checkpoint(training: Training, step: int, cursor: dict[str, int]) -> None:
     """A committed checkpoint of `step` lies in the run folder, and its ledger is not behind it."""
     began = time.perf_counter()
-    if training.ledger:
-        training.ledger.sync()
+    ledger_lines = training.ledger.sync() if training.ledger else 0  # rank 0's fact; that rank writes the manifest
     facts = {
         **model_facts(training.config.model, training.config.mup),
         "tokens": training.timeline.tokens_before(step),
         "cursor": cursor,
+        "ledger_lines": ledger_lines,
         "fingerprints": training.loader.fingerprints,
-        "eos_token": next(iter(training.loader.manifests.values())).eos_token,
+        "eos_token": training.loader.eos_token,
         "order": training.loader.order,
         "skipped": training.loader.skipped,
         "phases": [dataclasses.asdict(phase) for phase in training.config.schedule.phases],

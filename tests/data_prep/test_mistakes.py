@@ -73,6 +73,19 @@ def broken_inputs(root):
         "all held out": ([*words, "--held-out", 0.999999], r"--held-out: 0.999999 leaves none of 1 doc"),
         "workers": ([*words, "--workers", 0], r"--workers: 0; must be positive"),
         "samples": ([*words, "--sample-tokens", 100], r"--sample-tokens: 100; must be a multiple of 512"),
+        "kind": (["--input", root / "not.json"], r"--input: .*not.json has no known suffix; .* give --glob"),
+        "empty path": (["--input", ""], r"--input: an empty path; must name"),
+        "glob": ([*words, "--glob", "/abs/*"], r"--glob: /abs/\*; must be a pattern of names below"),
+        "seed": ([*words, "--seed", 1 << 63], r"--seed: 9223372036854775808; must be"),
+        "low seed": ([*words, "--seed", -(1 << 63) - 1], r"--seed: -9223372036854775809; must be"),
+        "contaminants": ([*words, "--decontaminate", root / "none"], r"^--decontaminate: .*none does not exist"),
+        "contaminant": ([*words, "--decontaminate", ""], r"^--decontaminate: an empty path"),
+        "contaminant kind": ([*words, "--decontaminate", root / "not.json"], r"^--decontaminate: .* in .txt; rename it$"),
+        "where": ([*words, "--where", "lang"], r"--where: 'lang'; must read NAME=VALUE"),
+        "where nothing": ([*words, "--where", ""], r"--where: ''; must read NAME=VALUE"),
+        "where no name": ([*words, "--where", "=x"], r"--where: '=x'; must read NAME=VALUE"),
+        "where text": ([*words, "--where", "text=x"], r"--where: text is the text itself"),
+        "group text": ([*words, "--group-field", "body.a", "--text-field", "body"], r"--group-field: body.a is the text"),
     }  # fmt: skip
 
 

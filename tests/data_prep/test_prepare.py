@@ -2,6 +2,7 @@ import gc
 import gzip
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import webdataset
 from tokenizers import Tokenizer
 
-from data_prep import stages
+from data_prep import shuffle, stages
 from data_prep.tokenizers import build
 from tests.data_prep.conftest import zst
 from trainer.config import UserError
@@ -42,6 +43,18 @@ def decoded(output):
     return [tokenizer.decode(ids[:-1], skip_special_tokens=False) for ids in whole]
 
 
+@pytest.fixture
+def records(tmp_path, texts):
+    """Records of two groups, every third of them a near copy of the one before."""
+    long = [text for text in texts if len(text) > 100]
+    copies = [text + " more" for text in long]
+    every = [text for trio in zip(long, long[1:], copies[1:], strict=False) for text in trio][::2]
+    lines = (json.dumps({"text": text, "meta": {"set": f"s{len(text) % 2}"}}) for text in every)
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
 def test_every_document_comes_back_once_even_with_the_characters_of_eos_in_it(prepared, folder, texts):
     output = prepared("out", "--input", folder)
     assert sorted(decoded(output)) == sorted(text for text in texts if text)
@@ -62,13 +75,86 @@ def test_bytes_do_not_depend_on_workers_units_spills_or_batches(prepared, folder
     assert content(prepared("spills", "--input", folder)) == expected
 
 
+def tars(files):
+    return {name: data for name, data in files.items() if name.endswith(".tar")}
+
+
+def test_near_duplicates_and_groups_do_not_depend_on_units_or_spills(prepared, records, content, monkeypatch):
+    options = ["--input", records, "--deduplicate", "--group-field", "meta.set"]
+    expected = content(prepared("whole", *options))
+    assert manifest.load(records.parent / "whole").counts["duplicate_documents"] > 50
+    monkeypatch.setattr("data_prep.plan.SMALLEST_UNIT_BYTES", 3_000)
+    shards, facts = tars(expected), manifest.load(records.parent / "whole")
+    assert tars(content(prepared("units", *options))) == shards
+    monkeypatch.setattr("data_prep.encode.BATCH_CHARACTERS", 1_000)
+    monkeypatch.setattr("data_prep.encode.SPILL_DOCUMENTS", 5)
+    assert tars(content(prepared("spills", *options))) == shards
+    found = manifest.load(records.parent / "spills")
+    assert (found.counts, found.groups) == (facts.counts, facts.groups)
+
+
+def test_more_spills_than_files_a_process_may_open(prepared, records, monkeypatch):
+    monkeypatch.setattr("data_prep.encode.BATCH_CHARACTERS", 1)
+    monkeypatch.setattr("data_prep.encode.SPILL_DOCUMENTS", 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, hard))
+    try:
+        output = prepared("out", "--input", records, "--shard-tokens", 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert manifest.load(output).counts["documents"] > 60
+
+
+def test_shards_of_other_inputs_gathered_meanwhile_are_not_taken_for_ours(
+    prepared, verified, records, folder, content, monkeypatch
+):
+    given = ["--tokenizer", prepared("whole", "--input", records) / "tokenizer.json"]
+    expected = content(prepared("expected", "--input", records, *given))
+    gather = shuffle.gather
+
+    def stopped(output, work, spills, dropped, span, **sizes):
+        gather(output, work, spills, dropped, span, **sizes)
+        if span.number == 2:
+            raise KeyboardInterrupt
+
+    for inputs in (records, folder):
+        monkeypatch.setattr("data_prep.shuffle.gather", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            prepared("out", "--input", inputs, *given)
+    monkeypatch.setattr("data_prep.shuffle.gather", gather)
+    output = prepared("out", "--input", records, *given)
+    verified(output)
+    assert content(output) == expected
+
+
+def test_a_spill_that_the_disk_has_cut_stops_the_preparation(prepared, records, monkeypatch):
+    ranges = shuffle.ranges
+
+    def after_the_cut(spills, dropped, shard_tokens):
+        os.truncate(spills[0].tokens_path, 100)
+        return ranges(spills, dropped, shard_tokens)
+
+    monkeypatch.setattr("data_prep.shuffle.ranges", after_the_cut)
+    with pytest.raises(UserError, match=r"000.tokens is shorter than its index says"):
+        prepared("out", "--input", records)
+
+
+def test_a_tokenizer_is_trained_on_a_share_of_a_large_corpus(prepared, folder, monkeypatch):
+    whole = prepared("whole", "--input", folder)
+    monkeypatch.setattr("data_prep.stages.TRAINING_BYTES", 3_000)
+    sampled = [prepared(name, "--input", folder) for name in ("one", "two")]
+    assert sampled[0].joinpath("tokenizer.json").read_bytes() == sampled[1].joinpath("tokenizer.json").read_bytes()
+    assert sampled[0].joinpath("tokenizer.json").read_bytes() != whole.joinpath("tokenizer.json").read_bytes()
+
+
 def test_the_seed_changes_the_order_and_not_the_tokenizer(prepared, folder, content):
     one, other = (content(prepared(f"seed {seed}", "--input", folder, "--seed", seed)) for seed in (0, 1))
     assert one["tokenizer.json"] == other["tokenizer.json"]
     assert one["train-000000.tar"] != other["train-000000.tar"]
 
 
-def test_documents_of_all_files_are_shuffled_together(prepared, tmp_path):
+def test_documents_of_all_files_are_shuffled_together(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.plan.SMALLEST_UNIT_BYTES", 500)
     for name in "ab":
         lines = (json.dumps({"text": f"{name} {number}"}) for number in range(100))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))

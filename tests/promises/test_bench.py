@@ -159,6 +159,7 @@ class Rows(Loader):
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         self._of, self.fingerprints, self.order, self.skipped = (config, mesh), {}, {}, {}
+        self.eos_token = ""
 
     def end(self, step, cursor):
         return Timeline(self._of[0].schedule).total_steps, None

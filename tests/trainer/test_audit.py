@@ -3,11 +3,13 @@
 import dataclasses
 import hashlib
 import json
+import random
 import shutil
 import struct
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,9 +23,9 @@ from trainer.audit.expansion import Expansion, Pieces, rows
 from trainer.audit.history import History
 from trainer.audit.verdict import Finding, Verdict
 from trainer.config import Data, Linear, Phase, Schedule, UserError
-from trainer.data import manifest
+from trainer.data import manifest, mixture
 from trainer.data.loader import Loader
-from trainer.data.manifest import Manifest, Shard, Split
+from trainer.data.manifest import DamagedShard, Manifest, Shard, Split
 from trainer.data.mixture import row_sources
 from trainer.data.order import Order
 from trainer.data.stream import Stream
@@ -50,51 +52,62 @@ def make_corpus(folder: Path, seed: int, documents: int) -> str:
     return str(folder)
 
 
-def loaders(
-    sources: dict[str, str], phases: list[Phase], dp_size: int, skip: tuple[str, str] | None = None
-) -> list[Loader]:
+def loaders(sources: dict[str, str], phases: list[Phase], dp_size: int) -> list[Loader]:
     schedule = Schedule(None, phases, Linear("linear", 1.0, 0.0, 1, None))
     data = Data(sources, block_tokens=BLOCK, window_tokens=WINDOW, workers=0)
-    found = [Loader(data, schedule, seed=SEED, vocab=512, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
-    for loader in found if skip else []:
-        loader.skip(*skip)
-    return found
+    return [Loader(data, schedule, seed=SEED, vocab=512, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
 
 
-def train(
-    folder: Path, sources: dict, phases: list[Phase], cursor: dict, steps: range, dp_size: int, skip=None
-) -> dict:
-    """The ledger has what a run of these ranks writes from `steps[0]` finished steps on; returns the cursor."""
-    ranks = loaders(sources, phases, dp_size, skip)
+class Saved(NamedTuple):
+    """What a checkpoint keeps for the next start."""
+
+    step: int = 0
+    cursor: dict[str, int] = {}  # noqa: RUF012
+    after: int = 0
+    skipped: dict[str, list[str]] = {}  # noqa: RUF012
+
+
+NOTHING = Saved()
+
+
+def train(folder: Path, sources: dict, phases: list[Phase], saved: Saved, until: int, dp_size: int, skip=None) -> Saved:
+    """The ledger has what a run of these ranks writes from a checkpoint up to step `until`; returns the checkpoint there."""
+    ranks, cursor = loaders(sources, phases, dp_size), saved.cursor
+    for loader in ranks:
+        for each in [(source, file) for source, files in saved.skipped.items() for file in files]:
+            loader.skip(*each)
     ledger = Ledger(folder)
     fingerprints = ranks[0].fingerprints
     ledger.start(
-        steps[0], cursor, order=ranks[0].order, phases=[dataclasses.asdict(phase) for phase in phases],
-        fingerprints=fingerprints, skipped={}, dp_size=dp_size,
+        saved.step, cursor, order=ranks[0].order, phases=[dataclasses.asdict(phase) for phase in phases],
+        fingerprints=fingerprints, skipped=ranks[0].skipped, dp_size=dp_size, after=saved.after,
     )  # fmt: skip
     if skip:
-        ledger.skip(steps[0] + 1, *skip)
-    readers = [loader.batches(steps[0], cursor or None) for loader in ranks]
-    for step in steps:
+        ledger.skip(saved.step + 1, *skip)
+        for loader in ranks:
+            loader.skip(*skip)
+    readers = [loader.batches(saved.step, cursor or None) for loader in ranks]
+    for step in range(saved.step, until):
         batches = [next(reader) for reader in readers]
         summed = [sum(parts) for parts in zip(*(halves(batch.evidence) for batch in batches), strict=True)]
         cursor = batches[0].cursor
         ledger.step(step + 1, cursor, joined(summed, tp_size=1))
     for reader in readers:
         reader.close()
+    after = ledger.sync()
     ledger.close()
     copy_manifests(folder, ranks[0].manifests)
-    return cursor
+    return Saved(until, cursor, after, ranks[0].skipped)
 
 
 def run_all(folder: Path, sources: dict) -> None:
     """A run with everything in it: dp 1, 2 and 3, a rollback, phases, an end of an epoch, a mixture edit, a new source."""
     two = {name: sources[name] for name in "ab"}
     folder.mkdir()
-    at_3 = train(folder, two, [SHORT, LONG], {}, range(3), 1)
-    train(folder, two, [SHORT, LONG], at_3, range(3, 5), 1)
-    at_7 = train(folder, two, [SHORT, LONG], at_3, range(3, 7), 2)
-    train(folder, sources, EDITED, at_7, range(7, STEPS), 3)
+    at_3 = train(folder, two, [SHORT, LONG], NOTHING, 3, 1)
+    train(folder, two, [SHORT, LONG], at_3, 5, 1)
+    at_7 = train(folder, two, [SHORT, LONG], at_3, 7, 2)
+    train(folder, sources, EDITED, at_7, STEPS, 3)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +138,7 @@ def audited(folder: Path, tokens=None) -> Verdict:
     manifests = audit.copies(folder, history)
     corpora = audit.corpora_of(history, manifests)
     fingerprints = {source: corpus.fingerprint for source, corpus in manifests.items()}
-    return replay.Replay(history, corpora, fingerprints, tokens and tokens(manifests)).run()
+    return replay.Replay(history, corpora, fingerprints, tokens and tokens(manifests, history.left_out)).run()
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -262,7 +275,7 @@ def reader_over(sources):
     from trainer.config import Cache as Settings
     from trainer.data.cache import Cache
 
-    return lambda manifests: TarReader(sources, manifests, Cache(Settings()))
+    return lambda manifests, left_out: TarReader(sources, manifests, Cache(Settings()), left_out)
 
 
 def test_a_torn_last_line_is_told_and_no_mistake(folder):
@@ -276,8 +289,8 @@ def test_a_torn_last_line_is_told_and_no_mistake(folder):
 def test_a_shard_left_out_is_named_and_its_tokens_are_no_loss(tmp_path, sources):
     file = manifest.load(sources["b"]).train.shards[1]
     two = {name: sources[name] for name in "ab"}
-    at_3 = train(tmp_path, two, [SHORT, LONG], {}, range(3), 1)
-    train(tmp_path, two, [SHORT, LONG], at_3, range(3, 12), 3, skip=("b", file.file))
+    at_3 = train(tmp_path, two, [SHORT, LONG], NOTHING, 3, 1)
+    train(tmp_path, two, [SHORT, LONG], at_3, 12, 3, skip=("b", file.file))
     verdict = audited(tmp_path)
     assert verdict.findings == []
     standing = verdict.sources["b"]
@@ -288,6 +301,82 @@ def test_a_shard_left_out_is_named_and_its_tokens_are_no_loss(tmp_path, sources)
     lines = lines_of(tmp_path)
     write(tmp_path, [line for line in lines if line["kind"] != "skip"])
     assert not audited(tmp_path).proven, "who says nothing of it has read other rows than the ledger says"
+
+
+def test_a_shard_left_out_stays_so_over_a_restart(tmp_path, sources):
+    file, two = manifest.load(sources["b"]).train.shards[1].file, {name: sources[name] for name in "ab"}
+    at_3 = train(tmp_path, two, [SHORT, LONG], NOTHING, 3, 1)
+    at_5 = train(tmp_path, two, [SHORT, LONG], at_3, 5, 1, skip=("b", file))
+    train(tmp_path, two, [SHORT, LONG], at_5, 12, 2)
+    verdict = audited(tmp_path)
+    assert verdict.findings == []
+    assert verdict.sources["b"].passed_over[file] > 0
+
+
+def test_a_shard_is_read_again_after_a_rollback_to_before_it_was_left_out(tmp_path, sources):
+    file, two = manifest.load(sources["b"]).train.shards[1].file, {name: sources[name] for name in "ab"}
+    at_3 = train(tmp_path, two, [SHORT, LONG], NOTHING, 3, 1)
+    at_5 = train(tmp_path, two, [SHORT, LONG], at_3, 5, 1, skip=("b", file))
+    train(tmp_path, two, [SHORT, LONG], at_3, 12, 2)
+    verdict = audited(tmp_path)
+    assert verdict.findings == []
+    assert verdict.sources["b"].passed_over == {}
+    train(tmp_path, two, [SHORT, LONG], at_5._replace(skipped={}), 12, 2)
+    [found] = findings(tmp_path)
+    assert f"leaves out other shards than the run: {file} of b" in found.says, "and the steps after it are as it says"
+
+
+def test_a_run_may_go_back_to_steps_that_it_had_taken_back(tmp_path, sources):
+    """The checkpoint of step 8 could not be read for a while."""
+    two = {name: sources[name] for name in "ab"}
+    at_8 = train(tmp_path, two, [SHORT, LONG], NOTHING, 8, 1)
+    reached = {source: line_of(lines_of(tmp_path), 4)["taken"][source][1] for source in two}
+    train(tmp_path, two, [SHORT, LONG], Saved(4, reached, after=5), 6, 2)
+    end = train(tmp_path, two, [SHORT, LONG], at_8, 10, 2)
+    verdict = audited(tmp_path)
+    assert verdict.findings == []
+    assert {source: standing.tokens for source, standing in verdict.sources.items()} == end.cursor
+    assert "step 8: restart, dp 2; takes back steps 5 to 6: 2 made and thrown away" in "\n".join(verdict.notes)
+
+
+def test_a_source_never_read_may_become_another_corpus(tmp_path, sources):
+    two, other = {name: sources[name] for name in "ab"}, make_corpus(tmp_path / "other", 4, 40)
+    run = tmp_path / "run"
+    run.mkdir()
+    at_3 = train(run, sources, [SHORT, LONG], NOTHING, 3, 1)
+    at_7 = train(run, two, EDITED[:2], at_3, 7, 1)
+    at_11 = train(run, two | {"c": other}, EDITED, at_7, 11, 1)
+    assert findings(run) == []
+    train(run, sources, EDITED, at_11, 12, 1)
+    assert {(found.kind, found.source) for found in findings(run)} >= {("changed", "c")}, (
+        "but one that was read may not"
+    )
+
+
+def test_a_damaged_shard_that_was_left_out_later_is_no_hindrance_to_comparing_the_others(tmp_path, sources):
+    run, mine = tmp_path / "run", {name: shutil.copytree(sources[name], tmp_path / name) for name in "ab"}
+    mine = {name: str(copy) for name, copy in mine.items()}
+    run.mkdir()
+    at_3 = train(run, mine, [SHORT, LONG], NOTHING, 3, 1)
+    [(shard, _, _), *_] = pieces_of(run, "b", 0, 1)
+    file = split_of(run, "b").shards[shard].file
+    tokens = sum(count for index, _, count in pieces_of(run, "b", 0, at_3.cursor["b"]) if index == shard)
+    train(run, mine, [SHORT, LONG], at_3, 12, 1, skip=("b", file))
+    for name in "ab":
+        with (Path(mine[name]) / file).open("r+b") as damaged:
+            damaged.truncate(700)
+        if name == "a":
+            with pytest.raises(DamagedShard, match=file):
+                audited(run, reader_over(mine))
+            shutil.copy(f"{sources[name]}/{file}", f"{mine[name]}/{file}")
+    verdict = audited(run, reader_over(mine))
+    assert verdict.findings == []
+    [note] = [note for note in verdict.notes if "cannot be read again" in note]
+    assert f"b leaves out {file}; its {tokens} tokens taken before" in note
+    lines = lines_of(run)
+    line_of(lines, 12)["tokens"] = "0" * 16
+    write(run, lines)
+    assert [found.step for found in audited(run, reader_over(mine)).findings] == [12]
 
 
 @pytest.mark.parametrize(("block", "window"), [(64, 320), (64, 1), (64, 10**6), (0, 5), (10**6, 10**6)])
@@ -443,6 +532,24 @@ def test_ranges_that_no_single_row_explains_are_named_by_step_and_shards(whole, 
     assert found.shards
 
 
+def test_shares_given_to_the_wrong_sources_are_named_without_asking_the_loader_who_gets_a_row(
+    tmp_path, sources, monkeypatch
+):
+    right = mixture._quotas
+    monkeypatch.setattr(mixture, "_quotas", lambda shares: right(shares)[::-1])
+    caches = (mixture._pattern, mixture._portions)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        train(tmp_path, {name: sources[name] for name in "ab"}, [SHORT, LONG], NOTHING, 12, 1)
+        found = findings(tmp_path)
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    assert [(each.kind, each.step, each.source) for each in found] == [("unlike", 6, "a"), ("unlike", 12, "a")]
+    assert "phase short has taken 22 rows of a; its share is 50.4" in found[0].says
+
+
 def test_tensor_parallel_ranks_that_disagree_are_stopped_or_named(folder):
     lines, step = lines_of(folder), Reading(folder, 5)
     own = [step.hash(row, row) for row in range(12)]
@@ -493,7 +600,7 @@ def test_a_step_that_is_not_there_is_named_with_what_nobody_took(folder):
     lines.remove(step.line)
     write(folder, lines)
     found = findings(folder)
-    assert (found[0].kind, found[0].step, found[0].says) == ("ledger", 10, found[0].says)
+    assert (found[0].kind, found[0].step) == ("ledger", 10)
     assert "step 10 is not in the ledger" in found[0].says
     lost = {finding.source: finding for finding in found[1:]}
     assert {source: finding.lost_tokens for source, finding in lost.items()} == {
@@ -539,14 +646,17 @@ def test_two_steps_in_the_wrong_order_are_named(folder):
     assert any("step 9 is there again" in finding.says for finding in found)
 
 
-@pytest.mark.parametrize(("end", "by", "kinds"), [(1, 128, {"unlike", "lost"}), (0, -128, {"unlike", "repeated"})])
+@pytest.mark.parametrize(
+    ("end", "by", "kinds"),
+    [(1, -128, {"unlike", "lost"}), (1, 128, {"unlike", "repeated"}), (0, -128, {"unlike", "repeated"})],
+)
 def test_an_edited_cursor_is_named_where_it_does_not_chain(folder, end, by, kinds):
     lines = lines_of(folder)
     line_of(lines, 8)["taken"]["b"][end] += by
     write(folder, lines)
     found = findings(folder)
     assert all(finding.source == "b" and finding.step in (8, 9) for finding in found)
-    assert kinds <= {finding.kind for finding in found} | {"lost"}
+    assert {finding.kind for finding in found} == kinds
     assert any("took" in finding.says and finding.step == 8 for finding in found)
 
 
@@ -585,7 +695,10 @@ def test_a_changed_phase_is_named_at_the_first_step_it_does_not_fit(folder, phas
     [*_, last] = [line for line in lines if line["kind"] == "start"]
     last["phases"][phase][field] = value
     write(folder, lines)
-    assert min(finding.step for finding in findings(folder) if finding.step) == step
+    found = findings(folder)
+    assert min(finding.step for finding in found if finding.kind == "unlike") == step
+    past = [finding for finding in found if "has other phases for the steps already made" in finding.says]
+    assert len(past) == (step == 8), "step 7 was of the phase too"
 
 
 @pytest.mark.parametrize(("field", "value"), [("seed", 4), ("block_tokens", 65), ("window_tokens", 640)])
@@ -613,6 +726,9 @@ def test_what_was_thrown_away_may_be_anything_and_a_run_begun_anew_too(folder):
     lines = lines_of(folder)
     old = next(line for line in lines if line["kind"] == "step" and line["step"] == 5)
     old["taken"] = {"a": [0, 7]}
+    for line in lines:
+        if line.get("after"):
+            line["after"] += 2
     begun = {**lines[0], "seed": 99, "fingerprints": {"a": "1" * 64, "b": "2" * 64}}
     write(folder, [begun, {**old, "step": 1}, *lines])
     assert findings(folder) == []
@@ -631,8 +747,103 @@ def test_a_ledger_that_begins_in_the_middle_proves_nothing_of_what_is_before(fol
     lines = lines_of(folder)
     write(folder, [line for line in lines if line["step"] >= 7 and line is not line_of(lines, 7)])
     found = findings(folder)
-    assert "steps 1 to 7 are not in the ledger" in found[0].says
+    assert "goes on from a checkpoint made after line 12, where other steps were made" in found[0].says
+    assert "steps 1 to 7 are not in the ledger" in found[1].says
     assert {finding.source for finding in found if finding.lost_tokens} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("step", 2**70), ("fingerprints", 1), ("skipped", {"a": "x"}), ("cursor", {"a": -1}), ("name", []), ("tokens", "x"),
+        ("rows", 2**40), ("seq_len", 0), ("mixture", 0), ("mixture", []), ("mixture", {"a": [1]}), ("mixture", {}),
+        ("mixture", {"a": 0.5}), ("mixture", {"a": 2.0, "b": -1.0}),
+    ],
+)  # fmt: skip
+def test_a_start_that_no_trainer_writes_is_named_as_unreadable(folder, field, value):
+    lines = lines_of(folder)
+    [*_, last] = [line for line in lines if line["kind"] == "start"]
+    (last if field in last else last["phases"][2])[field] = value
+    write(folder, lines)
+    assert f"line {lines.index(last) + 1} cannot be read" in findings(folder)[0].says
+
+
+def test_a_start_edited_to_a_step_far_on_is_named(folder):
+    lines = lines_of(folder)
+    for start in [line for line in lines if line["kind"] == "start"][1:]:
+        step, start["step"] = start["step"], 10**12
+        write(folder, lines)
+        assert "where other steps were made" in findings(folder)[0].says
+        start["step"] = step
+
+
+MATTERS = {
+    "step": {"step", "taken", "ranges"},
+    "skip": {"step", "source", "shard"},
+    "start": {"step", "after", "cursor", "seed", "block_tokens", "window_tokens", "fingerprints", "skipped"},
+}
+"""Fields of lines that are proven right; of a schedule it is what lies in the past, of thrown away lines nothing."""
+STRANGE = (
+    0, 1, -1, 7, 2**40, 10**12, 2**62, 2**63, 2**64, 2**70, 0.5, 1e300, True, None, "", "x", "a", "0" * 16, "f" * 15 + "-",
+    [], {}, [[]], [0], [1, 2], ["a"], {"a": 1}, {"a": [0, 1]}, {"a": ["b"]}, {"x": "y"}, {"": {}},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def skipping(tmp_path_factory, sources) -> Path:
+    """A run with every kind of line, each of which counts."""
+    folder = tmp_path_factory.mktemp("runs") / "skipping"
+    folder.mkdir()
+    two, file = {name: sources[name] for name in "ab"}, manifest.load(sources["b"]).train.shards[1].file
+    at_3 = train(folder, two, [SHORT, LONG], NOTHING, 3, 1)
+    at_5 = train(folder, two, [SHORT, LONG], at_3, 5, 1, skip=("b", file))
+    train(folder, two, [SHORT, LONG], at_5, 9, 2)
+    assert findings(folder) == []
+    return folder
+
+
+def mutated(tree, draw: random.Random) -> tuple[str, ...]:
+    """One value somewhere in the tree is another one; returns where."""
+    keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+    key = draw.choice(keys)
+    if isinstance(tree[key], dict | list) and tree[key] and draw.random() < 0.7:
+        return (str(key), *mutated(tree[key], draw))
+    old = tree[key]
+    tree[key] = draw.choice([value for value in STRANGE if value != old or type(value) is not type(old)])
+    if type(old) is int and draw.random() < 0.5:
+        tree[key] = old + draw.choice([-64, -32, -1, 1, 32, 64])
+    if isinstance(tree, dict) and draw.random() < 0.1:
+        tree[key] = old
+        tree[draw.choice(["a", "name", "kind", "extra"]) + "!"] = tree.pop(key)
+    return (str(key),)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_a_line_is_edited_to_there_is_a_verdict_and_no_proof_of_what_matters(
+    skipping, tmp_path, seed, monkeypatch
+):
+    monkeypatch.setattr(feed, "MOST_SEARCHES", 1)
+    monkeypatch.setattr("trainer.audit.corpora.MOST_SHOWN_TOKENS", 1 << 14)
+    draw = random.Random(seed)
+    (tmp_path / "run").mkdir()
+    shutil.copytree(skipping / "manifests", tmp_path / "run" / "manifests")
+    right, proofs = lines_of(skipping), 0
+    for turn in range(100):
+        lines = lines_of(skipping)
+        kind = draw.choice([*MATTERS])
+        number = draw.choice([number for number, line in enumerate(lines) if line["kind"] == kind])
+        where = mutated(lines[number], draw)
+        write(tmp_path / "run", lines)
+        try:
+            proven = audited(tmp_path / "run").proven
+            if turn % 5 == 0:
+                command(tmp_path / "run", "--step", "6", "--json")
+        except UserError:
+            continue
+        changed = {name for name, value in right[number].items() if lines[number].get(name) != value}
+        assert not (proven and changed & MATTERS[kind]), (kind, number, where, lines[number])
+        proofs += proven
+    assert 0 < proofs < 50, "some edits are harmless, such as to the time"
 
 
 # The command

@@ -34,7 +34,7 @@ def test_lines_say_what_fixes_the_data_and_what_each_step_took(tmp_path):
     start, first, second = lines(tmp_path)
     assert start.pop("time") > 0
     assert start == {
-        "kind": "start", "step": 5, "cursor": {"a": 100}, "seed": 7, "block_tokens": 64, "window_tokens": 320,
+        "kind": "start", "step": 5, "after": 0, "cursor": {"a": 100}, "seed": 7, "block_tokens": 64, "window_tokens": 320,
         "phases": [{"name": "p"}], "fingerprints": {"a": "f"}, "skipped": {"a": ["train-000003.tar"]}, "dp_size": 4,
     }  # fmt: skip
     hexadecimal = {"ranges": "00000000000000ff", "tokens": "ffffffffffffffff"}
@@ -96,6 +96,19 @@ def test_synced_means_synced(tmp_path, monkeypatch):
     ledger.sync()
     ledger.close()
     assert synced == [(tmp_path / FILE).stat().st_ino]
+
+
+def test_a_checkpoint_learns_after_which_line_it_is_made_and_a_start_says_it(tmp_path):
+    write(tmp_path)
+    with (tmp_path / FILE).open("ab") as file:
+        file.write(b'{"torn')
+    ledger = Ledger(tmp_path)
+    assert ledger.sync() == 3
+    ledger.start(7, {}, **START, after=3)
+    ledger.skip(8, "a", "train-000001.tar")
+    assert ledger.sync() == len(lines(tmp_path)) == 5
+    ledger.close()
+    assert [line.get("after") for line in lines(tmp_path)] == [0, None, None, 3, None]
 
 
 def test_evidence_adds_up_over_ranks_without_rounding_and_modulo_2_to_the_64():

@@ -1,8 +1,9 @@
 """`tandem audit`: what a run was fed, proven from its ledger and the copies of its manifests alone.
 
-`history` reads the ledger as it counts, `expansion` turns positions into ranges of shards, `replay` and `feed` check, `search`
-and `naming` say which row it was, `tokens` reads the shards again, `one_step` looks at a single step. Neither checkpoints nor
-the loader are asked. The verdict is a list of what was lost, repeated or read out of order; an empty list is the proof.
+`records` and `history` read the ledger as it counts, `expansion` turns positions into ranges of shards, `replay` and `feed`
+check, `search` and `naming` say which row it was, `tokens` reads the shards again, `one_step` looks at a single step. Neither
+checkpoints nor the loader are asked. The verdict is a list of what was lost, repeated or read out of order; an empty list is
+the proof.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def audit(
     folder: Path, history: History, corpora: Corpora, manifests: Mapping[str, Manifest], *, tokens: bool = False
 ) -> Verdict:
     """The verdict on a run; with `tokens` also on the bytes of the shards, which are where config.yaml says."""
-    reader = reader_of(folder, manifests) if tokens else None
+    reader = reader_of(folder, manifests, history.left_out) if tokens else None
     fingerprints = {source: corpus.fingerprint for source, corpus in manifests.items()}
     replay = Replay(history, corpora, fingerprints, reader)
     columns = ("audit", BarColumn(), MofNCompleteColumn(), "steps", TimeRemainingColumn())
@@ -80,9 +81,10 @@ def audit(
 
 
 def copies(folder: Path, history: History) -> dict[str, Manifest]:
-    """The copies of the manifests of every source that a start names, if steps after it count."""
+    """The copies of the manifests of every source that a start names, if the run as it counts comes from it."""
     found = {}
-    for source in sorted({source for attempt in history.attempts if attempt.counts for source in attempt.fingerprints}):
+    named = (attempt.start.fingerprints for attempt in history.attempts if attempt.counts)
+    for source in sorted({source for fingerprints in named for source in fingerprints}):
         path = manifest_copy(folder, source)
         if not path.is_file():
             raise UserError(f"{path}: no such file; an audit compares the ledger with it; restore the run folder")
@@ -98,8 +100,8 @@ def corpora_of(history: History, manifests: Mapping[str, Manifest]) -> Corpora:
     return Corpora(expansions, held_out)
 
 
-def reader_of(folder: Path, manifests: Mapping[str, Manifest]) -> TarReader:
-    """A reader of the corpora that config.yaml names, which must be those of the ledger."""
+def reader_of(folder: Path, manifests: Mapping[str, Manifest], left_out: Collection[tuple[str, str]]) -> TarReader:
+    """A reader of the corpora that config.yaml names, which must be those of the ledger, but for shards left out."""
     data = configuration.load(folder / "config.yaml").data
     for source, corpus in manifests.items():
         if source not in data.sources:
@@ -110,7 +112,7 @@ def reader_of(folder: Path, manifests: Mapping[str, Manifest]) -> TarReader:
             raise UserError(
                 f"{data.sources[source]}: is not the corpus that the run read as {source}; restore it, or leave out --tokens"
             )
-    return TarReader(data.sources, manifests, Cache(data.cache))
+    return TarReader(data.sources, manifests, Cache(data.cache), left_out)
 
 
 def machine_words(verdict: Verdict) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.audit.corpora import Corpora, contents
-from trainer.audit.history import Step
+from trainer.audit.records import Step
 from trainer.audit.search import Mistake, Row, mistake
 from trainer.audit.verdict import Finding, ranges_words
 from trainer.config import Phase

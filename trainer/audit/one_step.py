@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from trainer.audit.corpora import Corpora
-from trainer.audit.history import Attempt, History, Skip, Step
+from trainer.audit.history import History
+from trainer.audit.records import Attempt, Skip, Step
 from trainer.config import UserError
 from trainer.data.mixture import row_sources
 
@@ -28,7 +29,7 @@ def rows_of(number: int, history: History, corpora: Corpora) -> list[dict[str, A
             continue
         if isinstance(record, Attempt):
             attempt, corpora.left_out = record, {}
-        for source, shard in [record[1:]] if isinstance(record, Skip) else attempt.skips:
+        for source, shard in [(record.source, record.shard)] if isinstance(record, Skip) else attempt.skips:
             corpora.leave_out(source, shard)
     raise UserError(f"--step: {number}; {history.path} has no such step; name one that the run has made")
 
@@ -43,6 +44,11 @@ def step_rows(step: Step, attempt: Attempt, corpora: Corpora) -> list[dict[str, 
     names = row_sources(phase, (step.number - 1 - first_step) * phase.rows, phase.rows)
     lines = {}
     for source, (before, after) in step.taken.items():
+        if source not in corpora or after - before > corpora.most(source, names.count(source) * phase.seq_len):
+            raise UserError(
+                f"--step: {step.number}; it took {after - before} tokens of {source}, which its phase does not give; "
+                "see tandem audit without --step"
+            )
         pieces, starts = corpora.rows(source, before, after, phase.seq_len)
         ranges = [pieces.where(np.arange(begin, end)) for begin, end in pairwise(starts.tolist())]
         lines[source] = iter([(row, corpora.expansions[source]) for row in ranges])

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.audit.corpora import Corpora
-from trainer.audit.feed import Feed, Tokens
-from trainer.audit.history import Attempt, History, Skip, Step
+from trainer.audit.feed import Feed
+from trainer.audit.history import History
+from trainer.audit.records import Attempt, Skip, Step
+from trainer.audit.tokens import TarReader
 from trainer.audit.verdict import Finding, Standing, Verdict, ranges_words, steps_words
 from trainer.config import Phase
 from trainer.console import short
@@ -23,7 +25,7 @@ class Replay:
     """Goes through the history once."""
 
     def __init__(
-        self, history: History, corpora: Corpora, fingerprints: Mapping[str, str], tokens: Tokens | None = None
+        self, history: History, corpora: Corpora, fingerprints: Mapping[str, str], tokens: TarReader | None = None
     ):
         standings = {source: Standing(each.epoch_tokens) for source, each in corpora.expansions.items()}
         self._verdict = Verdict(standings, tokens is not None)
@@ -32,8 +34,12 @@ class Replay:
         self._cursor: dict[str, int] = {}
         self._number = 0
         self._attempt: Attempt | None = None
+        self._counting: Attempt | None = None
+        """The last start that the run as it counts comes from."""
         self._known: dict[str, Any] = {}
-        """What a run keeps for life, of the starts whose steps count."""
+        """What a run keeps for life, as the run has read its data with it."""
+        self._left_out: set[tuple[str, str]] = set()
+        """Source and file of shards, as a checkpoint made here would have them."""
         self._span: tuple[Phase, int, int] | None = None
         self._chunk: list[Step] = []
 
@@ -41,6 +47,11 @@ class Replay:
         """The verdict over the whole ledger; `advance` is told of steps as they are checked."""
         for number in self._history.unreadable:
             self._find("ledger", f"line {number} cannot be read; it was damaged or edited")
+        for attempt in self._history.astray:
+            self._find(
+                "ledger", f"the start at step {attempt.step} (line {attempt.line}) goes on from a checkpoint made after line "
+                f"{attempt.start.after}, where other steps were made; lines are missing or were edited", attempt.step,
+            )  # fmt: skip
         for record in self._history.accepted():
             if isinstance(record, Step):
                 self._step(record)
@@ -65,14 +76,15 @@ class Replay:
         span = self._attempt.span_of(step.number) if self._attempt else None
         if missing:
             self._find("ledger", f"{steps_words(missing)} not in the ledger (before line {step.line})", missing[0])
-        unknown = sorted(step.taken.keys() - self._corpora.expansions.keys())
+        named = self._counting.start.fingerprints if self._counting else {}
+        unknown = sorted(source for source in step.taken if source not in named or source not in self._corpora)
         if missing or span is not self._span or self._jumps(step):
             self._check_chunk()
         self._go_on(step, missing)
         if span is None or unknown:
-            says = (
-                f"took from {', '.join(unknown)}, which no start names" if unknown else "lies beyond its start's phases"
-            )
+            says = "lies beyond its start's phases"
+            if unknown:
+                says = f"took from {', '.join(unknown)}, which its start does not name"
             self._find("changed", f"step {step.number} {says}", step.number)
             self._feed.broken |= step.taken.keys()
             return
@@ -135,22 +147,23 @@ class Replay:
     def _start(self, attempt: Attempt) -> None:
         self._corpora.left_out = {}
         if attempt.counts:
+            self._check_corpora()
             self._check_cursor(attempt)
             self._check_kept(attempt)
-            self._number = max(self._number, attempt.step)
+            self._number, self._counting = max(self._number, attempt.step), attempt
         self._say_start(attempt)
         self._attempt = attempt
         for source, file in attempt.skips if attempt.counts else []:
-            self._skip(Skip(attempt.step + 1, source, file))
+            self._leave_out(attempt.step + 1, source, file)
 
     def _check_cursor(self, attempt: Attempt) -> None:
         """A start goes on from where the step that it names has left the sources."""
         missing = range(self._number + 1, attempt.step + 1)
         if missing:
             self._find("ledger", f"{steps_words(missing)} not in the ledger (before line {attempt.line})", missing[0])
-        for source in sorted({*attempt.cursor, *self._cursor} & {*self._corpora.expansions}):
-            found, left = attempt.cursor.get(source, 0), self._cursor.get(source, 0)
-            if missing and found > left:
+        for source in sorted({*attempt.start.cursor, *self._cursor}):
+            found, left = attempt.start.cursor.get(source, 0), self._cursor.get(source, 0)
+            if missing and found > left and source in self._corpora:
                 self._gap(source, left, found, attempt.step, f"{steps_words(missing)} not in the ledger")
                 self._cursor[source] = found
             elif found != left:
@@ -160,19 +173,37 @@ class Replay:
                 )  # fmt: skip
 
     def _check_kept(self, attempt: Attempt) -> None:
-        """Seed, sizes of blocks and corpora are those that the run has read its data with."""
-        if not self._number:
-            self._known = {}
-        corpora = {f"data.sources.{source}": found for source, found in attempt.fingerprints.items()}
-        for name, found in (attempt.fixed | corpora).items():
-            known = self._known.setdefault(name, found)
-            if found != known:
-                self._find(
-                    "changed", f"the start at step {attempt.step} (line {attempt.line}) has {name} {found}; "
-                    f"the run has read its data with {known}", attempt.step, name.removeprefix("data.sources."),
-                )  # fmt: skip
-        for source, copy in self._copies.items():
-            found = attempt.fingerprints.get(source, copy)
+        """Order, past and shards left out are those that the run has read its data with."""
+        for name, found in attempt.fixed.items():
+            self._keep(attempt, name, found)
+        if self._counting and attempt.past(attempt.step) != self._counting.past(attempt.step):
+            says = f"the start at step {attempt.step} (line {attempt.line}) has other phases for the steps already made"
+            self._find("changed", says, attempt.step)
+        if {*attempt.skips} != self._left_out:
+            differing = ", ".join(f"{file} of {source}" for source, file in sorted({*attempt.skips} ^ self._left_out))
+            says = f"the start at step {attempt.step} (line {attempt.line}) leaves out other shards than the run: {differing}"
+            self._find("changed", says, attempt.step)
+        self._left_out = {*attempt.skips}
+
+    def _keep(self, attempt: Attempt, name: str, found: Any, source: str | None = None) -> None:
+        known = self._known.setdefault(name, found)
+        if found != known:
+            self._find(
+                "changed", f"the start at step {attempt.step} (line {attempt.line}) has {name} {found}; "
+                f"the run has read its data with {known}", attempt.step, source,
+            )  # fmt: skip
+
+    def _check_corpora(self) -> None:
+        """The corpora that the run has read, up to the end of what counts of a start, are those that the start names. One that
+        was never read may have been any.
+        """
+        attempt = self._counting
+        if attempt is None:
+            return
+        read = {source for source, cursor in self._cursor.items() if cursor} & attempt.start.fingerprints.keys()
+        for source in sorted(read & self._copies.keys()):
+            found, copy = attempt.start.fingerprints[source], self._copies[source]
+            self._keep(attempt, f"data.sources.{source}", found, source)
             if found != copy:
                 self._find(
                     "changed", f"the copy of the manifest of {source} is of corpus {copy[:12]}; "
@@ -180,37 +211,41 @@ class Replay:
                 )  # fmt: skip
 
     def _say_start(self, attempt: Attempt) -> None:
-        words = [
-            f"step {attempt.step}: {'start' if attempt is self._history.attempts[0] else 'restart'}, dp {attempt.dp_size}"
-        ]
+        kind = "start" if attempt is self._history.attempts[0] else "restart"
+        words = [f"step {attempt.step}: {kind}, dp {attempt.start.dp_size}"]
         before = self._attempt
         if before and before.thrown_away:
             first, last, count, tokens = before.thrown_away
             words.append(f"takes back steps {first} to {last}: {count} made and thrown away, {short(tokens)} tokens")
-        if before and before.dp_size != attempt.dp_size:
-            words.append(f"dp was {before.dp_size}")
+        if before and before.start.dp_size != attempt.start.dp_size:
+            words.append(f"dp was {before.start.dp_size}")
         if before:
-            words += changed_phases(before.phases, attempt.phases)
-            new, gone = (
-                attempt.fingerprints.keys() - before.fingerprints.keys(),
-                before.fingerprints.keys() - attempt.fingerprints.keys(),
-            )
+            words += changed_phases(before.start.phases, attempt.start.phases)
+            old, now = before.start.fingerprints.keys(), attempt.start.fingerprints.keys()
+            new, gone = now - old, old - now
             words += [f"source {name} added" for name in sorted(new)] + [
                 f"source {name} left out" for name in sorted(gone)
             ]
         self._note("; ".join(words))
 
     def _skip(self, skip: Skip) -> None:
-        if not self._corpora.leave_out(skip.source, skip.shard):
-            says = f"step {skip.step} leaves out {skip.shard} of {skip.source}, which has no such shard"
+        if skip.step != self._number + 1:
+            says = f"{skip.shard} of {skip.source} is left out from step {skip.step} on, before step {self._number + 1}"
             self._find("ledger", says, skip.step, skip.source)
+        self._left_out.add((skip.source, skip.shard))
+        self._leave_out(skip.step, skip.source, skip.shard)
+
+    def _leave_out(self, step: int, source: str, shard: str) -> None:
+        if not self._corpora.leave_out(source, shard):
+            self._find("ledger", f"step {step} leaves out {shard} of {source}, which has no such shard", step, source)
             return
-        passed = self._verdict.sources[skip.source].passed_over
-        if skip.shard not in passed:
-            passed[skip.shard] = 0
-            self._note(f"step {skip.step}: {skip.source} leaves out {skip.shard} from here on")
+        passed = self._verdict.sources[source].passed_over
+        if shard not in passed:
+            passed[shard] = 0
+            self._note(f"step {step}: {source} leaves out {shard} from here on")
 
     def _end(self) -> None:
+        self._check_corpora()
         self._feed.end(self._cursor, self._number)
         self._verdict.steps = self._number
         if self._history.torn:

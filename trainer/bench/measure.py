@@ -63,7 +63,9 @@ def made(
     stepper: Stepper, batches: Iterator[Batch], step: int, kind: str, stop_signal: runtime.StopSignal
 ) -> StepRecord:
     """The record of update number `step`, which is shown. Leaves the process if a rank was told to stop."""
-    record, _, _, stopping = timed_step(stepper, batches, step, stop_signal)
+    done = timed_step(stepper, batches, step, stop_signal)
+    assert done, "synthetic rows do not end"
+    record, _, _, stopping = done
     if stopping:
         raise SystemExit(f"bench: stopped by {stop_signal.name or 'a signal to another rank'}")
     log.info(

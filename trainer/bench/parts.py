@@ -83,8 +83,8 @@ def instrumented(
 ) -> tuple[float, dict[str, float]]:
     """Update number `step` is made; returns the seconds it took by the training loop's clock, and those of its parts."""
     clock = Clock(stepper.mesh.device)
-    record, *_ = timed_step(
-        replace(stepper, engine=WatchedEngine(stepper.engine, clock.mark)), batches, step, stop_signal
-    )
+    watched = replace(stepper, engine=WatchedEngine(stepper.engine, clock.mark))
+    made = timed_step(watched, batches, step, stop_signal)
+    assert made, "synthetic rows do not end"
     clock.mark("other")
-    return record.step_seconds, clock.seconds
+    return made[0].step_seconds, clock.seconds

@@ -32,15 +32,16 @@ def check(config: RunConfig) -> None:
         (config.checkpoint, "every_steps"), (config.checkpoint, "keep"), (config.data, "prefetch_steps"),
         (config.data, "workers"), (config.data, "block_tokens"),
     ):  # fmt: skip
-        if getattr(section, name) < 0:
-            where = type(section).__name__.lower()
-            raise UserError(f"{where}.{name}: {getattr(section, name)}; must not be negative; 0 turns it off")
+        if not 0 <= getattr(section, name) < math.inf:
+            where, rule = type(section).__name__.lower(), "must not be negative nor infinite"
+            raise UserError(f"{where}.{name}: {getattr(section, name)}; {rule}; 0 turns it off")
     _positive(config.data, "data", "window_tokens")
     _positive(config.data.cache, "data.cache", "gib", "attempts", "timeout_seconds")
     for name, limit in config.data.max_epochs.items():
-        if name not in config.data.sources or limit <= 0:
+        if name not in config.data.sources or not 0 < limit < math.inf:
             raise UserError(
-                f"data.max_epochs.{name}: {limit}; must be a positive number for a name in data.sources; correct it"
+                f"data.max_epochs.{name}: {limit}; must be a positive finite number for a name in data.sources; correct it, "
+                "or leave it out for no limit"
             )
     _positive(config.parallel, "parallel", "tp_size", "bucket_elements")
     _positive(config.log, "log", "every_steps")
@@ -100,7 +101,7 @@ def _check_model(model: StableLM | BTLM) -> None:
             f"model.width: {model.width} is not divisible by model.heads {model.heads}; "
             "head_dim is width / heads; change one of them"
         )
-    if model.init_truncation_sigmas < 0:
+    if not 0 <= model.init_truncation_sigmas < math.inf:
         raise UserError(
             f"model.init_truncation_sigmas: {model.init_truncation_sigmas}; must not be negative; 0 does not cut"
         )
@@ -144,9 +145,9 @@ def _check_phase(config: RunConfig, where: str, phase: Phase) -> None:
             raise UserError(
                 f"{where}.mixture: {name!r} is not a source; data.sources has {known}; add it or correct the name"
             )
-        if share < 0:
+        if not 0 <= share <= 1:
             raise UserError(
-                f"{where}.mixture.{name}: {share}; a share must not be negative; leave the source out for none"
+                f"{where}.mixture.{name}: {share}; a share lies between 0 and 1; leave the source out for none"
             )
     total = sum(phase.mixture.values())
     if abs(total - 1) > 1e-6:
@@ -191,5 +192,5 @@ def _check_learning_rate(config: RunConfig) -> None:
 
 def _positive(section: Any, where: str, *names: str) -> None:
     for name in names:
-        if getattr(section, name) <= 0:
-            raise UserError(f"{where}.{name}: {getattr(section, name)}; must be positive; change it")
+        if not 0 < getattr(section, name) < math.inf:  # nan lies nowhere
+            raise UserError(f"{where}.{name}: {getattr(section, name)}; must be positive and finite; change it")

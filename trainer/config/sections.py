@@ -225,7 +225,10 @@ class Cache:
     folder: str = "~/.cache/tandem/shards"
     """Local folder of the copies."""
     gib: float = 64.0
-    """Room for the copies; the shards not read for longest are removed to stay within it."""
+    """Room for the copies; the shards not read for longest are removed to stay within it.
+
+    Up to a quarter more is on disk while removed copies are still read.
+    """
     attempts: int = 8
     """Tries to fetch a shard, a growing pause between them, before the run stops."""
     timeout_seconds: float = 30.0
@@ -235,7 +238,9 @@ class Cache:
 @dataclass(frozen=True)
 class Data:
     sources: dict[str, str]
-    """Name of each source and the folder, or remote address, of the corpus `tandem prepare` wrote for it."""
+    """Name of each source and the folder, or remote address, of the corpus `tandem prepare` wrote for it. A source that the
+    run has read stays here under its name, also when later phases give it no share.
+    """
     tokenizer: str | None = None
     """tokenizer.json that the corpora must have been prepared with; null trusts the manifests."""
     workers: int = 1
@@ -251,7 +256,10 @@ class Data:
     at_end: Literal["refuse", "stop"] = "refuse"
     """When max_epochs cannot feed the whole schedule: refuse the run, or stop it after the last step that can be fed."""
     damaged_shards: Literal["stop", "skip"] = "stop"
-    """A shard that is missing, truncated or altered stops the run, or is left out from then on, on record."""
+    """A shard that is missing, truncated or altered stops the run, or is left out from then on, on record.
+
+    One that cannot be reached always stops the run.
+    """
     cache: Cache = Cache()
     """Where copies of remote shards are kept."""
 

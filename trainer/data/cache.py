@@ -4,7 +4,8 @@ A shard of a local folder is its own file. One that lies elsewhere is copied int
 a node share. The one idea: a copy is named by the hash of its content, so it can be torn, removed and made again
 at any moment but never be mistaken for another; two runs share it, and a corpus that changes has other copies.
 Copies are made under a temporary name that its maker holds a lock on. The lock ends with its process, so a crash
-leaves nothing that blocks, and of the ranks that want one shard one fetches it.
+leaves nothing that blocks, and of the ranks that want one shard one fetches it. A shard is *damaged* where its
+place answers and has not its bytes; a place that does not answer says nothing of the shard, and stops the run.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import fcntl
 import hashlib
 import io
 import logging
+import mmap
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -24,15 +28,39 @@ from typing import BinaryIO
 from trainer import config
 from trainer.config import UserError
 from trainer.data import remote
-from trainer.data.manifest import DamagedShard, Shard, check_bytes
+from trainer.data.manifest import FILE, DamagedShard, Shard, check_bytes
 
 COPY, PART, LOCK = ".tar", ".part", ".lock"
 AHEAD_THREADS = 2
 POLL_SECONDS = 0.05
 SLOW_SECONDS = 60.0
 """How often a fetch that goes on for long says how far it is."""
+MAPPED_COPIES = 128
+"""Most copies that a process keeps mapped: each takes a file descriptor, of which it may have a thousand or so."""
+MAPPED_FRACTION = 1 / 4
+"""Of the room: what the processes of a node may keep mapped of copies, which stays on disk when a copy is removed."""
 
 log = logging.getLogger(__name__)
+
+
+class Maps:
+    """Memory maps kept for the next read, but not more than so many, or of so many bytes; the last made always is."""
+
+    def __init__(self, most: int, most_bytes: int = sys.maxsize):
+        self._most, self._most_bytes = most, most_bytes
+        self._kept: dict[tuple[str, str], mmap.mmap] = {}
+        self._lock = threading.Lock()
+
+    def kept(self, folder: str, file: str) -> mmap.mmap | None:
+        return self._kept.get((folder, file))
+
+    def keep(self, folder: str, file: str, made: mmap.mmap) -> None:
+        """The map is kept; the first made are forgotten, and close when nobody reads from them any more."""
+        with self._lock:
+            self._kept[folder, file] = made
+            kept_bytes = sum(map(len, self._kept.values()))
+            while len(self._kept) > 1 and (len(self._kept) > self._most or kept_bytes > self._most_bytes):
+                kept_bytes -= len(self._kept.pop(next(iter(self._kept))))
 
 
 class Cache:
@@ -42,40 +70,51 @@ class Cache:
         self._settings = settings
         self._folder = Path(settings.folder).expanduser()
         self._room_bytes = int(settings.gib * 2**30)
-        self._good: dict[str, int] = {}
-        """Inodes of the files whose bytes this process has hashed."""
-        self._change = threading.Condition()
-        self._busy: set[str] = set()
+        self._good: dict[str, tuple[int, int, int]] = {}
+        """The files whose bytes this process has hashed, see `_state`."""
+        self._damaged: dict[str, str] = {}
+        """What `opened` has said of the shards at these addresses."""
+        self._lock = threading.Lock()
+        self._busy: dict[str, Future[None]] = {}
         self._wanted: dict[str, tuple[str, Shard]] = {}
-        self._failed: dict[str, BaseException] = {}
         self._num_ahead = 0
-
-    def path(self, folder: str | Path, shard: Shard) -> Path:
-        """The file of a shard, as `opened`. Note: a copy may be removed from its name before it is opened."""
-        with self.opened(folder, shard) as file:
-            return Path(file.name)
+        # Of all sources together, so that what is mapped and no longer named does not grow with their number.
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.maps = Maps(MAPPED_COPIES, int(self._room_bytes * MAPPED_FRACTION / ranks))
+        """Of copies; what lies in a local folder takes no room here."""
 
     def opened(self, folder: str | Path, shard: Shard) -> BinaryIO:
-        """The open file of a shard, its bytes hashed once per process; it lives as long as it is open or mapped.
+        """The open file of a shard, its bytes hashed; it lives as long as it is open or mapped.
 
-        Raises: DamagedShard where it is missing, altered or cannot be fetched; UserError where there is no room.
+        Bytes are hashed once per process, and again where the file is another one, has another size or, in a local
+        folder, another time of change. A file that is truncated while it is mapped ends the process with SIGBUS.
+        Raises: DamagedShard where it is missing, truncated or altered, from then on without another look: one that
+        comes back is seen by the next launch. UserError where it cannot be reached, or there is no room.
         """
         address = remote.below(folder, shard.file)
+        if said := self._damaged.get(address):
+            raise DamagedShard(shard.file, said)
+        try:
+            return self._opened(folder, shard)
+        except DamagedShard as error:
+            self._damaged[address] = str(error)
+            raise
+
+    def _opened(self, folder: str | Path, shard: Shard) -> BinaryIO:
+        address = remote.below(folder, shard.file)
         with self._alone(address):
-            if error := self._failed.pop(address, None):
-                raise error
-            return self._copy(address, shard) if remote.is_remote(folder) else self._checked(Path(address), shard)
+            return self._copy(address, shard) if remote.is_remote(folder) else self._local(Path(address), shard, folder)
 
     def soon(self, folder: str | Path, shard: Shard) -> None:
-        """Returns at once; the shard is fetched and hashed in the background, what fails is raised by `opened`.
+        """Returns at once; the shard is fetched and hashed in the background. What fails is logged: `opened` tries again.
 
         Copies that wait for that take up to half of the room, lest they push out each other.
         """
         address = remote.below(folder, shard.file)
         name = self._name(shard) if remote.is_remote(folder) else address
-        with self._change:
+        with self._lock:
             is_there = str(name) in self._good and Path(name).exists()
-            if is_there or any(address in known for known in (self._wanted, self._busy, self._failed)):
+            if is_there or any(address in known for known in (self._wanted, self._busy, self._damaged)):
                 return
             waiting_bytes = sum(wanted.bytes for _, wanted in self._wanted.values())
             if remote.is_remote(folder) and 2 * (waiting_bytes + shard.bytes) > self._room_bytes:
@@ -87,47 +126,62 @@ class Cache:
 
     def _fetch_ahead(self) -> None:
         while True:
-            with self._change:
+            with self._lock:
                 if not self._wanted:
                     self._num_ahead -= 1
                     return
                 address = next(iter(self._wanted))
                 folder, shard = self._wanted.pop(address)
             try:
-                self.opened(folder, shard).close()
-            except BaseException as error:  # handed over whole: the reader of the shard raises it
-                self._failed[address] = error
+                self._opened(folder, shard).close()
+            except UserError as error:
+                log.warning("%s; this was ahead of need: the reader of the shard tries again", error)
 
     @contextmanager
     def _alone(self, address: str) -> Iterator[None]:
-        """One thread at a time for a shard: the others need not hash it, or hear of its failure, again."""
-        with self._change:
-            self._wanted.pop(address, None)
-            self._change.wait_for(lambda: address not in self._busy)
-            self._busy.add(address)
+        """One thread at a time for a shard. The others wait: they need not hash it again, and share its failure."""
+        mine: Future[None] = Future()
+        while True:
+            with self._lock:
+                self._wanted.pop(address, None)
+                now = self._busy.setdefault(address, mine)
+            if now is mine:
+                break
+            now.result()
         try:
             yield
-        finally:
-            with self._change:
-                self._busy.remove(address)
-                self._change.notify_all()
+        except BaseException as error:
+            self._busy.pop(address)
+            mine.set_exception(error)
+            raise
+        self._busy.pop(address)
+        mine.set_result(None)
 
-    def _checked(self, path: Path, shard: Shard) -> io.BufferedReader:
-        with ExitStack() as on_error:
-            try:
-                file = on_error.enter_context(path.open("rb"))
-                inode = os.fstat(file.fileno()).st_ino
-                if self._good.get(str(path)) != inode:
-                    # Once for each shard, rank and launch.
-                    check_bytes(file, path, shard)
-                    file.seek(0)
-            except OSError as error:
-                missing = isinstance(error, FileNotFoundError)
-                reason = "shard is missing" if missing else f"shard cannot be read ({error.strerror})"
-                raise DamagedShard(
-                    shard.file, f"{path}: {reason}; the manifest lists it; restore it or prepare the corpus again"
+    def _local(self, path: Path, shard: Shard, folder: str | Path) -> io.BufferedReader:
+        try:
+            return self._checked(path, shard)
+        except FileNotFoundError:
+            if not (Path(folder) / FILE).exists():
+                raise UserError(
+                    f"{folder}: has no {FILE} any more; restore the folder, or what is mounted there"
                 ) from None
-            self._good[str(path)] = inode
+            raise DamagedShard(
+                shard.file, f"{path}: shard is missing; the manifest lists it; restore it or prepare the corpus again"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{path}: shard cannot be read ({error.strerror or error}); restore the way to it"
+            ) from None
+
+    def _checked(self, path: Path, shard: Shard, *, is_copy: bool = False) -> io.BufferedReader:
+        with ExitStack() as on_error:
+            file = on_error.enter_context(path.open("rb"))
+            state = _state(file, is_copy=is_copy)
+            if self._good.get(str(path)) != state:
+                # Once for each shard, rank and launch.
+                check_bytes(file, path, shard)
+                file.seek(0)
+            self._good[str(path)] = state
             on_error.pop_all()
         return file
 
@@ -150,14 +204,13 @@ class Cache:
 
     def _present(self, copy: Path, shard: Shard) -> io.BufferedReader | None:
         """The copy, open; None where there is none, or there was one that the disk has altered."""
-        if not copy.exists():
-            return None
         try:
-            return self._checked(copy, shard)
-        except DamagedShard as error:
-            if copy.exists():
-                log.warning("%s; it is fetched again", error)
-                copy.unlink(missing_ok=True)
+            return self._checked(copy, shard, is_copy=True)
+        except FileNotFoundError:
+            return None
+        except (DamagedShard, OSError) as error:
+            log.warning("%s; it is fetched again", error)
+            copy.unlink(missing_ok=True)
             return None
 
     def _make(self, address: str, shard: Shard, copy: Path) -> None:
@@ -176,32 +229,28 @@ class Cache:
                     with self._room():
                         part.rename(copy)
                     _sync(self._folder)
-                    self._good[str(copy)] = os.fstat(file.fileno()).st_ino
+                    self._good[str(copy)] = _state(file, is_copy=True)
             finally:
                 if _is_file(part, file):
                     part.unlink()
 
     def _fetch(self, address: str, shard: Shard, part: BinaryIO) -> None:
-        settings = self._settings
-        patience = remote.Patience(address, settings.attempts, settings.timeout_seconds, (remote.Missing,))
-        fetch, wrong = _Fetch(address, shard, part), ""
+        settings, began = self._settings, time.monotonic()
+        patience = remote.Patience(address, settings.attempts, settings.timeout_seconds, (remote.Missing, _Settled))
+        fetch = _Fetch(address, shard, part)
         while True:
             try:
                 fetch.go_on(settings.timeout_seconds)
-                found = fetch.digest.hexdigest()
-                if found == shard.sha256:
-                    return
-                fetch.start_over()
-                reason = f"sha256 {found[:12]}; the manifest says {shard.sha256[:12]}"
-                if found == wrong:
-                    raise _hopeless(address, shard, patience.failures + 1, f"{reason}, twice the same")
-                wrong = found
-                raise remote.Unreachable(reason)
+                return
             except remote.Unreachable as error:
                 try:
                     patience.failed(error)
                 except remote.Unreachable:
-                    raise _hopeless(address, shard, patience.failures, str(error)) from None
+                    tries = f"tries: {patience.failures} in {time.monotonic() - began:.3g} s, the last: {error}"
+                    message = f"{address}: shard cannot be fetched; {tries}; restore"
+                    if isinstance(error, (remote.Missing, _Altered)):
+                        raise DamagedShard(shard.file, f"{message} it") from None
+                    raise UserError(f"{message} the way to it, and start again") from None
 
     def _reserve(self, part: BinaryIO, shard: Shard) -> None:
         """There is room for the shard and the part has it: copies not used for longest are gone.
@@ -247,40 +296,55 @@ class Cache:
         return taken_bytes <= self._room_bytes
 
 
+class _Altered(remote.Unreachable):
+    """The server answered in full, and what it has is not the shard."""
+
+
+class _Settled(_Altered):
+    """It says so for the second time."""
+
+
 class _Fetch:
     """What of a shard has come, and its hash; a try goes on where the one before it broke."""
 
     def __init__(self, address: str, shard: Shard, part: BinaryIO):
         self._address, self._shard, self._part = address, shard, part
-        self.start_over()
-
-    def start_over(self) -> None:
-        self._part.seek(0)
-        self._done_bytes, self.digest = 0, hashlib.sha256()
+        self._wrong = ""
+        self._start_over()
 
     def go_on(self, timeout_seconds: float) -> None:
-        """The part holds as many bytes as the shard. Raises: remote.Unreachable."""
+        """The part holds the shard. Raises: remote.Unreachable."""
         said, size_bytes = time.monotonic(), self._shard.bytes
         with closing(remote.blocks(self._address, self._done_bytes, timeout_seconds)) as blocks:
             for block in blocks:
                 if self._done_bytes + len(block) > size_bytes:
-                    self.start_over()
-                    raise remote.Unreachable(f"longer than the {size_bytes} bytes that the manifest says")
+                    self._start_over()
+                    raise self._altered(f"longer than the {size_bytes} bytes that the manifest says")
                 self._part.write(block)
-                self.digest.update(block)
+                self._digest.update(block)
                 self._done_bytes += len(block)
                 if time.monotonic() - said > SLOW_SECONDS:
                     said = time.monotonic()
                     log.warning("%s: slow: %d of %d bytes so far", self._address, self._done_bytes, size_bytes)
         if self._done_bytes < size_bytes:
-            raise remote.Unreachable(f"ended at byte {self._done_bytes} of {size_bytes}")
+            raise self._altered(f"ended at byte {self._done_bytes} of {size_bytes}")
+        if (found := self._digest.hexdigest()) != self._shard.sha256:
+            self._start_over()
+            raise self._altered(f"sha256 {found[:12]}; the manifest says {self._shard.sha256[:12]}")
+
+    def _start_over(self) -> None:
+        self._part.seek(0)
+        self._done_bytes, self._digest = 0, hashlib.sha256()
+
+    def _altered(self, reason: str) -> _Altered:
+        again, self._wrong = reason == self._wrong, reason
+        return _Settled(f"{reason}, twice the same") if again else _Altered(reason)
 
 
-def _hopeless(address: str, shard: Shard, tries: int, reason: str) -> DamagedShard:
-    return DamagedShard(
-        shard.file,
-        f"{address}: shard cannot be fetched; tries: {tries}, the last: {reason}; restore it, or the way to it",
-    )
+def _state(file: BinaryIO, *, is_copy: bool) -> tuple[int, int, int]:
+    """What is another where the file is: inode, size, and time of change, which of a copy is when it was last used."""
+    facts = os.fstat(file.fileno())
+    return facts.st_ino, facts.st_size, 0 if is_copy else facts.st_mtime_ns
 
 
 def _is_file(path: Path, file: BinaryIO) -> bool:

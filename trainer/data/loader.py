@@ -62,7 +62,11 @@ class Loader:
         _check_one_tokenizer(self.manifests)
         self.fingerprints: dict[str, str] = {name: corpus.fingerprint for name, corpus in self.manifests.items()}
         """Hash of each source's manifest: what a resume must match, see `manifest.check_resume`."""
-        self._eos_id = next(iter(self.manifests.values())).eos_id if self.manifests else -1
+        _check_no_alias(self.fingerprints)
+        one = next(iter(self.manifests.values()))
+        self._eos_id = one.eos_id
+        self.eos_token: str = one.eos_token
+        """What ends a document, in every source."""
         self.order: dict[str, int] = {
             "run.seed": seed, "data.block_tokens": data.block_tokens, "data.window_tokens": data.window_tokens,
         }  # fmt: skip
@@ -72,13 +76,12 @@ class Loader:
         self._limits = {
             name: int(epochs * self.manifests[name].train.tokens) for name, epochs in data.max_epochs.items()
         }
-        if data.at_end == "refuse":
-            self._check_limits()
         self._train, self._held_out, cache = {}, {}, Cache(data.cache)
         for source, corpus in self.manifests.items():
             self._train[source] = self._source(source, corpus, corpus.train, seed, cache)
             if corpus.validation.tokens:
                 self._held_out[source] = self._source(source, corpus, corpus.validation, None, cache)
+        self.end(0, None)  # refuses what the schedule asks too much of
 
     def batches(self, step: int, cursor: dict[str, int] | None) -> Generator[Batch, None, None]:
         """This rank's batches of global steps `step`, `step` + 1, ... to the last that can be fed, see `end`.
@@ -97,6 +100,7 @@ class Loader:
         """How many steps the run can make, given where it is, and the source that ends it before the schedule does, if any.
 
         A source is at its end where `data.max_epochs` says; a pure function, the same on every rank.
+        Raises: UserError for such a source where `data.at_end` is refuse.
         """
         total = Timeline(self._schedule).total_steps
         before = mixture.cursor_at(self._schedule, step)
@@ -113,6 +117,9 @@ class Loader:
             )
             ends.append((max(step, step + short - 1), source))
         last, source = min(ends)
+        if source and self._data.at_end == "refuse":
+            position = (before if cursor is None else cursor).get(source, 0)
+            raise UserError(self._too_much(source, total, position))
         return last, source or None
 
     def skip(self, source: str, file: str) -> None:
@@ -137,14 +144,14 @@ class Loader:
         dp_size.
 
         The rows are the same at every call; their sources follow the phase's mixture. A batch's cursor is
-        empty.
+        empty. Where shards are left out they are the whole rows that remain, which may be none.
         Raises: UserError, at the call, where a source holds fewer held-out tokens than its share of `tokens`.
         """
         sources = mixture.row_sources(phase, 0, tokens // phase.seq_len)
         for source, num_rows in Counter(sources).items():
             needed, there = num_rows * phase.seq_len, 0
             if source in self._held_out:
-                there = self._held_out[source].stream.kept_tokens
+                there = self._held_out[source].stream.tokens
             if needed > there:
                 raise UserError(
                     f"evaluate.tokens: {tokens} takes {needed} held-out tokens of "
@@ -152,7 +159,11 @@ class Loader:
                     f"{there}; lower it, or prepare the corpus with a larger --held-out"
                 )
         rows, cursor = [], dict.fromkeys(sources, 0)
+        room = {source: self._held_out[source].stream.kept_tokens // phase.seq_len for source in cursor}
         for source in sources:
+            if not room[source]:
+                continue
+            room[source] -= 1
             rows.append((source, cursor[source]))
             cursor[source] = self._held_out[source].after(cursor[source], phase.seq_len)
         return self._validation(rows[self._dp_rank :: self._dp_size], phase)
@@ -218,16 +229,16 @@ class Loader:
     def _taken(self, step: int, source: str) -> int:
         return mixture.cursor_at(self._schedule, step).get(source, 0)
 
-    def _check_limits(self) -> None:
-        total = Timeline(self._schedule).total_steps
-        for source, limit in self._limits.items():
-            if (needed := self._taken(total, source)) > limit:
-                epochs, tokens = self._data.max_epochs[source], self.manifests[source].train.tokens
-                raise UserError(
-                    f"data.max_epochs.{source}: the schedule takes {needed} tokens; {epochs:g} times the {tokens} of "
-                    f"{self._data.sources[source]} are {limit}; raise it, lower the source's share or the phases' tokens, "
-                    "or set data.at_end to stop"
-                )
+    def _too_much(self, source: str, total: int, position: int) -> str:
+        """Says that `total` steps take more of the source than the run, which stands at `position`, may read."""
+        epochs, limit, reader = self._data.max_epochs[source], self._limits[source], self._train[source]
+        lost = reader.left_out(limit) - reader.left_out(position)
+        return (
+            f"data.max_epochs.{source}: the schedule takes {self._taken(total, source)} tokens; {epochs:g} times the "
+            f"{self.manifests[source].train.tokens} of {self._data.sources[source]} are {limit}"
+            f"{f', {lost} of those ahead in damaged shards' if lost else ''}; raise it, lower the source's share or the "
+            "phases' tokens, or set data.at_end to stop"
+        )
 
 
 def _check_vocab(source: str, corpus: manifest.Manifest, vocab: int) -> None:
@@ -244,6 +255,16 @@ def _check_vocab(source: str, corpus: manifest.Manifest, vocab: int) -> None:
         )
     if not corpus.train.tokens:
         raise UserError(f"{folder_field}: has no training tokens; prepare it with a smaller --held-out or more text")
+
+
+def _check_no_alias(fingerprints: dict[str, str]) -> None:
+    first: dict[str, str] = {}
+    for name, fingerprint in fingerprints.items():
+        if (other := first.setdefault(fingerprint, name)) != name:
+            raise UserError(
+                f"data.sources.{name}: is the same corpus as {other}; its tokens would be read and counted under two names; "
+                f"leave {name} out and give {other} both shares"
+            )
 
 
 def _check_one_tokenizer(corpora: dict[str, manifest.Manifest]) -> None:

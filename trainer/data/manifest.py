@@ -165,18 +165,6 @@ def check_files(folder: str | Path, manifest: Manifest) -> None:
         _check_size(path, path.stat().st_size, shard)
 
 
-def check_hash(folder: str | Path, shard: Shard) -> None:
-    """Raises DamagedShard where the bytes of a local shard are not those the manifest was written for."""
-    path = Path(folder) / shard.file
-    try:
-        with path.open("rb") as file:
-            check_bytes(file, path, shard)
-    except OSError as error:
-        raise DamagedShard(
-            shard.file, f"{path}: cannot be read ({_one_line(error)}); restore it or prepare the corpus again"
-        ) from None
-
-
 def check_bytes(file: BufferedReader, path: Path, shard: Shard) -> None:
     """Raises DamagedShard where an open file is not the shard; OSError where it cannot be read."""
     _check_size(path, os.fstat(file.fileno()).st_size, shard)
@@ -207,7 +195,7 @@ def check_tokenizer(file: str | Path, manifest: Manifest, where: str) -> None:
 def check_resume(saved_fingerprints: Mapping[str, str], fingerprints: Mapping[str, str]) -> None:
     """Raises UserError where a source the run has read from is now another corpus.
 
-    Note: sources may be added or left out between phases; a position in a source that changed means nothing.
+    Note: sources may be added, and stay in `data.sources` once read; a position in a source that changed means nothing.
     """
     for source, found in fingerprints.items():
         if source not in saved_fingerprints and found in saved_fingerprints.values():

@@ -77,13 +77,13 @@ def _portions(mixture: tuple[tuple[str, float], ...], first: int, count: int, st
 
 @lru_cache(maxsize=64)
 def _pattern(mixture: tuple[tuple[str, float], ...]) -> tuple[list[str], np.ndarray]:
-    """Source names and one period of indices into them.
+    """Source names and one period of indices into them, whatever the order in which the mixture names them.
 
     Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980): of the sources that
     are due by at least 1 / (2n - 2) of a row, the one that must come soonest; no source then strays by a
     whole row.
     """
-    names = [name for name, share in mixture if share > 0]
+    names = sorted(name for name, share in mixture if share > 0)
     quotas = _quotas([dict(mixture)[name] for name in names])
     period, slack = sum(quotas), max(2 * len(names) - 2, 1)
     given = [0] * len(names)

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -42,6 +42,10 @@ class Unreachable(OSError):
 
 class Missing(Unreachable):
     """The server says that there is no such file: an answer, so asking again is no use."""
+
+
+class Ended(Unreachable):
+    """The server says that the file ends before the first byte that was asked for."""
 
 
 class Refused(Unreachable):
@@ -128,7 +132,7 @@ def blocks(address: str, start: int, timeout_seconds: float) -> Generator[bytes,
 
     Raises: Unreachable.
     """
-    with _failures(), _stream(address, start, timeout_seconds) as stream:
+    with suppress(Ended), _failures(), _stream(address, start, timeout_seconds) as stream:
         while block := stream.read(BLOCK_BYTES):
             yield block
 
@@ -299,6 +303,8 @@ def _failures() -> Iterator[None]:
         text = " ".join(f"{type(reason).__name__}: {str(reason) or 'no bytes came in time'}".split())[:200]
         if status in (404, 410) or (status is None and isinstance(reason, FileNotFoundError)):
             raise Missing(text) from None
+        if status == 416:
+            raise Ended(text) from None
         if status in (401, 403) or isinstance(reason, PermissionError):
             raise Refused(text) from None
         raise Unreachable(text) from None

@@ -32,7 +32,7 @@ class Evidence:
     ranges: int
     """Of what was read: the row's index in the global step, its source, and the pieces of shards it came from."""
     tokens: int
-    """Of what came out: the row's index in the global step and its tokens as they are stored."""
+    """Of what is fed: the row's index in the global step and its tokens, in the type they are stored in."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,9 @@ def batch(sources: Mapping[str, Source], cut: Cut, eos_id: int) -> Batch:
         for span, read in zip(cut.spans, reads, strict=True):
             pair[:, span.rows] = read.pair
             breaks += [int(span.rows[at // cut.seq_len]) * cut.seq_len + at % cut.seq_len for at in read.breaks]
-    found = None if cut.first_row is None else evidence(cut, reads, cut.first_row)
     tokens, targets = pair.astype(np.int64)
     documents = documents_of(pair[0], breaks, eos_id)
+    found = None if cut.first_row is None else evidence(cut, reads, tokens, cut.first_row)
     return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents), cut.cursor, found)
 
 
@@ -179,17 +179,19 @@ def documents_of(tokens: np.ndarray, breaks: list[int], eos_id: int) -> np.ndarr
     return numbers.astype(np.int32).repeat(lengths).reshape(rows, seq_len)
 
 
-def evidence(cut: Cut, reads: list[Read], first_row: int) -> Evidence:
-    """The sums for rows that were just read."""
-    ranges = tokens = 0
+def evidence(cut: Cut, reads: list[Read], tokens: np.ndarray, first_row: int) -> Evidence:
+    """The sums for the batch's tokens, which are the very ones it is fed: a row put in the wrong place since it was read
+    is not the row that its place should have.
+    """
+    stored = {dtype: tokens.astype(dtype) for dtype in {read.pair.dtype for read in reads}}
+    of_ranges = of_tokens = 0
     for span, read in zip(cut.spans, reads, strict=True):
-        name = span.source.encode() + b"\0"
-        of_rows = packed(read.pieces, cut.seq_len)
-        for row, pieces, read_tokens in zip(span.rows.tolist(), of_rows, read.pair[0], strict=True):
+        fed, name = stored[read.pair.dtype], span.source.encode() + b"\0"
+        for row, pieces in zip(span.rows.tolist(), packed(read.pieces, cut.seq_len), strict=True):
             index = INDEX.pack(first_row + row)
-            ranges += xxh3_64_intdigest(index + name + pieces)
-            tokens += xxh3_64_intdigest(index + read_tokens.tobytes())
-    return Evidence(ranges % HASHES, tokens % HASHES)
+            of_ranges += xxh3_64_intdigest(index + name + pieces)
+            of_tokens += xxh3_64_intdigest(index + fed[row].tobytes())
+    return Evidence(of_ranges % HASHES, of_tokens % HASHES)
 
 
 def packed(pieces: list[Piece], seq_len: int) -> list[bytes]:

@@ -16,16 +16,17 @@ from bisect import bisect_right
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 
 from trainer import config
-from trainer.data.cache import Cache
-from trainer.data.manifest import TAR_BLOCK_BYTES, DamagedShard, Manifest, Split
+from trainer.data import remote
+from trainer.data.cache import Cache, Maps
+from trainer.data.manifest import TAR_BLOCK_BYTES, DamagedShard, Manifest, Shard, Split
 
 OPEN_SHARDS = 32
-"""Memory maps kept per stream, a file descriptor each; rows of a step lie close together, so few are in use at a time."""
+"""Memory maps kept per stream of a local folder, a file descriptor each; rows of a step lie close together, so few are in
+use at a time. The streams of remote folders share those that the cache has room for."""
 Piece = tuple[int, int, int]
 """Neighbouring tokens of one shard: its index in the split, its first token taken, how many."""
 
@@ -59,8 +60,7 @@ class Stream:
         self._cache = cache or Cache(config.Cache())
         self._name, self._seed = name, seed
         self._sample_tokens, self._header = manifest.sample_tokens, TAR_BLOCK_BYTES // manifest.token_bytes
-        self._maps: dict[int, np.ndarray] = {}
-        self._lock = Lock()
+        self._maps = self._cache.maps if remote.is_remote(folder) else Maps(OPEN_SHARDS)
         self._epoch = lru_cache(maxsize=2)(self._epoch_order)
 
     def pieces(self, position: int, count: int) -> list[Piece]:
@@ -157,17 +157,20 @@ class Stream:
 
     def _open(self, index: int) -> np.ndarray:
         """The whole file as if it were tokens; a header is so many of them."""
-        if (tar := self._maps.get(index)) is not None:
-            return tar
         shard = self._shards[index]
+        return np.frombuffer(self._maps.kept(self._folder, shard.file) or self._mapped(shard), self.dtype)
+
+    def _mapped(self, shard: Shard) -> mmap.mmap:
         try:
-            # Not under the lock: while one thread waits for a shard, others read or wait for theirs.
+            # Not under a lock: while one thread waits for a shard, others read or wait for theirs.
             with self._cache.opened(self._folder, shard) as file:
-                tar = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), self.dtype)
+                try:
+                    tar = mmap.mmap(file.fileno(), shard.bytes, access=mmap.ACCESS_READ)
+                except ValueError:  # shorter than that, by now
+                    raise DamagedShard(
+                        shard.file, f"{file.name}: has fewer than {shard.bytes} bytes; restore it"
+                    ) from None
         except DamagedShard as error:
             raise Damaged(self._name, shard.file, str(error)) from None
-        with self._lock:
-            self._maps[index] = tar
-            if len(self._maps) > OPEN_SHARDS:
-                del self._maps[next(iter(self._maps))]
+        self._maps.keep(self._folder, shard.file, tar)
         return tar

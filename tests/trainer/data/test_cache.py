@@ -1,5 +1,6 @@
 import logging
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.data.reading import loader, schedule_of, steps
+from tests.trainer.data.reading import Tokens, loader, schedule_of, steps
 from trainer import config
 from trainer.config import Phase, UserError
 from trainer.data import manifest
 from trainer.data.cache import Cache
+from trainer.data.damage import agreed_batches
 from trainer.data.manifest import DamagedShard
+from trainer.data.stream import Stream
 
 GIB = 2.0**30
 SOON_SECONDS = 0.3
@@ -49,6 +52,11 @@ def names(folder) -> set[str]:
     return {path.name for path in Path(folder).iterdir()} - {".lock"}
 
 
+def opened_path(cache, folder, shard) -> Path:
+    with cache.opened(folder, shard) as file:
+        return Path(file.name)
+
+
 def is_whole(path, tmp_path, shard) -> bool:
     return Path(path).read_bytes() == (tmp_path / "a" / shard.file).read_bytes()
 
@@ -61,7 +69,7 @@ def test_a_failure_is_logged_and_tried_again(server, settings, shards, tmp_path,
     faults = [fault] * (2 if fault == "reset" else 1)
     server.faults[url(shards[0])] += faults
     timeout_seconds = SOON_SECONDS if fault in ("silence", "stalled") else 1.0
-    copy = Cache(settings(timeout_seconds=timeout_seconds)).path(f"{server.address}/a", shards[0])
+    copy = opened_path(Cache(settings(timeout_seconds=timeout_seconds)), f"{server.address}/a", shards[0])
     assert is_whole(copy, tmp_path, shards[0])
     assert server.count(url(shards[0])) == len(faults) + 1
     (record,) = caplog.records
@@ -73,7 +81,7 @@ def test_a_failure_is_logged_and_tried_again(server, settings, shards, tmp_path,
 
 def test_a_broken_download_goes_on_where_it_broke(server, settings, shards, tmp_path):
     server.faults[url(shards[0])] += ["truncated", "shorter"]
-    assert is_whole(Cache(settings()).path(f"{server.address}/a", shards[0]), tmp_path, shards[0])
+    assert is_whole(opened_path(Cache(settings()), f"{server.address}/a", shards[0]), tmp_path, shards[0])
     assert server.sent_bytes == shards[0].bytes
     half, quarter = shards[0].bytes // 2, (shards[0].bytes + 1) // 2 // 2
     assert [span for _, span in server.asked] == ["", f"bytes={half}-", f"bytes={half + quarter}-"]
@@ -81,7 +89,7 @@ def test_a_broken_download_goes_on_where_it_broke(server, settings, shards, tmp_
 
 def test_a_server_without_ranges_starts_over(server, settings, shards, tmp_path):
     server.faults[url(shards[0])] += ["truncated", "no ranges"]
-    assert is_whole(Cache(settings()).path(f"{server.address}/a", shards[0]), tmp_path, shards[0])
+    assert is_whole(opened_path(Cache(settings()), f"{server.address}/a", shards[0]), tmp_path, shards[0])
     assert server.sent_bytes == shards[0].bytes // 2 + shards[0].bytes
 
 
@@ -89,91 +97,188 @@ def test_slow_is_no_failure_while_bytes_come(server, settings, shards, tmp_path,
     server.faults[url(shards[0])].append("trickle")
     start = time.monotonic()
     assert is_whole(
-        Cache(settings(timeout_seconds=SOON_SECONDS)).path(f"{server.address}/a", shards[0]), tmp_path, shards[0]
+        opened_path(Cache(settings(timeout_seconds=SOON_SECONDS)), f"{server.address}/a", shards[0]),
+        tmp_path,
+        shards[0],
     )
     assert time.monotonic() - start > SOON_SECONDS
     assert not caplog.records
 
 
+UNREACHABLE, DAMAGED = "restore the way to it, and start again", "restore it"
+
+
 @pytest.mark.parametrize(
-    ("fault", "tries", "reason"),
+    ("fault", "tries", "reason", "remedy"),
     [
-        ("500", 4, "ClientResponseError: 500, message='Internal Server Error'"),
-        ("403", 4, "ClientResponseError: 403"),
-        ("404", 1, "FileNotFoundError"),
-        ("410", 1, "ClientResponseError: 410"),
-        ("silence", 4, "FSTimeoutError: no bytes came in time"),
-        ("wrong", 2, r"sha256 \w{12}; the manifest says \w{12}, twice the same"),
+        ("500", 4, "ClientResponseError: 500, message='Internal Server Error'", UNREACHABLE),
+        ("403", 4, "ClientResponseError: 403", UNREACHABLE),
+        ("silence", 4, "FSTimeoutError: no bytes came in time", UNREACHABLE),
+        ("404", 1, "FileNotFoundError", DAMAGED),
+        ("410", 1, "ClientResponseError: 410", DAMAGED),
+        ("wrong", 2, r"sha256 \w{12}; the manifest says \w{12}, twice the same", DAMAGED),
+        ("longer", 2, r"longer than the \d+ bytes that the manifest says, twice the same", DAMAGED),
     ],
 )
-def test_what_is_hopeless_stops_with_the_shard_s_name(server, settings, shards, fault, tries, reason):
+def test_only_a_shard_whose_server_answers_without_it_is_damaged(
+    server, settings, shards, fault, tries, reason, remedy
+):
     server.faults[url(shards[0])].append(f"{fault} always")
-    with pytest.raises(
-        DamagedShard, match=rf"{url(shards[0])}: shard .*; tries: {tries}, .*{reason}.*; restore"
-    ) as error:
-        Cache(settings(timeout_seconds=SOON_SECONDS)).path(f"{server.address}/a", shards[0])
-    assert error.value.file == shards[0].file
-    assert "\n" not in str(error.value)
+    with pytest.raises(UserError) as error:
+        Cache(settings(timeout_seconds=SOON_SECONDS)).opened(f"{server.address}/a", shards[0])
+    assert re.fullmatch(
+        rf"{server.address}{url(shards[0])}: shard cannot be fetched; "
+        rf"tries: {tries} in [\d.e-]+ s, the last: [^\n]*{reason}[^\n]*; {remedy}",
+        str(error.value),
+    )
+    assert isinstance(error.value, DamagedShard) == (remedy == DAMAGED)
+    if remedy == DAMAGED:
+        assert error.value.file == shards[0].file
     assert server.count(url(shards[0])) == tries
     assert not names(settings().folder)
 
 
-def test_a_server_that_is_not_there_is_hopeless_after_the_tries(settings, shards, caplog):
-    with pytest.raises(DamagedShard, match=r"tries: 3, .*ClientConnectorError"):
-        Cache(settings(attempts=3)).path("http://127.0.0.1:1/a", shards[0])
+def test_a_shard_that_its_server_has_a_part_of_is_damaged(server, settings, shards, tmp_path):
+    os.truncate(tmp_path / "a" / shards[0].file, shards[0].bytes - 100)
+    ended = rf"tries: 2 .*: ended at byte {shards[0].bytes - 100} of {shards[0].bytes}, twice the same; restore it"
+    with pytest.raises(DamagedShard, match=ended):
+        Cache(settings()).opened(f"{server.address}/a", shards[0])
+
+
+def test_a_server_that_is_not_there_stops_the_run_after_the_tries(settings, shards, caplog):
+    with pytest.raises(UserError, match=r"tries: 3 in .* s, .*ClientConnectorError.*; restore the way to it") as error:
+        Cache(settings(attempts=3)).opened("http://127.0.0.1:1/a", shards[0])
+    assert not isinstance(error.value, DamagedShard)
     assert [record.message.split(" of ")[0][-1] for record in caplog.records] == ["1", "2"]
 
 
+def test_a_damaged_shard_is_not_fetched_for_a_second_time(server, settings, shards):
+    cache, folder = Cache(settings()), f"{server.address}/a"
+    server.faults[url(shards[0])].append("wrong always")
+    said = set()
+    for _ in range(3):
+        with pytest.raises(DamagedShard) as error:
+            cache.opened(folder, shards[0])
+        said.add((str(error.value), error.value.file))
+        cache.soon(folder, shards[0])
+    settle(server, 2)
+    assert len(said) == 1
+    assert server.count(url(shards[0])) == 2
+
+
+def test_threads_that_wait_for_a_fetch_share_its_failure(server, settings, shards):
+    server.faults[url(shards[0])].append("silence always")
+    cache, together = Cache(settings(attempts=3, timeout_seconds=SOON_SECONDS)), threading.Barrier(4)
+
+    def failure(_):
+        together.wait()
+        with pytest.raises(UserError, match="tries: 3 "):
+            cache.opened(f"{server.address}/a", shards[0])
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(failure, range(4)))
+    assert server.count(url(shards[0])) == 3
+
+
+def test_a_copy_cut_short_after_it_was_hashed_is_fetched_again(server, settings, shards, tmp_path):
+    cache, folder = Cache(settings()), f"{server.address}/a"
+    copy = opened_path(cache, folder, shards[0])
+    os.truncate(copy, shards[0].bytes - 1)
+    assert is_whole(opened_path(cache, folder, shards[0]), tmp_path, shards[0])
+    assert len(server.asked) == 2
+
+
+def test_a_part_is_on_the_disk_before_it_has_a_copy_s_name(server, settings, shards, monkeypatch):
+    done, sync, rename = [], os.fsync, Path.rename
+
+    def synced(descriptor):
+        done.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size))
+        sync(descriptor)
+
+    def renamed(path, target):
+        done.append(("rename", str(path), str(target)))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    copy = opened_path(Cache(settings()), f"{server.address}/a", shards[0])
+    part = str(copy.with_suffix(".part"))
+    assert done[:2] == [("sync", part, shards[0].bytes), ("rename", part, str(copy))]
+    assert done[2][:2] == ("sync", str(copy.parent))
+
+
 def test_a_copy_that_the_disk_altered_is_fetched_again(server, settings, shards, tmp_path, caplog):
-    copy = Cache(settings()).path(f"{server.address}/a", shards[0])
+    copy = opened_path(Cache(settings()), f"{server.address}/a", shards[0])
     with Cache(settings()).opened(f"{server.address}/a", shards[0]) as again:
         assert again.read() == copy.read_bytes()
     assert len(server.asked) == 1, "a good copy is used by the next run"
     content = bytearray(copy.read_bytes())
     content[700] ^= 1
     copy.write_bytes(content)
-    assert is_whole(Cache(settings()).path(f"{server.address}/a", shards[0]), tmp_path, shards[0])
+    assert is_whole(opened_path(Cache(settings()), f"{server.address}/a", shards[0]), tmp_path, shards[0])
     assert server.count(url(shards[0])) == 2
     assert "the shard is damaged; restore it; it is fetched again" in caplog.text
 
 
 def test_a_local_shard_is_its_own_file_and_never_mended(settings, shards, tmp_path):
     path = tmp_path / "a" / shards[0].file
-    assert Cache(settings()).path(tmp_path / "a", shards[0]) == path
+    assert opened_path(Cache(settings()), tmp_path / "a", shards[0]) == path
     content = bytearray(path.read_bytes())
     for altered, message in ((content[:-1], "has .* bytes"), (content[:-1] + b"x", "xxh3_128"), (None, "is missing")):
         path.unlink()
         if altered is not None:
             path.write_bytes(altered)
         with pytest.raises(DamagedShard, match=rf"{path}: .*{message}"):
-            Cache(settings()).path(tmp_path / "a", shards[0])
+            opened_path(Cache(settings()), tmp_path / "a", shards[0])
     assert not Path(settings().folder).exists()
 
 
-def test_a_file_is_hashed_once_by_a_process(settings, shards, tmp_path):
-    path, cache = tmp_path / "a" / shards[0].file, Cache(settings())
-    cache.path(tmp_path / "a", shards[0])
-    content = path.read_bytes()
+def test_a_local_shard_that_cannot_be_reached_stops_the_run(settings, shards, tmp_path):
+    folder = tmp_path / "a"
+    (folder / shards[0].file).unlink()
+    (folder / shards[0].file).symlink_to(shards[0].file)  # a loop: it is there, and cannot be opened
+    with pytest.raises(UserError, match=rf"{shards[0].file}: shard cannot be read \(.*; restore the way") as error:
+        Cache(settings()).opened(folder, shards[0])
+    assert not isinstance(error.value, DamagedShard)
+    folder.rename(tmp_path / "away")
+    folder.mkdir()
+    with pytest.raises(UserError, match=rf"{folder}: has no manifest.json any more; .*mounted there") as error:
+        Cache(settings()).opened(folder, shards[1])
+    assert not isinstance(error.value, DamagedShard)
+
+
+def test_a_file_is_hashed_once_by_a_process_unless_it_is_another(settings, shards, tmp_path):
+    path, cache, folder = tmp_path / "a" / shards[0].file, Cache(settings()), tmp_path / "a"
+    cache.opened(folder, shards[0]).close()
+    facts, content = path.stat(), path.read_bytes()
     path.write_bytes(content[:-1] + b"x")
-    cache.path(tmp_path / "a", shards[0])
-    path.rename(tmp_path / "away")
-    path.write_bytes(content[:-1] + b"x")
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    cache.opened(folder, shards[0]).close()
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
     with pytest.raises(DamagedShard, match="xxh3_128"):
-        cache.path(tmp_path / "a", shards[0])
+        cache.opened(folder, shards[0])
+    path, shard = folder / shards[1].file, shards[1]
+    cache.opened(folder, shard).close()
+    facts, content = path.stat(), path.read_bytes()
+    (folder / "other").write_bytes(content[:-1] + b"x")
+    os.utime(folder / "other", ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    (folder / "other").rename(path)
+    with pytest.raises(DamagedShard, match="xxh3_128"):
+        cache.opened(folder, shard)
 
 
 def test_the_copies_used_longest_ago_make_room(server, settings, shards, tmp_path):
     room_bytes = max(shard.bytes for shard in shards) * 3
     cache, folder = Cache(settings(gib=room_bytes / GIB)), f"{server.address}/a"
-    kept = [cache.path(folder, shard) for shard in shards[:3]]
-    cache.path(folder, shards[0])
+    kept = [opened_path(cache, folder, shard) for shard in shards[:3]]
+    opened_path(cache, folder, shards[0])
     with cache.opened(folder, shards[1]) as in_use:
-        cache.path(folder, shards[0])
-        paths = [cache.path(folder, shard) for shard in shards[3:5]]
+        opened_path(cache, folder, shards[0])
+        paths = [opened_path(cache, folder, shard) for shard in shards[3:5]]
         assert names(settings().folder) == {path.name for path in (kept[0], *paths)}, "1 and 2 were used longest ago"
         assert in_use.read() == (tmp_path / "a" / shards[1].file).read_bytes(), "what is open can still be read"
     for shard in shards:
-        cache.path(folder, shard)
+        opened_path(cache, folder, shard)
         assert sum(path.stat().st_size for path in Path(settings().folder).iterdir()) <= room_bytes
 
 
@@ -194,7 +299,7 @@ def test_a_room_too_small_for_one_shard_is_a_line_and_no_request(server, setting
     with pytest.raises(
         UserError, match=rf"data.cache.gib: .*; shard {shards[0].file} has {shards[0].bytes} bytes; .*raise"
     ):
-        Cache(settings(gib=(shards[0].bytes - 1) / GIB)).path(f"{server.address}/a", shards[0])
+        opened_path(Cache(settings(gib=(shards[0].bytes - 1) / GIB)), f"{server.address}/a", shards[0])
     assert not server.asked
 
 
@@ -205,7 +310,7 @@ def test_a_disk_without_room_is_a_line_that_names_the_folder(server, settings, s
         with pytest.raises(
             UserError, match=rf"data.cache.folder: {settings().folder}: File too large; .*data.cache.gib"
         ):
-            Cache(settings()).path(f"{server.address}/a", shards[0])
+            opened_path(Cache(settings()), f"{server.address}/a", shards[0])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not names(settings().folder)
@@ -215,7 +320,7 @@ def test_threads_that_want_one_shard_fetch_it_once(server, settings, shards):
     server.faults[url(shards[0])].append("trickle")
     cache = Cache(settings())
     with ThreadPoolExecutor(4) as threads:
-        assert len(set(threads.map(cache.path, [f"{server.address}/a"] * 4, [shards[0]] * 4))) == 1
+        assert len(set(threads.map(opened_path, [cache] * 4, [f"{server.address}/a"] * 4, [shards[0]] * 4))) == 1
     assert len(server.asked) == 1
 
 
@@ -227,7 +332,7 @@ from trainer.data.manifest import Shard
 cache, shard = Cache(eval(sys.argv[1], {"Cache": config.Cache})), eval(sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()
-print(cache.path(sys.argv[3], shard), flush=True)
+print(cache.opened(sys.argv[3], shard).name, flush=True)
 """
 
 
@@ -254,7 +359,7 @@ def test_processes_share_a_download_and_a_killed_one_blocks_nobody(server, setti
         other.stdin.flush()
         with ThreadPoolExecutor(1) as threads:
             assert server.stalled.wait(WAIT_SECONDS), "the other process began, and is held"
-            mine = threads.submit(Cache(calm).path, folder, shard)
+            mine = threads.submit(opened_path, Cache(calm), folder, shard)
             time.sleep(0.1)
             server.go_on.set()
             assert mine.result(WAIT_SECONDS) == Path(other.stdout.readline().strip())
@@ -269,7 +374,7 @@ def test_what_a_crash_left_is_removed_by_the_next_fetch(server, settings, shards
     folder.mkdir()
     (folder / f"{'0' * 64}.part").write_bytes(b"torn")
     (folder / "notes.txt").write_text("not ours")
-    Cache(settings()).path(f"{server.address}/a", shards[0])
+    opened_path(Cache(settings()), f"{server.address}/a", shards[0])
     assert names(folder) == {f"{shards[0].sha256}.tar", "notes.txt"}
 
 
@@ -289,19 +394,97 @@ def test_a_shard_wanted_soon_is_there_when_it_is_asked_for(server, settings, sha
     server.shutdown()
     server.socket.close()
     for shard in shards[:4]:
-        assert is_whole(cache.path(folder, shard), tmp_path, shard)
+        assert is_whole(opened_path(cache, folder, shard), tmp_path, shard)
     assert len(server.asked) == 4
 
 
-def test_what_fails_ahead_is_raised_when_the_shard_is_asked_for(server, settings, shards, tmp_path):
+def test_what_fails_ahead_is_logged_and_tried_again_when_it_is_asked_for(server, settings, shards, tmp_path, caplog):
     cache, folder = Cache(settings(attempts=1)), f"{server.address}/a"
     server.faults[url(shards[0])].append("500")
+    server.faults[url(shards[1])].append("404")
+    (tmp_path / "a" / shards[2].file).rename(tmp_path / "away")
     cache.soon(folder, shards[0])
+    cache.soon(folder, shards[1])
+    cache.soon(tmp_path / "a", shards[2])
+    settle(server, 2)
+    assert len([record for record in caplog.records if "the reader of the shard tries again" in record.message]) == 3
+    (tmp_path / "away").rename(tmp_path / "a" / shards[2].file)
+    for shard in shards[:2]:
+        assert is_whole(opened_path(cache, folder, shard), tmp_path, shard)
+    assert opened_path(cache, tmp_path / "a", shards[2]) == tmp_path / "a" / shards[2].file
+
+
+def test_what_waits_to_be_fetched_ahead_takes_half_of_the_room(server, settings, shards):
+    room_gib = 4 * max(shard.bytes for shard in shards) / GIB
+    cache, folder = Cache(settings(gib=room_gib, timeout_seconds=WAIT_SECONDS)), f"{server.address}/a"
+    for shard in shards[:2]:
+        server.faults[url(shard)].append("held")
+        cache.soon(folder, shard)
+    deadline = time.monotonic() + WAIT_SECONDS
+    while len(server.asked) < 2:  # both threads are held: what is wanted now waits
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(shards) >= 5
+    for shard in shards[2:]:
+        cache.soon(folder, shard)
+    server.go_on.set()
+    settle(server, 4)
+    assert {path for path, _ in server.asked} == {url(shard) for shard in shards[:4]}
+
+
+def test_a_run_fetches_the_shards_of_the_next_window_ahead(server, settings, make_corpus):
+    make_corpus("a", documents=60)
+    whole = Tokens(server.folder / "a", "a", window_tokens=640, block_tokens=32)
+    windows = [{shard for shard, _, _ in whole.stream.pieces(first, 640)} for first in (0, 640)]
+    assert windows[1] - windows[0]
+    schedule = schedule_of(Phase("one", 4096, 16, 2, 1, {"a": 1.0}))
+    sizes = {"block_tokens": 32, "window_tokens": 640, "prefetch_steps": 1}
+    there = loader({"a": f"{server.address}/a"}, schedule, cache=settings(), **sizes)
+    batches = there.batches(0, None)
+    next(batches)
     settle(server, 1)
-    with pytest.raises(DamagedShard, match="500"):
-        cache.path(folder, shards[0])
-    assert server.count(url(shards[0])) == 1
-    assert is_whole(cache.path(folder, shards[0]), tmp_path, shards[0]), "the next one asks again"
+    copies, shards = names(settings().folder), there.manifests["a"].train.shards
+    assert {f"{shards[index].sha256}.tar" for index in windows[1]} <= copies
+    batches.close()
+
+
+def mapped_bytes(folder) -> int:
+    """Of the files of a folder that this process has mapped, named or not."""
+    found = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(folder) in line:
+            first, last = line.split()[0].split("-")
+            found += int(last, 16) - int(first, 16)
+    return found
+
+
+def test_what_stays_mapped_of_copies_is_a_quarter_of_the_room_for_all_streams(
+    server, settings, make_corpus, monkeypatch
+):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    here = {name: manifest.load(make_corpus(name, seed=len(name), documents=120)) for name in ("a", "bb")}
+    size_bytes = max(shard.bytes for corpus in here.values() for shard in corpus.train.shards)
+    room = settings(gib=3 * 2 * 4 * size_bytes / GIB)  # of which this process may map three shards
+    cache = Cache(room)
+    read = {}
+    for name, corpus in here.items():
+        assert len(corpus.train.shards) > 6
+        stream = Stream(f"{server.address}/{name}", corpus, corpus.train, name=name, seed=0, cache=cache)
+        read[name] = stream.read(0, stream.tokens)
+        local = Stream(server.folder / name, corpus, corpus.train, name=name, seed=0)
+        assert (read[name] == local.read(0, stream.tokens)).all()
+    page_bytes = 4096
+    assert size_bytes <= mapped_bytes(room.folder) <= 3 * (size_bytes + page_bytes)
+
+
+def test_a_room_for_one_shard_is_enough_to_read_by(server, settings, make_corpus):
+    corpus = manifest.load(make_corpus("a"))
+    cache = Cache(settings(gib=1.5 * max(shard.bytes for shard in corpus.train.shards) / GIB))
+    there = Stream(f"{server.address}/a", corpus, corpus.train, name="a", seed=0, cache=cache)
+    here = Stream(server.folder / "a", corpus, corpus.train, name="a", seed=0)
+    with ThreadPoolExecutor(3) as threads:
+        for found in threads.map(there.read, [0] * 3, [there.tokens] * 3):
+            assert (found == here.read(0, there.tokens)).all()
 
 
 def test_rows_read_over_a_network_that_fails_are_those_of_the_folder(server, settings, make_corpus, caplog):
@@ -323,10 +506,15 @@ def test_rows_read_over_a_network_that_fails_are_those_of_the_folder(server, set
     }, "a failure of every shard is on record"
 
 
-def test_a_run_stops_with_the_name_of_a_shard_that_is_hopeless(server, settings, make_corpus):
+@pytest.mark.parametrize("damaged_shards", ["stop", "skip"])
+def test_a_run_stops_where_a_shard_cannot_be_reached_also_one_that_skips_damage(
+    server, settings, make_corpus, damaged_shards
+):
     shard = manifest.load(make_corpus("a", documents=60)).train.shards[2]
     server.faults[url(shard)].append("500 always")
     schedule = schedule_of(Phase("one", 4096, 16, 4, 1, {"a": 1.0}))
-    there = loader({"a": f"{server.address}/a"}, schedule, cache=settings(attempts=2))
-    with pytest.raises(DamagedShard, match=rf"{server.address}{url(shard)}: shard cannot be fetched; tries: 2, .*500"):
-        list(there.batches(0, None))
+    there = loader({"a": f"{server.address}/a"}, schedule, cache=settings(attempts=2), damaged_shards=damaged_shards)
+    batches = agreed_batches(there, 0, None, lambda met: [met] if met else [], lambda step, met: there.skip(*met))
+    with pytest.raises(UserError, match=rf"{server.address}{url(shard)}: shard cannot be fetched; tries: 2 in .*500"):
+        list(batches)
+    assert not there.skipped

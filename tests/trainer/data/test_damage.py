@@ -74,7 +74,9 @@ def met_by_the_second_of_two(folder):
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_one_rank_finds_damaged_is_left_out_by_all_and_rows_are_those_of_one_rank(sources, damage, workers):
+def test_a_shard_that_one_rank_finds_damaged_is_left_out_by_all_and_rows_are_those_of_one_rank(
+    sources, damage, workers
+):
     file, step = met_by_the_second_of_two(sources["a"])
     DAMAGE[damage](manifest.Path(sources["a"]) / file)
     settings = {"damaged_shards": "skip", "workers": workers, **BLOCKS}
@@ -90,7 +92,9 @@ def test_a_shard_that_one_rank_finds_damaged_is_left_out_by_all_and_rows_are_tho
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("data_")]
     resumed = loader(sources, schedule, **settings)
     resumed.skip("a", file)
-    assert list(steps([resumed], step + 2, expected[step + 1][2])) == expected[step + 2 :], "what was left out is taken up"
+    assert list(steps([resumed], step + 2, expected[step + 1][2])) == expected[step + 2 :], (
+        "what was left out is taken up"
+    )
 
 
 def test_behind_the_cursor_every_token_that_is_not_left_out_is_read_in_its_turn(sources):
@@ -158,13 +162,38 @@ def test_held_out_rows_without_a_damaged_shard_are_the_same_on_all_ranks(sources
     loaders = ranks(sources, schedule_of(only_a), 2, damaged_shards="skip")
 
     def read(rank, exchange):
-        return agreed(lambda: list(loaders[rank].validation(only_a, 64)), exchange, lambda met: loaders[rank].skip(*met))
+        return agreed(
+            lambda: list(loaders[rank].validation(only_a, 64)), exchange, lambda met: loaders[rank].skip(*met)
+        )
 
     rows = np.concatenate([batch.tokens.numpy() for batches in side_by_side(2, read) for batch in batches])
     assert second.tokens >= 64
     shard = (folder / second.file).read_bytes()[512 : 512 + 2 * 64]
     assert np.array_equal(rows.reshape(-1), np.frombuffer(shard, "<u2"))
     assert [each.skipped for each in loaders] == [{"a": [first.file]}] * 2
+
+
+@pytest.mark.parametrize("num_left", [1, 0])
+def test_held_out_rows_are_those_that_damage_leaves_or_none(sources, num_left):
+    """Asked for as many as there were, a run is not refused: it goes on with the whole rows of the last shard."""
+    folder, phase = manifest.Path(sources["a"]), dataclasses.replace(PHASE, mixture={"a": 1.0})
+    corpus = manifest.load(folder)
+    (folder / manifest.FILE).write_text(manifest.dump(dataclasses.replace(corpus, validation=corpus.train)))
+    asked = corpus.train.tokens // 32 * 32
+    one = loader({"a": sources["a"]}, schedule_of(phase), damaged_shards="skip")
+    assert sum(len(batch.tokens) for batch in one.validation(phase, asked)) * 32 == asked
+    border = len(corpus.train.shards) - num_left
+    kept = corpus.train.shards[border:]
+    for shard in corpus.train.shards[:border]:
+        # Not Loader.skip, which would leave the training shards of that name out too.
+        one._held_out["a"].stream.leave_out(shard.file)
+    rows = [batch.tokens.numpy() for batch in one.validation(phase, asked)]
+    assert sum(map(len, rows)) == sum(shard.tokens for shard in kept) // 32
+    for shard in kept:
+        ids = np.frombuffer((folder / shard.file).read_bytes()[512 : 512 + 2 * 512], "<u2")
+        assert np.array_equal(np.concatenate(rows).reshape(-1)[:512], ids[: shard.tokens // 32 * 32])
+    with pytest.raises(UserError, match=r"evaluate.tokens: .* lower it"):
+        one.validation(phase, asked + 32)
 
 
 def limited(sources, size=1, epochs=1.5, **fields):
@@ -213,3 +242,24 @@ def test_a_shard_left_out_takes_its_tokens_from_what_a_limited_source_can_feed(s
     assert len(found) == kept // phase.batch_tokens < whole.tokens // phase.batch_tokens
     assert left_out[0] == left_out[1]
     assert found[-1][2]["b"] <= whole.tokens
+
+
+def test_where_a_source_that_ends_is_to_be_refused_it_is_when_a_shard_left_out_makes_it_end(sources):
+    """Not stopped early without a word: at the step that found the shard, and at each resume that has it left out."""
+    tokens = manifest.load(sources["b"]).train.tokens
+    needed = PHASE.steps * 2 * 32
+    [one] = limited(sources, epochs=(needed + 0.5) / tokens, at_end="refuse")
+    batches = one.batches(0, None)
+    cursor = next(batches).cursor
+    batches.close()
+    whole = Tokens(sources["b"], "b", **BLOCKS)
+    file = whole.files[whole.place(needed - 1)[0]]
+    lost = needed - cursor["b"] - len(whole.kept(cursor["b"], needed, (file,)))
+    one.skip("b", file)
+    message = (
+        rf"^data.max_epochs.b: the schedule takes {needed} tokens; .* are {needed}, {lost} of those ahead in damaged"
+    )
+    for refused in (lambda: one.end(1, cursor), lambda: next(one.batches(1, cursor))):
+        with pytest.raises(UserError, match=message) as said:
+            refused()
+        assert "\n" not in str(said.value)

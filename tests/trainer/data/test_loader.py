@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import struct
 import threading
 from itertools import pairwise
@@ -11,7 +12,9 @@ from xxhash import xxh3_64_intdigest
 from tests.trainer.data.reading import Tokens, ranks, schedule_of, steps
 from tests.trainer.data.reading import loader as loader_of
 from trainer.config import Phase, UserError
+from trainer.data import loader as loader_module
 from trainer.data import manifest
+from trainer.data import rows as rows_module
 from trainer.data.mixture import row_sources
 from trainer.data.stream import Stream
 
@@ -87,7 +90,9 @@ def test_an_edit_of_the_mixture_loses_and_repeats_no_token_of_any_source(three):
         if step == 4:
             assert batch.cursor == cursor, "what was done stands"
         phase, number = next(
-            (phase, step - first) for first, phase in zip((0, 4, 5, 8, 12), phases, strict=True) if step < first + phase.steps
+            (phase, step - first)
+            for first, phase in zip((0, 4, 5, 8, 12), phases, strict=True)
+            if step < first + phase.steps
         )
         for source, row in zip(row_sources(phase, number * phase.rows, phase.rows), batch.tokens, strict=True):
             taken[source].append(row.numpy())
@@ -106,7 +111,11 @@ def test_the_evidence_of_a_step_is_what_its_rows_were_read_from(sources):
         for row, source in enumerate(row_sources(SHORT, number * SHORT.rows, SHORT.rows)):
             here = range(position[source], position[source] + SHORT.seq_len)
             places = [tokens[source].place(each) for each in here]
-            begins = [0, *(i for i, (one, two) in enumerate(pairwise(places), 1) if (one[0], one[1] + 1) != two), len(here)]
+            begins = [
+                0,
+                *(i for i, (one, two) in enumerate(pairwise(places), 1) if (one[0], one[1] + 1) != two),
+                len(here),
+            ]
             pieces = b"".join(struct.pack("<qqq", *places[i], j - i) for i, j in pairwise(begins))
             index = struct.pack("<q", row)
             sums[0] += xxh3_64_intdigest(index + source.encode() + b"\0" + pieces)
@@ -115,6 +124,28 @@ def test_the_evidence_of_a_step_is_what_its_rows_were_read_from(sources):
         assert found == tuple(each % 2**64 for each in sums)
         assert cursor == position
     assert next(loader(sources).validation(SHORT, 64)).evidence is None
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("pair[:, span.rows] = read.pair", "pair[:, span.rows] = read.pair[:, ::-1]"),
+        ("tokens, targets = pair.astype(np.int64)", "tokens, targets = pair.astype(np.int64); tokens[0] = tokens[-1]"),
+    ],
+    ids=["rows of a source swapped", "a row fed twice"],
+)
+def test_the_evidence_tells_a_batch_put_together_wrongly(sources, monkeypatch, right, wrong):
+    """It is of the tokens that are fed, not of what was read for them."""
+    said = next(loader(sources, workers=0).batches(0, None))
+    source = inspect.getsource(rows_module)
+    assert source.count(right) == 1
+    made_wrong = dict(vars(rows_module))
+    exec(compile(source.replace(right, wrong), "rows made wrong", "exec"), made_wrong)
+    monkeypatch.setattr(loader_module, "batch", made_wrong["batch"])
+    fed = next(loader(sources, workers=0).batches(0, None))
+    assert not torch.equal(fed.tokens, said.tokens)
+    assert fed.evidence.ranges == said.evidence.ranges
+    assert fed.evidence.tokens != said.evidence.tokens
 
 
 def test_no_token_is_lost_or_repeated_over_phase_change_and_epoch_end(sources):
@@ -274,6 +305,17 @@ def test_corpora_that_do_not_fit_are_refused_at_the_start(sources, make_corpus, 
     rewrite(sources["b"], eos_id=500)
     with pytest.raises(UserError, match=r"data.sources.b: EOS '<eos>' has id 500, outside"):
         loader(sources)
+
+
+def test_one_corpus_under_two_names_is_refused_at_the_start_and_at_a_resume(sources):
+    with pytest.raises(UserError, match=r"^data.sources.again: is the same corpus as b; .*leave again out") as refused:
+        loader({**sources, "again": sources["b"]})
+    assert "\n" not in str(refused.value)
+    saved = loader(sources).fingerprints
+    only_a = schedule_of(dataclasses.replace(SHORT, mixture={"a": 1.0}))
+    renamed = loader({"a": sources["a"], "again": sources["b"]}, schedule=only_a).fingerprints
+    with pytest.raises(UserError, match=r"^data.sources.again: is a corpus the run has read from under another name"):
+        manifest.check_resume(saved, renamed)
 
 
 def test_a_missing_shard_is_named_at_the_start(sources, tmp_path):

@@ -110,7 +110,7 @@ def test_a_local_corpus_is_opened_without_torch_numpy_or_fsspec(make_corpus):
     folder = make_corpus("a")
     code = (
         "import sys; from trainer.config import Cache; from trainer.data import cache, manifest; "
-        f"corpus = manifest.load({str(folder)!r}); cache.Cache(Cache()).path({str(folder)!r}, corpus.train.shards[0]); "
+        f"corpus = manifest.load({str(folder)!r}); cache.Cache(Cache()).opened({str(folder)!r}, corpus.train.shards[0]); "
         "sys.exit(bool({'torch', 'numpy', 'fsspec', 'aiohttp'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

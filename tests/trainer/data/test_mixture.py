@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trainer.config import Linear, Phase, Schedule
-from trainer.data.mixture import cursor_at, row_sources
+from trainer.data.mixture import cursor_at, portions, row_sources
 
 MIXTURES = [
     {"a": 1.0},
@@ -91,6 +91,15 @@ def test_no_order_of_rows_at_all_keeps_three_sources_within_one_row_over_every_w
     assert longest_within_one_row(shares, 1, 12) == 9
     assert longest_within_one_row(shares, 12, 12) == 9
     assert longest_within_one_row([Fraction(1, 2), Fraction(1, 3), Fraction(1, 6)], 1, 12) == 12, "others can be kept"
+
+
+@pytest.mark.parametrize("mixture", MIXTURES[1:], ids=str)
+def test_rows_do_not_depend_on_the_order_in_which_a_mixture_names_its_sources(mixture):
+    """A resume compares mixtures as what they say, not as they are written."""
+    rows = row_sources(phase(mixture), 0, 300)
+    assert row_sources(phase(dict(reversed(mixture.items()))), 0, 300) == rows
+    one, other = (portions(phase(each), 3, 1, 3) for each in (mixture, dict(reversed(mixture.items()))))
+    assert str(one) == str(other)
 
 
 def test_a_window_may_begin_anywhere():

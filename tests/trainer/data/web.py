@@ -79,6 +79,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             content += b"more"
         start = int(span.removeprefix("bytes=").rstrip("-")) if span and fault != "no ranges" else 0
         whole, content = len(content), content[start:]
+        if start and not content:
+            self.send_error(416)
+            return
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(content) // 2 if fault == "shorter" else len(content)))
         self.send_header("Last-Modified", self.date_time_string(path.stat().st_mtime))
