@@ -38,7 +38,7 @@ _LOWER = bytes(range(256)).lower()
 class Rules:
     nfc: bool = False
     shortest: int = 0
-    """Documents with fewer letters and digits than this are dropped; 0 keeps all."""
+    """Documents with fewer characters than this, ASCII punctuation and whitespace apart, are dropped; 0 keeps all."""
     contaminants: frozenset[bytes] = frozenset()
     """Keys of documents that must not be trained on."""
 
