@@ -33,7 +33,11 @@ class Stopped(Exception):
 
 
 def run(
-    start: Callable[[], Do], items: Sequence[Any], workers: int, advance: Advance, take: Callable[[Any], None] | None = None
+    start: Callable[[], Do],
+    items: Sequence[Any],
+    workers: int,
+    advance: Advance,
+    take: Callable[[Any], None] | None = None,
 ) -> None:
     """Every item is done. `start` is called once in each worker, and what it returns for each item there. `take` is given,
     in this process, what that returns, in any order.
@@ -74,7 +78,9 @@ def run(
 
 
 @contextmanager
-def _pool(context: Any, workers: int, start: Callable[[], Do], done: Any, stopped: Any) -> Iterator[ProcessPoolExecutor]:
+def _pool(
+    context: Any, workers: int, start: Callable[[], Do], done: Any, stopped: Any
+) -> Iterator[ProcessPoolExecutor]:
     # `start` in a file: what a new process is told goes through a pipe, and if that is full and the process is killed
     # before it has read, multiprocessing waits for ever.
     with tempfile.NamedTemporaryFile() as told:

@@ -64,7 +64,6 @@ class _Hashed:
         self.write(bytes(-self.bytes % block_bytes))
 
 
-
 def write_shard(folder: Path, stem: str, tokens: np.ndarray, documents: int, sample_tokens: int) -> Shard:
     """The shard of these tokens, whole documents, is in the folder."""
     extension = f"u{tokens.itemsize * 8}"

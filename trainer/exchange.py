@@ -85,7 +85,8 @@ def run_export_hf(arguments: argparse.Namespace) -> None:
     print(f"exported {arguments.run_folder} to {arguments.output}: {spent(size, began)}")
     if origin.lost_tokenizer:
         log.warning(
-            "exported without a tokenizer: %s is not there; copy the corpus's there and export again", origin.lost_tokenizer
+            "exported without a tokenizer: %s is not there; copy the corpus's there and export again",
+            origin.lost_tokenizer,
         )
     if arguments.check:
         error = logit_error(origin, arguments.output, dtype)

@@ -61,7 +61,12 @@ def slurm() -> Iterator[dict[str, str]]:
     (folder / "slurm.conf").write_text(conf)
     environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SBIN}
     files = {"socket": "socket", "key-file": "key", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
-    munged = ["munged", "--foreground", "--force", *(f"--{option}={folder}/munge.{end}" for option, end in files.items())]
+    munged = [
+        "munged",
+        "--foreground",
+        "--force",
+        *(f"--{option}={folder}/munge.{end}" for option, end in files.items()),
+    ]
     commands = [munged, ["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]]
     daemons = []
     try:

@@ -182,7 +182,9 @@ def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch, ex
     for name in {library, *(name for name in sys.modules if name.startswith(f"{library}."))}:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, f"data_prep.cluster.{executor}", raising=False)
-    with pytest.raises(UserError, match=rf"needs {library}, which is not installed; pip install 'tandem\[{executor}\]'"):
+    with pytest.raises(
+        UserError, match=rf"needs {library}, which is not installed; pip install 'tandem\[{executor}\]'"
+    ):
         door(executor)
 
 

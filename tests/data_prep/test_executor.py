@@ -107,7 +107,9 @@ def test_a_mistake_in_one_worker_stops_the_others_soon(tmp_path):
 
 
 def test_a_killed_worker_ends_the_others_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="--workers: one of 2 was killed, most likely for memory; finished work is kept"):
+    with pytest.raises(
+        UserError, match="--workers: one of 2 was killed, most likely for memory; finished work is kept"
+    ):
         executor.run(partial(dying, tmp_path), range(4), 2, lambda count: None)
 
 

@@ -344,7 +344,9 @@ def test_a_run_is_exported_by_its_folder_by_a_step_and_by_a_checkpoints_folder_a
 
 
 @pytest.mark.dist
-def test_a_run_needs_no_corpus_to_be_exported_and_one_without_tokenizer_tells_what_it_lacks(world, runs, tmp_path, caplog):
+def test_a_run_needs_no_corpus_to_be_exported_and_one_without_tokenizer_tells_what_it_lacks(
+    world, runs, tmp_path, caplog
+):
     given, moved = runs["stablelm", 1], tmp_path / "moved"
     shutil.copytree(Path(given.run.root) / given.run.name, moved)
     somewhere_else = (moved / "config.yaml").read_text().replace(next(iter(given.data.sources.values())), "gone")
