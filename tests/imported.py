@@ -17,7 +17,7 @@ import pytest  # noqa: E402, F401
 import torch  # noqa: E402
 import transformers  # noqa: E402, F401
 
-import data_prep.prepare  # noqa: E402, F401
+import data_prep.tokenizers.encoding  # noqa: E402, F401  (not data_prep.prepare: pyarrow starts a thread)
 import trainer.__main__  # noqa: E402
 import trainer.exchange  # noqa: E402
 import trainer.generate  # noqa: E402
