@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.write import whole_file
+from trainer.disk import whole_file
 
 RECORDS = 1 << 22
 LINKS = 1 << 20

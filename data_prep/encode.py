@@ -24,7 +24,7 @@ from data_prep.read import Advance, Document
 from data_prep.settings import Settings
 from data_prep.spill import Spill
 from data_prep.tokenizers.encoding import Encode
-from data_prep.write import whole_file
+from trainer.disk import write_whole
 
 BATCH_CHARACTERS = 1 << 20
 SPILL_BYTES = 256 << 20
@@ -75,8 +75,7 @@ def encode(settings: Settings, encode_texts: Encode, work: Path, unit: Unit, adv
         "counts": dict(sorted(counts.items())),
         "parts": [[part.input.name, read.content_hash(part)] for part in unit.parts],
     }
-    with whole_file(spill.record_path(work, unit.name)) as file:
-        file.write(json.dumps(record).encode())
+    write_whole(spill.record_path(work, unit.name), json.dumps(record))
 
 
 @dataclass

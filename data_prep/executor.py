@@ -42,8 +42,8 @@ def run(
     """Every item is done. `start` is called once in each worker, and what it returns for each item there. `take` is given,
     in this process, what that returns, in any order.
 
-    Raises: whatever the first failing item raised, after which no further item is begun, and those that were end with
-    their next word of progress.
+    Raises: whatever the first failing item raised, or KeyboardInterrupt, after which no further item is begun, and those
+    that were end with their next word of progress.
     """
     take = take or (lambda result: None)
     if not items:
@@ -56,25 +56,48 @@ def run(
     context = multiprocessing.get_context("spawn")
     # Neither is read here under a lock: a killed worker may have held it.
     done, stopped = context.Value("q", 0), context.RawValue("b", 0)
-    with _pool(context, min(workers, len(items)), start, done, stopped) as pool:
-        try:
+    try:
+        with _interrupted() as interrupted, _pool(context, min(workers, len(items)), start, done, stopped) as pool:
             waiting = {pool.submit(_do, item) for item in items}
             shown = 0
             while waiting:
                 finished, waiting = wait(waiting, POLL_SECONDS, FIRST_EXCEPTION)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
                 told = done.get_obj().value
                 advance(told - shown)
                 shown = told
                 for future in finished:
                     if not isinstance(future.exception(), Stopped):  # else another has failed, and is waited for
                         take(future.result())
-        except BrokenProcessPool:
-            raise UserError(
-                f"--workers: one of {workers} was killed, most likely for memory; finished work is kept; "
-                "run the same command again, with fewer workers"
-            ) from None
-        finally:
-            stopped.value = 1
+    except BrokenProcessPool:
+        raise UserError(
+            f"--workers: one of {workers} was killed, most likely for memory; finished work is kept; "
+            "run the same command again, with fewer workers"
+        ) from None
+
+
+@contextmanager
+def _interrupted() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C within the block; what a second does is what it did before.
+
+    An exception out of the blue would leave locks of concurrent.futures taken, which its thread then waits for for ever.
+    """
+    noted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # nor is Ctrl-C told to this one
+        yield noted
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(*_: Any) -> None:
+        noted.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -86,10 +109,17 @@ def _pool(
     with tempfile.NamedTemporaryFile() as told:
         told.write(pickle.dumps(start))
         told.flush()
+        others = set(multiprocessing.active_children())
         pool = ProcessPoolExecutor(workers, context, _start, (told.name, done, stopped))
         try:
             yield pool
+        except BrokenProcessPool:
+            # The pool has ended its workers, but overlooks one that began meanwhile, and waits for that for ever.
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            raise
         finally:
+            stopped.value = 1
             pool.shutdown(cancel_futures=True)
 
 

@@ -19,10 +19,10 @@ from typing import Any
 from data_prep import origin, plan, read
 from data_prep.plan import Unit
 from data_prep.read import Input
-from data_prep.write import TEMPORARY, whole_file
 from trainer.config import UserError
 from trainer.data import manifest
 from trainer.data.manifest import Manifest
+from trainer.disk import TEMPORARY, write_whole
 
 NOTE = "preparing.json"
 WORK = "work"
@@ -81,8 +81,7 @@ def _filled(output: Path, identity: Mapping[str, Any], absent: list[Path]) -> It
             return
         for path in [*output.glob(f"*{TEMPORARY}"), *(output / WORK).rglob(f"*{TEMPORARY}")]:
             path.unlink(missing_ok=True)  # of killed workers
-        with whole_file(output / NOTE) as file:
-            file.write(json.dumps(identity, indent=1).encode())
+        write_whole(output / NOTE, json.dumps(identity, indent=1))
         yield
     except (UserError, OSError) as error:
         refusal = error if isinstance(error, UserError) else _unwritable(output, error)
@@ -108,15 +107,12 @@ def finish(
     output: Path, units: list[Unit], records: Sequence[Mapping[str, Any]], tokenizer_json: str, corpus: Manifest
 ) -> None:
     """The corpus is complete: its manifest is there, the last of its files, and nothing that is not of it."""
-    with whole_file(output / manifest.TOKENIZER_FILE) as file:
-        file.write(tokenizer_json.encode())
-    with whole_file(output / INPUTS) as file:
-        file.write(origin.dump(_contents(units, records)).encode())
+    write_whole(output / manifest.TOKENIZER_FILE, tokenizer_json)
+    write_whole(output / INPUTS, origin.dump(_contents(units, records)))
     for path in [*output.glob("train-*.tar"), *output.glob("validation-*.tar")]:
         if path.name not in manifest_files(corpus):
             path.unlink()  # of an earlier state of the inputs
-    with whole_file(output / manifest.FILE) as file:
-        file.write(manifest.dump(corpus).encode())
+    write_whole(output / manifest.FILE, manifest.dump(corpus))
     _clear(output, keep=manifest_files(corpus))
 
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from data_prep import spill
 from data_prep.spill import SPLITS, Spill
-from data_prep.write import whole_file, write_shard
+from data_prep.write import write_shard
 from trainer.data.manifest import Shard
+from trainer.disk import whole_file, write_whole
 
 BINS_PER_SHARD = 256
 """A shard is larger than it must be by a bin at most."""
@@ -123,8 +124,7 @@ def gather(
     shard = write_shard(output, span.stem, tokens, len(documents), sample_tokens)
     with whole_file(occurrences_path(work, span.stem)) as file:
         np.save(file, _occurrences(tokens, vocab))
-    with whole_file(shard_record_path(work, span.stem)) as file:
-        file.write(json.dumps({"shard": asdict(shard), "groups": groups}).encode())
+    write_whole(shard_record_path(work, span.stem), json.dumps({"shard": asdict(shard), "groups": groups}))
 
 
 def _count_groups(counts: dict[str, list[int]], names: list[str], groups: np.ndarray, lengths: np.ndarray) -> None:

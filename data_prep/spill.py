@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.write import whole_file
+from trainer.disk import whole_file
 
 ENTRY = np.dtype([("rank", "<u8"), ("end", "<u8"), ("document", "<u4"), ("group", "<u2"), ("held_out", "?")])
 """Of a document: its rank, where its ids end in the spill, its number in the spill as read, its group in the unit's record."""

@@ -28,9 +28,9 @@ from data_prep.shuffle import Dropped, Range
 from data_prep.spill import Spill
 from data_prep.tokenizers import build, encoding
 from data_prep.tokenizers.encoding import Encoder
-from data_prep.write import whole_file
 from trainer.data import manifest
 from trainer.data.manifest import Manifest, Shard, Split
+from trainer.disk import write_whole
 
 SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 200, 1 << 20
 """On how much an encoding library is checked against the reference before it is used."""
@@ -110,8 +110,7 @@ def _trained(work: Path, settings: Settings, inputs: list[Input], vocab: int, sh
         advance = shown("training the tokenizer", sum(file.bytes for file in inputs))
         share = min(1.0, TRAINING_BYTES / max(1, sum(file.text_bytes for file in inputs)))
         texts = (text for text in _texts(settings, inputs, share, advance) if clean.draw(text) >= settings.held_out)
-        with whole_file(path) as file:
-            file.write(build.train(texts, vocab, settings.eos).encode())
+        write_whole(path, build.train(texts, vocab, settings.eos))
     return path.read_text(encoding="utf-8")
 
 
@@ -214,8 +213,7 @@ def _arranging(preparation: Preparation) -> Do:
         found = shuffle.ranges(_spills(preparation), _dropped(preparation), preparation.settings.shard_tokens)
         if not any(span.split == "train" for span in found):
             _refuse_without_training_documents(preparation)
-        with whole_file(path) as file:
-            file.write(json.dumps([[span.split, span.number, span.first, span.last] for span in found]).encode())
+        write_whole(path, json.dumps([[span.split, span.number, span.first, span.last] for span in found]))
         advance(1)
 
     return arrange

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the shards written that way.
+"""Shards as they are written.
 
 A shard is a webdataset tar that the stock `webdataset.WebDataset` reads: one member per sample, its data the
 little-endian tokens. Headers carry no time, user or group, so equal tokens are equal bytes. A shard is closed
@@ -9,11 +9,8 @@ standard library: importing webdataset imports torch, a second and 200 MB in eve
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 import tarfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,30 +18,7 @@ import numpy as np
 from xxhash import xxh3_128
 
 from trainer.data.manifest import Shard, Split
-
-TEMPORARY = ".tmp"
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when the block ends without error, its content then on disk."""
-    # A scheduler that has lost sight of a task starts it again elsewhere: both write, and neither into the other's file.
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    settle(path.parent)
-
-
-def settle(folder: Path) -> None:
-    """The names in the folder are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from trainer.disk import whole_file
 
 
 class _Hashed:

@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 from trainer.data import manifest
 from trainer.data.manifest import Manifest
-from trainer.runtime import sync_folder, write_whole
+from trainer.disk import sync_folder, write_whole
 
 if TYPE_CHECKING:
     from trainer.data.rows import Evidence

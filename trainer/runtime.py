@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from trainer.config import UserError
+from trainer.disk import TEMPORARY, write_whole
 
 REQUEUE_EXIT_CODE = 85
 """The run saved on a signal and wants to be started again with the same command."""
@@ -102,29 +103,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """The file holds all of the content, or what it held before: written beside, synced, then renamed over."""
-    beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Renames and new files in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def open_run_folder(folder: Path, config_yaml: str) -> None:
     """The folder holds this start's config and environment; those of earlier starts stay beside them when they differ."""
     folder.mkdir(parents=True, exist_ok=True)
+    for torn in [*folder.glob(f"*{TEMPORARY}"), *folder.glob(f"*/*{TEMPORARY}")]:
+        torn.unlink(missing_ok=True)
     config_file = folder / "config.yaml"
     if config_file.exists() and config_file.read_text() != config_yaml:
         number = len(list(folder.glob("config.before-*.yaml"))) + 1

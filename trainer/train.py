@@ -29,6 +29,7 @@ from trainer.data import remote
 from trainer.data.damage import Met, agreed, agreed_batches
 from trainer.data.loader import Batch, Loader
 from trainer.data.manifest import TOKENIZER_FILE
+from trainer.disk import write_whole
 from trainer.engine import Engine
 from trainer.evaluate import validation_loss
 from trainer.ledger import Digests, Ledger, copy_manifests, halves, joined
@@ -154,7 +155,7 @@ def keep_tokenizer(folder: Path, data: Data) -> None:
     except OSError as error:
         log.warning("%s: cannot be read (%s); the run trains without it, its exports have no tokenizer", address, error)
     else:
-        runtime.write_whole(folder / TOKENIZER_FILE, content)
+        write_whole(folder / TOKENIZER_FILE, content)
 
 
 def loop(training: Training, step: int, cursor: dict[str, int] | None, stop_signal: runtime.StopSignal) -> int:

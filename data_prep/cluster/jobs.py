@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_prep import folder
-from data_prep.write import whole_file
 from trainer.config import UserError
+from trainer.disk import write_whole
 
 NOTE = "jobs.json"
 OURS = ("array", "dependency", "export", "output", "error", "wrap")
@@ -35,8 +35,7 @@ class Submission:
 
     def write(self, output: Path) -> None:
         """The folder belongs to these jobs."""
-        with whole_file(_path(output)) as file:
-            file.write(json.dumps(asdict(self)).encode())
+        write_whole(_path(output), json.dumps(asdict(self)))
 
     def failures(self) -> list[str]:
         """`stage-rank: line` of every task that ended with one."""

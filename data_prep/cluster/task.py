@@ -17,8 +17,8 @@ from data_prep.executor import Advance
 from data_prep.read import Input
 from data_prep.settings import Settings
 from data_prep.stages import Preparation, Stage
-from data_prep.write import whole_file
 from trainer.config import UserError
+from trainer.disk import whole_file
 
 TRAIN = "train"
 """The job before all stages, where no tokenizer was given: it is as long as the text it is trained on."""

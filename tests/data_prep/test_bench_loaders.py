@@ -1,7 +1,10 @@
 """`python -m data_prep.bench.loaders` on a tiny corpus: ours and the memory map, every column measured; its mistakes."""
 
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,10 +34,18 @@ def corpus(folder) -> Corpus:
     return made
 
 
-def test_a_run_fills_every_column_of_ours_and_the_memory_map(corpus, capfd):
+def measured(corpus: Corpus, *arguments: str) -> list[str]:
+    """The lines it prints. A process of its own: the server its processes are forked from must not become the tests'."""
+    module = ["-m", "data_prep.bench.loaders", "--rounds", "1", "--folder", str(corpus.folder)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, *module, *arguments], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_run_fills_every_column_of_ours_and_the_memory_map(corpus):
     kept = corpus.folder / "rows.jsonl"
-    options = ["--tokens", str(TOKENS + 5), "--rounds", "1", "--folder", str(corpus.folder), "--json", str(kept)]
-    assert main([*PLAIN, *options]) == 0
+    header, *lines = measured(corpus, *PLAIN, "--tokens", str(TOKENS + 5), "--json", str(kept))
     rows = [Row(**json.loads(line)) for line in kept.read_text().splitlines()]
     assert [row.contestant for row in rows] == PLAIN
     for row in rows:
@@ -43,16 +54,13 @@ def test_a_run_fills_every_column_of_ours_and_the_memory_map(corpus, capfd):
         assert 50 * 2**20 < row.peak_bytes < 2**31
         assert (row.same_ranks, row.other_ranks) == ("exact", "exact")
         assert (row.corpus_tokens, row.rounds) == (TOKENS, 1)
-    header, *lines = capfd.readouterr().out.splitlines()
     assert header.split()[:2] == ["contestant", "Mtok/s"]
     assert [line[:26].strip() for line in lines] == PLAIN
 
 
 @pytest.mark.skipif(find_spec("litdata") is not None, reason="litdata is installed")
-def test_a_rival_that_is_not_installed_is_a_row_that_says_so(corpus, capfd):
-    options = ["--tokens", str(TOKENS), "--rounds", "1", "--folder", str(corpus.folder)]
-    assert main(["litdata", *options]) == 0
-    _, line = capfd.readouterr().out.splitlines()
+def test_a_rival_that_is_not_installed_is_a_row_that_says_so(corpus):
+    _, line = measured(corpus, "litdata", "--tokens", str(TOKENS))
     assert line.startswith("litdata ")
     assert "not measured: not installed (No module named 'litdata'): pip install 'tandem[bench]'" in line
 

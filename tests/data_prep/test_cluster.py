@@ -11,8 +11,8 @@ from data_prep import plan, prepare, read, stages
 from data_prep.cluster import door, jobs, task
 from data_prep.cluster.jobs import Submission
 from data_prep.cluster.task import Request
-from data_prep.write import whole_file
 from trainer.config import UserError
+from trainer.disk import whole_file
 
 SETTINGS = ["--sample-tokens", 512, "--shard-tokens", 2000, "--held-out", 0.1, "--vocab", 300, "--deduplicate"]
 SQUEUE = """#!/bin/sh

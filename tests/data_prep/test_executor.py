@@ -119,9 +119,8 @@ def test_an_interrupt_leaves_no_process(tmp_path):
     folder.mkdir()
     with running(script, folder) as process:
         eventually(lambda: len(list(folder.iterdir())) == 2)
-        time.sleep(0.5)  # the parent is where it waits for them
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        process.communicate(timeout=60)
+        process.communicate(timeout=20)
     workers = [int(path.name) for path in folder.iterdir()]
     assert len(workers) == 2
     eventually(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), 5)
@@ -135,7 +134,7 @@ def test_a_preparation_whose_worker_was_killed_goes_on_to_the_same_bytes(prepare
     with running("-m", "trainer", "prepare", "--output", output, *arguments, "--workers", 2) as process:
         eventually(lambda: children(process.pid, "spawn_main"))
         os.kill(children(process.pid, "spawn_main")[0], signal.SIGKILL)
-        said = process.communicate(timeout=110)[1]
+        said = process.communicate(timeout=60)[1]
     assert process.returncode == 2
     assert len(said.splitlines()) == 1
     assert "one of 2 was killed" in said

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from data_prep.write import whole_file, write_split
+from data_prep.write import write_split
 from trainer import audit
 from trainer.audit import coverage, feed, replay
 from trainer.audit.coverage import Coverage
@@ -29,6 +29,7 @@ from trainer.data.manifest import DamagedShard, Manifest, Shard, Split
 from trainer.data.mixture import row_sources
 from trainer.data.order import Order
 from trainer.data.stream import Stream
+from trainer.disk import write_whole
 from trainer.ledger import FILE, Digests, Ledger, copy_manifests, halves, joined, manifest_copy
 
 SEED, BLOCK, WINDOW = 3, 64, 320
@@ -47,8 +48,7 @@ def make_corpus(folder: Path, seed: int, documents: int) -> str:
     texts = (np.append(draw.integers(1, 500, draw.integers(0, 90)), 0).astype(np.uint16) for _ in range(documents))
     train = write_split(folder, "train", texts, sample_tokens=512, shard_tokens=600)
     written = Manifest("uint16", 512, 500, "<eos>", 0, "one", 0.0, {}, {}, train=train, validation=Split(0, 0, []))
-    with whole_file(folder / manifest.FILE) as file:
-        file.write(manifest.dump(written).encode())
+    write_whole(folder / manifest.FILE, manifest.dump(written))
     return str(folder)
 
 

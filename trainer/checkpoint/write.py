@@ -20,11 +20,11 @@ from torch import Tensor
 from trainer import tensor_file
 from trainer.checkpoint.layout import FORMAT, MANIFEST, MARKER, begun, folder_name, key, rank_file
 from trainer.config import BTLM, Mup, StableLM
+from trainer.disk import sync_folder, write_whole
 from trainer.engine import Engine
 from trainer.parallel.layers import shard_of
 from trainer.parallel.mesh import Mesh, barrier, gather_to_all
 from trainer.parallel.shards import Shard
-from trainer.runtime import sync_folder, write_whole
 from trainer.tensor_file import Spec
 
 log = logging.getLogger(__name__)

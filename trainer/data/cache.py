@@ -29,6 +29,7 @@ from trainer import config
 from trainer.config import UserError
 from trainer.data import remote
 from trainer.data.manifest import FILE, DamagedShard, Shard, check_bytes
+from trainer.disk import sync_folder
 
 COPY, PART, LOCK = ".tar", ".part", ".lock"
 AHEAD_THREADS = 2
@@ -228,7 +229,7 @@ class Cache:
                     os.fsync(file.fileno())
                     with self._room():
                         part.rename(copy)
-                    _sync(self._folder)
+                    sync_folder(self._folder)
                     self._good[str(copy)] = _state(file, is_copy=True)
             finally:
                 if _is_file(part, file):
@@ -367,11 +368,3 @@ def _abandoned(part: Path) -> bool:
         return True
     except BlockingIOError:
         return False
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

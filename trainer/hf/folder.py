@@ -16,8 +16,8 @@ from torch import Tensor, dtype
 
 from trainer import tensor_file
 from trainer.config import UserError
+from trainer.disk import sync_folder
 from trainer.hf.mapping import Read, Row, cut
-from trainer.runtime import sync_folder
 from trainer.tensor_file import Spec
 
 SHARD_BYTES = 4_000_000_000

@@ -17,6 +17,7 @@ import torch
 
 from trainer import runtime
 from trainer.config import RunConfig, UserError, load
+from trainer.disk import write_whole
 from trainer.mup_check import coordinates, decay, transfer
 from trainer.mup_check.proxies import mup_of, proxy
 from trainer.mup_check.verdict import Finding, as_json, first_failure, table
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         findings += found
     facts = {"widths": request.widths, "checks": request.checks, "environment": runtime.environment()}
     verdict = {**facts, "passed": not first_failure(findings), "findings": as_json(findings), "config": asdict(config)}
-    runtime.write_whole(request.folder / "verdict.json", json.dumps(verdict, indent=1) + "\n")
+    write_whole(request.folder / "verdict.json", json.dumps(verdict, indent=1) + "\n")
     return say(findings, request)
 
 
@@ -148,7 +149,7 @@ def measure_coordinates(request: Request, tp_size: int) -> None:
     with started(tp_size) as mesh:
         records = coordinates.measure(wanted, arguments.updates, mesh)
     if launched_rank() == 0:
-        runtime.write_whole(records_file(request, tp_size), json.dumps(records) + "\n")
+        write_whole(records_file(request, tp_size), json.dumps(records) + "\n")
 
 
 def records_file(request: Request, tp_size: int) -> Path:

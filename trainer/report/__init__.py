@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer import config as configuration
-from trainer import metrics, runtime
+from trainer import metrics
 from trainer.config import RunConfig, UserError
 from trainer.console import duration, short
+from trainer.disk import write_whole
 from trainer.metrics import History
 from trainer.report import page, plots
 
@@ -56,7 +57,7 @@ def write(folder: Path) -> Path:
         page.source("config.yaml", (folder / "config.yaml").read_text()),
     ]
     path = folder / "report.html"
-    runtime.write_whole(path, page.document(config.run.name, status(history), sections))
+    write_whole(path, page.document(config.run.name, status(history), sections))
     return path
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from trainer import metrics, runtime
+from trainer import metrics
 from trainer.config import UserError
+from trainer.disk import write_whole
 from trainer.metrics import History
 from trainer.report import page, plots
 
@@ -36,7 +37,7 @@ def write(a: Path, b: Path) -> tuple[str, Path]:
     ]
     sections = [*pictures, page.rows("Steps that differ", *_differences(pairs)), _config_difference(a, b)]
     path = b / f"compare-{a.name}.html"
-    runtime.write_whole(path, page.document(f"{a} and {b}", verdict, sections))
+    write_whole(path, page.document(f"{a} and {b}", verdict, sections))
     return verdict, path
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.write import whole_file, write_split
+from data_prep.write import write_split
 from trainer.config import UserError
 from trainer.data import manifest
 from trainer.data.manifest import Manifest, Split
+from trainer.disk import write_whole
 
 VOCAB, EOS_ID = 50_257, 50_256
 ROW_TOKENS = 2_049
@@ -67,8 +68,7 @@ def written(corpus: Corpus) -> None:
         sample_tokens=SAMPLE_TOKENS,
         shard_tokens=min(SHARD_TOKENS, corpus.num_tokens // 3),
     )
-    with whole_file(ours / manifest.FILE) as file:
-        file.write(manifest.dump(_manifest(corpus, train)).encode())
+    write_whole(ours / manifest.FILE, manifest.dump(_manifest(corpus, train)))
 
 
 def _lengths(num_tokens: int, rng: np.random.Generator) -> np.ndarray:

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.write import whole_file, write_split
+from data_prep.write import write_split
 from tests.trainer.data.web import Server
 from trainer.data import manifest
 from trainer.data.manifest import Manifest
+from trainer.disk import write_whole
 
 EOS = 0
 
@@ -35,8 +36,7 @@ def make_corpus(tmp_path):
         validation = write_split(folder, "validation", texts(8), **sizes)
         facts = {"unigram_entropy_nats": 0.0, "counts": {}, "settings": {}}
         written = Manifest(dtype, 512, vocab, "<eos>", EOS, tokenizer, **facts, train=train, validation=validation)
-        with whole_file(folder / manifest.FILE) as file:
-            file.write(manifest.dump(written).encode())
+        write_whole(folder / manifest.FILE, manifest.dump(written))
         return folder
 
     return make
