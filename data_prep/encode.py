@@ -19,8 +19,10 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from data_prep import clean, duplicates, minhash, read, spill
+from data_prep.executor import Advance
+from data_prep.inputs import content_hash
 from data_prep.plan import Unit
-from data_prep.read import Advance, Document
+from data_prep.read import Document
 from data_prep.settings import Settings
 from data_prep.spill import Spill
 from data_prep.tokenizers.encoding import Encode
@@ -73,7 +75,7 @@ def encode(settings: Settings, encode_texts: Encode, work: Path, unit: Unit, adv
         "documents": encoded,
         "groups": list(groups) or [NO_GROUP],
         "counts": dict(sorted(counts.items())),
-        "parts": [[part.input.name, read.content_hash(part)] for part in unit.parts],
+        "parts": [[part.input.name, content_hash(part)] for part in unit.parts],
     }
     write_whole(spill.record_path(work, unit.name), json.dumps(record))
 

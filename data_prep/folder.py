@@ -16,9 +16,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from data_prep import origin, plan, read
+from data_prep import origin, plan
+from data_prep.inputs import Input, content_hash
 from data_prep.plan import Unit
-from data_prep.read import Input
 from trainer.config import UserError
 from trainer.data import manifest
 from trainer.data.manifest import Manifest
@@ -134,7 +134,7 @@ def _refuse_other_inputs(output: Path, inputs: list[Input]) -> None:
         for part in unit.parts:
             size, version, hashes = before.get(part.input.name, (-1, "", []))
             touched = (size, version) != (part.input.bytes, part.input.version)
-            if touched and (size != part.input.bytes or hashes[part.number] != read.content_hash(part)):
+            if touched and (size != part.input.bytes or hashes[part.number] != content_hash(part)):
                 changed.append(part.input.name)
     if changed:
         raise UserError(

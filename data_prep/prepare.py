@@ -24,7 +24,7 @@ from data_prep.clean import Rules
 from data_prep.cluster import jobs
 from data_prep.cluster.jobs import OURS
 from data_prep.cluster.task import Request
-from data_prep.read import Input
+from data_prep.inputs import Input, Part, listed
 from data_prep.settings import Settings
 from data_prep.tokenizers import build, encoding
 from trainer.config import UserError
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     given = build.read(args.tokenizer, args.tokenizer_kind) if args.tokenizer else None
     if given is not None:
         encoding.encoder(given, args.eos, args.tokenizer, library="tokenizers")
-    inputs = read.inputs(args.input, args.glob, output)
+    inputs = listed(args.input, args.glob, output)
     settings = _settings(args, given)
     if folder.is_finished(output, settings.identity(), inputs):
         print(f"{output}: already prepared with these settings; nothing to do")
@@ -176,7 +176,7 @@ def _settings(args: argparse.Namespace, given: str | None) -> Settings:
 
 
 def _contaminants(paths: list[str], text_field: str) -> frozenset[bytes]:
-    parts = (read.Part(file, 0, 1) for file in read.inputs(paths, None, Path(os.devnull), "--decontaminate"))
+    parts = (Part(file, 0, 1) for file in listed(paths, None, Path(os.devnull), "--decontaminate"))
     texts = (document.text for part in parts for document in read.documents(part, text_field, [], lambda count: None))
     return clean.keys(texts)
 

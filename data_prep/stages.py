@@ -21,8 +21,8 @@ import numpy as np
 
 from data_prep import clean, duplicates, encode, folder, plan, read, shuffle, spill
 from data_prep.executor import Advance, Do
+from data_prep.inputs import Input, Part
 from data_prep.plan import Unit
-from data_prep.read import Input, Part
 from data_prep.settings import Settings
 from data_prep.shuffle import Dropped, Range
 from data_prep.spill import Spill

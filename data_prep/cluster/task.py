@@ -14,7 +14,7 @@ from typing import Any
 
 from data_prep import folder, stages
 from data_prep.executor import Advance
-from data_prep.read import Input
+from data_prep.inputs import Input
 from data_prep.settings import Settings
 from data_prep.stages import Preparation, Stage
 from trainer.config import UserError

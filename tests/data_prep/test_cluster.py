@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import plan, prepare, read, stages
+from data_prep import inputs, plan, prepare, stages
 from data_prep.cluster import door, jobs, task
 from data_prep.cluster.jobs import Submission
 from data_prep.cluster.task import Request
@@ -38,7 +38,7 @@ def request_of(tmp_path, folder):
         arguments = parser.parse_args(list(map(str, given)))
         (output / "work").mkdir(parents=True, exist_ok=True)
         settings = prepare._settings(arguments, None)
-        return Request(output, settings, read.inputs([str(folder)], None, output), None, 300, "tokenizers")
+        return Request(output, settings, inputs.listed([str(folder)], None, output), None, 300, "tokenizers")
 
     return made
 

@@ -10,8 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep import read
-from data_prep.read import Document, Part
+from data_prep import inputs, read
+from data_prep.inputs import Part
+from data_prep.read import Document
 from tests.data_prep.conftest import zst
 from tests.data_prep.test_prepare import decoded
 from trainer.config import UserError
@@ -21,7 +22,7 @@ NOWHERE = Path(os.devnull)
 
 
 def listed(*paths, glob=None):
-    return read.inputs([str(path) for path in paths], glob, NOWHERE)
+    return inputs.listed([str(path) for path in paths], glob, NOWHERE)
 
 
 def names(*paths, glob=None):
@@ -144,7 +145,7 @@ def test_a_file_that_changes_after_it_was_listed_is_refused(tmp_path, table, nam
     with pytest.raises(UserError, match=rf"{name}: has changed since it was listed; run the same command again"):
         list(reading)
     with pytest.raises(UserError, match="has changed"):
-        read.content_hash(Part(file, 0, 1))
+        inputs.content_hash(Part(file, 0, 1))
 
 
 def test_a_file_that_was_cut_meanwhile_has_changed_and_is_not_called_wrong(tmp_path):

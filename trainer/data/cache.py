@@ -11,57 +11,34 @@ place answers and has not its bytes; a place that does not answer says nothing o
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import io
 import logging
-import mmap
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from trainer import config
 from trainer.config import UserError
 from trainer.data import remote
+from trainer.data.fetch import fetched
 from trainer.data.manifest import FILE, DamagedShard, Shard, check_bytes
+from trainer.data.maps import Maps
 from trainer.disk import sync_folder
 
 COPY, PART, LOCK = ".tar", ".part", ".lock"
 AHEAD_THREADS = 2
 POLL_SECONDS = 0.05
-SLOW_SECONDS = 60.0
-"""How often a fetch that goes on for long says how far it is."""
 MAPPED_COPIES = 128
 """Most copies that a process keeps mapped: each takes a file descriptor, of which it may have a thousand or so."""
 MAPPED_FRACTION = 1 / 4
 """Of the room: what the processes of a node may keep mapped of copies, which stays on disk when a copy is removed."""
 
 log = logging.getLogger(__name__)
-
-
-class Maps:
-    """Memory maps kept for the next read, but not more than so many, or of so many bytes; the last made always is."""
-
-    def __init__(self, most: int, most_bytes: int = sys.maxsize):
-        self._most, self._most_bytes = most, most_bytes
-        self._kept: dict[tuple[str, str], mmap.mmap] = {}
-        self._lock = threading.Lock()
-
-    def kept(self, folder: str, file: str) -> mmap.mmap | None:
-        return self._kept.get((folder, file))
-
-    def keep(self, folder: str, file: str, made: mmap.mmap) -> None:
-        """The map is kept; the first made are forgotten, and close when nobody reads from them any more."""
-        with self._lock:
-            self._kept[folder, file] = made
-            kept_bytes = sum(map(len, self._kept.values()))
-            while len(self._kept) > 1 and (len(self._kept) > self._most or kept_bytes > self._most_bytes):
-                kept_bytes -= len(self._kept.pop(next(iter(self._kept))))
 
 
 class Cache:
@@ -224,7 +201,7 @@ class Cache:
             try:
                 if not copy.exists():
                     self._reserve(file, shard)
-                    self._fetch(address, shard, file)
+                    fetched(address, shard, file, self._settings)
                     file.flush()
                     os.fsync(file.fileno())
                     with self._room():
@@ -234,24 +211,6 @@ class Cache:
             finally:
                 if _is_file(part, file):
                     part.unlink()
-
-    def _fetch(self, address: str, shard: Shard, part: BinaryIO) -> None:
-        settings, began = self._settings, time.monotonic()
-        patience = remote.Patience(address, settings.attempts, settings.timeout_seconds, (remote.Missing, _Settled))
-        fetch = _Fetch(address, shard, part)
-        while True:
-            try:
-                fetch.go_on(settings.timeout_seconds)
-                return
-            except remote.Unreachable as error:
-                try:
-                    patience.failed(error)
-                except remote.Unreachable:
-                    tries = f"tries: {patience.failures} in {time.monotonic() - began:.3g} s, the last: {error}"
-                    message = f"{address}: shard cannot be fetched; {tries}; restore"
-                    if isinstance(error, (remote.Missing, _Altered)):
-                        raise DamagedShard(shard.file, f"{message} it") from None
-                    raise UserError(f"{message} the way to it, and start again") from None
 
     def _reserve(self, part: BinaryIO, shard: Shard) -> None:
         """There is room for the shard and the part has it: copies not used for longest are gone.
@@ -295,51 +254,6 @@ class Cache:
             self._good.pop(str(path), None)
             taken_bytes -= size_bytes
         return taken_bytes <= self._room_bytes
-
-
-class _Altered(remote.Unreachable):
-    """The server answered in full, and what it has is not the shard."""
-
-
-class _Settled(_Altered):
-    """It says so for the second time."""
-
-
-class _Fetch:
-    """What of a shard has come, and its hash; a try goes on where the one before it broke."""
-
-    def __init__(self, address: str, shard: Shard, part: BinaryIO):
-        self._address, self._shard, self._part = address, shard, part
-        self._wrong = ""
-        self._start_over()
-
-    def go_on(self, timeout_seconds: float) -> None:
-        """The part holds the shard. Raises: remote.Unreachable."""
-        said, size_bytes = time.monotonic(), self._shard.bytes
-        with closing(remote.blocks(self._address, self._done_bytes, timeout_seconds)) as blocks:
-            for block in blocks:
-                if self._done_bytes + len(block) > size_bytes:
-                    self._start_over()
-                    raise self._altered(f"longer than the {size_bytes} bytes that the manifest says")
-                self._part.write(block)
-                self._digest.update(block)
-                self._done_bytes += len(block)
-                if time.monotonic() - said > SLOW_SECONDS:
-                    said = time.monotonic()
-                    log.warning("%s: slow: %d of %d bytes so far", self._address, self._done_bytes, size_bytes)
-        if self._done_bytes < size_bytes:
-            raise self._altered(f"ended at byte {self._done_bytes} of {size_bytes}")
-        if (found := self._digest.hexdigest()) != self._shard.sha256:
-            self._start_over()
-            raise self._altered(f"sha256 {found[:12]}; the manifest says {self._shard.sha256[:12]}")
-
-    def _start_over(self) -> None:
-        self._part.seek(0)
-        self._done_bytes, self._digest = 0, hashlib.sha256()
-
-    def _altered(self, reason: str) -> _Altered:
-        again, self._wrong = reason == self._wrong, reason
-        return _Settled(f"{reason}, twice the same") if again else _Altered(reason)
 
 
 def _state(file: BinaryIO, *, is_copy: bool) -> tuple[int, int, int]:

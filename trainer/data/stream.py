@@ -21,8 +21,9 @@ import numpy as np
 
 from trainer import config
 from trainer.data import remote
-from trainer.data.cache import Cache, Maps
+from trainer.data.cache import Cache
 from trainer.data.manifest import TAR_BLOCK_BYTES, DamagedShard, Manifest, Shard, Split
+from trainer.data.maps import Maps
 
 OPEN_SHARDS = 32
 """Memory maps kept per stream of a local folder, a file descriptor each; rows of a step lie close together, so few are in

@@ -1,0 +1,87 @@
+"""One shard over the network: tries that go on where the last one broke, until its bytes are there or hope is gone."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from contextlib import closing
+from typing import BinaryIO
+
+from trainer import config
+from trainer.config import UserError
+from trainer.data import remote
+from trainer.data.manifest import DamagedShard, Shard
+
+SLOW_SECONDS = 60.0
+"""How often a fetch that goes on for long says how far it is."""
+
+log = logging.getLogger(__name__)
+
+
+def fetched(address: str, shard: Shard, part: BinaryIO, settings: config.Cache) -> None:
+    """The file, empty before, has the bytes of the shard that lies at the address.
+
+    Raises: DamagedShard where the place answers and has not its bytes, UserError where it does not answer.
+    """
+    began = time.monotonic()
+    patience = remote.Patience(address, settings.attempts, settings.timeout_seconds, (remote.Missing, _Settled))
+    fetch = _Fetch(address, shard, part)
+    while True:
+        try:
+            fetch.go_on(settings.timeout_seconds)
+            return
+        except remote.Unreachable as error:
+            try:
+                patience.failed(error)
+            except remote.Unreachable:
+                tries = f"tries: {patience.failures} in {time.monotonic() - began:.3g} s, the last: {error}"
+                message = f"{address}: shard cannot be fetched; {tries}; restore"
+                if isinstance(error, (remote.Missing, _Altered)):
+                    raise DamagedShard(shard.file, f"{message} it") from None
+                raise UserError(f"{message} the way to it, and start again") from None
+
+
+class _Altered(remote.Unreachable):
+    """The server answered in full, and what it has is not the shard."""
+
+
+class _Settled(_Altered):
+    """It says so for the second time."""
+
+
+class _Fetch:
+    """What of a shard has come, and its hash; a try goes on where the one before it broke."""
+
+    def __init__(self, address: str, shard: Shard, part: BinaryIO):
+        self._address, self._shard, self._part = address, shard, part
+        self._wrong = ""
+        self._start_over()
+
+    def go_on(self, timeout_seconds: float) -> None:
+        """The part holds the shard. Raises: remote.Unreachable."""
+        said, size_bytes = time.monotonic(), self._shard.bytes
+        with closing(remote.blocks(self._address, self._done_bytes, timeout_seconds)) as blocks:
+            for block in blocks:
+                if self._done_bytes + len(block) > size_bytes:
+                    self._start_over()
+                    raise self._altered(f"longer than the {size_bytes} bytes that the manifest says")
+                self._part.write(block)
+                self._digest.update(block)
+                self._done_bytes += len(block)
+                if time.monotonic() - said > SLOW_SECONDS:
+                    said = time.monotonic()
+                    log.warning("%s: slow: %d of %d bytes so far", self._address, self._done_bytes, size_bytes)
+        if self._done_bytes < size_bytes:
+            raise self._altered(f"ended at byte {self._done_bytes} of {size_bytes}")
+        if (found := self._digest.hexdigest()) != self._shard.sha256:
+            self._start_over()
+            raise self._altered(f"sha256 {found[:12]}; the manifest says {self._shard.sha256[:12]}")
+
+    def _start_over(self) -> None:
+        self._part.seek(0)
+        self._done_bytes, self._digest = 0, hashlib.sha256()
+
+    def _altered(self, reason: str) -> _Altered:
+        again, self._wrong = reason == self._wrong, reason
+        return _Settled(f"{reason}, twice the same") if again else _Altered(reason)
