@@ -26,7 +26,8 @@ cluster() { with_ip && pytest tests/cluster; }
 gpu() { pytest tests -m gpu; }
 full_size() { pytest tests -m full_size -s; }
 demo() { launch/demo.sh; }
-tests() { with_ip && pytest tests --durations 10; }
+# Two files at a time: a test of several ranks mostly waits, for imports and for its disk.
+tests() { with_ip && pytest tests --numprocesses 2 --dist loadfile --durations 10; }
 
 # The test of two hosts makes them with `ip`: a bare container lacks it, and gets it where this may install it.
 with_ip() {
