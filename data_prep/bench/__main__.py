@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from data_prep.bench.libraries import EOS
+from data_prep.bench.options import check_places, number
 from data_prep.bench.rows import Failed, Row, rows
 from data_prep.bench.text import Text, documents, gathered, machine
 from data_prep.bench.ways import WAYS
@@ -61,12 +62,7 @@ def _check(options: argparse.Namespace) -> None:
     for path in options.input or ():
         if not path.is_dir():
             raise UserError(f"--input: {path}; is no folder; name one with text")
-    for option in ("json", "folder"):
-        path = getattr(options, option)
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"--{option}: {path}; its folder does not exist; create it, or name another")
-    if options.json is not None and options.json.is_dir():
-        raise UserError(f"--json: {options.json}; is a folder; name a file")
+    check_places(options)
 
 
 def _compare(options: argparse.Namespace, stack: ExitStack) -> int:
@@ -102,22 +98,18 @@ def _table_line(row: Row) -> str:
         None if value is None else value / 1e6
         for value in (row.text_bytes or None, row.bytes_per_second, row.bytes_per_cpu_second)
     ]
-    numbers = [_number(megabytes[0], 0), _number(row.seconds, 1), _number(megabytes[1], 1)]
+    numbers = [number(megabytes[0], 0), number(row.seconds, 1), number(megabytes[1], 1)]
     numbers += [
-        _number(row.cpu_seconds, 1),
-        _number(megabytes[2], 1),
-        _number(row.peak_bytes and row.peak_bytes / 2**20, 0),
+        number(row.cpu_seconds, 1),
+        number(megabytes[2], 1),
+        number(row.peak_bytes and row.peak_bytes / 2**20, 0),
     ]
-    numbers += [_number(row.differing_documents, 0), _number(row.compared_documents, 0)]
+    numbers += [number(row.differing_documents, 0), number(row.compared_documents, 0)]
     return _line(row.way, row.part, numbers, row.note)
 
 
 def _line(way: str, part: str, numbers: list[str], note: str) -> str:
     return " ".join([way.ljust(22), part.ljust(10), *(number.rjust(8) for number in numbers), " ", note]).rstrip()
-
-
-def _number(value: float | int | None, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from data_prep.bench.loaders.contestants import CONTESTANTS
 from data_prep.bench.loaders.corpus import UNIT_TOKENS, Corpus
 from data_prep.bench.loaders.rounds import Refused, Row, compare
+from data_prep.bench.options import check_places, number
 from trainer.config import UserError
 
 HEAD = ["Mtok/s", "1 worker", "B/token", "resume s", "peak MiB"]
@@ -63,12 +64,7 @@ def _check(options: argparse.Namespace) -> None:
     for option, least in (("tokens", UNIT_TOKENS), ("rounds", 1), ("seconds", 0.0), ("seed", 0)):
         if (value := getattr(options, option)) < least:
             raise UserError(f"--{option}: {value}; at least {least}; raise it")
-    for option in ("json", "folder"):
-        path = getattr(options, option)
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"--{option}: {path}; its folder does not exist; create it, or name another")
-    if options.json is not None and options.json.is_dir():
-        raise UserError(f"--json: {options.json}; is a folder; name a file")
+    check_places(options)
 
 
 @contextmanager
@@ -84,19 +80,15 @@ def _folder(given: Path | None) -> Iterator[Path]:
 def _table(rows: list[Row]) -> Iterator[str]:
     yield _line("contestant", HEAD, "same ranks", "2 -> 3 ranks", "")
     for row in rows:
-        rates = [_number(rate and rate / 1e6, 1) for rate in (row.tokens_per_second, row.worker_tokens_per_second)]
-        peak = _number(row.peak_bytes and row.peak_bytes / 2**20, 0)
-        numbers = [*rates, _number(row.bytes_per_token, 3), _number(row.resume_seconds, 3), peak]
+        rates = [number(rate and rate / 1e6, 1) for rate in (row.tokens_per_second, row.worker_tokens_per_second)]
+        peak = number(row.peak_bytes and row.peak_bytes / 2**20, 0)
+        numbers = [*rates, number(row.bytes_per_token, 3), number(row.resume_seconds, 3), peak]
         yield _line(row.contestant, numbers, row.same_ranks, row.other_ranks, row.note)
 
 
 def _line(name: str, numbers: list[str], same: str, other: str, note: str) -> str:
     words = [name.ljust(26), *(number.rjust(9) for number in numbers), " ", same.ljust(14), other.ljust(14), note]
     return " ".join(words).rstrip()
-
-
-def _number(value: float | int | None, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
 
 
 if __name__ == "__main__":
