@@ -26,6 +26,7 @@ from data_prep.read import Document
 from data_prep.settings import Settings
 from data_prep.spill import Spill
 from data_prep.tokenizers.encoding import Encode
+from trainer.config import UserError
 from trainer.disk import write_whole
 
 BATCH_CHARACTERS = 1 << 20
@@ -99,7 +100,8 @@ class _Held:
 
 def rank(seed: int, document: Document) -> int:
     """The document's place in the global shuffle, 64 bits that depend on seed, place and text alone."""
-    return xxh3_64_intdigest(document.text.encode() + b"\0" + document.place.encode() + pack("<q", seed))
+    place = document.place.encode(errors="surrogateescape")  # names of files need not be UTF-8
+    return xxh3_64_intdigest(document.text.encode() + b"\0" + place + pack("<q", seed))
 
 
 def _entries(settings: Settings, batch: list[Document], first: int, groups: dict[str, int]) -> np.ndarray:
@@ -110,7 +112,13 @@ def _entries(settings: Settings, batch: list[Document], first: int, groups: dict
         entries["held_out"] = [clean.draw(document.text) < settings.held_out for document in batch]
     if settings.group_field:
         names = [_value(document, settings.group_field) for document in batch]
-        entries["group"] = [groups.setdefault(name, len(groups)) for name in names]
+        numbers = [groups.setdefault(name, len(groups)) for name in names]
+        if len(groups) > spill.MOST_GROUPS:
+            raise UserError(
+                f"--group-field: {settings.group_field} has more than {spill.MOST_GROUPS:,} values by {batch[-1].place}; "
+                "must be a field of few values; name another"
+            )
+        entries["group"] = numbers
     return entries
 
 

@@ -72,7 +72,7 @@ def run(
                         take(future.result())
     except BrokenProcessPool:
         raise UserError(
-            f"--workers: one of {workers} was killed, most likely for memory; finished work is kept; "
+            f"--workers: one of {workers} was killed, most likely for memory; "
             "run the same command again, with fewer workers"
         ) from None
 
@@ -123,15 +123,19 @@ def _pool(
             pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Do, Any, Any]
+_worker: tuple[Do | Exception, Any, Any]
+"""What `start` returned in this process, or why it did not."""
 
 
 def _start(told: str, done: Any, stopped: Any) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    start = pickle.loads(Path(told).read_bytes())
-    _worker = (start(), done, stopped)
+    try:
+        do = pickle.loads(Path(told).read_bytes())()
+    except Exception as error:  # told by the first item: of an error here the pool says only that a process is gone
+        do = error
+    _worker = (do, done, stopped)
 
 
 def _end_with_parent() -> None:
@@ -153,6 +157,8 @@ def _do(item: Any) -> Any:
 
     advance(0)
     try:
+        if isinstance(do, Exception):
+            raise do
         return do(item, advance)
     except BaseException:
         stopped.value = 1

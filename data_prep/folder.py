@@ -6,6 +6,7 @@ the folder is ours to fill; it goes when the manifest is there.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -28,6 +29,7 @@ NOTE = "preparing.json"
 WORK = "work"
 INPUTS = "inputs.json"
 """What `origin` says of every file that was read."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Useless(UserError):
@@ -46,6 +48,14 @@ def is_finished(output: Path, identity: Mapping[str, Any], inputs: list[Input]) 
     _refuse_other_inputs(output, inputs)
     manifest.check_files(output, corpus)
     _clear(output, keep=manifest_files(corpus))
+    return True
+
+
+def is_closed(output: Path) -> bool:
+    """Whether the folder has its manifest; if so what was unfinished is gone after the call."""
+    if not (output / manifest.FILE).exists():
+        return False
+    _clear(output, keep=manifest_files(manifest.load(output)))
     return True
 
 
@@ -84,7 +94,7 @@ def _filled(output: Path, identity: Mapping[str, Any], absent: list[Path]) -> It
         write_whole(output / NOTE, json.dumps(identity, indent=1))
         yield
     except (UserError, OSError) as error:
-        refusal = error if isinstance(error, UserError) else _unwritable(output, error)
+        refusal = error if isinstance(error, UserError) else _refusal(output, error)
         if (output / manifest.FILE).exists():
             raise refusal from None
         if not isinstance(error, Useless) and any((output / WORK).glob("[0-9a-f]*.json")):
@@ -128,19 +138,29 @@ def _contents(units: list[Unit], records: Sequence[Mapping[str, Any]]) -> list[l
 
 def _refuse_other_inputs(output: Path, inputs: list[Input]) -> None:
     """A file whose time or tag has changed is read again, to see whether its content has."""
-    before = {name: rest for name, *rest in origin.load(output / INPUTS)}
-    changed = list(before.keys() ^ {file.name for file in inputs})
-    for unit in plan.units(inputs, {}):
-        for part in unit.parts:
-            size, version, hashes = before.get(part.input.name, (-1, "", []))
-            touched = (size, version) != (part.input.bytes, part.input.version)
-            if touched and (size != part.input.bytes or hashes[part.number] != content_hash(part)):
+    before = {name: (size, version, hashes) for name, size, version, hashes in origin.load(output / INPUTS)}
+    sizes = {file.name: file.bytes for file in inputs}
+    changed = [name for name in before.keys() | sizes.keys() if before.get(name, (None,))[0] != sizes.get(name)]
+    if not changed:  # else files may have been cut into other parts than they are now
+        for part in (part for unit in plan.units(inputs, {}) for part in unit.parts):
+            _, version, hashes = before[part.input.name]
+            if version != part.input.version and hashes[part.number] != content_hash(part):
                 changed.append(part.input.name)
     if changed:
         raise UserError(
             f"--output: {output} was prepared from other inputs: {min(changed)} is not what it was "
             f"({len(set(changed))} such); name another folder, or remove this one first"
         )
+
+
+def _refusal(output: Path, error: OSError) -> UserError:
+    """In one line, whose fault it is: not every file that a preparation uses is of its output."""
+    named = error.filename if isinstance(error.filename, str) else None
+    if error.errno in FULL or (named and output.absolute() in Path(named).absolute().parents):
+        return _unwritable(output, error)
+    return UserError(
+        f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; correct it and run the same command again"
+    )
 
 
 def _unwritable(output: Path, error: OSError) -> UserError:

@@ -32,6 +32,8 @@ def load(path: str | Path) -> list[Entry]:
         if dump(files) == text:
             return files
         reason = "content does not match its hash"
+    except UserError:
+        raise
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     raise UserError(f"{path}: is missing or damaged ({reason}); restore it or prepare the corpus again")

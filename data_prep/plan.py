@@ -17,7 +17,7 @@ from data_prep.inputs import Input, Part
 
 SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 8 << 20, 512 << 20
 """Of text: what is lost by a kill, at most, against the number of files of unfinished work."""
-VERSION = 1
+VERSION = 2
 """Of what a unit leaves behind: unfinished work of another version is not taken over."""
 UNITS = 64
 """A corpus is cut into about as many units, within the bounds above, so that workers end together."""

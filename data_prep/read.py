@@ -142,12 +142,20 @@ def _parquet_rows(part: Part, opened: BinaryIO, text_field: str, more_fields: li
     for group in range(first, last):
         rows = _batch_rows(table.metadata.row_group(group), columns)
         for batch in table.iter_batches(rows, row_groups=[group], columns=columns):
-            for record in batch.to_pylist():
+            for record in _records(batch, file.address):
                 number += 1
                 text = record.pop(text_field)
                 if text is None:
                     raise UserError(f"{file.address}: row {number} has no {text_field!r}; correct or remove the row")
                 yield Document(f"{file.name}:{number}", text, record)
+
+
+def _records(batch: pyarrow.RecordBatch, address: str) -> list[dict[str, Any]]:
+    try:
+        records: list[dict[str, Any]] = batch.to_pylist()
+    except (ValueError, OverflowError) as error:  # nanoseconds, or a year beyond 9999
+        raise unreadable(address, error) from None
+    return records
 
 
 def _batch_rows(group: pyarrow.parquet.RowGroupMetaData, columns: list[str]) -> int:

@@ -18,8 +18,13 @@ import numpy as np
 
 from trainer.disk import whole_file
 
-ENTRY = np.dtype([("rank", "<u8"), ("end", "<u8"), ("document", "<u4"), ("group", "<u2"), ("held_out", "?")])
-"""Of a document: its rank, where its ids end in the spill, its number in the spill as read, its group in the unit's record."""
+ENTRY = np.dtype(
+    [("rank", "<u8"), ("end", "<u8"), ("document", "<u4"), ("group", "<u2"), ("held_out", "?")], align=True
+)
+"""Of a document: its rank, where its ids end in the spill, its number in the spill as read, its group in the unit's record.
+Aligned, or else a search in one field first copies that field of every document.
+"""
+MOST_GROUPS = 1 << 16
 SPLITS = ("train", "validation")
 
 

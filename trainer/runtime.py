@@ -117,6 +117,14 @@ def open_run_folder(folder: Path, config_yaml: str) -> None:
     write_whole(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
 
 
+def node_ranks() -> int:
+    """How many ranks of this launch share a machine, at most."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):  # torchrun, deepspeed, srun
+        if given := os.environ.get(name):
+            return max(int(nodes.split("(")[0]) for nodes in given.split(","))  # Slurm writes 8(x2),4
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Within the block no other run trains in the folder, as far as its file system can tell.

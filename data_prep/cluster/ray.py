@@ -6,6 +6,7 @@ killed, and says nothing to its caller of tasks that failed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +36,13 @@ def run(
     """
     if not ray.is_initialized():
         environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env=environment)
+        try:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env=environment)
+        except OSError as error:
+            where = os.environ.get("RAY_ADDRESS", "this machine")
+            raise UserError(
+                f"--executor: ray; none at {where} ({' '.join(str(error).split())}); see RAY_ADDRESS"
+            ) from None
     one = ray.remote(num_cpus=1, max_retries=RETRIES)(_item)
     given, left, waiting = ray.put(start), list(reversed(items)), set[Any]()
     try:
@@ -50,10 +57,10 @@ def run(
                 if take:
                     take(result)
     except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, UserError) else error) from None
+        raise (error.cause if isinstance(error.cause, (UserError, OSError)) else error) from None
     except (OutOfMemoryError, WorkerCrashedError):
         raise UserError(
-            f"--executor: ray; a task was killed {RETRIES + 1} times, most likely for memory; finished work is kept; "
+            f"--executor: ray; a task was killed {RETRIES + 1} times, most likely for memory; "
             "run the same command again, with fewer --workers"
         ) from None
     finally:

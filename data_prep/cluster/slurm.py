@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,7 @@ class Step:
             line = str(error) if isinstance(error, UserError) else f"{job.request.output}: {error}"
             failed = self.job.with_name(f"{self.job.stem}-{rank:05d}{jobs.FAILED}")
             with suppress(OSError):  # a full disk is also a reason
-                failed.write_text(f"{line}\n", encoding="utf-8")
+                failed.write_text(f"{line}\n", encoding="utf-8", errors="backslashreplace")
             print(f"tandem: {line}", file=sys.stderr, flush=True)
             raise SystemExit(USER_ERROR_EXIT_CODE) from None
 
@@ -76,17 +76,21 @@ def submit(request: Request, *, tasks: int, workers: int | None, options: Mappin
     for job in task.left(request, tasks):
         job.write(logs / f"{job.name}.job")
         array = _array(job, logs, workers, options, after=next(reversed(found.values()), None))
+        said: Callable[[], str] = str
         try:
             with _standard_error() as said:
                 array.launch_job()
-        except (OSError, subprocess.CalledProcessError) as error:
-            if found:
-                subprocess.run(["scancel", *found.values()], check=False)
+            found[job.name] = array.job_id
+            Submission(str(logs), found).write(request.output)
+        except BaseException as error:
+            # A job that no note names would work in the folder beside those of the next submission.
+            if known := {*found.values()} | {array.job_id} - {None, ""}:
+                subprocess.run(["scancel", *sorted(known)], check=False)
             jobs.forget(request.output, logs)
+            if not isinstance(error, (OSError, subprocess.CalledProcessError)):
+                raise
             why = " ".join((said() or str(error)).split())
             raise UserError(f"--executor: slurm; no job for {job.name} ({why}); see --slurm") from None
-        found[job.name] = array.job_id
-        Submission(str(logs), found).write(request.output)
     return Submission(str(logs), found)
 
 

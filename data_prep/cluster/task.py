@@ -63,6 +63,8 @@ class Job:
 
         Raises: UserError where an item does, or where the stage before is not finished.
         """
+        if folder.is_closed(self.request.output):  # a job that Slurm has begun again, and which had ended
+            return
         if self.name == TRAIN:
             self.request.begin()
             return

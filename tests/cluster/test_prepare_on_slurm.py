@@ -1,5 +1,7 @@
 """`tandem prepare --executor slurm` on a Slurm of two nodes that is started for it here, where Slurm is installed."""
 
+import argparse
+import errno
 import os
 import shutil
 import signal
@@ -12,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import prepare
+from data_prep.cluster import jobs
 from data_prep.tokenizers import build
 from tests.promises.conftest import tandem
+from trainer.config import UserError
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -154,3 +159,27 @@ def test_a_killed_task_and_another_number_of_tasks_give_the_bytes_of_one_machine
     assert len(list((tmp_path / "alone").glob("*.tar"))) > 2
     assert files(output) == files(tmp_path / "alone"), "\n".join(path.read_text() for path in logs.rglob("*.out"))
     assert "already prepared" in tandem(*on_slurm, 4, **slurm).stdout
+
+
+def test_a_job_that_cannot_be_put_on_record_is_cancelled(slurm, tmp_path, monkeypatch):
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    replaced = Path.replace
+
+    def replace(path, target):
+        if target.name == jobs.NOTE:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replaced(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    arguments = argparse.ArgumentParser()
+    prepare.add_arguments(arguments)
+    inputs = [str(path) for path in sorted(Path(os.__file__).parent.glob("*.py"))[:2]]
+    output = tmp_path / "out"
+    command = ["--input", *inputs, "--output", str(output), "--executor", "slurm",
+               "--slurm", "partition=cpu", "--slurm", "begin=now+1hour"]  # fmt: skip
+    with pytest.raises(UserError, match=r"--executor: slurm; no job for train \(.*No space left"):
+        prepare.run(arguments.parse_args(command))
+    eventually(lambda: not asked(slurm, "squeue", "--noheader"))
+    assert not output.exists()
+    assert not output.with_name("out.jobs").exists()

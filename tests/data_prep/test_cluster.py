@@ -193,3 +193,14 @@ def test_logs_lie_beside_the_folder_and_are_numbered(tmp_path):
     assert [jobs.new_logs(output) for _ in range(2)] == [Path(f"{output}.jobs/1"), Path(f"{output}.jobs/2")]
     jobs.forget(output, Path(f"{output}.jobs/2"))
     assert jobs.new_logs(output).name == "2"
+
+
+def test_a_job_that_is_begun_again_after_the_end_changes_nothing(expected, request_of, content):
+    request = request_of("jobs")
+    submitted = task.left(request, 2)
+    for job in submitted:
+        for rank in range(job.tasks):
+            job.work(rank, job.tasks)
+    for job in submitted:
+        job.work(0, job.tasks)
+    assert content(request.output) == expected

@@ -108,7 +108,7 @@ def test_a_mistake_in_one_worker_stops_the_others_soon(tmp_path):
 
 def test_a_killed_worker_ends_the_others_in_one_line(tmp_path):
     with pytest.raises(
-        UserError, match="--workers: one of 2 was killed, most likely for memory; finished work is kept"
+        UserError, match="--workers: one of 2 was killed, most likely for memory; run the same command again"
     ):
         executor.run(partial(dying, tmp_path), range(4), 2, lambda count: None)
 
@@ -142,3 +142,13 @@ def test_a_preparation_whose_worker_was_killed_goes_on_to_the_same_bytes(prepare
     assert finished
     assert prepared("killed", *arguments) == output
     assert content(output) == expected
+
+
+def refusing() -> executor.Do:
+    raise UserError("tokenizer: is not there; must be; restore it")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_why_a_worker_cannot_begin_is_said(workers):
+    with pytest.raises(UserError, match="tokenizer: is not there"):
+        executor.run(refusing, range(4), workers, lambda count: None)

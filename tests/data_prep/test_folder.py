@@ -1,5 +1,6 @@
 """Two preparations at a time never cost one of them its corpus."""
 
+import errno
 import fcntl
 import os
 
@@ -44,3 +45,19 @@ def test_a_failed_preparation_leaves_a_finished_neighbour(tmp_path):
         prepare()
     assert not (tmp_path / "data" / "one").exists()
     assert (tmp_path / "data" / "two").is_dir()
+
+
+def test_an_error_of_another_file_is_not_blamed_on_the_output(tmp_path):
+    def prepare(error):
+        with output_folder.claimed(tmp_path / "out", {}):
+            raise error
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    denied = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "out" / "work"))
+    for error in (full, denied):
+        with pytest.raises(UserError, match=r"--output: .*out cannot be written \("):
+            prepare(error)
+    with pytest.raises(
+        UserError, match=r"^ConnectionError: no server at 10.0.0.1; correct it and run the same command"
+    ):
+        prepare(ConnectionError("no server\nat 10.0.0.1"))

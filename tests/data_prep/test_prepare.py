@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,9 +18,9 @@ import pytest
 import webdataset
 from tokenizers import Tokenizer
 
-from data_prep import shuffle, stages
+from data_prep import plan, shuffle, spill, stages, verify
 from data_prep.tokenizers import build
-from tests.data_prep.conftest import zst
+from tests.data_prep.conftest import run, zst
 from trainer.config import UserError
 from trainer.data import manifest
 from trainer.data.stream import Stream
@@ -397,3 +398,51 @@ def test_cleaning_is_counted_and_groups_add_up(prepared, tmp_path):
     one = prepared("one", "--input", tmp_path / "a.jsonl", "--where", "meta.set=s1", "--held-out", 0)
     assert manifest.load(one).counts["other_documents"] == 22
     assert manifest.load(one).counts["documents"] == 22
+
+
+def test_a_shard_is_gathered_without_a_look_at_every_document_of_a_spill(tmp_path):
+    documents = 200_000
+    entries = np.zeros(documents, spill.ENTRY)
+    entries["rank"] = np.arange(documents) << 8
+    one = spill.Spill(tmp_path, "unit", 0)
+    one.write([np.zeros(documents, np.uint16)], np.ones(documents, np.int64), entries)
+    tracemalloc.start()
+    found, start = one.documents("train", 1000 << 8, 1003 << 8)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (found["rank"].tolist(), start) == ([number << 8 for number in range(1000, 1004)], 1000)
+    assert peak_bytes < documents, "less than a byte for each"
+
+
+def test_the_name_of_a_file_need_not_be_utf_8(prepared, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in (b"caf\xe9.txt", b"other.txt"):
+        (Path(os.fsdecode(bytes(folder) + b"/" + name))).write_text(f"the text of {name!r}")
+    output = prepared("out", "--input", folder, "--held-out", 0)
+    assert sorted(decoded(output)) == [r"the text of b'caf\xe9.txt'", "the text of b'other.txt'"]
+    run(verify, output)
+
+
+def test_a_field_of_too_many_values_makes_no_groups(prepared, records, monkeypatch):
+    monkeypatch.setattr(spill, "MOST_GROUPS", 1)
+    with pytest.raises(
+        UserError, match=r"--group-field: meta.set has more than 1 values by 0/records.jsonl:\d+; must be"
+    ):
+        prepared("out", "--input", records, "--group-field", "meta.set")
+
+
+def test_which_input_has_changed_is_said_where_it_changes_how_the_others_are_cut(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "SMALLEST_UNIT_BYTES", 1000)
+    monkeypatch.setattr(plan, "UNITS", 4)
+    folder = tmp_path / "records"
+    folder.mkdir()
+    line = json.dumps({"text": "the row of a shard"}) + "\n"
+    (folder / "kept.jsonl").write_text(line * 100)
+    (folder / "shrinking.jsonl").write_text(line * 1000)
+    arguments = ["--input", folder, "--held-out", 0]
+    prepared("out", *arguments)
+    os.utime(folder / "kept.jsonl")
+    (folder / "shrinking.jsonl").write_text(line)
+    with pytest.raises(UserError, match=r"from other inputs: 0/shrinking.jsonl is not what it was \(1 such\)"):
+        prepared("out", *arguments)

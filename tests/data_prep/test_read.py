@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep import inputs, read
+from data_prep import inputs, origin, read
 from data_prep.inputs import Part
 from data_prep.read import Document
 from tests.data_prep.conftest import zst
@@ -260,3 +260,17 @@ def test_inputs_over_http_give_the_bytes_that_local_ones_give(
     kept = [name for name in content(here) if name.endswith(".tar") or name == "tokenizer.json"]
     assert kept
     assert {name: content(here)[name] for name in kept} == {name: content(there)[name] for name in kept}
+
+
+def test_values_that_python_cannot_hold_are_a_line(tmp_path):
+    nanoseconds = pyarrow.array([1], pyarrow.timestamp("ns"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "when": nanoseconds}), tmp_path / "a.parquet")
+    (file,) = listed(tmp_path)
+    assert [document.text for document in documents(Part(file, 0, 1))] == ["a"]
+    with pytest.raises(UserError, match=r"a.parquet: cannot be read \(Nanosecond"):
+        documents(Part(file, 0, 1), "when")
+
+
+def test_what_an_address_needs_is_not_called_damage_of_what_lies_there():
+    with pytest.raises(UserError, match=r"^ftp://host/inputs.json: cannot read ftp://"):
+        origin.load("ftp://host/inputs.json")

@@ -10,6 +10,7 @@ place answers and has not its bytes; a place that does not answer says nothing o
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import logging
@@ -29,6 +30,7 @@ from trainer.data.fetch import fetched
 from trainer.data.manifest import FILE, DamagedShard, Shard, check_bytes
 from trainer.data.maps import Maps
 from trainer.disk import sync_folder
+from trainer.runtime import node_ranks
 
 COPY, PART, LOCK = ".tar", ".part", ".lock"
 AHEAD_THREADS = 2
@@ -57,8 +59,7 @@ class Cache:
         self._wanted: dict[str, tuple[str, Shard]] = {}
         self._num_ahead = 0
         # Of all sources together, so that what is mapped and no longer named does not grow with their number.
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.maps = Maps(MAPPED_COPIES, int(self._room_bytes * MAPPED_FRACTION / ranks))
+        self.maps = Maps(MAPPED_COPIES, int(self._room_bytes * MAPPED_FRACTION / node_ranks()))
         """Of copies; what lies in a local folder takes no room here."""
 
     def opened(self, folder: str | Path, shard: Shard) -> BinaryIO:
@@ -81,7 +82,7 @@ class Cache:
     def _opened(self, folder: str | Path, shard: Shard) -> BinaryIO:
         address = remote.below(folder, shard.file)
         with self._alone(address):
-            return self._copy(address, shard) if remote.is_remote(folder) else self._local(Path(address), shard, folder)
+            return self._copy(folder, shard) if remote.is_remote(folder) else self._local(Path(address), shard, folder)
 
     def soon(self, folder: str | Path, shard: Shard) -> None:
         """Returns at once; the shard is fetched and hashed in the background. What fails is logged: `opened` tries again.
@@ -166,18 +167,19 @@ class Cache:
     def _name(self, shard: Shard) -> Path:
         return self._folder / f"{shard.sha256}{COPY}"
 
-    def _copy(self, address: str, shard: Shard) -> io.BufferedReader:
+    def _copy(self, folder: str | Path, shard: Shard) -> io.BufferedReader:
         copy = self._name(shard)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             while (file := self._present(copy, shard)) is None:
-                self._make(address, shard, copy)
-            os.utime(file.fileno())  # when it was last used; the time of access is not kept on every disk
+                self._make(folder, shard, copy)
+            with suppress(PermissionError):  # of another user
+                os.utime(file.fileno())  # when it was last used; the time of access is not kept on every disk
             return file
         except OSError as error:
             raise UserError(
                 f"data.cache.folder: {self._folder}: {error.strerror or error}; must be a local folder with room for copies "
-                "of shards; free some, lower data.cache.gib, or name another folder"
+                "of shards that this user may read; mend that, lower data.cache.gib, or name another folder"
             ) from None
 
     def _present(self, copy: Path, shard: Shard) -> io.BufferedReader | None:
@@ -187,11 +189,13 @@ class Cache:
         except FileNotFoundError:
             return None
         except (DamagedShard, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EIO:
+                raise  # of this process: the copy may be good, and others use it
             log.warning("%s; it is fetched again", error)
             copy.unlink(missing_ok=True)
             return None
 
-    def _make(self, address: str, shard: Shard, copy: Path) -> None:
+    def _make(self, folder: str | Path, shard: Shard, copy: Path) -> None:
         """There was a copy a moment ago, by this process or by the one that this waited for."""
         part = copy.with_suffix(PART)
         with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
@@ -201,7 +205,7 @@ class Cache:
             try:
                 if not copy.exists():
                     self._reserve(file, shard)
-                    fetched(address, shard, file, self._settings)
+                    fetched(folder, shard, file, self._settings)
                     file.flush()
                     os.fsync(file.fileno())
                     with self._room():

@@ -6,12 +6,13 @@ import hashlib
 import logging
 import time
 from contextlib import closing
+from pathlib import Path
 from typing import BinaryIO
 
 from trainer import config
 from trainer.config import UserError
 from trainer.data import remote
-from trainer.data.manifest import DamagedShard, Shard
+from trainer.data.manifest import FILE, DamagedShard, Shard
 
 SLOW_SECONDS = 60.0
 """How often a fetch that goes on for long says how far it is."""
@@ -19,12 +20,13 @@ SLOW_SECONDS = 60.0
 log = logging.getLogger(__name__)
 
 
-def fetched(address: str, shard: Shard, part: BinaryIO, settings: config.Cache) -> None:
-    """The file, empty before, has the bytes of the shard that lies at the address.
+def fetched(folder: str | Path, shard: Shard, part: BinaryIO, settings: config.Cache) -> None:
+    """The file, empty before, has the bytes of the shard of the remote folder.
 
-    Raises: DamagedShard where the place answers and has not its bytes, UserError where it does not answer.
+    Raises: DamagedShard where the place answers and has not its bytes, UserError where it does not answer, or has not
+    even the manifest any more: then it is the place that is gone.
     """
-    began = time.monotonic()
+    address, began = remote.below(folder, shard.file), time.monotonic()
     patience = remote.Patience(address, settings.attempts, settings.timeout_seconds, (remote.Missing, _Settled))
     fetch = _Fetch(address, shard, part)
     while True:
@@ -37,9 +39,18 @@ def fetched(address: str, shard: Shard, part: BinaryIO, settings: config.Cache) 
             except remote.Unreachable:
                 tries = f"tries: {patience.failures} in {time.monotonic() - began:.3g} s, the last: {error}"
                 message = f"{address}: shard cannot be fetched; {tries}; restore"
+                if isinstance(error, remote.Missing):
+                    _check_place(folder, settings)
                 if isinstance(error, (remote.Missing, _Altered)):
                     raise DamagedShard(shard.file, f"{message} it") from None
                 raise UserError(f"{message} the way to it, and start again") from None
+
+
+def _check_place(folder: str | Path, settings: config.Cache) -> None:
+    try:
+        remote.content(remote.below(folder, FILE), settings)
+    except OSError as error:
+        raise UserError(f"{folder}: has no {FILE} any more ({error}); restore the folder, or the way to it") from None
 
 
 class _Altered(remote.Unreachable):

@@ -22,6 +22,7 @@ from trainer import config
 from trainer.config import UserError
 from trainer.data import manifest, mixture
 from trainer.data.cache import Cache
+from trainer.data.manifest import DamagedShard
 from trainer.data.order import Order
 from trainer.data.rows import Batch, Cut, Evidence, Source, Span, batch
 from trainer.data.stream import Stream
@@ -55,7 +56,7 @@ class Loader:
         """Of every source of `data`."""
         for source, corpus in self.manifests.items():
             if data.damaged_shards == "stop":
-                manifest.check_files(data.sources[source], corpus)
+                _check_files(data.sources[source], corpus)
             _check_vocab(source, corpus, vocab)
             if data.tokenizer is not None:
                 manifest.check_tokenizer(data.tokenizer, corpus, "data.tokenizer")
@@ -239,6 +240,13 @@ class Loader:
             f"{f', {lost} of those ahead in damaged shards' if lost else ''}; raise it, lower the source's share or the "
             "phases' tokens, or set data.at_end to stop"
         )
+
+
+def _check_files(folder: str, corpus: manifest.Manifest) -> None:
+    try:
+        manifest.check_files(folder, corpus)
+    except DamagedShard as error:
+        raise DamagedShard(error.file, f"{error}; or go on without it: data.damaged_shards skip") from None
 
 
 def _check_vocab(source: str, corpus: manifest.Manifest, vocab: int) -> None:

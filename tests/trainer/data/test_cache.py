@@ -138,6 +138,31 @@ def test_only_a_shard_whose_server_answers_without_it_is_damaged(
     assert not names(settings().folder)
 
 
+def test_a_place_that_has_vanished_as_a_whole_is_no_damage_of_its_shards(server, settings, shards, tmp_path):
+    (tmp_path / "a").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"/a: has no manifest.json any more \(.*\); restore the folder") as error:
+        Cache(settings()).opened(f"{server.address}/a", shards[0])
+    assert not isinstance(error.value, DamagedShard)
+
+
+def test_a_copy_is_not_removed_for_what_hinders_its_reader(server, settings, shards):
+    folder = f"{server.address}/a"
+    copy = opened_path(Cache(settings()), folder, shards[0])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    cache, files = Cache(settings()), [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(files) + 1, limits[1]))
+        with pytest.raises(UserError, match=r"data.cache.folder: .*Too many open files"):
+            cache.opened(folder, shards[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for file in files:
+            os.close(file)
+    assert copy.exists()
+    assert opened_path(cache, folder, shards[0]) == copy
+    assert server.count(url(shards[0])) == 1
+
+
 def test_a_shard_that_its_server_has_a_part_of_is_damaged(server, settings, shards, tmp_path):
     os.truncate(tmp_path / "a" / shards[0].file, shards[0].bytes - 100)
     ended = rf"tries: 2 .*: ended at byte {shards[0].bytes - 100} of {shards[0].bytes}, twice the same; restore it"
