@@ -69,6 +69,7 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
         ("data.cache.gib=.inf", ["data.cache.gib", "inf", "positive and finite", "change it"]),
         ("data.cache.gib=.nan", ["data.cache.gib", "nan", "positive and finite"]),
         ("data.cache.timeout_seconds=.inf", ["data.cache.timeout_seconds", "inf", "positive and finite"]),
+        ("data.cache.attempts=18", ["data.cache.attempts", "18 tries", "899.531 s", "wait 600 s", "lower one"]),
         ("schedule.lr.peak=.nan", ["schedule.lr.peak", "nan", "positive and finite"]),
         ("optim.weight_decay=.nan", ["optim.weight_decay", "nan", "must not be negative"]),
         ("schedule.phases[0].mixture.corpus=.nan", ["phases[0].mixture.corpus", "nan", "between 0 and 1"]),

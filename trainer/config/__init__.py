@@ -5,7 +5,7 @@ omegaconf are imported, so that commands which merely look at a config answer at
 """
 
 from trainer.config.file import dump, load
-from trainer.config.rules import check, check_alibi_scaling, check_world
+from trainer.config.rules import RANKS_WAIT_SECONDS, check, check_alibi_scaling, check_world
 from trainer.config.sections import (
     BTLM,
     FAMILIES,
@@ -41,6 +41,7 @@ __all__ = [
     "FAMILIES",
     "LEARNING_RATES",
     "PADDING_MULTIPLE",
+    "RANKS_WAIT_SECONDS",
     "AlibiScaling",
     "Cache",
     "Checkpoint",

@@ -7,6 +7,9 @@ from typing import Any
 
 from trainer.config.sections import BTLM, AlibiScaling, Hybrid, Phase, RunConfig, StableLM, UserError
 
+RANKS_WAIT_SECONDS = 600.0
+"""How long ranks wait for one that does not arrive, before all fail."""
+
 
 def check(config: RunConfig) -> None:
     """Raises UserError for the first rule between fields that the config breaks."""
@@ -37,6 +40,14 @@ def check(config: RunConfig) -> None:
             raise UserError(f"{where}.{name}: {getattr(section, name)}; {rule}; 0 turns it off")
     _positive(config.data, "data", "window_tokens")
     _positive(config.data.cache, "data.cache", "gib", "attempts", "timeout_seconds")
+    cache = config.data.cache
+    pauses = sum(min(2**number / 64, 1) for number in range(int(cache.attempts) - 1))  # see `data.remote.Patience`
+    patience_seconds = (cache.attempts + pauses) * cache.timeout_seconds
+    if patience_seconds > RANKS_WAIT_SECONDS:
+        raise UserError(
+            f"data.cache.attempts: {cache.attempts} tries of timeout_seconds {cache.timeout_seconds:g} may take "
+            f"{patience_seconds:g} s; ranks wait {RANKS_WAIT_SECONDS:g} s for one another; lower one of them"
+        )
     for name, limit in config.data.max_epochs.items():
         if name not in config.data.sources or not 0 < limit < math.inf:
             raise UserError(

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from trainer.config import UserError
+from trainer.config import RANKS_WAIT_SECONDS, UserError
 
 T = TypeVar("T")
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+COLLECTIVE_TIMEOUT = timedelta(seconds=RANKS_WAIT_SECONDS)
 
 
 @dataclass(frozen=True)
