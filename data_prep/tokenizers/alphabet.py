@@ -12,4 +12,4 @@ CHARACTERS = {value: chr(value) for value in _PRINTABLE} | {
 
 
 def written(token: bytes) -> str:
-    return "".join(CHARACTERS[value] for value in token)
+    return token.decode("latin-1").translate(CHARACTERS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,8 @@ class Encoder:
     """gigatoken or tokenizers; the tokens are the same."""
 
     def load(self) -> Encode:
-        return Encode(self, Reference(self.tokenizer_json))
+        """What encodes; made once in a process, which takes half a second, and not for several threads."""
+        return _loaded(self)
 
 
 class Encode:
@@ -76,6 +77,11 @@ class Encode:
         return tokens, lengths
 
 
+@lru_cache(maxsize=2)
+def _loaded(using: Encoder) -> Encode:
+    return Encode(using, _reference(using.tokenizer_json))
+
+
 class Reference:
     """Ids by tokenizers, on the calling thread: what every library here is held against."""
 
@@ -99,6 +105,11 @@ class Reference:
         return np.concatenate([*ids, np.empty(0, np.uint32)]), np.array([len(part) for part in ids], np.int64)
 
 
+@lru_cache(maxsize=1)
+def _reference(tokenizer_json: str) -> Reference:
+    return Reference(tokenizer_json)
+
+
 def encoder(tokenizer_json: str, eos: str, where: str, *, library: str = "auto", sample: Sequence[str] = ()) -> Encoder:
     """The encoder of a tokenizer.json, with the library asked for; `auto` is gigatoken where that gives the tokens of
     tokenizers on the sample and on texts made to tell them apart, else tokenizers, and a line is printed that says why.
@@ -110,15 +121,15 @@ def encoder(tokenizer_json: str, eos: str, where: str, *, library: str = "auto",
         raise UserError(f"{OPTION}: {library}; must be one of {', '.join(LIBRARIES)}; change it")
     tree = _tree(tokenizer_json, eos, where)
     text = orjson.dumps(tree).decode()
-    reference = Reference(text)
+    reference = _reference(text)
     ids = _vocabulary(reference, where)
     if eos not in ids:
         raise UserError(f"{where}: has no token {eos!r}; documents end with it; name the tokenizer's with --eos")
     made = Encoder(text, eos, ids[eos], max(ids.values()) + 1, "tokenizers")
-    Encode(made, reference)([eos, f"a{eos}b {eos}"], [f"{where} ({eos!r} as text)"] * 2)
+    made.load()([eos, f"a{eos}b {eos}"], [f"{where} ({eos!r} as text)"] * 2)
     if library == "tokenizers":
         return made
-    obstacle = fast.obstacle(tree) or _difference(made, reference, sample)
+    obstacle = fast.obstacle(tree) or _difference(made, sample)
     if obstacle is None:
         return replace(made, library="gigatoken")
     if library == "gigatoken":
@@ -150,12 +161,12 @@ def _no_tokenizer(where: str, error: Exception) -> UserError:
     return UserError(f"{where}: is not a tokenizer.json ({reason}); name one in the format of tokenizers")
 
 
-def _difference(made: Encoder, reference: Reference, sample: Sequence[str]) -> str | None:
+def _difference(made: Encoder, sample: Sequence[str]) -> str | None:
     """Of the tokens that gigatoken and tokenizers make of the sample and the traps; None where there is none."""
     texts = [*traps.texts(), *traps.excerpts(sample)]
-    tokens, lengths = Encode(made, reference)(texts)
+    tokens, lengths = made.load()(texts)
     try:
-        others, counts = Encode(replace(made, library="gigatoken"), reference)(texts)
+        others, counts = replace(made, library="gigatoken").load()(texts)
     except RuntimeError as error:  # what gigatoken raises for a tokenizer.json it cannot read
         return f"it cannot be read ({' '.join(str(error).split())[:200]})"
     starts, other_starts = np.cumsum(lengths) - lengths, np.cumsum(counts) - counts

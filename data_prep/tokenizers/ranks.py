@@ -145,15 +145,15 @@ def merges(tokens: Sequence[bytes], where: str) -> list[tuple[str, str]]:
 
 def _merged_before(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> list[bytes]:
     """What the tokens before `rank` make of these bytes: the first of the lowest rank is merged until none is left."""
-    parts = [token[index : index + 1] for index in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
-        lowest = min(pairs)
-        if lowest >= rank:
-            break
+    borders = list(range(len(token) + 1))
+    pairs = [ranks.get(token[start : start + 2], rank) for start in borders[:-2]]
+    while len(pairs) > 1 and (lowest := min(pairs)) < rank:
         index = pairs.index(lowest)
-        parts[index : index + 2] = [parts[index] + parts[index + 1]]
-    return parts
+        del borders[index + 1], pairs[index]
+        for near in (index - 1, index):  # the pairs that the new part is in
+            if 0 <= near < len(pairs):
+                pairs[near] = ranks.get(token[borders[near] : borders[near + 2]], rank)
+    return [token[start:end] for start, end in pairwise(borders)]
 
 
 def tree(
