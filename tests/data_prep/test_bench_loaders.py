@@ -78,17 +78,17 @@ def test_the_shards_and_the_flat_file_hold_the_same_documents(corpus):
 
 @pytest.mark.filterwarnings("ignore:.*unclosed file:ResourceWarning")  # webdataset's tars
 @pytest.mark.filterwarnings("ignore:.*Exception ignored in:pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("name", [*PLAIN, "webdataset, 64 rows", "webdataset, 1 row"])
+@pytest.mark.parametrize("name", [*PLAIN, "ours, a block a row", "webdataset, 64 rows", "webdataset, 1 row"])
 def test_a_pass_is_every_row_once_in_shuffled_batches_of_eight(name, corpus, tmp_path):
     contestant = CONTESTANTS[name]
     contestant.write(corpus, tmp_path)
     passes = [list(contestant.open(Reading(corpus, tmp_path, seed), None).batches) for seed in (0, 1)]
     for batch in passes[0]:
         assert batch.dtype == torch.int64
-        assert batch.shape == (8, ROW_TOKENS - (name == "ours"))
+        assert batch.shape == (8, ROW_TOKENS - contestant.is_ours)
     first, second = (torch.cat(batches).tolist() for batches in passes)
     assert first != second
-    assert contestant.same_rows == (name != "ours")
+    assert contestant.same_rows == (not contestant.is_ours)
     if contestant.same_rows:
         assert sorted(first) == sorted(second) == sorted(flat_rows(corpus).tolist())
         assert first != flat_rows(corpus).tolist()

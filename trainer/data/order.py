@@ -33,20 +33,23 @@ class Order:
         """The runs of the stream, as (position, tokens), that tokens [position, position + count) of the order are."""
         if not self._shuffled:
             return [(position, count)]
+        # Locals, for this is done for each block of a batch.
+        epoch_tokens, block_tokens, window_blocks = self._epoch_tokens, self._block_tokens, self._window_blocks
         found: list[tuple[int, int]] = []
+        end = -1
         while count > 0:
-            epoch, offset = divmod(position, self._epoch_tokens)
-            block, inside = divmod(offset, self._block_tokens)
-            taken = min(count, self._block_tokens - inside, self._epoch_tokens - offset)
+            epoch, offset = divmod(position, epoch_tokens)
+            block, inside = divmod(offset, block_tokens)
+            taken = min(count, block_tokens - inside, epoch_tokens - offset)
             if block < self._blocks:
-                window, place = divmod(block, self._window_blocks)
-                block = window * self._window_blocks + int(self._window(epoch, window)[place])
-            start = epoch * self._epoch_tokens + block * self._block_tokens + inside
-            if found and sum(found[-1]) == start:
+                window, place = divmod(block, window_blocks)
+                block = window * window_blocks + int(self._window(epoch, window)[place])
+            start = epoch * epoch_tokens + block * block_tokens + inside
+            if start == end:
                 found[-1] = (found[-1][0], found[-1][1] + taken)
             else:
                 found.append((start, taken))
-            position, count = position + taken, count - taken
+            position, count, end = position + taken, count - taken, start + taken
         return found
 
     def window(self, position: int) -> tuple[int, int]:

@@ -113,8 +113,7 @@ class Source:
         pieces: list[Piece] = []
         tokens, targets, breaks, start = [], [], [], 0
         for first, count in self._runs(position, rows * seq_len)[0]:
-            taken = self.stream.pieces(first, count)
-            run = self.stream.tokens_of(self.stream.and_next(taken, first + count))
+            taken, run = self.stream.run(first, count)
             tokens.append(run[:-1])
             targets.append(run[1:])
             breaks.append(start)

@@ -75,7 +75,18 @@ class Stream:
             position, count = position + taken, count - taken
         return found
 
-    def and_next(self, pieces: list[Piece], position: int) -> list[Piece]:
+    def run(self, position: int, count: int) -> tuple[list[Piece], np.ndarray]:
+        """Where tokens [position, position + count) lie; and they and the token that follows them, `tokens_of`."""
+        order, starts, place, offset = self._place(position)
+        shard, inside = order[place], offset - starts[place]
+        sample, before = divmod(inside, self._sample_tokens)
+        if before + count < self._sample_tokens and inside + count < self._shards[shard].tokens:
+            first = (sample + 1) * self._header + inside  # all of it within one sample: nearly always
+            return [(shard, inside, count)], self._open(shard)[first : first + count + 1]
+        pieces = self.pieces(position, count)
+        return pieces, self.tokens_of(self._and_next(pieces, position + count))
+
+    def _and_next(self, pieces: list[Piece], position: int) -> list[Piece]:
         """The pieces, which end before the position, and the token of the stream that follows them."""
         shard, first, count = pieces[-1]
         if first + count < self._shards[shard].tokens:
@@ -159,9 +170,10 @@ class Stream:
     def _open(self, index: int) -> np.ndarray:
         """The whole file as if it were tokens; a header is so many of them."""
         shard = self._shards[index]
-        return np.frombuffer(self._maps.kept(self._folder, shard.file) or self._mapped(shard), self.dtype)
+        kept = self._maps.kept(self._folder, shard.file)
+        return self._mapped(shard) if kept is None else kept
 
-    def _mapped(self, shard: Shard) -> mmap.mmap:
+    def _mapped(self, shard: Shard) -> np.ndarray:
         try:
             # Not under a lock: while one thread waits for a shard, others read or wait for theirs.
             with self._cache.opened(self._folder, shard) as file:
@@ -173,5 +185,6 @@ class Stream:
                     ) from None
         except DamagedShard as error:
             raise Damaged(self._name, shard.file, str(error)) from None
-        self._maps.keep(self._folder, shard.file, tar)
-        return tar
+        found = np.frombuffer(tar, self.dtype)
+        self._maps.keep(self._folder, shard.file, found)
+        return found

@@ -50,6 +50,8 @@ class Contestant:
     note: str = ""
     same_rows: bool = True
     """Reads the rows that the flat tokens are cut into, so that a sum over a pass must agree."""
+    is_ours: bool = False
+    """Reads the corpus as it is."""
     elastic: bool = False
     """Reads as one of any number of ranks, from one state for all."""
     install: str = "pip install 'tandem[bench]'"

@@ -43,7 +43,7 @@ def measure(task: dict[str, Any]) -> None:
         contestant.imports()
         result = TASKS[task["task"]](contestant, reading, task)
     except ImportError as error:
-        if contestant.name == "ours":
+        if contestant.is_ours:
             raise
         result = {"refused": f"not installed ({error}): {contestant.install}"}
     Path(task["result"]).write_text(json.dumps(result))

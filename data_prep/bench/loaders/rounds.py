@@ -55,7 +55,7 @@ def compare(names: list[str], corpus: Corpus, rounds: int, seconds: float) -> li
         try:
             result = _measured(name, corpus, task, settings)
         except Refused as reason:
-            if name == "ours":
+            if CONTESTANTS[name].is_ours:
                 raise
             refused[name] = str(reason)
             return {}
@@ -87,7 +87,7 @@ def _form(name: str, corpus: Corpus, measure: Any) -> None:
     size = folder.with_suffix(".bytes")
     if not size.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        counted = str(corpus.folder / OURS) if name == "ours" else None
+        counted = str(corpus.folder / OURS) if CONTESTANTS[name].is_ours else None
         if result := measure(name, "write", counted=counted):
             size.write_text(str(result["bytes"]))
     else:

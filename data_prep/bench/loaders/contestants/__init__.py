@@ -6,7 +6,7 @@ from data_prep.bench.loaders.contestants import hf_datasets, litdata, megatron, 
 CONTESTANTS: dict[str, Contestant] = {
     one.name: one
     for one in (
-        ours.OURS, memmap.MEMMAP, webdataset.MANY, webdataset.SINGLE, litdata.LITDATA, hf_datasets.MAPPED,
+        ours.OURS, ours.FINE, memmap.MEMMAP, webdataset.MANY, webdataset.SINGLE, litdata.LITDATA, hf_datasets.MAPPED,
         megatron.MEGATRON, streaming.STREAMING,
     )
 }  # fmt: skip

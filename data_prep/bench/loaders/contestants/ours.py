@@ -20,7 +20,7 @@ def _write(corpus: Corpus, folder: Path) -> None:
     """It is there: what the others' forms are made from."""
 
 
-def _open(reading: Reading, state: Any) -> Opened:
+def _open(reading: Reading, state: Any, changes: dict[str, Any]) -> Opened:
     from trainer import config
     from trainer.data.loader import Loader
 
@@ -28,8 +28,7 @@ def _open(reading: Reading, state: Any) -> Opened:
     tokens = reading.corpus.num_tokens // step_tokens * step_tokens
     phase = config.Phase("pass", tokens, SEQ_LEN, reading.rows * reading.ranks, reading.rows, {"corpus": 1.0})
     lr = config.Linear("linear", 1e-4, 1e-5, 0, None)
-    # A block a row: as fine a shuffle as that of the others.
-    data = config.Data({"corpus": str(reading.corpus.folder / FOLDER)}, block_tokens=SEQ_LEN)
+    data = config.Data({"corpus": str(reading.corpus.folder / FOLDER)}, **changes)
     if not reading.worker:
         data = replace(data, workers=0, prefetch_steps=0)
     loader = Loader(
@@ -45,7 +44,13 @@ def _open(reading: Reading, state: Any) -> Opened:
     return Opened((batch.tokens for batch in batches), lambda count: (state or 0) + count * step_tokens)
 
 
-OURS = Contestant(
-    "ours", _imports, _write, _open, same_rows=False, elastic=True,
-    note="tokens, targets, documents and evidence of 8 x 2,048; the worker is a thread",
-)  # fmt: skip
+def _contestant(name: str, note: str, **changes: Any) -> Contestant:
+    """Our loader with these fields of the config's `data` section, the others at their defaults."""
+    return Contestant(
+        name, _imports, _write, lambda reading, state: _open(reading, state, changes),
+        note=note, same_rows=False, is_ours=True, elastic=True,
+    )  # fmt: skip
+
+
+OURS = _contestant("ours", "tokens, targets, documents and evidence of 8 x 2,048; the worker is a thread")
+FINE = _contestant("ours, a block a row", "as fine a shuffle as that of the others", block_tokens=SEQ_LEN)
