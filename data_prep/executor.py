@@ -79,7 +79,8 @@ def run(
 
 @contextmanager
 def _interrupted() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C within the block; what a second does is what it did before.
+    """Set by the first Ctrl-C within the block, which then ends with KeyboardInterrupt; what a second does is what it did
+    before.
 
     An exception out of the blue would leave locks of concurrent.futures taken, which its thread then waits for for ever.
     """
@@ -98,6 +99,8 @@ def _interrupted() -> Iterator[threading.Event]:
         yield noted
     finally:
         signal.signal(signal.SIGINT, before)
+    if noted.is_set():  # while the last items ended
+        raise KeyboardInterrupt
 
 
 @contextmanager

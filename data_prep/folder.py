@@ -43,10 +43,14 @@ def is_finished(output: Path, identity: Mapping[str, Any], inputs: list[Input]) 
     """
     if not (output / manifest.FILE).exists():
         return False
-    corpus = manifest.load(output)
+    try:
+        corpus = manifest.load(output)
+        manifest.check_files(output, corpus)
+        before = origin.load(output / INPUTS)
+    except UserError as error:
+        raise UserError(f"{error}; for that, remove {output} first") from None
     _refuse_other(output, corpus.settings, identity)
-    _refuse_other_inputs(output, inputs)
-    manifest.check_files(output, corpus)
+    _refuse_other_inputs(output, before, inputs)
     _clear(output, keep=manifest_files(corpus))
     return True
 
@@ -136,9 +140,9 @@ def _contents(units: list[Unit], records: Sequence[Mapping[str, Any]]) -> list[l
     return found
 
 
-def _refuse_other_inputs(output: Path, inputs: list[Input]) -> None:
+def _refuse_other_inputs(output: Path, entries: list[origin.Entry], inputs: list[Input]) -> None:
     """A file whose time or tag has changed is read again, to see whether its content has."""
-    before = {name: (size, version, hashes) for name, size, version, hashes in origin.load(output / INPUTS)}
+    before = {name: (size, version, hashes) for name, size, version, hashes in entries}
     sizes = {file.name: file.bytes for file in inputs}
     changed = [name for name in before.keys() | sizes.keys() if before.get(name, (None,))[0] != sizes.get(name)]
     if not changed:  # else files may have been cut into other parts than they are now
@@ -193,12 +197,21 @@ def _check_ours(output: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _refuse_other(output: Path, before: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    for name, value in identity.items():
-        if before.get(name) != value:
+    given = _flat(identity)
+    for name, old in _flat({name: before.get(name) for name in identity}).items():
+        if old != (value := given.get(name)):
             raise UserError(
-                f"--output: {output} was prepared with {name} {before.get(name)}, not {value}; "
+                f"--output: {output} was prepared with {name} {old}, not {value}; "
                 "name another folder, or remove this one first"
             )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of settings by their own names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value) if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _clear(output: Path, keep: set[str]) -> None:

@@ -102,6 +102,10 @@ def listed(paths: list[str], glob: str | None, output: Path, option: str = "--in
         files = _elsewhere(given, glob, option) if remote.is_remote(given) else _here(given, glob, output, option)
         for identity, file in files:
             found.setdefault(identity, Input(f"{number}/{file.name}", file.address, file.bytes, file.version))
+    made = output.resolve()
+    here = [Path(given).resolve() for given in paths if not remote.is_remote(given)]
+    if not found and any(made in (path, *path.parents) for path in here):
+        raise UserError(f"{option}: {', '.join(paths)} lies in --output {output}; its files are not read; name another")
     if not found:
         remedy = f"--glob {glob}; give another" if glob else "a known suffix; give --glob or another path"
         raise UserError(f"{option}: {', '.join(paths)} has no file with {remedy}")

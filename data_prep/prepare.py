@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from data_prep import clean, cluster, executor, folder, read, stages
+from data_prep import clean, cluster, encode, executor, folder, read, stages
 from data_prep.clean import Rules
 from data_prep.cluster import jobs
 from data_prep.cluster.jobs import OURS
@@ -28,7 +28,7 @@ from data_prep.inputs import Input, Part, listed
 from data_prep.settings import Settings
 from data_prep.tokenizers import build, encoding
 from trainer.config import UserError
-from trainer.data import manifest
+from trainer.data import manifest, remote
 from trainer.data.manifest import Manifest
 
 ORDINARY_VOCAB = 16_384
@@ -87,6 +87,14 @@ def run(args: argparse.Namespace) -> None:
     given = build.read(args.tokenizer, args.tokenizer_kind) if args.tokenizer else None
     if given is not None:
         encoding.encoder(given, args.eos, args.tokenizer, library="tokenizers")
+    try:
+        _run(args, output, given, console)
+    except KeyboardInterrupt:
+        kept = f"finished work is kept in {output}; " if (output / folder.WORK).is_dir() else ""
+        raise KeyboardInterrupt(f"{kept}the same command goes on") from None
+
+
+def _run(args: argparse.Namespace, output: Path, given: str | None, console: Console) -> None:
     inputs = listed(args.input, args.glob, output)
     settings = _settings(args, given)
     if folder.is_finished(output, settings.identity(), inputs):
@@ -186,6 +194,8 @@ def _vocab(args: argparse.Namespace) -> int:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
+    if remote.is_remote(args.output):
+        raise UserError(f"--output: {args.output}; must be a local folder; prepare in one, then copy it there")
     if not 0 <= args.held_out < 1:
         raise UserError(f"--held-out: {args.held_out}; must be at least 0 and below 1; 0.005 keeps one document in 200")
     for name in ("workers", "tasks", "shard_tokens"):
@@ -239,7 +249,9 @@ def _print_counts(output: Path, corpus: Manifest) -> None:
         if corpus.counts.get(name):
             print(f"  {name.replace('_', ' ')} left out: {corpus.counts[name]:,}")
     for group, counts in corpus.groups.items():
-        print(f"  {group}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+        print(f"  {group or '(none)'}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+    if [*corpus.groups] == [encode.NO_GROUP]:
+        print(f"  no document has the field {corpus.settings['group_field']}, which --group-field names")
     print(f"  unigram entropy of the training tokens: {corpus.unigram_entropy_nats:.4f} nats")
-    if not corpus.validation.tokens:
+    if corpus.settings["held_out"] and not corpus.validation.tokens:
         print("  no document was held out; a larger --held-out gives validation tokens")

@@ -57,14 +57,14 @@ def run(args: argparse.Namespace) -> None:
     _check_manifest(args.corpus, corpus)
     _check_tokenizer(args.corpus, corpus)
     _check_inputs(args.corpus, corpus)
-    if not remote.is_remote(args.corpus):
-        _check_no_stranger(Path(args.corpus), corpus)
     entropy_nats = _entropy_nats(_occurrences(args.corpus, corpus, args.workers))
     if abs(entropy_nats - corpus.unigram_entropy_nats) > 2 * 10**-ENTROPY_DECIMALS:
         raise UserError(
             f"{remote.below(args.corpus, manifest.FILE)}: unigram_entropy_nats {corpus.unigram_entropy_nats}; "
             f"the training tokens have {entropy_nats:.{ENTROPY_DECIMALS}f}; prepare the corpus again"
         )
+    if not remote.is_remote(args.corpus):
+        _check_no_stranger(Path(args.corpus), corpus)
     shards, seconds = _shards(corpus), time.monotonic() - began
     read_bytes = sum(shard.bytes for shard in shards)
     print(

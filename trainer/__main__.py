@@ -14,6 +14,8 @@ from trainer.config import UserError, check_world, load
 from trainer.runtime import quiet_libraries
 
 USER_ERROR_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130
+"""What a shell reports of a command that Ctrl-C has ended."""
 CLOSED_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 
 VERBS = {
@@ -41,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0 done, 2 the user's mistake, 85 saved on a signal,
+    """Runs one verb; returns the exit code: 0 done, 2 the user's mistake, 85 saved on a signal, 130 interrupted,
     141 nobody reads the output any longer.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -57,6 +59,9 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(8)
         print(f"tandem: {error}", file=sys.stderr, flush=True)
         return USER_ERROR_EXIT_CODE
+    except KeyboardInterrupt as interrupt:
+        print(f"tandem: interrupted{f'; {interrupt}' if str(interrupt) else ''}", file=sys.stderr, flush=True)
+        return INTERRUPTED_EXIT_CODE
     except BrokenPipeError:
         # Whoever read our output, `head` say, has enough; what Python still holds back must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -172,7 +172,7 @@ def stop_with_launcher() -> None:
 
 
 class StopSignal:
-    """Remembers SIGTERM or SIGUSR1; another one after a few seconds ends the process at once.
+    """Remembers SIGTERM, SIGUSR1 or Ctrl-C; another one after a few seconds ends the process at once.
 
     Not at once after the first: a signal to a whole process group arrives twice, directly and passed on by torchrun.
     """
@@ -180,7 +180,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.name: str | None = None
         self._came = 0.0
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

@@ -80,6 +80,8 @@ class Fast:
         self._renew()
 
     def _renew(self) -> None:
+        # gigatoken imports it in its first call, and gives lists from then on where that fails: an interrupt is enough.
+        import awkward  # noqa: F401
         from gigatoken import Tokenizer
 
         self._tokenizer: Tokenizer | None = None  # Frees the old one before the new one is made.

@@ -152,3 +152,36 @@ def refusing() -> executor.Do:
 def test_why_a_worker_cannot_begin_is_said(workers):
     with pytest.raises(UserError, match="tokenizer: is not there"):
         executor.run(refusing, range(4), workers, lambda count: None)
+
+
+def interrupting() -> executor.Do:
+    def do(item: int, advance: executor.Advance) -> None:
+        if item == 1:
+            os.kill(os.getppid(), signal.SIGINT)
+
+    return do
+
+
+def test_an_interrupt_while_the_last_items_end_is_not_lost():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        executor.run(interrupting, range(2), 2, lambda count: None)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupted_preparation_is_one_line_and_goes_on(prepared, folder, content, tmp_path):
+    small = ["--sample-tokens", 512, "--shard-tokens", 512, "--held-out", 0.1, "--vocab", 300]
+    arguments = ["--input", folder, *small]
+    output = tmp_path / "interrupted"
+    with running("-m", "trainer", "prepare", "--output", output, *arguments, "--workers", 2) as process:
+        eventually(lambda: children(process.pid, "spawn_main"))
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert [line for line in said.splitlines() if line.startswith("tandem: ")] == [
+        f"tandem: interrupted; finished work is kept in {output}; the same command goes on"
+    ]
+    assert "Traceback" not in said
+    expected = content(prepared("whole", *arguments))
+    assert prepared("interrupted", *arguments) == output
+    assert content(output) == expected

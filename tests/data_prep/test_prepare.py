@@ -18,7 +18,7 @@ import pytest
 import webdataset
 from tokenizers import Tokenizer
 
-from data_prep import plan, shuffle, spill, stages, verify
+from data_prep import plan, prepare, shuffle, spill, stages, verify
 from data_prep.tokenizers import build
 from tests.data_prep.conftest import run, zst
 from trainer.config import UserError
@@ -446,3 +446,33 @@ def test_which_input_has_changed_is_said_where_it_changes_how_the_others_are_cut
     (folder / "shrinking.jsonl").write_text(line)
     with pytest.raises(UserError, match=r"from other inputs: 0/shrinking.jsonl is not what it was \(1 such\)"):
         prepared("out", *arguments)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/x", "s3://bucket/x"])
+def test_an_output_elsewhere_is_refused(address, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"--output: {address}; must be a local folder"):
+        run(prepare, "--output", address, "--input", folder)
+    assert not any(":" in path.name for path in tmp_path.iterdir())
+
+
+def test_inputs_that_lie_in_the_output_are_said_to(folder, tmp_path):
+    with pytest.raises(UserError, match=r"--input: .*texts lies in --output .*; its files are not read"):
+        run(prepare, "--output", tmp_path, "--input", folder)
+
+
+def test_what_is_refused_is_named_by_its_own_name_and_with_a_way_out(prepared, folder):
+    output = prepared("out", "--input", folder, "--min-characters", 2)
+    with pytest.raises(UserError, match=r"was prepared with shortest 2, not 3; name another folder, or remove"):
+        prepared("out", "--input", folder, "--min-characters", 3)
+    next(output.glob("train-*.tar")).unlink()
+    with pytest.raises(UserError, match=r"prepare the corpus again; for that, remove .*out first"):
+        prepared("out", "--input", folder, "--min-characters", 2)
+
+
+def test_a_group_field_that_no_document_has_is_said(prepared, folder, capsys):
+    prepared("out", "--input", folder, "--group-field", "nope", "--held-out", 0)
+    said = capsys.readouterr().out
+    assert "  (none): 303 documents" in said
+    assert "no document has the field nope, which --group-field names" in said
+    assert "was held out" not in said

@@ -86,7 +86,7 @@ def straight(config) -> Path:
     return config.parent / "runs" / "tiny"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_saves_the_step_leaves_with_85_and_the_same_command_goes_on(number, config, straight):
     folder = config.parent / "runs" / number.name
     command = [sys.executable, "-m", "trainer", "train", str(config), f"run.name={number.name}"]

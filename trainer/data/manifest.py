@@ -116,9 +116,8 @@ def load(folder: str | Path, settings: Cache = remote.PATIENCE) -> Manifest:
     try:
         return parsed(remote.content(path, settings), path)
     except (FileNotFoundError, NotADirectoryError, remote.Missing):
-        raise UserError(
-            f"{path}: no such file; a prepared corpus has one; run tandem prepare --output {folder}"
-        ) from None
+        remedy = "correct the address" if remote.is_remote(folder) else f"run tandem prepare --output {folder}"
+        raise UserError(f"{path}: no such file; a prepared corpus has one; {remedy}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({str(error)[:200]}); restore it, or the way to it") from None
 
