@@ -58,7 +58,8 @@ def run(
     done, stopped = context.Value("q", 0), context.RawValue("b", 0)
     try:
         with _interrupted() as interrupted, _pool(context, min(workers, len(items)), start, done, stopped) as pool:
-            waiting = {pool.submit(_do, item) for item in items}
+            with _deaf():  # a new process, which inherits that, would end in a traceback
+                waiting = {pool.submit(_do, item) for item in items}
             shown = 0
             while waiting:
                 finished, waiting = wait(waiting, POLL_SECONDS, FIRST_EXCEPTION)
@@ -104,6 +105,16 @@ def _interrupted() -> Iterator[threading.Event]:
 
 
 @contextmanager
+def _deaf() -> Iterator[None]:
+    """Ctrl-C comes after the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def _pool(
     context: Any, workers: int, start: Callable[[], Do], done: Any, stopped: Any
 ) -> Iterator[ProcessPoolExecutor]:
@@ -133,6 +144,7 @@ _worker: tuple[Do | Exception, Any, Any]
 def _start(told: str, done: Any, stopped: Any) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         do = pickle.loads(Path(told).read_bytes())()

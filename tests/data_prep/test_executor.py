@@ -169,12 +169,14 @@ def test_an_interrupt_while_the_last_items_end_is_not_lost():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_an_interrupted_preparation_is_one_line_and_goes_on(prepared, folder, content, tmp_path):
+@pytest.mark.parametrize("delay_seconds", [0.0, 0.02, 0.1])
+def test_an_interrupted_preparation_is_one_line_and_goes_on(prepared, folder, content, tmp_path, delay_seconds):
     small = ["--sample-tokens", 512, "--shard-tokens", 512, "--held-out", 0.1, "--vocab", 300]
     arguments = ["--input", folder, *small]
     output = tmp_path / "interrupted"
     with running("-m", "trainer", "prepare", "--output", output, *arguments, "--workers", 2) as process:
         eventually(lambda: children(process.pid, "spawn_main"))
+        time.sleep(delay_seconds)
         os.killpg(process.pid, signal.SIGINT)
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 130
