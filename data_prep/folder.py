@@ -23,13 +23,14 @@ from data_prep.plan import Unit
 from trainer.config import UserError
 from trainer.data import manifest
 from trainer.data.manifest import Manifest
-from trainer.disk import TEMPORARY, write_whole
+from trainer.disk import TEMPORARY, TORN, write_whole
 
 NOTE = "preparing.json"
 WORK = "work"
 INPUTS = "inputs.json"
 """What `origin` says of every file that was read."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What a file system that takes nothing more says, which names no file."""
 
 
 class Useless(UserError):
@@ -93,7 +94,7 @@ def _filled(output: Path, identity: Mapping[str, Any], absent: list[Path]) -> It
         if (output / manifest.FILE).exists():  # finished by another process since we looked
             yield
             return
-        for path in [*output.glob(f"*{TEMPORARY}"), *(output / WORK).rglob(f"*{TEMPORARY}")]:
+        for path in [*output.glob(TORN), *(output / WORK).rglob(TORN)]:
             path.unlink(missing_ok=True)  # of killed workers
         write_whole(output / NOTE, json.dumps(identity, indent=1))
         yield
@@ -217,7 +218,7 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _clear(output: Path, keep: set[str]) -> None:
     """Removes what a preparation leaves besides these, nothing else; the note last, for a kill here."""
     shutil.rmtree(output / WORK, ignore_errors=True)
-    patterns = ("train-*.tar", "validation-*.tar", manifest.TOKENIZER_FILE, INPUTS, f"*{TEMPORARY}", NOTE)
+    patterns = ("train-*.tar", "validation-*.tar", manifest.TOKENIZER_FILE, INPUTS, TORN, NOTE)
     for path in [path for pattern in patterns for path in output.glob(pattern)]:
         if path.name not in keep:
             path.unlink()

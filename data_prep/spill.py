@@ -25,6 +25,7 @@ ENTRY = np.dtype(
 Aligned, or else a search in one field first copies that field of every document.
 """
 MOST_GROUPS = 1 << 16
+"""In a unit: what the field `group` can tell apart."""
 SPLITS = ("train", "validation")
 
 

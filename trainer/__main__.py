@@ -14,7 +14,7 @@ from trainer.config import UserError, check_world, load
 from trainer.runtime import quiet_libraries
 
 USER_ERROR_EXIT_CODE = 2
-INTERRUPTED_EXIT_CODE = 130
+INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 """What a shell reports of a command that Ctrl-C has ended."""
 CLOSED_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 

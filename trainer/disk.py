@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = ".tmp"
-"""Ends the name of a file that is being written; one that a kill has left may be removed."""
+"""Ends the name of a file that is being written."""
+TORN = f"*.{'[0-9a-f]' * 8}{TEMPORARY}"
+"""Pattern of such names: what a kill has left may be removed, another program's files may not."""
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from trainer.config import UserError
-from trainer.disk import TEMPORARY, write_whole
+from trainer.disk import TORN, write_whole
 
 REQUEUE_EXIT_CODE = 85
 """The run saved on a signal and wants to be started again with the same command."""
@@ -106,7 +106,7 @@ def environment() -> dict[str, Any]:
 def open_run_folder(folder: Path, config_yaml: str) -> None:
     """The folder holds this start's config and environment; those of earlier starts stay beside them when they differ."""
     folder.mkdir(parents=True, exist_ok=True)
-    for torn in [*folder.glob(f"*{TEMPORARY}"), *folder.glob(f"*/*{TEMPORARY}")]:
+    for torn in [*folder.glob(TORN), *folder.glob(f"*/{TORN}")]:
         torn.unlink(missing_ok=True)
     config_file = folder / "config.yaml"
     if config_file.exists() and config_file.read_text() != config_yaml:

@@ -1,13 +1,10 @@
+"""A corpus is what its text and settings say, whatever the formats, units, spills and workers."""
+
 import gc
 import gzip
 import json
 import os
 import resource
-import shutil
-import subprocess
-import sys
-import time
-import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,14 +15,12 @@ import pytest
 import webdataset
 from tokenizers import Tokenizer
 
-from data_prep import plan, prepare, shuffle, spill, stages, verify
+from data_prep import shuffle, spill, verify
 from data_prep.tokenizers import build
 from tests.data_prep.conftest import run, zst
 from trainer.config import UserError
 from trainer.data import manifest
 from trainer.data.stream import Stream
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def documents(output, split="train"):
@@ -265,117 +260,6 @@ def test_a_vocabulary_beyond_65536_is_stored_in_32_bits(prepared, tmp_path, text
     assert decoded(output) == ["a token b"]
 
 
-def test_a_second_run_changes_nothing_and_another_setting_is_refused(prepared, folder, content, capsys):
-    output = prepared("out", "--input", folder)
-    before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
-    prepared("out", "--input", folder, "--workers", 2)
-    assert "already prepared" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
-    with pytest.raises(UserError, match=r"--output: .*out was prepared with seed 0, not 1"):
-        prepared("out", "--input", folder, "--seed", 1)
-    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
-
-
-def test_inputs_that_have_changed_are_refused_and_touched_ones_are_not(prepared, folder, capsys):
-    output = prepared("out", "--input", folder)
-    before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
-    file = folder / "0" / "0.py"
-    text = file.read_bytes()
-    os.utime(file, (1, 1))
-    prepared("out", "--input", folder)
-    assert "already prepared" in capsys.readouterr().out
-    refusal = r"--output: .*out was prepared from other inputs: 0/0/0.py is not what it was \(1 such\)"
-    for changed in (b"x" * len(text), text + b"x"):
-        file.write_bytes(changed)
-        with pytest.raises(UserError, match=refusal):
-            prepared("out", "--input", folder)
-    file.unlink()
-    with pytest.raises(UserError, match=refusal):
-        prepared("out", "--input", folder)
-    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
-
-
-def test_a_finished_folder_that_lost_a_shard_is_no_success(prepared, folder):
-    output = prepared("out", "--input", folder)
-    (output / "train-000001.tar").unlink()
-    with pytest.raises(UserError, match=r"train-000001.tar: shard is missing"):
-        prepared("out", "--input", folder)
-
-
-COMMAND = "import sys, argparse; from data_prep import prepare as p; a = argparse.ArgumentParser(); \
-p.add_arguments(a); p.run(a.parse_args())"
-
-
-def kill_at(output, moment, arguments):
-    """A preparation of `output` killed when `moment` was there and the manifest was not."""
-    for _ in range(20):
-        command = [sys.executable, "-c", COMMAND, *map(str, arguments), "--output", str(output)]
-        running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not any(output.glob(moment)) and running.poll() is None:
-            time.sleep(0.0005)
-        running.kill()
-        running.wait()
-        if not (output / manifest.FILE).exists():
-            return
-        shutil.rmtree(output)  # it was quicker than we are; try again
-    raise AssertionError("never killed in time")
-
-
-@pytest.mark.parametrize("moment", ["preparing.json", "work", "train-000004.tar.*.tmp", "validation-000000.tar"])
-def test_killed_and_run_again_gives_the_same_bytes(prepared, folder, content, tmp_path, moment):
-    settings = ["--input", folder, "--sample-tokens", 512, "--shard-tokens", 512]
-    expected = content(prepared("whole", *settings))
-    output = tmp_path / "killed"
-    kill_at(output, moment, [*settings, "--workers", 2, "--vocab", 300, "--held-out", 0.1])
-    (output / "train-000999.tar").write_bytes(b"of an older version")
-    assert content(prepared("killed", *settings)) == expected
-
-
-def test_a_kill_between_manifest_and_the_note_is_repaired(prepared, folder, content):
-    output = prepared("out", "--input", folder)
-    before = content(output)
-    (output / "preparing.json").write_text("{}")
-    prepared("out", "--input", folder)
-    assert content(output) == before
-
-
-def test_an_unfinished_folder_of_other_settings_is_refused(prepared, folder, tmp_path):
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "preparing.json").write_text(json.dumps({"text_field": "body"}))
-    with pytest.raises(UserError, match=r"was prepared with text_field body, not text"):
-        prepared("out", "--input", folder)
-    assert [path.name for path in output.iterdir()] == ["preparing.json"]
-
-
-def test_after_a_mistake_finished_units_are_kept_and_the_corrected_inputs_go_on_from_them(
-    prepared, folder, content, monkeypatch
-):
-    monkeypatch.setattr("data_prep.plan.SMALLEST_UNIT_BYTES", 3_000)
-    expected = content(prepared("whole", "--input", folder))
-    last = max(path for path in folder.rglob("*") if path.is_file())
-    text = last.read_bytes()
-    given = ["--input", folder, "--tokenizer", folder.parent / "whole" / "tokenizer.json"]
-    expected = content(prepared("given", *given))
-    last.write_bytes(b"\xff" + text[1:])
-    with pytest.raises(UserError, match=r"is not UTF-8.*finished work is kept in .*out, the same command goes on"):
-        prepared("out", *given)
-    output = folder.parent / "out"
-    finished = {path: path.stat().st_mtime_ns for path in (output / "work").glob("*.json")}
-    assert len(finished) > 3
-    last.write_bytes(text)
-    kept = {}
-    finish = stages.finish
-
-    def watched(preparation):
-        kept.update({path: path.stat().st_mtime_ns for path in finished})
-        return finish(preparation)
-
-    monkeypatch.setattr("data_prep.stages.finish", watched)
-    assert content(prepared("out", *given)) == expected | {"inputs.json": (output / "inputs.json").read_bytes()}
-    assert kept == finished
-
-
 def test_cleaning_is_counted_and_groups_add_up(prepared, tmp_path):
     unlike = [" ".join(f"{number}-{word}" for word in range(60)) for number in range(40)]
     long, decomposed = unlike[0], "e\u0301" * 200
@@ -400,20 +284,6 @@ def test_cleaning_is_counted_and_groups_add_up(prepared, tmp_path):
     assert manifest.load(one).counts["documents"] == 22
 
 
-def test_a_shard_is_gathered_without_a_look_at_every_document_of_a_spill(tmp_path):
-    documents = 200_000
-    entries = np.zeros(documents, spill.ENTRY)
-    entries["rank"] = np.arange(documents) << 8
-    one = spill.Spill(tmp_path, "unit", 0)
-    one.write([np.zeros(documents, np.uint16)], np.ones(documents, np.int64), entries)
-    tracemalloc.start()
-    found, start = one.documents("train", 1000 << 8, 1003 << 8)
-    _, peak_bytes = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert (found["rank"].tolist(), start) == ([number << 8 for number in range(1000, 1004)], 1000)
-    assert peak_bytes < documents, "less than a byte for each"
-
-
 def test_the_name_of_a_file_need_not_be_utf_8(prepared, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -430,44 +300,6 @@ def test_a_field_of_too_many_values_makes_no_groups(prepared, records, monkeypat
         UserError, match=r"--group-field: meta.set has more than 1 values by 0/records.jsonl:\d+; must be"
     ):
         prepared("out", "--input", records, "--group-field", "meta.set")
-
-
-def test_which_input_has_changed_is_said_where_it_changes_how_the_others_are_cut(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "SMALLEST_UNIT_BYTES", 1000)
-    monkeypatch.setattr(plan, "UNITS", 4)
-    folder = tmp_path / "records"
-    folder.mkdir()
-    line = json.dumps({"text": "the row of a shard"}) + "\n"
-    (folder / "kept.jsonl").write_text(line * 100)
-    (folder / "shrinking.jsonl").write_text(line * 1000)
-    arguments = ["--input", folder, "--held-out", 0]
-    prepared("out", *arguments)
-    os.utime(folder / "kept.jsonl")
-    (folder / "shrinking.jsonl").write_text(line)
-    with pytest.raises(UserError, match=r"from other inputs: 0/shrinking.jsonl is not what it was \(1 such\)"):
-        prepared("out", *arguments)
-
-
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9/x", "s3://bucket/x"])
-def test_an_output_elsewhere_is_refused(address, folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"--output: {address}; must be a local folder"):
-        run(prepare, "--output", address, "--input", folder)
-    assert not any(":" in path.name for path in tmp_path.iterdir())
-
-
-def test_inputs_that_lie_in_the_output_are_said_to(folder, tmp_path):
-    with pytest.raises(UserError, match=r"--input: .*texts lies in --output .*; its files are not read"):
-        run(prepare, "--output", tmp_path, "--input", folder)
-
-
-def test_what_is_refused_is_named_by_its_own_name_and_with_a_way_out(prepared, folder):
-    output = prepared("out", "--input", folder, "--min-characters", 2)
-    with pytest.raises(UserError, match=r"was prepared with shortest 2, not 3; name another folder, or remove"):
-        prepared("out", "--input", folder, "--min-characters", 3)
-    next(output.glob("train-*.tar")).unlink()
-    with pytest.raises(UserError, match=r"prepare the corpus again; for that, remove .*out first"):
-        prepared("out", "--input", folder, "--min-characters", 2)
 
 
 def test_a_group_field_that_no_document_has_is_said(prepared, folder, capsys):

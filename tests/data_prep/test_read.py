@@ -274,3 +274,8 @@ def test_values_that_python_cannot_hold_are_a_line(tmp_path):
 def test_what_an_address_needs_is_not_called_damage_of_what_lies_there():
     with pytest.raises(UserError, match=r"^ftp://host/inputs.json: cannot read ftp://"):
         origin.load("ftp://host/inputs.json")
+
+
+def test_inputs_that_lie_in_the_output_are_said_to(folder, tmp_path):
+    with pytest.raises(UserError, match=r"--input: .*texts lies in --output .*; its files are not read"):
+        inputs.listed([str(folder)], None, tmp_path)

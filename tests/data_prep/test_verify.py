@@ -94,6 +94,9 @@ def test_files_that_are_missing_truncated_or_strange_are_named(made):
         shutil.copy(folder / "train-000000.tar", folder / stranger)
         refused(folder, f"{stranger}: is not in manifest.json; remove it")
         (folder / stranger).unlink()
+    (folder / "notes.txt").touch()
+    (folder / "train-000000.tar").unlink()
+    refused(folder, "train-000000.tar: cannot be read")  # first of all what is lost
 
 
 def test_one_reading_names_every_damaged_shard(made):

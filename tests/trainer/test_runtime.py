@@ -1,8 +1,9 @@
-"""What a process knows of its launch."""
+"""What a process knows of its launch, and what it finds in its run folder."""
 
 import pytest
 
 from trainer import runtime
+from trainer.disk import whole_file, write_whole
 
 LAUNCHED = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "WORLD_SIZE")
 
@@ -23,3 +24,25 @@ def test_the_ranks_of_a_machine_are_known_whatever_launched_them(monkeypatch, gi
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert runtime.node_ranks() == expected
+
+
+def test_what_a_kill_left_half_written_goes_and_nothing_else(tmp_path):
+    write_whole(tmp_path / "report.html", "whole")
+    (tmp_path / "manifests").mkdir()
+    torn = [tmp_path / "config.yaml.0123abcd.tmp", tmp_path / "manifests" / "a.json.89efffff.tmp"]
+    kept = [tmp_path / "notes.tmp", tmp_path / "manifests" / "a.json"]
+    for path in (*torn, *kept):
+        path.write_text("words")
+    runtime.open_run_folder(tmp_path, "run: {}\n")
+    assert not any(path.exists() for path in torn)
+    assert [path.read_text() for path in kept] == ["words"] * 2
+    assert (tmp_path / "config.yaml").read_text() == "run: {}\n"
+
+
+def test_a_file_that_cannot_be_finished_is_what_it_was(tmp_path):
+    path = tmp_path / "file"
+    write_whole(path, "before")
+    with pytest.raises(TypeError), whole_file(path) as file:
+        file.write("after")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]

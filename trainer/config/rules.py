@@ -41,8 +41,8 @@ def check(config: RunConfig) -> None:
     _positive(config.data, "data", "window_tokens")
     _positive(config.data.cache, "data.cache", "gib", "attempts", "timeout_seconds")
     cache = config.data.cache
-    pauses = sum(min(2**number / 64, 1) for number in range(int(cache.attempts) - 1))  # see `data.remote.Patience`
-    patience_seconds = (cache.attempts + pauses) * cache.timeout_seconds
+    pauses_seconds = sum(map(cache.pause_seconds, range(1, cache.attempts)))
+    patience_seconds = cache.attempts * cache.timeout_seconds + pauses_seconds
     if patience_seconds > RANKS_WAIT_SECONDS:
         raise UserError(
             f"data.cache.attempts: {cache.attempts} tries of timeout_seconds {cache.timeout_seconds:g} may take "

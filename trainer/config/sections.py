@@ -234,6 +234,13 @@ class Cache:
     timeout_seconds: float = 30.0
     """Longest wait for the next bytes of a shard before a try counts as failed."""
 
+    def pause_seconds(self, failures: int) -> float:
+        """Between the try that was the `failures`-th to fail, from 1, and the next: each twice the one before, up to a timeout.
+
+        There is no chance in them, so that a run's log can be read against the settings.
+        """
+        return min(2.0 ** (failures - 1) / 64, 1) * self.timeout_seconds
+
 
 @dataclass(frozen=True)
 class Data:

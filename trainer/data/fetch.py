@@ -27,7 +27,7 @@ def fetched(folder: str | Path, shard: Shard, part: BinaryIO, settings: config.C
     even the manifest any more: then it is the place that is gone.
     """
     address, began = remote.below(folder, shard.file), time.monotonic()
-    patience = remote.Patience(address, settings.attempts, settings.timeout_seconds, (remote.Missing, _Settled))
+    patience = remote.Patience(address, settings, (remote.Missing, _Settled))
     fetch = _Fetch(address, shard, part)
     while True:
         try:

@@ -28,8 +28,6 @@ REQUIREMENTS = {"http": "fsspec[http]", "https": "fsspec[http]", "s3": "tandem[s
 PATIENCE = Cache()
 """How patiently files are read that are not shards: the tries and the timeout of a config that names none."""
 BLOCK_BYTES = 8 << 20
-PAUSE_FRACTION = 1 / 64
-"""The first pause, of the timeout; each is twice the one before, and none longer than the timeout."""
 VERSIONS = ("ETag", "etag", "generation", "Last-Modified", "LastModified", "updated")
 
 log = logging.getLogger(__name__)
@@ -63,23 +61,20 @@ class File:
 
 
 class Patience:
-    """Counts the failures of one fetch: each is logged and waited for, until there were too many.
+    """Counts the failures of one fetch: each is logged and waited for, until there were too many or one is `final`."""
 
-    Pauses double, without chance in them, so that a run's log can be read against the settings.
-    """
-
-    def __init__(self, what: str, attempts: int, timeout_seconds: float, final: tuple[type[Unreachable], ...]):
+    def __init__(self, what: str, settings: Cache, final: tuple[type[Unreachable], ...]):
         self.failures = 0
-        self._what, self._attempts, self._timeout_seconds, self._final = what, attempts, timeout_seconds, final
+        self._what, self._settings, self._final = what, settings, final
 
     def failed(self, error: Unreachable) -> None:
         """Returns after the pause; raises the error where there is nothing left to wait for."""
         self.failures += 1
-        if self.failures >= self._attempts or isinstance(error, self._final):
+        attempts, pause_seconds = self._settings.attempts, self._settings.pause_seconds(self.failures)
+        if self.failures >= attempts or isinstance(error, self._final):
             raise error
-        pause = min(PAUSE_FRACTION * 2 ** (self.failures - 1), 1) * self._timeout_seconds
-        log.warning("%s: try %d of %d: %s; again in %.3g s", self._what, self.failures, self._attempts, error, pause)
-        time.sleep(pause)
+        log.warning("%s: try %d of %d: %s; again in %.3g s", self._what, self.failures, attempts, error, pause_seconds)
+        time.sleep(pause_seconds)
 
 
 def is_remote(address: str | Path) -> bool:
@@ -177,7 +172,7 @@ class _Elsewhere(io.RawIOBase):
 
     def _next(self) -> bytes:
         settings = self._settings
-        patience = Patience(self._file.address, settings.attempts, settings.timeout_seconds, (Missing,))
+        patience = Patience(self._file.address, settings, (Missing,))
         while True:
             try:
                 if block := next(self._blocks, b""):
@@ -198,7 +193,7 @@ class _Elsewhere(io.RawIOBase):
 
 
 def _tried(what: str, settings: Cache, call: Callable[[], Result]) -> Result:
-    patience = Patience(what, settings.attempts, settings.timeout_seconds, (Missing, Refused))
+    patience = Patience(what, settings, (Missing, Refused))
     while True:
         try:
             return call()

@@ -9,6 +9,7 @@ import pytest
 
 from data_prep.write import write_split
 from tests.trainer.data.web import Server
+from trainer import config
 from trainer.data import manifest
 from trainer.data.manifest import Manifest
 from trainer.disk import write_whole
@@ -54,3 +55,19 @@ def server(tmp_path, monkeypatch) -> Iterator[Server]:
         running.go_on.set()
         running.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """settings(attempts=3): of a cache in an empty folder."""
+
+    def make(**changes) -> config.Cache:
+        return config.Cache(**{"folder": str(tmp_path / "copies"), "attempts": 4, "timeout_seconds": 1.0} | changes)
+
+    return make
+
+
+@pytest.fixture
+def shards(make_corpus):
+    """The training shards of the corpus "a"."""
+    return manifest.load(make_corpus("a", documents=60)).train.shards
