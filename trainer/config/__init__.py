@@ -18,6 +18,7 @@ from trainer.config.sections import (
     Data,
     Debug,
     Evaluate,
+    Guard,
     Hardware,
     Hybrid,
     LearningRate,
@@ -33,6 +34,7 @@ from trainer.config.sections import (
     Schedule,
     StableLM,
     UserError,
+    Watchdog,
 )
 from trainer.config.strict import section_from
 
@@ -49,6 +51,7 @@ __all__ = [
     "Data",
     "Debug",
     "Evaluate",
+    "Guard",
     "Hardware",
     "Hybrid",
     "LearningRate",
@@ -64,6 +67,7 @@ __all__ = [
     "Schedule",
     "StableLM",
     "UserError",
+    "Watchdog",
     "check",
     "check_alibi_scaling",
     "check_world",

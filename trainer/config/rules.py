@@ -9,6 +9,7 @@ from trainer.config.sections import BTLM, AlibiScaling, Hybrid, Phase, RunConfig
 
 RANKS_WAIT_SECONDS = 600.0
 """How long ranks wait for one that does not arrive, before all fail."""
+MIN_WINDOW_STEPS = 8
 
 
 def check(config: RunConfig) -> None:
@@ -33,7 +34,9 @@ def check(config: RunConfig) -> None:
     for section, name in (
         (config.optim, "weight_decay"), (config.optim, "clip_norm"), (config.evaluate, "every_steps"),
         (config.checkpoint, "every_steps"), (config.checkpoint, "keep"), (config.data, "prefetch_steps"),
-        (config.data, "workers"), (config.data, "block_tokens"),
+        (config.data, "workers"), (config.data, "block_tokens"), (config.run, "max_failures"),
+        (config.guard, "spike_sigmas"), (config.guard, "max_skips"), (config.guard, "max_rollbacks"),
+        (config.watchdog, "start_seconds"), (config.debug, "compare_replicas_every_steps"),
     ):  # fmt: skip
         if not 0 <= getattr(section, name) < math.inf:
             where, rule = type(section).__name__.lower(), "must not be negative nor infinite"
@@ -55,6 +58,14 @@ def check(config: RunConfig) -> None:
                 "or leave it out for no limit"
             )
     _positive(config.parallel, "parallel", "tp_size", "bucket_elements")
+    if config.guard.window_steps < MIN_WINDOW_STEPS:
+        raise UserError(
+            f"guard.window_steps: {config.guard.window_steps}; must be at least {MIN_WINDOW_STEPS}, for a spread to mean "
+            "something; raise it"
+        )
+    limit = config.watchdog.step_seconds
+    if limit is not None and not 0 <= limit < math.inf:
+        raise UserError(f"watchdog.step_seconds: {limit}; must not be negative nor infinite; 0 turns it off")
     _positive(config.log, "log", "every_steps")
     if config.parallel.zero_stage == 0 and config.run.precision == "bf16":
         # The gradients of a second micro-batch would be added in bf16.

@@ -30,6 +30,8 @@ class Run:
     """Folder written by `tandem import-hf` whose weights start the run; null draws them from `seed`."""
     stop_step: int | None = None
     """Save and end after this many steps although the schedule goes on; null runs the schedule to its end."""
+    max_failures: int = 3
+    """Starts, one after another, that may fail at the same step; the next one is refused. 0 refuses none."""
 
 
 @dataclass(frozen=True)
@@ -288,6 +290,36 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """What becomes of a step whose loss or gradient is bad. Decided before the update, once for all ranks."""
+
+    spike_sigmas: float = 0.0
+    """A loss or gradient norm that lies so many robust standard deviations above the median of the last good steps is bad.
+    0: only what is not finite is.
+    """
+    window_steps: int = 128
+    """Good steps that a step is compared with; none is seen as a spike before there are so many."""
+    max_skips: int = 3
+    """Bad steps in a row whose update is left out. With the next one the run goes back to its last checkpoint and passes over
+    the rows read since.
+    """
+    max_rollbacks: int = 2
+    """Times that the run goes back to the same checkpoint; after that a bad step ends it."""
+
+
+@dataclass(frozen=True)
+class Watchdog:
+    """When a run that does not move is ended, to be started again."""
+
+    step_seconds: float | None = None
+    """Longest that a step, a batch of a validation or the end of a save may take; null: ten times the median of the last steps,
+    at least a minute. 0 waits for ever.
+    """
+    start_seconds: float = 1_800.0
+    """Longest from the start to the end of the first step, compilation included. 0 waits for ever."""
+
+
+@dataclass(frozen=True)
 class Log:
     every_steps: int = 10
     """Steps between lines of progress where the output is not a terminal. metrics.jsonl has every step."""
@@ -301,6 +333,8 @@ class Log:
 class Debug:
     deterministic: bool = True
     """Same config, same machine: same bits. false allows faster kernels that do not promise that."""
+    compare_replicas_every_steps: int = 0
+    """Steps between comparisons of the weights of all data-parallel replicas, bit by bit; 0 never compares."""
 
 
 @dataclass(frozen=True)
@@ -330,6 +364,8 @@ class RunConfig:
     data: Data
     evaluate: Evaluate
     checkpoint: Checkpoint
+    guard: Guard
+    watchdog: Watchdog
     log: Log
     debug: Debug
     hardware: Hardware | None
