@@ -6,12 +6,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
+from trainer.attempts import attempt
 from trainer.config import UserError, check_world, load
-from trainer.runtime import quiet_libraries
+from trainer.runtime import REQUEUE_EXIT_CODE, StopSignal, leave, quiet_libraries
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
@@ -28,6 +30,7 @@ VERBS = {
     "import-hf": ("trainer.exchange", "a Hugging Face folder to weights a run can start from"),
     "export-hf": ("trainer.exchange", "a run's newest checkpoint to a Hugging Face folder"),
     "audit": ("trainer.audit", "prove from a run's ledger that no token was lost or repeated, or list what was"),
+    "checkpoint": ("trainer.checkpoints", "what a run has saved: list it, verify it, compare two checkpoints"),
     "report": ("trainer.report", "one HTML page with the plots of a run"),
     "bench": ("trainer.bench", "speed, memory and time by part of the run's own training steps, on synthetic rows"),
     "mup": ("trainer.mup_check", "whether a config's muP holds: coordinates, learning-rate transfer, weight decay"),
@@ -53,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return parse(argv)
     except UserError as error:
-        if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
+        if launched_rank():
             # Rank 0 says the same, and the launcher then ends us; unless only this rank met it.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(8)
@@ -107,14 +110,23 @@ def train(arguments: argparse.Namespace) -> int:
     launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
     ranks = arguments.ranks or (1 if launched else local_devices() or config.parallel.tp_size)
     if ranks == 1:
-        from trainer.train import run
+        stop_signal = StopSignal()  # before the imports, which take seconds
+        folder = Path(config.run.root) / config.run.name
+        with nullcontext() if launched_rank() else attempt(folder, config.run.max_failures):
+            from trainer.train import run
 
-        return run(config)
+            code = run(config, stop_signal)
+        return leave(code) if code == REQUEUE_EXIT_CODE else code
     check_world(config, ranks)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     # Replaces this process, so that signals reach torchrun, which passes them on to the ranks.
     sys.stdout.flush()
     os.execv(sys.executable, [*launcher, "-m", "trainer", "train", str(arguments.config), *arguments.overrides])
+
+
+def launched_rank() -> int:
+    """Rank of this process in its launch, without importing torch."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def local_devices() -> int:

@@ -41,6 +41,8 @@ class ConsoleSink:
         self._screen = screen or Console(stderr=True)
         self._pace: deque[tuple[float, int]] = deque(maxlen=PACE_STEPS)
         self._last: dict[str, Any] | None = None
+        self._tokens: dict[int, int] = {}
+        """Behind the run after each step from the last checkpoint on, to which it may go back."""
         self._shown_step = -1
         self._bar: Progress | None = None
         self._totals = {"total_steps": 0, "total_tokens": 0}
@@ -55,7 +57,13 @@ class ConsoleSink:
             losses = f"loss {record['loss']:.4f}, perplexity {record['perplexity']:.4g}"
             self._say(f"validation at step {record['step']}: {losses}")
         elif kind == "checkpoint":
-            self._say(f"checkpoint at step {record['step']}: {short(record['bytes'])}B in {record['seconds']:.1f} s")
+            self._tokens = {step: tokens for step, tokens in self._tokens.items() if step >= record["step"]}
+            self._say(
+                f"checkpoint at step {record['step']}: {short(record['bytes'])}B in {record['seconds']:.1f} s, "
+                f"training waited {record['stall_seconds']:.1f} s"
+            )
+        elif kind == "rollback":
+            self._rollback(record)
         elif kind == "end":
             if self._last and self._shown_step != self._last["step"]:
                 self._line(self._last)
@@ -73,6 +81,10 @@ class ConsoleSink:
             f"{verb} of {record['total_steps']}, {short(record['total_tokens'])} tokens in all, "
             f"{record['world_size']} ranks (tp {record['tp_size']} x dp {record['dp_size']})"
         )
+        self._tokens = {record["step"]: record["tokens"]}
+        if parts := record["start_seconds"]:
+            listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+            self._say(f"ready after {sum(parts.values()):.1f} s: {listed}")
         if not self._screen.is_interactive:
             return
         self._bar = Progress(
@@ -88,26 +100,36 @@ class ConsoleSink:
         )
         self._bar.start()
 
+    def _rollback(self, record: dict[str, Any]) -> None:
+        self._say(f"rollback to step {record['step']} from step {record['from_step']}: {record['reason']}")
+        self._pace.clear()
+        self._shown_step = -1
+        if self._bar:
+            tokens = self._tokens.get(record["step"], 0)
+            self._bar.update(self._bar.task_ids[0], completed=tokens, numbers=f"back at step {record['step']}")
+
     def _step(self, record: dict[str, Any]) -> None:
         new_phase = self._last is None or self._last["phase"] != record["phase"]
         self._last = record
+        self._tokens[record["step"]] = record["tokens"]
         self._pace.append((record["time"], record["tokens"]))
         if new_phase:
             self._say(f"phase {record['phase']}: {record['rows']} rows of {record['seq_len']} tokens a step")
         if self._bar:
             numbers = "  ".join(self._numbers(record))
             self._bar.update(self._bar.task_ids[0], completed=record["tokens"], phase=record["phase"], numbers=numbers)
-        elif new_phase or record["step"] % self._every_steps == 0 or record["step"] == self._totals["total_steps"]:
+        due = new_phase or record["step"] % self._every_steps == 0 or record["step"] == self._totals["total_steps"]
+        if record["skipped"] or (due and not self._bar):
             self._line(record)
 
     def _line(self, record: dict[str, Any]) -> None:
         self._shown_step = record["step"]
-        if not self._bar:
+        if not self._bar or record["skipped"]:
             self._say(" | ".join([record["phase"], *self._numbers(record)]))
 
     def _numbers(self, record: dict[str, Any]) -> list[str]:
         return [
-            f"step {record['step']}/{self._totals['total_steps']}",
+            f"step {record['step']}/{self._totals['total_steps']}" + " skipped" * record["skipped"],
             f"{short(record['tokens'])}/{short(self._totals['total_tokens'])} tokens",
             f"loss {record['loss']:.4f}",
             f"lr {record['lr']:.2e}",

@@ -8,12 +8,16 @@ are made of that and of nothing of DeepSpeed's own.
 import contextlib
 import io
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import get_global_norm_of_tensors
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
 
 from trainer.config import RunConfig
@@ -72,6 +76,9 @@ class Engine:
         # DeepSpeed 0.19 compiles a shared-memory all-reduce for CPUs at start-up, which only its inference engine calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.model, self._optimizer, self._mesh = model, optimizer, mesh
+        self.num_updates = 0
+        """Made to the weights; a step whose update was left out is none."""
+        self._wait: Callable[[], object] = lambda: None
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         # Its BF16 optimizer prints memory figures whatever the log level.
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -91,13 +98,42 @@ class Engine:
         if not last:
             self._inner.step()
 
-    def update(self, lr: float) -> float:
-        """The weights have moved by one AdamW update at learning rate `lr`; returns the gradient norm before clipping."""
+    def gradient_norm(self) -> float:
+        """Of the gradient that is ready for the update, over all ranks and before clipping; nan where it is not finite."""
+        inner = self._inner.optimizer
+        if not self._inner.zero_optimization():
+            norm = self._plain_gradient_norm()
+        elif isinstance(inner, BF16_Optimizer):
+            norm = get_global_norm_of_tensors(inner.get_grads_for_norm()[0], mpu=inner.mpu, norm_type=inner.norm_type)
+        else:
+            norm = inner.scaled_global_norm()
+        found = float(norm)
+        return found if 0 <= found < math.inf else math.nan  # DeepSpeed says -1
+
+    def update(self, lr: float) -> None:
+        """The weights have moved by one AdamW update at learning rate `lr`; the gradient is used up."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        norm = None if self._inner.zero_optimization() else self._plain_gradient_norm()
+        self._wait()
         self._inner.step()
-        return float(self._inner.get_global_grad_norm() if norm is None else norm)
+        self.num_updates += 1
+
+    def drop_gradient(self) -> None:
+        """The gradient is forgotten; weights and optimizer state are as they were."""
+        inner = self._inner.optimizer
+        if not self._inner.zero_optimization():
+            self._inner.zero_grad()
+            return
+        inner.zero_grad()
+        if not isinstance(inner, BF16_Optimizer):  # what its own step does with a gradient that overflows
+            inner.micro_step_id = INITIAL_MICRO_STEP_ID
+            inner._release_preflattened_grad_buffers()
+            for group in inner.averaged_gradients:
+                inner.averaged_gradients[group] = inner.all_grad_tensors[group] = None
+
+    def hold(self, wait: Callable[[], object]) -> None:
+        """Weights and optimizer state stay as they are until `wait` returns: whatever changes them calls it first."""
+        self._wait = wait
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         return self._inner(*arguments)
@@ -120,14 +156,17 @@ class Engine:
                 {key: state[key].view(-1).narrow(0, offset, numel) for key in MOMENTS if key in state},
             )  # fmt: skip
 
-    def allocate_moments(self, step: int) -> None:
-        """Both moments exist, zero, as if `step` updates had been made; `fragments` shows them for filling."""
+    def allocate_moments(self, num_updates: int) -> None:
+        """Both moments exist, as if so many updates had been made; `fragments` shows them for filling."""
+        self._wait()
+        self.num_updates = num_updates
         for group in self._optimizer.param_groups:
             for flat in group["params"]:
-                self._optimizer.state[flat] = {
-                    "step": torch.tensor(float(step), device=flat.device if group["fused"] else "cpu"),
-                    **{key: torch.zeros_like(flat) for key in MOMENTS},
-                }
+                state = self._optimizer.state[flat]
+                step = torch.tensor(float(num_updates), device=flat.device if group["fused"] else "cpu")
+                state.update(
+                    {"step": step, **{key: state[key] if key in state else torch.zeros_like(flat) for key in MOMENTS}}
+                )
 
     def owns_whole_replica(self) -> bool:
         """Whether every data-parallel rank holds all optimizer state, so that one of them is enough to save it."""

@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,14 +30,18 @@ from trainer.data.loader import Batch, Loader
 from trainer.parallel.mesh import Mesh, started, sum_over_ranks
 
 
-def validation_loss(model: nn.Module, batches: Iterable[Batch], mesh: Mesh) -> float | None:
+def validation_loss(
+    model: nn.Module, batches: Iterable[Batch], mesh: Mesh, any_rank: Callable[[bool], bool]
+) -> float | None:
     """Mean cross-entropy in nats over all ranks' rows, weights and gradients untouched; the same on every rank.
 
-    None where no rank has a row.
+    None where no rank has a row. `any_rank` says whether any rank has another batch; it may raise to end the validation.
     """
-    total, tokens = 0.0, 0
+    total, tokens, left = 0.0, 0, iter(batches)
     with torch.no_grad():
-        for batch in batches:
+        while any_rank((batch := next(left, None)) is not None):
+            if batch is None:
+                continue
             losses = losses_of(model, batch, mesh)
             total += float(losses.double().sum())
             tokens += losses.numel()

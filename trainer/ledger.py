@@ -1,23 +1,27 @@
 """What a run was fed, on record: one line for each start and each step in `ledger.jsonl`, written by rank 0.
 
-    start  where a process took the run up, and everything that fixes which tokens come next
+    start  where a process took the run up, or went back to a checkpoint, and everything that fixes which tokens come next
     skip   from this step on a damaged shard is left out
     step   how far each source was read, and two sums of hashes of what was really read (`trainer.data`, Evidence)
+    bad    the update of the step before it was left out, and what became of the run
 
 The one idea: the file only grows, and is never ahead of what it tells nor behind a committed checkpoint. A checkpoint knows
 how many lines there were when it was made, and a start from it says so: the lines between the two are of steps that the run
 took back, which stay as evidence of what was made and thrown away. Copies of the corpora's manifests lie beside it, so that
-`tandem audit` needs nothing else. Nothing here reads the ledger; it never imports torch.
+`tandem audit` needs nothing else. A run reads one thing back, `rollbacks`: which rows it passed over when it went back to a
+checkpoint, so that a process killed after that passes over them too. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import quote
 
 from trainer.data import manifest
@@ -32,12 +36,23 @@ MANIFESTS = "manifests"
 HALF_BITS = 32
 TAIL_BYTES = 1 << 16
 
+Decision = Literal["skip", "rollback", "stop"]
+"""What becomes of a run at a bad step, whose update is left out: it goes on, goes back to its last checkpoint, or ends."""
+
 
 class Digests(NamedTuple):
     """Evidence of one step, summed over all its rows, modulo 2^64."""
 
     ranges: int
     tokens: int
+
+
+class Rollbacks(NamedTuple):
+    """What the ledger tells of the times that a run went back to one checkpoint."""
+
+    num: int
+    cursor: dict[str, int] | None
+    """From where the last of them went on reading; None where there is none."""
 
 
 class Ledger:
@@ -62,17 +77,22 @@ class Ledger:
         skipped: Mapping[str, Sequence[str]],
         dp_size: int,
         after: int = 0,
+        passed: Mapping[str, tuple[int, int]] = {},
+        rollback: bool = False,
     ) -> None:
         """The run goes on after `step` finished steps, from a checkpoint made when the ledger had `after` lines; 0: from none.
 
-        `order` are seed and block sizes under their names in the config.
+        `order` are seed and block sizes under their names in the config. `passed` are the rows that a rollback passes over: of
+        each source the cursor in the checkpoint, and in `cursor`, from where the run goes on. `rollback` says that the process
+        itself goes back, false that it has just begun.
         """
         self._cursor = dict(cursor)
         self._write(
             kind="start", step=step, after=after, cursor=self._cursor,
             **{name.split(".")[-1]: value for name, value in order.items()}, phases=phases,
             fingerprints=fingerprints, skipped={name: list(files) for name, files in skipped.items()},
-            dp_size=dp_size, time=time.time(),
+            dp_size=dp_size, passed={name: list(ends) for name, ends in passed.items()}, rollback=rollback,
+            time=time.time(),
         )  # fmt: skip
 
     def skip(self, step: int, source: str, shard: str) -> None:
@@ -88,12 +108,22 @@ class Ledger:
             kind="step", step=step, taken=taken, **{name: f"{sum:016x}" for name, sum in digests._asdict().items()}
         )
 
-    def sync(self) -> int:
-        """What was written survives a power cut: to be called before a checkpoint of the last step is committed, which has
-        to keep the number of lines that this returns.
-        """
-        os.fsync(self._file.fileno())
+    def bad(self, step: int, loss: float, gradient_norm: float, reason: str, decision: Decision) -> None:
+        """The `step`-th step, which was just written, made no update; `reason` says why in words."""
+        # JSON has no NaN and no infinity.
+        finite = [value if math.isfinite(value) else None for value in (loss, gradient_norm)]
+        self._write(
+            kind="bad", step=step, loss=finite[0], gradient_norm=finite[1], reason=reason, decision=decision,
+        )  # fmt: skip
+
+    @property
+    def num_lines(self) -> int:
+        """In the file by now: what a checkpoint of the last step has to keep."""
         return self._lines
+
+    def sync(self) -> None:
+        """What was written survives a power cut: to be called, from any thread, before a checkpoint is committed."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -104,6 +134,23 @@ class Ledger:
         if self._file.write(line) != len(line):
             raise OSError(f"{self._file.name}: a line could not be written whole; is the disk full?")
         self._lines += 1
+
+
+def rollbacks(folder: Path, step: int, after: int) -> Rollbacks:
+    """How often the run went back to the checkpoint of `step` made when the ledger had `after` lines, and from where it went on
+    reading the last time. A line that cannot be read counts as none; naming it is the audit's business.
+    """
+    path, found = folder / FILE, Rollbacks(0, None)
+    if not path.exists():
+        return found
+    with path.open("rb") as file:
+        for line in islice(file, after, None):
+            start = _parsed(line) if b'"rollback"' in line else {}
+            if (start.get("kind"), start.get("rollback"), start.get("step"), start.get("after")) == (
+                "start", True, step, after,
+            ):  # fmt: skip
+                found = Rollbacks(found.num + 1, start["cursor"])
+    return found
 
 
 def copy_manifests(folder: Path, manifests: Mapping[str, Manifest]) -> None:
@@ -157,6 +204,15 @@ def _cut_torn_line(path: Path) -> None:
         if end < size:
             file.truncate(end)
             os.fsync(file.fileno())
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """Nothing for a line that a kill tore."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _num_lines(path: Path) -> int:

@@ -1,9 +1,10 @@
 """What a run says about itself: fields, `Sinks` that write them, `read` that gives them back, `throughput`.
 
 `metrics.jsonl` in the run folder is the record; wandb and the console are views of the same stream of small
-dicts, each with a `kind`: start, step, validation, checkpoint, end. The one idea: the file only grows. After
-a crash the steps since the last checkpoint are written again, and `read` lets each start cut away what it
-takes back.
+dicts, each with a `kind`: start, step, validation, checkpoint, rollback, end. The one idea: the file only grows.
+After a crash, and when the run goes back to its last checkpoint by itself, the steps since then are written again,
+and `read` lets each start and rollback cut away what it takes back. A checkpoint's record is written when it is
+committed, some steps after its own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -22,6 +24,10 @@ from trainer.console import ConsoleSink
 from trainer.wandb_sink import WandbSink
 
 FILE = "metrics.jsonl"
+EARLIER: dict[str, dict[str, Any]] = {
+    "start": {"start_seconds": {}}, "step": {"skipped": False}, "checkpoint": {"stall_seconds": None},
+}  # fmt: skip
+"""What records of runs made before these fields existed are read as."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class StepRecord:
     lr: float
     gradient_norm: float
     """Global, before clipping."""
+    skipped: bool = field(default=False, kw_only=True)
+    """The update was left out: the guard found the step bad."""
     step_seconds: float
     """From asking for the batch to the end of the update, data_seconds included; validations and saves are not in it."""
     data_seconds: float
@@ -91,12 +99,23 @@ class Sinks:
         self._resumed_step = resumed_step
 
     def start(
-        self, *, tokens: int, world_size: int, tp_size: int, dp_size: int, total_steps: int, total_tokens: int
+        self,
+        *,
+        tokens: int,
+        world_size: int,
+        tp_size: int,
+        dp_size: int,
+        total_steps: int,
+        total_tokens: int,
+        start_seconds: Mapping[str, float] = {},
     ) -> None:
-        """`tokens` are those behind the run at the step it resumes from, 0 for a new run."""
+        """`tokens` are those behind the run at the step it resumes from, 0 for a new run; `start_seconds` the parts of the time
+        from the start of the process to here.
+        """
         sizes = {"world_size": world_size, "tp_size": tp_size, "dp_size": dp_size}
         totals = {"total_steps": total_steps, "total_tokens": total_tokens}
-        self._write("start", step=self._resumed_step, tokens=tokens, **sizes, **totals)
+        seconds = dict(start_seconds)
+        self._write("start", step=self._resumed_step, tokens=tokens, **sizes, **totals, start_seconds=seconds)
 
     def step(self, record: StepRecord) -> None:
         self._write("step", **dataclasses.asdict(record))
@@ -105,8 +124,13 @@ class Sinks:
         perplexity = math.exp(loss) if loss < 700 else math.inf
         self._write("validation", step=step, tokens=tokens, loss=loss, perplexity=perplexity)
 
-    def checkpoint(self, step: int, seconds: float, num_bytes: int) -> None:
-        self._write("checkpoint", step=step, seconds=seconds, bytes=num_bytes)
+    def checkpoint(self, step: int, seconds: float, num_bytes: int, *, stall_seconds: float = 0.0) -> None:
+        """The checkpoint of `step` is committed, `seconds` after its tensors were copied; training waited `stall_seconds`."""
+        self._write("checkpoint", step=step, seconds=seconds, stall_seconds=stall_seconds, bytes=num_bytes)
+
+    def rollback(self, step: int, from_step: int, reason: str) -> None:
+        """The run goes on after `step`, where its last checkpoint is; the steps up to `from_step` are taken back."""
+        self._write("rollback", step=step, from_step=from_step, reason=reason)
 
     def end(self, step: int, reason: str) -> None:
         self._write("end", step=step, reason=reason)
@@ -153,19 +177,26 @@ class JsonLines:
 
 @dataclass(frozen=True)
 class History:
-    """What a run folder tells, in order of steps, without what a later start took back."""
+    """What a run folder tells, in order of steps, without what a later start or rollback took back."""
 
     steps: list[dict[str, Any]]
     validations: list[dict[str, Any]]
     checkpoints: list[dict[str, Any]]
     starts: list[dict[str, Any]]
     """Every start; each has `repeated_steps`, the finished steps that it took back."""
+    rollbacks: list[dict[str, Any]]
+    """Every time the run went back by itself; with `repeated_steps` as a start, and `tokens` behind the run at its step."""
     end: dict[str, Any] | None
     """null: still running, or crashed."""
 
     @property
     def restarts(self) -> list[dict[str, Any]]:
         return self.starts[1:]
+
+    @property
+    def skipped(self) -> list[dict[str, Any]]:
+        """The steps whose update was left out and that no rollback took back."""
+        return [record for record in self.steps if record["skipped"]]
 
 
 def read(folder: Path) -> History:
@@ -178,13 +209,19 @@ def read(folder: Path) -> History:
         found = f"has no {FILE}; a run folder has" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: {found}; name the folder of a run that has started")
     kept: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "validation": {}, "checkpoint": {}}
-    starts, end = [], None
+    starts: list[dict[str, Any]] = []
+    rollbacks: list[dict[str, Any]] = []
+    end = None
     for record in _records(path):
         kind, step = record["kind"], record["step"]
-        if kind == "start":
-            starts.append({**record, "repeated_steps": sum(late > step for late in kept["step"])})
+        if kind in ("start", "rollback"):
+            record["repeated_steps"] = sum(late > step for late in kept["step"])
             kept = {name: {s: old for s, old in by.items() if s <= step} for name, by in kept.items()}
             end = None
+            if kind == "start":
+                starts.append(record)
+            else:
+                rollbacks.append({**record, "tokens": _tokens_at(step, kept["step"], starts)})
         elif kind == "end":
             end = record
         else:
@@ -192,7 +229,13 @@ def read(folder: Path) -> History:
     if not starts:
         raise UserError(f"{path}: has no start record; the run died before its first step; see its log")
     steps, validations, checkpoints = ([by[step] for step in sorted(by)] for by in kept.values())
-    return History(steps, validations, checkpoints, starts, end)
+    return History(steps, validations, checkpoints, starts, rollbacks, end)
+
+
+def _tokens_at(step: int, steps: dict[int, dict[str, Any]], starts: list[dict[str, Any]]) -> int:
+    """Behind the run after `step`, which it has made or was started from."""
+    told = (record["tokens"] for record in (steps.get(step), *reversed(starts)) if record and record["step"] == step)
+    return next(told, 0)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -200,7 +243,8 @@ def _records(path: Path) -> list[dict[str, Any]]:
     with path.open("rb") as lines:
         for line in lines:
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
+                records.append(EARLIER.get(record["kind"], {}) | record)
             except ValueError:  # torn by a kill, or being written at this moment
                 continue
     return records

@@ -12,8 +12,10 @@ import logging
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from trainer.config import UserError
 from trainer.disk import TORN, write_whole
@@ -29,6 +31,7 @@ from trainer.disk import TORN, write_whole
 REQUEUE_EXIT_CODE = 85
 """The run saved on a signal and wants to be started again with the same command."""
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_SIGNAL_SECONDS = 5.0
 """Signals that follow one another this closely count as one."""
 
@@ -171,6 +174,10 @@ def stop_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+class Stopped(Exception):
+    """The run stops here, on this rank and on all others, because one of them was told to."""
+
+
 class StopSignal:
     """Remembers SIGTERM, SIGUSR1 or Ctrl-C; another one after a few seconds ends the process at once.
 
@@ -180,8 +187,33 @@ class StopSignal:
     def __init__(self) -> None:
         self.name: str | None = None
         self._came = 0.0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._remember)
+        self._interrupts = False
+        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        # Python runs a handler between two instructions of the main thread, which may hang in a collective for ever; what the
+        # interpreter writes here when a signal arrives is read by a thread, so that the second one ends the process even then.
+        arrived, arrives = socket.socketpair()
+        arrives.setblocking(False)
+        self._arrives = arrives
+        signal.set_wakeup_fd(arrives.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=_end_on_second, args=(arrived,), name="signals", daemon=True).start()
+
+    def close(self) -> None:
+        """Signals do what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        self._arrives.close()  # which ends the thread
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Within the block, in the main thread, a signal that has come or comes raises Stopped at once."""
+        self._interrupts = True
+        try:
+            if self.name is not None:
+                raise Stopped
+            yield
+        finally:
+            self._interrupts = False
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.name is not None and time.monotonic() - self._came < SAME_SIGNAL_SECONDS:
@@ -190,6 +222,22 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.name, self._came = signal.Signals(number).name, time.monotonic()
+        if self._interrupts:
+            raise Stopped
+
+
+def _end_on_second(arrived: socket.socket) -> None:
+    """Ends the process on a second signal that its main thread has not seen to."""
+    came = None
+    with arrived:
+        while number := arrived.recv(1):
+            if number[0] not in STOP_SIGNALS:
+                continue
+            if came is None:
+                came = time.monotonic()
+            elif time.monotonic() - came >= SAME_SIGNAL_SECONDS:
+                time.sleep(1)  # the handler ends the process by the signal itself, where it runs
+                os._exit(128 + number[0])
 
 
 def _git(root: Path, *arguments: str) -> str | None:
@@ -198,6 +246,36 @@ def _git(root: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def leave(code: int) -> NoReturn:
+    """The process ends, whatever its threads wait for: one that fetches from a store that does not answer takes minutes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class Laps:
+    """Seconds of the parts of a start, from the birth of the process on."""
+
+    def __init__(self) -> None:
+        self.seconds = {"imports": time.time() - _born()}
+        self._began = time.perf_counter()
+
+    def end(self, part: str) -> None:
+        """What was done since the part before is called so."""
+        now = time.perf_counter()
+        self.seconds[part], self._began = now - self._began, now
+
+
+def _born() -> float:
+    """Unix time at which this process began; now, where the system does not say. Source: proc(5), stat and uptime."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        alive = float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        alive = 0.0
+    return time.time() - alive
 
 
 def measured_peak_flops(device: Any) -> float:

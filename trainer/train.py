@@ -1,8 +1,8 @@
 """The run, from config to last checkpoint: read this first.
 
-`run` sets everything up, resumes if it can, and `loop` is the list of verbs: read, compute, update, record, evaluate, save.
-What varies with time comes from the Timeline as a pure function of the step, and where the data stands rides in the batch;
-so all that a checkpoint adds to the config is tensors and a cursor.
+`run` sets everything up, resumes if it can, and `loop` is the list of verbs: read, compute, judge, update, record, save,
+evaluate. What varies with time comes from the Timeline as a pure function of the step, and where the data stands rides in the
+batch; so all that a checkpoint adds to the config is tensors, a cursor and what the guard remembers.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,25 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import models, optim, runtime
+from trainer import runtime
+from trainer.agreement import Agreement
 from trainer.checkpoint.layout import committed
-from trainer.checkpoint.read import Snapshot, load_weights, newest, restore, set_masters
-from trainer.checkpoint.write import model_facts, save
-from trainer.config import Data, RunConfig, check_world, dump
+from trainer.checkpoint.read import Snapshot, newest, restore
+from trainer.checkpoint.save import Outcome, Saver, not_saved
+from trainer.checkpoint.write import model_facts
+from trainer.config import RunConfig, UserError, check_world, dump
 from trainer.costs import flops_per_token
-from trainer.data import remote
 from trainer.data.damage import Met, agreed, agreed_batches
 from trainer.data.loader import Batch, Loader
-from trainer.data.manifest import TOKENIZER_FILE
-from trainer.disk import write_whole
 from trainer.engine import Engine
 from trainer.evaluate import validation_loss
-from trainer.ledger import Digests, Ledger, copy_manifests, halves, joined
+from trainer.guard import Guard, Judgement
+from trainer.ledger import Digests, Ledger, halves, joined, rollbacks
 from trainer.metrics import Sinks, StepRecord, open_sinks, throughput
-from trainer.models.init import values
-from trainer.models.mup import rules
 from trainer.parallel.mesh import (
     Mesh,
+    collectives,
     from_rank_0,
     gather_to_all,
     launched_world_size,
@@ -45,21 +44,30 @@ from trainer.parallel.mesh import (
     started,
     sum_over_ranks,
 )
+from trainer.replicas import check_replicas
 from trainer.resume import check_continues, imported
+from trainer.runtime import Stopped, StopSignal
+from trainer.setup import begin_in_ledger, build_engine, check_held_out, keep_tokenizer, open_ledger
 from trainer.timeline import Timeline
+from trainer.watchdog import Watchdog, here
 
 log = logging.getLogger(__name__)
+RETRY_SHARE = 10
+"""After a save that failed the next one is tried when this part of checkpoint.every_steps has passed."""
 
 
 @dataclass(frozen=True)
 class Stepper:
-    """What a step needs; nothing in it changes but the engine's weights."""
+    """What a step needs; nothing in it changes but the engine's weights and what the guard remembers."""
 
     config: RunConfig
     mesh: Mesh
     timeline: Timeline
     engine: Engine
     peak_flops: float
+    guard: Guard
+    watch: Callable[[str, int], object] = field(default=lambda phase, step: None, kw_only=True)
+    """Told of every part of the work on a step, counted from 1, as it begins."""
 
 
 @dataclass(frozen=True)
@@ -69,46 +77,81 @@ class Training(Stepper):
     folder: Path
     loader: Loader
     sinks: Sinks
-    ledger: Ledger | None = None
+    saver: Saver
+    agreement: Agreement
+    watchdog: Watchdog
+    ledger: Ledger | None
     """Rank 0's."""
 
 
-def run(config: RunConfig) -> int:
+@dataclass
+class Standing:
+    """How far the run is: what a checkpoint of this moment says."""
+
+    step: int
+    cursor: dict[str, int]
+    saved_step: int | None
+    """The step of the newest checkpoint; None: there is none, or it could not be written."""
+    evaluated_step: int | None = None
+    save_due: bool = False
+    retry_step: int | None = None
+    """On rank 0: when a save that has failed is tried again."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """One step."""
+
+    record: StepRecord
+    cursor: dict[str, int]
+    """After its rows."""
+    digests: Digests | None
+    """Evidence of what was read, if batches carry it."""
+    judgement: Judgement
+
+
+def run(config: RunConfig, stop_signal: StopSignal | None = None) -> int:
     """The run is as far as it was asked to go and its last checkpoint is committed.
 
     Returns the exit code: 0 finished, REQUEUE_EXIT_CODE saved on a signal, to be started again with the same command.
-    Raises: UserError for what the user can mend, RuntimeError when the loss or the gradient is not finite.
+    Raises: UserError for what a person has to mend.
     """
+    laps = runtime.Laps()
     check_world(config, launched_world_size())
-    stop_signal = runtime.StopSignal()
     runtime.stop_with_launcher()
-    with started(config.parallel.tp_size) as mesh:
+    listening = nullcontext(stop_signal) if stop_signal else closing(StopSignal())
+    with listening as stop_signal, started(config.parallel.tp_size) as mesh:
         runtime.start_logging(mesh.rank)
         if config.debug.deterministic:
             runtime.make_deterministic()
+        laps.end("process group")
         folder = Path(config.run.root) / config.run.name
-        loader = Loader(
-            config.data, config.schedule, seed=config.run.seed, vocab=config.model.vocab,
-            dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,
-        )  # fmt: skip
-        check_held_out(config, loader)
-        continues = from_rank_0(bool(committed(folder / "checkpoints")))
-        initial = None if continues else imported(config, mesh)
-        with ExitStack() as stack:
-            on_rank_0(lambda: stack.enter_context(runtime.held(folder)), mesh)
-            return run_in(folder, config, mesh, loader, initial, stop_signal)
+        with Watchdog(config.watchdog, folder, gather_to_all(here()), mesh.rank, collectives) as watchdog:
+            loader = Loader(
+                config.data, config.schedule, seed=config.run.seed, vocab=config.model.vocab,
+                dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,
+            )  # fmt: skip
+            check_held_out(config, loader)
+            laps.end("corpora")
+            with ExitStack() as stack:
+                on_rank_0(lambda: stack.enter_context(runtime.held(folder)), mesh)
+                return run_in(folder, config, mesh, loader, Agreement(mesh, stop_signal, watchdog.at), watchdog, laps)
 
 
 def run_in(
-    folder: Path,
-    config: RunConfig,
-    mesh: Mesh,
-    loader: Loader,
-    initial: Snapshot | None,
-    stop_signal: runtime.StopSignal,
-) -> int:
+    folder: Path, config: RunConfig, mesh: Mesh, loader: Loader, agreement: Agreement, watchdog: Watchdog,
+    laps: runtime.Laps,
+) -> int:  # fmt: skip
     """`run`, once the folder is ours."""
+    continues = from_rank_0(bool(committed(folder / "checkpoints")))
+    try:
+        agreement.any_rank(False)
+    except Stopped:
+        if continues:  # nothing is lost, and nothing need be loaded
+            return runtime.REQUEUE_EXIT_CODE
+    initial = None if continues else imported(config, mesh)
     snapshot = newest(folder / "checkpoints", mesh)
+    laps.end("checkpoint checked")
     if snapshot:
         check_continues(config, snapshot, loader)
         for source, files in snapshot.manifest.get("skipped", {}).items():
@@ -116,103 +159,117 @@ def run_in(
                 loader.skip(source, file)
     on_rank_0(lambda: runtime.open_run_folder(folder, dump(config)), mesh)
     engine = build_engine(config, mesh, snapshot, initial)
-    step, cursor = (snapshot.step, snapshot.manifest["cursor"]) if snapshot else (0, None)
     for source in (snapshot, initial):
         if source:
             source.close()
-    sinks = on_rank_0(lambda: open_sinks(folder, config, rank=0, resumed_step=step), mesh) or Sinks([], step)
+    laps.end("model")
+    at, guard, begin = take_up(folder, config, loader, mesh, snapshot)
+    on_rank_0(lambda: keep_tokenizer(folder, config.data), mesh)
+    sinks = on_rank_0(lambda: open_sinks(folder, config, rank=0, resumed_step=at.step), mesh) or Sinks([], at.step)
+    ledger = on_rank_0(lambda: open_ledger(folder, loader), mesh)
+    if ledger:
+        begin(ledger)
     peak_flops = config.hardware.peak_flops if config.hardware else runtime.measured_peak_flops(mesh.device)
-    after = snapshot.manifest["ledger_lines"] if snapshot else 0
-    ledger = on_rank_0(lambda: open_ledger(folder, config, loader, step, cursor, after, mesh.dp_size), mesh)
-    training = Training(config, mesh, Timeline(config.schedule), engine, peak_flops, folder, loader, sinks, ledger)
+    saver = Saver(folder / "checkpoints", mesh, config.checkpoint.keep)
+    training = Training(
+        config, mesh, Timeline(config.schedule), engine, peak_flops, guard, folder, loader, sinks, saver, agreement, watchdog,
+        ledger, watch=watchdog.at,
+    )  # fmt: skip
+    laps.end("records")
+    sinks.start(
+        tokens=training.timeline.tokens_before(at.step), world_size=mesh.world_size, tp_size=mesh.tp_size,
+        dp_size=mesh.dp_size, total_steps=training.timeline.total_steps, total_tokens=training.timeline.total_tokens,
+        start_seconds=laps.seconds,
+    )  # fmt: skip
     try:
-        return loop(training, step, cursor, stop_signal)
+        return loop(training, at)
     finally:
         sinks.close()
         if ledger:
             ledger.close()
 
 
-def open_ledger(
-    folder: Path, config: RunConfig, loader: Loader, step: int, cursor: dict[str, int] | None, after: int, dp_size: int
-) -> Ledger:
-    """The run folder's ledger, which has this start on record, and copies of the manifests that it needs to be read."""
-    copy_manifests(folder, loader.manifests)
-    keep_tokenizer(folder, config.data)
-    ledger = Ledger(folder)
-    ledger.start(
-        step, cursor or {}, order=loader.order, phases=[dataclasses.asdict(phase) for phase in config.schedule.phases],
-        fingerprints=loader.fingerprints, skipped=loader.skipped, dp_size=dp_size, after=after,
+def take_up(
+    folder: Path, config: RunConfig, loader: Loader, mesh: Mesh, snapshot: Snapshot | None
+) -> tuple[Standing, Guard, Callable[[Ledger], None]]:
+    """Where the run goes on, how the guard stands there, and what puts both on record.
+
+    A process that was ended after a rollback goes on behind the rows that the rollback passed over.
+    """
+    facts: dict[str, Any] = snapshot.manifest if snapshot else {"cursor": {}, "ledger_lines": 0}
+    step, after, cursor = snapshot.step if snapshot else 0, facts["ledger_lines"], facts["cursor"]
+    gone_back = from_rank_0(rollbacks(folder, step, after) if mesh.rank == 0 and snapshot else None)
+    guard = Guard(config.guard, facts.get("guard"), gone_back.num if gone_back else 0)
+    passed = {}
+    if gone_back and gone_back.cursor:
+        passed = passed_over(cursor, gone_back.cursor)
+        cursor = gone_back.cursor
+    begin = partial(
+        begin_in_ledger, config=config, loader=loader, dp_size=mesh.dp_size, step=step, cursor=cursor, after=after,
+        passed=passed,
     )  # fmt: skip
-    return ledger
+    return Standing(step, dict(cursor), step if snapshot else None, evaluated_step=step), guard, begin
 
 
-def keep_tokenizer(folder: Path, data: Data) -> None:
-    """The run folder holds the tokenizer of the corpora: with it, exports need nothing but the run."""
-    address = remote.below(next(iter(data.sources.values())), TOKENIZER_FILE)
+def loop(training: Training, at: Standing) -> int:
+    """Steps until the schedule, its sources, `run.stop_step` or a signal end them; returns the exit code."""
+    reason = None
+    batches, last = batches_from(training, at), last_step(training, at)
     try:
-        content = remote.content(address, data.cache)
-    except OSError as error:
-        log.warning("%s: cannot be read (%s); the run trains without it, its exports have no tokenizer", address, error)
-    else:
-        write_whole(folder / TOKENIZER_FILE, content)
+        while at.step < last:
+            if (made := timed_step(training, batches, at.step)) is None:
+                last = at.step  # a shard left out just now was to feed this step
+                break
+            at.step, at.cursor = at.step + 1, made.cursor
+            note(training, at, made)
+            training.watchdog.finished(made.record.step_seconds)
+            if made.judgement.decision in ("rollback", "stop"):
+                at = gone_back(training, at, made.judgement)
+                batches, last = batches_from(training, at), last_step(training, at)
+                continue
+            if due(at.step, training.config.debug.compare_replicas_every_steps):
+                check_replicas(training.engine.model, training.mesh, at.step)
+            save_if_due(training, at)
+            if due(at.step, training.config.evaluate.every_steps) and at.step < last:
+                evaluate(training, at)
+        save_finally(training, at)  # first: whatever held-out rows do, the steps are not lost
+        if training.config.evaluate.every_steps and at.step != at.evaluated_step:
+            evaluate(training, at)
+        reason = end_reason(training, at)
+    except Stopped:
+        save_finally(training, at)
+    finally:
+        training.saver.close()
+    signal_name = training.agreement.stop_signal.name
+    training.sinks.end(at.step, reason or f"stopped by {signal_name or 'a signal to another rank'}")
+    return 0 if reason else runtime.REQUEUE_EXIT_CODE
 
 
-def loop(training: Training, step: int, cursor: dict[str, int] | None, stop_signal: runtime.StopSignal) -> int:
-    """Steps from `step` until the schedule, its sources, `run.stop_step` or a signal end them; returns the exit code."""
-    config, timeline, sinks = training.config, training.timeline, training.sinks
-    last = min(training.loader.end(step, cursor)[0], config.run.stop_step or timeline.total_steps)
-    sinks.start(
-        tokens=timeline.tokens_before(step), world_size=training.mesh.world_size, tp_size=training.mesh.tp_size,
-        dp_size=training.mesh.dp_size, total_steps=timeline.total_steps, total_tokens=timeline.total_tokens,
-    )  # fmt: skip
-    batches, stopping, saved_step, evaluated_step = batches_from(training, step, cursor), False, step, step
-    while step < last and not stopping:
-        if made := timed_step(training, batches, step, stop_signal):
-            step += 1
-            record, cursor, digests, stopping = made
-            sinks.step(record)
-            if training.ledger and digests:
-                training.ledger.step(step, cursor, digests)
-        else:  # a shard left out just now was to feed this step
-            last = step
-        if (stopping or step == last or due(step, config.checkpoint.every_steps)) and step != saved_step:
-            assert cursor is not None, "a step was made"
-            save_checkpoint(training, step, cursor)
-            saved_step = step
-        # Saved first: whatever held-out rows do, the step is not lost.
-        evaluating = due(step, config.evaluate.every_steps) or (config.evaluate.every_steps and step == last)
-        if evaluating and step != evaluated_step:
-            evaluate(training, step)
-            evaluated_step = step
-    if step >= last:
-        sinks.end(step, end_reason(training, step, cursor))
-        return 0
-    sinks.end(step, f"stopped by {stop_signal.name or 'a signal to another rank'}")
-    return runtime.REQUEUE_EXIT_CODE
+def last_step(training: Training, at: Standing) -> int:
+    """The step that the run ends with, if nothing happens to it."""
+    end, _ = training.loader.end(at.step, at.cursor)
+    return min(end, training.config.run.stop_step or end)
 
 
-def end_reason(training: Training, step: int, cursor: dict[str, int] | None) -> str:
-    """Why the run ends with `step`, of all that can end it but a signal."""
-    end, source = training.loader.end(step, cursor)
-    if step == training.timeline.total_steps:
+def end_reason(training: Training, at: Standing) -> str:
+    """Why the run ends here, of all that can end it but a signal."""
+    end, source = training.loader.end(at.step, at.cursor)
+    if at.step == training.timeline.total_steps:
         return "finished"
-    return f"data.max_epochs.{source}" if source and step >= end else f"run.stop_step {training.config.run.stop_step}"
-
-
-def batches_from(training: Training, step: int, cursor: dict[str, int] | None) -> Iterator[Batch]:
-    """The loader's batches from `step` on; where `data.damaged_shards` says skip, without the shards that any rank finds so."""
-    if training.config.data.damaged_shards == "stop":
-        return training.loader.batches(step, cursor)
-    return agreed_batches(
-        training.loader, step, cursor, partial(met_by_any, mesh=training.mesh), partial(leave_out, training)
+    return (
+        f"data.max_epochs.{source}" if source and at.step >= end else f"run.stop_step {training.config.run.stop_step}"
     )
 
 
-def met_by_any(met: Met | None, mesh: Mesh) -> list[Met]:
-    """What this and all other ranks have met, the same on every rank."""
-    [number] = sum_over_ranks([float(met is not None)], mesh)
-    return sorted({each for each in gather_to_all(met) if each}) if number else []
+def batches_from(training: Training, at: Standing) -> Iterator[Batch]:
+    """The loader's batches from here on, each of them there on all ranks; where `data.damaged_shards` says skip, without the
+    shards that any rank finds damaged. Asking for one raises Stopped on all ranks where one has been told to stop.
+    """
+    return agreed_batches(
+        training.loader, at.step, at.cursor, training.agreement.met_by_any,
+        partial(leave_out, training) if training.config.data.damaged_shards == "skip" else None,
+        training.agreement.stop_signal.interrupting,
+    )  # fmt: skip
 
 
 def leave_out(training: Training, step: int, met: Met) -> None:
@@ -225,40 +282,38 @@ def leave_out(training: Training, step: int, met: Met) -> None:
     training.loader.skip(source, file)
 
 
-def timed_step(
-    stepper: Stepper, batches: Iterator[Batch], step: int, stop_signal: runtime.StopSignal
-) -> tuple[StepRecord, dict[str, int], Digests | None, bool] | None:
-    """Update number `step`, on the next batch. Returns its record, the cursor after the batch, the evidence of what was read
-    if batches carry it, and whether any rank was told to stop; None, with nothing done, where there is no next batch.
-    """
+def timed_step(stepper: Stepper, batches: Iterator[Batch], step: int) -> Made | None:
+    """Update number `step`, on the next batch; None, with nothing done, where there is no next batch."""
     began = time.perf_counter()
+    stepper.watch("data", step + 1)
     if (batch := next(batches, None)) is None:
         return None
     data_seconds = time.perf_counter() - began
-    loss, gradient_norm, digests, stopping = one_step(stepper, batch, step, stop_signal)
-    record = record_of(stepper, step + 1, loss, gradient_norm, time.perf_counter() - began, data_seconds)
-    return record, batch.cursor, digests, stopping
+    loss, gradient_norm, digests, judgement = one_step(stepper, batch, step)
+    seconds = time.perf_counter() - began
+    record = record_of(stepper, step + 1, loss, gradient_norm, seconds, data_seconds, judgement)
+    return Made(record, batch.cursor, digests, judgement)
 
 
-def one_step(
-    stepper: Stepper, batch: Batch, step: int, stop_signal: runtime.StopSignal
-) -> tuple[float, float, Digests | None, bool]:
-    """One update on one global batch. Returns its mean loss in nats, the gradient norm before clipping, the evidence of all
-    its rows, and whether any rank was told to stop.
+def one_step(stepper: Stepper, batch: Batch, step: int) -> tuple[float, float, Digests | None, Judgement]:
+    """One update on one global batch, unless the guard finds it bad. Returns its mean loss in nats, the gradient norm before
+    clipping, the evidence of all its rows, and what the guard said.
     """
-    mesh, engine = stepper.mesh, stepper.engine
-    total = accumulate(engine, batch, stepper.timeline.phase_at(step).phase.micro_rows, mesh)
-    values = [float(total), float(stop_signal.name is not None), *halves(batch.evidence)]
-    summed, stops, *evidence = sum_over_ranks(values, mesh)
-    digests = joined(evidence, mesh.tp_size)
+    mesh, engine, phase = stepper.mesh, stepper.engine, stepper.timeline.phase_at(step).phase
+    stepper.watch("forward and backward", step + 1)
+    total = accumulate(engine, batch, phase.micro_rows, mesh)
+    stepper.watch("update", step + 1)
+    norm = engine.gradient_norm()
+    # Rank 0's goes to all in the sum of the losses, so that all decide on the same bits; and one that is not finite on any.
+    said = norm if mesh.rank == 0 or not math.isfinite(norm) else 0.0
+    summed, gradient_norm, *evidence = sum_over_ranks([float(total), said, *halves(batch.evidence)], mesh)
     mean_loss = summed / mesh.world_size
-    gradient_norm = engine.update(stepper.timeline.lr_at(step))
-    if not (math.isfinite(mean_loss) and math.isfinite(gradient_norm)):
-        raise RuntimeError(
-            f"step {step + 1}: loss {mean_loss}, gradient norm {gradient_norm}: not finite; nothing was saved after the last "
-            "checkpoint; lower schedule.lr.peak or look at the data of this step"
-        )
-    return mean_loss, gradient_norm, digests, stops > 0
+    judgement = stepper.guard.judge(phase, mean_loss, gradient_norm)
+    if judgement.decision == "update":
+        engine.update(stepper.timeline.lr_at(step))
+    else:
+        engine.drop_gradient()
+    return mean_loss, gradient_norm, joined(evidence, mesh.tp_size), judgement
 
 
 def accumulate(engine: Engine, batch: Batch, micro_rows: int, mesh: Mesh) -> Tensor:
@@ -274,17 +329,137 @@ def accumulate(engine: Engine, batch: Batch, micro_rows: int, mesh: Mesh) -> Ten
     return total
 
 
-def evaluate(training: Training, step: int) -> None:
-    """The validation loss of the weights after `step` is on record, unless damage has left no held-out row to take it of."""
+def note(training: Training, at: Standing, made: Made) -> None:
+    """The step, and what the guard said of it, are on record."""
+    training.sinks.step(made.record)
+    if training.ledger and made.digests:
+        training.ledger.step(at.step, at.cursor, made.digests)
+    decision, reason = made.judgement.decision, made.judgement.reason
+    if decision == "update":
+        return
+    if training.mesh.rank == 0:
+        log.warning("step %d: %s; its update is left out", at.step, reason)
+    if training.ledger:
+        training.ledger.bad(at.step, made.record.loss, made.record.gradient_norm, reason, decision)
+
+
+def gone_back(training: Training, at: Standing, judgement: Judgement) -> Standing:
+    """The run stands at its last checkpoint, behind the rows that it has read since.
+
+    Raises: UserError where there is none, or the run has come back to it too often.
+    """
+    config, bad = (
+        training.config,
+        f"step {at.step}: {judgement.reason}, the last of {training.guard.skips} bad steps in a row",
+    )
+    settle_save(training, at)
+    snapshot = newest(training.folder / "checkpoints", training.mesh)
+    if snapshot is None or judgement.decision == "stop":
+        where = f"gone back to step {snapshot.step} {training.guard.rollbacks} times" if snapshot else "no checkpoint"
+        raise UserError(
+            f"{bad}; the run has {where}; look at these steps with tandem audit {training.folder} --step {at.step}, lower "
+            "schedule.lr.peak, or raise guard.max_rollbacks"
+        )
+    restore(training.engine, snapshot, training.mesh)
+    facts = snapshot.manifest
+    training.guard.go_back(facts["guard"])
+    if training.mesh.rank == 0:
+        log.warning("%s; back to step %d, and past the rows read since", bad, snapshot.step)
+    if training.ledger:
+        begin_in_ledger(
+            training.ledger, config, training.loader, training.mesh.dp_size, snapshot.step, at.cursor,
+            after=facts["ledger_lines"], passed=passed_over(facts["cursor"], at.cursor), rollback=True,
+        )  # fmt: skip
+    training.sinks.rollback(snapshot.step, at.step, judgement.reason)
+    snapshot.close()
+    return Standing(snapshot.step, at.cursor, snapshot.step, evaluated_step=snapshot.step)
+
+
+def passed_over(before: dict[str, int], after: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """The places of each source between two cursors."""
+    ends = {source: (before.get(source, 0), end) for source, end in after.items()}
+    return {source: (first, last) for source, (first, last) in ends.items() if first != last}
+
+
+def save_if_due(training: Training, at: Standing) -> None:
+    """A save is under way where one is due. After a bad step it waits for a good one: what it would save is under suspicion."""
+    if training.saver.ended:
+        settle_save(training, at)
+    at.save_due |= due(at.step, training.config.checkpoint.every_steps) or training.agreement.save_wanted
+    if at.save_due and not training.guard.skips:
+        begin_save(training, at)
+    training.agreement.wants_save = at.retry_step is not None and at.step >= at.retry_step
+
+
+def save_finally(training: Training, at: Standing) -> None:
+    """The newest checkpoint is of this step and committed. Raises: UserError where it cannot be written."""
+    training.watch("save", at.step)
+    settle_save(training, at)
+    if at.step == at.saved_step:
+        return
+    begin_save(training, at)
+    outcome = settle_save(training, at)
+    if outcome and outcome.error:
+        raise UserError(not_saved(training.folder / "checkpoints", outcome))
+
+
+def begin_save(training: Training, at: Standing) -> None:
+    """A checkpoint of this moment is under way."""
+    config, engine = training.config, training.engine
+    settle_save(training, at)  # one at a time
+    if not engine.num_updates:
+        engine.allocate_moments(0)  # a checkpoint of nothing learned is one all the same
+    facts = {
+        **model_facts(config.model, config.mup),
+        "tokens": training.timeline.tokens_before(at.step),
+        "updates": engine.num_updates,
+        "cursor": at.cursor,
+        "ledger_lines": training.ledger.num_lines
+        if training.ledger
+        else 0,  # rank 0's fact; that rank writes the manifest
+        "guard": training.guard.state(),
+        "fingerprints": training.loader.fingerprints,
+        "eos_token": training.loader.eos_token,
+        "order": training.loader.order,
+        "skipped": training.loader.skipped,
+        "phases": [dataclasses.asdict(phase) for phase in config.schedule.phases],
+    }
+    sync = training.ledger.sync if training.ledger else lambda: None
+    training.saver.begin(at.step, engine, facts, before_commit=sync)
+    training.guard.rollbacks = 0
+    at.saved_step, at.save_due = at.step, False
+
+
+def settle_save(training: Training, at: Standing) -> Outcome | None:
+    """How the save that was under way, if any, has ended is on record. One that failed is tried again some steps later."""
+    if not training.saver.running:
+        return None
+    outcome = training.saver.outcome()
+    at.retry_step = None
+    if outcome.error:
+        at.saved_step = None
+        if training.mesh.rank == 0:
+            log.error("%s", not_saved(training.folder / "checkpoints", outcome))
+            at.retry_step = at.step + max(1, training.config.checkpoint.every_steps // RETRY_SHARE)
+    else:
+        stall_seconds = training.saver.take_stall_seconds()
+        training.sinks.checkpoint(
+            outcome.step, outcome.seconds, stall_seconds=stall_seconds, num_bytes=outcome.num_bytes
+        )
+    return outcome
+
+
+def evaluate(training: Training, at: Standing) -> None:
+    """The validation loss of the weights is on record, unless damage has left no held-out row to take it of."""
+    training.watch("evaluation", at.step)
+    step, agreement = at.step, training.agreement
     phase = training.timeline.phase_at(step - 1).phase
     read = partial(training.loader.validation, phase, training.config.evaluate.tokens)
-    batches: Iterable[Batch]
-    if training.config.data.damaged_shards == "stop":
-        batches = read()
-    else:
-        exchange = partial(met_by_any, mesh=training.mesh)
-        batches = agreed(lambda: list(read()), exchange, partial(leave_out, training, step))
-    loss = validation_loss(training.engine.model, batches, training.mesh)
+    batches: Iterable[Batch] | None = read()
+    if training.config.data.damaged_shards == "skip":
+        batches = agreed(lambda: list(read()), agreement.met_by_any, partial(leave_out, training, step))
+    loss = validation_loss(training.engine.model, batches or [], training.mesh, agreement.any_rank)
+    at.evaluated_step = step
     if loss is not None:
         training.sinks.validation(step, training.timeline.tokens_before(step), loss)
     elif training.mesh.rank == 0:
@@ -292,57 +467,10 @@ def evaluate(training: Training, step: int) -> None:
         log.warning("step %d: no validation loss: left out as damaged are %s, and no held-out row is left", step, files)
 
 
-def save_checkpoint(training: Training, step: int, cursor: dict[str, int]) -> None:
-    """A committed checkpoint of `step` lies in the run folder, and its ledger is not behind it."""
-    began = time.perf_counter()
-    ledger_lines = training.ledger.sync() if training.ledger else 0  # rank 0's fact; that rank writes the manifest
-    facts = {
-        **model_facts(training.config.model, training.config.mup),
-        "tokens": training.timeline.tokens_before(step),
-        "cursor": cursor,
-        "ledger_lines": ledger_lines,
-        "fingerprints": training.loader.fingerprints,
-        "eos_token": training.loader.eos_token,
-        "order": training.loader.order,
-        "skipped": training.loader.skipped,
-        "phases": [dataclasses.asdict(phase) for phase in training.config.schedule.phases],
-    }
-    root, keep = training.folder / "checkpoints", training.config.checkpoint.keep
-    size = save(root, step, training.engine, training.mesh, facts=facts, keep=keep)
-    training.sinks.checkpoint(step, time.perf_counter() - began, size)
-
-
-def build_engine(config: RunConfig, mesh: Mesh, snapshot: Snapshot | None, initial: Snapshot | None = None) -> Engine:
-    """Model and optimizer with the snapshot's state, or the initial snapshot's weights, or initial values."""
-    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-    table = rules(config.model, config.mup)
-    with mesh.device:
-        model = models.build(config.model, config.mup, mesh, dtype=dtype, recompute=config.parallel.recompute)
-    read: Callable[[str], Tensor] = values(
-        model, table, seed=config.run.seed, truncation_sigmas=config.model.init_truncation_sigmas
-    )
-    if given := snapshot or initial:
-        read = given.weight
-    load_weights(model, read, mesh)
-    optimizer = optim.adamw(optim.groups(model, table, config.optim), config.optim, mesh.device)
-    engine = Engine(config, model, optimizer, mesh)
-    if snapshot:
-        restore(engine, snapshot, mesh)
-        log.info("continuing from %s", snapshot.folder)
-    elif dtype != torch.float32:
-        set_masters(engine, read, mesh)
-    return engine
-
-
-def check_held_out(config: RunConfig, loader: Loader) -> None:
-    """Raises UserError when validation would need more held-out tokens than there are, before a step is made."""
-    for phase in config.schedule.phases if config.evaluate.every_steps else []:
-        loader.validation(phase, config.evaluate.tokens)
-
-
 def record_of(
-    stepper: Stepper, step: int, loss: float, gradient_norm: float, step_seconds: float, data_seconds: float
-) -> StepRecord:
+    stepper: Stepper, step: int, loss: float, gradient_norm: float, step_seconds: float, data_seconds: float,
+    judgement: Judgement,
+) -> StepRecord:  # fmt: skip
     """The record of the step that was just finished, the `step`-th."""
     config, mesh, timeline = stepper.config, stepper.mesh, stepper.timeline
     phase = timeline.phase_at(step - 1).phase
@@ -355,8 +483,8 @@ def record_of(
     memory: Any = torch.cuda.max_memory_allocated() / 2**30 if mesh.device.type == "cuda" else None
     return StepRecord(
         step=step, tokens=timeline.tokens_before(step), phase=phase.name, seq_len=phase.seq_len, rows=phase.rows,
-        loss=loss, lr=timeline.lr_at(step - 1), gradient_norm=gradient_norm, step_seconds=step_seconds,
-        data_seconds=data_seconds, tokens_per_second=speed.tokens_per_second, mfu=speed.mfu,
+        loss=loss, lr=timeline.lr_at(step - 1), gradient_norm=gradient_norm, skipped=judgement.decision != "update",
+        step_seconds=step_seconds, data_seconds=data_seconds, tokens_per_second=speed.tokens_per_second, mfu=speed.mfu,
         mfu_causal=speed.mfu_causal, memory_gib=memory, time=time.time(),
     )  # fmt: skip
 

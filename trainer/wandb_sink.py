@@ -1,8 +1,9 @@
 """The run's curves in wandb; the only door to it.
 
 One wandb run per run folder: its id is kept there, so a resumed run continues the curve, and every curve is
-drawn over our own step, so steps that are written again after a crash are no trouble. Training outlives
-wandb: when its service dies, a warning says so once and the run goes on.
+drawn over our own step, so steps that are written again, after a crash or a rollback, are no trouble: wandb's
+own counter goes on, both rows are kept, and where a chart gathers them it draws the last and shades the range.
+Training outlives wandb: when its service dies, a warning says so once and the run goes on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ WANDB_NAMES = {
         "loss": "train/loss",
         "lr": "train/lr",
         "gradient_norm": "train/gradient_norm",
+        "skipped": "train/skipped",
         "seq_len": "schedule/seq_len",
         "rows": "schedule/rows",
         "step_seconds": "speed/step_seconds",
@@ -32,7 +34,12 @@ WANDB_NAMES = {
         "memory_gib": "speed/memory_gib",
     },
     "validation": {"loss": "validation/loss", "perplexity": "validation/perplexity"},
-    "checkpoint": {"seconds": "checkpoint/seconds", "bytes": "checkpoint/bytes"},
+    "checkpoint": {
+        "seconds": "checkpoint/seconds",
+        "stall_seconds": "checkpoint/stall_seconds",
+        "bytes": "checkpoint/bytes",
+    },
+    "rollback": {"from_step": "train/rollback_from_step"},
 }
 """Name in wandb of each field that is a curve, by kind of record."""
 
@@ -73,7 +80,11 @@ class WandbSink:
     def write(self, record: dict[str, Any]) -> None:
         self._ended |= record["kind"] == "end"
         names = WANDB_NAMES.get(record["kind"], {})
-        curves = {name: record[field] for field, name in names.items() if record[field] is not None}
+        # wandb draws numbers; a bool is none to it.
+        values = {
+            name: int(value) if isinstance(value := record[field], bool) else value for field, name in names.items()
+        }
+        curves = {name: value for name, value in values.items() if value is not None}
         if curves and self._run:
             try:
                 self._run.log({"step": record["step"], **curves})

@@ -12,10 +12,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests import tiny
 from tests.ranks import SERVER
+from trainer.checkpoint.layout import KINDS
+from trainer.checkpoint.read import Snapshot
 
 MODULES = ("argparse", "ast", "bisect", "calendar", "copy", "csv", "dataclasses", "enum", "fractions", "heapq", "inspect",
            "json/decoder", "json/encoder", "pathlib", "statistics", "string", "tarfile", "textwrap", "tokenize")  # fmt: skip
@@ -129,6 +132,15 @@ def two_phases(variant: str, corpus: Path, root: Path, *, steps: int = 6, **sect
     for name, fields in sections.items():
         tree[name] = tree.get(name, {}) | fields
     return tree
+
+
+def differing(one: Snapshot, other: Snapshot) -> list[str]:
+    """Names of the tensors, of any kind, that are not the same bits."""
+    assert sorted(one.names) == sorted(other.names)
+    return [
+        f"{kind} {name}" for name in one.names for kind in KINDS
+        if not torch.equal(one.tensor(kind, name).view(torch.int32), other.tensor(kind, name).view(torch.int32))
+    ]  # fmt: skip
 
 
 def steps_of(folder: Path) -> dict[int, dict]:

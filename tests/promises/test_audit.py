@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests import ranks
 from tests.promises.conftest import ended, forked, two_phases
 from trainer import train
 from trainer.__main__ import main
+from trainer.checkpoint import write
 from trainer.config import RunConfig, section_from
 from trainer.ledger import FILE
 
@@ -34,19 +36,21 @@ def steps(folder: Path) -> list[int]:
 
 def go_on(trees: list[dict]) -> list[int]:
     """Runs one after the other on this world's ranks; rank 0 sees to it that no checkpoint is ahead of a synced ledger."""
-    synced, sync, save, unsynced = {}, os.fsync, train.save, []
+    synced, sync, commit, unsynced = {}, os.fsync, write.commit, []
 
     def watched_sync(handle: int) -> None:
         sync(handle)
         synced[os.fstat(handle).st_ino] = os.fstat(handle).st_size
 
-    def watched_save(root: Path, step: int, *arguments: object, **facts: object) -> int:
-        ledger = root.parent / FILE
-        if os.environ["RANK"] == "0" and synced.get(ledger.stat().st_ino) != ledger.stat().st_size:
-            unsynced.append(step)
-        return save(root, step, *arguments, **facts)
+    def watched_commit(folder: Path, tables: list[dict], facts: dict) -> None:
+        ledger = folder.parents[1] / FILE
+        with ledger.open("rb") as lines:
+            told = sum(map(len, islice(lines, facts["ledger_lines"])))
+        if not told or synced.get(ledger.stat().st_ino, 0) < told:
+            unsynced.append(facts["step"])
+        commit(folder, tables, facts)
 
-    os.fsync, train.save = watched_sync, watched_save
+    os.fsync, write.commit = watched_sync, watched_commit
     codes = [train.run(section_from(RunConfig, each, "")) for each in trees]
     assert unsynced == []
     return codes

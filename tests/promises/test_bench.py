@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import subprocess
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,21 @@ from tests import ranks, tiny
 from tests.promises.conftest import tandem
 from trainer import bench, costs, runtime
 from trainer.__main__ import main
+from trainer.agreement import Agreement
 from trainer.bench.measure import measure
 from trainer.bench.plan import Plan, planned
 from trainer.bench.rows import drawn
+from trainer.checkpoint.save import Saver
 from trainer.config import RunConfig, section_from
 from trainer.data.loader import Loader
 from trainer.engine import Engine
+from trainer.guard import Guard
 from trainer.metrics import Sinks
-from trainer.parallel.mesh import Mesh, gather_to_all, started
+from trainer.parallel.mesh import Mesh, collectives, gather_to_all, started
+from trainer.setup import build_engine
 from trainer.timeline import Timeline
-from trainer.train import Stepper, Training, build_engine, loop
+from trainer.train import Standing, Stepper, Training, loop
+from trainer.watchdog import Watchdog, here
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 PEAK_FLOPS = 2e11
@@ -214,24 +219,27 @@ def on_two_ranks(folder: Path, config_file: Path) -> tuple[dict[str, str], dict[
 def benched_and_trained(folder: Path) -> dict[str, Any]:
     """Losses and states after the bench's steps, after `train.loop` over the same rows, and after loops that differ."""
     config, [plan] = plan_of(FEW, 2)
-    stop_signal, total = runtime.StopSignal(), plan.total_steps
+    total = plan.total_steps
     others = {
         "trained": config,
         "unclipped": dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip_norm=0.0)),
         "other lr": with_peak(config, 2 * config.schedule.lr.peak),
     }
     found: dict[str, Any] = {}
-    with started(1) as mesh:
+    with started(1) as mesh, closing(runtime.StopSignal()) as stop_signal:
+        agreement = Agreement(mesh, stop_signal)
         engine = build_engine(config, mesh, None)
-        line = measure(Stepper(config, mesh, Timeline(config.schedule), engine, 1.0), plan, 1.0, stop_signal)
+        stepper = Stepper(config, mesh, Timeline(config.schedule), engine, 1.0, Guard(config.guard))
+        line = measure(stepper, plan, 1.0, agreement)
         found["benched"] = (line["first_loss"], line["last_loss"], state(engine))
         for name, other in others.items():
             stopping = dataclasses.replace(other, run=dataclasses.replace(other.run, stop_step=total))
             engine, kept = build_engine(stopping, mesh, None), Kept()
             loop(
-                Training(stopping, mesh, Timeline(stopping.schedule), engine, 1.0, folder / name, Rows(stopping, mesh),
-                         Sinks([kept], 0)),
-                0, None, stop_signal,
+                Training(stopping, mesh, Timeline(stopping.schedule), engine, 1.0, Guard(stopping.guard), folder / name,
+                         Rows(stopping, mesh), Sinks([kept], 0), Saver(folder / name / "checkpoints", mesh, 1), agreement,
+                         Watchdog(stopping.watchdog, folder / name, [here()], 0, collectives), None),
+                Standing(0, {}, None),
             )  # fmt: skip
             found[name] = (kept.losses[2], kept.losses[4], state(engine))
     return found

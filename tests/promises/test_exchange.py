@@ -20,7 +20,8 @@ from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, reference
 from trainer.__main__ import main
 from trainer.checkpoint.read import Snapshot, opened
-from trainer.checkpoint.write import model_facts, save
+from trainer.checkpoint.save import save
+from trainer.checkpoint.write import model_facts
 from trainer.config import BTLM, AlibiScaling, Mup, RunConfig, StableLM, UserError, section_from
 from trainer.data.loader import Batch, Loader
 from trainer.engine import Engine
@@ -30,7 +31,7 @@ from trainer.hf.reload import pretrained
 from trainer.parallel.mesh import Mesh, gather_to_all, started
 from trainer.parallel.shards import joined
 from trainer.resume import imported
-from trainer.train import build_engine
+from trainer.setup import build_engine
 
 __all__ = ["offline"]
 

@@ -21,14 +21,15 @@ from tests.reference.unpadded import Unpadded
 from tests.reference.variants import reference
 from trainer import costs, optim
 from trainer.checkpoint.read import opened
-from trainer.checkpoint.write import model_facts, save
+from trainer.checkpoint.save import save
+from trainer.checkpoint.write import model_facts
 from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.hf import convert
 from trainer.models.mup import rules
 from trainer.parallel.mesh import Mesh, gather_to_all, started
 from trainer.parallel.shards import Shard, joined, local_part
-from trainer.train import build_engine
+from trainer.setup import build_engine
 
 STEPS, LONG_STEPS = 5, 50
 VARIANTS = ("btlm", "stablelm")
@@ -63,7 +64,8 @@ def train(config: RunConfig, mesh: Mesh, checkpoints: Path | None) -> dict:
     norms = []
     for step in range(STEPS):
         engine.accumulate(engine(*tiny.rows(step)).mean(), last=True)
-        norms.append(engine.update(lr=1e-2))
+        norms.append(engine.gradient_norm())
+        engine.update(lr=1e-2)
     if checkpoints:
         facts = {**model_facts(config.model, config.mup), "tokens": 0, "cursor": {}, "fingerprints": {}}
         save(checkpoints, STEPS, engine, mesh, facts=facts, keep=0)
@@ -109,7 +111,8 @@ def both(wide: Engine, narrow: Engine, step: int) -> list[tuple[float, float]]:
     for engine in (wide, narrow):
         loss = engine(*batch).mean()
         engine.accumulate(loss, last=True)
-        found.append((float(loss), engine.update(lr=1e-2)))
+        found.append((float(loss), engine.gradient_norm()))
+        engine.update(lr=1e-2)
     return found
 
 

@@ -12,7 +12,7 @@ from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.parallel.mesh import Mesh, started
 from trainer.parallel.shards import joined
-from trainer.train import build_engine
+from trainer.setup import build_engine
 
 STEPS = 5
 EPSILON = 1e-2
@@ -57,7 +57,8 @@ def train(config: RunConfig, nudged: bool = False) -> dict:
                 engine.accumulate(loss, last=start == starts[-1])
                 total += float(loss.detach())
             gradients = gathered(engine.model, mesh, safe_get_full_grad) if step == STEPS - 1 else {}
-            norms.append(engine.update(lr=1e-2))
+            norms.append(engine.gradient_norm())
+            engine.update(lr=1e-2)
             losses.append(mean_over_dp(total, mesh))
         return {"losses": losses, "norms": norms, "gradients": gradients,
                 "parameters": gathered(engine.model, mesh, lambda p: p.data)}  # fmt: skip

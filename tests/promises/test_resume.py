@@ -7,20 +7,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests import ranks
-from tests.promises.conftest import steps_of, two_phases
+from tests.promises.conftest import differing, steps_of, two_phases
 from tests.promises.test_parallel import EPSILON
-from trainer.checkpoint.layout import KINDS
 from trainer.checkpoint.read import Snapshot, newest, opened
-from trainer.checkpoint.write import save
+from trainer.checkpoint.save import save
 from trainer.config import RunConfig, UserError, section_from
 from trainer.ledger import FILE
 from trainer.parallel.mesh import started
 from trainer.resume import check_same_past
+from trainer.setup import build_engine
 from trainer.timeline import Timeline
-from trainer.train import build_engine, run
+from trainer.train import run
 
 STOPS = (4, 8, None)
 """In the first phase, in the second, at the end; the border between the phases is step 6."""
@@ -59,15 +58,6 @@ def fed(folder: Path) -> dict[int, dict]:
     """What the ledger says each step was fed, of the last start that made it."""
     lines = map(json.loads, (folder / FILE).read_text().splitlines())
     return {line["step"]: line for line in lines if line["kind"] == "step"}
-
-
-def differing(one: Snapshot, other: Snapshot) -> list[str]:
-    """Names of the tensors, of any kind, that are not the same bits."""
-    assert sorted(one.names) == sorted(other.names)
-    return [
-        f"{kind} {name}" for name in one.names for kind in KINDS
-        if not torch.equal(one.tensor(kind, name), other.tensor(kind, name))
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
-from tests.promises.conftest import clean_environment, ended, forked, steps_of, two_phases
+from tests.promises.conftest import clean_environment, differing, ended, forked, steps_of, two_phases
 from tests.ranks import SERVER
 from trainer import runtime
 from trainer.__main__ import main
-from trainer.checkpoint.layout import KINDS, committed
-from trainer.checkpoint.read import Snapshot, opened
+from trainer.checkpoint.layout import committed
+from trainer.checkpoint.read import opened
 from trainer.runtime import REQUEUE_EXIT_CODE
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -55,11 +54,6 @@ def wait_until(condition: Callable[[], bool], process: BaseProcess | subprocess.
 
 def last_step(folder: Path) -> int:
     return max(steps_of(folder), default=0) if (folder / "metrics.jsonl").is_file() else 0
-
-
-def differing(one: Snapshot, other: Snapshot) -> list[str]:
-    return [f"{kind} {name}" for name in one.names for kind in KINDS
-            if not torch.equal(one.tensor(kind, name), other.tensor(kind, name))]  # fmt: skip
 
 
 def is_the_straight_run(folder: Path, straight: Path) -> None:

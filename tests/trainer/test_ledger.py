@@ -1,6 +1,7 @@
 """The ledger holds whole lines only, one for each write, whatever ended the process that wrote it."""
 
 import json
+import math
 import os
 import random
 
@@ -9,7 +10,7 @@ import pytest
 from trainer.data import manifest
 from trainer.data.manifest import Manifest, Shard, Split
 from trainer.data.rows import Evidence
-from trainer.ledger import FILE, Digests, Ledger, copy_manifests, halves, joined, manifest_copy
+from trainer.ledger import FILE, Digests, Ledger, Rollbacks, copy_manifests, halves, joined, manifest_copy, rollbacks
 
 START = {
     "order": {"run.seed": 7, "data.block_tokens": 64, "data.window_tokens": 320}, "phases": [{"name": "p"}],
@@ -36,6 +37,7 @@ def test_lines_say_what_fixes_the_data_and_what_each_step_took(tmp_path):
     assert start == {
         "kind": "start", "step": 5, "after": 0, "cursor": {"a": 100}, "seed": 7, "block_tokens": 64, "window_tokens": 320,
         "phases": [{"name": "p"}], "fingerprints": {"a": "f"}, "skipped": {"a": ["train-000003.tar"]}, "dp_size": 4,
+        "passed": {}, "rollback": False,
     }  # fmt: skip
     hexadecimal = {"ranges": "00000000000000ff", "tokens": "ffffffffffffffff"}
     assert first == {"kind": "step", "step": 6, "taken": {"a": [100, 132], "b": [0, 64]}, **hexadecimal}
@@ -103,12 +105,51 @@ def test_a_checkpoint_learns_after_which_line_it_is_made_and_a_start_says_it(tmp
     with (tmp_path / FILE).open("ab") as file:
         file.write(b'{"torn')
     ledger = Ledger(tmp_path)
-    assert ledger.sync() == 3
+    assert ledger.num_lines == 3
     ledger.start(7, {}, **START, after=3)
     ledger.skip(8, "a", "train-000001.tar")
-    assert ledger.sync() == len(lines(tmp_path)) == 5
+    assert ledger.num_lines == len(lines(tmp_path)) == 5
     ledger.close()
     assert [line.get("after") for line in lines(tmp_path)] == [0, None, None, 3, None]
+
+
+def test_a_bad_step_says_why_and_what_became_of_the_run_in_json(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.bad(41, math.nan, math.inf, "loss nan", "skip")
+    ledger.bad(42, 11.25, 3.0, "loss 11.25 is 14.3 sigmas above", "rollback")
+    ledger.close()
+    first, second = lines(tmp_path)
+    assert first == {
+        "kind": "bad", "step": 41, "loss": None, "gradient_norm": None, "reason": "loss nan", "decision": "skip",
+    }  # fmt: skip
+    assert (second["loss"], second["gradient_norm"], second["decision"]) == (11.25, 3.0, "rollback")
+
+
+def go_back(folder, step, after, cursor, rollback=True):
+    ledger = Ledger(folder)
+    passed = {source: (100, end) for source, end in cursor.items()}
+    ledger.start(step, cursor, **START, after=after, passed=passed, rollback=rollback)
+    ledger.step(step + 1, {"a": cursor["a"] + 32}, Digests(1, 2))
+    ledger.close()
+
+
+def test_a_run_that_goes_on_learns_how_often_it_went_back_to_its_checkpoint_and_to_where(tmp_path):
+    assert rollbacks(tmp_path, 5, 0) == Rollbacks(0, None), "there is no ledger yet"
+    write(tmp_path, steps=1)
+    assert rollbacks(tmp_path, 6, 2) == Rollbacks(0, None)
+    go_back(tmp_path, 6, 2, {"a": 400})
+    assert (lines(tmp_path)[2]["passed"], lines(tmp_path)[2]["rollback"]) == ({"a": [100, 400]}, True)
+    go_back(tmp_path, 6, 2, {"a": 500})
+    assert rollbacks(tmp_path, 6, 2) == Rollbacks(2, {"a": 500})
+    go_back(tmp_path, 6, 2, {"a": 501}, rollback=False)
+    go_back(tmp_path, 6, 3, {"a": 600})
+    go_back(tmp_path, 7, 2, {"a": 700})
+    with (tmp_path / FILE).open("ab") as file:
+        file.write(b'{"kind":"start","step":6,"after":2,"cursor":{"a":9},"rollback":tr')
+    assert rollbacks(tmp_path, 6, 2) == Rollbacks(2, {"a": 500}), (
+        "starts of processes and other checkpoints are not meant"
+    )
+    assert rollbacks(tmp_path, 6, 3) == Rollbacks(1, {"a": 600})
 
 
 def test_evidence_adds_up_over_ranks_without_rounding_and_modulo_2_to_the_64():

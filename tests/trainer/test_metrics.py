@@ -8,9 +8,11 @@ import os
 import pty
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rich.console
@@ -22,6 +24,9 @@ from trainer.metrics import FILE, StepRecord, open_sinks, read, throughput
 
 ROOT = Path(__file__).resolve().parents[2]
 TOTAL = {"total_steps": 12, "total_tokens": 12 * 2048}
+START = {
+    "kind": "start", "step": 0, "tokens": 0, "world_size": 1, "tp_size": 1, "dp_size": 1, "start_seconds": {}, **TOTAL,
+}  # fmt: skip
 
 
 def demo_config(*overrides: str) -> RunConfig:
@@ -54,12 +59,13 @@ def write_run(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(configuration.dump(config))
     sinks = open_sinks(folder, config, rank=0, resumed_step=resumed_step)
-    sinks.start(tokens=resumed_step * 2048, world_size=4, tp_size=2, dp_size=2, **TOTAL)
+    parts = {"imports": 5.25, "process group": 0.3}
+    sinks.start(tokens=resumed_step * 2048, world_size=4, tp_size=2, dp_size=2, **TOTAL, start_seconds=parts)
     for step in range(resumed_step + 1, to + 1):
         sinks.step(record(step, **fields))
         if step % 4 == 0:
             sinks.validation(step, step * 2048, 2.1 + 6.0 / step)
-            sinks.checkpoint(step, 0.25, 1_500_000)
+            sinks.checkpoint(step, 0.25, 1_500_000, stall_seconds=0.125)
     if end:
         sinks.end(to, "schedule finished")
     sinks.close()
@@ -92,6 +98,63 @@ def test_a_restart_takes_back_the_steps_after_its_checkpoint(tmp_path: Path) -> 
     assert [r["step"] for r in history.validations] == [4]
     assert [(r["step"], r["tokens"], r["repeated_steps"]) for r in history.restarts] == [(4, 4 * 2048, 7)]
     assert history.end is None
+
+
+def write_rollback(folder: Path, config: RunConfig | None = None) -> None:
+    """Steps 1 to 10, of which 3 and 10 are bad; the checkpoint of step 8 is committed after step 9, and from 10 the run goes
+    back to it; then it goes on to the end.
+    """
+    config = config or demo_config()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(configuration.dump(config))
+    sinks = open_sinks(folder, config, rank=0, resumed_step=0)
+    sinks.start(tokens=0, world_size=4, tp_size=2, dp_size=2, **TOTAL, start_seconds={"imports": 5.25, "kernels": 3.5})
+    for step in range(1, 11):
+        sinks.step(record(step, loss=math.nan if step == 10 else 9.0, skipped=step in (3, 10)))
+        if step == 9:
+            sinks.checkpoint(8, 1.25, 1_500_000, stall_seconds=0.125)
+    sinks.rollback(8, 10, "loss nan")
+    for step in range(9, 13):
+        sinks.step(record(step, loss=1.0))
+    sinks.end(12, "finished")
+    sinks.close()
+
+
+def test_a_rollback_takes_back_what_comes_after_its_checkpoint(tmp_path: Path) -> None:
+    write_rollback(tmp_path)
+    history = read(tmp_path)
+    assert [r["step"] for r in history.steps] == list(range(1, 13))
+    assert {r["step"]: r["loss"] for r in history.steps} == {n: 9.0 if n <= 8 else 1.0 for n in range(1, 13)}
+    assert [r["step"] for r in history.skipped] == [3], "step 10 was made again, and well"
+    [back] = history.rollbacks
+    assert [back[name] for name in ("step", "from_step", "reason", "tokens", "repeated_steps")] == [
+        8, 10, "loss nan", 8 * 2048, 2,
+    ]  # fmt: skip
+    assert [(r["step"], r["seconds"], r["stall_seconds"]) for r in history.checkpoints] == [(8, 1.25, 0.125)]
+    assert history.starts[0]["start_seconds"] == {"imports": 5.25, "kernels": 3.5}
+    assert history.end["reason"] == "finished"
+
+
+def test_a_rollback_to_where_its_process_began_has_the_tokens_of_that_start(tmp_path: Path) -> None:
+    """It is to the very checkpoint that the process came from, whose step it has not made itself."""
+    sinks = open_sinks(tmp_path, demo_config(), rank=0, resumed_step=4)
+    sinks.start(tokens=4 * 2048, world_size=1, tp_size=1, dp_size=1, **TOTAL)
+    sinks.step(record(5))
+    sinks.rollback(4, 5, "loss nan")
+    sinks.close()
+    assert read(tmp_path).rollbacks[0]["tokens"] == 4 * 2048
+    assert read(tmp_path).steps == []
+
+
+def test_records_of_before_there_was_a_guard_are_read(tmp_path: Path) -> None:
+    write_run(tmp_path, to=4)
+    records = [json.loads(line) for line in lines(tmp_path)]
+    new = ("start_seconds", "skipped", "stall_seconds")
+    old = [{name: value for name, value in record.items() if name not in new} for record in records]
+    (tmp_path / FILE).write_text("".join(json.dumps(record) + "\n" for record in old))
+    history = read(tmp_path)
+    assert (history.skipped, history.rollbacks, history.starts[0]["start_seconds"]) == ([], [], {})
+    assert history.checkpoints[0]["stall_seconds"] is None
 
 
 def test_an_end_before_a_resume_is_not_the_end(tmp_path: Path) -> None:
@@ -147,6 +210,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[
     sinks.step(record(1))
     sinks.validation(1, 2048, 3.0)
     sinks.checkpoint(1, 0.1, 10)
+    sinks.rollback(0, 1, "loss nan")
     sinks.end(1, "schedule finished")
     sinks.close()
     assert list(tmp_path.iterdir()) == []
@@ -189,10 +253,35 @@ def test_a_pipe_gets_a_line_per_interval_and_event(tmp_path: Path, capfd: pytest
     assert [line for line in capfd.readouterr().err.splitlines() if "| step 12/12 |" in line]
 
 
+def test_a_pipe_gets_a_line_for_each_step_left_out_each_rollback_and_the_parts_of_the_start(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_rollback(tmp_path, demo_config("log.every_steps=100"))
+    printed = capfd.readouterr().err.splitlines()
+    assert printed[0].startswith("start at step 0 of 12")
+    assert printed[1] == "ready after 8.8 s: imports 5.2, kernels 3.5"
+    steps = [line.split(" | ")[1] for line in printed if "| step" in line]
+    assert steps == ["step 1/12", "step 3/12 skipped", "step 9/12", "step 10/12 skipped", "step 12/12"]
+    assert "rollback to step 8 from step 10: loss nan" in printed
+    assert "checkpoint at step 8: 1.5MB in 1.2 s, training waited 0.1 s" in printed
+
+
+def test_the_last_step_is_shown_although_it_was_shown_before_a_rollback(capfd: pytest.CaptureFixture[str]) -> None:
+    sink = ConsoleSink(100)
+    sink.write(START)
+    sink.write({"kind": "step", **vars(record(1, skipped=True))})
+    sink.write({"kind": "rollback", "step": 0, "from_step": 1, "reason": "loss nan"})
+    sink.write({"kind": "step", **vars(record(1))})
+    sink.write({"kind": "end", "step": 1, "reason": "stopped"})
+    *_, shown, end = capfd.readouterr().err.splitlines()
+    assert "| step 1/12 |" in shown
+    assert end == "end at step 1: stopped"
+
+
 def test_time_left_is_the_tokens_left_at_the_pace_of_the_clock() -> None:
     screen = rich.console.Console(file=io.StringIO())
     sink = ConsoleSink(1, screen)
-    sink.write({"kind": "start", "step": 0, "tokens": 0, "world_size": 1, "tp_size": 1, "dp_size": 1, **TOTAL})
+    sink.write(START)
     for step in (1, 2, 3):  # 2,048 tokens each 100 s by the clock, whatever the step itself says
         sink.write({"kind": "step", **vars(record(step, time=100.0 * step, tokens_per_second=1e9))})
     assert f"eta {duration(900)}" in screen.file.getvalue().splitlines()[-1]
@@ -212,7 +301,7 @@ def test_a_terminal_gets_a_live_bar() -> None:
     with open(theirs, "w") as terminal:
         screen = rich.console.Console(file=terminal, width=140, _environ={"TERM": "xterm"})
         sink = ConsoleSink(5, screen)
-        sink.write({"kind": "start", "step": 0, "tokens": 0, "world_size": 1, "tp_size": 1, "dp_size": 1, **TOTAL})
+        sink.write(START)
         for step in (1, 2):
             sink.write({"kind": "step", **vars(record(step))})
         sink.close()
@@ -220,6 +309,27 @@ def test_a_terminal_gets_a_live_bar() -> None:
     assert "\x1b[" in shown
     assert "step 2/12" in shown
     assert "mfu 41.0%" in shown
+
+
+def test_a_live_bar_goes_back_with_the_run_and_a_step_left_out_is_a_line_above_it() -> None:
+    ours, theirs = pty.openpty()
+    with open(theirs, "w") as terminal:
+        screen = rich.console.Console(file=terminal, width=140, _environ={"TERM": "xterm"})
+        sink = ConsoleSink(5, screen)
+        sink.write(START)
+        for step in (1, 2, 3, 4):
+            sink.write({"kind": "step", **vars(record(step, skipped=step == 4))})
+            if step == 3:
+                sink.write({"kind": "checkpoint", "step": 2, "seconds": 1.0, "stall_seconds": 0.1, "bytes": 10})
+        assert sink._bar.tasks[0].completed == 4 * 2048
+        sink.write({"kind": "rollback", "step": 2, "from_step": 4, "reason": "loss nan"})
+        assert sink._bar.tasks[0].completed == 2 * 2048
+        sink.write({"kind": "step", **vars(record(3))})
+        assert sink._bar.tasks[0].completed == 3 * 2048
+        sink.close()
+    shown = said_on(ours)
+    assert "step 4/12 skipped |" in shown
+    assert "rollback to step 2 from step 4: loss nan" in shown
 
 
 def test_numbers_are_short() -> None:
@@ -287,3 +397,38 @@ def test_a_wandb_server_that_is_down_stops_no_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("offline into the run folder instead") == 2
     assert len(wandb_files(tmp_path / "run")) == 2
+
+
+def logged(file: Path) -> list[dict[str, Any]]:
+    """The rows that a wandb file holds, by names of curves. Source: LevelDB's log format, in blocks of 32 KiB."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, at, message, rows = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(content):
+        left = 32_768 - at % 32_768
+        if left < 7:
+            at += left
+            continue
+        size, kind = struct.unpack_from("<HB", content, at + 4)
+        message, at = message + content[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record.FromString(message)
+            items = record.history.item if record.HasField("history") else []
+            rows += [{item.nested_key[0]: json.loads(item.value_json) for item in items}] if items else []
+            message = b""
+    return rows
+
+
+def test_wandb_keeps_both_passes_of_a_step_in_one_curve_over_our_own_step(tmp_path: Path) -> None:
+    write_rollback(tmp_path, demo_config("log.wandb=offline"))
+    [file] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    rows = logged(file)
+    assert [row["_step"] for row in rows] == list(range(len(rows))), "wandb's own counter drops what does not grow"
+    losses = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    assert [step for step, _ in losses] == [*range(1, 11), *range(9, 13)]
+    assert [loss for step, loss in losses if step == 9] == [9.0, 1.0], "the last one is the one that counts"
+    assert [row["step"] for row in rows if row.get("train/skipped") == 1] == [3, 10]
+    assert [(row["step"], row["train/rollback_from_step"]) for row in rows if "train/rollback_from_step" in row] == [
+        (8, 10)
+    ]
+    assert [row["checkpoint/stall_seconds"] for row in rows if "checkpoint/stall_seconds" in row] == [0.125]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from tests.trainer.test_metrics import demo_config, record, write_run
+from tests.trainer.test_metrics import demo_config, record, write_rollback, write_run
 from trainer import config as configuration
 from trainer import report
 from trainer.config import UserError
@@ -102,6 +102,35 @@ def test_restarts_and_phases_are_drawn(killed_and_resumed: Path) -> None:
     assert [text.get_text().strip() for text in axes.texts] == ["short", "long"]
     ticks = [line for line in axes.lines if line.get_label() == "restart"]
     assert list(ticks[0].get_xdata()) == [8 * 2048]
+
+
+def test_rollbacks_and_steps_left_out_are_drawn_and_in_the_tables(tmp_path: Path) -> None:
+    write_rollback(tmp_path)
+    history, config = read(tmp_path), configuration.load(tmp_path / "config.yaml")
+    marks = {line.get_label(): line for line in plots.loss(history, config).axes[0].lines}
+    assert list(marks["rollback"].get_xdata()) == [8 * 2048]
+    assert list(marks["update left out"].get_xdata()) == [3 * 2048]
+    assert list(marks["update left out"].get_ydata()) == [9.0]
+    assert "restart" not in marks
+    cells = re.findall(r"<td>(.*?)</td>", report.write(tmp_path).read_text())
+    for text in ("loss nan", "9.0000", "8.8 s: imports 5.2, kernels 3.5", "0.1 s"):
+        assert text in cells, text
+    result = report.result(history)
+    assert (result["steps done again after rollbacks"], result["steps without an update"]) == ("2", "1")
+
+
+def test_a_step_left_out_without_a_number_is_a_cross_at_the_upper_edge(tmp_path: Path) -> None:
+    write_run(tmp_path, to=6)
+    sinks = open_sinks(tmp_path, demo_config(), rank=0, resumed_step=6)
+    sinks.start(tokens=6 * 2048, world_size=4, tp_size=2, dp_size=2, total_steps=12, total_tokens=12 * 2048)
+    sinks.step(record(7, loss=math.nan, gradient_norm=math.inf, skipped=True))
+    sinks.close()
+    config = configuration.load(tmp_path / "config.yaml")
+    for picture in (plots.loss, plots.loss_late, plots.gradient_norm):
+        axes = picture(read(tmp_path), config).axes[0]
+        [cross] = [line for line in axes.lines if line.get_marker() == "x" and len(line.get_xdata())]
+        assert (list(cross.get_xdata()), list(cross.get_ydata())) == ([7 * 2048], [1.0])
+        assert cross.get_transform() == axes.get_xaxis_transform()
 
 
 def test_smoothing_forgets_single_steps_and_stops_at_phases(killed_and_resumed: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.config import Cache, Data
-from trainer.train import keep_tokenizer
+from trainer.setup import keep_tokenizer
 
 
 @pytest.mark.parametrize("content", [b'{"a":\r\n1}\n', b"\xff\x00"], ids=["line ends", "no text"])

@@ -25,7 +25,7 @@ from trainer.audit.history import History
 from trainer.audit.one_step import rows_of, step_words
 from trainer.audit.replay import Replay
 from trainer.audit.tokens import TarReader
-from trainer.audit.verdict import Verdict
+from trainer.audit.verdict import Verdict, ranges_words
 from trainer.config import UserError
 from trainer.data import manifest
 from trainer.data.cache import Cache
@@ -122,7 +122,8 @@ def machine_words(verdict: Verdict) -> dict[str, Any]:
 
 def words(folder: Path, verdict: Verdict) -> str:
     """The verdict for people: sources, history, and what is wrong."""
-    lines = [f"{folder}: {verdict.steps} steps"]
+    without = f", {verdict.steps_without_update} of them without an update" if verdict.steps_without_update else ""
+    lines = [f"{folder}: {verdict.steps} steps{without}"]
     for name, source in verdict.sources.items():
         epochs = source.cursor / source.epoch_tokens
         lines.append(
@@ -130,6 +131,9 @@ def words(folder: Path, verdict: Verdict) -> str:
             f"cursor {source.cursor:,}, next {source.next}; lost {source.lost_tokens}, repeated {source.repeated_tokens}"
         )
         lines += [f"    left out: {file}, {tokens:,} tokens passed over" for file, tokens in source.passed_over.items()]
+        if source.rollback_tokens:
+            ranges = ranges_words(source.rollback_ranges)
+            lines.append(f"    passed over by rollbacks: {source.rollback_tokens:,} tokens, {ranges}")
     lines += [f"  {note}" for note in verdict.notes]
     if verdict.proven:
         read = (

@@ -72,15 +72,22 @@ class Feed:
                 tokens = int(pieces.tokens[pieces.shard == shard].sum())
                 passed[files[shard]] = passed.get(files[shard], 0) + tokens
 
+    def roll_past(self, source: str, start: int, end: int) -> None:
+        """Places [start, end) were read for steps that a rollback took back, and are taken by none."""
+        standing = self._verdict.sources[source]
+        standing.rollback_tokens += end - start
+        standing.rollback_ranges += self._corpora.named(source, start, end)
+
     def end(self, cursor: Mapping[str, int], step: int) -> None:
-        """No source was taken twice anywhere, and as many tokens as its cursor says."""
+        """No source was taken twice anywhere, and as many tokens as its cursor says, less what rollbacks passed over."""
         for source, coverage in self._coverage.items():
             self._report(source, coverage.sorted_in(), step)
-            if source not in self.broken and coverage.tokens != cursor.get(source, 0):
+            due = cursor.get(source, 0) - self._verdict.sources[source].rollback_tokens
+            if source not in self.broken and coverage.tokens != due:
                 self._verdict.find(
                     Finding(
                         "lost", f"{source} stands at {cursor.get(source, 0)}; {coverage.tokens} tokens up to there were taken",
-                        step, source, lost_tokens=cursor.get(source, 0) - coverage.tokens,
+                        step, source, lost_tokens=due - coverage.tokens,
                     )
                 )  # fmt: skip
         for (source, file), tokens in self._tokens.gone_tokens.items() if self._tokens else []:

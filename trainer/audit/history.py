@@ -10,10 +10,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 
-from trainer.audit.records import Attempt, Skip, Step, record
+from trainer.audit.records import Attempt, Bad, Record, Skip, Step, record
 from trainer.config import UserError
 from trainer.ledger import FILE
 
@@ -42,9 +43,20 @@ class History:
             raise UserError(f"{self.path}: has no start; the run died before its first step, or this is no ledger")
         self._follow_back(standing)
 
-    def accepted(self) -> Iterator[Attempt | Skip | Step]:
-        """What counts, in the order of the file: every start, and the steps and skips that no later one took back. Steps that
-        do not count are added up in their attempt.
+    def rollback_of(self, attempt: Attempt) -> Attempt | None:
+        """The rollback that passes over what a start passes over: itself, or the last one to its checkpoint before it. None for
+        a start that passes over nothing, and where there is none.
+        """
+        if attempt.start.rollback:
+            return attempt
+        checkpoint = (attempt.step, attempt.start.after)
+        before = (each for each in reversed(self.attempts) if each.line < attempt.line and each.start.rollback)
+        same = (each for each in before if (each.step, each.start.after) == checkpoint)
+        return next(same, None) if attempt.start.passed else None
+
+    def accepted(self) -> Iterator[Record]:
+        """What counts, in the order of the file: every start, and the other lines that no later one took back. Steps that do
+        not count are added up in their attempt.
         """
         attempts, attempt = iter(self.attempts), self.attempts[0]
         for number, found in self._records():
@@ -60,21 +72,27 @@ class History:
 
     def _first_reading(self) -> np.ndarray:
         """Starts and what is odd are on record; returns how many steps were finished after each line, and before the first."""
-        standing = array("q", [0])
+        standing, step_line, before = array("q", [0]), 0, None
+        reached: dict[str, int] = {}
+        met: set[tuple[str, str]] = set()
         for number, found in self._records():
             step = standing[-1]
             if isinstance(found, Attempt):
+                if found.start.rollback and _ends(before, step, step_line):
+                    found.bad, found.reached, found.met = before, reached, met
                 self.attempts.append(found)
-                self.left_out.update(found.skips)
-                step = found.step
+                step, reached, met = found.step, dict(found.start.cursor), {*found.skips}
             elif isinstance(found, Step):
                 self.steps_made += 1
-                step = found.number
+                step, step_line = found.number, number
+                reached |= {source: end for source, (_, end) in found.taken.items()}
             elif isinstance(found, Skip):
-                self.left_out.add((found.source, found.shard))
-            elif number:
+                met.add((found.source, found.shard))
+            elif found is None:
                 self.unreadable.append(number)
+            self.left_out |= met
             standing.append(step)
+            before = found
         return np.frombuffer(standing, np.int64)
 
     def _follow_back(self, standing: np.ndarray) -> None:
@@ -97,7 +115,7 @@ class History:
         likely = np.flatnonzero(before == attempt.step)
         return int(likely[np.abs(likely - after).argmin()]) if len(likely) else len(before) - 1
 
-    def _records(self) -> Iterator[tuple[int, Attempt | Skip | Step | None]]:
+    def _records(self) -> Iterator[tuple[int, Record | None]]:
         """Lines by number; a torn last one is told of and passed over."""
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -106,3 +124,8 @@ class History:
                     self.torn = True
                 else:
                     yield number, found
+
+
+def _ends(found: Record | None, step: int, line: int) -> TypeGuard[Bad]:
+    """Whether it tells that the step, of the line before it, was one to go back from."""
+    return isinstance(found, Bad) and found.decision == "rollback" and (found.step, found.line) == (step, line + 1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from trainer.audit.corpora import Corpora
 from trainer.audit.history import History
-from trainer.audit.records import Attempt, Skip, Step
+from trainer.audit.records import Attempt, Bad, Skip, Step
 from trainer.config import UserError
 from trainer.data.mixture import row_sources
 
@@ -26,6 +26,8 @@ def rows_of(number: int, history: History, corpora: Corpora) -> list[dict[str, A
         if isinstance(record, Step):
             if record.number == number:
                 return step_rows(record, attempt, corpora)
+            continue
+        if isinstance(record, Bad):
             continue
         if isinstance(record, Attempt):
             attempt, corpora.left_out = record, {}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from trainer.config import Phase, section_from
+from trainer.ledger import Decision
 
 FIXED = ("seed", "block_tokens", "window_tokens")
 """Of a start: what no later start may change."""
@@ -39,6 +40,18 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Bad:
+    """A step that made no update."""
+
+    line: int
+    step: int
+    loss: float | None
+    gradient_norm: float | None
+    reason: str
+    decision: Decision
+
+
+@dataclass(frozen=True)
 class Start:
     """The line, as the trainer writes it."""
 
@@ -54,6 +67,10 @@ class Start:
     skipped: dict[str, list[str]]
     dp_size: int
     time: float
+    passed: dict[str, list[int]] = field(default_factory=dict)
+    """Source -> cursor in the checkpoint, and from where the run goes on: what a rollback passes over."""
+    rollback: bool = False
+    """Whether the process before it went back itself."""
 
 
 @dataclass
@@ -62,6 +79,12 @@ class Attempt:
 
     line: int
     start: Start
+    bad: Bad | None = None
+    """Of a rollback: the bad step it goes back from, if the line before it tells of one."""
+    reached: dict[str, int] = field(default_factory=dict)
+    """Of a rollback: the cursor after that step."""
+    met: set[tuple[str, str]] = field(default_factory=set)
+    """Of a rollback: source and file of the shards left out at that step."""
     counts_until: float = 0
     """Its lines up to this one count, itself among them; 0: the run as it counts does not come from it."""
     made: int = 0
@@ -114,7 +137,10 @@ class Attempt:
         self.thrown_away = [first, step.number, count + 1, sum_tokens + tokens]
 
 
-def record(number: int, line: bytes) -> Attempt | Skip | Step | None:
+Record = Attempt | Skip | Step | Bad
+
+
+def record(number: int, line: bytes) -> Record | None:
     """The `number`-th line; None for one that no trainer writes."""
     try:
         tree = orjson.loads(line)
@@ -137,10 +163,20 @@ def _skip(number: int, tree: dict[str, Any]) -> Skip:
     return found
 
 
+def _bad(number: int, tree: dict[str, Any]) -> Bad:
+    _check("line" not in tree)
+    found: Bad = section_from(Bad, tree | {"line": number}, "")
+    _whole(found.step, 1)
+    return found
+
+
 def _attempt(number: int, tree: dict[str, Any]) -> Attempt:
     start: Start = section_from(Start, tree, "")
     for value in (start.step, start.after, start.block_tokens, start.window_tokens, *start.cursor.values()):
         _whole(value)
+    for ends in start.passed.values():
+        _check(len(ends) == 2)
+        _whole(ends[1], _whole(ends[0]))
     _whole(start.dp_size, 1)
     for phase in start.phases:
         for value in (phase.tokens, phase.seq_len, phase.rows):
@@ -151,7 +187,7 @@ def _attempt(number: int, tree: dict[str, Any]) -> Attempt:
     return Attempt(number, start)
 
 
-READERS: dict[str, Any] = {"step": _step, "skip": _skip, "start": _attempt}
+READERS: dict[str, Any] = {"step": _step, "skip": _skip, "start": _attempt, "bad": _bad}
 
 
 def _whole(value: Any, least: int = 0) -> int:

@@ -12,13 +12,15 @@ from typing import Any
 from trainer.audit.corpora import Corpora
 from trainer.audit.feed import Feed
 from trainer.audit.history import History
-from trainer.audit.records import Attempt, Skip, Step
+from trainer.audit.records import Attempt, Bad, Skip, Step
 from trainer.audit.tokens import TarReader
 from trainer.audit.verdict import Finding, Standing, Verdict, ranges_words, steps_words
 from trainer.config import Phase
 from trainer.console import short
 
 CHUNK_ROWS = 1 << 14
+HALTS = {"rollback": "go back", "stop": "end"}
+"""What a run does at a bad step instead of going on, by the decision on record."""
 
 
 class Replay:
@@ -33,6 +35,10 @@ class Replay:
         self._feed = Feed(corpora, self._verdict, tokens)
         self._cursor: dict[str, int] = {}
         self._number = 0
+        self._line = 0
+        """Of the last step."""
+        self._halt: Bad | None = None
+        """The last step, if the run was to make no other one after it."""
         self._attempt: Attempt | None = None
         self._counting: Attempt | None = None
         """The last start that the run as it counts comes from."""
@@ -57,6 +63,8 @@ class Replay:
                 self._step(record)
                 if len(self._chunk) * (self._span[0].rows if self._span else 1) >= CHUNK_ROWS:
                     advance(self._check_chunk())
+            elif isinstance(record, Bad):
+                self._bad(record)
             else:
                 advance(self._check_chunk())
                 self._start(record) if isinstance(record, Attempt) else self._skip(record)
@@ -66,6 +74,11 @@ class Replay:
 
     def _step(self, step: Step) -> None:
         """The step joins the chunk, if it can be said what it is to read."""
+        self._line = step.line
+        if self._halt:
+            says = f"step {step.number} follows step {self._halt.step}, at which the run was to {HALTS[self._halt.decision]}"
+            self._find("ledger", says, step.number)
+            self._halt = None
         if step.number <= self._number:
             last = self._chunk[-1] if self._chunk else None
             same = last is not None and last[1:] == step[1:]
@@ -100,6 +113,16 @@ class Replay:
             self._feed.check(self._chunk, phase, (self._chunk[0].number - 1 - first_step) * phase.rows)
         checked, self._chunk = len(self._chunk), []
         return checked
+
+    def _bad(self, bad: Bad) -> None:
+        if (bad.step, bad.line) != (self._number, self._line + 1):
+            says = f"line {bad.line} tells of step {bad.step} as bad; the line before it is not that step's"
+            self._find("ledger", says, bad.step)
+            return
+        self._verdict.steps_without_update += 1
+        self._halt = bad if bad.decision in HALTS else None
+        end = f"; the run was to {HALTS[bad.decision]}" if self._halt else ""
+        self._note(f"step {bad.step}: update left out, {bad.reason}{end}")
 
     # Cursors
 
@@ -145,10 +168,11 @@ class Replay:
     # Starts
 
     def _start(self, attempt: Attempt) -> None:
-        self._corpora.left_out = {}
+        self._corpora.left_out, self._halt = {}, None
         if attempt.counts:
             self._check_corpora()
             self._check_cursor(attempt)
+            self._check_passed(attempt)
             self._check_kept(attempt)
             self._number, self._counting = max(self._number, attempt.step), attempt
         self._say_start(attempt)
@@ -157,12 +181,14 @@ class Replay:
             self._leave_out(attempt.step + 1, source, file)
 
     def _check_cursor(self, attempt: Attempt) -> None:
-        """A start goes on from where the step that it names has left the sources."""
+        """A start goes on from where the step that it names has left the sources, but for what it says to pass over."""
         missing = range(self._number + 1, attempt.step + 1)
         if missing:
             self._find("ledger", f"{steps_words(missing)} not in the ledger (before line {attempt.line})", missing[0])
-        for source in sorted({*attempt.start.cursor, *self._cursor}):
-            found, left = attempt.start.cursor.get(source, 0), self._cursor.get(source, 0)
+        start = attempt.start
+        for source in sorted({*start.cursor, *start.passed, *self._cursor}):
+            found = start.passed.get(source, [start.cursor.get(source, 0)])[0]
+            left = self._cursor.get(source, 0)
             if missing and found > left and source in self._corpora:
                 self._gap(source, left, found, attempt.step, f"{steps_words(missing)} not in the ledger")
                 self._cursor[source] = found
@@ -172,6 +198,31 @@ class Replay:
                     f"the run left it at {left}", attempt.step, source,
                 )  # fmt: skip
 
+    def _check_passed(self, attempt: Attempt) -> None:
+        """A start passes over what was read from its checkpoint to the bad step that a rollback went back from, and no more."""
+        start, rollback = attempt.start, self._history.rollback_of(attempt)
+        where = f"the start at step {attempt.step} (line {attempt.line})"
+        if rollback is None or rollback.bad is None:
+            if start.passed or start.rollback:
+                passed = ", ".join(start.passed) or "nothing"
+                says = (
+                    f"{where} passes over tokens of {passed}; no bad step that the run went back from stands before it"
+                )
+                self._find("ledger", says, attempt.step)
+            return
+        for source in sorted({*start.cursor, *start.passed, *rollback.start.cursor, *rollback.reached}):
+            left, end = self._cursor.get(source, 0), rollback.reached.get(source, 0)
+            said = {each.cursor.get(source, 0) for each in (start, rollback.start)}
+            said |= {start.passed.get(source, [end, end])[1]}
+            if said != {end}:
+                self._find(
+                    "changed", f"{where} passes over {source} up to {', '.join(map(str, sorted(said - {end})))}; "
+                    f"step {rollback.bad.step}, which it goes back from, had read up to {end}", attempt.step, source,
+                )  # fmt: skip
+            if source in self._corpora and end > left:
+                self._feed.roll_past(source, left, end)
+                self._cursor[source] = end
+
     def _check_kept(self, attempt: Attempt) -> None:
         """Order, past and shards left out are those that the run has read its data with."""
         for name, found in attempt.fixed.items():
@@ -179,8 +230,10 @@ class Replay:
         if self._counting and attempt.past(attempt.step) != self._counting.past(attempt.step):
             says = f"the start at step {attempt.step} (line {attempt.line}) has other phases for the steps already made"
             self._find("changed", says, attempt.step)
-        if {*attempt.skips} != self._left_out:
-            differing = ", ".join(f"{file} of {source}" for source, file in sorted({*attempt.skips} ^ self._left_out))
+        # A process that goes back knows of the shards that were damaged in the meantime.
+        differs = {*attempt.skips} ^ self._left_out
+        if differs - (attempt.met - self._left_out):
+            differing = ", ".join(f"{file} of {source}" for source, file in sorted(differs))
             says = f"the start at step {attempt.step} (line {attempt.line}) leaves out other shards than the run: {differing}"
             self._find("changed", says, attempt.step)
         self._left_out = {*attempt.skips}
@@ -212,11 +265,20 @@ class Replay:
 
     def _say_start(self, attempt: Attempt) -> None:
         kind = "start" if attempt is self._history.attempts[0] else "restart"
+        if attempt.start.rollback:
+            kind = f"rollback from step {attempt.bad.step}, {attempt.bad.reason}" if attempt.bad else "rollback"
         words = [f"step {attempt.step}: {kind}, dp {attempt.start.dp_size}"]
         before = self._attempt
         if before and before.thrown_away:
             first, last, count, tokens = before.thrown_away
             words.append(f"takes back steps {first} to {last}: {count} made and thrown away, {short(tokens)} tokens")
+        passed = [
+            f"{short(end - left)} of {source}"
+            for source, (left, end) in sorted(attempt.start.passed.items())
+            if end > left
+        ]
+        if passed:
+            words.append(f"passes over the tokens read by then: {', '.join(passed)}")
         if before and before.start.dp_size != attempt.start.dp_size:
             words.append(f"dp was {before.start.dp_size}")
         if before:

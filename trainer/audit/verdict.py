@@ -40,6 +40,10 @@ class Standing:
     """The token that comes next, as FILE:FIRST."""
     passed_over: dict[str, int] = field(default_factory=dict)
     """Shard that is left out -> its tokens that were passed over."""
+    rollback_tokens: int = 0
+    """Passed over by rollbacks: read for steps that were taken back, and taken by none that counts."""
+    rollback_ranges: list[str] = field(default_factory=list)
+    """The first few of these of each rollback, as FILE:FIRST+TOKENS."""
     lost_tokens: int = 0
     repeated_tokens: int = 0
 
@@ -51,10 +55,12 @@ class Verdict:
     """Whether the shards were read again."""
     steps: int = 0
     """The last step; without findings each up to it was made once."""
+    steps_without_update: int = 0
+    """Of these: their rows were read, and the guard left the update out."""
     findings: list[Finding] = field(default_factory=list)
     num_findings: int = 0
     notes: list[str] = field(default_factory=list)
-    """Restarts, rollbacks, changes of dp size, phase, mixture and sources."""
+    """Restarts, rollbacks, updates left out, changes of dp size, phase, mixture and sources."""
 
     @property
     def proven(self) -> bool:

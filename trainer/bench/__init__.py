@@ -1,21 +1,25 @@
 """`tandem bench`: how fast a config trains here, by the run's own steps on synthetic rows: no corpus, no run folder.
 
-Every step is `train.timed_step` on the engine that `train.build_engine` makes: accumulation, reduction, clipping, ZeRO and
+Every step is `train.timed_step` on the engine that `setup.build_engine` makes: accumulation, reduction, clipping, ZeRO and
 AdamW at the schedule's learning rate, timed as `tandem train` times it. `plan` says which steps, `rows` what they read,
 `measure` makes them and one line of them; `parts` and `kinds` say where the time goes, in steps of their own.
 """
 
 import argparse
 import json
+from contextlib import closing
 from pathlib import Path
 
 from trainer import runtime
+from trainer.agreement import Agreement
 from trainer.bench.measure import measure
 from trainer.bench.plan import EVERY_PHASE, MICRO_BATCHES, planned
 from trainer.config import load
+from trainer.guard import Guard
 from trainer.parallel.mesh import launched_world_size, started
+from trainer.setup import build_engine
 from trainer.timeline import Timeline
-from trainer.train import Stepper, build_engine
+from trainer.train import Stepper
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,17 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prints one JSON line for each phase on standard output, on rank 0; progress goes to standard error."""
     config, plans = planned(load(arguments.config, arguments.overrides), arguments, launched_world_size())
-    stop_signal = runtime.StopSignal()
     runtime.stop_with_launcher()
-    with started(config.parallel.tp_size) as mesh:
+    with closing(runtime.StopSignal()) as stop_signal, started(config.parallel.tp_size) as mesh:
         runtime.start_logging(mesh.rank)
         if config.debug.deterministic:
             runtime.make_deterministic()
         matmul_flops = runtime.measured_peak_flops(mesh.device)
         peak_flops = config.hardware.peak_flops if config.hardware else matmul_flops
         engine = build_engine(config, mesh, None)
-        stepper = Stepper(config, mesh, Timeline(config.schedule), engine, peak_flops)
-        for plan in plans:
-            line = measure(stepper, plan, matmul_flops, stop_signal)
-            if mesh.rank == 0:
-                print(json.dumps(line, allow_nan=False), flush=True)
+        stepper = Stepper(config, mesh, Timeline(config.schedule), engine, peak_flops, Guard(config.guard))
+        try:
+            for plan in plans:
+                line = measure(stepper, plan, matmul_flops, Agreement(mesh, stop_signal))
+                if mesh.rank == 0:
+                    print(json.dumps(line, allow_nan=False), flush=True)
+        except runtime.Stopped:
+            raise SystemExit(f"bench: stopped by {stop_signal.name or 'a signal to another rank'}") from None

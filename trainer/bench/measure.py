@@ -7,7 +7,7 @@ a step are the median's of the timed ones. Nothing is extrapolated but what stan
 import logging
 import platform
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from statistics import median, quantiles
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from trainer import costs, runtime
+from trainer.agreement import Agreement
 from trainer.bench.kinds import profiled
 from trainer.bench.parts import instrumented
 from trainer.bench.plan import INSTRUMENTED_STEPS, Plan
@@ -29,21 +30,22 @@ from trainer.train import Stepper, timed_step
 log = logging.getLogger(__name__)
 
 
-def measure(stepper: Stepper, plan: Plan, matmul_flops: float, stop_signal: runtime.StopSignal) -> dict[str, Any]:
+def measure(stepper: Stepper, plan: Plan, matmul_flops: float, agreement: Agreement) -> dict[str, Any]:
     """The plan's steps are made; returns their line."""
     phase, first = plan.span.phase, plan.span.first_step
     steps = range(first, first + plan.total_steps)
     # Drawn before the clock starts: a run reads ahead in the background.
-    batches, numbers = iter([drawn(stepper.config, phase, step, stepper.mesh) for step in steps]), iter(steps)
+    batches = unless_stopped([drawn(stepper.config, phase, step, stepper.mesh) for step in steps], agreement)
+    numbers = iter(steps)
     forget_memory(stepper.mesh)
     say_what(stepper, plan)
     for _ in range(plan.warmup_steps):
-        made(stepper, batches, next(numbers), "warm-up", stop_signal)
-    records = [made(stepper, batches, next(numbers), "timed", stop_signal) for _ in range(plan.timed_steps)]
+        made(stepper, batches, next(numbers), "warm-up")
+    records = [made(stepper, batches, next(numbers), "timed") for _ in range(plan.timed_steps)]
     memory = peak_memory(stepper.mesh)
-    watched = [instrumented(stepper, batches, next(numbers), stop_signal) for _ in range(INSTRUMENTED_STEPS)]
+    watched = [instrumented(stepper, batches, next(numbers)) for _ in range(INSTRUMENTED_STEPS)]
     if plan.profile is not None:
-        profiled(lambda: timed_step(stepper, batches, next(numbers), stop_signal), plan.profile, stepper.mesh)
+        profiled(lambda: timed_step(stepper, batches, next(numbers)), plan.profile, stepper.mesh)
     watched_seconds, parts = sorted(watched, key=lambda one: one[0])[INSTRUMENTED_STEPS // 2]
     return {
         **setting(stepper, plan),
@@ -59,15 +61,18 @@ def measure(stepper: Stepper, plan: Plan, matmul_flops: float, stop_signal: runt
     }
 
 
-def made(
-    stepper: Stepper, batches: Iterator[Batch], step: int, kind: str, stop_signal: runtime.StopSignal
-) -> StepRecord:
-    """The record of update number `step`, which is shown. Leaves the process if a rank was told to stop."""
-    done = timed_step(stepper, batches, step, stop_signal)
+def unless_stopped(batches: Iterable[Batch], agreement: Agreement) -> Iterator[Batch]:
+    """The batches, until a rank is told to stop."""
+    for batch in batches:
+        agreement.any_rank(False)
+        yield batch
+
+
+def made(stepper: Stepper, batches: Iterator[Batch], step: int, kind: str) -> StepRecord:
+    """The record of update number `step`, which is shown."""
+    done = timed_step(stepper, batches, step)
     assert done, "synthetic rows do not end"
-    record, _, _, stopping = done
-    if stopping:
-        raise SystemExit(f"bench: stopped by {stop_signal.name or 'a signal to another rank'}")
+    record = done.record
     log.info(
         "%s, %s step %d: loss %.4f, %.3f s, %s tokens/s, mfu %.1f%%",
         record.phase, kind, record.step, record.loss, record.step_seconds, short(record.tokens_per_second), 100 * record.mfu,

@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from trainer import runtime
 from trainer.data.loader import Batch
 from trainer.engine import Engine
 from trainer.train import Stepper, timed_step
@@ -71,20 +70,23 @@ class WatchedEngine(Engine):
             del self._inner.allreduce_gradients  # the class's own is seen again
         self._mark("backward")
 
-    def update(self, lr: float) -> float:
+    def gradient_norm(self) -> float:
         self._mark("other")
-        norm = super().update(lr)
+        norm = super().gradient_norm()
         self._mark("update")
         return norm
 
+    def update(self, lr: float) -> None:
+        self._mark("other")
+        super().update(lr)
+        self._mark("update")
 
-def instrumented(
-    stepper: Stepper, batches: Iterator[Batch], step: int, stop_signal: runtime.StopSignal
-) -> tuple[float, dict[str, float]]:
+
+def instrumented(stepper: Stepper, batches: Iterator[Batch], step: int) -> tuple[float, dict[str, float]]:
     """Update number `step` is made; returns the seconds it took by the training loop's clock, and those of its parts."""
     clock = Clock(stepper.mesh.device)
     watched = replace(stepper, engine=WatchedEngine(stepper.engine, clock.mark))
-    made = timed_step(watched, batches, step, stop_signal)
+    made = timed_step(watched, batches, step)
     assert made, "synthetic rows do not end"
     clock.mark("other")
-    return made[0].step_seconds, clock.seconds
+    return made.record.step_seconds, clock.seconds

@@ -1,8 +1,8 @@
 """Reading: true global tensors by name, whatever layout wrote them, and a run put back to where one was saved."""
 
 import logging
+import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from trainer.checkpoint.layout import KINDS, MARKER, committed, damage, data_files, key, read_manifest
+from trainer.checkpoint.layout import MARKER, committed, damage, data_files, key, read_manifest
 from trainer.config import BTLM, FAMILIES, Mup, StableLM, UserError, section_from
 from trainer.engine import Engine
 from trainer.models.init import place
 from trainer.parallel.layers import shard_of
-from trainer.parallel.mesh import Mesh, from_rank_0, gather_to_all
+from trainer.parallel.mesh import Mesh, from_rank_0, from_replica, gather_to_all
 from trainer.parallel.shards import Shard, local_part
 
 log = logging.getLogger(__name__)
@@ -51,20 +51,35 @@ class Snapshot:
     def tensor(self, kind: str, name: str) -> Tensor:
         """The true global fp32 tensor of one kind of state (master, exp_avg, exp_avg_sq) of `name`.
 
-        Memory: the tensor and, where a rank's box is no run of it, one box.
+        Memory: the tensor and, where the divided dim is not the first, one rank's box.
         """
-        fragments = self._by_name[name]
-        place = fragments[0]["shard"]
-        shard = Shard(tuple(place["shape"]), place["dim"], place["padded_size"])
-        tp_size = self.manifest["tp_size"] if shard.dim is not None else 1
-        padded = torch.empty(shard.box_shape(1))
-        for tp_rank, hole in enumerate(padded.chunk(tp_size, dim=shard.dim or 0)):
-            box = hole if hole.is_contiguous() else torch.empty(hole.shape)
-            self._fill_box(box.view(-1), kind, name, [each for each in fragments if each["tp_rank"] == tp_rank])
-            if box is not hole:
-                hole.copy_(box)
-            del box  # before the next is made
-        return padded if shard.dim is None else padded.narrow(shard.dim, 0, shard.shape[shard.dim])
+        shard, _ = self._saved(name)
+        found = torch.empty(shard.shape)
+        if shard.dim is None:
+            self._fill(found.view(-1), kind, name, 0, 0)
+        else:
+            rows = math.prod(shard.shape[: shard.dim])
+            self._fill_places(found.view(rows, shard.shape[shard.dim], -1), kind, name, 0, 0)
+        return found
+
+    def fill(self, target: Tensor, kind: str, name: str, cut: Shard, tp_rank: int, tp_size: int, start: int) -> None:
+        """`target`, flat, is the run from element `start` on of a rank's box in a layout of `tp_size` that cuts the tensor as
+        `cut` says; zeros where that has padding. Of the files little more is read than the run.
+        """
+        saved, _ = self._saved(name)
+        assert (saved.shape, saved.dim) == (cut.shape, cut.dim), f"{name}: {cut} cannot be read from {saved}"
+        if cut.dim is None:
+            self._fill(target, kind, name, 0, start)
+            return
+        share, inner = cut.box_shape(tp_size)[cut.dim], math.prod(cut.shape[cut.dim + 1 :])
+        row, end = share * inner, start + target.numel()
+        first, last = start // row, (end - 1) // row
+        low, high = 0, share
+        if first == last:  # of one row only the places that the run meets are read
+            low, high = (start - first * row) // inner, -(-(end - first * row) // inner)
+        read = torch.zeros(last - first + 1, high - low, inner)
+        self._fill_places(read, kind, name, first, tp_rank * share + low)
+        target.copy_(read.view(-1).narrow(0, start - first * row - low * inner, target.numel()))
 
     def sections(self) -> tuple[StableLM | BTLM, Mup | None]:
         """The model and its parametrisation as they were saved."""
@@ -77,11 +92,44 @@ class Snapshot:
         """The files are let go; they would else stay mapped, and their space in use after they are removed."""
         self._files.clear()
 
-    def _fill_box(self, flat: Tensor, kind: str, name: str, fragments: list[dict[str, Any]]) -> None:
-        for fragment in fragments:
-            start, numel = fragment["start"], fragment["numel"]
-            flat[start : start + numel] = self._file(fragment["file"]).get_tensor(key(kind, name, start))
-        read = sum(fragment["numel"] for fragment in fragments)
+    def _saved(self, name: str) -> tuple[Shard, int]:
+        """How the tensor was cut when it was saved, and over how many ranks."""
+        place = self._by_name[name][0]["shard"]
+        shard = Shard(tuple(place["shape"]), place["dim"], place["padded_size"])
+        return shard, self.manifest["tp_size"] if shard.dim is not None else 1
+
+    def _fill_places(self, read: Tensor, kind: str, name: str, row: int, place: int) -> None:
+        """`read`, [rows, places, inner], holds what was saved from that row and that place of the divided dim on, true places
+        only: its last ones may be padding, and are left alone.
+        """
+        saved, tp_size = self._saved(name)
+        assert saved.dim is not None
+        share, inner = saved.padded_size // tp_size, read.shape[2]
+        begin, end = place, min(place + read.shape[1], saved.shape[saved.dim])
+        while begin < end:
+            box = begin // share
+            stop = min(end, (box + 1) * share)
+            target = read.narrow(1, begin - place, stop - begin)
+            low = begin - box * share
+            if len(read) == 1:
+                self._fill(target.view(-1), kind, name, box, (row * share + low) * inner)
+            else:  # the rows of a box lie one after the other: all places of the first to the last are a run
+                whole = torch.empty(len(read), share, inner)
+                self._fill(whole.view(-1), kind, name, box, row * share * inner)
+                target.copy_(whole.narrow(1, low, stop - begin))
+                del whole  # before the next is made
+            begin = stop
+
+    def _fill(self, flat: Tensor, kind: str, name: str, tp_rank: int, start: int) -> None:
+        """`flat` is the run from element `start` on of a saved box."""
+        end, read = start + flat.numel(), 0
+        for fragment in self._by_name[name]:
+            low, high = max(start, fragment["start"]), min(end, fragment["start"] + fragment["numel"])
+            if fragment["tp_rank"] != tp_rank or low >= high:
+                continue
+            saved = self._file(fragment["file"]).get_slice(key(kind, name, fragment["start"]))
+            flat[low - start : high - start] = saved[low - fragment["start"] : high - fragment["start"]]
+            read += high - low
         assert read == flat.numel(), f"{self.folder}: fragments of {name} do not cover it"
 
     def _file(self, name: str) -> Any:
@@ -137,28 +185,39 @@ def opened(folder: Path, mesh: Mesh | None = None) -> Snapshot:
     return snapshot
 
 
+@torch.no_grad()
 def load_weights(model: nn.Module, read: Callable[[str], Tensor], mesh: Mesh) -> None:
-    """Every parameter holds its rank's part of the tensor of its name."""
-    for name, parameter in model.named_parameters():
-        place(parameter, read(name), mesh)
+    """Every parameter holds its rank's part of the tensor of its name.
 
-
-def restore(engine: Engine, snapshot: Snapshot, mesh: Mesh) -> None:
-    """Masters and moments of this rank's fragments are the saved ones; learning rates and decay stay the config's."""
-    engine.allocate_moments(snapshot.step)
-    for kind in KINDS:
-        _fill(engine, kind, partial(snapshot.tensor, kind), mesh)
-
-
-def set_masters(engine: Engine, read: Callable[[str], Tensor], mesh: Mesh) -> None:
-    """The fp32 weights of this rank's fragments are `read`'s, unrounded; DeepSpeed makes them from the model's bf16 ones."""
-    _fill(engine, "master", read, mesh)
+    Of each tensor one replica reads or draws, in turn, and hands it to the others: a cluster reads a model once.
+    """
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        if index % mesh.dp_size == mesh.dp_rank:
+            place(parameter, read(name), mesh)
+        from_replica(index % mesh.dp_size, parameter)
 
 
 @torch.no_grad()
-def _fill(engine: Engine, kind: str, read: Callable[[str], Tensor], mesh: Mesh) -> None:
+def restore(engine: Engine, snapshot: Snapshot, mesh: Mesh) -> None:
+    """Weights, masters, moments and the number of updates are the saved ones; learning rates and decay stay the config's."""
+    for index, (name, parameter) in enumerate(engine.model.named_parameters()):
+        if index % mesh.dp_size == mesh.dp_rank:
+            box = torch.empty(parameter.numel())
+            snapshot.fill(box, "master", name, shard_of(parameter), mesh.tp_rank, mesh.tp_size, 0)
+            parameter.copy_(box.view_as(parameter))
+        from_replica(index % mesh.dp_size, parameter)
+    engine.allocate_moments(snapshot.manifest.get("updates", snapshot.step))
     parameters = dict(engine.model.named_parameters())
     for fragment in engine.fragments():
-        target = {"master": fragment.master, **fragment.moments}[kind]
+        cut = shard_of(parameters[fragment.name])
+        for kind, target in {"master": fragment.master, **fragment.moments}.items():
+            snapshot.fill(target, kind, fragment.name, cut, mesh.tp_rank, mesh.tp_size, fragment.start)
+
+
+@torch.no_grad()
+def set_masters(engine: Engine, read: Callable[[str], Tensor], mesh: Mesh) -> None:
+    """The fp32 weights of this rank's fragments are `read`'s, unrounded; DeepSpeed makes them from the model's bf16 ones."""
+    parameters = dict(engine.model.named_parameters())
+    for fragment in engine.fragments():
         part = local_part(shard_of(parameters[fragment.name]), read(fragment.name), mesh.tp_rank, mesh.tp_size)
-        target.copy_(part.reshape(-1)[fragment.start : fragment.start + target.numel()])
+        fragment.master.copy_(part.reshape(-1)[fragment.start : fragment.start + fragment.master.numel()])

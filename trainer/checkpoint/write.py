@@ -1,4 +1,4 @@
-"""Saving: every rank writes the fragments it owns, rank 0 gathers the table and commits.
+"""What is on disk of a save: every rank writes the fragments it owns, one commits the table of all.
 
 Order is the whole point: data files are synced before the manifest names them, the manifest before the marker vouches for
 it, and only then are older checkpoints removed. A kill anywhere leaves the last committed folder as it was.
@@ -23,38 +23,35 @@ from trainer.config import BTLM, Mup, StableLM
 from trainer.disk import sync_folder, write_whole
 from trainer.engine import Engine
 from trainer.parallel.layers import shard_of
-from trainer.parallel.mesh import Mesh, barrier, gather_to_all
+from trainer.parallel.mesh import Mesh
 from trainer.parallel.shards import Shard
 from trainer.tensor_file import Spec
 
 log = logging.getLogger(__name__)
+Share = list[tuple[dict[str, Any], list[Tensor]]]
+"""Entries of the table of fragments, each with its tensors in the order of its kinds."""
+Table = dict[str, Any]
+"""What a rank has written: its file, size and hash, and the entries in it."""
 IMPORT_FILE_BYTES = 1_000_000_000
 """Largest file of an import: the ranks of a run share the hashing of them, file by file."""
 
 
-def save(root: Path, step: int, engine: Engine, mesh: Mesh, *, facts: dict[str, Any], keep: int) -> int:
-    """A committed checkpoint of `step` lies in `root`; older ones beyond `keep` are gone. Returns its size in bytes.
+def begin(folder: Path) -> None:
+    """The folder is there and empty, also where a kill has torn a save of the same step, or that step is made again."""
+    # The marker goes first, so that a kill in the middle leaves no folder that looks whole.
+    (folder / MARKER).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
-    `facts` (model, cursor, fingerprints …) must be the same on every rank; they are stored as they are.
-    """
-    folder = root / folder_name(step)
-    if mesh.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # a torn save of the same step, or one that is being written again
-        folder.mkdir(parents=True)
-    barrier()
-    owned = _owned(engine, mesh)
-    entries = [entry for entry, _ in owned]
-    specs = {_key(entry, kind): _flat(entry["numel"]) for entry in entries for kind in entry["kinds"]}
-    # One at a time from the device: a node's share of the state need not fit its memory a second time.
-    tensors = (tensor.cpu() for _, kinds in owned for tensor in kinds)
-    file = rank_file(mesh.rank)
+
+def write_share(folder: Path, rank: int, share: Share) -> Table:
+    """The rank's file holds its share of the state and is on disk."""
+    specs = {_key(entry, kind): _flat(entry["numel"]) for entry, _ in share for kind in entry["kinds"]}
+    tensors = (tensor for _, kinds in share for tensor in kinds)
+    file = rank_file(rank)
     described = _write(folder / file, specs, tensors) if specs else None
-    tables: list[dict[str, Any]] = gather_to_all({"file": file, "described": described, "entries": entries})
-    if mesh.rank == 0:
-        _commit(folder, tables, {"step": step, "tp_size": mesh.tp_size, "dp_size": mesh.dp_size, **facts})
-        _retire(folder, keep)
-    barrier()
-    return sum(table["described"]["bytes"] for table in tables if table["described"])
+    return {"file": file, "described": described, "entries": [entry for entry, _ in share]}
 
 
 def save_weights(
@@ -70,14 +67,19 @@ def save_weights(
     folder = root / folder_name(0)
     folder.mkdir(parents=True)
     entries = [_entry(name, Shard(shape), 0, 0, math.prod(shape), ["master"]) for name, shape in shapes.items()]
-    tables: list[dict[str, Any]] = []
+    tables: list[Table] = []
     for index, held in enumerate(tensor_file.runs(entries, _master_bytes, IMPORT_FILE_BYTES)):
         specs = {_key(entry, "master"): _flat(entry["numel"]) for entry in held}
         tensors = (read(entry["name"]).float().reshape(-1) for entry in held)
         file = rank_file(index)
         tables.append({"file": file, "described": _write(folder / file, specs, tensors), "entries": held})
-    _commit(folder, tables, {"step": 0, "tp_size": 1, "dp_size": 1, **facts})
-    return sum(table["described"]["bytes"] for table in tables)
+    commit(folder, tables, {"step": 0, "tp_size": 1, "dp_size": 1, **facts})
+    return num_bytes(tables)
+
+
+def num_bytes(tables: Iterable[Table]) -> int:
+    """Size of all files of a checkpoint."""
+    return sum(table["described"]["bytes"] for table in tables if table["described"])
 
 
 def model_facts(model: StableLM | BTLM, mup: Mup | None) -> dict[str, Any]:
@@ -85,12 +87,12 @@ def model_facts(model: StableLM | BTLM, mup: Mup | None) -> dict[str, Any]:
     return {"model": dataclasses.asdict(model), "mup": dataclasses.asdict(mup) if mup else None}
 
 
-def _owned(engine: Engine, mesh: Mesh) -> list[tuple[dict[str, Any], list[Tensor]]]:
-    """What this rank saves: entries of the table of fragments, each with its tensors in the order of its kinds."""
+def share_of(engine: Engine, mesh: Mesh) -> Share:
+    """What this rank saves, as it is at this moment on the device."""
     parameters = dict(engine.model.named_parameters())
     if engine.owns_whole_replica() and mesh.dp_rank:
         return []
-    owned = []
+    share = []
     for fragment in engine.fragments():
         shard = shard_of(parameters[fragment.name])
         if shard.dim is None and mesh.tp_rank:
@@ -98,8 +100,8 @@ def _owned(engine: Engine, mesh: Mesh) -> list[tuple[dict[str, Any], list[Tensor
         kinds = {"master": fragment.master, **fragment.moments}
         numel = fragment.master.numel()
         entry = _entry(fragment.name, shard, mesh.tp_rank, fragment.start, numel, list(kinds))
-        owned.append((entry, list(kinds.values())))
-    return owned
+        share.append((entry, list(kinds.values())))
+    return share
 
 
 def _entry(name: str, shard: Shard, tp_rank: int, start: int, numel: int, kinds: list[str]) -> dict[str, Any]:
@@ -125,7 +127,8 @@ def _write(path: Path, specs: Mapping[str, Spec], tensors: Iterable[Tensor]) -> 
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _commit(folder: Path, tables: Iterable[dict[str, Any]], facts: dict[str, Any]) -> None:
+def commit(folder: Path, tables: Iterable[Table], facts: dict[str, Any]) -> None:
+    """The folder counts: what all ranks have written into it is one checkpoint."""
     files = {table["file"]: table["described"] for table in tables if table["described"]}
     fragments = [{**entry, "file": table["file"]} for table in tables for entry in table["entries"]]
     text = json.dumps({"format": FORMAT, **facts, "files": files, "fragments": fragments})
@@ -135,7 +138,7 @@ def _commit(folder: Path, tables: Iterable[dict[str, Any]], facts: dict[str, Any
     sync_folder(folder.parent)
 
 
-def _retire(newest: Path, keep: int) -> None:
+def retire(newest: Path, keep: int) -> None:
     """Up to `newest`, just committed, `keep` whole folders are left (0: all of them) and nothing torn.
 
     Later ones were passed over as damaged when the run continued: they do not count, and a person may look at them.

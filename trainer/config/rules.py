@@ -63,9 +63,9 @@ def check(config: RunConfig) -> None:
             f"guard.window_steps: {config.guard.window_steps}; must be at least {MIN_WINDOW_STEPS}, for a spread to mean "
             "something; raise it"
         )
-    limit = config.watchdog.step_seconds
-    if limit is not None and not 0 <= limit < math.inf:
-        raise UserError(f"watchdog.step_seconds: {limit}; must not be negative nor infinite; 0 turns it off")
+    step_seconds = config.watchdog.step_seconds
+    if step_seconds is not None and not 0 <= step_seconds < math.inf:
+        raise UserError(f"watchdog.step_seconds: {step_seconds}; must not be negative nor infinite; 0 turns it off")
     _positive(config.log, "log", "every_steps")
     if config.parallel.zero_stage == 0 and config.run.precision == "bf16":
         # The gradients of a second micro-batch would be added in bf16.

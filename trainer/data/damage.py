@@ -7,11 +7,13 @@ the rows stay the same for any number of ranks, whichever of them met the damage
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TypeVar
 
 from trainer.data.loader import Loader
 from trainer.data.rows import Batch
 from trainer.data.stream import Damaged
+from trainer.runtime import Stopped
 
 T = TypeVar("T")
 Met = tuple[str, str]
@@ -22,36 +24,56 @@ LeaveOut = Callable[[int, Met], None]
 """Called on every rank, with the step from which on the shard is left out."""
 
 
-def agreed(read: Callable[[], T], exchange: Exchange, leave_out: Callable[[Met], None]) -> T:
-    """What `read` returns once no rank meets damage in it; each shard met before has been handed to `leave_out`."""
+def agreed(read: Callable[[], T], exchange: Exchange, leave_out: Callable[[Met], None] | None) -> T | None:
+    """What `read` returns once no rank meets damage in it; each shard met before has been handed to `leave_out`, without which
+    damage is an error.
+    """
     while True:
-        met = None
+        met, result = None, None
         try:
             result = read()
+        except Stopped:
+            pass  # the exchange tells the others, and ends the reading on all of them
         except Damaged as damage:
+            if leave_out is None:
+                raise
             met = (damage.source, damage.file)
         everywhere = exchange(met)
-        if not everywhere:
+        if not everywhere or leave_out is None:
             return result
         for each in everywhere:
             leave_out(each)
 
 
 def agreed_batches(
-    loader: Loader, step: int, cursor: dict[str, int] | None, exchange: Exchange, leave_out: LeaveOut
+    loader: Loader,
+    step: int,
+    cursor: dict[str, int] | None,
+    exchange: Exchange,
+    leave_out: LeaveOut | None,
+    reading: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Batch]:
-    """`Loader.batches`, ended early only where what is left cannot feed a step."""
+    """`Loader.batches`, ended early only where what is left cannot feed a step. Each batch is waited for within `reading`."""
     batches = loader.batches(step, cursor)
+
+    def read() -> Batch | None:
+        with reading():
+            return next(batches, None)
 
     def without(met: Met) -> None:
         nonlocal batches
+        assert leave_out is not None
         batches.close()
         leave_out(step, met)
         batches = loader.batches(step, cursor)
 
     try:
-        while (batch := agreed(lambda: next(batches, None), exchange, without)) is not None:
+        while (batch := agreed(read, exchange, without if leave_out else None)) is not None:
             step, cursor = step + 1, batch.cursor
             yield batch
+    except Stopped as stopped:
+        with suppress(Stopped):
+            batches.throw(stopped)  # closed, it would wait for what is being read ahead
+        raise
     finally:
         batches.close()

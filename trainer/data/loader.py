@@ -26,6 +26,7 @@ from trainer.data.manifest import DamagedShard
 from trainer.data.order import Order
 from trainer.data.rows import Batch, Cut, Evidence, Source, Span, batch
 from trainer.data.stream import Stream
+from trainer.runtime import Stopped
 from trainer.timeline import Timeline
 
 __all__ = ["Batch", "Evidence", "Loader"]
@@ -211,6 +212,7 @@ class Loader:
         """The batches in their order, at most `prefetch_steps` of them read ahead, by threads that end with this."""
         pool = ThreadPoolExecutor(self._data.workers, thread_name_prefix="data")
         waiting: deque[Future[Batch]] = deque()
+        wait = True
 
         def read(count: int) -> None:
             for cut in islice(cuts, count):
@@ -224,8 +226,11 @@ class Loader:
                 found = waiting.popleft().result()
                 read(1)
                 yield found
+        except Stopped:
+            wait = False  # a fetch from a store that does not answer takes minutes
+            raise
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait, cancel_futures=True)
 
     def _taken(self, step: int, source: str) -> int:
         return mixture.cursor_at(self._schedule, step).get(source, 0)

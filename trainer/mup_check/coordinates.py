@@ -25,7 +25,7 @@ from trainer.mup_check.proxies import at_constant_lr, in_precision, loader_of, p
 from trainer.mup_check.verdict import Finding
 from trainer.parallel.layers import from_rows
 from trainer.parallel.mesh import Mesh, sum_over_ranks
-from trainer.train import build_engine
+from trainer.setup import build_engine
 
 Record = dict[str, Any]
 """tp_size, precision, width, seed, step, and for every coordinate its `size` and `change` after that many updates."""

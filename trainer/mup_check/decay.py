@@ -20,7 +20,8 @@ from trainer.mup_check.proxies import loader_of, mup_of, proxy
 from trainer.mup_check.verdict import Finding
 from trainer.parallel.layers import role_of
 from trainer.parallel.mesh import Mesh
-from trainer.train import accumulate, build_engine
+from trainer.setup import build_engine
+from trainer.train import accumulate
 
 LR_LAW = {"hidden": -1, "residual_output": -1, "embedding": 0, "head": 0, "norm": 0, "bias": 0}
 """Role -> exponent of the width multiplier in its learning rate."""

@@ -26,8 +26,8 @@ from trainer.mup_check.progress import Progress
 from trainer.mup_check.proxies import at_peak, loader_of, proxy, train, without_width_rules
 from trainer.mup_check.verdict import Finding
 from trainer.parallel.mesh import Mesh
+from trainer.setup import build_engine
 from trainer.timeline import Timeline
-from trainer.train import build_engine
 
 MUP, WITHOUT = "muP", "without width rules"
 TAIL_FRACTION = 1 / 8

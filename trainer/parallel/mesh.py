@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from itertools import count
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from megatron.core import parallel_state
 from trainer.config import RANKS_WAIT_SECONDS, UserError
 
 T = TypeVar("T")
+_STORES = count()
 COLLECTIVE_TIMEOUT = timedelta(seconds=RANKS_WAIT_SECONDS)
 
 
@@ -105,6 +107,12 @@ def from_rank_0(value: T) -> T:
     return box[0]
 
 
+def from_replica(dp_rank: int, tensor: torch.Tensor) -> None:
+    """The tensor is that of the given data-parallel rank, on all replicas."""
+    group = parallel_state.get_data_parallel_group()
+    dist.broadcast(tensor, dist.get_global_rank(group, dp_rank), group)
+
+
 def on_rank_0(function: Callable[[], T], mesh: Mesh) -> T | None:
     """The function's result on rank 0, which alone calls it, and None elsewhere.
 
@@ -127,6 +135,24 @@ def gather_to_all(value: T) -> list[T]:
     values: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]  # all_gather_object has filled every place
+
+
+def collectives() -> dict[str, int]:
+    """How many collectives this rank has begun, by process group."""
+    return {
+        name: group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+        for group, name in list(dist.distributed_c10d._world.pg_names.items())
+    }
+
+
+def shared_store(name: str) -> dist.Store:
+    """A place of this launch where ranks leave small values for one another, from any thread.
+
+    All ranks call this in the same order; each call gives a new, empty place.
+    """
+    whole: Any = dist.distributed_c10d._get_default_store()
+    # A connection of its own: a wait keeps nobody else waiting.
+    return dist.PrefixStore(f"tandem/{name}/{next(_STORES)}", whole.clone())
 
 
 def barrier() -> None:

@@ -21,6 +21,9 @@ from trainer.disk import write_whole
 from trainer.metrics import History
 from trainer.report import page, plots
 
+LISTED_STEPS = 200
+"""Rows of the table of steps without an update at most; the result counts them all."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="run folder; writes RUN/report.html")
@@ -52,6 +55,8 @@ def write(folder: Path) -> Path:
         *(page.picture(title, caption, file) for title, caption, file in pictures),
         page.table("Run", facts(config)),
         page.rows("Starts", *_starts(history)),
+        page.rows("Rollbacks", *_rollbacks(history)),
+        page.rows("Steps without an update", *_skipped(history)),
         page.rows("Checkpoints", *_checkpoints(history)),
         page.table("Environment", _environment(folder)),
         page.source("config.yaml", (folder / "config.yaml").read_text()),
@@ -97,6 +102,8 @@ def result(history: History) -> dict[str, str]:
         "time in steps": duration(seconds),
         "waiting for data": f"{100 * plots.column(steps, 'data_seconds').sum() / seconds:.2f} % of that",
         "steps done again after restarts": f"{sum(start['repeated_steps'] for start in history.restarts):,}",
+        "steps done again after rollbacks": f"{sum(back['repeated_steps'] for back in history.rollbacks):,}",
+        "steps without an update": f"{len(history.skipped):,}",
     }
 
 
@@ -121,17 +128,55 @@ def facts(config: RunConfig) -> dict[str, str]:
 
 
 def _starts(history: History) -> tuple[list[str], list[list[str]]]:
-    head = ["when", "from step", "from token", "ranks", "tp_size", "dp_size", "steps done again"]
-    names = ("step", "tokens", "world_size", "tp_size", "dp_size", "repeated_steps")
-    return head, [[_clock(start["time"]), *(f"{start[name]:,}" for name in names)] for start in history.starts]
+    head = ["when", "from step", "from token", "ranks", "tp_size", "dp_size", "ready after", "steps done again"]
+    names = ("step", "tokens", "world_size", "tp_size", "dp_size")
+    body = [
+        [
+            _clock(start["time"]), *(f"{start[name]:,}" for name in names), _ready(start["start_seconds"]),
+            f"{start['repeated_steps']:,}",
+        ]
+        for start in history.starts
+    ]  # fmt: skip
+    return head, body
+
+
+def _ready(start_seconds: dict[str, float]) -> str:
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in start_seconds.items())
+    return f"{sum(start_seconds.values()):.1f} s: {parts}" if parts else "-"
+
+
+def _rollbacks(history: History) -> tuple[list[str], list[list[str]]]:
+    head = ["when", "to step", "from step", "reason", "steps done again"]
+    body = [
+        [
+            _clock(back["time"]),
+            f"{back['step']:,}",
+            f"{back['from_step']:,}",
+            back["reason"],
+            f"{back['repeated_steps']:,}",
+        ]
+        for back in history.rollbacks
+    ]
+    return head, body
+
+
+def _skipped(history: History) -> tuple[list[str], list[list[str]]]:
+    body = [
+        [_clock(s["time"]), f"{s['step']:,}", _number(s["loss"], ".4f"), _number(s["gradient_norm"], ".4g")]
+        for s in history.skipped[:LISTED_STEPS]
+    ]
+    return ["when", "step", "loss", "gradient norm"], body
 
 
 def _checkpoints(history: History) -> tuple[list[str], list[list[str]]]:
-    head = ["when", "step", "seconds", "size"]
+    head = ["when", "step", "seconds", "training waited", "size"]
     body = [
-        [_clock(c["time"]), f"{c['step']:,}", f"{c['seconds']:.1f}", f"{short(c['bytes'])}B"]
+        [
+            _clock(c["time"]), f"{c['step']:,}", f"{c['seconds']:.1f}",
+            "-" if c["stall_seconds"] is None else f"{c['stall_seconds']:.1f} s", f"{short(c['bytes'])}B",
+        ]
         for c in history.checkpoints
-    ]
+    ]  # fmt: skip
     return head, body
 
 

@@ -1,7 +1,7 @@
 """The pictures of a report: each function draws one figure from the history; `draw` writes them all.
 
-The door to matplotlib. Every picture shares one x axis, tokens seen, with the phases as bands and restarts as
-ticks at its foot, so that they can be read above one another.
+The door to matplotlib. Every picture shares one x axis, tokens seen, with the phases as bands, restarts and
+rollbacks as ticks at its foot, so that they can be read above one another.
 """
 
 from __future__ import annotations
@@ -102,26 +102,21 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def frame(history: History, label: str) -> tuple[Figure, Axes]:
-    """An empty picture over tokens with bands, restarts and labels."""
+    """An empty picture over tokens with bands, restarts, rollbacks and labels."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel("tokens seen")
     axes.set_ylabel(label)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     _bands(axes, history)
-    starts = column(history.restarts, "tokens")
-    if len(starts):
-        foot = axes.get_xaxis_transform()
-        axes.plot(
-            starts,
-            np.zeros(len(starts)),
-            "^",
-            color=RED,
-            ms=6,
-            clip_on=False,
-            transform=foot,
-            label="restart",
-        )
+    foot: dict[str, Any] = {"clip_on": False, "transform": axes.get_xaxis_transform(), "ls": ""}
+    for records, marker, color, label in (
+        (history.restarts, "^", RED, "restart"),
+        (history.rollbacks, "<", ORANGE, "rollback"),
+    ):
+        if records:
+            places = column(records, "tokens")
+            axes.plot(places, np.zeros(len(places)), marker=marker, color=color, ms=6, label=label, **foot)
     return figure, axes
 
 
@@ -157,9 +152,22 @@ def _raw_and_smooth(axes: Axes, history: History, values: Column, color: str, la
     axes.plot(*smoothed(history.steps, values), color=color, label=f"{label}: running median, faint: each step")
 
 
+def _skipped(axes: Axes, history: History, name: str) -> None:
+    """Crosses at the steps that made no update, at the upper edge where there is no number to draw or it lies above."""
+    if not history.skipped:
+        return
+    values, top = column(history.skipped, name), axes.get_ylim()[1]
+    outside = ~(values <= top)
+    tokens = column(history.skipped, "tokens")
+    look: dict[str, Any] = {"color": RED, "ms": 7, "mew": 1.6, "ls": "", "marker": "x", "zorder": 4}
+    axes.plot(tokens[outside], np.ones(outside.sum()), transform=axes.get_xaxis_transform(), clip_on=False, **look)
+    axes.plot(tokens[~outside], values[~outside], label="update left out", **look)
+
+
 def loss(history: History, config: RunConfig) -> Figure:
     figure, axes, values = _loss(history)
     _log_if_wide(axes, values, 2.5)
+    _skipped(axes, history, "loss")
     return finish(figure, axes)
 
 
@@ -170,6 +178,7 @@ def loss_late(history: History, config: RunConfig) -> Figure:
     if len(late):
         low, high = np.percentile(late, (0.1, 99.5))
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+    _skipped(axes, history, "loss")
     return finish(figure, axes)
 
 
@@ -211,6 +220,7 @@ def gradient_norm(history: History, config: RunConfig) -> Figure:
     if clip > 0:
         axes.axhline(clip, color=RED, lw=1, ls="--", label=f"clipped above {clip:g}")
     _log_if_wide(axes, np.append(values, clip or np.nan), 5)
+    _skipped(axes, history, "gradient_norm")
     return finish(figure, axes)
 
 
@@ -261,7 +271,7 @@ def memory(history: History, config: RunConfig) -> Figure | None:
 
 
 PICTURES: dict[str, tuple[str, str, Callable[[History, RunConfig], Figure | None]]] = {
-    "Loss": ("loss", "Mean cross-entropy of each step's tokens; points are held-out rows.", loss),
+    "Loss": ("loss", "Mean cross-entropy of each step's tokens; points: held-out rows.", loss),
     "Loss, late": ("loss_late", "The same without the first tenth of the steps, to scale.", loss_late),
     "Learning rate": ("learning_rate", "One line over all phases.", learning_rate),
     "Sequence length": ("seq_len", "Tokens in a row, by phase.", seq_len),

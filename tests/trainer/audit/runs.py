@@ -64,9 +64,16 @@ class Saved(NamedTuple):
 NOTHING = Saved()
 
 
-def train(folder: Path, sources: dict, phases: list[Phase], saved: Saved, until: int, dp_size: int, skip=None) -> Saved:
-    """The ledger has what a run of these ranks writes from a checkpoint up to step `until`; returns the checkpoint there."""
-    ranks, cursor = loaders(sources, phases, dp_size), saved.cursor
+def train(
+    folder: Path, sources: dict, phases: list[Phase], saved: Saved, until: int, dp_size: int, skip=None, bad=None, over=None,
+    rollback=False,
+) -> Saved:  # fmt: skip
+    """The ledger has what a run of these ranks writes from a checkpoint up to step `until`; returns the checkpoint there.
+
+    `bad` are decisions by step, `over` is the cursor from which a run goes on that passes over rows.
+    """
+    ranks, cursor = loaders(sources, phases, dp_size), over or saved.cursor
+    passed = {source: (saved.cursor.get(source, 0), end) for source, end in (over or {}).items()}
     for loader in ranks:
         for each in [(source, file) for source, files in saved.skipped.items() for file in files]:
             loader.skip(*each)
@@ -74,7 +81,8 @@ def train(folder: Path, sources: dict, phases: list[Phase], saved: Saved, until:
     fingerprints = ranks[0].fingerprints
     ledger.start(
         saved.step, cursor, order=ranks[0].order, phases=[dataclasses.asdict(phase) for phase in phases],
-        fingerprints=fingerprints, skipped=ranks[0].skipped, dp_size=dp_size, after=saved.after,
+        fingerprints=fingerprints, skipped=ranks[0].skipped, dp_size=dp_size, after=saved.after, passed=passed,
+        rollback=rollback,
     )  # fmt: skip
     if skip:
         ledger.skip(saved.step + 1, *skip)
@@ -86,12 +94,29 @@ def train(folder: Path, sources: dict, phases: list[Phase], saved: Saved, until:
         summed = [sum(parts) for parts in zip(*(halves(batch.evidence) for batch in batches), strict=True)]
         cursor = batches[0].cursor
         ledger.step(step + 1, cursor, joined(summed, tp_size=1))
+        if bad and step + 1 in bad:
+            ledger.bad(step + 1, float("nan"), 7.5, f"loss of step {step + 1} is not finite", bad[step + 1])
     for reader in readers:
         reader.close()
-    after = ledger.sync()
+    after = ledger.num_lines
     ledger.close()
     copy_manifests(folder, ranks[0].manifests)
     return Saved(until, cursor, after, ranks[0].skipped)
+
+
+def saved_at(folder: Path, step: int) -> Saved:
+    """The checkpoint that the last process to make this step can have made after it."""
+    lines, cursor = lines_of(folder), {}
+    after = max(n for n, line in enumerate(lines, 1) if line["step"] == step and line["kind"] in ("step", "bad"))
+    skipped: dict[str, list[str]] = {}
+    for line in lines[:after]:
+        if line["kind"] == "start":
+            cursor, skipped = dict(line["cursor"]), {source: list(files) for source, files in line["skipped"].items()}
+        elif line["kind"] == "skip":
+            skipped.setdefault(line["source"], []).append(line["shard"])
+        elif line["kind"] == "step":
+            cursor |= {source: end for source, (_, end) in line["taken"].items()}
+    return Saved(step, cursor, after, skipped)
 
 
 def run_all(folder: Path, sources: dict) -> None:

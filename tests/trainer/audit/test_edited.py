@@ -18,6 +18,7 @@ from tests.trainer.audit.runs import (
     lines_of,
     pieces_of,
     rows_of_source,
+    saved_at,
     split_of,
     train,
     write,
@@ -236,8 +237,11 @@ def test_a_start_edited_to_a_step_far_on_is_named(folder):
 MATTERS = {
     "step": {"step", "taken", "ranges"},
     "skip": {"step", "source", "shard"},
-    "start": {"step", "after", "cursor", "seed", "block_tokens", "window_tokens", "fingerprints", "skipped"},
-}
+    "bad": {"step", "decision"},
+    "start": {
+        "step", "after", "cursor", "seed", "block_tokens", "window_tokens", "fingerprints", "skipped", "passed", "rollback",
+    },
+}  # fmt: skip
 """Fields of lines that are proven right; of a schedule it is what lies in the past, of thrown away lines nothing."""
 STRANGE = (
     0, 1, -1, 7, 2**40, 10**12, 2**62, 2**63, 2**64, 2**70, 0.5, 1e300, True, None, "", "x", "a", "0" * 16, "f" * 15 + "-",
@@ -247,13 +251,14 @@ STRANGE = (
 
 @pytest.fixture(scope="module")
 def skipping(tmp_path_factory, sources) -> Path:
-    """A run with every kind of line, each of which counts."""
+    """A run with every kind of line, each of which counts but for step 6, which was taken back."""
     folder = tmp_path_factory.mktemp("runs") / "skipping"
     folder.mkdir()
     two, file = {name: sources[name] for name in "ab"}, manifest.load(sources["b"]).train.shards[1].file
-    at_3 = train(folder, two, [SHORT, LONG], NOTHING, 3, 1)
-    at_5 = train(folder, two, [SHORT, LONG], at_3, 5, 1, skip=("b", file))
-    train(folder, two, [SHORT, LONG], at_5, 9, 2)
+    at_3 = train(folder, two, [SHORT, LONG], NOTHING, 3, 1, bad={2: "skip"})
+    reached = train(folder, two, [SHORT, LONG], at_3, 6, 1, skip=("b", file), bad={6: "rollback"}).cursor
+    at_5 = saved_at(folder, 5)
+    train(folder, two, [SHORT, LONG], at_5, 9, 1, over=reached, rollback=True)
     assert findings(folder) == []
     return folder
 
@@ -284,10 +289,12 @@ def test_whatever_a_line_is_edited_to_there_is_a_verdict_and_no_proof_of_what_ma
     (tmp_path / "run").mkdir()
     shutil.copytree(skipping / "manifests", tmp_path / "run" / "manifests")
     right, proofs = lines_of(skipping), 0
+    taken_back = next(number for number, line in enumerate(right) if line["kind"] == "step" and line["step"] == 6)
     for turn in range(100):
         lines = lines_of(skipping)
         kind = draw.choice([*MATTERS])
-        number = draw.choice([number for number, line in enumerate(lines) if line["kind"] == kind])
+        numbers = [number for number, line in enumerate(lines) if line["kind"] == kind]
+        number = draw.choice([number for number in numbers if number != taken_back])
         where = mutated(lines[number], draw)
         write(tmp_path / "run", lines)
         try:

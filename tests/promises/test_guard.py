@@ -1,0 +1,199 @@
+"""Bad steps in whole runs: what is left out is left out on all ranks, on record, and as if it had never been.
+
+The rows that are bad are so by their tokens: the weights that the run starts from have no number in the embedding of one token.
+"""
+
+import json
+import math
+import signal
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import ranks
+from tests.promises.conftest import differing, ended, forked, steps_of, two_phases
+from trainer import metrics
+from trainer.__main__ import main
+from trainer.checkpoint.read import opened
+from trainer.checkpoint.save import save
+from trainer.checkpoint.write import model_facts, save_weights
+from trainer.config import RunConfig, UserError, load
+from trainer.data.loader import Batch, Loader
+from trainer.parallel.layers import shard_of
+from trainer.parallel.mesh import started
+from trainer.parallel.shards import joined
+from trainer.setup import build_engine
+from trainer.timeline import Timeline
+from trainer.train import accumulate, run
+
+PHASE_STEPS, STEPS = 20, 10
+"""Of the first phase; of a run, which stops in it: a rollback may pass over the rows of the rest."""
+INTERVAL = 3
+"""Steps between checkpoints."""
+
+
+BACK = {"guard": {"max_skips": 0}, "checkpoint": {"every_steps": INTERVAL, "keep": 0}}
+
+
+def config(folder: Path, corpus: Path, name: str, **sections: dict) -> Path:
+    sections["run"] = {"initial_weights": str(folder / "weights"), "name": name, **sections.pop("run", {})}
+    tree = two_phases("stablelm", corpus, folder / "runs", steps=PHASE_STEPS, **sections)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def batches(config: RunConfig) -> list[Batch]:
+    """The rows of every step of the first phase."""
+    loader = Loader(config.data, config.schedule, seed=config.run.seed, vocab=config.model.vocab, dp_rank=0, dp_size=1)
+    return list(islice(loader.batches(0, None), PHASE_STEPS))
+
+
+def rare(config: RunConfig) -> tuple[int, int]:
+    """A step, counted from 1, whose update lies between two checkpoints, and a token that is read in it and in no other."""
+    tokens = [set(batch.tokens.unique().tolist()) for batch in batches(config)]
+    for step in range(INTERVAL + 1, STEPS):
+        own = tokens[step - 1] - set().union(*tokens[: step - 1], *tokens[step:])
+        if own and step % INTERVAL == 2:
+            return step, min(own)
+    raise AssertionError("no token is read in one step alone")
+
+
+def write_weights(folder: Path, config: RunConfig, token: int) -> None:
+    """The values that the config draws, but that the token's embedding is no number."""
+    with started(1) as mesh:
+        parameters = dict(build_engine(config, mesh, None).model.named_parameters())
+        tensors = {name: joined(shard_of(each), [each.detach().clone()]) for name, each in parameters.items()}
+    tensors["embedding.weight"][token] = math.nan
+    true = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    save_weights(folder, tensors.__getitem__, true, facts=model_facts(config.model, config.mup))
+
+
+def by_hand(folder: Path, config: RunConfig, fed: list[tuple[int, int]]) -> None:
+    """A checkpoint of what comes of updating the initial weights: at the rate of the first number's step, on the rows of the
+    second's, both counted from 1.
+    """
+    rows, timeline = batches(config), Timeline(config.schedule)
+    with started(1) as mesh:
+        engine = build_engine(config, mesh, None, opened(Path(config.run.initial_weights)))
+        for step, row in fed:
+            accumulate(engine, rows[row - 1], timeline.phase_at(step - 1).phase.micro_rows, mesh)
+            engine.update(timeline.lr_at(step - 1))
+        save(folder, fed[-1][0], engine, mesh, facts=model_facts(config.model, config.mup), keep=0)
+
+
+def lines(folder: Path, kind: str) -> list[dict]:
+    found = map(json.loads, (folder / "ledger.jsonl").read_text().splitlines())
+    return [line for line in found if line["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory, corpus) -> RunConfig:
+    return load(config(tmp_path_factory.mktemp("clean"), corpus, "clean", run={"initial_weights": None}))
+
+
+@pytest.fixture(scope="module")
+def bad(clean) -> int:
+    """The step whose rows are bad."""
+    return rare(clean)[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, corpus, clean, bad) -> Path:
+    """With the weights, and a run of one rank for each way to meet the bad step."""
+    folder = tmp_path_factory.mktemp("guard")
+    write_weights(folder / "weights", clean, rare(clean)[1])
+    assert run(load(config(folder, corpus, "skip", run={"stop_step": STEPS}))) == 0
+    assert run(load(config(folder, corpus, "last-good", run={"stop_step": bad - 1}))) == 0
+    assert run(load(config(folder, corpus, "at-bad", run={"stop_step": bad}))) == 0
+    assert run(load(config(folder, corpus, "back", run={"stop_step": STEPS}, **BACK))) == 0
+    return folder
+
+
+def test_a_bad_step_changes_nothing_but_the_place_in_the_data(folder, bad):
+    at_bad, before = opened(folder / "runs" / "at-bad"), opened(folder / "runs" / "last-good")
+    assert differing(at_bad, before) == []
+    assert (at_bad.step, at_bad.manifest["updates"]) == (bad, bad - 1)
+    assert at_bad.manifest["cursor"] != before.manifest["cursor"]
+
+
+def test_a_skipped_step_is_on_record_everywhere(folder, bad, capsys):
+    skip = folder / "runs" / "skip"
+    steps = steps_of(skip)
+    assert [number for number, step in steps.items() if step["skipped"]] == [bad]
+    assert steps[bad]["loss"] is None
+    [line] = lines(skip, "bad")
+    assert (line["step"], line["decision"], line["loss"], line["reason"]) == (bad, "skip", None, "loss is not finite")
+    assert main(["audit", str(skip)]) == 0
+    assert f"step {bad}: update left out, loss is not finite" in capsys.readouterr().out
+
+
+def test_the_run_is_the_one_without_the_bad_update(folder, bad, tmp_path):
+    fed = [(step, step) for step in range(1, STEPS + 1) if step != bad]
+    by_hand(tmp_path, load(folder / "skip.yaml"), fed)
+    assert differing(opened(tmp_path), opened(folder / "runs" / "skip")) == []
+
+
+def test_a_rollback_goes_on_from_the_checkpoint_behind_the_bad_rows(folder, bad, tmp_path, capsys):
+    """It makes the steps behind the checkpoint of the rows behind the bad ones."""
+    back = folder / "runs" / "back"
+    history = metrics.read(back)
+    assert [record["step"] for record in history.steps] == list(range(1, STEPS + 1))
+    [rolled] = history.rollbacks
+    assert (rolled["step"], rolled["from_step"], rolled["repeated_steps"]) == (bad - 2, bad, 2)
+    [line] = lines(back, "bad")
+    assert line["decision"] == "rollback"
+    by_hand(
+        tmp_path,
+        load(folder / "back.yaml"),
+        [(step, step if step <= bad - 2 else step + 2) for step in range(1, STEPS + 1)],
+    )
+    assert differing(opened(tmp_path), opened(back)) == []
+    assert main(["audit", str(back)]) == 0
+    assert "passed over by rollbacks" in capsys.readouterr().out
+
+
+def test_a_run_that_keeps_coming_back_stops_and_says_where(folder, bad, corpus):
+    path = config(folder, corpus, "stop", **{**BACK, "guard": {"max_skips": 0, "max_rollbacks": 0}})
+    with pytest.raises(UserError, match=rf"step {bad}: loss is not finite, .*gone back to step {bad - 2} 0 times"):
+        run(load(path))
+    assert opened(folder / "runs" / "stop").step == bad - 2
+    assert lines(folder / "runs" / "stop", "bad")[-1]["decision"] == "stop"
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(folder, corpus):
+    with pytest.raises(UserError, match="the run has no checkpoint"):
+        run(load(config(folder, corpus, "none", guard={"max_skips": 0})))
+
+
+def test_killed_after_a_rollback_the_run_does_not_read_the_bad_rows_again(folder, corpus):
+    path = config(folder, corpus, "killed", run={"stop_step": STEPS}, **BACK)
+    runs = folder / "runs" / "killed"
+    process = forked(["train", path, "data.prefetch_steps=0"])
+    while process.is_alive() and not (
+        (runs / "metrics.jsonl").exists() and '"kind": "rollback"' in (runs / "metrics.jsonl").read_text()
+    ):
+        time.sleep(0.001)
+    process.kill()
+    assert ended(process) == -signal.SIGKILL
+    assert run(load(path)) == 0
+    assert [line["rollback"] for line in lines(runs, "start")] == [False, True, False]
+    assert len(lines(runs, "bad")) == 1
+    assert differing(opened(folder / "runs" / "back"), opened(runs)) == []
+    assert main(["audit", str(runs)]) == 0
+
+
+@pytest.mark.dist
+def test_ranks_decide_as_one(folder, corpus, tmp_path):
+    """tp 2 x dp 2: only one of the two replicas meets the bad row."""
+    tp2 = load(config(folder, corpus, "tp2", run={"stop_step": STEPS}, parallel={"tp_size": 2}, **BACK))
+    assert ranks.run(run, 4, tmp_path, tp2) == [0] * 4
+    one, other = steps_of(folder / "runs" / "back"), steps_of(folder / "runs" / "tp2")
+    assert [other[step]["loss"] for step in range(1, STEPS + 1)] == pytest.approx(
+        [one[step]["loss"] for step in range(1, STEPS + 1)], rel=1e-5
+    )
+    assert [line["decision"] for line in lines(folder / "runs" / "tp2", "bad")] == ["rollback"]
+    assert main(["audit", str(folder / "runs" / "tp2")]) == 0

@@ -1,0 +1,91 @@
+"""What the guard says of a step, from nothing but numbers."""
+
+import json
+import math
+
+import pytest
+
+from trainer.config import Guard as Settings
+from trainer.config import Phase
+from trainer.guard import Guard, Judgement
+
+SHORT, LONG = (Phase(name, 4096, seq_len, 8, 1, {"corpus": 1.0}) for name, seq_len in (("short", 32), ("long", 128)))
+
+
+def judged(guard: Guard, values: list[tuple[float, float]], phase: Phase = SHORT) -> list[str]:
+    return [guard.judge(phase, *value).decision for value in values]
+
+
+def steady(num: int) -> list[tuple[float, float]]:
+    """Losses and gradient norms that vary by a few parts in a hundred."""
+    return [(3 + 0.1 * math.sin(step), 1 + 0.05 * math.cos(step)) for step in range(num)]
+
+
+@pytest.mark.parametrize("bad", [(math.nan, 1.0), (3.0, math.nan), (math.inf, 1.0)])
+def test_what_is_not_finite_is_bad_from_the_first_step_on(bad):
+    assert judged(Guard(Settings()), [bad, (3.0, 1.0), bad]) == ["skip", "update", "skip"]
+
+
+def test_so_many_are_skipped_then_the_run_goes_back_and_at_last_stops():
+    guard, bad = Guard(Settings(max_skips=2, max_rollbacks=1)), (math.nan, 1.0)
+    start = guard.state()
+    assert judged(guard, [bad, bad, bad]) == ["skip", "skip", "rollback"]
+    guard.go_back(start)
+    assert judged(guard, [(3.0, 1.0), bad, bad, bad]) == ["update", "skip", "skip", "stop"]
+
+
+@pytest.mark.parametrize(("loss", "norm", "named"), [(4.5, 1.0, "loss 4.5 lies "), (3.0, 2.0, "gradient norm 2 lies ")])
+def test_a_spike_of_either_is_bad_and_named(loss, norm, named):
+    guard = Guard(Settings(spike_sigmas=6.0, window_steps=32))
+    assert set(judged(guard, steady(32))) == {"update"}
+    found = guard.judge(SHORT, loss, norm)
+    assert found.decision == "skip"
+    assert found.reason.startswith(named)
+    assert found.reason.endswith("the median of 32 steps")
+
+
+def test_sigmas_are_those_of_a_normal_distribution():
+    """Of these 33 values the median deviation is 1, so 1.4826 is one sigma: 8 sigmas are 11.86 above the median."""
+    guard = Guard(Settings(spike_sigmas=8.0, window_steps=33))
+    values = [10.0 + ((step % 3) - 1) * (1 + step / 100) for step in range(33)]
+    middle, deviation = sorted(values)[16], sorted(abs(value - sorted(values)[16]) for value in values)[16]
+    judged(guard, [(value, 1.0) for value in values])
+    limit = middle + 8 * 1.4826 * deviation
+    assert guard.judge(SHORT, limit * (1 + 1e-9), 1.0).decision == "skip"
+    assert guard.judge(SHORT, limit * (1 - 1e-9), 1.0).decision == "update"
+
+
+def test_falls_and_early_steps_and_equal_values_are_no_spikes():
+    guard = Guard(Settings(spike_sigmas=6.0, window_steps=32))
+    assert judged(guard, [(3.0, 1.0), (30.0, 10.0)]) == ["update", "update"], "before the window is full"
+    guard = Guard(Settings(spike_sigmas=6.0, window_steps=32))
+    judged(guard, steady(32))
+    assert judged(guard, [(0.1, 0.01)]) == ["update"], "downwards"
+    guard = Guard(Settings(spike_sigmas=6.0, window_steps=32))
+    judged(guard, [(3.0, 1.0)] * 32)
+    assert judged(guard, [(3.0 * (1 + 1e-6), 1.0)]) == ["update"], "rounding of rows that repeat"
+
+
+def test_rows_of_another_length_are_compared_with_their_like():
+    guard = Guard(Settings(spike_sigmas=6.0, window_steps=32))
+    judged(guard, steady(32))
+    assert judged(guard, [(5.0, 3.0)], LONG) == ["update"]
+
+
+def test_a_bad_step_does_not_become_what_others_are_compared_with():
+    guard = Guard(Settings(spike_sigmas=6.0, window_steps=32, max_skips=100))
+    judged(guard, steady(32))
+    assert set(judged(guard, [(9.0, 1.0)] * 40)) == {"skip"}
+
+
+def test_off_it_lets_every_finite_step_pass():
+    assert set(judged(Guard(Settings()), [*steady(200), (1e6, 1e6)])) == {"update"}
+
+
+def test_a_state_that_went_through_a_checkpoint_judges_alike():
+    one = Guard(Settings(spike_sigmas=3.0, window_steps=16, max_skips=1))
+    judged(one, [*steady(20), (math.nan, 1.0)])
+    other = Guard(Settings(spike_sigmas=3.0, window_steps=16, max_skips=1), json.loads(json.dumps(one.state())))
+    for value in [*steady(40)[20:], (3.4, 1.0), (3.0, math.nan), (math.nan, 1.0)]:
+        assert other.judge(SHORT, *value) == one.judge(SHORT, *value)
+    assert one.judge(SHORT, math.nan, 1.0) == Judgement("rollback", "loss is not finite")

@@ -1,0 +1,83 @@
+"""What a run starts with: model and optimizer with their values, the ledger, the tokenizer; checks that come before a step."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer import models, optim
+from trainer.checkpoint.read import Snapshot, load_weights, restore, set_masters
+from trainer.config import Data, RunConfig
+from trainer.data import remote
+from trainer.data.loader import Loader
+from trainer.data.manifest import TOKENIZER_FILE
+from trainer.disk import write_whole
+from trainer.engine import Engine
+from trainer.ledger import Ledger, copy_manifests
+from trainer.models.init import values
+from trainer.models.mup import rules
+from trainer.parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
+
+
+def build_engine(config: RunConfig, mesh: Mesh, snapshot: Snapshot | None, initial: Snapshot | None = None) -> Engine:
+    """Model and optimizer with the snapshot's state, or the initial snapshot's weights, or initial values."""
+    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    table = rules(config.model, config.mup)
+    with mesh.device:
+        model = models.build(config.model, config.mup, mesh, dtype=dtype, recompute=config.parallel.recompute)
+    read: Callable[[str], Tensor] = values(
+        model, table, seed=config.run.seed, truncation_sigmas=config.model.init_truncation_sigmas
+    )
+    if initial:
+        read = initial.weight
+    if not snapshot:
+        load_weights(model, read, mesh)
+    engine = Engine(
+        config, model, optim.adamw(optim.groups(model, table, config.optim), config.optim, mesh.device), mesh
+    )
+    if snapshot:
+        restore(engine, snapshot, mesh)
+        log.info("continuing from %s", snapshot.folder)
+    elif dtype != torch.float32:
+        set_masters(engine, read, mesh)
+    return engine
+
+
+def open_ledger(folder: Path, loader: Loader) -> Ledger:
+    """The run folder's ledger, and beside it copies of the manifests that it needs to be read, and the tokenizer."""
+    copy_manifests(folder, loader.manifests)
+    return Ledger(folder)
+
+
+def begin_in_ledger(
+    ledger: Ledger, config: RunConfig, loader: Loader, dp_size: int, step: int, cursor: dict[str, int], *,
+    after: int, passed: dict[str, tuple[int, int]], rollback: bool = False,
+) -> None:  # fmt: skip
+    """It is on record that the run goes on after `step`; see `Ledger.start`."""
+    ledger.start(
+        step, cursor, order=loader.order, phases=[dataclasses.asdict(phase) for phase in config.schedule.phases],
+        fingerprints=loader.fingerprints, skipped=loader.skipped, dp_size=dp_size, after=after, passed=passed,
+        rollback=rollback,
+    )  # fmt: skip
+
+
+def keep_tokenizer(folder: Path, data: Data) -> None:
+    """The run folder holds the tokenizer of the corpora: with it, exports need nothing but the run."""
+    address = remote.below(next(iter(data.sources.values())), TOKENIZER_FILE)
+    try:
+        content = remote.content(address, data.cache)
+    except OSError as error:
+        log.warning("%s: cannot be read (%s); the run trains without it, its exports have no tokenizer", address, error)
+    else:
+        write_whole(folder / TOKENIZER_FILE, content)
+
+
+def check_held_out(config: RunConfig, loader: Loader) -> None:
+    """Raises UserError when validation would need more held-out tokens than there are, before a step is made."""
+    for phase in config.schedule.phases if config.evaluate.every_steps else []:
+        loader.validation(phase, config.evaluate.tokens)
