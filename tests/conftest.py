@@ -46,5 +46,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if item.get_closest_marker("full_size") and "full_size" not in config.option.markexpr:
-            item.add_marker(pytest.mark.skip(reason="runs when asked for: -m full_size"))
+        for marker in ("full_size", "chaos"):
+            if item.get_closest_marker(marker) and marker not in config.option.markexpr:
+                item.add_marker(pytest.mark.skip(reason=f"runs when asked for: -m {marker}"))

@@ -13,15 +13,19 @@ MODULUS = 65_521
 
 
 def check_replicas(model: nn.Module, mesh: Mesh, step: int) -> None:
-    """Raises RuntimeError, on all ranks, naming those whose weights are not the bits that most of their replicas hold."""
+    """Raises RuntimeError, on all ranks, naming those whose weights are not the bits that most of their replicas hold.
+
+    Where no half of the replicas agrees, all of them are named.
+    """
     sums = {name: checksum(parameter) for name, parameter in model.named_parameters()}
     said = gather_to_all((mesh.tp_rank, sums))
     found = []
     for tp_rank in range(mesh.tp_size):
         replicas = {rank: theirs for rank, (place, theirs) in enumerate(said) if place == tp_rank}
         for name in sums:
-            [(usual, _)] = Counter(theirs[name] for theirs in replicas.values()).most_common(1)
-            odd = [rank for rank, theirs in replicas.items() if theirs[name] != usual]
+            [(usual, times)] = Counter(theirs[name] for theirs in replicas.values()).most_common(1)
+            most = 2 * times > len(replicas)  # else it cannot be told which of them are right
+            odd = [rank for rank, theirs in replicas.items() if not most or theirs[name] != usual]
             if odd:
                 found.append((odd, name))
     if found:

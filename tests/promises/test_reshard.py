@@ -1,0 +1,149 @@
+"""From every layout to every layout: what was saved is what is loaded, bit by bit, and training goes on as it would have."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from tests import ranks, tiny
+from tests.promises.test_parallel import EPSILON, mean_over_dp
+from trainer.checkpoint.read import Snapshot, opened
+from trainer.checkpoint.save import save
+from trainer.checkpoint.write import model_facts
+from trainer.config import RunConfig
+from trainer.engine import Engine
+from trainer.parallel.layers import shard_of
+from trainer.parallel.mesh import Mesh, started
+from trainer.parallel.shards import local_part
+from trainer.setup import build_engine
+
+BEFORE, AFTER = 3, 5
+"""Steps before the save, and after it."""
+LR = 1e-2
+OVERRIDES = {"btlm": {}, "stablelm": {"model": tiny.STABLELM | {"kv_heads": 4}}}
+
+
+class Layout(NamedTuple):
+    tp_size: int
+    dp_size: int
+    zero_stage: int
+
+    @property
+    def world_size(self) -> int:
+        return self.tp_size * self.dp_size
+
+
+LAYOUTS = [
+    Layout(tp_size, dp_size, zero_stage)
+    for tp_size in (1, 2, 4) for dp_size in (1, 2, 4) if tp_size * dp_size <= 4 for zero_stage in (0, 1)
+]  # fmt: skip
+WORLDS = (1, 2, 4)
+PAIRS = [(family, one, other) for family in OVERRIDES for one in LAYOUTS for other in LAYOUTS]
+FEW = [pair for index, pair in enumerate(PAIRS) if pair[1] == pair[2] or index % 7 == 0]
+"""Each layout as it is, and every seventh move: 7 and the 12 layouts have no common divisor, so all from and all to are there."""
+
+
+def config(family: str, layout: Layout) -> RunConfig:
+    optim = {"beta1": 0.9, "beta2": 0.95, "epsilon": EPSILON, "weight_decay": 0.1, "clip_norm": 1.0}
+    parallel = {"tp_size": layout.tp_size, "zero_stage": layout.zero_stage}
+    return tiny.config(family, optim=optim, parallel=parallel, **OVERRIDES[family])
+
+
+def folder_of(root: Path, family: str, layout: Layout) -> Path:
+    return root / f"{family}-tp{layout.tp_size}-dp{layout.dp_size}-zero{layout.zero_stage}"
+
+
+def stepped(engine: Engine, mesh: Mesh, steps: range) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step."""
+    found = []
+    for step in steps:
+        mine = [tensor.chunk(mesh.dp_size)[mesh.dp_rank] for tensor in tiny.rows(step)]
+        loss = engine(*mine).mean()
+        engine.accumulate(loss, last=True)
+        norm = engine.gradient_norm()
+        engine.update(LR)
+        found.append((mean_over_dp(float(loss.detach()), mesh), norm))
+    return found
+
+
+def save_all(root: Path, wanted: list[tuple[str, Layout]]) -> None:
+    """A checkpoint of each, some steps after its start."""
+    for family, layout in wanted:
+        with started(layout.tp_size) as mesh:
+            given = config(family, layout)
+            engine = build_engine(given, mesh, None)
+            stepped(engine, mesh, range(BEFORE))
+            facts = {**model_facts(given.model, given.mup), "updates": engine.num_updates}
+            save(folder_of(root, family, layout), BEFORE, engine, mesh, facts=facts, keep=0)
+
+
+def go_on(root: Path, wanted: list[tuple[str, Layout, Layout]]) -> list[tuple[list[str], list[tuple[float, float]]]]:
+    """For each, what of this rank's state is not the saved bits, and the steps after it."""
+    found = []
+    for family, one, other in wanted:
+        with started(other.tp_size) as mesh:
+            snapshot = opened(folder_of(root, family, one))
+            engine = build_engine(config(family, other), mesh, snapshot)
+            found.append((changed(engine, snapshot, mesh), stepped(engine, mesh, range(BEFORE, BEFORE + AFTER))))
+    return found
+
+
+def changed(engine: Engine, snapshot: Snapshot, mesh: Mesh) -> list[str]:
+    """Cut here from whole tensors, which `restore` never makes."""
+    found = [] if engine.num_updates == BEFORE else [f"{engine.num_updates} updates"]
+    locals_ = {}
+    for name, parameter in engine.model.named_parameters():
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            part = local_part(shard_of(parameter), snapshot.tensor(kind, name), mesh.tp_rank, mesh.tp_size)
+            locals_[kind, name] = part.reshape(-1)
+        if not torch.equal(parameter.detach().view(-1), locals_["master", name]):
+            found.append(name)
+    owned = 0
+    for fragment in engine.fragments():
+        for kind, tensor in {"master": fragment.master, **fragment.moments}.items():
+            saved = locals_[kind, fragment.name][fragment.start : fragment.start + tensor.numel()]
+            if not torch.equal(tensor, saved):
+                found.append(f"{kind} {fragment.name}")
+            owned += 1
+    return found if owned else ["no state"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Checkpoints of both families from every layout."""
+    root = tmp_path_factory.mktemp("reshard")
+    for world_size in WORLDS:
+        wanted = [(family, each) for family in OVERRIDES for each in LAYOUTS if each.world_size == world_size]
+        ranks.run(save_all, world_size, root, root, wanted)
+    return root
+
+
+def check(root: Path, pairs: list[tuple[str, Layout, Layout]], timeout_seconds: float) -> None:
+    straight, moved = {}, {}
+    for world_size in WORLDS:
+        wanted = [pair for pair in pairs if pair[2].world_size == world_size]
+        answers = ranks.run(go_on, world_size, root, root, wanted, timeout_seconds=timeout_seconds)
+        for pair, *said in zip(wanted, *answers, strict=True):
+            assert [differing for differing, _ in said] == [[]] * world_size, pair
+            assert all(steps == said[0][1] for _, steps in said), "all ranks say the same"
+            (straight if pair[1] == pair[2] else moved)[pair] = said[0][1]
+    assert len(moved) > 20
+    for (family, one, other), steps in moved.items():
+        expected = straight[family, one, one]
+        for step, (found, there) in enumerate(zip(steps, expected, strict=True)):
+            assert found[0] == pytest.approx(there[0], rel=1e-6), (family, one, other, step)
+            assert found[1] == pytest.approx(there[1], rel=1e-5), (family, one, other, step)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_run_moves_between_layouts(root):
+    check(root, FEW, 120)
+
+
+@pytest.mark.dist
+@pytest.mark.chaos
+def test_a_run_moves_from_every_layout_to_every_layout(root):
+    check(root, PAIRS, 500)
+    print(f"{len(PAIRS)} moves: {len(LAYOUTS)} layouts to {len(LAYOUTS)}, {len(OVERRIDES)} families")
