@@ -5,13 +5,11 @@ evaluate. What varies with time comes from the Timeline as a pure function of th
 batch; so all that a checkpoint adds to the config is tensors, a cursor and what the guard remembers.
 """
 
-import dataclasses
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,9 @@ from torch import Tensor
 from trainer import runtime
 from trainer.agreement import Agreement
 from trainer.checkpoint.layout import committed
-from trainer.checkpoint.read import Snapshot, newest, restore
-from trainer.checkpoint.save import Outcome, Saver, not_saved
-from trainer.checkpoint.write import model_facts
-from trainer.config import RunConfig, UserError, check_world, dump
+from trainer.checkpoint.read import Snapshot, newest
+from trainer.checkpoint.save import Saver
+from trainer.config import RunConfig, check_world, dump
 from trainer.costs import flops_per_token
 from trainer.data.damage import Met, agreed, agreed_batches
 from trainer.data.loader import Batch, Loader
@@ -47,67 +44,13 @@ from trainer.parallel.mesh import (
 from trainer.replicas import check_replicas
 from trainer.resume import check_continues, imported
 from trainer.runtime import Stopped, StopSignal
+from trainer.saving import due, gone_back, passed_over, save_finally, save_if_due
 from trainer.setup import begin_in_ledger, build_engine, check_held_out, keep_tokenizer, open_ledger
 from trainer.timeline import Timeline
+from trainer.training import Made, Standing, Stepper, Training
 from trainer.watchdog import Watchdog, here
 
 log = logging.getLogger(__name__)
-RETRY_SHARE = 10
-"""After a save that failed the next one is tried when this part of checkpoint.every_steps has passed."""
-
-
-@dataclass(frozen=True)
-class Stepper:
-    """What a step needs; nothing in it changes but the engine's weights and what the guard remembers."""
-
-    config: RunConfig
-    mesh: Mesh
-    timeline: Timeline
-    engine: Engine
-    peak_flops: float
-    guard: Guard
-    watch: Callable[[str, int], object] = field(default=lambda phase, step: None, kw_only=True)
-    """Told of every part of the work on a step, counted from 1, as it begins."""
-
-
-@dataclass(frozen=True)
-class Training(Stepper):
-    """What a run needs besides: where its rows come from, where records and checkpoints go."""
-
-    folder: Path
-    loader: Loader
-    sinks: Sinks
-    saver: Saver
-    agreement: Agreement
-    watchdog: Watchdog
-    ledger: Ledger | None
-    """Rank 0's."""
-
-
-@dataclass
-class Standing:
-    """How far the run is: what a checkpoint of this moment says."""
-
-    step: int
-    cursor: dict[str, int]
-    saved_step: int | None
-    """The step of the newest checkpoint; None: there is none, or it could not be written."""
-    evaluated_step: int | None = None
-    save_due: bool = False
-    retry_step: int | None = None
-    """On rank 0: when a save that has failed is tried again."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """One step."""
-
-    record: StepRecord
-    cursor: dict[str, int]
-    """After its rows."""
-    digests: Digests | None
-    """Evidence of what was read, if batches carry it."""
-    judgement: Judgement
 
 
 def run(config: RunConfig, stop_signal: StopSignal | None = None) -> int:
@@ -217,6 +160,8 @@ def loop(training: Training, at: Standing) -> int:
     batches, last = batches_from(training, at), last_step(training, at)
     try:
         while at.step < last:
+            if at.step == training.timeline.phase_at(at.step).first_step:
+                training.watchdog.patient()
             if (made := timed_step(training, batches, at.step)) is None:
                 last = at.step  # a shard left out just now was to feed this step
                 break
@@ -343,112 +288,6 @@ def note(training: Training, at: Standing, made: Made) -> None:
         training.ledger.bad(at.step, made.record.loss, made.record.gradient_norm, reason, decision)
 
 
-def gone_back(training: Training, at: Standing, judgement: Judgement) -> Standing:
-    """The run stands at its last checkpoint, behind the rows that it has read since.
-
-    Raises: UserError where there is none, or the run has come back to it too often.
-    """
-    config, bad = (
-        training.config,
-        f"step {at.step}: {judgement.reason}, the last of {training.guard.skips} bad steps in a row",
-    )
-    settle_save(training, at)
-    snapshot = newest(training.folder / "checkpoints", training.mesh)
-    if snapshot is None or judgement.decision == "stop":
-        where = f"gone back to step {snapshot.step} {training.guard.rollbacks} times" if snapshot else "no checkpoint"
-        raise UserError(
-            f"{bad}; the run has {where}; look at these steps with tandem audit {training.folder} --step {at.step}, lower "
-            "schedule.lr.peak, or raise guard.max_rollbacks"
-        )
-    restore(training.engine, snapshot, training.mesh)
-    facts = snapshot.manifest
-    training.guard.go_back(facts["guard"])
-    if training.mesh.rank == 0:
-        log.warning("%s; back to step %d, and past the rows read since", bad, snapshot.step)
-    if training.ledger:
-        begin_in_ledger(
-            training.ledger, config, training.loader, training.mesh.dp_size, snapshot.step, at.cursor,
-            after=facts["ledger_lines"], passed=passed_over(facts["cursor"], at.cursor), rollback=True,
-        )  # fmt: skip
-    training.sinks.rollback(snapshot.step, at.step, judgement.reason)
-    snapshot.close()
-    return Standing(snapshot.step, at.cursor, snapshot.step, evaluated_step=snapshot.step)
-
-
-def passed_over(before: dict[str, int], after: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """The places of each source between two cursors."""
-    ends = {source: (before.get(source, 0), end) for source, end in after.items()}
-    return {source: (first, last) for source, (first, last) in ends.items() if first != last}
-
-
-def save_if_due(training: Training, at: Standing) -> None:
-    """A save is under way where one is due. After a bad step it waits for a good one: what it would save is under suspicion."""
-    if training.saver.ended:
-        settle_save(training, at)
-    at.save_due |= due(at.step, training.config.checkpoint.every_steps) or training.agreement.save_wanted
-    if at.save_due and not training.guard.skips:
-        begin_save(training, at)
-    training.agreement.wants_save = at.retry_step is not None and at.step >= at.retry_step
-
-
-def save_finally(training: Training, at: Standing) -> None:
-    """The newest checkpoint is of this step and committed. Raises: UserError where it cannot be written."""
-    training.watch("save", at.step)
-    settle_save(training, at)
-    if at.step == at.saved_step:
-        return
-    begin_save(training, at)
-    outcome = settle_save(training, at)
-    if outcome and outcome.error:
-        raise UserError(not_saved(training.folder / "checkpoints", outcome))
-
-
-def begin_save(training: Training, at: Standing) -> None:
-    """A checkpoint of this moment is under way."""
-    config, engine = training.config, training.engine
-    settle_save(training, at)  # one at a time
-    if not engine.num_updates:
-        engine.allocate_moments(0)  # a checkpoint of nothing learned is one all the same
-    facts = {
-        **model_facts(config.model, config.mup),
-        "tokens": training.timeline.tokens_before(at.step),
-        "updates": engine.num_updates,
-        "cursor": at.cursor,
-        "ledger_lines": training.ledger.num_lines
-        if training.ledger
-        else 0,  # rank 0's fact; that rank writes the manifest
-        "guard": training.guard.state(),
-        "fingerprints": training.loader.fingerprints,
-        "eos_token": training.loader.eos_token,
-        "order": training.loader.order,
-        "skipped": training.loader.skipped,
-        "phases": [dataclasses.asdict(phase) for phase in config.schedule.phases],
-    }
-    sync = training.ledger.sync if training.ledger else lambda: None
-    training.saver.begin(at.step, engine, facts, before_commit=sync)
-    training.guard.rollbacks = 0
-    at.saved_step, at.save_due = at.step, False
-
-
-def settle_save(training: Training, at: Standing) -> Outcome | None:
-    """How the save that was under way, if any, has ended is on record. One that failed is tried again some steps later."""
-    if not training.saver.running:
-        return None
-    outcome = training.saver.outcome()
-    at.retry_step = None
-    if outcome.error:
-        at.saved_step = None
-        if training.mesh.rank == 0:
-            log.error("%s", not_saved(training.folder / "checkpoints", outcome))
-            at.retry_step = at.step + max(1, training.config.checkpoint.every_steps // RETRY_SHARE)
-    else:
-        stall_seconds = training.saver.take_stall_seconds()
-        training.sinks.checkpoint(
-            outcome.step, outcome.seconds, stall_seconds=stall_seconds, num_bytes=outcome.num_bytes
-        )
-    return outcome
-
-
 def evaluate(training: Training, at: Standing) -> None:
     """The validation loss of the weights is on record, unless damage has left no held-out row to take it of."""
     training.watch("evaluation", at.step)
@@ -487,8 +326,3 @@ def record_of(
         step_seconds=step_seconds, data_seconds=data_seconds, tokens_per_second=speed.tokens_per_second, mfu=speed.mfu,
         mfu_causal=speed.mfu_causal, memory_gib=memory, time=time.time(),
     )  # fmt: skip
-
-
-def due(step: int, every_steps: int) -> bool:
-    """Whether something done every so many steps is to be done after `step`; 0 is never."""
-    return every_steps > 0 and step % every_steps == 0

@@ -32,7 +32,8 @@ from trainer.metrics import Sinks
 from trainer.parallel.mesh import Mesh, collectives, gather_to_all, started
 from trainer.setup import build_engine
 from trainer.timeline import Timeline
-from trainer.train import Standing, Stepper, Training, loop
+from trainer.train import loop
+from trainer.training import Standing, Stepper, Training
 from trainer.watchdog import Watchdog, here
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]

@@ -22,6 +22,7 @@ from trainer import checkpoints, train
 from trainer.__main__ import main
 from trainer.checkpoint.layout import KINDS, MANIFEST, MARKER, file_sha256, key, read_manifest
 from trainer.checkpoint.read import Snapshot
+from trainer.checkpoints import difference
 from trainer.config import RunConfig, section_from
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]
@@ -59,7 +60,7 @@ def root(tmp_path_factory, corpus) -> Path:
     source = saved(folder / "one", 8)
     assert ranks.run(train_and_recut, 2, folder, halves, source, folder / "recut") == [0, 0]
     facts = read_manifest(source)
-    recommit(folder / "recut" / source.name, **{name: facts[name] for name in checkpoints.FACTS if name in facts})
+    recommit(folder / "recut" / source.name, **{name: facts[name] for name in difference.FACTS if name in facts})
     return folder
 
 
@@ -318,18 +319,18 @@ def test_what_counts_are_bits(copy, tmp_path, capsys):
 
 
 def test_elements_are_compared_a_part_at_a_time_and_none_is_left_out(generator, monkeypatch):
-    monkeypatch.setattr(checkpoints, "CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr(difference, "CHUNK_ELEMENTS", 64)
     one = torch.randn((37, 10), generator=generator)
-    assert checkpoints.different_elements(one, one.clone()) == (0, 0.0)
+    assert difference.different_elements(one, one.clone()) == (0, 0.0)
     for row in range(37):
         other = one.clone()
         other[row, row % 10] += 1 + row
-        count, largest = checkpoints.different_elements(one, other)
+        count, largest = difference.different_elements(one, other)
         assert (count, largest) == (1, float((one.double() - other.double()).abs().max())), row
     wide = torch.randn((4, 200), generator=generator).T  # not as it lies in memory, as a share of a tensor may be
-    assert checkpoints.different_elements(wide, wide + 1)[0] == wide.numel()
-    assert checkpoints.different_elements(torch.zeros(3), torch.tensor([0, math.inf, 0])) == (1, math.inf)
-    assert checkpoints.different_elements(torch.zeros(3), -torch.zeros(3)) == (3, 0.0)
+    assert difference.different_elements(wide, wide + 1)[0] == wide.numel()
+    assert difference.different_elements(torch.zeros(3), torch.tensor([0, math.inf, 0])) == (1, math.inf)
+    assert difference.different_elements(torch.zeros(3), -torch.zeros(3)) == (3, 0.0)
 
 
 def test_the_first_field_of_each_fact_that_differs_is_named(root, copy, capsys):

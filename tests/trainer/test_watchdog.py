@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from trainer.config import Watchdog as Settings
 from trainer.runtime import REQUEUE_EXIT_CODE
 from trainer.watchdog import FOLDER, Place, Report, Watchdog, connection_lost, here, newest_verdict, verdict
 from trainer.watchdog import report as reporting
+from trainer.watchdog.report import state
 
 BROKEN_STEP = 3
 LIMIT_SECONDS = 1.5
@@ -37,12 +39,15 @@ def train(folder, break_as, steps=5, start_seconds=20.0, data_seconds=0.0, sleep
     places = [None] * dist.get_world_size()
     dist.all_gather_object(places, here())
     settings = Settings(step_seconds=LIMIT_SECONDS, start_seconds=start_seconds)
+    watchdogs.ANSWER_SECONDS = 1.0  # so that a rank which does not answer in time is soon seen to be taken for dead
     with Watchdog(settings, folder, places, rank, collectives, data_seconds=data_seconds) as watchdog:
         for step in range(1, steps + 1):
             broken = break_as if rank == 1 and step == BROKEN_STEP else ""
             watchdog.at("data", step)
             if broken == "data":
                 time.sleep(sleep_seconds)
+            if not break_as:
+                time.sleep(LIMIT_SECONDS / 3)
             watchdog.at("forward and backward", step)
             if broken == "loop":
                 while True:
@@ -130,6 +135,7 @@ def test_a_rank_that_crashed_keeps_its_error_and_is_named_by_the_others(tmp_path
 
 
 def test_a_healthy_run_is_left_alone_and_leaves_nothing(tmp_path):
+    """It takes longer than the limit, and no step does."""
     assert ranks.run(train, 3, tmp_path, tmp_path, "") == [LIMIT_SECONDS] * 3
     assert not (tmp_path / FOLDER).exists()
 
@@ -200,6 +206,25 @@ def out_at_last(folder):
 def test_a_rank_that_gets_out_in_the_end_is_left_alone(tmp_path):
     assert ranks.run(out_at_last, 1, tmp_path, tmp_path) == [(True, [])]
     assert sorted(file.name for file in tmp_path.glob(f"{FOLDER}/*/*")) == ["rank-00001.json", "rank-00001.txt"]
+
+
+def test_a_process_is_running_stopped_or_gone_also_where_nobody_has_asked_how_it_ended():
+    with subprocess.Popen(["sleep", "60"]) as child:
+        place = Place(here().host, child.pid, reporting._stat(child.pid)[1])
+        assert state(place) == "running"
+        assert state(dataclasses.replace(place, started=place.started - 1)) == "gone"
+        child.send_signal(signal.SIGSTOP)
+        assert eventually(place, "stopped")
+        child.kill()
+        assert eventually(place, "gone")
+    assert state(place) == "gone"
+
+
+def eventually(place: Place, expected: str) -> bool:
+    deadline = time.monotonic() + 10
+    while state(place) != expected and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return state(place) == expected
 
 
 def test_reports_of_an_earlier_start_do_not_count(tmp_path):

@@ -19,7 +19,7 @@ from trainer.guard import Guard
 from trainer.parallel.mesh import launched_world_size, started
 from trainer.setup import build_engine
 from trainer.timeline import Timeline
-from trainer.train import Stepper
+from trainer.training import Stepper
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

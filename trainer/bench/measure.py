@@ -25,7 +25,8 @@ from trainer.console import short
 from trainer.data.loader import Batch
 from trainer.metrics import StepRecord, Throughput, throughput
 from trainer.parallel.mesh import Mesh, gather_to_all
-from trainer.train import Stepper, timed_step
+from trainer.train import timed_step
+from trainer.training import Stepper
 
 log = logging.getLogger(__name__)
 

@@ -138,11 +138,14 @@ def gather_to_all(value: T) -> list[T]:
 
 
 def collectives() -> dict[str, int]:
-    """How many collectives this rank has begun, by process group."""
-    return {
-        name: group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-        for group, name in list(dist.distributed_c10d._world.pg_names.items())
-    }
+    """How many collectives this rank has begun, by process group, and by kind of device where a group has several."""
+    counts = {}
+    for group, name in list(dist.distributed_c10d._world.pg_names.items()):
+        one: Any = group
+        backends = {id(found := one._get_backend(device)): (device.type, found) for device in one._device_types}
+        for kind, backend in backends.values():
+            counts[name if len(backends) == 1 else f"{name} {kind}"] = backend._get_sequence_number_for_group()
+    return counts
 
 
 def shared_store(name: str) -> dist.Store:

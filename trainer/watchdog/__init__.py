@@ -93,6 +93,10 @@ class Watchdog:
         """
         self._now = (phase, self._now[1] if step is None else step, self._now[2] + 1)
 
+    def patient(self) -> None:
+        """The next step may take as long as a first one: kernels are compiled for rows of another shape."""
+        self._limit = max(self._limit, self._settings.start_seconds or inf)
+
     def finished(self, seconds: float) -> None:
         """A step is made, and took so long."""
         self._steps.append(seconds)

@@ -1,0 +1,131 @@
+"""The checkpoints of a run: when one is due, what it says besides tensors, how a save has ended, and going back to the last.
+
+The one idea: all ranks begin saves at the same steps, and a save goes on while steps are made; so how one has ended is asked
+for later, and what has to be the same on all ranks is agreed on with the next batch.
+"""
+
+import dataclasses
+import logging
+
+from trainer.checkpoint.read import newest, restore
+from trainer.checkpoint.save import Outcome, not_saved
+from trainer.checkpoint.write import model_facts
+from trainer.config import UserError
+from trainer.guard import Judgement
+from trainer.setup import begin_in_ledger
+from trainer.training import Standing, Training
+
+log = logging.getLogger(__name__)
+RETRY_SHARE = 10
+"""After a save that failed the next one is tried when this part of checkpoint.every_steps has passed."""
+
+
+def save_if_due(training: Training, at: Standing) -> None:
+    """A save is under way where one is due. After a bad step it waits for a good one: what it would save is under suspicion."""
+    if training.saver.ended:
+        settle_save(training, at)
+    at.save_due |= due(at.step, training.config.checkpoint.every_steps) or training.agreement.save_wanted
+    if at.save_due and not training.guard.skips:
+        begin_save(training, at)
+    training.agreement.wants_save = at.retry_step is not None and at.step >= at.retry_step
+
+
+def save_finally(training: Training, at: Standing) -> None:
+    """The newest checkpoint is of this step and committed. Raises: UserError where it cannot be written."""
+    training.watch("save", at.step)
+    settle_save(training, at)
+    if at.step == at.saved_step:
+        return
+    begin_save(training, at)
+    outcome = settle_save(training, at)
+    if outcome and outcome.error:
+        raise UserError(not_saved(training.folder / "checkpoints", outcome))
+
+
+def begin_save(training: Training, at: Standing) -> None:
+    """A checkpoint of this moment is under way."""
+    config, engine = training.config, training.engine
+    settle_save(training, at)  # one at a time
+    if not engine.num_updates:
+        engine.allocate_moments(0)  # a checkpoint of nothing learned is one all the same
+    facts = {
+        **model_facts(config.model, config.mup),
+        "tokens": training.timeline.tokens_before(at.step),
+        "updates": engine.num_updates,
+        "cursor": at.cursor,
+        "ledger_lines": training.ledger.num_lines
+        if training.ledger
+        else 0,  # rank 0's fact; that rank writes the manifest
+        "guard": training.guard.state(),
+        "fingerprints": training.loader.fingerprints,
+        "eos_token": training.loader.eos_token,
+        "order": training.loader.order,
+        "skipped": training.loader.skipped,
+        "phases": [dataclasses.asdict(phase) for phase in config.schedule.phases],
+    }
+    sync = training.ledger.sync if training.ledger else lambda: None
+    training.saver.begin(at.step, engine, facts, before_commit=sync)
+    training.guard.rollbacks = 0
+    at.saved_step, at.save_due = at.step, False
+
+
+def settle_save(training: Training, at: Standing) -> Outcome | None:
+    """How the save that was under way, if any, has ended is on record. One that failed is tried again some steps later."""
+    if not training.saver.running:
+        return None
+    outcome = training.saver.outcome()
+    at.retry_step = None
+    if outcome.error:
+        at.saved_step = None
+        if training.mesh.rank == 0:
+            log.error("%s", not_saved(training.folder / "checkpoints", outcome))
+            at.retry_step = at.step + max(1, training.config.checkpoint.every_steps // RETRY_SHARE)
+    else:
+        stall_seconds = training.saver.take_stall_seconds()
+        training.sinks.checkpoint(
+            outcome.step, outcome.seconds, stall_seconds=stall_seconds, num_bytes=outcome.num_bytes
+        )
+    return outcome
+
+
+def gone_back(training: Training, at: Standing, judgement: Judgement) -> Standing:
+    """The run stands at its last checkpoint, behind the rows that it has read since.
+
+    Raises: UserError where there is none, or the run has come back to it too often.
+    """
+    config, bad = (
+        training.config,
+        f"step {at.step}: {judgement.reason}, the last of {training.guard.skips} bad steps in a row",
+    )
+    settle_save(training, at)
+    snapshot = newest(training.folder / "checkpoints", training.mesh)
+    if snapshot is None or judgement.decision == "stop":
+        where = f"gone back to step {snapshot.step} {training.guard.rollbacks} times" if snapshot else "no checkpoint"
+        raise UserError(
+            f"{bad}; the run has {where}; look at these steps with tandem audit {training.folder} --step {at.step}, lower "
+            "schedule.lr.peak, or raise guard.max_rollbacks"
+        )
+    restore(training.engine, snapshot, training.mesh)
+    facts = snapshot.manifest
+    training.guard.go_back(facts["guard"])
+    if training.mesh.rank == 0:
+        log.warning("%s; back to step %d, and past the rows read since", bad, snapshot.step)
+    if training.ledger:
+        begin_in_ledger(
+            training.ledger, config, training.loader, training.mesh.dp_size, snapshot.step, at.cursor,
+            after=facts["ledger_lines"], passed=passed_over(facts["cursor"], at.cursor), rollback=True,
+        )  # fmt: skip
+    training.sinks.rollback(snapshot.step, at.step, judgement.reason)
+    snapshot.close()
+    return Standing(snapshot.step, at.cursor, snapshot.step, evaluated_step=snapshot.step)
+
+
+def passed_over(before: dict[str, int], after: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """The places of each source between two cursors."""
+    ends = {source: (before.get(source, 0), end) for source, end in after.items()}
+    return {source: (first, last) for source, (first, last) in ends.items() if first != last}
+
+
+def due(step: int, every_steps: int) -> bool:
+    """Whether something done every so many steps is to be done after `step`; 0 is never."""
+    return every_steps > 0 and step % every_steps == 0

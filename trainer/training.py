@@ -1,0 +1,71 @@
+"""What a run is made of, and how far it is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trainer.agreement import Agreement
+from trainer.checkpoint.save import Saver
+from trainer.config import RunConfig
+from trainer.data.loader import Loader
+from trainer.engine import Engine
+from trainer.guard import Guard, Judgement
+from trainer.ledger import Digests, Ledger
+from trainer.metrics import Sinks, StepRecord
+from trainer.parallel.mesh import Mesh
+from trainer.timeline import Timeline
+from trainer.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """What a step needs; nothing in it changes but the engine's weights and what the guard remembers."""
+
+    config: RunConfig
+    mesh: Mesh
+    timeline: Timeline
+    engine: Engine
+    peak_flops: float
+    guard: Guard
+    watch: Callable[[str, int], object] = field(default=lambda phase, step: None, kw_only=True)
+    """Told of every part of the work on a step, counted from 1, as it begins."""
+
+
+@dataclass(frozen=True)
+class Training(Stepper):
+    """What a run needs besides: where its rows come from, where records and checkpoints go."""
+
+    folder: Path
+    loader: Loader
+    sinks: Sinks
+    saver: Saver
+    agreement: Agreement
+    watchdog: Watchdog
+    ledger: Ledger | None
+    """Rank 0's."""
+
+
+@dataclass
+class Standing:
+    """How far the run is: what a checkpoint of this moment says."""
+
+    step: int
+    cursor: dict[str, int]
+    saved_step: int | None
+    """The step of the newest checkpoint; None: there is none, or it could not be written."""
+    evaluated_step: int | None = None
+    save_due: bool = False
+    retry_step: int | None = None
+    """On rank 0: when a save that has failed is tried again."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """One step."""
+
+    record: StepRecord
+    cursor: dict[str, int]
+    """After its rows."""
+    digests: Digests | None
+    """Evidence of what was read, if batches carry it."""
+    judgement: Judgement
