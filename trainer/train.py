@@ -34,6 +34,7 @@ from trainer.metrics import Sinks, StepRecord, open_sinks, throughput
 from trainer.parallel.mesh import (
     Mesh,
     collectives,
+    flight_record,
     from_rank_0,
     gather_to_all,
     launched_world_size,
@@ -69,7 +70,8 @@ def run(config: RunConfig, stop_signal: StopSignal | None = None) -> int:
             runtime.make_deterministic()
         laps.end("process group")
         folder = Path(config.run.root) / config.run.name
-        with Watchdog(config.watchdog, folder, gather_to_all(here()), mesh.rank, collectives) as watchdog:
+        places = gather_to_all(here())
+        with Watchdog(config.watchdog, folder, places, mesh.rank, collectives, flight_record=flight_record) as watchdog:
             loader = Loader(
                 config.data, config.schedule, seed=config.run.seed, vocab=config.model.vocab,
                 dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -79,7 +80,8 @@ class Saver:
             self._running.set_result(Outcome(step, error, time.perf_counter() - began))
         else:
             share, copied = write.share_of(engine, self._mesh), Event()
-            facts = {"step": step, "tp_size": self._mesh.tp_size, "dp_size": self._mesh.dp_size, **facts}
+            # As they are now: the training goes on with what they were made of.
+            facts = deepcopy({"step": step, "tp_size": self._mesh.tp_size, "dp_size": self._mesh.dp_size, **facts})
             ready = torch.cuda.current_stream().record_event() if self._stream else None
             save = partial(self._save, folder, share, facts, before_commit, self._number, began, ready, copied)
             self._running = in_background(save)

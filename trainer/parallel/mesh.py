@@ -148,6 +148,13 @@ def collectives() -> dict[str, int]:
     return counts
 
 
+def flight_record() -> bytes:
+    """torch's record of this rank's last TORCH_FR_BUFFER_SIZE collectives, for its tool `torchfrtrace`."""
+    recorder: Any = torch._C._distributed_c10d
+    found: bytes = (recorder._dump_nccl_trace if torch.cuda.is_available() else recorder._dump_fr_trace)()
+    return found
+
+
 def shared_store(name: str) -> dist.Store:
     """A place of this launch where ranks leave small values for one another, from any thread.
 

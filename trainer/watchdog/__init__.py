@@ -71,10 +71,11 @@ class Watchdog:
         rank: int,
         collectives: Callable[[], dict[str, int]],
         *,
+        flight_record: Callable[[], bytes] = bytes,
         data_seconds: float = DATA_SECONDS,
     ) -> None:
         self._settings, self._places, self._rank, self._collectives = settings, places, rank, collectives
-        self._hangs, self._data_seconds = folder / FOLDER, data_seconds
+        self._hangs, self._data_seconds, self._flight_record = folder / FOLDER, data_seconds, flight_record
         self._neighbours = [
             (other, place) for other, place in enumerate(places) if other != rank and place.host == places[rank].host
         ]
@@ -214,7 +215,7 @@ class Watchdog:
         )  # fmt: skip
         self._file = reporting.file_of(self._hangs, step, self._rank)
         try:
-            reporting.write(self._file, report, stacks)
+            reporting.write(self._file, report, stacks, self._flight_record())
         except OSError as refused:
             log.warning("%s cannot be written (%s)", self._file, refused.strerror)
 

@@ -89,16 +89,24 @@ def file_of(hangs: Path, step: int, rank: int) -> Path:
     return step_folder(hangs, step) / f"rank-{rank:05d}.json"
 
 
-def write(path: Path, report: Report, stacks: str) -> None:
-    """The report lies at `path`, the stacks beside it."""
+def write(path: Path, report: Report, stacks: str, flight_record: bytes) -> None:
+    """The report lies at `path`, the stacks and torch's record of collectives, if it keeps one, beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
     write_whole(path.with_suffix(".txt"), stacks)
+    if flight_record:
+        write_whole(flight_file(path), flight_record)
+
+
+def flight_file(path: Path) -> Path:
+    """Beside the report at `path`, under a name that `torchfrtrace --prefix flight-` takes for the rank's."""
+    return path.with_name(f"flight-{int(path.stem.removeprefix('rank-'))}")
 
 
 def remove(path: Path) -> None:
-    """Neither report nor stacks are at `path`, nor folders that this leaves empty."""
+    """Neither the report nor what belongs to it is at `path`, nor folders that this leaves empty."""
     path.with_suffix(".txt").unlink(missing_ok=True)
+    flight_file(path).unlink(missing_ok=True)
     path.unlink(missing_ok=True)
     with suppress(OSError):  # others may still have theirs there
         path.parent.rmdir()
