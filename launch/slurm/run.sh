@@ -5,38 +5,77 @@
 # take SLURM_PROCID, SLURM_STEP_NUM_TASKS and SLURM_LOCALID for rank, world size and local rank.
 #
 #   exit code of the run   0   finished: the job ends
-#                         85   saved on a signal: the job goes back into the queue and continues from the checkpoint
-#                      other   a mistake or a crash: the job ends with it, for a person to read the log
+#                          2   a mistake, or run.max_failures starts in a row have failed at one step: the job ends with it
+#                   126, 127   no python: the job ends with it
+#                         85   saved on a signal, or ended by the watchdog of a hang: the job goes back into the queue
+#                      other   a crash, or 128 + n where signal n has killed a rank: the same. With hundreds of GPUs most
+#                              crashes are hardware, and from the last checkpoint other nodes can do the step.
+#
+# srun returns 128 + n if any task was killed, whatever the others said, else the highest code. So that the 2 of one rank is
+# not lost where others froze and were killed, a rank that leaves with 2 takes from the job the right to go back.
 set -euo pipefail
-readonly REQUEUE_EXIT_CODE=85 # trainer/runtime.py
+readonly USER_ERROR_EXIT_CODE=2 REQUEUE_EXIT_CODE=85 # trainer/__main__.py, trainer/runtime.py
+
+# sbatch --signal=B:USR1@300 warns this shell alone; srun hands the signal to every rank. Trapped from here on, for a
+# warning that comes before there are ranks must not end the job either.
+warned='' step=''
+trap 'warned=yes; kill -USR1 "$step" 2>/dev/null || true' USR1
 
 if [[ ! -f launch/env.sh ]]; then
     echo "run.sh: $PWD is not the repository; submit from its root: sbatch launch/slurm/NAME.sbatch" >&2
-    exit 2
+    exit "$USER_ERROR_EXIT_CODE"
 fi
+[[ $# -ge 1 ]] || { echo "run.sh: no config; sbatch launch/slurm/train.sbatch CONFIG [section.field=value...]" >&2; exit 2; }
 export RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:?submit with --ntasks-per-node}
 # shellcheck source=launch/env.sh
 source launch/env.sh
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+back_into_the_queue() {
+    echo "run.sh: $1; back into the queue (start $((${SLURM_RESTART_COUNT:-0} + 2)) follows)"
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
+    echo "run.sh: Slurm refuses; if not for --no-requeue, then because a rank has left with exit code 2, said above" >&2
+    exit "$USER_ERROR_EXIT_CODE"
+}
+
+# Where python cannot import the program every start would fail alike, and before the run can count it.
+check_import() {
+    local said
+    said=$(python -c "import $1" 2>&1) && return
+    echo "run.sh: $(command -v python || echo 'no python') cannot import $1 (${said##*$'\n'}); launch/install.sh makes .venv" >&2
+    exit "$USER_ERROR_EXIT_CODE"
+}
+check_import trainer.__main__
+[[ -z $warned ]] || back_into_the_queue "warned before the ranks were started"
+
+# NodeAddr is where Slurm itself reaches the node, if its name alone leads nowhere.
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol --oneliner show node "$head" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node get different ports
 
-# --wait, not --kill-on-bad-exit: after a rank has left, with whatever code, the others get two minutes to leave by
-# themselves. Killed at once, they would turn the 85 of a saved run into the code of a signal.
+# SLURM_WAIT (--wait), not --kill-on-bad-exit: after a rank has left, with whatever code, the others get two minutes to leave
+# by themselves; a frozen one is then killed. Killed at once, they would turn the 85 of a saved run into that of a signal.
 # --distribution=block: neighbouring ranks share a node, hence tensor-parallel groups do.
 # --cpus-per-task is named again because srun does not take it from sbatch since Slurm 22.05.
-srun --kill-on-bad-exit=0 --wait=120 --distribution=block --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-    python -m trainer train "$@" &
+# The trap keeps the shell around a rank alive, for Slurm signals both; the rank itself starts without it.
+set_default SLURM_WAIT 120
+# shellcheck disable=SC2016 # for the shell of the rank
+srun --kill-on-bad-exit=0 --distribution=block --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
+    trap : TERM USR1 INT
+    python -m trainer train "$@" && exit
+    code=$?
+    [[ $code -ne 2 ]] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0
+    exit "$code"' rank "$@" &
 step=$!
-# sbatch --signal=B:USR1@300 warns this shell alone; srun hands the signal to every rank. Never send it twice: the second
-# one ends a rank at once.
-trap 'kill -USR1 "$step" || true' USR1
+[[ -z $warned ]] || kill -USR1 "$step" # in the moment before the shell knew the step
 
 code=0
 while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done # a trapped signal interrupts wait
 wait "$step" || code=$?
-if [[ $code -eq $REQUEUE_EXIT_CODE ]]; then
-    echo "run.sh: the run saved and left; back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
-    exit 0
-fi
-exit "$code"
+case $code in
+0 | "$USER_ERROR_EXIT_CODE" | 126 | 127) exit "$code" ;;
+"$REQUEUE_EXIT_CODE") back_into_the_queue "the run saved and left" ;;
+*)
+    check_import trainer.train # with all heavy libraries: seconds that a start which succeeds need not wait
+    back_into_the_queue "the run failed (exit code $code)"
+    ;;
+esac

@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 
 from trainer import config, runtime
+from trainer.__main__ import USER_ERROR_EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("slurm/*")])
 JOBS = sorted(LAUNCH.glob("slurm/*.sbatch"))
+ANY_CONFIG = LAUNCH / "slurm" / "train.sbatch"
+RECIPES = [job for job in JOBS if job != ANY_CONFIG]
 
 every_job = pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
+every_recipe = pytest.mark.parametrize("job", RECIPES, ids=lambda path: path.stem)
 
 
 def directives(job: Path) -> dict[str, str]:
@@ -53,14 +57,14 @@ def test_measuring_says_in_one_line_what_it_lacks(arguments: tuple[str, ...], sa
     assert len(done.stderr.splitlines()) == 1
 
 
-@every_job
+@every_recipe
 def test_the_world_divides(job: Path) -> None:
     asked = directives(job)
     world_size = int(asked["nodes"]) * int(asked["ntasks-per-node"])
     config.check_world(config.load(ROOT / "configs" / f"{job.stem}.yaml"), world_size)
 
 
-@every_job
+@every_recipe
 def test_one_task_for_each_device_of_a_node(job: Path) -> None:
     asked = directives(job)
     hardware = config.load(ROOT / "configs" / f"{job.stem}.yaml").hardware
@@ -68,7 +72,7 @@ def test_one_task_for_each_device_of_a_node(job: Path) -> None:
     assert int(asked["ntasks-per-node"]) == int(asked["gpus-per-node"]) == hardware.devices_per_node
 
 
-@every_job
+@every_recipe
 def test_the_job_runs_the_config_of_its_name(job: Path) -> None:
     assert f'exec launch/slurm/run.sh configs/{job.stem}.yaml "$@"' in job.read_text()
     assert directives(job)["job-name"] == job.stem
@@ -82,10 +86,23 @@ def test_the_job_is_warned_in_time_and_may_be_requeued(job: Path) -> None:
     assert "requeue" in asked
 
 
-def test_the_script_and_the_trainer_agree_on_the_requeue_code() -> None:
-    found = re.search(r"REQUEUE_EXIT_CODE=(\d+)", (LAUNCH / "slurm" / "run.sh").read_text())
+def test_the_job_for_any_config_differs_from_the_recipes_in_name_size_and_config_only() -> None:
+    own = ("job-name", "nodes")
+    asked = [{name: value for name, value in directives(job).items() if name not in own} for job in JOBS]
+    assert all(one == asked[0] for one in asked)
+    assert ANY_CONFIG.read_text().endswith('\nexec launch/slurm/run.sh "$@"\n')
+
+
+def test_the_script_and_the_trainer_agree_on_exit_codes() -> None:
+    found = re.search(r"USER_ERROR_EXIT_CODE=(\d+) REQUEUE_EXIT_CODE=(\d+)", (LAUNCH / "slurm" / "run.sh").read_text())
     assert found is not None
-    assert int(found[1]) == runtime.REQUEUE_EXIT_CODE
+    assert [int(code) for code in found.groups()] == [USER_ERROR_EXIT_CODE, runtime.REQUEUE_EXIT_CODE]
+
+
+def test_the_slurm_script_without_a_config_says_how_to_submit() -> None:
+    done = subprocess.run([LAUNCH / "slurm" / "run.sh"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "run.sh: no config; sbatch launch/slurm/train.sbatch CONFIG [section.field=value...]\n"
 
 
 def test_the_slurm_script_outside_the_repository_says_where_to_submit(tmp_path: Path) -> None:

@@ -1,0 +1,139 @@
+"""A Slurm of two nodes on this machine, started for the tests of a file and gone after them, where Slurm is installed.
+
+Both nodes are daemons here with the machine's own processors. A job that was put back into the queue waits some seconds
+rather than two minutes: `cred_expire`, of which 5 is the least. Jobs are put back only if they ask for it (`JobRequeue=0`), and
+one in the partition `urgent` puts those in `cpu` back.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+SBIN = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
+MISSING = [name for name in PROGRAMS if shutil.which(name, path=SBIN) is None]
+NODES = ("n1", "n2")
+
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldPort={ports[0]}
+FirstJobId={first_job}
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1,sched_min_interval=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=0
+KillWait=5
+ReturnToService=2
+MpiDefault=none
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=2 RealMemory=8000
+PartitionName=cpu Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
+"""
+
+
+@dataclass
+class Slurm:
+    folder: Path
+    log: Path
+    environment: dict[str, str]
+    """In which its commands find it."""
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, name: str, *command: str) -> None:
+        with self.log.open("a") as log:
+            environment = os.environ | self.environment
+            self.daemons[name] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+    def start_node(self, name: str) -> None:
+        self.start(name, "slurmd", "-D", "-N", name)
+
+    def asked(self, *command: str) -> str:
+        """What one of its commands says."""
+        environment = os.environ | self.environment
+        return subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip()
+
+    def idle_nodes(self) -> int:
+        return int(self.asked("sinfo", "--noheader", "--states=idle", "--partition=cpu", "--format=%D") or 0)
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    """Of one file, not of the session: its daemons would run beside every test that follows."""
+    if MISSING:
+        pytest.skip(f"Slurm is not installed: no {', '.join(MISSING)}")
+    if os.geteuid() != 0:
+        pytest.skip("slurmd starts jobs as their user: only root can run one")
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not tmp_path: the name of a socket is short
+    folder.chmod(0o755)  # munged insists
+    (folder / "state").mkdir()
+    (folder / "munge.key").write_bytes(os.urandom(128))
+    (folder / "munge.key").chmod(0o600)
+    conf = CONF.format(
+        host=socket.gethostname().split(".")[0],
+        folder=folder,
+        ports=free_ports(),
+        first_job=1 + os.getpid() * 20 % 5000,
+    )
+    (folder / "slurm.conf").write_text(conf)
+    started = Slurm(folder, folder / "daemons.log", {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SBIN})
+    files = {"socket": "socket", "key-file": "key", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
+    try:
+        options = [f"--{option}={folder}/munge.{end}" for option, end in files.items()]
+        started.start("munged", "munged", "--foreground", "--force", *options)
+        eventually((folder / "munge.socket").exists)
+        started.start("slurmctld", "slurmctld", "-D")
+        for name in NODES:
+            started.start_node(name)
+        eventually(lambda: started.idle_nodes() == len(NODES))
+        yield started
+        started.asked("scancel", "--user=root")
+        eventually(lambda: not started.asked("squeue", "--noheader"))
+    finally:
+        for daemon in reversed(started.daemons.values()):
+            daemon.terminate()
+            daemon.wait(20)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_ports() -> list[int]:
+    """Three that follow one another, free a moment ago; processes of neighbouring numbers look in different places."""
+    for first in range(26_000 + os.getpid() * 3 % 6000, 32_000, 3):
+        sockets = [socket.socket() for _ in range(3)]
+        try:
+            for number, one in enumerate(sockets):
+                one.bind(("127.0.0.1", first + number))
+            return [first, first + 1, first + 2]
+        except OSError:
+            continue
+        finally:
+            for one in sockets:
+                one.close()
+    raise AssertionError("no free ports")
+
+
+def eventually(what: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.05)
