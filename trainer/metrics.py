@@ -199,6 +199,13 @@ class History:
         return [record for record in self.steps if record["skipped"]]
 
 
+def evaluated(folder: Path, step: int) -> bool:
+    """Whether the folder has a validation of `step` on record."""
+    path = folder / FILE
+    found = _records(path) if path.is_file() else []
+    return any((record["kind"], record["step"]) == ("validation", step) for record in found)
+
+
 def read(folder: Path) -> History:
     """The history in the folder's metrics.jsonl, also of a run that is going or was killed.
 

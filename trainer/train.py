@@ -30,7 +30,7 @@ from trainer.engine import Engine
 from trainer.evaluate import validation_loss
 from trainer.guard import Guard, Judgement
 from trainer.ledger import Digests, Ledger, halves, joined, rollbacks
-from trainer.metrics import Sinks, StepRecord, open_sinks, throughput
+from trainer.metrics import Sinks, StepRecord, evaluated, open_sinks, throughput
 from trainer.parallel.mesh import (
     Mesh,
     collectives,
@@ -153,7 +153,9 @@ def take_up(
         begin_in_ledger, config=config, loader=loader, dp_size=mesh.dp_size, step=step, cursor=cursor, after=after,
         passed=passed,
     )  # fmt: skip
-    return Standing(step, dict(cursor), step if snapshot else None, evaluated_step=step), guard, begin
+    # A signal may have come between a save and the validation of its step.
+    evaluated_step = step if from_rank_0(mesh.rank == 0 and (not step or evaluated(folder, step))) else None
+    return Standing(step, dict(cursor), step if snapshot else None, evaluated_step), guard, begin
 
 
 def loop(training: Training, at: Standing) -> int:
@@ -161,6 +163,8 @@ def loop(training: Training, at: Standing) -> int:
     reason = None
     batches, last = batches_from(training, at), last_step(training, at)
     try:
+        if due(at.step, training.config.evaluate.every_steps) and at.step != at.evaluated_step:
+            evaluate(training, at)
         while at.step < last:
             if at.step == training.timeline.phase_at(at.step).first_step:
                 training.watchdog.patient()

@@ -54,6 +54,7 @@ class Standing:
     saved_step: int | None
     """The step of the newest checkpoint; None: there is none, or it could not be written."""
     evaluated_step: int | None = None
+    """The step of the newest validation."""
     save_due: bool = False
     retry_step: int | None = None
     """On rank 0: when a save that has failed is tried again."""

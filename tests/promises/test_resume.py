@@ -11,6 +11,7 @@ import pytest
 from tests import ranks
 from tests.promises.conftest import differing, steps_of, two_phases
 from tests.promises.test_parallel import EPSILON
+from trainer import metrics
 from trainer.checkpoint.read import Snapshot, newest, opened
 from trainer.checkpoint.save import save
 from trainer.config import RunConfig, UserError, section_from
@@ -179,3 +180,19 @@ def test_a_torn_or_damaged_checkpoint_is_passed_over_with_its_name(root, tmp_pat
     assert f"{names[1]} is damaged ({file.name} has other contents" in caplog.text
     with pytest.raises(UserError, match="has other contents"):
         opened(folder / names[1])
+
+
+def test_a_validation_that_a_signal_cut_short_is_made_by_the_next_start(corpus, tmp_path):
+    given = [
+        config("btlm", corpus, tmp_path, 1, run={"name": "cut", "stop_step": stop}, evaluate={"every_steps": 4, "tokens": 512})
+        for stop in (4, 6)
+    ]  # fmt: skip
+    assert run(given[0]) == 0
+    record = tmp_path / "cut" / "metrics.jsonl"
+    lines = record.read_text().splitlines(keepends=True)
+    record.write_text("".join(line for line in lines if '"kind": "validation"' not in line))
+    assert run(given[1]) == 0
+    made = {each["step"]: each["loss"] for each in metrics.read(tmp_path / "cut").validations}
+    assert sorted(made) == [4, 6]
+    [whole] = [json.loads(line)["loss"] for line in lines if '"kind": "validation"' in line]
+    assert made[4] == whole
