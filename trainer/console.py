@@ -65,7 +65,7 @@ class ConsoleSink:
         elif kind == "rollback":
             self._rollback(record)
         elif kind == "end":
-            if self._last and self._shown_step != self._last["step"]:
+            if self._last and self._pace and self._shown_step != self._last["step"]:
                 self._line(self._last)
             self._say(f"end at step {record['step']}: {record['reason']}")
 

@@ -31,15 +31,16 @@ from trainer.parallel.mesh import Mesh, started, sum_over_ranks
 
 
 def validation_loss(
-    model: nn.Module, batches: Iterable[Batch], mesh: Mesh, any_rank: Callable[[bool], bool]
+    model: nn.Module, read: Callable[[], Batch | None], mesh: Mesh, any_rank: Callable[[bool], bool]
 ) -> float | None:
     """Mean cross-entropy in nats over all ranks' rows, weights and gradients untouched; the same on every rank.
 
-    None where no rank has a row. `any_rank` says whether any rank has another batch; it may raise to end the validation.
+    None where no rank has a row. `read` gives this rank's next batch, `any_rank` says whether any rank has one; all ranks call
+    both alike, and the latter may raise to end the validation.
     """
-    total, tokens, left = 0.0, 0, iter(batches)
+    total, tokens = 0.0, 0
     with torch.no_grad():
-        while any_rank((batch := next(left, None)) is not None):
+        while any_rank((batch := read()) is not None):
             if batch is None:
                 continue
             losses = losses_of(model, batch, mesh)

@@ -18,12 +18,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from trainer.config import UserError
 from trainer.disk import TORN, write_whole
@@ -43,6 +43,7 @@ REPORTED_PACKAGES = (
     "torch", "deepspeed", "megatron-core", "triton", "webdataset", "omegaconf", "wandb", "transformers", "tokenizers",
 )  # fmt: skip
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -214,6 +215,18 @@ class StopSignal:
             yield
         finally:
             self._interrupts = False
+
+    def until_stopped(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, until a signal comes, which also interrupts the wait for the next one."""
+        left = iter(items)
+        with suppress(Stopped):
+            while True:
+                with self.interrupting():
+                    try:
+                        item = next(left)
+                    except StopIteration:
+                        return
+                yield item
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.name is not None and time.monotonic() - self._came < SAME_SIGNAL_SECONDS:

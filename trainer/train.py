@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,15 +72,21 @@ def run(config: RunConfig, stop_signal: StopSignal | None = None) -> int:
         folder = Path(config.run.root) / config.run.name
         places = gather_to_all(here())
         with Watchdog(config.watchdog, folder, places, mesh.rank, collectives, flight_record=flight_record) as watchdog:
-            loader = Loader(
-                config.data, config.schedule, seed=config.run.seed, vocab=config.model.vocab,
-                dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,
-            )  # fmt: skip
-            check_held_out(config, loader)
+            agreement = Agreement(mesh, stop_signal, watchdog.at)
+            with suppress(Stopped), stop_signal.interrupting():  # a store that does not answer takes minutes
+                loader = Loader(
+                    config.data, config.schedule, seed=config.run.seed, vocab=config.model.vocab,
+                    dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,
+                )  # fmt: skip
+                check_held_out(config, loader)
+            try:
+                agreement.any_rank(False)
+            except Stopped:  # nothing was done, so nothing is lost
+                return runtime.REQUEUE_EXIT_CODE
             laps.end("corpora")
             with ExitStack() as stack:
                 on_rank_0(lambda: stack.enter_context(runtime.held(folder)), mesh)
-                return run_in(folder, config, mesh, loader, Agreement(mesh, stop_signal, watchdog.at), watchdog, laps)
+                return run_in(folder, config, mesh, loader, agreement, watchdog, laps)
 
 
 def run_in(
@@ -296,14 +302,26 @@ def note(training: Training, at: Standing, made: Made) -> None:
 
 def evaluate(training: Training, at: Standing) -> None:
     """The validation loss of the weights is on record, unless damage has left no held-out row to take it of."""
-    training.watch("evaluation", at.step)
     step, agreement = at.step, training.agreement
     phase = training.timeline.phase_at(step - 1).phase
-    read = partial(training.loader.validation, phase, training.config.evaluate.tokens)
-    batches: Iterable[Batch] | None = read()
+    rows = partial(training.loader.validation, phase, training.config.evaluate.tokens)
+    stoppable = agreement.stop_signal.until_stopped
+    training.watch("data", step)
+    batches: Iterable[Batch] | None = rows()
     if training.config.data.damaged_shards == "skip":
-        batches = agreed(lambda: list(read()), agreement.met_by_any, partial(leave_out, training, step))
-    loss = validation_loss(training.engine.model, batches or [], training.mesh, agreement.any_rank)
+        batches = agreed(lambda: list(stoppable(rows())), agreement.met_by_any, partial(leave_out, training, step))
+    left = iter(stoppable(batches or []))
+
+    def read() -> Batch | None:
+        training.watch("data", step)
+        return next(left, None)
+
+    def any_rank(has_one: bool) -> bool:
+        found = agreement.any_rank(has_one)
+        training.watch("evaluation", step)
+        return found
+
+    loss = validation_loss(training.engine.model, read, training.mesh, any_rank)
     at.evaluated_step = step
     if loss is not None:
         training.sinks.validation(step, training.timeline.tokens_before(step), loss)

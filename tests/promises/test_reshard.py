@@ -41,7 +41,7 @@ LAYOUTS = [
 WORLDS = (1, 2, 4)
 PAIRS = [(family, one, other) for family in OVERRIDES for one in LAYOUTS for other in LAYOUTS]
 FEW = [pair for index, pair in enumerate(PAIRS) if pair[1] == pair[2] or index % 7 == 0]
-"""Each layout as it is, and every seventh move: 7 and the 12 layouts have no common divisor, so all from and all to are there."""
+"""Each layout as it is, and every seventh move: 7 does not divide 12, so there are moves from all and to all."""
 
 
 def config(family: str, layout: Layout) -> RunConfig:

@@ -126,7 +126,7 @@ def is_saving(folder: Path) -> bool:
 
 
 def test_a_signal_before_the_first_step_loses_nothing(config):
-    """Before the run listens it dies of the signal, having done nothing; after that it makes one step and saves it."""
+    """Before the run listens it dies of the signal; before it has its corpora it leaves, with nothing done; then it saves."""
     seen = set()
     for delay in (0.0, 0.02, 0.1, 0.3, 0.6):
         name = f"early-{delay}"
@@ -137,7 +137,7 @@ def test_a_signal_before_the_first_step_loses_nothing(config):
         code = ended(process)
         seen.add(code)
         assert code in (-signal.SIGTERM, REQUEUE_EXIT_CODE)
-        assert last_step(folder) == (0 if code == -signal.SIGTERM else opened(folder).step)
+        assert last_step(folder) == (opened(folder).step if committed(folder / "checkpoints") else 0)
     assert REQUEUE_EXIT_CODE in seen
 
 

@@ -1,0 +1,402 @@
+"""A signal in every window of a run: all ranks leave with 85, in time, at the last step made, and the run loses no bit.
+
+The one idea: a rank writes down its stack when SIGUSR2 asks for it, so that a signal is sent when the run is seen to be in the
+window. A run meets one signal in each window, start after start. SIGNAL_ROUNDS in the environment says how many runs do so.
+"""
+
+import ctypes
+import faulthandler
+import json
+import os
+import random
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.promises import test_guard
+from tests.promises.conftest import begun, differing, ended, steps_of, two_phases
+from tests.ranks import SERVER
+from tests.trainer.data.web import Server
+from trainer import runtime
+from trainer.__main__ import main
+from trainer.checkpoint.layout import committed
+from trainer.checkpoint.read import opened
+from trainer.config import load
+from trainer.runtime import REQUEUE_EXIT_CODE
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+ROUNDS = int(os.environ.get("SIGNAL_ROUNDS", "1"))
+STEPS = 40
+"""Of each phase."""
+LIMIT_SECONDS = 25.0
+"""A scheduler's grace is 30 seconds or more."""
+KINDS = ("start", "step", "rollback")
+"""Of the records that say where a run stands."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+AT_ONCE_SECONDS = 5.0
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Window:
+    pattern: str
+    """Of the stack of rank 0's main thread there."""
+    overrides: tuple[str, ...] = ()
+    fsync_seconds: float = 0.0
+    """What a disk takes for each."""
+    silent: str = ""
+    """The corpus lies on a server that does not answer for these files."""
+    steps: int = 0
+    """To be made first by this start."""
+
+
+SAVING = {"overrides": ("checkpoint.every_steps=1",), "fsync_seconds": 0.15}
+WINDOWS = {
+    "start: corpora": Window(r"loader.py.* in __init__"),
+    "start: model": Window("in build_engine"),
+    "start: checkpoint": Window("in (newest|opened|restore|load_weights)"),
+    "first step": Window("in timed_step"),
+    "forward and backward": Window("in accumulate", steps=2),
+    "update": Window("in (gradient_norm|update)", steps=1),
+    "wait for data": Window(r"in result\n(.*\n)*.* in _ahead", silent="train-*.tar"),
+    "evaluation": Window("in validation_loss", ("evaluate.every_steps=1", "evaluate.tokens=12800")),
+    "evaluation, wait for data": Window(
+        "in validation_loss", ("evaluate.every_steps=1", "evaluate.tokens=12800"), silent="validation-*.tar"
+    ),
+    "start: wait for a manifest": Window("in blocks", silent="manifest.json"),
+    "beside a save": Window("in timed_step", steps=1, **SAVING),
+    "wait for a save": Window("in settle_save", **SAVING),
+    "anywhere": Window("", steps=1),
+}
+ROLLING_BACK = Window("in gone_back", fsync_seconds=0.3)
+FEW = ("start: model", "forward and backward", "wait for data", "evaluation")
+"""What two ranks meet in a single round: each start of two takes seconds."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    process: BaseProcess
+    stacks: Path
+
+    def stack(self) -> str:
+        """Of the main thread, at this moment, innermost call first."""
+        before = self.stacks.stat().st_size
+        # To the main thread: one to the process may be handled by any of its threads.
+        ctypes.CDLL(None).tgkill(self.process.pid, self.process.pid, signal.SIGUSR2)
+        deadline, text = time.monotonic() + 10, ""
+        while not text.rstrip().endswith(("in <module>", "...")):
+            assert time.monotonic() < deadline, f"exit code {self.process.exitcode}, wrote {text}"
+            time.sleep(0.001)
+            text = self.stacks.read_bytes()[before:].decode()
+        return text
+
+
+@dataclass
+class Tally:
+    """Of all signals that this module has sent to runs."""
+
+    seconds: list[float] = field(default_factory=list)
+    """Each until all ranks had left."""
+    windows: list[str] = field(default_factory=list)
+
+    def add(self, window: str, seconds: float) -> None:
+        self.windows.append(window)
+        self.seconds.append(seconds)
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{self.windows.count(name)} {name}" for name in dict.fromkeys(self.windows))
+        slowest = self.windows[self.seconds.index(max(self.seconds))]
+        return f"signals sent {len(self.seconds)}, missed 0, slowest {max(self.seconds):.1f} s ({slowest}); {kinds}"
+
+
+@pytest.fixture(scope="module")
+def tally(request) -> Iterator[Tally]:
+    found = Tally()
+    yield found
+    if found.seconds:
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n{found}")
+
+
+@pytest.fixture(scope="module")
+def server(corpus) -> Iterator[Server]:
+    """The corpus over http."""
+    with Server(corpus) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        yield running
+        running.ended.set()
+        running.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "tp 2"])
+def config(request, tmp_path_factory, corpus) -> Path:
+    root = tmp_path_factory.mktemp(f"windows-{request.param}")
+    sections = {"parallel": {"tp_size": request.param}, "checkpoint": {"every_steps": 0, "keep": 2}}
+    tree = two_phases("stablelm", corpus, root / "runs", steps=STEPS, **sections)
+    for phase in tree["schedule"]["phases"]:
+        phase["micro_rows"] = 1  # a step then has something of a length
+    (root / "config.yaml").write_text(yaml.safe_dump(tree))
+    return root / "config.yaml"
+
+
+@pytest.fixture(scope="module")
+def straight(config) -> Path:
+    """The run that no signal met."""
+    assert finished(config)
+    return config.parent / "runs" / "tiny"
+
+
+@contextmanager
+def started(config: Path, *overrides: str, fsync_seconds: float = 0.0) -> Iterator[list[Rank]]:
+    """Forks of the ranks' server, one for each rank of the config, as srun starts them where there are several; they are gone
+    when the block ends.
+    """
+    num_ranks, port = load(config, []).parallel.tp_size, free_port()
+    ranks = []
+    for rank in range(num_ranks):
+        place = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks,
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if num_ranks > 1 else {}  # fmt: skip
+        stacks = config.parent / f"stacks-{time.monotonic_ns()}-{rank}.txt"
+        stacks.touch()
+        command = ["train", str(config), *overrides]
+        environment = {name: str(value) for name, value in place.items()} | {"NO_PROXY": "127.0.0.1"}
+        process = SERVER.Process(target=rank_main, args=(command, environment, stacks, fsync_seconds))
+        process.start()
+        ranks.append(Rank(process, stacks))
+    try:
+        yield ranks
+    finally:
+        for each in ranks:
+            each.process.kill()
+            each.process.join()
+
+
+def rank_main(command: list[str], environment: dict[str, str], stacks: Path, fsync_seconds: float) -> None:
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    os.environ.update(environment)
+    fsync = os.fsync
+    os.fsync = lambda descriptor: (time.sleep(fsync_seconds), fsync(descriptor))[1]
+    file = stacks.open("w")
+    faulthandler.register(signal.SIGUSR2, file=file, all_threads=False)
+    stacks.with_suffix(".ready").touch()
+    sys.exit(main(command))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def codes(ranks: list[Rank]) -> set[int | None]:
+    return {ended(rank.process) for rank in ranks}
+
+
+def finished(config: Path, *overrides: str) -> bool:
+    """Whether a start that no signal meets comes to the end of the run."""
+    with started(config, *overrides) as ranks:
+        return codes(ranks) == {0}
+
+
+def wait_until(condition: Callable[[], bool], ranks: list[Rank]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        left = [rank.process.exitcode for rank in ranks]
+        assert left.count(None) == len(ranks), f"ended before the signal, exit codes {left}"
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+
+
+def wait_until_seen(ranks: list[Rank], pattern: str) -> None:
+    wait_until(lambda: all(rank.stacks.with_suffix(".ready").exists() for rank in ranks), ranks)
+    wait_until(lambda: re.search(pattern, ranks[0].stack()) is not None, ranks)
+
+
+def records(folder: Path) -> list[dict]:
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def standing(folder: Path) -> int:
+    """The step that the run has come to, by its records."""
+    return next((each["step"] for each in reversed(records(folder)) if each["kind"] in KINDS), 0)
+
+
+def signalled(ranks: list[Rank], targets: list[int], number: signal.Signals, folder: Path) -> float:
+    """Seconds until all ranks have left as they should, after the targets were told to."""
+    began = time.monotonic()
+    for target in targets:
+        os.kill(ranks[target].process.pid, number)
+    assert codes(ranks) == {REQUEUE_EXIT_CODE}
+    seconds = time.monotonic() - began
+    assert seconds < LIMIT_SECONDS
+    assert standing(folder) == saved_step(folder)
+    return seconds
+
+
+def saved_step(folder: Path) -> int:
+    """Of the newest committed checkpoint; 0 where a run that has made nothing has saved none."""
+    return opened(folder).step if committed(folder / "checkpoints") else 0
+
+
+def is_the_straight_run(folder: Path, straight: Path) -> None:
+    one, other = steps_of(straight), steps_of(folder)
+    assert [other[step]["loss"] for step in sorted(other)] == [one[step]["loss"] for step in sorted(one)]
+    assert opened(folder).manifest["cursor"] == opened(straight).manifest["cursor"]
+    assert main(["audit", str(folder)]) == 0
+    assert differing(opened(straight), opened(folder)) == []
+
+
+@contextmanager
+def silence(server: Server, config: Path, files: str) -> Iterator[tuple[str, ...]]:
+    """Overrides of a run that reads over http and has no copies yet, of files that the server does not answer for."""
+    for file in server.folder.glob(files):
+        server.faults[f"/{file.name}"].append("silence always")
+    try:
+        copies = config.parent / f"copies-{time.monotonic_ns()}"
+        yield f"data.sources.corpus={server.address}", f"data.cache.folder={copies}"
+    finally:
+        server.faults.clear()
+
+
+def meet(
+    name: str, window: Window, config: Path, folder: Path, *, server: Server | None = None, draw: random.Random
+) -> float:
+    """A start of the run has met a signal in the window, on one rank or on all; seconds until all had left."""
+    before = standing(folder)
+    with (
+        silence(server, config, window.silent) if window.silent else nullcontext(()) as more,
+        started(
+            config, f"run.name={folder.name}", *window.overrides, *more, fsync_seconds=window.fsync_seconds
+        ) as ranks,
+    ):
+        # A wait for a store that does not answer is cut short by a rank's own signal; launchers send it to all ranks.
+        all_ranks = list(range(len(ranks)))
+        targets = all_ranks if window.silent else draw.choice([[rank] for rank in all_ranks] + [all_ranks])
+        wait_until(lambda: standing(folder) >= before + window.steps, ranks)
+        time.sleep(draw.uniform(0, 0.3) if name == "anywhere" else 0)
+        wait_until_seen(ranks, window.pattern)
+        if window.silent:  # and not for a moment
+            time.sleep(0.5)
+            wait_until_seen(ranks, window.pattern)
+        return signalled(ranks, targets, draw.choice(SIGNALS), folder)
+
+
+@pytest.mark.parametrize("number", range(ROUNDS))
+def test_a_signal_in_any_window_is_heeded_by_all_ranks_and_loses_no_bit(number, config, straight, server, tally):
+    draw = random.Random(number)
+    folder = config.parent / "runs" / f"round-{number}"
+    names = list(WINDOWS if ROUNDS > 1 or load(config, []).parallel.tp_size == 1 else FEW)
+    draw.shuffle(names)
+    for name in names:
+        tally.add(name, meet(name, WINDOWS[name], config, folder, server=server, draw=draw))
+    assert finished(config, f"run.name={folder.name}")
+    is_the_straight_run(folder, straight)
+
+
+def test_a_signal_while_the_run_goes_back_loses_no_bit(tmp_path_factory, corpus, tally):
+    root = tmp_path_factory.mktemp("rolling-back")
+    clean = load(test_guard.config(root, corpus, "clean", run={"initial_weights": None}))
+    test_guard.write_weights(root / "weights", clean, test_guard.rare(clean)[1])
+    config = test_guard.config(root, corpus, "straight", run={"stop_step": test_guard.STEPS}, **test_guard.BACK)
+    assert finished(config)
+    folder = root / "runs" / "met"
+    tally.add("rolling back", meet("rolling back", ROLLING_BACK, config, folder, draw=random.Random(0)))
+    assert [each["kind"] for each in records(folder)][-2:] == ["rollback", "end"], (
+        "it had gone back, and made no step since"
+    )
+    assert finished(config, "run.name=met")
+    is_the_straight_run(folder, root / "runs" / "straight")
+
+
+@pytest.mark.parametrize("config", [2], indirect=True, ids=["tp 2"])
+def test_a_signal_to_all_processes_of_torchrun_loses_no_bit(config, straight, tally):
+    """As a scheduler sends it: to the launcher, which passes it on, and to the ranks, which hear it twice."""
+    folder = config.parent / "runs" / "launched"
+    with begun([ROOT / "launch" / "local.sh", 2, config, "run.name=launched"]) as process:
+        deadline = time.monotonic() + 90
+        while standing(folder) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        began = time.monotonic()
+        os.killpg(process.pid, signal.SIGTERM)
+        output = process.communicate(timeout=60)[0]
+        tally.add("torchrun", time.monotonic() - began)
+    assert process.returncode != 0, output
+    assert tally.seconds[-1] < LIMIT_SECONDS, output
+    assert 2 <= standing(folder) == saved_step(folder), output
+    assert finished(config, "run.name=launched")
+    is_the_straight_run(folder, straight)
+
+
+@pytest.mark.parametrize("config", [2], indirect=True, ids=["tp 2"])
+def test_a_second_signal_ends_a_rank_that_waits_for_a_frozen_one(config):
+    folder = config.parent / "runs" / "frozen"
+    with started(config, "run.name=frozen") as ranks:
+        waiting, frozen = (rank.process.pid for rank in ranks)
+        wait_until(lambda: standing(folder) >= 1, ranks)
+        os.kill(frozen, signal.SIGSTOP)
+        wait_until(lambda: still(ranks[0]), ranks)
+        os.kill(waiting, signal.SIGTERM)
+        time.sleep(runtime.SAME_SIGNAL_SECONDS + 0.5)
+        assert still(ranks[0]), "it waits for the other, that both may leave at one step"
+        began = time.monotonic()
+        os.kill(waiting, signal.SIGTERM)
+        assert ended(ranks[0].process) in (-signal.SIGTERM, 128 + signal.SIGTERM)
+        assert time.monotonic() - began < AT_ONCE_SECONDS
+
+
+def still(rank: Rank) -> bool:
+    """Whether its main thread is where it was half a second ago."""
+    before = rank.stack()
+    time.sleep(0.5)
+    return rank.stack() == before
+
+
+@pytest.mark.parametrize("config", [1], indirect=True, ids=["one rank"])
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_process_heeds_a_signal_from_before_its_imports_on(number, config, tally, capsys):
+    """Before that it dies of the signal, and has done nothing."""
+    folder = config.parent / "runs" / f"early-{number.name}"
+    with begun([sys.executable, "-m", "trainer", "train", config, f"run.name={folder.name}"]) as process:
+        process.send_signal(number)
+        assert process.wait(30) == -number
+    assert not folder.exists()
+    began = time.monotonic()
+    with begun([sys.executable, "-m", "trainer", "train", config, f"run.name={folder.name}"]) as process:
+        while not listens(process.pid, number):
+            assert process.poll() is None
+            time.sleep(0.001)
+        heard = time.monotonic()
+        process.send_signal(number)
+        output = process.communicate(timeout=90)[0]
+    tally.add("start: imports", time.monotonic() - heard)
+    with capsys.disabled():
+        print(
+            f"\na process listens after {heard - began:.2f} s; one signalled then has left after {tally.seconds[-1]:.1f} s"
+        )
+    assert process.returncode == REQUEUE_EXIT_CODE, output
+    assert standing(folder) == saved_step(folder) == 0
+
+
+def listens(pid: int, number: int) -> bool:
+    """Whether the process has a handler for the signal. Source: proc(5), status."""
+    found = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
