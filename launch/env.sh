@@ -23,9 +23,16 @@ set_default TORCHINDUCTOR_CACHE_DIR "${TMPDIR:-/tmp}/tandem-$(id -u)/inductor"
 # Nothing is installed for DeepSpeed to compile: a build at start-up would be a mistake.
 set_default DS_BUILD_OPS 0
 
-# torchrun hands SIGUSR1 to its ranks too, instead of dying of it, and lets them save: its own limit is 30 seconds.
+# torchrun hands SIGUSR1 to its ranks too, instead of dying of it, and lets them save: a step, a save under way and the last
+# one are some tens of seconds, its own limit is 30. So long it also waits for a rank that is frozen.
 set_default PET_SIGNALS_TO_HANDLE SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
-set_default PET_SHUTDOWN_TIMEOUT 600
+set_default PET_SHUTDOWN_TIMEOUT 180
+# Ranks that fail are started again by torchrun, and the run goes on from its last checkpoint; after a signal or a mistake they
+# are not, and run.max_failures ends a loop.
+set_default PET_MAX_RESTARTS "${MAX_RESTARTS:-100}"
+# Each start of the ranks meets in a store of its own: torch 2.13's torchrun keeps one for all of them, where gloo finds the
+# addresses of ranks that are gone, and tells only the machines of the first start where it is.
+set_default TORCH_DISABLE_SHARE_RDZV_TCP_STORE 1
 
 # --- on GPUs (without effect elsewhere)
 

@@ -7,6 +7,7 @@
 #   fast     tests of one process that take seconds        dist      tests of several processes, and slow ones
 #   kernels  every op against its meaning                  cluster   several hosts, and what Slurm is told
 #   gpu      what needs a CUDA device                       demo      launch/demo.sh
+#   chaos    a run killed 600 times, at every moment of its saves: some 20 minutes
 #   full_size   BTLM of 2.65 billion parameters in and out: some minutes, 22 GB in $TMPDIR
 #
 # Without a stage: lint, types, arch and every test that needs no GPU in one pytest run, whose summary ends the output.
@@ -24,6 +25,7 @@ dist() { pytest tests --ignore tests/kernels --ignore tests/cluster -m 'dist or 
 kernels() { pytest tests/kernels; }
 cluster() { with_ip && pytest tests/cluster; }
 gpu() { pytest tests -m gpu; }
+chaos() { CHAOS_KILLS=600 pytest tests/chaos; }
 full_size() { pytest tests -m full_size -s; }
 demo() { launch/demo.sh; }
 # Two files at a time: a test of several ranks mostly waits, for imports and for its disk.
@@ -33,7 +35,7 @@ tests() { with_ip && pytest tests --numprocesses 2 --dist loadfile --durations 1
 with_ip() {
     command -v ip >/dev/null && return
     [[ $(id -u) -eq 0 && -n $(command -v apt-get) ]] || return 0
-    echo "test: installing iproute2 for tests/cluster/test_multi_host.py"
+    echo "test: installing iproute2 for hosts in tests/cluster"
     { apt-get install -y -qq iproute2 || { apt-get update -qq && apt-get install -y -qq iproute2; }; } >/dev/null || true
 }
 
@@ -49,8 +51,8 @@ failed=()
 for stage in "${stages[@]}"; do
     case $stage in
     gpu | demo) unset CUDA_VISIBLE_DEVICES ;;
-    lint | types | arch | fast | dist | kernels | cluster | full_size | tests) export CUDA_VISIBLE_DEVICES= ;;
-    *) echo "test: unknown stage $stage; known: lint types arch fast dist kernels cluster gpu full_size demo" >&2 && exit 2 ;;
+    lint | types | arch | fast | dist | kernels | cluster | chaos | full_size | tests) export CUDA_VISIBLE_DEVICES= ;;
+    *) echo "test: unknown stage $stage; known: lint types arch fast dist kernels cluster chaos gpu full_size demo" >&2 && exit 2 ;;
     esac
     SECONDS=0
     printf '\n== %s\n' "$stage"

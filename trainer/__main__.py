@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(8)
         print(f"tandem: {error}", file=sys.stderr, flush=True)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            os.kill(os.getppid(), signal.SIGTERM)  # torchrun would start all ranks again, to the same end
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt as interrupt:
         print(f"tandem: interrupted{f'; {interrupt}' if str(interrupt) else ''}", file=sys.stderr, flush=True)

@@ -12,12 +12,13 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from trainer.config import UserError
 from trainer.metrics import FILE as METRICS_FILE
+from trainer.runtime import HELD
 from trainer.watchdog import newest_verdict
 
 FILE = "attempts.jsonl"
@@ -33,6 +34,7 @@ def attempt(folder: Path, max_failures: int) -> Iterator[None]:
 
     Raises: UserError where the last `max_failures` starts have failed at one step; 0 refuses none, and forgets them.
     """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -68,6 +70,19 @@ def attempt(folder: Path, max_failures: int) -> Iterator[None]:
     finally:
         if code is not None:
             _end(folder, start, code)
+        if code == 2 and made:
+            _leave_nothing(folder, made)
+
+
+def _leave_nothing(folder: Path, made: list[Path]) -> None:
+    """A mistake that was found before there was a run leaves no folder of one."""
+    left = list(folder.iterdir())
+    if {path.name for path in left} <= {FILE, HELD}:
+        for path in left:
+            path.unlink()
+        for each in made:
+            with suppress(OSError):  # another run may have begun below it
+                each.rmdir()
 
 
 def _end(folder: Path, start: str, code: int) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import quote
 
+from trainer.config import UserError
 from trainer.data import manifest
 from trainer.data.manifest import Manifest
 from trainer.disk import sync_folder, write_whole
@@ -131,8 +132,15 @@ class Ledger:
     def _write(self, **record: Any) -> None:
         # One write to a file opened for appending: a kill leaves the line whole, torn at the end, or not there.
         line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
-        if self._file.write(line) != len(line):
-            raise OSError(f"{self._file.name}: a line could not be written whole; is the disk full?")
+        try:
+            written, reason = self._file.write(line), "no space left"
+        except OSError as error:
+            written, reason = 0, str(error.strerror)
+        if written != len(line):
+            raise UserError(
+                f"{self._file.name}: a line cannot be written ({reason}); a run without it cannot be proven; make room and "
+                "start again: it goes on from its last checkpoint"
+            )
         self._lines += 1
 
 

@@ -169,7 +169,13 @@ class JsonLines:
     def write(self, record: dict[str, Any]) -> None:
         # JSON has no NaN and no infinity; readers take null for "not a number".
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write((json.dumps(finite, allow_nan=False) + "\n").encode())
+        try:
+            self._file.write((json.dumps(finite, allow_nan=False) + "\n").encode())
+        except OSError as error:
+            raise UserError(
+                f"{self._file.name}: a record cannot be written ({error.strerror}); make room and start again: the run goes on "
+                "from its last checkpoint"
+            ) from None
 
     def close(self) -> None:
         self._file.close()

@@ -35,6 +35,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_SIGNAL_SECONDS = 5.0
 """Signals that follow one another this closely count as one."""
 
+HELD = ".held"
+"""File in a run folder that the run which trains there has locked."""
 HELD_SECONDS = 20.0
 PR_SET_PDEATHSIG = 1
 """Source: linux/prctl.h."""
@@ -141,7 +143,7 @@ def held(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror
         raise UserError(f"run.root: {folder} cannot be made ({reason}); name a folder you can write to") from None
-    with open(folder / ".held", "a+") as file:
+    with open(folder / HELD, "a+") as file:
         deadline = time.monotonic() + HELD_SECONDS
         while not _locked(file):
             file.seek(0)

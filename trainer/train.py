@@ -22,6 +22,7 @@ from trainer.agreement import Agreement
 from trainer.checkpoint.layout import committed
 from trainer.checkpoint.read import Snapshot, newest
 from trainer.checkpoint.save import Saver
+from trainer.checkpoint.write import retire
 from trainer.config import RunConfig, check_world, dump
 from trainer.costs import flops_per_token
 from trainer.data.damage import Met, agreed, agreed_batches
@@ -108,6 +109,7 @@ def run_in(
         for source, files in snapshot.manifest.get("skipped", {}).items():
             for file in files:
                 loader.skip(source, file)
+        on_rank_0(lambda: retire(snapshot.folder, config.checkpoint.keep), mesh)  # what a kill has left of older ones
     on_rank_0(lambda: runtime.open_run_folder(folder, dump(config)), mesh)
     engine = build_engine(config, mesh, snapshot, initial)
     for source in (snapshot, initial):
@@ -133,7 +135,8 @@ def run_in(
         start_seconds=laps.seconds,
     )  # fmt: skip
     try:
-        return loop(training, at)
+        with saver:
+            return loop(training, at)
     finally:
         sinks.close()
         if ledger:
@@ -195,8 +198,6 @@ def loop(training: Training, at: Standing) -> int:
         reason = end_reason(training, at)
     except Stopped:
         save_finally(training, at)
-    finally:
-        training.saver.close()
     signal_name = training.agreement.stop_signal.name
     training.sinks.end(at.step, reason or f"stopped by {signal_name or 'a signal to another rank'}")
     return 0 if reason else runtime.REQUEUE_EXIT_CODE

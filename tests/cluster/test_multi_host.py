@@ -1,9 +1,6 @@
 """Two hosts on one machine: network namespaces joined by a cable, a rank in each, the real launch script."""
 
-import contextlib
-import json
-import os
-import shutil
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,32 +8,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.cluster import hosts
+from tests.cluster.hosts import LAUNCH, Host
 from tests.promises import conftest
 from tests.promises.conftest import begun, steps_of, two_phases
 from trainer.config import load
 from trainer.costs import parameters
 
-LAUNCH = Path(__file__).parents[2] / "launch"
-HOSTS = {"tandem-a": "10.77.0.1", "tandem-b": "10.77.0.2"}
-CABLE = "veth-tandem"
 corpus = conftest.corpus
 STEPS = 4
 TIMEOUT_SECONDS = 150
 FP32_BYTES = 4
-
-
-def missing() -> str | None:
-    """What this machine cannot do; a root without `ip` can install it: that is a failure, not a skip."""
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    if shutil.which("ip") is None:
-        return None
-    tried = subprocess.run(["ip", "netns", "add", "tandem-probe"], capture_output=True, text=True)
-    subprocess.run(["ip", "netns", "delete", "tandem-probe"], capture_output=True)
-    return None if tried.returncode == 0 else f"no network namespaces here: {tried.stderr.strip()}"
-
-
-REASON = missing()
+REASON = hosts.missing()
 pytestmark = [
     pytest.mark.dist,
     pytest.mark.slow,
@@ -45,25 +28,10 @@ pytestmark = [
 ]
 
 
-def ip(*arguments: str) -> str:
-    assert shutil.which("ip"), "ip is not installed; apt-get install iproute2 (launch/test.sh does that)"
-    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[None]:
-    """Both namespaces, each with a loopback and its end of the cable; nothing else leads out of them."""
-    with contextlib.ExitStack() as undo:
-        for host in HOSTS:
-            ip("netns", "add", host)
-            undo.callback(ip, "netns", "delete", host)
-        first, second = HOSTS
-        ip("link", "add", CABLE, "netns", first, "type", "veth", "peer", "name", CABLE, "netns", second)
-        for host, address in HOSTS.items():
-            ip("-n", host, "address", "add", f"{address}/24", "dev", CABLE)
-            ip("-n", host, "link", "set", "lo", "up")
-            ip("-n", host, "link", "set", CABLE, "up")
-        yield
+@pytest.fixture
+def pair() -> Iterator[tuple[Host, Host]]:
+    with hosts.joined("pair") as both:
+        yield both
 
 
 @pytest.fixture
@@ -74,31 +42,46 @@ def config(tmp_path: Path, corpus: Path) -> Path:
     return tmp_path / "config.yaml"
 
 
-def sent_bytes(host: str) -> int:
-    (link,) = json.loads(ip("-n", host, "-json", "-statistics", "link", "show", CABLE))
-    return int(link["stats64"]["tx"]["bytes"])
-
-
-def on_host(node: int, config: Path) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
-    host = list(HOSTS)[node]
-    return begun(
-        ["ip", "netns", "exec", host, LAUNCH / "multi_node.sh", config, "run.name=two"],
-        HEAD=f"{HOSTS['tandem-a']}:29577", NODES="2", NODE=str(node), RANKS_PER_NODE="1", GLOO_SOCKET_IFNAME=CABLE,
-    )  # fmt: skip
-
-
-def test_two_hosts_train_like_one(hosts: None, config: Path) -> None:
+def test_two_hosts_train_like_one(pair: tuple[Host, Host], config: Path, tmp_path: Path) -> None:
     """The same bits, since two ranks add two numbers; and the gradients have crossed the cable."""
-    before = {host: sent_bytes(host) for host in HOSTS}
-    one_host = [LAUNCH / "local.sh", "2", config, "run.name=one"]
-    with begun(one_host) as alone, on_host(0, config) as head, on_host(1, config) as other:
-        for process in (alone, head, other):
-            said, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-            assert process.returncode == 0, said
+    before = {host: host.sent_bytes() for host in pair}
+    log = tmp_path / "hosts.log"
+    with begun([LAUNCH / "local.sh", "2", config, "run.name=one"]) as alone, log.open("wb") as written:
+        launchers = [host.begun(config, written, "run.name=two") for host in pair]
+        said, _ = alone.communicate(timeout=TIMEOUT_SECONDS)
+        assert alone.returncode == 0, said
+        codes = [launcher.wait(TIMEOUT_SECONDS) for launcher in launchers]
+    assert codes == [0, 0], log.read_text()
     model = load(config).model
-    for host in HOSTS:
-        assert sent_bytes(host) - before[host] > STEPS * FP32_BYTES * parameters(model), f"{host} has sent too little"
+    for host in pair:
+        assert host.sent_bytes() - before[host] > STEPS * FP32_BYTES * parameters(model), f"{host} has sent too little"
     one, two = (steps_of(config.parent / "runs" / name) for name in ("one", "two"))
     assert sorted(two) == list(range(1, STEPS + 1))
     for name in ("loss", "gradient_norm"):
         assert [two[step][name] for step in sorted(two)] == [one[step][name] for step in sorted(one)], name
+
+
+@pytest.mark.parametrize(
+    ("variables", "said", "code"),
+    [
+        ({"NODES": "two"}, "NODES=two: not address:port and a number of machines", 2),
+        ({"HEAD": "nowhere.invalid:29500"}, "HEAD=nowhere.invalid:29500: cannot be reached from here", 1),
+        ({"NODES": "2:3"}, "is not divisible by data-parallel size 3", 2),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_rank_is_started(variables, said, code, config):
+    """Also where it concerns a number of machines that the run would come down to later."""
+    rightly = {"HEAD": "127.0.0.1:29500", "NODES": "2", "NODE": "0", "RANKS_PER_NODE": "1"}
+    with begun([LAUNCH / "multi_node.sh", config], **rightly | variables) as process:
+        words = process.communicate(timeout=TIMEOUT_SECONDS)[0]
+    assert process.returncode == code
+    assert said in words
+    assert len(words.splitlines()) == 1
+
+
+def test_every_variable_of_the_script_stands_in_the_words_that_it_says_of_itself() -> None:
+    script = LAUNCH / "multi_node.sh"
+    words = subprocess.run(["bash", script], capture_output=True, text=True).stderr
+    read = set(re.findall(r"\$\{([A-Z_]+):-", script.read_text()))
+    assert len(read) > 5
+    assert [name for name in read if f"# {name} " not in words] == []

@@ -76,9 +76,9 @@ def flip_a_byte(shard: Path) -> None:
 
 
 def contents(root: Path) -> dict[Path, bytes]:
-    """Every file below `root`, folders too; not the note of who held a run folder last."""
+    """Every file below `root`, folders too; not the notes of who held a run folder last and of starts."""
     files = {path: path.read_bytes() if path.is_file() else b"" for path in root.rglob("*")}
-    return {path: data for path, data in files.items() if path.name != ".held"}
+    return {path: data for path, data in files.items() if path.name not in (".held", "attempts.jsonl")}
 
 
 def is_one_line(stderr: str, *parts: str) -> None:

@@ -45,12 +45,14 @@ def begun(root: Path) -> list[Path]:
 
 def damage(folder: Path, files: list[str] | None = None) -> str | None:
     """What is wrong with a committed folder, in words, or None. `files` limits whose contents are hashed."""
-    try:
-        text = (folder / MANIFEST).read_bytes()
-        marker = (folder / MARKER).read_text().strip()
-    except OSError as error:
-        return f"{Path(error.filename).name} cannot be read"
-    if hashlib.sha256(text).hexdigest() != marker:
+    read = {}
+    for file in (MANIFEST, MARKER):
+        try:
+            read[file] = (folder / file).read_bytes()
+        except OSError:
+            return f"{file} cannot be read"
+    text = read[MANIFEST]
+    if hashlib.sha256(text).hexdigest().encode() != read[MARKER].strip():
         return f"{MANIFEST} is not the one that was committed"
     saved: dict[str, dict[str, Any]] = json.loads(text)["files"]
     for file, entry in saved.items():
@@ -61,9 +63,13 @@ def damage(folder: Path, files: list[str] | None = None) -> str | None:
     with (
         ThreadPoolExecutor() as pool
     ):  # hashing leaves the interpreter to others, and one core hashes slower than a disk reads
-        for file, found in zip(hashed, pool.map(file_sha256, [folder / file for file in hashed]), strict=True):
-            if found != saved[file]["sha256"]:
+        hashes = {file: pool.submit(file_sha256, folder / file) for file in hashed}
+    for file, found in hashes.items():
+        try:
+            if found.result() != saved[file]["sha256"]:
                 return f"{file} has other contents than were saved"
+        except OSError as error:
+            return f"{file} cannot be read ({error.strerror})"
     return None
 
 

@@ -150,7 +150,8 @@ def newest(root: Path, mesh: Mesh | None = None) -> Snapshot | None:
         wrong = _damage_on_all_ranks(folder, mesh) if mesh else damage(folder)
         if wrong is None:
             return Snapshot(folder)
-        log.warning("%s is damaged (%s); trying the one before", folder, wrong)
+        if mesh is None or mesh.rank == 0:
+            log.warning("%s is damaged (%s); trying the one before", folder, wrong)
     if folders:
         raise UserError(
             f"{root}: none of its {len(folders)} checkpoints is whole; a run continues from a whole one or starts anew; "

@@ -30,6 +30,7 @@ from trainer.checkpoint.write import Share, Table
 from trainer.config import UserError
 from trainer.engine import Engine
 from trainer.parallel.mesh import Mesh, from_rank_0, shared_store
+from trainer.watchdog import connection_lost
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -93,9 +94,12 @@ class Saver:
         found, self._stall_seconds = self._stall_seconds, 0.0
         return found
 
-    def close(self) -> None:
-        """A save that is under way has had some time to end."""
-        if self._running is not None:
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """A save that is under way has had some time to end, unless a rank is gone that it would wait for."""
+        if self._running is not None and not (error and connection_lost(error)):
             concurrent.futures.wait([self._running], LONGEST_GOODBYE_SECONDS)
 
     @property
@@ -125,17 +129,25 @@ class Saver:
         began: float, ready: Any, copied: Event,
     ) -> Outcome:  # fmt: skip
         """In the thread: returns once rank 0 has committed, or has given up."""
-        try:
-            share = self._copied(share, ready)
-        finally:
-            copied.set()
         told, rank = f"{number}/", self._mesh.rank
-        table: Table = {}
-        error = failure(lambda: table.update(write.write_share(folder, rank, share)))
-        self._store.set(told + str(rank), json.dumps({"error": error and f"rank {rank}: {error}", "table": table}))
-        if rank == 0:
-            outcome = self._finish(folder, facts, before_commit, told, began)
-            self._store.set(told + "outcome", json.dumps(vars(outcome)))
+        try:
+            try:
+                share = self._copied(share, ready)
+            finally:
+                copied.set()
+            table: Table = {}
+            error = failure(lambda: table.update(write.write_share(folder, rank, share)))
+            self._store.set(told + str(rank), json.dumps({"error": error and f"rank {rank}: {error}", "table": table}))
+            if rank == 0:
+                outcome = self._finish(folder, facts, before_commit, told, began)
+                self._store.set(told + "outcome", json.dumps(vars(outcome)))
+        except BaseException as crash:  # raised where the outcome is asked for; the other ranks would wait for this one
+            words = f"rank {rank}: {type(crash).__name__}: {crash}"
+            self._store.set(told + str(rank), json.dumps({"error": words, "table": {}}))
+            if rank == 0:
+                gone = Outcome(facts["step"], words, time.perf_counter() - began)
+                self._store.set(told + "outcome", json.dumps(vars(gone)))
+            raise
         return Outcome(**json.loads(self._store.get(told + "outcome")))
 
     def _finish(
@@ -149,7 +161,7 @@ class Saver:
         error = next((each["error"] for each in said if each["error"]), None)
         error = error or failure(before_commit) or failure(lambda: write.commit(folder, tables, facts))
         if error:
-            shutil.rmtree(folder, ignore_errors=True)  # gives back the room, for the next try
+            failure(partial(write.remove, folder))  # gives back the room, for the next try
         else:
             write.retire(folder, self._keep)
         size = 0 if error else write.num_bytes(tables)

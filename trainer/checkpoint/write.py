@@ -38,11 +38,19 @@ IMPORT_FILE_BYTES = 1_000_000_000
 
 def begin(folder: Path) -> None:
     """The folder is there and empty, also where a kill has torn a save of the same step, or that step is made again."""
+    if folder.exists():
+        remove(folder)
+    if not folder.parent.exists():
+        folder.parent.mkdir(parents=True)
+        sync_folder(folder.parent.parent)
+    folder.mkdir()
+
+
+def remove(folder: Path) -> None:
+    """The folder is gone. Raises: OSError; what is left does not count as a checkpoint, unless nothing could be removed."""
     # The marker goes first, so that a kill in the middle leaves no folder that looks whole.
     (folder / MARKER).unlink(missing_ok=True)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    shutil.rmtree(folder)
 
 
 def write_share(folder: Path, rank: int, share: Share) -> Table:
@@ -147,9 +155,7 @@ def retire(newest: Path, keep: int) -> None:
     kept = [folder for folder in found if (folder / MARKER).is_file()][-keep:]
     for folder in found:
         if folder not in kept:
-            # The marker goes first, so that a kill in the middle leaves no folder that looks whole.
-            (folder / MARKER).unlink(missing_ok=True)
             try:
-                shutil.rmtree(folder)
+                remove(folder)
             except OSError as error:
                 log.warning("%s cannot be removed: %s", folder, error)

@@ -262,9 +262,13 @@ class Watchdog:
         self._deadline = (self._now, time.monotonic() + seconds)
 
     def _end_late(self) -> None:
-        armed = False
+        armed, before = False, time.monotonic()
         while not self._ended.wait(1):
+            gap, before = time.monotonic() - before, time.monotonic()
             now, moment = self._deadline
+            if gap >= FROZEN_SECONDS and moment < inf:  # the thread that is to tell the verdict has stood still as well
+                moment += gap
+                self._deadline = (now, moment)
             if self._now is now and moment < inf:
                 if time.monotonic() > moment:
                     os._exit(REQUEUE_EXIT_CODE)

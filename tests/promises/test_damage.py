@@ -1,0 +1,404 @@
+"""A disk that is full, takes nothing, is slow or lies: the run says so in one line and goes on; no half of a save counts."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests import ranks, tiny
+from tests.promises.conftest import differing, ended, steps_of, two_phases
+from tests.ranks import SERVER
+from trainer.__main__ import main
+from trainer.checkpoint.layout import MANIFEST, MARKER, begun, committed, folder_name
+from trainer.checkpoint.read import opened
+from trainer.checkpoint.save import Saver
+from trainer.parallel.mesh import started
+from trainer.setup import build_engine
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(240)]
+STEPS = 30
+"""Of each phase."""
+SAVE_BYTES = 2_300_000
+"""Of one checkpoint of the tiny model, rounded up."""
+DISK_BYTES = 5 * SAVE_BYTES // 2
+SLOW_SYNC_SECONDS = 0.02
+SAVES, LARGE = 12, {"width": 512, "depth": 2, "ffn_width": 1024, "heads": 8}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, corpus) -> Path:
+    root = tmp_path_factory.mktemp("damage")
+    tree = two_phases(
+        "stablelm",
+        corpus,
+        root / "runs",
+        steps=STEPS,
+        run={"max_failures": 0},
+        checkpoint={"every_steps": 1, "keep": 1},
+    )
+    (root / "config.yaml").write_text(yaml.safe_dump(tree))
+    return root / "config.yaml"
+
+
+@pytest.fixture(scope="module")
+def straight(config) -> Path:
+    """The run whose disk is in order."""
+    assert ended(begin(config, "straight", "checkpoint.every_steps=20", "checkpoint.keep=0")) == 0
+    return folder_of(config, "straight")
+
+
+def folder_of(config: Path, name: str) -> Path:
+    return config.parent / "runs" / name
+
+
+def begin(config: Path, name: str, *overrides: str, prepare: Callable[[], object] | None = None) -> BaseProcess:
+    """The run in a fork, after `prepare`; what it says is appended to `<name>.log` beside the config."""
+    command = ["train", str(config), f"run.name={name}", *overrides]
+    process = SERVER.Process(target=_run, args=(command, config.parent / f"{name}.log", prepare))
+    process.start()
+    return process
+
+
+def _run(command: list[str], log: Path, prepare: Callable[[], object] | None) -> None:
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)  # as in a command
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if prepare:
+        prepare()
+    sys.exit(main(command))
+
+
+def said(config: Path, name: str, words: str) -> list[str]:
+    """Lines with these words."""
+    log = config.parent / f"{name}.log"
+    return [line for line in log.read_text().splitlines() if words in line] if log.exists() else []
+
+
+def wait_until(condition: Callable[[], bool], process: BaseProcess) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert process.exitcode is None, f"ended with {process.exitcode} before it was to"
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)
+
+
+def newest_step(folder: Path) -> int:
+    return max((int(path.name.removeprefix("step-")) for path in committed(folder / "checkpoints")), default=0)
+
+
+def is_the_straight_run(folder: Path, straight: Path) -> None:
+    one, other = steps_of(straight), steps_of(folder)
+    assert sorted(other) == list(range(1, 2 * STEPS + 1))
+    assert [other[step]["loss"] for step in sorted(other)] == [one[step]["loss"] for step in sorted(one)]
+    assert differing(opened(straight), opened(folder)) == []
+    assert main(["audit", str(folder)]) == 0
+
+
+@pytest.fixture
+def mounted() -> Iterator[Callable[..., None]]:
+    """mounted(folder, "-t", "tmpfs", ...): something is mounted there until the test ends; skips where that is not allowed."""
+    folders: list[Path] = []
+
+    def mount(folder: Path, *options: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no mount: {done.stderr.strip()}")
+        folders.append(folder)
+
+    if os.geteuid():
+        pytest.skip("only root mounts")
+    yield mount
+    for folder in reversed(folders):
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(mounted) -> Callable[[Path], Path]:
+    """A file system for the checkpoints of a run: one fits beside the one before it. Returns a file that fills it."""
+
+    def make(folder: Path) -> Path:
+        mounted(folder / "checkpoints", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs")
+        filler = folder / "checkpoints" / "filler"
+        filler.write_bytes(bytes(SAVE_BYTES))
+        return filler
+
+    return make
+
+
+def read_only(folder: Path, value: bool) -> None:
+    """The file system mounted there takes nothing, or takes writes again."""
+    deadline = time.monotonic() + 60
+    while subprocess.run(
+        ["mount", "-o", f"remount,{'ro' if value else 'rw'}", str(folder)], capture_output=True, check=False
+    ).returncode:  # busy: a save has a file open
+        assert time.monotonic() < deadline
+
+
+def test_a_full_disk_is_one_line_for_each_save_and_saving_goes_on_when_there_is_room(config, straight, small_disk):
+    name = "full"
+    folder = folder_of(config, name)
+    filler = small_disk(folder)
+    process = begin(config, name)
+    wait_until(lambda: len(said(config, name, "cannot be written")) >= 2, process)
+    assert newest_step(folder) == 1, "the first fitted"
+    assert (folder / "checkpoints" / folder_name(1) / MARKER).exists()
+    filler.unlink()
+    assert ended(process) == 0
+    lines = said(config, name, "cannot be written")
+    assert lines[0].startswith("[rank 0] ")
+    assert f"{folder / 'checkpoints'}: the checkpoint of step 2 cannot be written" in lines[0]
+    assert "No space left on device" in lines[0]
+    assert "GB are free" in lines[0]
+    assert said(config, name, "Traceback") == []
+    assert [path.name for path in begun(folder / "checkpoints")] == [folder_name(2 * STEPS)], "nothing torn is left"
+    is_the_straight_run(folder, straight)
+
+
+@pytest.mark.parametrize("wrong", ["full", "read-only"])
+def test_a_last_save_that_cannot_be_made_is_one_line_and_exit_code_2_and_the_next_start_goes_on(
+    wrong, config, straight, small_disk
+):
+    name = f"last-{wrong}"
+    folder = folder_of(config, name)
+    filler = small_disk(folder)
+    if wrong == "read-only":
+        filler.unlink()
+        process = begin(config, name)
+        wait_until(lambda: newest_step(folder) >= 2, process)
+        read_only(folder / "checkpoints", True)
+    else:
+        process = begin(config, name)
+    assert ended(process) == 2
+    last = said(config, name, "tandem: ")
+    assert len(last) == 1
+    assert f"the checkpoint of step {2 * STEPS} cannot be written" in last[0]
+    assert ("No space left on device" if wrong == "full" else "Read-only file system") in last[0]
+    assert said(config, name, "Traceback") == []
+    before = newest_step(folder)
+    assert 1 <= before < 2 * STEPS
+    if wrong == "read-only":
+        read_only(folder / "checkpoints", False)
+    else:
+        filler.unlink()
+    assert ended(begin(config, name)) == 0
+    assert said(config, name, "resumed at step")[0].startswith(f"resumed at step {before} ")
+    is_the_straight_run(folder, straight)
+
+
+def test_a_folder_that_is_read_only_for_a_while_is_saved_into_afterwards(config, straight, small_disk):
+    name = "read-only"
+    folder = folder_of(config, name)
+    small_disk(folder).unlink()
+    process = begin(config, name)
+    wait_until(lambda: newest_step(folder) >= 2, process)
+    read_only(folder / "checkpoints", True)
+    wait_until(lambda: len(said(config, name, "cannot be written")) >= 2, process)
+    read_only(folder / "checkpoints", False)
+    assert ended(process) == 0
+    assert "Read-only file system" in said(config, name, "cannot be written")[0]
+    assert said(config, name, "Traceback") == []
+    is_the_straight_run(folder, straight)
+
+
+def test_a_limit_on_the_size_of_files_is_said_and_goes_by(config, straight):
+    name = "limited"
+    folder = folder_of(config, name)
+    process = begin(config, name)
+    assert process.pid
+    wait_until(lambda: newest_step(folder) >= 2, process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (SAVE_BYTES // 2, resource.RLIM_INFINITY))
+    wait_until(lambda: len(said(config, name, "cannot be written")) >= 2, process)
+    assert newest_step(folder) >= 2
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert ended(process) == 0
+    assert "File too large" in said(config, name, "cannot be written")[0]
+    assert [path.name for path in begun(folder / "checkpoints")] == [folder_name(2 * STEPS)], "nothing torn is left"
+    is_the_straight_run(folder, straight)
+
+
+def test_a_checkpoint_that_cannot_be_removed_ends_no_run(config, straight, mounted):
+    """Somebody keeps it: a mount that takes no writes."""
+    name = "kept"
+    folder = folder_of(config, name)
+    assert ended(begin(config, name, "run.stop_step=2")) == 0
+    old = folder / "checkpoints" / folder_name(2)
+    mounted(old, "--bind", str(old))
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(old)], check=True)
+    assert ended(begin(config, name, "checkpoint.every_steps=10")) == 0
+    lines = said(config, name, "cannot be removed")
+    assert lines
+    assert f"{old} cannot be removed: " in lines[0]
+    assert [path.name for path in committed(folder / "checkpoints")] == [old.name, folder_name(2 * STEPS)]
+    is_the_straight_run(folder, straight)
+
+
+def flip(path: Path, place: int = -1) -> None:
+    """The highest bit of one byte, by default of the middle one, is another."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if place < 0 else place] ^= 0x80
+    path.write_bytes(content)
+
+
+def data(folder: Path) -> Path:
+    return next(folder.glob("rank-*"))
+
+
+def unreadable(path: Path) -> None:
+    """Its disk gives an error of input and output: nothing can be read at the beginning of this process's memory."""
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "data truncated": (lambda folder: os.truncate(data(folder), 100_000), "rank-00000.safetensors is missing or"),
+    "data flipped": (lambda folder: flip(data(folder)), "rank-00000.safetensors has other contents"),
+    "data missing": (lambda folder: data(folder).unlink(), "rank-00000.safetensors is missing"),
+    "manifest truncated": (lambda folder: os.truncate(folder / MANIFEST, 100), "manifest.json is not the one"),
+    "manifest flipped": (lambda folder: flip(folder / MANIFEST), "manifest.json is not the one"),
+    "manifest missing": (lambda folder: (folder / MANIFEST).unlink(), "manifest.json cannot be read"),
+    "manifest unreadable": (lambda folder: unreadable(folder / MANIFEST), "manifest.json cannot be read"),
+    "marker flipped": (lambda folder: flip(folder / MARKER), "manifest.json is not the one"),
+    "marker empty": (lambda folder: os.truncate(folder / MARKER, 0), "manifest.json is not the one"),
+    "marker gone": (lambda folder: (folder / MARKER).unlink(), ""),
+}
+
+
+@pytest.fixture(scope="module")
+def halfway(config, straight) -> Path:
+    """A run that stands at step 40 of 60, with the checkpoints of steps 20 and 40."""
+    folder = folder_of(config, "halfway")
+    every = ("checkpoint.every_steps=20", "checkpoint.keep=0")
+    assert ended(begin(config, "halfway", *every, "run.stop_step=40")) == 0
+    assert [path.name for path in committed(folder / "checkpoints")] == [folder_name(20), folder_name(40)]
+    return folder
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_continued(kind, config, straight, halfway):
+    spoil, words = DAMAGES[kind]
+    name = kind.replace(" ", "-")
+    folder = shutil.copytree(halfway, folder_of(config, name))
+    damaged = folder / "checkpoints" / folder_name(40)
+    spoil(damaged)
+    assert ended(begin(config, name, "checkpoint.every_steps=20", "checkpoint.keep=0")) == 0
+    lines = said(config, name, "is damaged")
+    if words:
+        assert len(lines) == 1
+        assert f"{damaged} is damaged ({words}" in lines[0]
+    else:
+        assert lines == [], "without a marker it was never committed"
+    assert said(config, name, "resumed at step")[0].startswith("resumed at step 20 ")
+    assert said(config, name, "Traceback") == []
+    is_the_straight_run(folder, straight)
+
+
+def test_of_checkpoints_that_are_all_damaged_none_is_continued_and_no_run_begins(config, halfway):
+    folder = shutil.copytree(halfway, folder_of(config, "all"))
+    first, second = committed(folder / "checkpoints")
+    flip(data(first))
+    flip(second / MARKER)
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert ended(begin(config, "all")) == 2
+    assert len(said(config, "all", "tandem: ")) == 1
+    assert f"{folder / 'checkpoints'}: none of its 2 checkpoints is whole" in said(config, "all", "tandem: ")[0]
+    assert said(config, "all", "Traceback") == []
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def slow_disk() -> None:
+    """In the fork: every file and folder takes a while to be on disk."""
+    sync = os.fsync
+
+    def slow(file: int) -> None:
+        time.sleep(SLOW_SYNC_SECONDS)
+        sync(file)
+
+    os.fsync = slow
+
+
+def test_a_save_that_is_due_before_the_last_one_is_written_waits_and_none_is_left_out(config):
+    """A save takes a dozen syncs here, and a step less than that: the training has to wait for its disk."""
+    folder = folder_of(config, "slow")
+    assert ended(begin(config, "slow", "checkpoint.keep=0", "run.stop_step=12", prepare=slow_disk)) == 0
+    assert [path.name for path in committed(folder / "checkpoints")] == [folder_name(step) for step in range(1, 13)]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    saves = [record for record in records if record["kind"] == "checkpoint"]
+    assert [save["step"] for save in saves] == list(range(1, 13))
+    assert all(save["seconds"] >= 5 * SLOW_SYNC_SECONDS for save in saves)
+    begins = [folder_.stat().st_ctime_ns for folder_ in committed(folder / "checkpoints")]
+    assert sum(save["stall_seconds"] for save in saves[1:]) > 0
+    assert begins == sorted(begins)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def save_again_and_again(root: Path) -> dict[str, object]:
+    """Resident memory after each of many saves of a state of some tens of MB, the copies that were kept, what two saves say."""
+    model = tiny.STABLELM | LARGE
+    config = tiny.config("stablelm", model=model)
+    with started(1) as mesh:
+        engine = build_engine(config, mesh, None)
+        engine.allocate_moments(0)
+        saver = Saver(root, mesh, 1)
+        after = [resident_bytes()]
+        for step in range(1, SAVES + 1):
+            saver.begin(step, engine, {}, before_commit=lambda: time.sleep(0.05))
+            try:
+                saver.begin(step + 1, engine, {})
+                second = "begun"
+            except AssertionError:
+                second = "refused"
+            outcome = saver.outcome()
+            assert outcome.error is None
+            after.append(resident_bytes())
+        state = sum(3 * fragment.master.nbytes for fragment in engine.fragments())
+        return {"after": after, "state": state, "second": second, "left": len(committed(root))}
+
+
+def test_many_saves_hold_one_copy_of_the_state_and_never_two_at_once(tmp_path):
+    (facts,) = ranks.run(save_again_and_again, 1, tmp_path, tmp_path / "checkpoints")
+    after, state = facts["after"], facts["state"]
+    assert state > 40_000_000
+    assert facts["second"] == "refused"
+    assert facts["left"] == 1
+    # What is not the copy: the interpreter's and torch's own for the first save, half a copy at most.
+    assert after[1] - after[0] < 1.5 * state
+    assert after[-1] - after[1] < 0.1 * state, "no growth from save to save"
+
+
+def save_what_cannot_be_written(root: Path) -> str:
+    """What a rank's thread met, and what the ranks were told, when rank 0's is wrong in a way that no disk is."""
+    with started(2) as mesh:
+        engine = build_engine(tiny.config("stablelm", parallel={"tp_size": 2}), mesh, None)
+        engine.allocate_moments(0)
+        saver = Saver(root, mesh, 1)
+        saver.begin(1, engine, {"no JSON": torch.zeros(1)})
+        try:
+            outcome = saver.outcome()
+        except TypeError as error:
+            return f"raised {error}"
+        return f"told {outcome.error}"
+
+
+def test_an_error_that_is_none_of_the_disk_is_raised_where_it_was_met_and_told_to_the_other_ranks(tmp_path):
+    zero, one = ranks.run(save_what_cannot_be_written, 2, tmp_path, tmp_path / "checkpoints")
+    assert zero.startswith("raised ")
+    assert "not JSON serializable" in zero
+    assert one.startswith("told rank 0: TypeError: ")
+    assert committed(tmp_path / "checkpoints") == []
