@@ -28,8 +28,8 @@ gpu() { pytest tests -m gpu; }
 chaos() { CHAOS_KILLS=600 pytest tests/chaos; }
 full_size() { pytest tests -m full_size -s; }
 demo() { launch/demo.sh; }
-# Two files at a time: a test of several ranks mostly waits, for imports and for its disk.
-tests() { with_ip && pytest tests --numprocesses 2 --dist loadfile --durations 10; }
+# Three files at a time: a test of several ranks mostly waits, for imports, for its disk, for a limit to pass.
+tests() { with_ip && pytest tests --numprocesses 3 --dist loadfile --durations 25; }
 
 # The test of two hosts makes them with `ip`: a bare container lacks it, and gets it where this may install it.
 with_ip() {
