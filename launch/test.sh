@@ -7,7 +7,7 @@
 #   fast     tests of one process that take seconds        dist      tests of several processes, and slow ones
 #   kernels  every op against its meaning                  cluster   several hosts, and what Slurm is told
 #   gpu      what needs a CUDA device                       demo      launch/demo.sh
-#   chaos    a run killed 600 times, at every moment of its saves: some 20 minutes
+#   chaos    a run killed 600 times, at every call of its saves; 80 signals; every move between layouts: some 25 minutes
 #   full_size   BTLM of 2.65 billion parameters in and out: some minutes, 22 GB in $TMPDIR
 #
 # Without a stage: lint, types, arch and every test that needs no GPU in one pytest run, whose summary ends the output.
@@ -25,11 +25,14 @@ dist() { pytest tests --ignore tests/kernels --ignore tests/cluster -m 'dist or 
 kernels() { pytest tests/kernels; }
 cluster() { with_ip && pytest tests/cluster; }
 gpu() { pytest tests -m gpu; }
-chaos() { CHAOS_KILLS=600 pytest tests/chaos; }
+chaos() {
+    CHAOS_KILLS=600 pytest tests/chaos -s && SIGNAL_ROUNDS=3 pytest tests/promises/test_signal_windows.py -s &&
+        pytest tests/promises/test_reshard.py -m chaos -s
+}
 full_size() { pytest tests -m full_size -s; }
 demo() { launch/demo.sh; }
-# Three files at a time: a test of several ranks mostly waits, for imports, for its disk, for a limit to pass.
-tests() { with_ip && pytest tests --numprocesses 3 --dist loadfile --durations 25; }
+# Three files at a time, in their order: tests of several ranks mostly wait, and the longest waits come first.
+tests() { with_ip && pytest tests --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10; }
 
 # The test of two hosts makes them with `ip`: a bare container lacks it, and gets it where this may install it.
 with_ip() {

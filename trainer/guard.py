@@ -18,32 +18,30 @@ SIGMA_PER_DEVIATION = 1.4826
 LEAST_SIGMA = 1e-3
 """Of the median: numbers that hardly vary, as when a run repeats its rows, are not judged by their rounding."""
 
-Decision = Literal["update", "skip", "rollback", "stop"]
+Decision = Literal["update", "skip", "rollback"]
 
 
 @dataclass(frozen=True)
 class Judgement:
     decision: Decision
-    """update: the step is good. skip: its update is left out. rollback: the run goes back to its last checkpoint.
-
-    stop: it ends.
-    """
+    """update: the step is good. skip: its update is left out. rollback: the run goes back to its last checkpoint, or ends."""
     reason: str = ""
     """Why the step is bad."""
 
 
 class Guard:
-    """Judges every step once, in order. `state` is a checkpoint's; `rollbacks` is how often the run has come back to it."""
+    """Judges every step once, in order. `state` is a checkpoint's; `rollbacks`: to which the run has come back, and how often."""
 
-    def __init__(self, settings: config.Guard, state: dict[str, Any] | None = None, rollbacks: int = 0) -> None:
+    def __init__(
+        self, settings: config.Guard, state: dict[str, Any] | None = None, rollbacks: dict[int, int] | None = None
+    ) -> None:
         self._settings = settings
         self._losses, self._gradient_norms = (deque[float](maxlen=settings.window_steps) for _ in range(2))
         self._shape: list[int] = []
         """seq_len and rows of the steps in both."""
         self.skips = 0
         """Bad steps in a row, up to now."""
-        self.rollbacks = rollbacks
-        """To the checkpoint that the next one would go to."""
+        self._rollbacks = dict(rollbacks or {})
         if state:
             self.restore(state)
 
@@ -64,7 +62,7 @@ class Guard:
         self.skips += 1
         if self.skips <= self._settings.max_skips:
             return Judgement("skip", reason)
-        return Judgement("rollback" if self.rollbacks < self._settings.max_rollbacks else "stop", reason)
+        return Judgement("rollback", reason)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -79,10 +77,14 @@ class Guard:
         self._gradient_norms = deque(state["gradient_norms"], self._settings.window_steps)
         self._shape, self.skips = list(state["shape"]), int(state["skips"])
 
-    def go_back(self, state: dict[str, Any]) -> None:
-        """`restore`, counted as one more time that the run has come back to the checkpoint of `state`."""
-        self.restore(state)
-        self.rollbacks += 1
+    def rollbacks_to(self, step: int) -> int:
+        """How often the run has come back to the checkpoint of `step`."""
+        return self._rollbacks.get(step, 0)
+
+    def go_back(self, step: int, state: dict[str, Any] | None) -> None:
+        """The guard stands where the checkpoint of `step` has it, and counts one more time that the run has come back to it."""
+        self.restore(state or Guard(self._settings).state())
+        self._rollbacks[step] = self.rollbacks_to(step) + 1
 
     def _wrong(self, name: str, value: float, good: deque[float]) -> str | None:
         if not math.isfinite(value):

@@ -54,6 +54,8 @@ class Rollbacks(NamedTuple):
     num: int
     cursor: dict[str, int] | None
     """From where the last of them went on reading; None where there is none."""
+    skipped: dict[str, list[str]]
+    """The shards that it left out."""
 
 
 class Ledger:
@@ -148,7 +150,7 @@ def rollbacks(folder: Path, step: int, after: int) -> Rollbacks:
     """How often the run went back to the checkpoint of `step` made when the ledger had `after` lines, and from where it went on
     reading the last time. A line that cannot be read counts as none; naming it is the audit's business.
     """
-    path, found = folder / FILE, Rollbacks(0, None)
+    path, found = folder / FILE, Rollbacks(0, None, {})
     if not path.exists():
         return found
     with path.open("rb") as file:
@@ -157,7 +159,7 @@ def rollbacks(folder: Path, step: int, after: int) -> Rollbacks:
             if (start.get("kind"), start.get("rollback"), start.get("step"), start.get("after")) == (
                 "start", True, step, after,
             ):  # fmt: skip
-                found = Rollbacks(found.num + 1, start["cursor"])
+                found = Rollbacks(found.num + 1, start["cursor"], start["skipped"])
     return found
 
 

@@ -125,7 +125,7 @@ class Sinks:
         self._write("validation", step=step, tokens=tokens, loss=loss, perplexity=perplexity)
 
     def checkpoint(self, step: int, seconds: float, num_bytes: int, *, stall_seconds: float = 0.0) -> None:
-        """The checkpoint of `step` is committed, `seconds` after its tensors were copied; training waited `stall_seconds`."""
+        """The checkpoint of `step` is committed, `seconds` after that was decided; training waited `stall_seconds`."""
         self._write("checkpoint", step=step, seconds=seconds, stall_seconds=stall_seconds, bytes=num_bytes)
 
     def rollback(self, step: int, from_step: int, reason: str) -> None:
@@ -207,9 +207,13 @@ class History:
 
 def evaluated(folder: Path, step: int) -> bool:
     """Whether the folder has a validation of `step` on record."""
-    path = folder / FILE
-    found = _records(path) if path.is_file() else []
-    return any((record["kind"], record["step"]) == ("validation", step) for record in found)
+    path, found = folder / FILE, False
+    for record in _records(path) if path.is_file() else []:
+        if record["kind"] == "validation" and record["step"] == step:
+            found = True
+        elif record["kind"] in ("start", "rollback") and record["step"] < step:
+            found = False  # taken back
+    return found
 
 
 def read(folder: Path) -> History:

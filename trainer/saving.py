@@ -11,9 +11,10 @@ from trainer.checkpoint.read import newest, restore
 from trainer.checkpoint.save import Outcome, not_saved
 from trainer.checkpoint.write import model_facts
 from trainer.config import UserError
-from trainer.guard import Judgement
+from trainer.ledger import Decision
+from trainer.parallel.mesh import barrier
 from trainer.setup import begin_in_ledger
-from trainer.training import Standing, Training
+from trainer.training import Made, Standing, Training
 
 log = logging.getLogger(__name__)
 RETRY_SHARE = 10
@@ -34,17 +35,18 @@ def save_finally(training: Training, at: Standing) -> None:
     """The newest checkpoint is of this step and committed. Raises: UserError where it cannot be written."""
     training.watch("save", at.step)
     settle_save(training, at)
-    if at.step == at.saved_step:
-        return
-    begin_save(training, at)
-    outcome = settle_save(training, at)
-    if outcome and outcome.error:
-        raise UserError(not_saved(training.folder / "checkpoints", outcome))
+    if at.step != at.saved_step:
+        begin_save(training, at)
+        outcome = settle_save(training, at)
+        if outcome and outcome.error:
+            raise UserError(not_saved(training.folder / "checkpoints", outcome))
+    barrier()  # rank 0 may hold the store in which the others read how the save has ended
 
 
 def begin_save(training: Training, at: Standing) -> None:
     """A checkpoint of this moment is under way."""
     config, engine = training.config, training.engine
+    training.watch("save", at.step)
     settle_save(training, at)  # one at a time
     if not engine.num_updates:
         engine.allocate_moments(0)  # a checkpoint of nothing learned is one all the same
@@ -65,7 +67,6 @@ def begin_save(training: Training, at: Standing) -> None:
     }
     sync = training.ledger.sync if training.ledger else lambda: None
     training.saver.begin(at.step, engine, facts, before_commit=sync)
-    training.guard.rollbacks = 0
     at.saved_step, at.save_due = at.step, False
 
 
@@ -73,6 +74,8 @@ def settle_save(training: Training, at: Standing) -> Outcome | None:
     """How the save that was under way, if any, has ended is on record. One that failed is tried again some steps later."""
     if not training.saver.running:
         return None
+    if not training.saver.ended:
+        training.watchdog.patient()  # a slow disk is no hang: the saver has a limit of its own
     outcome = training.saver.outcome()
     at.retry_step = None
     if outcome.error:
@@ -88,26 +91,31 @@ def settle_save(training: Training, at: Standing) -> Outcome | None:
     return outcome
 
 
-def gone_back(training: Training, at: Standing, judgement: Judgement) -> Standing:
-    """The run stands at its last checkpoint, behind the rows that it has read since.
+def gone_back(training: Training, at: Standing, made: Made) -> Standing:
+    """The run stands at its last checkpoint, behind the rows that it has read since; that is on record.
 
     Raises: UserError where there is none, or the run has come back to it too often.
     """
-    config, bad = (
-        training.config,
-        f"step {at.step}: {judgement.reason}, the last of {training.guard.skips} bad steps in a row",
-    )
+    training.watch("rollback", at.step)
+    training.watchdog.patient()
+    config, guard, reason = training.config, training.guard, made.judgement.reason
     settle_save(training, at)
     snapshot = newest(training.folder / "checkpoints", training.mesh)
-    if snapshot is None or judgement.decision == "stop":
-        where = f"gone back to step {snapshot.step} {training.guard.rollbacks} times" if snapshot else "no checkpoint"
+    times = guard.rollbacks_to(snapshot.step) if snapshot else 0
+    stops = snapshot is None or times >= config.guard.max_rollbacks
+    if training.ledger:
+        decision: Decision = "stop" if stops else "rollback"
+        training.ledger.bad(at.step, made.record.loss, made.record.gradient_norm, reason, decision)
+    bad = f"step {at.step}: {reason}, the last of {guard.skips} bad steps in a row"
+    if stops or snapshot is None:
+        where = f"gone back to step {snapshot.step} {times} times" if snapshot else "no checkpoint to go back to"
         raise UserError(
             f"{bad}; the run has {where}; look at these steps with tandem audit {training.folder} --step {at.step}, lower "
             "schedule.lr.peak, or raise guard.max_rollbacks"
         )
     restore(training.engine, snapshot, training.mesh)
     facts = snapshot.manifest
-    training.guard.go_back(facts["guard"])
+    guard.go_back(snapshot.step, facts.get("guard"))
     if training.mesh.rank == 0:
         log.warning("%s; back to step %d, and past the rows read since", bad, snapshot.step)
     if training.ledger:
@@ -115,7 +123,7 @@ def gone_back(training: Training, at: Standing, judgement: Judgement) -> Standin
             training.ledger, config, training.loader, training.mesh.dp_size, snapshot.step, at.cursor,
             after=facts["ledger_lines"], passed=passed_over(facts["cursor"], at.cursor), rollback=True,
         )  # fmt: skip
-    training.sinks.rollback(snapshot.step, at.step, judgement.reason)
+    training.sinks.rollback(snapshot.step, at.step, reason)
     snapshot.close()
     return Standing(snapshot.step, at.cursor, snapshot.step, evaluated_step=snapshot.step)
 

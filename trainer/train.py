@@ -153,11 +153,14 @@ def take_up(
     facts: dict[str, Any] = snapshot.manifest if snapshot else {"cursor": {}, "ledger_lines": 0}
     step, after, cursor = snapshot.step if snapshot else 0, facts["ledger_lines"], facts["cursor"]
     gone_back = from_rank_0(rollbacks(folder, step, after) if mesh.rank == 0 and snapshot else None)
-    guard = Guard(config.guard, facts.get("guard"), gone_back.num if gone_back else 0)
+    guard = Guard(config.guard, facts.get("guard"), {step: gone_back.num} if gone_back else {})
     passed = {}
     if gone_back and gone_back.cursor:
         passed = passed_over(cursor, gone_back.cursor)
         cursor = gone_back.cursor
+        for source, files in gone_back.skipped.items():
+            for file in files:
+                loader.skip(source, file)
     begin = partial(
         begin_in_ledger, config=config, loader=loader, dp_size=mesh.dp_size, step=step, cursor=cursor, after=after,
         passed=passed,
@@ -183,8 +186,8 @@ def loop(training: Training, at: Standing) -> int:
             at.step, at.cursor = at.step + 1, made.cursor
             note(training, at, made)
             training.watchdog.finished(made.record.step_seconds)
-            if made.judgement.decision in ("rollback", "stop"):
-                at = gone_back(training, at, made.judgement)
+            if made.judgement.decision == "rollback":
+                at = gone_back(training, at, made)
                 batches, last = batches_from(training, at), last_step(training, at)
                 continue
             if due(at.step, training.config.debug.compare_replicas_every_steps):
@@ -192,7 +195,8 @@ def loop(training: Training, at: Standing) -> int:
             save_if_due(training, at)
             if due(at.step, training.config.evaluate.every_steps) and at.step < last:
                 evaluate(training, at)
-        save_finally(training, at)  # first: whatever held-out rows do, the steps are not lost
+        if at.step:
+            save_finally(training, at)  # first: whatever held-out rows do, the steps are not lost
         if training.config.evaluate.every_steps and at.step != at.evaluated_step:
             evaluate(training, at)
         reason = end_reason(training, at)
@@ -293,11 +297,9 @@ def note(training: Training, at: Standing, made: Made) -> None:
     if training.ledger and made.digests:
         training.ledger.step(at.step, at.cursor, made.digests)
     decision, reason = made.judgement.decision, made.judgement.reason
-    if decision == "update":
-        return
-    if training.mesh.rank == 0:
+    if training.mesh.rank == 0 and decision != "update":
         log.warning("step %d: %s; its update is left out", at.step, reason)
-    if training.ledger:
+    if training.ledger and decision == "skip":
         training.ledger.bad(at.step, made.record.loss, made.record.gradient_norm, reason, decision)
 
 

@@ -87,10 +87,20 @@ class Tap:
         builtins.open = io.open = opened  # type: ignore[assignment]
 
     def wrote(self, path: str, data: Any, write: Callable[[Any], int | None]) -> int | None:
-        """One write that reaches the file system; where the kill is in its middle, half of it does."""
+        """One write that reaches the file system; where the kill is in its middle, half of it does, and if this rank is not the
+        one that is killed the rest follows.
+        """
         found: list[int | None] = []
-        half = memoryview(data).cast("B")[: memoryview(data).nbytes // 2]
-        self._around("write", path, lambda: found.append(write(data)), lambda: write(half))
+        whole = memoryview(data).cast("B")
+        middle = whole.nbytes // 2
+
+        def in_halves() -> None:
+            write(whole[:middle])
+            self._die()
+            write(whole[middle:])
+            found.append(whole.nbytes)
+
+        self._around("write", path, lambda: found.append(write(data)), in_halves)
         return found[0]
 
     def _around(
@@ -105,8 +115,8 @@ class Tap:
             self._die_if(name, "before")
             if half and self._meant(name, "half"):
                 half()
-                self._die()
-            call()
+            else:
+                call()
             os.write(self._log, f"{self._rank} {self._step} {self._saves} {name}\n".encode())
             self._die_if(name, "after")
 

@@ -133,7 +133,7 @@ def divided(between: Path, folder: Path) -> None:
             )
             file = rank_file(rank)
             tables.append({"file": file, "described": write._write(folder / file, specs, parts), "entries": entries})
-        write._commit(folder, tables, {**snapshot.manifest, "tp_size": 2})
+        write.commit(folder, tables, {**snapshot.manifest, "tp_size": 2})
 
 
 def test_import_and_export_hold_one_tensor(tmp_path: Path) -> None:

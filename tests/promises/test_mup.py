@@ -12,7 +12,7 @@ import pytest
 import trainer.models
 import trainer.models.btlm
 import trainer.optim
-import trainer.train
+import trainer.setup
 from kernels.attention import attention
 from tests import tiny
 from tests.promises.conftest import VOCAB, tandem
@@ -79,7 +79,7 @@ def in_table(roles: tuple[str, ...], change: Change, seen_in: str | tuple[str, .
         found, multiplier = rules(model, mup), width_multiplier(model, mup)
         return found | {role: change(found[role], multiplier) for role in roles}
 
-    return Broken(trainer.train, "rules", table, seen_in)
+    return Broken(trainer.setup, "rules", table, seen_in)
 
 
 def in_forward(change: Callable[[ForwardScales, float, Section], ForwardScales], seen_in: str) -> Broken:

@@ -69,7 +69,7 @@ def test_killed_at_fifty_random_moments_the_corpus_is_the_same_bytes(command, tm
     assert sum(name.endswith(".tar") for name in expected) > 5
     rng, kills, after = random.Random(SEED), 0, []
     while kills < KILLS:
-        process, until = forked(command(folder)), rng.randrange(MOST_FINISHED)
+        process, until = forked(command(folder)), MOST_FINISHED * kills // KILLS
         while (
             process.is_alive() and finished(folder) < until
         ):  # by the work done: a clock alone misses most of it on a busy machine

@@ -26,12 +26,13 @@ def test_what_is_not_finite_is_bad_from_the_first_step_on(bad):
     assert judged(Guard(Settings()), [bad, (3.0, 1.0), bad]) == ["skip", "update", "skip"]
 
 
-def test_so_many_are_skipped_then_the_run_goes_back_and_at_last_stops():
-    guard, bad = Guard(Settings(max_skips=2, max_rollbacks=1)), (math.nan, 1.0)
+def test_so_many_are_skipped_then_the_run_goes_back_and_that_is_counted():
+    guard, bad = Guard(Settings(max_skips=2), rollbacks={7: 1}), (math.nan, 1.0)
     start = guard.state()
     assert judged(guard, [bad, bad, bad]) == ["skip", "skip", "rollback"]
-    guard.go_back(start)
-    assert judged(guard, [(3.0, 1.0), bad, bad, bad]) == ["update", "skip", "skip", "stop"]
+    guard.go_back(7, start)
+    assert judged(guard, [(3.0, 1.0), bad, bad, bad]) == ["update", "skip", "skip", "rollback"]
+    assert (guard.rollbacks_to(7), guard.rollbacks_to(8)) == (2, 0)
 
 
 @pytest.mark.parametrize(("loss", "norm", "named"), [(4.5, 1.0, "loss 4.5 lies "), (3.0, 2.0, "gradient norm 2 lies ")])

@@ -134,19 +134,19 @@ def go_back(folder, step, after, cursor, rollback=True):
 
 
 def test_a_run_that_goes_on_learns_how_often_it_went_back_to_its_checkpoint_and_to_where(tmp_path):
-    assert rollbacks(tmp_path, 5, 0) == Rollbacks(0, None), "there is no ledger yet"
+    assert rollbacks(tmp_path, 5, 0) == Rollbacks(0, None, {}), "there is no ledger yet"
     write(tmp_path, steps=1)
-    assert rollbacks(tmp_path, 6, 2) == Rollbacks(0, None)
+    assert rollbacks(tmp_path, 6, 2) == Rollbacks(0, None, {})
     go_back(tmp_path, 6, 2, {"a": 400})
     assert (lines(tmp_path)[2]["passed"], lines(tmp_path)[2]["rollback"]) == ({"a": [100, 400]}, True)
     go_back(tmp_path, 6, 2, {"a": 500})
-    assert rollbacks(tmp_path, 6, 2) == Rollbacks(2, {"a": 500})
+    assert rollbacks(tmp_path, 6, 2) == Rollbacks(2, {"a": 500}, START["skipped"])
     go_back(tmp_path, 6, 2, {"a": 501}, rollback=False)
     go_back(tmp_path, 6, 3, {"a": 600})
     go_back(tmp_path, 7, 2, {"a": 700})
     with (tmp_path / FILE).open("ab") as file:
         file.write(b'{"kind":"start","step":6,"after":2,"cursor":{"a":9},"rollback":tr')
-    assert rollbacks(tmp_path, 6, 2) == Rollbacks(2, {"a": 500}), (
+    assert rollbacks(tmp_path, 6, 2) == Rollbacks(2, {"a": 500}, START["skipped"]), (
         "starts of processes and other checkpoints are not meant"
     )
     assert rollbacks(tmp_path, 6, 3) == Rollbacks(1, {"a": 600})

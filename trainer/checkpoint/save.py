@@ -129,6 +129,10 @@ class Saver:
         began: float, ready: Any, copied: Event,
     ) -> Outcome:  # fmt: skip
         """In the thread: returns once rank 0 has committed, or has given up."""
+        if self._stream:
+            torch.cuda.set_device(
+                self._mesh.device
+            )  # a new thread is on the first device, and would make a context there
         told, rank = f"{number}/", self._mesh.rank
         try:
             try:
@@ -172,8 +176,9 @@ class Saver:
         tensors = [tensor for _, kinds in share for tensor in kinds]
         if [copy.shape for copy in self._copies] != [tensor.shape for tensor in tensors]:
             self._copies.clear()  # before the new ones are made
-            pinned = self._stream is not None
-            self._copies += [torch.empty(tensor.shape, pin_memory=pinned) for tensor in tensors]
+            sizes = [tensor.numel() for tensor in tensors]
+            # In one piece: torch rounds every pinned one up to a power of two.
+            self._copies += torch.empty(sum(sizes), pin_memory=self._stream is not None).split(sizes)
         with torch.no_grad(), torch.cuda.stream(self._stream):
             if self._stream:
                 self._stream.wait_event(ready)

@@ -147,7 +147,7 @@ def commit(folder: Path, tables: Iterable[Table], facts: dict[str, Any]) -> None
 
 
 def retire(newest: Path, keep: int) -> None:
-    """Up to `newest`, just committed, `keep` whole folders are left (0: all of them) and nothing torn.
+    """Up to `newest`, just committed, `keep` committed folders are left (0: all of them) and nothing torn.
 
     Later ones were passed over as damaged when the run continued: they do not count, and a person may look at them.
     """

@@ -20,7 +20,9 @@ from trainer.config import RANKS_WAIT_SECONDS, UserError
 
 T = TypeVar("T")
 _STORES = count()
-COLLECTIVE_TIMEOUT = timedelta(seconds=RANKS_WAIT_SECONDS)
+JOIN_TIMEOUT = timedelta(seconds=RANKS_WAIT_SECONDS)
+COLLECTIVE_MINUTES = 120
+"""Longer than the watchdog of a run waits, which says who did not arrive; a timeout of NCCL just ends the process."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,13 @@ def start(tp_size: int) -> Mesh:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         _join(launch, device)
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=COLLECTIVE_MINUTES))
     if not parallel_state.model_parallel_is_initialized():
         # On gloo the main groups serve the CPU already; a second set would only cost start-up time.
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tp_size, create_gloo_process_groups=device.type == "cuda"
-        )
+            tensor_model_parallel_size=tp_size, create_gloo_process_groups=device.type == "cuda",
+            distributed_timeout_minutes=COLLECTIVE_MINUTES,
+        )  # fmt: skip
     return Mesh(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -98,6 +102,13 @@ def sum_over_ranks(values: list[float], mesh: Mesh) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=mesh.device)
     dist.all_reduce(tensor)
     return [float(value) for value in tensor.cpu()]
+
+
+def sum_on_hosts(values: list[float]) -> list[float]:
+    """`sum_over_ranks` from host to host, over gloo also beside NCCL: no rank waits for what its device is at."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return [float(value) for value in tensor]
 
 
 def from_rank_0(value: T) -> T:
@@ -184,11 +195,9 @@ def _join(launch: dict[str, int], device: torch.device) -> None:
     rank, world_size = launch["rank"], launch["world_size"]
     if world_size == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=JOIN_TIMEOUT)
     else:
-        dist.init_process_group(
-            backend, init_method="env://", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
-        )
+        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=JOIN_TIMEOUT)
 
 
 def _loopback() -> str:

@@ -89,7 +89,7 @@ def file_of(hangs: Path, step: int, rank: int) -> Path:
     return step_folder(hangs, step) / f"rank-{rank:05d}.json"
 
 
-def write(path: Path, report: Report, stacks: str, flight_record: bytes) -> None:
+def write(path: Path, report: Report, stacks: str, flight_record: bytes = b"") -> None:
     """The report lies at `path`, the stacks and torch's record of collectives, if it keeps one, beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
