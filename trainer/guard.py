@@ -30,7 +30,7 @@ class Judgement:
 
 
 class Guard:
-    """Judges every step once, in order. `state` is a checkpoint's; `rollbacks`: to which the run has come back, and how often."""
+    """Judges every step once, in order. `state` is a checkpoint's; `rollbacks`: how often the run has come back to which."""
 
     def __init__(
         self, settings: config.Guard, state: dict[str, Any] | None = None, rollbacks: dict[int, int] | None = None

@@ -149,7 +149,7 @@ def test_a_run_that_goes_on_learns_how_often_it_went_back_to_its_checkpoint_and_
     assert rollbacks(tmp_path, 6, 2) == Rollbacks(2, {"a": 500}, START["skipped"]), (
         "starts of processes and other checkpoints are not meant"
     )
-    assert rollbacks(tmp_path, 6, 3) == Rollbacks(1, {"a": 600})
+    assert rollbacks(tmp_path, 6, 3) == Rollbacks(1, {"a": 600}, START["skipped"])
 
 
 def test_evidence_adds_up_over_ranks_without_rounding_and_modulo_2_to_the_64():
