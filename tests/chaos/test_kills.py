@@ -28,7 +28,7 @@ from tests.chaos.trial import (
 )
 from tests.promises.conftest import two_phases
 
-KILLS = int(os.environ.get("CHAOS_KILLS", "40"))
+KILLS = int(os.environ.get("CHAOS_KILLS", "24"))
 LAYOUTS = {"tp 2": 2, "dp 2": 1}
 PROGRESS_KILLS, TRIES = 50, 4
 END_CODES = (0, 85)

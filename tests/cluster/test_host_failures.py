@@ -36,7 +36,7 @@ from trainer.watchdog import newest_verdict
 REASON = hosts.missing()
 pytestmark = [
     pytest.mark.dist,
-    pytest.mark.slow,
+    pytest.mark.chaos,
     pytest.mark.timeout(420),
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
 ]

@@ -157,6 +157,7 @@ def same_run(folder: Path, straight: Path) -> None:
     assert offline == 4 * [(folder / "wandb" / "run_id").read_text().strip()]
 
 
+@pytest.mark.chaos
 def test_a_killed_rank_is_a_new_start_and_scancel_a_save_and_the_end(slurm: Slurm, config: Path) -> None:
     """And a warning that comes while the ranks are starting is a new start too, whether they listen yet or die of it."""
     job = Job(slurm, config, "killed")

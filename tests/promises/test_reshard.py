@@ -40,8 +40,8 @@ LAYOUTS = [
 ]  # fmt: skip
 WORLDS = (1, 2, 4)
 PAIRS = [(family, one, other) for family in OVERRIDES for one in LAYOUTS for other in LAYOUTS]
-FEW = [pair for index, pair in enumerate(PAIRS) if pair[1] == pair[2] or index % 7 == 0]
-"""Each layout as it is, and every seventh move: 7 does not divide 12, so there are moves from all and to all."""
+FEW = [pair for index, pair in enumerate(PAIRS) if pair[1] == pair[2] or index % 11 == 0]
+"""Each layout as it is, and every eleventh move: 11 does not divide 12, so there are moves from all and to all."""
 
 
 def config(family: str, layout: Layout) -> RunConfig:
@@ -128,7 +128,7 @@ def check(root: Path, pairs: list[tuple[str, Layout, Layout]], timeout_seconds: 
             assert [differing for differing, _ in said] == [[]] * world_size, pair
             assert all(steps == said[0][1] for _, steps in said), "all ranks say the same"
             (straight if pair[1] == pair[2] else moved)[pair] = said[0][1]
-    assert len(moved) > 20
+    assert len(moved) > 10
     for (family, one, other), steps in moved.items():
         expected = straight[family, one, one]
         for step, (found, there) in enumerate(zip(steps, expected, strict=True)):
