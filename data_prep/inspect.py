@@ -17,9 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from data_prep import bar, survey
+from data_prep import survey
 from data_prep.corpus import Corpus, Piece
 from data_prep.vocabulary import visible
+from trainer import bar
 from trainer.config import UserError
 from trainer.data.manifest import Shard, Split
 

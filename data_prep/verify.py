@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
-from data_prep import bar, executor, folder, origin
+from data_prep import executor, folder, origin
 from data_prep.executor import Advance
 from data_prep.vocabulary import Vocabulary
+from trainer import bar
 from trainer.config import UserError
 from trainer.data import manifest, remote
 from trainer.data.manifest import Manifest, Shard, Split

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from trainer.data.damage import Met
-from trainer.parallel.mesh import Mesh, gather_to_all, sum_on_hosts
+from trainer.parallel.mesh import Mesh, gather_to_all, sum_over_ranks
 from trainer.runtime import Stopped, StopSignal
 
 
@@ -27,7 +27,7 @@ class Agreement:
         """Whether any rank says so, the same on every rank. Raises: Stopped on all ranks if one was told to stop."""
         self.watch("agreement")
         stop = self.stop_signal.name is not None
-        said_by, stops, saves = sum_on_hosts([float(said), float(stop), float(self.wants_save)])
+        said_by, stops, saves = sum_over_ranks([float(said), float(stop), float(self.wants_save)], self.mesh)
         if stops:
             raise Stopped
         self.save_wanted = saves > 0

@@ -46,6 +46,7 @@ def save_finally(training: Training, at: Standing) -> None:
 def begin_save(training: Training, at: Standing) -> None:
     """A checkpoint of this moment is under way."""
     config, engine = training.config, training.engine
+    ledger = training.ledger  # rank 0's; its facts are those that are saved
     training.watch("save", at.step)
     settle_save(training, at)  # one at a time
     if not engine.num_updates:
@@ -55,9 +56,7 @@ def begin_save(training: Training, at: Standing) -> None:
         "tokens": training.timeline.tokens_before(at.step),
         "updates": engine.num_updates,
         "cursor": at.cursor,
-        "ledger_lines": training.ledger.num_lines
-        if training.ledger
-        else 0,  # rank 0's fact; that rank writes the manifest
+        "ledger_lines": ledger.num_lines if ledger else 0,
         "guard": training.guard.state(),
         "fingerprints": training.loader.fingerprints,
         "eos_token": training.loader.eos_token,
@@ -65,9 +64,8 @@ def begin_save(training: Training, at: Standing) -> None:
         "skipped": training.loader.skipped,
         "phases": [dataclasses.asdict(phase) for phase in config.schedule.phases],
     }
-    sync = training.ledger.sync if training.ledger else lambda: None
-    training.saver.begin(at.step, engine, facts, before_commit=sync)
-    at.saved_step, at.save_due = at.step, False
+    training.saver.begin(at.step, engine, facts, before_commit=ledger.sync if ledger else lambda: None)
+    at.saved_step, at.save_due, at.retry_step = at.step, False, None
 
 
 def settle_save(training: Training, at: Standing) -> Outcome | None:
@@ -77,7 +75,6 @@ def settle_save(training: Training, at: Standing) -> Outcome | None:
     if not training.saver.ended:
         training.watchdog.patient()  # a slow disk is no hang: the saver has a limit of its own
     outcome = training.saver.outcome()
-    at.retry_step = None
     if outcome.error:
         at.saved_step = None
         if training.mesh.rank == 0:

@@ -80,14 +80,14 @@ def run(config: RunConfig, stop_signal: StopSignal | None = None) -> int:
                     dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,
                 )  # fmt: skip
                 check_held_out(config, loader)
+            laps.end("corpora")
             try:
                 agreement.any_rank(False)
-            except Stopped:  # nothing was done, so nothing is lost
+                with ExitStack() as stack:
+                    on_rank_0(lambda: stack.enter_context(runtime.held(folder)), mesh)
+                    return run_in(folder, config, mesh, loader, agreement, watchdog, laps)
+            except Stopped:  # before anything was done that could be lost
                 return runtime.REQUEUE_EXIT_CODE
-            laps.end("corpora")
-            with ExitStack() as stack:
-                on_rank_0(lambda: stack.enter_context(runtime.held(folder)), mesh)
-                return run_in(folder, config, mesh, loader, agreement, watchdog, laps)
 
 
 def run_in(
@@ -96,13 +96,9 @@ def run_in(
 ) -> int:  # fmt: skip
     """`run`, once the folder is ours."""
     continues = from_rank_0(bool(committed(folder / "checkpoints")))
-    try:
-        agreement.any_rank(False)
-    except Stopped:
-        if continues:  # nothing is lost, and nothing need be loaded
-            return runtime.REQUEUE_EXIT_CODE
     initial = None if continues else imported(config, mesh)
     snapshot = newest(folder / "checkpoints", mesh)
+    agreement.any_rank(False)
     laps.end("checkpoint checked")
     if snapshot:
         check_continues(config, snapshot, loader)
@@ -152,13 +148,13 @@ def take_up(
     """
     facts: dict[str, Any] = snapshot.manifest if snapshot else {"cursor": {}, "ledger_lines": 0}
     step, after, cursor = snapshot.step if snapshot else 0, facts["ledger_lines"], facts["cursor"]
-    gone_back = from_rank_0(rollbacks(folder, step, after) if mesh.rank == 0 and snapshot else None)
-    guard = Guard(config.guard, facts.get("guard"), {step: gone_back.num} if gone_back else {})
+    earlier = from_rank_0(rollbacks(folder, step, after) if mesh.rank == 0 and snapshot else None)
+    guard = Guard(config.guard, facts.get("guard"), {step: earlier.num} if earlier else {})
     passed = {}
-    if gone_back and gone_back.cursor:
-        passed = passed_over(cursor, gone_back.cursor)
-        cursor = gone_back.cursor
-        for source, files in gone_back.skipped.items():
+    if earlier and earlier.cursor:
+        passed = passed_over(cursor, earlier.cursor)
+        cursor = earlier.cursor
+        for source, files in earlier.skipped.items():
             for file in files:
                 loader.skip(source, file)
     begin = partial(
@@ -252,6 +248,8 @@ def timed_step(stepper: Stepper, batches: Iterator[Batch], step: int) -> Made | 
         return None
     data_seconds = time.perf_counter() - began
     loss, gradient_norm, digests, judgement = one_step(stepper, batch, step)
+    if stepper.mesh.device.type == "cuda":
+        torch.cuda.synchronize()  # or what is left of the update would count as waiting for the next batch
     seconds = time.perf_counter() - began
     record = record_of(stepper, step + 1, loss, gradient_norm, seconds, data_seconds, judgement)
     return Made(record, batch.cursor, digests, judgement)

@@ -163,7 +163,7 @@ def _measured(
             }
             spent = times(prepare, calls[direction], device, restore)
             ready = prepare()
-            peak = peak_extra_bytes(lambda: calls[direction](ready[0]), device)  # noqa: B023
+            peak = peak_extra_bytes(lambda: calls[direction](ready[0]), device)  # noqa: B023, F821
             del ready
             restore()
             yield {

@@ -47,7 +47,7 @@ def ceilings(device: torch.device) -> Ceilings:
     elements, side = (2**30, 8_192) if device.type == "cuda" else (2**22, 256)
     source = torch.randn(elements, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    copy = times(lambda: [None] * 4, lambda _: target.copy_(source), device)
+    copy = times(lambda: [None] * 4, lambda _: target.copy_(source), device)  # noqa: F821
     del source, target
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     matmul = times(lambda: [None] * 4, lambda _: left @ right, device)

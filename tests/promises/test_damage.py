@@ -23,6 +23,7 @@ from trainer.checkpoint.layout import MANIFEST, MARKER, begun, committed, folder
 from trainer.checkpoint.read import opened
 from trainer.checkpoint.save import Saver
 from trainer.parallel.mesh import started
+from trainer.saving import RETRY_SHARE
 from trainer.setup import build_engine
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(240)]
@@ -166,6 +167,21 @@ def test_a_full_disk_is_one_line_for_each_save_and_saving_goes_on_when_there_is_
     assert said(config, name, "Traceback") == []
     assert [path.name for path in begun(folder / "checkpoints")] == [folder_name(2 * STEPS)], "nothing torn is left"
     is_the_straight_run(folder, straight)
+
+
+def test_a_save_that_failed_is_made_again_once_and_some_steps_later(config, small_disk):
+    name = "again"
+    folder = folder_of(config, name)
+    filler = small_disk(folder)
+    filler.write_bytes(bytes(2 * SAVE_BYTES))
+    process = begin(config, name, f"checkpoint.every_steps={STEPS}")
+    wait_until(lambda: len(said(config, name, "cannot be written")) >= 1, process)
+    filler.unlink()
+    assert ended(process) == 0
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    saved = [line["step"] for line in lines if line["kind"] == "checkpoint"]
+    assert len(saved) == 2, "one for the one that failed, one at the end"
+    assert STEPS + STEPS // RETRY_SHARE <= saved[0] < saved[1] == 2 * STEPS
 
 
 @pytest.mark.parametrize("wrong", ["full", "read-only"])

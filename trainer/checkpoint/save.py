@@ -130,9 +130,8 @@ class Saver:
     ) -> Outcome:  # fmt: skip
         """In the thread: returns once rank 0 has committed, or has given up."""
         if self._stream:
-            torch.cuda.set_device(
-                self._mesh.device
-            )  # a new thread is on the first device, and would make a context there
+            # A new thread is on the first device, and would make a context there.
+            torch.cuda.set_device(self._mesh.device)
         told, rank = f"{number}/", self._mesh.rank
         try:
             try:

@@ -13,14 +13,13 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from trainer import bar
 from trainer.checkpoint.layout import MARKER, begun, damage, data_files, read_manifest
 from trainer.checkpoints.difference import Advance, differences
 from trainer.config import UserError
@@ -76,7 +75,7 @@ def _ls(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     verdicts = []
     for folder in committed_at(args.folder, args.step):
-        with _bar(f"verifying {folder.name}", _size_bytes(folder)) as advance:
+        with bar.shown(f"verifying {folder.name}", _size_bytes(folder)) as advance:
             verdict = verified(folder, advance)
         verdicts.append(verdict)
         if not args.json:
@@ -88,7 +87,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _diff(args: argparse.Namespace) -> int:
     one, other = (_snapshot(text) for text in (args.a, args.b))
-    with _bar("comparing", _size_bytes(one.folder)) as advance:
+    with bar.shown("comparing", _size_bytes(one.folder)) as advance:
         compared = differences(one, other, advance)
     print(json.dumps(compared) if args.json else "\n".join(_difference_words(compared)))
     return 0 if compared["same"] else 1
@@ -255,13 +254,3 @@ def _file_bytes(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-@contextmanager
-def _bar(what: str, total_bytes: int) -> Iterator[Advance]:
-    console = Console(stderr=True)
-    numbers = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    columns = (TextColumn("{task.description}"), BarColumn(), *numbers)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total_bytes)
-        yield lambda num_bytes: progress.advance(task, num_bytes)

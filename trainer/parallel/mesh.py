@@ -104,13 +104,6 @@ def sum_over_ranks(values: list[float], mesh: Mesh) -> list[float]:
     return [float(value) for value in tensor.cpu()]
 
 
-def sum_on_hosts(values: list[float]) -> list[float]:
-    """`sum_over_ranks` from host to host, over gloo also beside NCCL: no rank waits for what its device is at."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor)
-    return [float(value) for value in tensor]
-
-
 def from_rank_0(value: T) -> T:
     """Rank 0's value on every rank."""
     box = [value]
