@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,8 +58,7 @@ def run(
     done, stopped = context.Value("q", 0), context.RawValue("b", 0)
     try:
         with _interrupted() as interrupted, _pool(context, min(workers, len(items)), start, done, stopped) as pool:
-            with _deaf():  # a new process, which inherits that, would end in a traceback
-                waiting = {pool.submit(_do, item) for item in items}
+            waiting = _submitted(pool, items)
             shown = 0
             while waiting:
                 finished, waiting = wait(waiting, POLL_SECONDS, FIRST_EXCEPTION)
@@ -76,6 +75,15 @@ def run(
             f"--workers: one of {workers} was killed, most likely for memory; "
             "run the same command again, with fewer workers"
         ) from None
+
+
+def _submitted(pool: ProcessPoolExecutor, items: Sequence[Any]) -> set[Future[Any]]:
+    with _deaf():  # a new process, which inherits that, would end in a traceback
+        try:
+            return {pool.submit(_do, item) for item in items}
+        # A worker was killed as another began: concurrent.futures has closed what that one needs, or memory is short.
+        except (OSError, ValueError) as error:
+            raise BrokenProcessPool(str(error)) from error
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -98,8 +99,9 @@ class _Rank:
     def end(self) -> None:
         """Afterwards the process is gone; if it had not answered, its stack is in the place's file."""
         if self.process.is_alive() and not self.succeeded and self.traceback is None:
-            os.kill(self.process.pid, signal.SIGUSR1)
-            time.sleep(0.2)
+            with suppress(ProcessLookupError):  # it has ended since
+                os.kill(self.process.pid, signal.SIGUSR1)
+                time.sleep(0.2)
         self.process.join(timeout=1)
         self.process.kill()
         self.process.join()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -335,12 +336,12 @@ def test_of_checkpoints_that_are_all_damaged_none_is_continued_and_no_run_begins
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
-def slow_disk() -> None:
+def slow_disk(seconds: float = SLOW_SYNC_SECONDS) -> None:
     """In the fork: every file and folder takes a while to be on disk."""
     sync = os.fsync
 
     def slow(file: int) -> None:
-        time.sleep(SLOW_SYNC_SECONDS)
+        time.sleep(seconds)
         sync(file)
 
     os.fsync = slow
@@ -358,6 +359,19 @@ def test_a_save_that_is_due_before_the_last_one_is_written_waits_and_none_is_lef
     begins = [folder_.stat().st_ctime_ns for folder_ in committed(folder / "checkpoints")]
     assert sum(save["stall_seconds"] for save in saves[1:]) > 0
     assert begins == sorted(begins)
+
+
+def test_a_disk_that_takes_longer_than_a_step_may_is_no_hang(config):
+    """In a save that the next one waits for, and in the last, which all wait for."""
+    limit_seconds = 1.0
+    overrides = ("checkpoint.every_steps=5", "run.stop_step=11", f"watchdog.step_seconds={limit_seconds}")
+    assert ended(begin(config, "patient", *overrides, prepare=partial(slow_disk, 10 * SLOW_SYNC_SECONDS))) == 0
+    folder = folder_of(config, "patient")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    saves = {record["step"]: record for record in records if record["kind"] == "checkpoint"}
+    assert list(saves) == [5, 10, 11]
+    assert min(saves[step]["stall_seconds"] for step in (10, 11)) > limit_seconds
+    assert not (folder / "hangs").exists()
 
 
 def resident_bytes() -> int:

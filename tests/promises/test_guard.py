@@ -6,6 +6,7 @@ The rows that are bad are so by their tokens: the weights that the run starts fr
 import json
 import math
 import signal
+import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,8 @@ import yaml
 
 from tests import ranks
 from tests.promises.conftest import differing, ended, forked, steps_of, two_phases
-from trainer import metrics
+from tests.ranks import SERVER
+from trainer import metrics, saving
 from trainer.__main__ import main
 from trainer.checkpoint.read import opened
 from trainer.checkpoint.save import save
@@ -154,6 +156,31 @@ def test_a_rollback_goes_on_from_the_checkpoint_behind_the_bad_rows(folder, bad,
     assert differing(opened(tmp_path), opened(back)) == []
     assert main(["audit", str(back)]) == 0
     assert "passed over by rollbacks" in capsys.readouterr().out
+
+
+def run_with_slow_reading(path: Path, seconds: float) -> None:
+    """In a fork: a checkpoint takes so long to be read."""
+    newest = saving.newest
+
+    def slow(*args: object) -> object:
+        time.sleep(seconds)
+        return newest(*args)
+
+    saving.newest = slow
+    sys.exit(main(["train", str(path)]))
+
+
+def test_a_checkpoint_that_takes_longer_to_read_than_a_step_may_is_no_hang(folder, corpus):
+    limit_seconds = 1.0
+    more = {"run": {"stop_step": STEPS}, "watchdog": {"step_seconds": limit_seconds}, **BACK}
+    process = SERVER.Process(
+        target=run_with_slow_reading, args=(config(folder, corpus, "slow", **more), 3 * limit_seconds)
+    )
+    process.start()
+    assert ended(process) == 0
+    runs = folder / "runs" / "slow"
+    assert [line["decision"] for line in lines(runs, "bad")] == ["rollback"]
+    assert not (runs / "hangs").exists()
 
 
 def test_a_run_that_keeps_coming_back_stops_and_says_where(folder, bad, corpus):

@@ -20,7 +20,7 @@ import rich.console
 from trainer import config as configuration
 from trainer.config import RunConfig, UserError
 from trainer.console import ConsoleSink, duration, short
-from trainer.metrics import FILE, StepRecord, open_sinks, read, throughput
+from trainer.metrics import FILE, StepRecord, evaluated, open_sinks, read, throughput
 
 ROOT = Path(__file__).resolve().parents[2]
 TOTAL = {"total_steps": 12, "total_tokens": 12 * 2048}
@@ -144,6 +144,22 @@ def test_a_rollback_to_where_its_process_began_has_the_tokens_of_that_start(tmp_
     sinks.close()
     assert read(tmp_path).rollbacks[0]["tokens"] == 4 * 2048
     assert read(tmp_path).steps == []
+
+
+def test_a_validation_counts_as_made_until_the_run_goes_back_behind_its_step(tmp_path: Path) -> None:
+    """Or a start from the checkpoint of that step would never make it."""
+    write_run(tmp_path, to=8, end=False)
+    assert [evaluated(tmp_path, step) for step in (3, 4, 8)] == [False, True, True]
+    write_run(tmp_path, resumed_step=4, to=6, end=False)
+    assert [evaluated(tmp_path, step) for step in (4, 8)] == [True, False]
+    write_rollback(tmp_path / "back")
+    sinks = open_sinks(tmp_path / "back", demo_config(), rank=0, resumed_step=12)
+    sinks.validation(8, 8 * 2048, 3.0)
+    sinks.validation(12, 12 * 2048, 2.0)
+    sinks.rollback(8, 12, "loss nan")
+    sinks.close()
+    assert [evaluated(tmp_path / "back", step) for step in (8, 12)] == [True, False]
+    assert not evaluated(tmp_path / "none", 0)
 
 
 def test_records_of_before_there_was_a_guard_are_read(tmp_path: Path) -> None:

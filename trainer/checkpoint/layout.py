@@ -60,9 +60,8 @@ def damage(folder: Path, files: list[str] | None = None) -> str | None:
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             return f"{file} is missing or has another size"
     hashed = [file for file in saved if files is None or file in files]
-    with (
-        ThreadPoolExecutor() as pool
-    ):  # hashing leaves the interpreter to others, and one core hashes slower than a disk reads
+    # Hashing leaves the interpreter to others, and one core hashes slower than a disk reads.
+    with ThreadPoolExecutor() as pool:
         hashes = {file: pool.submit(file_sha256, folder / file) for file in hashed}
     for file, found in hashes.items():
         try:
