@@ -1,15 +1,24 @@
 """What all ranks decide together between two pieces of work: whether to stop, and which damaged shards are left out.
 
 The one idea: a rank that was told to stop, or that has met damage, says so where all ranks meet anyway, before a step and
-before each batch of a validation; so all of them leave at the same step.
+before each batch of a validation; so all of them leave at the same step. That it was told to stop it also says behind their
+backs, because the others may be waiting for a store that does not answer, and come to no meeting.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event, Thread
+
+from torch.distributed import Store
 
 from trainer.data.damage import Met
-from trainer.parallel.mesh import Mesh, gather_to_all, sum_over_ranks
+from trainer.parallel.mesh import Mesh, barrier, gather_to_all, shared_store, sum_over_ranks
 from trainer.runtime import Stopped, StopSignal
+
+SPREAD_SECONDS = 1.0
+"""From one look for signals to other ranks to the next."""
+TOLD = "told to stop"
 
 
 @dataclass
@@ -36,3 +45,32 @@ class Agreement:
     def met_by_any(self, met: Met | None) -> list[Met]:
         """The damaged shards that ranks have met, the same on every rank. Raises: Stopped as `any_rank`."""
         return sorted({each for each in gather_to_all(met) if each}) if self.any_rank(met is not None) else []
+
+
+@contextmanager
+def spread(stop_signal: StopSignal, mesh: Mesh) -> Iterator[None]:
+    """Within the block what one rank was told to do all others know SPREAD_SECONDS later, whatever they wait for."""
+    ended, store = Event(), shared_store("signals")
+    thread = Thread(target=_spread, args=(stop_signal, store, ended), name="signals to other ranks", daemon=True)
+    if mesh.world_size == 1:
+        ended.set()
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(SPREAD_SECONDS)
+    barrier()  # rank 0 may hold the store that the others look into
+
+
+def _spread(stop_signal: StopSignal, store: Store, ended: Event) -> None:
+    while not ended.wait(SPREAD_SECONDS):
+        try:
+            if stop_signal.name is not None:
+                store.set(TOLD, "")
+                return
+            if store.check([TOLD]):
+                stop_signal.told_elsewhere()
+                return
+        except RuntimeError:  # the rank that holds the store is gone: the watchdog's business
+            return

@@ -34,6 +34,9 @@ REQUEUE_EXIT_CODE = 85
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_SIGNAL_SECONDS = 5.0
 """Signals that follow one another this closely count as one."""
+ELSEWHERE_SIGNAL = signal.SIGURG
+"""What a process sends itself when another rank was told to stop; ignored where nobody listens."""
+ELSEWHERE = "a signal to another rank"
 
 HELD = ".held"
 """File in a run folder that the run which trains there has locked."""
@@ -189,9 +192,10 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._came = 0.0
+        self._came: float | None = None
         self._interrupts = False
         self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        self._before[ELSEWHERE_SIGNAL] = signal.signal(ELSEWHERE_SIGNAL, self._remember_elsewhere)
         # Python runs a handler between two instructions of the main thread, which may hang in a collective for ever; what the
         # interpreter writes here when a signal arrives is read by a thread, so that the second one ends the process even then.
         arrived, arrives = socket.socketpair()
@@ -230,13 +234,22 @@ class StopSignal:
                         return
                 yield item
 
+    def told_elsewhere(self) -> None:
+        """Another rank was told to stop, so this one is; the first signal of its own does not end it yet. From any thread."""
+        signal.pthread_kill(threading.main_thread().ident or 0, ELSEWHERE_SIGNAL)
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.name is not None and time.monotonic() - self._came < SAME_SIGNAL_SECONDS:
+        if self._came is not None and time.monotonic() - self._came < SAME_SIGNAL_SECONDS:
             return
-        if self.name is not None:
+        if self._came is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.name, self._came = signal.Signals(number).name, time.monotonic()
+        if self._interrupts:
+            raise Stopped
+
+    def _remember_elsewhere(self, number: int, frame: FrameType | None) -> None:
+        self.name = self.name or ELSEWHERE
         if self._interrupts:
             raise Stopped
 

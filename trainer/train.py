@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer import runtime
-from trainer.agreement import Agreement
+from trainer.agreement import Agreement, spread
 from trainer.checkpoint.layout import committed
 from trainer.checkpoint.read import Snapshot, newest
 from trainer.checkpoint.save import Saver
@@ -72,7 +72,8 @@ def run(config: RunConfig, stop_signal: StopSignal | None = None) -> int:
         laps.end("process group")
         folder = Path(config.run.root) / config.run.name
         places = gather_to_all(here())
-        with Watchdog(config.watchdog, folder, places, mesh.rank, collectives, flight_record=flight_record) as watchdog:
+        watchdog = Watchdog(config.watchdog, folder, places, mesh.rank, collectives, flight_record=flight_record)
+        with watchdog, spread(stop_signal, mesh):
             agreement = Agreement(mesh, stop_signal, watchdog.at)
             with suppress(Stopped), stop_signal.interrupting():  # a store that does not answer takes minutes
                 loader = Loader(
@@ -198,8 +199,7 @@ def loop(training: Training, at: Standing) -> int:
         reason = end_reason(training, at)
     except Stopped:
         save_finally(training, at)
-    signal_name = training.agreement.stop_signal.name
-    training.sinks.end(at.step, reason or f"stopped by {signal_name or 'a signal to another rank'}")
+    training.sinks.end(at.step, reason or f"stopped by {training.agreement.stop_signal.name or runtime.ELSEWHERE}")
     return 0 if reason else runtime.REQUEUE_EXIT_CODE
 
 

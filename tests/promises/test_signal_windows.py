@@ -294,9 +294,9 @@ def meet(
             config, f"run.name={folder.name}", *window.overrides, *more, fsync_seconds=window.fsync_seconds
         ) as ranks,
     ):
-        # A wait for a store that does not answer is cut short by a rank's own signal; launchers send it to all ranks.
         all_ranks = list(range(len(ranks)))
-        targets = all_ranks if window.silent else draw.choice([[rank] for rank in all_ranks] + [all_ranks])
+        one = [draw.choice(all_ranks)]  # of ranks that all wait for a store: the others have to hear of it
+        targets = one if window.silent else draw.choice([one, one, all_ranks])
         wait_until(lambda: standing(folder) >= before + window.steps, ranks)
         time.sleep(draw.uniform(0, 0.3) if name == "anywhere" else 0)
         wait_until_seen(ranks, window.pattern)

@@ -58,4 +58,4 @@ def run(arguments: argparse.Namespace) -> None:
                 if mesh.rank == 0:
                     print(json.dumps(line, allow_nan=False), flush=True)
         except runtime.Stopped:
-            raise SystemExit(f"bench: stopped by {stop_signal.name or 'a signal to another rank'}") from None
+            raise SystemExit(f"bench: stopped by {stop_signal.name or runtime.ELSEWHERE}") from None
