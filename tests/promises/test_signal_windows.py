@@ -38,8 +38,8 @@ from trainer.runtime import REQUEUE_EXIT_CODE
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 ROUNDS = int(os.environ.get("SIGNAL_ROUNDS", "1"))
-STEPS = 40
-"""Of each phase."""
+STEPS = 40 if ROUNDS == 1 else 150
+"""Of each phase: enough for some in each start that a signal ends."""
 LIMIT_SECONDS = 25.0
 """A scheduler's grace is 30 seconds or more."""
 KINDS = ("start", "step", "rollback")
