@@ -20,6 +20,8 @@ set_default PYTHONFAULTHANDLER 1
 # Compiled kernels go to the node's own disk: hundreds of ranks locking one shared home directory stall at the start.
 set_default TRITON_CACHE_DIR "${TMPDIR:-/tmp}/tandem-$(id -u)/triton"
 set_default TORCHINDUCTOR_CACHE_DIR "${TMPDIR:-/tmp}/tandem-$(id -u)/inductor"
+# When rank 0 is gone, torch warns on every other one with a C++ stack for each look into its store; ours says it in a sentence.
+set_default TORCH_CPP_LOG_LEVEL ERROR
 # Nothing is installed for DeepSpeed to compile: a build at start-up would be a mistake.
 set_default DS_BUILD_OPS 0
 
@@ -27,8 +29,8 @@ set_default DS_BUILD_OPS 0
 # one are some tens of seconds, its own limit is 30. So long it also waits for a rank that is frozen.
 set_default PET_SIGNALS_TO_HANDLE SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 set_default PET_SHUTDOWN_TIMEOUT 180
-# Ranks that fail are started again by torchrun, and the run goes on from its last checkpoint; after a signal or a mistake they
-# are not, and run.max_failures ends a loop.
+# Ranks that fail are started again by torchrun, and the run goes on from its last checkpoint; after a signal to torchrun or a
+# mistake, which all ranks learn of, they are not, and run.max_failures ends a loop.
 set_default PET_MAX_RESTARTS "${MAX_RESTARTS:-100}"
 # Each start of the ranks meets in a store of its own: torch 2.13's torchrun keeps one for all of them, where gloo finds the
 # addresses of ranks that are gone, and tells only the machines of the first start where it is.

@@ -6,12 +6,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from trainer.attempts import attempt
 from trainer.config import UserError, check_world, load
 from trainer.runtime import REQUEUE_EXIT_CODE, StopSignal, leave, quiet_libraries
 
@@ -113,11 +111,9 @@ def train(arguments: argparse.Namespace) -> int:
     ranks = arguments.ranks or (1 if launched else local_devices() or config.parallel.tp_size)
     if ranks == 1:
         stop_signal = StopSignal()  # before the imports, which take seconds
-        folder = Path(config.run.root) / config.run.name
-        with nullcontext() if launched_rank() else attempt(folder, config.run.max_failures):
-            from trainer.train import run
+        from trainer.train import run
 
-            code = run(config, stop_signal)
+        code = run(config, stop_signal)
         return leave(code) if code == REQUEUE_EXIT_CODE else code
     check_world(config, ranks)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]

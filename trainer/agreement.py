@@ -2,23 +2,26 @@
 
 The one idea: a rank that was told to stop, or that has met damage, says so where all ranks meet anyway, before a step and
 before each batch of a validation; so all of them leave at the same step. That it was told to stop it also says behind their
-backs, because the others may be waiting for a store that does not answer, and come to no meeting.
+backs, because the others may be waiting for a store that does not answer, and come to no meeting. So does a rank that leaves by
+a mistake of the user which it alone has met: the others are not to take it for lost, and start again.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Event, Thread
 
 from torch.distributed import Store
 
+from trainer.config import UserError
 from trainer.data.damage import Met
 from trainer.parallel.mesh import Mesh, barrier, gather_to_all, shared_store, sum_over_ranks
 from trainer.runtime import Stopped, StopSignal
+from trainer.watchdog import connection_lost
 
 SPREAD_SECONDS = 1.0
 """From one look for signals to other ranks to the next."""
-TOLD = "told to stop"
+TOLD, MISTAKE = "told to stop", "mistake"
 
 
 @dataclass
@@ -49,28 +52,50 @@ class Agreement:
 
 @contextmanager
 def spread(stop_signal: StopSignal, mesh: Mesh) -> Iterator[None]:
-    """Within the block what one rank was told to do all others know SPREAD_SECONDS later, whatever they wait for."""
-    ended, store = Event(), shared_store("signals")
-    thread = Thread(target=_spread, args=(stop_signal, store, ended), name="signals to other ranks", daemon=True)
+    """Within the block all ranks know that one was told to stop, after twice SPREAD_SECONDS at most, whatever they wait for.
+
+    Raises: UserError where another rank has left by it, instead of the error of the connection that this one then lost.
+    """
+    ended, store, mistakes = Event(), shared_store("signals"), list[str]()
+    thread = Thread(
+        target=_spread, args=(stop_signal, store, ended, mistakes), name="signals to other ranks", daemon=True
+    )
     if mesh.world_size == 1:
         ended.set()
     thread.start()
     try:
         yield
+    except UserError as mistake:
+        with suppress(RuntimeError):
+            store.set(MISTAKE, str(mistake))
+        ended.wait(2 * SPREAD_SECONDS if mesh.rank == 0 else 0)  # it may hold the store that the others look into
+        raise
+    except RuntimeError as error:
+        if connection_lost(error):
+            thread.join(2 * SPREAD_SECONDS)
+            if mistakes:
+                raise UserError(mistakes[0]) from error
+        raise
     finally:
         ended.set()
         thread.join(SPREAD_SECONDS)
-    barrier()  # rank 0 may hold the store that the others look into
+    barrier()  # rank 0 may hold the store
 
 
-def _spread(stop_signal: StopSignal, store: Store, ended: Event) -> None:
+def _spread(stop_signal: StopSignal, store: Store, ended: Event, mistakes: list[str]) -> None:
+    told = False
     while not ended.wait(SPREAD_SECONDS):
         try:
+            if store.check([MISTAKE]):
+                mistakes.append(store.get(MISTAKE).decode())
+                return
+            if told:
+                continue
             if stop_signal.name is not None:
                 store.set(TOLD, "")
-                return
-            if store.check([TOLD]):
+                told = True
+            elif store.check([TOLD]):
                 stop_signal.told_elsewhere()
-                return
+                told = True
         except RuntimeError:  # the rank that holds the store is gone: the watchdog's business
             return

@@ -34,6 +34,8 @@ REQUEUE_EXIT_CODE = 85
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_SIGNAL_SECONDS = 5.0
 """Signals that follow one another this closely count as one."""
+MEETING_SECONDS = 15.0
+"""How long after a signal ranks may still take to meet."""
 ELSEWHERE_SIGNAL = signal.SIGURG
 """What a process sends itself when another rank was told to stop; ignored where nobody listens."""
 ELSEWHERE = "a signal to another rank"
@@ -188,12 +190,14 @@ class StopSignal:
     """Remembers SIGTERM, SIGUSR1 or Ctrl-C; another one after a few seconds ends the process at once.
 
     Not at once after the first: a signal to a whole process group arrives twice, directly and passed on by torchrun.
+    Where the ranks do not meet soon after a signal the process ends too, with REQUEUE_EXIT_CODE: nothing has been done yet.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self._came: float | None = None
         self._interrupts = False
+        self._met = threading.Event()
         self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
         self._before[ELSEWHERE_SIGNAL] = signal.signal(ELSEWHERE_SIGNAL, self._remember_elsewhere)
         # Python runs a handler between two instructions of the main thread, which may hang in a collective for ever; what the
@@ -202,7 +206,11 @@ class StopSignal:
         arrives.setblocking(False)
         self._arrives = arrives
         signal.set_wakeup_fd(arrives.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=_end_on_second, args=(arrived,), name="signals", daemon=True).start()
+        threading.Thread(target=self._end_in_time, args=(arrived,), name="signals", daemon=True).start()
+
+    def met(self) -> None:
+        """All ranks are there: from now on they agree on what to do about a signal."""
+        self._met.set()
 
     def close(self) -> None:
         """Signals do what they did before."""
@@ -245,27 +253,34 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.name, self._came = signal.Signals(number).name, time.monotonic()
-        if self._interrupts:
-            raise Stopped
+        self._interrupt()
 
     def _remember_elsewhere(self, number: int, frame: FrameType | None) -> None:
         self.name = self.name or ELSEWHERE
+        self._interrupt()
+
+    def _interrupt(self) -> None:
         if self._interrupts:
+            self._interrupts = False  # once: another signal must not raise while this is being caught
             raise Stopped
 
+    def _end_in_time(self, arrived: socket.socket) -> None:
+        """Ends the process on a second signal that its main thread has not seen to, and on the first where it meets nobody."""
+        came = None
+        with arrived:
+            while number := arrived.recv(1):
+                if number[0] not in STOP_SIGNALS:
+                    continue
+                if came is None:
+                    came = time.monotonic()
+                    threading.Thread(target=self._end_unmet, name="signal before a meeting", daemon=True).start()
+                elif time.monotonic() - came >= SAME_SIGNAL_SECONDS:
+                    time.sleep(1)  # the handler ends the process by the signal itself, where it runs
+                    os._exit(128 + number[0])
 
-def _end_on_second(arrived: socket.socket) -> None:
-    """Ends the process on a second signal that its main thread has not seen to."""
-    came = None
-    with arrived:
-        while number := arrived.recv(1):
-            if number[0] not in STOP_SIGNALS:
-                continue
-            if came is None:
-                came = time.monotonic()
-            elif time.monotonic() - came >= SAME_SIGNAL_SECONDS:
-                time.sleep(1)  # the handler ends the process by the signal itself, where it runs
-                os._exit(128 + number[0])
+    def _end_unmet(self) -> None:
+        if not self._met.wait(MEETING_SECONDS):
+            leave(REQUEUE_EXIT_CODE)
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 
 from trainer.checkpoint.read import newest, restore
-from trainer.checkpoint.save import Outcome, not_saved
+from trainer.checkpoint.save import START_AGAIN, Outcome, not_saved
 from trainer.checkpoint.write import model_facts
 from trainer.config import UserError
 from trainer.ledger import Decision
@@ -39,7 +39,7 @@ def save_finally(training: Training, at: Standing) -> None:
         begin_save(training, at)
         outcome = settle_save(training, at)
         if outcome and outcome.error:
-            raise UserError(not_saved(training.folder / "checkpoints", outcome))
+            raise UserError(not_saved(training.folder / "checkpoints", outcome, START_AGAIN))
     barrier()  # rank 0 may hold the store in which the others read how the save has ended
 
 
@@ -73,13 +73,14 @@ def settle_save(training: Training, at: Standing) -> Outcome | None:
     if not training.saver.running:
         return None
     if not training.saver.ended:
-        training.watchdog.patient()  # a slow disk is no hang: the saver has a limit of its own
+        training.watchdog.patient()  # a disk that is slower than steps is no hang yet
     outcome = training.saver.outcome()
     if outcome.error:
         at.saved_step = None
         if training.mesh.rank == 0:
-            log.error("%s", not_saved(training.folder / "checkpoints", outcome))
             at.retry_step = at.step + max(1, training.config.checkpoint.every_steps // RETRY_SHARE)
+            then = f"meanwhile: the run goes on, and saves again at step {at.retry_step}"
+            log.error("%s", not_saved(training.folder / "checkpoints", outcome, then))
     else:
         stall_seconds = training.saver.take_stall_seconds()
         training.sinks.checkpoint(

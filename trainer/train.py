@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trainer import runtime
 from trainer.agreement import Agreement, spread
+from trainer.attempts import attempt
 from trainer.checkpoint.layout import committed
 from trainer.checkpoint.read import Snapshot, newest
 from trainer.checkpoint.save import Saver
@@ -66,6 +67,7 @@ def run(config: RunConfig, stop_signal: StopSignal | None = None) -> int:
     runtime.stop_with_launcher()
     listening = nullcontext(stop_signal) if stop_signal else closing(StopSignal())
     with listening as stop_signal, started(config.parallel.tp_size) as mesh:
+        stop_signal.met()
         runtime.start_logging(mesh.rank)
         if config.debug.deterministic:
             runtime.make_deterministic()
@@ -73,7 +75,10 @@ def run(config: RunConfig, stop_signal: StopSignal | None = None) -> int:
         folder = Path(config.run.root) / config.run.name
         places = gather_to_all(here())
         watchdog = Watchdog(config.watchdog, folder, places, mesh.rank, collectives, flight_record=flight_record)
-        with watchdog, spread(stop_signal, mesh):
+        with ExitStack() as stack:
+            on_rank_0(lambda: stack.enter_context(attempt(folder, config.run.max_failures)), mesh)
+            stack.enter_context(watchdog)
+            stack.enter_context(spread(stop_signal, mesh))
             agreement = Agreement(mesh, stop_signal, watchdog.at)
             with suppress(Stopped), stop_signal.interrupting():  # a store that does not answer takes minutes
                 loader = Loader(
@@ -84,9 +89,8 @@ def run(config: RunConfig, stop_signal: StopSignal | None = None) -> int:
             laps.end("corpora")
             try:
                 agreement.any_rank(False)
-                with ExitStack() as stack:
-                    on_rank_0(lambda: stack.enter_context(runtime.held(folder)), mesh)
-                    return run_in(folder, config, mesh, loader, agreement, watchdog, laps)
+                on_rank_0(lambda: stack.enter_context(runtime.held(folder)), mesh)
+                return run_in(folder, config, mesh, loader, agreement, watchdog, laps)
             except Stopped:  # before anything was done that could be lost
                 return runtime.REQUEUE_EXIT_CODE
 
@@ -114,7 +118,13 @@ def run_in(
             source.close()
     laps.end("model")
     at, guard, begin = take_up(folder, config, loader, mesh, snapshot)
-    on_rank_0(lambda: keep_tokenizer(folder, config.data), mesh)
+
+    def keep() -> None:
+        with suppress(Stopped), agreement.stop_signal.interrupting():
+            keep_tokenizer(folder, config.data)
+
+    on_rank_0(keep, mesh)
+    agreement.any_rank(False)
     sinks = on_rank_0(lambda: open_sinks(folder, config, rank=0, resumed_step=at.step), mesh) or Sinks([], at.step)
     ledger = on_rank_0(lambda: open_ledger(folder, loader), mesh)
     if ledger:

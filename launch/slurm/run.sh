@@ -32,9 +32,17 @@ source launch/env.sh
 
 back_into_the_queue() {
     echo "run.sh: $1; back into the queue (start $((${SLURM_RESTART_COUNT:-0} + 2)) follows)"
-    scontrol requeue "$SLURM_JOB_ID" && exit 0
-    echo "run.sh: Slurm refuses; if not for --no-requeue, then because a rank has left with exit code 2, said above" >&2
-    exit "$USER_ERROR_EXIT_CODE"
+    # Slurm's controller may be starting again itself; a saved run must not fall out of the queue for that.
+    for ((try = 1; try <= ${REQUEUE_TRIES:-60}; try++)); do
+        scontrol requeue "$SLURM_JOB_ID" && exit 0
+        if scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' Requeue=0 '; then
+            echo "run.sh: Slurm refuses; if not for --no-requeue, then because a rank has left with exit code 2, said above" >&2
+            exit "$USER_ERROR_EXIT_CODE"
+        fi
+        sleep 5
+    done
+    echo "run.sh: not back in the queue (scontrol's reason above); submit the same again: the run goes on" >&2
+    exit "$REQUEUE_EXIT_CODE"
 }
 
 # Where python cannot import the program every start would fail alike, and before the run can count it.

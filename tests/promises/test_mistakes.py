@@ -3,9 +3,11 @@ begun, nothing half-written.
 """
 
 import argparse
+import json
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -221,19 +223,58 @@ def test_a_mistake_that_both_ranks_meet_is_said_once(place):
     assert not (place.root / "runs" / "anew").exists()
 
 
-@pytest.mark.dist
-def test_a_mistake_that_only_the_second_rank_meets_is_printed_and_ends_the_launch(place, tmp_path):
-    """A shard is damaged that in the first step only data-parallel rank 1 reads."""
-    fields = ["data.block_tokens=32", "data.prefetch_steps=0", f"run.root={tmp_path / 'runs'}"]
+@pytest.fixture(scope="module")
+def broken(place, tmp_path_factory) -> Path:
+    """A corpus with a damaged shard that in the first step only data-parallel rank 1 reads."""
+    root = tmp_path_factory.mktemp("broken")
     shards = sorted(path.name for path in place.corpus.glob("train-*.tar"))
-    broken = next(folder for folder in (copy_with_flipped(place.corpus, tmp_path / shard, shard) for shard in shards)
-                  if [reads_first_step(folder, rank) for rank in (0, 1)] == [True, False])  # fmt: skip
-    done = torchrun(place.config, f"data.sources.corpus={broken}", *fields)
+    return next(folder for folder in (copy_with_flipped(place.corpus, root / shard, shard) for shard in shards)
+                if [reads_first_step(folder, rank) for rank in (0, 1)] == [True, False])  # fmt: skip
+
+
+def of_two_ranks(broken: Path, root: Path) -> list[str]:
+    return [
+        f"data.sources.corpus={broken}",
+        "data.block_tokens=32",
+        "data.prefetch_steps=0",
+        f"run.root={root / 'runs'}",
+    ]
+
+
+@pytest.mark.dist
+def test_a_mistake_that_only_the_second_rank_meets_is_printed_and_ends_the_launch(place, broken, tmp_path):
+    done = torchrun(place.config, *of_two_ranks(broken, tmp_path))
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("tandem: ")]
     assert len(said) == 1, done.stderr
     assert f"{broken.name}: xxh3_128" in said[0]
     assert not list(tmp_path.rglob("COMMITTED"))
+
+
+@pytest.mark.dist
+def test_a_mistake_that_only_one_rank_meets_is_the_end_of_all_and_no_rank_is_taken_for_lost(place, broken, tmp_path):
+    """The launcher of each machine sees its own ranks alone, and would start them again."""
+    command = [sys.executable, "-m", "trainer", "train", str(place.config), *of_two_ranks(broken, tmp_path)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [
+        subprocess.Popen(
+            command, env={**clean_environment(), **launch, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=100)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    for words in said:
+        [line] = [line for line in words.splitlines() if line.startswith("tandem: ")]
+        assert f"{broken.name}: xxh3_128" in line
+        assert "Traceback" not in words
+    assert not list(tmp_path.rglob("hangs"))
+    assert not list(tmp_path.rglob("COMMITTED"))
+    [attempts] = tmp_path.rglob("attempts.jsonl")
+    assert json.loads(attempts.read_text().splitlines()[-1])["code"] == 2
 
 
 def torchrun(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -76,6 +76,7 @@ WINDOWS = {
         "in validation_loss", ("evaluate.every_steps=1", "evaluate.tokens=12800"), silent="validation-*.tar"
     ),
     "start: wait for a manifest": Window("in blocks", silent="manifest.json"),
+    "start: wait for the tokenizer": Window("in keep_tokenizer", silent="tokenizer.json"),
     "beside a save": Window("in timed_step", steps=1, **SAVING),
     "wait for a save": Window("in settle_save", **SAVING),
     "anywhere": Window("", steps=1),
@@ -161,13 +162,13 @@ def straight(config) -> Path:
 
 
 @contextmanager
-def started(config: Path, *overrides: str, fsync_seconds: float = 0.0) -> Iterator[list[Rank]]:
-    """Forks of the ranks' server, one for each rank of the config, as srun starts them where there are several; they are gone
-    when the block ends.
+def started(config: Path, *overrides: str, fsync_seconds: float = 0.0, size: int | None = None) -> Iterator[list[Rank]]:
+    """Forks of the ranks' server, one for each rank of the config or the first `size`, as srun starts them where there are
+    several; they are gone when the block ends.
     """
     num_ranks, port = load(config, []).parallel.tp_size, free_port()
     ranks = []
-    for rank in range(num_ranks):
+    for rank in range(size or num_ranks):
         place = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks,
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if num_ranks > 1 else {}  # fmt: skip
         stacks = config.parent / f"stacks-{time.monotonic_ns()}-{rank}.txt"
@@ -274,8 +275,8 @@ def is_the_straight_run(folder: Path, straight: Path) -> None:
 @contextmanager
 def silence(server: Server, config: Path, files: str) -> Iterator[tuple[str, ...]]:
     """Overrides of a run that reads over http and has no copies yet, of files that the server does not answer for."""
-    for file in server.folder.glob(files):
-        server.faults[f"/{file.name}"].append("silence always")
+    for file in [path.name for path in server.folder.glob(files)] or [files]:
+        server.faults[f"/{file}"].append("silence always")
     try:
         copies = config.parent / f"copies-{time.monotonic_ns()}"
         yield f"data.sources.corpus={server.address}", f"data.cache.folder={copies}"
@@ -402,6 +403,20 @@ def test_a_process_heeds_a_signal_from_before_its_imports_on(number, config, tal
         )
     assert process.returncode == REQUEUE_EXIT_CODE, output
     assert standing(folder) == saved_step(folder) == 0
+
+
+@pytest.mark.parametrize("config", [2], indirect=True, ids=["tp 2"])
+def test_a_signal_to_a_rank_whose_peers_do_not_come_ends_it_and_is_no_failure(config):
+    """As when a scheduler takes a job away that still waits for some machine, again and again."""
+    folder = config.parent / "runs" / "alone"
+    with started(config, "run.name=alone", "run.max_failures=1", size=1) as [rank]:
+        wait_until_seen([rank], "in _join")
+        began = time.monotonic()
+        os.kill(rank.process.pid, signal.SIGTERM)
+        assert ended(rank.process) == REQUEUE_EXIT_CODE
+        assert time.monotonic() - began < LIMIT_SECONDS
+    assert not folder.exists()
+    assert finished(config, "run.name=alone", "run.max_failures=1", "run.stop_step=1")
 
 
 def listens(pid: int, number: int) -> bool:

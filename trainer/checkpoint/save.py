@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 LONGEST_GOODBYE_SECONDS = 20.0
 LONGEST_WRITE = timedelta(hours=2)
 """Ranks wait so long for the slowest one's file."""
+START_AGAIN = "and start again: the run goes on from the checkpoint before"
 
 
 @dataclass(frozen=True)
@@ -198,16 +199,16 @@ def save(root: Path, step: int, engine: Engine, mesh: Mesh, *, facts: dict[str, 
     saver.begin(step, engine, facts)
     outcome = saver.outcome()
     if outcome.error:
-        raise UserError(not_saved(root, outcome))
+        raise UserError(not_saved(root, outcome, START_AGAIN))
     return outcome.num_bytes
 
 
-def not_saved(root: Path, outcome: Outcome) -> str:
-    """In one line, what a person has to mend."""
+def not_saved(root: Path, outcome: Outcome, then: str) -> str:
+    """In one line, what a person has to mend, and what comes of it then."""
     room = shutil.disk_usage(root).free if root.exists() else 0
     return (
         f"{root}: the checkpoint of step {outcome.step} cannot be written ({outcome.error}); {room / 1e9:.3g} GB are free "
-        "there; make room or make it writable and start again: the run goes on from the checkpoint before"
+        f"there; make room or make it writable {then}"
     )
 
 
