@@ -38,7 +38,7 @@ from trainer.runtime import REQUEUE_EXIT_CODE
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 ROUNDS = int(os.environ.get("SIGNAL_ROUNDS", "1"))
-STEPS = 40 if ROUNDS == 1 else 150
+STEPS = 40 if ROUNDS == 1 else 75
 """Of each phase: enough for some in each start that a signal ends."""
 LIMIT_SECONDS = 25.0
 """A scheduler's grace is 30 seconds or more."""
