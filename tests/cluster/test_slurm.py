@@ -1,5 +1,6 @@
 """The launch scripts are sound as shell, and the Slurm jobs ask for machines their config divides over."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -109,3 +110,50 @@ def test_the_slurm_script_outside_the_repository_says_where_to_submit(tmp_path: 
     done = subprocess.run([LAUNCH / "slurm" / "run.sh", "x.yaml"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert "submit from its root" in done.stderr
+
+
+ABSENT, BACK, REFUSED = 'echo "Unable to contact slurm controller" >&2; exit 1', "exit 0", "exit 1"
+
+
+@pytest.mark.parametrize(
+    ("tries", "requeue", "code", "said"),
+    [
+        ([ABSENT, ABSENT, BACK], "1", 0, "back into the queue"),
+        ([REFUSED], "0", USER_ERROR_EXIT_CODE, "Slurm refuses"),
+        ([ABSENT] * 4, "1", runtime.REQUEUE_EXIT_CODE, "submit the same again"),
+    ],
+    ids=["away for a while", "not to be requeued", "away for good"],
+)
+def test_a_saved_run_goes_back_into_the_queue_also_when_slurm_answers_late(
+    tries, requeue, code, said, tmp_path
+) -> None:
+    """Commands of Slurm are stand-ins here; the run has left with 85."""
+    answers = "".join(f"{number}) {answer} ;;\n" for number, answer in enumerate(tries))
+    commands = {
+        "srun": f"exit {runtime.REQUEUE_EXIT_CODE}",
+        "sleep": "exit 0",
+        "scontrol": f"""
+case "$*" in
+*hostnames*) echo here ;;
+*"show node"*) echo " NodeAddr=127.0.0.1 " ;;
+*"show job"*) echo " Requeue={requeue} Restarts=0 " ;;
+requeue*) tries=$(cat {tmp_path}/tries 2>/dev/null || echo 0); echo $((tries + 1)) >{tmp_path}/tries
+    case $tries in {answers} esac ;;
+esac""",
+    }
+    for name, lines in commands.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "here",
+        "REQUEUE_TRIES": "4",
+    }
+    done = subprocess.run(
+        [LAUNCH / "slurm" / "run.sh", "config.yaml"], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr
+    assert (tmp_path / "tries").read_text() == f"{len(tries)}\n"
