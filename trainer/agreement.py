@@ -91,7 +91,7 @@ def _spread(stop_signal: StopSignal, store: Store, ended: Event, mistakes: list[
                 return
             if told:
                 continue
-            if stop_signal.name is not None:
+            if stop_signal.came:
                 store.set(TOLD, "")
                 told = True
             elif store.check([TOLD]):

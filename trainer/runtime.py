@@ -195,7 +195,9 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._came: float | None = None
+        self.came = False
+        """Whether one has come, also while the main thread is in a collective and has not seen to it."""
+        self._seen: float | None = None
         self._interrupts = False
         self._met = threading.Event()
         self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
@@ -247,12 +249,12 @@ class StopSignal:
         signal.pthread_kill(threading.main_thread().ident or 0, ELSEWHERE_SIGNAL)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self._came is not None and time.monotonic() - self._came < SAME_SIGNAL_SECONDS:
+        if self._seen is not None and time.monotonic() - self._seen < SAME_SIGNAL_SECONDS:
             return
-        if self._came is not None:
+        if self._seen is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.name, self._came = signal.Signals(number).name, time.monotonic()
+        self.name, self._seen = signal.Signals(number).name, time.monotonic()
         self._interrupt()
 
     def _remember_elsewhere(self, number: int, frame: FrameType | None) -> None:
@@ -272,7 +274,7 @@ class StopSignal:
                 if number[0] not in STOP_SIGNALS:
                     continue
                 if came is None:
-                    came = time.monotonic()
+                    came, self.came = time.monotonic(), True
                     threading.Thread(target=self._end_unmet, name="signal before a meeting", daemon=True).start()
                 elif time.monotonic() - came >= SAME_SIGNAL_SECONDS:
                     time.sleep(1)  # the handler ends the process by the signal itself, where it runs

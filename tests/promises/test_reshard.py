@@ -1,7 +1,7 @@
 """From every layout to every layout: what was saved is what is loaded, bit by bit, and training goes on as it would have."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,6 +20,8 @@ from trainer.setup import build_engine
 
 BEFORE, AFTER = 3, 5
 """Steps before the save, and after it."""
+MOVES_OF_A_WORLD = 24
+"""Each makes all groups anew, and gloo does not give back every connection of the old ones: a hundred are too many."""
 LR = 1e-2
 OVERRIDES = {"btlm": {}, "stablelm": {"model": tiny.STABLELM | {"kv_heads": 4}}}
 
@@ -123,7 +125,13 @@ def check(root: Path, pairs: list[tuple[str, Layout, Layout]], timeout_seconds: 
     straight, moved = {}, {}
     for world_size in WORLDS:
         wanted = [pair for pair in pairs if pair[2].world_size == world_size]
-        answers = ranks.run(go_on, world_size, root, root, wanted, timeout_seconds=timeout_seconds)
+        answers: list[list[Any]] = [[] for _ in range(world_size)]
+        for first in range(0, len(wanted), MOVES_OF_A_WORLD):
+            some = wanted[first : first + MOVES_OF_A_WORLD]
+            for rank, found in enumerate(
+                ranks.run(go_on, world_size, root, root, some, timeout_seconds=timeout_seconds)
+            ):
+                answers[rank] += found
         for pair, *said in zip(wanted, *answers, strict=True):
             assert [differing for differing, _ in said] == [[]] * world_size, pair
             assert all(steps == said[0][1] for _, steps in said), "all ranks say the same"
@@ -145,5 +153,5 @@ def test_a_run_moves_between_layouts(root):
 @pytest.mark.dist
 @pytest.mark.chaos
 def test_a_run_moves_from_every_layout_to_every_layout(root):
-    check(root, PAIRS, 500)
+    check(root, PAIRS, 180)
     print(f"{len(PAIRS)} moves: {len(LAYOUTS)} layouts to {len(LAYOUTS)}, {len(OVERRIDES)} families")
