@@ -410,7 +410,8 @@ def test_a_signal_to_a_rank_whose_peers_do_not_come_ends_it_and_is_no_failure(co
     """As when a scheduler takes a job away that still waits for some machine, again and again."""
     folder = config.parent / "runs" / "alone"
     with started(config, "run.name=alone", "run.max_failures=1", size=1) as [rank]:
-        wait_until_seen([rank], "in _join")
+        wait_until(rank.stacks.with_suffix(".ready").exists, [rank])
+        time.sleep(2)  # it then waits in C++, where it tells no stack; before that it is to leave as well
         began = time.monotonic()
         os.kill(rank.process.pid, signal.SIGTERM)
         assert ended(rank.process) == REQUEUE_EXIT_CODE
