@@ -37,7 +37,7 @@ def save_finally(training: Training, at: Standing) -> None:
     settle_save(training, at)
     if at.step != at.saved_step:
         begin_save(training, at)
-        outcome = settle_save(training, at)
+        outcome = settled(training)
         if outcome and outcome.error:
             raise UserError(not_saved(training.folder / "checkpoints", outcome, START_AGAIN))
     barrier()  # rank 0 may hold the store in which the others read how the save has ended
@@ -68,20 +68,25 @@ def begin_save(training: Training, at: Standing) -> None:
     at.saved_step, at.save_due, at.retry_step = at.step, False, None
 
 
-def settle_save(training: Training, at: Standing) -> Outcome | None:
+def settle_save(training: Training, at: Standing) -> None:
     """How the save that was under way, if any, has ended is on record. One that failed is tried again some steps later."""
+    outcome = settled(training)
+    if outcome and outcome.error:
+        at.saved_step = None
+        if training.mesh.rank == 0:
+            at.retry_step = at.step + max(1, training.config.checkpoint.every_steps // RETRY_SHARE)
+            then = f"meanwhile: the run goes on, and saves again by step {at.retry_step}"
+            log.error("%s", not_saved(training.folder / "checkpoints", outcome, then))
+
+
+def settled(training: Training) -> Outcome | None:
+    """How the save that was under way, if any, has ended; a checkpoint is on record."""
     if not training.saver.running:
         return None
     if not training.saver.ended:
         training.watchdog.patient()  # a disk that is slower than steps is no hang yet
     outcome = training.saver.outcome()
-    if outcome.error:
-        at.saved_step = None
-        if training.mesh.rank == 0:
-            at.retry_step = at.step + max(1, training.config.checkpoint.every_steps // RETRY_SHARE)
-            then = f"meanwhile: the run goes on, and saves again at step {at.retry_step}"
-            log.error("%s", not_saved(training.folder / "checkpoints", outcome, then))
-    else:
+    if not outcome.error:
         stall_seconds = training.saver.take_stall_seconds()
         training.sinks.checkpoint(
             outcome.step, outcome.seconds, stall_seconds=stall_seconds, num_bytes=outcome.num_bytes

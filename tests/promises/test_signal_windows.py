@@ -82,7 +82,7 @@ WINDOWS = {
     "anywhere": Window("", steps=1),
 }
 ROLLING_BACK = Window("in gone_back", fsync_seconds=0.3)
-FEW = ("start: model", "forward and backward", "wait for data", "evaluation")
+FEW = ("start: model", "start: wait for the tokenizer", "forward and backward", "wait for data", "evaluation")
 """What two ranks meet in a single round: each start of two takes seconds."""
 
 
@@ -296,8 +296,9 @@ def meet(
         ) as ranks,
     ):
         all_ranks = list(range(len(ranks)))
-        one = [draw.choice(all_ranks)]  # of ranks that all wait for a store: the others have to hear of it
-        targets = one if window.silent else draw.choice([one, one, all_ranks])
+        one = [draw.choice(all_ranks)]
+        # Of ranks that wait for a store the last one alone, which may stand in a collective: the others have to hear of it.
+        targets = all_ranks[-1:] if window.silent else draw.choice([one, one, all_ranks])
         wait_until(lambda: standing(folder) >= before + window.steps, ranks)
         time.sleep(draw.uniform(0, 0.3) if name == "anywhere" else 0)
         wait_until_seen(ranks, window.pattern)
