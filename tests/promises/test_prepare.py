@@ -1,18 +1,18 @@
 """A preparation survives being killed: at any moment, any number of times."""
 
 import json
+import multiprocessing
 import random
 import shutil
+import signal
 import sys
-import time
-from multiprocessing.process import BaseProcess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from data_prep import plan
-from tests.promises.conftest import ended
-from tests.ranks import SERVER
+from tests import ranks
 from trainer.__main__ import main
 
 KILLS = 50
@@ -20,11 +20,13 @@ SEED = 5
 UNIT_BYTES = 16_000
 MOST_FINISHED = 13
 """Units and shards of the whole preparation, roughly."""
+MOMENT_SECONDS = 0.01
+"""From one published file to the next, roughly."""
 
 
 @pytest.fixture
 def command(tmp_path):
-    """command(folder): a preparation of several units and shards, with everything it can be asked to do."""
+    """A preparation of several units and shards, with everything it can be asked to do."""
     rng = random.Random(SEED)
     words = [f"word{number}" for number in range(300)]
     for file in range(5):
@@ -36,18 +38,67 @@ def command(tmp_path):
                "--tokenizer-library", "tokenizers", "--nfc", "--min-characters", 60, "--deduplicate",
                "--group-field", "meta.set"]  # fmt: skip
     inputs = sorted(tmp_path.glob("*.jsonl"))
-    return lambda folder: ["prepare", "--input", *inputs, "--output", folder, *options]
+    return ["prepare", "--input", *inputs, *options]
 
 
-def forked(command: list[object]) -> BaseProcess:
-    process = SERVER.Process(target=_run, args=(list(map(str, command)),))
-    process.start()
-    return process
+@dataclass(frozen=True)
+class Kill:
+    """So many seconds after the first file that is published with at least so much of the folder finished."""
+
+    folder: Path
+    finished: int
+    seconds: float
 
 
-def _run(command: list[str]) -> None:
+def killed(command: list[object], whole: Path, folder: Path) -> list[int]:
+    """What was finished of `folder` at each kill, once it is whole again and holds what `whole` does.
+
+    In a process of its own, whose forks the preparations are: what they import takes longer than all that they do.
+    """
+    import data_prep.prepare  # noqa: F401
+
     plan.SMALLEST_UNIT_BYTES = UNIT_BYTES
-    sys.exit(main(command))
+    assert not _ended(command, whole)
+    expected, rng, after = content(whole), random.Random(SEED), list[int]()
+    assert sum(name.endswith(".tar") for name in expected) > 5
+    while len(after) < KILLS:
+        moment = Kill(folder, MOST_FINISHED * len(after) // KILLS, rng.uniform(0, MOMENT_SECONDS))
+        if _ended(command, folder, moment):
+            after.append(finished(folder))
+        else:
+            assert content(folder) == expected
+            shutil.rmtree(folder)
+    assert not _ended(command, folder)
+    assert content(folder) == expected
+    return after
+
+
+def _ended(command: list[object], folder: Path, kill: Kill | None = None) -> int:
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(command, folder, kill))
+    process.start()
+    process.join()
+    assert process.exitcode in ((0, -signal.SIGALRM) if kill else (0,))
+    return process.exitcode or 0
+
+
+def _run(command: list[object], folder: Path, kill: Kill | None) -> None:
+    if kill is not None:
+        _set(kill)
+    sys.exit(main(list(map(str, [*command, "--output", folder]))))
+
+
+def _set(kill: Kill) -> None:
+    """From inside, by the work done: who looks from outside, or at a clock alone, misses most of it on a busy machine."""
+    due = True
+
+    def hear(event: str, _arguments: tuple[object, ...]) -> None:
+        nonlocal due
+        if due and event == "os.rename" and finished(kill.folder) >= kill.finished:
+            due = False
+            signal.setitimer(signal.ITIMER_REAL, kill.seconds)
+
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process at once, as SIGKILL does
+    sys.addaudithook(hear)
 
 
 def finished(folder: Path) -> int:
@@ -61,28 +112,5 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_killed_at_fifty_random_moments_the_corpus_is_the_same_bytes(command, tmp_path):
     """Killed again and again in one folder, work goes on from what is finished; a finished folder makes way for a new one."""
-    whole, folder = tmp_path / "whole", tmp_path / "killed"
-    assert ended(forked(command(tmp_path / "first"))) == 0  # with it the server starts, which takes longer than all
-    began = time.monotonic()
-    assert ended(forked(command(whole))) == 0
-    seconds, expected = time.monotonic() - began, content(whole)
-    assert sum(name.endswith(".tar") for name in expected) > 5
-    rng, kills, after = random.Random(SEED), 0, []
-    while kills < KILLS:
-        process, until = forked(command(folder)), MOST_FINISHED * kills // KILLS
-        while (
-            process.is_alive() and finished(folder) < until
-        ):  # by the work done: a clock alone misses most of it on a busy machine
-            time.sleep(0.001)
-        process.join(rng.uniform(0, seconds / MOST_FINISHED))
-        if process.is_alive():
-            process.kill()
-            kills += 1
-            after.append(finished(folder))
-        process.join()
-        if process.exitcode == 0:
-            assert content(folder) == expected
-            shutil.rmtree(folder)
-    assert ended(forked(command(folder))) == 0
-    assert content(folder) == expected
+    (after,) = ranks.run(killed, 1, tmp_path, command, tmp_path / "whole", tmp_path / "killed", timeout_seconds=400)
     assert len(set(after)) > 4, "the moments must lie all over the work"
