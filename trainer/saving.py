@@ -34,7 +34,7 @@ def save_if_due(training: Training, at: Standing) -> None:
 def save_finally(training: Training, at: Standing) -> None:
     """The newest checkpoint is of this step and committed. Raises: UserError where it cannot be written."""
     training.watch("save", at.step)
-    settle_save(training, at)
+    settle_save(training, at, "meanwhile: the run ends, and saves once more")
     if at.step != at.saved_step:
         begin_save(training, at)
         outcome = settled(training)
@@ -68,15 +68,17 @@ def begin_save(training: Training, at: Standing) -> None:
     at.saved_step, at.save_due, at.retry_step = at.step, False, None
 
 
-def settle_save(training: Training, at: Standing) -> None:
-    """How the save that was under way, if any, has ended is on record. One that failed is tried again some steps later."""
+def settle_save(training: Training, at: Standing, then: str | None = None) -> None:
+    """How the save that was under way, if any, has ended is on record. One that failed is tried again some steps later, or what
+    is done then is said by `then`.
+    """
     outcome = settled(training)
     if outcome and outcome.error:
         at.saved_step = None
         if training.mesh.rank == 0:
             at.retry_step = at.step + max(1, training.config.checkpoint.every_steps // RETRY_SHARE)
-            then = f"meanwhile: the run goes on, and saves again by step {at.retry_step}"
-            log.error("%s", not_saved(training.folder / "checkpoints", outcome, then))
+            goes_on = f"meanwhile: the run goes on, and saves again by step {at.retry_step}"
+            log.error("%s", not_saved(training.folder / "checkpoints", outcome, then or goes_on))
 
 
 def settled(training: Training) -> Outcome | None:

@@ -209,6 +209,8 @@ def loop(training: Training, at: Standing) -> int:
         reason = end_reason(training, at)
     except Stopped:
         save_finally(training, at)
+    training.watch("end", at.step)
+    training.watchdog.patient()  # rank 0 hands the last records over, perhaps to a slow server; the others wait
     training.sinks.end(at.step, reason or f"stopped by {training.agreement.stop_signal.name or runtime.ELSEWHERE}")
     return 0 if reason else runtime.REQUEUE_EXIT_CODE
 

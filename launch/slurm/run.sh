@@ -30,6 +30,18 @@ export RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:?submit with --ntasks-per-node}
 # shellcheck source=launch/env.sh
 source launch/env.sh
 
+# Slurm's controller may be starting again itself: what it does not answer it is asked again, $1 times.
+asked_again() {
+    local try times=$1
+    shift
+    for ((try = 1; try < times; try++)); do
+        "$@" && return
+        sleep 5
+    done
+    "$@"
+}
+export -f asked_again # for the shells of the ranks
+
 back_into_the_queue() {
     echo "run.sh: $1; back into the queue (start $((${SLURM_RESTART_COUNT:-0} + 2)) follows)"
     # Slurm's controller may be starting again itself; a saved run must not fall out of the queue for that.
@@ -57,7 +69,9 @@ check_import trainer.__main__
 
 # NodeAddr is where Slurm itself reaches the node, if its name alone leads nowhere.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_ADDR=$(scontrol --oneliner show node "$head" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+node=$(asked_again "${REQUEUE_TRIES:-60}" scontrol --oneliner show node "$head") ||
+    { echo "run.sh: Slurm does not say where $head is (scontrol's reason above); submit the same again" >&2; exit 1; }
+MASTER_ADDR=$(sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' <<<"$node")
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node get different ports
 
 # SLURM_WAIT (--wait), not --kill-on-bad-exit: after a rank has left, with whatever code, the others get two minutes to leave
@@ -71,7 +85,7 @@ srun --kill-on-bad-exit=0 --distribution=block --cpus-per-task="${SLURM_CPUS_PER
     trap : TERM USR1 INT
     python -m trainer train "$@" && exit
     code=$?
-    [[ $code -ne 2 ]] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0
+    [[ $code -ne 2 ]] || asked_again 20 scontrol update JobId="$SLURM_JOB_ID" Requeue=0 # within SLURM_WAIT
     exit "$code"' rank "$@" &
 step=$!
 [[ -z $warned ]] || kill -USR1 "$step" # in the moment before the shell knew the step

@@ -112,6 +112,23 @@ def test_the_slurm_script_outside_the_repository_says_where_to_submit(tmp_path: 
     assert "submit from its root" in done.stderr
 
 
+def run_with(commands: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """The script in a job, with these stand-ins for commands."""
+    for name, lines in commands.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
+        (folder / name).chmod(0o755)
+    environment = {
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "here",
+        "REQUEUE_TRIES": "4",
+    }
+    return subprocess.run(
+        [LAUNCH / "slurm" / "run.sh", "config.yaml"], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | environment | {"PATH": f"{folder}:{os.environ['PATH']}"},
+    )  # fmt: skip
+
+
 ABSENT, BACK, REFUSED = 'echo "Unable to contact slurm controller" >&2; exit 1', "exit 0", "exit 1"
 
 
@@ -141,19 +158,35 @@ requeue*) tries=$(cat {tmp_path}/tries 2>/dev/null || echo 0); echo $((tries + 1
     case $tries in {answers} esac ;;
 esac""",
     }
-    for name, lines in commands.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {
-        "SLURM_NTASKS_PER_NODE": "1",
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "here",
-        "REQUEUE_TRIES": "4",
-    }
-    done = subprocess.run(
-        [LAUNCH / "slurm" / "run.sh", "config.yaml"], cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ | environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-    )  # fmt: skip
+    done = run_with(commands, tmp_path)
     assert done.returncode == code, done.stderr
     assert said in done.stdout + done.stderr
     assert (tmp_path / "tries").read_text() == f"{len(tries)}\n"
+
+
+@pytest.mark.parametrize(("misses", "code"), [(3, USER_ERROR_EXIT_CODE), (4, 1)], ids=["for a while", "for good"])
+def test_a_job_begins_and_a_mistake_ends_it_also_when_slurm_answers_late(misses, code, tmp_path) -> None:
+    """Commands of Slurm are stand-ins here: where the head node is it says late or never, and late what a rank tells it."""
+    later = f"""
+tries() {{ cat {tmp_path}/$1 2>/dev/null || echo 0; }}
+late() {{ local tries; tries=$(tries "$1"); echo $((tries + 1)) >{tmp_path}/$1; ((tries >= $2)) || {{ {ABSENT}; }}; }}
+case "$*" in
+*hostnames*) echo here ;;
+*"show node"*) late node {misses}; echo " NodeAddr=10.1.2.3 " ;;
+*Requeue=0) late update 2 ;;
+*) echo "not asked for: $*" >&2; exit 1 ;;
+esac"""
+    commands = {
+        "srun": """while [[ $1 == --* ]]; do shift; done; exec "$@" """,
+        "sleep": "exit 0",
+        "python": f'[[ $1 == -c ]] || {{ echo "$MASTER_ADDR" >{tmp_path}/address; exit 2; }}',
+        "scontrol": later,
+    }
+    done = run_with(commands, tmp_path)
+    assert done.returncode == code, done.stderr
+    assert "not asked for" not in done.stderr
+    if code == USER_ERROR_EXIT_CODE:
+        assert (tmp_path / "address").read_text() == "10.1.2.3\n"
+        assert (tmp_path / "update").read_text() == "3\n"
+    else:
+        assert "run.sh: Slurm does not say where here is" in done.stderr

@@ -23,6 +23,7 @@ from trainer.__main__ import main
 from trainer.checkpoint.layout import MANIFEST, MARKER, begun, committed, folder_name
 from trainer.checkpoint.read import opened
 from trainer.checkpoint.save import Saver
+from trainer.metrics import Sinks
 from trainer.parallel.mesh import started
 from trainer.saving import RETRY_SHARE
 from trainer.setup import build_engine
@@ -203,6 +204,9 @@ def test_a_last_save_that_cannot_be_made_is_one_line_and_exit_code_2_and_the_nex
     last = said(config, name, "tandem: ")
     assert len(last) == 1
     assert f"the checkpoint of step {2 * STEPS} cannot be written" in last[0]
+    assert last[0].endswith("and start again: the run goes on from the checkpoint before")
+    first, _ = said(config, name, f"the checkpoint of step {2 * STEPS} cannot be written")
+    assert first.endswith("meanwhile: the run ends, and saves once more")
     assert ("No space left on device" if wrong == "full" else "Read-only file system") in last[0]
     assert said(config, name, "Traceback") == []
     before = newest_step(folder)
@@ -372,6 +376,22 @@ def test_a_disk_that_takes_longer_than_a_step_may_is_no_hang(config):
     assert list(saves) == [5, 10, 11]
     assert min(saves[step]["stall_seconds"] for step in (10, 11)) > 2 * limit_seconds
     assert not (folder / "hangs").exists()
+
+
+def slow_goodbye() -> None:
+    close = Sinks.close
+
+    def slowly(sinks: Sinks) -> None:
+        time.sleep(5)
+        close(sinks)
+
+    Sinks.close = slowly  # type: ignore[method-assign]
+
+
+def test_a_server_that_takes_the_last_records_slowly_is_no_hang(config):
+    overrides = ("checkpoint.every_steps=0", "run.stop_step=3", "watchdog.step_seconds=1.0")
+    assert ended(begin(config, "goodbye", *overrides, prepare=slow_goodbye)) == 0
+    assert not (folder_of(config, "goodbye") / "hangs").exists()
 
 
 def resident_bytes() -> int:

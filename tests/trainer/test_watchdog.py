@@ -18,7 +18,7 @@ from jaxtyping import config
 import trainer.watchdog as watchdogs
 from tests import ranks
 from trainer.config import Watchdog as Settings
-from trainer.parallel.mesh import collectives, flight_record
+from trainer.parallel.mesh import collectives, flight_record, shared_store
 from trainer.runtime import REQUEUE_EXIT_CODE
 from trainer.watchdog import FOLDER, Place, Report, Watchdog, connection_lost, here, newest_verdict, verdict
 from trainer.watchdog import report as reporting
@@ -59,6 +59,22 @@ def train(folder, break_as, steps=5, start_seconds=20.0, data_seconds=0.0, sleep
                 dist.all_reduce(torch.ones(2), group=second)
             watchdog.finished(0.01)
     return watchdog._limit
+
+
+def save(folder):
+    """Rank 0 waits in the store for rank 1's file, which never comes: that one is killed."""
+    rank, store = dist.get_rank(), shared_store("test")
+    places = [None] * dist.get_world_size()
+    dist.all_gather_object(places, here())
+    watchdogs.GONE_SECONDS = LIMIT_SECONDS
+    with Watchdog(Settings(), folder, places, rank, collectives) as watchdog:
+        watchdog.finished(0.01)
+        watchdog.at("save", BROKEN_STEP)
+        watchdog.patient()
+        if rank == 1:
+            time.sleep(2 * LIMIT_SECONDS)
+            os.kill(os.getpid(), signal.SIGKILL)
+        store.get("file")
 
 
 def failed(break_as, folder, **how) -> tuple[str, str, str]:
@@ -120,6 +136,14 @@ def test_a_killed_rank_is_named_by_those_whose_connection_broke(tmp_path):
         f"step 3: a connection was lost: rank 1 on {here().host} is gone: killed, or ended without a word"
     )
     assert words.count(f"SystemExit: {REQUEUE_EXIT_CODE}") == 2
+
+
+def test_a_rank_that_waits_in_the_store_for_a_killed_one_is_ended_without_patience(tmp_path):
+    with pytest.raises(AssertionError) as failure:
+        ranks.run(save, 2, tmp_path, tmp_path)
+    assert ended_with_code(str(failure.value), 0)
+    said = newest_verdict(tmp_path, 0.0)
+    assert f"no progress for {LIMIT_SECONDS:g} s: rank 1 on {here().host} is gone: killed, or ended without" in said
 
 
 def test_a_rank_in_an_endless_loop_is_named_with_its_line(tmp_path):

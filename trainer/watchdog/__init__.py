@@ -44,6 +44,10 @@ NOTICE_FRACTION = 0.8
 """Reports are left at this share of the limit: ranks are up to a step apart, and no living one may be missing at the end."""
 DATA_SECONDS = RANKS_WAIT_SECONDS + 60
 """A slow store has its own patience, which ends in a message of its own (`data.cache`)."""
+STORE_PHASES = ("save", "rollback")
+"""In these, ranks wait for one another through the store, where, unlike in a connection, nobody hears that one has gone."""
+GONE_SECONDS = 30.0
+"""So long a rank waits there for one of its host that is gone."""
 ANSWER_SECONDS = 10.0
 DEADLINE_SECONDS = 25.0
 """So long after the limit the process ends even where the file system hangs as well."""
@@ -150,6 +154,8 @@ class Watchdog:
                 self._leave(over=False)
 
     def _own_limit(self, phase: str) -> float:
+        if phase in STORE_PHASES and any(state(place) == "gone" for _, place in self._neighbours):
+            return min(self._limit, GONE_SECONDS)
         return max(self._limit, self._data_seconds) if phase == "data" else self._limit
 
     def _alarm(self, now: tuple[str, int, int]) -> None:
