@@ -1,7 +1,7 @@
 """Two hosts on this machine: network namespaces joined by a cable, each with a host name of its own.
 
 The one idea: `ip netns exec` gives a process the network of a host and `unshare --uts` its name; the file system is shared, as
-a run's folder is between real hosts.
+a run's folder is between real hosts, but for what a host is to see otherwise.
 """
 
 import contextlib
@@ -48,11 +48,14 @@ class Host:
     name: str
     node: int
     """Of `multi_node.sh`."""
+    others: dict[Path, Path] = field(default_factory=dict)
+    """Files that this host sees with the content of another, in what is begun from then on."""
     launchers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def begun(self, config: Path, log: IO[bytes], *overrides: str, **variables: str) -> subprocess.Popen[bytes]:
         """`launch/multi_node.sh` on this host, with one rank; it ends with the hosts at the latest."""
-        inside = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', self.name]
+        binds = "".join(f"mount --bind '{content}' '{file}'; " for file, content in self.others.items())
+        inside = ["unshare", "--uts", "--mount", "sh", "-ec", f'hostname "$0"; {binds}exec "$@"', self.name]
         command = ["ip", "netns", "exec", self.namespace, *inside, LAUNCH / "multi_node.sh", config, *overrides]
         environment = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

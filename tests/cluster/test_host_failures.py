@@ -3,15 +3,17 @@
 Each story is a run with faults of its own. They wait more than they work, so all are told at once and each test looks at one.
 """
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -27,6 +29,7 @@ from tests.cluster import hosts
 from tests.cluster.hosts import LAUNCH, Host
 from tests.promises import conftest
 from tests.promises.conftest import clean_environment, differing, steps_of, two_phases
+from tests.promises.test_mistakes import flip_a_byte
 from trainer import train
 from trainer.__main__ import main
 from trainer.checkpoint.read import opened
@@ -216,6 +219,24 @@ def told_to_stop(story: Story) -> list[Any]:
         return story.ended(*launchers)
 
 
+def mistaken(story: Story) -> list[Any]:
+    """The second host alone reads a damaged shard, some steps on."""
+    with hosts.joined("mistake") as both, story.log.open("wb") as log:
+        (source,) = section_from(RunConfig, yaml.safe_load(story.config.read_text()), "").data.sources.values()
+        file = Path(source) / shard_of_last_step(story.root)
+        both[1].others[file] = Path(shutil.copy(file, story.root / "damaged.tar"))
+        flip_a_byte(both[1].others[file])
+        return story.ended(*(host.begun(story.config, log) for host in both))
+
+
+def shard_of_last_step(root: Path) -> str:
+    """The one that the undisturbed run reads last."""
+    with redirect_stdout(io.StringIO()) as said:
+        assert main(["audit", str(root / "runs" / "straight"), "--step", str(2 * STEPS), "--json"]) == 0
+    shard: str = json.loads(said.getvalue())[-1]["shards"][-1]
+    return shard.partition(":")[0]
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     folder = tmp_path_factory.mktemp("failures")
@@ -223,7 +244,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     return folder
 
 
-TOLD = (rank_killed, cut_and_frozen, host_lost, told_to_stop)
+TOLD = (rank_killed, cut_and_frozen, host_lost, told_to_stop, mistaken)
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +309,16 @@ def test_a_signal_to_torchrun_on_the_first_host_saves_and_ends_the_run_on_all(st
     print(story.told())
     assert len(story.starts()) == len(story.records("end")) == 1
     assert opened(story.folder).step == max(steps_of(story.folder)) < 2 * STEPS
+
+
+def test_a_mistake_that_one_rank_finds_is_one_line_and_ends_the_run_on_all_machines(stories, root):
+    story, future = stories["mistaken"]
+    assert future.result() == [1, 1]
+    print(story.told())
+    (line,) = {line for line in story.log.read_text().splitlines() if line.startswith("tandem: ")}
+    assert shard_of_last_step(root) in line
+    assert len(story.starts()) == 1, "nothing that a restart mends"
+    assert newest_verdict(story.folder, 0.0) is None, "and no hang"
 
 
 def fed(folder: Path) -> dict[int, dict[str, Any]]:
