@@ -87,7 +87,8 @@ def settled(training: Training) -> Outcome | None:
         return None
     if not training.saver.ended:
         training.watchdog.patient()  # a disk that is slower than steps is no hang yet
-    outcome = training.saver.outcome()
+    with training.watchdog.in_store():
+        outcome = training.saver.outcome()
     if not outcome.error:
         stall_seconds = training.saver.take_stall_seconds()
         training.sinks.checkpoint(

@@ -16,8 +16,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 from types import TracebackType
@@ -44,10 +44,8 @@ NOTICE_FRACTION = 0.8
 """Reports are left at this share of the limit: ranks are up to a step apart, and no living one may be missing at the end."""
 DATA_SECONDS = RANKS_WAIT_SECONDS + 60
 """A slow store has its own patience, which ends in a message of its own (`data.cache`)."""
-STORE_PHASES = ("save", "rollback")
-"""In these, ranks wait for one another through the store, where, unlike in a connection, nobody hears that one has gone."""
 GONE_SECONDS = 30.0
-"""So long a rank waits there for one of its host that is gone."""
+"""So long a rank waits in the store for the others when one of its host is gone."""
 ANSWER_SECONDS = 10.0
 DEADLINE_SECONDS = 25.0
 """So long after the limit the process ends even where the file system hangs as well."""
@@ -83,7 +81,7 @@ class Watchdog:
         self._neighbours = [
             (other, place) for other, place in enumerate(places) if other != rank and place.host == places[rank].host
         ]
-        self._now = ("start", 0, 0)
+        self._now, self._in_store = ("start", 0, 0), False
         self._steps: deque[float] = deque(maxlen=MEDIAN_STEPS)
         self._limit = settings.start_seconds or inf
         self._waited = 0.0
@@ -109,6 +107,17 @@ class Watchdog:
             self._limit = max(MIN_LIMIT_SECONDS, MEDIANS * statistics.median(self._steps))
         else:
             self._limit = self._settings.step_seconds or inf
+
+    @contextmanager
+    def in_store(self) -> Iterator[None]:
+        """Within the block this rank waits for all others through the store: there, unlike in a connection, nobody hears that
+        one has gone.
+        """
+        self._in_store = True
+        try:
+            yield
+        finally:
+            self._in_store = False
 
     def __enter__(self) -> "Watchdog":
         self._thread.start()
@@ -154,7 +163,7 @@ class Watchdog:
                 self._leave(over=False)
 
     def _own_limit(self, phase: str) -> float:
-        if phase in STORE_PHASES and any(state(place) == "gone" for _, place in self._neighbours):
+        if self._in_store and any(state(place) == "gone" for _, place in self._neighbours):
             return min(self._limit, GONE_SECONDS)
         return max(self._limit, self._data_seconds) if phase == "data" else self._limit
 
