@@ -9,10 +9,10 @@ import logging
 
 from trainer.checkpoint.read import newest, restore
 from trainer.checkpoint.save import START_AGAIN, Outcome, not_saved
-from trainer.checkpoint.write import model_facts
+from trainer.checkpoint.write import model_facts, pass_over_later
 from trainer.config import UserError
 from trainer.ledger import Decision
-from trainer.parallel.mesh import barrier
+from trainer.parallel.mesh import barrier, on_rank_0
 from trainer.setup import begin_in_ledger
 from trainer.training import Made, Standing, Training
 
@@ -34,7 +34,7 @@ def save_if_due(training: Training, at: Standing) -> None:
 def save_finally(training: Training, at: Standing) -> None:
     """The newest checkpoint is of this step and committed. Raises: UserError where it cannot be written."""
     training.watch("save", at.step)
-    settle_save(training, at, "meanwhile: the run ends, and saves once more")
+    settle_save(training, at, "now: the run ends, and saves once more")
     if at.step != at.saved_step:
         begin_save(training, at)
         outcome = settled(training)
@@ -69,24 +69,23 @@ def begin_save(training: Training, at: Standing) -> None:
 
 
 def settle_save(training: Training, at: Standing, then: str | None = None) -> None:
-    """How the save that was under way, if any, has ended is on record. One that failed is tried again some steps later, or what
-    is done then is said by `then`.
+    """How the save that was under way, if any, has ended is on record. One that failed is tried again some steps later; `then`
+    says what else is done.
     """
     outcome = settled(training)
     if outcome and outcome.error:
         at.saved_step = None
         if training.mesh.rank == 0:
             at.retry_step = at.step + max(1, training.config.checkpoint.every_steps // RETRY_SHARE)
-            goes_on = f"meanwhile: the run goes on, and saves again by step {at.retry_step}"
-            log.error("%s", not_saved(training.folder / "checkpoints", outcome, then or goes_on))
+            next_save = f"before the run saves again, by step {at.retry_step} or when it ends"
+            log.error("%s", not_saved(training.folder / "checkpoints", outcome, then or next_save))
 
 
 def settled(training: Training) -> Outcome | None:
     """How the save that was under way, if any, has ended; a checkpoint is on record."""
     if not training.saver.running:
         return None
-    if not training.saver.ended:
-        training.watchdog.patient()  # a disk that is slower than steps is no hang yet
+    training.saver.wait_until_written()
     with training.watchdog.in_store():
         outcome = training.saver.outcome()
     if not outcome.error:
@@ -103,9 +102,8 @@ def gone_back(training: Training, at: Standing, made: Made) -> Standing:
     Raises: UserError where there is none, or the run has come back to it too often.
     """
     training.watch("rollback", at.step)
-    training.watchdog.patient()
     config, guard, reason = training.config, training.guard, made.judgement.reason
-    settle_save(training, at)
+    settle_save(training, at, "before the next save")
     snapshot = newest(training.folder / "checkpoints", training.mesh)
     times = guard.rollbacks_to(snapshot.step) if snapshot else 0
     stops = snapshot is None or times >= config.guard.max_rollbacks
@@ -119,6 +117,7 @@ def gone_back(training: Training, at: Standing, made: Made) -> Standing:
             f"{bad}; the run has {where}; look at these steps with tandem audit {training.folder} --step {at.step}, lower "
             "schedule.lr.peak, or raise guard.max_rollbacks"
         )
+    on_rank_0(lambda: pass_over_later(snapshot.folder), training.mesh)
     restore(training.engine, snapshot, training.mesh)
     facts = snapshot.manifest
     guard.go_back(snapshot.step, facts.get("guard"))

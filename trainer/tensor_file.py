@@ -38,7 +38,7 @@ def write(
     *,
     watch: Callable[[memoryview], object] = lambda chunk: None,
 ) -> int:
-    """The file holds `tensors`, named and described by `specs` in the same order, and is synced; returns its size in bytes.
+    """The new file holds `tensors`, named and described by `specs` in the same order, and is synced; returns its size in bytes.
 
     Each tensor is asked for when the one before has been written and let go. `watch` is shown every byte, in order: the
     `update` of a hash.
@@ -46,7 +46,7 @@ def write(
     """
     assert sys.byteorder == "little", "the format is little-endian, and bytes are written as they lie in memory"
     produced = iter(tensors)
-    with open(path, "wb") as file:
+    with open(path, "xb") as file:  # a process that was long asleep must not write into what others have made since
         _put(file, memoryview(_head(specs)), watch)
         for name, spec in specs.items():
             _put(file, _bytes(name, spec, next(produced)), watch)

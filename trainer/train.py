@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from trainer.attempts import attempt
 from trainer.checkpoint.layout import committed
 from trainer.checkpoint.read import Snapshot, newest
 from trainer.checkpoint.save import Saver
-from trainer.checkpoint.write import retire
-from trainer.config import RunConfig, check_world, dump
+from trainer.checkpoint.write import pass_over_later, retire
+from trainer.config import RunConfig, UserError, check_world, dump
 from trainer.costs import flops_per_token
 from trainer.data.damage import Met, agreed, agreed_batches
 from trainer.data.loader import Batch, Loader
@@ -78,6 +78,7 @@ def run(config: RunConfig, stop_signal: StopSignal | None = None) -> int:
         with ExitStack() as stack:
             on_rank_0(lambda: stack.enter_context(attempt(folder, config.run.max_failures)), mesh)
             stack.enter_context(watchdog)
+            records = stack.enter_context(closed_at_the_end(watchdog))
             stack.enter_context(spread(stop_signal, mesh))
             agreement = Agreement(mesh, stop_signal, watchdog.at)
             with suppress(Stopped), stop_signal.interrupting():  # a store that does not answer takes minutes
@@ -90,14 +91,14 @@ def run(config: RunConfig, stop_signal: StopSignal | None = None) -> int:
             try:
                 agreement.any_rank(False)
                 on_rank_0(lambda: stack.enter_context(runtime.held(folder)), mesh)
-                return run_in(folder, config, mesh, loader, agreement, watchdog, laps)
+                return run_in(folder, config, mesh, loader, agreement, watchdog, records, laps)
             except Stopped:  # before anything was done that could be lost
                 return runtime.REQUEUE_EXIT_CODE
 
 
 def run_in(
     folder: Path, config: RunConfig, mesh: Mesh, loader: Loader, agreement: Agreement, watchdog: Watchdog,
-    laps: runtime.Laps,
+    records: ExitStack, laps: runtime.Laps,
 ) -> int:  # fmt: skip
     """`run`, once the folder is ours."""
     continues = from_rank_0(bool(committed(folder / "checkpoints")))
@@ -110,6 +111,7 @@ def run_in(
         for source, files in snapshot.manifest.get("skipped", {}).items():
             for file in files:
                 loader.skip(source, file)
+        on_rank_0(lambda: pass_over_later(snapshot.folder), mesh)
         on_rank_0(lambda: retire(snapshot.folder, config.checkpoint.keep), mesh)  # what a kill has left of older ones
     on_rank_0(lambda: runtime.open_run_folder(folder, dump(config)), mesh)
     engine = build_engine(config, mesh, snapshot, initial)
@@ -127,7 +129,9 @@ def run_in(
     agreement.any_rank(False)
     sinks = on_rank_0(lambda: open_sinks(folder, config, rank=0, resumed_step=at.step), mesh) or Sinks([], at.step)
     ledger = on_rank_0(lambda: open_ledger(folder, loader), mesh)
+    records.callback(sinks.close)
     if ledger:
+        records.callback(ledger.close)
         begin(ledger)
     peak_flops = config.hardware.peak_flops if config.hardware else runtime.measured_peak_flops(mesh.device)
     saver = Saver(folder / "checkpoints", mesh, config.checkpoint.keep)
@@ -141,13 +145,21 @@ def run_in(
         dp_size=mesh.dp_size, total_steps=training.timeline.total_steps, total_tokens=training.timeline.total_tokens,
         start_seconds=laps.seconds,
     )  # fmt: skip
-    try:
-        with saver:
-            return loop(training, at)
-    finally:
-        sinks.close()
-        if ledger:
-            ledger.close()
+    with saver:
+        return loop(training, at)
+
+
+@contextmanager
+def closed_at_the_end(watchdog: Watchdog) -> Iterator[ExitStack]:
+    """What is entered in the stack is closed after the block, when the ranks have told one another how it has ended; where that
+    is in order, in the time that a slow server takes.
+    """
+    with ExitStack() as records:
+        try:
+            yield records
+        except UserError:
+            watchdog.at("end")
+            raise
 
 
 def take_up(
@@ -210,7 +222,6 @@ def loop(training: Training, at: Standing) -> int:
     except Stopped:
         save_finally(training, at)
     training.watch("end", at.step)
-    training.watchdog.patient()  # rank 0 hands the last records over, perhaps to a slow server; the others wait
     training.sinks.end(at.step, reason or f"stopped by {training.agreement.stop_signal.name or runtime.ELSEWHERE}")
     return 0 if reason else runtime.REQUEUE_EXIT_CODE
 

@@ -30,29 +30,31 @@ export RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:?submit with --ntasks-per-node}
 # shellcheck source=launch/env.sh
 source launch/env.sh
 
-# Slurm's controller may be starting again itself: what it does not answer it is asked again, $1 times.
+# Slurm's controller may be starting again itself: what it does not answer it is asked again for $1 seconds.
 asked_again() {
-    local try times=$1
+    local end=$((SECONDS + $1))
     shift
-    for ((try = 1; try < times; try++)); do
-        "$@" && return
+    until "$@"; do
+        ((SECONDS < end)) || return 1
         sleep 5
     done
-    "$@"
 }
 export -f asked_again # for the shells of the ranks
+readonly PATIENCE_SECONDS=${SLURM_PATIENCE_SECONDS:-300}
+
+# shellcheck disable=SC2317 # called by asked_again
+requeued() {
+    scontrol requeue "$SLURM_JOB_ID" && return
+    if scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' Requeue=0 '; then
+        echo "run.sh: Slurm refuses; if not for --no-requeue, then because a rank has left with exit code 2, said above" >&2
+        exit "$USER_ERROR_EXIT_CODE"
+    fi
+    return 1
+}
 
 back_into_the_queue() {
     echo "run.sh: $1; back into the queue (start $((${SLURM_RESTART_COUNT:-0} + 2)) follows)"
-    # Slurm's controller may be starting again itself; a saved run must not fall out of the queue for that.
-    for ((try = 1; try <= ${REQUEUE_TRIES:-60}; try++)); do
-        scontrol requeue "$SLURM_JOB_ID" && exit 0
-        if scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' Requeue=0 '; then
-            echo "run.sh: Slurm refuses; if not for --no-requeue, then because a rank has left with exit code 2, said above" >&2
-            exit "$USER_ERROR_EXIT_CODE"
-        fi
-        sleep 5
-    done
+    asked_again "$PATIENCE_SECONDS" requeued && exit 0
     echo "run.sh: not back in the queue (scontrol's reason above); submit the same again: the run goes on" >&2
     exit "$REQUEUE_EXIT_CODE"
 }
@@ -69,7 +71,7 @@ check_import trainer.__main__
 
 # NodeAddr is where Slurm itself reaches the node, if its name alone leads nowhere.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-node=$(asked_again "${REQUEUE_TRIES:-60}" scontrol --oneliner show node "$head") ||
+node=$(asked_again "$PATIENCE_SECONDS" scontrol --oneliner show node "$head") ||
     { echo "run.sh: Slurm does not say where $head is (scontrol's reason above); submit the same again" >&2; exit 1; }
 MASTER_ADDR=$(sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' <<<"$node")
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node get different ports
@@ -85,7 +87,9 @@ srun --kill-on-bad-exit=0 --distribution=block --cpus-per-task="${SLURM_CPUS_PER
     trap : TERM USR1 INT
     python -m trainer train "$@" && exit
     code=$?
-    [[ $code -ne 2 ]] || asked_again 20 scontrol update JobId="$SLURM_JOB_ID" Requeue=0 # within SLURM_WAIT
+    # Within SLURM_WAIT, the last try included; a container may have no scontrol.
+    [[ $code -ne 2 ]] || ! command -v scontrol >/dev/null ||
+        asked_again 90 scontrol update JobId="$SLURM_JOB_ID" Requeue=0
     exit "$code"' rank "$@" &
 step=$!
 [[ -z $warned ]] || kill -USR1 "$step" # in the moment before the shell knew the step

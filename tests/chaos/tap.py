@@ -78,9 +78,9 @@ class Tap:
         plain = io.open
 
         def opened(file: Any, mode: str = "r", *args: Any, **named: Any) -> Any:
-            if mode == "wb" and not isinstance(file, int) and self._part(file):
+            if mode in ("wb", "xb") and not isinstance(file, int) and self._part(file):
                 raw: list[Any] = []
-                self._around("open", file, lambda: raw.append(_Tapped(self, os.fspath(file))))
+                self._around("open", file, lambda: raw.append(_Tapped(self, os.fspath(file), mode)))
                 return io.BufferedWriter(raw[0])
             return plain(file, mode, *args, **named)
 
@@ -169,8 +169,8 @@ class Tap:
 class _Tapped(io.FileIO):
     """A file whose every write is seen, below Python's buffer."""
 
-    def __init__(self, tap: Tap, path: str) -> None:
-        super().__init__(path, "w")
+    def __init__(self, tap: Tap, path: str, mode: str) -> None:
+        super().__init__(path, mode[0])
         self._tap, self._path = tap, path
 
     def write(self, data: Any) -> int | None:

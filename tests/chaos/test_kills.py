@@ -31,8 +31,8 @@ from tests.promises.conftest import two_phases
 KILLS = int(os.environ.get("CHAOS_KILLS", "24"))
 LAYOUTS = {"tp 2": 2, "dp 2": 1}
 PROGRESS_KILLS, TRIES = 50, 4
-END_CODES = (0, 85)
-"""Of a rank that was left alone and ended by itself."""
+END_CODES, LONGEST_ALONE_SECONDS = (0, 85), 60.0
+"""Of a rank that was left alone and ended by itself: long before the patience of a start, on the busiest of machines."""
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(300 + 6 * KILLS)]
 
@@ -97,6 +97,8 @@ class Sweep:
             self.alone_seconds.append(end.alone_seconds)
             if not any(code in END_CODES for code in end.codes):
                 self._note(["wrong: a rank that was left alone has crashed"], words)
+            if end.alone_seconds > LONGEST_ALONE_SECONDS:
+                self._note([f"wrong: a rank that was left alone has ended after {end.alone_seconds:.0f} s"], words)
         if end.codes == [0, 0]:
             self.finish(end)
         if end.killed:

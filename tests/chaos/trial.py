@@ -32,7 +32,7 @@ END_SECONDS = 240.0
 """No start takes so long, and no rank outlives another so long, on the busiest of machines."""
 GRACE_SECONDS = 0.2
 """Between a launcher's SIGTERM and its SIGKILL."""
-GOODBYE_SECONDS = 1.0
+GOODBYE_SECONDS, GONE_SECONDS = 1.0, 3.0
 """Instead of the trainer's, which a rank that lost the other during a save would wait for."""
 
 
@@ -107,7 +107,10 @@ class Launcher:
         calls = [(int(rank), int(step), int(save), name) for rank, step, save, name in lines]
         codes = [process.exitcode for process in ranks]
         came = start.after_seconds is not None or any(name == KILLED for *_, name in calls)
-        return End(codes, came and all(codes[rank] == -signal.SIGKILL for rank in start.victims), calls, alone)
+        hit = [codes[rank] == -signal.SIGKILL for rank in start.victims]
+        # At the end of a run one rank may have left in order when a kill by the clock comes to both.
+        late = start.after_seconds is not None and all(code in (0, -signal.SIGKILL) for code in codes)
+        return End(codes, came and (all(hit) or (late and any(hit))), calls, alone)
 
 
 def _ended(ranks: list[BaseProcess], start: Start) -> float | None:
@@ -133,6 +136,7 @@ def _ended(ranks: list[BaseProcess], start: Start) -> float | None:
 def _rank(rank: int, meet: Mapping[str, str], scratch: Path, folder: Path, start: Start) -> None:
     from jaxtyping import config
 
+    from trainer import watchdog
     from trainer.checkpoint import save
 
     config.update("jaxtyping_disable", True)  # as in a command
@@ -142,7 +146,7 @@ def _rank(rank: int, meet: Mapping[str, str], scratch: Path, folder: Path, start
     os.environ.update(meet, RANK=str(rank), LOCAL_RANK=str(rank))
     while not (scratch / "go").exists():
         time.sleep(0.001)
-    save.LONGEST_GOODBYE_SECONDS = GOODBYE_SECONDS
+    save.LONGEST_GOODBYE_SECONDS, watchdog.GONE_SECONDS = GOODBYE_SECONDS, GONE_SECONDS
     pid_of: Callable[[int], int] = lambda other: int((scratch / f"pid-{other}").read_text())  # noqa: E731
     Tap(folder, rank, scratch / "calls", start.kill, pid_of).install()
     sys.exit(main(["train", str(start.config), *start.overrides]))

@@ -10,17 +10,23 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import yaml
 
 from data_prep import prepare
+from tests import ranks
 from tests.promises.conftest import MODULES, clean_environment, ended, forked, tandem, two_phases
+from trainer import train
 from trainer.__main__ import main
 from trainer.config import Data, RunConfig, UserError, section_from
 from trainer.data.loader import Loader
+from trainer.metrics import Sinks
 
 STDLIB = Path(argparse.__file__).parent
 
@@ -258,15 +264,15 @@ def test_a_mistake_that_only_one_rank_meets_is_the_end_of_all_and_no_rank_is_tak
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    ranks = [
+    processes = [
         subprocess.Popen(
             command, env={**clean_environment(), **launch, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE, text=True,
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    said = [rank.communicate(timeout=100)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2], said
+    said = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
     for words in said:
         [line] = [line for line in words.splitlines() if line.startswith("tandem: ")]
         assert f"{broken.name}: xxh3_128" in line
@@ -275,6 +281,55 @@ def test_a_mistake_that_only_one_rank_meets_is_the_end_of_all_and_no_rank_is_tak
     assert not list(tmp_path.rglob("COMMITTED"))
     [attempts] = tmp_path.rglob("attempts.jsonl")
     assert json.loads(attempts.read_text().splitlines()[-1])["code"] == 2
+
+
+GOODBYE_SECONDS = 8.0
+LATER = {"block_tokens": 256, "prefetch_steps": 0}
+"""A block to a step: a damaged shard is then met when the run is under way."""
+
+
+def met_by_rank_1(tree: dict, broken: Path) -> str:
+    """How a run ends in which rank 1 alone meets the damaged shard, and rank 0's records are taken by a slow server."""
+    rank, close = dist.get_rank(), Sinks.close
+
+    def slowly(sinks: Sinks) -> None:
+        time.sleep(GOODBYE_SECONDS if rank == 0 else 0)
+        close(sinks)
+
+    Sinks.close = slowly  # type: ignore[method-assign]
+    if rank == 1:
+        tree["data"]["sources"] = {"corpus": str(broken)}
+    try:
+        return f"code {train.run(section_from(RunConfig, tree, ''))}"
+    except UserError as mistake:
+        dist.destroy_process_group()  # as the end of a process does
+        return str(mistake)
+
+
+@pytest.mark.dist
+def test_a_mistake_that_one_rank_meets_is_that_also_where_the_last_records_are_taken_slowly(place, tmp_path):
+    """The other has lost its connection by it, and is longer about its end than a step may take."""
+    shards = sorted(path.name for path in place.corpus.glob("train-*.tar"))
+    copies = (copy_with_flipped(place.corpus, tmp_path / shard, shard) for shard in shards)
+    broken = next(copy for copy in copies if 2 <= steps_fed(copy) < 6)
+    limit_seconds = GOODBYE_SECONDS / 2
+    tree = two_phases("btlm", place.corpus, tmp_path / "runs", watchdog={"step_seconds": limit_seconds})
+    tree["data"] |= LATER
+    said = ranks.run(met_by_rank_1, 2, tmp_path, tree, broken)
+    assert all(f"{broken.name}: xxh3_128" in words for words in said), said
+    assert not list(tmp_path.rglob("hangs"))
+
+
+def steps_fed(corpus: Path) -> int:
+    """Steps that are made before the damaged shard is met."""
+    config: RunConfig = section_from(RunConfig, two_phases("btlm", corpus, corpus), "")
+    data = Data({"corpus": str(corpus)}, **LATER)
+    loader = Loader(data, config.schedule, seed=config.run.seed, vocab=config.model.vocab, dp_rank=0, dp_size=1)
+    steps = 0
+    with suppress(UserError):
+        for _ in loader.batches(0, None):
+            steps += 1
+    return steps
 
 
 def torchrun(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

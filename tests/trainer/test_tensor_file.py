@@ -97,3 +97,12 @@ def test_a_narrow_tensor_may_not_put_a_wide_one_out_of_line(tmp_path: Path) -> N
 def test_runs_keep_order_and_limit() -> None:
     assert runs([3, 3, 5, 9, 1, 1], lambda item: item, 6) == [[3, 3], [5], [9], [1, 1]]
     assert runs([], len, 6) == [[]]
+
+
+def test_a_file_that_is_there_is_not_written_into(tmp_path):
+    """By a process that was long asleep, say: others may have made and committed it since."""
+    path = tmp_path / "file"
+    path.write_text("committed")
+    with pytest.raises(FileExistsError):
+        tensor_file.write(path, {}, [])
+    assert path.read_text() == "committed"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import threading
@@ -144,7 +145,9 @@ def test_a_rank_that_waits_in_the_store_for_a_killed_one_is_ended_without_patien
         ranks.run(save, 2, tmp_path, tmp_path)
     assert ended_with_code(str(failure.value), 0)
     said = newest_verdict(tmp_path, 0.0)
-    assert f"no progress for {LIMIT_SECONDS:g} s: rank 1 on {here().host} is gone: killed, or ended without" in said
+    seconds, who = re.fullmatch(r"step 3: no progress for ([\d.]+) s: (.*)\n?", said, re.DOTALL).groups()
+    assert who.startswith(f"rank 1 on {here().host} is gone: killed, or ended without a word")
+    assert 3 * LIMIT_SECONDS <= float(seconds) < 20, "from when it was seen, and the whole of it is said"
 
 
 def test_a_rank_in_an_endless_loop_is_named_with_its_line(tmp_path):
@@ -225,7 +228,7 @@ def test_the_process_ends_even_where_the_file_system_hangs(tmp_path):
 
 def out_at_last(folder):
     """This rank is over its limit, and gets out while another says that it still has time."""
-    places = [here(), Place(here().host, 1, 7)]
+    places = [here(), Place(here().host, here().machine, 1, 7)]
     patient = report(1, place=places[1], step=1, limit_seconds=90.0, over=False)
     reporting.write(reporting.file_of(folder / FOLDER, 1, 1), patient, "")
     with Watchdog(Settings(start_seconds=1.0), folder, places, 0, collectives) as watchdog:
@@ -242,7 +245,7 @@ def test_a_rank_that_gets_out_in_the_end_is_left_alone(tmp_path):
 
 def test_a_process_is_running_stopped_or_gone_also_where_nobody_has_asked_how_it_ended():
     with subprocess.Popen(["sleep", "60"]) as child:
-        place = Place(here().host, child.pid, reporting._stat(child.pid)[1])
+        place = Place(here().host, here().machine, child.pid, reporting._stat(child.pid)[1])
         assert state(place) == "running"
         assert state(dataclasses.replace(place, started=place.started - 1)) == "gone"
         child.send_signal(signal.SIGSTOP)
@@ -257,6 +260,16 @@ def eventually(place: Place, expected: str) -> bool:
     while state(place) != expected and time.monotonic() < deadline:
         time.sleep(0.01)
     return state(place) == expected
+
+
+def test_of_a_rank_on_another_machine_with_the_same_name_nothing_is_said(tmp_path):
+    """Containers, and hosts that nobody has named: its number is nobody's here, and that says nothing."""
+    other = dataclasses.replace(here(), machine="another", pid=2**22, started=1)
+    assert state(other) == "gone"
+    watchdog = Watchdog(Settings(), tmp_path, [here(), other], 0, collectives)
+    watchdog._leave(over=True)
+    [file] = (tmp_path / FOLDER).glob("step-*/rank-00000.json")
+    assert json.loads(file.read_text())["neighbours"] == {}
 
 
 def test_reports_of_an_earlier_start_do_not_count(tmp_path):
@@ -330,7 +343,7 @@ def test_only_what_a_collective_says_of_a_peer_is_a_lost_connection(error, lost)
     assert connection_lost(error) is lost
 
 
-PLACES = [Place(f"host-{'abcdefg'[rank // 2]}", 100 + rank, 5) for rank in range(14)]
+PLACES = [Place(f"host-{'abcdefg'[rank // 2]}", "", 100 + rank, 5) for rank in range(14)]
 
 
 def report(rank: int, place: Place | None = None, **fields) -> Report:

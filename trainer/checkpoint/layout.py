@@ -18,6 +18,8 @@ from typing import Any
 
 FORMAT = 1
 MANIFEST, MARKER = "manifest.json", "COMMITTED"
+PASSED_OVER = "PASSED-OVER"
+"""Name of the marker once a run has found the folder damaged and gone on from an earlier one: the folder does not count."""
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 

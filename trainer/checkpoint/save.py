@@ -64,6 +64,7 @@ class Saver:
         self._stream = torch.cuda.Stream() if mesh.device.type == "cuda" else None
         self._number = 0
         self._running: Future[Outcome] | None = None
+        self._written = Event()
 
     def begin(
         self, step: int, engine: Engine, facts: dict[str, Any], before_commit: Callable[[], object] = lambda: None
@@ -80,8 +81,10 @@ class Saver:
         if error:
             self._running = Future()
             self._running.set_result(Outcome(step, error, time.perf_counter() - began))
+            self._written.set()
         else:
             share, copied = write.share_of(engine, self._mesh), Event()
+            self._written.clear()
             # As they are now: the training goes on with what they were made of.
             facts = deepcopy({"step": step, "tp_size": self._mesh.tp_size, "dp_size": self._mesh.dp_size, **facts})
             ready = torch.cuda.current_stream().record_event() if self._stream else None
@@ -113,6 +116,10 @@ class Saver:
         """Whether `outcome` would not wait."""
         return self._running is not None and self._running.done()
 
+    def wait_until_written(self) -> None:
+        """This rank's file of the save that was begun last is on disk, or has failed."""
+        self._wait(self._written.wait)
+
     def outcome(self) -> Outcome:
         """How the save that was begun last has ended, the same on every rank; waits for that."""
         assert self._running is not None, "no save was begun"
@@ -142,6 +149,7 @@ class Saver:
             table: Table = {}
             error = failure(lambda: table.update(write.write_share(folder, rank, share)))
             self._store.set(told + str(rank), json.dumps({"error": error and f"rank {rank}: {error}", "table": table}))
+            self._written.set()
             if rank == 0:
                 outcome = self._finish(folder, facts, before_commit, told, began)
                 self._store.set(told + "outcome", json.dumps(vars(outcome)))
@@ -152,6 +160,8 @@ class Saver:
                 gone = Outcome(facts["step"], words, time.perf_counter() - began)
                 self._store.set(told + "outcome", json.dumps(vars(gone)))
             raise
+        finally:
+            self._written.set()
         return Outcome(**json.loads(self._store.get(told + "outcome")))
 
     def _finish(

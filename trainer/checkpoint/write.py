@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer import tensor_file
-from trainer.checkpoint.layout import FORMAT, MANIFEST, MARKER, begun, folder_name, key, rank_file
+from trainer.checkpoint.layout import FORMAT, MANIFEST, MARKER, PASSED_OVER, begun, folder_name, key, rank_file
 from trainer.config import BTLM, Mup, StableLM
 from trainer.disk import sync_folder, write_whole
 from trainer.engine import Engine
@@ -146,11 +146,21 @@ def commit(folder: Path, tables: Iterable[Table], facts: dict[str, Any]) -> None
     sync_folder(folder.parent)
 
 
-def retire(newest: Path, keep: int) -> None:
-    """Up to `newest`, just committed, `keep` committed folders are left (0: all of them) and nothing torn.
-
-    Later ones were passed over as damaged when the run continued: they do not count, and a person may look at them.
+def pass_over_later(chosen: Path) -> None:
+    """Checkpoints later than the one that a run goes on from are damaged: they do not count any longer, whole ones are not
+    removed for their sake, and a person may look at them until the run gets there.
     """
+    for folder in begun(chosen.parent):
+        if folder > chosen and (folder / MARKER).is_file():
+            try:
+                (folder / MARKER).rename(folder / PASSED_OVER)
+                sync_folder(folder)
+            except OSError as error:
+                log.warning("%s cannot be marked as damaged: %s", folder, error)
+
+
+def retire(newest: Path, keep: int) -> None:
+    """Up to `newest`, just committed or gone on from, `keep` committed folders are left (0: all of them) and nothing else."""
     found = [folder for folder in begun(newest.parent) if folder <= newest]
     kept = [folder for folder in found if (folder / MARKER).is_file()][-keep:]
     for folder in found:

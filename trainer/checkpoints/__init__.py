@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,13 +21,14 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from trainer import bar
-from trainer.checkpoint.layout import MARKER, begun, damage, data_files, read_manifest
+from trainer.checkpoint.layout import MARKER, PASSED_OVER, begun, damage, data_files, read_manifest
 from trainer.checkpoints.difference import Advance, differences
 from trainer.config import UserError
 
 if TYPE_CHECKING:
     from trainer.checkpoint.read import Snapshot
 
+PASSED = "damaged: a run has passed it over and gone on from an earlier one; it removes it when it gets there"
 TORN = "torn: not committed; a save is under way, or a kill left it and the run removes it when it goes on"
 
 
@@ -66,9 +68,10 @@ def _ls(args: argparse.Namespace) -> int:
         print(json.dumps({"folder": str(args.folder), "checkpoints": rows, **totals}))
         return 0
     print("\n".join(table(["step", "tokens", "size", "committed", "tp x dp", ""], map(_cells, rows))))
-    num_torn = sum(row["state"] == "torn" for row in rows)
-    num_committed, torn = len(rows) - num_torn, f" and {num_torn} torn" if num_torn else ""
-    print(f"{num_committed} committed{torn}: {decimal(total_bytes)}; free on this file system: {decimal(free_bytes)}")
+    states = Counter(row["state"] for row in rows)
+    others = [f" and {states[state]} {state}" for state in ("torn", "passed over") if states[state]]
+    counted = f"{states['committed'] + states['damaged']} committed{''.join(others)}"
+    print(f"{counted}: {decimal(total_bytes)}; free on this file system: {decimal(free_bytes)}")
     return 0
 
 
@@ -138,7 +141,8 @@ def described(folder: Path) -> dict[str, Any] | None:
     try:  # last: a run that removes a checkpoint begins with its marker
         committed_time = (folder / MARKER).stat().st_mtime
     except FileNotFoundError:
-        return row | {"state": "torn", "damage": None, "time": None} if folder.is_dir() else None
+        state = "passed over" if (folder / PASSED_OVER).is_file() else "torn"
+        return row | {"state": state, "damage": None, "time": None} if folder.is_dir() else None
     return row | {"state": "damaged" if wrong else "committed", "damage": wrong, "time": committed_time}
 
 
@@ -191,7 +195,7 @@ def _other_contents(folder: Path, files: Sequence[str], advance: Advance) -> lis
 def _cells(row: Mapping[str, Any]) -> list[str]:
     committed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"])) if row["time"] else "-"
     ranks = f"{row['tp_size']} x {row['dp_size']}" if row["tp_size"] else "-"
-    remark = {"torn": TORN, "damaged": f"damaged: {row['damage']}"}.get(row["state"], "")
+    remark = {"torn": TORN, "passed over": PASSED, "damaged": f"damaged: {row['damage']}"}.get(row["state"], "")
     tokens = "-" if row["tokens"] is None else f"{row['tokens']:,}"
     return [str(row["step"]), tokens, decimal(row["bytes"]), committed, ranks, remark]
 

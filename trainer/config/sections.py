@@ -312,11 +312,13 @@ class Watchdog:
     """When a run that does not move is ended, to be started again."""
 
     step_seconds: float | None = None
-    """Longest that a step, a batch of a validation or the end of a save may take; null: ten times the median of the last steps,
-    at least a minute. 0 waits for ever.
+    """Longest that a part of a step or a batch of a validation may take; null: ten times the median of the last steps, at least
+    a minute. 0 waits for ever.
     """
     start_seconds: float = 1_800.0
-    """Longest from the start to the end of the first step, compilation included. 0 waits for ever."""
+    """Longest from the start to the end of the first step, compilation included, and longest wait for a save, for a rollback
+    and for the last records of a run. 0 waits for ever.
+    """
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,10 @@ NOTICE_FRACTION = 0.8
 """Reports are left at this share of the limit: ranks are up to a step apart, and no living one may be missing at the end."""
 DATA_SECONDS = RANKS_WAIT_SECONDS + 60
 """A slow store has its own patience, which ends in a message of its own (`data.cache`)."""
+DISK_PHASES = ("save", "rollback", "end")
+"""In these a disk or a server is waited for, which is no hang for as long as a start may take."""
 GONE_SECONDS = 30.0
-"""So long a rank waits in the store for the others when one of its host is gone."""
+"""So long a rank waits on in the store once it sees that another of its machine is gone."""
 ANSWER_SECONDS = 10.0
 DEADLINE_SECONDS = 25.0
 """So long after the limit the process ends even where the file system hangs as well."""
@@ -79,9 +81,11 @@ class Watchdog:
         self._settings, self._places, self._rank, self._collectives = settings, places, rank, collectives
         self._hangs, self._data_seconds, self._flight_record = folder / FOLDER, data_seconds, flight_record
         self._neighbours = [
-            (other, place) for other, place in enumerate(places) if other != rank and place.host == places[rank].host
+            (other, place)
+            for other, place in enumerate(places)
+            if other != rank and place.machine == places[rank].machine
         ]
-        self._now, self._in_store = ("start", 0, 0), False
+        self._now, self._in_store, self._gone_limit = ("start", 0, 0), False, inf
         self._steps: deque[float] = deque(maxlen=MEDIAN_STEPS)
         self._limit = settings.start_seconds or inf
         self._waited = 0.0
@@ -110,8 +114,8 @@ class Watchdog:
 
     @contextmanager
     def in_store(self) -> Iterator[None]:
-        """Within the block this rank waits for all others through the store: there, unlike in a connection, nobody hears that
-        one has gone.
+        """Within the block this rank has done its part and waits for all others through the store: there, unlike in a
+        connection, nobody hears that one has gone.
         """
         self._in_store = True
         try:
@@ -155,6 +159,10 @@ class Watchdog:
                 now, seconds = self._now, 0.0
             seconds, since_start = seconds + awake, since_start + awake
             self._waited = seconds if self._steps else since_start
+            if not (self._in_store and any(state(place) == "gone" for _, place in self._neighbours)):
+                self._gone_limit = inf
+            elif self._gone_limit == inf:
+                self._gone_limit = round(self._waited + GONE_SECONDS, 1)
             limit = self._own_limit(now[0])
             if self._waited >= limit:
                 self._alarm(now)
@@ -163,8 +171,8 @@ class Watchdog:
                 self._leave(over=False)
 
     def _own_limit(self, phase: str) -> float:
-        if self._in_store and any(state(place) == "gone" for _, place in self._neighbours):
-            return min(self._limit, GONE_SECONDS)
+        if phase in DISK_PHASES:
+            return min(max(self._limit, self._settings.start_seconds or inf), self._gone_limit)
         return max(self._limit, self._data_seconds) if phase == "data" else self._limit
 
     def _alarm(self, now: tuple[str, int, int]) -> None:

@@ -25,6 +25,9 @@ class Place:
     """The process of a rank: no other process, of this start or an earlier one, has the same."""
 
     host: str
+    """Its name, for people: two may have the same."""
+    machine: str
+    """Of the booted kernel and of the numbers that it gives to processes here: containers may each have their own."""
     pid: int
     started: int
     """When, in the kernel's ticks since it booted: the numbers of processes are used again."""
@@ -32,7 +35,15 @@ class Place:
 
 def here() -> Place:
     """The place of this process."""
-    return Place(platform.node(), os.getpid(), _stat(os.getpid())[1])
+    return Place(platform.node(), machine(), os.getpid(), _stat(os.getpid())[1])
+
+
+def machine() -> str:
+    """Equal where one process can see another by its number; from Linux's /proc."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return platform.node()
 
 
 def state(place: Place) -> str:
