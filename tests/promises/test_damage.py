@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,15 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 from tests import ranks, tiny
 from tests.promises.conftest import differing, ended, steps_of, two_phases
 from tests.ranks import SERVER
+from trainer import train, watchdog
 from trainer.__main__ import main
 from trainer.checkpoint.layout import MANIFEST, MARKER, begun, committed, folder_name
 from trainer.checkpoint.read import opened
 from trainer.checkpoint.save import Saver
+from trainer.config import RunConfig, section_from
 from trainer.metrics import Sinks
 from trainer.parallel.mesh import started
 from trainer.saving import RETRY_SHARE
@@ -393,6 +397,35 @@ def test_a_disk_that_takes_longer_than_a_step_may_is_no_hang(config):
     assert list(saves) == [5, 10, 11]
     assert min(saves[step]["stall_seconds"] for step in (10, 11)) > 2 * limit_seconds
     assert not (folder / "hangs").exists()
+
+
+def dies_after_its_part(tree: dict) -> None:
+    """Rank 1 is killed when its file of the last save is written, rank 0's disk takes longer than a wait for one that is gone."""
+    watchdog.GONE_SECONDS = 1.0
+    wait, sync = Saver.wait_until_written, os.fsync
+
+    def killed(saver: Saver) -> None:
+        wait(saver)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def slow(file: int) -> None:
+        if os.readlink(f"/proc/self/fd/{file}").endswith(".safetensors"):
+            time.sleep(5)
+        sync(file)
+
+    if dist.get_rank() == 1:
+        Saver.wait_until_written = killed  # type: ignore[method-assign]
+    else:
+        os.fsync = slow
+    train.run(section_from(RunConfig, tree, ""))
+
+
+def test_a_rank_that_is_killed_after_its_part_costs_no_save(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "GRACE_SECONDS", 60)
+    tree = two_phases("stablelm", corpus, tmp_path / "runs", run={"stop_step": 3}, checkpoint={"every_steps": 0})
+    with pytest.raises(AssertionError, match=f"rank 1 gave no result .exit code {-signal.SIGKILL}"):
+        ranks.run(dies_after_its_part, 2, tmp_path, tree)
+    assert [path.name for path in committed(tmp_path / "runs" / "tiny" / "checkpoints")] == [folder_name(3)]
 
 
 def slow_goodbye() -> None:

@@ -172,7 +172,8 @@ class Watchdog:
 
     def _own_limit(self, phase: str) -> float:
         if phase in DISK_PHASES:
-            return min(max(self._limit, self._settings.start_seconds or inf), self._gone_limit)
+            limit = max(self._limit, self._settings.start_seconds or inf)
+            return min(limit, self._gone_limit) if limit < inf else inf
         return max(self._limit, self._data_seconds) if phase == "data" else self._limit
 
     def _alarm(self, now: tuple[str, int, int]) -> None:
