@@ -400,7 +400,7 @@ def test_a_disk_that_takes_longer_than_a_step_may_is_no_hang(config):
 
 
 def dies_after_its_part(tree: dict) -> None:
-    """Rank 1 is killed when its file of the last save is written, rank 0's disk takes longer than a wait for one that is gone."""
+    """Rank 1 is killed when its file is written, while rank 0's disk takes longer than a wait for one that is gone."""
     watchdog.GONE_SECONDS = 1.0
     wait, sync = Saver.wait_until_written, os.fsync
 
