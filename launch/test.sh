@@ -23,24 +23,30 @@ arch() { lint-imports && lines_per_file; }
 fast() { pytest tests --ignore tests/kernels --ignore tests/cluster -m 'not dist and not slow'; }
 dist() { pytest tests --ignore tests/kernels --ignore tests/cluster -m 'dist or slow'; }
 kernels() { pytest tests/kernels; }
-cluster() { with_ip && pytest tests/cluster -m 'chaos or not chaos'; }
+cluster() { with_programs && pytest tests/cluster -m 'chaos or not chaos'; }
 gpu() { pytest tests -m gpu; }
 chaos() {
-    with_ip && CHAOS_KILLS=600 pytest tests/chaos -s && SIGNAL_ROUNDS=3 pytest tests/promises/test_signal_windows.py -s &&
+    with_programs && CHAOS_KILLS=600 pytest tests/chaos -s && SIGNAL_ROUNDS=3 pytest tests/promises/test_signal_windows.py -s &&
         pytest tests -m chaos -s
 }
 full_size() { pytest tests -m full_size -s; }
 demo() { launch/demo.sh; }
 # Three files at a time, in their order: tests of several ranks mostly wait, and the longest waits come first.
-tests() { with_ip && pytest tests --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10; }
+tests() { with_programs && pytest tests --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10; }
 
-# The test of two hosts makes them with `ip`: a bare container lacks it, and gets it where this may install it.
-with_ip() {
-    command -v ip >/dev/null && return
-    [[ $(id -u) -eq 0 && -n $(command -v apt-get) ]] || return 0
-    echo "test: installing iproute2 for hosts in tests/cluster"
-    { apt-get install -y -qq iproute2 || { apt-get update -qq && apt-get install -y -qq iproute2; }; } >/dev/null || true
+# Hosts made with `ip`, a Slurm and shellcheck: a bare container lacks what some tests need, and gets it where this may install it.
+# Not on a machine with services of its own, where Slurm's would be started; there the tests say what they miss.
+with_programs() {
+    local packages=()
+    lacks ip && packages+=(iproute2)
+    lacks slurmctld slurmd sbatch munged && packages+=(slurmctld slurmd slurm-client munge)
+    lacks shellcheck && packages+=(shellcheck)
+    [[ ${#packages[@]} -gt 0 && $(id -u) -eq 0 && -n $(command -v apt-get) && ! -d /run/systemd/system ]] || return 0
+    echo "test: installing ${packages[*]}"
+    { apt_install "${packages[@]}" || { apt-get update -qq && apt_install "${packages[@]}"; }; } >/dev/null 2>&1 || true
 }
+lacks() { for program; do command -v "$program" >/dev/null || return 0; done && return 1; }
+apt_install() { DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; }
 
 lines_per_file() {
     find trainer kernels data_prep -name '*.py' -exec awk 'END { print NR, FILENAME }' {} \; | sort -k2 | awk '

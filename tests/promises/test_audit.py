@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests import ranks
-from tests.promises.conftest import ended, forked, two_phases
+from tests.promises.conftest import PATIENCE_SECONDS, ended, forked, two_phases
 from trainer import train
 from trainer.__main__ import main
 from trainer.checkpoint import write
@@ -63,7 +63,7 @@ def folder(tmp_path_factory, corpus) -> Path:
     found = root / "runs" / "tiny"
     (root / "config.yaml").write_text(yaml.safe_dump(tree(corpus, root / "runs")))
     process = forked(["train", root / "config.yaml"])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while len(steps(found)) < 5 and time.monotonic() < deadline:
         time.sleep(0.001)
     process.kill()

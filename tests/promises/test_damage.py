@@ -19,7 +19,7 @@ import torch.distributed as dist
 import yaml
 
 from tests import ranks, tiny
-from tests.promises.conftest import differing, ended, steps_of, two_phases
+from tests.promises.conftest import PATIENCE_SECONDS, differing, ended, steps_of, two_phases
 from tests.ranks import SERVER
 from trainer import train, watchdog
 from trainer.__main__ import main
@@ -95,7 +95,7 @@ def said(config: Path, name: str, words: str) -> list[str]:
 
 
 def wait_until(condition: Callable[[], bool], process: BaseProcess) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert process.exitcode is None, f"ended with {process.exitcode} before it was to"
         assert time.monotonic() < deadline, "waited in vain"
@@ -148,7 +148,7 @@ def small_disk(mounted) -> Callable[[Path], Path]:
 
 def read_only(folder: Path, value: bool) -> None:
     """The file system mounted there takes nothing, or takes writes again."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while subprocess.run(
         ["mount", "-o", f"remount,{'ro' if value else 'rw'}", str(folder)], capture_output=True, check=False
     ).returncode:  # busy: a save has a file open

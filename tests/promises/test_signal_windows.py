@@ -26,7 +26,7 @@ import pytest
 import yaml
 
 from tests.promises import test_guard
-from tests.promises.conftest import begun, differing, ended, steps_of, two_phases
+from tests.promises.conftest import PATIENCE_SECONDS, begun, differing, ended, steps_of, two_phases
 from tests.ranks import SERVER
 from tests.trainer.data.web import Server
 from trainer import runtime
@@ -223,7 +223,7 @@ def finished(config: Path, *overrides: str) -> bool:
 
 
 def wait_until(condition: Callable[[], bool], ranks: list[Rank]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         left = [rank.process.exitcode for rank in ranks]
         assert left.count(None) == len(ranks), f"ended before the signal, exit codes {left}"
@@ -322,9 +322,11 @@ def test_a_signal_in_any_window_is_heeded_by_all_ranks_and_loses_no_bit(number, 
 
 def test_a_signal_while_the_run_goes_back_loses_no_bit(tmp_path_factory, corpus, tally):
     root = tmp_path_factory.mktemp("rolling-back")
-    clean = load(test_guard.config(root, corpus, "clean", run={"initial_weights": None}))
-    test_guard.write_weights(root / "weights", clean, test_guard.rare(clean)[1])
-    config = test_guard.config(root, corpus, "straight", run={"stop_step": test_guard.STEPS}, **test_guard.BACK)
+    bad = test_guard.rare(root, corpus)
+    test_guard.write_weights(root, corpus, bad)
+    config = test_guard.config(
+        root, corpus, bad.seed, "straight", run={"stop_step": test_guard.STEPS}, **test_guard.BACK
+    )
     assert finished(config)
     folder = root / "runs" / "met"
     tally.add("rolling back", meet("rolling back", ROLLING_BACK, config, folder, draw=random.Random(0)))
@@ -340,14 +342,14 @@ def test_a_signal_to_all_processes_of_torchrun_loses_no_bit(config, straight, ta
     """As a scheduler sends it: to the launcher, which passes it on, and to the ranks, which hear it twice."""
     folder = config.parent / "runs" / "launched"
     with begun([ROOT / "launch" / "local.sh", 2, config, "run.name=launched"]) as process:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while standing(folder) < 2:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
         began = time.monotonic()
         os.killpg(process.pid, signal.SIGTERM)
-        output = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=PATIENCE_SECONDS)[0]
         tally.add("torchrun", time.monotonic() - began)
     assert process.returncode != 0, output
     assert tally.seconds[-1] < LIMIT_SECONDS, output
@@ -396,7 +398,7 @@ def test_a_process_heeds_a_signal_from_before_its_imports_on(number, config, tal
             time.sleep(0.001)
         heard = time.monotonic()
         process.send_signal(number)
-        output = process.communicate(timeout=90)[0]
+        output = process.communicate(timeout=PATIENCE_SECONDS)[0]
     tally.add("start: imports", time.monotonic() - heard)
     with capsys.disabled():
         print(

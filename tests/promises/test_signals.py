@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.promises.conftest import clean_environment, differing, ended, forked, steps_of, two_phases
+from tests.promises.conftest import PATIENCE_SECONDS, clean_environment, differing, ended, forked, steps_of, two_phases
 from tests.ranks import SERVER
 from trainer import runtime
 from trainer.__main__ import main
@@ -37,13 +37,13 @@ def started(config: Path, *overrides: str) -> BaseProcess:
 def said(process: subprocess.Popen[str]) -> str:
     """What it wrote to stderr until it ended."""
     try:
-        return process.communicate(timeout=60)[1]
+        return process.communicate(timeout=PATIENCE_SECONDS)[1]
     finally:
         process.kill()
 
 
 def wait_until(condition: Callable[[], bool], process: BaseProcess | subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         code = process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
         if code is not None or time.monotonic() > deadline:
