@@ -21,7 +21,7 @@ from trainer.setup import build_engine
 BEFORE, AFTER = 3, 5
 """Steps before the save, and after it."""
 MOVES_OF_A_WORLD = 24
-"""Each makes all groups anew, and gloo does not give back every connection of the old ones: a hundred are too many."""
+"""Each makes all groups anew, and leaves some of gloo's threads and connections behind: a hundred are too many."""
 LR = 1e-2
 OVERRIDES = {"btlm": {}, "stablelm": {"model": tiny.STABLELM | {"kv_heads": 4}}}
 
