@@ -182,8 +182,12 @@ def stop_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-class Stopped(Exception):
-    """The run stops here, on this rank and on all others, because one of them was told to."""
+class Stopped(BaseException):
+    """The run stops here, on this rank and on all others, because one of them was told to.
+
+    As KeyboardInterrupt is no Exception: a signal raises it inside of whatever library then runs, and many take any Exception
+    for an error of their own.
+    """
 
 
 class StopSignal:

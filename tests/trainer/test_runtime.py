@@ -1,5 +1,10 @@
 """What a process knows of its launch, and what it finds in its run folder."""
 
+import os
+import signal
+import time
+from contextlib import closing, suppress
+
 import pytest
 
 from trainer import runtime
@@ -46,3 +51,15 @@ def test_a_file_that_cannot_be_finished_is_what_it_was(tmp_path):
         file.write("after")
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_library_takes_a_signal_for_an_error_of_its_own():
+    def library() -> None:
+        with suppress(Exception):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with closing(runtime.StopSignal()) as stop_signal:
+        stop_signal.met()
+        with pytest.raises(runtime.Stopped), stop_signal.interrupting():
+            library()
