@@ -34,6 +34,7 @@ from trainer.__main__ import main
 from trainer.checkpoint.layout import committed
 from trainer.checkpoint.read import opened
 from trainer.config import load
+from trainer.data.loader import Loader
 from trainer.runtime import REQUEUE_EXIT_CODE
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -56,6 +57,8 @@ class Window:
     overrides: tuple[str, ...] = ()
     fsync_seconds: float = 0.0
     """What a disk takes for each."""
+    corpora_seconds: float = 0.0
+    """What it takes to open each corpus: here a moment, too short to be seen in every start."""
     silent: str = ""
     """The corpus lies on a server that does not answer for these files."""
     steps: int = 0
@@ -64,7 +67,7 @@ class Window:
 
 SAVING = {"overrides": ("checkpoint.every_steps=1",), "fsync_seconds": 0.15}
 WINDOWS = {
-    "start: corpora": Window(r"loader.py.* in __init__"),
+    "start: corpora": Window(r"loader.py.* in __init__", corpora_seconds=0.3),
     "start: model": Window("in build_engine"),
     "start: checkpoint": Window("in (newest|opened|restore|load_weights)"),
     "first step": Window("in timed_step"),
@@ -162,7 +165,9 @@ def straight(config) -> Path:
 
 
 @contextmanager
-def started(config: Path, *overrides: str, fsync_seconds: float = 0.0, size: int | None = None) -> Iterator[list[Rank]]:
+def started(
+    config: Path, *overrides: str, fsync_seconds: float = 0.0, corpora_seconds: float = 0.0, size: int | None = None
+) -> Iterator[list[Rank]]:
     """Forks of the ranks' server, one for each rank of the config or the first `size`, as srun starts them where there are
     several; they are gone when the block ends.
     """
@@ -175,7 +180,7 @@ def started(config: Path, *overrides: str, fsync_seconds: float = 0.0, size: int
         stacks.touch()
         command = ["train", str(config), *overrides]
         environment = {name: str(value) for name, value in place.items()} | {"NO_PROXY": "127.0.0.1"}
-        process = SERVER.Process(target=rank_main, args=(command, environment, stacks, fsync_seconds))
+        process = SERVER.Process(target=rank_main, args=(command, environment, stacks, fsync_seconds, corpora_seconds))
         process.start()
         ranks.append(Rank(process, stacks))
     try:
@@ -186,13 +191,16 @@ def started(config: Path, *overrides: str, fsync_seconds: float = 0.0, size: int
             each.process.join()
 
 
-def rank_main(command: list[str], environment: dict[str, str], stacks: Path, fsync_seconds: float) -> None:
+def rank_main(
+    command: list[str], environment: dict[str, str], stacks: Path, fsync_seconds: float, corpora_seconds: float
+) -> None:
     from jaxtyping import config
 
     config.update("jaxtyping_disable", True)
     os.environ.update(environment)
-    fsync = os.fsync
+    fsync, source = os.fsync, Loader._source
     os.fsync = lambda descriptor: (time.sleep(fsync_seconds), fsync(descriptor))[1]
+    Loader._source = lambda *corpus: (time.sleep(corpora_seconds), source(*corpus))[1]
     file = os.open(stacks, os.O_WRONLY | os.O_CREAT)
 
     def tell(number: int, frame: FrameType | None) -> None:
@@ -292,8 +300,13 @@ def meet(
     with (
         silence(server, config, window.silent) if window.silent else nullcontext(()) as more,
         started(
-            config, f"run.name={folder.name}", *window.overrides, *more, fsync_seconds=window.fsync_seconds
-        ) as ranks,
+            config,
+            f"run.name={folder.name}",
+            *window.overrides,
+            *more,
+            fsync_seconds=window.fsync_seconds,
+            corpora_seconds=window.corpora_seconds,
+        ) as ranks,  # fmt: skip
     ):
         all_ranks = list(range(len(ranks)))
         one = [draw.choice(all_ranks)]
