@@ -306,7 +306,7 @@ def meet(
             *more,
             fsync_seconds=window.fsync_seconds,
             corpora_seconds=window.corpora_seconds,
-        ) as ranks,  # fmt: skip
+        ) as ranks,
     ):
         all_ranks = list(range(len(ranks)))
         one = [draw.choice(all_ranks)]
