@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,17 @@ class WandbSink:
                 self._lose(error)
 
     def close(self) -> None:
-        """Without an `end` record wandb shows the run as crashed."""
+        """What was written is in wandb's file or on its server. Without an `end` record wandb shows the run as crashed."""
+        import wandb
+
         if self._run:
             try:
                 self._run.finish(exit_code=0 if self._ended else 1)
             except self._errors as error:
                 self._lose(error)
+        # What is finished is not yet on disk, and a process that leaves for a requeue waits for nobody.
+        with suppress(*self._errors):
+            wandb.teardown()
 
     def _lose(self, error: Exception) -> None:
         logger.warning("wandb: lost (%s); the run goes on, metrics.jsonl has every step", error)

@@ -193,7 +193,7 @@ def test_a_torn_last_line_costs_only_itself(tmp_path: Path, lost_bytes: int) -> 
 
 def test_a_kill_leaves_every_finished_step_on_disk(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from tests.trainer.test_metrics import *\n"
+        "import sys; from pathlib import Path; import psutil; from tests.trainer.test_metrics import *\n"
         "sinks = open_sinks(Path(sys.argv[1]), demo_config(), rank=0, resumed_step=0)\n"
         "sinks.start(tokens=0, world_size=1, tp_size=1, dp_size=1, **TOTAL)\n"
         "for step in (1, 2, 3): sinks.step(record(step)); print(step, flush=True)\n"
@@ -413,6 +413,24 @@ def test_a_wandb_server_that_is_down_stops_no_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("offline into the run folder instead") == 2
     assert len(wandb_files(tmp_path / "run")) == 2
+
+
+def test_a_run_outlives_wandb(tmp_path: Path) -> None:
+    """Its service is killed between two steps: one line says so, and every step is in the run's own record."""
+    script = (
+        "import sys; from pathlib import Path; import psutil; from tests.trainer.test_metrics import *\n"
+        "sinks = open_sinks(Path(sys.argv[1]), demo_config('log.wandb=offline'), rank=0, resumed_step=0)\n"
+        "sinks.start(tokens=0, world_size=4, tp_size=2, dp_size=2, **TOTAL, start_seconds={})\n"
+        "[service] = psutil.Process().children(); service.kill()\n"
+        "for step in range(1, 9): sinks.step(record(step))\n"
+        "sinks.close()\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("wandb: lost") == 1
+    assert "Traceback" not in done.stderr
+    assert [r["step"] for r in read(tmp_path).steps] == list(range(1, 9))
 
 
 def logged(file: Path) -> list[dict[str, Any]]:

@@ -173,8 +173,11 @@ class Cache:
             self._folder.mkdir(parents=True, exist_ok=True)
             while (file := self._present(copy, shard)) is None:
                 self._make(folder, shard, copy)
+            # When it was last used, by the clock of the process: the kernel's own stamps are the same for some milliseconds,
+            # and the time of access is not kept on every disk.
+            now_ns = time.time_ns()
             with suppress(PermissionError):  # of another user
-                os.utime(file.fileno())  # when it was last used; the time of access is not kept on every disk
+                os.utime(file.fileno(), ns=(now_ns, now_ns))
             return file
         except OSError as error:
             raise UserError(

@@ -154,6 +154,13 @@ def test_a_file_is_hashed_once_by_a_process_unless_it_is_another(settings, shard
         cache.opened(folder, shard)
 
 
+def test_of_two_copies_the_one_used_later_is_known_however_close_they_are(server, settings, shards):
+    cache, folder = Cache(settings()), f"{server.address}/a"
+    for order in ((0, 1), (1, 0)) * 20:
+        earlier, later = (opened_path(cache, folder, shards[n]) for n in order)
+        assert earlier.stat().st_mtime_ns < later.stat().st_mtime_ns
+
+
 def test_the_copies_used_longest_ago_make_room(server, settings, shards, tmp_path):
     room_bytes = max(shard.bytes for shard in shards) * 3
     cache, folder = Cache(settings(gib=room_bytes / GIB)), f"{server.address}/a"
