@@ -2,7 +2,7 @@
 # One machine with DeepSpeed's launcher instead of torchrun: launch/deepspeed.sh RANKS CONFIG [section.field=value...]
 #
 # The exit code is that of the first rank that failed. Signals end its ranks without a wait: prefer local.sh where that
-# matters.
+# matters. The ranks meet at MASTER_PORT (29500): a second run on the machine needs another.
 set -euo pipefail
 [[ $# -ge 2 ]] || { echo "usage: launch/deepspeed.sh RANKS CONFIG [section.field=value...]" >&2; exit 2; }
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,4 +13,5 @@ source launch/env.sh
 # Without GPUs DeepSpeed takes this for the number of devices; with them it counts for itself.
 export LOCAL_SIZE=$RANKS_PER_NODE
 # --no_local_rank: our command line has no --local_rank; the ranks read LOCAL_RANK.
-exec deepspeed --num_gpus "$RANKS_PER_NODE" --no_local_rank --module trainer train "${@:2}"
+exec deepspeed --num_gpus "$RANKS_PER_NODE" --no_local_rank \
+    --master_port "${MASTER_PORT:-29500}" --module trainer train "${@:2}"

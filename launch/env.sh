@@ -2,6 +2,9 @@
 # Every environment variable the launch scripts set, each with its reason. Sourced, never run; what the caller has already
 # set wins. RANKS_PER_NODE is the number of processes that share this machine's cores.
 
+[[ ${RANKS_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] ||
+    { echo "tandem: RANKS_PER_NODE=$RANKS_PER_NODE: ranks on each machine; must be a number from 1 on; give one" >&2; exit 2; }
+
 set_default() { [[ -n ${!1+set} ]] || export "$1=$2"; }
 
 # The environment that launch/install.sh made, when there is one.

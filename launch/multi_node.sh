@@ -19,22 +19,27 @@ set -euo pipefail
 [[ $# -ge 1 && -n ${HEAD:-} && -n ${NODES:-} && -n ${NODE:-} ]] || { grep -E '^# ( |[A-Z_]+ ) ' "$0" >&2; exit 2; }
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+for name in NODE MAX_RESTARTS JOIN_SECONDS LOST_SECONDS LAST_CALL_SECONDS; do
+    [[ ${!name-0} =~ ^[0-9]+$ ]] || { echo "tandem: $name=${!name}: must be a number from 0 on; give one" >&2; exit 2; }
+done
 export RANKS_PER_NODE=${RANKS_PER_NODE:-8}
 # shellcheck source=launch/env.sh
 source launch/env.sh
 # A mistake in the config ends here, in one line and exit code 2; torchrun would try it again. Names of hosts are not asked:
 # the address of this machine is the one from which it reaches the head.
-address=$(python - "$HEAD" "$NODES" "$RANKS_PER_NODE" "$@" <<'PYTHON'
+address=$(python - "$HEAD" "$NODES" "$NODE" "$RANKS_PER_NODE" "$@" <<'PYTHON'
 import socket, sys
 
 from trainer.config import UserError, check_world, load
 
-head, nodes, ranks_per_node, config, *overrides = sys.argv[1:]
+head, nodes, node, ranks_per_node, config, *overrides = sys.argv[1:]
 host, _, port = head.rpartition(":")
 try:
     fewest, _, most = nodes.partition(":")
     if not all(number.isdigit() and int(number) for number in (fewest, most or fewest, port)) or not host:
         raise UserError(f"HEAD={head} NODES={nodes}: not address:port and a number of machines, or FEWEST:MOST of them")
+    if not int(node) < int(most or fewest) >= int(fewest) > 0:
+        raise UserError(f"NODE={node} NODES={nodes}: must be 0 <= NODE < MOST >= FEWEST > 0; mend the one or the other")
     tree = load(config, overrides)
     for count in range(int(fewest), int(most or fewest) + 1):
         check_world(tree, count * int(ranks_per_node))

@@ -23,6 +23,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import PATIENCE_SECONDS
+
 OPERATIONS = [f"kernels.{file.stem}" for file in (Path(__file__).parents[1] / "kernels").glob("[!_]*.py")]
 OWN_PACKAGES = ["trainer", "data_prep", *OPERATIONS]
 """Without kernels.device: Triton wants its functions as they are written."""
@@ -43,7 +45,7 @@ def check_annotations() -> None:
 
 
 def run(
-    function: Callable[..., Any], world_size: int, tmp_path: Path, *args: Any, timeout_seconds: float = 90
+    function: Callable[..., Any], world_size: int, tmp_path: Path, *args: Any, timeout_seconds: float = PATIENCE_SECONDS
 ) -> list[Any]:
     """What `function(*args)` returned on each rank, by rank, inside a gloo process group of `world_size`.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainer.config import UserError, check_world, load
-from trainer.runtime import REQUEUE_EXIT_CODE, StopSignal, leave, quiet_libraries
+from trainer.runtime import REQUEUE_EXIT_CODE, StopSignal, leave, quiet_libraries, stop_with_launcher
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # The deepspeed launcher adds its own flag in front of or behind ours; the rank comes from the environment.
     argv = [argument for argument in argv if not argument.startswith("--local_rank")]
+    stop_with_launcher()  # first: the imports of a verb take seconds
     quiet_libraries()
     try:
         return parse(argv)
@@ -100,16 +101,18 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="section.field=value")
     parser.add_argument(
-        "--ranks", type=int, help="ranks to start on this machine; default: its GPUs, or tp_size without one"
+        "--ranks",
+        type=int,
+        help="ranks that torchrun starts on this machine; default: its GPUs, or tp_size without one",
     )
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """One rank of a launch, or, started by hand or with --ranks, the launcher of one local node."""
+    """One rank of a launch; or the launcher of one local node, where it is more than a rank or --ranks asks for a launcher."""
     config = load(arguments.config, arguments.overrides)
     launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
-    ranks = arguments.ranks or (1 if launched else local_devices() or config.parallel.tp_size)
-    if ranks == 1:
+    ranks = arguments.ranks or local_devices() or config.parallel.tp_size
+    if launched or (ranks == 1 and not arguments.ranks):
         stop_signal = StopSignal()  # before the imports, which take seconds
         from trainer.train import run
 

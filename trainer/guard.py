@@ -37,8 +37,8 @@ class Guard:
     ) -> None:
         self._settings = settings
         self._losses, self._gradient_norms = (deque[float](maxlen=settings.window_steps) for _ in range(2))
-        self._shape: list[int] = []
-        """seq_len and rows of the steps in both."""
+        self._shape: list[Any] = []
+        """seq_len, rows and mixture of the steps in both."""
         self.skips = 0
         """Bad steps in a row, up to now."""
         self._rollbacks = dict(rollbacks or {})
@@ -47,10 +47,11 @@ class Guard:
 
     def judge(self, phase: Phase, loss: float, gradient_norm: float) -> Judgement:
         """What is to be done about a step of the phase; a good one joins those that later steps are compared with."""
-        if [phase.seq_len, phase.rows] != self._shape:  # longer rows have other losses, larger batches other gradients
+        # Longer rows and other data have other losses, larger batches other gradients.
+        if (shape := [phase.seq_len, phase.rows, dict(phase.mixture)]) != self._shape:
             self._losses.clear()
             self._gradient_norms.clear()
-            self._shape = [phase.seq_len, phase.rows]
+            self._shape = shape
         reason = self._wrong("loss", loss, self._losses) or self._wrong(
             "gradient norm", gradient_norm, self._gradient_norms
         )

@@ -27,7 +27,7 @@ from urllib.parse import quote
 from trainer.config import UserError
 from trainer.data import manifest
 from trainer.data.manifest import Manifest
-from trainer.disk import sync_folder, write_whole
+from trainer.disk import append, sync_folder, write_whole
 
 if TYPE_CHECKING:
     from trainer.data.rows import Evidence
@@ -132,17 +132,13 @@ class Ledger:
         self._file.close()
 
     def _write(self, **record: Any) -> None:
-        # One write to a file opened for appending: a kill leaves the line whole, torn at the end, or not there.
-        line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
         try:
-            written, reason = self._file.write(line), "no space left"
+            append(self._file, (json.dumps(record, separators=(",", ":")) + "\n").encode())
         except OSError as error:
-            written, reason = 0, str(error.strerror)
-        if written != len(line):
             raise UserError(
-                f"{self._file.name}: a line cannot be written ({reason}); a run without it cannot be proven; make room and "
-                "start again: it goes on from its last checkpoint"
-            )
+                f"{self._file.name}: a line cannot be written ({error.strerror}); a run without it cannot be proven; make room "
+                "and start again: it goes on from its last checkpoint"
+            ) from None
         self._lines += 1
 
 

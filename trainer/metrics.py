@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from trainer.config import RunConfig, UserError
 from trainer.console import ConsoleSink
+from trainer.disk import append
 from trainer.wandb_sink import WandbSink
 
 FILE = "metrics.jsonl"
@@ -170,7 +171,7 @@ class JsonLines:
         # JSON has no NaN and no infinity; readers take null for "not a number".
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
-            self._file.write((json.dumps(finite, allow_nan=False) + "\n").encode())
+            append(self._file, (json.dumps(finite, allow_nan=False) + "\n").encode())
         except OSError as error:
             raise UserError(
                 f"{self._file.name}: a record cannot be written ({error.strerror}); make room and start again: the run goes on "

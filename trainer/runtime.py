@@ -177,9 +177,12 @@ def _locked(file: TextIO) -> bool:
 
 
 def stop_with_launcher() -> None:
-    """Where a launcher started this rank, its death is a SIGTERM to the rank: no rank trains on without it."""
+    """Where a launcher started this rank, its death is a SIGTERM to the rank from here on: no rank trains on without it."""
     if "RANK" in os.environ and sys.platform == "linux":
+        launcher = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Stopped(BaseException):

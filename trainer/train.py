@@ -8,7 +8,7 @@ batch; so all that a checkpoint adds to the config is tensors, a cursor and what
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -64,7 +64,6 @@ def run(config: RunConfig, stop_signal: StopSignal | None = None) -> int:
     """
     laps = runtime.Laps()
     check_world(config, launched_world_size())
-    runtime.stop_with_launcher()
     listening = nullcontext(stop_signal) if stop_signal else closing(StopSignal())
     with listening as stop_signal, started(config.parallel.tp_size) as mesh:
         stop_signal.met()
@@ -219,7 +218,9 @@ def loop(training: Training, at: Standing) -> int:
         if training.config.evaluate.every_steps and at.step != at.evaluated_step:
             evaluate(training, at)
         reason = end_reason(training, at)
-    except Stopped:
+    except Stopped as stopped:
+        with suppress(Stopped):
+            batches.throw(stopped)  # what is read ahead is not waited for, wherever the signal came
         save_finally(training, at)
     training.watch("end", at.step)
     training.sinks.end(at.step, reason or f"stopped by {training.agreement.stop_signal.name or runtime.ELSEWHERE}")
@@ -242,7 +243,7 @@ def end_reason(training: Training, at: Standing) -> str:
     )
 
 
-def batches_from(training: Training, at: Standing) -> Iterator[Batch]:
+def batches_from(training: Training, at: Standing) -> Generator[Batch, None, None]:
     """The loader's batches from here on, each of them there on all ranks; where `data.damaged_shards` says skip, without the
     shards that any rank finds damaged. Asking for one raises Stopped on all ranks where one has been told to stop.
     """

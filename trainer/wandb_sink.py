@@ -12,7 +12,6 @@ import dataclasses
 import logging
 import os
 import secrets
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,6 @@ class WandbSink:
         os.environ["WANDB_ERROR_REPORTING"] = "false"
         import wandb
 
-        self._errors = (wandb.Error, ConnectionError)
         self._ended = False
         self._run: Any = None
         mode: str = config.log.wandb
@@ -64,7 +62,7 @@ class WandbSink:
                 # False without a key, and where WANDB_MODE says offline, as on a node without a way out.
                 mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
             self._run = _start(mode, folder, config)
-        except self._errors as error:
+        except (wandb.Error, ConnectionError) as error:
             reason = " ".join(str(error).split())[:200]
             if config.log.wandb != "auto" or mode != "online":
                 remedy = "check key and network or set log.wandb=offline"
@@ -89,7 +87,7 @@ class WandbSink:
         if curves and self._run:
             try:
                 self._run.log({"step": record["step"], **curves})
-            except self._errors as error:
+            except Exception as error:
                 self._lose(error)
 
     def close(self) -> None:
@@ -99,14 +97,19 @@ class WandbSink:
         if self._run:
             try:
                 self._run.finish(exit_code=0 if self._ended else 1)
-            except self._errors as error:
+            except Exception as error:
                 self._lose(error)
         # What is finished is not yet on disk, and a process that leaves for a requeue waits for nobody.
-        with suppress(*self._errors):
+        try:
             wandb.teardown()
+        except (Exception, SystemExit) as error:  # it ends the process with the code of its service
+            if self._run:
+                self._lose(error)
 
-    def _lose(self, error: Exception) -> None:
-        logger.warning("wandb: lost (%s); the run goes on, metrics.jsonl has every step", error)
+    def _lose(self, error: BaseException) -> None:
+        """Whatever went wrong: what wandb raises when its service is gone is of many kinds, some of them internal."""
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        logger.warning("wandb: lost (%s); the run goes on, metrics.jsonl has every step", reason)
         self._run = None
 
 

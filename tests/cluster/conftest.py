@@ -11,12 +11,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+from tests.ports import free_ports
+from tests.waiting import eventually
 
 SBIN = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
@@ -92,7 +94,7 @@ def slurm() -> Iterator[Slurm]:
     conf = CONF.format(
         host=socket.gethostname().split(".")[0],
         folder=folder,
-        ports=free_ports(),
+        ports=free_ports(3),
         first_job=1 + os.getpid() * 20 % 5000,
     )
     (folder / "slurm.conf").write_text(conf)
@@ -114,26 +116,3 @@ def slurm() -> Iterator[Slurm]:
             daemon.terminate()
             daemon.wait(20)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_ports() -> list[int]:
-    """Three that follow one another, free a moment ago; processes of neighbouring numbers look in different places."""
-    for first in range(26_000 + os.getpid() * 3 % 6000, 32_000, 3):
-        sockets = [socket.socket() for _ in range(3)]
-        try:
-            for number, one in enumerate(sockets):
-                one.bind(("127.0.0.1", first + number))
-            return [first, first + 1, first + 2]
-        except OSError:
-            continue
-        finally:
-            for one in sockets:
-                one.close()
-    raise AssertionError("no free ports")
-
-
-def eventually(what: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "not in time"
-        time.sleep(0.05)

@@ -12,18 +12,17 @@ from tests.cluster import hosts
 from tests.cluster.hosts import LAUNCH, Host
 from tests.promises import conftest
 from tests.promises.conftest import begun, steps_of, two_phases
+from tests.waiting import PATIENCE_SECONDS
 from trainer.config import load
 from trainer.costs import parameters
 
 corpus = conftest.corpus
 STEPS = 4
-TIMEOUT_SECONDS = 150
 FP32_BYTES = 4
 REASON = hosts.missing()
 pytestmark = [
     pytest.mark.dist,
     pytest.mark.slow,
-    pytest.mark.timeout(2 * TIMEOUT_SECONDS),
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
 ]
 
@@ -48,9 +47,9 @@ def test_two_hosts_train_like_one(pair: tuple[Host, Host], config: Path, tmp_pat
     log = tmp_path / "hosts.log"
     with begun([LAUNCH / "local.sh", "2", config, "run.name=one"]) as alone, log.open("wb") as written:
         launchers = [host.begun(config, written, "run.name=two") for host in pair]
-        said, _ = alone.communicate(timeout=TIMEOUT_SECONDS)
+        said, _ = alone.communicate(timeout=PATIENCE_SECONDS)
         assert alone.returncode == 0, said
-        codes = [launcher.wait(TIMEOUT_SECONDS) for launcher in launchers]
+        codes = [launcher.wait(PATIENCE_SECONDS) for launcher in launchers]
     assert codes == [0, 0], log.read_text()
     model = load(config).model
     for host in pair:
@@ -67,13 +66,18 @@ def test_two_hosts_train_like_one(pair: tuple[Host, Host], config: Path, tmp_pat
         ({"NODES": "two"}, "NODES=two: not address:port and a number of machines", 2),
         ({"HEAD": "nowhere.invalid:29500"}, "HEAD=nowhere.invalid:29500: cannot be reached from here", 1),
         ({"NODES": "2:3"}, "is not divisible by data-parallel size 3", 2),
+        ({"NODES": "3:2"}, "NODE=0 NODES=3:2: must be 0 <= NODE < MOST >= FEWEST > 0", 2),
+        ({"NODE": "2"}, "NODE=2 NODES=2: must be", 2),
+        ({"NODE": "first"}, "NODE=first: must be a number", 2),
+        ({"LOST_SECONDS": "1m"}, "LOST_SECONDS=1m: must be a number", 2),
+        ({"RANKS_PER_NODE": "auto"}, "RANKS_PER_NODE=auto: ranks on each machine; must be a number", 2),
     ],
 )
 def test_a_mistake_is_one_line_before_any_rank_is_started(variables, said, code, config):
     """Also where it concerns a number of machines that the run would come down to later."""
     rightly = {"HEAD": "127.0.0.1:29500", "NODES": "2", "NODE": "0", "RANKS_PER_NODE": "1"}
     with begun([LAUNCH / "multi_node.sh", config], **rightly | variables) as process:
-        words = process.communicate(timeout=TIMEOUT_SECONDS)[0]
+        words = process.communicate(timeout=PATIENCE_SECONDS)[0]
     assert process.returncode == code
     assert said in words
     assert len(words.splitlines()) == 1

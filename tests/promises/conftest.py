@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import yaml
 
 from tests import tiny
 from tests.ranks import SERVER
+from tests.waiting import PATIENCE_SECONDS
 from trainer.checkpoint.layout import KINDS
 from trainer.checkpoint.read import Snapshot
 
@@ -25,14 +27,14 @@ MODULES = ("argparse", "ast", "bisect", "calendar", "copy", "csv", "dataclasses"
 VOCAB = 500
 
 
-def tandem(*arguments: object, timeout_seconds: float = 110, **environment: str) -> subprocess.CompletedProcess[str]:
+def tandem(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """One command line of `tandem`, in its own process, as a user types it."""
     command = [sys.executable, "-m", "trainer", *map(str, arguments)]
     return subprocess.run(
         command,
         capture_output=True,
         text=True,
-        timeout=timeout_seconds,
+        timeout=PATIENCE_SECONDS,
         env=clean_environment() | environment,
         check=False,
     )
@@ -63,12 +65,6 @@ def _run(commands: list[list[str]]) -> None:
     sys.exit(next(filter(None, map(main, commands)), 0))
 
 
-PATIENCE_SECONDS = 180
-"""Until a test that waits for a run says that it hangs. On a machine with too much to do a run of ten seconds has taken over
-sixty. What must be quick has a limit of its own.
-"""
-
-
 def ended(process: BaseProcess) -> int | None:
     """The exit code; minus the signal that killed it."""
     process.join(PATIENCE_SECONDS)
@@ -77,6 +73,12 @@ def ended(process: BaseProcess) -> int | None:
     process.join()
     assert not hung, f"still running after {PATIENCE_SECONDS} s"
     return process.exitcode
+
+
+def listens(pid: int, number: int) -> bool:
+    """Whether the process has a handler for the signal. Source: proc(5), status."""
+    found = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
 
 
 @contextmanager

@@ -1,15 +1,19 @@
 """Who starts the ranks changes nothing: torchrun, deepspeed and srun's environment give the same bits."""
 
-import socket
+import signal
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from subprocess import Popen
 
+import psutil
 import pytest
 import yaml
 
-from tests.promises.conftest import begun, steps_of, two_phases
+from tests.ports import free_ports
+from tests.promises.conftest import begun, listens, steps_of, two_phases
+from tests.waiting import PATIENCE_SECONDS, eventually
+from trainer.metrics import read
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -19,12 +23,6 @@ STEPS = 4
 def launched(command: list[object], config: Path, name: str, **environment: str) -> AbstractContextManager[Popen[str]]:
     """The command begun, as one launcher or one rank of the run of that name; gone when the block ends."""
     return begun([*command, config, f"run.name={name}"], **environment)
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def slurm(rank: int, port: str) -> dict[str, str]:
@@ -40,15 +38,15 @@ def test_torchrun_deepspeed_and_srun_train_the_same_bits(tmp_path, corpus):
     parallel = {"tp_size": 2, "zero_stage": 1, "recompute": "none"}
     tree = two_phases("stablelm", corpus, tmp_path / "runs", steps=STEPS // 2, parallel=parallel)
     config.write_text(yaml.safe_dump(tree))
-    port, by_hand = free_port(), [sys.executable, "-m", "trainer", "train"]
+    (port, other), by_hand = map(str, free_ports(2)), [sys.executable, "-m", "trainer", "train"]
     with (
         launched([LAUNCH / "local.sh", 2], config, "torchrun") as torchrun,
-        launched([LAUNCH / "deepspeed.sh", 2], config, "deepspeed") as deepspeed,
+        launched([LAUNCH / "deepspeed.sh", 2], config, "deepspeed", MASTER_PORT=other) as deepspeed,
         launched(by_hand, config, "srun", **slurm(0, port)) as rank_0,
         launched(by_hand, config, "srun", **slurm(1, port)) as rank_1,
     ):
         for process in (torchrun, deepspeed, rank_0, rank_1):
-            said, _ = process.communicate(timeout=100)
+            said, _ = process.communicate(timeout=PATIENCE_SECONDS)
             assert process.returncode == 0, said
     runs = {name: steps_of(tmp_path / "runs" / name) for name in ("torchrun", "deepspeed", "srun")}
     one = runs["torchrun"]
@@ -56,3 +54,32 @@ def test_torchrun_deepspeed_and_srun_train_the_same_bits(tmp_path, corpus):
         assert sorted(other) == list(range(1, STEPS + 1))
         for step, record in other.items():
             assert (record["loss"], record["gradient_norm"]) == (one[step]["loss"], one[step]["gradient_norm"]), name
+
+
+def test_a_rank_whose_launcher_dies_while_it_begins_does_not_train_on(tmp_path, corpus):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(two_phases("btlm", corpus, tmp_path / "runs")))
+    rank = [sys.executable, "-m", "trainer", "train", str(config)]
+    script = f"import subprocess, time; print(subprocess.Popen({rank}).pid, flush=True); time.sleep(1000)"
+    with begun([sys.executable, "-c", script], RANK="0", WORLD_SIZE="1", LOCAL_RANK="0") as launcher:
+        pid = int(launcher.stdout.readline())
+        process = psutil.Process(pid)
+        eventually(lambda: listens(pid, signal.SIGTERM))
+        assert not any("libtorch" in file.path for file in process.memory_maps()), "it imports for seconds yet"
+        launcher.kill()
+        eventually(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+    assert not list(tmp_path.rglob("COMMITTED"))
+
+
+def test_a_single_rank_too_is_started_again(tmp_path, corpus):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(two_phases("btlm", corpus, tmp_path / "runs", checkpoint={"every_steps": 1})))
+    folder = tmp_path / "runs" / "tiny"
+    with launched([LAUNCH / "local.sh", 1], config, "tiny") as launcher:
+        eventually(lambda: (folder / "metrics.jsonl").is_file() and steps_of(folder))
+        [rank] = psutil.Process(launcher.pid).children()
+        rank.kill()
+        said, _ = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 0, said
+    assert len(read(folder).starts) == 2
+    assert read(folder).end["reason"] == "finished"

@@ -5,12 +5,12 @@ window. A run meets one signal in each window, start after start. SIGNAL_ROUNDS 
 """
 
 import ctypes
+import itertools
 import json
 import os
 import random
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -21,19 +21,23 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 import yaml
 
+from tests.ports import free_ports
 from tests.promises import test_guard
-from tests.promises.conftest import PATIENCE_SECONDS, begun, differing, ended, steps_of, two_phases
+from tests.promises.conftest import begun, differing, ended, listens, steps_of, two_phases
 from tests.ranks import SERVER
 from tests.trainer.data.web import Server
+from tests.waiting import PATIENCE_SECONDS
 from trainer import runtime
 from trainer.__main__ import main
 from trainer.checkpoint.layout import committed
 from trainer.checkpoint.read import opened
 from trainer.config import load
+from trainer.data import loader
 from trainer.data.loader import Loader
 from trainer.runtime import REQUEUE_EXIT_CODE
 
@@ -59,6 +63,8 @@ class Window:
     """What a disk takes for each."""
     corpora_seconds: float = 0.0
     """What it takes to open each corpus: here a moment, too short to be seen in every start."""
+    ahead_seconds: float = 0.0
+    """What it takes to read each batch ahead, but the first."""
     silent: str = ""
     """The corpus lies on a server that does not answer for these files."""
     steps: int = 0
@@ -75,6 +81,9 @@ WINDOWS = {
     "update": Window("in (gradient_norm|update)", steps=1),
     "wait for data": Window(r"in result\n(.*\n)*.* in _ahead", silent="train-*.tar"),
     "evaluation": Window("in validation_loss", ("evaluate.every_steps=1", "evaluate.tokens=12800")),
+    "evaluation beside a slow store": Window(
+        "in validation_loss", ("evaluate.every_steps=1", "evaluate.tokens=12800"), ahead_seconds=120, steps=1
+    ),
     "evaluation, wait for data": Window(
         "in validation_loss", ("evaluate.every_steps=1", "evaluate.tokens=12800"), silent="validation-*.tar"
     ),
@@ -85,7 +94,13 @@ WINDOWS = {
     "anywhere": Window("", steps=1),
 }
 ROLLING_BACK = Window("in gone_back", fsync_seconds=0.3)
-FEW = ("start: model", "start: wait for the tokenizer", "forward and backward", "wait for data", "evaluation")
+FEW = (
+    "start: model",
+    "start: wait for the tokenizer",
+    "forward and backward",
+    "wait for data",
+    "evaluation beside a slow store",
+)
 """What two ranks meet in a single round: each start of two takes seconds."""
 
 
@@ -99,7 +114,7 @@ class Rank:
         before = self.stacks.stat().st_size
         # To the main thread: one to the process may be handled by any of its threads.
         ctypes.CDLL(None).tgkill(self.process.pid, self.process.pid, signal.SIGUSR2)
-        deadline, text = time.monotonic() + 10, ""
+        deadline, text = time.monotonic() + PATIENCE_SECONDS, ""
         while not text.endswith("..."):
             assert time.monotonic() < deadline, f"exit code {self.process.exitcode}, wrote {text}"
             time.sleep(0.001)
@@ -166,12 +181,12 @@ def straight(config) -> Path:
 
 @contextmanager
 def started(
-    config: Path, *overrides: str, fsync_seconds: float = 0.0, corpora_seconds: float = 0.0, size: int | None = None
+    config: Path, *overrides: str, window: Window = Window(""), size: int | None = None
 ) -> Iterator[list[Rank]]:
     """Forks of the ranks' server, one for each rank of the config or the first `size`, as srun starts them where there are
     several; they are gone when the block ends.
     """
-    num_ranks, port = load(config, []).parallel.tp_size, free_port()
+    num_ranks, [port] = load(config, []).parallel.tp_size, free_ports(1)
     ranks = []
     for rank in range(size or num_ranks):
         place = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks,
@@ -180,7 +195,7 @@ def started(
         stacks.touch()
         command = ["train", str(config), *overrides]
         environment = {name: str(value) for name, value in place.items()} | {"NO_PROXY": "127.0.0.1"}
-        process = SERVER.Process(target=rank_main, args=(command, environment, stacks, fsync_seconds, corpora_seconds))
+        process = SERVER.Process(target=rank_main, args=(command, environment, stacks, window))
         process.start()
         ranks.append(Rank(process, stacks))
     try:
@@ -191,16 +206,21 @@ def started(
             each.process.join()
 
 
-def rank_main(
-    command: list[str], environment: dict[str, str], stacks: Path, fsync_seconds: float, corpora_seconds: float
-) -> None:
+def rank_main(command: list[str], environment: dict[str, str], stacks: Path, window: Window) -> None:
     from jaxtyping import config
 
     config.update("jaxtyping_disable", True)
     os.environ.update(environment)
-    fsync, source = os.fsync, Loader._source
-    os.fsync = lambda descriptor: (time.sleep(fsync_seconds), fsync(descriptor))[1]
-    Loader._source = lambda *corpus: (time.sleep(corpora_seconds), source(*corpus))[1]
+    fsync, source, batch, reads = os.fsync, Loader._source, loader.batch, itertools.count()
+    os.fsync = lambda descriptor: (time.sleep(window.fsync_seconds), fsync(descriptor))[1]
+    Loader._source = lambda *corpus: (time.sleep(window.corpora_seconds), source(*corpus))[1]
+
+    def read(*cut: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread() and next(reads):
+            time.sleep(window.ahead_seconds)
+        return batch(*cut)
+
+    loader.batch = read
     file = os.open(stacks, os.O_WRONLY | os.O_CREAT)
 
     def tell(number: int, frame: FrameType | None) -> None:
@@ -212,12 +232,6 @@ def rank_main(
     signal.signal(signal.SIGUSR2, tell)
     stacks.with_suffix(".ready").touch()
     sys.exit(main(command))
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def codes(ranks: list[Rank]) -> set[int | None]:
@@ -304,8 +318,7 @@ def meet(
             f"run.name={folder.name}",
             *window.overrides,
             *more,
-            fsync_seconds=window.fsync_seconds,
-            corpora_seconds=window.corpora_seconds,
+            window=window,
         ) as ranks,
     ):
         all_ranks = list(range(len(ranks)))
@@ -434,9 +447,3 @@ def test_a_signal_to_a_rank_whose_peers_do_not_come_ends_it_and_is_no_failure(co
         assert time.monotonic() - began < LIMIT_SECONDS
     assert not folder.exists()
     assert finished(config, "run.name=alone", "run.max_failures=1", "run.stop_step=1")
-
-
-def listens(pid: int, number: int) -> bool:
-    """Whether the process has a handler for the signal. Source: proc(5), status."""
-    found = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
-    return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)

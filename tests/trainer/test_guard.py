@@ -1,5 +1,6 @@
 """What the guard says of a step, from nothing but numbers."""
 
+import dataclasses
 import json
 import math
 
@@ -54,6 +55,17 @@ def test_sigmas_are_those_of_a_normal_distribution():
     limit = middle + 8 * 1.4826 * deviation
     assert guard.judge(SHORT, limit * (1 + 1e-9), 1.0).decision == "skip"
     assert guard.judge(SHORT, limit * (1 - 1e-9), 1.0).decision == "update"
+
+
+@pytest.mark.parametrize("changed", [{"seq_len": 128}, {"rows": 16}, {"mixture": {"other": 1.0}}])
+def test_what_other_rows_or_other_data_change_is_no_spike(changed):
+    """Also after a restart: the checkpoint keeps what the steps were that later ones are compared with."""
+    guard = Guard(Settings(spike_sigmas=6.0, window_steps=32))
+    judged(guard, steady(32))
+    again = Guard(Settings(spike_sigmas=6.0, window_steps=32), json.loads(json.dumps(guard.state())))
+    for each in (guard, again):
+        assert each.judge(SHORT, 4.5, 1.0).decision == "skip"
+        assert each.judge(dataclasses.replace(SHORT, **changed), 4.5, 1.0).decision == "update"
 
 
 def test_falls_and_early_steps_and_equal_values_are_no_spikes():

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pty
+import resource
 import signal
 import socket
 import struct
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import rich.console
 
+from tests.waiting import PATIENCE_SECONDS
 from trainer import config as configuration
 from trainer.config import RunConfig, UserError
 from trainer.console import ConsoleSink, duration, short
@@ -191,9 +193,27 @@ def test_a_torn_last_line_costs_only_itself(tmp_path: Path, lost_bytes: int) -> 
     assert read(tmp_path).restarts[0]["repeated_steps"] == kept - 4
 
 
+def test_a_record_that_only_a_part_of_has_room_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    """Else the next one, which has room again, would continue its line, and both were lost."""
+    sinks = open_sinks(tmp_path, demo_config(), rank=0, resumed_step=0)
+    sinks.step(record(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / FILE).stat().st_size + 40, limits[1]))
+    try:
+        with pytest.raises(
+            UserError, match=rf"{FILE}: a record cannot be written .No space left on device.; make room"
+        ):
+            sinks.step(record(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        sinks.close()
+    write_run(tmp_path, resumed_step=1)
+    assert [r["step"] for r in read(tmp_path).steps] == list(range(1, 13))
+
+
 def test_a_kill_leaves_every_finished_step_on_disk(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; import psutil; from tests.trainer.test_metrics import *\n"
+        "import sys; from pathlib import Path; from tests.trainer.test_metrics import *\n"
         "sinks = open_sinks(Path(sys.argv[1]), demo_config(), rank=0, resumed_step=0)\n"
         "sinks.start(tokens=0, world_size=1, tp_size=1, dp_size=1, **TOTAL)\n"
         "for step in (1, 2, 3): sinks.step(record(step)); print(step, flush=True)\n"
@@ -380,7 +400,7 @@ def run_with_wandb(folder: Path, port: int, **said: str) -> subprocess.Completed
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment = clean | home | {"WANDB_BASE_URL": f"http://127.0.0.1:{port}"} | said
     command = [sys.executable, "-c", script, str(folder)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
 
 
 def wandb_files(folder: Path) -> list[Path]:
@@ -415,20 +435,25 @@ def test_a_wandb_server_that_is_down_stops_no_run(tmp_path: Path) -> None:
     assert len(wandb_files(tmp_path / "run")) == 2
 
 
-def test_a_run_outlives_wandb(tmp_path: Path) -> None:
-    """Its service is killed between two steps: one line says so, and every step is in the run's own record."""
+@pytest.mark.parametrize("moment", ["between two steps", "finish", "teardown"])
+def test_a_run_outlives_wandb(tmp_path: Path, moment: str) -> None:
+    """Its service is killed: one line says so, the run ends as it would have, and every step is in its own record."""
     script = (
-        "import sys; from pathlib import Path; import psutil; from tests.trainer.test_metrics import *\n"
+        "import sys; from pathlib import Path; import psutil, threading, wandb; from tests.trainer.test_metrics import *\n"
         "sinks = open_sinks(Path(sys.argv[1]), demo_config('log.wandb=offline'), rank=0, resumed_step=0)\n"
+        "[service], end = psutil.Process().children(), wandb.teardown\n"
         "sinks.start(tokens=0, world_size=4, tp_size=2, dp_size=2, **TOTAL, start_seconds={})\n"
-        "[service] = psutil.Process().children(); service.kill()\n"
-        "for step in range(1, 9): sinks.step(record(step))\n"
+        "sinks.step(record(1))\n"
+        "if sys.argv[2] == 'between two steps': service.kill()\n"
+        "for step in range(2, 9): sinks.step(record(step))\n"
+        "if sys.argv[2] == 'finish': service.suspend(); threading.Timer(0.5, service.kill).start()\n"
+        "if sys.argv[2] == 'teardown': wandb.teardown = lambda: (service.kill(), end())\n"
         "sinks.close()\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    command = [sys.executable, "-c", script, str(tmp_path), moment]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("wandb: lost") == 1
+    assert done.stderr.count("wandb: lost") == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert [r["step"] for r in read(tmp_path).steps] == list(range(1, 9))
 

@@ -6,7 +6,7 @@ the rows stay the same for any number of ranks, whichever of them met the damage
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TypeVar
 
@@ -52,7 +52,7 @@ def agreed_batches(
     exchange: Exchange,
     leave_out: LeaveOut | None,
     reading: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """`Loader.batches`, ended early only where what is left cannot feed a step. Each batch is waited for within `reading`."""
     batches = loader.batches(step, cursor)
 

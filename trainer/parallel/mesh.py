@@ -95,7 +95,7 @@ def started(tp_size: int) -> Iterator[Mesh]:
             parallel_state.destroy_model_parallel()  # forgets them
         if not before and dist.is_initialized():
             dist.destroy_process_group()
-        for group in groups() - before:
+        for group in sorted(groups() - before, key=lambda group: group.group_name):  # in one order on all ranks
             dist.destroy_process_group(group)
 
 
