@@ -120,9 +120,9 @@ def test_traceback_of_the_failing_rank_is_shown(tmp_path):
 def test_hanging_rank_is_killed_in_time_and_its_stack_shown(tmp_path):
     """And no process outlives the call."""
     start = time.monotonic()
-    with pytest.raises(AssertionError, match=r"(?s)rank 1 gave no result.*limit 3 s.*in hang_on_rank_one"):
-        ranks.run(hang_on_rank_one, 2, tmp_path, tmp_path, timeout_seconds=3)
-    assert time.monotonic() - start < 13
+    with pytest.raises(AssertionError, match=r"(?s)rank 1 gave no result.*limit 10 s.*in hang_on_rank_one"):
+        ranks.run(hang_on_rank_one, 2, tmp_path, tmp_path, timeout_seconds=10)
+    assert time.monotonic() - start < 25
     processes = [Path("/proc") / file.stem for file in tmp_path.glob("*.pid")]
     assert len(processes) == 2
     assert not any(process.exists() for process in processes)

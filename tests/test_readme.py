@@ -19,7 +19,6 @@ def block(language: str) -> list[str]:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_the_steps_run_as_written(tmp_path):
     for folder in ("trainer", "kernels", "tests", "configs"):
         (tmp_path / folder).symlink_to(ROOT / folder)

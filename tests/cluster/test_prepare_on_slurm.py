@@ -11,8 +11,8 @@ import pytest
 from data_prep import prepare
 from data_prep.cluster import jobs
 from data_prep.tokenizers import build
-from tests.cluster.conftest import eventually
 from tests.promises.conftest import tandem
+from tests.waiting import eventually
 from trainer.config import UserError
 
 pytest.importorskip("datatrove", reason="datatrove is not installed")

@@ -12,23 +12,24 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster.conftest import Slurm, eventually
+from tests.cluster.conftest import Slurm
 from tests.promises import conftest
 from tests.promises.conftest import clean_environment, steps_of, two_phases
 from tests.promises.test_resume import differing
+from tests.waiting import PATIENCE_SECONDS, eventually
 from trainer.__main__ import main
 from trainer.checkpoint.read import opened
 
 ROOT = Path(__file__).parents[2]
 corpus = conftest.corpus
-STEPS = 150
+STEPS = 180
 """Of each phase: some seconds, to be interrupted in."""
 OPTIONS = (
     "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--parsable",
 )  # fmt: skip
 """What this Slurm has in place of a cluster's machines."""
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ class Job:
         lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
         return [line["step"] for line in lines if line["kind"] == "start"]
 
-    def until(self, what: Callable[[], object], seconds: float = 90) -> None:
+    def until(self, what: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> None:
         try:
             eventually(what, seconds)
         except AssertionError:

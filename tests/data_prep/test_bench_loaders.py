@@ -16,6 +16,7 @@ from data_prep.bench.loaders.contestants import CONTESTANTS
 from data_prep.bench.loaders.corpus import EOS_ID, OURS, ROW_TOKENS, UNIT_TOKENS, Corpus, written
 from data_prep.bench.loaders.one import compared
 from data_prep.bench.loaders.rounds import Row
+from tests.waiting import PATIENCE_SECONDS
 from trainer.data import manifest
 
 PLAIN = ["ours", "numpy memmap"]
@@ -38,7 +39,9 @@ def measured(corpus: Corpus, *arguments: str) -> list[str]:
     """The lines it prints. A process of its own: the server its processes are forked from must not become the tests'."""
     module = ["-m", "data_prep.bench.loaders", "--rounds", "1", "--folder", str(corpus.folder)]
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, *module, *arguments], cwd=root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, *module, *arguments], cwd=root, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

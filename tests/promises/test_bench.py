@@ -255,7 +255,7 @@ def with_peak(config: RunConfig, peak: float) -> RunConfig:
 def two(tmp_path_factory, place) -> list[tuple[dict[str, str], dict[str, Any]]]:
     """Facts by rank, of one world."""
     folder = tmp_path_factory.mktemp("steps")
-    return ranks.run(on_two_ranks, 2, folder, folder, place / "config.yaml", timeout_seconds=180)
+    return ranks.run(on_two_ranks, 2, folder, folder, place / "config.yaml")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from trainer.checkpoint.read import Snapshot
 from trainer.checkpoints import difference
 from trainer.config import RunConfig, section_from
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.dist]
 STEPS = (4, 8, 12)
 
 

@@ -58,7 +58,7 @@ def folders(tmp_path_factory, corpus) -> tuple[Path, Path]:
         )  # fmt: skip
         configs.append(section_from(RunConfig, tree, ""))
     configs.append(starved(root, corpus))
-    assert ranks.run(run_all, 2, root, configs, damaged / second.file, timeout_seconds=90) == [[0] * 4] * 2
+    assert ranks.run(run_all, 2, root, configs, damaged / second.file) == [[0] * 4] * 2
     return root / "run", damaged
 
 

@@ -120,7 +120,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def world(folder, runs) -> dict[tuple[str, int], dict[str, dict[str, Tensor]]]:
-    found: dict = ranks.run(through_all, 4, folder, folder, list(runs.values()), timeout_seconds=300)[0]
+    found: dict = ranks.run(through_all, 4, folder, folder, list(runs.values()))[0]
     return found
 
 
@@ -130,7 +130,6 @@ def differing(found: dict[str, Tensor] | Callable[[str], Tensor], expected: dict
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(400)
 @every_layout
 def test_an_import_is_the_same_bits_at_every_tp_size(world, name, tp_size):
     assert differing(world[name, tp_size]["loaded"], tensors(name)) == []

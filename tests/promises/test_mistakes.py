@@ -7,7 +7,6 @@ import json
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,9 @@ import yaml
 
 from data_prep import prepare
 from tests import ranks
+from tests.ports import free_ports
 from tests.promises.conftest import MODULES, clean_environment, ended, forked, tandem, two_phases
+from tests.waiting import PATIENCE_SECONDS
 from trainer import train
 from trainer.__main__ import main
 from trainer.config import Data, RunConfig, UserError, section_from
@@ -261,9 +262,8 @@ def test_a_mistake_that_only_the_second_rank_meets_is_printed_and_ends_the_launc
 def test_a_mistake_that_only_one_rank_meets_is_the_end_of_all_and_no_rank_is_taken_for_lost(place, broken, tmp_path):
     """The launcher of each machine sees its own ranks alone, and would start them again."""
     command = [sys.executable, "-m", "trainer", "train", str(place.config), *of_two_ranks(broken, tmp_path)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    [port] = free_ports(1)
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
             command, env={**clean_environment(), **launch, "RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -271,7 +271,7 @@ def test_a_mistake_that_only_one_rank_meets_is_the_end_of_all_and_no_rank_is_tak
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    said = [process.communicate(timeout=100)[1] for process in processes]
+    said = [process.communicate(timeout=PATIENCE_SECONDS)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], said
     for words in said:
         [line] = [line for line in words.splitlines() if line.startswith("tandem: ")]
@@ -335,8 +335,14 @@ def steps_fed(corpus: Path) -> int:
 def torchrun(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Two data-parallel ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "trainer"]
-    return subprocess.run([*command, "train", str(config), *overrides], capture_output=True, text=True, timeout=100,
-                          env=clean_environment(), check=False)  # fmt: skip
+    return subprocess.run(
+        [*command, "train", str(config), *overrides],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        env=clean_environment(),
+        check=False,
+    )
 
 
 def copy_with_flipped(corpus: Path, target: Path, shard: str) -> Path:

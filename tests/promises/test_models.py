@@ -196,7 +196,7 @@ def of_the_range(found: Tensor, exact: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory) -> dict:
-    return ranks.run(on_four_ranks, 4, tmp_path_factory.mktemp("four"), timeout_seconds=180)[0]
+    return ranks.run(on_four_ranks, 4, tmp_path_factory.mktemp("four"))[0]
 
 
 @pytest.fixture(scope="module")

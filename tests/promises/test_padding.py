@@ -159,14 +159,14 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(folder) -> list[dict]:
     """`train_all` by rank."""
-    return ranks.run(train_all, 2, folder, folder, timeout_seconds=120)
+    return ranks.run(train_all, 2, folder, folder)
 
 
 @pytest.fixture(scope="module")
 def trained_odd(tmp_path_factory) -> dict[int, list[dict]]:
     """`train_odd` by tp_size and rank."""
     folder = tmp_path_factory.mktemp("odd")
-    return {tp_size: ranks.run(train_odd, tp_size, folder, tp_size, timeout_seconds=200) for tp_size in (2, 4)}
+    return {tp_size: ranks.run(train_odd, tp_size, folder, tp_size) for tp_size in (2, 4)}
 
 
 @every_variant

@@ -111,6 +111,6 @@ def file(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_a_layer_at_real_width_is_that_of_transformers(file, tp_size, tmp_path):
     alone = tp_size == 1
-    found = errors(file, 1) if alone else ranks.run(worst_of_ranks, 2, tmp_path, file, 2, timeout_seconds=200)[0]
+    found = errors(file, 1) if alone else ranks.run(worst_of_ranks, 2, tmp_path, file, 2)[0]
     assert found.keys() == {*reference(model()).shapes(model()), "logits", "loss"}
     assert {name: error for name, error in found.items() if error > LIMIT} == {}

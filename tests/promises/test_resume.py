@@ -72,12 +72,11 @@ def root(tmp_path_factory, corpus) -> Path:
         for stop in STOPS:
             stopped = run | {"name": f"{variant}-stopped", "stop_step": stop}
             configs.append(config(variant, corpus, folder, 2, run=stopped))
-    assert set(ranks.run(run_all, 4, folder, configs, timeout_seconds=200)[0]) == {0}
+    assert set(ranks.run(run_all, 4, folder, configs)[0]) == {0}
     return folder
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stopped_and_resumed_is_never_stopped_bitwise(root, variant):
     straight, stopped = root / f"{variant}-straight", root / f"{variant}-stopped"
@@ -91,7 +90,6 @@ def test_stopped_and_resumed_is_never_stopped_bitwise(root, variant):
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("layout", "world"), LAYOUTS.items())
 def test_another_layout_continues_the_run_and_keeps_its_state_bitwise(root, corpus, layout, world, tmp_path):
     world_size, tp_size = world
@@ -100,7 +98,7 @@ def test_another_layout_continues_the_run_and_keeps_its_state_bitwise(root, corp
     shutil.copytree(saved, tmp_path / "moved" / "checkpoints" / saved.name)
     moved = config("btlm", corpus, tmp_path, tp_size, run=base)
     changed = config("btlm", corpus, tmp_path, tp_size, run=base, optim={"weight_decay": 0.05} | OPTIM)
-    facts = ranks.run(continue_and_reload, world_size, tmp_path, moved, changed, saved, timeout_seconds=150)[0]
+    facts = ranks.run(continue_and_reload, world_size, tmp_path, moved, changed, saved)[0]
     assert facts == {"exit_code": 0, "weight_decay": 0.05}, "the config wins over the checkpoint"
     assert differing(Snapshot(saved), opened(tmp_path / "reloaded")) == []
     one, other = steps_of(root / "btlm-straight"), steps_of(tmp_path / "moved")

@@ -13,8 +13,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.promises.conftest import PATIENCE_SECONDS, clean_environment, differing, ended, forked, steps_of, two_phases
+from tests.promises.conftest import (
+    clean_environment,
+    differing,
+    ended,
+    forked,
+    listens,
+    steps_of,
+    two_phases,
+)
 from tests.ranks import SERVER
+from tests.waiting import PATIENCE_SECONDS
 from trainer import runtime
 from trainer.__main__ import main
 from trainer.checkpoint.layout import committed
@@ -128,11 +137,14 @@ def is_saving(folder: Path) -> bool:
 def test_a_signal_before_the_first_step_loses_nothing(config):
     """Before the run listens it dies of the signal; before it has its corpora it leaves, with nothing done; then it saves."""
     seen = set()
-    for delay in (0.0, 0.02, 0.1, 0.3, 0.6):
+    for delay in (0.0, 0.02, 0.1, 0.3, 0.6, None):
         name = f"early-{delay}"
         folder = config.parent / "runs" / name
         process = started(config, f"run.name={name}")
-        time.sleep(delay)
+        if delay is None:
+            wait_until(lambda process=process: listens(process.pid, signal.SIGTERM), process)
+        else:
+            time.sleep(delay)
         process.terminate()
         code = ended(process)
         seen.add(code)
@@ -158,11 +170,11 @@ def test_a_damaged_newer_checkpoint_does_not_count_among_the_kept(config, straig
 def test_a_signal_that_arrives_twice_is_one_and_a_later_one_ends_the_process_at_once():
     process = SERVER.Process(target=listen, args=(GRACE_SECONDS,))
     process.start()
-    time.sleep(GRACE_SECONDS / 2)
+    wait_until(lambda: listens(process.pid, signal.SIGTERM), process)
     process.terminate()
     time.sleep(GRACE_SECONDS / 4)
     process.terminate()
-    time.sleep(GRACE_SECONDS)
+    time.sleep(2 * GRACE_SECONDS)
     assert process.is_alive(), "twice at nearly the same moment"
     process.terminate()
     assert ended(process) == -signal.SIGTERM

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -159,7 +160,7 @@ def test_the_verdict_of_the_last_hang_is_told_and_no_older_one(tmp_path):
     os.utime(verdict, (1, 1))
     fail(tmp_path, 1)
     assert "the log says why" in refused(tmp_path, 1)
-    os.utime(verdict)
+    os.utime(verdict, 2 * (time.time(),))  # by the clock that runs are timed by
     assert "; the last hang said: step 1: rank 1 on host-b is still in data; mend the cause" in refused(tmp_path, 1)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 GIB = 2.0**30
-SOON_SECONDS = 0.3
+SOON_SECONDS = 1.0
 """The timeout where a test waits for it."""
 WAIT_SECONDS = 30.0
 """How long a test waits for what shall happen, on a machine that does other things too."""

@@ -23,7 +23,7 @@ def test_a_failure_is_logged_and_tried_again(server, settings, shards, tmp_path,
     # aiohttp asks once more by itself where a connection was reset.
     faults = [fault] * (2 if fault == "reset" else 1)
     server.faults[url(shards[0])] += faults
-    timeout_seconds = SOON_SECONDS if fault in ("silence", "stalled") else 1.0
+    timeout_seconds = SOON_SECONDS if fault in ("silence", "stalled") else 5 * SOON_SECONDS
     copy = opened_path(Cache(settings(timeout_seconds=timeout_seconds)), f"{server.address}/a", shards[0])
     assert is_whole(copy, tmp_path, shards[0])
     assert server.count(url(shards[0])) == len(faults) + 1
@@ -79,8 +79,9 @@ def test_only_a_shard_whose_server_answers_without_it_is_damaged(
     server, settings, shards, fault, tries, reason, remedy
 ):
     server.faults[url(shards[0])].append(f"{fault} always")
+    timeout_seconds = SOON_SECONDS if fault == "silence" else 5 * SOON_SECONDS
     with pytest.raises(UserError) as error:
-        Cache(settings(timeout_seconds=SOON_SECONDS)).opened(f"{server.address}/a", shards[0])
+        Cache(settings(timeout_seconds=timeout_seconds)).opened(f"{server.address}/a", shards[0])
     assert re.fullmatch(
         rf"{server.address}{url(shards[0])}: shard cannot be fetched; "
         rf"tries: {tries} in [\d.e-]+ s, the last: [^\n]*{reason}[^\n]*; {remedy}",

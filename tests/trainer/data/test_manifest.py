@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
+from tests.trainer.data.copies import SOON_SECONDS
 from trainer.config import Cache, UserError
 from trainer.data import manifest
 
-QUICK = Cache(attempts=4, timeout_seconds=0.3)
+QUICK = Cache(attempts=4, timeout_seconds=SOON_SECONDS)
 
 
 def test_what_is_written_is_what_is_read(make_corpus):

@@ -4,10 +4,11 @@ import re
 
 import pytest
 
+from tests.trainer.data.copies import SOON_SECONDS
 from trainer.config import Cache, UserError
 from trainer.data import remote
 
-QUICK = Cache(attempts=4, timeout_seconds=0.3)
+QUICK = Cache(attempts=4, timeout_seconds=SOON_SECONDS)
 CONTENT = bytes(range(256)) * 200
 
 

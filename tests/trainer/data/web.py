@@ -99,12 +99,12 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             if fault == "stalled":
                 self.server.stalled.set()
                 self.server.ended.wait(PATIENCE_SECONDS)
-            time.sleep(0.02)  # so that the client has the half before it sees the end
+            time.sleep(0.3)  # so that the client has the half before it sees the end
             self.close_connection = True
         elif fault == "trickle":
             for first in range(0, len(content), len(content) // 8 + 1):
                 self._write(content[first : first + len(content) // 8 + 1])
-                time.sleep(0.05)
+                time.sleep(0.15)
         else:
             self._write(content)
 

@@ -1,10 +1,13 @@
 """Groups of ranks come and go with the block that wanted them."""
 
+import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests import ranks
+from tests.waiting import PATIENCE_SECONDS
 from trainer.parallel.mesh import groups, started
 
 
@@ -15,6 +18,10 @@ def in_and_out(times: int) -> list[tuple[bool, int, int]]:
         before, threads = groups(), num_threads()
         with started(2):
             more = len(groups() - before)
+            dist.barrier()  # one that leaves while another still makes its connections ends it
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while num_threads() > threads and time.monotonic() < deadline:  # one that has ended is listed for a moment more
+            time.sleep(0.01)
         found.append((groups() == before, more, num_threads() - threads))
     return found
 
