@@ -31,8 +31,8 @@ chaos() {
 }
 full_size() { pytest tests -m full_size -s; }
 demo() { launch/demo.sh; }
-# Three files at a time, in their order: tests of several ranks mostly wait, and the longest waits come first.
-tests() { with_programs && pytest tests --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10; }
+# Four files at a time, in their order: tests of several ranks mostly wait, and the longest waits come first.
+tests() { with_programs && pytest tests --numprocesses 4 --dist loadfile --no-loadscope-reorder --durations 10; }
 
 # Hosts made with `ip`, a Slurm and shellcheck: a bare container lacks what some tests need, and gets it where this may install it.
 # Not on a machine with services of its own, where Slurm's would be started; there the tests say what they miss.

@@ -1,5 +1,6 @@
 """The ledger holds whole lines only, one for each write, whatever ended the process that wrote it."""
 
+import io
 import json
 import math
 import os
@@ -63,7 +64,7 @@ def test_every_line_is_one_write(tmp_path, monkeypatch):
     ledger, sizes = Ledger(tmp_path), []
     file = ledger._file
 
-    class Watched:
+    class Watched(io.RawIOBase):
         def write(self, line):
             sizes.append(line)
             return file.write(line)
