@@ -20,7 +20,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 for name in NODE MAX_RESTARTS JOIN_SECONDS LOST_SECONDS LAST_CALL_SECONDS; do
-    [[ ${!name-0} =~ ^[0-9]+$ ]] || { echo "tandem: $name=${!name}: must be a number from 0 on; give one" >&2; exit 2; }
+    least=0
+    [[ $name != *_SECONDS ]] || least=1
+    [[ ${!name:-$least} =~ ^(0|[1-9][0-9]*)$ && ${!name:-$least} -ge $least ]] ||
+        { echo "tandem: $name=${!name}: must be a number from $least on; give one" >&2; exit 2; }
 done
 export RANKS_PER_NODE=${RANKS_PER_NODE:-8}
 # shellcheck source=launch/env.sh
@@ -35,8 +38,8 @@ from trainer.config import UserError, check_world, load
 head, nodes, node, ranks_per_node, config, *overrides = sys.argv[1:]
 host, _, port = head.rpartition(":")
 try:
-    fewest, _, most = nodes.partition(":")
-    if not all(number.isdigit() and int(number) for number in (fewest, most or fewest, port)) or not host:
+    fewest, colon, most = nodes.partition(":")
+    if not all(number.isdigit() and int(number) for number in (fewest, most if colon else fewest, port)) or not host:
         raise UserError(f"HEAD={head} NODES={nodes}: not address:port and a number of machines, or FEWEST:MOST of them")
     if not int(node) < int(most or fewest) >= int(fewest) > 0:
         raise UserError(f"NODE={node} NODES={nodes}: must be 0 <= NODE < MOST >= FEWEST > 0; mend the one or the other")

@@ -5,7 +5,8 @@ import socket
 
 FIRST, LAST, PLACES = 12_000, 32_000, 100
 """The kernel gives from 32,768 on to whoever asks for any port: ip_local_port_range, proc(5)."""
-_ports = iter(range(FIRST + os.getpid() % PLACES * (LAST - FIRST) // PLACES, LAST))
+_first = FIRST + os.getpid() % PLACES * (LAST - FIRST) // PLACES
+_ports = iter([*range(_first, LAST), *range(FIRST, _first)])
 """None twice in a process; processes of neighbouring numbers look in different places."""
 
 

@@ -50,7 +50,6 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # The deepspeed launcher adds its own flag in front of or behind ours; the rank comes from the environment.
     argv = [argument for argument in argv if not argument.startswith("--local_rank")]
-    stop_with_launcher()  # first: the imports of a verb take seconds
     quiet_libraries()
     try:
         return parse(argv)
@@ -109,10 +108,11 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train(arguments: argparse.Namespace) -> int:
     """One rank of a launch; or the launcher of one local node, where it is more than a rank or --ranks asks for a launcher."""
+    stop_with_launcher()  # first: the imports take seconds
     config = load(arguments.config, arguments.overrides)
     launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
     ranks = arguments.ranks or local_devices() or config.parallel.tp_size
-    if launched or (ranks == 1 and not arguments.ranks):
+    if not arguments.ranks and (launched or ranks == 1):
         stop_signal = StopSignal()  # before the imports, which take seconds
         from trainer.train import run
 

@@ -26,7 +26,7 @@ from trainer.checkpoint.save import Saver
 from trainer.checkpoint.write import pass_over_later, retire
 from trainer.config import RunConfig, UserError, check_world, dump
 from trainer.costs import flops_per_token
-from trainer.data.damage import Met, agreed, agreed_batches
+from trainer.data.damage import Met, agreed, agreed_batches, given_up
 from trainer.data.loader import Batch, Loader
 from trainer.engine import Engine
 from trainer.evaluate import validation_loss
@@ -206,6 +206,7 @@ def loop(training: Training, at: Standing) -> int:
             training.watchdog.finished(made.record.step_seconds)
             if made.judgement.decision == "rollback":
                 at = gone_back(training, at, made)
+                given_up(batches, training.agreement.stop_signal.interrupting)
                 batches, last = batches_from(training, at), last_step(training, at)
                 continue
             if due(at.step, training.config.debug.compare_replicas_every_steps):

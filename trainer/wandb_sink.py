@@ -62,10 +62,10 @@ class WandbSink:
                 # False without a key, and where WANDB_MODE says offline, as on a node without a way out.
                 mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
             self._run = _start(mode, folder, config)
-        except (wandb.Error, ConnectionError) as error:
-            reason = " ".join(str(error).split())[:200]
+        except Exception as error:
+            reason = _reason(error)
             if config.log.wandb != "auto" or mode != "online":
-                remedy = "check key and network or set log.wandb=offline"
+                remedy = f"check key and network or set log.wandb={'offline' if mode == 'online' else 'disabled'}"
                 raise UserError(f"log.wandb: {mode}: {reason}; {remedy}") from None
             logger.warning("wandb: %s; offline into the run folder instead", reason)
             wandb.teardown()  # its service holds on to the id of the run that failed
@@ -108,9 +108,12 @@ class WandbSink:
 
     def _lose(self, error: BaseException) -> None:
         """Whatever went wrong: what wandb raises when its service is gone is of many kinds, some of them internal."""
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        logger.warning("wandb: lost (%s); the run goes on, metrics.jsonl has every step", reason)
+        logger.warning("wandb: lost (%s); the run goes on, metrics.jsonl has every step", _reason(error))
         self._run = None
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _start(mode: Any, folder: Path, config: RunConfig) -> Any:

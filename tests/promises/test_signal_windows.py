@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -64,7 +64,8 @@ class Window:
     corpora_seconds: float = 0.0
     """What it takes to open each corpus: here a moment, too short to be seen in every start."""
     ahead_seconds: float = 0.0
-    """What it takes to read each batch ahead, but the first."""
+    """What it takes to read each batch ahead, from number `ahead_from` on."""
+    ahead_from: int = 1
     silent: str = ""
     """The corpus lies on a server that does not answer for these files."""
     steps: int = 0
@@ -93,7 +94,7 @@ WINDOWS = {
     "wait for a save": Window("in settle_save", **SAVING),
     "anywhere": Window("", steps=1),
 }
-ROLLING_BACK = Window("in gone_back", fsync_seconds=0.3)
+ROLLING_BACK = Window("in gone_back", fsync_seconds=0.3, ahead_seconds=120)
 FEW = (
     "start: model",
     "start: wait for the tokenizer",
@@ -216,7 +217,7 @@ def rank_main(command: list[str], environment: dict[str, str], stacks: Path, win
     Loader._source = lambda *corpus: (time.sleep(window.corpora_seconds), source(*corpus))[1]
 
     def read(*cut: Any) -> Any:
-        if threading.current_thread() is not threading.main_thread() and next(reads):
+        if threading.current_thread() is not threading.main_thread() and next(reads) >= window.ahead_from:
             time.sleep(window.ahead_seconds)
         return batch(*cut)
 
@@ -355,7 +356,8 @@ def test_a_signal_while_the_run_goes_back_loses_no_bit(tmp_path_factory, corpus,
     )
     assert finished(config)
     folder = root / "runs" / "met"
-    tally.add("rolling back", meet("rolling back", ROLLING_BACK, config, folder, draw=random.Random(0)))
+    window = replace(ROLLING_BACK, ahead_from=bad.step)
+    tally.add("rolling back", meet("rolling back", window, config, folder, draw=random.Random(0)))
     assert [each["kind"] for each in records(folder)][-2:] == ["rollback", "end"], (
         "it had gone back, and made no step since"
     )

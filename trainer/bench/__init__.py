@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prints one JSON line for each phase on standard output, on rank 0; progress goes to standard error."""
     config, plans = planned(load(arguments.config, arguments.overrides), arguments, launched_world_size())
+    runtime.stop_with_launcher()
     with closing(runtime.StopSignal()) as stop_signal, started(config.parallel.tp_size) as mesh:
         runtime.start_logging(mesh.rank)
         if config.debug.deterministic:

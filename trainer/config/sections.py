@@ -298,7 +298,9 @@ class Guard:
     0: only what is not finite is.
     """
     window_steps: int = 128
-    """Good steps that a step is compared with; none is seen as a spike before there are so many."""
+    """Good steps that a step is compared with; none is seen as a spike before there are so many, of its sequence length, rows
+    and mixture.
+    """
     max_skips: int = 3
     """Bad steps in a row whose update is left out. With the next one the run goes back to its last checkpoint and passes over
     the rows read since.

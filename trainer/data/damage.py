@@ -45,6 +45,16 @@ def agreed(read: Callable[[], T], exchange: Exchange, leave_out: Callable[[Met],
             leave_out(each)
 
 
+def given_up(batches: Generator[Batch, None, None], reading: Callable[[], AbstractContextManager[None]]) -> None:
+    """They are closed, and what was being read ahead has come; where a signal comes first, that is not waited for."""
+    try:
+        with reading():
+            batches.close()
+    except Stopped as stopped:
+        with suppress(Stopped):
+            batches.throw(stopped)
+
+
 def agreed_batches(
     loader: Loader,
     step: int,
@@ -63,7 +73,7 @@ def agreed_batches(
     def without(met: Met) -> None:
         nonlocal batches
         assert leave_out is not None
-        batches.close()
+        given_up(batches, reading)
         leave_out(step, met)
         batches = loader.batches(step, cursor)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from bisect import bisect_left
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from tests.trainer.data.reading import Tokens, globally, loader, ranks, schedule_of, side_by_side, steps
 from trainer.config import Phase, UserError
 from trainer.data import manifest
-from trainer.data.damage import agreed, agreed_batches
+from trainer.data.damage import agreed, agreed_batches, given_up
 from trainer.data.mixture import row_sources
+from trainer.runtime import Stopped
 
 BLOCKS = {"block_tokens": 64, "window_tokens": 256}
 PHASE = Phase("p", 24 * 8 * 32, 32, 8, 1, {"a": 0.75, "b": 0.25})
@@ -263,3 +265,28 @@ def test_where_a_source_that_ends_is_to_be_refused_it_is_when_a_shard_left_out_m
         with pytest.raises(UserError, match=message) as said:
             refused()
         assert "\n" not in str(said.value)
+
+
+def test_what_is_read_ahead_is_waited_for_unless_a_signal_has_come():
+    seen = []
+
+    def batches():
+        try:
+            yield
+        except Stopped:
+            seen.append("not waited for")
+            raise
+        except GeneratorExit:
+            seen.append("waited for")
+            raise
+
+    @contextmanager
+    def signalled():
+        raise Stopped
+        yield
+
+    for reading in (nullcontext, signalled):
+        next(begun := batches())
+        given_up(begun, reading)
+        assert begun.gi_frame is None
+    assert seen == ["waited for", "not waited for"]
