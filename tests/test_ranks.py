@@ -122,7 +122,7 @@ def test_hanging_rank_is_killed_in_time_and_its_stack_shown(tmp_path):
     start = time.monotonic()
     with pytest.raises(AssertionError, match=r"(?s)rank 1 gave no result.*limit 10 s.*in hang_on_rank_one"):
         ranks.run(hang_on_rank_one, 2, tmp_path, tmp_path, timeout_seconds=10)
-    assert time.monotonic() - start < 25
+    assert time.monotonic() - start < 20
     processes = [Path("/proc") / file.stem for file in tmp_path.glob("*.pid")]
     assert len(processes) == 2
     assert not any(process.exists() for process in processes)

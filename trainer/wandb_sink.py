@@ -65,7 +65,8 @@ class WandbSink:
         except Exception as error:
             reason = _reason(error)
             if config.log.wandb != "auto" or mode != "online":
-                remedy = f"check key and network or set log.wandb={'offline' if mode == 'online' else 'disabled'}"
+                online = "check key and network or set log.wandb=offline"
+                remedy = online if mode == "online" else "set log.wandb=disabled"
                 raise UserError(f"log.wandb: {mode}: {reason}; {remedy}") from None
             logger.warning("wandb: %s; offline into the run folder instead", reason)
             wandb.teardown()  # its service holds on to the id of the run that failed

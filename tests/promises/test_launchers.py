@@ -1,8 +1,9 @@
 """Who starts the ranks changes nothing: torchrun, deepspeed and srun's environment give the same bits."""
 
 import signal
+import socket
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from subprocess import Popen
 
@@ -39,7 +40,12 @@ def test_torchrun_deepspeed_and_srun_train_the_same_bits(tmp_path, corpus):
     tree = two_phases("stablelm", corpus, tmp_path / "runs", steps=STEPS // 2, parallel=parallel)
     config.write_text(yaml.safe_dump(tree))
     (port, other), by_hand = map(str, free_ports(2)), [sys.executable, "-m", "trainer", "train"]
+    another_run = socket.socket()
+    with suppress(OSError):  # there is one
+        another_run.bind(("", 29500))
+        another_run.listen()
     with (
+        another_run,
         launched([LAUNCH / "local.sh", 2], config, "torchrun") as torchrun,
         launched([LAUNCH / "deepspeed.sh", 2], config, "deepspeed", MASTER_PORT=other) as deepspeed,
         launched(by_hand, config, "srun", **slurm(0, port)) as rank_0,

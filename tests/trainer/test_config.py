@@ -189,6 +189,6 @@ def test_looking_at_a_config_needs_no_torch() -> None:
 
 
 def test_loading_takes_well_under_a_second() -> None:
-    start = time.process_time()
+    start = time.perf_counter()
     config.load(CONFIGS / "stablelm-2-12b.yaml")
-    assert time.process_time() - start < 0.5
+    assert time.perf_counter() - start < 0.5

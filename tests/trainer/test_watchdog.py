@@ -148,7 +148,7 @@ def test_a_rank_that_waits_in_the_store_for_a_killed_one_is_ended_without_patien
     said = newest_verdict(tmp_path, 0.0)
     seconds, who = re.fullmatch(r"step 3: no progress for ([\d.]+) s: (.*)\n?", said, re.DOTALL).groups()
     assert who.startswith(f"rank 1 on {here().host} is gone: killed, or ended without a word")
-    assert 3 * LIMIT_SECONDS <= float(seconds) < 60, "from when it was seen, and the whole of it is said"
+    assert 3 * LIMIT_SECONDS <= float(seconds) < 20, "from when it was seen, and the whole of it is said"
 
 
 def test_a_rank_in_an_endless_loop_is_named_with_its_line(tmp_path):
@@ -184,11 +184,11 @@ def freeze(folder):
         time.sleep(6.5)
         os.kill(os.getppid(), signal.SIGCONT)
         os._exit(0)
-    with Watchdog(Settings(start_seconds=6.0), folder, [here()], 0, collectives) as watchdog:
+    with Watchdog(Settings(start_seconds=3.0), folder, [here()], 0, collectives) as watchdog:
         watchdog.at("data", 1)
         os.waitpid(child, 0)
         time.sleep(0.5)
-        assert watchdog._waited < 5
+        assert watchdog._waited < 2
     return True
 
 
@@ -321,10 +321,10 @@ def test_moving_costs_next_to_nothing(tmp_path):
     watchdog, calls = Watchdog(Settings(), tmp_path, [here()], 0, dict), 100_000
     config.update("jaxtyping_disable", True)  # as in a command
     try:
-        began = time.thread_time()
+        began = time.perf_counter()
         for step in range(calls):
             watchdog.at("data", step)
-        seconds = time.thread_time() - began
+        seconds = time.perf_counter() - began
     finally:
         config.update("jaxtyping_disable", False)
     assert seconds / calls < 10e-6  # a busy machine's microseconds; more would still be seen by nobody

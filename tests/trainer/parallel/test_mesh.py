@@ -21,9 +21,8 @@ def in_and_out(times: int) -> list[tuple[bool, int, int]]:
             more = len(groups() - before)
             dist.barrier()  # one that leaves while another still makes its connections ends it
         deadline = time.monotonic() + SOON_SECONDS
-        while (
-            found and num_threads() > threads and time.monotonic() < deadline
-        ):  # it is listed for a moment when it has ended
+        # The first block starts threads that stay; one that has ended is listed for a moment.
+        while found and num_threads() > threads and time.monotonic() < deadline:
             time.sleep(0.01)
         found.append((groups() == before, more, num_threads() - threads))
     return found
