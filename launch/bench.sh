@@ -1,66 +1,129 @@
 #!/usr/bin/env bash
-# Everything that one GPU can show, its raw lines and logs in a folder: launch/bench.sh FOLDER [stage...]
+# What one GPU can show, in few minutes: launch/bench.sh FOLDER first|second|third|rehearse|STAGE...
 #
-#   tests      what is marked gpu, and every kernel against its meaning on the GPU itself
-#   kernels    every operation against its rivals, at our shapes and at theirs
-#   btlm       BTLM-3B-8K whole, rows of 2,048 and of 8,192 tokens
-#   stablelm   Stable LM 2 12B, six of its layers, which 80 GB hold with their optimizer
+#   first      tests     what is marked gpu: kernels against their meaning, whole small models
+#              kernels   our kernels at the shapes of the two recipes
+#              errors    error of each of our operations against fp64, beside plain torch's
+#              btlm      BTLM-3B-8K whole, rows of 2,048 and of 8,192 tokens
+#              stablelm  Stable LM 2 12B, six of its layers, with a profile
+#   second     rivals    the same operations beside cuDNN, FlexAttention, Liger, torch.compile in one process
+#              sweep     variants of the attention kernels
+#              profile   BTLM's steps by kind of operation
+#   third      states    each change of the step that can be switched off, on and off
+#              memory    other micro-batches and recomputation
+#   rehearse   every stage above on a CPU, at tiny shapes, in Triton's interpreter
 #
-# Without a stage: all, in this order; a stage that fails does not stop the others.
-# Uses the Python it finds where that one has what is needed, else .venv, which launch/install.sh makes.
+# Each stage has a time limit and leaves what it has; one that fails or is cut does not stop the others. The folder gets at
+# most eight files: log.txt.gz, *.jsonl (a line is added when its figure is there) and traces. One table is printed last;
+# `python3 -m trainer.bench.figures FOLDER` prints it again. Exit code 1 if a stage failed or was cut.
+#
+# Uses the Python it finds if that one has what is needed, else .venv, which launch/install.sh makes. A copy without git says
+# its commit in TANDEM_COMMIT.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-[[ $# -gt 0 ]] || { echo "bench: name a folder for the results: launch/bench.sh FOLDER [stage...]" >&2 && exit 2; }
+first=(tests kernels errors btlm stablelm)
+second=(rivals sweep profile)
+third=(states memory)
+
+fail() { echo "bench: $1" >&2 && exit 2; }
+[[ $# -gt 0 ]] || fail "name a folder for the results: launch/bench.sh FOLDER first|second|third|rehearse|STAGE..."
 folder=$1
 shift
-stages=("$@")
-[[ $# -gt 0 ]] || stages=(tests kernels btlm stablelm)
-for stage in "${stages[@]}"; do
-    case $stage in
-    tests | kernels | btlm | stablelm) ;;
-    *) echo "bench: unknown stage $stage; known: tests kernels btlm stablelm" >&2 && exit 2 ;;
+[[ $# -gt 0 ]] || fail "name what to measure: launch/bench.sh $folder first|second|third|rehearse|STAGE..."
+stages=()
+rehearse=
+for word in "$@"; do
+    case $word in
+    first | second | third) declare -n plan=$word && stages+=("${plan[@]}") ;;
+    rehearse) rehearse=yes && stages+=("${first[@]}" "${second[@]}" "${third[@]}") ;;
+    tests | kernels | errors | btlm | stablelm | rivals | sweep | profile | states | memory) stages+=("$word") ;;
+    *) fail "unknown stage $word; known: first second third rehearse ${first[*]} ${second[*]} ${third[*]}" ;;
     esac
 done
 
-no_gpu() {
-    echo "bench: no CUDA device here: these are measurements of a GPU; python -m kernels.bench --resources needs none" >&2
-    exit 2
-}
-[[ -e /dev/nvidiactl ]] || no_gpu
+no_gpu="no CUDA device here: these are measurements of a GPU; launch/bench.sh FOLDER rehearse needs none"
+has_device_file() { compgen -G '/dev/nvidia*' >/dev/null || [[ -e /dev/dxg || -e /proc/driver/nvidia ]]; }
+[[ $rehearse ]] || has_device_file || fail "$no_gpu"
 if ! python3 -c 'import deepspeed, megatron.core, omegaconf, torch, triton' 2>/dev/null; then launch/install.sh; fi
 RANKS_PER_NODE=1
 # shellcheck source=launch/env.sh
 source launch/env.sh
-python3 -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || no_gpu
+[[ $rehearse ]] || python3 -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || fail "$no_gpu"
 mkdir -p "$folder"
 out=$(cd "$folder" && pwd)
 
-slice_depth=6
-tests() { python3 -m pytest tests -m gpu; }
-kernels() { python3 -m kernels.bench --json "$out/kernels.jsonl"; }
-btlm() { phases configs/btlm-3b-8k.yaml "2k 8k" parallel.tp_size=1; }
-stablelm() { phases configs/stablelm-2-12b.yaml 4k parallel.tp_size=1 --depth "$slice_depth"; }
+btlm_config=configs/btlm-3b-8k.yaml stablelm_config=configs/stablelm-2-12b.yaml
+slice=(--depth 6)
+counted=(--warmup-steps 2 --steps 6)
+short=(--warmup-steps 2 --steps 3)
+kernel_options=(--production)
+sweep_options=()
+workers=8
+if [[ $rehearse ]]; then
+    export CUDA_VISIBLE_DEVICES='' TRITON_INTERPRET=1 OMP_NUM_THREADS=1
+    btlm_config=configs/demo-btlm.yaml stablelm_config=configs/demo-stablelm.yaml
+    slice=(--depth 1)
+    counted=(--warmup-steps 1 --steps 1)
+    short=("${counted[@]}")
+    kernel_options=(--device cpu --tokens 8 --production)
+    sweep_options=(--device cpu --tokens 64)
+    workers=2
+fi
 
-# phases CONFIG "NAME..." argument...: one JSON line and one profile for each phase.
-phases() {
-    local config=$1 name
-    for name in $2; do
-        python3 -m trainer bench "$config" "${@:3}" \
-            --phase "$name" --profile "$out/$(basename "$config" .yaml)-$name.trace.json" >>"$out/steps.jsonl"
-    done
+# --- the stages; `limit` is in seconds
+
+limit_tests=110
+tests() {
+    # Foreign libraries warn about themselves in ways that no list of ours foresees.
+    python3 -m pytest tests/kernels tests/promises/test_kernels.py tests/promises/test_host_waits.py \
+        -m gpu -W default -n "$workers" -p no:cacheprovider -q
+}
+limit_kernels=90
+kernels() { python3 -m kernels.bench --rival ours "${kernel_options[@]}" --json "$out/kernels.jsonl"; }
+limit_errors=60
+errors() { python3 -m kernels.bench --errors "${kernel_options[@]}" --json "$out/errors.jsonl"; }
+limit_btlm=130
+btlm() { steps "$btlm_config" --phase all "${counted[@]}"; }
+limit_stablelm=100
+stablelm() { steps "$stablelm_config" "${slice[@]}" "${counted[@]}" --profile "$out/stablelm.trace.json.gz"; }
+limit_rivals=180
+rivals() { python3 -m kernels.bench "${kernel_options[@]}" --seconds 165 --json "$out/kernels.jsonl"; }
+limit_sweep=90
+sweep() { python3 -m kernels.bench.sweep --seconds 80 "${sweep_options[@]}" --json "$out/sweep.jsonl"; }
+limit_profile=100
+profile() { steps "$btlm_config" --phase all "${short[@]}" --profile "$out/btlm.trace.json.gz"; }
+limit_states=150
+states() {
+    steps "$stablelm_config" "${slice[@]}" "${counted[@]}"
+}
+limit_memory=150
+memory() {
+    steps "$stablelm_config" "${slice[@]}" "${short[@]}" parallel.recompute=selective
+    steps "$stablelm_config" "${slice[@]}" "${short[@]}" --micro-rows 2 --rows 8
+}
+
+steps() { python3 -m trainer bench "$1" parallel.tp_size=1 "${@:2}" >>"$out/steps.jsonl"; }
+
+run_limited() { # NAME: in a shell of its own, so that its whole process group can be ended
+    local limit=limit_$1
+    export -f "$1" steps
+    timeout --kill-after=10 "${!limit}" bash -euo pipefail -c "$(declare -p out btlm_config stablelm_config slice counted short \
+        kernel_options sweep_options workers); $1"
 }
 
 failed=()
 for stage in "${stages[@]}"; do
     SECONDS=0
     printf '\n== %s\n' "$stage"
-    # In a shell of its own: `if` would switch `set -e` off inside the stage.
-    set +e
-    (set -e && "$stage") 2>&1 | tee "$out/$stage.log"
-    verdict=${PIPESTATUS[0]}
-    set -e
+    verdict=0
+    run_limited "$stage" 2>&1 | tee -a "$out/log.txt" || verdict=${PIPESTATUS[0]}
     [[ $verdict -eq 0 ]] || failed+=("$stage")
-    printf '== %s: exit %d, %d s\n' "$stage" "$verdict" "$SECONDS"
+    limit=limit_$stage
+    cut=$([[ $verdict -ne 124 && $verdict -ne 137 ]] || echo ", cut at its limit of ${!limit} s")
+    printf '== %s: exit %d, %d s%s\n' "$stage" "$verdict" "$SECONDS" "$cut" | tee -a "$out/log.txt"
 done
-[[ ${#failed[@]} -eq 0 ]]
+gzip -f "$out/log.txt"
+printf '\n'
+python3 -m trainer.bench.figures "$out"
+[[ ${#failed[@]} -eq 0 ]] || { echo "bench: failed or cut: ${failed[*]}" >&2 && exit 1; }

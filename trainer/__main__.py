@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainer.config import UserError, check_world, load
-from trainer.runtime import REQUEUE_EXIT_CODE, StopSignal, leave, quiet_libraries, stop_with_launcher
+from trainer.runtime import REQUEUE_EXIT_CODE, StopSignal, leave, num_gpus, quiet_libraries, stop_with_launcher
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
@@ -111,7 +111,7 @@ def train(arguments: argparse.Namespace) -> int:
     stop_with_launcher()  # first: the imports take seconds
     config = load(arguments.config, arguments.overrides)
     launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
-    ranks = arguments.ranks or local_devices() or config.parallel.tp_size
+    ranks = arguments.ranks or num_gpus() or config.parallel.tp_size
     if not arguments.ranks and (launched or ranks == 1):
         stop_signal = StopSignal()  # before the imports, which take seconds
         from trainer.train import run
@@ -128,13 +128,6 @@ def train(arguments: argparse.Namespace) -> int:
 def launched_rank() -> int:
     """Rank of this process in its launch, without importing torch."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-
-
-def local_devices() -> int:
-    """NVIDIA GPUs of this machine that this process may use, without importing torch."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return len([name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO, TypeVar
@@ -77,8 +78,22 @@ def start_logging(rank: int) -> None:
 def quiet_libraries() -> None:
     """Libraries imported from here on do not warn about extras they can do without, nor about one another's deprecations."""
     warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch)\b.*")
-    if not Path("/proc/driver/nvidia").exists():
+    if not num_gpus():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
+
+
+def num_gpus(root: Path = Path("/")) -> int:
+    """NVIDIA GPUs of this machine that this process may use, read from the file system `root`, without importing torch.
+
+    Some sandboxes have device files and nothing in /proc; Windows' Linux has /dev/dxg alone, for all GPUs, counted as one.
+    """
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        names = [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
+        return len(list(takewhile(lambda name: name and not name.startswith("-"), names)))  # CUDA stops at -1 as well
+    for pattern in ("dev/nvidia[0-9]*", "proc/driver/nvidia/gpus/*"):
+        if found := list(root.glob(pattern)):
+            return len(found)
+    return int(any((root / name).exists() for name in ("dev/nvidiactl", "dev/dxg")))
 
 
 def make_deterministic() -> None:

@@ -84,6 +84,13 @@ def test_rows_follow_the_replicas():
     assert plan.span.phase.rows == 4, "the phase's own, where it has fewer than four forward passes"
 
 
+def test_each_phase_has_a_profile_of_its_own():
+    _, _, found = plans("demo-btlm.yaml --phase all --profile btlm.json.gz")
+    assert [plan.profile for plan in found] == [Path("btlm-short.json.gz"), Path("btlm-long.json.gz")]
+    _, _, [one] = plans("demo-btlm.yaml --phase long --profile btlm.json.gz")
+    assert one.profile == Path("btlm.json.gz")
+
+
 MISTAKES = {
     "phase": ("--phase medium", ["--phase: 'medium'", "short, long", "or all"]),
     "no layers": ("--depth 0", ["--depth: 0", "at least 1"]),
@@ -93,7 +100,6 @@ MISTAKES = {
     "no steps": ("--steps 0", ["--steps: 0", "at least 1"]),
     "warm-up": ("--warmup-steps -1", ["--warmup-steps: -1", "at least 0"]),
     "more steps than the phase has": ("--steps 295", ["--steps: 295 makes 301", "'short' has 300", "ask for fewer"]),
-    "one profile of two phases": ("--phase all --profile t.json", ["--profile: t.json", "--phase NAME"]),
     "profile nowhere": ("--profile none/t.json", ["--profile: none/t.json", "name another"]),
     "a field": ("optim.clip_nrom=1", ["optim.clip_nrom: 1", "clip_norm"]),
 }

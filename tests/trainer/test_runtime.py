@@ -31,6 +31,40 @@ def test_the_ranks_of_a_machine_are_known_whatever_launched_them(monkeypatch, gi
     assert runtime.node_ranks() == expected
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([], 0),
+        (["proc/driver/nvidia/gpus/0000:01:00.0", "proc/driver/nvidia/gpus/0000:02:00.0"], 2),
+        (["dev/nvidia0", "dev/nvidia1", "dev/nvidiactl", "dev/nvidia-uvm"], 2),
+        (["dev/nvidia5", "dev/nvidiactl", "proc/driver/nvidia/gpus/a", "proc/driver/nvidia/gpus/b"], 1),
+        (["dev/nvidiactl"], 1),
+        (["dev/dxg"], 1),
+    ],
+)
+def test_gpus_are_found_by_any_of_their_device_files(monkeypatch, tmp_path, files, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert runtime.num_gpus(tmp_path) == expected
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(runtime, "num_gpus", lambda: expected)
+    runtime.quiet_libraries()
+    assert os.environ.pop("DS_ACCELERATOR", None) == (None if expected else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [("", 0), ("-1", 0), ("0", 1), ("0,1", 2), ("GPU-8932f937", 1), ("1,-1,2", 1)]
+)
+def test_hidden_gpus_are_not_counted(monkeypatch, tmp_path, visible, expected):
+    for index in range(3):
+        (tmp_path / "dev").mkdir(exist_ok=True)
+        (tmp_path / "dev" / f"nvidia{index}").touch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert runtime.num_gpus(tmp_path) == expected
+
+
 def test_what_a_kill_left_half_written_goes_and_nothing_else(tmp_path):
     write_whole(tmp_path / "report.html", "whole")
     (tmp_path / "manifests").mkdir()

@@ -10,16 +10,8 @@ import json
 from contextlib import closing
 from pathlib import Path
 
-from trainer import runtime
-from trainer.agreement import Agreement
-from trainer.bench.measure import measure
 from trainer.bench.plan import EVERY_PHASE, MICRO_BATCHES, planned
 from trainer.config import load
-from trainer.guard import Guard
-from trainer.parallel.mesh import launched_world_size, started
-from trainer.setup import build_engine
-from trainer.timeline import Timeline
-from trainer.training import Stepper
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,12 +28,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps that count (default 10)")
     parser.add_argument(
         "--profile", type=Path, metavar="FILE",
-        help="make one more step under torch.profiler: its trace in FILE, a table by kind of operation on standard error",
+        help="make one more step under torch.profiler: its trace in FILE (small if it ends in .json.gz; with --phase all one "
+        "for each phase, FILE-PHASE), a table by kind of operation on standard error, and kind_seconds in the JSON line",
     )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints one JSON line for each phase on standard output, on rank 0; progress goes to standard error."""
+    # Here, so that `figures` and --help, which measure nothing, need no torch.
+    from trainer import runtime
+    from trainer.agreement import Agreement
+    from trainer.bench.measure import measure
+    from trainer.guard import Guard
+    from trainer.parallel.mesh import launched_world_size, started
+    from trainer.setup import build_engine
+    from trainer.timeline import Timeline
+    from trainer.training import Stepper
+
     config, plans = planned(load(arguments.config, arguments.overrides), arguments, launched_world_size())
     runtime.stop_with_launcher()
     with closing(runtime.StopSignal()) as stop_signal, started(config.parallel.tp_size) as mesh:

@@ -55,8 +55,11 @@ class Spent:
     calls: int
 
 
-def profiled(step: Callable[[], Any], file: Path, mesh: Mesh) -> None:
-    """The step is made; on rank 0 its Chrome trace is in the file and its time by kind on standard error."""
+def profiled(step: Callable[[], Any], file: Path, mesh: Mesh) -> dict[str, float]:
+    """Make the step; rank 0 writes its Chrome trace to the file and its time by kind to standard error.
+
+    Returns the seconds of each kind, and of the whole step as `step`; nothing on other ranks.
+    """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (mesh.device.type == "cuda")
     with profile(activities=activities) if mesh.rank == 0 else nullcontext() as profiler:
         began = time.perf_counter()
@@ -64,9 +67,15 @@ def profiled(step: Callable[[], Any], file: Path, mesh: Mesh) -> None:
         if mesh.device.type == "cuda":
             torch.cuda.synchronize(mesh.device)
         seconds = time.perf_counter() - began
-    if profiler is not None:
-        profiler.export_chrome_trace(str(file))
-        log.info("one step under the profiler, its trace in %s\n%s", file, table(by_kind(profiler.events()), seconds))
+    if profiler is None:
+        return {}
+    profiler.export_chrome_trace(str(file))
+    spent = by_kind(profiler.events())
+    log.info("one step under the profiler, its trace in %s\n%s", file, table(spent, seconds))
+    sums = {
+        kind: sum(one.seconds for one in spent if one.kind == kind) for kind in dict.fromkeys(one.kind for one in spent)
+    }
+    return {"step": seconds, **sums}
 
 
 def kind_of(names: list[str]) -> str:

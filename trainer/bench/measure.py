@@ -45,8 +45,9 @@ def measure(stepper: Stepper, plan: Plan, matmul_flops: float, agreement: Agreem
     records = [made(stepper, batches, next(numbers), "timed") for _ in range(plan.timed_steps)]
     memory = peak_memory(stepper.mesh)
     watched = [instrumented(stepper, batches, next(numbers)) for _ in range(INSTRUMENTED_STEPS)]
+    kinds = None
     if plan.profile is not None:
-        profiled(lambda: timed_step(stepper, batches, next(numbers)), plan.profile, stepper.mesh)
+        kinds = profiled(lambda: timed_step(stepper, batches, next(numbers)), plan.profile, stepper.mesh)
     watched_seconds, parts = sorted(watched, key=lambda one: one[0])[INSTRUMENTED_STEPS // 2]
     return {
         **setting(stepper, plan),
@@ -55,6 +56,7 @@ def measure(stepper: Stepper, plan: Plan, matmul_flops: float, agreement: Agreem
         "part_seconds": parts,
         "instrumented_steps": INSTRUMENTED_STEPS,
         "instrumented_step_seconds": watched_seconds,
+        "kind_seconds": kinds,
         "derived": at_full_batch(stepper, plan, records, parts),
         "first_loss": records[0].loss,
         "last_loss": records[-1].loss,

@@ -56,8 +56,13 @@ def planned(config: RunConfig, arguments: argparse.Namespace, world_size: int) -
         ),
     )
     spans = Timeline(benched.schedule).spans
-    steps = (arguments.warmup_steps, arguments.steps, arguments.profile)
-    plans = [Plan(spans[index], config.model.depth, phases[index].rows, *steps) for index in chosen]
+    plans = [
+        Plan(
+            spans[index], config.model.depth, phases[index].rows, arguments.warmup_steps, arguments.steps,
+            profile_file(arguments.profile, phases[index].name if len(chosen) > 1 else None),
+        )
+        for index in chosen
+    ]  # fmt: skip
     for plan in plans:
         if plan.total_steps > plan.span.phase.steps:
             raise UserError(
@@ -79,8 +84,6 @@ def check_options(config: RunConfig, arguments: argparse.Namespace) -> None:
         )
     if arguments.profile is None:
         return
-    if arguments.phase == EVERY_PHASE and len(config.schedule.phases) > 1:
-        raise UserError(f"--profile: {arguments.profile} holds one step; choose its phase with --phase NAME")
     if arguments.profile.is_dir() or not arguments.profile.parent.is_dir():
         raise UserError(f"--profile: {arguments.profile}; is no file in a folder that exists; name another")
 
@@ -93,6 +96,14 @@ def chosen_names(config: RunConfig, asked: str | None) -> list[str]:
     if asked not in (*names, EVERY_PHASE):
         raise UserError(f"--phase: {asked!r}; the config has {', '.join(names)}; name one of them, or {EVERY_PHASE}")
     return names if asked == EVERY_PHASE else [asked]
+
+
+def profile_file(given: Path | None, phase: str | None) -> Path | None:
+    """File of one phase's trace: the given one, with the phase's name before its suffixes if there are several phases."""
+    if given is None or phase is None:
+        return given
+    stem, dot, suffixes = given.name.partition(".")
+    return given.with_name(f"{stem}-{phase}{dot}{suffixes}")
 
 
 def resize(phase: Phase, arguments: argparse.Namespace, replicas: int) -> Phase:
