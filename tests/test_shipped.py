@@ -100,7 +100,7 @@ def test_demos_run_on_few_ranks(name: str, world_size: int, tp_size: int) -> Non
     config.check_world(loaded, world_size)
 
 
-@pytest.mark.parametrize(("nodes", "tp_size"), [(16, 4), (12, 1), (15, 1), (20, 1)])
+@pytest.mark.parametrize(("nodes", "tp_size"), [(12, 1), (15, 1), (20, 1), (16, 4)])
 def test_btlm_divides_over_the_nodes_its_comment_names(nodes: int, tp_size: int) -> None:
     loaded = config.load(ROOT / "configs" / "btlm-3b-8k.yaml", [f"parallel.tp_size={tp_size}"])
     config.check_world(loaded, nodes * 8)

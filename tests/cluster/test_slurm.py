@@ -44,20 +44,6 @@ def test_a_script_without_arguments_explains_itself(name: str) -> None:
     assert "CONFIG [section.field=value...]" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [((), "name a folder"), (("{folder}", "kernel"), "unknown stage kernel"), (("{folder}",), "no CUDA device here")],
-)
-def test_measuring_says_in_one_line_what_it_lacks(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    if "CUDA" in said and Path("/dev/nvidiactl").exists():
-        pytest.skip("this machine has what it would lack")
-    command = [LAUNCH / "bench.sh", *(argument.format(folder=tmp_path) for argument in arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
 @every_recipe
 def test_the_world_divides(job: Path) -> None:
     asked = directives(job)

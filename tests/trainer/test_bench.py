@@ -85,9 +85,9 @@ def test_rows_follow_the_replicas():
 
 
 def test_each_phase_has_a_profile_of_its_own():
-    _, _, found = plans("demo-btlm.yaml --phase all --profile btlm.json.gz")
+    _, _, found = plans("demo-btlm.yaml parallel.tp_size=1 --phase all --profile btlm.json.gz")
     assert [plan.profile for plan in found] == [Path("btlm-short.json.gz"), Path("btlm-long.json.gz")]
-    _, _, [one] = plans("demo-btlm.yaml --phase long --profile btlm.json.gz")
+    _, _, [one] = plans("demo-btlm.yaml parallel.tp_size=1 --phase long --profile btlm.json.gz")
     assert one.profile == Path("btlm.json.gz")
 
 

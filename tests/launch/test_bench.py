@@ -1,0 +1,131 @@
+"""launch/bench.sh as a bare GPU machine meets it, rehearsed without a GPU: no git, few packages, stages that are cut."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.bench import figures
+
+ROOT = Path(__file__).parents[2]
+ABSENT = (
+    "datatrove",
+    "gigatoken",
+    "grimp",
+    "importlinter",
+    "loguru",
+    "mypy",
+    "ruff",
+    "wandb",
+    "webdataset",
+    "cloudpickle",
+)
+"""Packages of our environment that a machine with nothing but torch, and the wheels a person brings, does not have."""
+
+
+ROW = {
+    "op": "attention", "shape": "btlm-3b-8k 8192 tp1", "rival": "ours", "direction": "forward", "time_us_20": 1.0,
+    "time_us_50": 2.0, "time_us_80": 3.0, "ceiling": "matmul", "tflops_per_second": 449.0, "gb_per_second": 1.0,
+    "fraction": 0.5, "note": "", "card": "a card", "torch": "2", "triton": "3", "commit": "0123abc",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> dict[str, str]:
+    """The environment of a machine without git, without our extras, and whose libraries warn."""
+    place = tmp_path_factory.mktemp("bare")
+    programs = place / "bin"
+    programs.mkdir()
+    for folder in (Path(sys.executable).parent, *map(Path, os.environ["PATH"].split(":"))):
+        for program in folder.iterdir() if folder.is_dir() else ():
+            if program.name != "git" and not (programs / program.name).is_symlink():
+                (programs / program.name).symlink_to(program)
+    (place / "sitecustomize.py").write_text(
+        "import sys, warnings\n"
+        f"for name in {ABSENT!r}: sys.modules[name] = None\n"
+        "warnings.warn('a foreign library says something about itself')\n"
+    )
+    here = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "TANDEM_COMMIT")}
+    return here | {"PATH": str(programs), "PYTHONPATH": f"{place}:{ROOT}", "TANDEM_COMMIT": "0123abc"}
+
+
+def bench(environment: dict[str, str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([ROOT / "launch/bench.sh", *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "name a folder"),
+        (("{folder}",), "name what to measure"),
+        (("{folder}", "kernel"), "unknown stage kernel"),
+        (("{folder}", "first"), "no CUDA device here"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, said, tmp_path):
+    if "CUDA" in said and list(Path("/dev").glob("nvidia*")):
+        pytest.skip("this machine has what it would lack")
+    done = bench(dict(os.environ), *(argument.format(folder=tmp_path) for argument in arguments))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def rehearsed(bare, tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    out = tmp_path_factory.mktemp("figures")
+    return bench(bare, out, "rehearse"), out
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_every_stage_runs_on_a_bare_machine(rehearsed):
+    done, out = rehearsed
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [
+        "btlm-long.trace.json.gz", "btlm-short.trace.json.gz", "errors.jsonl", "kernels.jsonl", "log.txt.gz",
+        "stablelm.trace.json.gz", "steps.jsonl", "sweep.jsonl",
+    ]  # fmt: skip
+    log = gzip.decompress((out / "log.txt.gz").read_bytes()).decode()
+    for stage in ("tests", "kernels", "errors", "btlm", "stablelm", "rivals", "sweep", "profile", "states", "memory"):
+        assert f"== {stage}: exit 0" in log
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_every_line_says_where_it_comes_from(rehearsed):
+    _, out = rehearsed
+    for file in out.glob("*.jsonl"):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert lines
+        for line in lines:
+            assert line["commit"].startswith("0123abc"), file.name
+            assert line["torch"]
+            assert line["triton"]
+            assert line.get("card") or line.get("device")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_table_comes_last(rehearsed):
+    done, out = rehearsed
+    assert done.stdout.rstrip().endswith("\n\n".join(figures.tables(out)).rstrip())
+    for said in ("| demo-btlm ", "| demo-stablelm ", "| swiglu", "| attention"):
+        assert said in done.stdout
+
+
+def test_a_stage_at_its_limit_is_cut_and_the_others_go_on(bare, tmp_path):
+    (tmp_path / "kernels.jsonl").write_text(json.dumps(ROW) + "\n" + '{"op": "torn')
+    done = bench(bare | {"STAGE_SECONDS": "0.3"}, tmp_path, "kernels", "btlm", "rehearse")
+    assert done.returncode == 1
+    assert "== kernels: exit 124" in done.stdout
+    assert "== memory: exit 124" in done.stdout
+    assert "cut at its limit of 0.3 s" in done.stdout
+    assert "| attention | btlm-3b-8k 8192 tp1" in done.stdout
+    assert "450: missed" in done.stdout
+    assert "failed or cut: kernels btlm" in done.stderr.splitlines()[-1]
