@@ -2,14 +2,12 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from trainer import models, optim
-from trainer.checkpoint.read import Snapshot, load_weights, restore, set_masters
+from trainer.checkpoint.read import Snapshot, restore, set_weights
 from trainer.config import Data, RunConfig
 from trainer.data import remote
 from trainer.data.loader import Loader
@@ -30,21 +28,17 @@ def build_engine(config: RunConfig, mesh: Mesh, snapshot: Snapshot | None, initi
     table = rules(config.model, config.mup)
     with mesh.device:
         model = models.build(config.model, config.mup, mesh, dtype=dtype, recompute=config.parallel.recompute)
-    read: Callable[[str], Tensor] = values(
-        model, table, seed=config.run.seed, truncation_sigmas=config.model.init_truncation_sigmas
-    )
-    if initial:
-        read = initial.weight
-    if not snapshot:
-        load_weights(model, read, mesh)
     engine = Engine(
         config, model, optim.adamw(optim.groups(model, table, config.optim), config.optim, mesh.device), mesh
     )
     if snapshot:
         restore(engine, snapshot, mesh)
         log.info("continuing from %s", snapshot.folder)
-    elif dtype != torch.float32:
-        set_masters(engine, read, mesh)
+    elif initial:
+        set_weights(engine, initial.weight, mesh)
+    else:
+        sigmas = config.model.init_truncation_sigmas
+        set_weights(engine, values(model, table, seed=config.run.seed, truncation_sigmas=sigmas), mesh)
     return engine
 
 

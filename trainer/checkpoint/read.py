@@ -216,9 +216,19 @@ def restore(engine: Engine, snapshot: Snapshot, mesh: Mesh) -> None:
 
 
 @torch.no_grad()
-def set_masters(engine: Engine, read: Callable[[str], Tensor], mesh: Mesh) -> None:
-    """The fp32 weights of this rank's fragments are `read`'s, unrounded; DeepSpeed makes them from the model's bf16 ones."""
-    parameters = dict(engine.model.named_parameters())
-    for fragment in engine.fragments():
-        part = local_part(shard_of(parameters[fragment.name]), read(fragment.name), mesh.tp_rank, mesh.tp_size)
-        fragment.master.copy_(part.reshape(-1)[fragment.start : fragment.start + fragment.master.numel()])
+def set_weights(engine: Engine, read: Callable[[str], Tensor], mesh: Mesh) -> None:
+    """`load_weights` for a model in training: this rank's fp32 masters hold the tensors unrounded.
+
+    Each tensor is read or drawn once, by one replica. Memory on the device: one rank's part of the largest, in fp32.
+    """
+    fragments = {fragment.name: fragment for fragment in engine.fragments()}
+    for index, (name, parameter) in enumerate(engine.model.named_parameters()):
+        box = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+        if index % mesh.dp_size == mesh.dp_rank:
+            part = local_part(shard_of(parameter), read(name), mesh.tp_rank, mesh.tp_size)
+            box.copy_(part.reshape(box.shape))
+        from_replica(index % mesh.dp_size, box)
+        parameter.copy_(box)
+        if name in fragments:
+            fragment = fragments[name]
+            fragment.master.copy_(box.view(-1).narrow(0, fragment.start, fragment.master.numel()))
