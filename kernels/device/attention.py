@@ -3,7 +3,9 @@
 A head is multiplied in two parts, 80 = 64 + 16 and 160 = 128 + 32: a tile is a power of two wide, and of one of 128 or 256
 three eighths would be zeros. Each program walks the tiles of one block of queries in three stretches: tiles in which documents
 begin, whole tiles, tiles on the diagonal; whole tiles need no mask. For dk and dv it walks those of a block of keys in one.
-Tiles above the diagonal or of other documents are not walked. Programs with the longest walk come first.
+Tiles above the diagonal or of other documents are not walked. Programs with the longest walk come first: heads take turns,
+block by block, as many at a time as have what they all read in the L2 cache. The query heads of few key heads are walked by
+several programs, each of which leaves its sums of dk and dv in fp32; another kernel adds these in the order of the heads.
 
     forward   m = max(m, s),  l = l * 2^(m_old - m) + rowsum(2^(s - m)),  y likewise;  lse = log of the sum, kept for backward
     backward  p = 2^(s - lse);  one kernel for dq, one for dk and dv, which both make p and dp: seven products of a tile instead
@@ -22,13 +24,23 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import like
+from kernels.device.attention_sizes import abreast, sizes_of, together
 from kernels.device.launch import blocks as cover
 from kernels.device.launch import launch
 from kernels.device.tiles import added, biased, each, load, product, store, unseen
 
 LOWEST = tl.constexpr(-1e30)
 """Below any score, yet finite: the difference of two is 0 and not NaN."""
+HEADS_ADDED = 16
+"""Of one token or several, by one program."""
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _program(heads):
+    """Block, row and head of this program of `_grid`."""
+    pair = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    return tl.program_id(1), (pair // heads).to(tl.int64), pair % heads
 
 
 @triton.jit
@@ -61,8 +73,8 @@ def _forward(
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     along = tl.cdiv(seq, QUERIES)
-    first = (along - 1 - tl.program_id(0) % along) * QUERIES
-    row, head = (tl.program_id(0) // along // heads).to(tl.int64), tl.program_id(0) // along % heads
+    block, row, head = _program(heads)
+    first = (along - 1 - block) * QUERIES
     query += row * q_row + head * q_head
     key += row * k_row + head // GROUP * k_head
     value += row * v_row + head // GROUP * v_head
@@ -119,8 +131,8 @@ def _backward_queries(
 ):  # fmt: skip
     """Also leaves rowsum(dy * y) in `delta`."""
     along = tl.cdiv(seq, QUERIES)
-    first = (along - 1 - tl.program_id(0) % along) * QUERIES
-    row, head = (tl.program_id(0) // along // heads).to(tl.int64), tl.program_id(0) // along % heads
+    block, row, head = _program(heads)
+    first = (along - 1 - block) * QUERIES
     key += row * k_row + head // GROUP * k_head
     value += row * v_row + head // GROUP * v_head
     starts += row * seq
@@ -172,14 +184,17 @@ def _backward_keys(
     query, q_row, q_token, q_head, key, k_row, k_token, k_head, value, v_row, v_token, v_head,
     out_gradient, do_row, do_token, do_head, key_gradient, dk_row, dk_token, dk_head, value_gradient, dv_row, dv_token, dv_head,
     lse, delta, slopes, slopes_row, starts, ends, seq, kv_heads, scale,
-    GROUP: tl.constexpr, ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr,
+    TOGETHER: tl.constexpr, GROUP: tl.constexpr, ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, RAGGED: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """`ends` [rows, 2, blocks of keys]: queries that see the block's first key and no later document; any of its keys."""
+    """Sums over `TOGETHER` query heads; a key head whose group is larger has several, as if of more heads, in the gradients.
+
+    `ends` [rows, 2, blocks of keys]: queries that see the block's first key and no later document; any of its keys.
+    """
     along = tl.cdiv(seq, KEYS)
-    block = tl.program_id(0) % along
-    row, kv_head = (tl.program_id(0) // along // kv_heads).to(tl.int64), tl.program_id(0) // along % kv_heads
+    block, row, part = _program(kv_heads * (GROUP // TOGETHER))
+    kv_head = part // (GROUP // TOGETHER)
     first = block * KEYS
     starts += row * seq
     source = first + tl.arange(0, KEYS)
@@ -198,12 +213,12 @@ def _backward_keys(
     walk_whole = tl.minimum(tl.cdiv(first + KEYS, QUERIES) * QUERIES, walk_end)
     walk_mixed = tl.maximum(whole_until // QUERIES * QUERIES, walk_whole)
     steps = tl.cdiv(walk_end - walk_begin, QUERIES)
-    # One loop over all tiles of all heads of the group. With several in a row the ptxas of triton 3.6 makes every product wait
+    # One loop over all tiles of all its heads. With several in a row the ptxas of triton 3.6 makes every product wait
     # for the one before (its note C7515); one around it would fill registers with what it keeps for each start.
-    for step in tl.range(0, GROUP * steps):
-        place, head = walk_begin + step * QUERIES, kv_head
-        if GROUP > 1:
-            place, head = walk_begin + step % steps * QUERIES, kv_head * GROUP + step // steps
+    for step in tl.range(0, TOGETHER * steps):
+        place, head = walk_begin + step * QUERIES, part
+        if GROUP > 1:  # of one head too: it would keep more outside of the loop than there are registers for
+            place, head = walk_begin + step % steps * QUERIES, part * TOGETHER + step // steps
         q_base = query + row * q_row + head * q_head
         do_base = out_gradient + row * do_row + head * do_head
         per_query = (row * (kv_heads * GROUP) + head) * seq
@@ -228,53 +243,27 @@ def _backward_keys(
         dp = product(v_main, v_tail, do_main, do_tail, TAIL)
         ds = (p * (dp - products[None, :])).to(query.dtype.element_ty)
         dk_main, dk_tail = added(dk_main, dk_tail, ds, q_main, q_tail, TAIL)
-    key_gradient += row * dk_row + kv_head * dk_head
-    value_gradient += row * dv_row + kv_head * dv_head
+    key_gradient += row * dk_row + part * dk_head
+    value_gradient += row * dv_row + part * dv_head
     store(key_gradient, source, dk_token, seq, dk_main * scale, dk_tail * scale, HEAD_DIM, MAIN, TAIL)
     store(value_gradient, source, dv_token, seq, dv_main, dv_tail, HEAD_DIM, MAIN, TAIL)
 
 
-SIZES: dict[str, dict[int, dict[str, int]]] = {
-    "forward": {
-        64: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
-        80: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3},
-        160: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3},
-        256: {"QUERIES": 128, "KEYS": 32, "num_warps": 8, "num_stages": 2},
-    },
-    "queries": {
-        80: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 2},
-        160: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 2},
-        256: {"QUERIES": 64, "KEYS": 32, "num_warps": 8, "num_stages": 2},
-    },
-    "keys": {
-        80: {"KEYS": 64, "QUERIES": 64, "num_warps": 4, "num_stages": 2},
-        160: {"KEYS": 128, "QUERIES": 32, "num_warps": 8, "num_stages": 3},
-        256: {"KEYS": 32, "QUERIES": 32, "num_warps": 4, "num_stages": 2},
-    },
-}
-"""By the widest head they serve, for bf16 on sm_90. 128 queries to a program: 64 would read keys
-and values from the L2 cache at 6 TB/s for 400 TFLOP/s, more than it gives. The other side is as wide as registers allow for
-scores, weights and sums. Registers let two programs live on a multiprocessor in forward to 64, in gradients of keys to 80.
-Nothing spills at the shipped shapes under triton 3.6 and 3.9.
-"""
-FP32_SIZES: dict[str, dict[int, dict[str, int]]] = {
-    "forward": {
-        16: {"QUERIES": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1},
-        32: {"QUERIES": 16, "KEYS": 16, "num_warps": 4, "num_stages": 1},
-        256: {"QUERIES": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},
-    },
-    "queries": {
-        16: {"QUERIES": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1},
-        32: {"QUERIES": 16, "KEYS": 16, "num_warps": 4, "num_stages": 1},
-        256: {"QUERIES": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},
-    },
-    "keys": {
-        32: {"KEYS": 32, "QUERIES": 16, "num_warps": 4, "num_stages": 1},
-        256: {"KEYS": 32, "QUERIES": 32, "num_warps": 8, "num_stages": 1},
-    },
-}
-"""Three products of tf32 for one of fp32: exact enough to check by, not made to be fast. Nothing spills at 16, 32 and 64 dims;
-at 32 one product alone of 32 by 32 would fill all registers."""
+@triton.jit(do_not_specialize=["count"])
+def _add_parts(
+    key_parts, value_parts, key_gradient, value_gradient, count,
+    PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Each of `count` heads of all tokens is the sum of its parts, which lie side by side, added from the first on."""
+    head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    for gradient in tl.static_range(0, 2):
+        parts = key_parts if gradient == 0 else value_parts
+        main, tail = load(parts, head, PARTS * HEAD_DIM, count, HEAD_DIM, MAIN, TAIL, True)
+        for part in tl.static_range(1, PARTS):
+            more = load(parts + part * HEAD_DIM, head, PARTS * HEAD_DIM, count, HEAD_DIM, MAIN, TAIL, True)
+            main, tail = main + more[0], tail + more[1]
+        target = key_gradient if gradient == 0 else value_gradient
+        store(target, head, HEAD_DIM, count, main, tail, HEAD_DIM, MAIN, TAIL)
 
 
 def forward(
@@ -285,9 +274,9 @@ def forward(
     rows, seq, heads, _ = query.shape
     query, key, value = _neighbours(query), _neighbours(key), _neighbours(value)
     out, lse = like(query), query.new_empty((rows, heads, seq), dtype=torch.float32)
-    sizes = sizes or _sizes("forward", query)
+    sizes = sizes or sizes_of("forward", query)
     launch(
-        _forward, (cover(seq, sizes["QUERIES"]) * rows * heads,),
+        _forward, _grid(rows * heads, cover(seq, sizes["QUERIES"]), abreast(key, heads // key.shape[2]), sizes),
         *_laid(query), *_laid(key), *_laid(value), *_laid(out),
         lse, *_slopes(slopes, lse), lse if starts is None else starts.contiguous(), seq, heads, scale,
         **_constants(query, key, slopes, starts), **_fitted(seq, sizes),
@@ -301,25 +290,62 @@ def backward(
     *, query_sizes: dict[str, int] | None = None, key_sizes: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value, tokens outermost in memory."""
+    inputs, settings = (out_gradient, query, key, value), (scale, slopes, starts)
+    query_gradient, delta = backward_of_queries(*inputs, out, lse, *settings, sizes=query_sizes)
+    return query_gradient, *backward_of_keys(*inputs, lse, delta, *settings, sizes=key_sizes)
+
+
+def backward_of_queries(
+    out_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    scale: float, slopes: Tensor | None, starts: Tensor | None, *, sizes: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradient of query, and rowsum(dy * y) [rows, heads, seq]."""
     rows, seq, heads, _ = query.shape
     query, key, value, out_gradient = (_neighbours(x) for x in (query, key, value, out_gradient))
-    gradients = like(query), like(key), like(value)
-    delta = torch.empty_like(lse)
-    slopes_at, starts_at = _slopes(slopes, lse), lse if starts is None else starts.contiguous()
-    constants = _constants(query, key, slopes, starts)
-    sizes = query_sizes or _sizes("queries", query)
+    gradient, delta = like(query), torch.empty_like(lse)
+    sizes = sizes or sizes_of("queries", query)
     launch(
-        _backward_queries, (cover(seq, sizes["QUERIES"]) * rows * heads,),
-        *_laid(query), *_laid(key), *_laid(value), *_laid(out), *_laid(out_gradient), *_laid(gradients[0]),
-        lse, delta, *slopes_at, starts_at, seq, heads, scale, **constants, **_fitted(seq, sizes),
+        _backward_queries, _grid(rows * heads, cover(seq, sizes["QUERIES"]), abreast(key, heads // key.shape[2]), sizes),
+        *_laid(query), *_laid(key), *_laid(value), *_laid(out), *_laid(out_gradient), *_laid(gradient),
+        lse, delta, *_slopes(slopes, lse), lse if starts is None else starts.contiguous(), seq, heads, scale,
+        **_constants(query, key, slopes, starts), **_fitted(seq, sizes),
     )  # fmt: skip
-    sizes = key_sizes or _sizes("keys", query)
+    return gradient, delta
+
+
+def backward_of_keys(
+    out_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor,
+    scale: float, slopes: Tensor | None, starts: Tensor | None, *, sizes: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of key and value; `delta` is that of `backward_of_queries`.
+
+    Where a key head's query heads are walked by several programs, the parts take 8 * head_dim bytes for each token and part.
+    """
+    rows, seq, heads, _ = query.shape
+    kv_heads = key.shape[2]
+    query, key, value, out_gradient = (_neighbours(x) for x in (query, key, value, out_gradient))
+    sizes = sizes or sizes_of("keys", query)
+    blocks = cover(seq, sizes["KEYS"])
+    sizes = {"TOGETHER": together(blocks * rows * kv_heads, heads // kv_heads)} | sizes
+    gradients = like(key), like(value)
+    walks = heads // sizes["TOGETHER"]
+    parts = gradients
+    if walks > kv_heads:
+        parts = _in_fp32(key, walks), _in_fp32(value, walks)
+    starts_at = lse if starts is None else starts.contiguous()
     ends = lse if starts is None else _ends(starts_at, sizes["KEYS"])
+    constants = _constants(query, key, slopes, starts)
     launch(
-        _backward_keys, (cover(seq, sizes["KEYS"]) * rows * key.shape[2],),
-        *_laid(query), *_laid(key), *_laid(value), *_laid(out_gradient), *_laid(gradients[1]), *_laid(gradients[2]),
-        lse, delta, *slopes_at, starts_at, ends, seq, key.shape[2], scale, **constants, **_fitted(seq, sizes),
+        _backward_keys, _grid(rows * walks, blocks, abreast(query), sizes),
+        *_laid(query), *_laid(key), *_laid(value), *_laid(out_gradient), *_laid(parts[0]), *_laid(parts[1]),
+        lse, delta, *_slopes(slopes, lse), starts_at, ends, seq, kv_heads, scale, **constants, **_fitted(seq, sizes),
     )  # fmt: skip
+    if walks > kv_heads:
+        count = rows * seq * kv_heads
+        launch(
+            _add_parts, (cover(count, HEADS_ADDED),), *parts, *gradients, count,
+            PARTS=walks // kv_heads, **{name: constants[name] for name in ("HEAD_DIM", "MAIN", "TAIL")}, HEADS=HEADS_ADDED,
+        )  # fmt: skip
     return gradients
 
 
@@ -332,14 +358,20 @@ def _ends(starts: Tensor, keys: int) -> Tensor:
     return ends.view(rows, 2, len(first))
 
 
-def _sizes(kernel: str, query: Tensor) -> dict[str, int]:
-    head_dim = query.shape[-1]
-    table = (FP32_SIZES if query.dtype == torch.float32 else SIZES)[kernel]
-    return next(sizes for widest, sizes in table.items() if head_dim <= widest)
+def _grid(pairs: int, blocks: int, most: int, sizes: dict[str, int]) -> tuple[int, int, int]:
+    """Programs in the order they start in: of as many pairs of row and head as take turns, block by block; then of the next.
+
+    Turns go round as many pairs as divide all and are no more than `most`, or than `sizes` says.
+    """
+    most = min(sizes.get("abreast", most), pairs)
+    turns = next((count for count in range(most, 1, -1) if pairs % count == 0), 1)
+    return turns, blocks, pairs // turns
 
 
 def _fitted(seq: int, sizes: dict[str, int]) -> dict[str, Any]:
-    return {"RAGGED": seq % max(sizes["QUERIES"], sizes["KEYS"]) > 0, **sizes}
+    """What kernels are compiled for."""
+    constants = {name: value for name, value in sizes.items() if name != "abreast"}
+    return {"RAGGED": seq % max(sizes["QUERIES"], sizes["KEYS"]) > 0, **constants}
 
 
 def _constants(query: Tensor, key: Tensor, slopes: Tensor | None, starts: Tensor | None) -> dict[str, Any]:
@@ -350,6 +382,12 @@ def _constants(query: Tensor, key: Tensor, slopes: Tensor | None, starts: Tensor
         "GROUP": query.shape[2] // key.shape[2], "ALIBI": slopes is not None, "DOCUMENTS": starts is not None,
         "HEAD_DIM": head_dim, "MAIN": main, "TAIL": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0,
     }  # fmt: skip
+
+
+def _in_fp32(x: Tensor, heads: int) -> Tensor:
+    """Room for as many tokens of so many heads, tokens outermost in memory."""
+    rows, seq, _, head_dim = x.shape
+    return x.new_empty((seq, rows, heads, head_dim), dtype=torch.float32).transpose(0, 1)
 
 
 def _slopes(slopes: Tensor | None, absent: Tensor) -> tuple[Tensor, int]:

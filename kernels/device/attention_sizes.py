@@ -1,0 +1,76 @@
+"""How attention is cut into programs: the tiles of each kernel, heads that take turns, query heads that a program walks."""
+
+import torch
+from torch import Tensor
+
+L2_BYTES = 50 * 2**20
+"""Of an H100 and an H200, in two halves that may hold the same. Source: NVIDIA H100 whitepaper, table 3."""
+ENOUGH_PROGRAMS = 256
+"""About two for each of the 132 multiprocessors of an H100. Simulated with rows of documents and the longest walks first, 14 %
+of the time is idle; with twice as many programs 7 %, which saves less than their sums of parts take to write and read."""
+SIZES: dict[str, dict[int, dict[str, int]]] = {
+    "forward": {
+        64: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
+        80: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3},
+        160: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3},
+        256: {"QUERIES": 128, "KEYS": 32, "num_warps": 8, "num_stages": 2},
+    },
+    "queries": {
+        160: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3},
+        256: {"QUERIES": 64, "KEYS": 32, "num_warps": 8, "num_stages": 2},
+    },
+    "keys": {
+        80: {"KEYS": 64, "QUERIES": 64, "num_warps": 4, "num_stages": 3},
+        160: {"KEYS": 128, "QUERIES": 32, "num_warps": 8, "num_stages": 3},
+        256: {"KEYS": 32, "QUERIES": 32, "num_warps": 4, "num_stages": 2},
+    },
+}
+"""By the widest head they serve, for bf16 on sm_90. 128 queries to a program: 64 would read keys
+and values from the L2 cache at 6 TB/s for 400 TFLOP/s, more than it gives. The other side is as wide as registers allow for
+scores, weights and sums. Registers let two programs live on a multiprocessor in forward to 64, in gradients of keys to 80.
+Nothing spills at the shipped shapes under triton 3.6 and 3.9.
+"""
+FP32_SIZES: dict[str, dict[int, dict[str, int]]] = {
+    "forward": {
+        16: {"QUERIES": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1},
+        32: {"QUERIES": 16, "KEYS": 16, "num_warps": 4, "num_stages": 1},
+        256: {"QUERIES": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},
+    },
+    "queries": {
+        16: {"QUERIES": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1},
+        32: {"QUERIES": 16, "KEYS": 16, "num_warps": 4, "num_stages": 1},
+        256: {"QUERIES": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},
+    },
+    "keys": {
+        32: {"KEYS": 32, "QUERIES": 16, "num_warps": 4, "num_stages": 1},
+        256: {"KEYS": 32, "QUERIES": 32, "num_warps": 8, "num_stages": 1},
+    },
+}
+"""Three products of tf32 for one of fp32: exact enough to check by, not made to be fast. Nothing spills at 16, 32 and 64 dims;
+at 32 one product alone of 32 by 32 would fill all registers."""
+
+
+def sizes_of(kernel: str, query: Tensor) -> dict[str, int]:
+    """Of "forward", "queries" or "keys", for the head and dtype."""
+    head_dim = query.shape[-1]
+    table = (FP32_SIZES if query.dtype == torch.float32 else SIZES)[kernel]
+    return next(sizes for widest, sizes in table.items() if head_dim <= widest)
+
+
+def abreast(read: Tensor, sharing: int = 1) -> int:
+    """How many heads take turns: as many as have both tensors like `read`, which programs walk, in half of the L2 cache.
+
+    If all heads took turns, the longest walks would come first of all, but go through more than the cache holds. `sharing`
+    heads read the same.
+    """
+    _, seq, _, head_dim = read.shape
+    return max(1, sharing * (L2_BYTES // 2) // max(1, 2 * seq * head_dim * read.element_size()))
+
+
+def together(programs: int, group: int) -> int:
+    """Of the query heads of a key head how many a program walks: all if `programs`, one for each block, are enough.
+
+    Else the most that give enough: the fewer, the more partial sums are written.
+    """
+    divisors = [count for count in range(group, 0, -1) if group % count == 0]
+    return next((count for count in divisors if programs * (group // count) >= ENOUGH_PROGRAMS), 1)
