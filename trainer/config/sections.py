@@ -339,6 +339,9 @@ class Debug:
     """Same config, same machine: same bits. false allows faster kernels that do not promise that."""
     compare_replicas_every_steps: int = 0
     """Steps between comparisons of the weights of all data-parallel replicas, bit by bit; 0 never compares."""
+    immediate_gradients: bool = True
+    """bf16: a weight's gradient is added to the step's fp32 sum and freed as soon as backward has made it. false adds all of
+    them after backward: the same bits, two bytes more for each parameter, for comparing speed and memory."""
 
 
 @dataclass(frozen=True)
