@@ -26,8 +26,8 @@ from trainer.config import (
     section_from,
 )
 from trainer.data import manifest
-from trainer.data.loader import Batch, Loader
-from trainer.parallel.mesh import Mesh, started, sum_over_ranks
+from trainer.data.loader import Batch, Loader, unpacked
+from trainer.parallel.mesh import Mesh, started, sum_over_ranks, to_device
 
 
 def validation_loss(
@@ -53,7 +53,7 @@ def validation_loss(
 
 def losses_of(model: nn.Module, batch: Batch, mesh: Mesh) -> Tensor:
     """Cross-entropy of every token of the batch, [rows, seq], in nats."""
-    losses: Tensor = model(*(tensor.to(mesh.device) for tensor in (batch.tokens, batch.targets, batch.documents)))
+    losses: Tensor = model(*unpacked(to_device(batch.packed, mesh)))
     return losses
 
 

@@ -27,7 +27,7 @@ from trainer.checkpoint.write import pass_over_later, retire
 from trainer.config import RunConfig, UserError, check_world, dump
 from trainer.costs import flops_per_token
 from trainer.data.damage import Met, agreed, agreed_batches, given_up
-from trainer.data.loader import Batch, Loader
+from trainer.data.loader import Batch, Loader, unpacked
 from trainer.engine import Engine
 from trainer.evaluate import validation_loss
 from trainer.guard import Guard, Judgement
@@ -43,6 +43,7 @@ from trainer.parallel.mesh import (
     on_rank_0,
     started,
     sum_over_ranks,
+    to_device,
 )
 from trainer.replicas import check_replicas
 from trainer.resume import check_continues, imported
@@ -303,12 +304,11 @@ def one_step(stepper: Stepper, batch: Batch, step: int) -> tuple[float, float, D
 
 def accumulate(engine: Engine, batch: Batch, micro_rows: int, mesh: Mesh) -> Tensor:
     """The gradient of the batch's mean loss is ready for the update; returns that loss, of this rank's rows, in nats."""
-    starts = range(0, len(batch.tokens), micro_rows)
+    rows = to_device(batch.packed, mesh)
+    starts = range(0, rows.shape[1], micro_rows)
     total = torch.zeros((), device=mesh.device)
     for start in starts:
-        part = slice(start, start + micro_rows)
-        inputs = (batch.tokens[part], batch.targets[part], batch.documents[part])
-        loss = engine(*(tensor.to(mesh.device, non_blocking=True) for tensor in inputs)).mean() / len(starts)
+        loss = engine(*unpacked(rows[:, start : start + micro_rows])).mean() / len(starts)
         engine.accumulate(loss, last=start == starts[-1])
         total += loss.detach()
     return total

@@ -29,7 +29,7 @@ def drawn(config: RunConfig, phase: Phase, step: int, mesh: Mesh) -> Batch:
         documents = drawn_documents(phase.rows, phase.seq_len, generator)
     local = phase.rows // mesh.dp_size
     mine = slice(mesh.dp_rank * local, (mesh.dp_rank + 1) * local)
-    return Batch(read[mine, :-1].contiguous(), read[mine, 1:].contiguous(), documents[mine].contiguous(), {})
+    return Batch(torch.stack((read[mine, :-1].int(), read[mine, 1:].int(), documents[mine])), {})
 
 
 def drawn_documents(rows: int, seq_len: int, generator: torch.Generator) -> Int32[Tensor, "rows seq"]:

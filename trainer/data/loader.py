@@ -24,12 +24,12 @@ from trainer.data import manifest, mixture
 from trainer.data.cache import Cache
 from trainer.data.manifest import DamagedShard
 from trainer.data.order import Order
-from trainer.data.rows import Batch, Cut, Evidence, Source, Span, batch
+from trainer.data.rows import Batch, Cut, Evidence, Source, Span, batch, unpacked
 from trainer.data.stream import Stream
 from trainer.runtime import Stopped
 from trainer.timeline import Timeline
 
-__all__ = ["Batch", "Evidence", "Loader"]
+__all__ = ["Batch", "Evidence", "Loader", "unpacked"]
 
 
 class Loader:

@@ -3,7 +3,7 @@
 A row of seq_len tokens takes seq_len tokens of its source in reading order; each token's target is the one after it in the
 stream, so a change of seq_len re-cuts the same order and neither loses nor repeats a token. The rows that a rank has of one
 source lie one after the other in its reading order: they are read as one span, since a call costs more than its tokens.
-Everything stays in the stored type until all tokens of a batch are widened at once.
+Everything stays in the stored type until all tokens of a batch are widened at once, to the 32 bits that the device is sent.
 """
 
 from collections.abc import Mapping
@@ -39,15 +39,34 @@ class Evidence:
 class Batch:
     """This data-parallel rank's rows of one global step."""
 
-    tokens: Int64[Tensor, "rows seq"]
-    targets: Int64[Tensor, "rows seq"]
-    """Next token of the stream at each position, also across the end of a row or block."""
-    documents: Int32[Tensor, "rows seq"]
-    """Index of the document within the row, from 0; EOS belongs to the document it ends."""
+    packed: Int32[Tensor, "3 rows seq"]
+    """Tokens, targets and documents in one piece, as they go to the device; `unpacked` tells them apart."""
     cursor: dict[str, int]
     """Where each source stands in its reading order after this step; a fact of the run, not of a rank."""
     evidence: Evidence | None = None
     """None for rows that nothing is learned from."""
+
+    @property
+    def tokens(self) -> Int64[Tensor, "rows seq"]:
+        return self.packed[0].long()
+
+    @property
+    def targets(self) -> Int64[Tensor, "rows seq"]:
+        """Next token of the stream at each position, also across the end of a row or block."""
+        return self.packed[1].long()
+
+    @property
+    def documents(self) -> Int32[Tensor, "rows seq"]:
+        """Index of the document within the row, from 0; EOS belongs to the document it ends."""
+        return self.packed[2]
+
+
+def unpacked(
+    packed: Int32[Tensor, "3 rows seq"],
+) -> tuple[Int64[Tensor, "rows seq"], Int64[Tensor, "rows seq"], Int32[Tensor, "rows seq"]]:
+    """Tokens, targets and documents of these rows, as a model takes them, on the device of the rows."""
+    tokens, targets = packed[:2].long()
+    return tokens, targets, packed[2]
 
 
 class Span(NamedTuple):
@@ -155,10 +174,11 @@ def batch(sources: Mapping[str, Source], cut: Cut, eos_id: int) -> Batch:
         for span, read in zip(cut.spans, reads, strict=True):
             pair[:, span.rows] = read.pair
             breaks += [int(span.rows[at // cut.seq_len]) * cut.seq_len + at % cut.seq_len for at in read.breaks]
-    tokens, targets = pair.astype(np.int64)
-    documents = documents_of(pair[0], breaks, eos_id)
-    found = None if cut.first_row is None else evidence(cut, reads, tokens, cut.first_row)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents), cut.cursor, found)
+    packed = np.empty((3, cut.rows, cut.seq_len), np.int32)
+    packed[:2] = pair
+    packed[2] = documents_of(pair[0], breaks, eos_id)
+    found = None if cut.first_row is None else evidence(cut, reads, packed[0], cut.first_row)
+    return Batch(torch.from_numpy(packed), cut.cursor, found)
 
 
 def documents_of(tokens: np.ndarray, breaks: list[int], eos_id: int) -> np.ndarray:

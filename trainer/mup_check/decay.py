@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from trainer.config import RunConfig, UserError
+from trainer.data.loader import unpacked
 from trainer.engine import Engine
 from trainer.mup_check.proxies import loader_of, mup_of, proxy
 from trainer.mup_check.verdict import Finding
 from trainer.parallel.layers import role_of
-from trainer.parallel.mesh import Mesh
+from trainer.parallel.mesh import Mesh, to_device
 from trainer.setup import build_engine
 from trainer.train import accumulate
 
@@ -74,8 +75,8 @@ def movements(config: RunConfig, mesh: Mesh) -> dict[str, list[float]]:
 def shrinks(config: RunConfig, mesh: Mesh) -> dict[str, list[float]]:
     """Role -> of each of its tensors, the share of a weight that an update without gradients takes."""
     engine, batch = build_engine(config, mesh, None), next(loader_of(config).batches(0, None))
-    rows = slice(0, config.schedule.phases[0].micro_rows)
-    losses = engine(*(tensor[rows].to(mesh.device) for tensor in (batch.tokens, batch.targets, batch.documents)))
+    rows = to_device(batch.packed[:, : config.schedule.phases[0].micro_rows], mesh)
+    losses = engine(*unpacked(rows))
     engine.accumulate(0.0 * torch.mean(losses), last=True)
     for fragment in engine.fragments():
         fragment.master.fill_(1.0)

@@ -104,6 +104,12 @@ def groups() -> set[dist.ProcessGroup]:
     return set(dist.distributed_c10d._world.pg_map)
 
 
+def to_device(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """The same on the device; nothing waits for the copy but what reads it there."""
+    # Of memory that is not pinned CUDA copies while the host waits, whatever non_blocking says.
+    return tensor.pin_memory().to(mesh.device, non_blocking=True) if mesh.device.type == "cuda" else tensor
+
+
 def sum_over_ranks(values: list[float], mesh: Mesh) -> list[float]:
     """Each value summed over all ranks, in fp64, the same bits on every rank."""
     tensor = torch.tensor(values, dtype=torch.float64, device=mesh.device)

@@ -130,7 +130,7 @@ def test_the_evidence_of_a_step_is_what_its_rows_were_read_from(sources):
     ("right", "wrong"),
     [
         ("pair[:, span.rows] = read.pair", "pair[:, span.rows] = read.pair[:, ::-1]"),
-        ("tokens, targets = pair.astype(np.int64)", "tokens, targets = pair.astype(np.int64); tokens[0] = tokens[-1]"),
+        ("packed[:2] = pair", "packed[:2] = pair; packed[0, 0] = packed[0, -1]"),
     ],
     ids=["rows of a source swapped", "a row fed twice"],
 )
