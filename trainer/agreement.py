@@ -36,10 +36,13 @@ class Agreement:
     """The same, agreed on by all ranks."""
 
     def any_rank(self, said: bool) -> bool:
-        """Whether any rank says so, the same on every rank. Raises: Stopped on all ranks if one was told to stop."""
+        """Whether any rank says so, the same on every rank; waits for the ranks, not for what their devices are at work on.
+
+        Raises: Stopped on all ranks if one was told to stop.
+        """
         self.watch("agreement")
         stop = self.stop_signal.name is not None
-        said_by, stops, saves = sum_over_ranks([float(said), float(stop), float(self.wants_save)], self.mesh)
+        said_by, stops, saves = sum_over_ranks([float(said), float(stop), float(self.wants_save)])
         if stops:
             raise Stopped
         self.save_wanted = saves > 0

@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import get_global_norm_of_tensors
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
 
@@ -88,6 +88,27 @@ def add_gradient(inner: BF16_Optimizer, weight: Tensor, group: int, index: int, 
         weight.grad.zero_()
 
 
+def norm_over_ranks(gradients: list[Tensor]) -> Tensor:
+    """The norm of all tensor-parallel ranks' gradients together, on the device, given those that this rank is to count.
+
+    In place of `get_global_norm_of_tensors` of DeepSpeed 0.19.8, the same bits: that one copies a number to the device, and
+    waits until it is there.
+    """
+    squares = torch.stack([gradient.norm(2.0) for gradient in gradients]).pow(2.0).sum()
+    torch.distributed.all_reduce(squares, group=mpu.get_model_parallel_group())
+    return squares.pow(0.5)
+
+
+def clip_coefficient(norm: float, max_norm: float) -> float:
+    """What a gradient of this norm is multiplied by, if it is below 1; 1 if `max_norm` is 0, which never clips.
+
+    In fp32, to the bit as on the device in `clip_tensors_by_global_norm` of DeepSpeed 0.19.8.
+    """
+    if not max_norm:
+        return 1.0
+    return float(np.float32(max_norm) * (np.float32(1.0) / (np.float32(norm) + np.float32(1e-6))))
+
+
 class Engine:
     """A model and its optimizer, trained together."""
 
@@ -121,24 +142,32 @@ class Engine:
         if not last:
             self._inner.step()
 
-    def gradient_norm(self) -> float:
-        """Of the gradient that is ready for the update, over all ranks and before clipping; nan where it is not finite."""
+    def gradient_norm(self) -> Tensor:
+        """Of the gradient that is ready for the update, over all ranks and before clipping; nan if it is not finite.
+
+        One fp32 number on the device. In bf16 nothing here waits for it; DeepSpeed's fp32 optimizer does, to compute it.
+        """
         inner = self._inner.optimizer
         if not self._inner.zero_optimization():
             norm = self._plain_gradient_norm()
         elif isinstance(inner, BF16_Optimizer):
-            norm = get_global_norm_of_tensors(inner.get_grads_for_norm()[0], mpu=inner.mpu, norm_type=inner.norm_type)
+            norm = norm_over_ranks(inner.get_grads_for_norm()[0])
         else:
             norm = inner.scaled_global_norm()
-        found = float(norm)
-        return found if 0 <= found < math.inf else math.nan  # DeepSpeed says -1
+        return norm.masked_fill(~((norm >= 0) & (norm < math.inf)), math.nan)
 
-    def update(self, lr: float) -> None:
-        """The weights have moved by one AdamW update at learning rate `lr`; the gradient is used up."""
+    def update(self, lr: float, norm: float | None = None) -> None:
+        """The weights have moved by one AdamW update at learning rate `lr`; the gradient is used up.
+
+        `norm` is the gradient's, if it is known already: then the update in bf16 does not wait for the device.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._wait()
-        self._inner.step()
+        if isinstance(self._inner.optimizer, BF16_Optimizer):
+            self._update_bf16(float(self.gradient_norm()) if norm is None else norm)
+        else:
+            self._inner.step()
         self.num_updates += 1
 
     def drop_gradient(self) -> None:
@@ -194,6 +223,27 @@ class Engine:
     def owns_whole_replica(self) -> bool:
         """Whether every data-parallel rank holds all optimizer state, so that one of them is enough to save it."""
         return not self._inner.zero_optimization()
+
+    @torch.no_grad()
+    def _update_bf16(self, norm: float) -> None:
+        """What `DeepSpeedEngine.step` and `BF16_Optimizer.step` of DeepSpeed 0.19.8 do, bit for bit, with a norm that is known.
+
+        They compute the norm again, wait for the device twice to look at it, clip what other ranks own as well, and clear the
+        gradient twice.
+        """
+        assert math.isfinite(norm), "the guard lets no such gradient through"
+        inner = self._inner.optimizer
+        clipping = clip_coefficient(norm, inner.clip_grad)
+        for master, gradient in zip(
+            inner.fp32_groups_flat_partition, inner.fp32_groups_gradient_flat_partition, strict=True
+        ):
+            if clipping < 1:
+                gradient.mul_(clipping)
+            master.grad = gradient
+        inner.optimizer.step()
+        inner._lazy_init_hp_params_optimizer_state()
+        inner.update_lp_params()
+        inner.zero_grad()
 
     def _plain_gradient_norm(self) -> Tensor:
         squares = torch.zeros((), device=self._mesh.device)

@@ -47,7 +47,7 @@ def validation_loss(
             total += float(losses.double().sum())
             tokens += losses.numel()
     # Tensor-parallel ranks add the same numbers, which leaves the ratio as it is.
-    summed, counted = sum_over_ranks([total, float(tokens)], mesh)
+    summed, counted = sum_over_ranks([total, float(tokens)])
     return summed / counted if counted else None
 
 

@@ -50,9 +50,10 @@ class StepRecord:
     skipped: bool = field(default=False, kw_only=True)
     """The update was left out: the guard found the step bad."""
     step_seconds: float
-    """From asking for the batch to the end of the update, data_seconds included; validations and saves are not in it."""
+    """From asking for the batch until the update is handed to the device, data_seconds included; validations and saves are not
+    in it. The device ends the update while what follows begins, and its rest counts there, so in the next step as a rule."""
     data_seconds: float
-    """Of these, waiting for the batch."""
+    """Of these, waiting for the batch, and for the other ranks to have theirs; the device may be at work on the last update."""
     tokens_per_second: float
     """Of the whole run, all devices together."""
     mfu: float

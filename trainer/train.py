@@ -6,7 +6,6 @@ batch; so all that a checkpoint adds to the config is tensors, a cursor and what
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -41,8 +40,8 @@ from trainer.parallel.mesh import (
     gather_to_all,
     launched_world_size,
     on_rank_0,
+    read_sum_over_ranks,
     started,
-    sum_over_ranks,
     to_device,
 )
 from trainer.replicas import check_replicas
@@ -274,8 +273,8 @@ def timed_step(stepper: Stepper, batches: Iterator[Batch], step: int) -> Made | 
         return None
     data_seconds = time.perf_counter() - began
     loss, gradient_norm, digests, judgement = one_step(stepper, batch, step)
-    if stepper.mesh.device.type == "cuda":
-        torch.cuda.synchronize()  # or what is left of the update would count as waiting for the next batch
+    # The device is not waited for. What is left of the update counts in what follows, as a rule the next step, whose own update
+    # then counts later in turn: no second is counted twice, none is left out.
     seconds = time.perf_counter() - began
     record = record_of(stepper, step + 1, loss, gradient_norm, seconds, data_seconds, judgement)
     return Made(record, batch.cursor, digests, judgement)
@@ -289,14 +288,18 @@ def one_step(stepper: Stepper, batch: Batch, step: int) -> tuple[float, float, D
     stepper.watch("forward and backward", step + 1)
     total = accumulate(engine, batch, phase.micro_rows, mesh)
     stepper.watch("update", step + 1)
-    norm = engine.gradient_norm()
-    # Rank 0's goes to all in the sum of the losses, so that all decide on the same bits; and one that is not finite on any.
-    said = norm if mesh.rank == 0 or not math.isfinite(norm) else 0.0
-    summed, gradient_norm, *evidence = sum_over_ranks([float(total), said, *halves(batch.evidence)], mesh)
+    # Rank 0's norm goes to all in the sum, so that all decide on the same bits; and one that is not finite on any rank.
+    values = torch.stack((total, engine.gradient_norm() * float(mesh.rank == 0)))
+    if batch.evidence:
+        values = torch.cat(
+            (values.double(), to_device(torch.tensor(halves(batch.evidence), dtype=torch.float64), mesh))
+        )
+    # The one time in a step that the host waits for the device: what is left is decided by numbers that it has.
+    summed, gradient_norm, *evidence = read_sum_over_ranks(values)
     mean_loss = summed / mesh.world_size
     judgement = stepper.guard.judge(phase, mean_loss, gradient_norm)
     if judgement.decision == "update":
-        engine.update(stepper.timeline.lr_at(step))
+        engine.update(stepper.timeline.lr_at(step), gradient_norm)
     else:
         engine.drop_gradient()
     return mean_loss, gradient_norm, joined(evidence, mesh.tp_size), judgement

@@ -64,7 +64,7 @@ def train(config: RunConfig, mesh: Mesh, checkpoints: Path | None) -> dict:
     norms = []
     for step in range(STEPS):
         engine.accumulate(engine(*tiny.rows(step)).mean(), last=True)
-        norms.append(engine.gradient_norm())
+        norms.append(float(engine.gradient_norm()))
         engine.update(lr=1e-2)
     if checkpoints:
         facts = {**model_facts(config.model, config.mup), "tokens": 0, "cursor": {}, "fingerprints": {}}
@@ -111,7 +111,7 @@ def both(wide: Engine, narrow: Engine, step: int) -> list[tuple[float, float]]:
     for engine in (wide, narrow):
         loss = engine(*batch).mean()
         engine.accumulate(loss, last=True)
-        found.append((float(loss), engine.gradient_norm()))
+        found.append((float(loss), float(engine.gradient_norm())))
         engine.update(lr=1e-2)
     return found
 

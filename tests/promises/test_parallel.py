@@ -57,7 +57,7 @@ def train(config: RunConfig, nudged: bool = False) -> dict:
                 engine.accumulate(loss, last=start == starts[-1])
                 total += float(loss.detach())
             gradients = gathered(engine.model, mesh, safe_get_full_grad) if step == STEPS - 1 else {}
-            norms.append(engine.gradient_norm())
+            norms.append(float(engine.gradient_norm()))
             engine.update(lr=1e-2)
             losses.append(mean_over_dp(total, mesh))
         return {"losses": losses, "norms": norms, "gradients": gradients,

@@ -63,7 +63,7 @@ def stepped(engine: Engine, mesh: Mesh, steps: range) -> list[tuple[float, float
         mine = [tensor.chunk(mesh.dp_size)[mesh.dp_rank] for tensor in tiny.rows(step)]
         loss = engine(*mine).mean()
         engine.accumulate(loss, last=True)
-        norm = engine.gradient_norm()
+        norm = float(engine.gradient_norm())
         engine.update(LR)
         found.append((mean_over_dp(float(loss.detach()), mesh), norm))
     return found

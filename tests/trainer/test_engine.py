@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests import ranks, tiny
-from trainer.engine import Engine
+from trainer.engine import Engine, clip_coefficient
 from trainer.parallel.mesh import Mesh, started
 from trainer.setup import build_engine
 
@@ -41,7 +41,7 @@ def accumulate(one: Engine, mesh: Mesh, step: int, factor: float = 1.0) -> list[
 
 def update(one: Engine, mesh: Mesh, step: int) -> float:
     accumulate(one, mesh, step)
-    norm = one.gradient_norm()
+    norm = float(one.gradient_norm())
     one.update(LR)
     return norm
 
@@ -63,7 +63,7 @@ def dropped(kind: str, mesh: Mesh) -> dict[str, bool]:
         update(other, mesh, 0)
         before = state(one)
         accumulate(one, mesh, 5, factor)
-        norm = one.gradient_norm()
+        norm = float(one.gradient_norm())
         one.drop_gradient()
         assert (norm > 0) if name == "finite" else math.isnan(norm), norm
         same = [torch.equal(before[key], tensor) for key, tensor in state(one).items()]
@@ -74,29 +74,35 @@ def dropped(kind: str, mesh: Mesh) -> dict[str, bool]:
     return found
 
 
-def added_at_once(variant: str, recompute: str, mesh: Mesh) -> dict[str, bool]:
-    """Steps whose gradients are added during backward beside the same steps whose gradients are added after it, one of them
-    dropped: what is the same, bit for bit.
+def theirs(one: Engine) -> float:
+    """The update is made as DeepSpeed makes it; returns the norm that it found for itself."""
+    for group in one._optimizer.param_groups:
+        group["lr"] = LR * group["lr_scale"]
+    one._inner.step()
+    return float(one._inner.get_global_grad_norm())
+
+
+def beside_deepspeed(variant: str, mesh: Mesh, recompute: str = "none", clip_norm: float = 1.0) -> dict[str, bool]:
+    """Steps of this engine beside DeepSpeed's own, which adds gradients after backward, each with an fp32 copy of it, finds the
+    norm again and clips by it; one gradient is dropped. What is the same, bit for bit.
     """
-    one, other = (
-        engine("bf16", mesh, variant, recompute, debug={"immediate_gradients": immediate})
-        for immediate in (True, False)
-    )
-    found = dict.fromkeys(("losses", "gradients", "norms", "state"), True)
+    sections = {"optim": {"clip_norm": clip_norm}}
+    one = engine("bf16", mesh, variant, recompute, **sections)
+    other = engine("bf16", mesh, variant, recompute, debug={"immediate_gradients": False}, **sections)
+    found = dict.fromkeys(SAME, True)
     for step, factor in enumerate((1.0, 30.0, math.inf, 1.0)):
         losses = [accumulate(each, mesh, step, factor) for each in (one, other)]
         sums = [each._inner.optimizer.fp32_groups_gradients_flat for each in (one, other)]
-        norms = [each.gradient_norm() for each in (one, other)]
+        norm = float(one.gradient_norm())
         found["losses"] &= losses[0] == losses[1]
         if factor == math.inf:
-            assert all(map(math.isnan, norms)), norms
-            for each in (one, other):
-                each.drop_gradient()
+            assert math.isnan(norm), norm
+            one.drop_gradient()
+            other.drop_gradient()
         else:
             found["gradients"] &= all(torch.equal(mine, its) for mine, its in zip(*sums, strict=True))
-            found["norms"] &= norms[0] == norms[1] > 0
-            for each in (one, other):
-                each.update(LR)
+            one.update(LR, norm)
+            found["norms"] &= norm == theirs(other) > 0
         its = state(other)
         found["state"] &= all(torch.equal(its[key], tensor) for key, tensor in state(one).items())
     return found
@@ -118,8 +124,21 @@ def test_a_dropped_gradient_was_never_there(mesh, kind):
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
-def test_gradients_added_during_backward_are_the_bits_of_those_added_after_it(mesh, variant, recompute):
-    assert added_at_once(variant, recompute, mesh) == SAME
+def test_steps_are_the_bits_of_deepspeeds_own(mesh, variant, recompute):
+    assert beside_deepspeed(variant, mesh, recompute) == SAME
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1e-3, 1e3])
+def test_clipping_is_to_the_bit_as_deepspeeds(mesh, clip_norm):
+    assert beside_deepspeed("btlm", mesh, clip_norm=clip_norm) == SAME
+
+
+def test_the_factor_of_clipping_is_the_one_of_the_device_for_any_norm(generator):
+    """Which DeepSpeed computes as a tensor in fp32."""
+    norms = torch.cat((10 ** (20 * torch.rand(10_000, generator=generator) - 10), torch.tensor([0.0, 1.0, 3e38])))
+    for max_norm in (1.0, 0.05, 1e-3, 7.3):
+        expected = max_norm / (norms + 1e-6)
+        assert [clip_coefficient(norm, max_norm) for norm in norms.tolist()] == expected.tolist()
 
 
 def test_a_gradient_is_freed_as_soon_as_it_is_added(mesh):
@@ -141,12 +160,12 @@ def test_deepspeeds_own_clock_which_waits_for_the_device_is_off(mesh, kind):
 def on_four(folder: Path) -> dict[str, dict[str, bool]]:
     with started(2) as mesh:
         found = {kind: dropped(kind, mesh) for kind in KINDS}
-        return found | {variant: added_at_once(variant, "none", mesh) for variant in tiny.VARIANTS}
+        return found | {variant: beside_deepspeed(variant, mesh) for variant in tiny.VARIANTS}
 
 
 @pytest.mark.dist
-def test_dropped_and_immediate_gradients_on_four_ranks(tmp_path):
-    """As on one: a dropped gradient was never there, and gradients added during backward are those added after it."""
+def test_four_ranks_drop_gradients_and_step_as_one_does(tmp_path):
+    """A dropped gradient was never there, and steps are the bits of DeepSpeed's own."""
     dropped = {kind: {"finite": True, "infinite": True, "nan": True} for kind in KINDS}
     for found in ranks.run(on_four, 4, tmp_path, tmp_path):
         assert found == dropped | dict.fromkeys(tiny.VARIANTS, SAME)
@@ -157,9 +176,12 @@ def test_the_norm_can_be_asked_for_twice_and_is_the_one_that_is_clipped_by(mesh,
     one = engine(kind, mesh)
     accumulate(one, mesh, 0)
     assert one.gradient_norm() == one.gradient_norm() > 0
-    norm = one.gradient_norm()
-    one.update(LR)
-    if KINDS[kind]["zero_stage"]:
+    norm = float(one.gradient_norm())
+    if kind == "bf16":
+        assert theirs(one) == norm  # and `test_steps_are_the_bits_of_deepspeeds_own`
+    else:
+        one.update(LR)
+    if kind == "zero1":
         assert float(one._inner.get_global_grad_norm()) == norm
 
 

@@ -71,15 +71,15 @@ class WatchedEngine(Engine):
             del self._inner.allreduce_gradients  # the class's own is seen again
         self._mark("backward")
 
-    def gradient_norm(self) -> float:
+    def gradient_norm(self) -> Tensor:
         self._mark("other")
         norm = super().gradient_norm()
         self._mark("update")
         return norm
 
-    def update(self, lr: float) -> None:
+    def update(self, lr: float, norm: float | None = None) -> None:
         self._mark("other")
-        super().update(lr)
+        super().update(lr, norm)
         self._mark("update")
 
 

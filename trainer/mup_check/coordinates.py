@@ -164,7 +164,7 @@ def _record(config: RunConfig, step: int, now: dict[str, Tensor], start: dict[st
     squares = [float(value.square().mean()) for value in now.values()]
     squares += [float((now[name] - start[name]).square().mean()) for name in now]
     # Ranks hold the same coordinates, or equally many heads' scores.
-    means = [sqrt(square / mesh.world_size) for square in sum_over_ranks(squares, mesh)]
+    means = [sqrt(square / mesh.world_size) for square in sum_over_ranks(squares)]
     return {
         "tp_size": mesh.tp_size, "precision": config.run.precision, "width": config.model.width,
         "seed": config.run.seed, "step": step,

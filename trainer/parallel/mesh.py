@@ -110,11 +110,18 @@ def to_device(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     return tensor.pin_memory().to(mesh.device, non_blocking=True) if mesh.device.type == "cuda" else tensor
 
 
-def sum_over_ranks(values: list[float], mesh: Mesh) -> list[float]:
-    """Each value summed over all ranks, in fp64, the same bits on every rank."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=mesh.device)
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Each value summed over all ranks, in fp64, the same bits on every rank. Waits for the other ranks, for no device."""
+    tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor)
-    return [float(value) for value in tensor.cpu()]
+    return list(tensor.tolist())
+
+
+def read_sum_over_ranks(values: torch.Tensor) -> list[float]:
+    """Each value on the device summed over all ranks, in fp64, the same bits on every rank. Waits for the device."""
+    summed = values.to(torch.float64, copy=True)
+    dist.all_reduce(summed)
+    return list(summed.tolist())
 
 
 def from_rank_0(value: T) -> T:

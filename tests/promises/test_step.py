@@ -1,0 +1,97 @@
+"""In a step the host waits for the device once: for loss, gradient norm and evidence together."""
+
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import ranks, tiny
+from tests.waits import Seen, waits_on_cpu, waits_on_gpu
+from trainer import runtime
+from trainer.agreement import Agreement
+from trainer.bench.rows import drawn
+from trainer.data.loader import Batch, Evidence
+from trainer.guard import Guard
+from trainer.parallel.mesh import started
+from trainer.setup import build_engine
+from trainer.timeline import Timeline
+from trainer.train import timed_step
+from trainer.training import Stepper
+
+WARM_UP, GOOD, BAD = range(2), 2, 3
+"""Numbers of steps; before the bad one a weight becomes nan, so that its update is left out."""
+THE_ONE = ["mesh.py:read_sum_over_ranks"]
+
+
+def batches(stepper: Stepper, agreement: Agreement) -> Iterator[Batch]:
+    """As in a run, where every step begins with the question whether a rank was told to stop."""
+    phase = stepper.timeline.phase_at(0).phase
+    for step, batch in enumerate([drawn(stepper.config, phase, step, stepper.mesh) for step in range(BAD + 1)]):
+        agreement.any_rank(False)
+        yield replace(batch, evidence=Evidence(2**40 + stepper.mesh.dp_rank, 2**63 + step))
+
+
+def steps(variant: str, tp_size: int) -> tuple[Seen, Seen]:
+    """What is seen of a good step and of a bad one."""
+    with started(tp_size) as mesh, closing(runtime.StopSignal()) as stop_signal:
+        config = tiny.config(
+            variant, run={"precision": "bf16"}, parallel={"tp_size": tp_size}, optim={"clip_norm": 1e-3}
+        )
+        engine = build_engine(config, mesh, None)
+        stepper = Stepper(config, mesh, Timeline(config.schedule), engine, 1.0, Guard(config.guard))
+        watch = waits_on_cpu if mesh.device.type == "cpu" else waits_on_gpu
+        for group in engine._optimizer.param_groups:
+            group["fused"] = True  # as on a GPU: torch's other AdamW reads its counter of steps, on the host
+        rows = batches(stepper, Agreement(mesh, stop_signal))
+        for step in WARM_UP:
+            timed_step(stepper, rows, step)
+        with watch() as good:
+            done = timed_step(stepper, rows, GOOD)
+        assert (done.judgement.decision, done.record.gradient_norm > 1e-3) == ("update", True), "clipped"
+        with torch.no_grad():
+            engine.model.final_norm.weight.fill_(math.nan)
+        with watch() as bad:
+            done = timed_step(stepper, rows, BAD)
+        assert done.judgement.decision == "skip"
+        return good, bad
+
+
+@pytest.fixture
+def deterministic(monkeypatch) -> Iterator[None]:
+    """Torch as a run has it, until the test ends."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the calls that would wait, where there is no GPU")
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_a_step_waits_for_the_device_once(variant):
+    good, bad = steps(variant, 1)
+    print(f"figures {variant}: operations {good.operations} good, {bad.operations} bad")
+    assert (good.waits, bad.waits) == (THE_ONE, THE_ONE)
+
+
+def on_four(folder: Path) -> dict[str, list[list[str]]]:
+    return {variant: [seen.waits for seen in steps(variant, 2)] for variant in tiny.VARIANTS}
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the calls that would wait, where there is no GPU")
+def test_a_step_of_four_ranks_waits_for_the_device_once(tmp_path):
+    assert ranks.run(on_four, 4, tmp_path, tmp_path) == [{variant: [THE_ONE, THE_ONE] for variant in tiny.VARIANTS}] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_a_step_on_a_gpu_waits_for_it_once(variant):
+    good, bad = steps(variant, 1)
+    assert (len(good.waits), len(bad.waits)) == (1, 1), (good.waits, bad.waits)
