@@ -108,7 +108,10 @@ def make_deterministic() -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine, command and commit of this process: what someone needs to explain or repeat the run."""
+    """Versions, machine, command and commit of this process: what someone needs to explain or repeat the run.
+
+    Where git is absent or this is no checkout, the commit is the variable TANDEM_COMMIT, or None.
+    """
     versions = {}
     for package in REPORTED_PACKAGES:
         try:
@@ -123,7 +126,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "packages": versions,
-        "commit": _git(root, "rev-parse", "HEAD"),
+        "commit": _git(root, "rev-parse", "HEAD") or os.environ.get("TANDEM_COMMIT"),
         "uncommitted": _git(root, "status", "--porcelain"),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }

@@ -122,7 +122,7 @@ def _compare(operations: list[Operation], options: argparse.Namespace) -> None:
     limits = ceilings(device)
     copied, multiplied = limits.copy_bytes_per_second / 1e9, limits.matmul_flops_per_second / 1e12
     print(*(f"{name} {value}" for name, value in surroundings(card(device)).items()), sep="; ")
-    print(f"copy {copied:.0f} GB/s, matmul {multiplied:.1f} TFLOP/s")
+    print(f"copy {copied:.0f} GB/s, matmul {multiplied:.1f} TFLOP/s", flush=True)
     _keep(options.json, [{"op": "ceilings", **asdict(limits), **surroundings(card(device))}])
     print(_line("op", "shape", "rival", "direction", NUMBERS))
     for op in operations:

@@ -1,6 +1,7 @@
 """Rows: every rival of an operation at a shape, on the same values, checked to compute the same before it is timed."""
 
 import gc
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -205,19 +206,25 @@ def card(device: torch.device) -> str:
 
 def surroundings(card: str) -> dict[str, str]:
     """What a figure means nothing without."""
-    return {"card": card, "torch": torch.__version__, "triton": triton.__version__, "commit": _commit()}
+    return {"card": card, "torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
 
 
 @cache
-def _commit() -> str:
-    """Of the checkout these files are in, with a plus where files of it have changed since."""
+def commit() -> str:
+    """Of the checkout these files are in, with a plus where files of it have changed since.
+
+    Where git is absent, or these files are in no checkout, the variable TANDEM_COMMIT as it is; without it "no checkout".
+    """
     root = Path(__file__).parents[2]
-    told = [
-        subprocess.run(["git", "-C", root, *words], capture_output=True, text=True)
-        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "kernels"))
-    ]
-    if told[0].returncode:
-        return "no checkout"
+    try:
+        told = [
+            subprocess.run(["git", "-C", root, *words], capture_output=True, text=True)
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "kernels"))
+        ]
+    except OSError:
+        told = []
+    if not told or told[0].returncode:
+        return os.environ.get("TANDEM_COMMIT") or "no checkout"
     return told[0].stdout.strip() + ("+" if told[1].stdout else "")
 
 

@@ -97,3 +97,9 @@ def test_no_library_takes_a_signal_for_an_error_of_its_own():
         stop_signal.met()
         with pytest.raises(runtime.Stopped), stop_signal.interrupting():
             library()
+
+
+def test_without_git_the_commit_is_that_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TANDEM_COMMIT", "0123abc")
+    assert runtime.environment()["commit"] == "0123abc"

@@ -1,6 +1,8 @@
 """python -m kernels.bench."""
 
 import json
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ import triton
 
 import kernels.bench.__main__ as command_line
 from kernels.bench.__main__ import main
-from kernels.bench.compare import Row
+from kernels.bench.compare import Row, commit
+
+SMALL = ["swiglu", "--device", "cpu", "--tokens", "4", "--shape", "mup-check tp1", "--rival", "ours"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what to do without a GPU")
@@ -22,19 +26,7 @@ def test_without_a_gpu_one_line_names_what_works(capsys):
 
 def test_rows_are_printed_and_kept(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
-    command = [
-        "swiglu",
-        "--device",
-        "cpu",
-        "--tokens",
-        "4",
-        "--shape",
-        "mup-check tp1",
-        "--rival",
-        "ours",
-        "--json",
-        str(file),
-    ]
+    command = [*SMALL, "--json", str(file)]
     assert main(command) == 0
     assert main(command) == 0
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -89,3 +81,34 @@ def test_a_spill_that_nobody_knew_is_an_error(known, code, capsys, monkeypatch):
     monkeypatch.setattr(command_line, "spills", lambda found: [("one known", True), ("another", known)])
     assert main(["--resources"]) == code
     assert capsys.readouterr().err == "one known\nanother\n"
+
+
+@pytest.fixture
+def fresh_commit():
+    """What is asked for once in a process is asked for again, in the test and after it."""
+    commit.cache_clear()
+    yield
+    commit.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_commit")
+@pytest.mark.parametrize("told", ["0123abc", None])
+def test_without_git_the_commit_is_that_of_the_environment(told, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if told is None:
+        monkeypatch.delenv("TANDEM_COMMIT", raising=False)
+    else:
+        monkeypatch.setenv("TANDEM_COMMIT", told)
+    file = tmp_path / "rows.jsonl"
+    assert main([*SMALL, "--json", str(file)]) == 0
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {line["commit"] for line in lines} == {told or "no checkout"}
+    assert f"commit {told or 'no checkout'}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("fresh_commit")
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_a_checkout_knows_its_commit_better_than_the_environment(monkeypatch):
+    monkeypatch.setenv("TANDEM_COMMIT", "0123abc")
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert commit().removesuffix("+") == (asked.stdout.strip() if asked.returncode == 0 else "0123abc")
