@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import math
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -19,6 +21,7 @@ from kernels.bench.measure import ceilings
 from kernels.bench.operation import Operation
 from kernels.bench.ops import OPERATIONS
 from kernels.bench.resources import COMPILED, resources, spills
+from kernels.bench.shapes import MODELS, PRODUCTION
 
 NO_GPU = (
     "kernels.bench measures a GPU and there is none; without one --resources compiles every kernel for sm_90, "
@@ -30,6 +33,7 @@ WIDTHS = {"op": 20, "shape": 26, "rival": 28, "direction": 16}
 
 def main(arguments: list[str] | None = None) -> int:
     """0; 1 where a kernel spills more than is known; 2 where what is asked for cannot be, with one line that says why."""
+    begun = time.monotonic()
     options = _options(arguments)
     if refusal := _refusal(options):
         print(f"kernels.bench: {refusal}", file=sys.stderr)
@@ -43,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(NO_GPU, file=sys.stderr)
         return 2
     try:
-        _compare(operations, options)
+        _compare(operations, options, begun + (math.inf if options.seconds is None else options.seconds))
     finally:
         one_rank.end()
     return 0
@@ -56,6 +60,14 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--shape",
         default="",
         help="shapes whose name contains this, also those of tp2, tp4 and the small configs, which no one else measures",
+    )
+    parser.add_argument(
+        "--production",
+        action="store_true",
+        help=f"only shapes of {' and '.join(m.name for m in PRODUCTION)} over one rank",
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="after which nothing new is begun, and rows say what was left out"
     )
     parser.add_argument("--rival", default="", help="only rivals whose name contains this")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file that every row is added to, a line each")
@@ -73,6 +85,10 @@ def _refusal(options: argparse.Namespace) -> str:
         return f"op {unknown[0]!r} is unknown; known: {', '.join(OPERATIONS)}"
     if options.tokens is not None and options.tokens < 1:
         return f"--tokens {options.tokens}: at least 1"
+    if options.seconds is not None and not options.seconds > 0:
+        return f"--seconds {options.seconds:g}: more than 0"
+    if options.production and options.shape:
+        return f"--shape {options.shape} with --production: both choose shapes; ask for one"
     if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
         return f"--json {options.json}: a file in a folder that exists"
     if options.resources or options.kept:
@@ -87,7 +103,8 @@ def _refusal_without_gpu(options: argparse.Namespace) -> str:
     if options.resources and options.kept:
         return "--resources and --kept are two tables; ask for one"
     mode = "--resources" if options.resources else "--kept"
-    given = {"--rival": options.rival, "--tokens": options.tokens}
+    given = {"--rival": options.rival, "--tokens": options.tokens, "--seconds": options.seconds}
+    given |= {"--production": " ".join("yes" for _ in range(options.production))}
     if options.kept:
         given |= {"op": " ".join(options.op), "--shape": options.shape}
     for name, value in given.items():
@@ -117,24 +134,37 @@ def _refusal_of_names(options: argparse.Namespace) -> str:
     return ""
 
 
-def _compare(operations: list[Operation], options: argparse.Namespace) -> None:
+def _compare(operations: list[Operation], options: argparse.Namespace, deadline: float) -> None:
     device = torch.device(options.device)
     limits = ceilings(device)
     copied, multiplied = limits.copy_bytes_per_second / 1e9, limits.matmul_flops_per_second / 1e12
     print(*(f"{name} {value}" for name, value in surroundings(card(device)).items()), sep="; ")
     print(f"copy {copied:.0f} GB/s, matmul {multiplied:.1f} TFLOP/s", flush=True)
     _keep(options.json, [{"op": "ceilings", **asdict(limits), **surroundings(card(device))}])
-    print(_line("op", "shape", "rival", "direction", NUMBERS))
+    print(_line("op", "shape", "rival", "direction", NUMBERS), flush=True)
     for op in operations:
         for shape in _shapes(op, options):
-            for row in rows(op, shape, device, limits, lambda name: options.rival in name):
+            names = _rivals(op, shape, options)
+            for row in rows(op, shape, device, limits, names.__contains__, deadline=deadline) if names else ():
                 print(_table_line(row), flush=True)
                 _keep(options.json, [asdict(row)])
 
 
 def _shapes(op: Operation, options: argparse.Namespace) -> list[Any]:
     chosen = _named(op, options) if options.shape else op.shapes
+    if options.production:
+        chosen = [shape for shape in chosen if _model(shape) in [model.name for model in PRODUCTION]]
     return [shape.with_tokens(options.tokens) for shape in chosen] if options.tokens else chosen
+
+
+def _rivals(op: Operation, shape: Any, options: argparse.Namespace) -> list[str]:
+    """Whoever compiles for seconds is left out at the shapes that others publish, but where it is asked for by name."""
+    everyone = bool(options.rival or options.shape) or _model(shape) in [model.name for model in MODELS]
+    return [rival.name for rival in op.rivals if options.rival in rival.name and (everyone or not rival.compiles)]
+
+
+def _model(shape: Any) -> str:
+    return str(shape.name).split()[0]
 
 
 def _named(op: Operation, options: argparse.Namespace) -> list[Any]:

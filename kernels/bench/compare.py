@@ -1,8 +1,13 @@
-"""Rows: every rival of an operation at a shape, on the same values, checked to compute the same before it is timed."""
+"""Rows: every rival of an operation at a shape, on the same values, checked to compute the same before it is timed.
+
+All rivals of a shape are made and checked first and then timed in turns, so that none has the cooler device.
+"""
 
 import gc
+import math
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -13,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.bench.measure import Ceilings, num_sets, peak_extra_bytes, times
+from kernels.bench.measure import Ceilings, Pass, Times, interleaved, num_sets, peak_extra_bytes, timed
 from kernels.bench.operation import DIRECTIONS, Direction, Example, Function, Operation, Refused, Rival
 
 DISAGREEMENT = 2**-6
@@ -53,39 +58,129 @@ class Row:
     commit: str
 
 
+@dataclass
+class Contestant:
+    """A rival at a shape: what it is timed with, and what is known of it without a clock."""
+
+    shape: Any
+    function: Function
+    sets: list[Example]
+    """The same values, in memory of their own."""
+    kept_bytes: int
+    overwrites: bool
+    """Its inputs, which then are written anew after each turn."""
+    note: str
+    failure: str = ""
+    """Why there is no figure of it."""
+
+
 def rows(
     op: Operation,
     shape: Any,
     device: torch.device,
     ceilings: Ceilings,
     wanted: Callable[[str], bool] = lambda name: True,
+    *,
+    deadline: float = math.inf,
 ) -> Iterator[Row]:
-    """One for each direction of each wanted rival that runs, and one with the reason for each that does not."""
+    """One for each direction of each wanted rival that runs, and one with the reason for each that does not.
+
+    Nothing new is begun after the deadline, a moment of time.monotonic(); what has begun is measured.
+    """
+    if time.monotonic() >= deadline:
+        yield _row(op, shape, "all", device, direction="all", note="not measured: left out, time was over")
+        return
+    # What was compiled for another shape would make the next one compile for all shapes at once.
+    torch._dynamo.reset()
+    contestants = _contestants(op, shape, device, wanted, deadline)
+    running = {rival: one for rival, one in contestants.items() if not one.failure}
+    found = interleaved([_turn(one, device) for one in running.values()], device)
+    times = dict(zip(running, found, strict=True))
+    for rival, one in contestants.items():
+        measured = []
+        try:
+            measured = [*_measured(op, one, times[rival], ceilings, device)] if times.get(rival) else []
+        except Exception as reason:
+            one.failure = _said(reason)
+        for of_direction in measured:
+            yield _row(op, shape, rival, device, **of_direction, kept_bytes=one.kept_bytes, note=one.note)
+        if one.failure:
+            yield _row(op, shape, rival, device, direction="all", note=f"not measured: {one.failure}")
+
+
+def _contestants(
+    op: Operation, shape: Any, device: torch.device, wanted: Callable[[str], bool], deadline: float
+) -> dict[str, Contestant]:
+    """Of each wanted rival, with the reason where it cannot be one."""
     example = example_of(op.example, shape, device)
+    sets: list[Example] = []
     reference: tuple[str, list[Tensor]] | None = None
+    found = {}
     for rival in op.rivals:
         if reference is not None and not wanted(rival.name):
             continue
+        one = Contestant(shape, lambda: (), [], 0, False, "")
         try:
-            own_shape = rival.instead(shape)
-            comparable = rival.example is None and own_shape == shape
-            own = example if comparable else example_of(rival.example or op.example, own_shape, device)
-            function = function_of(rival, own_shape, device)
-            found, kept_bytes, overwrites = results(function, own)
-            agree(reference if comparable else None, found)
+            if time.monotonic() >= deadline:
+                raise Refused("left out, time was over")
+            one.shape = rival.instead(shape)
+            comparable = rival.example is None and one.shape == shape
+            own = example if comparable else example_of(rival.example or op.example, one.shape, device)
+            one.function = function_of(rival, one.shape, device)
+            values, one.kept_bytes, one.overwrites = results(one.function, own)
+            agree(reference if comparable else None, values)
             if comparable:
-                reference = reference or (rival.name, found)
-            del found
+                reference = reference or (rival.name, values)
+            del values
             if wanted(rival.name):
-                notes = [rival.other if not comparable else "", "overwrites its inputs" if overwrites else ""]
-                for measured in _measured(op, own_shape, function, own, overwrites, ceilings):
-                    known = {"kept_bytes": kept_bytes, "note": "; ".join(filter(None, notes))}
-                    yield _row(op, shape, rival.name, device, **measured, **known)
+                sets = sets or _sets(example)
+                one.sets = sets if comparable else _sets(own)
+            notes = ["" if comparable else rival.other, "overwrites its inputs" if one.overwrites else ""]
+            one.note = "; ".join(filter(None, notes))
         # Of any kind: rivals are not ours, and nobody's figures may be lost with one of them.
         except Exception as reason:
-            yield _row(op, shape, rival.name, device, direction="all", note=f"not measured: {_said(reason)}")
-        gc.collect()
-        torch.cuda.empty_cache()
+            one.failure = _said(reason)
+        if wanted(rival.name):
+            found[rival.name] = one
+        _tidy()
+    return found
+
+
+def _turn(one: Contestant, device: torch.device) -> Callable[[], Pass]:
+    """Times both directions with each set; nothing once it has failed. All go forward before any goes back.
+
+    Both directions together are the sum for each set: a backward has to follow a forward anyway.
+    """
+    before = [tensor.detach().clone() for tensor in one.sets[0].inputs] if one.overwrites else []
+
+    def turn() -> Pass:
+        ready: list[tuple[Example, tuple[Tensor, ...]]] = []
+        try:
+            forward = timed(
+                lambda values: ready.append((values, _tuple(one.function(*values.inputs)))), one.sets, device
+            )
+            backward = timed(lambda pair: _gradients(pair[1], pair[0]), ready, device)
+        except Exception as reason:
+            one.failure = _said(reason)
+            ready.clear()
+            _tidy()
+            return {}
+        finally:
+            for values in one.sets if one.overwrites else ():
+                _restore(values, before)
+        both = [sum(pair) for pair in zip(forward, backward, strict=True)]
+        return {"forward": forward, "backward": backward, "forward+backward": both}
+
+    return turn
+
+
+def _tidy() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _sets(example: Example) -> list[Example]:
+    return [example] + [_copy(example) for _ in range(1, num_sets((*example.inputs, *example.out_gradients)))]
 
 
 def example_of(make: Callable[..., Example], shape: Any, device: torch.device) -> Example:
@@ -136,48 +231,35 @@ def agree(reference: tuple[str, list[Tensor]] | None, found: list[Tensor]) -> No
 
 
 def _measured(
-    op: Operation, shape: Any, function: Function, example: Example, overwrites: bool, ceilings: Ceilings
+    op: Operation, one: Contestant, times: dict[str, Times], ceilings: Ceilings, device: torch.device
 ) -> Iterator[dict[str, Any]]:
     """What is measured of each direction."""
-    device = example.inputs[0].device
-    sets = [example] + [_copy(example) for _ in range(1, num_sets((*example.inputs, *example.out_gradients)))]
-    before = [tensor.detach().clone() for tensor in example.inputs] if overwrites else []
+    values = one.sets[0]
+    before = [tensor.detach().clone() for tensor in values.inputs] if one.overwrites else []
 
-    def forward(values: Example) -> tuple[Example, tuple[Tensor, ...]]:
-        return values, _tuple(function(*values.inputs))
+    def forward() -> tuple[Tensor, ...]:
+        return _tuple(one.function(*values.inputs))
 
-    def backward(ready: tuple[Example, tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        return _gradients(ready[1], ready[0])
-
-    def restore() -> None:
-        for values in sets if overwrites else ():
+    for direction in DIRECTIONS:
+        ready = forward() if direction == "backward" else ()
+        calls: dict[Direction, Callable[[], object]] = {
+            "forward": forward,
+            "backward": lambda: _gradients(ready, values),  # noqa: B023, called in this turn of the loop
+            "forward+backward": lambda: _gradients(forward(), values),
+        }
+        peak = peak_extra_bytes(calls[direction], device)
+        if one.overwrites:
             _restore(values, before)
-
-    try:
-        for direction in DIRECTIONS:
-            prepare = (lambda: [forward(values) for values in sets]) if direction == "backward" else lambda: sets
-            calls: dict[Direction, Callable[[Any], object]]
-            calls = {
-                "forward": forward,
-                "backward": backward,
-                "forward+backward": lambda values: backward(forward(values)),
-            }
-            spent = times(prepare, calls[direction], device, restore)
-            ready = prepare()
-            peak = peak_extra_bytes(lambda: calls[direction](ready[0]), device)  # noqa: B023, F821
-            del ready
-            restore()
-            yield {
-                "direction": direction,
-                "time_us_20": spent.percentile_20,
-                "time_us_50": spent.percentile_50,
-                "time_us_80": spent.percentile_80,
-                "repetitions": spent.repetitions,
-                "peak_extra_bytes": peak,
-                **_rates(op, shape, direction, spent.percentile_50, ceilings),
-            }
-    finally:
-        restore()
+        spent = times[direction]
+        yield {
+            "direction": direction,
+            "time_us_20": spent.percentile_20,
+            "time_us_50": spent.percentile_50,
+            "time_us_80": spent.percentile_80,
+            "repetitions": spent.repetitions,
+            "peak_extra_bytes": peak,
+            **_rates(op, one.shape, direction, spent.percentile_50, ceilings),
+        }
 
 
 def _rates(op: Operation, shape: Any, direction: Direction, microseconds: float, ceilings: Ceilings) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 A call is timed alone: on a GPU by events around it, behind a wait on the device that gives the host a head start. Where the
 call's kernels are in the queue by then, what is read is the device's time and not Python's. Calls go round several sets of the
-same values, together larger than the L2 cache, so none finds its inputs there. Elsewhere the host's clock is read, which shows
-that the harness works and nothing about speed.
+same values, together larger than the L2 cache, so none finds its inputs there. What is compared takes turns, so that a clock
+which drifts does so for all. Elsewhere the host's clock is read, which shows that the harness works and nothing about speed.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,11 @@ HEAD_START_CYCLES = 2_000_000
 """Of the device's clock, about a millisecond: Python launches some dozen kernels meanwhile. Of a call that launches more, and
 is not slower itself than its launches, some of Python's time is read too."""
 MAX_SETS = 32
+STEADY = 0.02
+"""Between the 20th and the 80th percentile, relative to the median: below it more repetitions tell nothing new."""
+
+Pass = dict[str, list[float]]
+"""Microseconds of each call, by what was timed."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,10 @@ class Times:
     percentile_50: float
     percentile_80: float
     repetitions: int
+
+    @property
+    def steady(self) -> bool:
+        return self.percentile_80 - self.percentile_20 <= STEADY * self.percentile_50
 
 
 @dataclass(frozen=True)
@@ -47,38 +57,51 @@ def ceilings(device: torch.device) -> Ceilings:
     elements, side = (2**30, 8_192) if device.type == "cuda" else (2**22, 256)
     source = torch.randn(elements, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    copy = times(lambda: [None] * 4, lambda _: target.copy_(source), device)  # noqa: F821
-    del source, target
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    matmul = times(lambda: [None] * 4, lambda _: left @ right, device)
+
+    def turn(call: Callable[[Any], object]) -> Callable[[], Pass]:
+        return lambda: {"": timed(call, [None] * 4, device)}
+
+    found = interleaved([turn(lambda _: target.copy_(source)), turn(lambda _: left @ right)], device)
+    copy, matmul = (times[""] for times in found)
     return Ceilings(4e6 * elements / copy.percentile_50, 2e6 * side**3 / matmul.percentile_50)
 
 
-def times(
-    prepare: Callable[[], Sequence[Any]],
-    call: Callable[[Any], object],
-    device: torch.device,
-    finish: Callable[[], None] = lambda: None,
-) -> Times:
-    """Of `call` with each thing that `prepare` returns, both again and again; `finish` ends a round. Only calls are timed.
+def interleaved(turns: Sequence[Callable[[], Pass]], device: torch.device) -> list[dict[str, Times]]:
+    """What each of `turns` timed, taken in rounds: each once, then each once more.
 
-    The first rounds are not counted: kernels are compiled and memory is reserved in them.
+    The first round is not counted: memory is reserved in it. Rounds end when everything has been called often enough and is
+    steady or has had its time. A turn that returns nothing is never taken again, and what it timed is nothing.
     """
-    seconds, least = (0.2, 10) if device.type == "cuda" else (0.02, 3)
+    least, seconds = (10, 0.15) if device.type == "cuda" else (3, 0.02)
+    passes: list[list[Pass]] = [[] for _ in turns]
+    taken = [turn for turn in range(len(turns)) if turns[turn]()]
+    end = time.perf_counter() + seconds * len(taken)
+    while taken:
+        for turn in list(taken):
+            if passed := turns[turn]():
+                passes[turn].append(passed)
+            else:
+                taken.remove(turn)
+        found = [times for turn in taken for times in _times(passes[turn]).values()]
+        often = all(times.repetitions >= least for times in found)
+        if often and (time.perf_counter() >= end or all(times.steady for times in found)):
+            break
+    return [_times(passes[turn]) if turn in taken else {} for turn in range(len(turns))]
 
-    def rounds(number: int) -> list[float]:
-        found = []
-        for _ in range(number):
-            found += _timed(call, prepare(), device)
-            finish()
-        return found
 
-    rounds(1)
-    once = rounds(1)
-    repetitions = min(max(least, int(1e6 * seconds / (sum(once) / len(once)))), 200)
-    found = torch.tensor(rounds(math.ceil(repetitions / len(once))), dtype=torch.float64)
-    low, middle, high = found.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return Times(low, middle, high, len(found))
+def timed(call: Callable[[Any], object], arguments: Sequence[Any], device: torch.device) -> list[float]:
+    """Microseconds of the call with each argument."""
+    if device.type != "cuda":
+        return [_host_microseconds(call, argument) for argument in arguments]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in arguments]
+    for argument, (start, end) in zip(arguments, events, strict=True):
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        start.record()
+        call(argument)
+        end.record()
+    torch.cuda.synchronize(device)
+    return [1e3 * start.elapsed_time(end) for start, end in events]
 
 
 def num_sets(inputs: Iterable[Tensor]) -> int:
@@ -99,18 +122,14 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _timed(call: Callable[[Any], object], arguments: Sequence[Any], device: torch.device) -> list[float]:
-    """Microseconds of each call."""
-    if device.type != "cuda":
-        return [_host_microseconds(call, argument) for argument in arguments]
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in arguments]
-    for argument, (start, end) in zip(arguments, events, strict=True):
-        torch.cuda._sleep(HEAD_START_CYCLES)
-        start.record()
-        call(argument)
-        end.record()
-    torch.cuda.synchronize(device)
-    return [1e3 * start.elapsed_time(end) for start, end in events]
+def _times(passes: list[Pass]) -> dict[str, Times]:
+    """Of all passes together."""
+    found = {}
+    for name in passes[0] if passes else ():
+        calls = torch.tensor([*itertools.chain.from_iterable(each[name] for each in passes)], dtype=torch.float64)
+        low, middle, high = calls.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+        found[name] = Times(low, middle, high, len(calls))
+    return found
 
 
 def _host_microseconds(call: Callable[[Any], object], argument: Any) -> float:

@@ -53,6 +53,8 @@ class Rival:
     """The function for a shape, which takes the example's inputs. Whatever it imports it imports here."""
     gpu: bool = True
     """Its kernels run on a GPU, or in Triton's interpreter where they are Triton's."""
+    compiles: bool = False
+    """Takes seconds for each shape: asked for by name alone where the shape is none of our models'."""
     other: str = ""
     """What it computes instead, where that is not the operation at the shape: its results need not agree."""
     example: Callable[[Any, torch.device, torch.dtype, torch.Generator], Example] | None = None
@@ -98,5 +100,4 @@ def values(
 
 def compiled(function: Function) -> Function:
     """By torch.compile, for one shape."""
-    torch._dynamo.reset()
     return torch.compile(function, dynamic=False, fullgraph=True)

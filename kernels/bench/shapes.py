@@ -47,6 +47,8 @@ MODELS = (
           (5_632, 2_816, 1_408), 100_352, (100_352, 50_176, 25_088), 1.0, 64**-0.5, "bf16"),
 )  # fmt: skip
 """The models the kernels are for."""
+PRODUCTION = MODELS[:2]
+"""Those whose runs are planned in full."""
 SMALL_MODELS = (
     Model("btlm-proxy-256", ((16, 2_048), (4, 8_192)), 256, 4, 4, 64, 0, False, False,
           (768, 384, 256), 50_257, (50_304, 25_216, 12_672), 2.22, 1 / 64, "bf16"),

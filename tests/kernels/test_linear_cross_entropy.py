@@ -127,6 +127,9 @@ def test_no_more_than_a_tenth_of_the_logits_is_held_beside_the_results(generator
     assert logits_bytes / 20 < backward.peak - sum(x.nbytes for x in results) < logits_bytes / 10
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11"), reason="torch 2.11: on meta addmm takes out_dtype for a factor"
+)
 @pytest.mark.parametrize(("width", "vocab"), [(2_560, 50_304), (5_120, 100_352)], ids=["btlm", "stablelm"])
 def test_bf16_backward_holds_less_than_a_tenth_of_the_fp32_logits_beside_its_results(width, vocab):
     """Of real sizes, so on the meta device: a chunk, the fp32 sum that hidden's gradient is rounded from, statistics."""

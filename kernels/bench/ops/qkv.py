@@ -163,7 +163,7 @@ QKV = Operation(
     rivals=[
         Rival("ours", _ours, gpu=False),
         Rival("torch", _torch, gpu=False),
-        Rival("torch.compile", lambda shape: compiled(_torch(shape))),
+        Rival("torch.compile", lambda shape: compiled(_torch(shape)), compiles=True),
         Rival("liger rope", _liger),
         Rival("megatron rope", _megatron),
     ],

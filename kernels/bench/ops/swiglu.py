@@ -89,7 +89,6 @@ def _liger_fused(shape: FeedForward) -> Function:
 def _megatron(shape: FeedForward) -> Function:
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
-    torch._dynamo.reset()  # what it compiled for another shape would make it compile for all shapes at once
     return lambda gate_up: bias_swiglu_impl(gate_up.flatten(1), None)
 
 
@@ -123,7 +122,7 @@ def _linear_launches(shape: FeedForward) -> None:
 
 
 TORCH = Rival("torch", lambda shape: _torch, gpu=False)
-COMPILED = Rival("torch.compile", lambda shape: compiled(_torch))
+COMPILED = Rival("torch.compile", lambda shape: compiled(_torch), compiles=True)
 LIGER_FUSED = Rival("liger fused buffer", _liger_fused)
 
 SWIGLU = Operation(
@@ -146,7 +145,7 @@ SWIGLU = Operation(
             example=_apart,
         ),
         LIGER_FUSED,
-        Rival("megatron", _megatron),
+        Rival("megatron", _megatron, compiles=True),
         Rival("flash-attn", _flash),
     ],
     launches=_launches,
@@ -164,7 +163,11 @@ SWIGLU_LINEAR = Operation(
         Rival("ours", _ours_linear, gpu=False),
         _then_linear(Rival("ours, product kept", _ours, gpu=False)),
         _then_linear(TORCH),
-        Rival("torch.compile", lambda shape: compiled(lambda gate_up, weight: F.linear(_torch(gate_up), weight))),
+        Rival(
+            "torch.compile",
+            lambda shape: compiled(lambda gate_up, weight: F.linear(_torch(gate_up), weight)),
+            compiles=True,
+        ),
         _then_linear(LIGER_FUSED),
     ],
     launches=_linear_launches,

@@ -11,6 +11,8 @@ import triton
 import kernels.bench.__main__ as command_line
 from kernels.bench.__main__ import main
 from kernels.bench.compare import Row, commit
+from kernels.bench.measure import Ceilings
+from kernels.bench.shapes import MODELS
 
 SMALL = ["swiglu", "--device", "cpu", "--tokens", "4", "--shape", "mup-check tp1", "--rival", "ours"]
 
@@ -48,6 +50,10 @@ def test_rows_are_printed_and_kept(tmp_path, capsys):
         ("swiglu residual_norm --resources", ["op 'residual_norm'"]),
         ("--tokens 0", ["--tokens 0", "at least 1"]),
         ("--tokens -3 --device cpu", ["--tokens -3"]),
+        ("--seconds 0", ["--seconds 0", "more than 0"]),
+        ("--production --shape tp2", ["--shape tp2", "--production", "ask for one"]),
+        ("--production --resources", ["--production", "--shape and --json alone"]),
+        ("--seconds 9 --resources", ["--seconds 9", "--shape and --json alone"]),
         ("--json no/such/rows.jsonl", ["--json no/such/rows.jsonl", "folder"]),
         ("--kept --resources", ["--resources", "--kept", "ask for one"]),
         ("swiglu --kept", ["op swiglu", "--kept takes --json alone"]),
@@ -64,6 +70,57 @@ def test_what_cannot_be_is_refused_in_one_line(command, named, capsys, monkeypat
     assert told.err.count("\n") == 1
     for words in named:
         assert words in told.err
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """asked(command): the shapes and rivals that would be measured, none of which is."""
+    found = []
+    monkeypatch.setattr(command_line, "ceilings", lambda device: Ceilings(1e9, 1e12))
+
+    def noted(op, shape, device, limits, wanted, deadline):
+        found.append((op.name, shape.name, [rival.name for rival in op.rivals if wanted(rival.name)]))
+        return ()
+
+    monkeypatch.setattr(command_line, "rows", noted)
+
+    def ask(command: str) -> list[tuple[str, str, list[str]]]:
+        found.clear()
+        assert main(["--device", "cpu", *command.split()]) == 0
+        return list(found)
+
+    return ask
+
+
+def test_production_is_both_recipes_over_one_rank(asked):
+    shapes = [(op, shape) for op, shape, _ in asked("--production --rival ours")]
+    btlm, stablelm = "btlm-3b-8k tp1", "stablelm-2-12b tp1"
+    tokenwise = ("swiglu", "swiglu_linear", "cross_entropy", "linear_cross_entropy")
+    heads = {("attention", f"btlm-3b-8k {seq} tp1") for seq in (2_048, 8_192)}
+    assert len(shapes) == len(set(shapes))
+    assert set(shapes) == heads | {(op, shape) for op in tokenwise for shape in (btlm, stablelm)} | {
+        ("attention", "stablelm-2-12b 4096 tp1"),
+        ("qkv", "stablelm-2-12b 4096 tp1"),
+    }
+
+
+def test_who_compiles_is_measured_at_shapes_of_others_when_asked_for_by_name(asked):
+    def compiled(command: str) -> set[str]:
+        return {shape.split()[0] for _, shape, rivals in asked(command) if {"torch.compile", "flex"} & set(rivals)}
+
+    models = {model.name for model in MODELS}
+    assert compiled("") == models
+    assert compiled("--rival flex") == models | {"flash"}
+    assert compiled("swiglu --shape liger") == {"liger"}
+
+
+def test_nothing_new_is_begun_after_so_many_seconds(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    assert main([*SMALL, "--seconds", "1e-9", "--json", str(file)]) == 0
+    ceilings, row = map(json.loads, file.read_text().splitlines())
+    assert ceilings["op"] == "ceilings"
+    assert (row["op"], row["shape"], row["rival"]) == ("swiglu", "mup-check tp1", "all")
+    assert row["note"] == "not measured: left out, time was over"
 
 
 def test_help_names_operations_and_no_empty_list(capsys):

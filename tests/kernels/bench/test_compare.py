@@ -3,11 +3,14 @@
 To be seen on a GPU alone: what is in `UNMEASURABLE`, and the values of what is in `ARGUMENTS_IN_PYTHON`.
 """
 
+import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 
@@ -16,7 +19,7 @@ import torch
 import triton
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.bench import one_rank
+from kernels.bench import compare, measure, one_rank
 from kernels.bench.compare import agree, example_of, function_of, results, rows
 from kernels.bench.documents import documents
 from kernels.bench.measure import Ceilings
@@ -227,6 +230,62 @@ def test_who_differs_fails_or_is_missing_has_a_row_with_the_reason():
     assert notes["not a number"] == "not measured: a result is not finite"
     assert notes["missing"] == "not measured: ImportError: no such package"
     assert notes["sine"] == "a sine"
+
+
+def test_rivals_take_turns_and_who_fails_in_one_leaves_the_others_theirs(monkeypatch):
+    called = []
+
+    def noted(name, failing_at=math.inf):
+        def square(x):
+            called.append(name)
+            if called.count(name) == failing_at:
+                raise MemoryError("as much as there is")
+            return x.square()
+
+        return Rival(name, lambda shape: square, gpu=False)
+
+    monkeypatch.setattr(measure, "STEADY", -1.0)  # nobody is, so that all have their time
+    op = squares([noted("a"), noted("b", failing_at=6), noted("c")])
+    found = list(rows(op, op.shapes[0], CPU, CEILINGS))
+    assert [(row.rival, row.direction) for row in found] == [
+        *(("a", direction) for direction in DIRECTIONS),
+        ("b", "all"),
+        *(("c", direction) for direction in DIRECTIONS),
+    ]
+    assert found[3].note == "not measured: MemoryError: as much as there is"
+    # Each is checked, has a round that is not counted and one that is; b fails in the next; last comes the count of memory.
+    told = re.fullmatch("abcaabbccaabbccaabcc((?:aacc)*)ac", "".join(called))
+    assert told is not None, called
+    assert found[0].repetitions == found[4].repetitions == 2 + 2 + len(told[1]) // 2
+
+
+def test_a_steady_rival_is_called_no_more_often_than_needed(monkeypatch):
+    monkeypatch.setattr(measure, "_host_microseconds", lambda call, argument: (call(argument), 7.0)[1])
+    op = squares([Rival("ours", lambda shape: torch.square, gpu=False)])
+    found = list(rows(op, op.shapes[0], CPU, CEILINGS))
+    assert [(row.time_us_50, row.repetitions) for row in found] == [(7, 4), (7, 4), (14, 4)]
+
+
+def test_both_directions_are_the_sum_for_each_set(monkeypatch):
+    given = itertools.cycle([1.0, 2.0, 30.0, 40.0])  # forward with either set, backward with either set
+    monkeypatch.setattr(measure, "_host_microseconds", lambda call, argument: (call(argument), next(given))[1])
+    op = squares([Rival("ours", lambda shape: torch.square, gpu=False)])
+    found = list(rows(op, op.shapes[0], CPU, CEILINGS))
+    assert [(row.time_us_20, row.time_us_80) for row in found] == [(1, 2), (30, 40), (31, 42)]
+
+
+def test_nothing_is_begun_after_the_deadline(monkeypatch):
+    """A shape whose turn comes too late is one row, a rival that is late keeps its row, and who has begun is measured."""
+    op = squares([Rival(name, lambda shape: torch.square, gpu=False) for name in ("a", "b", "c")])
+    late = list(rows(op, op.shapes[0], CPU, CEILINGS, deadline=time.monotonic()))
+    assert [(row.rival, row.direction, row.note) for row in late] == [
+        ("all", "all", "not measured: left out, time was over")
+    ]
+    clock = itertools.count()
+    monkeypatch.setattr(compare.time, "monotonic", lambda: next(clock))
+    some = list(rows(op, op.shapes[0], CPU, CEILINGS, deadline=2))
+    assert [(row.rival, row.direction) for row in some] == [*(("a", d) for d in DIRECTIONS), ("b", "all"), ("c", "all")]
+    assert [row.note for row in some[-2:]] == ["not measured: left out, time was over"] * 2
 
 
 def test_a_kernel_of_ours_is_not_named_where_none_runs():
