@@ -1,9 +1,9 @@
 """What every kernel asks of a Hopper multiprocessor at every shape, compiled without one."""
 
+import functools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from triton.runtime.jit import JITFunction
 
@@ -46,7 +46,8 @@ def resources(operations: Iterable[Operation], wanted: str = "") -> Iterator[Res
         for shape in op.shapes + op.more_shapes if op.launches is not None else ():
             if wanted not in shape.name:
                 continue
-            for kernel in _launched(op, shape):
+            assert op.launches is not None
+            for kernel in launched(functools.partial(op.launches, shape)):
                 yield Resources(
                     op.name, shape.name, kernel.name, kernel.registers, kernel.spilled_bytes, kernel.shared_bytes,
                     kernel.num_warps, blocks_per_multiprocessor(kernel),
@@ -74,14 +75,23 @@ def blocks_per_multiprocessor(kernel: Compiled) -> int:
     return min(by_registers, SHARED_BYTES // (kernel.shared_bytes + RESERVED_BYTES), THREADS // threads, BLOCKS)
 
 
-def _launched(op: Operation, shape: Any) -> list[Compiled]:
-    assert op.launches is not None
+def launched(launch: Callable[[], object]) -> list[Compiled]:
+    """Kernels that the call would launch, compiled.
+
+    Raises: RuntimeError where Triton interprets; of the compiler, whatever it raises.
+    """
     with hopper() as compiled:
-        op.launches(shape)
-        # Loaded once more for the next shape, so that each names its kernels; Triton's folder of binaries spares compiling.
-        for kernel in _kernels():
-            kernel.device_caches.clear()
+        try:
+            launch()
+        finally:
+            _forget()
     return list(dict.fromkeys(compiled))
+
+
+def _forget() -> None:
+    """Kernels are loaded once more for the next launch, which so names them; Triton's folder of binaries spares compiling."""
+    for kernel in _kernels():
+        kernel.device_caches.clear()
 
 
 def _kernels() -> list[JITFunction]:
