@@ -21,6 +21,8 @@ from torch import Tensor
 
 WIDEST_HEAD = 256
 """For which the kernel has tiles; wider heads are written out on a GPU too."""
+FP32_HEADS = (16, 32, 64)
+"""For which the kernel has registers in fp32. Others would be kept in memory by the compiler, up to 13 KB a thread at 160."""
 QUERIES_AT_ONCE = 128
 """Where scores are written out: memory grows with the row and not with its square."""
 
@@ -179,8 +181,11 @@ _attention.register_autograd(_gradients, setup_context=_keep)
 
 
 def _beside_the_kernel(query: Tensor, key: Tensor) -> bool:
-    """What the kernel is not for: few queries, for each number of which it would walk all tiles, fp64, and very wide heads."""
-    return query.shape[1] < key.shape[1] or query.dtype == torch.float64 or query.shape[-1] > WIDEST_HEAD
+    """What the kernel is not for: few queries, for each number of which it would walk all tiles, fp64, and heads too wide."""
+    few_queries, head_dim = query.shape[1] < key.shape[1], query.shape[-1]
+    if query.dtype == torch.float32:
+        return few_queries or head_dim not in FP32_HEADS
+    return few_queries or query.dtype == torch.float64 or head_dim > WIDEST_HEAD
 
 
 def _per_query(query: Tensor) -> Tensor:

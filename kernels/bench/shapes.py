@@ -172,6 +172,13 @@ FLASH_HEADS = [
     for seq in (2_048, 8_192, 16_384)
 ]  # fmt: skip
 """Source: flash-attention README.md, performance: 16,384 tokens, width 2,048, causal."""
+FP32_HEADS = [
+    Heads(f"fp32 hd{head_dim} {kind}", 1_024, 1, 16, 16, head_dim, 0, False, kind == "slopes", kind == "documents",
+          head_dim**-0.5, dtype=torch.float32)
+    for head_dim in (16, 32, 64)
+    for kind in ("slopes", "documents")
+]  # fmt: skip
+"""Those that a kernel takes in fp32, to be compiled: with slopes and with documents."""
 
 
 def _tokens(model: Model) -> list[int]:

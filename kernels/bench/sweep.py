@@ -143,8 +143,8 @@ def compile_one(kernel: str, shape: Heads, sizes: dict[str, int]) -> dict[str, i
     }  # fmt: skip
 
 
-def call(kernel: str, values: Values, sizes: dict[str, int] | None) -> tuple[Tensor, ...]:
-    """The results of the one kernel; of its own sizes if there are none."""
+def call(kernel: str, values: Values, sizes: dict[str, int]) -> tuple[Tensor, ...]:
+    """The results of the one kernel."""
     from kernels.device import attention as device
 
     inputs, settings = (values.query, values.key, values.value), values.settings
@@ -237,9 +237,9 @@ def _values(shape: Heads, device: torch.device) -> Values:
     values = Values(
         example.out_gradients[0], query, key, value, (shape.scale, slopes, starts(shape, device)), *[query] * 3
     )
-    out, lse = call("forward", values, None)
+    out, lse = call("forward", values, candidates("forward", shape)[0][1])
     values = replace(values, out=out, lse=lse)
-    return replace(values, delta=call("queries", values, None)[1])
+    return replace(values, delta=call("queries", values, candidates("queries", shape)[0][1])[1])
 
 
 def _sets(values: Values) -> list[Values]:

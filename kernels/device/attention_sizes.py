@@ -34,20 +34,21 @@ FP32_SIZES: dict[str, dict[int, dict[str, int]]] = {
     "forward": {
         16: {"QUERIES": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1},
         32: {"QUERIES": 16, "KEYS": 16, "num_warps": 4, "num_stages": 1},
-        256: {"QUERIES": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},
+        64: {"QUERIES": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},
     },
     "queries": {
         16: {"QUERIES": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1},
         32: {"QUERIES": 16, "KEYS": 16, "num_warps": 4, "num_stages": 1},
-        256: {"QUERIES": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},
+        64: {"QUERIES": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},
     },
     "keys": {
         32: {"KEYS": 32, "QUERIES": 16, "num_warps": 4, "num_stages": 1},
-        256: {"KEYS": 32, "QUERIES": 32, "num_warps": 8, "num_stages": 1},
+        64: {"KEYS": 32, "QUERIES": 32, "num_warps": 8, "num_stages": 1},
     },
 }
-"""Three products of tf32 for one of fp32: exact enough to check by, not made to be fast. Nothing spills at 16, 32 and 64 dims;
-at 32 one product alone of 32 by 32 would fill all registers."""
+"""Three products of tf32 for one of fp32: exact enough to check by, not made to be fast. At 32 dims one product alone of 32
+by 32 would fill all registers. Heads of other dims spill, of 8, 24, 112 and 128 up to 40 bytes a thread, of 48, 80, 96 and 160
+some hundred to some thousand: `kernels.attention` keeps them from here."""
 
 
 def sizes_of(kernel: str, query: Tensor) -> dict[str, int]:

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from kernels.bench.documents import documents, lengths, starts
 from kernels.bench.operation import Example, Function, Operation, Refused, Rival, Work, leaf, values
-from kernels.bench.shapes import FLASH_HEADS, SMALL_MODELS, Heads, heads
+from kernels.bench.shapes import FLASH_HEADS, FP32_HEADS, SMALL_MODELS, Heads, heads
 
 
 def _example(shape: Heads, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Example:
@@ -193,7 +193,7 @@ ATTENTION = Operation(
     name="attention",
     ceiling="matmul",
     shapes=[*heads(tp_sizes=(1,)), *FLASH_HEADS],
-    more_shapes=heads(tp_sizes=(2, 4)) + heads(SMALL_MODELS),
+    more_shapes=heads(tp_sizes=(2, 4)) + heads(SMALL_MODELS) + FP32_HEADS,
     example=_example,
     forward=_forward,
     backward=_backward,

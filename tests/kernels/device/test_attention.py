@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels.attention import _attention, alibi_slopes, attention
+from kernels.attention import _attention, _attention_backward, alibi_slopes, attention
 from kernels.device import attention as kernels
 from kernels.documents import starts
 
@@ -210,11 +210,33 @@ def at_most_a_tenth_above(found, tensors, settings):
         assert 0 < (mine.double() - true).norm() <= 1.1 * (theirs.double() - true).norm()
 
 
-def test_heads_too_wide_for_the_kernel_are_written_out(generator, device):
-    (query, key, value, _), settings = example((3, 1, 1, 257), generator, device, biased=False, masked=True)
-    beside = _attention._backend_fns["cuda"](query, key, value, *settings)
-    meant = _attention._backend_fns["cpu"](query, key, value, *settings)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(257, "bfloat16"), (8, "float32"), (48, "float32"), (80, "float32"), (160, "float32")]
+)
+def test_heads_that_the_kernel_has_no_registers_for_are_written_out(head_dim, dtype, generator, device, monkeypatch):
+    monkeypatch.setattr(kernels, "launch", None)
+    (query, key, value, dy), settings = example(
+        (3, 1, 1, head_dim), generator, device, biased=False, masked=True, dtype=getattr(torch, dtype)
+    )
+    beside, meant = (_attention._backend_fns[name](query, key, value, *settings) for name in ("cuda", "cpu"))
+    known = dy, query, key, value, *meant, *settings
+    beside += _attention_backward._backend_fns["cuda"](*known)
+    meant += _attention_backward._backend_fns["cpu"](*known)
     assert all(torch.equal(one, other) for one, other in zip(beside, meant, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(16, "float32"), (32, "float32"), (64, "float32"), (80, "bfloat16"), (160, "bfloat16")]
+)
+def test_other_heads_are_the_kernels(head_dim, dtype, generator, device, monkeypatch):
+    launched = []
+    monkeypatch.setattr(kernels, "launch", lambda kernel, *rest, **constants: launched.append(kernel.fn.__name__))
+    (query, key, value, dy), settings = example(
+        (3, 1, 1, head_dim), generator, device, biased=False, masked=True, dtype=getattr(torch, dtype)
+    )
+    out, lse = _attention._backend_fns["cuda"](query, key, value, *settings)
+    _attention_backward._backend_fns["cuda"](dy, query, key, value, out, lse, *settings)
+    assert launched == ["_forward", "_backward_queries", "_backward_keys"]
 
 
 @pytest.mark.gpu
