@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What one GPU can show, in few minutes: launch/bench.sh FOLDER first|second|third|rehearse|STAGE...
+# What one GPU can show, in few minutes: launch/bench.sh FOLDER [rehearse] [first|second|third|STAGE...]
 #
 #   first      tests     what is marked gpu: kernels against their meaning, whole small models
 #              kernels   our kernels at the shapes of the two recipes
@@ -11,7 +11,7 @@
 #              profile   BTLM's steps by kind of operation
 #   third      states    each change of the step that can be switched off, on and off
 #              memory    other micro-batches and recomputation
-#   rehearse   every stage above on a CPU, at tiny shapes, in Triton's interpreter
+#   rehearse   the named stages, or all, on a CPU, at tiny shapes, in Triton's interpreter
 #
 # Each stage has a time limit and leaves what it has; one that fails or is cut does not stop the others. The folder gets at
 # most eight files: log.txt.gz, *.jsonl (a line is added when its figure is there) and traces. One table is printed last;
@@ -27,20 +27,21 @@ second=(rivals sweep profile)
 third=(states memory)
 
 fail() { echo "bench: $1" >&2 && exit 2; }
-[[ $# -gt 0 ]] || fail "name a folder for the results: launch/bench.sh FOLDER first|second|third|rehearse|STAGE..."
+[[ $# -gt 0 ]] || fail "name a folder for the results: launch/bench.sh FOLDER [rehearse] [first|second|third|STAGE...]"
 folder=$1
 shift
-[[ $# -gt 0 ]] || fail "name what to measure: launch/bench.sh $folder first|second|third|rehearse|STAGE..."
+[[ $# -gt 0 ]] || fail "name what to measure: launch/bench.sh $folder [rehearse] [first|second|third|STAGE...]"
 stages=()
 rehearse=
 for word in "$@"; do
     case $word in
     first | second | third) declare -n plan=$word && stages+=("${plan[@]}") ;;
-    rehearse) rehearse=yes && stages+=("${first[@]}" "${second[@]}" "${third[@]}") ;;
+    rehearse) rehearse=yes ;;
     tests | kernels | errors | btlm | stablelm | rivals | sweep | profile | states | memory) stages+=("$word") ;;
     *) fail "unknown stage $word; known: first second third rehearse ${first[*]} ${second[*]} ${third[*]}" ;;
     esac
 done
+[[ ${#stages[@]} -gt 0 ]] || stages=("${first[@]}" "${second[@]}" "${third[@]}")
 
 no_gpu="no CUDA device here: these are measurements of a GPU; launch/bench.sh FOLDER rehearse needs none"
 has_device_file() { compgen -G '/dev/nvidia*' >/dev/null || [[ -e /dev/dxg || -e /proc/driver/nvidia ]]; }
@@ -58,6 +59,7 @@ slice=(--depth 6)
 counted=(--warmup-steps 2 --steps 6)
 short=(--warmup-steps 2 --steps 3)
 kernel_options=(--production)
+rival_seconds=165
 sweep_options=()
 workers=8
 if [[ $rehearse ]]; then
@@ -67,6 +69,7 @@ if [[ $rehearse ]]; then
     counted=(--warmup-steps 1 --steps 1)
     short=("${counted[@]}")
     kernel_options=(--device cpu --tokens 8 --production)
+    rival_seconds=20
     sweep_options=(--device cpu --tokens 64)
     workers=2
 fi
@@ -83,14 +86,14 @@ limit() { echo "${STAGE_SECONDS:-${limits[$1]}}"; }
 
 tests() {
     # Foreign libraries warn about themselves in ways that no list of ours foresees.
-    python3 -m pytest tests/kernels tests/promises/test_kernels.py tests/promises/test_host_waits.py \
+    python3 -m pytest tests/kernels tests/promises/test_kernels.py tests/promises/test_step.py \
         -m gpu -W default -n "$workers" -p no:cacheprovider -q --tb=short --maxfail=30
 }
 kernels() { python3 -m kernels.bench --rival ours "${kernel_options[@]}" --json "$out/kernels.jsonl"; }
 errors() { python3 -m kernels.bench --errors "${kernel_options[@]}" --json "$out/errors.jsonl"; }
 btlm() { steps "$btlm_config" --phase all "${counted[@]}"; }
 stablelm() { steps "$stablelm_config" "${slice[@]}" "${counted[@]}" --profile "$out/stablelm.trace.json.gz"; }
-rivals() { python3 -m kernels.bench "${kernel_options[@]}" --seconds 165 --json "$out/kernels.jsonl"; }
+rivals() { python3 -m kernels.bench "${kernel_options[@]}" --seconds "$rival_seconds" --json "$out/kernels.jsonl"; }
 sweep() { python3 -m kernels.bench.sweep --seconds 80 "${sweep_options[@]}" --json "$out/sweep.jsonl"; }
 profile() { steps "$btlm_config" --phase all "${short[@]}" --profile "$out/btlm.trace.json.gz"; }
 states() {
@@ -106,7 +109,7 @@ steps() { python3 -m trainer bench "$1" parallel.tp_size=1 "${@:2}" >>"$out/step
 run_limited() { # NAME: in a shell of its own, so that its whole process group can be ended
     export -f "${1?}" steps
     timeout --signal=INT --kill-after=10 "$(limit "$1")" bash -euo pipefail -c "$(declare -p out btlm_config stablelm_config slice counted short \
-        kernel_options sweep_options workers); $1"
+        kernel_options rival_seconds sweep_options workers); $1"
 }
 
 failed=()

@@ -130,11 +130,11 @@ def kind_table(line: Line) -> str:
 def kernel_table(lines: list[Line]) -> str:
     rows = []
     for line in lines:
-        if line["op"] == "ceilings":
+        if line["op"] == "ceilings" or line["direction"] == "forward+backward":  # the sum of two other rows
             continue
         key = line["op"], line["shape"], line["rival"], line["direction"]
         if line["time_us_50"] is None:
-            rows.append([*key, "", "", "", "", "", line["note"]])
+            rows.append([*key, "", "", "", "", "", line["note"][:60]])
             continue
         rate = (
             f"{line['tflops_per_second']:,.0f} TF"
