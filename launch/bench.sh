@@ -96,8 +96,11 @@ stablelm() { steps "$stablelm_config" "${slice[@]}" "${counted[@]}" --profile "$
 rivals() { python3 -m kernels.bench "${kernel_options[@]}" --seconds "$rival_seconds" --json "$out/kernels.jsonl"; }
 sweep() { python3 -m kernels.bench.sweep --seconds 80 "${sweep_options[@]}" --json "$out/sweep.jsonl"; }
 profile() { steps "$btlm_config" --phase all "${short[@]}" --profile "$out/btlm.trace.json.gz"; }
-states() {
-    steps "$stablelm_config" "${slice[@]}" "${counted[@]}"
+states() { # with both states in one log, as cards and days differ
+    local state
+    for state in true false true false; do
+        steps "$stablelm_config" "${slice[@]}" "${short[@]}" debug.immediate_gradients=$state
+    done
 }
 memory() {
     steps "$stablelm_config" "${slice[@]}" "${short[@]}" parallel.recompute=selective

@@ -21,7 +21,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
 
-from trainer.config import RunConfig
+from trainer.config import RunConfig, UserError
 from trainer.parallel import mpu
 from trainer.parallel.layers import shard_of
 from trainer.parallel.mesh import Mesh
@@ -113,6 +113,10 @@ class Engine:
     """A model and its optimizer, trained together."""
 
     def __init__(self, config: RunConfig, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
+        if (accelerator := deepspeed.accelerator.get_accelerator().device_name()) != mesh.device.type:
+            raise UserError(
+                f"DS_ACCELERATOR: DeepSpeed would train on the {accelerator} and this rank's device is {mesh.device}; unset it"
+            )
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # DeepSpeed 0.19 compiles a shared-memory all-reduce for CPUs at start-up, which only its inference engine calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests import ranks, tiny
+from trainer.config import UserError
 from trainer.engine import Engine, clip_coefficient
 from trainer.parallel.mesh import Mesh, started
 from trainer.setup import build_engine
@@ -195,3 +197,11 @@ def test_state_on_hold_changes_only_after_the_wait(mesh, kind):
     assert seen == [True]
     one.allocate_moments(2)
     assert len(seen) == 2
+
+
+def test_deepspeed_on_another_device_than_the_model_is_refused(mesh):
+    """DeepSpeed moves the model to its own device, without a word."""
+    config = tiny.config("btlm")
+    elsewhere = replace(mesh, device=torch.device("cuda", 0))
+    with pytest.raises(UserError, match=r"DS_ACCELERATOR: .* on the cpu .* is cuda:0; unset it"):
+        Engine(config, torch.nn.Linear(1, 1), torch.optim.AdamW([torch.zeros(1)]), elsewhere)

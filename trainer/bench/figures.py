@@ -104,7 +104,7 @@ def step_table(lines: list[Line]) -> str:
         key = line["config"], line["phase"]
         layers = f"{line['depth']} of {line['recipe_depth']}" if line["depth"] < line["recipe_depth"] else line["depth"]
         rows.append([
-            *key, layers, f"{line['micro_batches']} x {line['micro_rows']}", line["recompute"],
+            *key, layers, f"{line['micro_batches']} x {line['micro_rows']}", changed(line),
             f"{1e3 * line['step_seconds']:,.1f}", f"{line['tokens_per_second']:,.0f}",
             f"{100 * line['mfu']:.1f} / {100 * line['mfu_causal']:.1f}",
             f"{100 * line['derived']['mfu_at_full_batch']:.1f}", gib(line["peak_allocated_gib"]),
@@ -112,10 +112,15 @@ def step_table(lines: list[Line]) -> str:
             judged(line, *STEP_MARKS[key][:2]) if key in STEP_MARKS else "", STEP_PREDICTIONS.get(key, ""),
         ])  # fmt: skip
     head = [
-        "config", "phase", "layers", "micro-batches", "recompute", "step ms", "tokens/s", "MFU full / causal %",
+        "config", "phase", "layers", "micro-batches", "overrides", "step ms", "tokens/s", "MFU full / causal %",
         "MFU at full batch %", "peak GiB", "forward ms", "backward ms", "update ms", "mark", "predicted",
     ]  # fmt: skip
     return "\n\n".join([markdown(head, rows), *(kind_table(line) for line in lines if line.get("kind_seconds"))])
+
+
+def changed(line: Line) -> str:
+    """The overrides of the config, without the one that every line of one GPU has."""
+    return " ".join(word for word in line["overrides"] if word != "parallel.tp_size=1")
 
 
 def kind_table(line: Line) -> str:

@@ -97,6 +97,7 @@ def setting(stepper: Stepper, plan: Plan) -> dict[str, Any]:
     config, mesh, phase = stepper.config, stepper.mesh, plan.span.phase
     return {
         "config": config.run.name,
+        "overrides": plan.overrides,
         "family": config.model.family,
         "depth": config.model.depth,
         "recipe_depth": plan.recipe_depth,

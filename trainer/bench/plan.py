@@ -29,6 +29,8 @@ class Plan:
     warmup_steps: int
     timed_steps: int
     profile: Path | None
+    overrides: tuple[str, ...] = ()
+    """As they were given."""
 
     @property
     def total_steps(self) -> int:
@@ -59,7 +61,7 @@ def planned(config: RunConfig, arguments: argparse.Namespace, world_size: int) -
     plans = [
         Plan(
             spans[index], config.model.depth, phases[index].rows, arguments.warmup_steps, arguments.steps,
-            profile_file(arguments.profile, phases[index].name if len(chosen) > 1 else None),
+            profile_file(arguments.profile, phases[index].name if len(chosen) > 1 else None), tuple(arguments.overrides),
         )
         for index in chosen
     ]  # fmt: skip
