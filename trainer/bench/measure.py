@@ -114,6 +114,7 @@ def setting(stepper: Stepper, plan: Plan) -> dict[str, Any]:
         "precision": config.run.precision,
         "recompute": config.parallel.recompute,
         "deterministic": config.debug.deterministic,
+        "immediate_gradients": config.debug.immediate_gradients,
         "warmup_steps": plan.warmup_steps,
         "steps": plan.timed_steps,
     }
