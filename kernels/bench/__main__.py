@@ -15,10 +15,11 @@ import torch
 import triton
 
 from kernels.bench import one_rank
-from kernels.bench.compare import Row, card, rows, surroundings
+from kernels.bench.compare import Row, card, rows, said, surroundings
+from kernels.bench.errors import MARK, errors
 from kernels.bench.kept import table
 from kernels.bench.measure import ceilings
-from kernels.bench.operation import Operation
+from kernels.bench.operation import Operation, Refused
 from kernels.bench.ops import OPERATIONS
 from kernels.bench.resources import COMPILED, resources, spills
 from kernels.bench.shapes import MODELS, PRODUCTION
@@ -32,7 +33,9 @@ WIDTHS = {"op": 20, "shape": 26, "rival": 28, "direction": 16}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0; 1 where a kernel spills more than is known; 2 where what is asked for cannot be, with one line that says why."""
+    """0; 1 where a kernel spills more than is known, or an error is above its mark or unknown; 2 where what is asked for cannot
+    be, with one line that says why.
+    """
     begun = time.monotonic()
     options = _options(arguments)
     if refusal := _refusal(options):
@@ -46,8 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
         return 2
+    deadline = begun + (math.inf if options.seconds is None else options.seconds)
+    if options.errors:
+        return _print_errors(operations, options, deadline)
     try:
-        _compare(operations, options, begun + (math.inf if options.seconds is None else options.seconds))
+        _compare(operations, options, deadline)
     finally:
         one_rank.end()
     return 0
@@ -74,6 +80,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tokens", type=int, help="instead of the shapes' own number")
     parser.add_argument("--resources", action="store_true", help="compile ours for sm_90 and print what kernels use")
+    parser.add_argument(
+        "--errors",
+        action="store_true",
+        help="how far ours and plain torch are from fp64, at the shapes of --production",
+    )
     parser.add_argument("--kept", action="store_true", help="count the bytes that a layer keeps for backward, by token")
     return parser.parse_args(arguments)
 
@@ -91,26 +102,28 @@ def _refusal(options: argparse.Namespace) -> str:
         return f"--shape {options.shape} with --production: both choose shapes; ask for one"
     if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
         return f"--json {options.json}: a file in a folder that exists"
-    if options.resources or options.kept:
-        refusal = _refusal_without_gpu(options)
-        if refusal or options.kept:
-            return refusal
-    return _refusal_of_names(options)
+    modes = [mode for mode in ("--errors", "--resources", "--kept") if getattr(options, mode[2:])]
+    if len(modes) > 1:
+        return f"{' and '.join(modes)} are {len(modes)} tables; ask for one"
+    refusal = _refusal_of_mode(modes[0], options) if modes else ""
+    return refusal if refusal or options.kept else _refusal_of_names(options)
 
 
-def _refusal_without_gpu(options: argparse.Namespace) -> str:
-    """Of --resources and --kept, which know no rivals and take the shapes as they are."""
-    if options.resources and options.kept:
-        return "--resources and --kept are two tables; ask for one"
-    mode = "--resources" if options.resources else "--kept"
-    given = {"--rival": options.rival, "--tokens": options.tokens, "--seconds": options.seconds}
-    given |= {"--production": " ".join("yes" for _ in range(options.production))}
-    if options.kept:
+def _refusal_of_mode(mode: str, options: argparse.Namespace) -> str:
+    """Of what --errors knows no rivals for, and --resources and --kept take the shapes as they are for."""
+    given = {"--rival": options.rival}
+    taken = "ops, --shape, --production, --device, --tokens, --seconds and "
+    if mode != "--errors":
+        given |= {"--tokens": options.tokens, "--seconds": options.seconds, "--production": options.production}
+        taken = "ops, --shape and "
+    if mode == "--kept":
         given |= {"op": " ".join(options.op), "--shape": options.shape}
+        taken = ""
     for name, value in given.items():
         if value:
-            return f"{name} {value} with {mode}: {mode} takes {'ops, --shape and ' if options.resources else ''}--json alone"
-    if triton.knobs.runtime.interpret:
+            said = name if value is True else f"{name} {value}"
+            return f"{said} with {mode}: {mode} takes {taken}--json alone"
+    if mode != "--errors" and triton.knobs.runtime.interpret:
         return f"{mode}: TRITON_INTERPRET is set, so that nothing would be compiled; unset it"
     return ""
 
@@ -124,6 +137,12 @@ def _refusal_of_names(options: argparse.Namespace) -> str:
             if name not in compiled:
                 return f"op {name!r} with --resources has no kernel of ours; known: {', '.join(compiled)}"
         operations = [op for op in operations if op.launches is not None]
+    if options.errors:
+        precise = [name for name, op in OPERATIONS.items() if op.precision is not None]
+        for name in options.op:
+            if name not in precise:
+                return f"op {name!r} with --errors is none of ours; known: {', '.join(precise)}"
+        operations = [op for op in operations if op.precision is not None]
     names = dict.fromkeys(shape.name for op in operations for shape in op.shapes + op.more_shapes)
     if not any(options.shape in name for name in names):
         models = dict.fromkeys(name.split()[0] for name in names)
@@ -152,7 +171,7 @@ def _compare(operations: list[Operation], options: argparse.Namespace, deadline:
 
 def _shapes(op: Operation, options: argparse.Namespace) -> list[Any]:
     chosen = _named(op, options) if options.shape else op.shapes
-    if options.production:
+    if options.production or (options.errors and not options.shape):
         chosen = [shape for shape in chosen if _model(shape) in [model.name for model in PRODUCTION]]
     return [shape.with_tokens(options.tokens) for shape in chosen] if options.tokens else chosen
 
@@ -208,6 +227,31 @@ def _print_resources(operations: list[Operation], options: argparse.Namespace) -
     for sentence, _ in spilled:
         print(sentence, file=sys.stderr)
     return int(not all(known for _, known in spilled))
+
+
+def _print_errors(operations: list[Operation], options: argparse.Namespace, deadline: float) -> int:
+    device = torch.device(options.device)
+    print(*(f"{name} {value}" for name, value in surroundings(card(device)).items()), sep="; ")
+    print("norm of the difference from fp64, relative; plain torch in the same dtype")
+    print(_line("op", "shape", "result", "", ["ours", "plain", "ratio"]), flush=True)
+    whole = True
+    for op in operations:
+        for shape in _shapes(op, options) if op.precision is not None else ():
+            try:
+                if time.monotonic() >= deadline:
+                    raise Refused("left out, time was over")
+                found = list(errors(op, shape, device))
+            # Of any kind, an operation of ours that fails included: the others have their rows.
+            except Exception as reason:
+                found, whole = [], False
+                print(_line(op.name, shape.name, "", "", [], f"not measured: {said(reason)}"), flush=True)
+            for row in found:
+                numbers = [f"{row.ours:.2e}", f"{row.plain:.2e}", f"{row.ratio:.3f}"]
+                note = "" if row.within else f"above {MARK}"
+                print(_line(row.op, row.shape, row.name, row.dtype, numbers, note), flush=True)
+                whole = whole and row.within
+            _keep(options.json, [asdict(row) | {"ratio": row.ratio} for row in found])
+    return int(not whole)
 
 
 def _print_kept(options: argparse.Namespace) -> int:

@@ -101,7 +101,7 @@ def rows(
         try:
             measured = [*_measured(op, one, times[rival], ceilings, device)] if times.get(rival) else []
         except Exception as reason:
-            one.failure = _said(reason)
+            one.failure = said(reason)
         for of_direction in measured:
             yield _row(op, shape, rival, device, **of_direction, kept_bytes=one.kept_bytes, note=one.note)
         if one.failure:
@@ -139,7 +139,7 @@ def _contestants(
             one.note = "; ".join(filter(None, notes))
         # Of any kind: rivals are not ours, and nobody's figures may be lost with one of them.
         except Exception as reason:
-            one.failure = _said(reason)
+            one.failure = said(reason)
         if wanted(rival.name):
             found[rival.name] = one
         _tidy()
@@ -161,7 +161,7 @@ def _turn(one: Contestant, device: torch.device) -> Callable[[], Pass]:
             )
             backward = timed(lambda pair: _gradients(pair[1], pair[0]), ready, device)
         except Exception as reason:
-            one.failure = _said(reason)
+            one.failure = said(reason)
             ready.clear()
             _tidy()
             return {}
@@ -331,7 +331,7 @@ def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def _said(reason: Exception) -> str:
+def said(reason: Exception) -> str:
     """In one line."""
     first = (str(reason).strip().splitlines() or [""])[0]
     return (first if isinstance(reason, Refused) else f"{type(reason).__name__}: {first}")[:200]

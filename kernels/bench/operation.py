@@ -64,6 +64,20 @@ class Rival:
 
 
 @dataclass(frozen=True)
+class Precision:
+    """Which errors of ours are counted, and beside whose. Exact is the plain function in fp64, on the same values."""
+
+    names: tuple[str, ...]
+    """Of the results, then of the inputs that get a gradient."""
+    ours: Callable[[Any], Function]
+    plain: Callable[[Any], Function]
+    """What one would write with torch's own operations: products in the inputs' dtype, sums and exponentials at least in fp32
+    where torch leaves the choice."""
+    example: Callable[[Any, torch.device, torch.dtype, torch.Generator], Example] | None = None
+    """Its own inputs, where a mean of the operation's would leave one number to judge by."""
+
+
+@dataclass(frozen=True)
 class Operation:
     name: str
     ceiling: Literal["copy", "matmul"]
@@ -78,6 +92,8 @@ class Operation:
     rivals: list[Rival]
     launches: Callable[[Any], None] | None = field(default=None)
     """Launches all kernels of ours on meta tensors; None where we have none."""
+    precision: Precision | None = field(default=None)
+    """None where we have nothing of our own."""
 
     def work(self, shape: Any, direction: Direction, element_bytes: int) -> Work:
         """Both directions together are their sum: autograd asks for the result before it brings its gradient."""
@@ -96,6 +112,11 @@ def values(
     shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0
 ) -> Tensor:
     return torch.randn(shape, device=device, dtype=dtype, generator=generator).mul_(scale)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """In fp32, or in fp64 where it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def compiled(function: Function) -> Function:

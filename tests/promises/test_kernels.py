@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 
-import tests.interpreter  # noqa: F401
 from tests import tiny
+from tests.interpreter import kernels_on_the_cpu
 from tests.reference.variants import reference
 from trainer import models
 from trainer.checkpoint.read import load_weights
@@ -38,22 +37,7 @@ def mesh() -> Iterator[Mesh]:
 @pytest.fixture
 def on_kernels(monkeypatch):
     """on_kernels(): from then on operations on the CPU take the way they take on a GPU; returns the names of those that ran."""
-
-    def switch() -> set[str]:
-        ran = set()
-        for name, operation in OPDEFS.items():
-            namespace, name = name.split("::")
-            if namespace == "tandem" and "cuda" in operation._backend_fns:
-                kernel = operation._backend_fns["cuda"]
-
-                def noted(*arguments, name=name, kernel=kernel, **keywords):
-                    ran.add(name)
-                    return kernel(*arguments, **keywords)
-
-                monkeypatch.setitem(operation._backend_fns, "cpu", noted)
-        return ran
-
-    return switch
+    return lambda: kernels_on_the_cpu(monkeypatch)
 
 
 def built(variant: str, mesh: Mesh, dtype: torch.dtype, recompute: str = "none") -> Decoder:

@@ -5,6 +5,7 @@ they do then.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,10 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from kernels.bench.documents import documents, lengths, starts
-from kernels.bench.operation import Example, Function, Operation, Refused, Rival, Work, leaf, values
-from kernels.bench.shapes import FLASH_HEADS, FP32_HEADS, SMALL_MODELS, Heads, heads
+from kernels.bench.operation import (
+    Example,
+    Function,
+    Operation,
+    Precision,
+    Refused,
+    Rival,
+    Work,
+    at_least_fp32,
+    leaf,
+    values,
+)
+from kernels.bench.shapes import FLASH_HEADS, SMALL_MODELS, Heads, heads
 
 
 def _example(shape: Heads, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Example:
@@ -88,7 +101,15 @@ def _our_kernel(shape: Heads) -> Function:
     return kernel
 
 
-def _flex(shape: Heads) -> Function:
+def _flex_flash(shape: Heads) -> Function:
+    """Of FlashAttention 4, whose package without CuTe torch would refuse in the middle of compiling."""
+    import flash_attn.cute
+
+    assert flash_attn.cute
+    return _flex(shape, "FLASH")
+
+
+def _flex(shape: Heads, backend: str = "TRITON") -> Function:
     flex: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     @_once
@@ -108,6 +129,7 @@ def _flex(shape: Heads) -> Function:
             "block_mask": mask,
             "scale": shape.scale,
             "enable_gqa": True,
+            "kernel_options": {"BACKEND": backend},
         }
 
     return lambda q, k, v: _by_heads(flex, q, k, v, **arguments(q.device))
@@ -133,6 +155,40 @@ def _written_out(shape: Heads) -> Function:
     return lambda q, k, v: _by_heads(scaled, q, k, v, attn_mask=mask(q.device))
 
 
+def _plain(shape: Heads) -> Function:
+    """Scores written out: products in the inputs' dtype, biases and softmax in fp32. For one head of keys at a time.
+
+    SDPA takes biases in the inputs' dtype, and bf16 rounds those of far keys by more than it rounds their weights.
+    """
+
+    @_once
+    def known(device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        place = torch.arange(shape.tokens, device=device)
+        distance, apart = place[:, None] - place, documents(shape, device)
+        unseen = (distance < 0)[None, None]
+        if apart is not None:
+            unseen = unseen | (apart[:, None, :, None] != apart[:, None, None, :])
+        return distance, unseen, _slopes(shape, device)
+
+    def one(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, distance: Tensor, unseen: Tensor) -> Tensor:
+        scores = shape.scale * at_least_fp32(q @ k.mT)
+        if slopes is not None:
+            scores = scores - slopes.to(scores.dtype)[:, None, None] * distance
+        return scores.masked_fill(unseen, -torch.inf).softmax(-1).to(q.dtype) @ v
+
+    def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        distance, unseen, slopes = known(q.device)
+        group = shape.heads // shape.kv_heads
+        parts = (x.transpose(1, 2).split(size, 1) for x, size in ((q, group), (k, 1), (v, 1)))
+        of_heads = [None] * shape.kv_heads if slopes is None else slopes.split(group)
+        heads = [
+            checkpoint(one, *part, distance, unseen, use_reentrant=False) for part in zip(*parts, of_heads, strict=True)
+        ]
+        return torch.cat(heads, 1).transpose(1, 2)
+
+    return attended
+
+
 def _sdpa(backend: SDPBackend) -> Callable[[Heads], Function]:
     def function(shape: Heads) -> Function:
         gqa = shape.heads > shape.kv_heads
@@ -154,16 +210,41 @@ def _flash(shape: Heads) -> Function:
         slopes = _once(lambda device: _slopes(shape, device))
         common = {"softmax_scale": shape.scale, "causal": True}
         return lambda q, k, v: flash_attn_func(q, k, v, alibi_slopes=slopes(q.device), **common)
-    flat = [length for row in lengths(shape) for length in row]
-    ends = _once(lambda device: torch.tensor([0, *flat], device=device).cumsum(0).int())
+    longest, ends = _packed(shape)
 
     def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        bounds = ends(q.device)
-        packed = (x.flatten(0, 1) for x in (q, k, v))
+        packed, bounds = (x.flatten(0, 1) for x in (q, k, v)), ends(q.device)
         options = {"softmax_scale": shape.scale, "causal": True}
-        return flash_attn_varlen_func(*packed, bounds, bounds, max(flat), max(flat), **options).view_as(q)
+        return flash_attn_varlen_func(*packed, bounds, bounds, longest, longest, **options).view_as(q)
 
     return varlen
+
+
+def _varlen(shape: Heads) -> Function:
+    """Torch's own, of the FlashAttention that SDPA has."""
+    from torch.nn.attention import varlen
+
+    attend: Any = varlen.varlen_attn
+    if shape.alibi:
+        raise Refused("varlen_attn has no biases")
+    if not shape.documents:
+        raise Refused("without documents varlen_attn is the kernel of sdpa flash")
+    longest, ends = _packed(shape)
+    options: dict[str, Any] = {"scale": shape.scale, "window_size": (-1, 0)}
+    if "enable_gqa" in inspect.signature(attend).parameters:  # torch 2.11 takes groups unasked
+        options["enable_gqa"] = shape.heads > shape.kv_heads
+
+    def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows, bounds = (x.flatten(0, 1) for x in (q, k, v)), ends(q.device)
+        return attend(*rows, bounds, bounds, longest, longest, **options).view_as(q)
+
+    return packed
+
+
+def _packed(shape: Heads) -> tuple[int, Callable[[torch.device], Tensor]]:
+    """Tokens of the longest document; where documents end once rows lie behind one another, from 0 on."""
+    flat = [length for row in lengths(shape) for length in row]
+    return max(flat), _once(lambda device: torch.tensor([0, *flat], device=device).cumsum(0).int())
 
 
 def _launches(shape: Heads) -> None:
@@ -201,10 +282,13 @@ ATTENTION = Operation(
         Rival("ours", _ours, gpu=False),
         Rival("our kernel", _our_kernel, gpu=False),
         Rival("flex", _flex, compiles=True),
+        Rival("flex, flash-attn 4", _flex_flash, compiles=True),
         Rival("sdpa, mask written out", _written_out, gpu=False),
+        Rival("varlen_attn", _varlen),
         Rival("flash-attn", _flash),
         Rival("sdpa flash", _sdpa(SDPBackend.FLASH_ATTENTION), other="causal alone", instead=_causal),
         Rival("sdpa cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION), other="causal alone", instead=_causal),
     ],
     launches=_launches,
+    precision=Precision(("out", "d query", "d key", "d value"), _ours, _plain),
 )

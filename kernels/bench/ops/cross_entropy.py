@@ -4,6 +4,7 @@ The mean, because Liger's fast way is for a loss that backward begins at, with a
 the logits are ours only: rivals get the true columns, scaled beforehand, as whoever used them here would have to.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.bench.one_rank import tensor_parallel_group
-from kernels.bench.operation import Example, Function, Operation, Rival, Work, compiled, leaf
+from kernels.bench.operation import Example, Function, Operation, Precision, Rival, Work, at_least_fp32, compiled, leaf
 from kernels.bench.shapes import CUTE_LOGITS, LIGER_LOGITS, SMALL_MODELS, Logits, logits
 
 TOKEN_BYTES = 8 + 4
@@ -29,6 +30,16 @@ def _linear_example(shape: Logits, device: torch.device, dtype: torch.dtype, gen
     hidden = leaf((shape.tokens, shape.width), device, dtype, generator)
     weight = leaf((shape.columns, shape.width), device, dtype, generator, shape.width**-0.5)
     return Example((hidden, weight, _targets(shape, device, generator)), (torch.ones((), device=device),))
+
+
+def _by_token(make: Any) -> Any:
+    """The same with a loss for each token, whose gradient is what the mean's would be."""
+
+    def example(shape: Logits, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Example:
+        gradient = torch.full((shape.tokens,), 1 / shape.tokens, device=device)
+        return Example(make(shape, device, dtype, generator).inputs, (gradient,))
+
+    return example
 
 
 def _targets(shape: Logits, device: torch.device, generator: torch.Generator) -> Tensor:
@@ -60,25 +71,33 @@ def _linear_backward(shape: Logits, element_bytes: int) -> Work:
     return Work(moved, 2 * product * shape.vocab, 3 * product * shape.columns)
 
 
-def _ours(shape: Logits) -> Function:
+def _our_losses(shape: Logits) -> Function:
     from kernels.cross_entropy import cross_entropy
 
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+    def losses(logits: Tensor, targets: Tensor) -> Tensor:
         given = logits.view_as(logits)  # a leaf is refused
         maximum, total, target_logit = cross_entropy(given, targets, columns=shape.vocab, scale=shape.scale)
-        return (maximum - target_logit + total.log()).mean()
+        return maximum - target_logit + total.log()
 
-    return loss
+    return losses
 
 
-def _ours_linear(shape: Logits) -> Function:
+def _our_linear_losses(shape: Logits) -> Function:
     from kernels.linear_cross_entropy import linear_cross_entropy
 
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         parts = linear_cross_entropy(hidden, weight, targets, columns=shape.vocab, scale=shape.scale)
-        return (parts[0] - parts[2] + parts[1].log()).mean()
+        return parts[0] - parts[2] + parts[1].log()
 
-    return loss
+    return losses
+
+
+def _mean(losses: Any) -> Any:
+    def function(shape: Logits) -> Function:
+        by_token = losses(shape)
+        return lambda *inputs: by_token(*inputs).mean()
+
+    return function
 
 
 def _scaled(shape: Logits, logits: Tensor) -> Tensor:
@@ -86,8 +105,11 @@ def _scaled(shape: Logits, logits: Tensor) -> Tensor:
     return true if shape.scale == 1.0 else true * shape.scale
 
 
-def _torch(shape: Logits) -> Function:
-    return lambda logits, targets: F.cross_entropy(_scaled(shape, logits.float()), targets)
+def _torch(shape: Logits, reduction: str = "mean") -> Function:
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(_scaled(shape, at_least_fp32(logits)), targets, reduction=reduction)
+
+    return loss
 
 
 def _liger(shape: Logits) -> Function:
@@ -123,8 +145,8 @@ def _megatron(shape: Logits) -> Function:
     return loss
 
 
-def _torch_linear(shape: Logits) -> Function:
-    loss = _torch(shape)
+def _torch_linear(shape: Logits, reduction: str = "mean") -> Function:
+    loss = _torch(shape, reduction)
     return lambda hidden, weight, targets: loss(hidden @ weight.t(), targets)
 
 
@@ -201,7 +223,7 @@ CROSS_ENTROPY = Operation(
     forward=_forward,
     backward=_backward,
     rivals=[
-        Rival("ours", _ours, gpu=False),
+        Rival("ours", _mean(_our_losses), gpu=False),
         Rival("torch", _torch, gpu=False),
         Rival("torch.compile", lambda shape: compiled(_torch(shape)), compiles=True),
         Rival("liger", _liger),
@@ -210,6 +232,9 @@ CROSS_ENTROPY = Operation(
         Rival("megatron", _megatron, gpu=False),
     ],
     launches=_launches,
+    precision=Precision(
+        ("losses", "d logits"), _our_losses, functools.partial(_torch, reduction="none"), _by_token(_example)
+    ),
 )
 
 LINEAR_CROSS_ENTROPY = Operation(
@@ -221,7 +246,7 @@ LINEAR_CROSS_ENTROPY = Operation(
     forward=_linear_forward,
     backward=_linear_backward,
     rivals=[
-        Rival("ours", _ours_linear, gpu=False),
+        Rival("ours", _mean(_our_linear_losses), gpu=False),
         Rival("torch", _torch_linear, gpu=False),
         Rival("torch.compile", lambda shape: compiled(_torch_linear(shape)), compiles=True),
         Rival("torch in chunks", _chunked, gpu=False),
@@ -230,4 +255,10 @@ LINEAR_CROSS_ENTROPY = Operation(
         Rival("liger CuTe", _liger_cute),
     ],
     launches=_linear_launches,
+    precision=Precision(
+        ("losses", "d hidden", "d weight"),
+        _our_linear_losses,
+        functools.partial(_torch_linear, reduction="none"),
+        _by_token(_linear_example),
+    ),
 )

@@ -10,7 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.bench.documents import starts
-from kernels.bench.operation import Example, Function, Operation, Refused, Rival, Work, compiled, leaf, values
+from kernels.bench.operation import (
+    Example,
+    Function,
+    Operation,
+    Precision,
+    Refused,
+    Rival,
+    Work,
+    at_least_fp32,
+    compiled,
+    leaf,
+    values,
+)
 from kernels.bench.shapes import SMALL_MODELS, Heads, heads
 
 EPSILON = 1e-5
@@ -83,7 +95,7 @@ def _split(shape: Heads, qkv: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tens
 
 
 def _normal(x: Tensor, weight: Tensor) -> Tensor:
-    return (F.layer_norm(x.float(), x.shape[-1:], eps=EPSILON) * weight).to(x.dtype)
+    return (F.layer_norm(at_least_fp32(x), x.shape[-1:], eps=EPSILON) * weight).to(x.dtype)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -168,4 +180,5 @@ QKV = Operation(
         Rival("megatron rope", _megatron),
     ],
     launches=_launches,
+    precision=Precision(("query", "key", "value", "d qkv", "d query_norm", "d key_norm"), _ours, _torch),
 )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench.operation import Example, Function, Operation, Rival, Work, compiled, leaf, values
+from kernels.bench.operation import Example, Function, Operation, Precision, Rival, Work, compiled, leaf, values
 from kernels.bench.shapes import LIGER_FEED_FORWARD, SMALL_MODELS, FeedForward, feed_forward
 
 
@@ -149,6 +149,7 @@ SWIGLU = Operation(
         Rival("flash-attn", _flash),
     ],
     launches=_launches,
+    precision=Precision(("out", "d gate_up"), _ours, lambda shape: _torch),
 )
 
 SWIGLU_LINEAR = Operation(
@@ -171,4 +172,5 @@ SWIGLU_LINEAR = Operation(
         _then_linear(LIGER_FUSED),
     ],
     launches=_linear_launches,
+    precision=Precision(("out", "d gate_up", "d weight"), _ours_linear, _then_linear(TORCH).function),
 )

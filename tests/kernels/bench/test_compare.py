@@ -25,6 +25,7 @@ from kernels.bench.documents import documents
 from kernels.bench.measure import Ceilings
 from kernels.bench.operation import DIRECTIONS, Example, Operation, Refused, Rival, Work
 from kernels.bench.ops import OPERATIONS
+from kernels.bench.ops import attention as attention_rivals
 from kernels.bench.shapes import Stream
 
 CPU = torch.device("cpu")
@@ -32,8 +33,11 @@ CEILINGS = Ceilings(1e9, 1e12)
 TOKENS = 8
 SMALLEST = {"qkv": "demo-stablelm 128 tp1", "attention": "mup-check 128 tp1", "residual_norm": "mup-check"}
 EVERY_OPERATION = pytest.mark.parametrize("op", OPERATIONS.values(), ids=OPERATIONS)
-UNMEASURABLE = {"flash-attn", "liger CuTe", "megatron rope", "sdpa cudnn", "flex", "our kernel"}
-"""Not installed, or nothing without a GPU, or nothing at the shape; flex has a forward pass without one, which is compared."""
+UNMEASURABLE = {
+    "flash-attn", "flex, flash-attn 4", "liger CuTe", "megatron rope", "sdpa cudnn", "flex", "our kernel", "varlen_attn",
+}  # fmt: skip
+"""Not installed, or nothing without a GPU, or nothing at the shape; flex has a forward pass without one, which is compared, and
+varlen_attn runs on the meta device."""
 ARGUMENTS_IN_PYTHON = {"liger", "liger, halves apart", "torch, liger norm", "liger fused buffer"}
 """Their kernels take a number for a tensor, or compute in bf16: the interpreter can do neither, so they are compiled only."""
 
@@ -110,6 +114,42 @@ def test_flex_is_given_the_biases_and_documents_that_ours_is(documented, eager):
     assert (apart is not None and bool(apart.any())) == documented
     found = {rival.name: rival.function(shape)(*inputs) for rival in op.rivals if rival.name in ("ours", "flex")}
     agree(("ours", [found["ours"]]), [found["flex"]])
+
+
+@pytest.mark.parametrize("model", ["stablelm-2-12b", "stablelm-2-1_6b"])
+def test_varlen_takes_documents_of_grouped_and_other_heads(model):
+    """On the meta device: arguments, and the shapes of results and gradients."""
+    op = OPERATIONS["attention"]
+    shape = next(shape for shape in op.shapes if shape.name == f"{model} 4096 tp1")
+    rival = next(rival for rival in op.rivals if rival.name == "varlen_attn")
+    query, key, value = inputs = [
+        torch.empty(
+            shape.rows, shape.tokens, count, shape.head_dim, dtype=shape.dtype, device="meta", requires_grad=True
+        )
+        for count in (shape.heads, shape.kv_heads, shape.kv_heads)
+    ]
+    out = rival.function(shape)(*inputs)
+    gradients = torch.autograd.grad(out, inputs, torch.empty_like(out))
+    assert [x.shape for x in (out, *gradients)] == [x.shape for x in (query, query, key, value)]
+
+
+def test_documents_lie_behind_one_another_as_the_rows_have_them():
+    shape = replace(next(shape for shape in OPERATIONS["attention"].shapes if shape.documents), tokens=3_000, rows=2)
+    longest, ends = attention_rivals._packed(shape)
+    bounds = ends(CPU)
+    apart = (documents(shape, CPU) + torch.tensor([[0], [10_000]])).flatten()
+    changes = (apart[1:] != apart[:-1]).nonzero().flatten() + 1
+    assert bounds.dtype == torch.int32
+    assert bounds.tolist() == [0, *changes.tolist(), 6_000]
+    assert longest == int(bounds.diff().max())
+
+
+def test_varlen_is_for_documents_alone():
+    op = OPERATIONS["attention"]
+    for name, reason in (("btlm-3b-8k 2048 tp1", "has no biases"), ("flash 2048 hd64", "is the kernel of sdpa flash")):
+        shape = next(shape for shape in op.shapes if shape.name == name)
+        with pytest.raises(Refused, match=reason):
+            next(rival for rival in op.rivals if rival.name == "varlen_attn").function(shape)
 
 
 @pytest.mark.skipif(find_spec("liger_kernel") is None, reason="Liger is not installed")

@@ -1,0 +1,68 @@
+"""Errors: how far results and gradients of ours are from exact ones, beside plain torch in the same dtype."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.bench.compare import card, example_of, results, surroundings
+from kernels.bench.operation import Example, Operation
+
+MARK = 1.1
+"""How many times the error of plain torch ours may have."""
+
+
+@dataclass(frozen=True)
+class Error:
+    op: str
+    shape: str
+    tokens: int
+    dtype: str
+    name: str
+    """Of the result; with a d before it, of the input that the gradient belongs to."""
+    ours: float
+    """Norm of the difference from exact, relative to the norm of exact."""
+    plain: float
+    card: str
+    torch: str
+    triton: str
+    commit: str
+
+    @property
+    def ratio(self) -> float:
+        """Of ours to plain; 1 where both are exact."""
+        if self.plain > 0:
+            return self.ours / self.plain
+        return 1.0 if self.ours == 0 else float("inf")
+
+    @property
+    def within(self) -> bool:
+        return self.ratio <= MARK
+
+
+def errors(op: Operation, shape: Any, device: torch.device) -> Iterator[Error]:
+    """Of each result and gradient of ours, on the values that rivals are compared with."""
+    assert op.precision is not None
+    example = example_of(op.precision.example or op.example, shape, device)
+    plain = op.precision.plain(shape)
+    exact = results(plain, _wide(example))[0]
+    found = [results(function, example)[0] for function in (op.precision.ours(shape), plain)]
+    dtype = str(shape.dtype).removeprefix("torch.")
+    for name, true, *both in zip(op.precision.names[: len(exact)], exact, *found, strict=True):
+        ours, of_plain = (_relative(values, true) for values in both)
+        yield Error(op.name, shape.name, shape.tokens, dtype, name, ours, of_plain, **surroundings(card(device)))
+
+
+def _wide(example: Example) -> Example:
+    return Example(
+        tuple(
+            x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in example.inputs
+        ),
+        tuple(x.double() for x in example.out_gradients),
+    )
+
+
+def _relative(found: Tensor, exact: Tensor) -> float:
+    return float(torch.linalg.vector_norm(found.double() - exact) / torch.linalg.vector_norm(exact))
