@@ -248,7 +248,7 @@ def _print_errors(operations: list[Operation], options: argparse.Namespace, dead
             for row in found:
                 numbers = [f"{row.ours:.2e}", f"{row.plain:.2e}", f"{row.ratio:.3f}"]
                 note = "" if row.within else f"above {MARK}"
-                print(_line(row.op, row.shape, row.name, row.dtype, numbers, note), flush=True)
+                print(_line(row.op, row.shape, row.result, row.dtype, numbers, note), flush=True)
                 whole = whole and row.within
             _keep(options.json, [asdict(row) | {"ratio": row.ratio} for row in found])
     return int(not whole)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.bench.compare import card, example_of, results, surroundings
-from kernels.bench.operation import Example, Operation
+from kernels.bench.compare import card, example_of, surroundings
+from kernels.bench.operation import Example, Function, Operation
 
 MARK = 1.1
 """How many times the error of plain torch ours may have."""
@@ -20,8 +20,8 @@ class Error:
     shape: str
     tokens: int
     dtype: str
-    name: str
-    """Of the result; with a d before it, of the input that the gradient belongs to."""
+    result: str
+    """Its name; with a d before it, that of the input whose gradient it is."""
     ours: float
     """Norm of the difference from exact, relative to the norm of exact."""
     plain: float
@@ -47,22 +47,28 @@ def errors(op: Operation, shape: Any, device: torch.device) -> Iterator[Error]:
     assert op.precision is not None
     example = example_of(op.precision.example or op.example, shape, device)
     plain = op.precision.plain(shape)
-    exact = results(plain, _wide(example))[0]
-    found = [results(function, example)[0] for function in (op.precision.ours(shape), plain)]
+    exact = _found(plain, example, torch.float64)
+    found = [_found(function, example, shape.dtype) for function in (op.precision.ours(shape), plain)]
     dtype = str(shape.dtype).removeprefix("torch.")
     for name, true, *both in zip(op.precision.names[: len(exact)], exact, *found, strict=True):
         ours, of_plain = (_relative(values, true) for values in both)
         yield Error(op.name, shape.name, shape.tokens, dtype, name, ours, of_plain, **surroundings(card(device)))
 
 
-def _wide(example: Example) -> Example:
-    return Example(
-        tuple(
-            x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in example.inputs
-        ),
-        tuple(x.double() for x in example.out_gradients),
-    )
+def _found(function: Function, example: Example, dtype: torch.dtype) -> list[Tensor]:
+    """Results and gradients on copies of the values in that dtype, as some are overwritten. Wider ones stay as they are."""
+
+    def copy(x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, dtype) if x.is_floating_point() else x.dtype
+        return x.detach().to(wide, copy=True).requires_grad_(x.requires_grad)
+
+    values = Example(tuple(map(copy, example.inputs)), tuple(map(copy, example.out_gradients)))
+    outputs = function(*values.inputs)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, values.differentiated, values.out_gradients)]
 
 
 def _relative(found: Tensor, exact: Tensor) -> float:
-    return float(torch.linalg.vector_norm(found.double() - exact) / torch.linalg.vector_norm(exact))
+    return float(
+        torch.linalg.vector_norm(found.to(torch.float64, copy=True).sub_(exact)) / torch.linalg.vector_norm(exact)
+    )

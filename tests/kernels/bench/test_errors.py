@@ -43,9 +43,9 @@ def test_kernels_are_within_the_mark_of_plain_torch(name, monkeypatch):
     ran = kernels_on_the_cpu(monkeypatch)
     found = list(errors(OURS[name], small(name), CPU))
     assert ran == KERNELS[name]
-    assert [row.name for row in found] == list(OURS[name].precision.names)
+    assert [row.result for row in found] == list(OURS[name].precision.names)
     for row in found:
-        exact_in_any_way = name == "qkv" and row.name == "value"
+        exact_in_any_way = name == "qkv" and row.result == "value"
         assert (row.ours == row.plain == 0) if exact_in_any_way else (0 < row.ours <= MARK * row.plain), row
         # Nothing is off by more than the dtype: a few roundings to bf16, or to fp32 for losses.
         assert row.plain < 2**-6
@@ -54,7 +54,7 @@ def test_kernels_are_within_the_mark_of_plain_torch(name, monkeypatch):
 def test_heads_without_norms_have_no_gradients_of_norms():
     op = OURS["qkv"]
     shape = next(shape for shape in op.shapes if not shape.qk_norm).with_tokens(TOKENS)
-    assert [row.name for row in errors(op, shape, CPU)] == ["query", "key", "value", "d qkv"]
+    assert [row.result for row in errors(op, shape, CPU)] == ["query", "key", "value", "d qkv"]
 
 
 def test_biases_of_plain_torch_are_not_rounded_to_bf16():
@@ -115,7 +115,7 @@ def test_the_command_tells_who_is_too_far_off(ours, code, said, tmp_path, monkey
     assert said in told
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert all(list(line) == [*Error.__dataclass_fields__, "ratio"] for line in lines)
-    assert [(line["name"], line["tokens"]) for line in lines] == (
+    assert [(line["result"], line["tokens"]) for line in lines] == (
         [] if ours is failing else [("out", 20), ("d gate_up", 20)]
     )
 
