@@ -123,9 +123,10 @@ def _check_model(model: StableLM | BTLM) -> None:
             f"model.width: {model.width} is not divisible by model.heads {model.heads}; "
             "head_dim is width / heads; change one of them"
         )
-    if not 0 <= model.init_truncation_sigmas < math.inf:
+    if model.init_truncation_sigmas and not 0.1 <= model.init_truncation_sigmas < math.inf:
         raise UserError(
-            f"model.init_truncation_sigmas: {model.init_truncation_sigmas}; must not be negative; 0 does not cut"
+            f"model.init_truncation_sigmas: {model.init_truncation_sigmas}; must be 0, which does not cut, or at least 0.1: "
+            "values are drawn until they lie within"
         )
     if isinstance(model, BTLM):
         if model.alibi_scaling is not None:

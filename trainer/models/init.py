@@ -62,16 +62,21 @@ def initial(name: str, shape: tuple[int, ...], rule: Rule, *, seed: int, truncat
         return torch.full(shape, rule.init_value)
     full = torch.empty(shape)
     bound = truncation_sigmas * rule.init_std if truncation_sigmas else math.inf
-    digest = hashlib.sha256(f"{seed}/init/{name}".encode()).digest()
-    first_seed = int.from_bytes(digest[:8], "little") >> 1
+    start = first_seed(seed, name)
     with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as threads:
         drawn = [
-            threads.submit(_draw, piece, rule.init_std, bound, first_seed + index)
+            threads.submit(_draw, piece, rule.init_std, bound, start + index)
             for index, piece in enumerate(full.view(-1).split(PIECE_ELEMENTS))
         ]
     for piece in drawn:
         piece.result()
     return full
+
+
+def first_seed(seed: int, name: str) -> int:
+    """Of the generator of a tensor's first piece; the others follow, one by one."""
+    digest = hashlib.sha256(f"{seed}/init/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _draw(piece: Tensor, std: float, bound: float, seed: int) -> None:
