@@ -59,6 +59,7 @@ slice=(--depth 6)
 counted=(--warmup-steps 2 --steps 6)
 short=(--warmup-steps 2 --steps 3)
 kernel_options=(--production)
+error_options=(--production)
 rival_seconds=165
 sweep_options=()
 workers=8
@@ -69,6 +70,7 @@ if [[ $rehearse ]]; then
     counted=(--warmup-steps 1 --steps 1)
     short=("${counted[@]}")
     kernel_options=(--device cpu --tokens 8 --production)
+    error_options=(--device cpu --tokens 8 --shape demo-stablelm) # fp64 at full width takes gigabytes and minutes
     rival_seconds=20
     sweep_options=(--device cpu --tokens 64)
     workers=2
@@ -90,7 +92,7 @@ tests() {
         -m gpu -W default -n "$workers" -p no:cacheprovider -q --tb=short --maxfail=30
 }
 kernels() { python3 -m kernels.bench --rival ours "${kernel_options[@]}" --json "$out/kernels.jsonl"; }
-errors() { python3 -m kernels.bench --errors "${kernel_options[@]}" --json "$out/errors.jsonl"; }
+errors() { python3 -m kernels.bench --errors "${error_options[@]}" --json "$out/errors.jsonl"; }
 btlm() { steps "$btlm_config" --phase all "${counted[@]}"; }
 stablelm() { steps "$stablelm_config" "${slice[@]}" "${counted[@]}" --profile "$out/stablelm.trace.json.gz"; }
 rivals() { python3 -m kernels.bench "${kernel_options[@]}" --seconds "$rival_seconds" --json "$out/kernels.jsonl"; }
@@ -112,7 +114,7 @@ steps() { python3 -m trainer bench "$1" parallel.tp_size=1 "${@:2}" >>"$out/step
 run_limited() { # NAME: in a shell of its own, so that its whole process group can be ended
     export -f "${1?}" steps
     timeout --signal=INT --kill-after=10 "$(limit "$1")" bash -euo pipefail -c "$(declare -p out btlm_config stablelm_config slice counted short \
-        kernel_options rival_seconds sweep_options workers); $1"
+        kernel_options error_options rival_seconds sweep_options workers); $1"
 }
 
 failed=()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels.bench.__main__ import main as kernels_bench
 from trainer.bench import figures
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +44,18 @@ def test_a_step_stands_beside_its_mark_and_its_prediction(tmp_path):
 def test_a_mark_is_reached_or_missed(tmp_path, mfu, said):
     (tmp_path / "steps.jsonl").write_text(json.dumps(STEP | {"mfu": mfu}) + "\n")
     assert said in [*figures.tables(tmp_path)][1]
+
+
+def test_an_error_stands_beside_that_of_plain_torch(tmp_path):
+    """A line as kernels.bench writes it."""
+    file = tmp_path / "errors.jsonl"
+    command = ["swiglu", "--errors", "--device", "cpu", "--tokens", "8", "--shape", "demo-stablelm tp1"]
+    assert kernels_bench([*command, "--json", str(file)]) == 0
+    line = json.loads(file.read_text().splitlines()[0])
+    table = figures.error_table([line])
+    assert cells(table, "swiglu") == [
+        "swiglu", "demo-stablelm tp1", "out", f"{line['ours']:.2e}", f"{line['plain']:.2e}", f"{line['ratio']:.3f}"
+    ]  # fmt: skip
 
 
 def test_columns_without_a_figure_are_left_out():

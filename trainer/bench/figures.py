@@ -168,7 +168,7 @@ def error_table(lines: list[Line]) -> str:
             line["shape"],
             line["result"],
             f"{line['ours']:.2e}",
-            f"{line['torch']:.2e}",
+            f"{line['plain']:.2e}",
             f"{line['ratio']:.3f}",
         ]
         for line in lines
