@@ -17,8 +17,8 @@
 # most eight files: log.txt.gz, *.jsonl (a line is added when its figure is there) and traces. One table is printed last;
 # `python3 -m trainer.bench.figures FOLDER` prints it again. Exit code 1 if a stage failed or was cut.
 #
-# Uses the Python it finds if that one has what is needed, else .venv, which launch/install.sh makes. A copy without git says
-# its commit in TANDEM_COMMIT.
+# Uses .venv if launch/install.sh has made it, else the Python on the path, and installs nothing. A copy without git says its
+# commit in TANDEM_COMMIT.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -46,10 +46,14 @@ done
 no_gpu="no CUDA device here: these are measurements of a GPU; launch/bench.sh FOLDER rehearse needs none"
 has_device_file() { compgen -G '/dev/nvidia*' >/dev/null || [[ -e /dev/dxg || -e /proc/driver/nvidia ]]; }
 [[ $rehearse ]] || has_device_file || fail "$no_gpu"
-if ! python3 -c 'import deepspeed, megatron.core, omegaconf, torch, triton' 2>/dev/null; then launch/install.sh; fi
 RANKS_PER_NODE=1
 # shellcheck source=launch/env.sh
 source launch/env.sh
+# Nothing is installed here: a machine that is lent for minutes has none to spare.
+missing=$(python3 -c 'from importlib.util import find_spec
+needed = "torch triton deepspeed megatron omegaconf orjson jaxtyping beartype pytest xdist pytest_timeout"
+print(*(name for name in needed.split() if not find_spec(name)))') || fail "python3 does not start; name one on the PATH"
+[[ -z $missing ]] || fail "python3 has no $missing; run launch/install.sh, or unpack wheels and name their folder in PYTHONPATH"
 [[ $rehearse ]] || python3 -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || fail "$no_gpu"
 mkdir -p "$folder"
 out=$(cd "$folder" && pwd)

@@ -58,6 +58,18 @@ def test_an_error_stands_beside_that_of_plain_torch(tmp_path):
     ]  # fmt: skip
 
 
+def test_variants_stand_by_their_times_with_the_kernels_own(tmp_path):
+    line = {
+        "kernel": "keys", "shape": "a shape", "time_us_20": 1.0, "time_us_80": 2.0, "executed_tflops_per_second": 400.4,
+        "own": False, "card": "a card", "torch": "2", "triton": "3", "commit": "0123abc",
+    }  # fmt: skip
+    times = {"slowest": 30.0, "mine": 20.0, "third": 10.0, "second": 5.0, "first": 2.0, "failed": None}
+    found = [line | {"candidate": name, "own": name == "mine", "time_us_50": time} for name, time in times.items()]
+    (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
+    _, table = figures.tables(tmp_path)
+    assert [row.split(" | ")[2].strip() for row in table.splitlines()[2:]] == ["first", "second", "mine"]
+
+
 def test_columns_without_a_figure_are_left_out():
     table = figures.markdown(["a", "b", "c"], [["1", "", "3"], ["2", "", ""]])
     assert table == "| a | c |\n| - | - |\n| 1 | 3 |\n| 2 |   |"

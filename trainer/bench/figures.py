@@ -21,6 +21,7 @@ STEP_MARKS: dict[tuple[str, str], tuple[str, float, float]] = {
     ("stablelm-2-12b", "4k"): ("mfu", 0.50, 0.62),
 }
 """Config and phase -> field of a step's line, what a first visit has to reach, and the aim; on one H100 or H200."""
+SHOWN_VARIANTS = 2
 STEP_PREDICTIONS: dict[tuple[str, str], str] = {
     ("btlm-3b-8k", "2k"): "27,900 tokens/s, MFU 50 / 47 %",
     ("btlm-3b-8k", "8k"): "21,800 tokens/s, MFU 53 / 44 %",
@@ -59,7 +60,7 @@ def tables(folder: Path) -> Iterator[str]:
     lines = {name: read(folder / f"{name}.jsonl") for name in ("steps", "kernels", "errors", "sweep")}
     if not any(lines.values()):
         raise UserError(f"{folder}: no line of a measurement in it; name the folder that launch/bench.sh filled")
-    yield from surroundings([*lines["kernels"], *lines["steps"]])
+    yield from surroundings([line for found in lines.values() for line in found])
     for name, make in (
         ("kernels", kernel_table),
         ("errors", error_table),
@@ -177,17 +178,19 @@ def error_table(lines: list[Line]) -> str:
 
 
 def sweep_table(lines: list[Line]) -> str:
-    """The quickest of each kernel and shape, beside the one that is the default."""
+    """The quickest variants of each kernel at each shape, and the one that has the kernel's own sizes."""
     rows = []
     for kernel, shape in dict.fromkeys((line["kernel"], line["shape"]) for line in lines):
-        timed = [
-            line for line in lines if (line["kernel"], line["shape"]) == (kernel, shape) and line.get("time_us_50")
-        ]
-        for line in sorted(timed, key=lambda line: line["time_us_50"]):
-            rows.append(
-                [kernel, shape, line["candidate"], f"{line['time_us_50']:,.1f}", f"{line['tflops_per_second']:,.0f}"]
-            )
-    return markdown(["kernel", "shape", "variant", "median us", "TFLOP/s"], rows)
+        alike = [line for line in lines if (line["kernel"], line["shape"]) == (kernel, shape)]
+        timed = sorted((line for line in alike if line["time_us_50"]), key=lambda line: line["time_us_50"])
+        for rank, line in enumerate(timed):
+            if rank < SHOWN_VARIANTS or line["own"]:
+                spread = (line["time_us_80"] - line["time_us_20"]) / line["time_us_50"]
+                rows.append([
+                    kernel, shape, line["candidate"], f"{line['time_us_50']:,.1f}", f"{100 * spread:.1f}",
+                    f"{line['executed_tflops_per_second']:,.0f}", "its own sizes" if line["own"] else "",
+                ])  # fmt: skip
+    return markdown(["kernel", "shape", "variant", "median us", "spread %", "executed TFLOP/s", "note"], rows)
 
 
 def judged(line: Line, field: str, least: float) -> str:
