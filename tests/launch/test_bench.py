@@ -124,7 +124,7 @@ def test_a_stage_at_its_limit_is_cut_and_the_others_go_on(bare, tmp_path):
     done = bench(bare | {"STAGE_SECONDS": "0.3"}, tmp_path, "kernels", "btlm", "rehearse")
     assert done.returncode == 1
     assert "== kernels: exit 124" in done.stdout
-    assert "== memory: exit 124" in done.stdout
+    assert "== btlm: exit 124" in done.stdout
     assert "cut at its limit of 0.3 s" in done.stdout
     assert "| attention | btlm-3b-8k 8192 tp1" in done.stdout
     assert "450: missed" in done.stdout
