@@ -51,9 +51,11 @@ def config(corpus) -> RunConfig:
     return load(CONFIG, overrides(corpus))
 
 
-def judged(config: RunConfig, mesh: Mesh) -> list[Finding]:
+def judged(config: RunConfig, mesh: Mesh, *, num_seeds: int = 1) -> list[Finding]:
     """What the kit finds on one rank in fp32: coordinates first, then decay."""
-    records = [record for width in WIDTHS for record in coordinates.measure_one(proxy(config, width), UPDATES, mesh)]
+    seeds = range(config.run.seed, config.run.seed + num_seeds)
+    measured = [proxy(config, width, seed=seed) for width in WIDTHS for seed in seeds]
+    records = [record for one in measured for record in coordinates.measure_one(one, UPDATES, mesh)]
     return coordinates.judge(records) + decay.measure(config, WIDTHS, mesh)
 
 
@@ -171,8 +173,12 @@ BROKEN = {
 
 
 def test_the_shipped_rules_pass_with_room(config, mesh):
-    """Within two thirds of the bound outside their law: a bound that correct rules just meet would cry wolf."""
-    findings = judged(config, mesh)
+    """Within two thirds of the bound outside their law: a bound that correct rules just meet would cry wolf.
+
+    With the three seeds of the shipped check: the exponents of attention and scores have a deviation of 0.04 to 0.07 from
+    seed to seed (12 seeds).
+    """
+    findings = judged(config, mesh, num_seeds=3)
     assert first_failure(findings) is None
     for finding in findings:
         spare = coordinates.BOUND / 3 if finding.check == "coordinates" else decay.BOUND / 3
