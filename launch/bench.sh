@@ -60,11 +60,13 @@ out=$(cd "$folder" && pwd)
 
 btlm_config=configs/btlm-3b-8k.yaml stablelm_config=configs/stablelm-2-12b.yaml
 slice=(--depth 6)
+: "${VISIT_SECONDS:=420}"
 counted=(--warmup-steps 2 --steps 6)
 short=(--warmup-steps 2 --steps 3)
 kernel_options=(--production)
 error_options=(--production)
-rival_seconds=165
+own_seconds=55 sweep_seconds=70
+rival_seconds=120
 sweep_options=()
 workers=8
 if [[ $rehearse ]]; then
@@ -75,18 +77,18 @@ if [[ $rehearse ]]; then
     short=("${counted[@]}")
     kernel_options=(--device cpu --tokens 8 --production)
     error_options=(--device cpu --tokens 8 --shape demo-stablelm) # fp64 at full width takes gigabytes and minutes
-    rival_seconds=20
+    own_seconds=15 rival_seconds=15 sweep_seconds=10
     sweep_options=(--device cpu --tokens 64)
     workers=2
 fi
 
-# Seconds, together well inside nine minutes a visit on an H200; STAGE_SECONDS sets one for all.
+# Seconds of each stage at most: 420 in the first visit, 300 in the second, 250 in the third. All stages of a call together have
+# VISIT_SECONDS, and one has no more than what the others have left.
 declare -A limits=(
-    [tests]=110 [kernels]=90 [errors]=60 [btlm]=130 [stablelm]=100
-    [rivals]=180 [sweep]=90 [profile]=100
-    [states]=150 [memory]=150
+    [tests]=100 [kernels]=70 [errors]=50 [btlm]=110 [stablelm]=90
+    [rivals]=150 [sweep]=80 [profile]=70
+    [states]=150 [memory]=100
 )
-limit() { echo "${STAGE_SECONDS:-${limits[$1]}}"; }
 
 # --- the stages
 
@@ -95,43 +97,50 @@ tests() {
     python3 -m pytest tests/kernels tests/promises/test_kernels.py tests/promises/test_step.py \
         -m gpu -W default -n "$workers" -p no:cacheprovider -q --tb=short --maxfail=30
 }
-kernels() { python3 -m kernels.bench --rival ours "${kernel_options[@]}" --json "$out/kernels.jsonl"; }
+kernels() { python3 -m kernels.bench --rival ours "${kernel_options[@]}" --seconds "$own_seconds" --json "$out/kernels.jsonl"; }
 errors() { python3 -m kernels.bench --errors "${error_options[@]}" --json "$out/errors.jsonl"; }
 btlm() { steps "$btlm_config" --phase all "${counted[@]}"; }
 stablelm() { steps "$stablelm_config" "${slice[@]}" "${counted[@]}" --profile "$out/stablelm.trace.json.gz"; }
-rivals() { python3 -m kernels.bench "${kernel_options[@]}" --seconds "$rival_seconds" --json "$out/kernels.jsonl"; }
-sweep() { python3 -m kernels.bench.sweep --seconds 80 "${sweep_options[@]}" --json "$out/sweep.jsonl"; }
+rivals() { # what matters most first
+    python3 -m kernels.bench attention linear_cross_entropy swiglu qkv residual_norm cross_entropy swiglu_linear \
+        "${kernel_options[@]}" --seconds "$rival_seconds" --json "$out/kernels.jsonl"
+}
+sweep() { python3 -m kernels.bench.sweep --seconds "$sweep_seconds" "${sweep_options[@]}" --json "$out/sweep.jsonl"; }
 profile() { steps "$btlm_config" --phase all "${short[@]}" --profile "$out/btlm.trace.json.gz"; }
 states() { # with both states in one log, as cards and days differ
     local state
     for state in true false true false; do
-        steps "$stablelm_config" "${slice[@]}" "${short[@]}" debug.immediate_gradients=$state
+        steps "$stablelm_config" debug.immediate_gradients=$state "${slice[@]}" "${short[@]}"
     done
 }
-memory() {
-    steps "$stablelm_config" "${slice[@]}" "${short[@]}" parallel.recompute=selective
+memory() { # what recomputation and larger micro-batches cost and bring
+    steps "$stablelm_config" parallel.recompute=selective "${slice[@]}" "${short[@]}"
     steps "$stablelm_config" "${slice[@]}" "${short[@]}" --micro-rows 2 --rows 8
 }
 
 steps() { python3 -m trainer bench "$1" parallel.tp_size=1 "${@:2}" >>"$out/steps.jsonl"; }
 
-run_limited() { # NAME: in a shell of its own, so that its whole process group can be ended
+run_limited() { # NAME SECONDS: in a shell of its own, so that its whole process group can be ended
     export -f "${1?}" steps
-    timeout --signal=INT --kill-after=10 "$(limit "$1")" bash -euo pipefail -c "$(declare -p out btlm_config stablelm_config slice counted short \
-        kernel_options error_options rival_seconds sweep_options workers); $1"
+    timeout --signal=INT --kill-after=10 "$2" bash -euo pipefail -c "$(declare -p out btlm_config stablelm_config slice counted short \
+        kernel_options error_options own_seconds rival_seconds sweep_seconds sweep_options workers); $1"
 }
 
 failed=()
+SECONDS=0
 for stage in "${stages[@]}"; do
-    SECONDS=0
+    begun=$SECONDS
+    left=$((VISIT_SECONDS - SECONDS))
+    limit=$((limits[$stage] < left ? limits[$stage] : left))
     printf '\n== %s\n' "$stage"
-    verdict=0
-    run_limited "$stage" 2>&1 | tee -a "$out/log.txt" || verdict=${PIPESTATUS[0]}
+    verdict=124
+    [[ $limit -le 0 ]] || { verdict=0 && run_limited "$stage" "$limit" 2>&1 | tee -a "$out/log.txt" || verdict=${PIPESTATUS[0]}; }
     [[ $verdict -eq 0 ]] || failed+=("$stage")
-    cut=$([[ $verdict -ne 124 && $verdict -ne 137 ]] || echo ", cut at its limit of $(limit "$stage") s")
-    printf '== %s: exit %d, %d s%s\n' "$stage" "$verdict" "$SECONDS" "$cut" | tee -a "$out/log.txt"
+    cut=$([[ $verdict -ne 124 && $verdict -ne 137 ]] || echo ", cut at its limit of $((limit > 0 ? limit : 0)) s")
+    printf '== %s: exit %d, %d s%s\n' "$stage" "$verdict" "$((SECONDS - begun))" "$cut" | tee -a "$out/log.txt"
 done
-gzip -f "$out/log.txt"
+gzip --stdout "$out/log.txt" >>"$out/log.txt.gz" # behind that of an earlier visit
+rm "$out/log.txt"
 printf '\n'
 python3 -m trainer.bench.figures "$out"
 [[ ${#failed[@]} -eq 0 ]] || { echo "bench: failed or cut: ${failed[*]}" >&2 && exit 1; }

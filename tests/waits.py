@@ -7,10 +7,11 @@ those that give Python a number of a tensor, choose a shape by its values, or co
 import os
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -109,11 +110,23 @@ def waits_on_cpu() -> Iterator[Seen]:
         yield seen
 
 
+def noted(synchronize: Callable[..., Any], seen: Seen) -> Callable[..., Any]:
+    """The same, and it is noted where it was asked for."""
+
+    def wait(*arguments: Any, **keywords: Any) -> Any:
+        seen.waits.append(place() or "a function of the host")
+        return synchronize(*arguments, **keywords)
+
+    return wait
+
+
 @contextmanager
 def waits_on_gpu() -> Iterator[Seen]:
-    """What torch says of the block, in all threads."""
+    """What torch says of the block, in all threads, and what asks for a wait itself, which torch does not say."""
     seen = Seen()
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as said, ExitStack() as asked:
+        for owner in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
+            asked.enter_context(mock.patch.object(owner, "synchronize", noted(owner.synchronize, seen)))
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:

@@ -230,10 +230,10 @@ class Engine:
 
     @torch.no_grad()
     def _update_bf16(self, norm: float) -> None:
-        """What `DeepSpeedEngine.step` and `BF16_Optimizer.step` of DeepSpeed 0.19.8 do, bit for bit, with a norm that is known.
+        """What `BF16_Optimizer.step` of DeepSpeed 0.19.8 does to weights and state, bit for bit, with a norm that is known.
 
-        They compute the norm again, wait for the device twice to look at it, clip what other ranks own as well, and clear the
-        gradient twice.
+        DeepSpeed computes the norm again, waits for the device twice to look at it, clips what other ranks own as well, and
+        clears the gradient twice. Its counters of steps stay where they are; nothing here reads them.
         """
         assert math.isfinite(norm), "the guard lets no such gradient through"
         inner = self._inner.optimizer

@@ -83,8 +83,9 @@ def quiet_libraries() -> None:
 
 
 def num_gpus(root: Path = Path("/")) -> int:
-    """NVIDIA GPUs of this machine that this process may use, read from the file system `root`, without importing torch.
+    """NVIDIA GPUs of this machine that are not hidden, by their files below `root`, without importing torch.
 
+    A GPU whose file a container forbids to open is counted.
     Some sandboxes have device files and nothing in /proc; Windows' Linux has /dev/dxg alone, for all GPUs, counted as one.
     """
     if "CUDA_VISIBLE_DEVICES" in os.environ:

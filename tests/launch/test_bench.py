@@ -120,12 +120,25 @@ def test_the_table_comes_last(rehearsed):
 
 
 def test_a_stage_at_its_limit_is_cut_and_the_others_go_on(bare, tmp_path):
+    (tmp_path / "log.txt.gz").write_bytes(gzip.compress(b"an earlier visit"))
     (tmp_path / "kernels.jsonl").write_text(json.dumps(ROW) + "\n" + '{"op": "torn')
-    done = bench(bare | {"STAGE_SECONDS": "0.3"}, tmp_path, "kernels", "btlm", "rehearse")
+    done = bench(bare | {"VISIT_SECONDS": "1"}, tmp_path, "kernels", "btlm", "rehearse")
     assert done.returncode == 1
     assert "== kernels: exit 124" in done.stdout
     assert "== btlm: exit 124" in done.stdout
-    assert "cut at its limit of 0.3 s" in done.stdout
+    assert "cut at its limit of 1 s" in done.stdout
     assert "| attention | btlm-3b-8k 8192 tp1" in done.stdout
     assert "450: missed" in done.stdout
     assert "failed or cut: kernels btlm" in done.stderr.splitlines()[-1]
+    assert gzip.decompress((tmp_path / "log.txt.gz").read_bytes()).startswith(b"an earlier visit")
+
+
+def test_a_package_that_is_missing_is_named_and_nothing_is_installed(bare, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.path = [p for p in sys.path if 'site-packages' not in p]\n"
+    )
+    done = bench(bare | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, tmp_path / "out", "kernels", "rehearse")
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("bench: python3 has no torch triton deepspeed megatron omegaconf")
+    assert not (tmp_path / "out").exists()

@@ -92,7 +92,7 @@ def line(said) -> dict[str, Any]:
 
 def test_the_line_says_what_was_measured(line, place):
     expected = {
-        "overrides": [f"run.root={place}/runs"],
+        "overrides": [f"run.root={place}/runs", "--rows 4"],
         "config": "tiny", "family": "stablelm", "depth": 1, "recipe_depth": 2, "phase": "long", "seq_len": 64, "rows": 4,
         "micro_rows": 2, "micro_batches": 2, "tp_size": 1, "dp_size": 1, "zero_stage": 1, "precision": "bf16",
         "recompute": "none", "deterministic": True, "document_masking": True, "warmup_steps": 2, "steps": 3,

@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     config, plans = planned(load(arguments.config, arguments.overrides), arguments, launched_world_size())
     runtime.stop_with_launcher()
     with closing(runtime.StopSignal()) as stop_signal, started(config.parallel.tp_size) as mesh:
+        stop_signal.met()
         runtime.start_logging(mesh.rank)
         if config.debug.deterministic:
             runtime.make_deterministic()

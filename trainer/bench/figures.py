@@ -16,11 +16,14 @@ from trainer.config import UserError
 Line = dict[str, Any]
 
 STEP_MARKS: dict[tuple[str, str], tuple[str, float, float]] = {
-    ("btlm-3b-8k", "2k"): ("tokens_per_second", 24_500, 33_200),
-    ("btlm-3b-8k", "8k"): ("tokens_per_second", 17_500, 26_000),
-    ("stablelm-2-12b", "4k"): ("mfu", 0.50, 0.62),
+    ("btlm-3b-8k", "2k"): ("tokens_per_second", 24_500.0, 33_200.0),
+    ("btlm-3b-8k", "8k"): ("tokens_per_second", 17_500.0, 26_000.0),
+    ("stablelm-2-12b", "4k"): ("mfu_at_full_batch", 0.50, 0.62),
 }
-"""Config and phase -> field of a step's line, what a first visit has to reach, and the aim; on one H100 or H200."""
+"""Config and phase -> field of a step's line, what a first visit has to reach, and the aim; on one H100 or H200.
+
+BTLM's four micro-batches are what a replica of the recipe makes on 15 nodes, so its step is judged as it is. The update of a
+sixth of the 12B's layers with a whole embedding weighs more than the recipe's, so its slice is judged at the recipe's batch."""
 SHOWN_VARIANTS = 2
 STEP_PREDICTIONS: dict[tuple[str, str], str] = {
     ("btlm-3b-8k", "2k"): "27,900 tokens/s, MFU 50 / 47 %",
@@ -30,13 +33,13 @@ STEP_PREDICTIONS: dict[tuple[str, str], str] = {
 """What was computed beforehand from each part's bytes and operations, for the batch of the recipe."""
 KERNEL_MARKS: dict[tuple[str, str, str], tuple[str, float]] = {
     ("swiglu", "", ""): ("fraction", 0.93),
-    ("split_rotated", "", ""): ("fraction", 0.93),
+    ("qkv", "", ""): ("fraction", 0.93),
     ("residual_norm", "", ""): ("fraction", 0.93),
-    ("linear_cross_entropy", "", ""): ("executed_tflops_per_second", 720),
-    ("attention", "stablelm-2-12b 4096 tp1", "forward"): ("tflops_per_second", 600),
-    ("attention", "stablelm-2-12b 4096 tp1", "backward"): ("tflops_per_second", 450),
-    ("attention", "btlm-3b-8k 8192 tp1", "forward"): ("tflops_per_second", 450),
-    ("attention", "btlm-3b-8k 8192 tp1", "backward"): ("tflops_per_second", 350),
+    ("linear_cross_entropy", "", ""): ("executed_tflops_per_second", 720.0),
+    ("attention", "stablelm-2-12b 4096 tp1", "forward"): ("tflops_per_second", 600.0),
+    ("attention", "stablelm-2-12b 4096 tp1", "backward"): ("tflops_per_second", 450.0),
+    ("attention", "btlm-3b-8k 8192 tp1", "forward"): ("tflops_per_second", 450.0),
+    ("attention", "btlm-3b-8k 8192 tp1", "backward"): ("tflops_per_second", 350.0),
 }
 """Operation, shape and direction, empty for any -> field of our row and the least it should reach."""
 
@@ -110,7 +113,8 @@ def step_table(lines: list[Line]) -> str:
             f"{100 * line['mfu']:.1f} / {100 * line['mfu_causal']:.1f}",
             f"{100 * line['derived']['mfu_at_full_batch']:.1f}", gib(line["peak_allocated_gib"]),
             *(f"{1e3 * line['part_seconds'][part]:,.1f}" for part in ("forward", "backward", "update")),
-            judged(line, *STEP_MARKS[key][:2]) if key in STEP_MARKS else "", STEP_PREDICTIONS.get(key, ""),
+            *((judged(line | line["derived"], *STEP_MARKS[key][:2]), STEP_PREDICTIONS[key])
+              if key in STEP_MARKS and not changed(line) else ("", "")),
         ])  # fmt: skip
     head = [
         "config", "phase", "layers", "micro-batches", "overrides", "step ms", "tokens/s", "MFU full / causal %",
@@ -195,7 +199,7 @@ def sweep_table(lines: list[Line]) -> str:
 
 def judged(line: Line, field: str, least: float) -> str:
     """The mark, and whether the line reaches it."""
-    share = field in ("mfu", "fraction")
+    share = field in ("mfu_at_full_batch", "fraction")
     said = f"{100 * least:g} %" if share else f"{least:,g}"
     return f"{said}: {'reached' if line[field] >= least else 'missed'}"
 

@@ -30,7 +30,7 @@ class Plan:
     timed_steps: int
     profile: Path | None
     overrides: tuple[str, ...] = ()
-    """As they were given."""
+    """As they were given, and the rows if others than the recipe's were asked for."""
 
     @property
     def total_steps(self) -> int:
@@ -58,10 +58,12 @@ def planned(config: RunConfig, arguments: argparse.Namespace, world_size: int) -
         ),
     )
     spans = Timeline(benched.schedule).spans
+    resizes = {"--rows": arguments.rows, "--micro-rows": arguments.micro_rows}
+    overrides = (*arguments.overrides, *(f"{option} {count}" for option, count in resizes.items() if count))
     plans = [
         Plan(
             spans[index], config.model.depth, phases[index].rows, arguments.warmup_steps, arguments.steps,
-            profile_file(arguments.profile, phases[index].name if len(chosen) > 1 else None), tuple(arguments.overrides),
+            profile_file(arguments.profile, phases[index].name if len(chosen) > 1 else None), overrides,
         )
         for index in chosen
     ]  # fmt: skip

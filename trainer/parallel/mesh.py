@@ -106,8 +106,8 @@ def groups() -> set[dist.ProcessGroup]:
 
 def to_device(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     """The same on the device; nothing waits for the copy but what reads it there."""
-    # Of memory that is not pinned CUDA copies while the host waits, whatever non_blocking says.
-    return tensor.pin_memory().to(mesh.device, non_blocking=True) if mesh.device.type == "cuda" else tensor
+    # Of memory that is not pinned, or is in pieces, CUDA copies while the host waits, whatever non_blocking says.
+    return tensor.contiguous().pin_memory().to(mesh.device, non_blocking=True) if mesh.device.type == "cuda" else tensor
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:
