@@ -7,14 +7,14 @@ All compile for sm_90 under triton 3.6 and 3.9 with asynchronous products, and a
 from typing import Any
 
 from kernels.bench.shapes import Heads
-from kernels.device.attention_sizes import SIZES, together
+from kernels.device.attention_sizes import SIZES, heads_per_program
 from kernels.device.launch import blocks
 
 KERNELS = ("forward", "queries", "keys")
 """The result; the gradient of queries; the gradients of keys and values."""
-HEAD_AFTER_HEAD = {"abreast": 1}
-"""The order of programs in which no heads take turns."""
-ALL_IN_TURN = {"abreast": 1_000}
+ONE_HEAD_IN_L2 = {"heads_in_l2": 1}
+"""Programs of one head after those of another."""
+ALL_HEADS_IN_L2 = {"heads_in_l2": 1_000}
 
 
 def _tile(queries: int, keys: int, num_warps: int, num_stages: int, **more: int) -> dict[str, int]:
@@ -24,31 +24,32 @@ def _tile(queries: int, keys: int, num_warps: int, num_stages: int, **more: int)
 CANDIDATES: dict[str, dict[int, list[dict[str, int]]]] = {
     "forward": {
         80: [
-            HEAD_AFTER_HEAD, ALL_IN_TURN, _tile(64, 64, 4, 3), _tile(128, 64, 4, 3), _tile(128, 32, 8, 3, maxnreg=128),
+            ONE_HEAD_IN_L2, ALL_HEADS_IN_L2, _tile(64, 64, 4, 3), _tile(128, 64, 4, 3), _tile(128, 32, 8, 3, maxnreg=128),
             _tile(128, 64, 8, 3, maxnreg=128),  # spills 8 bytes under triton 3.6, 56 under 3.9, for a second program
             _tile(64, 128, 4, 2), _tile(128, 128, 8, 2),
         ],
         160: [
-            HEAD_AFTER_HEAD, _tile(64, 64, 4, 2), _tile(64, 32, 4, 3), _tile(64, 32, 4, 2), _tile(128, 64, 8, 2),
+            ONE_HEAD_IN_L2, _tile(64, 64, 4, 2), _tile(64, 32, 4, 3), _tile(64, 32, 4, 2), _tile(128, 64, 8, 2),
             _tile(128, 32, 8, 3),
         ],
     },
     "queries": {
         80: [
-            HEAD_AFTER_HEAD, _tile(128, 64, 8, 2), _tile(128, 64, 8, 4), _tile(64, 64, 4, 3), _tile(128, 32, 8, 3),
+            ONE_HEAD_IN_L2, _tile(128, 64, 8, 2), _tile(128, 64, 8, 4), _tile(64, 64, 4, 3), _tile(128, 32, 8, 3),
             _tile(64, 32, 4, 3), _tile(128, 128, 8, 2),
         ],
         160: [
-            HEAD_AFTER_HEAD, _tile(128, 64, 8, 2), _tile(64, 32, 4, 3), _tile(64, 64, 4, 2), _tile(128, 32, 8, 3),
+            ONE_HEAD_IN_L2, _tile(128, 64, 8, 2), _tile(64, 32, 4, 3), _tile(64, 64, 4, 2), _tile(128, 32, 8, 3),
         ],
     },
     "keys": {
         80: [
-            HEAD_AFTER_HEAD, ALL_IN_TURN, _tile(64, 64, 4, 2), _tile(64, 64, 4, 4), _tile(32, 64, 4, 3),
+            ONE_HEAD_IN_L2, ALL_HEADS_IN_L2, _tile(64, 64, 4, 2), _tile(64, 64, 4, 4), _tile(32, 64, 4, 3),
             _tile(64, 128, 8, 2), _tile(32, 128, 8, 3),
         ],
         160: [
-            HEAD_AFTER_HEAD, {"TOGETHER": 4} | HEAD_AFTER_HEAD, {"TOGETHER": 4}, {"TOGETHER": 2}, {"TOGETHER": 1},
+            ONE_HEAD_IN_L2, {"HEADS_PER_PROGRAM": 4} | ONE_HEAD_IN_L2,
+            {"HEADS_PER_PROGRAM": 4}, {"HEADS_PER_PROGRAM": 2}, {"HEADS_PER_PROGRAM": 1},
             _tile(32, 128, 8, 2), _tile(16, 128, 8, 4),
         ],
     },
@@ -64,8 +65,10 @@ def candidates(kernel: str, shape: Heads) -> list[tuple[str, dict[str, int]]]:
         # A tile of its own does not keep the limit of registers of the other.
         sizes = dict(change) if "QUERIES" in change else own | change
         group = shape.heads // shape.kv_heads
-        if kernel == "keys" and group > 1 and "TOGETHER" not in sizes:
-            sizes["TOGETHER"] = together(blocks(shape.tokens, sizes["KEYS"]) * shape.rows * shape.kv_heads, group)
+        if kernel == "keys" and group > 1 and "HEADS_PER_PROGRAM" not in sizes:
+            sizes["HEADS_PER_PROGRAM"] = heads_per_program(
+                blocks(shape.tokens, sizes["KEYS"]) * shape.rows * shape.kv_heads, group
+            )
         if sizes not in found.values():
             found[named(sizes)] = sizes
     return [*found.items()]
@@ -74,7 +77,7 @@ def candidates(kernel: str, shape: Heads) -> list[tuple[str, dict[str, int]]]:
 def named(sizes: dict[str, int]) -> str:
     """The sizes in words: queries by keys of a tile, warps, stages and what else there is."""
     more: dict[str, Any] = {
-        "maxnreg": "{} registers", "TOGETHER": "heads by {}", "abreast": "turns of {}",
+        "maxnreg": "{} registers", "HEADS_PER_PROGRAM": "{} heads a program", "heads_in_l2": "{} heads in L2",
     }  # fmt: skip
     said = [f"{sizes['QUERIES']}x{sizes['KEYS']}", f"{sizes['num_warps']} warps", f"{sizes['num_stages']} stages"]
     return ", ".join(said + [form.format(sizes[name]) for name, form in more.items() if name in sizes])

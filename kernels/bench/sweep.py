@@ -114,7 +114,7 @@ def compile_all(cases: list[Case], shapes: dict[str, Heads], deadline: float = m
     """Compile every variant once, in as many processes as there are processors; cases learn what theirs asks for."""
     variants: dict[Any, list[Case]] = {}
     for case in cases:
-        constants = tuple((name, value) for name, value in case.sizes.items() if name != "abreast")
+        constants = tuple((name, value) for name, value in case.sizes.items() if name != "heads_in_l2")
         variants.setdefault((case.kernel, shapes[case.shape].head_dim, constants), []).append(case)
     workers = min(len(os.sched_getaffinity(0)), len(variants), 16)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))

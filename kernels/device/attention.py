@@ -3,9 +3,9 @@
 A head is multiplied in two parts, 80 = 64 + 16 and 160 = 128 + 32: a tile is a power of two wide, and of one of 128 or 256
 three eighths would be zeros. Each program walks the tiles of one block of queries in three stretches: tiles in which documents
 begin, whole tiles, tiles on the diagonal; whole tiles need no mask. For dk and dv it walks those of a block of keys in one.
-Tiles above the diagonal or of other documents are not walked. Programs with the longest walk come first: heads take turns,
-block by block, as many at a time as have what they all read in the L2 cache. The query heads of few key heads are walked by
-several programs, each of which leaves its sums of dk and dv in fp32; another kernel adds these in the order of the heads.
+Tiles above the diagonal or of other documents are not walked. Programs with the longest walk start first; those of several heads
+are interleaved, block by block, for as many heads as fit in the L2 cache. If there are few key heads, several programs sum dk and
+dv over the query heads of one, each writes its sums in fp32, and another kernel adds these in the order of the heads.
 
     forward   m = max(m, s),  l = l * 2^(m_old - m) + rowsum(2^(s - m)),  y likewise;  lse = log of the sum, kept for backward
     backward  p = 2^(s - lse);  one kernel for dq, one for dk and dv, which both make p and dp: seven products of a tile instead
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import like
-from kernels.device.attention_sizes import abreast, sizes_of, together
+from kernels.device.attention_sizes import heads_in_l2, heads_per_program, sizes_of
 from kernels.device.launch import blocks as cover
 from kernels.device.launch import launch
 from kernels.device.tiles import added, biased, each, load, product, store, unseen
@@ -184,17 +184,17 @@ def _backward_keys(
     query, q_row, q_token, q_head, key, k_row, k_token, k_head, value, v_row, v_token, v_head,
     out_gradient, do_row, do_token, do_head, key_gradient, dk_row, dk_token, dk_head, value_gradient, dv_row, dv_token, dv_head,
     lse, delta, slopes, slopes_row, starts, ends, seq, kv_heads, scale,
-    TOGETHER: tl.constexpr, GROUP: tl.constexpr, ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr,
+    HEADS_PER_PROGRAM: tl.constexpr, GROUP: tl.constexpr, ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, RAGGED: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Sums over `TOGETHER` query heads; a key head whose group is larger has several, as if of more heads, in the gradients.
+    """Sums over `HEADS_PER_PROGRAM` query heads. If a key head has more, the gradients have room for the sums of each program.
 
     `ends` [rows, 2, blocks of keys]: queries that see the block's first key and no later document; any of its keys.
     """
     along = tl.cdiv(seq, KEYS)
-    block, row, part = _program(kv_heads * (GROUP // TOGETHER))
-    kv_head = part // (GROUP // TOGETHER)
+    block, row, part = _program(kv_heads * (GROUP // HEADS_PER_PROGRAM))
+    kv_head = part // (GROUP // HEADS_PER_PROGRAM)
     first = block * KEYS
     starts += row * seq
     source = first + tl.arange(0, KEYS)
@@ -215,10 +215,10 @@ def _backward_keys(
     steps = tl.cdiv(walk_end - walk_begin, QUERIES)
     # One loop over all tiles of all its heads. With several in a row the ptxas of triton 3.6 makes every product wait
     # for the one before (its note C7515); one around it would fill registers with what it keeps for each start.
-    for step in tl.range(0, TOGETHER * steps):
+    for step in tl.range(0, HEADS_PER_PROGRAM * steps):
         place, head = walk_begin + step * QUERIES, part
         if GROUP > 1:  # of one head too: it would keep more outside of the loop than there are registers for
-            place, head = walk_begin + step % steps * QUERIES, part * TOGETHER + step // steps
+            place, head = walk_begin + step % steps * QUERIES, part * HEADS_PER_PROGRAM + step // steps
         q_base = query + row * q_row + head * q_head
         do_base = out_gradient + row * do_row + head * do_head
         per_query = (row * (kv_heads * GROUP) + head) * seq
@@ -276,7 +276,7 @@ def forward(
     out, lse = like(query), query.new_empty((rows, heads, seq), dtype=torch.float32)
     sizes = sizes or sizes_of("forward", query)
     launch(
-        _forward, _grid(rows * heads, cover(seq, sizes["QUERIES"]), abreast(key, heads // key.shape[2]), sizes),
+        _forward, _grid(rows * heads, cover(seq, sizes["QUERIES"]), heads_in_l2(key, heads // key.shape[2]), sizes),
         *_laid(query), *_laid(key), *_laid(value), *_laid(out),
         lse, *_slopes(slopes, lse), lse if starts is None else starts.contiguous(), seq, heads, scale,
         **_constants(query, key, slopes, starts), **_fitted(seq, sizes),
@@ -305,7 +305,7 @@ def backward_of_queries(
     gradient, delta = like(query), torch.empty_like(lse)
     sizes = sizes or sizes_of("queries", query)
     launch(
-        _backward_queries, _grid(rows * heads, cover(seq, sizes["QUERIES"]), abreast(key, heads // key.shape[2]), sizes),
+        _backward_queries, _grid(rows * heads, cover(seq, sizes["QUERIES"]), heads_in_l2(key, heads // key.shape[2]), sizes),
         *_laid(query), *_laid(key), *_laid(value), *_laid(out), *_laid(out_gradient), *_laid(gradient),
         lse, delta, *_slopes(slopes, lse), lse if starts is None else starts.contiguous(), seq, heads, scale,
         **_constants(query, key, slopes, starts), **_fitted(seq, sizes),
@@ -319,16 +319,16 @@ def backward_of_keys(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of key and value; `delta` is that of `backward_of_queries`.
 
-    Where a key head's query heads are walked by several programs, the parts take 8 * head_dim bytes for each token and part.
+    If several programs sum over the query heads of a key head, their sums take 8 * head_dim bytes for each token and program.
     """
     rows, seq, heads, _ = query.shape
     kv_heads = key.shape[2]
     query, key, value, out_gradient = (_neighbours(x) for x in (query, key, value, out_gradient))
     sizes = sizes or sizes_of("keys", query)
     blocks = cover(seq, sizes["KEYS"])
-    sizes = {"TOGETHER": together(blocks * rows * kv_heads, heads // kv_heads)} | sizes
+    sizes = {"HEADS_PER_PROGRAM": heads_per_program(blocks * rows * kv_heads, heads // kv_heads)} | sizes
     gradients = like(key), like(value)
-    walks = heads // sizes["TOGETHER"]
+    walks = heads // sizes["HEADS_PER_PROGRAM"]
     parts = gradients
     if walks > kv_heads:
         parts = _in_fp32(key, walks), _in_fp32(value, walks)
@@ -336,7 +336,7 @@ def backward_of_keys(
     ends = lse if starts is None else _ends(starts_at, sizes["KEYS"])
     constants = _constants(query, key, slopes, starts)
     launch(
-        _backward_keys, _grid(rows * walks, blocks, abreast(query), sizes),
+        _backward_keys, _grid(rows * walks, blocks, heads_in_l2(query), sizes),
         *_laid(query), *_laid(key), *_laid(value), *_laid(out_gradient), *_laid(parts[0]), *_laid(parts[1]),
         lse, delta, *_slopes(slopes, lse), starts_at, ends, seq, kv_heads, scale, **constants, **_fitted(seq, sizes),
     )  # fmt: skip
@@ -359,18 +359,18 @@ def _ends(starts: Tensor, keys: int) -> Tensor:
 
 
 def _grid(pairs: int, blocks: int, most: int, sizes: dict[str, int]) -> tuple[int, int, int]:
-    """Programs in the order they start in: of as many pairs of row and head as take turns, block by block; then of the next.
+    """Return the grid, in which programs start: block by block those of some pairs of row and head, then those of the next.
 
-    Turns go round as many pairs as divide all and are no more than `most`, or than `sizes` says.
+    At a time it takes the most pairs that divide all of them and are at most `most`, or at most what `sizes` says.
     """
-    most = min(sizes.get("abreast", most), pairs)
-    turns = next((count for count in range(most, 1, -1) if pairs % count == 0), 1)
-    return turns, blocks, pairs // turns
+    most = min(sizes.get("heads_in_l2", most), pairs)
+    interleaved = next((count for count in range(most, 1, -1) if pairs % count == 0), 1)
+    return interleaved, blocks, pairs // interleaved
 
 
 def _fitted(seq: int, sizes: dict[str, int]) -> dict[str, Any]:
     """What kernels are compiled for."""
-    constants = {name: value for name, value in sizes.items() if name != "abreast"}
+    constants = {name: value for name, value in sizes.items() if name != "heads_in_l2"}
     return {"RAGGED": seq % max(sizes["QUERIES"], sizes["KEYS"]) > 0, **constants}
 
 

@@ -1,4 +1,4 @@
-"""How attention is cut into programs: the tiles of each kernel, heads that take turns, query heads that a program walks."""
+"""How attention is cut into programs: the tiles of each kernel, the order of programs, the query heads of one program."""
 
 import torch
 from torch import Tensor
@@ -58,20 +58,21 @@ def sizes_of(kernel: str, query: Tensor) -> dict[str, int]:
     return next(sizes for widest, sizes in table.items() if head_dim <= widest)
 
 
-def abreast(read: Tensor, sharing: int = 1) -> int:
-    """How many heads take turns: as many as have both tensors like `read`, which programs walk, in half of the L2 cache.
+def heads_in_l2(read: Tensor, sharing: int = 1) -> int:
+    """Return of how many heads the programs are interleaved, block by block: as many as fit in half of the L2 cache.
 
-    If all heads took turns, the longest walks would come first of all, but go through more than the cache holds. `sharing`
-    heads read the same.
+    A head has two tensors like `read`, which its programs read; `sharing` heads read the same. With more heads the longest
+    programs of all would start earlier, but they would read more than the cache holds.
     """
     _, seq, _, head_dim = read.shape
     return max(1, sharing * (L2_BYTES // 2) // max(1, 2 * seq * head_dim * read.element_size()))
 
 
-def together(programs: int, group: int) -> int:
-    """Of the query heads of a key head how many a program walks: all if `programs`, one for each block, are enough.
+def heads_per_program(programs: int, group: int) -> int:
+    """Return over how many query heads of a key head one program sums: over all if that leaves enough programs.
 
-    Else the most that give enough: the fewer, the more partial sums are written.
+    Else over as many as leave enough, because fewer heads a program mean more partial sums to write. `programs` is their number
+    if each sums over all `group` heads.
     """
     divisors = [count for count in range(group, 0, -1) if group % count == 0]
     return next((count for count in divisors if programs * (group // count) >= ENOUGH_PROGRAMS), 1)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,21 +25,30 @@ KERNELS = {
 SMALL_GROUPS = [f"demo-stablelm {seq} tp{tp_size}" for seq in (128, 512) for tp_size in (1, 2)]
 
 
+class Table(NamedTuple):
+    code: int
+    said: str
+    rows: list[dict]
+    assembler: str
+    """All that ptxas said of all kernels."""
+    ptx: dict[str, list[str]]
+    """Kernels by name, as they were given to ptxas."""
+
+
 @pytest.fixture(scope="module")
-def table(tmp_path_factory) -> tuple[int, str, list[dict]]:
-    """Exit code, what was said and rows, from a process that does not interpret and has compiled nothing before."""
+def table(tmp_path_factory) -> Table:
+    """From a process that does not interpret and has compiled nothing before."""
     folder = tmp_path_factory.mktemp("resources")
     without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "kernels.bench", "--resources", "--json", folder / "rows.jsonl"]
-    ended = subprocess.run(
-        command, env=without | {"TRITON_CACHE_DIR": str(folder)}, capture_output=True, text=True, timeout=500
-    )
+    fresh = without | {"TRITON_CACHE_DIR": str(folder), "TRITON_DUMP_PTXAS_LOG": "1"}
+    ended = subprocess.run(command, env=fresh, capture_output=True, text=True, timeout=500)
     assert ended.returncode in (0, 1), ended.stderr
-    return (
-        ended.returncode,
-        ended.stderr,
-        [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()],
-    )
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    ptx: dict[str, list[str]] = {}
+    for file in folder.glob("*/*.ptx"):
+        ptx.setdefault(file.stem, []).append(file.read_text())
+    return Table(ended.returncode, ended.stderr, rows, ended.stdout, ptx)
 
 
 @pytest.mark.slow
@@ -52,12 +62,12 @@ def test_every_kernel_compiles_at_every_shape(table):
     # One program for each block and key head would be too few.
     for shape in ("stablelm-2-12b 4096 tp2", "stablelm-2-12b 4096 tp4", *SMALL_GROUPS):
         expected.add(("attention", shape, "_add_parts"))
-    assert {(row["op"], row["shape"], row["kernel"]) for row in table[2]} == expected
+    assert {(row["op"], row["shape"], row["kernel"]) for row in table.rows} == expected
 
 
 @pytest.mark.slow
 def test_no_kernel_spills_beyond_the_known_and_each_fits_a_multiprocessor(table):
-    code, said, rows = table
+    code, said, rows, *_ = table
     spilled = {}
     for row in rows:
         assert row["blocks_per_multiprocessor"] >= 1
@@ -70,9 +80,20 @@ def test_no_kernel_spills_beyond_the_known_and_each_fits_a_multiprocessor(table)
 
 @pytest.mark.slow
 def test_every_row_says_what_it_was_compiled_by(table):
-    for row in table[2]:
+    for row in table.rows:
         assert (row["card"], row["torch"], row["triton"]) == (COMPILED, torch.__version__, triton.__version__)
         assert row["commit"]
+
+
+@pytest.mark.slow
+def test_products_of_bf16_tiles_are_asynchronous_and_none_waits_for_the_one_before(table):
+    """Hopper's asynchronous products; ptxas says so where it makes them wait for one another (its notes C7510 to C7515)."""
+    assert table.assembler.count("Compiling entry function") == sum(map(len, table.ptx.values())), "it was heard"
+    assert "wgmma.mma_async instructions are serialized" not in table.assembler
+    assert "(C75" not in table.assembler
+    products = [text for kernels in table.ptx.values() for text in kernels if "mma" in text and ".bf16" in text]
+    assert len(products) >= len(table.ptx["_backward_keys"])
+    assert [text[:200] for text in products if "wgmma.mma_async" not in text or "mma.sync" in text] == []
 
 
 def spilling(shape: str, size: int) -> Resources:

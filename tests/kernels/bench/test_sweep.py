@@ -121,10 +121,10 @@ def test_what_its_own_sizes_are_comes_first_and_nothing_twice():
 
 def test_grouped_heads_are_measured_together_and_apart():
     for name, own in (("stablelm-2-12b 4096 tp1", 4), ("stablelm-2-12b 4096 tp2", 2)):
-        found = [sizes["TOGETHER"] for _, sizes in candidates("keys", ALL_SHAPES[name])]
+        found = [sizes["HEADS_PER_PROGRAM"] for _, sizes in candidates("keys", ALL_SHAPES[name])]
         assert found[0] == own
         assert set(found) == {1, 2, 4}
-    assert all("TOGETHER" not in sizes for _, sizes in candidates("keys", ALL_SHAPES["btlm-3b-8k 8192 tp1"]))
+    assert all("HEADS_PER_PROGRAM" not in sizes for _, sizes in candidates("keys", ALL_SHAPES["btlm-3b-8k 8192 tp1"]))
 
 
 @pytest.mark.parametrize(

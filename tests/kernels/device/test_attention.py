@@ -62,11 +62,11 @@ def of_torch(tensors, settings, dtype):
     return result.detach(), *torch.autograd.grad(result, inputs, out_gradient)
 
 
-def of_kernels(tensors, settings, tile, *, abreast=2, TOGETHER=1):
+def of_kernels(tensors, settings, tile, *, heads_in_l2=2, HEADS_PER_PROGRAM=1):
     *inputs, out_gradient = tensors
-    of_queries = sizes(tile) | {"abreast": abreast}
+    of_queries = sizes(tile) | {"heads_in_l2": heads_in_l2}
     out, lse = kernels.forward(*inputs, *settings, sizes=of_queries)
-    of_keys = of_queries | {"TOGETHER": TOGETHER}
+    of_keys = of_queries | {"HEADS_PER_PROGRAM": HEADS_PER_PROGRAM}
     return out, *kernels.backward(out_gradient, *inputs, out, lse, *settings, query_sizes=of_queries, key_sizes=of_keys)
 
 
@@ -98,10 +98,10 @@ def test_heads_of_the_shipped_models(shape, biased, masked, generator, device):
     close(of_kernels(tensors, settings, (16, 16)), of_torch(tensors, settings, torch.float64))
 
 
-@pytest.mark.parametrize("together", [1, 2, 4])
-def test_a_key_heads_gradients_are_sums_over_however_many_programs(together, generator, device):
+@pytest.mark.parametrize("num_heads", [1, 2, 4])
+def test_a_key_heads_gradients_are_sums_over_however_many_programs(num_heads, generator, device):
     tensors, settings = example((33, 8, 2, 20), generator, device, biased=True, masked=True)
-    found = of_kernels(tensors, settings, (16, 16), TOGETHER=together)
+    found = of_kernels(tensors, settings, (16, 16), HEADS_PER_PROGRAM=num_heads)
     close(found, of_torch(tensors, settings, torch.float64))
 
 
@@ -111,23 +111,23 @@ def test_parts_are_added_from_the_first_head_on(generator, device):
     apart = key.expand_as(query).contiguous(), value.expand_as(query).contiguous()
     alone = of_kernels([query, *apart, dy], settings, (16, 16))[2:]
     expected = [x[:, :, 0] + x[:, :, 1] + x[:, :, 2] for x in alone]
-    found = [x[:, :, 0] for x in of_kernels([query, key, value, dy], settings, (16, 16), TOGETHER=1)[2:]]
+    found = [x[:, :, 0] for x in of_kernels([query, key, value, dy], settings, (16, 16), HEADS_PER_PROGRAM=1)[2:]]
     if device.type == "cpu":
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     else:  # two compilations, which may fuse other products with their sums
         close(found, [x.double() for x in expected])
 
 
-@pytest.mark.parametrize("abreast", [1, 3, 99])
-def test_the_order_of_programs_changes_no_bit(abreast, generator, device):
+@pytest.mark.parametrize("heads_in_l2", [1, 3, 99])
+def test_the_order_of_programs_changes_no_bit(heads_in_l2, generator, device):
     tensors, settings = example((33, 6, 3, 16), generator, device, biased=True, masked=True)
-    found = of_kernels(tensors, settings, (16, 16), abreast=abreast)
+    found = of_kernels(tensors, settings, (16, 16), heads_in_l2=heads_in_l2)
     assert all(torch.equal(a, b) for a, b in zip(found, of_kernels(tensors, settings, (16, 16)), strict=True))
 
 
 def test_heads_that_take_turns_divide_all_of_them():
     assert kernels._grid(64, 5, 10, {}) == (8, 5, 8)
-    assert kernels._grid(64, 5, 10, {"abreast": 4}) == (4, 5, 16)
+    assert kernels._grid(64, 5, 10, {"heads_in_l2": 4}) == (4, 5, 16)
     assert kernels._grid(7, 5, 6, {}) == (1, 5, 7)
     assert kernels._grid(4, 5, 6, {}) == (4, 5, 1)
     assert kernels._grid(0, 5, 6, {}) == (1, 5, 0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.device.attention_sizes import abreast, together
+from kernels.device.attention_sizes import heads_in_l2, heads_per_program
 
 
 @pytest.mark.parametrize(
@@ -13,12 +13,12 @@ from kernels.device.attention_sizes import abreast, together
 )
 def test_query_heads_are_walked_together_unless_programs_would_be_few(kv_heads, heads_together):
     """Groups of four in a row of 4,096 tokens, 32 blocks of keys."""
-    assert together(32 * kv_heads, 4) == heads_together
+    assert heads_per_program(32 * kv_heads, 4) == heads_together
 
 
 @pytest.mark.parametrize(("programs", "heads_together"), [(256, 6), (255, 3), (128, 3), (127, 2), (60, 1), (0, 1)])
 def test_as_many_heads_as_leave_enough_programs(programs, heads_together):
-    assert together(programs, 6) == heads_together
+    assert heads_per_program(programs, 6) == heads_together
 
 
 @pytest.mark.parametrize(
@@ -34,5 +34,5 @@ def test_as_many_heads_as_leave_enough_programs(programs, heads_together):
 )
 def test_heads_take_turns_while_what_they_read_fits_half_the_cache(seq, kv_heads, head_dim, sharing, heads):
     read = torch.empty(1, seq, kv_heads, head_dim, dtype=torch.bfloat16, device="meta")
-    assert abreast(read, sharing) == heads
+    assert heads_in_l2(read, sharing) == heads
     assert heads == 1 or heads * 2 * seq * head_dim * 2 <= sharing * 25 * 2**20
