@@ -3,9 +3,9 @@
 A head is multiplied in two parts, 80 = 64 + 16 and 160 = 128 + 32: a tile is a power of two wide, and of one of 128 or 256
 three eighths would be zeros. Each program walks the tiles of one block of queries in three stretches: tiles in which documents
 begin, whole tiles, tiles on the diagonal; whole tiles need no mask. For dk and dv it walks those of a block of keys in one.
-Tiles above the diagonal or of other documents are not walked. Programs with the longest walk start first; those of several heads
-are interleaved, block by block, for as many heads as fit in the L2 cache. If there are few key heads, several programs sum dk and
-dv over the query heads of one, each writes its sums in fp32, and another kernel adds these in the order of the heads.
+Tiles above the diagonal or of other documents are not walked. Programs with the longest walk start first; those of several
+heads are interleaved, block by block, for as many heads as fit in the L2 cache. If there are few key heads, several programs
+sum dk and dv over the query heads of one, each writes its sums in fp32, and another kernel adds these in the heads' order.
 
     forward   m = max(m, s),  l = l * 2^(m_old - m) + rowsum(2^(s - m)),  y likewise;  lse = log of the sum, kept for backward
     backward  p = 2^(s - lse);  one kernel for dq, one for dk and dv, which both make p and dp: seven products of a tile instead
