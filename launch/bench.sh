@@ -77,9 +77,9 @@ if [[ $rehearse ]]; then
     short=("${counted[@]}")
     kernel_options=(--device cpu --tokens 8 --production)
     error_options=(--device cpu --tokens 8 --shape demo-stablelm) # fp64 at full width takes gigabytes and minutes
-    own_seconds=15 rival_seconds=15 sweep_seconds=10
+    own_seconds=8 rival_seconds=8 sweep_seconds=6
     sweep_options=(--device cpu --tokens 64)
-    workers=2
+    workers=0
 fi
 
 # Seconds of each stage at most: 420 in the first visit, 300 in the second, 250 in the third. All stages of a call together have
