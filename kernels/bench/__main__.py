@@ -33,7 +33,7 @@ WIDTHS = {"op": 20, "shape": 26, "rival": 28, "direction": 16}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0; 1 where a kernel spills more than is known, or an error is above its mark or unknown; 2 where what is asked for cannot
+    """0; 1 if a kernel spills more than is known, or an error is above its mark or unknown; 2 if what is asked for cannot
     be, with one line that says why.
     """
     begun = time.monotonic()
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("kernels.bench", description="Our operations beside their rivals.")
-    parser.add_argument("op", nargs="*", metavar="op", help=f"all where none is named: {', '.join(OPERATIONS)}")
+    parser.add_argument("op", nargs="*", metavar="op", help=f"all if none is named: {', '.join(OPERATIONS)}")
     parser.add_argument(
         "--shape",
         default="",
@@ -90,7 +90,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _refusal(options: argparse.Namespace) -> str:
-    """Why nothing can be done; empty where it can."""
+    """Why nothing can be done; empty if it can."""
     unknown = [name for name in options.op if name not in OPERATIONS]
     if unknown:
         return f"op {unknown[0]!r} is unknown; known: {', '.join(OPERATIONS)}"
@@ -177,7 +177,7 @@ def _shapes(op: Operation, options: argparse.Namespace) -> list[Any]:
 
 
 def _rivals(op: Operation, shape: Any, options: argparse.Namespace) -> list[str]:
-    """Whoever compiles for seconds is left out at the shapes that others publish, but where it is asked for by name."""
+    """A rival that takes seconds to compile is left out at the shapes that others publish, unless it is asked for by name."""
     everyone = bool(options.rival or options.shape) or _model(shape) in [model.name for model in MODELS]
     return [rival.name for rival in op.rivals if options.rival in rival.name and (everyone or not rival.compiles)]
 

@@ -32,7 +32,7 @@ class Error:
 
     @property
     def ratio(self) -> float:
-        """Of ours to plain; 1 where both are exact."""
+        """Of ours to plain; 1 if both are exact."""
         if self.plain > 0:
             return self.ours / self.plain
         return 1.0 if self.ours == 0 else float("inf")

@@ -23,7 +23,7 @@ class Work:
     bytes: int
     """Every input of the direction read once, every result written once; nothing in between."""
     flops: int = 0
-    """Of its matrix products; 0 where it has none."""
+    """Of its matrix products; 0 if it has none."""
     executed_flops: int = 0
     """With what is computed a second time by whoever keeps no matrix of scores or logits."""
 
@@ -54,9 +54,9 @@ class Rival:
     gpu: bool = True
     """Its kernels run on a GPU, or in Triton's interpreter where they are Triton's."""
     compiles: bool = False
-    """Takes seconds for each shape: asked for by name alone where the shape is none of our models'."""
+    """Takes seconds for each shape: asked for by name alone if the shape is none of our models'."""
     other: str = ""
-    """What it computes instead, where that is not the operation at the shape: its results need not agree."""
+    """What it computes instead, if that is not the operation at the shape: its results need not agree."""
     example: Callable[[Any, torch.device, torch.dtype, torch.Generator], Example] | None = None
     """Its own inputs then."""
     instead: Callable[[Any], Any] = lambda shape: shape
@@ -72,9 +72,9 @@ class Precision:
     ours: Callable[[Any], Function]
     plain: Callable[[Any], Function]
     """What one would write with torch's own operations: products in the inputs' dtype, sums and exponentials at least in fp32
-    where torch leaves the choice."""
+    if torch leaves the choice."""
     example: Callable[[Any, torch.device, torch.dtype, torch.Generator], Example] | None = None
-    """Its own inputs, where a mean of the operation's would leave one number to judge by."""
+    """Its own inputs, if a mean of the operation's would leave one number to judge by."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Operation:
     backward: Callable[[Any, int], Work]
     rivals: list[Rival]
     launches: Callable[[Any], None] | None = field(default=None)
-    """Launches all kernels of ours on meta tensors; None where we have none."""
+    """Launches all kernels of ours on meta tensors; None if we have none."""
     precision: Precision | None = field(default=None)
-    """None where we have nothing of our own."""
+    """None if we have nothing of our own."""
 
     def work(self, shape: Any, direction: Direction, element_bytes: int) -> Work:
         """Both directions together are their sum: autograd asks for the result before it brings its gradient."""
@@ -115,7 +115,7 @@ def values(
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """In fp32, or in fp64 where it is that already."""
+    """In fp32, or in fp64 if it is that already."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

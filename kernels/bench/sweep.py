@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 
 from kernels.bench.candidates import KERNELS, candidates
-from kernels.bench.compare import agree, card, example_of, surroundings
+from kernels.bench.compare import agree, card, example_of, said, surroundings
 from kernels.bench.documents import starts
 from kernels.bench.measure import Pass, interleaved, num_sets, timed
 from kernels.bench.ops.attention import ATTENTION
@@ -86,7 +86,7 @@ class Values:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0; 2 where what is asked for cannot be, with one line that says why."""
+    """0; 2 if what is asked for cannot be, with one line that says why."""
     begun = time.monotonic()
     options = _options(arguments)
     if refusal := _refusal(options):
@@ -134,7 +134,7 @@ def compile_all(cases: list[Case], shapes: dict[str, Heads], deadline: float = m
 def compile_one(kernel: str, shape: Heads, sizes: dict[str, int]) -> dict[str, int]:
     """What the kernel asks of a multiprocessor. Triton keeps the binary for whoever launches it.
 
-    Raises: RuntimeError where Triton interprets; of the compiler, whatever it raises.
+    Raises: RuntimeError if Triton interprets; of the compiler, whatever it raises.
     """
     one, *_ = launched(lambda: call(kernel, _values(shape, torch.device("meta")), sizes))
     return {
@@ -170,7 +170,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _refusal(options: argparse.Namespace) -> str:
-    """Why nothing can be done; empty where it can."""
+    """Why nothing can be done; empty if it can."""
     if options.tokens is not None and options.tokens < 1:
         return f"--tokens {options.tokens}: at least 1"
     if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
@@ -213,7 +213,7 @@ def _outcome(future: "Future[dict[str, int]]", deadline: float) -> tuple[dict[st
         return {}, ""
     # Of any kind: a compiler raises what it likes, and a variant that fails is one line.
     except Exception as reason:
-        return {}, f"not compiled: {_said(reason)}"
+        return {}, f"not compiled: {said(reason)}"
 
 
 def _values(shape: Heads, device: torch.device) -> Values:
@@ -259,7 +259,7 @@ def _measure_shape(
         sets = _sets(_values(shape, device)) if time.monotonic() < deadline else []
         reason = "not measured: time was over"
     except Exception as failure:
-        sets, reason = [], f"not measured: the kernels' own sizes fail here: {_said(failure)}"
+        sets, reason = [], f"not measured: the kernels' own sizes fail here: {said(failure)}"
     for kernel in dict.fromkeys(case.kernel for case in cases):
         alike = [case for case in cases if case.kernel == kernel]
         if sets:
@@ -285,7 +285,7 @@ def _measure_kernel(
             agree(expected, found)
         # Of any kind: a variant that fails is one line.
         except Exception as reason:
-            case.note = f"not measured: {_said(reason)}"
+            case.note = f"not measured: {said(reason)}"
             continue
         if case.own:
             expected = "its own sizes", found
@@ -315,7 +315,7 @@ def _turn(case: Case, sets: list[Values], device: torch.device) -> Callable[[], 
         try:
             return {"": timed(lambda values: call(case.kernel, values, case.sizes), sets, device)}
         except Exception as reason:
-            case.note = f"not measured: {_said(reason)}"
+            case.note = f"not measured: {said(reason)}"
             return {}
 
     return turn
@@ -361,12 +361,6 @@ def _tell_best(cases: list[Case], shapes: dict[str, Heads]) -> None:
                 print(
                     f"{direction:8} {name:24} counted TFLOP/s: {rates[0]:.1f} at best, {rates[1]:.1f} with its own sizes"
                 )
-
-
-def _said(reason: Exception) -> str:
-    """In one line."""
-    first = next((line.strip() for line in str(reason).splitlines() if line.strip()), "")
-    return f"{type(reason).__name__}: {first}"[:200]
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from kernels.bench.operation import (
     leaf,
     values,
 )
-from kernels.bench.shapes import FLASH_HEADS, SMALL_MODELS, Heads, heads
+from kernels.bench.shapes import FLASH_HEADS, FP32_HEADS, SMALL_MODELS, Heads, heads
 
 
 def _example(shape: Heads, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Example:
