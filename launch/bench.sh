@@ -63,6 +63,7 @@ slice=(--depth 6)
 : "${VISIT_SECONDS:=420}"
 counted=(--warmup-steps 2 --steps 6)
 short=(--warmup-steps 2 --steps 3)
+order=(true false true false)
 kernel_options=(--production)
 error_options=(--production)
 own_seconds=55 sweep_seconds=70
@@ -75,6 +76,7 @@ if [[ $rehearse ]]; then
     slice=(--depth 1)
     counted=(--warmup-steps 1 --steps 1)
     short=("${counted[@]}")
+    order=(true false)
     kernel_options=(--device cpu --tokens 8 --production)
     error_options=(--device cpu --tokens 8 --shape demo-stablelm) # fp64 at full width takes gigabytes and minutes
     own_seconds=8 rival_seconds=8 sweep_seconds=6
@@ -109,7 +111,7 @@ sweep() { python3 -m kernels.bench.sweep --seconds "$sweep_seconds" "${sweep_opt
 profile() { steps "$btlm_config" --phase all "${short[@]}" --profile "$out/btlm.trace.json.gz"; }
 states() { # with both states in one log, as cards and days differ
     local state
-    for state in true false true false; do
+    for state in "${order[@]}"; do
         steps "$stablelm_config" debug.immediate_gradients=$state "${slice[@]}" "${short[@]}"
     done
 }
@@ -122,7 +124,7 @@ steps() { python3 -m trainer bench "$1" parallel.tp_size=1 "${@:2}" >>"$out/step
 
 run_limited() { # NAME SECONDS: in a shell of its own, so that its whole process group can be ended
     export -f "${1?}" steps
-    timeout --signal=INT --kill-after=10 "$2" bash -euo pipefail -c "$(declare -p out btlm_config stablelm_config slice counted short \
+    timeout --signal=INT --kill-after=10 "$2" bash -euo pipefail -c "$(declare -p out btlm_config stablelm_config slice counted short order \
         kernel_options error_options own_seconds rival_seconds sweep_seconds sweep_options workers); $1"
 }
 
