@@ -112,7 +112,7 @@ profile() { steps "$btlm_config" --phase all "${short[@]}" --profile "$out/btlm.
 states() { # with both states in one log, as cards and days differ
     local state
     for state in "${order[@]}"; do
-        steps "$stablelm_config" debug.immediate_gradients=$state "${slice[@]}" "${short[@]}"
+        steps "$stablelm_config" debug.immediate_gradients="$state" "${slice[@]}" "${short[@]}"
     done
 }
 memory() { # what recomputation and larger micro-batches cost and bring
@@ -124,8 +124,10 @@ steps() { python3 -m trainer bench "$1" parallel.tp_size=1 "${@:2}" >>"$out/step
 
 run_limited() { # NAME SECONDS: in a shell of its own, so that its whole process group can be ended
     export -f "${1?}" steps
-    timeout --signal=INT --kill-after=10 "$2" bash -euo pipefail -c "$(declare -p out btlm_config stablelm_config slice counted short order \
-        kernel_options error_options own_seconds rival_seconds sweep_seconds sweep_options workers); $1"
+    local settings
+    settings=$(declare -p out btlm_config stablelm_config slice counted short order workers kernel_options error_options \
+        sweep_options own_seconds rival_seconds sweep_seconds)
+    timeout --signal=INT --kill-after=10 "$2" bash -euo pipefail -c "$settings; $1"
 }
 
 failed=()
@@ -136,7 +138,10 @@ for stage in "${stages[@]}"; do
     limit=$((limits[$stage] < left ? limits[$stage] : left))
     printf '\n== %s\n' "$stage"
     verdict=124
-    [[ $limit -le 0 ]] || { verdict=0 && run_limited "$stage" "$limit" 2>&1 | tee -a "$out/log.txt" || verdict=${PIPESTATUS[0]}; }
+    if [[ $limit -gt 0 ]]; then
+        verdict=0
+        run_limited "$stage" "$limit" 2>&1 | tee -a "$out/log.txt" || verdict=${PIPESTATUS[0]}
+    fi
     [[ $verdict -eq 0 ]] || failed+=("$stage")
     cut=$([[ $verdict -ne 124 && $verdict -ne 137 ]] || echo ", cut at its limit of $((limit > 0 ? limit : 0)) s")
     printf '== %s: exit %d, %d s%s\n' "$stage" "$verdict" "$((SECONDS - begun))" "$cut" | tee -a "$out/log.txt"
