@@ -127,8 +127,17 @@ run_limited() { # NAME SECONDS: in a shell of its own, so that its whole process
     local settings
     settings=$(declare -p out btlm_config stablelm_config slice counted short order workers kernel_options error_options \
         sweep_options own_seconds rival_seconds sweep_seconds)
-    timeout --signal=INT --kill-after=10 "$2" bash -euo pipefail -c "$settings; $1"
+    echo "$BASHPID" >"$out/.stage"
+    exec timeout --signal=INT --kill-after=10 "$2" bash -euo pipefail -c "$settings; $1"
 }
+
+# timeout has a process group of its own, which Ctrl-C does not reach; it passes on what it gets itself.
+interrupted=
+stop() {
+    interrupted=yes
+    kill -INT "$(<"$out/.stage")" 2>/dev/null || true
+}
+trap stop INT TERM
 
 failed=()
 SECONDS=0
@@ -140,14 +149,19 @@ for stage in "${stages[@]}"; do
     verdict=124
     if [[ $limit -gt 0 ]]; then
         verdict=0
-        run_limited "$stage" "$limit" 2>&1 | tee -a "$out/log.txt" || verdict=${PIPESTATUS[0]}
+        (run_limited "$stage" "$limit" 2>&1 | tee -a "$out/log.txt") & # a trap runs during `wait` alone
+        wait "$!" || verdict=$?
+        [[ -z $interrupted ]] || wait "$!" || verdict=$?
     fi
     [[ $verdict -eq 0 ]] || failed+=("$stage")
     cut=$([[ $verdict -ne 124 && $verdict -ne 137 ]] || echo ", cut at its limit of $((limit > 0 ? limit : 0)) s")
     printf '== %s: exit %d, %d s%s\n' "$stage" "$verdict" "$((SECONDS - begun))" "$cut" | tee -a "$out/log.txt"
+    [[ -z $interrupted ]] || break
 done
+rm -f "$out/.stage"
 gzip --stdout "$out/log.txt" >>"$out/log.txt.gz" # behind that of an earlier visit
 rm "$out/log.txt"
 printf '\n'
-python3 -m trainer.bench.figures "$out"
+python3 -m trainer.bench.figures "$out" || failed+=(table)
+[[ -z $interrupted ]] || { echo "bench: interrupted in $stage" >&2 && exit 130; }
 [[ ${#failed[@]} -eq 0 ]] || { echo "bench: failed or cut: ${failed[*]}" >&2 && exit 1; }

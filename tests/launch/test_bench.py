@@ -1,8 +1,11 @@
 """launch/bench.sh as a bare GPU machine meets it, rehearsed without a GPU: no git, few packages, stages that are cut."""
 
 import gzip
+import itertools
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +134,22 @@ def test_a_stage_at_its_limit_is_cut_and_the_others_go_on(bare, tmp_path):
     assert "450: missed" in done.stdout
     assert "failed or cut: kernels btlm" in done.stderr.splitlines()[-1]
     assert gzip.decompress((tmp_path / "log.txt.gz").read_bytes()).startswith(b"an earlier visit")
+
+
+def test_ctrl_c_ends_the_visit_and_keeps_its_log(bare, tmp_path):
+    command = [ROOT / "launch/bench.sh", tmp_path, "rehearse", "btlm", "states"]
+    with subprocess.Popen(command, env=bare, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        assert running.stdout is not None
+        shown = list(itertools.takewhile(lambda line: "warm-up step" not in line, running.stdout))
+        running.send_signal(signal.SIGINT)  # to the script alone: stages have a process group of their own
+        rest = running.stdout.read()  # ends when no process of the stage holds it any longer
+    assert running.returncode == 130
+    assert rest.splitlines()[-1] == "bench: interrupted in btlm"
+    assert "== states" not in rest
+    log = gzip.decompress((tmp_path / "log.txt.gz").read_bytes()).decode()
+    assert shown[-1] in log
+    assert re.search(r"^== btlm: exit [1-9]", log, re.MULTILINE), "1 or 130: whichever process of the stage ends first"
+    assert not (tmp_path / ".stage").exists()
 
 
 def test_a_package_that_is_missing_is_named_and_nothing_is_installed(bare, tmp_path):
