@@ -33,8 +33,15 @@ rm -rf runs/demo-stablelm runs/demo-btlm exports/demo-stablelm exports/demo-btlm
 say "training demo-stablelm: tensor parallel 2 x ZeRO-1; it will be killed after step 110"
 launch/local.sh 2 configs/demo-stablelm.yaml &
 training=$!
-# torchrun gives every rank a session of its own, so they are found by their command line.
-kill_training() { pkill -KILL -f 'trainer train.* configs/demo-stablelm\.yaml' || true; }
+# torchrun gives every rank a session of its own, so they are found by their command line, and by this folder, since another
+# copy may run the same. Read from /proc: a bare system has no pkill.
+kill_training() {
+    local process
+    for process in /proc/[0-9]*; do
+        { tr '\0' ' ' <"$process/cmdline" | grep -q 'trainer train.* configs/demo-stablelm\.yaml'; } 2>/dev/null || continue
+        [[ $(readlink "$process/cwd") != "$PWD" ]] || kill -KILL "${process#/proc/}" 2>/dev/null || true
+    done
+}
 trap kill_training EXIT
 while [[ $(steps_done runs/demo-stablelm) -lt 110 ]]; do
     kill -0 $training 2>/dev/null || fail "training ended before it could be killed"

@@ -1,55 +1,281 @@
 #!/usr/bin/env bash
-# Afterwards .venv holds Tandem (editable) and what it needs, at the versions of constraints.txt. Says nothing when
-# that is so already.
+# Makes .venv: Tandem (editable) and what it needs, at the versions of constraints.txt. Does nothing if that is done already.
+#
+#   PYTHON=python3.12     the Python to make .venv with; later calls keep it. Else python3, or the newest that fits.
+#   TORCH_BUILD=cpu|cuda  the build of torch. Else the CPU build if this machine has no GPU and the index offers one.
+#
+# pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, PIP_NO_INDEX, ...) say where packages come from.
+# pip writes to .venv/install.log. After a failure the next call continues.
 #
 # Torch comes first, alone: DeepSpeed has no wheel, and its build must see the torch that will be used instead of
 # fetching another one. A machine with GPUs whose Python already has a CUDA torch keeps it: that build matches its
 # driver and network, and ours would not. Then the ranges of pyproject.toml hold and constraints.txt, made for the
-# pinned torch, is left out. pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, PIP_NO_INDEX, ...) apply; PYTHON
-# names the interpreter to start from.
+# pinned torch, is left out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# 10^9 bytes, x86_64; launch/pins.py checks what is fetched.
+cuda_fetched=3.0 cuda_unpacked=5.5
+rest_fetched=0.4 rest_unpacked=1.8
+
+log=.venv/install.log
 stamp=.venv/.installed
+started=.venv/.tandem # the marker of a .venv that this script made; holds what it is to become
 wanted=$({ pwd; cat pyproject.toml constraints.txt launch/install.sh; } | sha256sum)
-if [[ -x .venv/bin/tandem && -f $stamp && $(<"$stamp") == "$wanted" ]]; then exit 0; fi
 
 say() { printf 'install: %s (%d s)\n' "$1" "$SECONDS"; }
+refuse() { printf 'install: %s\n' "$1" >&2; exit 2; }
+fail() { printf 'install: %s; log: %s; run launch/install.sh again to continue\n' "$1" "$log" >&2; exit 1; }
+content() { cat -- "$1" 2>/dev/null || true; }
+# The minor versions of a range in pyproject.toml: the first that fits and the first that does not.
+minors_of() { sed -nE "s/^ *$1>=[0-9]+\.([0-9]+),<[0-9]+\.([0-9]+)\".*/\1 \2/p" pyproject.toml; }
+pythons=$(minors_of 'requires-python = "')
+torches=$(minors_of '"torch')
+
+# --- Python
+
+# Prints why a Python cannot be used, or nothing. Runs on any Python from 2.7 on.
+why_not() {
+    "$1" - "$pythons" 2>/dev/null <<'PYTHON' || echo "does not start"
+import platform, sys
+low, high = sys.argv[1].split()
+wrong = None
+if not (3, int(low)) <= sys.version_info[:2] < (3, int(high)):
+    wrong = "is Python %d.%d" % sys.version_info[:2]
+elif sys.maxsize < 2**32:
+    wrong = "is a 32-bit program"
+elif platform.libc_ver()[0] != "glibc":
+    wrong = "does not use glibc, for which torch is built"
+elif [int(part) for part in platform.libc_ver()[1].split(".")[:2]] < [2, 28]:
+    wrong = "runs on glibc %s; torch needs 2.28" % platform.libc_ver()[1]
+else:
+    try:
+        import ensurepip, venv
+    except ImportError:
+        wrong = "cannot make environments (on Debian and Ubuntu: apt install python3-venv)"
+if wrong:
+    print(wrong)
+PYTHON
+}
+
+# The program behind links and environments: two names of one Python are the same.
+identity() { "$1" -c 'import os, sys; print(os.path.realpath(sys._base_executable), "%d.%d.%d" % sys.version_info[:3])' 2>/dev/null || true; }
+
+choose_python() {
+    local known lowest end reason rejected=()
+    read -r lowest end <<<"$pythons"
+    local versions="Tandem needs Python 3.$lowest to 3.$((end - 1))"
+    known=$(sed -n 's/^executable = //p' .venv/pyvenv.cfg 2>/dev/null || true)
+    if [[ -n ${PYTHON:-} ]]; then
+        reason=$(why_not "$PYTHON")
+        [[ -z $reason ]] || refuse "PYTHON=$PYTHON $reason; $versions; name another, or unset PYTHON"
+        python=$PYTHON
+        [[ -z $known || $(identity "$known") == "$(identity "$python")" ]] ||
+            say ".venv was made with $known; making it again with $PYTHON"
+        return
+    fi
+    if [[ -n $known ]]; then
+        reason=$(why_not "$known")
+        if [[ -z $reason ]]; then python=$known && return; fi
+        say "$known, with which .venv was made, $reason; looking for another"
+    fi
+    local candidate minor
+    for candidate in python3 $(for ((minor = end - 1; minor >= lowest; minor--)); do echo "python3.$minor"; done); do
+        command -v "$candidate" >/dev/null || continue
+        reason=$(why_not "$candidate")
+        if [[ -z $reason ]]; then python=$candidate && return; fi
+        rejected+=("$candidate $reason")
+    done
+    printf -v reason '%s; ' "${rejected[@]:-no python3 on the path}"
+    refuse "$reason$versions; install one, or name it: PYTHON=/path/to/python3 launch/install.sh"
+}
+
+# --- steps of pip
+
+# Runs pip and shows how far it is; a failure ends the script with one line. With --maybe an unknown version only returns 3.
+pip_install() {
+    local title=$1 maybe='' first status=0
+    shift
+    [[ $1 != --maybe ]] || { maybe=yes && shift; }
+    first=$(wc -l <"$log")
+    mkdir -p .venv/tmp
+    TMPDIR=$PWD/.venv/tmp .venv/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off \
+        --constraint "$constraints" "$@" >>"$log" 2>&1 </dev/null &
+    child=$!
+    show_progress "$title"
+    wait "$child" || status=$?
+    child=
+    rm -rf .venv/tmp
+    [[ $status -ne 0 ]] || return 0
+    local said
+    said=$(tail -n +"$((first + 1))" "$log")
+    [[ -z $maybe ]] || ! grep -q 'No matching distribution found for torch==' <<<"$said" || unreachable "$said" || return 3
+    fail "$title: $(explain "$status" "$said")"
+}
+
+# Every two seconds on a terminal, on one line; else a line every 20 seconds. pip downloads to TMPDIR, then unpacks.
+show_progress() {
+    local pause=20 next
+    [[ ! -t 1 ]] || pause=2
+    next=$((SECONDS + pause))
+    while kill -0 "$child" 2>/dev/null; do
+        sleep 0.2
+        [[ $SECONDS -ge $next ]] || continue
+        next=$((SECONDS + pause))
+        [[ ! -t 1 ]] || printf '\r\033[K'
+        printf 'install: %s: %d MB fetched, %d MB unpacked (%d s)' "$1" "$(megabytes .venv/tmp)" "$(megabytes .venv/lib)" "$SECONDS"
+        [[ -t 1 ]] || printf '\n'
+    done
+    [[ ! -t 1 ]] || printf '\r\033[K'
+}
+megabytes() { { du -sm -- "$1" 2>/dev/null || true; } | awk '{ n = $1 } END { print n + 0 }'; }
+
+unreachable() {
+    grep -qE 'NewConnectionError|ConnectTimeout|ConnectionError|ReadTimeout|ProxyError|IncompleteRead|Connection broken|RemoteDisconnected|name resolution|Network is unreachable' <<<"$1"
+}
+
+# The cause of pip's failure and the remedy, in one line: pip's exit status, what it wrote.
+explain() {
+    local missing
+    missing=$(sed -nE 's/^ERROR: (No matching distribution found for|Could not find a version that satisfies the requirement) ([^ ]+).*/\2/p' <<<"$2" | tail -n 1)
+    if [[ $1 -ge 128 ]]; then
+        echo "pip was killed (signal $(($1 - 128))); if memory was short, free some"
+    elif grep -qE 'No space left on device|Errno 28|Disk quota exceeded|Errno 122' <<<"$2"; then
+        echo "no space left on the disk of $PWD, or of pip's cache ($(.venv/bin/python -m pip cache dir 2>/dev/null)); free some"
+    elif grep -qE 'CERTIFICATE_VERIFY_FAILED|SSLError' <<<"$2"; then
+        echo "the index's certificate is not trusted here; name your authority's file in PIP_CERT"
+    elif grep -qE '(401|403|407) (Client Error|Unauthorized|Forbidden|Proxy Auth)|Tunnel connection failed: (401|403|407)' <<<"$2"; then
+        echo "the index or the proxy refuses access; give a name and a password in PIP_INDEX_URL or HTTPS_PROXY"
+    elif unreachable "$2"; then
+        echo "the package index does not answer; check the network, HTTPS_PROXY and PIP_INDEX_URL"
+    elif [[ -n $missing && -n ${PIP_NO_INDEX:-} ]]; then
+        echo "PIP_FIND_LINKS=${PIP_FIND_LINKS:-} has no file for $missing; add it (launch/README.md says how to fill such a folder)"
+    elif [[ -n $missing ]]; then
+        echo "the index has no file of $missing for this Python and machine; use one that has all of constraints.txt, or another PYTHON"
+    elif grep -qE 'ResolutionImpossible|conflicting dependencies' <<<"$2"; then
+        echo "versions contradict each other: $(grep -m 1 -A 3 'The conflict is caused by' <<<"$2" | tail -n +2 | tr -s ' \n' ' '); report it"
+    elif grep -qE "command '[^']*(gcc|cc|g\+\+|clang)' failed|Python\.h" <<<"$2"; then
+        echo "a package must be compiled: install a C compiler and Python's headers (on Debian and Ubuntu: apt install gcc python3-dev)"
+    elif grep -qE 'Permission denied|Errno 13' <<<"$2"; then
+        echo "$(grep -m 1 -oE "Permission denied: '[^']*'" <<<"$2" || echo 'Permission denied'); make it writable for $(id -un)"
+    else
+        sed -nE 's/^ *(ERROR|error): //p' <<<"$2" | tail -n 1
+    fi
+}
+
+# --- the machine
+
+has_gpu() { compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/dxg ]]; }
 has_cuda_torch() { "$1" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; }
-is_new_enough() { "$1" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null; }
-quiet=()
-[[ -t 1 ]] || quiet=(--quiet)
-install() { .venv/bin/python -m pip install --disable-pip-version-check "${quiet[@]}" --constraint "$constraints" "$@"; }
+
+# Whether this Python has a torch that runs on the GPU and that Tandem can use.
+brings_torch() {
+    has_gpu && has_cuda_torch "$1" || return 1
+    "$1" - "$torches" <<'PYTHON' || { say "the torch of $1 is outside pyproject.toml's range; installing another" && return 1; }
+import sys, torch
+low, end = map(int, sys.argv[1].split())
+major, minor = map(int, torch.__version__.split(".")[:2])
+raise SystemExit(not (major == 2 and low <= minor < end))
+PYTHON
+}
+
+# Refuses if the disk cannot take this many 10^9 bytes; pip holds what it fetched until it has unpacked it.
+needs_space() {
+    local free
+    free=$(df -Pk . | awk 'NR == 2 { print $4 }')
+    awk -v free="$free" -v fetched="$1" -v unpacked="$2" 'BEGIN { exit free * 1024 < (fetched + unpacked) * 1e9 }' ||
+        refuse "$PWD has $((free / 1000000)) GB free; installing takes $1 GB for what is fetched and $2 GB to stay; free some, or make .venv a link to another disk"
+}
+
+torch_pin() { sed -n 's/^torch==//p' "$constraints"; }
+
+install_torch() {
+    if [[ ${TORCH_BUILD:-} == cpu ]] || { [[ -z ${TORCH_BUILD:-} ]] && ! has_gpu; }; then
+        needs_space "$rest_fetched" "$rest_unpacked"
+        say "looking for a CPU build of torch"
+        local status=0
+        pip_install "torch for CPUs" --maybe "torch==$(torch_pin)+cpu" || status=$?
+        if [[ $status -eq 0 ]]; then
+            say "installed the CPU build of torch $(torch_pin)"
+            return
+        fi
+        [[ ${TORCH_BUILD:-} != cpu ]] ||
+            fail "TORCH_BUILD=cpu: the index has no torch==$(torch_pin)+cpu; name PyTorch's CPU index in PIP_EXTRA_INDEX_URL, or unset TORCH_BUILD"
+        say "none offered: taking the CUDA build, which also runs on CPUs (PyTorch's CPU index in PIP_EXTRA_INDEX_URL would save 5 GB)"
+    fi
+    needs_space "$cuda_fetched" "$cuda_unpacked"
+    say "fetching torch with CUDA's libraries, then the rest: about $cuda_fetched GB, $cuda_unpacked GB on disk"
+    pip_install "torch" torch
+}
+
+# What Triton and torch need on a GPU, found now instead of at the first step.
+warn_about_gpu() {
+    has_gpu || return 0
+    has_cuda_torch .venv/bin/python ||
+        say "WARNING: $(.venv/bin/python -c 'import torch; print("torch", torch.__version__, "for CUDA", torch.version.cuda)') does not see the GPU of this machine; update its driver, or name an index with a build for the driver in PIP_INDEX_URL and remove .venv"
+    local lacks=()
+    command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null || lacks+=("a C compiler")
+    .venv/bin/python -c 'import os, sysconfig; raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+        lacks+=("Python's headers")
+    [[ ${#lacks[@]} -eq 0 ]] || say "WARNING: kernels will not start on this GPU without ${lacks[*]} (on Debian and Ubuntu: apt install gcc python3-dev)"
+}
+
+# --- the run
+
+is_done() { [[ -x .venv/bin/tandem && $(content "$stamp") == "$wanted" ]]; }
+keeps_python() { [[ -z ${PYTHON:-} || $(identity "$PYTHON") == "$(identity .venv/bin/python)" ]]; }
+if is_done && keeps_python; then exit 0; fi
+
+[[ -z ${TORCH_BUILD:-} || $TORCH_BUILD =~ ^(cpu|cuda)$ ]] || refuse "TORCH_BUILD=$TORCH_BUILD: must be cpu or cuda, or unset"
+# What would lead Python or pip to other packages, or away from .venv.
+unset PYTHONPATH PYTHONHOME PYTHONSTARTUP
+export PIP_USER=0
+
+[[ $(uname -s) == Linux ]] || refuse "this is $(uname -s); Tandem runs on Linux"
+[[ -w . ]] || refuse "$(id -un) may not write to $PWD, where .venv is made; copy the repository to a folder of your own"
+[[ ! -e .venv || -e $started || -z $(ls -A .venv) ]] || refuse "$PWD/.venv was not made by this script; move it away"
+
+child=
+stop() {
+    [[ -z $child ]] || kill "$child" 2>/dev/null || true
+    printf '\ninstall: interrupted; run launch/install.sh again to continue\n' >&2
+    exit 130
+}
+trap stop INT TERM HUP
+
+# One installation at a time: a second one waits, then finds the work done.
+exec 9<.
+flock --nonblock 9 || { say "another launch/install.sh works on .venv; waiting for it" && flock 9; }
+if is_done && keeps_python; then exit 0; fi
 
 python=
-for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11; do
-    if is_new_enough "$candidate"; then python=$candidate && break; fi
-done
-if [[ -z $python ]]; then
-    echo "install: no Python 3.11 or newer on this machine; name one with PYTHON=/path/to/python3" >&2
-    exit 2
+choose_python
+if [[ $(content "$started") == "$wanted" ]] && .venv/bin/python -m pip --version >/dev/null 2>&1 && [[ $(identity "$python") == "$(identity .venv/bin/python)" ]]; then
+    say "continuing the installation into .venv, $("$python" --version)"
+else
+    options=()
+    if brings_torch "$python"; then options=(--system-site-packages); fi
+    # Through a link to another disk only the contents may go.
+    mkdir -p .venv
+    find -H .venv -mindepth 1 -delete 2>/dev/null || refuse "$(id -un) may not remove what is in $PWD/.venv; remove it as its owner"
+    touch "$started"
+    "$python" -m venv "${options[@]}" .venv >"$log" 2>&1 9<&- || fail "$python cannot make .venv: $(grep -v '^ *$' "$log" | tail -n 1)"
+    printf '%s' "$wanted" >"$started"
+    say "made .venv with $("$python" --version) ($(command -v "$python"))"
 fi
-
-rm -rf .venv
-system=()
-if has_cuda_torch "$python"; then system=(--system-site-packages); fi
-"$python" -m venv "${system[@]}" .venv
-touch .venv/.tandem
-say "made .venv with $("$python" --version)"
 
 export DS_BUILD_OPS=0 # DeepSpeed compiles no operators: none is used
 constraints=.venv/constraints.txt
-if has_cuda_torch .venv/bin/python; then
+if grep -q 'include-system-site-packages = true' .venv/pyvenv.cfg; then
     .venv/bin/python -c 'import torch; print("torch==" + torch.__version__)' >"$constraints"
     say "keeping the $(<"$constraints") of this machine"
 else
     cp constraints.txt "$constraints"
-    say "installing torch"
-    install torch
+    install_torch
 fi
-install 'setuptools>=77'
-say "installing the rest"
-install --no-build-isolation --editable '.[dev]'
+pip_install "setuptools" 'setuptools>=77'
+say "installing the rest, about $rest_fetched GB to fetch"
+pip_install "the rest" --no-build-isolation --editable '.[dev]'
 
 # Commands of packages that the machine already had start the machine's Python, which does not see this environment.
 .venv/bin/python - torchrun pytest mypy lint-imports <<'PYTHON'
@@ -59,9 +285,11 @@ for name in sys.argv[1:]:
     (command,) = importlib.metadata.entry_points(group="console_scripts", name=name)
     script = pathlib.Path(sys.executable).with_name(name)
     if not script.exists():
-        script.write_text(f"#!{sys.executable}\nimport sys\nfrom {command.module} import {command.attr}\n"
-                          f"sys.exit({command.attr}())\n")
+        # A shell starts Python, since a path with a space cannot stand in the first line.
+        script.write_text("#!/bin/sh\n'''exec' \"$(dirname \"$0\")/python\" \"$0\" \"$@\"\n' '''\nimport sys\n"
+                          f"from {command.module} import {command.attr}\nsys.exit({command.attr}())\n")
         script.chmod(0o755)
 PYTHON
+warn_about_gpu
 printf '%s' "$wanted" >"$stamp"
 say "done"

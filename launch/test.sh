@@ -4,13 +4,14 @@
 #   lint     ruff: rules and format
 #   types    mypy: strict where modules are pure, ordinary elsewhere
 #   arch     the dependency rule, one door for each heavy library, lines per file
+#   pins     constraints.txt has a solution for every Python in the public index; not checked if PIP_NO_INDEX is set
 #   fast     tests of one process that take seconds        dist      tests of several processes, and slow ones
 #   kernels  every op against its meaning                  cluster   several hosts, and what Slurm is told
 #   gpu      what needs a CUDA device                       demo      launch/demo.sh
 #   chaos    a run killed 600 times, at every call of its saves; 80 signals; every move between layouts; hosts that fail: half an hour
 #   full_size   BTLM of 2.65 billion parameters in and out: some minutes, 22 GB in $TMPDIR
 #
-# Without a stage: lint, types, arch and every test that needs no GPU in one pytest run, whose summary ends the output.
+# Without a stage: lint, types, arch, pins and every test that needs no GPU in one pytest run, whose summary ends the output.
 # GPUs are hidden from all stages but gpu and demo: a test's ranks share one machine and meet over gloo.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,6 +21,7 @@ export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=1 WANDB_MODE=offline TOKENIZERS
 lint() { ruff check . && ruff format --check .; }
 types() { mypy; }
 arch() { lint-imports && lines_per_file; }
+pins() { if [[ -n ${PIP_NO_INDEX:-} ]]; then echo "not checked: PIP_NO_INDEX is set"; else python launch/pins.py; fi; }
 fast() { pytest tests --ignore tests/kernels --ignore tests/cluster -m 'not dist and not slow'; }
 dist() { pytest tests --ignore tests/kernels --ignore tests/cluster -m 'dist or slow'; }
 kernels() { pytest tests/kernels; }
@@ -50,23 +52,24 @@ apt_install() { DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-insta
 
 lines_per_file() {
     find trainer kernels data_prep -name '*.py' -exec awk 'END { print NR, FILENAME }' {} \; | sort -k2 | awk '
-        { print; split($2, part, "/"); sum[part[1]] += $1; total += $1 }
-        END { for (name in sum) print sum[name], name "/"; print total, "together" }' | column -t
+        function row(lines, name) { printf "%6d  %s\n", lines, name }
+        { row($1, $2); split($2, part, "/"); sum[part[1]] += $1; total += $1 }
+        END { for (name in sum) row(sum[name], name "/"); row(total, "together") }'
 }
 
 stages=("$@")
-[[ $# -gt 0 ]] || stages=(lint types arch tests)
+[[ $# -gt 0 ]] || stages=(lint types arch pins tests)
 failed=()
 for stage in "${stages[@]}"; do
     case $stage in
     gpu | demo) unset CUDA_VISIBLE_DEVICES ;;
-    lint | types | arch | fast | dist | kernels | cluster | chaos | full_size | tests) export CUDA_VISIBLE_DEVICES= ;;
-    *) echo "test: unknown stage $stage; known: lint types arch fast dist kernels cluster chaos gpu full_size demo" >&2 && exit 2 ;;
+    lint | types | arch | pins | fast | dist | kernels | cluster | chaos | full_size | tests) export CUDA_VISIBLE_DEVICES= ;;
+    *) echo "test: unknown stage $stage; known: lint types arch pins fast dist kernels cluster chaos gpu full_size demo" >&2 && exit 2 ;;
     esac
     SECONDS=0
     printf '\n== %s\n' "$stage"
     if "$stage"; then verdict=ok; else verdict=FAILED && failed+=("$stage"); fi
     # Nothing follows the summary of pytest, which has its own verdict and time.
-    case $stage in lint | types | arch) printf '== %s %s (%d s)\n' "$stage" "$verdict" "$SECONDS" ;; esac
+    case $stage in lint | types | arch | pins) printf '== %s %s (%d s)\n' "$stage" "$verdict" "$SECONDS" ;; esac
 done
 [[ ${#failed[@]} -eq 0 ]]

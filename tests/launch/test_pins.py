@@ -1,0 +1,58 @@
+"""launch/pins.py finds pins that the public index cannot satisfy, whatever this machine has been given."""
+
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from launch import pins
+
+pytestmark = pytest.mark.skipif("PIP_NO_INDEX" in os.environ, reason="PIP_NO_INDEX is set: there is no index to ask")
+
+
+def test_a_pin_that_the_pinned_torch_excludes_is_refused_in_spite_of_a_local_wheel(tmp_path, monkeypatch):
+    wheel = tmp_path / "torch-2.13.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:  # a torch that asks for no triton
+        file.writestr("torch-2.13.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n")
+        file.writestr("torch-2.13.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr("torch-2.13.0.dist-info/RECORD", "")
+    for name in ("UV_FIND_LINKS", "PIP_FIND_LINKS"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("UV_OVERRIDE", str(Path(os.devnull)))
+    old = tmp_path / "constraints.txt"
+    old.write_text((pins.ROOT / "constraints.txt").read_text().replace("triton==3.7.1", "triton==3.6.0"))
+    assert "triton==3.6.0" in old.read_text()
+    with pytest.raises(ValueError, match=r"torch==2\.13\.0 depends on triton"):
+        pins.resolve("3.12", "x86_64", "--constraints", str(old))
+
+
+def test_every_python_and_torch_of_the_ranges_is_checked():
+    project = {"requires-python": ">=3.11,<3.14", "dependencies": ["numpy>=2.0", "torch>=2.11,<2.14"]}
+    assert pins.supported_pythons(project) == ["3.11", "3.12", "3.13"]
+    assert pins.supported_torches(project) == ["2.11", "2.12", "2.13"]
+
+
+PACKAGES = [
+    {"name": "torch", "version": "2", "wheels": [{"size": 600}]},
+    {"name": "triton", "version": "3", "wheels": [{"size": 90}, {"size": 80}]},
+    {"name": "nvidia-nccl-cu13", "version": "2", "wheels": [{"size": 1000}]},
+    {"name": "deepspeed", "version": "0", "sdist": {"size": 20}},
+]
+
+
+def test_sizes_are_counted_with_and_without_cuda():
+    assert pins.fetched_gb(PACKAGES, cuda=True) == pytest.approx(1700e-9)
+    assert pins.fetched_gb(PACKAGES, cuda=False) == pytest.approx(100e-9)
+
+
+def test_a_size_that_the_installer_states_wrongly_is_named():
+    assert set(pins.stated_gb()) == {"cuda_fetched", "rest_fetched"}
+    wrong = pins.wrong_sizes("Python 3.12", PACKAGES)
+    assert [sentence.split(":")[1].split()[0] for sentence in wrong] == ["cuda_fetched", "rest_fetched"]
+
+
+def test_every_pin_is_used_and_every_package_is_pinned_on_the_oldest_python():
+    real = pins.ROOT / "constraints.txt"
+    packages = pins.resolve("3.11", "x86_64", "--constraints", str(real), "--extra", "dev")
+    assert pins.chosen(packages) == pins.read_pins(real)
