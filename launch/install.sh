@@ -16,7 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # 10^9 bytes, x86_64; launch/pins.py checks what is fetched.
 cuda_fetched=3.0 cuda_unpacked=5.5
-rest_fetched=0.4 rest_unpacked=1.8
+rest_fetched=0.4 cpu_fetched=0.6 cpu_unpacked=2.5
 
 log=.venv/install.log
 stamp=.venv/.installed
@@ -191,8 +191,8 @@ torch_pin() { sed -n 's/^torch==//p' "$constraints"; }
 
 install_torch() {
     if [[ ${TORCH_BUILD:-} == cpu ]] || { [[ -z ${TORCH_BUILD:-} ]] && ! has_gpu; }; then
-        needs_space "$rest_fetched" "$rest_unpacked"
-        say "looking for a CPU build of torch"
+        needs_space "$cpu_fetched" "$cpu_unpacked"
+        say "looking for a CPU build of torch; with the rest about $cpu_fetched GB to fetch, $cpu_unpacked GB on disk"
         local status=0
         pip_install "torch for CPUs" --maybe "torch==$(torch_pin)+cpu" || status=$?
         if [[ $status -eq 0 ]]; then
@@ -201,7 +201,7 @@ install_torch() {
         fi
         [[ ${TORCH_BUILD:-} != cpu ]] ||
             fail "TORCH_BUILD=cpu: the index has no torch==$(torch_pin)+cpu; name PyTorch's CPU index in PIP_EXTRA_INDEX_URL, or unset TORCH_BUILD"
-        say "none offered: taking the CUDA build, which also runs on CPUs (PyTorch's CPU index in PIP_EXTRA_INDEX_URL would save 5 GB)"
+        say "none offered: taking the CUDA build, which also runs on CPUs (PyTorch's CPU index in PIP_EXTRA_INDEX_URL would save 3 GB of disk and 2.4 of download)"
     fi
     needs_space "$cuda_fetched" "$cuda_unpacked"
     say "fetching torch with CUDA's libraries, then the rest: about $cuda_fetched GB, $cuda_unpacked GB on disk"

@@ -9,6 +9,7 @@
 #   kernels  every op against its meaning                  cluster   several hosts, and what Slurm is told
 #   gpu      what needs a CUDA device                       demo      launch/demo.sh
 #   chaos    a run killed 600 times, at every call of its saves; 80 signals; every move between layouts; hosts that fail: half an hour
+#   fresh    launch/demo.sh and the fast tests on a bare Debian, from nothing: tests/launch/fresh.sh; as root, 25 minutes, 20 GB in $TMPDIR
 #   full_size   BTLM of 2.65 billion parameters in and out: some minutes, 22 GB in $TMPDIR
 #
 # Without a stage: lint, types, arch, pins and every test that needs no GPU in one pytest run, whose summary ends the output.
@@ -33,6 +34,7 @@ chaos() {
 }
 full_size() { pytest tests -m full_size -s; }
 demo() { launch/demo.sh; }
+fresh() { with_debootstrap && tests/launch/fresh.sh; }
 # Four files at a time, in their order: tests of several ranks mostly wait, and the longest waits come first.
 tests() { with_programs && pytest tests --numprocesses 4 --dist loadfile --no-loadscope-reorder --durations 10; }
 
@@ -43,9 +45,13 @@ with_programs() {
     lacks ip && packages+=(iproute2)
     lacks slurmctld slurmd sbatch munged && packages+=(slurmctld slurmd slurm-client munge)
     lacks shellcheck && packages+=(shellcheck)
-    [[ ${#packages[@]} -gt 0 && $(id -u) -eq 0 && -n $(command -v apt-get) && ! -d /run/systemd/system ]] || return 0
-    echo "test: installing ${packages[*]}"
-    { apt_install "${packages[@]}" || { apt-get update -qq && apt_install "${packages[@]}"; }; } >/dev/null 2>&1 || true
+    apt_install_as_root "${packages[@]}"
+}
+with_debootstrap() { ! lacks debootstrap || apt_install_as_root debootstrap; }
+apt_install_as_root() {
+    [[ $# -gt 0 && $(id -u) -eq 0 && -n $(command -v apt-get) && ! -d /run/systemd/system ]] || return 0
+    echo "test: installing $*"
+    { apt_install "$@" || { apt-get update -qq && apt_install "$@"; }; } >/dev/null 2>&1 || true
 }
 lacks() { for program; do command -v "$program" >/dev/null || return 0; done && return 1; }
 apt_install() { DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; }
@@ -63,8 +69,8 @@ failed=()
 for stage in "${stages[@]}"; do
     case $stage in
     gpu | demo) unset CUDA_VISIBLE_DEVICES ;;
-    lint | types | arch | pins | fast | dist | kernels | cluster | chaos | full_size | tests) export CUDA_VISIBLE_DEVICES= ;;
-    *) echo "test: unknown stage $stage; known: lint types arch pins fast dist kernels cluster chaos gpu full_size demo" >&2 && exit 2 ;;
+    lint | types | arch | pins | fast | dist | kernels | cluster | chaos | full_size | fresh | tests) export CUDA_VISIBLE_DEVICES= ;;
+    *) echo "test: unknown stage $stage; known: lint types arch pins fast dist kernels cluster chaos gpu full_size fresh demo" >&2 && exit 2 ;;
     esac
     SECONDS=0
     printf '\n== %s\n' "$stage"

@@ -23,7 +23,7 @@ from trainer.checkpoint.layout import KINDS
 from trainer.checkpoint.read import Snapshot
 
 MODULES = ("argparse", "ast", "bisect", "calendar", "copy", "csv", "dataclasses", "enum", "fractions", "heapq", "inspect",
-           "json/decoder", "json/encoder", "pathlib", "statistics", "string", "tarfile", "textwrap", "tokenize")  # fmt: skip
+           "json/decoder", "json/encoder", "optparse", "statistics", "string", "tarfile", "textwrap", "tokenize")  # fmt: skip
 VOCAB = 500
 
 
