@@ -187,14 +187,16 @@ needs_space() {
         refuse "$PWD has $((free / 1000000)) GB free; installing takes $1 GB for what is fetched and $2 GB to stay; free some, or make .venv a link to another disk"
 }
 
-torch_pin() { sed -n 's/^torch==//p' "$constraints"; }
+torch_pin() { sed -n 's/^torch==//p' constraints.txt; }
 
 install_torch() {
     if [[ ${TORCH_BUILD:-} == cpu ]] || { [[ -z ${TORCH_BUILD:-} ]] && ! has_gpu; }; then
         needs_space "$cpu_fetched" "$cpu_unpacked"
         say "looking for a CPU build of torch; with the rest about $cpu_fetched GB to fetch, $cpu_unpacked GB on disk"
         local status=0
+        grep -v '^torch==' constraints.txt >"$constraints"
         pip_install "torch for CPUs" --maybe "torch==$(torch_pin)+cpu" || status=$?
+        cp constraints.txt "$constraints"
         if [[ $status -eq 0 ]]; then
             say "installed the CPU build of torch $(torch_pin)"
             return

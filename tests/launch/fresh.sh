@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 release=${DEBIAN:-trixie}
 refuse() { printf 'fresh: %s\n' "$1" >&2; exit 2; }
 say() { printf '\n=== fresh, %d s, %d MB received: %s\n' "$SECONDS" "$((($(received) - start) / 1000000))" "$1"; }
-received() { awk -F '[: ]+' '/:/ && $2 != "lo" { sum += $3 } END { printf "%d\n", sum }' /proc/net/dev; }
+received() { awk -F '[: ]+' '/:/ && $2 != "lo" { sum += $3 } END { printf "%.0f\n", sum }' /proc/net/dev; }
 
 [[ $(id -u) -eq 0 ]] || refuse "only root can make another system; run it as root"
 command -v debootstrap unshare git >/dev/null || refuse "needs debootstrap, unshare and git; install them"
