@@ -136,30 +136,35 @@ unreachable() {
 
 # The cause of pip's failure and the remedy, in one line: pip's exit status, what it wrote.
 explain() {
-    local missing
-    missing=$(sed -nE 's/^ERROR: (No matching distribution found for|Could not find a version that satisfies the requirement) ([^ ]+).*/\2/p' <<<"$2" | tail -n 1)
+    local said=$2 missing asked pin
+    missing=$(sed -nE 's/^ERROR: No matching distribution found for ([^ ]+).*/\1/p' <<<"$said" | tail -n 1)
+    # pip says contradiction if a pinned version has no file, and why an index gave no file only if it is asked to be verbose.
+    while read -r pin; do
+        asked=$(.venv/bin/python -m pip install --verbose --dry-run --no-deps --no-input "$pin" 2>&1 </dev/null) || said+=$'\n'$asked
+        ! grep -q 'No matching distribution found for' <<<"$asked" || missing=$pin
+    done < <(sed -nE 's/^ *The user requested \(constraint\) ([^ ]+).*/\1/p' <<<"$said"; [[ -z $missing ]] || echo "$missing")
     if [[ $1 -ge 128 ]]; then
         echo "pip was killed (signal $(($1 - 128))); if memory was short, free some"
-    elif grep -qE 'No space left on device|Errno 28|Disk quota exceeded|Errno 122' <<<"$2"; then
+    elif grep -qE 'No space left on device|Errno 28|Disk quota exceeded|Errno 122' <<<"$said"; then
         echo "no space left on the disk of $PWD, or of pip's cache ($(.venv/bin/python -m pip cache dir 2>/dev/null)); free some"
-    elif grep -qE 'CERTIFICATE_VERIFY_FAILED|SSLError' <<<"$2"; then
+    elif grep -qE 'CERTIFICATE_VERIFY_FAILED|SSLError' <<<"$said"; then
         echo "the index's certificate is not trusted here; name your authority's file in PIP_CERT"
-    elif grep -qE '(401|403|407) (Client Error|Unauthorized|Forbidden|Proxy Auth)|Tunnel connection failed: (401|403|407)' <<<"$2"; then
+    elif grep -qE '(401|403|407) (Client Error|Unauthorized|Forbidden|Proxy Auth)|Tunnel connection failed: (401|403|407)' <<<"$said"; then
         echo "the index or the proxy refuses access; give a name and a password in PIP_INDEX_URL or HTTPS_PROXY"
-    elif unreachable "$2"; then
+    elif unreachable "$said"; then
         echo "the package index does not answer; check the network, HTTPS_PROXY and PIP_INDEX_URL"
     elif [[ -n $missing && -n ${PIP_NO_INDEX:-} ]]; then
         echo "PIP_FIND_LINKS=${PIP_FIND_LINKS:-} has no file for $missing; add it (launch/README.md says how to fill such a folder)"
     elif [[ -n $missing ]]; then
         echo "the index has no file of $missing for this Python and machine; use one that has all of constraints.txt, or another PYTHON"
-    elif grep -qE 'ResolutionImpossible|conflicting dependencies' <<<"$2"; then
-        echo "versions contradict each other: $(grep -m 1 -A 3 'The conflict is caused by' <<<"$2" | tail -n +2 | tr -s ' \n' ' '); report it"
-    elif grep -qE "command '[^']*(gcc|cc|g\+\+|clang)' failed|Python\.h" <<<"$2"; then
+    elif grep -qE 'ResolutionImpossible|conflicting dependencies' <<<"$said"; then
+        echo "versions contradict each other:$(grep -m 1 -A 3 'The conflict is caused by' <<<"$said" | tail -n +2 | tr -s ' \n' ' '); report it"
+    elif grep -qE "command '[^']*(cc|[gc]\+\+|clang)' failed|No such file or directory: '[^']*(cc|[gc]\+\+|clang)'|Python\.h" <<<"$said"; then
         echo "a package must be compiled: install a C compiler and Python's headers (on Debian and Ubuntu: apt install gcc python3-dev)"
-    elif grep -qE 'Permission denied|Errno 13' <<<"$2"; then
-        echo "$(grep -m 1 -oE "Permission denied: '[^']*'" <<<"$2" || echo 'Permission denied'); make it writable for $(id -un)"
+    elif grep -qE 'Permission denied|Errno 13' <<<"$said"; then
+        echo "$(grep -m 1 -oE "Permission denied: '[^']*'" <<<"$said" || echo 'Permission denied'); make it writable for $(id -un)"
     else
-        sed -nE 's/^ *(ERROR|error): //p' <<<"$2" | tail -n 1
+        sed -nE 's/^ *(ERROR|error): //p' <<<"$said" | tail -n 1
     fi
 }
 

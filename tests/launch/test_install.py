@@ -1,0 +1,314 @@
+"""launch/install.sh on machines that lack something: one line says what and how to go on, and the next call does.
+
+Packages come from a folder of wheels that carry the names and versions of constraints.txt and nothing else, so that an
+installation takes seconds. pip, venv and setuptools are real. `launch/test.sh fresh` installs the true packages.
+"""
+
+import http.server
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+from tests.waiting import PATIENCE_SECONDS, eventually
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = {"torch": "torchrun", "pytest": "pytest", "mypy": "mypy", "import-linter": "lint-imports"}
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="on a GPU torch is looked at, and these are none"
+    ),
+]
+
+
+def write_wheel(folder: Path, name: str, version: str, *requires: str) -> Path:
+    """A wheel of no code, with the command that install.sh looks for."""
+    stem = f"{name.replace('-', '_')}-{version}"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n" + "".join(
+        f"Requires-Dist: {r}\n" for r in requires
+    )
+    for extra in ("http", "hf"):
+        metadata += f"Provides-Extra: {extra}\n"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as file:
+        file.writestr(f"{stem}.dist-info/METADATA", metadata)
+        file.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        if name in COMMANDS:
+            file.writestr(
+                f"{stem}.dist-info/entry_points.txt", f"[console_scripts]\n{COMMANDS[name]} = {name[:2]}_x:main\n"
+            )
+        file.writestr(f"{stem}.dist-info/RECORD", "")
+    return folder / f"{stem}-py3-none-any.whl"
+
+
+@pytest.fixture(scope="module")
+def wheelhouse(tmp_path_factory) -> Path:
+    """A wheel for each pin; setuptools as it is installed here, since it builds Tandem."""
+    folder = tmp_path_factory.mktemp("wheels")
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        name, _, version = line.partition("==")
+        if version and name != "setuptools":
+            write_wheel(folder, name, version)
+    setuptools = distribution("setuptools")
+    with zipfile.ZipFile(folder / f"setuptools-{setuptools.version}-py3-none-any.whl", "w") as file:
+        for path in setuptools.files or ():
+            if ".." not in path.parts and path.suffix != ".pyc" and path.name not in ("INSTALLER", "REQUESTED"):
+                file.write(path.locate(), path)
+    return folder
+
+
+def copy_to(folder: Path) -> Path:
+    """A copy of what install.sh needs, in a folder whose name has a space."""
+    copy = folder / "a copy"
+    for name in ("launch", "trainer", "kernels", "data_prep"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    return copy_to(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory, wheelhouse) -> Path:
+    """A copy whose .venv is there, but nothing in it. Tests that fail later than that share it, in any order."""
+    copy = copy_to(tmp_path_factory.mktemp("unfinished"))
+    empty = copy.parent / "no wheels"
+    empty.mkdir()
+    done = install(copy, empty)
+    assert done.returncode == 1, done.stderr
+    return copy
+
+
+def environment(wheelhouse: Path | None, **settings: str) -> dict[str, str]:
+    """This process's, with the Python of the tests and no setting of pip but where its packages are."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON", "TORCH_"))}
+    base = Path(sys._base_executable).parent  # not an environment's: .venv is to be made from what stays
+    where = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheelhouse.as_uri()} if wheelhouse else {}
+    return (
+        kept
+        | {"PIP_CONFIG_FILE": os.devnull, "PATH": f"{base}:/usr/bin:/bin", "PYTHON": sys._base_executable}
+        | where
+        | settings
+    )
+
+
+def install(copy: Path, wheelhouse: Path | None, **settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [copy / "launch/install.sh"],
+        env=environment(wheelhouse, **settings),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """What stands on stderr, after a look at its form and at the exit code."""
+    lines = done.stderr.splitlines()
+    assert (done.returncode, len(lines)) == (code, 1), done.stdout + done.stderr
+    assert lines[0].startswith("install: ")
+    return lines[0]
+
+
+# --- before anything is made
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"PYTHON": "/no/such/python"}, "PYTHON=/no/such/python does not start; Tandem needs Python 3.11 to 3.13"),
+        ({"TORCH_BUILD": "gpu"}, "TORCH_BUILD=gpu: must be cpu or cuda"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(settings, said, copy, wheelhouse):
+    assert said in one_line(install(copy, wheelhouse, **settings), 2)
+    assert not (copy / ".venv").exists()
+
+
+def test_a_python_outside_the_range_is_named_with_its_version(copy, wheelhouse):
+    project = copy / "pyproject.toml"
+    project.write_text(re.sub(r'requires-python = "[^"]*"', 'requires-python = ">=3.97,<3.99"', project.read_text()))
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    said = one_line(install(copy, wheelhouse, PYTHON=""), 2)
+    assert f"python3 is Python {version}; Tandem needs Python 3.97 to 3.98; install one, or name it: PYTHON=" in said
+
+
+def test_a_python_that_cannot_make_environments_is_named_with_debians_package(copy, wheelhouse, tmp_path):
+    (tmp_path / "ensurepip.py").write_text("raise ImportError('as on Debian without python3-venv')\n")
+    python = tmp_path / "python3"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys._base_executable} "$@"\n')
+    python.chmod(0o755)
+    assert "cannot make environments (on Debian and Ubuntu: apt install python3-venv)" in one_line(
+        install(copy, wheelhouse, PYTHON=str(python)), 2
+    )
+
+
+def test_an_environment_of_somebody_else_is_left_alone(copy, wheelhouse):
+    (copy / ".venv").mkdir()
+    (copy / ".venv/work").write_text("mine")
+    assert "/.venv was not made by this script; move it away" in one_line(install(copy, wheelhouse), 2)
+    assert (copy / ".venv/work").read_text() == "mine"
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_fetched(unfinished, wheelhouse, tmp_path):
+    df = tmp_path / "df"
+    df.write_text("#!/bin/sh\nprintf 'Filesystem 1024-blocks Used Available\\n/dev/x 5 4 1000000\\n'\n")
+    df.chmod(0o755)
+    done = install(unfinished, wheelhouse, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert "has 1 GB free; installing takes 0.6 GB for what is fetched and 2.5 GB to stay" in one_line(done, 2)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="only root can act as another user")
+def test_a_folder_that_may_not_be_written_is_named(wheelhouse):
+    with tempfile.TemporaryDirectory() as folder:  # the folders of pytest are closed to others
+        copy = copy_to(Path(folder))
+        Path(folder).chmod(0o755)
+        done = subprocess.run(
+            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", copy / "launch/install.sh"],
+            env=environment(wheelhouse, PYTHON=""), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert f"may not write to {copy}, where .venv is made" in one_line(done, 2)
+
+
+# --- where packages come from
+
+
+def test_a_package_that_the_folder_lacks_is_named(unfinished, wheelhouse, tmp_path):
+    fewer = shutil.copytree(wheelhouse, tmp_path / "fewer")
+    next(fewer.glob("orjson-*")).unlink()
+    said = one_line(install(unfinished, fewer), 1)
+    assert f"PIP_FIND_LINKS={fewer.as_uri()} has no file for orjson" in said
+    assert said.endswith("log: .venv/install.log; run launch/install.sh again to continue")
+
+
+def test_a_cpu_build_that_was_asked_for_and_is_not_offered_is_no_cuda_build(unfinished, wheelhouse):
+    assert "TORCH_BUILD=cpu: the index has no torch==" in one_line(
+        install(unfinished, wheelhouse, TORCH_BUILD="cpu"), 1
+    )
+
+
+def test_versions_that_contradict_each_other_are_shown(unfinished, wheelhouse, tmp_path):
+    wheels = shutil.copytree(wheelhouse, tmp_path / "wheels")
+    pinned = re.search(r"^deepspeed==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    write_wheel(wheels, "deepspeed", pinned[1], "triton==99")
+    said = one_line(install(unfinished, wheels), 1)
+    assert "versions contradict each other" in said
+    assert "triton" in said
+
+
+def test_a_compiler_that_is_missing_is_named(unfinished, wheelhouse, tmp_path):
+    wheels = shutil.copytree(wheelhouse, tmp_path / "wheels")
+    wheel = next(wheels.glob("xxhash-*"))
+    name, version = wheel.name.split("-")[:2]
+    wheel.unlink()
+    source = tmp_path / f"{name}-{version}"
+    source.mkdir()
+    (source / "a.c").write_text("")
+    arguments = f"name={name!r}, version={version!r}, ext_modules=[Extension('a', ['a.c'])]"
+    (source / "setup.py").write_text(f"from setuptools import Extension, setup\nsetup({arguments})\n")
+    with tarfile.open(wheels / f"{source.name}.tar.gz", "w:gz") as file:
+        file.add(source, source.name)
+    said = one_line(install(unfinished, wheels, CC="/no/such/gcc"), 1)
+    assert "a package must be compiled: install a C compiler and Python's headers" in said
+
+
+def test_an_index_that_does_not_answer_is_named(unfinished):
+    said = one_line(install(unfinished, None, PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_RETRIES="0"), 1)
+    assert "the package index does not answer; check the network, HTTPS_PROXY and PIP_INDEX_URL" in said
+
+
+@pytest.fixture
+def locked_index() -> Iterator[str]:
+    """The address of an index that wants a password."""
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}/simple"
+        server.shutdown()
+
+
+def test_an_index_that_refuses_access_is_named(unfinished, locked_index):
+    said = one_line(install(unfinished, None, PIP_INDEX_URL=locked_index), 1)
+    assert "the index or the proxy refuses access; give a name and a password" in said
+
+
+# --- what the next call does
+
+
+def test_an_installation_that_was_interrupted_is_continued_and_then_left_alone(copy, wheelhouse):
+    (version,) = re.findall(r"^torch==(.*)$", (copy / "constraints.txt").read_text(), re.MULTILINE)
+    write_wheel(wheelhouse, "torch", f"{version}+cpu")
+    command = [copy / "launch/install.sh"]
+    with subprocess.Popen(
+        command, env=environment(wheelhouse), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as first:
+        eventually((copy / ".venv/install.log").exists)
+        first.send_signal(signal.SIGINT)
+        _, said = first.communicate(timeout=PATIENCE_SECONDS)
+    assert first.returncode == 130
+    assert said.strip() == "install: interrupted; run launch/install.sh again to continue"
+
+    with subprocess.Popen(
+        command, env=environment(wheelhouse), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as second:
+        third = install(copy, wheelhouse, PYTHON="")
+        said, errors = second.communicate(timeout=PATIENCE_SECONDS)
+    assert (second.returncode, third.returncode) == (0, 0), errors + third.stderr
+    waited = sorted("another launch/install.sh works on .venv" in output for output in (said, third.stdout))
+    assert waited == [False, True]
+    assert f"installed the CPU build of torch {version}" in said + third.stdout
+
+    for name in COMMANDS.values():
+        assert (copy / ".venv/bin" / name).is_file()
+    assert subprocess.run([copy / ".venv/bin/python", "-c", "import trainer"], cwd="/", check=False).returncode == 0
+    again = install(copy, wheelhouse, PYTHON="")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+
+
+def other_python() -> str | None:
+    """Another Python of this machine that Tandem runs on."""
+    test = (
+        "import ensurepip, os, sys; print(os.path.realpath(sys._base_executable)); "
+        "raise SystemExit(not (3, 11) <= sys.version_info < (3, 14))"
+    )
+    for name in ("/usr/bin/python3", "python3.11", "python3.12", "python3.13"):
+        if path := shutil.which(name):
+            done = subprocess.run([path, "-c", test], capture_output=True, text=True, check=False)
+            if done.returncode == 0 and done.stdout.strip() != os.path.realpath(sys._base_executable):
+                return path
+    return None
+
+
+def test_the_python_that_was_chosen_is_kept_until_another_is_named(copy, wheelhouse):
+    other = other_python()
+    if other is None:
+        pytest.skip("this machine has one Python that Tandem runs on")
+    empty = copy.parent / "no wheels"
+    empty.mkdir()
+    made = [install(copy, empty, PYTHON=name).stdout for name in (other, "", sys._base_executable)]
+    assert "made .venv with Python 3" in made[0]
+    assert "continuing the installation into .venv" in made[1]
+    assert re.search(r"\.venv was made with \S+; making it again with", made[2])
+    config = (copy / ".venv/pyvenv.cfg").read_text()
+    assert f"executable = {os.path.realpath(sys._base_executable)}" in config
