@@ -10,6 +10,8 @@
 #   gpu      what needs a CUDA device                       demo      launch/demo.sh
 #   chaos    a run killed 600 times, at every call of its saves; 80 signals; every move between layouts; hosts that fail: half an hour
 #   fresh    launch/demo.sh and the fast tests on a bare Debian, from nothing: tests/launch/fresh.sh; as root, 25 minutes, 20 GB in $TMPDIR
+#   random   every test that needs no GPU in an order drawn from SEED (default: a new one, which pytest shows), in so many
+#            PROCESSES (default 4), each of which takes whole files
 #   full_size   BTLM of 2.65 billion parameters in and out: some minutes, 22 GB in $TMPDIR
 #
 # Without a stage: lint, types, arch, pins and every test that needs no GPU in one pytest run, whose summary ends the output.
@@ -31,6 +33,10 @@ gpu() { pytest tests -m gpu; }
 chaos() {
     with_programs && CHAOS_KILLS=600 pytest tests/chaos -s && SIGNAL_ROUNDS=3 pytest tests/promises/test_signal_windows.py -s &&
         pytest tests -m chaos -s
+}
+random() {
+    with_programs && pytest tests -p randomly --randomly-seed "${SEED:-$RANDOM}" --randomly-dont-reset-seed \
+        --numprocesses "${PROCESSES:-4}" --dist loadfile --no-loadscope-reorder
 }
 full_size() { pytest tests -m full_size -s; }
 demo() { launch/demo.sh; }
@@ -69,8 +75,8 @@ failed=()
 for stage in "${stages[@]}"; do
     case $stage in
     gpu | demo) unset CUDA_VISIBLE_DEVICES ;;
-    lint | types | arch | pins | fast | dist | kernels | cluster | chaos | full_size | fresh | tests) export CUDA_VISIBLE_DEVICES= ;;
-    *) echo "test: unknown stage $stage; known: lint types arch pins fast dist kernels cluster chaos gpu full_size fresh demo" >&2 && exit 2 ;;
+    lint | types | arch | pins | fast | dist | kernels | cluster | chaos | random | full_size | fresh | tests) export CUDA_VISIBLE_DEVICES= ;;
+    *) echo "test: unknown stage $stage; known: lint types arch pins fast dist kernels cluster chaos random gpu full_size fresh demo" >&2 && exit 2 ;;
     esac
     SECONDS=0
     printf '\n== %s\n' "$stage"
