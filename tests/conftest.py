@@ -1,4 +1,4 @@
-"""What every test shares: one thread, checked annotations, a seeded generator.
+"""What every test shares: one thread, checked annotations, a seeded generator, and a process as it was before the others.
 
 The import hook turns the jaxtyping annotations of our packages into checks, here only: in production they
 cost nothing. It must be in place before the first import of `trainer` or `kernels`, hence the order below.
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests import process
 from tests.ranks import check_annotations
 
 if not torch.cuda.is_available():
@@ -37,6 +38,19 @@ def imports_are_no_garbage() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def process_as_before_the_module() -> Iterator[None]:
+    """Also where a fixture of the module has changed it."""
+    with process.as_it_was():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def process_as_before_the_test() -> Iterator[None]:
+    with process.as_it_was():
+        yield
 
 
 @pytest.fixture

@@ -1,0 +1,45 @@
+"""What one test changes of the process, the next one does not see."""
+
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+
+from tests.process import KEPT, as_it_was, death_signal, loggers, wakeup_fd
+from trainer import runtime
+from trainer.parallel.mesh import started
+
+
+def facts() -> dict[str, Any]:
+    return {
+        "variables": {name: value for name, value in os.environ.items() if name not in KEPT},
+        "signals": [signal.getsignal(number) for number in (*runtime.STOP_SIGNALS, runtime.ELSEWHERE_SIGNAL)],
+        "wakeup": wakeup_fd(),
+        "death of the parent": death_signal(),
+        "level": logging.getLogger().level,
+        "levels": {each.name: each.level for each in loggers() if each.name in ("torch.distributed", "wandb")},
+        "handlers": list(logging.getLogger().handlers),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "new memory": torch.utils.deterministic.fill_uninitialized_memory,
+        "draws": torch.get_rng_state().tolist(),
+        "hook": sys.excepthook,
+    }
+
+
+def test_what_a_command_changes_of_the_process_is_put_back(monkeypatch):
+    before = facts()
+    with as_it_was():
+        with monkeypatch.context() as launched:
+            launched.setenv("RANK", "0")
+            runtime.stop_with_launcher()
+        runtime.StopSignal()
+        with started(1):
+            runtime.start_logging(0)
+            runtime.make_deterministic()
+            torch.rand(1)
+        changed = facts()
+    assert [name for name in before if before[name] == changed[name]] == []
+    assert facts() == before
