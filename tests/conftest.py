@@ -40,6 +40,12 @@ def imports_are_no_garbage() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def interrupts_are_heard() -> None:
+    """Also by the programs that tests start: a shell has what it puts in the background ignore them, as children do."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def process_as_before_the_module() -> Iterator[None]:
     """Also where a fixture of the module has changed it."""
