@@ -140,7 +140,7 @@ explain() {
     missing=$(sed -nE 's/^ERROR: No matching distribution found for ([^ ]+).*/\1/p' <<<"$said" | tail -n 1)
     # pip says contradiction if a pinned version has no file, and why an index gave no file only if it is asked to be verbose.
     while read -r pin; do
-        asked=$(.venv/bin/python -m pip install --verbose --dry-run --no-deps --no-input "$pin" 2>&1 </dev/null) || said+=$'\n'$asked
+        asked=$(.venv/bin/python -m pip install -vv --dry-run --no-deps --no-input "$pin" 2>&1 </dev/null) || said+=$'\n'$asked
         ! grep -q 'No matching distribution found for' <<<"$asked" || missing=$pin
     done < <(sed -nE 's/^ *The user requested \(constraint\) ([^ ]+).*/\1/p' <<<"$said"; [[ -z $missing ]] || echo "$missing")
     if [[ $1 -ge 128 ]]; then

@@ -21,10 +21,6 @@ if not torch.cuda.is_available():
 
 check_annotations()
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell's background job ignores Ctrl-C, and so would every program that a test starts and interrupts.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
@@ -42,7 +38,7 @@ def imports_are_no_garbage() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def interrupts_are_heard() -> None:
-    """Also by the programs that tests start: a shell has what it puts in the background ignore them, as children do."""
+    """Restore Python's handler of Ctrl-C. A shell's background job ignores it, and so would every program a test starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
