@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     _convert = interpreter._convert_float
 
     def _rounded_to_nearest(source, source_type, target_type, rounding_mode):
-        """triton 3.6 to 3.9 interprets a conversion from fp32 to bf16 by cutting bits off; a GPU rounds to nearest, even."""
+        """triton 3.6 to 3.7 interprets a conversion from fp32 to bf16 by cutting bits off; a GPU rounds to nearest, even."""
         if (source_type, target_type) != (tl.float32, tl.bfloat16):
             return _convert(source, source_type, target_type, rounding_mode)
         bits = np.ascontiguousarray(source).view(np.uint32)
@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
     _dot = interpreter.InterpreterBuilder.create_dot
 
     def _of_numbers(self, first, second, *rest):
-        """triton 3.6 to 3.9 interprets a product of bf16 tiles as one of the integers that hold their bits."""
+        """triton 3.6 to 3.7 interprets a product of bf16 tiles as one of the integers that hold their bits."""
         wide = (
             interpreter.TensorHandle((tile.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
             if tile.dtype.scalar == tl.bfloat16 else tile

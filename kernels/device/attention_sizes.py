@@ -28,7 +28,7 @@ SIZES: dict[str, dict[int, dict[str, int]]] = {
 """By the widest head they serve, for bf16 on sm_90. 128 queries to a program: 64 would read keys
 and values from the L2 cache at 6 TB/s for 400 TFLOP/s, more than it gives. The other side is as wide as registers allow for
 scores, weights and sums. Registers let two programs live on a multiprocessor in forward to 64, in gradients of keys to 80.
-Nothing spills at the shipped shapes under triton 3.6 and 3.9.
+Nothing spills at the shipped shapes under triton 3.6 and 3.7.1.
 """
 FP32_SIZES: dict[str, dict[int, dict[str, int]]] = {
     "forward": {

@@ -55,7 +55,7 @@ def hopper() -> Iterator[list[Compiled]]:
 
 
 class _Driver:
-    """As much of triton.backends.driver.DriverBase as a launch touches; triton 3.6 to 3.9."""
+    """As much of triton.backends.driver.DriverBase as a launch touches; triton 3.6 to 3.7."""
 
     def __init__(self) -> None:
         self.compiled: list[Compiled] = []
