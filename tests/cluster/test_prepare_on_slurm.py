@@ -50,11 +50,15 @@ def test_a_killed_task_and_another_number_of_tasks_give_the_bytes_of_one_machine
     os.kill(task_of(f"{logs}/1/encode"), signal.SIGKILL)
     eventually(lambda: not slurm.asked("squeue", "--noheader"))  # no job waits for ever for the killed one
 
-    again = tandem(*on_slurm, 2, **slurm.environment)
+    # Its jobs wait until the refusal is seen: on a busy machine they would end before another command has begun.
+    later = [*on_slurm[:-1], "--slurm", "begin=now+1hour", "--tasks"]
+    again = tandem(*later, 2, **slurm.environment)
     assert "have ended and are not done" in again.stdout
     refused = tandem(*arguments, "--output", output, **slurm.environment)
     assert refused.returncode == 2
     assert "is being prepared by Slurm: encode" in refused.stderr
+    for job in slurm.asked("squeue", "--noheader", "--format=%F").split():
+        slurm.asked("scontrol", "update", f"JobId={job}", "StartTime=now")
     alone = tandem(*arguments, "--output", tmp_path / "alone", "--workers", 1)
     assert alone.returncode == 0, alone.stderr
     eventually(lambda: not slurm.asked("squeue", "--noheader"))
