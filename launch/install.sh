@@ -229,7 +229,8 @@ warn_about_gpu() {
 
 # --- the run
 
-is_done() { [[ -x .venv/bin/tandem && $(content "$stamp") == "$wanted" ]]; }
+# A Python that was removed or upgraded leaves links behind that lead nowhere.
+is_done() { [[ -x .venv/bin/tandem && $(content "$stamp") == "$wanted" ]] && .venv/bin/python -c '' 2>/dev/null; }
 keeps_python() { [[ -z ${PYTHON:-} || $(identity "$PYTHON") == "$(identity .venv/bin/python)" ]]; }
 if is_done && keeps_python; then exit 0; fi
 

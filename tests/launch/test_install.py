@@ -285,6 +285,12 @@ def test_an_installation_that_was_interrupted_is_continued_and_then_left_alone(c
     again = install(copy, wheelhouse, PYTHON="")
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
 
+    (copy / ".venv/bin/python").unlink()  # as after the system's Python was replaced
+    (copy / ".venv/bin/python").symlink_to("/no/such/python")
+    healed = install(copy, wheelhouse)
+    assert healed.returncode == 0, healed.stderr
+    assert "made .venv with Python" in healed.stdout
+
 
 def other_python() -> str | None:
     """Another Python of this machine that Tandem runs on."""
