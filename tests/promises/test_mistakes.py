@@ -20,15 +20,13 @@ import yaml
 from data_prep import prepare
 from tests import ranks
 from tests.ports import free_ports
-from tests.promises.conftest import MODULES, clean_environment, ended, forked, tandem, two_phases
+from tests.promises.conftest import TEXTS, clean_environment, ended, forked, tandem, two_phases
 from tests.waiting import PATIENCE_SECONDS
 from trainer import train
 from trainer.__main__ import main
 from trainer.config import Data, RunConfig, UserError, section_from
 from trainer.data.loader import Loader
 from trainer.metrics import Sinks
-
-STDLIB = Path(argparse.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,8 @@ def place(tmp_path_factory, corpus) -> Place:
 def prepared(output: Path, *settings: object) -> None:
     parser = argparse.ArgumentParser()
     prepare.add_arguments(parser)
-    inputs = [STDLIB / f"{module}.py" for module in MODULES[:4]]
     common = ["--output", output, "--held-out", 0.3, "--workers", 1, "--sample-tokens", 512]
-    prepare.run(parser.parse_args(list(map(str, ["--input", *inputs, *common, *settings]))))
+    prepare.run(parser.parse_args(list(map(str, ["--input", *TEXTS[:4], *common, *settings]))))
 
 
 def flip_a_byte(shard: Path) -> None:

@@ -175,10 +175,10 @@ BROKEN = {
 def test_the_shipped_rules_pass_with_room(config, mesh):
     """Within two thirds of the bound outside their law: a bound that correct rules just meet would cry wolf.
 
-    With the three seeds of the shipped check: the exponents of attention and scores have a deviation of 0.04 to 0.07 from
-    seed to seed (12 seeds).
+    With six seeds: from seed to seed the exponents of scores have a deviation of 0.04 (24 seeds) around -0.55, so that three
+    seeds can come to -0.60, which is too near the bound.
     """
-    findings = judged(config, mesh, num_seeds=3)
+    findings = judged(config, mesh, num_seeds=6)
     assert first_failure(findings) is None
     for finding in findings:
         spare = coordinates.BOUND / 3 if finding.check == "coordinates" else decay.BOUND / 3
