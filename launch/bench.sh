@@ -20,7 +20,7 @@
 # Uses .venv if launch/install.sh has made it, else the Python on the path, and installs nothing. A copy without git says its
 # commit in TANDEM_COMMIT.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 
 first=(tests kernels errors btlm stablelm)
 second=(rivals sweep profile)

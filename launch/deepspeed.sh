@@ -5,7 +5,7 @@
 # matters. The ranks meet at MASTER_PORT (29500): a second run on the machine needs another.
 set -euo pipefail
 [[ $# -ge 2 ]] || { echo "usage: launch/deepspeed.sh RANKS CONFIG [section.field=value...]" >&2; exit 2; }
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export RANKS_PER_NODE=$1
 # shellcheck source=launch/env.sh

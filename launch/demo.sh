@@ -6,7 +6,7 @@
 # Face, reloads the export, generates text and writes a report. Nothing is downloaded but packages. What it makes lies in
 # data/demo, runs/demo-* and exports/demo-*; a second call makes the runs anew.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 launch/install.sh
 export RANKS_PER_NODE=2 WANDB_SILENT=true
 # shellcheck source=launch/env.sh

@@ -5,28 +5,34 @@
 #   TORCH_BUILD=cpu|cuda  the build of torch. Else the CPU build if this machine has no GPU and the index offers one.
 #
 # pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, PIP_NO_INDEX, ...) say where packages come from.
-# pip writes to .venv/install.log. After a failure the next call continues.
+# pip writes to .venv/install.log. After a failure the next call continues. After a change of the versions it installs the new
+# ones into the same .venv. It makes .venv again only if Python, the build of torch or the place of this folder has changed.
 #
 # Torch comes first, alone: DeepSpeed has no wheel, and its build must see the torch that will be used instead of
 # fetching another one. A machine with GPUs whose Python already has a CUDA torch keeps it: that build matches its
 # driver and network, and ours would not. Then the ranges of pyproject.toml hold and constraints.txt, made for the
 # pinned torch, is left out.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-# 10^9 bytes, x86_64; launch/pins.py checks what is fetched.
-cuda_fetched=3.0 cuda_unpacked=5.5
-rest_fetched=0.4 cpu_fetched=0.6 cpu_unpacked=2.5
-
-log=.venv/install.log
-stamp=.venv/.installed
-started=.venv/.tandem # the marker of a .venv that this script made; holds what it is to become
-wanted=$({ pwd; cat pyproject.toml constraints.txt launch/install.sh; } | sha256sum)
-
 say() { printf 'install: %s (%d s)\n' "$1" "$SECONDS"; }
 refuse() { printf 'install: %s\n' "$1" >&2; exit 2; }
 fail() { printf 'install: %s; log: %s; run launch/install.sh again to continue\n' "$1" "$log" >&2; exit 1; }
 content() { cat -- "$1" 2>/dev/null || true; }
+
+[[ $(uname -s) == Linux ]] || refuse "this is $(uname -s); Tandem runs on Linux"
+[[ ${PYTHON:-} != */* || $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON
+CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# 10^9 bytes, x86_64. launch/pins.py checks cuda_fetched and rest_fetched; a CPU build is not in the public index.
+cuda_fetched=3.0 cuda_unpacked=5.5
+rest_fetched=0.4
+cpu_fetched=0.6 cpu_unpacked=2.5
+
+log=.venv/install.log
+stamp=.venv/.installed
+place=$(pwd -P)
+started=.venv/.tandem # the marker of a .venv that this script made; holds the place that its programs name
+wanted=$({ echo "$place"; cat pyproject.toml constraints.txt launch/install.sh; } | sha256sum)
+
 # The minor versions of a range in pyproject.toml: the first that fits and the first that does not.
 minors_of() { sed -nE "s/^ *$1>=[0-9]+\.([0-9]+),<[0-9]+\.([0-9]+)\".*/\1 \2/p" pyproject.toml; }
 pythons=$(minors_of 'requires-python = "')
@@ -70,8 +76,8 @@ choose_python() {
         reason=$(why_not "$PYTHON")
         [[ -z $reason ]] || refuse "PYTHON=$PYTHON $reason; $versions; name another, or unset PYTHON"
         python=$PYTHON
-        [[ -z $known || $(identity "$known") == "$(identity "$python")" ]] ||
-            say ".venv was made with $known; making it again with $PYTHON"
+        # The same Python may be named by a program in .venv, which is removed if .venv is made again.
+        if [[ -n $known && $(identity "$known") == "$(identity "$python")" ]]; then python=$known; fi
         return
     fi
     if [[ -n $known ]]; then
@@ -92,7 +98,8 @@ choose_python() {
 
 # --- steps of pip
 
-# Runs pip and shows how far it is; a failure ends the script with one line. With --maybe an unknown version only returns 3.
+# Runs pip and shows how far it is; a failure ends the script with one line. With --maybe it only returns 3 if no index that
+# answered has the version, or if pip's own settings forbid it.
 pip_install() {
     local title=$1 maybe='' first status=0
     shift
@@ -109,7 +116,10 @@ pip_install() {
     [[ $status -ne 0 ]] || return 0
     local said
     said=$(tail -n +"$((first + 1))" "$log")
-    [[ -z $maybe ]] || ! grep -q 'No matching distribution found for torch==' <<<"$said" || unreachable "$said" || return 3
+    if [[ -n $maybe ]] && ! unreachable "$said"; then
+        ! grep -q 'No matching distribution found for torch==' <<<"$said" || return 3
+        [[ -n ${TORCH_BUILD:-} ]] || ! grep -q 'Cannot install torch==' <<<"$said" || return 3
+    fi
     fail "$title: $(explain "$status" "$said")"
 }
 
@@ -142,7 +152,7 @@ explain() {
     while read -r pin; do
         asked=$(.venv/bin/python -m pip install -vv --dry-run --no-deps --no-input "$pin" 2>&1 </dev/null) || said+=$'\n'$asked
         ! grep -q 'No matching distribution found for' <<<"$asked" || missing=$pin
-    done < <(sed -nE 's/^ *The user requested \(constraint\) ([^ ]+).*/\1/p' <<<"$said"; [[ -z $missing ]] || echo "$missing")
+    done < <(sed -nE 's/^ *The user requested \(constraint\) ([^ ]+).*/\1/p' <<<"$said" | grep -xFf constraints.txt; [[ -z $missing ]] || echo "$missing")
     if [[ $1 -ge 128 ]]; then
         echo "pip was killed (signal $(($1 - 128))); if memory was short, free some"
     elif grep -qE 'No space left on device|Errno 28|Disk quota exceeded|Errno 122' <<<"$said"; then
@@ -158,7 +168,7 @@ explain() {
     elif [[ -n $missing ]]; then
         echo "the index has no file of $missing for this Python and machine; use one that has all of constraints.txt, or another PYTHON"
     elif grep -qE 'ResolutionImpossible|conflicting dependencies' <<<"$said"; then
-        echo "versions contradict each other:$(grep -m 1 -A 3 'The conflict is caused by' <<<"$said" | tail -n +2 | tr -s ' \n' ' '); report it"
+        echo "versions contradict each other:$(grep -m 1 -A 3 'The conflict is caused by' <<<"$said" | tail -n +2 | tr -s ' \n' ' '); $(whose_constraints)"
     elif grep -qE "command '[^']*(cc|[gc]\+\+|clang)' failed|No such file or directory: '[^']*(cc|[gc]\+\+|clang)'|Python\.h" <<<"$said"; then
         echo "a package must be compiled: install a C compiler and Python's headers (on Debian and Ubuntu: apt install gcc python3-dev)"
     elif grep -qE 'Permission denied|Errno 13' <<<"$said"; then
@@ -168,14 +178,20 @@ explain() {
     fi
 }
 
+whose_constraints() {
+    local files
+    files=$(.venv/bin/python -m pip config list 2>/dev/null | sed -nE "s/^[^=]*\.constraint='(.*)'$/\1/p" | tr '\n' ' ')
+    if [[ -n $files ]]; then echo "pip's settings on this machine add constraints; allow these versions in ${files% }"; else echo "report it"; fi
+}
+
 # --- the machine
 
 has_gpu() { compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/dxg ]]; }
 has_cuda_torch() { "$1" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; }
 
-# Whether this Python has a torch that runs on the GPU and that Tandem can use.
+# Whether this Python has a torch that runs on the GPU, that Tandem can use and that was not unwanted.
 brings_torch() {
-    has_gpu && has_cuda_torch "$1" || return 1
+    [[ ${TORCH_BUILD:-} != cpu ]] && has_gpu && has_cuda_torch "$1" || return 1
     "$1" - "$torches" <<'PYTHON' || { say "the torch of $1 is outside pyproject.toml's range; installing another" && return 1; }
 import sys, torch
 low, end = map(int, sys.argv[1].split())
@@ -184,12 +200,15 @@ raise SystemExit(not (major == 2 and low <= minor < end))
 PYTHON
 }
 
-# Refuses if the disk cannot take this many 10^9 bytes; pip holds what it fetched until it has unpacked it.
+# Refuses if the disk cannot take this many 10^9 bytes beside what .venv holds already; pip keeps what it fetched until it has
+# unpacked it.
 needs_space() {
-    local free
-    free=$(df -Pk . | awk 'NR == 2 { print $4 }')
-    awk -v free="$free" -v fetched="$1" -v unpacked="$2" 'BEGIN { exit free * 1024 < (fetched + unpacked) * 1e9 }' ||
-        refuse "$PWD has $((free / 1000000)) GB free; installing takes $1 GB for what is fetched and $2 GB to stay; free some, or make .venv a link to another disk"
+    local short
+    short=$(df -Pk .venv/ | awk -v fetched="$1" -v unpacked="$2" -v have="$(megabytes .venv/)" '
+        NR == 2 { free = $4 * 1024 / 1e9; left = fetched + unpacked - have / 1000 }
+        END { if (free < left) printf "%.1f GB more and its disk has %.1f GB free", left, free }')
+    [[ -z $short ]] ||
+        refuse "$PWD/.venv needs $short; free some, or replace .venv by a link to an empty folder on another disk"
 }
 
 torch_pin() { sed -n 's/^torch==//p' constraints.txt; }
@@ -208,11 +227,12 @@ install_torch() {
         fi
         [[ ${TORCH_BUILD:-} != cpu ]] ||
             fail "TORCH_BUILD=cpu: the index has no torch==$(torch_pin)+cpu; name PyTorch's CPU index in PIP_EXTRA_INDEX_URL, or unset TORCH_BUILD"
-        say "none offered: taking the CUDA build, which also runs on CPUs (PyTorch's CPU index in PIP_EXTRA_INDEX_URL would save 3 GB of disk and 2.4 of download)"
+        say "none to be had: taking the CUDA build, which also runs on CPUs (PyTorch's CPU index in PIP_EXTRA_INDEX_URL would save 3 GB of disk and 2.4 of download)"
     fi
     needs_space "$cuda_fetched" "$cuda_unpacked"
     say "fetching torch with CUDA's libraries, then the rest: about $cuda_fetched GB, $cuda_unpacked GB on disk"
-    pip_install "torch" torch
+    # To pip a local version such as +cpu is the newer one.
+    pip_install "torch" "torch!=$(torch_pin)+cpu"
 }
 
 # What Triton and torch need on a GPU, found now instead of at the first step.
@@ -229,52 +249,80 @@ warn_about_gpu() {
 
 # --- the run
 
-# A Python that was removed or upgraded leaves links behind that lead nowhere.
-is_done() { [[ -x .venv/bin/tandem && $(content "$stamp") == "$wanted" ]] && .venv/bin/python -c '' 2>/dev/null; }
-keeps_python() { [[ -z ${PYTHON:-} || $(identity "$PYTHON") == "$(identity .venv/bin/python)" ]]; }
-if is_done && keeps_python; then exit 0; fi
+# Prints why .venv cannot stay, or nothing. A Python that was removed or upgraded leaves links behind that lead nowhere.
+outdated() {
+    local made_at
+    made_at=$(content "$started")
+    if [[ $made_at != "$place" ]]; then
+        [[ -z $made_at ]] || echo ".venv was made in $made_at"
+    elif ! .venv/bin/python -c 'import pip' 2>/dev/null; then
+        [[ ! -e .venv/pyvenv.cfg ]] || echo "the Python of .venv does not start"
+    elif [[ -n ${PYTHON:-} && $(identity "$PYTHON") != "$(identity .venv/bin/python)" ]]; then
+        echo ".venv was made with $(identity .venv/bin/python)"
+    elif [[ -n ${TORCH_BUILD:-} && $(torch_build) != "$TORCH_BUILD" && -n $(torch_build) ]]; then
+        echo ".venv has the $(torch_build) build of torch"
+    else
+        return 1
+    fi
+}
+torch_build() {
+    if compgen -G '.venv/lib/python3*/site-packages/torch-*+cpu.dist-info' >/dev/null; then
+        echo cpu
+    elif keeps_torch || compgen -G '.venv/lib/python3*/site-packages/torch-*.dist-info' >/dev/null; then
+        echo cuda
+    fi
+}
+keeps_torch() { grep -q 'include-system-site-packages = true' .venv/pyvenv.cfg 2>/dev/null; }
+is_done() { [[ -x .venv/bin/tandem && $(content "$stamp") == "$wanted" ]] && ! outdated >/dev/null; }
 
 [[ -z ${TORCH_BUILD:-} || $TORCH_BUILD =~ ^(cpu|cuda)$ ]] || refuse "TORCH_BUILD=$TORCH_BUILD: must be cpu or cuda, or unset"
 # What would lead Python or pip to other packages, or away from .venv.
-unset PYTHONPATH PYTHONHOME PYTHONSTARTUP
+unset PYTHONPATH PYTHONHOME PYTHONSTARTUP PIP_TARGET PIP_PREFIX PIP_ROOT PIP_PYTHON PIP_NO_DEPS PIP_DRY_RUN PIP_REQUIRE_HASHES
 export PIP_USER=0
+if is_done; then exit 0; fi
 
-[[ $(uname -s) == Linux ]] || refuse "this is $(uname -s); Tandem runs on Linux"
+[[ $place != *$'\n'* ]] || refuse "the path of this folder has a line break, which no program's first line may have; rename the folder"
 [[ -w . ]] || refuse "$(id -un) may not write to $PWD, where .venv is made; copy the repository to a folder of your own"
+[[ ! -L .venv || -d .venv ]] || refuse ".venv is a link to $(readlink .venv), which is no folder; make that folder, or remove the link"
 [[ ! -e .venv || -e $started || -z $(ls -A .venv) ]] || refuse "$PWD/.venv was not made by this script; move it away"
 
 child=
 stop() {
     [[ -z $child ]] || kill "$child" 2>/dev/null || true
     printf '\ninstall: interrupted; run launch/install.sh again to continue\n' >&2
-    exit 130
+    exit "$1"
 }
-trap stop INT TERM HUP
+trap 'stop 130' INT
+trap 'stop 143' TERM
+trap 'stop 129' HUP
 
 # One installation at a time: a second one waits, then finds the work done.
 exec 9<.
 flock --nonblock 9 || { say "another launch/install.sh works on .venv; waiting for it" && flock 9; }
-if is_done && keeps_python; then exit 0; fi
+if is_done; then exit 0; fi
 
-python=
-choose_python
-if [[ $(content "$started") == "$wanted" ]] && .venv/bin/python -m pip --version >/dev/null 2>&1 && [[ $(identity "$python") == "$(identity .venv/bin/python)" ]]; then
-    say "continuing the installation into .venv, $("$python" --version)"
-else
+if reason=$(outdated); then
+    choose_python
+    [[ -z $reason ]] || say "$reason; making it again with $python"
     options=()
-    if brings_torch "$python"; then options=(--system-site-packages); fi
-    # Through a link to another disk only the contents may go.
+    if brings_torch "$("$python" -c 'import sys; print(sys._base_executable)')"; then options=(--system-site-packages); fi
+    # Emptied, not removed: it may be a link to another disk. The marker goes last, or a killed script would not know its .venv.
     mkdir -p .venv
-    find -H .venv -mindepth 1 -delete 2>/dev/null || refuse "$(id -un) may not remove what is in $PWD/.venv; remove it as its owner"
-    touch "$started"
-    "$python" -m venv "${options[@]}" .venv >"$log" 2>&1 9<&- || fail "$python cannot make .venv: $(grep -v '^ *$' "$log" | tail -n 1)"
-    printf '%s' "$wanted" >"$started"
+    { : >"$started" && find -H .venv -mindepth 1 ! -path "$started" -delete; } 2>/dev/null ||
+        refuse "$(id -un) may not remove what is in $PWD/.venv; remove it as its owner"
+    "$python" -m venv "${options[@]}" "$(cd .venv && pwd -P)" >"$log" 2>&1 9<&- ||
+        fail "$python cannot make .venv: $(grep -v '^ *$' "$log" | tail -n 1)"
+    printf '%s' "$place" >"$started"
     say "made .venv with $("$python" --version) ($(command -v "$python"))"
+elif [[ -e $stamp ]]; then
+    say "bringing .venv to the versions of constraints.txt, $(.venv/bin/python --version)"
+else
+    say "continuing the installation into .venv, $(.venv/bin/python --version)"
 fi
 
 export DS_BUILD_OPS=0 # DeepSpeed compiles no operators: none is used
 constraints=.venv/constraints.txt
-if grep -q 'include-system-site-packages = true' .venv/pyvenv.cfg; then
+if keeps_torch; then
     .venv/bin/python -c 'import torch; print("torch==" + torch.__version__)' >"$constraints"
     say "keeping the $(<"$constraints") of this machine"
 else
@@ -282,7 +330,7 @@ else
     install_torch
 fi
 pip_install "setuptools" 'setuptools>=77'
-say "installing the rest, about $rest_fetched GB to fetch"
+say "installing the rest, at most $rest_fetched GB to fetch"
 pip_install "the rest" --no-build-isolation --editable '.[dev]'
 
 # Commands of packages that the machine already had start the machine's Python, which does not see this environment.

@@ -6,7 +6,7 @@
 # with. Ranks that fail are started again, MAX_RESTARTS times (100), and the run goes on from its last checkpoint.
 set -euo pipefail
 [[ $# -ge 2 ]] || { echo "usage: launch/local.sh RANKS CONFIG [section.field=value...]" >&2; exit 2; }
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export RANKS_PER_NODE=$1
 # shellcheck source=launch/env.sh

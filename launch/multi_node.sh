@@ -17,7 +17,7 @@
 # itself fails, all end with code 1, to be started again by whatever started them.
 set -euo pipefail
 [[ $# -ge 1 && -n ${HEAD:-} && -n ${NODES:-} && -n ${NODE:-} ]] || { grep -E '^# ( |[A-Z_]+ ) ' "$0" >&2; exit 2; }
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 
 for name in NODE MAX_RESTARTS JOIN_SECONDS LOST_SECONDS LAST_CALL_SECONDS; do
     least=0

@@ -17,7 +17,13 @@
 # Without a stage: lint, types, arch, pins and every test that needs no GPU in one pytest run, whose summary ends the output.
 # GPUs are hidden from all stages but gpu and demo: a test's ranks share one machine and meet over gloo.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
+known="lint types arch pins tests fast dist kernels cluster gpu demo chaos fresh random full_size"
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then sed -n '2,/^set -/s/^# \?//p' launch/test.sh && exit; fi
+for stage; do
+    [[ " $known " == *" $stage "* ]] || { echo "test: unknown stage $stage; known: $known" >&2 && exit 2; }
+done
+unset PYTHONPATH PYTHONHOME # they would hide the packages of .venv
 launch/install.sh
 export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 
@@ -75,8 +81,7 @@ failed=()
 for stage in "${stages[@]}"; do
     case $stage in
     gpu | demo) unset CUDA_VISIBLE_DEVICES ;;
-    lint | types | arch | pins | fast | dist | kernels | cluster | chaos | random | full_size | fresh | tests) export CUDA_VISIBLE_DEVICES= ;;
-    *) echo "test: unknown stage $stage; known: lint types arch pins fast dist kernels cluster chaos random gpu full_size fresh demo" >&2 && exit 2 ;;
+    *) export CUDA_VISIBLE_DEVICES= ;;
     esac
     SECONDS=0
     printf '\n== %s\n' "$stage"

@@ -36,27 +36,29 @@ def as_it_was() -> Iterator[None]:
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     dtype, threads, draws = torch.get_default_dtype(), torch.get_num_threads(), torch.get_rng_state()
-    yield
-    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-    torch.utils.deterministic.fill_uninitialized_memory = filled
-    torch.set_default_dtype(dtype)
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
-    torch.set_rng_state(draws)
-    root.handlers[:] = handlers
-    for each, level in levels.items():
-        if each.level != level:
-            each.setLevel(level)
-    for number, handler in signals.items():
-        signal.signal(number, handler)
-    signal.set_wakeup_fd(wakeup)
-    if death_signal() != death:
-        LIBC.prctl(PR_SET_PDEATHSIG, death)
-    sys.excepthook = hook  # torch.distributed puts its own around it at every start
-    os.chdir(folder)
-    for name in os.environ.keys() - variables.keys() - KEPT:
-        del os.environ[name]
-    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        torch.set_rng_state(draws)
+        root.handlers[:] = handlers
+        for each, level in levels.items():
+            if each.level != level:
+                each.setLevel(level)
+        for number, handler in signals.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        if death_signal() != death:
+            LIBC.prctl(PR_SET_PDEATHSIG, death)
+        sys.excepthook = hook  # torch.distributed puts its own around it at every start
+        os.chdir(folder)
+        for name in os.environ.keys() - variables.keys() - KEPT:
+            del os.environ[name]
+        os.environ.update(variables)
 
 
 def loggers() -> list[logging.Logger]:

@@ -8,11 +8,11 @@
 # runs launch/demo.sh and launch/test.sh fast. Packages come from the public index. Of this machine's settings only those apply
 # that say how to reach it: name servers, proxies, certificates. Needs root, 20 GB in $TMPDIR and 25 minutes on two cores.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/../.."
 release=${DEBIAN:-trixie}
 refuse() { printf 'fresh: %s\n' "$1" >&2; exit 2; }
 say() { printf '\n=== fresh, %d s, %d MB received: %s\n' "$SECONDS" "$((($(received) - start) / 1000000))" "$1"; }
-received() { awk -F '[: ]+' '/:/ && $2 != "lo" { sum += $3 } END { printf "%.0f\n", sum }' /proc/net/dev; }
+received() { awk '/:/ { sub(/:/, " ") } $1 != "lo" && NR > 2 { sum += $2 } END { printf "%.0f\n", sum }' /proc/net/dev; }
 
 [[ $(id -u) -eq 0 ]] || refuse "only root can make another system; run it as root"
 command -v debootstrap unshare git >/dev/null || refuse "needs debootstrap, unshare and git; install them"
