@@ -306,7 +306,7 @@ if reason=$(outdated); then
     [[ -z $reason ]] || say "$reason; making it again with $python"
     options=()
     if brings_torch "$("$python" -c 'import sys; print(sys._base_executable)')"; then options=(--system-site-packages); fi
-    # Emptied, not removed: it may be a link to another disk. The marker goes last, or a killed script would not know its .venv.
+    # Emptied, not removed: it may be a link to another disk. The marker stays, by which the next call knows a .venv half emptied.
     mkdir -p .venv
     { : >"$started" && find -H .venv -mindepth 1 ! -path "$started" -delete; } 2>/dev/null ||
         refuse "$(id -un) may not remove what is in $PWD/.venv; remove it as its owner"
