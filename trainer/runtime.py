@@ -48,7 +48,7 @@ PR_SET_PDEATHSIG = 1
 """Source: linux/prctl.h."""
 
 REPORTED_PACKAGES = (
-    "torch", "deepspeed", "megatron-core", "triton", "webdataset", "omegaconf", "wandb", "transformers", "tokenizers",
+    "deepspeed", "megatron-core", "triton", "webdataset", "omegaconf", "wandb", "transformers", "tokenizers",
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -80,6 +80,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch)\b.*")
     if not num_gpus():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
+        # A CUDA build of torch warns on a machine that has CUDA's compiler and no GPU.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def num_gpus(root: Path = Path("/")) -> int:
@@ -113,7 +115,11 @@ def environment() -> dict[str, Any]:
 
     Where git is absent or this is no checkout, the commit is the variable TANDEM_COMMIT, or None.
     """
-    versions = {}
+    import torch
+
+    versions = {
+        "torch": str(torch.__version__)
+    }  # with its build, +cu130 for example, which the package's version may lack
     for package in REPORTED_PACKAGES:
         try:
             versions[package] = metadata.version(package)

@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,15 @@ IMPORT_FILE_BYTES = 1_000_000_000
 
 
 def begin(folder: Path) -> None:
-    """The folder is there and empty, also where a kill has torn a save of the same step, or that step is made again."""
+    """Make the folder, empty, and remove what earlier saves beside it left without committing it.
+
+    A kill leaves such folders, and so does a save that fails while the disk takes no removals. They would take the room of
+    every save to come. Raises: OSError, but not if only what an earlier save left cannot be removed.
+    """
+    for torn in begun(folder.parent):
+        if torn != folder and not (torn / MARKER).exists() and not (torn / PASSED_OVER).exists():
+            with suppress(OSError):
+                remove(torn)
     if folder.exists():
         remove(folder)
     if not folder.parent.exists():
