@@ -299,22 +299,30 @@ class StopSignal:
             raise Stopped
 
     def _end_in_time(self, arrived: socket.socket) -> None:
-        """Ends the process on a second signal that its main thread has not seen to, and on the first where it meets nobody."""
+        """Ends the process on a second signal that its main thread has not seen to, and on the first where it meets nobody.
+
+        Starts no thread for that: from Python 3.12 on a process that ends refuses new ones, with a traceback.
+        """
         came = None
         with arrived:
-            while number := arrived.recv(1):
+            while True:
+                left = None if came is None or self._met.is_set() else came + MEETING_SECONDS - time.monotonic()
+                arrived.settimeout(None if left is None else max(left, 0.01))
+                try:
+                    number = arrived.recv(1)
+                except TimeoutError:
+                    if not self._met.is_set():
+                        leave(REQUEUE_EXIT_CODE)
+                    continue
+                if not number:
+                    return
                 if number[0] not in STOP_SIGNALS:
                     continue
                 if came is None:
                     came, self.came = time.monotonic(), True
-                    threading.Thread(target=self._end_unmet, name="signal before a meeting", daemon=True).start()
                 elif time.monotonic() - came >= SAME_SIGNAL_SECONDS:
                     time.sleep(1)  # the handler ends the process by the signal itself, where it runs
                     os._exit(128 + number[0])
-
-    def _end_unmet(self) -> None:
-        if not self._met.wait(MEETING_SECONDS):
-            leave(REQUEUE_EXIT_CODE)
 
 
 def _git(root: Path, *arguments: str) -> str | None:
