@@ -152,7 +152,7 @@ explain() {
     while read -r pin; do
         asked=$(.venv/bin/python -m pip install -vv --dry-run --no-deps --no-input "$pin" 2>&1 </dev/null) || said+=$'\n'$asked
         ! grep -q 'No matching distribution found for' <<<"$asked" || missing=$pin
-    done < <(sed -nE 's/^ *The user requested \(constraint\) ([^ ]+).*/\1/p' <<<"$said" | grep -xFf constraints.txt; [[ -z $missing ]] || echo "$missing")
+    done < <(sed -nE 's/^ *The user requested \(constraint\) ([^ ]+).*/\1/p' <<<"$said" | { grep -xFf constraints.txt || true; }; [[ -z $missing ]] || echo "$missing")
     if [[ $1 -ge 128 ]]; then
         echo "pip was killed (signal $(($1 - 128))); if memory was short, free some"
     elif grep -qE 'No space left on device|Errno 28|Disk quota exceeded|Errno 122' <<<"$said"; then

@@ -117,9 +117,8 @@ def environment() -> dict[str, Any]:
     """
     import torch
 
-    versions = {
-        "torch": str(torch.__version__)
-    }  # with its build, +cu130 for example, which the package's version may lack
+    # With torch's build, +cu130 for example, which the package's version may lack.
+    versions = {"torch": str(torch.__version__)}
     for package in REPORTED_PACKAGES:
         try:
             versions[package] = metadata.version(package)

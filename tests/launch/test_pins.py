@@ -1,6 +1,7 @@
 """launch/pins.py finds pins that the public index cannot satisfy, whatever this machine has been given."""
 
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -68,12 +69,21 @@ def test_every_package_is_pinned_on_the_oldest_python(index):
     assert pins.chosen(packages) <= pins.read_pins(real)
 
 
-def test_an_index_that_does_not_answer_is_no_verdict(monkeypatch, capsys, tmp_path):
+def test_an_index_that_lacks_a_file_answers():
+    """uv's words for both, of which only the second leaves the pins unchecked."""
+    lacking = "Failed to fetch: https://index/x.whl cause: HTTP status client error (404 Not Found) for url (https://index/x.whl)"
+    silent = "Failed to fetch: https://index/x/ cause: error sending request for url (https://index/x/)"
+    assert [bool(re.search(pins.UNREACHABLE, words)) for words in (lacking, silent)] == [False, True]
+
+
+def test_an_index_that_does_not_answer_passes_no_pins(monkeypatch, capsys, tmp_path):
     for name in ("https_proxy", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("UV_HTTP_RETRIES", "0")
-    assert pins.main() == 0
-    assert "NOT CHECKED, the public index does not answer" in capsys.readouterr().err
+    assert pins.main() == 1
+    said = capsys.readouterr().err
+    assert said.startswith("pins: not checked, the public index does not answer; on a machine")
+    assert len(said.splitlines()) == 1

@@ -28,8 +28,6 @@ from trainer.config import Data, RunConfig, UserError, section_from
 from trainer.data.loader import Loader
 from trainer.metrics import Sinks
 
-ROOT = Path(__file__).parents[2]
-
 
 @dataclass(frozen=True)
 class Place:
@@ -221,7 +219,7 @@ def test_a_shard_damaged_since_is_named_by_the_run_that_reads_it(place, capfd, t
 def test_a_mistake_that_both_ranks_meet_is_said_once(place):
     done = torchrun(place.config, f"data.sources.corpus={place.root}/lost", ANEW)
     assert done.stderr.count("tandem: ") == 1, done.stderr
-    assert f'File "{ROOT}/trainer' not in done.stderr, "torchrun shows its own traceback, no rank does"
+    assert done.stderr.count("Traceback") == 1, "torchrun shows its own, no rank does"
     assert not (place.root / "runs" / "anew").exists()
 
 
