@@ -2,11 +2,13 @@
 
 import os
 import signal
+import threading
 import time
 from contextlib import closing, suppress
 
 import pytest
 
+from tests.waiting import eventually
 from trainer import runtime
 from trainer.disk import whole_file, write_whole
 
@@ -103,3 +105,16 @@ def test_without_git_the_commit_is_that_of_the_environment(tmp_path, monkeypatch
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("TANDEM_COMMIT", "0123abc")
     assert runtime.environment()["commit"] == "0123abc"
+
+
+def test_a_signal_starts_no_thread(monkeypatch):
+    """From Python 3.12 on a process that ends refuses new threads, with a traceback, and a signal may come then."""
+    stop = runtime.StopSignal()
+    (listener,) = (thread for thread in threading.enumerate() if thread.name == "signals")
+    started = []
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread.name))
+    os.kill(os.getpid(), signal.SIGTERM)
+    eventually(lambda: stop.came)
+    stop.close()
+    listener.join()
+    assert started == []
