@@ -26,7 +26,7 @@ KEPT = {"PYTEST_CURRENT_TEST", "TOKENIZERS_PARALLELISM"}
 @contextmanager
 def as_it_was() -> Iterator[None]:
     """Afterwards the process is what it was before the block, but for what it has imported, allocated and compiled."""
-    folder, hook = os.getcwd(), sys.excepthook
+    folder, hook, path = os.getcwd(), sys.excepthook, list(sys.path)
     variables = {name: value for name, value in os.environ.items() if name not in KEPT}
     signals = {number: signal.getsignal(number) for number in SIGNALS}
     wakeup, death = wakeup_fd(), death_signal()
@@ -55,6 +55,7 @@ def as_it_was() -> Iterator[None]:
         if death_signal() != death:
             LIBC.prctl(PR_SET_PDEATHSIG, death)
         sys.excepthook = hook  # torch.distributed puts its own around it at every start
+        sys.path[:] = path  # transformers adds the folder of the code that exports bring
         os.chdir(folder)
         for name in os.environ.keys() - variables.keys() - KEPT:
             del os.environ[name]

@@ -26,6 +26,7 @@ def facts() -> dict[str, Any]:
         "new memory": torch.utils.deterministic.fill_uninitialized_memory,
         "draws": torch.get_rng_state().tolist(),
         "hook": sys.excepthook,
+        "path": list(sys.path),
     }
 
 
@@ -40,6 +41,7 @@ def test_what_a_command_changes_of_the_process_is_put_back(monkeypatch):
             runtime.start_logging(0)
             runtime.make_deterministic()
             torch.rand(1)
+            sys.path.append("/nowhere")
         changed = facts()
     assert [name for name in before if before[name] == changed[name]] == []
     assert facts() == before

@@ -109,8 +109,9 @@ def test_without_git_the_commit_is_that_of_the_environment(tmp_path, monkeypatch
 
 def test_a_signal_starts_no_thread(monkeypatch):
     """From Python 3.12 on a process that ends refuses new threads, with a traceback, and a signal may come then."""
+    others = threading.enumerate()
     stop = runtime.StopSignal()
-    (listener,) = (thread for thread in threading.enumerate() if thread.name == "signals")
+    (listener,) = (thread for thread in threading.enumerate() if thread.name == "signals" and thread not in others)
     started = []
     monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread.name))
     os.kill(os.getpid(), signal.SIGTERM)
