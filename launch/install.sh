@@ -184,6 +184,13 @@ whose_constraints() {
     if [[ -n $files ]]; then echo "pip's settings on this machine add constraints; allow these versions in ${files% }"; else echo "report it"; fi
 }
 
+# A setting of pip's files that would lead packages away from .venv or leave some out. An empty variable does not
+# overrule a file.
+misleading_settings() {
+    { .venv/bin/python -m pip config list 2>/dev/null || true; } | grep -vE "='(0|false|no|off)'$" |
+        sed -nE "s/^((global|install)\.(target|prefix|root|python|no-deps|dry-run|require-hashes))=.*/\1/p" | tail -n 1 || true
+}
+
 # --- the machine
 
 has_gpu() { compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/dxg ]]; }
@@ -319,6 +326,10 @@ elif [[ -e $stamp ]]; then
 else
     say "continuing the installation into .venv, $(.venv/bin/python --version)"
 fi
+
+settings=$(misleading_settings)
+[[ -z $settings ]] ||
+    refuse "pip's configuration on this machine sets $settings, which leads packages away from .venv or leaves some out; remove it (pip config unset $settings), or leave pip's files out: PIP_CONFIG_FILE=/dev/null launch/install.sh"
 
 export DS_BUILD_OPS=0 # DeepSpeed compiles no operators: none is used
 constraints=.venv/constraints.txt

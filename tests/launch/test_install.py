@@ -385,6 +385,16 @@ def test_settings_that_lead_pip_elsewhere_are_ignored(copy, with_cpu_torch, tmp_
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["launch"]
 
 
+@pytest.mark.parametrize("setting", ["install.target", "global.prefix", "global.no-deps"])
+def test_a_setting_in_a_file_that_leads_pip_elsewhere_is_refused(unfinished, wheelhouse, tmp_path, setting):
+    section, name = setting.split(".")
+    (tmp_path / "pip.conf").write_text(f"[{section}]\n{name} = 1\ndry-run = false\n")
+    said = one_line(install(unfinished, wheelhouse, PIP_CONFIG_FILE=str(tmp_path / "pip.conf")), 2)
+    assert f"sets {setting}, which leads packages away from .venv" in said
+    assert "PIP_CONFIG_FILE=/dev/null launch/install.sh" in said
+    assert "No matching distribution" not in said
+
+
 def test_a_link_to_another_disk_is_kept(copy, wheelhouse, tmp_path):
     (tmp_path / "disk").mkdir()
     (copy / ".venv").symlink_to(tmp_path / "disk")
