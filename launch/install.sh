@@ -184,11 +184,10 @@ whose_constraints() {
     if [[ -n $files ]]; then echo "pip's settings on this machine add constraints; allow these versions in ${files% }"; else echo "report it"; fi
 }
 
-# A setting of pip's files that would lead packages away from .venv or leave some out. An empty variable does not
-# overrule a file.
-misleading_settings() {
-    { .venv/bin/python -m pip config list 2>/dev/null || true; } | grep -vE "='(0|false|no|off)'$" |
-        sed -nE "s/^((global|install)\.(target|prefix|root|python|no-deps|dry-run|require-hashes))=.*/\1/p" | tail -n 1 || true
+# A setting of pip's files that leads packages away from .venv. No variable overrules these.
+misleading_setting() {
+    { PIP_QUIET=0 .venv/bin/python -m pip --python '' config list 2>/dev/null || true; } |
+        sed -nE "s/^((global|install)\.(target|prefix|root|python)='.+')$/\1/p" | tail -n 1
 }
 
 # --- the machine
@@ -284,8 +283,8 @@ is_done() { [[ -x .venv/bin/tandem && $(content "$stamp") == "$wanted" ]] && ! o
 
 [[ -z ${TORCH_BUILD:-} || $TORCH_BUILD =~ ^(cpu|cuda)$ ]] || refuse "TORCH_BUILD=$TORCH_BUILD: must be cpu or cuda, or unset"
 # What would lead Python or pip to other packages, or away from .venv.
-unset PYTHONPATH PYTHONHOME PYTHONSTARTUP PIP_TARGET PIP_PREFIX PIP_ROOT PIP_PYTHON PIP_NO_DEPS PIP_DRY_RUN PIP_REQUIRE_HASHES
-export PIP_USER=0
+unset PYTHONPATH PYTHONHOME PYTHONSTARTUP PIP_TARGET PIP_PREFIX PIP_ROOT PIP_PYTHON PIP_NO_DEPENDENCIES
+export PIP_USER=0 PIP_NO_DEPS=0 PIP_DRY_RUN=0 PIP_REQUIRE_HASHES=0 # which overrule pip's files
 if is_done; then exit 0; fi
 
 [[ $place != *$'\n'* ]] || refuse "the path of this folder has a line break, which no program's first line may have; rename the folder"
@@ -327,9 +326,9 @@ else
     say "continuing the installation into .venv, $(.venv/bin/python --version)"
 fi
 
-settings=$(misleading_settings)
-[[ -z $settings ]] ||
-    refuse "pip's configuration on this machine sets $settings, which leads packages away from .venv or leaves some out; remove it (pip config unset $settings), or leave pip's files out: PIP_CONFIG_FILE=/dev/null launch/install.sh"
+setting=$(misleading_setting)
+[[ -z $setting ]] ||
+    refuse "pip's files on this machine set $setting, which leads packages away from .venv; remove it (.venv/bin/python -m pip --python '' config debug lists the files), or leave these files out: PIP_CONFIG_FILE=/dev/null launch/install.sh, with PIP_INDEX_URL and PIP_CERT as they say"
 
 export DS_BUILD_OPS=0 # DeepSpeed compiles no operators: none is used
 constraints=.venv/constraints.txt

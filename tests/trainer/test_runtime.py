@@ -8,7 +8,7 @@ from contextlib import closing, suppress
 
 import pytest
 
-from tests.waiting import eventually
+from tests.waiting import PATIENCE_SECONDS, eventually
 from trainer import runtime
 from trainer.disk import whole_file, write_whole
 
@@ -109,11 +109,17 @@ def test_without_git_the_commit_is_that_of_the_environment(tmp_path, monkeypatch
 
 def test_a_signal_starts_no_thread(monkeypatch):
     """From Python 3.12 on a process that ends refuses new threads, with a traceback, and a signal may come then."""
-    others = threading.enumerate()
+    others, start, started = threading.enumerate(), threading.Thread.start, []
     stop = runtime.StopSignal()
     (listener,) = (thread for thread in threading.enumerate() if thread.name == "signals" and thread not in others)
-    started = []
-    monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread.name))
+
+    def recorded(thread):
+        if threading.current_thread() in (listener, threading.main_thread()):
+            started.append(thread.name)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", recorded)
+    monkeypatch.setattr(runtime, "MEETING_SECONDS", 2 * PATIENCE_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
     eventually(lambda: stop.came)
     stop.close()
