@@ -370,19 +370,17 @@ def test_constraints_of_the_machine_are_named_if_they_exclude_a_pin_and_else_cha
     assert f"pip's settings on this machine add constraints; allow these versions in {tmp_path / 'machine.txt'}" in said
 
 
-SWITCHES = ("user", "no-deps", "dry-run", "require-hashes")
-
-
 @pytest.mark.parametrize("place", ["variables", "file"])
 def test_settings_that_lead_pip_elsewhere_are_ignored(copy, with_cpu_torch, tmp_path, place):
+    switches = ("user", "no-deps", "dry-run", "require-hashes")
     (tmp_path / "elsewhere/launch").mkdir(parents=True)
     (tmp_path / "torch.py").write_text("raise ImportError('of another installation')\n")
-    (tmp_path / "pip.conf").write_text("[install]\n" + "".join(f"{name} = true\n" for name in SWITCHES) + "root =\n")
     if place == "file":
+        (tmp_path / "pip.conf").write_text("\n".join(["[install]", "root =", *(f"{name} = true" for name in switches)]))
         settings = {"PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
     else:
         settings = dict.fromkeys(("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "CDPATH"), str(tmp_path / "elsewhere"))
-        settings |= {f"PIP_{name.upper().replace('-', '_')}": "1" for name in (*SWITCHES, "no-dependencies")}
+        settings |= {f"PIP_{name.upper().replace('-', '_')}": "1" for name in (*switches, "no-dependencies")}
         settings |= {"PYTHONPATH": str(tmp_path), "PIP_PYTHON": "/usr/bin/python3"}
     done = subprocess.run(
         ["launch/install.sh"], cwd=copy, env=environment(with_cpu_torch, **settings),
@@ -400,6 +398,11 @@ def test_a_setting_in_a_file_that_leads_pip_elsewhere_is_refused(copy, wheelhous
     said = one_line(install(copy, wheelhouse, PIP_CONFIG_FILE=str(tmp_path / "pip.conf")), 2)
     assert f"set {setting}='/no/such', which leads packages away from .venv" in said
     assert "PIP_CONFIG_FILE=/dev/null launch/install.sh" in said
+    empty = tmp_path / "no wheels"
+    empty.mkdir()
+    remedied = install(copy, empty, PIP_CONFIG_FILE="/dev/null")
+    assert "continuing the installation into .venv" in remedied.stdout
+    assert "none to be had: taking the CUDA build" in remedied.stdout, "it came past the settings"
 
 
 def test_a_link_to_another_disk_is_kept(copy, wheelhouse, tmp_path):
