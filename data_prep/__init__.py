@@ -1,1 +1,1 @@
-"""Text to the sharded, tokenized corpora that `trainer.data` reads: `prepare` writes, `verify` checks."""
+"""Text to the sharded, tokenized corpora that `tandem.trainer.data` reads: `prepare` writes, `verify` checks."""

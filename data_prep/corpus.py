@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.vocabulary import Vocabulary
-from trainer import config
-from trainer.data import manifest, remote
-from trainer.data.cache import Cache
-from trainer.data.manifest import Shard, Split
+from tandem.data_prep.vocabulary import Vocabulary
+from tandem.trainer import config
+from tandem.trainer.data import manifest, remote
+from tandem.trainer.data.cache import Cache
+from tandem.trainer.data.manifest import Shard, Split
 
 
 @dataclass(frozen=True)

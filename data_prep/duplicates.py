@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.disk import whole_file
+from tandem.trainer.disk import whole_file
 
 RECORDS = 1 << 22
 LINKS = 1 << 20

@@ -1,6 +1,6 @@
 """One unit of the inputs encoded: its documents read, cleaned, turned into ids and laid out for the shuffle.
 
-A unit leaves some spills (`data_prep.spill`), the signatures of its documents where duplicates are looked for, and, last,
+A unit leaves some spills (`spill`), the signatures of its documents where duplicates are looked for, and, last,
 a record of what it counted. A unit with a record is finished; anything else of it is of a killed worker and is written
 again, the same.
 """
@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from data_prep import clean, duplicates, minhash, read, spill
-from data_prep.executor import Advance
-from data_prep.inputs import content_hash
-from data_prep.plan import Unit
-from data_prep.read import Document
-from data_prep.settings import Settings
-from data_prep.spill import Spill
-from data_prep.tokenizers.encoding import Encode
-from trainer.config import UserError
-from trainer.disk import write_whole
+from tandem.data_prep import clean, duplicates, minhash, read, spill
+from tandem.data_prep.executor import Advance
+from tandem.data_prep.inputs import content_hash
+from tandem.data_prep.plan import Unit
+from tandem.data_prep.read import Document
+from tandem.data_prep.settings import Settings
+from tandem.data_prep.spill import Spill
+from tandem.data_prep.tokenizers.encoding import Encode
+from tandem.trainer.config import UserError
+from tandem.trainer.disk import write_whole
 
 BATCH_CHARACTERS = 1 << 20
 SPILL_BYTES = 256 << 20

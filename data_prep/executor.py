@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainer.config import UserError
+from tandem.trainer.config import UserError
 
 POLL_SECONDS = 0.2
 """How often the bar moves."""

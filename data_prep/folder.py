@@ -17,13 +17,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from data_prep import origin, plan
-from data_prep.inputs import Input, content_hash
-from data_prep.plan import Unit
-from trainer.config import UserError
-from trainer.data import manifest
-from trainer.data.manifest import Manifest
-from trainer.disk import TEMPORARY, TORN, write_whole
+from tandem.data_prep import origin, plan
+from tandem.data_prep.inputs import Input, content_hash
+from tandem.data_prep.plan import Unit
+from tandem.trainer.config import UserError
+from tandem.trainer.data import manifest
+from tandem.trainer.data.manifest import Manifest
+from tandem.trainer.disk import TEMPORARY, TORN, write_whole
 
 NOTE = "preparing.json"
 WORK = "work"

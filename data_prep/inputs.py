@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 from urllib.parse import unquote, urlsplit
 
-from trainer.config import UserError
-from trainer.data import remote
-from trainer.data.remote import File
+from tandem.trainer.config import UserError
+from tandem.trainer.data import remote
+from tandem.trainer.data.remote import File
 
 _SUFFIXES = """
 .txt .text .md .markdown .rst .adoc .org .tex .html .htm .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .hh .cu .cuh

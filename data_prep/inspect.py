@@ -17,12 +17,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from data_prep import survey
-from data_prep.corpus import Corpus, Piece
-from data_prep.vocabulary import visible
-from trainer import bar
-from trainer.config import UserError
-from trainer.data.manifest import Shard, Split
+from tandem.data_prep import survey
+from tandem.data_prep.corpus import Corpus, Piece
+from tandem.data_prep.vocabulary import visible
+from tandem.trainer import bar
+from tandem.trainer.config import UserError
+from tandem.trainer.data.manifest import Shard, Split
 
 EXCERPT_CHARACTERS = 200
 """Shown of a document on either side of what was looked for."""

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config import UserError
-from trainer.data import remote
+from tandem.trainer.config import UserError
+from tandem.trainer.data import remote
 
 Entry = Sequence[Any]
 """Name, bytes, version, hashes of the parts."""

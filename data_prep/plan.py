@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.inputs import Input, Part
+from tandem.data_prep.inputs import Input, Part
 
 SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 8 << 20, 512 << 20
 """Of text: what is lost by a kill, at most, against the number of files of unfinished work."""

@@ -19,17 +19,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from data_prep import clean, cluster, encode, executor, folder, read, stages
-from data_prep.clean import Rules
-from data_prep.cluster import jobs
-from data_prep.cluster.jobs import OURS
-from data_prep.cluster.task import Request
-from data_prep.inputs import Input, Part, listed
-from data_prep.settings import Settings
-from data_prep.tokenizers import build, encoding
-from trainer.config import UserError
-from trainer.data import manifest, remote
-from trainer.data.manifest import Manifest
+from tandem.data_prep import clean, cluster, encode, executor, folder, read, stages
+from tandem.data_prep.clean import Rules
+from tandem.data_prep.cluster import jobs
+from tandem.data_prep.cluster.jobs import OURS
+from tandem.data_prep.cluster.task import Request
+from tandem.data_prep.inputs import Input, Part, listed
+from tandem.data_prep.settings import Settings
+from tandem.data_prep.tokenizers import build, encoding
+from tandem.trainer.config import UserError
+from tandem.trainer.data import manifest, remote
+from tandem.trainer.data.manifest import Manifest
 
 ORDINARY_VOCAB = 16_384
 ORDINARY_TASKS = 64

@@ -16,10 +16,10 @@ import orjson
 import pyarrow
 import pyarrow.parquet
 
-from data_prep.executor import Advance
-from data_prep.inputs import READ_BYTES, Part, check_unchanged, unreadable
-from trainer.config import UserError
-from trainer.data import remote
+from tandem.data_prep.executor import Advance
+from tandem.data_prep.inputs import READ_BYTES, Part, check_unchanged, unreadable
+from tandem.trainer.config import UserError
+from tandem.trainer.data import remote
 
 BATCH_BYTES, LARGEST_BATCH_ROWS = 8 << 20, 1024
 """Of parquet read at once. Rows are bounded too: metadata counts a text that is stored once for many rows only once."""

@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data_prep.clean import Rules
+from tandem.data_prep.clean import Rules
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import spill
-from data_prep.spill import SPLITS, Spill
-from data_prep.write import write_shard
-from trainer.data.manifest import Shard
-from trainer.disk import whole_file, write_whole
+from tandem.data_prep import spill
+from tandem.data_prep.spill import SPLITS, Spill
+from tandem.data_prep.write import write_shard
+from tandem.trainer.data.manifest import Shard
+from tandem.trainer.disk import whole_file, write_whole
 
 BINS_PER_SHARD = 256
 """A shard is larger than it must be by a bin at most."""

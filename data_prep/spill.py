@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.disk import whole_file
+from tandem.trainer.disk import whole_file
 
 ENTRY = np.dtype(
     [("rank", "<u8"), ("end", "<u8"), ("document", "<u4"), ("group", "<u2"), ("held_out", "?")], align=True

@@ -19,18 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import clean, duplicates, encode, folder, plan, read, shuffle, spill
-from data_prep.executor import Advance, Do
-from data_prep.inputs import Input, Part
-from data_prep.plan import Unit
-from data_prep.settings import Settings
-from data_prep.shuffle import Dropped, Range
-from data_prep.spill import Spill
-from data_prep.tokenizers import build, encoding
-from data_prep.tokenizers.encoding import Encoder
-from trainer.data import manifest
-from trainer.data.manifest import Manifest, Shard, Split
-from trainer.disk import write_whole
+from tandem.data_prep import clean, duplicates, encode, folder, plan, read, shuffle, spill
+from tandem.data_prep.executor import Advance, Do
+from tandem.data_prep.inputs import Input, Part
+from tandem.data_prep.plan import Unit
+from tandem.data_prep.settings import Settings
+from tandem.data_prep.shuffle import Dropped, Range
+from tandem.data_prep.spill import Spill
+from tandem.data_prep.tokenizers import build, encoding
+from tandem.data_prep.tokenizers.encoding import Encoder
+from tandem.trainer.data import manifest
+from tandem.trainer.data.manifest import Manifest, Shard, Split
+from tandem.trainer.disk import write_whole
 
 SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 200, 1 << 20
 """On how much an encoding library is checked against the reference before it is used."""

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.corpus import Corpus
-from trainer.data.manifest import Shard
+from tandem.data_prep.corpus import Corpus
+from tandem.trainer.data.manifest import Shard
 
 NOT_LEFT_OUT = {"documents", "tokens", "files", "normalized_documents"}
 """Counts of the manifest that are not of documents or files which were left out."""

@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
-from data_prep import executor, folder, origin
-from data_prep.executor import Advance
-from data_prep.vocabulary import Vocabulary
-from trainer import bar
-from trainer.config import UserError
-from trainer.data import manifest, remote
-from trainer.data.manifest import Manifest, Shard, Split
+from tandem.data_prep import executor, folder, origin
+from tandem.data_prep.executor import Advance
+from tandem.data_prep.vocabulary import Vocabulary
+from tandem.trainer import bar
+from tandem.trainer.config import UserError
+from tandem.trainer.data import manifest, remote
+from tandem.trainer.data.manifest import Manifest, Shard, Split
 
 COUNT_TOKENS = 1 << 18
 """Ids counted at a time: numpy widens them to 64 bits for it."""

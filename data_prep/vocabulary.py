@@ -15,8 +15,8 @@ import numpy as np
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from data_prep.tokenizers.alphabet import CHARACTERS
-from trainer.config import UserError
+from tandem.data_prep.tokenizers.alphabet import CHARACTERS
+from tandem.trainer.config import UserError
 
 VALUES = {character: value for value, character in CHARACTERS.items()}
 SPECIAL_STYLE = "bold cyan"

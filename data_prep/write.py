@@ -17,8 +17,8 @@ from typing import BinaryIO
 import numpy as np
 from xxhash import xxh3_128
 
-from trainer.data.manifest import Shard, Split
-from trainer.disk import whole_file
+from tandem.trainer.data.manifest import Shard, Split
+from tandem.trainer.disk import whole_file
 
 
 class _Hashed:

@@ -40,7 +40,7 @@ def attention(
 
     Queries are the last of the keys' positions. Query head h reads key head h // (heads // kv_heads). The bias joins
     the scaled scores, itself unscaled; each row may have its own slopes, which get no gradient. Token i sees keys starts[i]
-    to i: `kernels.documents.starts`. Without `slopes` there is no bias, without `starts` a row is one document.
+    to i: `tandem.kernels.documents.starts`. Without `slopes` there is no bias, without `starts` a row is one document.
 
     Raises: ValueError for more queries than keys, or a scale that is not positive.
     Source: Press et al. 2022, "Train Short, Test Long", section 3; Ainslie et al. 2023, "GQA"; backward: Dao et al. 2022,
@@ -105,7 +105,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     if _beside_the_kernel(query, key):
         return _written_out(query, key, value, scale, slopes, starts)
-    from kernels.device import attention as device
+    from tandem.kernels.device import attention as device
 
     return device.forward(query, key, value, scale, slopes, starts)
 
@@ -152,7 +152,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if _beside_the_kernel(query, key):
         return _backward_written_out(out_gradient, query, key, value, out, lse, scale, slopes, starts)
-    from kernels.device import attention as device
+    from tandem.kernels.device import attention as device
 
     return device.backward(out_gradient, query, key, value, out, lse, scale, slopes, starts)
 

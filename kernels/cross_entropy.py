@@ -71,7 +71,7 @@ def _add(logits: Tensor, targets: Tensor, statistics: Tensor, *, first: int, col
 
 @_add.register_kernel("cuda")
 def _(logits: Tensor, targets: Tensor, statistics: Tensor, *, first: int, columns: int, scale: float) -> None:
-    from kernels.device import cross_entropy as device
+    from tandem.kernels.device import cross_entropy as device
 
     device.add(logits, targets, statistics, first=first, columns=columns, scale=scale)
 
@@ -101,7 +101,7 @@ def _(
     logits: Tensor, targets: Tensor, maximum: Tensor, total_gradient: Tensor, target_logit_gradient: Tensor,
     *, first: int, columns: int, scale: float,
 ) -> None:  # fmt: skip
-    from kernels.device import cross_entropy as device
+    from tandem.kernels.device import cross_entropy as device
 
     gradients = total_gradient, target_logit_gradient
     device.gradient(logits, targets, maximum, *gradients, first=first, columns=columns, scale=scale)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from kernels.cross_entropy import nothing_seen, wide
+from tandem.kernels.cross_entropy import nothing_seen, wide
 
 CHUNKS = 16
 """At most: a sixteenth of the logits, rounded up to whole blocks, stays below a tenth of them from 30 blocks on.

@@ -73,7 +73,7 @@ def _(
     qkv: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None,
     epsilon: float, head_dim: int, queries: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from kernels.device import qkv as device
+    from tandem.kernels.device import qkv as device
 
     return device.forward(qkv, cos, sin, query_norm, key_norm, epsilon, head_dim, queries)
 
@@ -120,7 +120,7 @@ def _(
     query: Tensor, key: Tensor, value: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor,
     query_norm: Tensor | None, key_norm: Tensor | None, epsilon: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from kernels.device import qkv as device
+    from tandem.kernels.device import qkv as device
 
     return device.backward(query, key, value, qkv, cos, sin, query_norm, key_norm, epsilon)
 

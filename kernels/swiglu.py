@@ -39,7 +39,7 @@ def _swiglu(gate_up: Tensor, gate: int) -> Tensor:
 
 @_swiglu.register_kernel("cuda")
 def _(gate_up: Tensor, gate: int) -> Tensor:
-    from kernels.device import swiglu as device
+    from tandem.kernels.device import swiglu as device
 
     return device.forward(gate_up, gate)
 
@@ -63,7 +63,7 @@ def _swiglu_backward(out_gradient: Tensor, gate_up: Tensor, gate: int, with_prod
 
 @_swiglu_backward.register_kernel("cuda")
 def _(out_gradient: Tensor, gate_up: Tensor, gate: int, with_product: bool) -> tuple[Tensor, Tensor]:
-    from kernels.device import swiglu as device
+    from tandem.kernels.device import swiglu as device
 
     return device.backward(out_gradient, gate_up, gate, with_product=with_product)
 

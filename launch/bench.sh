@@ -15,7 +15,7 @@
 #
 # Each stage has a time limit and leaves what it has; one that fails or is cut does not stop the others. The folder gets at
 # most eight files: log.txt.gz, *.jsonl (a line is added when its figure is there) and traces. One table is printed last;
-# `python3 -m trainer.bench.figures FOLDER` prints it again. Exit code 1 if a stage failed or was cut.
+# `python3 -m tandem.trainer.bench.figures FOLDER` prints it again. Exit code 1 if a stage failed or was cut.
 #
 # Uses .venv if launch/install.sh has made it, else the Python on the path, and installs nothing. A copy without git says its
 # commit in TANDEM_COMMIT.
@@ -57,6 +57,12 @@ print(*(name for name in needed.split() if not find_spec(name)))') || fail "pyth
 [[ $rehearse ]] || python3 -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || fail "$no_gpu"
 mkdir -p "$folder"
 out=$(cd "$folder" && pwd)
+if ! python3 -c 'import tandem.trainer' 2>/dev/null; then
+    links=$(mktemp -d)
+    trap 'rm -rf "$links"' EXIT
+    launch/links.sh "$links"
+    export PYTHONPATH=$links${PYTHONPATH:+:$PYTHONPATH}
+fi
 
 btlm_config=configs/btlm-3b-8k.yaml stablelm_config=configs/stablelm-2-12b.yaml
 slice=(--depth 6)
@@ -101,15 +107,15 @@ tests() {
     python3 -m pytest tests/kernels tests/promises/test_kernels.py tests/promises/test_step.py \
         -m gpu -W default -n "$workers" -p no:cacheprovider -q --tb=short --maxfail=30
 }
-kernels() { python3 -m kernels.bench --rival ours "${kernel_options[@]}" --seconds "$own_seconds" --json "$out/kernels.jsonl"; }
-errors() { python3 -m kernels.bench --errors "${error_options[@]}" --json "$out/errors.jsonl"; }
+kernels() { python3 -m tandem.kernels.bench --rival ours "${kernel_options[@]}" --seconds "$own_seconds" --json "$out/kernels.jsonl"; }
+errors() { python3 -m tandem.kernels.bench --errors "${error_options[@]}" --json "$out/errors.jsonl"; }
 btlm() { steps "$btlm_config" --phase all "${counted[@]}"; }
 stablelm() { steps "$stablelm_config" "${slice[@]}" "${counted[@]}" --profile "$out/stablelm.trace.json.gz"; }
 rivals() { # what matters most first
-    python3 -m kernels.bench attention linear_cross_entropy swiglu qkv residual_norm cross_entropy swiglu_linear \
+    python3 -m tandem.kernels.bench attention linear_cross_entropy swiglu qkv residual_norm cross_entropy swiglu_linear \
         "${kernel_options[@]}" --seconds "$rival_seconds" --json "$out/kernels.jsonl"
 }
-sweep() { python3 -m kernels.bench.sweep --seconds "$sweep_seconds" "${sweep_options[@]}" --json "$out/sweep.jsonl"; }
+sweep() { python3 -m tandem.kernels.bench.sweep --seconds "$sweep_seconds" "${sweep_options[@]}" --json "$out/sweep.jsonl"; }
 profile() { steps "$btlm_config" --phase all "${short[@]}" --profile "$out/btlm.trace.json.gz"; }
 states() { # with both states in one log, as cards and days differ
     local state
@@ -122,7 +128,7 @@ memory() { # what recomputation and larger micro-batches cost and bring
     steps "$stablelm_config" "${slice[@]}" "${short[@]}" --micro-rows 2 --rows 8
 }
 
-steps() { python3 -m trainer bench "$1" parallel.tp_size=1 "${@:2}" >>"$out/steps.jsonl"; }
+steps() { python3 -m tandem.trainer bench "$1" parallel.tp_size=1 "${@:2}" >>"$out/steps.jsonl"; }
 
 run_limited() { # NAME SECONDS: in a shell of its own, so that its whole process group can be ended
     export -f "${1?}" steps
@@ -164,6 +170,6 @@ rm -f "$out/.stage"
 gzip --stdout "$out/log.txt" >>"$out/log.txt.gz" # behind that of an earlier visit
 rm "$out/log.txt"
 printf '\n'
-python3 -m trainer.bench.figures "$out" || failed+=(table)
+python3 -m tandem.trainer.bench.figures "$out" || failed+=(table)
 [[ -z $interrupted ]] || { echo "bench: interrupted in $stage" >&2 && exit 130; }
 [[ ${#failed[@]} -eq 0 ]] || { echo "bench: failed or cut: ${failed[*]}" >&2 && exit 1; }

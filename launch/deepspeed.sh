@@ -14,4 +14,4 @@ source launch/env.sh
 export LOCAL_SIZE=$RANKS_PER_NODE
 # --no_local_rank: our command line has no --local_rank; the ranks read LOCAL_RANK.
 exec deepspeed --num_gpus "$RANKS_PER_NODE" --no_local_rank \
-    --master_port "${MASTER_PORT:-29500}" --module trainer train "${@:2}"
+    --master_port "${MASTER_PORT:-29500}" --module tandem.trainer train "${@:2}"

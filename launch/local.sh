@@ -11,4 +11,4 @@ CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 export RANKS_PER_NODE=$1
 # shellcheck source=launch/env.sh
 source launch/env.sh
-exec python -m trainer train --ranks "$RANKS_PER_NODE" "${@:2}"
+exec python -m tandem.trainer train --ranks "$RANKS_PER_NODE" "${@:2}"

@@ -33,7 +33,7 @@ source launch/env.sh
 address=$(python - "$HEAD" "$NODES" "$NODE" "$RANKS_PER_NODE" "$@" <<'PYTHON'
 import socket, sys
 
-from trainer.config import UserError, check_world, load
+from tandem.trainer.config import UserError, check_world, load
 
 head, nodes, node, ranks_per_node, config, *overrides = sys.argv[1:]
 host, _, port = head.rpartition(":")
@@ -65,4 +65,4 @@ join=${JOIN_SECONDS:-900} lost=${LOST_SECONDS:-60}
 settings=is_host=$is_host,join_timeout=$join,read_timeout=$join,last_call_timeout=${LAST_CALL_SECONDS:-30}
 settings+=,keep_alive_interval=5,keep_alive_max_attempt=$((lost < 15 ? 3 : lost / 5))
 exec torchrun --nnodes "$NODES" --nproc-per-node "$RANKS_PER_NODE" --local-addr "$address" \
-    --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id tandem --rdzv-conf "$settings" -m trainer train "$@"
+    --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id tandem --rdzv-conf "$settings" -m tandem.trainer train "$@"

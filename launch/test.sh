@@ -28,7 +28,7 @@ launch/install.sh
 export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 
 lint() { ruff check . && ruff format --check .; }
-types() { mypy; }
+types() { launch/links.sh .venv/links && mypy; } # mypy does not see an editable installation of folders with other names
 arch() { lint-imports && lines_per_file; }
 pins() { if [[ -n ${PIP_NO_INDEX:-} ]]; then echo "not checked: PIP_NO_INDEX is set"; else python launch/pins.py; fi; }
 fast() { pytest tests --ignore tests/kernels --ignore tests/cluster -m 'not dist and not slow'; }

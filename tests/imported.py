@@ -17,11 +17,11 @@ import pytest  # noqa: E402, F401
 import torch  # noqa: E402
 import transformers  # noqa: E402, F401
 
-import data_prep.tokenizers.encoding  # noqa: E402, F401  (not data_prep.prepare: pyarrow starts a thread)
-import trainer.__main__  # noqa: E402
-import trainer.exchange  # noqa: E402
-import trainer.generate  # noqa: E402
-import trainer.train  # noqa: E402, F401
+import tandem.data_prep.tokenizers.encoding  # noqa: E402  (not tandem.data_prep.prepare: pyarrow starts a thread)
+import tandem.trainer.__main__  # noqa: E402
+import tandem.trainer.exchange  # noqa: E402
+import tandem.trainer.generate  # noqa: E402
+import tandem.trainer.train  # noqa: E402, F401
 
 torch.set_num_threads(1)
 PROCESS = os.getpid()

@@ -25,9 +25,9 @@ from typing import Any
 
 from tests.waiting import PATIENCE_SECONDS
 
-OPERATIONS = [f"kernels.{file.stem}" for file in (Path(__file__).parents[1] / "kernels").glob("[!_]*.py")]
-OWN_PACKAGES = ["trainer", "data_prep", *OPERATIONS]
-"""Without kernels.device: Triton wants its functions as they are written."""
+OPERATIONS = [f"tandem.kernels.{file.stem}" for file in (Path(__file__).parents[1] / "kernels").glob("[!_]*.py")]
+OWN_PACKAGES = ["tandem.trainer", "tandem.data_prep", *OPERATIONS]
+"""Without tandem.kernels.device: Triton wants its functions as they are written."""
 GRACE_SECONDS = 5
 """After one rank has failed, the others have this long to tell their own story."""
 SERVER = multiprocessing.get_context("forkserver")

@@ -5,13 +5,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tandem.trainer.checkpoint.read import load_weights
+from tandem.trainer.continuation import Sampling, continuations, side_by_side
+from tandem.trainer.models import build
+from tandem.trainer.models.cache import Cache
+from tandem.trainer.models.layers import Decoder
+from tandem.trainer.parallel.mesh import Mesh, started
 from tests.reference.variants import VARIANTS, reference, tokens
-from trainer.checkpoint.read import load_weights
-from trainer.continuation import Sampling, continuations, side_by_side
-from trainer.models import build
-from trainer.models.cache import Cache
-from trainer.models.layers import Decoder
-from trainer.parallel.mesh import Mesh, started
 
 STEPS = 14
 LENGTHS = (5, 9, 1)

@@ -1,11 +1,11 @@
 """The arrows point down: what import-linter cannot see of it."""
 
 import configparser
-import importlib.util
+import os
 import re
 import subprocess
 import sys
-from importlib import metadata
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("module", ["trainer.config", "trainer.timeline", "trainer.costs"])
+@pytest.mark.parametrize("module", ["tandem.trainer.config", "tandem.trainer.timeline", "tandem.trainer.costs"])
 def test_modules_that_only_look_at_a_config_never_import_torch(module):
     heavy = "{'torch', 'numpy', 'deepspeed', 'megatron', 'transformers'}"
     program = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
@@ -26,25 +26,44 @@ def test_every_module_of_the_trainer_has_a_place_in_the_layers():
     contracts = configparser.ConfigParser()
     contracts.read(ROOT / ".importlinter")
     named = set(contracts["importlinter:contract:layers"]["layers"].replace("|", " ").split())
-    modules = {f"trainer.{path.stem}" for path in (ROOT / "trainer").iterdir() if path.name != "README.md"}
-    assert modules - {"trainer.__init__", "trainer.__pycache__"} <= named
+    stems = {path.stem for path in (ROOT / "trainer").iterdir()} - {"README", "__init__", "__pycache__"}
+    assert {f"tandem.trainer.{stem}" for stem in stems} <= named
 
 
-def test_the_name_kernels_is_ours():
-    clash = "kernels" in {dist.metadata["Name"].lower() for dist in metadata.distributions()}
-    assert not clash, (
-        "the Hugging Face distribution `kernels` is installed beside our package of that name: importing a "
-        "transformers model then raises ImportError; remove it with `pip uninstall kernels`"
+def test_nothing_of_ours_is_importable_under_a_name_that_others_use(tmp_path):
+    """A user's trainer.py and Hugging Face's `kernels`, which transformers imports, keep their names."""
+    program = (
+        "from importlib.util import find_spec; import sys; print(*(name for name in sys.argv[1:] if find_spec(name)))"
     )
-    origin = importlib.util.find_spec("kernels").origin
-    assert Path(origin).parent == ROOT / "kernels"
+    names = ["trainer", "kernels", "data_prep", "tandem.trainer", "tandem.kernels", "tandem.data_prep"]
+    answer = subprocess.run(
+        [sys.executable, "-c", program, *names], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.split() == names[3:]
 
 
-def test_kernels_claims_no_version():
-    """transformers takes a `kernels` with a version for the Hugging Face distribution."""
-    import kernels
+def test_modules_of_a_working_folder_do_not_replace_ours(tmp_path):
+    for name in ("trainer.py", "kernels.py", "data_prep.py"):
+        (tmp_path / name).write_text("raise SystemExit('the wrong module')")
+    command = [sys.executable, "-m", "tandem.trainer", "--help"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
 
-    assert not hasattr(kernels, "__version__")
+
+def test_links_import_this_checkout_without_an_installation(tmp_path):
+    subprocess.run([ROOT / "launch/links.sh", tmp_path / "links"], check=True)
+    program = "import tandem.trainer.config.sections as sections; print(sections.__file__)"
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path / "links")}
+    command = [sys.executable, "-S", "-c", program]  # -S: no site-packages
+    answer = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert Path(answer.stdout.strip()).resolve() == ROOT / "trainer/config/sections.py"
+
+
+def test_every_package_is_installed():
+    """An explicit list in pyproject.toml: a folder that it misses is absent from a wheel, and only from a wheel."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = [folder for name in project["package-dir"].values() for folder in (ROOT / name).rglob("__init__.py")]
+    names = [".".join(("tandem", *file.relative_to(ROOT).parent.parts)) for file in folders]
+    assert project["packages"] == sorted(names)
 
 
 def test_commands_of_the_launch_folder_can_be_started():

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from tandem.trainer import runtime
+from tandem.trainer.parallel.mesh import started
 from tests.process import KEPT, as_it_was, death_signal, loggers, wakeup_fd
-from trainer import runtime
-from trainer.parallel.mesh import started
 
 
 def facts() -> dict[str, Any]:

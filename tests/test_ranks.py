@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kernels.swiglu import swiglu
+from tandem.kernels.swiglu import swiglu
 from tests import ranks
 
 pytestmark = pytest.mark.dist

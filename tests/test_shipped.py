@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer import config
-from trainer.timeline import Timeline
+from tandem.trainer import config
+from tandem.trainer.timeline import Timeline
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from trainer.config import RunConfig, section_from
+from tandem.trainer.config import RunConfig, section_from
 
 BTLM = {
     "family": "btlm", "width": 64, "depth": 2, "heads": 4, "ffn_width": 170, "vocab": 500, "norm_epsilon": 1e-5,

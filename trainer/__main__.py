@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from trainer.config import UserError, check_world, load
-from trainer.runtime import REQUEUE_EXIT_CODE, StopSignal, leave, num_gpus, quiet_libraries, stop_with_launcher
+from tandem.trainer.config import UserError, check_world, load
+from tandem.trainer.runtime import REQUEUE_EXIT_CODE, StopSignal, leave, num_gpus, quiet_libraries, stop_with_launcher
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
@@ -19,19 +19,25 @@ INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 CLOSED_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 
 VERBS = {
-    "prepare": ("data_prep.prepare", "text to tokenized shards and a manifest"),
-    "verify": ("data_prep.verify", "read a prepared corpus again and compare it with its manifest"),
-    "inspect": ("data_prep.inspect", "what a prepared corpus is, and the text of its rows and documents"),
-    "train": ("trainer.__main__", "train: on this machine, or as one rank of torchrun, deepspeed or srun"),
-    "evaluate": ("trainer.evaluate", "loss on held-out rows, by position"),
-    "generate": ("trainer.generate", "continue a prompt"),
-    "import-hf": ("trainer.exchange", "a Hugging Face folder to weights a run can start from"),
-    "export-hf": ("trainer.exchange", "a run's newest checkpoint to a Hugging Face folder"),
-    "audit": ("trainer.audit", "prove from a run's ledger that no token was lost or repeated, or list what was"),
-    "checkpoint": ("trainer.checkpoints", "what a run has saved: list it, verify it, compare two checkpoints"),
-    "report": ("trainer.report", "one HTML page with the plots of a run"),
-    "bench": ("trainer.bench", "speed, memory and time by part of the run's own training steps, on synthetic rows"),
-    "mup": ("trainer.mup_check", "whether a config's muP holds: coordinates, learning-rate transfer, weight decay"),
+    "prepare": ("tandem.data_prep.prepare", "text to tokenized shards and a manifest"),
+    "verify": ("tandem.data_prep.verify", "read a prepared corpus again and compare it with its manifest"),
+    "inspect": ("tandem.data_prep.inspect", "what a prepared corpus is, and the text of its rows and documents"),
+    "train": ("tandem.trainer.__main__", "train: on this machine, or as one rank of torchrun, deepspeed or srun"),
+    "evaluate": ("tandem.trainer.evaluate", "loss on held-out rows, by position"),
+    "generate": ("tandem.trainer.generate", "continue a prompt"),
+    "import-hf": ("tandem.trainer.exchange", "a Hugging Face folder to weights a run can start from"),
+    "export-hf": ("tandem.trainer.exchange", "a run's newest checkpoint to a Hugging Face folder"),
+    "audit": ("tandem.trainer.audit", "prove from a run's ledger that no token was lost or repeated, or list what was"),
+    "checkpoint": ("tandem.trainer.checkpoints", "what a run has saved: list it, verify it, compare two checkpoints"),
+    "report": ("tandem.trainer.report", "one HTML page with the plots of a run"),
+    "bench": (
+        "tandem.trainer.bench",
+        "speed, memory and time by part of the run's own training steps, on synthetic rows",
+    ),
+    "mup": (
+        "tandem.trainer.mup_check",
+        "whether a config's muP holds: coordinates, learning-rate transfer, weight decay",
+    ),
 }
 
 
@@ -114,7 +120,7 @@ def train(arguments: argparse.Namespace) -> int:
     ranks = arguments.ranks or num_gpus() or config.parallel.tp_size
     if not arguments.ranks and (launched or ranks == 1):
         stop_signal = StopSignal()  # before the imports, which take seconds
-        from trainer.train import run
+        from tandem.trainer.train import run
 
         code = run(config, stop_signal)
         return leave(code) if code == REQUEUE_EXIT_CODE else code
@@ -122,7 +128,7 @@ def train(arguments: argparse.Namespace) -> int:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     # Replaces this process, so that signals reach torchrun, which passes them on to the ranks.
     sys.stdout.flush()
-    os.execv(sys.executable, [*launcher, "-m", "trainer", "train", str(arguments.config), *arguments.overrides])
+    os.execv(sys.executable, [*launcher, "-m", "tandem.trainer", "train", str(arguments.config), *arguments.overrides])
 
 
 def launched_rank() -> int:

@@ -13,11 +13,11 @@ from threading import Event, Thread
 
 from torch.distributed import Store
 
-from trainer.config import UserError
-from trainer.data.damage import Met
-from trainer.parallel.mesh import Mesh, barrier, gather_to_all, shared_store, sum_over_ranks
-from trainer.runtime import Stopped, StopSignal
-from trainer.watchdog import connection_lost
+from tandem.trainer.config import UserError
+from tandem.trainer.data.damage import Met
+from tandem.trainer.parallel.mesh import Mesh, barrier, gather_to_all, shared_store, sum_over_ranks
+from tandem.trainer.runtime import Stopped, StopSignal
+from tandem.trainer.watchdog import connection_lost
 
 SPREAD_SECONDS = 1.0
 """From one look for signals to other ranks to the next."""

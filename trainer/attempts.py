@@ -16,10 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from trainer.config import UserError
-from trainer.metrics import FILE as METRICS_FILE
-from trainer.runtime import HELD
-from trainer.watchdog import newest_verdict
+from tandem.trainer.config import UserError
+from tandem.trainer.metrics import FILE as METRICS_FILE
+from tandem.trainer.runtime import HELD
+from tandem.trainer.watchdog import newest_verdict
 
 FILE = "attempts.jsonl"
 TAIL_BYTES = 1 << 16

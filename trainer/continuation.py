@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from trainer.models.cache import Cache
-from trainer.models.layers import Decoder
+from tandem.trainer.models.cache import Cache
+from tandem.trainer.models.layers import Decoder
 
 LENGTH_STEP = 128
 """Prompts are padded to a multiple of this on a GPU, whose compiled attention is made anew for every length."""

@@ -7,7 +7,7 @@ causal model needs half of that. Both are offered; whoever prints one says which
 
 from __future__ import annotations
 
-from trainer.config import BTLM, PADDING_MULTIPLE, StableLM
+from tandem.trainer.config import BTLM, PADDING_MULTIPLE, StableLM
 
 
 def padded(size: int, tp_size: int) -> int:

@@ -21,10 +21,10 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
 
-from trainer.config import RunConfig, UserError
-from trainer.parallel import mpu
-from trainer.parallel.layers import shard_of
-from trainer.parallel.mesh import Mesh
+from tandem.trainer.config import RunConfig, UserError
+from tandem.trainer.parallel import mpu
+from tandem.trainer.parallel.layers import shard_of
+from tandem.trainer.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")

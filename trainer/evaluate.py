@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trainer import models
-from trainer.checkpoint.read import load_weights
-from trainer.checkpoint.source import Source, source
-from trainer.config import (
+from tandem.trainer import models
+from tandem.trainer.checkpoint.read import load_weights
+from tandem.trainer.checkpoint.source import Source, source
+from tandem.trainer.config import (
     BTLM,
     AlibiScaling,
     Data,
@@ -25,9 +25,9 @@ from trainer.config import (
     check_alibi_scaling,
     section_from,
 )
-from trainer.data import manifest
-from trainer.data.loader import Batch, Loader, unpacked
-from trainer.parallel.mesh import Mesh, started, sum_over_ranks, to_device
+from tandem.trainer.data import manifest
+from tandem.trainer.data.loader import Batch, Loader, unpacked
+from tandem.trainer.parallel.mesh import Mesh, started, sum_over_ranks, to_device
 
 
 def validation_loss(

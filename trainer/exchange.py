@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from trainer.checkpoint.source import Source, source
-from trainer.checkpoint.write import model_facts, save_weights
-from trainer.config import BTLM, StableLM, UserError
-from trainer.data.manifest import TOKENIZER_FILE
-from trainer.evaluate import add_alibi_scaling, model_from, with_alibi_scaling
-from trainer.hf import convert
-from trainer.hf.folder import appearing
-from trainer.hf.mapping import Read
-from trainer.hf.reload import pretrained
-from trainer.parallel.mesh import started
+from tandem.trainer.checkpoint.source import Source, source
+from tandem.trainer.checkpoint.write import model_facts, save_weights
+from tandem.trainer.config import BTLM, StableLM, UserError
+from tandem.trainer.data.manifest import TOKENIZER_FILE
+from tandem.trainer.evaluate import add_alibi_scaling, model_from, with_alibi_scaling
+from tandem.trainer.hf import convert
+from tandem.trainer.hf.folder import appearing
+from tandem.trainer.hf.mapping import Read
+from tandem.trainer.hf.reload import pretrained
+from tandem.trainer.parallel.mesh import started
 
 log = logging.getLogger(__name__)
 LOGIT_TOLERANCE = 1e-5

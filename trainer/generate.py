@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.checkpoint.source import Source, source
-from trainer.config import BTLM, UserError
-from trainer.continuation import Sampling, continuations
-from trainer.evaluate import add_alibi_scaling, model_from, with_alibi_scaling
-from trainer.parallel.mesh import started
+from tandem.trainer.checkpoint.source import Source, source
+from tandem.trainer.config import BTLM, UserError
+from tandem.trainer.continuation import Sampling, continuations
+from tandem.trainer.evaluate import add_alibi_scaling, model_from, with_alibi_scaling
+from tandem.trainer.parallel.mesh import started
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

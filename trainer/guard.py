@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from trainer import config
-from trainer.config import Phase
+from tandem.trainer import config
+from tandem.trainer.config import Phase
 
 SIGMA_PER_DEVIATION = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation. Source: 1 / the normal's 0.75 quantile."""

@@ -2,7 +2,7 @@
 
     start  where a process took the run up, or went back to a checkpoint, and everything that fixes which tokens come next
     skip   from this step on a damaged shard is left out
-    step   how far each source was read, and two sums of hashes of what was really read (`trainer.data`, Evidence)
+    step   how far each source was read, and two sums of hashes of what was really read (`tandem.trainer.data`, Evidence)
     bad    the update of the step before it was left out, and what became of the run
 
 The one idea: the file only grows, and is never ahead of what it tells nor behind a committed checkpoint. A checkpoint knows
@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import quote
 
-from trainer.config import UserError
-from trainer.data import manifest
-from trainer.data.manifest import Manifest
-from trainer.disk import append, sync_folder, write_whole
+from tandem.trainer.config import UserError
+from tandem.trainer.data import manifest
+from tandem.trainer.data.manifest import Manifest
+from tandem.trainer.disk import append, sync_folder, write_whole
 
 if TYPE_CHECKING:
-    from trainer.data.rows import Evidence
+    from tandem.trainer.data.rows import Evidence
 
 FILE = "ledger.jsonl"
 MANIFESTS = "manifests"

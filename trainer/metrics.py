@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from trainer.config import RunConfig, UserError
-from trainer.console import ConsoleSink
-from trainer.disk import append
-from trainer.wandb_sink import WandbSink
+from tandem.trainer.config import RunConfig, UserError
+from tandem.trainer.console import ConsoleSink
+from tandem.trainer.disk import append
+from tandem.trainer.wandb_sink import WandbSink
 
 FILE = "metrics.jsonl"
 EARLIER: dict[str, dict[str, Any]] = {

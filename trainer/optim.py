@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.config import Optim
-from trainer.models.mup import Rule
-from trainer.parallel.layers import role_of
+from tandem.trainer.config import Optim
+from tandem.trainer.models.mup import Rule
+from tandem.trainer.parallel.layers import role_of
 
 
 def groups(model: nn.Module, table: dict[str, Rule], section: Optim) -> list[dict[str, Any]]:

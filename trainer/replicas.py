@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from trainer.parallel.mesh import Mesh, gather_to_all
+from tandem.trainer.parallel.mesh import Mesh, gather_to_all
 
 CHUNK_ELEMENTS = 1 << 24
 MODULUS = 65_521

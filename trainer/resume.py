@@ -7,13 +7,13 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
-from trainer.checkpoint.read import Snapshot, opened
-from trainer.checkpoint.write import model_facts
-from trainer.config import RunConfig, UserError
-from trainer.data.loader import Loader
-from trainer.data.manifest import check_resume
-from trainer.parallel.mesh import Mesh
-from trainer.timeline import Timeline
+from tandem.trainer.checkpoint.read import Snapshot, opened
+from tandem.trainer.checkpoint.write import model_facts
+from tandem.trainer.config import RunConfig, UserError
+from tandem.trainer.data.loader import Loader
+from tandem.trainer.data.manifest import check_resume
+from tandem.trainer.parallel.mesh import Mesh
+from tandem.trainer.timeline import Timeline
 
 log = logging.getLogger(__name__)
 NOT_OF_THE_WEIGHTS = ("init_std", "init_truncation_sigmas", "document_masking", "alibi_scaling")

@@ -26,8 +26,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO, TypeVar
 
-from trainer.config import UserError
-from trainer.disk import TORN, write_whole
+from tandem.trainer.config import UserError
+from tandem.trainer.disk import TORN, write_whole
 
 REQUEUE_EXIT_CODE = 85
 """The run saved on a signal and wants to be started again with the same command."""

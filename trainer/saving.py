@@ -7,14 +7,14 @@ for later, and what has to be the same on all ranks is agreed on with the next b
 import dataclasses
 import logging
 
-from trainer.checkpoint.read import newest, restore
-from trainer.checkpoint.save import START_AGAIN, Outcome, not_saved
-from trainer.checkpoint.write import model_facts, pass_over_later
-from trainer.config import UserError
-from trainer.ledger import Decision
-from trainer.parallel.mesh import barrier, on_rank_0
-from trainer.setup import begin_in_ledger
-from trainer.training import Made, Standing, Training
+from tandem.trainer.checkpoint.read import newest, restore
+from tandem.trainer.checkpoint.save import START_AGAIN, Outcome, not_saved
+from tandem.trainer.checkpoint.write import model_facts, pass_over_later
+from tandem.trainer.config import UserError
+from tandem.trainer.ledger import Decision
+from tandem.trainer.parallel.mesh import barrier, on_rank_0
+from tandem.trainer.setup import begin_in_ledger
+from tandem.trainer.training import Made, Standing, Training
 
 log = logging.getLogger(__name__)
 RETRY_SHARE = 10

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import torch
 
-from trainer import models, optim
-from trainer.checkpoint.read import Snapshot, restore, set_weights
-from trainer.config import Data, RunConfig
-from trainer.data import remote
-from trainer.data.loader import Loader
-from trainer.data.manifest import TOKENIZER_FILE
-from trainer.disk import write_whole
-from trainer.engine import Engine
-from trainer.ledger import Ledger, copy_manifests
-from trainer.models.init import values
-from trainer.models.mup import rules
-from trainer.parallel.mesh import Mesh
+from tandem.trainer import models, optim
+from tandem.trainer.checkpoint.read import Snapshot, restore, set_weights
+from tandem.trainer.config import Data, RunConfig
+from tandem.trainer.data import remote
+from tandem.trainer.data.loader import Loader
+from tandem.trainer.data.manifest import TOKENIZER_FILE
+from tandem.trainer.disk import write_whole
+from tandem.trainer.engine import Engine
+from tandem.trainer.ledger import Ledger, copy_manifests
+from tandem.trainer.models.init import values
+from tandem.trainer.models.mup import rules
+from tandem.trainer.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 

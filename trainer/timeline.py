@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
-from trainer.config import Hybrid, LearningRate, Linear, Phase, Schedule
+from tandem.trainer.config import Hybrid, LearningRate, Linear, Phase, Schedule
 
 
 @dataclass(frozen=True)

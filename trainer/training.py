@@ -4,17 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer.agreement import Agreement
-from trainer.checkpoint.save import Saver
-from trainer.config import RunConfig
-from trainer.data.loader import Loader
-from trainer.engine import Engine
-from trainer.guard import Guard, Judgement
-from trainer.ledger import Digests, Ledger
-from trainer.metrics import Sinks, StepRecord
-from trainer.parallel.mesh import Mesh
-from trainer.timeline import Timeline
-from trainer.watchdog import Watchdog
+from tandem.trainer.agreement import Agreement
+from tandem.trainer.checkpoint.save import Saver
+from tandem.trainer.config import RunConfig
+from tandem.trainer.data.loader import Loader
+from tandem.trainer.engine import Engine
+from tandem.trainer.guard import Guard, Judgement
+from tandem.trainer.ledger import Digests, Ledger
+from tandem.trainer.metrics import Sinks, StepRecord
+from tandem.trainer.parallel.mesh import Mesh
+from tandem.trainer.timeline import Timeline
+from tandem.trainer.watchdog import Watchdog
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from trainer.config import RunConfig, UserError
+from tandem.trainer.config import RunConfig, UserError
 
 WANDB_NAMES = {
     "step": {

@@ -1,4 +1,4 @@
-"""The command line: `python -m data_prep.bench [way ...]`."""
+"""The command line: `python -m tandem.data_prep.bench [way ...]`."""
 
 import argparse
 import json
@@ -10,13 +10,13 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-from data_prep.bench.libraries import EOS
-from data_prep.bench.options import check_places, number
-from data_prep.bench.rows import Failed, Row, rows
-from data_prep.bench.text import Text, documents, gathered, machine
-from data_prep.bench.ways import WAYS
-from data_prep.tokenizers import build
-from trainer.config import UserError
+from tandem.data_prep.bench.libraries import EOS
+from tandem.data_prep.bench.options import check_places, number
+from tandem.data_prep.bench.rows import Failed, Row, rows
+from tandem.data_prep.bench.text import Text, documents, gathered, machine
+from tandem.data_prep.bench.ways import WAYS
+from tandem.data_prep.tokenizers import build
+from tandem.trainer.config import UserError
 
 VOCAB = 16_384
 SAMPLE_DOCUMENTS = 1_000
@@ -32,12 +32,14 @@ def main(arguments: list[str] | None = None) -> int:
         with ExitStack() as stack:
             return _compare(options, stack)
     except (UserError, Failed) as error:
-        print(f"data_prep.bench: {error}", file=sys.stderr)
+        print(f"tandem.data_prep.bench: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("data_prep.bench", description="tandem prepare beside others, on the same text.")
+    parser = argparse.ArgumentParser(
+        "tandem.data_prep.bench", description="tandem prepare beside others, on the same text."
+    )
     add = parser.add_argument
     add("way", nargs="*", help=f"all where none is named: {'; '.join(WAYS)}")
     add("--input", nargs="+", type=Path, metavar="DIR", help="folders of text (default: this Python's libraries)")

@@ -1,6 +1,6 @@
 """A library alone: texts in memory to arrays of ids, in one thread.
 
-python -m data_prep.bench.alone LIBRARY TOKENIZER RESULT FILE...
+python -m tandem.data_prep.bench.alone LIBRARY TOKENIZER RESULT FILE...
 """
 
 import json
@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from data_prep.bench.libraries import LIBRARIES
-from data_prep.bench.script import BATCH_DOCUMENTS
-from data_prep.bench.text import documents
+from tandem.data_prep.bench.libraries import LIBRARIES
+from tandem.data_prep.bench.script import BATCH_DOCUMENTS
+from tandem.data_prep.bench.text import documents
 
 
 def main(arguments: list[str]) -> None:

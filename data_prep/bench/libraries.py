@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from data_prep.tokenizers.alphabet import CHARACTERS
-from trainer.config import UserError
+from tandem.data_prep.tokenizers.alphabet import CHARACTERS
+from tandem.trainer.config import UserError
 
 EOS = "<|endoftext|>"
 Library = Callable[[Sequence[str]], list[np.ndarray]]
@@ -16,7 +16,7 @@ GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 
 
 def ours(tokenizer_json: str) -> Library:
-    from data_prep.tokenizers import encoding
+    from tandem.data_prep.tokenizers import encoding
 
     encode = encoding.encoder(tokenizer_json, EOS, "--tokenizer").load()
 

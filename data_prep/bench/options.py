@@ -2,7 +2,7 @@
 
 import argparse
 
-from trainer.config import UserError
+from tandem.trainer.config import UserError
 
 
 def check_places(options: argparse.Namespace) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from data_prep.bench import launch
-from data_prep.bench.text import Text
-from data_prep.bench.ways import INSTALL, REFERENCE, WAYS, Job, Way, differing, hashed
+from tandem.data_prep.bench import launch
+from tandem.data_prep.bench.text import Text
+from tandem.data_prep.bench.ways import INSTALL, REFERENCE, WAYS, Job, Way, differing, hashed
 
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -100,7 +100,7 @@ def _whole(way: Way, job: Job, hashes: dict[str, Counter[int]] | None) -> dict[s
 
 def _alone(library: str, text: Text, tokenizer: Path, folder: Path) -> dict[str, Any]:
     file = folder / "alone.json"
-    command = [sys.executable, "-m", "data_prep.bench.alone", library, str(tokenizer), str(file), *text.paths]
+    command = [sys.executable, "-m", "tandem.data_prep.bench.alone", library, str(tokenizer), str(file), *text.paths]
     result = launch.measured(command, folder, dict(os.environ) | ENVIRONMENT)
     if result["exit_code"]:
         raise Failed(f"{library}: {result['said']}")

@@ -1,6 +1,6 @@
 """The script that everyone has: lines of .jsonl.zst, a library, ids and lengths of documents appended to files.
 
-python -m data_prep.bench.script LIBRARY TOKENIZER OUTPUT WORKERS FILE...
+python -m tandem.data_prep.bench.script LIBRARY TOKENIZER OUTPUT WORKERS FILE...
 """
 
 import sys
@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from data_prep.bench.libraries import EOS, LIBRARIES
-from data_prep.bench.text import documents
-from trainer.data.manifest import dtype_of
+from tandem.data_prep.bench.libraries import EOS, LIBRARIES
+from tandem.data_prep.bench.text import documents
+from tandem.trainer.data.manifest import dtype_of
 
 BATCH_DOCUMENTS = 256
 

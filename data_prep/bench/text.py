@@ -10,7 +10,7 @@ from pathlib import Path
 import orjson
 import pyarrow
 
-from trainer.config import UserError
+from tandem.trainer.config import UserError
 
 SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt", ".html", ".c", ".h", ".cpp")
 FILE_MB = 4

@@ -1,11 +1,11 @@
 """datatrove's own reader and tokenizer, in its local executor, a task for each worker.
 
-python -m data_prep.bench.through_datatrove TOKENIZER OUTPUT WORKERS FOLDER
+python -m tandem.data_prep.bench.through_datatrove TOKENIZER OUTPUT WORKERS FOLDER
 """
 
 import sys
 
-from data_prep.bench.libraries import EOS
+from tandem.data_prep.bench.libraries import EOS
 
 
 def main(arguments: list[str]) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from data_prep.bench import script
-from data_prep.bench.text import Text
-from trainer.data import manifest
+from tandem.data_prep.bench import script
+from tandem.data_prep.bench.text import Text
+from tandem.trainer.data import manifest
 
 INSTALL = "pip install 'tandem[bench]'"
 REFERENCE = "HF tokenizers, script"
@@ -42,19 +42,19 @@ class Way:
 
 def _ours(job: Job) -> list[str]:
     return [
-        sys.executable, "-m", "trainer", "prepare", "--input", str(job.text.folder), "--glob", "*.jsonl.zst",
+        sys.executable, "-m", "tandem.trainer", "prepare", "--input", str(job.text.folder), "--glob", "*.jsonl.zst",
         "--output", str(job.output / "corpus"), "--tokenizer", str(job.tokenizer), "--workers", str(job.workers),
     ]  # fmt: skip
 
 
 def _script(library: str, job: Job) -> list[str]:
     to = [str(job.tokenizer), str(job.output), str(job.workers)]
-    return [sys.executable, "-m", "data_prep.bench.script", library, *to, *job.text.paths]
+    return [sys.executable, "-m", "tandem.data_prep.bench.script", library, *to, *job.text.paths]
 
 
 def _datatrove(job: Job) -> list[str]:
     to = [str(job.tokenizer), str(job.output), str(job.workers), str(job.text.folder)]
-    return [sys.executable, "-m", "data_prep.bench.through_datatrove", *to]
+    return [sys.executable, "-m", "tandem.data_prep.bench.through_datatrove", *to]
 
 
 def _documents_of_ours(job: Job) -> Iterator[np.ndarray]:

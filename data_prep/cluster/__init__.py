@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-from trainer.config import UserError
+from tandem.trainer.config import UserError
 
 LIBRARIES = {"slurm": "datatrove", "ray": "ray"}
 
@@ -21,7 +21,7 @@ def door(executor: str) -> ModuleType:
     Raises: UserError where the library that it stands on is not installed.
     """
     try:
-        return import_module(f"data_prep.cluster.{executor}")
+        return import_module(f"tandem.data_prep.cluster.{executor}")
     except ModuleNotFoundError as error:
         library = LIBRARIES[executor]
         if (error.name or "").split(".")[0] != library:

@@ -15,9 +15,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_prep import folder
-from trainer.config import UserError
-from trainer.disk import write_whole
+from tandem.data_prep import folder
+from tandem.trainer.config import UserError
+from tandem.trainer.disk import write_whole
 
 NOTE = "jobs.json"
 OURS = ("array", "dependency", "export", "output", "error", "wrap")

@@ -9,19 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
-from data_prep.executor import Advance, Do
-from trainer.config import UserError
+from tandem.data_prep.executor import Advance, Do
+from tandem.trainer.config import UserError
 
 RETRIES = 3
 """Of an item whose process was killed."""
 CANCEL_SECONDS = 10
-ROOT = Path(__file__).parents[2]
 
 
 def run(
@@ -31,13 +29,12 @@ def run(
     take: Callable[[Any], None] | None = None,
     workers: int | None = None,
 ) -> None:
-    """As `data_prep.executor.run`, on the cluster that RAY_ADDRESS names, or on this machine; no more than `workers` items
+    """As `executor.run`, on the cluster that RAY_ADDRESS names, or on this machine; no more than `workers` items
     at once.
     """
     if not ray.is_initialized():
-        environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
         try:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env=environment)
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
         except OSError as error:
             where = os.environ.get("RAY_ADDRESS", "this machine")
             raise UserError(

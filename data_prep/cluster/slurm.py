@@ -20,14 +20,13 @@ from typing import Any
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.utils.logging import logger
 
-from data_prep import folder
-from data_prep.cluster import jobs, task
-from data_prep.cluster.jobs import Submission
-from data_prep.cluster.task import Job, Request
-from trainer.config import UserError
+from tandem.data_prep import folder
+from tandem.data_prep.cluster import jobs, task
+from tandem.data_prep.cluster.jobs import Submission
+from tandem.data_prep.cluster.task import Job, Request
+from tandem.trainer.config import UserError
 
 USER_ERROR_EXIT_CODE = 2
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,8 @@ def _array(job: Job, logs: Path, workers: int | None, options: Mapping[str, str]
 
 
 def _environment() -> str:
-    """Tasks run this Python and these sources, wherever the command was typed."""
-    scripts, root = shlex.quote(str(Path(sys.executable).parent)), shlex.quote(str(ROOT))
-    return f"export PATH={scripts}:$PATH PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}"
+    """Tasks run this Python, and what is installed in it, wherever the command was typed."""
+    return f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
 
 
 @contextmanager

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep import folder, stages
-from data_prep.executor import Advance
-from data_prep.inputs import Input
-from data_prep.settings import Settings
-from data_prep.stages import Preparation, Stage
-from trainer.config import UserError
-from trainer.disk import whole_file
+from tandem.data_prep import folder, stages
+from tandem.data_prep.executor import Advance
+from tandem.data_prep.inputs import Input
+from tandem.data_prep.settings import Settings
+from tandem.data_prep.stages import Preparation, Stage
+from tandem.trainer.config import UserError
+from tandem.trainer.disk import whole_file
 
 TRAIN = "train"
 """The job before all stages, where no tokenizer was given: it is as long as the text it is trained on."""

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data_prep.tokenizers import ranks
-from data_prep.tokenizers.alphabet import BYTE_VALUES, CHARACTERS
-from data_prep.tokenizers.ranks import END, SCHEMES
-from trainer.config import UserError
+from tandem.data_prep.tokenizers import ranks
+from tandem.data_prep.tokenizers.alphabet import BYTE_VALUES, CHARACTERS
+from tandem.data_prep.tokenizers.ranks import END, SCHEMES
+from tandem.trainer.config import UserError
 
 KINDS = tuple(SCHEMES)
 """What a ranks file may be of."""

@@ -16,10 +16,10 @@ import numpy as np
 import orjson
 from tokenizers import Tokenizer
 
-from data_prep.tokenizers import fast, traps
-from data_prep.tokenizers.fast import Fast, Ids
-from trainer.config import UserError
-from trainer.data.manifest import dtype_of
+from tandem.data_prep.tokenizers import fast, traps
+from tandem.data_prep.tokenizers.fast import Fast, Ids
+from tandem.trainer.config import UserError
+from tandem.trainer.data.manifest import dtype_of
 
 LIBRARIES = ("auto", "gigatoken", "tokenizers")
 OPTION = "--tokenizer-library"

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
-from data_prep.tokenizers import unicode
-from data_prep.tokenizers.alphabet import CHARACTERS
-from data_prep.tokenizers.ranks import SCHEMES
+from tandem.data_prep.tokenizers import unicode
+from tandem.data_prep.tokenizers.alphabet import CHARACTERS
+from tandem.data_prep.tokenizers.ranks import SCHEMES
 
 if TYPE_CHECKING:
     from gigatoken import Tokenizer

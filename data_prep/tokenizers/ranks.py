@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from data_prep.tokenizers.alphabet import BYTE_VALUES, written
-from trainer.config import UserError
+from tandem.data_prep.tokenizers.alphabet import BYTE_VALUES, written
+from tandem.trainer.config import UserError
 
 END = "<|endoftext|>"
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"

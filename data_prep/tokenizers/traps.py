@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from data_prep.tokenizers.unicode import CODE_POINTS
+from tandem.data_prep.tokenizers.unicode import CODE_POINTS
 
 SURROGATES = range(0xD800, 0xE000)
 STEP = 127

@@ -1,4 +1,4 @@
-"""The command line: `python -m kernels.bench [op ...]`."""
+"""The command line: `python -m tandem.kernels.bench [op ...]`."""
 
 import argparse
 import json
@@ -14,18 +14,18 @@ from typing import Any
 import torch
 import triton
 
-from kernels.bench import one_rank
-from kernels.bench.compare import Row, card, rows, said, surroundings
-from kernels.bench.errors import MARK, errors
-from kernels.bench.kept import table
-from kernels.bench.measure import ceilings
-from kernels.bench.operation import Operation, Refused
-from kernels.bench.ops import OPERATIONS
-from kernels.bench.resources import COMPILED, resources, spills
-from kernels.bench.shapes import MODELS, PRODUCTION
+from tandem.kernels.bench import one_rank
+from tandem.kernels.bench.compare import Row, card, rows, said, surroundings
+from tandem.kernels.bench.errors import MARK, errors
+from tandem.kernels.bench.kept import table
+from tandem.kernels.bench.measure import ceilings
+from tandem.kernels.bench.operation import Operation, Refused
+from tandem.kernels.bench.ops import OPERATIONS
+from tandem.kernels.bench.resources import COMPILED, resources, spills
+from tandem.kernels.bench.shapes import MODELS, PRODUCTION
 
 NO_GPU = (
-    "kernels.bench measures a GPU and there is none; without one --resources compiles every kernel for sm_90, "
+    "tandem.kernels.bench measures a GPU and there is none; without one --resources compiles every kernel for sm_90, "
     "--kept counts the bytes kept for backward, and --device cpu --tokens N runs the harness itself"
 )
 NUMBERS = ["20% us", "50% us", "80% us", "GB/s", "TFLOP/s", "of peak", "peak MiB"]
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     begun = time.monotonic()
     options = _options(arguments)
     if refusal := _refusal(options):
-        print(f"kernels.bench: {refusal}", file=sys.stderr)
+        print(f"tandem.kernels.bench: {refusal}", file=sys.stderr)
         return 2
     operations = [OPERATIONS[name] for name in options.op or OPERATIONS]
     if options.resources:
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("kernels.bench", description="Our operations beside their rivals.")
+    parser = argparse.ArgumentParser("tandem.kernels.bench", description="Our operations beside their rivals.")
     parser.add_argument("op", nargs="*", metavar="op", help=f"all if none is named: {', '.join(OPERATIONS)}")
     parser.add_argument(
         "--shape",

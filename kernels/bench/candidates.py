@@ -1,14 +1,14 @@
-"""Other sizes for the kernels of attention than those they have, to be measured against them by `kernels.bench.sweep`.
+"""Other sizes for the kernels of attention than those they have, to be measured against them by `tandem.kernels.bench.sweep`.
 
 All compile for sm_90 under triton 3.6 and 3.7.1 with asynchronous products, and all but the one that says so without a spill:
-`python -m kernels.bench.sweep --resources`.
+`python -m tandem.kernels.bench.sweep --resources`.
 """
 
 from typing import Any
 
-from kernels.bench.shapes import Heads
-from kernels.device.attention_sizes import SIZES, heads_per_program
-from kernels.device.launch import blocks
+from tandem.kernels.bench.shapes import Heads
+from tandem.kernels.device.attention_sizes import SIZES, heads_per_program
+from tandem.kernels.device.launch import blocks
 
 KERNELS = ("forward", "queries", "keys")
 """The result; the gradient of queries; the gradients of keys and values."""

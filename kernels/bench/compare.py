@@ -18,8 +18,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.bench.measure import Ceilings, Pass, Times, interleaved, num_sets, peak_extra_bytes, timed
-from kernels.bench.operation import DIRECTIONS, Direction, Example, Function, Operation, Refused, Rival
+from tandem.kernels.bench.measure import Ceilings, Pass, Times, interleaved, num_sets, peak_extra_bytes, timed
+from tandem.kernels.bench.operation import DIRECTIONS, Direction, Example, Function, Operation, Refused, Rival
 
 DISAGREEMENT = 2**-6
 """Of two results, the norm of the difference relative to the norm: four roundings to bf16, half a unit of 2^-7 each. Whoever

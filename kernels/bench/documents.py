@@ -5,7 +5,7 @@ import random
 import torch
 from torch import Tensor
 
-from kernels.bench.shapes import Heads
+from tandem.kernels.bench.shapes import Heads
 
 DOCUMENT_TOKENS = 1_000
 """Mean length. Lengths are exponential, cut where the row ends."""
@@ -33,7 +33,7 @@ def documents(shape: Heads, device: torch.device) -> Tensor | None:
 
 def starts(shape: Heads, device: torch.device) -> Tensor | None:
     """Where in its row each token's document begins, [rows, seq]."""
-    from kernels import documents as of_documents
+    from tandem.kernels import documents as of_documents
 
     apart = documents(shape, device)
     return None if apart is None else of_documents.starts(apart)

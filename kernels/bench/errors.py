@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.bench.compare import card, example_of, surroundings
-from kernels.bench.operation import Example, Function, Operation
+from tandem.kernels.bench.compare import card, example_of, surroundings
+from tandem.kernels.bench.operation import Example, Function, Operation
 
 MARK = 1.1
 """How many times the error of plain torch ours may have."""

@@ -3,7 +3,7 @@
 A layer is built from interchangeable operations and run on the meta device, where tensors have sizes and no values. Hooks
 count every distinct storage that autograd keeps, for the part of the layer that kept it first: not weights, and not what all
 layers read (angles, slopes, where documents begin). Liger's launchers compile as they would for a Hopper GPU and launch
-nothing (`kernels.device.offline`).
+nothing (`tandem.kernels.device.offline`).
 """
 
 from collections.abc import Callable
@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import attention
-from kernels.bench.shapes import MODELS, Model
-from kernels.device.offline import hopper
-from kernels.layer_norm import layer_norm
-from kernels.qkv import split, split_rotated
-from kernels.swiglu import swiglu, swiglu_linear
+from tandem.kernels.attention import attention
+from tandem.kernels.bench.shapes import MODELS, Model
+from tandem.kernels.device.offline import hopper
+from tandem.kernels.layer_norm import layer_norm
+from tandem.kernels.qkv import split, split_rotated
+from tandem.kernels.swiglu import swiglu, swiglu_linear
 
 TOKENS = 256
 """Bytes per token do not depend on their number, but where scores are written out: those are left to whoever runs that."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from triton.runtime.jit import JITFunction
 
-from kernels.bench.operation import Operation
-from kernels.device.offline import Compiled, hopper
+from tandem.kernels.bench.operation import Operation
+from tandem.kernels.device.offline import Compiled, hopper
 
 REGISTERS = 65_536
 REGISTER_UNIT = 256
@@ -95,5 +95,5 @@ def _forget() -> None:
 
 
 def _kernels() -> list[JITFunction]:
-    modules = [module for name, module in sys.modules.items() if name.startswith("kernels.device.")]
+    modules = [module for name, module in sys.modules.items() if name.startswith("tandem.kernels.device.")]
     return [thing for module in modules for thing in vars(module).values() if isinstance(thing, JITFunction)]

@@ -1,4 +1,4 @@
-"""The command line: `python -m kernels.bench.sweep`, the kernels of attention at other sizes than theirs.
+"""The command line: `python -m tandem.kernels.bench.sweep`, the kernels of attention at other sizes than theirs.
 
 At the heads of both published models, forward, the gradient of queries and the gradients of keys and values are each measured
 alone, with every candidate of `candidates` in turn. All variants are compiled first, by processes that need no GPU and leave
@@ -23,13 +23,13 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.bench.candidates import KERNELS, candidates
-from kernels.bench.compare import agree, card, example_of, said, surroundings
-from kernels.bench.documents import starts
-from kernels.bench.measure import Pass, interleaved, num_sets, timed
-from kernels.bench.ops.attention import ATTENTION
-from kernels.bench.resources import COMPILED, blocks_per_multiprocessor, launched
-from kernels.bench.shapes import Heads, heads
+from tandem.kernels.bench.candidates import KERNELS, candidates
+from tandem.kernels.bench.compare import agree, card, example_of, said, surroundings
+from tandem.kernels.bench.documents import starts
+from tandem.kernels.bench.measure import Pass, interleaved, num_sets, timed
+from tandem.kernels.bench.ops.attention import ATTENTION
+from tandem.kernels.bench.resources import COMPILED, blocks_per_multiprocessor, launched
+from tandem.kernels.bench.shapes import Heads, heads
 
 SHAPES: dict[str, tuple[str, ...]] = {
     "btlm-3b-8k 2048 tp1": KERNELS,
@@ -41,8 +41,8 @@ SHAPES: dict[str, tuple[str, ...]] = {
 PRODUCTS = {"forward": 2, "queries": 3, "keys": 4}
 """Matrix products of a pair of query and key that each kernel computes; backward as a whole is counted as four."""
 NO_GPU = (
-    "kernels.bench.sweep measures a GPU and there is none; without one --resources compiles the candidates for sm_90, and "
-    "--device cpu --tokens N runs the sweep itself in the interpreter (TRITON_INTERPRET=1)"
+    "tandem.kernels.bench.sweep measures a GPU and there is none; without one --resources compiles the candidates for sm_90, "
+    "and --device cpu --tokens N runs the sweep itself in the interpreter (TRITON_INTERPRET=1)"
 )
 
 
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     begun = time.monotonic()
     options = _options(arguments)
     if refusal := _refusal(options):
-        print(f"kernels.bench.sweep: {refusal}", file=sys.stderr)
+        print(f"tandem.kernels.bench.sweep: {refusal}", file=sys.stderr)
         return 2
     deadline = begun + options.seconds
     shapes = {shape.name: shape for shape in heads(tp_sizes=(1, 2)) if shape.name in SHAPES}
@@ -145,7 +145,7 @@ def compile_one(kernel: str, shape: Heads, sizes: dict[str, int]) -> dict[str, i
 
 def call(kernel: str, values: Values, sizes: dict[str, int]) -> tuple[Tensor, ...]:
     """The results of the one kernel."""
-    from kernels.device import attention as device
+    from tandem.kernels.device import attention as device
 
     inputs, settings = (values.query, values.key, values.value), values.settings
     if kernel == "forward":
@@ -159,7 +159,7 @@ def call(kernel: str, values: Values, sizes: dict[str, int]) -> tuple[Tensor, ..
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "kernels.bench.sweep", description="Attention's kernels at other sizes than theirs."
+        "tandem.kernels.bench.sweep", description="Attention's kernels at other sizes than theirs."
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="file that every candidate is added to, a line each")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which no candidate is begun")
@@ -218,7 +218,7 @@ def _outcome(future: "Future[dict[str, int]]", deadline: float) -> tuple[dict[st
 
 def _values(shape: Heads, device: torch.device) -> Values:
     """Those of the benchmark, and with them the results of the kernels' own sizes."""
-    from kernels.attention import alibi_slopes
+    from tandem.kernels.attention import alibi_slopes
 
     if device.type == "meta":
 

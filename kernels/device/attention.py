@@ -23,11 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention import like
-from kernels.device.attention_sizes import heads_in_l2, heads_per_program, sizes_of
-from kernels.device.launch import blocks as cover
-from kernels.device.launch import launch
-from kernels.device.tiles import added, biased, each, load, product, store, unseen
+from tandem.kernels.attention import like
+from tandem.kernels.device.attention_sizes import heads_in_l2, heads_per_program, sizes_of
+from tandem.kernels.device.launch import blocks as cover
+from tandem.kernels.device.launch import launch
+from tandem.kernels.device.tiles import added, biased, each, load, product, store, unseen
 
 LOWEST = tl.constexpr(-1e30)
 """Below any score, yet finite: the difference of two is 0 and not NaN."""

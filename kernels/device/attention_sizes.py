@@ -48,7 +48,7 @@ FP32_SIZES: dict[str, dict[int, dict[str, int]]] = {
 }
 """Three products of tf32 for one of fp32: exact enough to check by, not made to be fast. At 32 dims one product alone of 32
 by 32 would fill all registers. Heads of other dims spill, of 8, 24, 112 and 128 up to 40 bytes a thread, of 48, 80, 96 and 160
-some hundred to some thousand: `kernels.attention` keeps them from here."""
+some hundred to some thousand: `tandem.kernels.attention` keeps them from here."""
 
 
 def sizes_of(kernel: str, query: Tensor) -> dict[str, int]:

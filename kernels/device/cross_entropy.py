@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cross_entropy import LOWEST
-from kernels.device.launch import blocks, launch
+from tandem.kernels.cross_entropy import LOWEST
+from tandem.kernels.device.launch import blocks, launch
 
 LANE_BYTES = 16
 """The widest load of a thread."""

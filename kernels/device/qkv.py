@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device.launch import blocks, launch
+from tandem.kernels.device.launch import blocks, launch
 
 PIECE = tl.constexpr(32)
 BLOCK_PAIRS = 1024

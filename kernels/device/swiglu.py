@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device.launch import blocks, launch
+from tandem.kernels.device.launch import blocks, launch
 
 UNIT = 128
 FORWARD = {"UNITS": 16, "num_warps": 4}

@@ -66,7 +66,7 @@ check_import() {
     echo "run.sh: $(command -v python || echo 'no python') cannot import $1 (${said##*$'\n'}); launch/install.sh makes .venv" >&2
     exit "$USER_ERROR_EXIT_CODE"
 }
-check_import trainer.__main__
+check_import tandem.trainer.__main__
 [[ -z $warned ]] || back_into_the_queue "warned before the ranks were started"
 
 # NodeAddr is where Slurm itself reaches the node, if its name alone leads nowhere.
@@ -85,7 +85,7 @@ set_default SLURM_WAIT 120
 # shellcheck disable=SC2016 # for the shell of the rank
 srun --kill-on-bad-exit=0 --distribution=block --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
     trap : TERM USR1 INT
-    python -m trainer train "$@" && exit
+    python -m tandem.trainer train "$@" && exit
     code=$?
     # Within SLURM_WAIT, the last try included; a container may have no scontrol.
     [[ $code -ne 2 ]] || ! command -v scontrol >/dev/null ||
@@ -101,7 +101,7 @@ case $code in
 0 | "$USER_ERROR_EXIT_CODE" | 126 | 127) exit "$code" ;;
 "$REQUEUE_EXIT_CODE") back_into_the_queue "the run saved and left" ;;
 *)
-    check_import trainer.train # with all heavy libraries: seconds that a start which succeeds need not wait
+    check_import tandem.trainer.train # with all heavy libraries: seconds that a start which succeeds need not wait
     back_into_the_queue "the run failed (exit code $code)"
     ;;
 esac

@@ -15,17 +15,7 @@ import yaml
 
 from tests.chaos.plan import TEARING, Planned, plan, points
 from tests.chaos.tap import Kill
-from tests.chaos.trial import (
-    RANKS,
-    End,
-    Launcher,
-    Start,
-    Truth,
-    faults,
-    faults_at_the_end,
-    newest_step,
-    resumed_steps,
-)
+from tests.chaos.trial import RANKS, End, Launcher, Start, Truth, faults, faults_at_the_end, newest_step, resumed_steps
 from tests.promises.conftest import two_phases
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "24"))

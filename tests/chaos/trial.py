@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from tandem.trainer.__main__ import main
+from tandem.trainer.checkpoint.layout import KINDS, committed, damage
+from tandem.trainer.checkpoint.read import Snapshot
 from tests.chaos.tap import KILLED, Kill, Tap
 from tests.promises.conftest import steps_of
 from tests.ranks import SERVER
-from trainer.__main__ import main
-from trainer.checkpoint.layout import KINDS, committed, damage
-from trainer.checkpoint.read import Snapshot
 
 RANKS = (0, 1)
 END_SECONDS = 240.0
@@ -136,8 +136,8 @@ def _ended(ranks: list[BaseProcess], start: Start) -> float | None:
 def _rank(rank: int, meet: Mapping[str, str], scratch: Path, folder: Path, start: Start) -> None:
     from jaxtyping import config
 
-    from trainer import watchdog
-    from trainer.checkpoint import save
+    from tandem.trainer import watchdog
+    from tandem.trainer.checkpoint import save
 
     config.update("jaxtyping_disable", True)  # as in a command
     output = os.open(scratch / f"output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -114,4 +114,4 @@ def is_rank(process: int) -> bool:
     except OSError:
         return False
     launcher = any(b"torchrun" in word or b"torch.distributed.run" in word for word in command)
-    return b"trainer" in command and not launcher
+    return b"tandem.trainer" in command and not launcher

@@ -24,17 +24,17 @@ from typing import Any
 import pytest
 import yaml
 
+from tandem.trainer import train
+from tandem.trainer.__main__ import main
+from tandem.trainer.checkpoint.read import opened
+from tandem.trainer.config import RunConfig, section_from
+from tandem.trainer.watchdog import newest_verdict
 from tests import ranks
 from tests.cluster import hosts
 from tests.cluster.hosts import LAUNCH, Host
 from tests.promises import conftest
 from tests.promises.conftest import clean_environment, differing, steps_of, two_phases
 from tests.promises.test_mistakes import flip_a_byte
-from trainer import train
-from trainer.__main__ import main
-from trainer.checkpoint.read import opened
-from trainer.config import RunConfig, section_from
-from trainer.watchdog import newest_verdict
 
 REASON = hosts.missing()
 pytestmark = [

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tandem.trainer.config import load
+from tandem.trainer.costs import parameters
 from tests.cluster import hosts
 from tests.cluster.hosts import LAUNCH, Host
 from tests.promises import conftest
 from tests.promises.conftest import begun, steps_of, two_phases
 from tests.waiting import PATIENCE_SECONDS
-from trainer.config import load
-from trainer.costs import parameters
 
 corpus = conftest.corpus
 STEPS = 4

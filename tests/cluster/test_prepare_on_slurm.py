@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import prepare
-from data_prep.cluster import jobs
-from data_prep.tokenizers import build
+from tandem.data_prep import prepare
+from tandem.data_prep.cluster import jobs
+from tandem.data_prep.tokenizers import build
+from tandem.trainer.config import UserError
 from tests.promises.conftest import tandem
 from tests.waiting import eventually
-from trainer.config import UserError
 
 pytest.importorskip("datatrove", reason="datatrove is not installed")
 pytestmark = pytest.mark.slow

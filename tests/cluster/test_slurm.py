@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import config, runtime
-from trainer.__main__ import USER_ERROR_EXIT_CODE
+from tandem.trainer import config, runtime
+from tandem.trainer.__main__ import USER_ERROR_EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tandem.trainer.__main__ import main
+from tandem.trainer.checkpoint.read import opened
 from tests.cluster.conftest import Slurm
 from tests.promises import conftest
 from tests.promises.conftest import clean_environment, steps_of, two_phases
 from tests.promises.test_resume import differing
 from tests.waiting import PATIENCE_SECONDS, eventually
-from trainer.__main__ import main
-from trainer.checkpoint.read import opened
 
 ROOT = Path(__file__).parents[2]
 corpus = conftest.corpus
@@ -190,8 +190,8 @@ def test_what_no_new_start_can_mend_ends_the_job(slurm: Slurm, config: Path, tmp
     jobs = {
         "tandem: optim.beta1: 2": Job(slurm, config, "mistake", overrides=("optim.beta1=2",)),
         "tandem: run.root: /dev/null/runs": Job(slurm, config, "alone", wait, overrides=("run.root=/dev/null/runs",)),
-        "cannot import trainer.__main__ (ImportError: no omegaconf)": Job(slurm, config, "light", paths[0]),
-        "cannot import trainer.train (ImportError: no torch)": Job(slurm, config, "heavy", paths[1]),
+        "cannot import tandem.trainer.__main__ (ImportError: no omegaconf)": Job(slurm, config, "light", paths[0]),
+        "cannot import tandem.trainer.train (ImportError: no torch)": Job(slurm, config, "heavy", paths[1]),
     }
     for says, job in jobs.items():
         job.until(lambda job=job: job.says("JobState") == "FAILED")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from data_prep import prepare, verify
+from tandem.data_prep import prepare, verify
 from tests.trainer.data.web import Server
 
 WORDS = [

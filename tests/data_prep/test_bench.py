@@ -1,4 +1,4 @@
-"""`python -m data_prep.bench` on little text: ours and the script with HF tokenizers, their ids compared; its mistakes."""
+"""`python -m tandem.data_prep.bench` on little text: ours, the script with HF tokenizers, their ids compared; its mistakes."""
 
 import json
 from collections import Counter
@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.bench import libraries
-from data_prep.bench.__main__ import main
-from data_prep.bench.rows import Row
-from data_prep.bench.text import documents, gathered
-from data_prep.bench.ways import REFERENCE, WAYS, differing, hashed
-from data_prep.tokenizers import build
+from tandem.data_prep.bench import libraries
+from tandem.data_prep.bench.__main__ import main
+from tandem.data_prep.bench.rows import Row
+from tandem.data_prep.bench.text import documents, gathered
+from tandem.data_prep.bench.ways import REFERENCE, WAYS, differing, hashed
+from tandem.data_prep.tokenizers import build
 
 OURS = "tandem prepare"
 WORDS = ["the", "of", "and", "row", "shard", "1", "23", "def", "return", "(", ")", ":", "naïve", "漢字", "🙂\n"]
@@ -76,7 +76,7 @@ def test_text_is_gathered_once_and_every_text_once(source, tmp_path):
 
 
 def test_a_share_is_the_first_files(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.bench.text.FILE_MB", 0.02)
+    monkeypatch.setattr("tandem.data_prep.bench.text.FILE_MB", 0.02)
     text = gathered(tmp_path / "text", [source], 200.0)
     share = text.share(0.05, tmp_path / "share")
     assert 1 < len(share.names) < len(text.names)
@@ -117,5 +117,5 @@ def test_a_mistake_is_one_line(name, capfd):
     arguments, said = MISTAKES[name]
     assert main(arguments) == 2
     [line] = capfd.readouterr().err.splitlines()
-    assert line.startswith("data_prep.bench: ")
+    assert line.startswith("tandem.data_prep.bench: ")
     assert [part for part in said if part not in line] == []

@@ -1,4 +1,4 @@
-"""`python -m data_prep.bench.loaders` on a tiny corpus: ours and the memory map, every column measured; its mistakes."""
+"""`python -m tandem.data_prep.bench.loaders` on a tiny corpus: ours and the memory map, every column measured; its mistakes."""
 
 import json
 import subprocess
@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.bench.loaders.__main__ import main
-from data_prep.bench.loaders.contestant import Reading, flat_rows
-from data_prep.bench.loaders.contestants import CONTESTANTS
-from data_prep.bench.loaders.corpus import EOS_ID, OURS, ROW_TOKENS, UNIT_TOKENS, Corpus, written
-from data_prep.bench.loaders.one import compared
-from data_prep.bench.loaders.rounds import Row
+from tandem.data_prep.bench.loaders.__main__ import main
+from tandem.data_prep.bench.loaders.contestant import Reading, flat_rows
+from tandem.data_prep.bench.loaders.contestants import CONTESTANTS
+from tandem.data_prep.bench.loaders.corpus import EOS_ID, OURS, ROW_TOKENS, UNIT_TOKENS, Corpus, written
+from tandem.data_prep.bench.loaders.one import compared
+from tandem.data_prep.bench.loaders.rounds import Row
+from tandem.trainer.data import manifest
 from tests.waiting import PATIENCE_SECONDS
-from trainer.data import manifest
 
 PLAIN = ["ours", "numpy memmap"]
 TOKENS = 2 * UNIT_TOKENS
@@ -37,7 +37,7 @@ def corpus(folder) -> Corpus:
 
 def measured(corpus: Corpus, *arguments: str) -> list[str]:
     """The lines it prints. A process of its own: the server its processes are forked from must not become the tests'."""
-    module = ["-m", "data_prep.bench.loaders", "--rounds", "1", "--folder", str(corpus.folder)]
+    module = ["-m", "tandem.data_prep.bench.loaders", "--rounds", "1", "--folder", str(corpus.folder)]
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, *module, *arguments], cwd=root, capture_output=True, text=True, timeout=PATIENCE_SECONDS
@@ -117,7 +117,7 @@ def test_a_mistake_is_one_line(name, capfd):
     arguments, said = MISTAKES[name]
     assert main(arguments) == 2
     [line] = capfd.readouterr().err.splitlines()
-    assert line.startswith("data_prep.bench.loaders: ")
+    assert line.startswith("tandem.data_prep.bench.loaders: ")
     assert [part for part in said if part not in line] == []
 
 

@@ -9,8 +9,8 @@ import unicodedata
 import numpy as np
 import pytest
 
-from data_prep import clean
-from data_prep.clean import Rules
+from tandem.data_prep import clean
+from tandem.data_prep.clean import Rules
 
 LETTERS = "abcXYZ019é漢ß🙂ñ"
 SIGNS = string.punctuation + " \t\r\n\x0b\x1c\u00a0\u3000\u2028"

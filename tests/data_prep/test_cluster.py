@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import inputs, plan, prepare, stages
-from data_prep.cluster import door, jobs, task
-from data_prep.cluster.jobs import Submission
-from data_prep.cluster.task import Request
-from trainer.config import UserError
-from trainer.disk import whole_file
+from tandem.data_prep import inputs, plan, prepare, stages
+from tandem.data_prep.cluster import door, jobs, task
+from tandem.data_prep.cluster.jobs import Submission
+from tandem.data_prep.cluster.task import Request
+from tandem.trainer.config import UserError
+from tandem.trainer.disk import whole_file
 
 SETTINGS = ["--sample-tokens", 512, "--shard-tokens", 2000, "--held-out", 0.1, "--vocab", 300, "--deduplicate"]
 SQUEUE = """#!/bin/sh
@@ -100,7 +100,7 @@ def test_a_job_that_begins_too_early_says_what_is_missing(request_of):
 
 
 def test_what_a_task_failed_of_is_one_line_beside_the_logs(request_of, folder, tmp_path, capsys):
-    slurm = pytest.importorskip("data_prep.cluster.slurm", reason="datatrove is not installed")
+    slurm = pytest.importorskip("tandem.data_prep.cluster.slurm", reason="datatrove is not installed")
     (folder / "1" / "bad.jsonl").write_text('{"body": "no text"}\n')
     job = task.left(request_of("jobs"), 1)[0]
     job.write(tmp_path / "train.job")
@@ -181,7 +181,7 @@ def test_options_of_another_executor_are_refused(prepared, folder, arguments, sa
 def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch, executor, library):
     for name in {library, *(name for name in sys.modules if name.startswith(f"{library}."))}:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, f"data_prep.cluster.{executor}", raising=False)
+    monkeypatch.delitem(sys.modules, f"tandem.data_prep.cluster.{executor}", raising=False)
     with pytest.raises(
         UserError, match=rf"needs {library}, which is not installed; pip install 'tandem\[{executor}\]'"
     ):

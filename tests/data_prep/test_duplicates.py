@@ -6,8 +6,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from data_prep import duplicates
-from data_prep.minhash import signatures
+from tandem.data_prep import duplicates
+from tandem.data_prep.minhash import signatures
 
 
 def find(bands, masks, folder, run=map, records=duplicates.RECORDS):

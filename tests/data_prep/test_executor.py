@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import executor
+from tandem.data_prep import executor
+from tandem.trainer.config import UserError
 from tests.waiting import eventually
-from trainer.config import UserError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -24,7 +24,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from data_prep import executor
+from tandem.data_prep import executor
 from tests.data_prep.test_executor import sleeping
 
 if __name__ == "__main__":
@@ -85,7 +85,7 @@ def running(*command: object) -> Iterator[subprocess.Popen[str]]:
     """The command, in a process group of its own, gone at the end with all that it has started."""
     with subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, start_new_session=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         try:
             yield process
@@ -143,7 +143,7 @@ def test_a_preparation_whose_worker_was_killed_goes_on_to_the_same_bytes(prepare
     arguments = ["--input", folder, *small]
     expected = content(prepared("whole", *arguments))
     output = tmp_path / "killed"
-    with running("-m", "trainer", "prepare", "--output", output, *arguments, "--workers", 2) as process:
+    with running("-m", "tandem.trainer", "prepare", "--output", output, *arguments, "--workers", 2) as process:
         eventually(lambda: children(process.pid, "spawn_main"))
         os.kill(children(process.pid, "spawn_main")[0], signal.SIGKILL)
         said = process.communicate(timeout=60)[1]
@@ -186,7 +186,7 @@ def test_an_interrupted_preparation_is_one_line_and_goes_on(prepared, folder, co
     small = ["--sample-tokens", 512, "--shard-tokens", 512, "--held-out", 0.1, "--vocab", 300]
     arguments = ["--input", folder, *small]
     output = tmp_path / "interrupted"
-    with running("-m", "trainer", "prepare", "--output", output, *arguments, "--workers", 2) as process:
+    with running("-m", "tandem.trainer", "prepare", "--output", output, *arguments, "--workers", 2) as process:
         eventually(lambda: children(process.pid, "spawn_main"))
         time.sleep(delay_seconds)
         os.killpg(process.pid, signal.SIGINT)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import folder as output_folder
-from data_prep import plan, prepare, stages
+from tandem.data_prep import folder as output_folder
+from tandem.data_prep import plan, prepare, stages
+from tandem.trainer.config import UserError
+from tandem.trainer.data import manifest
 from tests.data_prep.conftest import run
-from trainer.config import UserError
-from trainer.data import manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -159,7 +159,7 @@ def test_an_unfinished_folder_of_other_settings_is_refused(prepared, folder, tmp
 def test_after_a_mistake_finished_units_are_kept_and_the_corrected_inputs_go_on_from_them(
     prepared, folder, content, monkeypatch
 ):
-    monkeypatch.setattr("data_prep.plan.SMALLEST_UNIT_BYTES", 3_000)
+    monkeypatch.setattr("tandem.data_prep.plan.SMALLEST_UNIT_BYTES", 3_000)
     prepared("whole", "--input", folder)
     last = max(path for path in folder.rglob("*") if path.is_file())
     text = last.read_bytes()
@@ -179,7 +179,7 @@ def test_after_a_mistake_finished_units_are_kept_and_the_corrected_inputs_go_on_
         kept.update({path: path.stat().st_mtime_ns for path in finished})
         return finish(preparation)
 
-    monkeypatch.setattr("data_prep.stages.finish", watched)
+    monkeypatch.setattr("tandem.data_prep.stages.finish", watched)
     assert content(prepared("out", *given)) == expected | {"inputs.json": (output / "inputs.json").read_bytes()}
     assert kept == finished
 

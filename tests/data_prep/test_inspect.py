@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from data_prep import inspect
-from data_prep.vocabulary import Vocabulary, visible
+from tandem.data_prep import inspect
+from tandem.data_prep.vocabulary import Vocabulary, visible
+from tandem.trainer.config import UserError
 from tests.data_prep import written
 from tests.data_prep.conftest import run
-from trainer.config import UserError
 
 STRANGE = "naïve 漢字 🙂\r\n\ttab <|endoftext|> \x1b[31m\u200b nb\xa0sp"
 WORDS = ["the", "row", "of", "a", "shard", "tokens"]

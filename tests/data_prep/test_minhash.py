@@ -7,8 +7,8 @@ import string
 import numpy as np
 import pytest
 
-from data_prep import minhash
-from data_prep.minhash import BANDS, ROWS, WIDTH, signatures
+from tandem.data_prep import minhash
+from tandem.data_prep.minhash import BANDS, ROWS, WIDTH, signatures
 
 TEXTS = [
     "",

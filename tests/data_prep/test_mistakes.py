@@ -10,9 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tandem.trainer.config import UserError
+from tandem.trainer.data import manifest
 from tests.data_prep.conftest import zst
-from trainer.config import UserError
-from trainer.data import manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,7 +123,7 @@ def test_an_output_that_is_not_ours_or_cannot_be_written_is_refused_untouched(pr
 
 
 def test_the_command_exits_with_2_and_one_line(tmp_path, folder):
-    command = [sys.executable, "-m", "trainer", "prepare", "--output", str(tmp_path / "out"), "--input"]
+    command = [sys.executable, "-m", "tandem.trainer", "prepare", "--output", str(tmp_path / "out"), "--input"]
     mistake = subprocess.run([*command, "/none"], cwd=ROOT, capture_output=True, text=True)
     assert (mistake.returncode, len(mistake.stderr.splitlines())) == (2, 1)
     small = ["--vocab", "300", "--workers", "1"]

@@ -15,12 +15,12 @@ import pytest
 import webdataset
 from tokenizers import Tokenizer
 
-from data_prep import shuffle, spill, verify
-from data_prep.tokenizers import build
+from tandem.data_prep import shuffle, spill, verify
+from tandem.data_prep.tokenizers import build
+from tandem.trainer.config import UserError
+from tandem.trainer.data import manifest
+from tandem.trainer.data.stream import Stream
 from tests.data_prep.conftest import run, zst
-from trainer.config import UserError
-from trainer.data import manifest
-from trainer.data.stream import Stream
 
 
 def documents(output, split="train"):
@@ -63,11 +63,11 @@ def test_every_document_comes_back_once_even_with_the_characters_of_eos_in_it(pr
 def test_bytes_do_not_depend_on_workers_units_spills_or_batches(prepared, folder, content, monkeypatch):
     expected = content(prepared("whole", "--input", folder))
     assert len([name for name in expected if name.startswith("train")]) > 3
-    monkeypatch.setattr("data_prep.plan.SMALLEST_UNIT_BYTES", 3_000)
+    monkeypatch.setattr("tandem.data_prep.plan.SMALLEST_UNIT_BYTES", 3_000)
     for workers in (1, 2, 5):
         assert content(prepared(f"{workers} workers", "--input", folder, "--workers", workers)) == expected
-    monkeypatch.setattr("data_prep.encode.SPILL_BYTES", 2_000)
-    monkeypatch.setattr("data_prep.encode.BATCH_CHARACTERS", 1_000)
+    monkeypatch.setattr("tandem.data_prep.encode.SPILL_BYTES", 2_000)
+    monkeypatch.setattr("tandem.data_prep.encode.BATCH_CHARACTERS", 1_000)
     assert content(prepared("spills", "--input", folder)) == expected
 
 
@@ -79,19 +79,19 @@ def test_near_duplicates_and_groups_do_not_depend_on_units_or_spills(prepared, r
     options = ["--input", records, "--deduplicate", "--group-field", "meta.set"]
     expected = content(prepared("whole", *options))
     assert manifest.load(records.parent / "whole").counts["duplicate_documents"] > 50
-    monkeypatch.setattr("data_prep.plan.SMALLEST_UNIT_BYTES", 3_000)
+    monkeypatch.setattr("tandem.data_prep.plan.SMALLEST_UNIT_BYTES", 3_000)
     shards, facts = tars(expected), manifest.load(records.parent / "whole")
     assert tars(content(prepared("units", *options))) == shards
-    monkeypatch.setattr("data_prep.encode.BATCH_CHARACTERS", 1_000)
-    monkeypatch.setattr("data_prep.encode.SPILL_DOCUMENTS", 5)
+    monkeypatch.setattr("tandem.data_prep.encode.BATCH_CHARACTERS", 1_000)
+    monkeypatch.setattr("tandem.data_prep.encode.SPILL_DOCUMENTS", 5)
     assert tars(content(prepared("spills", *options))) == shards
     found = manifest.load(records.parent / "spills")
     assert (found.counts, found.groups) == (facts.counts, facts.groups)
 
 
 def test_more_spills_than_files_a_process_may_open(prepared, records, monkeypatch):
-    monkeypatch.setattr("data_prep.encode.BATCH_CHARACTERS", 1)
-    monkeypatch.setattr("data_prep.encode.SPILL_DOCUMENTS", 1)
+    monkeypatch.setattr("tandem.data_prep.encode.BATCH_CHARACTERS", 1)
+    monkeypatch.setattr("tandem.data_prep.encode.SPILL_DOCUMENTS", 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, hard))
     try:
@@ -114,10 +114,10 @@ def test_shards_of_other_inputs_gathered_meanwhile_are_not_taken_for_ours(
             raise KeyboardInterrupt
 
     for inputs in (records, folder):
-        monkeypatch.setattr("data_prep.shuffle.gather", stopped)
+        monkeypatch.setattr("tandem.data_prep.shuffle.gather", stopped)
         with pytest.raises(KeyboardInterrupt):
             prepared("out", "--input", inputs, *given)
-    monkeypatch.setattr("data_prep.shuffle.gather", gather)
+    monkeypatch.setattr("tandem.data_prep.shuffle.gather", gather)
     output = prepared("out", "--input", records, *given)
     verified(output)
     assert content(output) == expected
@@ -130,14 +130,14 @@ def test_a_spill_that_the_disk_has_cut_stops_the_preparation(prepared, records, 
         os.truncate(spills[0].tokens_path, 100)
         return ranges(spills, dropped, shard_tokens)
 
-    monkeypatch.setattr("data_prep.shuffle.ranges", after_the_cut)
+    monkeypatch.setattr("tandem.data_prep.shuffle.ranges", after_the_cut)
     with pytest.raises(UserError, match=r"000.tokens is shorter than its index says"):
         prepared("out", "--input", records)
 
 
 def test_a_tokenizer_is_trained_on_a_share_of_a_large_corpus(prepared, folder, monkeypatch):
     whole = prepared("whole", "--input", folder)
-    monkeypatch.setattr("data_prep.stages.TRAINING_BYTES", 3_000)
+    monkeypatch.setattr("tandem.data_prep.stages.TRAINING_BYTES", 3_000)
     sampled = [prepared(name, "--input", folder) for name in ("one", "two")]
     assert sampled[0].joinpath("tokenizer.json").read_bytes() == sampled[1].joinpath("tokenizer.json").read_bytes()
     assert sampled[0].joinpath("tokenizer.json").read_bytes() != whole.joinpath("tokenizer.json").read_bytes()
@@ -150,7 +150,7 @@ def test_the_seed_changes_the_order_and_not_the_tokenizer(prepared, folder, cont
 
 
 def test_documents_of_all_files_are_shuffled_together(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.plan.SMALLEST_UNIT_BYTES", 500)
+    monkeypatch.setattr("tandem.data_prep.plan.SMALLEST_UNIT_BYTES", 500)
     for name in "ab":
         lines = (json.dumps({"text": f"{name} {number}"}) for number in range(100))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))

@@ -10,13 +10,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep import inputs, origin, read
-from data_prep.inputs import Part
-from data_prep.read import Document
+from tandem.data_prep import inputs, origin, read
+from tandem.data_prep.inputs import Part
+from tandem.data_prep.read import Document
+from tandem.trainer.config import UserError
+from tandem.trainer.data import manifest
 from tests.data_prep.conftest import zst
 from tests.data_prep.test_prepare import decoded
-from trainer.config import UserError
-from trainer.data import manifest
 
 NOWHERE = Path(os.devnull)
 
@@ -252,7 +252,7 @@ def test_groups_and_where_are_of_parquet_too(prepared, table):
 def test_inputs_over_http_give_the_bytes_that_local_ones_give(
     prepared, records, table, address, tmp_path, content, monkeypatch
 ):
-    monkeypatch.setattr("data_prep.plan.SMALLEST_UNIT_BYTES", 200)
+    monkeypatch.setattr("tandem.data_prep.plan.SMALLEST_UNIT_BYTES", 200)
     inputs = ("a.jsonl", "a.parquet")
     here = prepared("here", "--input", *(tmp_path / name for name in inputs), "--held-out", 0)
     there = prepared("there", "--input", *(f"{address}/{name}" for name in inputs), "--held-out", 0)

@@ -4,7 +4,7 @@ import tracemalloc
 
 import numpy as np
 
-from data_prep import spill
+from tandem.data_prep import spill
 
 
 def test_a_shard_is_gathered_without_a_look_at_every_document_of_a_spill(tmp_path):

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from xxhash import xxh3_128_hexdigest
 
-from data_prep import verify
-from data_prep.write import write_shard
+from tandem.data_prep import verify
+from tandem.data_prep.write import write_shard
+from tandem.trainer.config import UserError
+from tandem.trainer.data import manifest
 from tests.data_prep import written
 from tests.data_prep.conftest import run
-from trainer.config import UserError
-from trainer.data import manifest
 
 DOCUMENTS = [" ".join(["the", "row", "of", "shards", "é漢🙂"][n % 5] for n in range(k)) for k in range(1, 60)]
 

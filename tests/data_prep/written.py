@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data_prep import origin
-from data_prep.write import write_split
-from trainer.data import manifest
-from trainer.data.manifest import Manifest
+from tandem.data_prep import origin
+from tandem.data_prep.write import write_split
+from tandem.trainer.data import manifest
+from tandem.trainer.data.manifest import Manifest
 
 EOS = "<|endoftext|>"
 SAMPLE_TOKENS = 512

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from kernels import attention as module
-from kernels.attention import alibi_slopes, attention
-from kernels.documents import starts
+from tandem.kernels import attention as module
+from tandem.kernels.attention import alibi_slopes, attention
+from tandem.kernels.documents import starts
 
 SHAPES = [(1, 1, 1, 1, 2), (2, 5, 4, 2, 3), (2, 33, 4, 4, 20), (1, 64, 6, 2, 80)]
 """rows, seq, heads, kv_heads, head_dim"""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.cross_entropy import LOWEST, cross_entropy, nothing_seen
+from tandem.kernels.cross_entropy import LOWEST, cross_entropy, nothing_seen
 
 SHAPES = [(1, 1, 1), (5, 7, 7), (4, 40, 37), (3, 130, 1)]
 """Tokens, columns that exist, columns that are true."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.documents import starts
+from tandem.kernels.documents import starts
 
 
 def test_every_token_knows_where_its_document_starts():

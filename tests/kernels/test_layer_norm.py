@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.layer_norm import layer_norm
+from tandem.kernels.layer_norm import layer_norm
 
 EPSILON = 1e-5
 

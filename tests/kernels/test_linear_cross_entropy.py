@@ -6,7 +6,12 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels.linear_cross_entropy import chunk_width, gradients_by_chunk, linear_cross_entropy, statistics_by_chunk
+from tandem.kernels.linear_cross_entropy import (
+    chunk_width,
+    gradients_by_chunk,
+    linear_cross_entropy,
+    statistics_by_chunk,
+)
 
 SHAPES = [(1, 1, 1, 1), (5, 6, 300, 271), (4, 3, 300, 100), (3, 4, 256, 0), (3, 5, 130, 130)]
 """Tokens, width, vocabulary that exists, vocabulary that is true. Chunks of these are 128 columns."""

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils.checkpoint import checkpoint
 
-import kernels
-from kernels.attention import alibi_slopes
+import tandem.kernels
+from tandem.kernels.attention import alibi_slopes
 
-for module in pkgutil.iter_modules(kernels.__path__, "kernels."):
+for module in pkgutil.iter_modules(tandem.kernels.__path__, "tandem.kernels."):
     if not module.ispkg:
         import_module(module.name)
 

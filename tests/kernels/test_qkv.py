@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kernels.qkv import split, split_rotated
-from kernels.rope import rotary_table
+from tandem.kernels.qkv import split, split_rotated
+from tandem.kernels.rope import rotary_table
 
 BASE, EPSILON = 10_000.0, 1e-5
 TABLE = 2**-25 * 4_096**0.5

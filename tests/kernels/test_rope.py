@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from kernels.rope import rotary_table
+from tandem.kernels.rope import rotary_table
 
 BASE = 10_000.0
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.swiglu import swiglu, swiglu_linear
+from tandem.kernels.swiglu import swiglu, swiglu_linear
 
 SHAPES = [(2, 1), (3, 2, 7), (2, 5, 2, 33)]
 ONE_ROUNDING = {"rtol": 0.51 * torch.finfo(torch.bfloat16).eps, "atol": 0}

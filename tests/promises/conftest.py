@@ -16,11 +16,11 @@ import pytest
 import torch
 import yaml
 
+from tandem.trainer.checkpoint.layout import KINDS
+from tandem.trainer.checkpoint.read import Snapshot
 from tests import tiny
 from tests.ranks import SERVER
 from tests.waiting import PATIENCE_SECONDS
-from trainer.checkpoint.layout import KINDS
-from trainer.checkpoint.read import Snapshot
 
 # torch needs sympy, which needs this mpmath: every Python reads the same text, so a figure measured on it is the same too.
 PACKAGE = Path(mpmath.__file__).parent
@@ -30,7 +30,7 @@ VOCAB = 500
 
 def tandem(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """One command line of `tandem`, in its own process, as a user types it."""
-    command = [sys.executable, "-m", "trainer", *map(str, arguments)]
+    command = [sys.executable, "-m", "tandem.trainer", *map(str, arguments)]
     return subprocess.run(
         command,
         capture_output=True,
@@ -59,7 +59,7 @@ def forked(*commands: list[object]) -> BaseProcess:
 def _run(commands: list[list[str]]) -> None:
     from jaxtyping import config
 
-    from trainer.__main__ import main
+    from tandem.trainer.__main__ import main
 
     config.update("jaxtyping_disable", True)  # as in a command, whose steps would take half as long again
 

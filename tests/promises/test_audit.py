@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
+from tandem.trainer import train
+from tandem.trainer.__main__ import main
+from tandem.trainer.checkpoint import write
+from tandem.trainer.config import RunConfig, section_from
+from tandem.trainer.ledger import FILE, Ledger
 from tests import ranks
 from tests.promises.conftest import ended, two_phases
 from tests.ranks import SERVER
-from trainer import train
-from trainer.__main__ import main
-from trainer.checkpoint import write
-from trainer.config import RunConfig, section_from
-from trainer.ledger import FILE, Ledger
 
 pytestmark = [pytest.mark.dist]
 TORN = b'{"kind":"step","step":99,"taken":{"corp'

@@ -15,26 +15,26 @@ import torch
 import yaml
 from torch import Tensor
 
+from tandem.trainer import bench, costs, runtime
+from tandem.trainer.__main__ import main
+from tandem.trainer.agreement import Agreement
+from tandem.trainer.bench.measure import measure
+from tandem.trainer.bench.plan import Plan, planned
+from tandem.trainer.bench.rows import drawn
+from tandem.trainer.checkpoint.save import Saver
+from tandem.trainer.config import RunConfig, section_from
+from tandem.trainer.data.loader import Loader
+from tandem.trainer.engine import Engine
+from tandem.trainer.guard import Guard
+from tandem.trainer.metrics import Sinks
+from tandem.trainer.parallel.mesh import Mesh, collectives, gather_to_all, started
+from tandem.trainer.setup import build_engine
+from tandem.trainer.timeline import Timeline
+from tandem.trainer.train import loop
+from tandem.trainer.training import Standing, Stepper, Training
+from tandem.trainer.watchdog import Watchdog, here
 from tests import ranks, tiny
 from tests.promises.conftest import tandem
-from trainer import bench, costs, runtime
-from trainer.__main__ import main
-from trainer.agreement import Agreement
-from trainer.bench.measure import measure
-from trainer.bench.plan import Plan, planned
-from trainer.bench.rows import drawn
-from trainer.checkpoint.save import Saver
-from trainer.config import RunConfig, section_from
-from trainer.data.loader import Loader
-from trainer.engine import Engine
-from trainer.guard import Guard
-from trainer.metrics import Sinks
-from trainer.parallel.mesh import Mesh, collectives, gather_to_all, started
-from trainer.setup import build_engine
-from trainer.timeline import Timeline
-from trainer.train import loop
-from trainer.training import Standing, Stepper, Training
-from trainer.watchdog import Watchdog, here
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 PEAK_FLOPS = 2e11

@@ -15,15 +15,15 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tandem.trainer import checkpoints, train
+from tandem.trainer.__main__ import main
+from tandem.trainer.checkpoint.layout import KINDS, MANIFEST, MARKER, file_sha256, key, read_manifest
+from tandem.trainer.checkpoint.read import Snapshot
+from tandem.trainer.checkpoints import difference
+from tandem.trainer.config import RunConfig, section_from
 from tests import ranks
 from tests.promises.conftest import ended, forked, two_phases
 from tests.promises.test_resume import reload_and_save
-from trainer import checkpoints, train
-from trainer.__main__ import main
-from trainer.checkpoint.layout import KINDS, MANIFEST, MARKER, file_sha256, key, read_manifest
-from trainer.checkpoint.read import Snapshot
-from trainer.checkpoints import difference
-from trainer.config import RunConfig, section_from
 
 pytestmark = [pytest.mark.dist]
 STEPS = (4, 8, 12)
@@ -166,7 +166,7 @@ def test_ls_tells_torn_from_damaged_and_counts_them(copy, capsys):
 
 
 def test_ls_never_imports_torch(root):
-    program = "import sys; from trainer.__main__ import main; code = main(sys.argv[1:]); "
+    program = "import sys; from tandem.trainer.__main__ import main; code = main(sys.argv[1:]); "
     program += "print(code, sorted({'torch', 'numpy', 'safetensors', 'deepspeed'} & set(sys.modules)))"
     command = [sys.executable, "-c", program, "checkpoint", "ls", root / "one"]
     began = time.monotonic()

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tandem.trainer import models, optim
+from tandem.trainer.checkpoint.read import load_weights
+from tandem.trainer.config import Mup
+from tandem.trainer.hf import btlm, convert
+from tandem.trainer.hf.mapping import cut
+from tandem.trainer.models.mup import rules
+from tandem.trainer.parallel.mesh import started
+from tandem.trainer.parallel.shards import joined
 from tests import tiny
 from tests.promises.test_hf import loaded
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, reference, tokens
-from trainer import models, optim
-from trainer.checkpoint.read import load_weights
-from trainer.config import Mup
-from trainer.hf import btlm, convert
-from trainer.hf.mapping import cut
-from trainer.models.mup import rules
-from trainer.parallel.mesh import started
-from trainer.parallel.shards import joined
 
 __all__ = ["offline"]
 

@@ -19,20 +19,20 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from tandem.trainer import saving, train, watchdog
+from tandem.trainer.__main__ import main
+from tandem.trainer.checkpoint.layout import MANIFEST, MARKER, begun, committed, folder_name
+from tandem.trainer.checkpoint.read import opened
+from tandem.trainer.checkpoint.save import Saver
+from tandem.trainer.config import RunConfig, section_from
+from tandem.trainer.metrics import Sinks
+from tandem.trainer.parallel.mesh import started
+from tandem.trainer.saving import RETRY_SHARE
+from tandem.trainer.setup import build_engine
 from tests import ranks, tiny
 from tests.promises.conftest import differing, ended, steps_of, two_phases
 from tests.ranks import SERVER
 from tests.waiting import PATIENCE_SECONDS
-from trainer import saving, train, watchdog
-from trainer.__main__ import main
-from trainer.checkpoint.layout import MANIFEST, MARKER, begun, committed, folder_name
-from trainer.checkpoint.read import opened
-from trainer.checkpoint.save import Saver
-from trainer.config import RunConfig, section_from
-from trainer.metrics import Sinks
-from trainer.parallel.mesh import started
-from trainer.saving import RETRY_SHARE
-from trainer.setup import build_engine
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 STEPS = 30

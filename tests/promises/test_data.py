@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tandem.trainer.checkpoint.read import opened
+from tandem.trainer.config import RunConfig, section_from
+from tandem.trainer.data import manifest
+from tandem.trainer.data.stream import Stream
+from tandem.trainer.train import run
 from tests import ranks
 from tests.promises.conftest import steps_of, two_phases
-from trainer.checkpoint.read import opened
-from trainer.config import RunConfig, section_from
-from trainer.data import manifest
-from trainer.data.stream import Stream
-from trainer.train import run
 
 
 def run_all(configs: list[RunConfig], held_out: Path) -> list[int]:

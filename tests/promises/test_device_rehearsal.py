@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tandem.trainer import models
+from tandem.trainer.models.layers import Decoder
+from tandem.trainer.parallel.mesh import Mesh, started
 from tests import tiny
-from trainer import models
-from trainer.models.layers import Decoder
-from trainer.parallel.mesh import Mesh, started
 
 META = torch.device("meta")
 

@@ -16,6 +16,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from tandem.trainer.__main__ import CLOSED_PIPE_EXIT_CODE, main
+from tandem.trainer.continuation import Sampling, continuations, draw, side_by_side
+from tandem.trainer.generate import show
+from tandem.trainer.hf import convert
+from tandem.trainer.models.cache import Cache
+from tandem.trainer.parallel.mesh import Mesh, started
 from tests import ranks
 from tests.promises.test_hf import loaded
 from tests.reading import (
@@ -33,12 +39,6 @@ from tests.reading import (
 )
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, reference, tokens
-from trainer.__main__ import CLOSED_PIPE_EXIT_CODE, main
-from trainer.continuation import Sampling, continuations, draw, side_by_side
-from trainer.generate import show
-from trainer.hf import convert
-from trainer.models.cache import Cache
-from trainer.parallel.mesh import Mesh, started
 
 __all__ = ["offline"]
 
@@ -300,7 +300,18 @@ def test_text_appears_with_its_tokens_in_whole_characters(folder):
 @pytest.mark.dist
 def test_a_reader_who_has_enough_ends_the_command_quietly(folder):
     """As in `tandem generate ... | head -c 1`."""
-    command = [sys.executable, "-m", "trainer", "generate", folder, "--prompt", "the", "--past-end", "--tokens", "2000"]
+    command = [
+        sys.executable,
+        "-m",
+        "tandem.trainer",
+        "generate",
+        folder,
+        "--prompt",
+        "the",
+        "--past-end",
+        "--tokens",
+        "2000",
+    ]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with process:
         assert process.stdout.read(1) == "t"

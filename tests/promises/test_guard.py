@@ -18,23 +18,23 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tandem.trainer import metrics, saving
+from tandem.trainer.__main__ import main
+from tandem.trainer.checkpoint.read import opened
+from tandem.trainer.checkpoint.save import save
+from tandem.trainer.checkpoint.write import model_facts, save_weights
+from tandem.trainer.config import RunConfig, UserError, load
+from tandem.trainer.data.loader import Batch, Loader
+from tandem.trainer.metrics import Sinks
+from tandem.trainer.parallel.layers import shard_of
+from tandem.trainer.parallel.mesh import started
+from tandem.trainer.parallel.shards import joined
+from tandem.trainer.setup import build_engine
+from tandem.trainer.timeline import Timeline
+from tandem.trainer.train import accumulate, run
 from tests import ranks
 from tests.promises.conftest import differing, ended, steps_of, two_phases
 from tests.ranks import SERVER
-from trainer import metrics, saving
-from trainer.__main__ import main
-from trainer.checkpoint.read import opened
-from trainer.checkpoint.save import save
-from trainer.checkpoint.write import model_facts, save_weights
-from trainer.config import RunConfig, UserError, load
-from trainer.data.loader import Batch, Loader
-from trainer.metrics import Sinks
-from trainer.parallel.layers import shard_of
-from trainer.parallel.mesh import started
-from trainer.parallel.shards import joined
-from trainer.setup import build_engine
-from trainer.timeline import Timeline
-from trainer.train import accumulate, run
 
 PHASE_STEPS, STEPS = 20, 10
 """Of the first phase; of a run, which stops in it: a rollback may pass over the rows of the rest."""

@@ -9,16 +9,16 @@ import pytest
 import torch
 import yaml
 
+from tandem.trainer.__main__ import main
+from tandem.trainer.config import AlibiScaling, UserError
+from tandem.trainer.hf import convert
+from tandem.trainer.models.btlm import interpolated
+from tandem.trainer.parallel.mesh import Mesh, started
 from tests.promises.conftest import ended, forked, steps_of, two_phases
 from tests.promises.test_hf import export
 from tests.reading import decoder
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, tokens
-from trainer.__main__ import main
-from trainer.config import AlibiScaling, UserError
-from trainer.hf import convert
-from trainer.models.btlm import interpolated
-from trainer.parallel.mesh import Mesh, started
 
 __all__ = ["offline"]
 

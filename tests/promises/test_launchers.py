@@ -11,10 +11,10 @@ import psutil
 import pytest
 import yaml
 
+from tandem.trainer.metrics import read
 from tests.ports import free_ports
 from tests.promises.conftest import begun, listens, steps_of, two_phases
 from tests.waiting import PATIENCE_SECONDS, eventually
-from trainer.metrics import read
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -39,7 +39,7 @@ def test_torchrun_deepspeed_and_srun_train_the_same_bits(tmp_path, corpus):
     parallel = {"tp_size": 2, "zero_stage": 1, "recompute": "none"}
     tree = two_phases("stablelm", corpus, tmp_path / "runs", steps=STEPS // 2, parallel=parallel)
     config.write_text(yaml.safe_dump(tree))
-    (port, other), by_hand = map(str, free_ports(2)), [sys.executable, "-m", "trainer", "train"]
+    (port, other), by_hand = map(str, free_ports(2)), [sys.executable, "-m", "tandem.trainer", "train"]
     another_run = socket.socket()
     with suppress(OSError):  # there is one
         another_run.bind(("", 29500))
@@ -65,7 +65,7 @@ def test_torchrun_deepspeed_and_srun_train_the_same_bits(tmp_path, corpus):
 def test_a_rank_whose_launcher_dies_while_it_begins_does_not_train_on(tmp_path, corpus):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(two_phases("btlm", corpus, tmp_path / "runs")))
-    rank = [sys.executable, "-m", "trainer", "train", str(config)]
+    rank = [sys.executable, "-m", "tandem.trainer", "train", str(config)]
     script = f"import subprocess, time; print(subprocess.Popen({rank}).pid, flush=True); time.sleep(1000)"
     with begun([sys.executable, "-c", script], RANK="0", WORLD_SIZE="1", LOCAL_RANK="0") as launcher:
         pid = int(launcher.stdout.readline())

@@ -21,15 +21,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from tandem.trainer.checkpoint import write
+from tandem.trainer.checkpoint.layout import rank_file
+from tandem.trainer.checkpoint.read import opened
+from tandem.trainer.config import BTLM, Mup, load
+from tandem.trainer.hf import convert
+from tandem.trainer.models.init import initial
+from tandem.trainer.models.mup import rules
+from tandem.trainer.parallel.shards import Shard, local_part
 from tests.promises.conftest import clean_environment
-from trainer.checkpoint import write
-from trainer.checkpoint.layout import rank_file
-from trainer.checkpoint.read import opened
-from trainer.config import BTLM, Mup, load
-from trainer.hf import convert
-from trainer.models.init import initial
-from trainer.models.mup import rules
-from trainer.parallel.shards import Shard, local_part
 
 MIB, GIB = 1 << 20, 1 << 30
 MODEL = BTLM(
@@ -42,9 +42,9 @@ OVERHEAD = 16 * MIB
 of the largest tensor, 98 MiB, are above the limit."""
 COMMANDS = """
 import json, sys
-from trainer.__main__ import main, quiet_libraries
+from tandem.trainer.__main__ import main, quiet_libraries
 quiet_libraries()
-import trainer.exchange
+import tandem.trainer.exchange
 print("imported modules", flush=True)
 sys.stdin.readline()
 sys.exit(any(main(command) for command in json.loads(sys.argv[1])))
@@ -175,7 +175,7 @@ def test_full_size_btlm_goes_in_and_out_within_3_gib(tmp_path: Path) -> None:
     try:
         written(model, mup, drawn, source)
         for verb in (["import-hf", source, between], ["export-hf", between, out]):
-            with begun("-m", "trainer", *verb) as process:
+            with begun("-m", "tandem.trainer", *verb) as process:
                 peak = peak_bytes(process)
                 print(f"figures: {process.stdout.read().strip()}, peak {peak / GIB:.2f} GiB")
                 assert peak <= 3 * GIB

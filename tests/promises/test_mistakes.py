@@ -17,16 +17,16 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from data_prep import prepare
+from tandem.data_prep import prepare
+from tandem.trainer import train
+from tandem.trainer.__main__ import main
+from tandem.trainer.config import Data, RunConfig, UserError, section_from
+from tandem.trainer.data.loader import Loader
+from tandem.trainer.metrics import Sinks
 from tests import ranks
 from tests.ports import free_ports
 from tests.promises.conftest import TEXTS, clean_environment, ended, forked, tandem, two_phases
 from tests.waiting import PATIENCE_SECONDS
-from trainer import train
-from trainer.__main__ import main
-from trainer.config import Data, RunConfig, UserError, section_from
-from trainer.data.loader import Loader
-from trainer.metrics import Sinks
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def test_a_mistake_that_only_the_second_rank_meets_is_printed_and_ends_the_launc
 @pytest.mark.dist
 def test_a_mistake_that_only_one_rank_meets_is_the_end_of_all_and_no_rank_is_taken_for_lost(place, broken, tmp_path):
     """The launcher of each machine sees its own ranks alone, and would start them again."""
-    command = [sys.executable, "-m", "trainer", "train", str(place.config), *of_two_ranks(broken, tmp_path)]
+    command = [sys.executable, "-m", "tandem.trainer", "train", str(place.config), *of_two_ranks(broken, tmp_path)]
     [port] = free_ports(1)
     launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
@@ -327,7 +327,15 @@ def steps_fed(corpus: Path) -> int:
 
 def torchrun(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Two data-parallel ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "trainer"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "tandem.trainer",
+    ]
     return subprocess.run(
         [*command, "train", str(config), *overrides],
         capture_output=True,

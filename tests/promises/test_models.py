@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.functional import cross_entropy
 
+from tandem.trainer.checkpoint.read import load_weights
+from tandem.trainer.config import BTLM, Mup, StableLM
+from tandem.trainer.hf import convert
+from tandem.trainer.hf.mapping import cut
+from tandem.trainer.models import build
+from tandem.trainer.models.layers import Decoder
+from tandem.trainer.parallel.mesh import Mesh, gather_to_all, started
+from tandem.trainer.parallel.shards import joined
 from tests import ranks
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, in_double, reference, tokens
-from trainer.checkpoint.read import load_weights
-from trainer.config import BTLM, Mup, StableLM
-from trainer.hf import convert
-from trainer.hf.mapping import cut
-from trainer.models import build
-from trainer.models.layers import Decoder
-from trainer.parallel.mesh import Mesh, gather_to_all, started
-from trainer.parallel.shards import joined
 
 __all__ = ["offline"]
 

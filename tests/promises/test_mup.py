@@ -9,21 +9,21 @@ from typing import Any
 
 import pytest
 
-import trainer.models
-import trainer.models.btlm
-import trainer.optim
-import trainer.setup
-from kernels.attention import attention
+import tandem.trainer.models
+import tandem.trainer.models.btlm
+import tandem.trainer.optim
+import tandem.trainer.setup
+from tandem.kernels.attention import attention
+from tandem.trainer.__main__ import main
+from tandem.trainer.config import BTLM, Mup, RunConfig, StableLM, load
+from tandem.trainer.models.mup import ForwardScales, Rule, forward_scales, rules, width_multiplier
+from tandem.trainer.mup_check import coordinates, decay, transfer
+from tandem.trainer.mup_check.proxies import proxy
+from tandem.trainer.mup_check.verdict import Finding, first_failure, interval
+from tandem.trainer.optim import groups
+from tandem.trainer.parallel.mesh import Mesh, started
 from tests import tiny
 from tests.promises.conftest import VOCAB, tandem
-from trainer.__main__ import main
-from trainer.config import BTLM, Mup, RunConfig, StableLM, load
-from trainer.models.mup import ForwardScales, Rule, forward_scales, rules, width_multiplier
-from trainer.mup_check import coordinates, decay, transfer
-from trainer.mup_check.proxies import proxy
-from trainer.mup_check.verdict import Finding, first_failure, interval
-from trainer.optim import groups
-from trainer.parallel.mesh import Mesh, started
 
 CONFIG = Path(__file__).parents[2] / "configs" / "mup-check.yaml"
 WIDTHS = [64, 128, 256]
@@ -81,7 +81,7 @@ def in_table(roles: tuple[str, ...], change: Change, seen_in: str | tuple[str, .
         found, multiplier = rules(model, mup), width_multiplier(model, mup)
         return found | {role: change(found[role], multiplier) for role in roles}
 
-    return Broken(trainer.setup, "rules", table, seen_in)
+    return Broken(tandem.trainer.setup, "rules", table, seen_in)
 
 
 def in_forward(change: Callable[[ForwardScales, float, Section], ForwardScales], seen_in: str) -> Broken:
@@ -90,7 +90,7 @@ def in_forward(change: Callable[[ForwardScales, float, Section], ForwardScales],
     def scales(model: Section, mup: Mup | None) -> ForwardScales:
         return change(forward_scales(model, mup), width_multiplier(model, mup), model)
 
-    return Broken(trainer.models, "forward_scales", scales, seen_in)
+    return Broken(tandem.trainer.models, "forward_scales", scales, seen_in)
 
 
 def with_std(factor: Callable[[float], float]) -> Change:
@@ -161,11 +161,11 @@ BROKEN = {
     "attention 1 / sqrt(head_dim)":
         in_forward(lambda s, m, model: replace(s, attention=model.head_dim**-0.5), SIZE + "scores 0"),
     "attention kernel that takes 1 / sqrt(head_dim) whatever scale it is given":
-        Broken(trainer.models.btlm, "attention", of_its_own_scale, SIZE + "scores 0"),
+        Broken(tandem.trainer.models.btlm, "attention", of_its_own_scale, SIZE + "scores 0"),
     "decay of hidden matrices not following their learning rate":
-        Broken(trainer.optim, "groups", decay_of_its_own, DECAY + "hidden"),
+        Broken(tandem.trainer.optim, "groups", decay_of_its_own, DECAY + "hidden"),
     "one hidden matrix not decayed":
-        Broken(trainer.optim, "groups", one_matrix_undecayed, DECAY + "hidden"),
+        Broken(tandem.trainer.optim, "groups", one_matrix_undecayed, DECAY + "hidden"),
     "embedding not decayed": in_table(("embedding",), with_decay(False), DECAY + "embedding"),
     "norms decayed": in_table(("norm",), with_decay(True), DECAY + "norm"),
     "biases decayed": in_table(("bias",), with_decay(True), DECAY + "bias"),

@@ -16,20 +16,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from tandem.trainer import costs, optim
+from tandem.trainer.checkpoint.read import opened
+from tandem.trainer.checkpoint.save import save
+from tandem.trainer.checkpoint.write import model_facts
+from tandem.trainer.config import RunConfig
+from tandem.trainer.engine import Engine
+from tandem.trainer.hf import convert
+from tandem.trainer.models.mup import rules
+from tandem.trainer.parallel.mesh import Mesh, gather_to_all, started
+from tandem.trainer.parallel.shards import Shard, joined, local_part
+from tandem.trainer.setup import build_engine
 from tests import ranks, tiny
 from tests.reference.unpadded import Unpadded
 from tests.reference.variants import reference
-from trainer import costs, optim
-from trainer.checkpoint.read import opened
-from trainer.checkpoint.save import save
-from trainer.checkpoint.write import model_facts
-from trainer.config import RunConfig
-from trainer.engine import Engine
-from trainer.hf import convert
-from trainer.models.mup import rules
-from trainer.parallel.mesh import Mesh, gather_to_all, started
-from trainer.parallel.shards import Shard, joined, local_part
-from trainer.setup import build_engine
 
 STEPS, LONG_STEPS = 5, 50
 VARIANTS = ("btlm", "stablelm")

@@ -7,12 +7,12 @@ import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
 
+from tandem.trainer.config import RunConfig
+from tandem.trainer.engine import Engine
+from tandem.trainer.parallel.mesh import Mesh, started
+from tandem.trainer.parallel.shards import joined
+from tandem.trainer.setup import build_engine
 from tests import ranks, tiny
-from trainer.config import RunConfig
-from trainer.engine import Engine
-from trainer.parallel.mesh import Mesh, started
-from trainer.parallel.shards import joined
-from trainer.setup import build_engine
 
 STEPS = 5
 EPSILON = 1e-2

@@ -9,17 +9,17 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from kernels.attention import alibi_slopes
-from kernels.documents import starts
-from kernels.rope import rotary_table
+from tandem.kernels.attention import alibi_slopes
+from tandem.kernels.documents import starts
+from tandem.kernels.rope import rotary_table
+from tandem.trainer import models
+from tandem.trainer.costs import padded
+from tandem.trainer.engine import Engine
+from tandem.trainer.models.init import fill
+from tandem.trainer.models.mup import rules
+from tandem.trainer.parallel.mesh import Mesh, started
+from tandem.trainer.setup import build_engine
 from tests import ranks, tiny
-from trainer import models
-from trainer.costs import padded
-from trainer.engine import Engine
-from trainer.models.init import fill
-from trainer.models.mup import rules
-from trainer.parallel.mesh import Mesh, started
-from trainer.setup import build_engine
 
 SMALL = 2**-9
 """Less than half of the last of bf16's eight bits: 1 + SMALL is 1 there, and exact in fp32."""

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import plan
+from tandem.data_prep import plan
+from tandem.trainer.__main__ import main
 from tests import ranks
-from trainer.__main__ import main
 
 KILLS = 50
 SEED = 5
@@ -55,7 +55,7 @@ def killed(command: list[object], whole: Path, folder: Path) -> list[int]:
 
     In a process of its own, whose forks the preparations are: what they import takes longer than all that they do.
     """
-    import data_prep.prepare  # noqa: F401
+    import tandem.data_prep.prepare  # noqa: F401
 
     plan.SMALLEST_UNIT_BYTES = UNIT_BYTES
     assert not _ended(command, whole)

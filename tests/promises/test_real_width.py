@@ -13,15 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from tandem.trainer.config import StableLM, load
+from tandem.trainer.hf import convert
+from tandem.trainer.hf.mapping import cut, join
+from tandem.trainer.models import build
+from tandem.trainer.parallel.layers import shard_of
+from tandem.trainer.parallel.mesh import Mesh, gather_to_all, started
+from tandem.trainer.parallel.shards import local_part
 from tests import ranks
 from tests.reference.variants import reference
-from trainer.config import StableLM, load
-from trainer.hf import convert
-from trainer.hf.mapping import cut, join
-from trainer.models import build
-from trainer.parallel.layers import shard_of
-from trainer.parallel.mesh import Mesh, gather_to_all, started
-from trainer.parallel.shards import local_part
 
 LIMIT = 1e-5
 pytestmark = [pytest.mark.dist, pytest.mark.slow]

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tandem.trainer.parallel.mesh import started
+from tandem.trainer.replicas import check_replicas, checksum
+from tandem.trainer.setup import build_engine
 from tests import ranks, tiny
-from trainer.parallel.mesh import started
-from trainer.replicas import check_replicas, checksum
-from trainer.setup import build_engine
 
 
 def flipped(folder: Path) -> list[str]:

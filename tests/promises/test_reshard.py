@@ -6,17 +6,17 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tandem.trainer.checkpoint.read import Snapshot, opened
+from tandem.trainer.checkpoint.save import save
+from tandem.trainer.checkpoint.write import model_facts
+from tandem.trainer.config import RunConfig
+from tandem.trainer.engine import Engine
+from tandem.trainer.parallel.layers import shard_of
+from tandem.trainer.parallel.mesh import Mesh, started
+from tandem.trainer.parallel.shards import local_part
+from tandem.trainer.setup import build_engine
 from tests import ranks, tiny
 from tests.promises.test_parallel import EPSILON, mean_over_dp
-from trainer.checkpoint.read import Snapshot, opened
-from trainer.checkpoint.save import save
-from trainer.checkpoint.write import model_facts
-from trainer.config import RunConfig
-from trainer.engine import Engine
-from trainer.parallel.layers import shard_of
-from trainer.parallel.mesh import Mesh, started
-from trainer.parallel.shards import local_part
-from trainer.setup import build_engine
 
 BEFORE, AFTER = 3, 5
 """Steps before the save, and after it."""

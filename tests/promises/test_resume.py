@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from tandem.trainer import metrics
+from tandem.trainer.checkpoint.read import Snapshot, newest, opened
+from tandem.trainer.checkpoint.save import save
+from tandem.trainer.config import RunConfig, UserError, section_from
+from tandem.trainer.ledger import FILE
+from tandem.trainer.parallel.mesh import started
+from tandem.trainer.resume import check_same_past
+from tandem.trainer.setup import build_engine
+from tandem.trainer.timeline import Timeline
+from tandem.trainer.train import run
 from tests import ranks
 from tests.promises.conftest import differing, steps_of, two_phases
 from tests.promises.test_parallel import EPSILON
-from trainer import metrics
-from trainer.checkpoint.read import Snapshot, newest, opened
-from trainer.checkpoint.save import save
-from trainer.config import RunConfig, UserError, section_from
-from trainer.ledger import FILE
-from trainer.parallel.mesh import started
-from trainer.resume import check_same_past
-from trainer.setup import build_engine
-from trainer.timeline import Timeline
-from trainer.train import run
 
 STOPS = (4, 8, None)
 """In the first phase, in the second, at the end; the border between the phases is step 6."""

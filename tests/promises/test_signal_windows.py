@@ -26,20 +26,20 @@ from typing import Any
 import pytest
 import yaml
 
+from tandem.trainer import runtime
+from tandem.trainer.__main__ import main
+from tandem.trainer.checkpoint.layout import committed
+from tandem.trainer.checkpoint.read import opened
+from tandem.trainer.config import load
+from tandem.trainer.data import loader
+from tandem.trainer.data.loader import Loader
+from tandem.trainer.runtime import REQUEUE_EXIT_CODE
 from tests.ports import free_ports
 from tests.promises import test_guard
 from tests.promises.conftest import begun, differing, ended, listens, steps_of, two_phases
 from tests.ranks import SERVER
 from tests.trainer.data.web import Server
 from tests.waiting import PATIENCE_SECONDS
-from trainer import runtime
-from trainer.__main__ import main
-from trainer.checkpoint.layout import committed
-from trainer.checkpoint.read import opened
-from trainer.config import load
-from trainer.data import loader
-from trainer.data.loader import Loader
-from trainer.runtime import REQUEUE_EXIT_CODE
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 ROUNDS = int(os.environ.get("SIGNAL_ROUNDS", "1"))
@@ -415,12 +415,12 @@ def still(folder: Path) -> bool:
 def test_a_process_heeds_a_signal_from_before_its_imports_on(number, config, tally, capsys):
     """Before that it dies of the signal, and has done nothing."""
     folder = config.parent / "runs" / f"early-{number.name}"
-    with begun([sys.executable, "-m", "trainer", "train", config, f"run.name={folder.name}"]) as process:
+    with begun([sys.executable, "-m", "tandem.trainer", "train", config, f"run.name={folder.name}"]) as process:
         process.send_signal(number)
         assert process.wait(30) == -number
     assert not folder.exists()
     began = time.monotonic()
-    with begun([sys.executable, "-m", "trainer", "train", config, f"run.name={folder.name}"]) as process:
+    with begun([sys.executable, "-m", "tandem.trainer", "train", config, f"run.name={folder.name}"]) as process:
         while not listens(process.pid, number):
             assert process.poll() is None
             time.sleep(0.001)

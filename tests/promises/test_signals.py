@@ -13,22 +13,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.promises.conftest import (
-    clean_environment,
-    differing,
-    ended,
-    forked,
-    listens,
-    steps_of,
-    two_phases,
-)
+from tandem.trainer import runtime
+from tandem.trainer.__main__ import main
+from tandem.trainer.checkpoint.layout import committed
+from tandem.trainer.checkpoint.read import opened
+from tandem.trainer.runtime import REQUEUE_EXIT_CODE
+from tests.promises.conftest import clean_environment, differing, ended, forked, listens, steps_of, two_phases
 from tests.ranks import SERVER
 from tests.waiting import PATIENCE_SECONDS
-from trainer import runtime
-from trainer.__main__ import main
-from trainer.checkpoint.layout import committed
-from trainer.checkpoint.read import opened
-from trainer.runtime import REQUEUE_EXIT_CODE
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 STEPS = 60
@@ -92,7 +84,7 @@ def straight(config) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_saves_the_step_leaves_with_85_and_the_same_command_goes_on(number, config, straight):
     folder = config.parent / "runs" / number.name
-    command = [sys.executable, "-m", "trainer", "train", str(config), f"run.name={number.name}"]
+    command = [sys.executable, "-m", "tandem.trainer", "train", str(config), f"run.name={number.name}"]
     process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stderr=subprocess.PIPE, text=True)
     wait_until(lambda: last_step(folder) >= 20, process)
     process.send_signal(number)

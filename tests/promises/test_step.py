@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from tandem.trainer import runtime
+from tandem.trainer.agreement import Agreement
+from tandem.trainer.bench.rows import drawn
+from tandem.trainer.data.loader import Batch, Evidence
+from tandem.trainer.guard import Guard
+from tandem.trainer.parallel.mesh import started
+from tandem.trainer.setup import build_engine
+from tandem.trainer.timeline import Timeline
+from tandem.trainer.train import timed_step
+from tandem.trainer.training import Stepper
 from tests import ranks, tiny
 from tests.waits import Seen, waits_on_cpu, waits_on_gpu
-from trainer import runtime
-from trainer.agreement import Agreement
-from trainer.bench.rows import drawn
-from trainer.data.loader import Batch, Evidence
-from trainer.guard import Guard
-from trainer.parallel.mesh import started
-from trainer.setup import build_engine
-from trainer.timeline import Timeline
-from trainer.train import timed_step
-from trainer.training import Stepper
 
 WARM_UP, GOOD, BAD = range(2), 2, 3
 """Numbers of steps; before the bad one a weight becomes nan, so that its update is left out."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, layer_norm, linear, silu
 
+from tandem.trainer.config import BTLM, AlibiScaling, Mup
 from tests.reference import parts
-from trainer.config import BTLM, AlibiScaling, Mup
 
 
 def shapes(model: BTLM) -> dict[str, tuple[int, ...]]:

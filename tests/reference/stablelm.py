@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, layer_norm, linear, silu
 
+from tandem.trainer.config import Mup, StableLM
 from tests.reference import parts
-from trainer.config import Mup, StableLM
 
 
 def shapes(model: StableLM) -> dict[str, tuple[int, ...]]:

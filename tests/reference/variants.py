@@ -9,8 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from tandem.trainer.config import BTLM, AlibiScaling, Model, Mup, StableLM
 from tests.reference import btlm, stablelm
-from trainer.config import BTLM, AlibiScaling, Model, Mup, StableLM
 
 _BOTH = {"depth": 2, "ffn_width": 54, "norm_epsilon": 3e-4, "init_std": 0.03, "init_truncation_sigmas": 2.0}
 _STABLELM = _BOTH | {"family": "stablelm", "rotary_base": 500.0, "document_masking": True}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.attempts import FILE, TAIL_BYTES, attempt
-from trainer.config import UserError
+from tandem.trainer.attempts import FILE, TAIL_BYTES, attempt
+from tandem.trainer.config import UserError
 
 ENDINGS = {
     "exit": "os._exit(0)",
@@ -61,7 +61,7 @@ def test_three_starts_that_fail_in_one_step_are_enough(tmp_path):
 @pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
 def test_whatever_ends_a_process_without_a_word_is_a_failure(tmp_path, ending):
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom trainer.attempts import attempt\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom tandem.trainer.attempts import attempt\n"
         f"with attempt(Path(sys.argv[1]), 1): {ending}"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path], check=False, capture_output=True)
@@ -185,5 +185,5 @@ def test_a_folder_that_cannot_be_is_a_mistake(tmp_path):
 
 
 def test_it_needs_no_torch():
-    code = "import sys, trainer.attempts; sys.exit('torch' in sys.modules)"
+    code = "import sys, tandem.trainer.attempts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,16 +12,16 @@ import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
+from tandem.trainer import bench, costs, models
+from tandem.trainer.__main__ import main
+from tandem.trainer.bench import kinds
+from tandem.trainer.bench.plan import Plan, planned
+from tandem.trainer.bench.rows import MEDIAN_TOKENS, SIGMA, drawn, drawn_documents
+from tandem.trainer.config import RunConfig, load
+from tandem.trainer.parallel.layers import shard_of
+from tandem.trainer.parallel.mesh import Mesh, started
+from tandem.trainer.timeline import Timeline
 from tests import tiny
-from trainer import bench, costs, models
-from trainer.__main__ import main
-from trainer.bench import kinds
-from trainer.bench.plan import Plan, planned
-from trainer.bench.rows import MEDIAN_TOKENS, SIGMA, drawn, drawn_documents
-from trainer.config import RunConfig, load
-from trainer.parallel.layers import shard_of
-from trainer.parallel.mesh import Mesh, started
-from trainer.timeline import Timeline
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -191,7 +191,7 @@ def test_a_name_that_says_nothing_takes_the_kind_of_what_is_around_it():
 def test_every_operation_of_ours_has_a_kind():
     """A Triton kernel says `_forward`; only the operation around it tells what it is."""
     for file in (ROOT / "kernels").glob("[!_]*.py"):
-        import_module(f"kernels.{file.stem}")
+        import_module(f"tandem.kernels.{file.stem}")
     ours = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("tandem::")]
     assert len(ours) >= 4
     assert [name for name in ours if kinds.kind_of([name]) == kinds.OTHER] == []

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kernels.bench.__main__ import main as kernels_bench
-from trainer.bench import figures
+from tandem.kernels.bench.__main__ import main as kernels_bench
+from tandem.trainer.bench import figures
 
 ROOT = Path(__file__).parents[2]
 STEP = {
@@ -53,7 +53,7 @@ def test_a_changed_step_is_held_to_no_mark(tmp_path):
 
 
 def test_an_error_stands_beside_that_of_plain_torch(tmp_path):
-    """A line as kernels.bench writes it."""
+    """A line as tandem.kernels.bench writes it."""
     file = tmp_path / "errors.jsonl"
     command = ["swiglu", "--errors", "--device", "cpu", "--tokens", "8", "--shape", "demo-stablelm tp1"]
     assert kernels_bench([*command, "--json", str(file)]) == 0
@@ -96,8 +96,7 @@ def test_nothing_to_print_is_one_line(tmp_path, capsys, content, said):
 
 def test_the_tables_need_no_torch(tmp_path):
     (tmp_path / "steps.jsonl").write_text(json.dumps(STEP) + "\n")
-    program = (
-        "import sys; sys.modules['torch'] = None; from trainer.bench.figures import main; sys.exit(main(sys.argv[1:]))"
-    )
+    program = "import sys; sys.modules['torch'] = None; "
+    program += "from tandem.trainer.bench.figures import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

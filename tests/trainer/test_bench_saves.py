@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as torchs
 
+from tandem.trainer.bench import saves
+from tandem.trainer.bench.saves import NAMES, Memory, Way, one_save, state, ways
+from tandem.trainer.checkpoint.layout import folder_name, rank_file
+from tandem.trainer.checkpoint.write import model_facts
+from tandem.trainer.parallel.mesh import started
+from tandem.trainer.setup import build_engine
 from tests import ranks, tiny
-from trainer.bench import saves
-from trainer.bench.saves import NAMES, Memory, Way, one_save, state, ways
-from trainer.checkpoint.layout import folder_name, rank_file
-from trainer.checkpoint.write import model_facts
-from trainer.parallel.mesh import started
-from trainer.setup import build_engine
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "demo-btlm.yaml")
 SMALL = [
@@ -134,5 +134,5 @@ def test_a_save_costs_its_call_its_waits_and_its_memory(tmp_path):
 def test_a_mistake_is_one_line(words, said, capfd):
     assert saves.main([CONFIG, "parallel.tp_size=1", *words]) == 2
     [one] = capfd.readouterr().err.splitlines()
-    assert one.startswith("trainer.bench.saves: ")
+    assert one.startswith("tandem.trainer.bench.saves: ")
     assert [part for part in said if part not in one] == []

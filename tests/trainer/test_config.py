@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import config
-from trainer.config import UserError
+from tandem.trainer import config
+from tandem.trainer.config import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEMO = CONFIGS / "demo-stablelm.yaml"
@@ -187,7 +187,7 @@ def test_ranks_that_do_not_divide_are_refused(world_size: int, override: str, pa
 
 def test_looking_at_a_config_needs_no_torch() -> None:
     """In a fresh interpreter: this one has imported torch long ago."""
-    program = "import sys; from trainer import config, costs, timeline; raise SystemExit('torch' in sys.modules)"
+    program = "import sys; from tandem.trainer import config, costs, timeline; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=CONFIGS.parent).returncode == 0
 
 

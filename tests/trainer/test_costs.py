@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import config, costs
-from trainer.config import BTLM, StableLM
+from tandem.trainer import config, costs
+from tandem.trainer.config import BTLM, StableLM
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tandem.trainer.config import UserError
+from tandem.trainer.engine import Engine, clip_coefficient
+from tandem.trainer.parallel.mesh import Mesh, started
+from tandem.trainer.setup import build_engine
 from tests import ranks, tiny
-from trainer.config import UserError
-from trainer.engine import Engine, clip_coefficient
-from trainer.parallel.mesh import Mesh, started
-from trainer.setup import build_engine
 
 LR = 1e-2
 KINDS = {"zero0": {"zero_stage": 0}, "zero1": {"zero_stage": 1}, "bf16": {"zero_stage": 1}}

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from trainer.config import Guard as Settings
-from trainer.config import Phase
-from trainer.guard import Guard, Judgement
+from tandem.trainer.config import Guard as Settings
+from tandem.trainer.config import Phase
+from tandem.trainer.guard import Guard, Judgement
 
 SHORT, LONG = (Phase(name, 4096, seq_len, 8, 1, {"corpus": 1.0}) for name, seq_len in (("short", 32), ("long", 128)))
 

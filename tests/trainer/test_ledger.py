@@ -8,10 +8,20 @@ import random
 
 import pytest
 
-from trainer.data import manifest
-from trainer.data.manifest import Manifest, Shard, Split
-from trainer.data.rows import Evidence
-from trainer.ledger import FILE, Digests, Ledger, Rollbacks, copy_manifests, halves, joined, manifest_copy, rollbacks
+from tandem.trainer.data import manifest
+from tandem.trainer.data.manifest import Manifest, Shard, Split
+from tandem.trainer.data.rows import Evidence
+from tandem.trainer.ledger import (
+    FILE,
+    Digests,
+    Ledger,
+    Rollbacks,
+    copy_manifests,
+    halves,
+    joined,
+    manifest_copy,
+    rollbacks,
+)
 
 START = {
     "order": {"run.seed": 7, "data.block_tokens": 64, "data.window_tokens": 320}, "phases": [{"name": "p"}],

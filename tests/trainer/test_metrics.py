@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import rich.console
 
-from trainer import config as configuration
-from trainer.config import RunConfig, UserError
-from trainer.console import ConsoleSink, duration, short
-from trainer.metrics import FILE, StepRecord, evaluated, open_sinks, read, throughput
+from tandem.trainer import config as configuration
+from tandem.trainer.config import RunConfig, UserError
+from tandem.trainer.console import ConsoleSink, duration, short
+from tandem.trainer.metrics import FILE, StepRecord, evaluated, open_sinks, read, throughput
 
 ROOT = Path(__file__).resolve().parents[2]
 TOTAL = {"total_steps": 12, "total_tokens": 12 * 2048}

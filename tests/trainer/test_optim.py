@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import models, optim
-from trainer.config import RunConfig, load
-from trainer.models.mup import rules
-from trainer.parallel.mesh import Mesh, started
+from tandem.trainer import models, optim
+from tandem.trainer.config import RunConfig, load
+from tandem.trainer.models.mup import rules
+from tandem.trainer.parallel.mesh import Mesh, started
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

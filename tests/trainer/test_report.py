@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from tandem.trainer import config as configuration
+from tandem.trainer import report
+from tandem.trainer.config import UserError
+from tandem.trainer.metrics import FILE, open_sinks, read
+from tandem.trainer.report import compare, plots
 from tests.trainer.test_metrics import demo_config, record, write_rollback, write_run
-from trainer import config as configuration
-from trainer import report
-from trainer.config import UserError
-from trainer.metrics import FILE, open_sinks, read
-from trainer.report import compare, plots
 
 NAMES = {name for name, _, _ in plots.PICTURES.values()}
 

@@ -8,9 +8,9 @@ from contextlib import closing, suppress
 
 import pytest
 
+from tandem.trainer import runtime
+from tandem.trainer.disk import whole_file, write_whole
 from tests.waiting import PATIENCE_SECONDS, eventually
-from trainer import runtime
-from trainer.disk import whole_file, write_whole
 
 LAUNCHED = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "WORLD_SIZE")
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from tandem.trainer.checkpoint.read import Snapshot, opened
+from tandem.trainer.checkpoint.save import save
+from tandem.trainer.checkpoint.write import model_facts
+from tandem.trainer.config import RunConfig
+from tandem.trainer.engine import Engine
+from tandem.trainer.models import init
+from tandem.trainer.models.init import values
+from tandem.trainer.models.mup import rules
+from tandem.trainer.parallel.mesh import Mesh, started
+from tandem.trainer.parallel.shards import local_part
+from tandem.trainer.setup import build_engine
 from tests import ranks, tiny
-from trainer.checkpoint.read import Snapshot, opened
-from trainer.checkpoint.save import save
-from trainer.checkpoint.write import model_facts
-from trainer.config import RunConfig
-from trainer.engine import Engine
-from trainer.models import init
-from trainer.models.init import values
-from trainer.models.mup import rules
-from trainer.parallel.mesh import Mesh, started
-from trainer.parallel.shards import local_part
-from trainer.setup import build_engine
 
 LAYOUTS = [(1, 1), (1, 2), (2, 4)]
 """Tensor-parallel size and number of ranks."""

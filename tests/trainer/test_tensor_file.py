@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer import tensor_file
-from trainer.tensor_file import Spec, runs, write
+from tandem.trainer import tensor_file
+from tandem.trainer.tensor_file import Spec, runs, write
 
 
 def tensors() -> dict[str, torch.Tensor]:

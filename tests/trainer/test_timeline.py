@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from trainer.config import Cosine, Hybrid, LearningRate, Linear, Phase, Schedule
-from trainer.timeline import Timeline
+from tandem.trainer.config import Cosine, Hybrid, LearningRate, Linear, Phase, Schedule
+from tandem.trainer.timeline import Timeline
 
 STABLELM_12B = Hybrid(
     kind="hybrid",

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import wandb
 
+from tandem.trainer.config import UserError
+from tandem.trainer.metrics import read
+from tandem.trainer.wandb_sink import WandbSink
 from tests.trainer.test_metrics import ROOT, demo_config, write_rollback
 from tests.waiting import PATIENCE_SECONDS
-from trainer.config import UserError
-from trainer.metrics import read
-from trainer.wandb_sink import WandbSink
 
 
 def run_with_wandb(folder: Path, port: int, **said: str) -> subprocess.CompletedProcess[str]:

@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from jaxtyping import config
 
-import trainer.watchdog as watchdogs
+import tandem.trainer.watchdog as watchdogs
+from tandem.trainer.config import Watchdog as Settings
+from tandem.trainer.parallel.mesh import collectives, flight_record, shared_store
+from tandem.trainer.runtime import REQUEUE_EXIT_CODE
+from tandem.trainer.watchdog import FOLDER, Place, Report, Watchdog, connection_lost, here, newest_verdict, verdict
+from tandem.trainer.watchdog import report as reporting
+from tandem.trainer.watchdog.report import state
 from tests import ranks
-from trainer.config import Watchdog as Settings
-from trainer.parallel.mesh import collectives, flight_record, shared_store
-from trainer.runtime import REQUEUE_EXIT_CODE
-from trainer.watchdog import FOLDER, Place, Report, Watchdog, connection_lost, here, newest_verdict, verdict
-from trainer.watchdog import report as reporting
-from trainer.watchdog.report import state
 
 BROKEN_STEP = 3
 LIMIT_SECONDS = 3.0

@@ -18,19 +18,19 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from trainer import config as configuration
-from trainer.audit.corpora import Corpora
-from trainer.audit.expansion import Expansion
-from trainer.audit.history import History
-from trainer.audit.one_step import rows_of, step_words
-from trainer.audit.replay import Replay
-from trainer.audit.tokens import TarReader
-from trainer.audit.verdict import Verdict, ranges_words
-from trainer.config import UserError
-from trainer.data import manifest
-from trainer.data.cache import Cache
-from trainer.data.manifest import Manifest
-from trainer.ledger import manifest_copy
+from tandem.trainer import config as configuration
+from tandem.trainer.audit.corpora import Corpora
+from tandem.trainer.audit.expansion import Expansion
+from tandem.trainer.audit.history import History
+from tandem.trainer.audit.one_step import rows_of, step_words
+from tandem.trainer.audit.replay import Replay
+from tandem.trainer.audit.tokens import TarReader
+from tandem.trainer.audit.verdict import Verdict, ranges_words
+from tandem.trainer.config import UserError
+from tandem.trainer.data import manifest
+from tandem.trainer.data.cache import Cache
+from tandem.trainer.data.manifest import Manifest
+from tandem.trainer.ledger import manifest_copy
 
 MOST_SHOWN = 30
 

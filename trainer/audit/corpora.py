@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from trainer.audit.expansion import Expansion, Ints, Pieces, rows
+from tandem.trainer.audit.expansion import Expansion, Ints, Pieces, rows
 
 MOST_SHOWN_TOKENS = 1 << 24
 

@@ -1,6 +1,6 @@
 """Places in a source's reading order as ranges of tokens of its shards, for whole stretches at a time.
 
-This says a second time, on purpose, what `trainer.data.order` and `trainer.data.stream` do one row at a time: an audit that
+This says a second time, on purpose, what `data.order` and `data.stream` do one row at a time: an audit that
 asked the reader where it had read would find every mistake of the reader right. Only numpy arrays and a manifest are
 needed; no file is touched.
 """
@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from trainer.data.manifest import Split
+from tandem.trainer.data.manifest import Split
 
 Ints = np.ndarray
 """int64, one dim."""

@@ -10,21 +10,21 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from trainer.audit.corpora import Corpora, contents
-from trainer.audit.coverage import Coverage
-from trainer.audit.expansion import Ints, Pieces, rows
-from trainer.audit.naming import Suspect, named, unnamed
-from trainer.audit.records import Step
-from trainer.audit.search import digests
-from trainer.audit.tokens import TarReader
-from trainer.audit.verdict import Finding, Verdict, ranges_words
-from trainer.config import Phase
-from trainer.data.mixture import row_sources
+from tandem.trainer.audit.corpora import Corpora, contents
+from tandem.trainer.audit.coverage import Coverage
+from tandem.trainer.audit.expansion import Ints, Pieces, rows
+from tandem.trainer.audit.naming import Suspect, named, unnamed
+from tandem.trainer.audit.records import Step
+from tandem.trainer.audit.search import digests
+from tandem.trainer.audit.tokens import TarReader
+from tandem.trainer.audit.verdict import Finding, Verdict, ranges_words
+from tandem.trainer.config import Phase
+from tandem.trainer.data.mixture import row_sources
 
 MOST_SEARCHES, MOST_IN_VAIN = 32, 4
 """Steps whose mistake is searched for, and those that nothing was found for; a search among 1,000 rows takes some seconds."""
 ROUNDING = 1e-5
-"""Of a share that needs a long pattern, see `trainer.data.mixture`."""
+"""Of a share that needs a long pattern, see `tandem.trainer.data.mixture`."""
 
 
 class Feed:
@@ -98,7 +98,7 @@ class Feed:
 
     def _check_shares(self, steps: Sequence[Step], phase: Phase, first_row: int, kept: Mapping[str, Pieces]) -> None:
         """Each source has had its share of the phase's rows to within one row, whichever those are: the one thing here that is
-        said without the loader's pattern. Source: the bound of `trainer.data.mixture`.
+        said without the loader's pattern. Source: the bound of `tandem.trainer.data.mixture`.
         """
         if first_row == 0:
             self._shares, self._shared = Counter(), 0

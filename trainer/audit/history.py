@@ -14,9 +14,9 @@ from typing import TypeGuard
 
 import numpy as np
 
-from trainer.audit.records import Attempt, Bad, Record, Skip, Step, record
-from trainer.config import UserError
-from trainer.ledger import FILE
+from tandem.trainer.audit.records import Attempt, Bad, Record, Skip, Step, record
+from tandem.trainer.config import UserError
+from tandem.trainer.ledger import FILE
 
 
 class History:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.audit.corpora import Corpora, contents
-from trainer.audit.records import Step
-from trainer.audit.search import Mistake, Row, mistake
-from trainer.audit.verdict import Finding, ranges_words
-from trainer.config import Phase
-from trainer.data.mixture import row_sources
+from tandem.trainer.audit.corpora import Corpora, contents
+from tandem.trainer.audit.records import Step
+from tandem.trainer.audit.search import Mistake, Row, mistake
+from tandem.trainer.audit.verdict import Finding, ranges_words
+from tandem.trainer.config import Phase
+from tandem.trainer.data.mixture import row_sources
 
 FARTHEST_TOKENS = 64
 """Rows that begin at a wrong token are searched for within this distance."""

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from trainer.audit.corpora import Corpora
-from trainer.audit.history import History
-from trainer.audit.records import Attempt, Bad, Skip, Step
-from trainer.config import UserError
-from trainer.data.mixture import row_sources
+from tandem.trainer.audit.corpora import Corpora
+from tandem.trainer.audit.history import History
+from tandem.trainer.audit.records import Attempt, Bad, Skip, Step
+from tandem.trainer.config import UserError
+from tandem.trainer.data.mixture import row_sources
 
 
 def rows_of(number: int, history: History, corpora: Corpora) -> list[dict[str, Any]]:

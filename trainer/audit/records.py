@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from trainer.config import Phase, section_from
-from trainer.ledger import Decision
+from tandem.trainer.config import Phase, section_from
+from tandem.trainer.ledger import Decision
 
 FIXED = ("seed", "block_tokens", "window_tokens")
 """Of a start: what no later start may change."""

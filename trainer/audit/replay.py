@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trainer.audit.corpora import Corpora
-from trainer.audit.feed import Feed
-from trainer.audit.history import History
-from trainer.audit.records import Attempt, Bad, Skip, Step
-from trainer.audit.tokens import TarReader
-from trainer.audit.verdict import Finding, Standing, Verdict, ranges_words, steps_words
-from trainer.config import Phase
-from trainer.console import short
+from tandem.trainer.audit.corpora import Corpora
+from tandem.trainer.audit.feed import Feed
+from tandem.trainer.audit.history import History
+from tandem.trainer.audit.records import Attempt, Bad, Skip, Step
+from tandem.trainer.audit.tokens import TarReader
+from tandem.trainer.audit.verdict import Finding, Standing, Verdict, ranges_words, steps_words
+from tandem.trainer.config import Phase
+from tandem.trainer.console import short
 
 CHUNK_ROWS = 1 << 14
 HALTS = {"rollback": "go back", "stop": "end"}

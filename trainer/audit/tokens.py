@@ -7,9 +7,9 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from itertools import pairwise
 
-from trainer.audit.expansion import Ints, Pieces
-from trainer.data.cache import Cache
-from trainer.data.manifest import DamagedShard, Manifest
+from tandem.trainer.audit.expansion import Ints, Pieces
+from tandem.trainer.data.cache import Cache
+from tandem.trainer.data.manifest import DamagedShard, Manifest
 
 OPEN_SHARDS = 4
 """Shards held in memory; a window of blocks seldom reaches into more."""

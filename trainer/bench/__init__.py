@@ -10,8 +10,8 @@ import json
 from contextlib import closing
 from pathlib import Path
 
-from trainer.bench.plan import EVERY_PHASE, MICRO_BATCHES, planned
-from trainer.config import load
+from tandem.trainer.bench.plan import EVERY_PHASE, MICRO_BATCHES, planned
+from tandem.trainer.config import load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,14 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prints one JSON line for each phase on standard output, on rank 0; progress goes to standard error."""
     # Here, so that `figures` and --help, which measure nothing, need no torch.
-    from trainer import runtime
-    from trainer.agreement import Agreement
-    from trainer.bench.measure import measure
-    from trainer.guard import Guard
-    from trainer.parallel.mesh import launched_world_size, started
-    from trainer.setup import build_engine
-    from trainer.timeline import Timeline
-    from trainer.training import Stepper
+    from tandem.trainer import runtime
+    from tandem.trainer.agreement import Agreement
+    from tandem.trainer.bench.measure import measure
+    from tandem.trainer.guard import Guard
+    from tandem.trainer.parallel.mesh import launched_world_size, started
+    from tandem.trainer.setup import build_engine
+    from tandem.trainer.timeline import Timeline
+    from tandem.trainer.training import Stepper
 
     config, plans = planned(load(arguments.config, arguments.overrides), arguments, launched_world_size())
     runtime.stop_with_launcher()

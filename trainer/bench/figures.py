@@ -1,4 +1,4 @@
-"""The raw lines that launch/bench.sh leaves, as tables for a person: `python -m trainer.bench.figures FOLDER`.
+"""The raw lines that launch/bench.sh leaves, as tables for a person: `python -m tandem.trainer.bench.figures FOLDER`.
 
 Tables are Markdown, so that they can be pasted into a README with the card and commit above them. Beside a figure stand the
 mark it is held to and what was predicted for it before any GPU had run it. Needs no torch.
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.config import UserError
+from tandem.trainer.config import UserError
 
 Line = dict[str, Any]
 
@@ -46,7 +46,9 @@ KERNEL_MARKS: dict[tuple[str, str, str], tuple[str, float]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the tables of a folder; returns 0, or 2 with one line on standard error if there is nothing to print."""
-    parser = argparse.ArgumentParser("trainer.bench.figures", description="Tables of what launch/bench.sh measured.")
+    parser = argparse.ArgumentParser(
+        "tandem.trainer.bench.figures", description="Tables of what launch/bench.sh measured."
+    )
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(arguments).folder
     try:

@@ -19,7 +19,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-from trainer.parallel.mesh import Mesh
+from tandem.trainer.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 SAYING = {

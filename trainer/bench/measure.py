@@ -14,19 +14,19 @@ from typing import Any
 
 import torch
 
-from trainer import costs, runtime
-from trainer.agreement import Agreement
-from trainer.bench.kinds import profiled
-from trainer.bench.parts import instrumented
-from trainer.bench.plan import INSTRUMENTED_STEPS, Plan
-from trainer.bench.rows import drawn
-from trainer.config import Phase
-from trainer.console import short
-from trainer.data.loader import Batch
-from trainer.metrics import StepRecord, Throughput, throughput
-from trainer.parallel.mesh import Mesh, gather_to_all
-from trainer.train import timed_step
-from trainer.training import Stepper
+from tandem.trainer import costs, runtime
+from tandem.trainer.agreement import Agreement
+from tandem.trainer.bench.kinds import profiled
+from tandem.trainer.bench.parts import instrumented
+from tandem.trainer.bench.plan import INSTRUMENTED_STEPS, Plan
+from tandem.trainer.bench.rows import drawn
+from tandem.trainer.config import Phase
+from tandem.trainer.console import short
+from tandem.trainer.data.loader import Batch
+from tandem.trainer.metrics import StepRecord, Throughput, throughput
+from tandem.trainer.parallel.mesh import Mesh, gather_to_all
+from tandem.trainer.train import timed_step
+from tandem.trainer.training import Stepper
 
 log = logging.getLogger(__name__)
 

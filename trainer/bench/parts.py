@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from trainer.data.loader import Batch
-from trainer.engine import Engine
-from trainer.train import timed_step
-from trainer.training import Stepper
+from tandem.trainer.data.loader import Batch
+from tandem.trainer.engine import Engine
+from tandem.trainer.train import timed_step
+from tandem.trainer.training import Stepper
 
 PARTS = ("data", "forward", "backward", "update", "other")
 """data: rows to the device; backward: with the sum of micro-batches in fp32; update: data-parallel reduction, clipping, AdamW

@@ -7,8 +7,8 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.config import Phase, RunConfig, UserError, check_world
-from trainer.timeline import PhaseSpan, Timeline
+from tandem.trainer.config import Phase, RunConfig, UserError, check_world
+from tandem.trainer.timeline import PhaseSpan, Timeline
 
 EVERY_PHASE = "all"
 MICRO_BATCHES = 4

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Int32
 from torch import Tensor
 
-from trainer.config import Phase, RunConfig
-from trainer.data.loader import Batch
-from trainer.parallel.mesh import Mesh
+from tandem.trainer.config import Phase, RunConfig
+from tandem.trainer.data.loader import Batch
+from tandem.trainer.parallel.mesh import Mesh
 
 MEDIAN_TOKENS, SIGMA = 450, 1.3
 """Log-normal lengths of documents: many short, a few of many rows, 1,050 tokens on average, as web text has it (choice)."""

@@ -1,4 +1,4 @@
-"""`python -m trainer.bench.saves CONFIG`: what a save costs the training, ours beside torch.distributed.checkpoint's.
+"""`python -m tandem.trainer.bench.saves CONFIG`: what a save costs the training, ours beside torch.distributed.checkpoint's.
 
 One run on synthetic rows, by the trainer's own steps, saves every so many of them, each time in the next way in turn: so all
 ways meet the same machine. The one idea: a save costs what the loop stands still for (its stall) and what the steps beside it
@@ -26,21 +26,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as torchs
 
-from trainer import costs, runtime
-from trainer.bench.measure import made
-from trainer.bench.plan import resize
-from trainer.bench.rows import drawn
-from trainer.checkpoint import write
-from trainer.checkpoint.layout import folder_name, key
-from trainer.checkpoint.save import Saver
-from trainer.config import RunConfig, UserError, check_world, load
-from trainer.data.loader import Batch
-from trainer.engine import Engine
-from trainer.guard import Guard
-from trainer.parallel.mesh import Mesh, barrier, gather_to_all, launched_world_size, started
-from trainer.setup import build_engine
-from trainer.timeline import Timeline
-from trainer.training import Stepper
+from tandem.trainer import costs, runtime
+from tandem.trainer.bench.measure import made
+from tandem.trainer.bench.plan import resize
+from tandem.trainer.bench.rows import drawn
+from tandem.trainer.checkpoint import write
+from tandem.trainer.checkpoint.layout import folder_name, key
+from tandem.trainer.checkpoint.save import Saver
+from tandem.trainer.config import RunConfig, UserError, check_world, load
+from tandem.trainer.data.loader import Batch
+from tandem.trainer.engine import Engine
+from tandem.trainer.guard import Guard
+from tandem.trainer.parallel.mesh import Mesh, barrier, gather_to_all, launched_world_size, started
+from tandem.trainer.setup import build_engine
+from tandem.trainer.timeline import Timeline
+from tandem.trainer.training import Stepper
 
 log = logging.getLogger(__name__)
 NAMES = ("ours", "ours at once", "torch async_save", "torch save")
@@ -298,7 +298,7 @@ def sized(config: RunConfig, arguments: argparse.Namespace, world_size: int) -> 
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("trainer.bench.saves", description="What a save costs the training.")
+    parser = argparse.ArgumentParser("tandem.trainer.bench.saves", description="What a save costs the training.")
     add = parser.add_argument
     add("config", type=Path, help="YAML file of a run; its corpus is not needed")
     add("overrides", nargs="*", help="section.field=value")
@@ -329,7 +329,7 @@ def main(argv: list[str]) -> int:
         config = sized(load(arguments.config, arguments.overrides), arguments, world_size)
         if world_size > 1 and not launched:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.ranks}"]
-            os.execv(sys.executable, [sys.executable, *launcher, "-m", "trainer.bench.saves", *argv])
+            os.execv(sys.executable, [sys.executable, *launcher, "-m", "tandem.trainer.bench.saves", *argv])
         runtime.stop_with_launcher()
         with started(config.parallel.tp_size) as mesh:
             runtime.start_logging(mesh.rank)
@@ -340,7 +340,7 @@ def main(argv: list[str]) -> int:
             if mesh.rank == 0:
                 print(json.dumps(line, allow_nan=False), flush=True)
     except UserError as error:
-        print(f"trainer.bench.saves: {error}", file=sys.stderr)
+        print(f"tandem.trainer.bench.saves: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,4 +1,4 @@
-"""`python -m trainer.bench.starts CONFIG`: how long `tandem train` takes to its first step, from nothing and from a checkpoint.
+"""`python -m tandem.trainer.bench.starts CONFIG`: seconds of `tandem train` to its first step, anew or resumed.
 
 Real commands, in processes of their own, each start followed by a resume of the same run. The parts are those that the run
 itself puts into the start record of metrics.jsonl; the step that follows is counted too, for a first step warms up what later
@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from trainer import metrics
-from trainer.config import UserError, load
+from tandem.trainer import metrics
+from tandem.trainer.config import UserError, load
 
 FIXED = ("run.stop_step={step}", "evaluate.every_steps=0", "checkpoint.every_steps=0", "checkpoint.keep=1")
 STEP, WHOLE = "step", "command to end of step"
@@ -66,7 +66,7 @@ def command_of(arguments: argparse.Namespace, step: int) -> list[str]:
     ranks = ["--ranks", str(arguments.ranks)] if arguments.ranks else []
     fixed = [field.format(step=step) for field in FIXED]
     words = [str(arguments.config), *arguments.overrides, f"run.root={arguments.folder}", *fixed, *ranks]
-    return [sys.executable, "-m", "trainer", "train", *words]
+    return [sys.executable, "-m", "tandem.trainer", "train", *words]
 
 
 def table(line: dict[str, Any]) -> str:
@@ -84,7 +84,7 @@ def say(text: str) -> None:
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("trainer.bench.starts", description="How long a start and a resume take.")
+    parser = argparse.ArgumentParser("tandem.trainer.bench.starts", description="How long a start and a resume take.")
     add = parser.add_argument
     add("config", type=Path, help="YAML file of a run; its corpus has to be there")
     add("overrides", nargs="*", help="section.field=value")
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--times: {arguments.times}; must be at least 1; change it")
         line = measured(arguments)
     except UserError as error:
-        say(f"trainer.bench.starts: {error}")
+        say(f"tandem.trainer.bench.starts: {error}")
         return 2
     say(table(line))
     print(json.dumps(line, allow_nan=False), flush=True)

@@ -10,13 +10,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from trainer.checkpoint.layout import MARKER, committed, damage, data_files, key, read_manifest
-from trainer.config import BTLM, FAMILIES, Mup, StableLM, UserError, section_from
-from trainer.engine import Engine
-from trainer.models.init import place
-from trainer.parallel.layers import shard_of
-from trainer.parallel.mesh import Mesh, from_rank_0, from_replica, gather_to_all
-from trainer.parallel.shards import Shard, local_part
+from tandem.trainer.checkpoint.layout import MARKER, committed, damage, data_files, key, read_manifest
+from tandem.trainer.config import BTLM, FAMILIES, Mup, StableLM, UserError, section_from
+from tandem.trainer.engine import Engine
+from tandem.trainer.models.init import place
+from tandem.trainer.parallel.layers import shard_of
+from tandem.trainer.parallel.mesh import Mesh, from_rank_0, from_replica, gather_to_all
+from tandem.trainer.parallel.shards import Shard, local_part
 
 log = logging.getLogger(__name__)
 

@@ -24,13 +24,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import write
-from trainer.checkpoint.layout import folder_name
-from trainer.checkpoint.write import Share, Table
-from trainer.config import UserError
-from trainer.engine import Engine
-from trainer.parallel.mesh import Mesh, from_rank_0, shared_store
-from trainer.watchdog import connection_lost
+from tandem.trainer.checkpoint import write
+from tandem.trainer.checkpoint.layout import folder_name
+from tandem.trainer.checkpoint.write import Share, Table
+from tandem.trainer.config import UserError
+from tandem.trainer.engine import Engine
+from tandem.trainer.parallel.mesh import Mesh, from_rank_0, shared_store
+from tandem.trainer.watchdog import connection_lost
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import tensor_file
-from trainer.checkpoint.layout import FORMAT, MANIFEST, MARKER, PASSED_OVER, begun, folder_name, key, rank_file
-from trainer.config import BTLM, Mup, StableLM
-from trainer.disk import sync_folder, write_whole
-from trainer.engine import Engine
-from trainer.parallel.layers import shard_of
-from trainer.parallel.mesh import Mesh
-from trainer.parallel.shards import Shard
-from trainer.tensor_file import Spec
+from tandem.trainer import tensor_file
+from tandem.trainer.checkpoint.layout import FORMAT, MANIFEST, MARKER, PASSED_OVER, begun, folder_name, key, rank_file
+from tandem.trainer.config import BTLM, Mup, StableLM
+from tandem.trainer.disk import sync_folder, write_whole
+from tandem.trainer.engine import Engine
+from tandem.trainer.parallel.layers import shard_of
+from tandem.trainer.parallel.mesh import Mesh
+from tandem.trainer.parallel.shards import Shard
+from tandem.trainer.tensor_file import Spec
 
 log = logging.getLogger(__name__)
 Share = list[tuple[dict[str, Any], list[Tensor]]]

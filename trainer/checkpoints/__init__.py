@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.filesize import decimal
 
-from trainer import bar
-from trainer.checkpoint.layout import MARKER, PASSED_OVER, begun, damage, data_files, read_manifest
-from trainer.checkpoints.difference import Advance, differences
-from trainer.config import UserError
+from tandem.trainer import bar
+from tandem.trainer.checkpoint.layout import MARKER, PASSED_OVER, begun, damage, data_files, read_manifest
+from tandem.trainer.checkpoints.difference import Advance, differences
+from tandem.trainer.config import UserError
 
 if TYPE_CHECKING:
-    from trainer.checkpoint.read import Snapshot
+    from tandem.trainer.checkpoint.read import Snapshot
 
 PASSED = "damaged: a run has passed it over and gone on from an earlier one; it removes it when it gets there"
 TORN = "torn: not committed; a save is under way, or a kill left it and the run removes it when it goes on"
@@ -169,7 +169,7 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _snapshot(text: str) -> Snapshot:
     """The whole checkpoint that a user has named, opened.  Raises: UserError when there is none."""
-    from trainer.checkpoint.read import opened
+    from tandem.trainer.checkpoint.read import opened
 
     folder = Path(text)
     if not folder.is_dir() and (named := re.fullmatch(r"(.+)@(\d+)", text, re.ASCII)):

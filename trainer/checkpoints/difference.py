@@ -9,12 +9,12 @@ from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from trainer.checkpoint.layout import KINDS
+from tandem.trainer.checkpoint.layout import KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.checkpoint.read import Snapshot
+    from tandem.trainer.checkpoint.read import Snapshot
 
 FACTS = (
     "step",

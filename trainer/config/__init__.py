@@ -4,9 +4,9 @@
 omegaconf are imported, so that commands which merely look at a config answer at once.
 """
 
-from trainer.config.file import dump, load
-from trainer.config.rules import RANKS_WAIT_SECONDS, check, check_alibi_scaling, check_world
-from trainer.config.sections import (
+from tandem.trainer.config.file import dump, load
+from tandem.trainer.config.rules import RANKS_WAIT_SECONDS, check, check_alibi_scaling, check_world
+from tandem.trainer.config.sections import (
     BTLM,
     FAMILIES,
     LEARNING_RATES,
@@ -36,7 +36,7 @@ from trainer.config.sections import (
     UserError,
     Watchdog,
 )
-from trainer.config.strict import section_from
+from tandem.trainer.config.strict import section_from
 
 __all__ = [
     "BTLM",

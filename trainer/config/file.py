@@ -9,9 +9,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config.rules import check
-from trainer.config.sections import RunConfig, UserError
-from trainer.config.strict import section_from
+from tandem.trainer.config.rules import check
+from tandem.trainer.config.sections import RunConfig, UserError
+from tandem.trainer.config.strict import section_from
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from trainer.config.sections import BTLM, AlibiScaling, Hybrid, Phase, RunConfig, StableLM, UserError
+from tandem.trainer.config.sections import BTLM, AlibiScaling, Hybrid, Phase, RunConfig, StableLM, UserError
 
 RANKS_WAIT_SECONDS = 600.0
 """How long ranks wait for one that does not arrive, before all fail."""

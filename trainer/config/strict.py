@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from trainer.config.sections import BTLM, FAMILIES, LEARNING_RATES, LearningRate, StableLM, UserError
+from tandem.trainer.config.sections import BTLM, FAMILIES, LEARNING_RATES, LearningRate, StableLM, UserError
 
 
 def section_from(kind: Any, tree: Any, where: str) -> Any:

@@ -23,14 +23,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from trainer import config
-from trainer.config import UserError
-from trainer.data import remote
-from trainer.data.fetch import fetched
-from trainer.data.manifest import FILE, DamagedShard, Shard, check_bytes
-from trainer.data.maps import Maps
-from trainer.disk import sync_folder
-from trainer.runtime import node_ranks
+from tandem.trainer import config
+from tandem.trainer.config import UserError
+from tandem.trainer.data import remote
+from tandem.trainer.data.fetch import fetched
+from tandem.trainer.data.manifest import FILE, DamagedShard, Shard, check_bytes
+from tandem.trainer.data.maps import Maps
+from tandem.trainer.disk import sync_folder
+from tandem.trainer.runtime import node_ranks
 
 COPY, PART, LOCK = ".tar", ".part", ".lock"
 AHEAD_THREADS = 2

@@ -10,10 +10,10 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TypeVar
 
-from trainer.data.loader import Loader
-from trainer.data.rows import Batch
-from trainer.data.stream import Damaged
-from trainer.runtime import Stopped
+from tandem.trainer.data.loader import Loader
+from tandem.trainer.data.rows import Batch
+from tandem.trainer.data.stream import Damaged
+from tandem.trainer.runtime import Stopped
 
 T = TypeVar("T")
 Met = tuple[str, str]

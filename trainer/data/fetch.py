@@ -9,10 +9,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import BinaryIO
 
-from trainer import config
-from trainer.config import UserError
-from trainer.data import remote
-from trainer.data.manifest import FILE, DamagedShard, Shard
+from tandem.trainer import config
+from tandem.trainer.config import UserError
+from tandem.trainer.data import remote
+from tandem.trainer.data.manifest import FILE, DamagedShard, Shard
 
 SLOW_SECONDS = 60.0
 """How often a fetch that goes on for long says how far it is."""

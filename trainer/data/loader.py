@@ -18,16 +18,16 @@ from itertools import islice
 
 import numpy as np
 
-from trainer import config
-from trainer.config import UserError
-from trainer.data import manifest, mixture
-from trainer.data.cache import Cache
-from trainer.data.manifest import DamagedShard
-from trainer.data.order import Order
-from trainer.data.rows import Batch, Cut, Evidence, Source, Span, batch, unpacked
-from trainer.data.stream import Stream
-from trainer.runtime import Stopped
-from trainer.timeline import Timeline
+from tandem.trainer import config
+from tandem.trainer.config import UserError
+from tandem.trainer.data import manifest, mixture
+from tandem.trainer.data.cache import Cache
+from tandem.trainer.data.manifest import DamagedShard
+from tandem.trainer.data.order import Order
+from tandem.trainer.data.rows import Batch, Cut, Evidence, Source, Span, batch, unpacked
+from tandem.trainer.data.stream import Stream
+from tandem.trainer.runtime import Stopped
+from tandem.trainer.timeline import Timeline
 
 __all__ = ["Batch", "Evidence", "Loader", "unpacked"]
 

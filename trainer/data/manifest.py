@@ -1,6 +1,6 @@
 """What a prepared corpus says about itself, and the checks that need nothing but that and the bytes of files.
 
-`data_prep` writes the manifest last, so a folder with one is complete. Only the standard library, `trainer.config` and
+`data_prep` writes the manifest last, so a folder with one is complete. Only the standard library, `tandem.trainer.config` and
 `remote` are imported. The one idea: everything a reader relies on (token counts, where a token lies,
 the hash of every shard, the tokenizer) is stated here once, and the manifest carries a hash of its own
 content, its *fingerprint*: two corpora with the same fingerprint hold the same tokens in the same order.
@@ -20,8 +20,8 @@ from typing import Any
 
 from xxhash import xxh3_128
 
-from trainer.config import Cache, UserError
-from trainer.data import remote
+from tandem.trainer.config import Cache, UserError
+from tandem.trainer.data import remote
 
 FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"

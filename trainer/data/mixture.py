@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.config import Phase, Schedule
+from tandem.trainer.config import Phase, Schedule
 
 LARGEST_PERIOD = 100_000
 """Shares that need a longer pattern are rounded to hundred-thousandths."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote
 
-from trainer.config import Cache, UserError
+from tandem.trainer.config import Cache, UserError
 
 REQUIREMENTS = {"http": "fsspec[http]", "https": "fsspec[http]", "s3": "tandem[s3]", "gs": "tandem[gs]"}
 """What to install for the addresses that can be read."""

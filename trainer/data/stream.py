@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer import config
-from trainer.data import remote
-from trainer.data.cache import Cache
-from trainer.data.manifest import TAR_BLOCK_BYTES, DamagedShard, Manifest, Shard, Split
-from trainer.data.maps import Maps
+from tandem.trainer import config
+from tandem.trainer.data import remote
+from tandem.trainer.data.cache import Cache
+from tandem.trainer.data.manifest import TAR_BLOCK_BYTES, DamagedShard, Manifest, Shard, Split
+from tandem.trainer.data.maps import Maps
 
 OPEN_SHARDS = 32
 """Memory maps kept per stream of a local folder, a file descriptor each; rows of a step lie close together, so few are in

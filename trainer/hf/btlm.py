@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from kernels.attention import alibi_slopes
-from trainer.config import BTLM, AlibiScaling, Mup, UserError, check_alibi_scaling, section_from
-from trainer.hf.mapping import Piece, Row, whole
+from tandem.kernels.attention import alibi_slopes
+from tandem.trainer.config import BTLM, AlibiScaling, Mup, UserError, check_alibi_scaling, section_from
+from tandem.trainer.hf.mapping import Piece, Row, whole
 
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 MAX_SEQ_LEN = "n_positions"

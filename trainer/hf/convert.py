@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from trainer.config import BTLM, FAMILIES, Mup, StableLM, UserError, section_from
-from trainer.hf import btlm, stablelm
-from trainer.hf.folder import (
+from tandem.trainer.config import BTLM, FAMILIES, Mup, StableLM, UserError, section_from
+from tandem.trainer.hf import btlm, stablelm
+from tandem.trainer.hf.folder import (
     INDEX,
     SHARD,
     SHARD_BYTES,
@@ -26,7 +26,7 @@ from trainer.hf.folder import (
     write_json,
     write_weights,
 )
-from trainer.hf.mapping import Read, Row, join, whole
+from tandem.trainer.hf.mapping import Read, Row, join, whole
 
 TABLES: dict[str, Any] = {"stablelm": stablelm, "btlm": btlm}
 MARK = "tandem"

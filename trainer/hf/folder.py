@@ -14,11 +14,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, dtype
 
-from trainer import tensor_file
-from trainer.config import UserError
-from trainer.disk import sync_folder
-from trainer.hf.mapping import Read, Row, cut
-from trainer.tensor_file import Spec
+from tandem.trainer import tensor_file
+from tandem.trainer.config import UserError
+from tandem.trainer.disk import sync_folder
+from tandem.trainer.hf.mapping import Read, Row, cut
+from tandem.trainer.tensor_file import Spec
 
 SHARD_BYTES = 4_000_000_000
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

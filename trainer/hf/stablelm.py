@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from trainer.config import Mup, StableLM, UserError
-from trainer.hf.mapping import Piece, Row, whole
+from tandem.trainer.config import Mup, StableLM, UserError
+from tandem.trainer.hf.mapping import Piece, Row, whole
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_SEQ_LEN = "max_position_embeddings"

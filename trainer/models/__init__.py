@@ -2,11 +2,11 @@
 
 import torch
 
-from trainer.config import BTLM, Mup, StableLM
-from trainer.models import btlm, stablelm
-from trainer.models.layers import Decoder, Recompute
-from trainer.models.mup import forward_scales
-from trainer.parallel.mesh import Mesh
+from tandem.trainer.config import BTLM, Mup, StableLM
+from tandem.trainer.models import btlm, stablelm
+from tandem.trainer.models.layers import Decoder, Recompute
+from tandem.trainer.models.mup import forward_scales
+from tandem.trainer.parallel.mesh import Mesh
 
 
 def build(

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor, nn
 
-from kernels.attention import alibi_slopes, attention
-from kernels.qkv import split
-from trainer.config import BTLM, AlibiScaling
-from trainer.models.cache import Cache
-from trainer.models.layers import (
+from tandem.kernels.attention import alibi_slopes, attention
+from tandem.kernels.qkv import split
+from tandem.trainer.config import BTLM, AlibiScaling
+from tandem.trainer.models.cache import Cache
+from tandem.trainer.models.layers import (
     Decoder,
     FeedForward,
     PartialAttention,
@@ -22,10 +22,10 @@ from trainer.models.layers import (
     join_heads,
     qkv_projection,
 )
-from trainer.models.mup import ForwardScales
-from trainer.parallel.layers import LayerNorm, Row
-from trainer.parallel.mesh import Mesh
-from trainer.parallel.recompute import again_in_backward, kept
+from tandem.trainer.models.mup import ForwardScales
+from tandem.trainer.parallel.layers import LayerNorm, Row
+from tandem.trainer.parallel.mesh import Mesh
+from tandem.trainer.parallel.recompute import again_in_backward, kept
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What both families share: the gated feed-forward network, the fused projection to heads, the decoder around the layers.
 
 The one layout decision: the residual stream is [seq, rows, width], the order Megatron's layers work in; heads appear as
-[rows, seq, heads_local, head_dim] only between `kernels.qkv` and `join_heads`.
+[rows, seq, heads_local, head_dim] only between `tandem.kernels.qkv` and `join_heads`.
 """
 
 from typing import Any, Literal
@@ -10,16 +10,16 @@ import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor, nn
 
-from kernels.documents import starts
-from kernels.swiglu import swiglu, swiglu_linear
-from trainer.config import BTLM, StableLM
-from trainer.costs import padded
-from trainer.models.cache import Cache
-from trainer.models.mup import ForwardScales
-from trainer.parallel.layers import Column, Embedding, LayerNorm, Row, from_rows, gathered, to_columns
-from trainer.parallel.loss import cross_entropy
-from trainer.parallel.mesh import Mesh
-from trainer.parallel.recompute import again_in_backward, kept
+from tandem.kernels.documents import starts
+from tandem.kernels.swiglu import swiglu, swiglu_linear
+from tandem.trainer.config import BTLM, StableLM
+from tandem.trainer.costs import padded
+from tandem.trainer.models.cache import Cache
+from tandem.trainer.models.mup import ForwardScales
+from tandem.trainer.parallel.layers import Column, Embedding, LayerNorm, Row, from_rows, gathered, to_columns
+from tandem.trainer.parallel.loss import cross_entropy
+from tandem.trainer.parallel.mesh import Mesh
+from tandem.trainer.parallel.recompute import again_in_backward, kept
 
 Recompute = Literal["none", "selective", "full"]
 

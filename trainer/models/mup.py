@@ -11,7 +11,7 @@ depth rule with m = 1. muP itself: Yang et al. 2022, arXiv 2203.03466, table 8.
 from dataclasses import dataclass
 from math import sqrt
 
-from trainer.config import BTLM, Mup, StableLM
+from tandem.trainer.config import BTLM, Mup, StableLM
 
 
 @dataclass(frozen=True)

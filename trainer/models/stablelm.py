@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float, Float32, Int32
 from torch import Tensor, nn
 
-from kernels.attention import attention
-from kernels.qkv import split_rotated
-from kernels.rope import rotary_table
-from trainer.config import StableLM
-from trainer.models.cache import Cache
-from trainer.models.layers import (
+from tandem.kernels.attention import attention
+from tandem.kernels.qkv import split_rotated
+from tandem.kernels.rope import rotary_table
+from tandem.trainer.config import StableLM
+from tandem.trainer.models.cache import Cache
+from tandem.trainer.models.layers import (
     Decoder,
     FeedForward,
     PartialAttention,
@@ -24,10 +24,10 @@ from trainer.models.layers import (
     qkv_projection,
     residual,
 )
-from trainer.models.mup import ForwardScales
-from trainer.parallel.layers import LayerNorm, Row, divided, to_columns
-from trainer.parallel.mesh import Mesh
-from trainer.parallel.recompute import again_in_backward, kept
+from tandem.trainer.models.mup import ForwardScales
+from tandem.trainer.parallel.layers import LayerNorm, Row, divided, to_columns
+from tandem.trainer.parallel.mesh import Mesh
+from tandem.trainer.parallel.recompute import again_in_backward, kept
 
 
 @dataclass(frozen=True)

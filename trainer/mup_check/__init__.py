@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from trainer import runtime
-from trainer.config import RunConfig, UserError, load
-from trainer.disk import write_whole
-from trainer.mup_check import coordinates, decay, transfer
-from trainer.mup_check.proxies import mup_of, proxy
-from trainer.mup_check.verdict import Finding, as_json, first_failure, table
-from trainer.parallel.mesh import launched_rank, launched_world_size, started
-from trainer.timeline import Timeline
+from tandem.trainer import runtime
+from tandem.trainer.config import RunConfig, UserError, load
+from tandem.trainer.disk import write_whole
+from tandem.trainer.mup_check import coordinates, decay, transfer
+from tandem.trainer.mup_check.proxies import mup_of, proxy
+from tandem.trainer.mup_check.verdict import Finding, as_json, first_failure, table
+from tandem.trainer.parallel.mesh import launched_rank, launched_world_size, started
+from tandem.trainer.timeline import Timeline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +136,7 @@ def check_coordinates(request: Request) -> list[Finding]:
         else:
             launch(request, tp_size)
         records += json.loads(records_file(request, tp_size).read_text())
-    from trainer.mup_check.plots import draw_coordinates
+    from tandem.trainer.mup_check.plots import draw_coordinates
 
     draw_coordinates(records, request.folder)
     return coordinates.judge(records)
@@ -163,7 +163,7 @@ def launch(request: Request, tp_size: int) -> None:
     """
     arguments, file = request.arguments, records_file(request, tp_size)
     file.unlink(missing_ok=True)
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={tp_size}", "-m", "trainer", "mup"]
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={tp_size}", "-m", "tandem.trainer", "mup"]
     options = {
         "widths": arguments.widths, "checks": "coordinates", "tp-sizes": tp_size, "output": request.folder,
         "seeds": arguments.seeds, "updates": arguments.updates,
@@ -179,7 +179,7 @@ def check_transfer(request: Request) -> list[Finding]:
     wanted = transfer.trials(request.config, request.widths, request.arguments.octaves)
     with started(1) as mesh:
         losses = transfer.sweep(wanted, request.folder / "transfer.jsonl", mesh)
-    from trainer.mup_check.plots import draw_transfer
+    from tandem.trainer.mup_check.plots import draw_transfer
 
     draw_transfer(losses, request.folder)
     print(f"{transfer.table(losses)}\n")

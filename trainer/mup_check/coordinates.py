@@ -16,16 +16,16 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from trainer.config import RunConfig
-from trainer.costs import flops_per_token
-from trainer.data.loader import Batch
-from trainer.models.layers import Decoder
-from trainer.mup_check.progress import Progress
-from trainer.mup_check.proxies import at_constant_lr, in_precision, loader_of, proxy, train
-from trainer.mup_check.verdict import Finding
-from trainer.parallel.layers import from_rows
-from trainer.parallel.mesh import Mesh, sum_over_ranks
-from trainer.setup import build_engine
+from tandem.trainer.config import RunConfig
+from tandem.trainer.costs import flops_per_token
+from tandem.trainer.data.loader import Batch
+from tandem.trainer.models.layers import Decoder
+from tandem.trainer.mup_check.progress import Progress
+from tandem.trainer.mup_check.proxies import at_constant_lr, in_precision, loader_of, proxy, train
+from tandem.trainer.mup_check.verdict import Finding
+from tandem.trainer.parallel.layers import from_rows
+from tandem.trainer.parallel.mesh import Mesh, sum_over_ranks
+from tandem.trainer.setup import build_engine
 
 Record = dict[str, Any]
 """tp_size, precision, width, seed, step, and for every coordinate its `size` and `change` after that many updates."""

@@ -14,15 +14,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from trainer.config import RunConfig, UserError
-from trainer.data.loader import unpacked
-from trainer.engine import Engine
-from trainer.mup_check.proxies import loader_of, mup_of, proxy
-from trainer.mup_check.verdict import Finding
-from trainer.parallel.layers import role_of
-from trainer.parallel.mesh import Mesh, to_device
-from trainer.setup import build_engine
-from trainer.train import accumulate
+from tandem.trainer.config import RunConfig, UserError
+from tandem.trainer.data.loader import unpacked
+from tandem.trainer.engine import Engine
+from tandem.trainer.mup_check.proxies import loader_of, mup_of, proxy
+from tandem.trainer.mup_check.verdict import Finding
+from tandem.trainer.parallel.layers import role_of
+from tandem.trainer.parallel.mesh import Mesh, to_device
+from tandem.trainer.setup import build_engine
+from tandem.trainer.train import accumulate
 
 LR_LAW = {"hidden": -1, "residual_output": -1, "embedding": 0, "head": 0, "norm": 0, "bias": 0}
 """Role -> exponent of the width multiplier in its learning rate."""

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from trainer.console import short
-from trainer.mup_check.coordinates import LAWS, Record, curve
-from trainer.mup_check.transfer import Losses, optimum
-from trainer.report.plots import GREY, RED, STYLE, save
+from tandem.trainer.console import short
+from tandem.trainer.mup_check.coordinates import LAWS, Record, curve
+from tandem.trainer.mup_check.transfer import Losses, optimum
+from tandem.trainer.report.plots import GREY, RED, STYLE, save
 
 OURS = STYLE | {"savefig.dpi": 100, "font.size": 9}
 SHADES = ("#b9d2ec", "#8ab3dd", "#5a94cd", "#2f6fb5", "#1d4f87", "#0f3159")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from trainer.console import duration
+from tandem.trainer.console import duration
 
 
 class Progress:

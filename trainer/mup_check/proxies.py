@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
-from trainer.config import LearningRate, Linear, Mup, RunConfig, UserError, check, check_world
-from trainer.data.loader import Loader
-from trainer.engine import Engine
-from trainer.parallel.mesh import Mesh
-from trainer.timeline import Timeline
-from trainer.train import accumulate
+from tandem.trainer.config import LearningRate, Linear, Mup, RunConfig, UserError, check, check_world
+from tandem.trainer.data.loader import Loader
+from tandem.trainer.engine import Engine
+from tandem.trainer.parallel.mesh import Mesh
+from tandem.trainer.timeline import Timeline
+from tandem.trainer.train import accumulate
 
 
 def mup_of(config: RunConfig) -> Mup:

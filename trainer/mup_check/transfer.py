@@ -18,16 +18,16 @@ from pathlib import Path
 
 import torch
 
-import kernels
-import trainer
-from trainer.config import RunConfig, dump
-from trainer.costs import flops_per_token
-from trainer.mup_check.progress import Progress
-from trainer.mup_check.proxies import at_peak, loader_of, proxy, train, without_width_rules
-from trainer.mup_check.verdict import Finding
-from trainer.parallel.mesh import Mesh
-from trainer.setup import build_engine
-from trainer.timeline import Timeline
+import tandem.kernels
+import tandem.trainer
+from tandem.trainer.config import RunConfig, dump
+from tandem.trainer.costs import flops_per_token
+from tandem.trainer.mup_check.progress import Progress
+from tandem.trainer.mup_check.proxies import at_peak, loader_of, proxy, train, without_width_rules
+from tandem.trainer.mup_check.verdict import Finding
+from tandem.trainer.parallel.mesh import Mesh
+from tandem.trainer.setup import build_engine
+from tandem.trainer.timeline import Timeline
 
 MUP, WITHOUT = "muP", "without width rules"
 TAIL_FRACTION = 1 / 8
@@ -164,7 +164,11 @@ def _key(config: RunConfig, code: str) -> str:
 
 def _digest_of_code() -> str:
     """Changes with every source file of the trainer and the kernels."""
-    files = [file for package in (kernels, trainer) for file in Path(str(package.__file__)).parent.rglob("*.py")]
+    files = [
+        file
+        for package in (tandem.kernels, tandem.trainer)
+        for file in Path(str(package.__file__)).parent.rglob("*.py")
+    ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 

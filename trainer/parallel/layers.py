@@ -20,10 +20,10 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from kernels.layer_norm import layer_norm
-from trainer.costs import padded
-from trainer.parallel.mesh import Mesh
-from trainer.parallel.shards import Shard
+from tandem.kernels.layer_norm import layer_norm
+from tandem.trainer.costs import padded
+from tandem.trainer.parallel.mesh import Mesh
+from tandem.trainer.parallel.shards import Shard
 
 
 def mark(parameter: nn.Parameter, shard: Shard, role: str) -> nn.Parameter:

@@ -1,6 +1,6 @@
 """Cross-entropy of the output matrix's logits, its vocabulary divided over ranks, in fp32, padding left out of the softmax.
 
-Each rank finds three numbers per token for its part of the vocabulary (`kernels.linear_cross_entropy`), r its rank:
+Each rank finds three numbers per token for its part of the vocabulary (`tandem.kernels.linear_cross_entropy`), r its rank:
 
     loss = M - sum over r of target_logit[r] + log(sum over r of total[r] * exp(maximum[r] - M)),   M = max of maximum[r]
 """
@@ -11,8 +11,8 @@ from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
-from kernels.linear_cross_entropy import linear_cross_entropy
-from trainer.parallel.mesh import Mesh
+from tandem.kernels.linear_cross_entropy import linear_cross_entropy
+from tandem.trainer.parallel.mesh import Mesh
 
 
 def cross_entropy(

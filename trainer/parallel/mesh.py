@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from trainer.config import RANKS_WAIT_SECONDS, UserError
+from tandem.trainer.config import RANKS_WAIT_SECONDS, UserError
 
 T = TypeVar("T")
 _STORES = count()

@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer import config as configuration
-from trainer import metrics
-from trainer.config import RunConfig, UserError
-from trainer.console import duration, short
-from trainer.disk import write_whole
-from trainer.metrics import History
-from trainer.report import page, plots
+from tandem.trainer import config as configuration
+from tandem.trainer import metrics
+from tandem.trainer.config import RunConfig, UserError
+from tandem.trainer.console import duration, short
+from tandem.trainer.disk import write_whole
+from tandem.trainer.metrics import History
+from tandem.trainer.report import page, plots
 
 LISTED_STEPS = 200
 """Rows of the table of steps without an update at most; the result counts them all."""
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Every page asked for is written and its path printed. Raises: UserError for a folder that is no run."""
-    from trainer.report import compare
+    from tandem.trainer.report import compare
 
     if not args.runs and not args.compare:
         raise UserError("report: no run named; name run folders, or two with --compare A B")

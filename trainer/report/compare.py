@@ -12,11 +12,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from trainer import metrics
-from trainer.config import UserError
-from trainer.disk import write_whole
-from trainer.metrics import History
-from trainer.report import page, plots
+from tandem.trainer import metrics
+from tandem.trainer.config import UserError
+from tandem.trainer.disk import write_whole
+from tandem.trainer.metrics import History
+from tandem.trainer.report import page, plots
 
 COMPARED = {"loss": "loss (nats per token)", "gradient_norm": "gradient norm before clipping"}
 LISTED_STEPS = 200

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
-from trainer.config import RunConfig
-from trainer.console import short
-from trainer.metrics import History
+from tandem.trainer.config import RunConfig
+from tandem.trainer.console import short
+from tandem.trainer.metrics import History
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6fb5", "#d9822b", "#3a8f5c", "#c0392b", "#6b7280"
 BANDS = ("#f3f5f8", "#e6eaf0")

@@ -22,13 +22,13 @@ from math import inf
 from pathlib import Path
 from types import TracebackType
 
-from trainer.config import RANKS_WAIT_SECONDS, UserError
-from trainer.config import Watchdog as Settings
-from trainer.disk import write_whole
-from trainer.runtime import REQUEUE_EXIT_CODE
-from trainer.watchdog import report as reporting
-from trainer.watchdog.report import Place, Report, here, state
-from trainer.watchdog.verdict import states, verdict
+from tandem.trainer.config import RANKS_WAIT_SECONDS, UserError
+from tandem.trainer.config import Watchdog as Settings
+from tandem.trainer.disk import write_whole
+from tandem.trainer.runtime import REQUEUE_EXIT_CODE
+from tandem.trainer.watchdog import report as reporting
+from tandem.trainer.watchdog.report import Place, Report, here, state
+from tandem.trainer.watchdog.verdict import states, verdict
 
 __all__ = ["FOLDER", "Place", "Report", "Watchdog", "connection_lost", "here", "newest_verdict", "verdict"]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from trainer.disk import write_whole
+from tandem.trainer.disk import write_whole
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
-from trainer.watchdog.report import Place, Report
+from tandem.trainer.watchdog.report import Place, Report
 
 SHOWN_HOSTS = 4
 

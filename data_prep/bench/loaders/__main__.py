@@ -1,4 +1,4 @@
-"""The command line: `python -m data_prep.bench.loaders [contestant ...]`."""
+"""The command line: `python -m tandem.data_prep.bench.loaders [contestant ...]`."""
 
 import argparse
 import json
@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from data_prep.bench.loaders.contestants import CONTESTANTS
-from data_prep.bench.loaders.corpus import UNIT_TOKENS, Corpus
-from data_prep.bench.loaders.rounds import Refused, Row, compare
-from data_prep.bench.options import check_places, number
-from trainer.config import UserError
+from tandem.data_prep.bench.loaders.contestants import CONTESTANTS
+from tandem.data_prep.bench.loaders.corpus import UNIT_TOKENS, Corpus
+from tandem.data_prep.bench.loaders.rounds import Refused, Row, compare
+from tandem.data_prep.bench.options import check_places, number
+from tandem.trainer.config import UserError
 
 HEAD = ["Mtok/s", "1 worker", "B/token", "resume s", "peak MiB"]
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
             corpus = Corpus(folder, options.tokens // UNIT_TOKENS * UNIT_TOKENS, options.seed)
             rows = compare(options.contestant or list(CONTESTANTS), corpus, options.rounds, options.seconds)
     except (UserError, Refused) as error:
-        print(f"data_prep.bench.loaders: {error}", file=sys.stderr)
+        print(f"tandem.data_prep.bench.loaders: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     print(*_table(rows), sep="\n")
     if options.json is not None:
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "data_prep.bench.loaders", description="Our loader beside others, on the same tokens."
+        "tandem.data_prep.bench.loaders", description="Our loader beside others, on the same tokens."
     )
     add = parser.add_argument
     add("contestant", nargs="*", help=f"all where none is named: {'; '.join(CONTESTANTS)}")

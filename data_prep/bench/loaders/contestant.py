@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from data_prep.bench.loaders.corpus import ROW_TOKENS, Corpus
+from tandem.data_prep.bench.loaders.corpus import ROW_TOKENS, Corpus
 
 ROWS = 8
 """Of a batch of one rank."""

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.write import write_split
-from trainer.config import UserError
-from trainer.data import manifest
-from trainer.data.manifest import Manifest, Split
-from trainer.disk import write_whole
+from tandem.data_prep.write import write_split
+from tandem.trainer.config import UserError
+from tandem.trainer.data import manifest
+from tandem.trainer.data.manifest import Manifest, Split
+from tandem.trainer.disk import write_whole
 
 VOCAB, EOS_ID = 50_257, 50_256
 ROW_TOKENS = 2_049

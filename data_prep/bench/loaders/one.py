@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
-from data_prep.bench.loaders.contestant import ROWS, STEP_ROWS, Contestant, Reading
-from data_prep.bench.loaders.contestants import CONTESTANTS
-from data_prep.bench.loaders.corpus import ROW_TOKENS, Corpus
+from tandem.data_prep.bench.loaders.contestant import ROWS, STEP_ROWS, Contestant, Reading
+from tandem.data_prep.bench.loaders.contestants import CONTESTANTS
+from tandem.data_prep.bench.loaders.corpus import ROW_TOKENS, Corpus
 
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 READ_BEFORE_RESUME = 0.9

@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from data_prep.bench.loaders import one
-from data_prep.bench.loaders.contestants import CONTESTANTS
-from data_prep.bench.loaders.corpus import OURS, Corpus, written
+from tandem.data_prep.bench.loaders import one
+from tandem.data_prep.bench.loaders.contestants import CONTESTANTS
+from tandem.data_prep.bench.loaders.corpus import OURS, Corpus, written
 
 TIMEOUT_SECONDS = 900
 

@@ -1,11 +1,11 @@
 """One module for each operation: what it must do, an example of its inputs, ours and the rivals on them."""
 
-from kernels.bench.operation import Operation
-from kernels.bench.ops.attention import ATTENTION
-from kernels.bench.ops.cross_entropy import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY
-from kernels.bench.ops.qkv import QKV
-from kernels.bench.ops.residual_norm import RESIDUAL_NORM
-from kernels.bench.ops.swiglu import SWIGLU, SWIGLU_LINEAR
+from tandem.kernels.bench.operation import Operation
+from tandem.kernels.bench.ops.attention import ATTENTION
+from tandem.kernels.bench.ops.cross_entropy import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY
+from tandem.kernels.bench.ops.qkv import QKV
+from tandem.kernels.bench.ops.residual_norm import RESIDUAL_NORM
+from tandem.kernels.bench.ops.swiglu import SWIGLU, SWIGLU_LINEAR
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation

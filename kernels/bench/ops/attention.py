@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from kernels.bench.documents import documents, lengths, starts
-from kernels.bench.operation import (
+from tandem.kernels.bench.documents import documents, lengths, starts
+from tandem.kernels.bench.operation import (
     Example,
     Function,
     Operation,
@@ -30,7 +30,7 @@ from kernels.bench.operation import (
     leaf,
     values,
 )
-from kernels.bench.shapes import FLASH_HEADS, FP32_HEADS, SMALL_MODELS, Heads, heads
+from tandem.kernels.bench.shapes import FLASH_HEADS, FP32_HEADS, SMALL_MODELS, Heads, heads
 
 
 def _example(shape: Heads, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Example:
@@ -67,7 +67,7 @@ def _statistics_bytes(shape: Heads) -> int:
 
 
 def _slopes(shape: Heads, device: torch.device) -> Tensor | None:
-    from kernels.attention import alibi_slopes
+    from tandem.kernels.attention import alibi_slopes
 
     return alibi_slopes(shape.heads).to(device) if shape.alibi else None
 
@@ -78,7 +78,7 @@ def _once(make: Callable[[torch.device], Any]) -> Callable[[torch.device], Any]:
 
 
 def _ours(shape: Heads) -> Function:
-    from kernels.attention import attention
+    from tandem.kernels.attention import attention
 
     slopes = _once(lambda device: _slopes(shape, device))
     begin = _once(lambda device: starts(shape, device))
@@ -87,9 +87,9 @@ def _ours(shape: Heads) -> Function:
 
 def _our_kernel(shape: Heads) -> Function:
     """Where attention is SDPA's, as there is nothing that SDPA would not do."""
-    import kernels.attention
+    import tandem.kernels.attention
 
-    assert kernels.attention
+    assert tandem.kernels.attention
     if shape.alibi or shape.documents:
         raise Refused("biases or documents: ours is this kernel already")
 
@@ -248,7 +248,7 @@ def _packed(shape: Heads) -> tuple[int, Callable[[torch.device], Tensor]]:
 
 
 def _launches(shape: Heads) -> None:
-    from kernels.device import attention as device
+    from tandem.kernels.device import attention as device
 
     def empty(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")

@@ -12,9 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.bench.one_rank import tensor_parallel_group
-from kernels.bench.operation import Example, Function, Operation, Precision, Rival, Work, at_least_fp32, compiled, leaf
-from kernels.bench.shapes import CUTE_LOGITS, LIGER_LOGITS, SMALL_MODELS, Logits, logits
+from tandem.kernels.bench.one_rank import tensor_parallel_group
+from tandem.kernels.bench.operation import (
+    Example,
+    Function,
+    Operation,
+    Precision,
+    Rival,
+    Work,
+    at_least_fp32,
+    compiled,
+    leaf,
+)
+from tandem.kernels.bench.shapes import CUTE_LOGITS, LIGER_LOGITS, SMALL_MODELS, Logits, logits
 
 TOKEN_BYTES = 8 + 4
 """A target, and an fp32 number between forward and backward."""
@@ -72,7 +82,7 @@ def _linear_backward(shape: Logits, element_bytes: int) -> Work:
 
 
 def _our_losses(shape: Logits) -> Function:
-    from kernels.cross_entropy import cross_entropy
+    from tandem.kernels.cross_entropy import cross_entropy
 
     def losses(logits: Tensor, targets: Tensor) -> Tensor:
         given = logits.view_as(logits)  # a leaf is refused
@@ -83,7 +93,7 @@ def _our_losses(shape: Logits) -> Function:
 
 
 def _our_linear_losses(shape: Logits) -> Function:
-    from kernels.linear_cross_entropy import linear_cross_entropy
+    from tandem.kernels.linear_cross_entropy import linear_cross_entropy
 
     def losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         parts = linear_cross_entropy(hidden, weight, targets, columns=shape.vocab, scale=shape.scale)
@@ -188,17 +198,17 @@ def _liger_cute(shape: Logits) -> Function:
 
 
 def _launches(shape: Logits) -> None:
-    from kernels.cross_entropy import nothing_seen
-    from kernels.device import cross_entropy as device
+    from tandem.kernels.cross_entropy import nothing_seen
+    from tandem.kernels.device import cross_entropy as device
 
     values = torch.empty(shape.tokens, shape.columns, dtype=shape.dtype, device="meta")
     _on_block(device, nothing_seen, values, shape)
 
 
 def _linear_launches(shape: Logits) -> None:
-    from kernels.cross_entropy import nothing_seen
-    from kernels.device import cross_entropy as device
-    from kernels.linear_cross_entropy import chunk_width
+    from tandem.kernels.cross_entropy import nothing_seen
+    from tandem.kernels.device import cross_entropy as device
+    from tandem.kernels.linear_cross_entropy import chunk_width
 
     width = min(chunk_width(shape.columns), shape.columns)
     buffer = torch.empty(shape.tokens, width, dtype=shape.dtype, device="meta")

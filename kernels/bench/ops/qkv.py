@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench.documents import starts
-from kernels.bench.operation import (
+from tandem.kernels.bench.documents import starts
+from tandem.kernels.bench.operation import (
     Example,
     Function,
     Operation,
@@ -23,7 +23,7 @@ from kernels.bench.operation import (
     leaf,
     values,
 )
-from kernels.bench.shapes import SMALL_MODELS, Heads, heads
+from tandem.kernels.bench.shapes import SMALL_MODELS, Heads, heads
 
 EPSILON = 1e-5
 ROTARY_BASE = 10_000.0
@@ -31,7 +31,7 @@ ROTARY_BASE = 10_000.0
 
 def _example(shape: Heads, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Example:
     """The buffer, cosines and sines, and the weights of both norms where there are norms."""
-    from kernels.rope import rotary_table
+    from tandem.kernels.rope import rotary_table
 
     begin, index = starts(shape, device), torch.arange(shape.tokens, device=device)[None]
     places = index if begin is None else index - begin
@@ -73,7 +73,7 @@ def _table_bytes(shape: Heads) -> int:
 
 
 def _ours(shape: Heads) -> Function:
-    from kernels.qkv import split_rotated
+    from tandem.kernels.qkv import split_rotated
 
     sizes: dict[str, Any] = {"head_dim": shape.head_dim, "queries": shape.heads // shape.kv_heads, "epsilon": EPSILON}
 
@@ -146,7 +146,7 @@ def _megatron(shape: Heads) -> Function:
 
 
 def _launches(shape: Heads) -> None:
-    from kernels.device import qkv as device
+    from tandem.kernels.device import qkv as device
 
     queries, width = shape.heads // shape.kv_heads, _slots(shape) * shape.head_dim
     buffer = torch.empty(shape.tokens, shape.rows, width, dtype=shape.dtype, device="meta")

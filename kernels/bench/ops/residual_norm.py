@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench.operation import Example, Function, Operation, Rival, Work, compiled, leaf, values
-from kernels.bench.shapes import SMALL_MODELS, Stream, stream
+from tandem.kernels.bench.operation import Example, Function, Operation, Rival, Work, compiled, leaf, values
+from tandem.kernels.bench.shapes import SMALL_MODELS, Stream, stream
 
 EPSILON = 1e-5
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench.operation import Example, Function, Operation, Precision, Rival, Work, compiled, leaf, values
-from kernels.bench.shapes import LIGER_FEED_FORWARD, SMALL_MODELS, FeedForward, feed_forward
+from tandem.kernels.bench.operation import Example, Function, Operation, Precision, Rival, Work, compiled, leaf, values
+from tandem.kernels.bench.shapes import LIGER_FEED_FORWARD, SMALL_MODELS, FeedForward, feed_forward
 
 
 def _example(shape: FeedForward, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Example:
@@ -48,13 +48,13 @@ def _linear_backward(shape: FeedForward, element_bytes: int) -> Work:
 
 
 def _ours(shape: FeedForward) -> Function:
-    from kernels.swiglu import swiglu
+    from tandem.kernels.swiglu import swiglu
 
     return swiglu
 
 
 def _ours_linear(shape: FeedForward) -> Function:
-    from kernels.swiglu import swiglu_linear
+    from tandem.kernels.swiglu import swiglu_linear
 
     return swiglu_linear
 
@@ -107,7 +107,7 @@ def _then_linear(rival: Rival) -> Rival:
 
 
 def _launches(shape: FeedForward) -> None:
-    from kernels.device import swiglu
+    from tandem.kernels.device import swiglu
 
     gate_up = torch.empty(shape.tokens, 2, shape.ffn, dtype=shape.dtype, device="meta")
     out = swiglu.forward(gate_up, 0)
@@ -115,7 +115,7 @@ def _launches(shape: FeedForward) -> None:
 
 
 def _linear_launches(shape: FeedForward) -> None:
-    from kernels.device import swiglu
+    from tandem.kernels.device import swiglu
 
     gate_up = torch.empty(shape.tokens, 2, shape.ffn, dtype=shape.dtype, device="meta")
     swiglu.backward(swiglu.forward(gate_up, 0), gate_up, 0, with_product=True)

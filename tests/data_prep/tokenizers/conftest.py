@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.tokenizers import build, ranks
-from data_prep.tokenizers.alphabet import CHARACTERS
-from data_prep.tokenizers.ranks import END, SCHEMES, Scheme
+from tandem.data_prep.tokenizers import build, ranks
+from tandem.data_prep.tokenizers.alphabet import CHARACTERS
+from tandem.data_prep.tokenizers.ranks import END, SCHEMES, Scheme
 
 TEXTS = [
     "def encode(texts, places=None):\n    return [12 + index for index in range(1024)]  # the rows of a shard\n",

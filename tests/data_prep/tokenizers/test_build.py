@@ -5,11 +5,11 @@ import pytest
 import tiktoken
 from tokenizers import Tokenizer
 
-from data_prep.tokenizers import build, encoding, ranks, traps
-from data_prep.tokenizers.alphabet import CHARACTERS
-from data_prep.tokenizers.ranks import END, SCHEMES
+from tandem.data_prep.tokenizers import build, encoding, ranks, traps
+from tandem.data_prep.tokenizers.alphabet import CHARACTERS
+from tandem.data_prep.tokenizers.ranks import END, SCHEMES
+from tandem.trainer.config import UserError
 from tests.data_prep.tokenizers.conftest import TEXTS
-from trainer.config import UserError
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 """As tiktoken has it."""

@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_prep.tokenizers import encoding, fast, traps
-from data_prep.tokenizers.encoding import Encoder, Reference
-from data_prep.tokenizers.fast import Fast
-from data_prep.tokenizers.ranks import END, SCHEMES
+from tandem.data_prep.tokenizers import encoding, fast, traps
+from tandem.data_prep.tokenizers.encoding import Encoder, Reference
+from tandem.data_prep.tokenizers.fast import Fast
+from tandem.data_prep.tokenizers.ranks import END, SCHEMES
+from tandem.trainer.config import UserError
 from tests import ranks
 from tests.data_prep.tokenizers.conftest import TEXTS, telling
-from trainer.config import UserError
 
 NEW_LETTERS = "a\u088fa a\U00010940b 1\U000323b0a"
 """Of Unicode 16 and 17."""

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from data_prep.tokenizers import traps, unicode
-from data_prep.tokenizers.encoding import Reference
-from data_prep.tokenizers.fast import Fast
-from data_prep.tokenizers.ranks import SCHEMES
+from tandem.data_prep.tokenizers import traps, unicode
+from tandem.data_prep.tokenizers.encoding import Reference
+from tandem.data_prep.tokenizers.fast import Fast
+from tandem.data_prep.tokenizers.ranks import SCHEMES
 from tests.data_prep.tokenizers.conftest import telling
 
 

@@ -5,10 +5,10 @@ import sys
 
 import torch
 
-from kernels.bench.compare import example_of
-from kernels.bench.operation import Rival
-from kernels.bench.ops import OPERATIONS
-from kernels.device.offline import hopper
+from tandem.kernels.bench.compare import example_of
+from tandem.kernels.bench.operation import Rival
+from tandem.kernels.bench.ops import OPERATIONS
+from tandem.kernels.device.offline import hopper
 
 
 def shapes_of_all() -> None:

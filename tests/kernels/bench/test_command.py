@@ -1,4 +1,4 @@
-"""python -m kernels.bench."""
+"""python -m tandem.kernels.bench."""
 
 import json
 import shutil
@@ -8,11 +8,11 @@ import pytest
 import torch
 import triton
 
-import kernels.bench.__main__ as command_line
-from kernels.bench.__main__ import main
-from kernels.bench.compare import Row, commit
-from kernels.bench.measure import Ceilings
-from kernels.bench.shapes import MODELS
+import tandem.kernels.bench.__main__ as command_line
+from tandem.kernels.bench.__main__ import main
+from tandem.kernels.bench.compare import Row, commit
+from tandem.kernels.bench.measure import Ceilings
+from tandem.kernels.bench.shapes import MODELS
 
 SMALL = ["swiglu", "--device", "cpu", "--tokens", "4", "--shape", "mup-check tp1", "--rival", "ours"]
 

@@ -19,14 +19,14 @@ import torch
 import triton
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.bench import compare, measure, one_rank
-from kernels.bench.compare import agree, example_of, function_of, results, rows
-from kernels.bench.documents import documents
-from kernels.bench.measure import Ceilings
-from kernels.bench.operation import DIRECTIONS, Example, Operation, Refused, Rival, Work
-from kernels.bench.ops import OPERATIONS
-from kernels.bench.ops import attention as attention_rivals
-from kernels.bench.shapes import Stream
+from tandem.kernels.bench import compare, measure, one_rank
+from tandem.kernels.bench.compare import agree, example_of, function_of, results, rows
+from tandem.kernels.bench.documents import documents
+from tandem.kernels.bench.measure import Ceilings
+from tandem.kernels.bench.operation import DIRECTIONS, Example, Operation, Refused, Rival, Work
+from tandem.kernels.bench.ops import OPERATIONS
+from tandem.kernels.bench.ops import attention as attention_rivals
+from tandem.kernels.bench.shapes import Stream
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(1e9, 1e12)

@@ -8,10 +8,10 @@ import pytest
 import torch
 import triton
 
-import kernels.bench.__main__ as command_line
-from kernels.bench.__main__ import main
-from kernels.bench.errors import MARK, Error, errors
-from kernels.bench.ops import OPERATIONS
+import tandem.kernels.bench.__main__ as command_line
+from tandem.kernels.bench.__main__ import main
+from tandem.kernels.bench.errors import MARK, Error, errors
+from tandem.kernels.bench.ops import OPERATIONS
 from tests.interpreter import kernels_on_the_cpu
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ KERNELS = {
     "attention": {"attention", "attention_backward"},
 }
 for module in ("attention", "cross_entropy", "linear_cross_entropy", "qkv", "swiglu"):
-    import_module(f"kernels.{module}")  # registers what runs on the CPU then
+    import_module(f"tandem.kernels.{module}")  # registers what runs on the CPU then
 
 
 def small(name: str):

@@ -10,9 +10,9 @@ import pytest
 import torch
 import triton
 
-from kernels.bench.ops import OPERATIONS
-from kernels.bench.resources import COMPILED, KNOWN_SPILLS, Resources, blocks_per_multiprocessor, spills
-from kernels.device.offline import Compiled
+from tandem.kernels.bench.ops import OPERATIONS
+from tandem.kernels.bench.resources import COMPILED, KNOWN_SPILLS, Resources, blocks_per_multiprocessor, spills
+from tandem.kernels.device.offline import Compiled
 
 KERNELS = {
     "swiglu": {"_forward", "_backward"},
@@ -40,7 +40,7 @@ def table(tmp_path_factory) -> Table:
     """From a process that does not interpret and has compiled nothing before."""
     folder = tmp_path_factory.mktemp("resources")
     without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.bench", "--resources", "--json", folder / "rows.jsonl"]
+    command = [sys.executable, "-m", "tandem.kernels.bench", "--resources", "--json", folder / "rows.jsonl"]
     fresh = without | {"TRITON_CACHE_DIR": str(folder), "TRITON_DUMP_PTXAS_LOG": "1"}
     ended = subprocess.run(command, env=fresh, capture_output=True, text=True, timeout=500)
     assert ended.returncode in (0, 1), ended.stderr

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.bench.shapes import MODELS, SMALL_MODELS, TP_SIZES, Model, feed_forward, heads, logits, stream
-from trainer.config import StableLM, load
-from trainer.costs import padded
-from trainer.models.mup import forward_scales
+from tandem.kernels.bench.shapes import MODELS, SMALL_MODELS, TP_SIZES, Model, feed_forward, heads, logits, stream
+from tandem.trainer.config import StableLM, load
+from tandem.trainer.costs import padded
+from tandem.trainer.models.mup import forward_scales
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 TABLE = {model.name: model for model in (*MODELS, *SMALL_MODELS)}

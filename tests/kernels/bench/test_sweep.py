@@ -1,4 +1,4 @@
-"""python -m kernels.bench.sweep."""
+"""python -m tandem.kernels.bench.sweep."""
 
 import json
 import os
@@ -9,11 +9,11 @@ import pytest
 import torch
 import triton
 
-from kernels.bench import candidates as table
-from kernels.bench import sweep
-from kernels.bench.candidates import CANDIDATES, KERNELS, candidates
-from kernels.bench.shapes import heads
-from kernels.bench.sweep import SHAPES, main
+from tandem.kernels.bench import candidates as table
+from tandem.kernels.bench import sweep
+from tandem.kernels.bench.candidates import CANDIDATES, KERNELS, candidates
+from tandem.kernels.bench.shapes import heads
+from tandem.kernels.bench.sweep import SHAPES, main
 
 ALL_SHAPES = {shape.name: shape for shape in heads(tp_sizes=(1, 2))}
 SPILLS = "128x64, 8 warps, 3 stages, 128 registers"
@@ -151,7 +151,7 @@ def test_what_cannot_be_is_refused_in_one_line(command, named, capsys, monkeypat
 def test_every_candidate_compiles_and_none_but_one_spills(tmp_path):
     """By processes that do not interpret; those of one shape and the other share what is compiled."""
     without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.bench.sweep", "--resources", "--json", tmp_path / "rows.jsonl"]
+    command = [sys.executable, "-m", "tandem.kernels.bench.sweep", "--resources", "--json", tmp_path / "rows.jsonl"]
     subprocess.run(
         command, env=without | {"TRITON_CACHE_DIR": str(tmp_path)}, check=True, capture_output=True, timeout=500
     )

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from kernels.attention import _attention, _attention_backward, alibi_slopes, attention
-from kernels.device import attention as kernels
-from kernels.documents import starts
+from tandem.kernels.attention import _attention, _attention_backward, alibi_slopes, attention
+from tandem.kernels.device import attention as kernels
+from tandem.kernels.documents import starts
 
 TILES = [(16, 16), (16, 32), (32, 16)]
 """Queries by keys: rows of a few dozen tokens are of several blocks."""

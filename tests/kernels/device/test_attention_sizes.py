@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.device.attention_sizes import heads_in_l2, heads_per_program
+from tandem.kernels.device.attention_sizes import heads_in_l2, heads_per_program
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.cross_entropy import LOWEST, nothing_seen
-from kernels.device import cross_entropy as kernels
+from tandem.kernels.cross_entropy import LOWEST, nothing_seen
+from tandem.kernels.device import cross_entropy as kernels
 
 SHAPES = [(1, 1, 1), (3, 8, 8), (5, 130, 97), (2, 256, 256), (3, 77, 1), (2, 5_000, 4_999), (2, 4_112, 4_096)]
 """Tokens, columns that exist, columns that are true; rows of several blocks, and one whose last block is padding alone."""

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import kernels.qkv  # noqa: F401, registers the meaning
-from kernels.device.qkv import backward, forward
+import tandem.kernels.qkv  # noqa: F401, registers the meaning
+from tandem.kernels.device.qkv import backward, forward
 
 EPSILON = 1e-5
 CASES = [

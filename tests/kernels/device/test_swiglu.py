@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.device import swiglu as kernels
+from tandem.kernels.device import swiglu as kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 SHAPES = [(1, 2, 1), (1, 2, 128), (3, 2, 7), (5, 2, 131), (2, 3, 2, 300), (17, 2, 256)]

@@ -12,19 +12,19 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from data_prep.write import write_split
-from trainer import audit
-from trainer.audit import replay
-from trainer.audit.history import History
-from trainer.audit.verdict import Finding, Verdict
-from trainer.config import Data, Linear, Phase, Schedule
-from trainer.data import manifest
-from trainer.data.loader import Loader
-from trainer.data.manifest import Manifest, Split
-from trainer.data.mixture import row_sources
-from trainer.data.order import Order
-from trainer.disk import write_whole
-from trainer.ledger import FILE, Ledger, copy_manifests, halves, joined, manifest_copy
+from tandem.data_prep.write import write_split
+from tandem.trainer import audit
+from tandem.trainer.audit import replay
+from tandem.trainer.audit.history import History
+from tandem.trainer.audit.verdict import Finding, Verdict
+from tandem.trainer.config import Data, Linear, Phase, Schedule
+from tandem.trainer.data import manifest
+from tandem.trainer.data.loader import Loader
+from tandem.trainer.data.manifest import Manifest, Split
+from tandem.trainer.data.mixture import row_sources
+from tandem.trainer.data.order import Order
+from tandem.trainer.disk import write_whole
+from tandem.trainer.ledger import FILE, Ledger, copy_manifests, halves, joined, manifest_copy
 
 SEED, BLOCK, WINDOW = 3, 64, 320
 SHORT = Phase("short", 6 * 12 * 32, 32, 12, 1, {"a": 0.7, "b": 0.3})
@@ -223,9 +223,9 @@ def rows_of_source(reading: Reading, source: str) -> list[int]:
 
 
 def reader_over(sources):
-    from trainer.audit.tokens import TarReader
-    from trainer.config import Cache as Settings
-    from trainer.data.cache import Cache
+    from tandem.trainer.audit.tokens import TarReader
+    from tandem.trainer.config import Cache as Settings
+    from tandem.trainer.data.cache import Cache
 
     return lambda manifests, left_out: TarReader(sources, manifests, Cache(Settings()), left_out)
 

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
+from tandem.trainer.audit import feed
+from tandem.trainer.config import UserError
+from tandem.trainer.ledger import FILE, manifest_copy
 from tests.trainer.audit.runs import STEPS, Reading, audited, command, line_of, lines_of, write
-from trainer.audit import feed
-from trainer.config import UserError
-from trainer.ledger import FILE, manifest_copy
 
 
 def test_findings_are_counted_where_they_are_too_many_and_searches_too(folder, monkeypatch):
-    monkeypatch.setattr("trainer.audit.verdict.MOST_FINDINGS", 3)
+    monkeypatch.setattr("tandem.trainer.audit.verdict.MOST_FINDINGS", 3)
     monkeypatch.setattr(feed, "MOST_SEARCHES", 1)
     lines = lines_of(folder)
     for line in lines:

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tandem.trainer.audit import feed
+from tandem.trainer.config import UserError
+from tandem.trainer.data import manifest
+from tandem.trainer.ledger import FILE, manifest_copy
 from tests.trainer.audit.runs import (
     LONG,
     NOTHING,
@@ -23,10 +27,6 @@ from tests.trainer.audit.runs import (
     train,
     write,
 )
-from trainer.audit import feed
-from trainer.config import UserError
-from trainer.data import manifest
-from trainer.ledger import FILE, manifest_copy
 
 
 def test_evidence_without_a_row_or_with_one_twice_names_it(folder):
@@ -284,7 +284,7 @@ def test_whatever_a_line_is_edited_to_there_is_a_verdict_and_no_proof_of_what_ma
     skipping, tmp_path, seed, monkeypatch
 ):
     monkeypatch.setattr(feed, "MOST_SEARCHES", 1)
-    monkeypatch.setattr("trainer.audit.corpora.MOST_SHOWN_TOKENS", 1 << 14)
+    monkeypatch.setattr("tandem.trainer.audit.corpora.MOST_SHOWN_TOKENS", 1 << 14)
     draw = random.Random(seed)
     (tmp_path / "run").mkdir()
     shutil.copytree(skipping / "manifests", tmp_path / "run" / "manifests")

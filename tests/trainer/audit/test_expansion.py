@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from tandem.trainer.audit import coverage
+from tandem.trainer.audit.coverage import Coverage
+from tandem.trainer.audit.expansion import Expansion, Pieces, rows
+from tandem.trainer.data.manifest import Shard, Split
+from tandem.trainer.data.order import Order
 from tests.trainer.audit.runs import BLOCK, SEED, WINDOW, shard_pieces
-from trainer.audit import coverage
-from trainer.audit.coverage import Coverage
-from trainer.audit.expansion import Expansion, Pieces, rows
-from trainer.data.manifest import Shard, Split
-from trainer.data.order import Order
 
 
 @pytest.mark.parametrize(("block", "window"), [(64, 320), (64, 1), (64, 10**6), (0, 5), (10**6, 10**6)])

@@ -2,6 +2,9 @@
 
 import pytest
 
+from tandem.trainer.data import mixture
+from tandem.trainer.data.order import Order
+from tandem.trainer.ledger import Digests, halves, joined
 from tests.trainer.audit.runs import (
     LONG,
     NOTHING,
@@ -15,9 +18,6 @@ from tests.trainer.audit.runs import (
     train,
     write,
 )
-from trainer.data import mixture
-from trainer.data.order import Order
-from trainer.ledger import Digests, halves, joined
 
 
 def read_elsewhere(monkeypatch, source: str, moves: list[tuple[int, int, int]]) -> None:

@@ -5,6 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from tandem.trainer.audit import replay
+from tandem.trainer.data import manifest
+from tandem.trainer.data.manifest import DamagedShard
+from tandem.trainer.data.stream import Stream
+from tandem.trainer.ledger import FILE
 from tests.trainer.audit.runs import (
     EDITED,
     LONG,
@@ -24,11 +29,6 @@ from tests.trainer.audit.runs import (
     train,
     write,
 )
-from trainer.audit import replay
-from trainer.data import manifest
-from trainer.data.manifest import DamagedShard
-from trainer.data.stream import Stream
-from trainer.ledger import FILE
 
 
 @pytest.mark.parametrize("chunk_rows", [1, replay.CHUNK_ROWS])

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tandem.trainer.console import short
+from tandem.trainer.data import manifest
 from tests.trainer.audit.runs import (
     LONG,
     NOTHING,
@@ -20,8 +22,6 @@ from tests.trainer.audit.runs import (
     train,
     write,
 )
-from trainer.console import short
-from trainer.data import manifest
 
 PHASES = [SHORT, LONG]
 

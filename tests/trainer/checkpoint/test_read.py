@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import tensor_file
-from trainer.checkpoint.layout import key
-from trainer.checkpoint.read import Snapshot
-from trainer.checkpoint.write import commit
-from trainer.parallel.shards import Shard, local_part
-from trainer.tensor_file import Spec
+from tandem.trainer import tensor_file
+from tandem.trainer.checkpoint.layout import key
+from tandem.trainer.checkpoint.read import Snapshot
+from tandem.trainer.checkpoint.write import commit
+from tandem.trainer.parallel.shards import Shard, local_part
+from tandem.trainer.tensor_file import Spec
 
 SHAPES = {"first": ((7, 5), 0), "second": ((6, 7), 1), "fused": ((2, 7, 3), 1), "whole": ((11,), None)}
 """Name -> true shape, the dim that is divided; 7 is padded."""

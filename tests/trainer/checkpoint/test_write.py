@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.checkpoint import write
-from trainer.checkpoint.layout import MARKER, PASSED_OVER, folder_name
+from tandem.trainer.checkpoint import write
+from tandem.trainer.checkpoint.layout import MARKER, PASSED_OVER, folder_name
 
 
 def left(root: Path, step: int, *files: str) -> Path:

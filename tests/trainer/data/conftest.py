@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.write import write_split
+from tandem.data_prep.write import write_split
+from tandem.trainer import config
+from tandem.trainer.data import manifest
+from tandem.trainer.data.manifest import Manifest
+from tandem.trainer.disk import write_whole
 from tests.trainer.data.web import Server
-from trainer import config
-from trainer.data import manifest
-from trainer.data.manifest import Manifest
-from trainer.disk import write_whole
 
 EOS = 0
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config import Data, Linear, Phase, Schedule
-from trainer.data import manifest
-from trainer.data.damage import Exchange
-from trainer.data.loader import Loader
-from trainer.data.order import Order
-from trainer.data.stream import Stream
+from tandem.trainer.config import Data, Linear, Phase, Schedule
+from tandem.trainer.data import manifest
+from tandem.trainer.data.damage import Exchange
+from tandem.trainer.data.loader import Loader
+from tandem.trainer.data.order import Order
+from tandem.trainer.data.stream import Stream
 
 VOCAB = 512
 

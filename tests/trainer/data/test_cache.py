@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tandem.trainer.config import Phase, UserError
+from tandem.trainer.data import manifest
+from tandem.trainer.data.cache import Cache
+from tandem.trainer.data.manifest import DamagedShard
+from tandem.trainer.data.stream import Stream
 from tests.trainer.data.copies import GIB, SOON_SECONDS, WAIT_SECONDS, is_whole, names, opened_path, url
 from tests.trainer.data.reading import Tokens, loader, schedule_of
-from trainer.config import Phase, UserError
-from trainer.data import manifest
-from trainer.data.cache import Cache
-from trainer.data.manifest import DamagedShard
-from trainer.data.stream import Stream
 
 
 def test_a_copy_is_not_removed_for_what_hinders_its_reader(server, settings, shards):
@@ -220,9 +220,9 @@ def test_threads_that_want_one_shard_fetch_it_once(server, settings, shards):
 
 PROCESS = """
 import sys, fsspec.implementations.http
-from trainer import config
-from trainer.data.cache import Cache
-from trainer.data.manifest import Shard
+from tandem.trainer import config
+from tandem.trainer.data.cache import Cache
+from tandem.trainer.data.manifest import Shard
 cache, shard = Cache(eval(sys.argv[1], {"Cache": config.Cache})), eval(sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()

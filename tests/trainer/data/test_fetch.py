@@ -7,13 +7,13 @@ import time
 
 import pytest
 
+from tandem.trainer.config import Phase, UserError
+from tandem.trainer.data import manifest
+from tandem.trainer.data.cache import Cache
+from tandem.trainer.data.damage import agreed_batches
+from tandem.trainer.data.manifest import DamagedShard
 from tests.trainer.data.copies import SOON_SECONDS, is_whole, names, opened_path, url
 from tests.trainer.data.reading import loader, schedule_of, steps
-from trainer.config import Phase, UserError
-from trainer.data import manifest
-from trainer.data.cache import Cache
-from trainer.data.damage import agreed_batches
-from trainer.data.manifest import DamagedShard
 
 
 @pytest.mark.parametrize(

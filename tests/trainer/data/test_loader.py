@@ -9,14 +9,14 @@ import pytest
 import torch
 from xxhash import xxh3_64_intdigest
 
+from tandem.trainer.config import Phase, UserError
+from tandem.trainer.data import loader as loader_module
+from tandem.trainer.data import manifest
+from tandem.trainer.data import rows as rows_module
+from tandem.trainer.data.mixture import row_sources
+from tandem.trainer.data.stream import Stream
 from tests.trainer.data.reading import Tokens, ranks, schedule_of, steps
 from tests.trainer.data.reading import loader as loader_of
-from trainer.config import Phase, UserError
-from trainer.data import loader as loader_module
-from trainer.data import manifest
-from trainer.data import rows as rows_module
-from trainer.data.mixture import row_sources
-from trainer.data.stream import Stream
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
+from tandem.trainer.config import Cache, UserError
+from tandem.trainer.data import manifest
 from tests.trainer.data.copies import SOON_SECONDS
-from trainer.config import Cache, UserError
-from trainer.data import manifest
 
 QUICK = Cache(attempts=4, timeout_seconds=SOON_SECONDS)
 
@@ -111,7 +111,7 @@ def test_a_resume_with_another_corpus_is_refused():
 def test_a_local_corpus_is_opened_without_torch_numpy_or_fsspec(make_corpus):
     folder = make_corpus("a")
     code = (
-        "import sys; from trainer.config import Cache; from trainer.data import cache, manifest; "
+        "import sys; from tandem.trainer.config import Cache; from tandem.trainer.data import cache, manifest; "
         f"corpus = manifest.load({str(folder)!r}); cache.Cache(Cache()).opened({str(folder)!r}, corpus.train.shards[0]); "
         "sys.exit(bool({'torch', 'numpy', 'fsspec', 'aiohttp'} & set(sys.modules)))"
     )

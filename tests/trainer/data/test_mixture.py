@@ -5,8 +5,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from trainer.config import Linear, Phase, Schedule
-from trainer.data.mixture import cursor_at, portions, row_sources
+from tandem.trainer.config import Linear, Phase, Schedule
+from tandem.trainer.data.mixture import cursor_at, portions, row_sources
 
 MIXTURES = [
     {"a": 1.0},

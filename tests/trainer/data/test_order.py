@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.data.order import Order
+from tandem.trainer.data.order import Order
 
 EPOCH, BLOCK = 1_000, 64
 

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
+from tandem.trainer.config import Cache, UserError
+from tandem.trainer.data import remote
 from tests.trainer.data.copies import SOON_SECONDS
-from trainer.config import Cache, UserError
-from trainer.data import remote
 
 QUICK = Cache(attempts=4, timeout_seconds=SOON_SECONDS)
 CONTENT = bytes(range(256)) * 200

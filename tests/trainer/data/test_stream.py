@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tandem.trainer import config
+from tandem.trainer.config import Phase, UserError
+from tandem.trainer.data import manifest
+from tandem.trainer.data.cache import Cache
+from tandem.trainer.data.stream import OPEN_SHARDS, Damaged, Stream
 from tests.trainer.data.reading import loader, schedule_of
-from trainer import config
-from trainer.config import Phase, UserError
-from trainer.data import manifest
-from trainer.data.cache import Cache
-from trainer.data.stream import OPEN_SHARDS, Damaged, Stream
 
 
 def open_stream(folder, *, name="a", seed=0):

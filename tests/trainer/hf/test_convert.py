@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tandem.trainer.config import Mup, UserError
+from tandem.trainer.hf import convert
+from tandem.trainer.hf.folder import appearing
+from tandem.trainer.hf.mapping import cut
 from tests.promises.test_hf import export, write_tokenizer
 from tests.reference.variants import VARIANTS
-from trainer.config import Mup, UserError
-from trainer.hf import convert
-from trainer.hf.folder import appearing
-from trainer.hf.mapping import cut
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 

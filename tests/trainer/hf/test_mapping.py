@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import StableLmConfig, StableLmForCausalLM
 
+from tandem.trainer.config import BTLM, StableLM
+from tandem.trainer.hf import convert, stablelm
+from tandem.trainer.hf.configuration_btlm import BTLMConfig
+from tandem.trainer.hf.mapping import cut, join
+from tandem.trainer.hf.modeling_btlm import BTLMLMHeadModel
 from tests.reference.variants import VARIANTS, reference
-from trainer.config import BTLM, StableLM
-from trainer.hf import convert, stablelm
-from trainer.hf.configuration_btlm import BTLMConfig
-from trainer.hf.mapping import cut, join
-from trainer.hf.modeling_btlm import BTLMLMHeadModel
 
 STABLELM_2_12B = StableLM(
     family="stablelm", width=5120, depth=40, heads=32, ffn_width=13_824, vocab=100_352, norm_epsilon=1e-5,
@@ -74,9 +74,9 @@ def test_full_size_models_have_the_published_number_of_parameters(model: StableL
 
 @pytest.mark.parametrize("heads", [1, 4, 5, 6, 12, 32, 40])
 def test_slopes_of_table_shipped_code_and_reference_are_one(heads: int) -> None:
-    from kernels.attention import alibi_slopes as of_the_table
+    from tandem.kernels.attention import alibi_slopes as of_the_table
+    from tandem.trainer.hf.modeling_btlm import alibi_slopes
     from tests.reference.btlm import slopes
-    from trainer.hf.modeling_btlm import alibi_slopes
 
     wanted = torch.tensor(slopes(heads))
     assert torch.equal(of_the_table(heads), wanted)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from tandem.trainer.hf import btlm, modeling_btlm
+from tandem.trainer.hf.configuration_btlm import ONLY, BTLMConfig
+from tandem.trainer.hf.modeling_btlm import BTLMLMHeadModel
 from tests.reference.variants import VARIANTS, in_double, reference, tokens
-from trainer.hf import btlm, modeling_btlm
-from trainer.hf.configuration_btlm import ONLY, BTLMConfig
-from trainer.hf.modeling_btlm import BTLMLMHeadModel
 
 
 def made(variant: str = "btlm_6_heads", **changes) -> BTLMLMHeadModel:

@@ -13,17 +13,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, silu
 
+from tandem.trainer import models, optim
+from tandem.trainer.checkpoint.read import load_weights
+from tandem.trainer.config import BTLM, RunConfig, load
+from tandem.trainer.hf import convert
+from tandem.trainer.models.init import initial
+from tandem.trainer.models.layers import Decoder
+from tandem.trainer.models.mup import rules
+from tandem.trainer.parallel.mesh import Mesh, started
+from tandem.trainer.timeline import Timeline
 from tests import tiny
 from tests.reference.variants import reference
-from trainer import models, optim
-from trainer.checkpoint.read import load_weights
-from trainer.config import BTLM, RunConfig, load
-from trainer.hf import convert
-from trainer.models.init import initial
-from trainer.models.layers import Decoder
-from trainer.models.mup import rules
-from trainer.parallel.mesh import Mesh, started
-from trainer.timeline import Timeline
 
 HEADS, HEAD_DIM = 2, 80
 SLOPES = (2**-4, 2**-8)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tandem.trainer import costs, models
+from tandem.trainer.config import RunConfig, load
+from tandem.trainer.models.layers import Decoder
 from tests.reference.variants import reference
-from trainer import costs, models
-from trainer.config import RunConfig, load
-from trainer.models.layers import Decoder
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))}
 PUBLISHED = {"stablelm-2-12b": 12_142_976_000, "btlm-3b-8k": 2_646_255_744}

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tandem.trainer import models
+from tandem.trainer.config import load
+from tandem.trainer.models import init
+from tandem.trainer.models.init import PIECE_ELEMENTS, fill, first_seed, initial
+from tandem.trainer.models.mup import Rule, rules
+from tandem.trainer.parallel.mesh import Mesh
+from tandem.trainer.parallel.shards import joined
 from tests import tiny
 from tests.reference.variants import reference
-from trainer import models
-from trainer.config import load
-from trainer.models import init
-from trainer.models.init import PIECE_ELEMENTS, fill, first_seed, initial
-from trainer.models.mup import Rule, rules
-from trainer.parallel.mesh import Mesh
-from trainer.parallel.shards import joined
 
 NORMAL = Rule(init_std=0.02, init_value=0.0, lr_scale=1.0, decays=True)
 SHAPE = (200, 500)

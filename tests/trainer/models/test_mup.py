@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tandem.trainer.config import RunConfig, load
+from tandem.trainer.models.mup import Rule, forward_scales, rules, width_multiplier
 from tests import tiny
-from trainer.config import RunConfig, load
-from trainer.models.mup import Rule, forward_scales, rules, width_multiplier
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from tandem.trainer.config import UserError
+from tandem.trainer.mup_check.proxies import proxy
 from tests import tiny
-from trainer.config import UserError
-from trainer.mup_check.proxies import proxy
 
 
 def test_only_width_and_ffn_width_change_so_that_head_dim_grows():

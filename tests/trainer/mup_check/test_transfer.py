@@ -4,10 +4,10 @@ from math import inf, isnan
 
 import pytest
 
+from tandem.trainer.mup_check.plots import draw_transfer
+from tandem.trainer.mup_check.transfer import MUP, WITHOUT, judge, moved, tail_mean, trials
+from tandem.trainer.mup_check.verdict import first_failure
 from tests import tiny
-from trainer.mup_check.plots import draw_transfer
-from trainer.mup_check.transfer import MUP, WITHOUT, judge, moved, tail_mean, trials
-from trainer.mup_check.verdict import first_failure
 
 GRID = [0.001 * 2**step for step in range(7)]
 

@@ -5,12 +5,12 @@ from math import inf, nan
 
 import pytest
 
+from tandem.trainer.models.mup import rules
+from tandem.trainer.mup_check import coordinates
+from tandem.trainer.mup_check.coordinates import LAWS, judge, slope
+from tandem.trainer.mup_check.decay import LR_LAW
+from tandem.trainer.mup_check.verdict import Finding, as_json, first_failure, table
 from tests import tiny
-from trainer.models.mup import rules
-from trainer.mup_check import coordinates
-from trainer.mup_check.coordinates import LAWS, judge, slope
-from trainer.mup_check.decay import LR_LAW
-from trainer.mup_check.verdict import Finding, as_json, first_failure, table
 
 
 def finding(value: float, what: str = "size of logits", case: str = "tp 1 fp32", high: float = 0.15) -> Finding:

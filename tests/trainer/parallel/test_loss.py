@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from tandem.trainer.parallel.layers import to_columns
+from tandem.trainer.parallel.loss import cross_entropy
+from tandem.trainer.parallel.mesh import started
 from tests import ranks
-from trainer.parallel.layers import to_columns
-from trainer.parallel.loss import cross_entropy
-from trainer.parallel.mesh import started
 
 SEQ, ROWS, WIDTH, LOCAL, SCALE = 5, 3, 8, 128, 0.7
 ON_ONE = [101, 128]

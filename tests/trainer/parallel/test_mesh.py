@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from tandem.trainer.parallel.mesh import groups, started
 from tests import ranks
-from trainer.parallel.mesh import groups, started
 
 SOON_SECONDS = 10.0
 

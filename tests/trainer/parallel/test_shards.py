@@ -5,7 +5,7 @@ from math import prod
 import pytest
 import torch
 
-from trainer.parallel.shards import Shard, joined, local_part
+from tandem.trainer.parallel.shards import Shard, joined, local_part
 
 SHARDS = {
     "vocab": Shard((101, 6), 0, 128),

@@ -1,7 +1,15 @@
 """Who is compared, in the order of the table."""
 
-from data_prep.bench.loaders.contestant import Contestant
-from data_prep.bench.loaders.contestants import hf_datasets, litdata, megatron, memmap, ours, streaming, webdataset
+from tandem.data_prep.bench.loaders.contestant import Contestant
+from tandem.data_prep.bench.loaders.contestants import (
+    hf_datasets,
+    litdata,
+    megatron,
+    memmap,
+    ours,
+    streaming,
+    webdataset,
+)
 
 CONTESTANTS: dict[str, Contestant] = {
     one.name: one

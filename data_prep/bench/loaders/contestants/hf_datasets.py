@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.bench.loaders.contestant import Contestant, Opened, Reading, flat_rows, index_batches, rows_taken
-from data_prep.bench.loaders.corpus import ROW_TOKENS, Corpus
+from tandem.data_prep.bench.loaders.contestant import Contestant, Opened, Reading, flat_rows, index_batches, rows_taken
+from tandem.data_prep.bench.loaders.corpus import ROW_TOKENS, Corpus
 
 
 def _imports() -> None:

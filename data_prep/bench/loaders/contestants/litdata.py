@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.bench.loaders.contestant import ROWS, Contestant, Opened, Reading, flat_rows
-from data_prep.bench.loaders.corpus import ROW_TOKENS, Corpus
+from tandem.data_prep.bench.loaders.contestant import ROWS, Contestant, Opened, Reading, flat_rows
+from tandem.data_prep.bench.loaders.corpus import ROW_TOKENS, Corpus
 
 CHUNK_ROWS = 4_096
 

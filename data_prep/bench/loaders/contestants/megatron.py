@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.bench.loaders.contestant import Contestant, Opened, Reading, index_batches, rows_taken
-from data_prep.bench.loaders.corpus import EOS_ID, ROW_TOKENS, VOCAB, Corpus
+from tandem.data_prep.bench.loaders.contestant import Contestant, Opened, Reading, index_batches, rows_taken
+from tandem.data_prep.bench.loaders.corpus import EOS_ID, ROW_TOKENS, VOCAB, Corpus
 
 PREFIX = "corpus"
 

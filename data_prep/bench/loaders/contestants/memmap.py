@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.bench.loaders.contestant import Contestant, Opened, Reading, flat_rows, index_batches, rows_taken
-from data_prep.bench.loaders.corpus import FLAT, Corpus
+from tandem.data_prep.bench.loaders.contestant import Contestant, Opened, Reading, flat_rows, index_batches, rows_taken
+from tandem.data_prep.bench.loaders.corpus import FLAT, Corpus
 
 READ_AHEAD = 2
 

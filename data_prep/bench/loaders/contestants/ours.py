@@ -4,16 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.bench.loaders.contestant import Contestant, Opened, Reading
-from data_prep.bench.loaders.corpus import OURS as FOLDER
-from data_prep.bench.loaders.corpus import ROW_TOKENS, VOCAB, Corpus
+from tandem.data_prep.bench.loaders.contestant import Contestant, Opened, Reading
+from tandem.data_prep.bench.loaders.corpus import OURS as FOLDER
+from tandem.data_prep.bench.loaders.corpus import ROW_TOKENS, VOCAB, Corpus
 
 SEQ_LEN = ROW_TOKENS - 1
 
 
 def _imports() -> None:
-    import trainer.config
-    import trainer.data.loader  # noqa: F401
+    import tandem.trainer.config
+    import tandem.trainer.data.loader  # noqa: F401
 
 
 def _write(corpus: Corpus, folder: Path) -> None:
@@ -21,8 +21,8 @@ def _write(corpus: Corpus, folder: Path) -> None:
 
 
 def _open(reading: Reading, state: Any, changes: dict[str, Any]) -> Opened:
-    from trainer import config
-    from trainer.data.loader import Loader
+    from tandem.trainer import config
+    from tandem.trainer.data.loader import Loader
 
     step_tokens = reading.rows * reading.ranks * SEQ_LEN
     tokens = reading.corpus.num_tokens // step_tokens * step_tokens

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from data_prep.bench.loaders.contestant import ROWS, Contestant, Opened, Reading, flat_rows
-from data_prep.bench.loaders.corpus import ROW_TOKENS, Corpus
+from tandem.data_prep.bench.loaders.contestant import ROWS, Contestant, Opened, Reading, flat_rows
+from tandem.data_prep.bench.loaders.corpus import ROW_TOKENS, Corpus
 
 
 def _imports() -> None:

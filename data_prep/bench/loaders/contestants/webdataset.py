@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.bench.loaders.contestant import ROWS, Contestant, Opened, Reading, flat_rows
-from data_prep.bench.loaders.corpus import ROW_TOKENS, Corpus
+from tandem.data_prep.bench.loaders.contestant import ROWS, Contestant, Opened, Reading, flat_rows
+from tandem.data_prep.bench.loaders.corpus import ROW_TOKENS, Corpus
 
 SHARD_ROWS = 1 << 14
 SHUFFLED_ROWS = 4_096
