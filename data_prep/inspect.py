@@ -20,9 +20,9 @@ from rich.text import Text
 from tandem.data_prep import survey
 from tandem.data_prep.corpus import Corpus, Piece
 from tandem.data_prep.vocabulary import visible
-from tandem.trainer import bar
 from tandem.trainer.config import UserError
 from tandem.trainer.data.manifest import Shard, Split
+from tandem.trainer.metrics import bar
 
 EXCERPT_CHARACTERS = 200
 """Shown of a document on either side of what was looked for."""

@@ -23,10 +23,10 @@ from xxhash import xxh3_128_hexdigest
 from tandem.data_prep import executor, folder, origin
 from tandem.data_prep.executor import Advance
 from tandem.data_prep.vocabulary import Vocabulary
-from tandem.trainer import bar
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest, remote
 from tandem.trainer.data.manifest import Manifest, Shard, Split
+from tandem.trainer.metrics import bar
 
 COUNT_TOKENS = 1 << 18
 """Ids counted at a time: numpy widens them to 64 bits for it."""

@@ -19,8 +19,8 @@ import transformers  # noqa: E402, F401
 
 import tandem.data_prep.tokenizers.encoding  # noqa: E402  (not tandem.data_prep.prepare: pyarrow starts a thread)
 import tandem.trainer.__main__  # noqa: E402
-import tandem.trainer.exchange  # noqa: E402
-import tandem.trainer.generate  # noqa: E402
+import tandem.trainer.tools.convert_hf  # noqa: E402
+import tandem.trainer.tools.generate  # noqa: E402
 import tandem.trainer.train  # noqa: E402, F401
 
 torch.set_num_threads(1)

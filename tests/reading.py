@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from tandem.trainer.checkpoint.read import load_weights
-from tandem.trainer.continuation import Sampling, continuations, side_by_side
+from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.models import build
 from tandem.trainer.models.cache import Cache
 from tandem.trainer.models.layers import Decoder
-from tandem.trainer.parallel.mesh import Mesh, started
+from tandem.trainer.models.sampling import Sampling, continuations, side_by_side
 from tests.reference.variants import VARIANTS, reference, tokens
 
 STEPS = 14

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tandem.trainer import runtime
-from tandem.trainer.parallel.mesh import started
+from tandem.trainer.distributed.mesh import started
 from tests.process import KEPT, as_it_was, death_signal, loggers, wakeup_fd
 
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tandem.trainer import config
-from tandem.trainer.timeline import Timeline
+from tandem.trainer.config.schedule import Timeline
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

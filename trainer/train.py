@@ -17,22 +17,22 @@ import torch
 from torch import Tensor
 
 from tandem.trainer import runtime
-from tandem.trainer.agreement import Agreement, spread
-from tandem.trainer.attempts import attempt
+from tandem.trainer.checkpoint.compatibility import check_continues, imported
 from tandem.trainer.checkpoint.layout import committed
 from tandem.trainer.checkpoint.read import Snapshot, newest
 from tandem.trainer.checkpoint.save import Saver
 from tandem.trainer.checkpoint.write import pass_over_later, retire
+from tandem.trainer.checkpointing import due, gone_back, passed_over, save_finally, save_if_due
 from tandem.trainer.config import RunConfig, UserError, check_world, dump
-from tandem.trainer.costs import flops_per_token
+from tandem.trainer.config.flops import flops_per_token
+from tandem.trainer.config.schedule import Timeline
+from tandem.trainer.crash_loop import attempt
 from tandem.trainer.data.damage import Met, agreed, agreed_batches, given_up
+from tandem.trainer.data.ledger import Digests, Ledger, halves, joined, rollbacks
 from tandem.trainer.data.loader import Batch, Loader, unpacked
-from tandem.trainer.engine import Engine
-from tandem.trainer.evaluate import validation_loss
-from tandem.trainer.guard import Guard, Judgement
-from tandem.trainer.ledger import Digests, Ledger, halves, joined, rollbacks
-from tandem.trainer.metrics import Sinks, StepRecord, evaluated, open_sinks, throughput
-from tandem.trainer.parallel.mesh import (
+from tandem.trainer.distributed.coordination import Agreement, spread
+from tandem.trainer.distributed.deepspeed_engine import Engine
+from tandem.trainer.distributed.mesh import (
     Mesh,
     collectives,
     flight_record,
@@ -44,14 +44,14 @@ from tandem.trainer.parallel.mesh import (
     started,
     to_device,
 )
-from tandem.trainer.replicas import check_replicas
-from tandem.trainer.resume import check_continues, imported
+from tandem.trainer.distributed.replica_check import check_replicas
+from tandem.trainer.distributed.watchdog import Watchdog, here
+from tandem.trainer.guard import Guard, Judgement
+from tandem.trainer.metrics.records import Sinks, StepRecord, evaluated, open_sinks, throughput
+from tandem.trainer.run_state import Made, Standing, Stepper, Training
 from tandem.trainer.runtime import Stopped, StopSignal
-from tandem.trainer.saving import due, gone_back, passed_over, save_finally, save_if_due
-from tandem.trainer.setup import begin_in_ledger, build_engine, check_held_out, keep_tokenizer, open_ledger
-from tandem.trainer.timeline import Timeline
-from tandem.trainer.training import Made, Standing, Stepper, Training
-from tandem.trainer.watchdog import Watchdog, here
+from tandem.trainer.startup import begin_in_ledger, build_engine, check_held_out, keep_tokenizer, open_ledger
+from tandem.trainer.tools.evaluate import validation_loss
 
 log = logging.getLogger(__name__)
 

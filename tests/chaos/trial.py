@@ -136,8 +136,8 @@ def _ended(ranks: list[BaseProcess], start: Start) -> float | None:
 def _rank(rank: int, meet: Mapping[str, str], scratch: Path, folder: Path, start: Start) -> None:
     from jaxtyping import config
 
-    from tandem.trainer import watchdog
     from tandem.trainer.checkpoint import save
+    from tandem.trainer.distributed import watchdog
 
     config.update("jaxtyping_disable", True)  # as in a command
     output = os.open(scratch / f"output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

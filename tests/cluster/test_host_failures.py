@@ -28,7 +28,7 @@ from tandem.trainer import train
 from tandem.trainer.__main__ import main
 from tandem.trainer.checkpoint.read import opened
 from tandem.trainer.config import RunConfig, section_from
-from tandem.trainer.watchdog import newest_verdict
+from tandem.trainer.distributed.watchdog import newest_verdict
 from tests import ranks
 from tests.cluster import hosts
 from tests.cluster.hosts import LAUNCH, Host

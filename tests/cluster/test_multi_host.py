@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tandem.trainer.config import load
-from tandem.trainer.costs import parameters
+from tandem.trainer.config.flops import parameters
 from tests.cluster import hosts
 from tests.cluster.hosts import LAUNCH, Host
 from tests.promises import conftest

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.trainer.bench import figures
+from tandem.trainer.tools.bench import figures
 
 ROOT = Path(__file__).parents[2]
 ABSENT = (

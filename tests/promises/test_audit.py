@@ -16,7 +16,7 @@ from tandem.trainer import train
 from tandem.trainer.__main__ import main
 from tandem.trainer.checkpoint import write
 from tandem.trainer.config import RunConfig, section_from
-from tandem.trainer.ledger import FILE, Ledger
+from tandem.trainer.data.ledger import FILE, Ledger
 from tests import ranks
 from tests.promises.conftest import ended, two_phases
 from tests.ranks import SERVER

@@ -15,24 +15,25 @@ import torch
 import yaml
 from torch import Tensor
 
-from tandem.trainer import bench, costs, runtime
+from tandem.trainer import runtime
 from tandem.trainer.__main__ import main
-from tandem.trainer.agreement import Agreement
-from tandem.trainer.bench.measure import measure
-from tandem.trainer.bench.plan import Plan, planned
-from tandem.trainer.bench.rows import drawn
 from tandem.trainer.checkpoint.save import Saver
-from tandem.trainer.config import RunConfig, section_from
+from tandem.trainer.config import RunConfig, flops, section_from
+from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.loader import Loader
-from tandem.trainer.engine import Engine
+from tandem.trainer.distributed.coordination import Agreement
+from tandem.trainer.distributed.deepspeed_engine import Engine
+from tandem.trainer.distributed.mesh import Mesh, collectives, gather_to_all, started
+from tandem.trainer.distributed.watchdog import Watchdog, here
 from tandem.trainer.guard import Guard
-from tandem.trainer.metrics import Sinks
-from tandem.trainer.parallel.mesh import Mesh, collectives, gather_to_all, started
-from tandem.trainer.setup import build_engine
-from tandem.trainer.timeline import Timeline
+from tandem.trainer.metrics.records import Sinks
+from tandem.trainer.run_state import Standing, Stepper, Training
+from tandem.trainer.startup import build_engine
+from tandem.trainer.tools import bench
+from tandem.trainer.tools.bench.measure import measure
+from tandem.trainer.tools.bench.plan import Plan, planned
+from tandem.trainer.tools.bench.rows import drawn
 from tandem.trainer.train import loop
-from tandem.trainer.training import Standing, Stepper, Training
-from tandem.trainer.watchdog import Watchdog, here
 from tests import ranks, tiny
 from tests.promises.conftest import tandem
 
@@ -99,7 +100,7 @@ def test_the_line_says_what_was_measured(line, place):
         "hardware": "card", "peak_flops": PEAK_FLOPS, "torch": torch.__version__, "peak_allocated_gib": None,
     }  # fmt: skip
     assert {name: line[name] for name in expected} == expected
-    assert line["parameters"] == costs.parameters(one_layer())
+    assert line["parameters"] == flops.parameters(one_layer())
     assert 0.1 < line["peak_resident_gib"] < 16, "a process that holds torch and a model of nothing"
     assert line["device"]
     assert line["deepspeed"]
@@ -119,10 +120,10 @@ def test_its_figures_are_consistent(line):
     assert line["tokens_per_second_p80"] * line["step_seconds_p20"] == pytest.approx(tokens)
     assert line["tokens_per_second_p20"] * line["step_seconds_p80"] == pytest.approx(tokens)
     for suffix, causal in (("", False), ("_causal", True)):
-        flops = costs.flops_per_token(one_layer(), 64, causal=causal) * rate
-        assert line[f"mfu{suffix}"] == pytest.approx(flops / PEAK_FLOPS)
-        assert line[f"share_of_matmul{suffix}"] == pytest.approx(flops / line["matmul_flops"])
-        assert line[f"{suffix[1:]}{'_' * causal}model_tflops_per_second_per_device"] == pytest.approx(flops / 1e12)
+        achieved = flops.flops_per_token(one_layer(), 64, causal=causal) * rate
+        assert line[f"mfu{suffix}"] == pytest.approx(achieved / PEAK_FLOPS)
+        assert line[f"share_of_matmul{suffix}"] == pytest.approx(achieved / line["matmul_flops"])
+        assert line[f"{suffix[1:]}{'_' * causal}model_tflops_per_second_per_device"] == pytest.approx(achieved / 1e12)
 
 
 def test_parts_are_the_step(line):
@@ -271,8 +272,8 @@ def test_of_two_tensor_parallel_ranks_the_first_says_the_line(two, line):
     found = json.loads(only)
     assert (found["tp_size"], found["dp_size"], found["micro_batches"]) == (2, 1, 2)
     assert found["tokens_per_second_per_device"] == pytest.approx(found["tokens_per_second"] / 2)
-    flops = costs.flops_per_token(one_layer(), 64, causal=False) * found["tokens_per_second"]
-    assert found["mfu"] == pytest.approx(flops / (2 * PEAK_FLOPS))
+    achieved = flops.flops_per_token(one_layer(), 64, causal=False) * found["tokens_per_second"]
+    assert found["mfu"] == pytest.approx(achieved / (2 * PEAK_FLOPS))
     # The same rows and weights in another layout and precision: bf16 keeps eight bits of numbers like the loss's log(500).
     assert found["first_loss"] == pytest.approx(line["first_loss"], rel=2**-8)
 

@@ -15,12 +15,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tandem.trainer import checkpoints, train
+from tandem.trainer import train
 from tandem.trainer.__main__ import main
 from tandem.trainer.checkpoint.layout import KINDS, MANIFEST, MARKER, file_sha256, key, read_manifest
 from tandem.trainer.checkpoint.read import Snapshot
-from tandem.trainer.checkpoints import difference
 from tandem.trainer.config import RunConfig, section_from
+from tandem.trainer.tools import checkpoints
+from tandem.trainer.tools.checkpoints import difference
 from tests import ranks
 from tests.promises.conftest import ended, forked, two_phases
 from tests.promises.test_resume import reload_and_save

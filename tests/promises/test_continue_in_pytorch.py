@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tandem.trainer import models, optim
+from tandem.trainer import models
+from tandem.trainer.checkpoint.hf import btlm, convert
+from tandem.trainer.checkpoint.hf.mapping import cut
 from tandem.trainer.checkpoint.read import load_weights
 from tandem.trainer.config import Mup
-from tandem.trainer.hf import btlm, convert
-from tandem.trainer.hf.mapping import cut
+from tandem.trainer.distributed.mesh import started
+from tandem.trainer.distributed.shards import joined
+from tandem.trainer.models import param_groups
 from tandem.trainer.models.mup import rules
-from tandem.trainer.parallel.mesh import started
-from tandem.trainer.parallel.shards import joined
 from tests import tiny
 from tests.promises.test_hf import loaded
 from tests.reference.offline import offline
@@ -51,7 +52,7 @@ def test_updates_with_the_exports_groups_are_the_trainers(name: str, tmp_path: P
     with started(1) as mesh:
         ours = models.build(model, mup, mesh, dtype=torch.float32)
         load_weights(ours, tensors.__getitem__, mesh)
-        adamw = optim.adamw(optim.groups(ours, rules(model, mup), section), section, mesh.device)
+        adamw = param_groups.adamw(param_groups.groups(ours, rules(model, mup), section), section, mesh.device)
         for group in adamw.param_groups:
             group["lr"] = LR * group["lr_scale"]
         groups = theirs.get_mup_param_groups(LR, weight_decay=section.weight_decay)

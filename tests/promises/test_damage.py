@@ -19,16 +19,17 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from tandem.trainer import saving, train, watchdog
+from tandem.trainer import checkpointing, train
 from tandem.trainer.__main__ import main
 from tandem.trainer.checkpoint.layout import MANIFEST, MARKER, begun, committed, folder_name
 from tandem.trainer.checkpoint.read import opened
 from tandem.trainer.checkpoint.save import Saver
+from tandem.trainer.checkpointing import RETRY_SHARE
 from tandem.trainer.config import RunConfig, section_from
-from tandem.trainer.metrics import Sinks
-from tandem.trainer.parallel.mesh import started
-from tandem.trainer.saving import RETRY_SHARE
-from tandem.trainer.setup import build_engine
+from tandem.trainer.distributed import watchdog
+from tandem.trainer.distributed.mesh import started
+from tandem.trainer.metrics.records import Sinks
+from tandem.trainer.startup import build_engine
 from tests import ranks, tiny
 from tests.promises.conftest import differing, ended, steps_of, two_phases
 from tests.ranks import SERVER
@@ -179,14 +180,14 @@ def test_a_full_disk_is_one_line_for_each_save_and_saving_goes_on_when_there_is_
 
 def room_once_told(filler: Path) -> None:
     """There is room from the moment on at which the run says that there is none."""
-    tell = saving.not_saved
+    tell = checkpointing.not_saved
 
     def told(*facts: Any) -> str:
         words = tell(*facts)
         filler.unlink()
         return words
 
-    saving.not_saved = told
+    checkpointing.not_saved = told
 
 
 def test_a_save_that_failed_is_made_again_once_and_some_steps_later(config, small_disk):

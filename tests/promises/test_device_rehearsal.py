@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tandem.trainer import models
+from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.models.layers import Decoder
-from tandem.trainer.parallel.mesh import Mesh, started
 from tests import tiny
 
 META = torch.device("meta")

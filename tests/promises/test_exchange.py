@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tandem.trainer.__main__ import main
+from tandem.trainer.checkpoint.compatibility import imported
+from tandem.trainer.checkpoint.hf import convert
+from tandem.trainer.checkpoint.hf.mapping import cut
+from tandem.trainer.checkpoint.hf.reload import pretrained
 from tandem.trainer.checkpoint.read import Snapshot, opened
 from tandem.trainer.checkpoint.save import save
 from tandem.trainer.checkpoint.write import model_facts
 from tandem.trainer.config import BTLM, AlibiScaling, Mup, RunConfig, StableLM, UserError, section_from
 from tandem.trainer.data.loader import Batch, Loader
-from tandem.trainer.engine import Engine
-from tandem.trainer.hf import convert
-from tandem.trainer.hf.mapping import cut
-from tandem.trainer.hf.reload import pretrained
-from tandem.trainer.parallel.mesh import Mesh, gather_to_all, started
-from tandem.trainer.parallel.shards import joined
-from tandem.trainer.resume import imported
-from tandem.trainer.setup import build_engine
+from tandem.trainer.distributed.deepspeed_engine import Engine
+from tandem.trainer.distributed.mesh import Mesh, gather_to_all, started
+from tandem.trainer.distributed.shards import joined
+from tandem.trainer.startup import build_engine
 from tests import ranks, tiny
 from tests.promises.conftest import steps_of, two_phases
 from tests.promises.test_resume import run_all

@@ -17,11 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from tandem.trainer.__main__ import CLOSED_PIPE_EXIT_CODE, main
-from tandem.trainer.continuation import Sampling, continuations, draw, side_by_side
-from tandem.trainer.generate import show
-from tandem.trainer.hf import convert
+from tandem.trainer.checkpoint.hf import convert
+from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.models.cache import Cache
-from tandem.trainer.parallel.mesh import Mesh, started
+from tandem.trainer.models.sampling import Sampling, continuations, draw, side_by_side
+from tandem.trainer.tools.generate import show
 from tests import ranks
 from tests.promises.test_hf import loaded
 from tests.reading import (

@@ -18,19 +18,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tandem.trainer import metrics, saving
+from tandem.trainer import checkpointing
 from tandem.trainer.__main__ import main
 from tandem.trainer.checkpoint.read import opened
 from tandem.trainer.checkpoint.save import save
 from tandem.trainer.checkpoint.write import model_facts, save_weights
 from tandem.trainer.config import RunConfig, UserError, load
+from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.loader import Batch, Loader
-from tandem.trainer.metrics import Sinks
-from tandem.trainer.parallel.layers import shard_of
-from tandem.trainer.parallel.mesh import started
-from tandem.trainer.parallel.shards import joined
-from tandem.trainer.setup import build_engine
-from tandem.trainer.timeline import Timeline
+from tandem.trainer.distributed.layers import shard_of
+from tandem.trainer.distributed.mesh import started
+from tandem.trainer.distributed.shards import joined
+from tandem.trainer.metrics import records
+from tandem.trainer.metrics.records import Sinks
+from tandem.trainer.startup import build_engine
 from tandem.trainer.train import accumulate, run
 from tests import ranks
 from tests.promises.conftest import differing, ended, steps_of, two_phases
@@ -168,7 +169,7 @@ def test_the_run_is_the_one_without_the_bad_update(folder, bad, tmp_path):
 def test_a_rollback_goes_on_from_the_checkpoint_behind_the_bad_rows(folder, bad, tmp_path, capsys):
     """It makes the steps behind the checkpoint of the rows behind the bad ones."""
     back = folder / "runs" / "back"
-    history = metrics.read(back)
+    history = records.read(back)
     assert [record["step"] for record in history.steps] == list(range(1, STEPS + 1))
     [rolled] = history.rollbacks
     assert (rolled["step"], rolled["from_step"], rolled["repeated_steps"]) == (bad.step - 2, bad.step, 2)
@@ -186,13 +187,13 @@ def test_a_rollback_goes_on_from_the_checkpoint_behind_the_bad_rows(folder, bad,
 
 def run_with_slow_reading(path: Path, seconds: float) -> None:
     """In a fork: a checkpoint takes so long to be read."""
-    newest = saving.newest
+    newest = checkpointing.newest
 
     def slow(*args: object) -> object:
         time.sleep(seconds)
         return newest(*args)
 
-    saving.newest = slow
+    checkpointing.newest = slow
     sys.exit(main(["train", str(path)]))
 
 

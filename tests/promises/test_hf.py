@@ -1,4 +1,4 @@
-"""What leaves through `tandem.trainer.hf.convert` is the model to transformers, and comes back as it went."""
+"""What leaves through `tandem.trainer.checkpoint.hf.convert` is the model to transformers, and comes back as it went."""
 
 import dataclasses
 from pathlib import Path
@@ -17,8 +17,8 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from tandem.trainer.hf import btlm, convert
-from tandem.trainer.hf.mapping import cut
+from tandem.trainer.checkpoint.hf import btlm, convert
+from tandem.trainer.checkpoint.hf.mapping import cut
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, in_double, reference, tokens
 

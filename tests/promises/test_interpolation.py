@@ -10,10 +10,10 @@ import torch
 import yaml
 
 from tandem.trainer.__main__ import main
+from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.config import AlibiScaling, UserError
-from tandem.trainer.hf import convert
+from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.models.btlm import interpolated
-from tandem.trainer.parallel.mesh import Mesh, started
 from tests.promises.conftest import ended, forked, steps_of, two_phases
 from tests.promises.test_hf import export
 from tests.reading import decoder

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tandem.trainer import models
 from tandem.trainer.checkpoint.read import load_weights
+from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.models.layers import Decoder
-from tandem.trainer.parallel.mesh import Mesh, started
 from tests import tiny
 from tests.interpreter import kernels_on_the_cpu
 from tests.reference.variants import reference

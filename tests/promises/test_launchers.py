@@ -11,7 +11,7 @@ import psutil
 import pytest
 import yaml
 
-from tandem.trainer.metrics import read
+from tandem.trainer.metrics.records import read
 from tests.ports import free_ports
 from tests.promises.conftest import begun, listens, steps_of, two_phases
 from tests.waiting import PATIENCE_SECONDS, eventually

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from tandem.trainer.checkpoint import write
+from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.layout import rank_file
 from tandem.trainer.checkpoint.read import opened
 from tandem.trainer.config import BTLM, Mup, load
-from tandem.trainer.hf import convert
+from tandem.trainer.distributed.shards import Shard, local_part
 from tandem.trainer.models.init import initial
 from tandem.trainer.models.mup import rules
-from tandem.trainer.parallel.shards import Shard, local_part
 from tests.promises.conftest import clean_environment
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -44,7 +44,7 @@ COMMANDS = """
 import json, sys
 from tandem.trainer.__main__ import main, quiet_libraries
 quiet_libraries()
-import tandem.trainer.exchange
+import tandem.trainer.tools.convert_hf
 print("imported modules", flush=True)
 sys.stdin.readline()
 sys.exit(any(main(command) for command in json.loads(sys.argv[1])))

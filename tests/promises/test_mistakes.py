@@ -22,7 +22,7 @@ from tandem.trainer import train
 from tandem.trainer.__main__ import main
 from tandem.trainer.config import Data, RunConfig, UserError, section_from
 from tandem.trainer.data.loader import Loader
-from tandem.trainer.metrics import Sinks
+from tandem.trainer.metrics.records import Sinks
 from tests import ranks
 from tests.ports import free_ports
 from tests.promises.conftest import TEXTS, clean_environment, ended, forked, tandem, two_phases

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.functional import cross_entropy
 
+from tandem.trainer.checkpoint.hf import convert
+from tandem.trainer.checkpoint.hf.mapping import cut
 from tandem.trainer.checkpoint.read import load_weights
 from tandem.trainer.config import BTLM, Mup, StableLM
-from tandem.trainer.hf import convert
-from tandem.trainer.hf.mapping import cut
+from tandem.trainer.distributed.mesh import Mesh, gather_to_all, started
+from tandem.trainer.distributed.shards import joined
 from tandem.trainer.models import build
 from tandem.trainer.models.layers import Decoder
-from tandem.trainer.parallel.mesh import Mesh, gather_to_all, started
-from tandem.trainer.parallel.shards import joined
 from tests import ranks
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, in_double, reference, tokens

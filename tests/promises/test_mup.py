@@ -11,17 +11,17 @@ import pytest
 
 import tandem.trainer.models
 import tandem.trainer.models.btlm
-import tandem.trainer.optim
-import tandem.trainer.setup
+import tandem.trainer.models.param_groups
+import tandem.trainer.startup
 from tandem.kernels.attention import attention
 from tandem.trainer.__main__ import main
 from tandem.trainer.config import BTLM, Mup, RunConfig, StableLM, load
+from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.models.mup import ForwardScales, Rule, forward_scales, rules, width_multiplier
-from tandem.trainer.mup_check import coordinates, decay, transfer
-from tandem.trainer.mup_check.proxies import proxy
-from tandem.trainer.mup_check.verdict import Finding, first_failure, interval
-from tandem.trainer.optim import groups
-from tandem.trainer.parallel.mesh import Mesh, started
+from tandem.trainer.models.param_groups import groups
+from tandem.trainer.tools.mup import coordinates, decay, transfer
+from tandem.trainer.tools.mup.proxies import proxy
+from tandem.trainer.tools.mup.verdict import Finding, first_failure, interval
 from tests import tiny
 from tests.promises.conftest import VOCAB, tandem
 
@@ -81,7 +81,7 @@ def in_table(roles: tuple[str, ...], change: Change, seen_in: str | tuple[str, .
         found, multiplier = rules(model, mup), width_multiplier(model, mup)
         return found | {role: change(found[role], multiplier) for role in roles}
 
-    return Broken(tandem.trainer.setup, "rules", table, seen_in)
+    return Broken(tandem.trainer.startup, "rules", table, seen_in)
 
 
 def in_forward(change: Callable[[ForwardScales, float, Section], ForwardScales], seen_in: str) -> Broken:
@@ -163,9 +163,9 @@ BROKEN = {
     "attention kernel that takes 1 / sqrt(head_dim) whatever scale it is given":
         Broken(tandem.trainer.models.btlm, "attention", of_its_own_scale, SIZE + "scores 0"),
     "decay of hidden matrices not following their learning rate":
-        Broken(tandem.trainer.optim, "groups", decay_of_its_own, DECAY + "hidden"),
+        Broken(tandem.trainer.models.param_groups, "groups", decay_of_its_own, DECAY + "hidden"),
     "one hidden matrix not decayed":
-        Broken(tandem.trainer.optim, "groups", one_matrix_undecayed, DECAY + "hidden"),
+        Broken(tandem.trainer.models.param_groups, "groups", one_matrix_undecayed, DECAY + "hidden"),
     "embedding not decayed": in_table(("embedding",), with_decay(False), DECAY + "embedding"),
     "norms decayed": in_table(("norm",), with_decay(True), DECAY + "norm"),
     "biases decayed": in_table(("bias",), with_decay(True), DECAY + "bias"),

@@ -16,17 +16,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tandem.trainer import costs, optim
+from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.read import opened
 from tandem.trainer.checkpoint.save import save
 from tandem.trainer.checkpoint.write import model_facts
-from tandem.trainer.config import RunConfig
-from tandem.trainer.engine import Engine
-from tandem.trainer.hf import convert
+from tandem.trainer.config import RunConfig, flops
+from tandem.trainer.distributed.deepspeed_engine import Engine
+from tandem.trainer.distributed.mesh import Mesh, gather_to_all, started
+from tandem.trainer.distributed.shards import Shard, joined, local_part
+from tandem.trainer.models import param_groups
 from tandem.trainer.models.mup import rules
-from tandem.trainer.parallel.mesh import Mesh, gather_to_all, started
-from tandem.trainer.parallel.shards import Shard, joined, local_part
-from tandem.trainer.setup import build_engine
+from tandem.trainer.startup import build_engine
 from tests import ranks, tiny
 from tests.reference.unpadded import Unpadded
 from tests.reference.variants import reference
@@ -51,7 +51,7 @@ def train_all(folder: Path) -> dict[str, dict]:
     with started(2) as mesh:
         for variant in VARIANTS:
             found[variant] = train(config(variant), mesh, folder / variant)
-            with patch.object(costs, "PADDING_MULTIPLE", 1):
+            with patch.object(flops, "PADDING_MULTIPLE", 1):
                 found[f"{variant}/unpadded"] = train(config(variant), mesh, None)
                 found[f"{variant}/reloaded"] = reload(config(variant), mesh, folder / variant)
     return found
@@ -86,8 +86,8 @@ def train_odd(tp_size: int) -> dict[str, dict]:
         for variant in VARIANTS:
             config, wide = odd(variant, tp_size), build_engine(odd(variant, tp_size), mesh, None)
             true = Unpadded(build_engine(config, mesh, None).model, mesh)
-            groups = optim.groups(true, rules(config.model, config.mup), config.optim)
-            narrow = Engine(config, true, optim.adamw(groups, config.optim, mesh.device), mesh)
+            groups = param_groups.groups(true, rules(config.model, config.mup), config.optim)
+            narrow = Engine(config, true, param_groups.adamw(groups, config.optim, mesh.device), mesh)
             steps = [both(wide, narrow, step) for step in range(LONG_STEPS)]
             found[variant] = {
                 "steps": [step for step, (with_padding, without) in enumerate(steps) if with_padding != without],

@@ -8,10 +8,10 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from tandem.trainer.config import RunConfig
-from tandem.trainer.engine import Engine
-from tandem.trainer.parallel.mesh import Mesh, started
-from tandem.trainer.parallel.shards import joined
-from tandem.trainer.setup import build_engine
+from tandem.trainer.distributed.deepspeed_engine import Engine
+from tandem.trainer.distributed.mesh import Mesh, started
+from tandem.trainer.distributed.shards import joined
+from tandem.trainer.startup import build_engine
 from tests import ranks, tiny
 
 STEPS = 5

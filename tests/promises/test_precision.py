@@ -13,12 +13,12 @@ from tandem.kernels.attention import alibi_slopes
 from tandem.kernels.documents import starts
 from tandem.kernels.rope import rotary_table
 from tandem.trainer import models
-from tandem.trainer.costs import padded
-from tandem.trainer.engine import Engine
+from tandem.trainer.config.flops import padded
+from tandem.trainer.distributed.deepspeed_engine import Engine
+from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.models.init import fill
 from tandem.trainer.models.mup import rules
-from tandem.trainer.parallel.mesh import Mesh, started
-from tandem.trainer.setup import build_engine
+from tandem.trainer.startup import build_engine
 from tests import ranks, tiny
 
 SMALL = 2**-9

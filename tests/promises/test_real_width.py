@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from tandem.trainer.checkpoint.hf import convert
+from tandem.trainer.checkpoint.hf.mapping import cut, join
 from tandem.trainer.config import StableLM, load
-from tandem.trainer.hf import convert
-from tandem.trainer.hf.mapping import cut, join
+from tandem.trainer.distributed.layers import shard_of
+from tandem.trainer.distributed.mesh import Mesh, gather_to_all, started
+from tandem.trainer.distributed.shards import local_part
 from tandem.trainer.models import build
-from tandem.trainer.parallel.layers import shard_of
-from tandem.trainer.parallel.mesh import Mesh, gather_to_all, started
-from tandem.trainer.parallel.shards import local_part
 from tests import ranks
 from tests.reference.variants import reference
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tandem.trainer.parallel.mesh import started
-from tandem.trainer.replicas import check_replicas, checksum
-from tandem.trainer.setup import build_engine
+from tandem.trainer.distributed.mesh import started
+from tandem.trainer.distributed.replica_check import check_replicas, checksum
+from tandem.trainer.startup import build_engine
 from tests import ranks, tiny
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tandem.trainer import metrics
+from tandem.trainer.checkpoint.compatibility import check_same_past
 from tandem.trainer.checkpoint.read import Snapshot, newest, opened
 from tandem.trainer.checkpoint.save import save
 from tandem.trainer.config import RunConfig, UserError, section_from
-from tandem.trainer.ledger import FILE
-from tandem.trainer.parallel.mesh import started
-from tandem.trainer.resume import check_same_past
-from tandem.trainer.setup import build_engine
-from tandem.trainer.timeline import Timeline
+from tandem.trainer.config.schedule import Timeline
+from tandem.trainer.data.ledger import FILE
+from tandem.trainer.distributed.mesh import started
+from tandem.trainer.metrics import records
+from tandem.trainer.startup import build_engine
 from tandem.trainer.train import run
 from tests import ranks
 from tests.promises.conftest import differing, steps_of, two_phases
@@ -190,7 +190,7 @@ def test_a_validation_that_a_signal_cut_short_is_made_by_the_next_start(corpus, 
     lines = record.read_text().splitlines(keepends=True)
     record.write_text("".join(line for line in lines if '"kind": "validation"' not in line))
     assert run(given[1]) == 0
-    made = {each["step"]: each["loss"] for each in metrics.read(tmp_path / "cut").validations}
+    made = {each["step"]: each["loss"] for each in records.read(tmp_path / "cut").validations}
     assert sorted(made) == [4, 6]
     [whole] = [json.loads(line)["loss"] for line in lines if '"kind": "validation"' in line]
     assert made[4] == whole

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from tandem.trainer import runtime
-from tandem.trainer.agreement import Agreement
-from tandem.trainer.bench.rows import drawn
+from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.loader import Batch, Evidence
+from tandem.trainer.distributed.coordination import Agreement
+from tandem.trainer.distributed.mesh import started
 from tandem.trainer.guard import Guard
-from tandem.trainer.parallel.mesh import started
-from tandem.trainer.setup import build_engine
-from tandem.trainer.timeline import Timeline
+from tandem.trainer.run_state import Stepper
+from tandem.trainer.startup import build_engine
+from tandem.trainer.tools.bench.rows import drawn
 from tandem.trainer.train import timed_step
-from tandem.trainer.training import Stepper
 from tests import ranks, tiny
 from tests.waits import Seen, waits_on_cpu, waits_on_gpu
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import pad
 
-from tandem.trainer.parallel.layers import mark, role_of, shard_of
-from tandem.trainer.parallel.mesh import Mesh
-from tandem.trainer.parallel.shards import Shard, local_part
+from tandem.trainer.distributed.layers import mark, role_of, shard_of
+from tandem.trainer.distributed.mesh import Mesh
+from tandem.trainer.distributed.shards import Shard, local_part
 
 
 class Unpadded(nn.Module):

@@ -3,7 +3,7 @@
 import pytest
 
 from tandem.trainer.config import Cache, Data
-from tandem.trainer.setup import keep_tokenizer
+from tandem.trainer.startup import keep_tokenizer
 
 
 @pytest.mark.parametrize("content", [b'{"a":\r\n1}\n', b"\xff\x00"], ids=["line ends", "no text"])

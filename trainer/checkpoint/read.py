@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from tandem.trainer.checkpoint.layout import MARKER, committed, damage, data_files, key, read_manifest
 from tandem.trainer.config import BTLM, FAMILIES, Mup, StableLM, UserError, section_from
-from tandem.trainer.engine import Engine
+from tandem.trainer.distributed.deepspeed_engine import Engine
+from tandem.trainer.distributed.layers import shard_of
+from tandem.trainer.distributed.mesh import Mesh, from_rank_0, from_replica, gather_to_all
+from tandem.trainer.distributed.shards import Shard, local_part
 from tandem.trainer.models.init import place
-from tandem.trainer.parallel.layers import shard_of
-from tandem.trainer.parallel.mesh import Mesh, from_rank_0, from_replica, gather_to_all
-from tandem.trainer.parallel.shards import Shard, local_part
 
 log = logging.getLogger(__name__)
 

@@ -28,9 +28,9 @@ from tandem.trainer.checkpoint import write
 from tandem.trainer.checkpoint.layout import folder_name
 from tandem.trainer.checkpoint.write import Share, Table
 from tandem.trainer.config import UserError
-from tandem.trainer.engine import Engine
-from tandem.trainer.parallel.mesh import Mesh, from_rank_0, shared_store
-from tandem.trainer.watchdog import connection_lost
+from tandem.trainer.distributed.deepspeed_engine import Engine
+from tandem.trainer.distributed.mesh import Mesh, from_rank_0, shared_store
+from tandem.trainer.distributed.watchdog import connection_lost
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.layout import MARKER, committed, folder_name
 from tandem.trainer.checkpoint.read import opened
 from tandem.trainer.config import BTLM, Mup, StableLM, UserError
 from tandem.trainer.data.manifest import TOKENIZER_FILE
-from tandem.trainer.hf import convert
 
 ORDINARY_EOS = "<|endoftext|>"
 

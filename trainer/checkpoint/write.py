@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.trainer import tensor_file
+from tandem.trainer.checkpoint import safetensors_writer
 from tandem.trainer.checkpoint.layout import FORMAT, MANIFEST, MARKER, PASSED_OVER, begun, folder_name, key, rank_file
+from tandem.trainer.checkpoint.safetensors_writer import Spec
 from tandem.trainer.config import BTLM, Mup, StableLM
 from tandem.trainer.disk import sync_folder, write_whole
-from tandem.trainer.engine import Engine
-from tandem.trainer.parallel.layers import shard_of
-from tandem.trainer.parallel.mesh import Mesh
-from tandem.trainer.parallel.shards import Shard
-from tandem.trainer.tensor_file import Spec
+from tandem.trainer.distributed.deepspeed_engine import Engine
+from tandem.trainer.distributed.layers import shard_of
+from tandem.trainer.distributed.mesh import Mesh
+from tandem.trainer.distributed.shards import Shard
 
 log = logging.getLogger(__name__)
 Share = list[tuple[dict[str, Any], list[Tensor]]]
@@ -85,7 +85,7 @@ def save_weights(
     folder.mkdir(parents=True)
     entries = [_entry(name, Shard(shape), 0, 0, math.prod(shape), ["master"]) for name, shape in shapes.items()]
     tables: list[Table] = []
-    for index, held in enumerate(tensor_file.runs(entries, _master_bytes, IMPORT_FILE_BYTES)):
+    for index, held in enumerate(safetensors_writer.runs(entries, _master_bytes, IMPORT_FILE_BYTES)):
         specs = {_key(entry, "master"): _flat(entry["numel"]) for entry in held}
         tensors = (read(entry["name"]).float().reshape(-1) for entry in held)
         file = rank_file(index)
@@ -140,7 +140,7 @@ def _flat(numel: int) -> Spec:
 
 def _write(path: Path, specs: Mapping[str, Spec], tensors: Iterable[Tensor]) -> dict[str, Any]:
     digest = sha256()
-    size = tensor_file.write(path, specs, tensors, watch=digest.update)
+    size = safetensors_writer.write(path, specs, tensors, watch=digest.update)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from tandem.trainer import config
 from tandem.trainer.config import UserError
+from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data import manifest, mixture
 from tandem.trainer.data.cache import Cache
 from tandem.trainer.data.manifest import DamagedShard
@@ -27,7 +28,6 @@ from tandem.trainer.data.order import Order
 from tandem.trainer.data.rows import Batch, Cut, Evidence, Source, Span, batch, unpacked
 from tandem.trainer.data.stream import Stream
 from tandem.trainer.runtime import Stopped
-from tandem.trainer.timeline import Timeline
 
 __all__ = ["Batch", "Evidence", "Loader", "unpacked"]
 

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from tandem.kernels.attention import alibi_slopes, attention
 from tandem.kernels.qkv import split
 from tandem.trainer.config import BTLM, AlibiScaling
+from tandem.trainer.distributed.layers import LayerNorm, Row
+from tandem.trainer.distributed.mesh import Mesh
+from tandem.trainer.distributed.recompute import again_in_backward, kept
 from tandem.trainer.models.cache import Cache
 from tandem.trainer.models.layers import (
     Decoder,
@@ -23,9 +26,6 @@ from tandem.trainer.models.layers import (
     qkv_projection,
 )
 from tandem.trainer.models.mup import ForwardScales
-from tandem.trainer.parallel.layers import LayerNorm, Row
-from tandem.trainer.parallel.mesh import Mesh
-from tandem.trainer.parallel.recompute import again_in_backward, kept
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from tandem.trainer.distributed.layers import role_of, shard_of
+from tandem.trainer.distributed.mesh import Mesh
+from tandem.trainer.distributed.shards import local_part
 from tandem.trainer.models.mup import Rule
-from tandem.trainer.parallel.layers import role_of, shard_of
-from tandem.trainer.parallel.mesh import Mesh
-from tandem.trainer.parallel.shards import local_part
 
 PIECE_ELEMENTS = 1 << 19
 """Pieces have generators of their own, so that threads draw several at a time; another size gives other values."""

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from tandem.kernels.documents import starts
 from tandem.kernels.swiglu import swiglu, swiglu_linear
 from tandem.trainer.config import BTLM, StableLM
-from tandem.trainer.costs import padded
+from tandem.trainer.config.flops import padded
+from tandem.trainer.distributed.layers import Column, Embedding, LayerNorm, Row, from_rows, gathered, to_columns
+from tandem.trainer.distributed.loss import cross_entropy
+from tandem.trainer.distributed.mesh import Mesh
+from tandem.trainer.distributed.recompute import again_in_backward, kept
 from tandem.trainer.models.cache import Cache
 from tandem.trainer.models.mup import ForwardScales
-from tandem.trainer.parallel.layers import Column, Embedding, LayerNorm, Row, from_rows, gathered, to_columns
-from tandem.trainer.parallel.loss import cross_entropy
-from tandem.trainer.parallel.mesh import Mesh
-from tandem.trainer.parallel.recompute import again_in_backward, kept
 
 Recompute = Literal["none", "selective", "full"]
 

@@ -13,6 +13,9 @@ from tandem.kernels.attention import attention
 from tandem.kernels.qkv import split_rotated
 from tandem.kernels.rope import rotary_table
 from tandem.trainer.config import StableLM
+from tandem.trainer.distributed.layers import LayerNorm, Row, divided, to_columns
+from tandem.trainer.distributed.mesh import Mesh
+from tandem.trainer.distributed.recompute import again_in_backward, kept
 from tandem.trainer.models.cache import Cache
 from tandem.trainer.models.layers import (
     Decoder,
@@ -25,9 +28,6 @@ from tandem.trainer.models.layers import (
     residual,
 )
 from tandem.trainer.models.mup import ForwardScales
-from tandem.trainer.parallel.layers import LayerNorm, Row, divided, to_columns
-from tandem.trainer.parallel.mesh import Mesh
-from tandem.trainer.parallel.recompute import again_in_backward, kept
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 
 from tandem.kernels.bench.shapes import MODELS, SMALL_MODELS, TP_SIZES, Model, feed_forward, heads, logits, stream
 from tandem.trainer.config import StableLM, load
-from tandem.trainer.costs import padded
+from tandem.trainer.config.flops import padded
 from tandem.trainer.models.mup import forward_scales
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tandem.trainer import tensor_file
+from tandem.trainer.checkpoint import safetensors_writer
 from tandem.trainer.checkpoint.layout import key
 from tandem.trainer.checkpoint.read import Snapshot
+from tandem.trainer.checkpoint.safetensors_writer import Spec
 from tandem.trainer.checkpoint.write import commit
-from tandem.trainer.parallel.shards import Shard, local_part
-from tandem.trainer.tensor_file import Spec
+from tandem.trainer.distributed.shards import Shard, local_part
 
 SHAPES = {"first": ((7, 5), 0), "second": ((6, 7), 1), "fused": ((2, 7, 3), 1), "whole": ((11,), None)}
 """Name -> true shape, the dim that is divided; 7 is padded."""
@@ -41,7 +41,7 @@ def written(folder: Path, cut: Shard, tp_size: int, full: Tensor, draw: random.R
             parts.append(box[start:end])
         specs = {key("master", NAME, entry["start"]): Spec(torch.float32, (entry["numel"],)) for entry in entries}
         file = f"rank-{tp_rank}.safetensors"
-        size = tensor_file.write(folder / file, specs, parts)
+        size = safetensors_writer.write(folder / file, specs, parts)
         tables.append({"file": file, "described": {"bytes": size, "sha256": ""}, "entries": entries})
     commit(folder, tables, {"step": 1, "tp_size": tp_size})
     return Snapshot(folder)

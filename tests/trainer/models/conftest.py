@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tandem.trainer.parallel.mesh import Mesh, started
+from tandem.trainer.distributed.mesh import Mesh, started
 
 
 @pytest.fixture(scope="session")

@@ -13,15 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, silu
 
-from tandem.trainer import models, optim
+from tandem.trainer import models
+from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.read import load_weights
 from tandem.trainer.config import BTLM, RunConfig, load
-from tandem.trainer.hf import convert
+from tandem.trainer.config.schedule import Timeline
+from tandem.trainer.distributed.mesh import Mesh, started
+from tandem.trainer.models import param_groups
 from tandem.trainer.models.init import initial
 from tandem.trainer.models.layers import Decoder
 from tandem.trainer.models.mup import rules
-from tandem.trainer.parallel.mesh import Mesh, started
-from tandem.trainer.timeline import Timeline
 from tests import tiny
 from tests.reference.variants import reference
 
@@ -238,7 +239,7 @@ def test_each_tensor_has_its_published_learning_rate_and_decay(shipped, mesh):
     with meta:
         model = models.build(shipped.model, shipped.mup, replace(mesh, device=meta), dtype=torch.bfloat16)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = optim.groups(model, rules(shipped.model, shipped.mup), shipped.optim)
+    groups = param_groups.groups(model, rules(shipped.model, shipped.mup), shipped.optim)
     lr = Timeline(shipped.schedule).lr_at(shipped.schedule.lr.warmup_steps)
     found = {
         names[id(parameter)]: (lr * group["lr_scale"], group["weight_decay"])

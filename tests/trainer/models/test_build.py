@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tandem.trainer import costs, models
-from tandem.trainer.config import RunConfig, load
+from tandem.trainer import models
+from tandem.trainer.config import RunConfig, flops, load
 from tandem.trainer.models.layers import Decoder
 from tests.reference.variants import reference
 
@@ -37,7 +37,7 @@ def built(pretended) -> Callable[[str, int], tuple[RunConfig, Decoder]]:
 def test_unique_parameters_are_the_plans(built, name):
     config, model = built(name, 1)
     unique = sum(prod(parameter.shard.shape) for parameter in model.parameters())
-    assert unique == costs.parameters(config.model) == PUBLISHED.get(name, unique)
+    assert unique == flops.parameters(config.model) == PUBLISHED.get(name, unique)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,0 +1,39 @@
+"""Groups of ranks come and go with the block that wanted them."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tandem.trainer.distributed.mesh import groups, started
+from tests import ranks
+
+SOON_SECONDS = 10.0
+
+
+def in_and_out(times: int) -> list[tuple[bool, int, int]]:
+    """Whether the groups are those there were before, how many more there were in the block, how many threads it has left."""
+    found = []
+    for _ in range(times):
+        before, threads = groups(), num_threads()
+        with started(2):
+            more = len(groups() - before)
+            dist.barrier()  # one that leaves while another still makes its connections ends it
+        deadline = time.monotonic() + SOON_SECONDS
+        # The first block starts threads that stay; one that has ended is listed for a moment.
+        while found and num_threads() > threads and time.monotonic() < deadline:
+            time.sleep(0.01)
+        found.append((groups() == before, more, num_threads() - threads))
+    return found
+
+
+def num_threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+@pytest.mark.dist
+def test_groups_and_their_threads_are_gone_after_the_block(tmp_path):
+    for found in ranks.run(in_and_out, 2, tmp_path, 3):
+        assert all(same and more > 0 for same, more, _ in found)
+        assert [threads for *_, threads in found[1:]] == [0, 0]

@@ -1,0 +1,136 @@
+"""wandb's view of a run: all of its curves, whatever becomes of wandb, and a run that does not notice."""
+
+import json
+import math
+import os
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from tests.trainer.test_metrics import ROOT, demo_config, write_rollback
+
+from tandem.trainer.config import UserError
+from tandem.trainer.metrics.records import read
+from tandem.trainer.metrics.wandb_sink import WandbSink
+from tests.waiting import PATIENCE_SECONDS
+
+
+def run_with_wandb(folder: Path, port: int, **said: str) -> subprocess.CompletedProcess[str]:
+    """Two starts of one run with log.wandb=auto in a process that knows of wandb only what is `said`."""
+    script = (
+        "import sys, time; from pathlib import Path; from tests.trainer.test_metrics import *\n"
+        "config = demo_config('log.wandb=auto')\n"
+        "write_run(Path(sys.argv[1]), to=6, config=config)\n"
+        "time.sleep(1.1)  # wandb names its folders by the second\n"
+        "write_run(Path(sys.argv[1]), resumed_step=4, config=config)\n"
+    )
+    nowhere = str(folder.parent / "none")
+    home = {"HOME": str(folder.parent), "NETRC": nowhere, "WANDB_CONFIG_DIR": nowhere}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment = clean | home | {"WANDB_BASE_URL": f"http://127.0.0.1:{port}"} | said
+    command = [sys.executable, "-c", script, str(folder)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+
+
+def wandb_files(folder: Path) -> list[Path]:
+    """One file per start, all of one run id, each with its curves."""
+    run_id = (folder / "wandb" / "run_id").read_text().strip()
+    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert {file.name for file in files} == {f"run-{run_id}.wandb"}
+    for file, step in zip(files, (4, 12), strict=True):
+        perplexity = str(math.exp(2.1 + 6.0 / step))[:12]
+        assert perplexity.encode() in file.read_bytes(), "the curves are there"
+    return files
+
+
+@pytest.mark.parametrize("said", [{}, {"WANDB_API_KEY": "a" * 40, "WANDB_MODE": "offline"}], ids=["no key", "said"])
+def test_wandb_offline_is_one_run_that_calls_nobody(tmp_path: Path, said: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        done = run_with_wandb(tmp_path / "run", server.getsockname()[1], **said)
+        assert done.returncode == 0, done.stderr
+        server.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert "wandb" not in done.stdout + done.stderr
+    assert len(wandb_files(tmp_path / "run")) == 2
+
+
+def test_a_wandb_server_that_is_down_stops_no_run(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # free again, and nobody there, when the run starts
+    done = run_with_wandb(tmp_path / "run", port, WANDB_API_KEY="a" * 40, WANDB_INIT_TIMEOUT="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("offline into the run folder instead") == 2
+    assert len(wandb_files(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("moment", ["between two steps", "finish", "teardown"])
+def test_a_run_outlives_wandb(tmp_path: Path, moment: str) -> None:
+    """Its service is killed: one line says so, the run ends as it would have, and every step is in its own record."""
+    script = (
+        "import sys; from pathlib import Path; import psutil, threading, wandb; from tests.trainer.test_metrics import *\n"
+        "sinks = open_sinks(Path(sys.argv[1]), demo_config('log.wandb=offline'), rank=0, resumed_step=0)\n"
+        "[service], end = psutil.Process().children(), wandb.teardown\n"
+        "sinks.start(tokens=0, world_size=4, tp_size=2, dp_size=2, **TOTAL, start_seconds={})\n"
+        "sinks.step(record(1))\n"
+        "if sys.argv[2] == 'between two steps': service.kill()\n"
+        "for step in range(2, 9): sinks.step(record(step))\n"
+        "if sys.argv[2] == 'finish': service.suspend(); threading.Timer(0.5, service.kill).start()\n"
+        "if sys.argv[2] == 'teardown': wandb.teardown = lambda: (service.kill(), end())\n"
+        "sinks.close()\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path), moment]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("wandb: lost") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert [r["step"] for r in read(tmp_path).steps] == list(range(1, 9))
+
+
+def logged(file: Path) -> list[dict[str, Any]]:
+    """The rows that a wandb file holds, by names of curves. Source: LevelDB's log format, in blocks of 32 KiB."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, at, message, rows = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(content):
+        left = 32_768 - at % 32_768
+        if left < 7:
+            at += left
+            continue
+        size, kind = struct.unpack_from("<HB", content, at + 4)
+        message, at = message + content[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record.FromString(message)
+            items = record.history.item if record.HasField("history") else []
+            rows += [{item.nested_key[0]: json.loads(item.value_json) for item in items}] if items else []
+            message = b""
+    return rows
+
+
+def test_wandb_keeps_both_passes_of_a_step_in_one_curve_over_our_own_step(tmp_path: Path) -> None:
+    write_rollback(tmp_path, demo_config("log.wandb=offline"))
+    [file] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    rows = logged(file)
+    assert [row["_step"] for row in rows] == list(range(len(rows))), "wandb's own counter drops what does not grow"
+    losses = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    assert [step for step, _ in losses] == [*range(1, 11), *range(9, 13)]
+    assert [loss for step, loss in losses if step == 9] == [9.0, 1.0], "the last one is the one that counts"
+    assert [row["step"] for row in rows if row.get("train/skipped") == 1] == [3, 10]
+    assert [(row["step"], row["train/rollback_from_step"]) for row in rows if "train/rollback_from_step" in row] == [
+        (8, 10)
+    ]
+    assert [row["checkpoint/stall_seconds"] for row in rows if "checkpoint/stall_seconds" in row] == [0.125]
+
+
+def test_a_wandb_that_cannot_begin_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**settings: object) -> None:
+        raise RuntimeError("the service\nis gone")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    with pytest.raises(UserError, match=r"log.wandb: offline: the service is gone; set log.wandb=disabled$"):
+        WandbSink(tmp_path, demo_config("log.wandb=offline"))

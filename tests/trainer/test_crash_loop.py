@@ -1,0 +1,189 @@
+"""Starts that fail at one step over and over are refused, and only those."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from tandem.trainer.config import UserError
+from tandem.trainer.crash_loop import FILE, TAIL_BYTES, attempt
+
+ENDINGS = {
+    "exit": "os._exit(0)",
+    "kill": "os.kill(os.getpid(), signal.SIGKILL)",
+    "hang": "sys.exit(85)",
+    "error": "raise RuntimeError('loss nan')",
+}
+
+
+def reach(folder: Path, *steps: int) -> None:
+    """Records of these steps stand in the run folder, after what is there."""
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step in steps:
+            file.write(json.dumps({"kind": "step", "step": step}) + "\n")
+            file.write(json.dumps({"kind": "checkpoint", "step": 1}) + "\n")
+
+
+def fail(folder: Path, max_failures: int = 3) -> None:
+    with pytest.raises(RuntimeError, match="loss nan"), attempt(folder, max_failures):
+        raise RuntimeError("loss nan")
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+
+
+def refused(folder: Path, max_failures: int = 3) -> str:
+    """The refusal, which leaves nothing on record."""
+    before = (folder / FILE).read_bytes()
+    with pytest.raises(UserError) as refusal, attempt(folder, max_failures):
+        raise AssertionError("entered")
+    assert (folder / FILE).read_bytes() == before
+    return str(refusal.value)
+
+
+def test_three_starts_that_fail_in_one_step_are_enough(tmp_path):
+    for _ in range(3):
+        fail(tmp_path)
+        reach(tmp_path, 40, 41)
+    assert refused(tmp_path) == (
+        f"run.max_failures: 3 starts in a row have failed in step 42 of {tmp_path}; the log says why; "
+        "mend the cause, then start once with run.max_failures=0"
+    )
+    assert [record["reached"] for record in records(tmp_path)] == [0, 41, 41]
+
+
+@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
+def test_whatever_ends_a_process_without_a_word_is_a_failure(tmp_path, ending):
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom tandem.trainer.crash_loop import attempt\n"
+        f"with attempt(Path(sys.argv[1]), 1): {ending}"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=False, capture_output=True)
+    assert [record["kind"] for record in records(tmp_path)] == ["start"]
+    assert "the last start has failed in step 1" in refused(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [(None, 0), (UserError("data"), 2), (SystemExit(0), 0), (SystemExit(2), 2), (KeyboardInterrupt(), 130)],
+)
+def test_an_end_in_order_is_no_failure(tmp_path, ending, code):
+    for _ in range(2):
+        with pytest.raises(type(ending)) if ending else nullcontext(), attempt(tmp_path, 1):
+            if ending:
+                raise ending
+    assert [(record["kind"], record.get("code")) for record in records(tmp_path)] == [
+        ("start", None),
+        ("end", code),
+    ] * 2
+
+
+def test_a_run_that_gets_further_between_failures_is_never_refused(tmp_path):
+    for step in range(1, 9):
+        fail(tmp_path, 2)
+        reach(tmp_path, step)
+    fail(tmp_path, 2)
+    assert "failed in step 9" in refused(tmp_path, 2)
+
+
+def test_an_end_in_order_between_failures_begins_the_count_anew(tmp_path):
+    fail(tmp_path, 2)
+    with attempt(tmp_path, 2):
+        pass
+    fail(tmp_path, 2)
+    fail(tmp_path, 2)
+    refused(tmp_path, 2)
+
+
+def test_zero_refuses_nothing_and_forgets_what_failed(tmp_path):
+    for _ in range(3):
+        fail(tmp_path)
+    refused(tmp_path)
+    fail(tmp_path, 0)
+    fail(tmp_path)
+    fail(tmp_path)
+    refused(tmp_path)
+
+
+def test_the_run_is_where_the_last_record_says_not_at_its_highest_step(tmp_path):
+    """A run that goes back to a checkpoint and fails on the way is not where it was."""
+    fail(tmp_path, 2)
+    reach(tmp_path, 40, 41)
+    fail(tmp_path, 2)
+    reach(tmp_path, 31, 32)
+    fail(tmp_path, 2)
+    assert [record["reached"] for record in records(tmp_path)] == [0, 41, 32]
+
+
+def test_torn_lines_are_passed_over(tmp_path):
+    fail(tmp_path, 2)
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"kind": "sta')
+    reach(tmp_path, *range(1, 3000))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "step": 3000, "lo')
+    fail(tmp_path, 2)
+    reach(tmp_path)
+    lines = (tmp_path / FILE).read_text().splitlines()
+    assert [line[:14] for line in lines] == ['{"kind": "star', '{"kind": "sta', '{"kind": "star']
+    assert json.loads(lines[-1])["reached"] == 2999
+    assert "failed in step 3000" in refused(tmp_path, 2)
+
+
+def test_a_long_file_without_steps_is_read_to_its_beginning(tmp_path):
+    reach(tmp_path, 7)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "validation", "step": 7}\n' * 9000)
+    fail(tmp_path)
+    assert records(tmp_path)[0]["reached"] == 7
+
+
+@pytest.mark.parametrize("past", [0, 1, 20, 10_000])
+def test_a_line_is_read_whole_wherever_the_file_is_cut_in_reading(tmp_path, past):
+    reach(tmp_path, 7)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"{}".ljust(TAIL_BYTES - file.tell() + past) + b"\n")
+    fail(tmp_path)
+    assert records(tmp_path)[0]["reached"] == 7
+
+
+def test_the_verdict_of_the_last_hang_is_told_and_no_older_one(tmp_path):
+    verdict = tmp_path / "hangs" / "step-00000001" / "verdict.txt"
+    verdict.parent.mkdir(parents=True)
+    verdict.write_text("step 1: rank 1 on host-b is still in data\n")
+    os.utime(verdict, (1, 1))
+    fail(tmp_path, 1)
+    assert "the log says why" in refused(tmp_path, 1)
+    os.utime(verdict, 2 * (time.time(),))  # by the clock that runs are timed by
+    assert "; the last hang said: step 1: rank 1 on host-b is still in data; mend the cause" in refused(tmp_path, 1)
+
+
+def test_two_launches_in_one_folder_do_not_end_one_another(tmp_path):
+    first = attempt(tmp_path, 1)
+    first.__enter__()
+    fail(tmp_path, 0)
+    first.__exit__(None, None, None)
+    assert [record["kind"] for record in records(tmp_path)] == ["start", "start", "end"]
+    assert "failed in step 1" in refused(tmp_path, 1)
+
+
+def test_a_folder_that_cannot_be_is_a_mistake(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=r"^run.root: .* cannot be made \(Not a directory\); name a folder you can write to$"
+    ):
+        attempt(tmp_path / "file" / "run", 3).__enter__()
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(UserError, match=r"attempts.jsonl: cannot be written \(Is a directory\)"):
+        attempt(tmp_path, 0).__enter__()
+
+
+def test_it_needs_no_torch():
+    code = "import sys, tandem.trainer.crash_loop; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,103 @@
+"""A start makes each weight once, in every layout, and gives it to the model and to the fp32 masters."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tandem.trainer.checkpoint.read import Snapshot, opened
+from tandem.trainer.checkpoint.save import save
+from tandem.trainer.checkpoint.write import model_facts
+from tandem.trainer.config import RunConfig
+from tandem.trainer.distributed.deepspeed_engine import Engine
+from tandem.trainer.distributed.mesh import Mesh, started
+from tandem.trainer.distributed.shards import local_part
+from tandem.trainer.models import init
+from tandem.trainer.models.init import values
+from tandem.trainer.models.mup import rules
+from tandem.trainer.startup import build_engine
+from tests import ranks, tiny
+
+LAYOUTS = [(1, 1), (1, 2), (2, 4)]
+"""Tensor-parallel size and number of ranks."""
+KINDS = {"zero0": ("fp32", 0), "zero1": ("fp32", 1), "bf16": ("bf16", 1)}
+"""DeepSpeed has another optimizer for each."""
+IMPORTED_SEED = 77
+
+
+def config(kind: str, tp_size: int, seed: int = 1) -> RunConfig:
+    precision, zero_stage = KINDS[kind]
+    parallel = {"tp_size": tp_size, "zero_stage": zero_stage}
+    return tiny.config("btlm", run={"precision": precision, "seed": seed}, parallel=parallel)
+
+
+@contextmanager
+def counted(owner: Any, function: str) -> Iterator[Counter[str]]:
+    """How often the function is called inside of the block, by the name of the tensor that it makes."""
+    original = getattr(owner, function)
+    calls: Counter[str] = Counter()
+
+    def counting(*given: Any, **named: Any) -> Tensor:
+        calls[next(argument for argument in given if isinstance(argument, str))] += 1
+        return original(*given, **named)
+
+    setattr(owner, function, counting)
+    try:
+        yield calls
+    finally:
+        setattr(owner, function, original)
+
+
+def wrong(engine: Engine, given: RunConfig, seed: int, mesh: Mesh) -> list[str]:
+    """Weights and masters that are not bit for bit this rank's part of the initial values of `seed`."""
+    parameters, found = dict(engine.model.named_parameters()), []
+    table, sigmas = rules(given.model, given.mup), given.model.init_truncation_sigmas
+    value = values(engine.model, table, seed=seed, truncation_sigmas=sigmas)
+    parts = {name: local_part(p.shard, value(name), mesh.tp_rank, mesh.tp_size) for name, p in parameters.items()}
+    for name, parameter in parameters.items():
+        if not torch.equal(parameter.detach(), parts[name].reshape(parameter.shape).to(parameter.dtype)):
+            found.append(name)
+    for one in engine.fragments():
+        if not torch.equal(one.master, parts[one.name].reshape(-1)[one.start : one.start + len(one.master)]):
+            found.append(f"master of {one.name}")
+    return found
+
+
+def starts(tp_size: int, folder: Path) -> dict[str, Any]:
+    """By kind of optimizer and source of the weights: names of wrong tensors, and what was made how often."""
+    found: dict[str, Any] = {}
+    torch.use_deterministic_algorithms(True)  # new memory is nan: whatever a start leaves out is seen
+    with started(tp_size) as mesh:
+        other = config("zero1", tp_size, IMPORTED_SEED)
+        facts = model_facts(other.model, other.mup)
+        save(folder, 0, build_engine(other, mesh, None), mesh, facts=facts, keep=0)
+        for kind in KINDS:
+            given = config(kind, tp_size)
+            with counted(init, "initial") as drawn:
+                engine = build_engine(given, mesh, None)
+            found[f"{kind} drawn"] = wrong(engine, given, 1, mesh), drawn, mesh.tp_rank
+            with counted(init, "initial") as drawn, counted(Snapshot, "weight") as read:
+                engine = build_engine(given, mesh, None, opened(folder, mesh))
+            assert not drawn
+            found[f"{kind} imported"] = wrong(engine, given, IMPORTED_SEED, mesh), read, mesh.tp_rank
+        found["names"] = [name for name, _ in engine.model.named_parameters()]
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("tp_size", "num_ranks"), LAYOUTS)
+def test_a_start_makes_each_weight_once(tmp_path: Path, tp_size: int, num_ranks: int) -> None:
+    """Once in each column of replicas; masters are unrounded, weights their rounding, wherever they were made."""
+    world = ranks.run(starts, num_ranks, tmp_path, tp_size, tmp_path / "imported")
+    names = world[0].pop("names")
+    for case in world[0]:
+        assert [rank[case][0] for rank in world] == [[]] * num_ranks, case
+        for tp_rank in range(tp_size):
+            replicas = [calls for _, calls, of in (rank[case] for rank in world) if of == tp_rank]
+            assert len(replicas) == num_ranks // tp_size
+            assert sum(replicas, Counter()) == Counter(names), case

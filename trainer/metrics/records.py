@@ -1,0 +1,269 @@
+"""What a run says about itself: fields, `Sinks` that write them, `read` that gives them back, `throughput`.
+
+`metrics.jsonl` in the run folder is the record; wandb and the console are views of the same stream of small
+dicts, each with a `kind`: start, step, validation, checkpoint, rollback, end. The one idea: the file only grows.
+After a crash, and when the run goes back to its last checkpoint by itself, the steps since then are written again,
+and `read` lets each start and rollback cut away what it takes back. A checkpoint's record is written when it is
+committed, some steps after its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from tandem.trainer.config import RunConfig, UserError
+from tandem.trainer.disk import append
+from tandem.trainer.metrics.console import ConsoleSink
+from tandem.trainer.metrics.wandb_sink import WandbSink
+
+FILE = "metrics.jsonl"
+EARLIER: dict[str, dict[str, Any]] = {
+    "start": {"start_seconds": {}}, "step": {"skipped": False}, "checkpoint": {"stall_seconds": None},
+}  # fmt: skip
+"""What records of runs made before these fields existed are read as."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One finished step; the fields of a `step` line."""
+
+    step: int
+    """Finished steps, from 1."""
+    tokens: int
+    """Trained on so far, in the whole run."""
+    phase: str
+    seq_len: int
+    rows: int
+    loss: float
+    """Mean over the tokens of the step, in nats."""
+    lr: float
+    gradient_norm: float
+    """Global, before clipping."""
+    skipped: bool = field(default=False, kw_only=True)
+    """The update was left out: the guard found the step bad."""
+    step_seconds: float
+    """From asking for the batch until the update is handed to the device, data_seconds included; validations and saves are not
+    in it. The device ends the update while what follows begins, and its rest counts there, so in the next step as a rule."""
+    data_seconds: float
+    """Of these, waiting for the batch, and for the other ranks to have theirs; the device may be at work on the last update."""
+    tokens_per_second: float
+    """Of the whole run, all devices together."""
+    mfu: float
+    """Share of the devices' peak, attention counted in full."""
+    mfu_causal: float
+    """The same with attention counted at the causal half."""
+    memory_gib: float | None
+    """Largest allocation on a device so far; null where there is none to ask."""
+    time: float
+    """Unix time at the end of the step."""
+
+
+class Throughput(NamedTuple):
+    tokens_per_second: float
+    mfu: float
+    mfu_causal: float
+
+
+def throughput(
+    tokens: int,
+    seconds: float,
+    *,
+    flops_per_token: float | int,
+    causal_flops_per_token: float | int,
+    devices: int,
+    peak_flops: float,
+) -> Throughput:
+    """Speed of all devices on `tokens`, and as a share of their peak; `peak_flops` is one device's."""
+    rate = tokens / seconds
+    peak = devices * peak_flops
+    return Throughput(rate, rate * flops_per_token / peak, rate * causal_flops_per_token / peak)
+
+
+@runtime_checkable
+class Sink(Protocol):
+    def write(self, record: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class Sinks:
+    """The places a run reports to; without any (every rank but 0) each method does nothing."""
+
+    def __init__(self, sinks: list[Sink], resumed_step: int) -> None:
+        self._sinks = sinks
+        self._resumed_step = resumed_step
+
+    def start(
+        self,
+        *,
+        tokens: int,
+        world_size: int,
+        tp_size: int,
+        dp_size: int,
+        total_steps: int,
+        total_tokens: int,
+        start_seconds: Mapping[str, float] = {},
+    ) -> None:
+        """`tokens` are those behind the run at the step it resumes from, 0 for a new run; `start_seconds` the parts of the time
+        from the start of the process to here.
+        """
+        sizes = {"world_size": world_size, "tp_size": tp_size, "dp_size": dp_size}
+        totals = {"total_steps": total_steps, "total_tokens": total_tokens}
+        seconds = dict(start_seconds)
+        self._write("start", step=self._resumed_step, tokens=tokens, **sizes, **totals, start_seconds=seconds)
+
+    def step(self, record: StepRecord) -> None:
+        self._write("step", **dataclasses.asdict(record))
+
+    def validation(self, step: int, tokens: int, loss: float) -> None:
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        self._write("validation", step=step, tokens=tokens, loss=loss, perplexity=perplexity)
+
+    def checkpoint(self, step: int, seconds: float, num_bytes: int, *, stall_seconds: float = 0.0) -> None:
+        """The checkpoint of `step` is committed, `seconds` after that was decided; training waited `stall_seconds`."""
+        self._write("checkpoint", step=step, seconds=seconds, stall_seconds=stall_seconds, bytes=num_bytes)
+
+    def rollback(self, step: int, from_step: int, reason: str) -> None:
+        """The run goes on after `step`, where its last checkpoint is; the steps up to `from_step` are taken back."""
+        self._write("rollback", step=step, from_step=from_step, reason=reason)
+
+    def end(self, step: int, reason: str) -> None:
+        self._write("end", step=step, reason=reason)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        record = {"kind": kind, "time": time.time(), **fields}
+        for sink in self._sinks:
+            sink.write(record)
+
+
+def open_sinks(folder: Path, config: RunConfig, *, rank: int, resumed_step: int) -> Sinks:
+    """Sinks into the run folder, wandb and the console on rank 0; sinks that do nothing on the others."""
+    if rank != 0:
+        return Sinks([], resumed_step)
+    folder.mkdir(parents=True, exist_ok=True)
+    sinks: list[Sink] = [JsonLines(folder / FILE), ConsoleSink(config.log.every_steps)]
+    if config.log.wandb != "disabled":
+        sinks.append(WandbSink(folder, config))
+    return Sinks(sinks, resumed_step)
+
+
+class JsonLines:
+    """Appends each record as one line, in one write, so that a kill loses at most the line being written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab+", buffering=0)
+        if self._file.tell():
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":  # a kill tore the last line: leave it behind as a line of its own
+                self._file.write(b"\n")
+
+    def write(self, record: dict[str, Any]) -> None:
+        # JSON has no NaN and no infinity; readers take null for "not a number".
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        try:
+            append(self._file, (json.dumps(finite, allow_nan=False) + "\n").encode())
+        except OSError as error:
+            raise UserError(
+                f"{self._file.name}: a record cannot be written ({error.strerror}); make room and start again: the run goes on "
+                "from its last checkpoint"
+            ) from None
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run folder tells, in order of steps, without what a later start or rollback took back."""
+
+    steps: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
+    checkpoints: list[dict[str, Any]]
+    starts: list[dict[str, Any]]
+    """Every start; each has `repeated_steps`, the finished steps that it took back."""
+    rollbacks: list[dict[str, Any]]
+    """Every time the run went back by itself; with `repeated_steps` as a start, and `tokens` behind the run at its step."""
+    end: dict[str, Any] | None
+    """null: still running, or crashed."""
+
+    @property
+    def restarts(self) -> list[dict[str, Any]]:
+        return self.starts[1:]
+
+    @property
+    def skipped(self) -> list[dict[str, Any]]:
+        """The steps whose update was left out and that no rollback took back."""
+        return [record for record in self.steps if record["skipped"]]
+
+
+def evaluated(folder: Path, step: int) -> bool:
+    """Whether the folder has a validation of `step` on record."""
+    path, found = folder / FILE, False
+    for record in _records(path) if path.is_file() else []:
+        if record["kind"] == "validation" and record["step"] == step:
+            found = True
+        elif record["kind"] in ("start", "rollback") and record["step"] < step:
+            found = False  # taken back
+    return found
+
+
+def read(folder: Path) -> History:
+    """The history in the folder's metrics.jsonl, also of a run that is going or was killed.
+
+    Raises: UserError where there is no run, or none that has started.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        found = f"has no {FILE}; a run folder has" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {found}; name the folder of a run that has started")
+    kept: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "validation": {}, "checkpoint": {}}
+    starts: list[dict[str, Any]] = []
+    rollbacks: list[dict[str, Any]] = []
+    end = None
+    for record in _records(path):
+        kind, step = record["kind"], record["step"]
+        if kind in ("start", "rollback"):
+            record["repeated_steps"] = sum(late > step for late in kept["step"])
+            kept = {name: {s: old for s, old in by.items() if s <= step} for name, by in kept.items()}
+            end = None
+            if kind == "start":
+                starts.append(record)
+            else:
+                rollbacks.append({**record, "tokens": _tokens_at(step, kept["step"], starts)})
+        elif kind == "end":
+            end = record
+        else:
+            kept[kind][step] = record
+    if not starts:
+        raise UserError(f"{path}: has no start record; the run died before its first step; see its log")
+    steps, validations, checkpoints = ([by[step] for step in sorted(by)] for by in kept.values())
+    return History(steps, validations, checkpoints, starts, rollbacks, end)
+
+
+def _tokens_at(step: int, steps: dict[int, dict[str, Any]], starts: list[dict[str, Any]]) -> int:
+    """Behind the run after `step`, which it has made or was started from."""
+    told = (record["tokens"] for record in (steps.get(step), *reversed(starts)) if record and record["step"] == step)
+    return next(told, 0)
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    records = []
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+                records.append(EARLIER.get(record["kind"], {}) | record)
+            except ValueError:  # torn by a kill, or being written at this moment
+                continue
+    return records

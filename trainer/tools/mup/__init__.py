@@ -1,0 +1,208 @@
+"""`tandem mup`: whether the parametrisation of a config does what muP promises, measured on proxies of other widths.
+
+Three checks: `coordinates` (activations neither grow nor vanish with the width), `transfer` (the best learning rate stays),
+`decay` (weight decay follows the learning rate). The laws are said in them, independently of the table in `models.mup` that the
+proxies are built with. `proxies` makes and trains a proxy with the pieces of a real run, `verdict` compares, `plots` draws.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from tandem.trainer import runtime
+from tandem.trainer.config import RunConfig, UserError, load
+from tandem.trainer.config.schedule import Timeline
+from tandem.trainer.disk import write_whole
+from tandem.trainer.distributed.mesh import launched_rank, launched_world_size, started
+from tandem.trainer.tools.mup import coordinates, decay, transfer
+from tandem.trainer.tools.mup.proxies import mup_of, proxy
+from tandem.trainer.tools.mup.verdict import Finding, as_json, first_failure, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `tandem mup`."""
+    parser.add_argument("config", type=Path, help="YAML file of a run with muP, for example configs/mup-check.yaml")
+    parser.add_argument("overrides", nargs="*", help="section.field=value")
+    parser.add_argument("--widths", default="64,128,256,512", help="widths of the proxies (default 64,128,256,512)")
+    parser.add_argument("--checks", default=",".join(CHECKS), help=f"some of {','.join(CHECKS)} (default: all)")
+    parser.add_argument(
+        "--output", type=Path, help="folder for plots and verdict.json (default: mup in the run's folder)"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the coordinate check (default 3)")
+    parser.add_argument("--updates", type=int, default=4, help="updates of the coordinate check (default 4)")
+    parser.add_argument("--tp-sizes", default="1,2", help="tensor-parallel sizes of the coordinate check (default 1,2)")
+    parser.add_argument("--as-ranks", action="store_true", help=argparse.SUPPRESS)  # how `launch` calls us
+    parser.add_argument(
+        "--octaves", type=int, default=3, help="transfer: peaks from schedule.lr.peak / 2^N to * 2^N (default 3)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Verdict and plots lie in the output folder, the tables are printed. Returns 0 if every check passed, else 1."""
+    config = load(arguments.config, arguments.overrides)
+    request = Request.of(config, arguments)
+    request.folder.mkdir(parents=True, exist_ok=True)
+    if config.debug.deterministic:
+        runtime.make_deterministic()
+    if arguments.as_ranks:
+        measure_coordinates(request, launched_world_size())
+        return 0
+    (request.folder / "verdict.json").unlink(missing_ok=True)
+    findings: list[Finding] = []
+    for check in request.checks:
+        found = CHECKS[check](request)
+        print(f"{table(found)}\n", flush=True)
+        findings += found
+    facts = {"widths": request.widths, "checks": request.checks, "environment": runtime.environment()}
+    verdict = {**facts, "passed": not first_failure(findings), "findings": as_json(findings), "config": asdict(config)}
+    write_whole(request.folder / "verdict.json", json.dumps(verdict, indent=1) + "\n")
+    return say(findings, request)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    config: RunConfig
+    widths: list[int]
+    checks: list[str]
+    tp_sizes: list[int]
+    folder: Path
+    arguments: argparse.Namespace
+
+    @staticmethod
+    def of(config: RunConfig, arguments: argparse.Namespace) -> "Request":
+        """The request, once every proxy's config has been made. Raises: UserError for what cannot be done."""
+        mup_of(config)
+        if launched_world_size() > 1 and not arguments.as_ranks:
+            raise UserError(
+                f"ranks: {launched_world_size()}; tandem mup is one process, which starts the ranks it needs; run it without "
+                "a launcher"
+            )
+        widths, tp_sizes = (sizes(getattr(arguments, name), name) for name in ("widths", "tp_sizes"))
+        checks = arguments.checks.split(",")
+        if unknown := [check for check in checks if check not in CHECKS]:
+            raise UserError(
+                f"--checks: {unknown[0]!r}; must be some of {', '.join(CHECKS)}, with commas; correct the name"
+            )
+        if len(widths) < 2:
+            raise UserError(f"--widths: {arguments.widths}; an exponent needs at least two widths; add one")
+        for name in ("seeds", "updates", "octaves"):
+            if getattr(arguments, name) < 1:
+                raise UserError(f"--{name}: {getattr(arguments, name)}; must be at least 1; change it")
+        if "decay" in checks:
+            decay.refuse(config)
+        steps = Timeline(config.schedule).total_steps
+        if "coordinates" in checks and arguments.updates > steps:
+            raise UserError(f"--updates: {arguments.updates}; the schedule has {steps} steps; ask for fewer")
+        devices = torch.cuda.device_count()
+        if "coordinates" in checks and devices and max(tp_sizes) > devices:
+            raise UserError(
+                f"--tp-sizes: {arguments.tp_sizes}; this machine has {devices} GPUs and each rank takes one; "
+                "name smaller sizes, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+            )
+        for width in widths:
+            for tp_size in tp_sizes if "coordinates" in checks else [1]:
+                proxy(config, width, tp_size=tp_size)
+        folder = arguments.output or Path(config.run.root) / config.run.name / "mup"
+        return Request(config, widths, checks, tp_sizes, folder, arguments)
+
+
+def sizes(text: str, option: str) -> list[int]:
+    """The distinct whole numbers of a list with commas, ascending."""
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = [0]
+    if found[0] < 1:
+        raise UserError(
+            f"--{option.replace('_', '-')}: {text!r}; whole numbers with commas between; for example 64,128,256"
+        )
+    return found
+
+
+def check_coordinates(request: Request) -> list[Finding]:
+    """Coordinates at every tensor-parallel size; sizes above 1 are launched as ranks of their own."""
+    records = []
+    for tp_size in request.tp_sizes:
+        if tp_size == 1:
+            measure_coordinates(request, 1)
+        else:
+            launch(request, tp_size)
+        records += json.loads(records_file(request, tp_size).read_text())
+    from tandem.trainer.tools.mup.plots import draw_coordinates
+
+    draw_coordinates(records, request.folder)
+    return coordinates.judge(records)
+
+
+def measure_coordinates(request: Request, tp_size: int) -> None:
+    """The records of this launch's tensor-parallel size are in its file."""
+    arguments = request.arguments
+    wanted = coordinates.proxies(request.config, request.widths, arguments.seeds, tp_size)
+    with started(tp_size) as mesh:
+        records = coordinates.measure(wanted, arguments.updates, mesh)
+    if launched_rank() == 0:
+        write_whole(records_file(request, tp_size), json.dumps(records) + "\n")
+
+
+def records_file(request: Request, tp_size: int) -> Path:
+    return request.folder / f"coordinates-tp{tp_size}.json"
+
+
+def launch(request: Request, tp_size: int) -> None:
+    """This command again as `tp_size` ranks on this machine, which measure coordinates and end.
+
+    Raises: RuntimeError when they fail; what they said stands above it.
+    """
+    arguments, file = request.arguments, records_file(request, tp_size)
+    file.unlink(missing_ok=True)
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={tp_size}", "-m", "tandem.trainer", "mup"]
+    options = {
+        "widths": arguments.widths, "checks": "coordinates", "tp-sizes": tp_size, "output": request.folder,
+        "seeds": arguments.seeds, "updates": arguments.updates,
+    }  # fmt: skip
+    command = [sys.executable, "-m", *launcher, str(arguments.config), *arguments.overrides]
+    command += [f"--{name}={value}" for name, value in options.items()] + ["--as-ranks"]
+    if subprocess.run(command).returncode:
+        raise RuntimeError(f"the {tp_size} ranks of the coordinate check failed")
+
+
+def check_transfer(request: Request) -> list[Finding]:
+    """The sweep, as far as it is not in the ledger yet."""
+    wanted = transfer.trials(request.config, request.widths, request.arguments.octaves)
+    with started(1) as mesh:
+        losses = transfer.sweep(wanted, request.folder / "transfer.jsonl", mesh)
+    from tandem.trainer.tools.mup.plots import draw_transfer
+
+    draw_transfer(losses, request.folder)
+    print(f"{transfer.table(losses)}\n")
+    return transfer.judge(losses)
+
+
+def check_decay(request: Request) -> list[Finding]:
+    """Decay at every width."""
+    with started(1) as mesh:
+        return decay.measure(request.config, request.widths, mesh)
+
+
+CHECKS: dict[str, Callable[[Request], list[Finding]]] = {
+    "coordinates": check_coordinates,
+    "transfer": check_transfer,
+    "decay": check_decay,
+}
+
+
+def say(findings: list[Finding], request: Request) -> int:
+    """One line for each check, the likely culprit where it failed; the exit code."""
+    for check in request.checks:
+        failure = first_failure(finding for finding in findings if finding.check == check)
+        print(f"FAILED {failure.sentence()}" if failure else f"passed {check}")
+    print(f"verdict and plots: {request.folder}")
+    return 1 if first_failure(findings) else 0

@@ -1,0 +1,122 @@
+"""The two figures of the kit, in the style of the reports: coordinates against width, loss against learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf, isfinite, sqrt
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from tandem.trainer.metrics.console import short
+from tandem.trainer.tools.mup.coordinates import LAWS, Record, curve
+from tandem.trainer.tools.mup.transfer import Losses, optimum
+from tandem.trainer.tools.report.plots import GREY, RED, STYLE, save
+
+OURS = STYLE | {"savefig.dpi": 100, "font.size": 9}
+SHADES = ("#b9d2ec", "#8ab3dd", "#5a94cd", "#2f6fb5", "#1d4f87", "#0f3159")
+"""Light to dark: early to late, narrow to wide."""
+
+
+def draw_coordinates(records: list[Record], folder: Path) -> list[Path]:
+    """One PNG for each case: size at the start and change after each update, against width."""
+    cases = dict.fromkeys((record["tp_size"], record["precision"]) for record in records)
+    found = []
+    for tp_size, precision in cases:
+        with matplotlib.rc_context(OURS):
+            figure = _coordinates(records, tp_size, precision)
+            found.append(save(figure, folder / f"coordinates-tp{tp_size}-{precision}.png"))
+    return found
+
+
+def draw_transfer(losses: Losses, folder: Path) -> Path:
+    """Loss against learning rate, one curve for each width, one panel for each parametrisation."""
+    with matplotlib.rc_context(OURS):
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        panels = figure.subplots(1, len(losses), sharey=True)
+        finite = [
+            loss for by_width in losses.values() for by_lr in by_width.values() for loss in by_lr.values() if loss < inf
+        ]
+        for axes, (name, by_width) in zip(panels, losses.items(), strict=True):
+            _transfer(axes, by_width)
+            axes.set_title(name, loc="left")
+            if finite:
+                axes.set_ylim(min(finite) - 0.1, min(max(finite), min(finite) + 2.5) + 0.1)
+        panels[0].set_ylabel("training loss at the end (nats per token)")
+        figure.legend(*panels[0].get_legend_handles_labels(), title="width", loc="outside right upper")
+        return save(figure, folder / "transfer.png")
+
+
+def _transfer(axes: Axes, by_width: dict[int, dict[float, float]]) -> None:
+    for color, (width, by_lr) in zip(_shades(len(by_width)), by_width.items(), strict=True):
+        reached = {lr: loss for lr, loss in by_lr.items() if isfinite(loss)}
+        axes.plot(list(reached), list(reached.values()), "o-", color=color, ms=4, label=str(width))
+        if reached:
+            best = optimum(reached)
+            axes.plot([best], [reached[best]], "o", color=color, ms=10, mfc="none", mew=1.5)
+    axes.set_xscale("log", base=2)
+    peaks = list(next(iter(by_width.values())))
+    axes.set_xticks(peaks, [f"{peak:.2g}" for peak in peaks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("peak learning rate; the ring is the best of a width")
+
+
+def _coordinates(records: list[Record], tp_size: int, precision: str) -> Figure:
+    """Top row the changes, one line for each update; bottom row the sizes at the start."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    panels = figure.subplots(2, len(LAWS))
+    widths, last_step = sorted({record["width"] for record in records}), max(record["step"] for record in records)
+    for column, coordinate in enumerate(LAWS):
+        change, size = panels[0][column], panels[1][column]
+        for color, step in zip(_shades(last_step), range(1, last_step + 1), strict=True):
+            points = _layers(records, tp_size, precision, "change", coordinate, step)
+            change.plot(*points, "o-", color=color, ms=3, label=str(step))
+        _, sizes = _layers(records, tp_size, precision, "size", coordinate, 0)
+        size.plot(widths, sizes, "o-", color=GREY, ms=3)
+        law = [sizes[0] * (width / widths[0]) ** LAWS[coordinate][0] for width in widths]
+        size.plot(widths, law, ":", color=RED, label="law")
+        change.set_title(coordinate, loc="left")
+        for axes in (change, size):
+            _log_log(axes, widths)
+        size.set_xlabel("width")
+    panels[0][0].set_ylabel("change since the start")
+    panels[1][0].set_ylabel("size at the start")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), title="updates", loc="outside right upper")
+    figure.legend(*panels[1][0].get_legend_handles_labels(), loc="outside right lower")
+    figure.suptitle(
+        f"root mean square over rows, layers and seeds; tensor parallel {tp_size}, {precision}", x=0.01, ha="left"
+    )
+    return figure
+
+
+def _layers(
+    records: list[Record], tp_size: int, precision: str, kind: str, coordinate: str, step: int
+) -> tuple[list[int], list[float]]:
+    """`coordinates.curve` of all layers together."""
+    names = [name for name in records[0][kind] if name.split()[0] == coordinate]
+    curves = [curve(records, tp_size, precision, kind, name, step) for name in names]
+    together = zip(*(values for _, values in curves), strict=True)
+    return curves[0][0], [sqrt(sum(value**2 for value in values) / len(values)) for values in together]
+
+
+def _log_log(axes: Axes, widths: list[int]) -> None:
+    """Both axes logarithmic, at least a decade of y, so that what is flat looks flat."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(widths, [str(width) for width in widths])
+    axes.xaxis.set_minor_locator(NullLocator())
+    low, high = axes.get_ylim()
+    if high < 20 * low:
+        middle = sqrt(low * high)
+        axes.set_ylim(middle / sqrt(20), middle * sqrt(20))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+
+
+def _shades(count: int) -> Sequence[str]:
+    """`count` of the shades, spread from light to dark."""
+    return [SHADES[round(index * (len(SHADES) - 1) / max(1, count - 1))] for index in range(count)]
