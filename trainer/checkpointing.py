@@ -10,11 +10,11 @@ import logging
 from tandem.trainer.checkpoint.read import newest, restore
 from tandem.trainer.checkpoint.save import START_AGAIN, Outcome, not_saved
 from tandem.trainer.checkpoint.write import model_facts, pass_over_later
-from tandem.trainer.config import UserError
-from tandem.trainer.data.ledger import Decision
+from tandem.trainer.config import RunConfig, UserError
+from tandem.trainer.data.ledger import Decision, Ledger
+from tandem.trainer.data.loader import Loader
 from tandem.trainer.distributed.mesh import barrier, on_rank_0
 from tandem.trainer.run_state import Made, Standing, Training
-from tandem.trainer.startup import begin_in_ledger
 
 log = logging.getLogger(__name__)
 RETRY_SHARE = 10
@@ -131,6 +131,18 @@ def gone_back(training: Training, at: Standing, made: Made) -> Standing:
     training.sinks.rollback(snapshot.step, at.step, reason)
     snapshot.close()
     return Standing(snapshot.step, at.cursor, snapshot.step, evaluated_step=snapshot.step)
+
+
+def begin_in_ledger(
+    ledger: Ledger, config: RunConfig, loader: Loader, dp_size: int, step: int, cursor: dict[str, int], *,
+    after: int, passed: dict[str, tuple[int, int]], rollback: bool = False,
+) -> None:  # fmt: skip
+    """It is on record that the run goes on after `step`; see `Ledger.start`."""
+    ledger.start(
+        step, cursor, order=loader.order, phases=[dataclasses.asdict(phase) for phase in config.schedule.phases],
+        fingerprints=loader.fingerprints, skipped=loader.skipped, dp_size=dp_size, after=after, passed=passed,
+        rollback=rollback,
+    )  # fmt: skip
 
 
 def passed_over(before: dict[str, int], after: dict[str, int]) -> dict[str, tuple[int, int]]:

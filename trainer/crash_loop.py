@@ -19,7 +19,7 @@ from typing import Any
 from tandem.trainer.config import UserError
 from tandem.trainer.distributed.watchdog import newest_verdict
 from tandem.trainer.metrics.records import FILE as METRICS_FILE
-from tandem.trainer.runtime import HELD
+from tandem.trainer.run_folder import HELD
 
 FILE = "attempts.jsonl"
 TAIL_BYTES = 1 << 16

@@ -6,28 +6,20 @@ on all ranks alike, what to do about it.
 
 import ctypes
 import faulthandler
-import fcntl
-import json
 import logging
 import os
-import platform
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TextIO, TypeVar
-
-from tandem.trainer.config import UserError
-from tandem.trainer.disk import TORN, write_whole
+from typing import NoReturn, TypeVar
 
 REQUEUE_EXIT_CODE = 85
 """The run saved on a signal and wants to be started again with the same command."""
@@ -41,15 +33,8 @@ ELSEWHERE_SIGNAL = signal.SIGURG
 """What a process sends itself when another rank was told to stop; ignored where nobody listens."""
 ELSEWHERE = "a signal to another rank"
 
-HELD = ".held"
-"""File in a run folder that the run which trains there has locked."""
-HELD_SECONDS = 20.0
 PR_SET_PDEATHSIG = 1
 """Source: linux/prctl.h."""
-
-REPORTED_PACKAGES = (
-    "deepspeed", "megatron-core", "triton", "webdataset", "omegaconf", "wandb", "transformers", "tokenizers",
-)  # fmt: skip
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -110,94 +95,12 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def environment() -> dict[str, Any]:
-    """Versions, machine, command and commit of this process: what someone needs to explain or repeat the run.
-
-    Where git is absent or this is no checkout, the commit is the variable TANDEM_COMMIT, or None.
-    """
-    import torch
-
-    # With torch's build, +cu130 for example, which the package's version may lack.
-    versions = {"torch": str(torch.__version__)}
-    for package in REPORTED_PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    root = Path(__file__).resolve().parent.parent
-    return {
-        "time": time.time(),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processors": os.cpu_count(),
-        "packages": versions,
-        "commit": _git(root, "rev-parse", "HEAD") or os.environ.get("TANDEM_COMMIT"),
-        "uncommitted": _git(root, "status", "--porcelain"),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-    }
-
-
-def open_run_folder(folder: Path, config_yaml: str) -> None:
-    """The folder holds this start's config and environment; those of earlier starts stay beside them when they differ."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for torn in [*folder.glob(TORN), *folder.glob(f"*/{TORN}")]:
-        torn.unlink(missing_ok=True)
-    config_file = folder / "config.yaml"
-    if config_file.exists() and config_file.read_text() != config_yaml:
-        number = len(list(folder.glob("config.before-*.yaml"))) + 1
-        config_file.rename(folder / f"config.before-{number}.yaml")
-        log.warning("the config differs from the last start's, which is kept as config.before-%d.yaml", number)
-    write_whole(config_file, config_yaml)
-    write_whole(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
-
-
 def node_ranks() -> int:
     """How many ranks of this launch share a machine, at most."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):  # torchrun, deepspeed, srun
         if given := os.environ.get(name):
             return max(int(nodes.split("(")[0]) for nodes in given.split(","))  # Slurm writes 8(x2),4
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Within the block no other run trains in the folder, as far as its file system can tell.
-
-    Waits some seconds first, for ranks that are still on their way out.
-    Raises: UserError when another run keeps the folder.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror
-        raise UserError(f"run.root: {folder} cannot be made ({reason}); name a folder you can write to") from None
-    with open(folder / HELD, "a+") as file:
-        deadline = time.monotonic() + HELD_SECONDS
-        while not _locked(file):
-            file.seek(0)
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{folder}: {file.read() or 'another process'} is training there; a run folder has one run at a time; "
-                    "stop that one or change run.name"
-                )
-            time.sleep(0.5)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
-
-
-def _locked(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        log.warning(
-            "%s: this file system has no locks (%s): nothing keeps a second run away", file.name, error.strerror
-        )
-    return True
 
 
 def stop_with_launcher() -> None:
@@ -324,57 +227,8 @@ class StopSignal:
                     os._exit(128 + number[0])
 
 
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def leave(code: int) -> NoReturn:
     """The process ends, whatever its threads wait for: one that fetches from a store that does not answer takes minutes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-class Laps:
-    """Seconds of the parts of a start, from the birth of the process on."""
-
-    def __init__(self) -> None:
-        self.seconds = {"imports": time.time() - _born()}
-        self._began = time.perf_counter()
-
-    def end(self, part: str) -> None:
-        """What was done since the part before is called so."""
-        now = time.perf_counter()
-        self.seconds[part], self._began = now - self._began, now
-
-
-def _born() -> float:
-    """Unix time at which this process began; now, where the system does not say. Source: proc(5), stat and uptime."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        alive = float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
-    except OSError:
-        alive = 0.0
-    return time.time() - alive
-
-
-def measured_peak_flops(device: Any) -> float:
-    """Floating-point operations per second of one large matrix product on this process's share of the machine.
-
-    The denominator of MFU where no hardware is configured: bf16 on a GPU, fp32 on a CPU.
-    """
-    import torch
-
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
-    matrix = torch.randn(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(8):
-        began = time.perf_counter()
-        result = matrix @ matrix
-        float(result[0, 0])  # waits for the device
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)

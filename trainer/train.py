@@ -7,28 +7,20 @@ batch; so all that a checkpoint adds to the config is tensors, a cursor and what
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tandem.trainer import runtime
-from tandem.trainer.checkpoint.compatibility import check_continues, imported
-from tandem.trainer.checkpoint.layout import committed
-from tandem.trainer.checkpoint.read import Snapshot, newest
-from tandem.trainer.checkpoint.save import Saver
-from tandem.trainer.checkpoint.write import pass_over_later, retire
-from tandem.trainer.checkpointing import due, gone_back, passed_over, save_finally, save_if_due
-from tandem.trainer.config import RunConfig, UserError, check_world, dump
-from tandem.trainer.config.flops import flops_per_token
-from tandem.trainer.config.schedule import Timeline
+from tandem.trainer.batches import batches_from
+from tandem.trainer.checkpointing import due, gone_back, save_finally, save_if_due
+from tandem.trainer.config import RunConfig, UserError, check_world
 from tandem.trainer.crash_loop import attempt
-from tandem.trainer.data.damage import Met, agreed, agreed_batches, given_up
-from tandem.trainer.data.ledger import Digests, Ledger, halves, joined, rollbacks
+from tandem.trainer.data.damage import given_up
+from tandem.trainer.data.ledger import Digests, halves, joined
 from tandem.trainer.data.loader import Batch, Loader, unpacked
 from tandem.trainer.distributed.coordination import Agreement, spread
 from tandem.trainer.distributed.deepspeed_engine import Engine
@@ -36,7 +28,6 @@ from tandem.trainer.distributed.mesh import (
     Mesh,
     collectives,
     flight_record,
-    from_rank_0,
     gather_to_all,
     launched_world_size,
     on_rank_0,
@@ -46,12 +37,12 @@ from tandem.trainer.distributed.mesh import (
 )
 from tandem.trainer.distributed.replica_check import check_replicas
 from tandem.trainer.distributed.watchdog import Watchdog, here
-from tandem.trainer.guard import Guard, Judgement
-from tandem.trainer.metrics.records import Sinks, StepRecord, evaluated, open_sinks, throughput
-from tandem.trainer.run_state import Made, Standing, Stepper, Training
+from tandem.trainer.guard import Judgement
+from tandem.trainer.run_folder import held
+from tandem.trainer.run_state import Made, Standing, Stepper, Training, record_of
 from tandem.trainer.runtime import Stopped, StopSignal
-from tandem.trainer.startup import begin_in_ledger, build_engine, check_held_out, keep_tokenizer, open_ledger
-from tandem.trainer.tools.evaluate import validation_loss
+from tandem.trainer.startup import Laps, check_held_out, start_run
+from tandem.trainer.validation import validate
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +53,7 @@ def run(config: RunConfig, stop_signal: StopSignal | None = None) -> int:
     Returns the exit code: 0 finished, REQUEUE_EXIT_CODE saved on a signal, to be started again with the same command.
     Raises: UserError for what a person has to mend.
     """
-    laps = runtime.Laps()
+    laps = Laps()
     check_world(config, launched_world_size())
     listening = nullcontext(stop_signal) if stop_signal else closing(StopSignal())
     with listening as stop_signal, started(config.parallel.tp_size) as mesh:
@@ -89,63 +80,12 @@ def run(config: RunConfig, stop_signal: StopSignal | None = None) -> int:
             laps.end("corpora")
             try:
                 agreement.any_rank(False)
-                on_rank_0(lambda: stack.enter_context(runtime.held(folder)), mesh)
-                return run_in(folder, config, mesh, loader, agreement, watchdog, records, laps)
+                on_rank_0(lambda: stack.enter_context(held(folder)), mesh)
+                training, at = start_run(folder, config, mesh, loader, agreement, watchdog, records, laps)
+                with training.saver:
+                    return loop(training, at)
             except Stopped:  # before anything was done that could be lost
                 return runtime.REQUEUE_EXIT_CODE
-
-
-def run_in(
-    folder: Path, config: RunConfig, mesh: Mesh, loader: Loader, agreement: Agreement, watchdog: Watchdog,
-    records: ExitStack, laps: runtime.Laps,
-) -> int:  # fmt: skip
-    """`run`, once the folder is ours."""
-    continues = from_rank_0(bool(committed(folder / "checkpoints")))
-    initial = None if continues else imported(config, mesh)
-    snapshot = newest(folder / "checkpoints", mesh)
-    agreement.any_rank(False)
-    laps.end("checkpoint checked")
-    if snapshot:
-        check_continues(config, snapshot, loader)
-        for source, files in snapshot.manifest.get("skipped", {}).items():
-            for file in files:
-                loader.skip(source, file)
-        on_rank_0(lambda: pass_over_later(snapshot.folder), mesh)
-        on_rank_0(lambda: retire(snapshot.folder, config.checkpoint.keep), mesh)  # what a kill has left of older ones
-    on_rank_0(lambda: runtime.open_run_folder(folder, dump(config)), mesh)
-    engine = build_engine(config, mesh, snapshot, initial)
-    for source in (snapshot, initial):
-        if source:
-            source.close()
-    laps.end("model")
-    at, guard, begin = take_up(folder, config, loader, mesh, snapshot)
-
-    def keep() -> None:
-        with suppress(Stopped), agreement.stop_signal.interrupting():
-            keep_tokenizer(folder, config.data)
-
-    on_rank_0(keep, mesh)
-    agreement.any_rank(False)
-    sinks = on_rank_0(lambda: open_sinks(folder, config, rank=0, resumed_step=at.step), mesh) or Sinks([], at.step)
-    ledger = on_rank_0(lambda: open_ledger(folder, loader), mesh)
-    records.callback(sinks.close)
-    if ledger:
-        records.callback(ledger.close)
-        begin(ledger)
-    peak_flops = config.hardware.peak_flops if config.hardware else runtime.measured_peak_flops(mesh.device)
-    saver = Saver(folder / "checkpoints", mesh, config.checkpoint.keep)
-    training = Training(
-        config, mesh, Timeline(config.schedule), engine, peak_flops, guard, folder, loader, sinks, saver, agreement, watchdog,
-        ledger, watch=watchdog.at,
-    )  # fmt: skip
-    laps.end("records")
-    sinks.start(
-        tokens=training.timeline.tokens_before(at.step), world_size=mesh.world_size, tp_size=mesh.tp_size,
-        dp_size=mesh.dp_size, total_steps=training.timeline.total_steps, total_tokens=training.timeline.total_tokens,
-        start_seconds=laps.seconds,
-    )  # fmt: skip
-    with saver:
-        return loop(training, at)
 
 
 @contextmanager
@@ -161,40 +101,13 @@ def closed_at_the_end(watchdog: Watchdog) -> Iterator[ExitStack]:
             raise
 
 
-def take_up(
-    folder: Path, config: RunConfig, loader: Loader, mesh: Mesh, snapshot: Snapshot | None
-) -> tuple[Standing, Guard, Callable[[Ledger], None]]:
-    """Where the run goes on, how the guard stands there, and what puts both on record.
-
-    A process that was ended after a rollback goes on behind the rows that the rollback passed over.
-    """
-    facts: dict[str, Any] = snapshot.manifest if snapshot else {"cursor": {}, "ledger_lines": 0}
-    step, after, cursor = snapshot.step if snapshot else 0, facts["ledger_lines"], facts["cursor"]
-    earlier = from_rank_0(rollbacks(folder, step, after) if mesh.rank == 0 and snapshot else None)
-    guard = Guard(config.guard, facts.get("guard"), {step: earlier.num} if earlier else {})
-    passed = {}
-    if earlier and earlier.cursor:
-        passed = passed_over(cursor, earlier.cursor)
-        cursor = earlier.cursor
-        for source, files in earlier.skipped.items():
-            for file in files:
-                loader.skip(source, file)
-    begin = partial(
-        begin_in_ledger, config=config, loader=loader, dp_size=mesh.dp_size, step=step, cursor=cursor, after=after,
-        passed=passed,
-    )  # fmt: skip
-    # A signal may have come between a save and the validation of its step.
-    evaluated_step = step if from_rank_0(mesh.rank == 0 and (not step or evaluated(folder, step))) else None
-    return Standing(step, dict(cursor), step if snapshot else None, evaluated_step), guard, begin
-
-
 def loop(training: Training, at: Standing) -> int:
     """Steps until the schedule, its sources, `run.stop_step` or a signal end them; returns the exit code."""
     reason = None
     batches, last = batches_from(training, at), last_step(training, at)
     try:
         if due(at.step, training.config.evaluate.every_steps) and at.step != at.evaluated_step:
-            evaluate(training, at)
+            validate(training, at)
         while at.step < last:
             if at.step == training.timeline.phase_at(at.step).first_step:
                 training.watchdog.patient()
@@ -213,11 +126,11 @@ def loop(training: Training, at: Standing) -> int:
                 check_replicas(training.engine.model, training.mesh, at.step)
             save_if_due(training, at)
             if due(at.step, training.config.evaluate.every_steps) and at.step < last:
-                evaluate(training, at)
+                validate(training, at)
         if at.step:
             save_finally(training, at)  # first: whatever held-out rows do, the steps are not lost
         if training.config.evaluate.every_steps and at.step != at.evaluated_step:
-            evaluate(training, at)
+            validate(training, at)
         reason = end_reason(training, at)
     except Stopped as stopped:
         with suppress(Stopped):
@@ -242,27 +155,6 @@ def end_reason(training: Training, at: Standing) -> str:
     return (
         f"data.max_epochs.{source}" if source and at.step >= end else f"run.stop_step {training.config.run.stop_step}"
     )
-
-
-def batches_from(training: Training, at: Standing) -> Generator[Batch, None, None]:
-    """The loader's batches from here on, each of them there on all ranks; where `data.damaged_shards` says skip, without the
-    shards that any rank finds damaged. Asking for one raises Stopped on all ranks where one has been told to stop.
-    """
-    return agreed_batches(
-        training.loader, at.step, at.cursor, training.agreement.met_by_any,
-        partial(leave_out, training) if training.config.data.damaged_shards == "skip" else None,
-        training.agreement.stop_signal.interrupting,
-    )  # fmt: skip
-
-
-def leave_out(training: Training, step: int, met: Met) -> None:
-    """From the update number `step` on no row is cut from the shard, and that is on record."""
-    source, file = met
-    if training.mesh.rank == 0:
-        log.warning("data.sources.%s: shard %s is damaged; it is left out from step %d on", source, file, step + 1)
-    if training.ledger:
-        training.ledger.skip(step + 1, source, file)
-    training.loader.skip(source, file)
 
 
 def timed_step(stepper: Stepper, batches: Iterator[Batch], step: int) -> Made | None:
@@ -327,55 +219,3 @@ def note(training: Training, at: Standing, made: Made) -> None:
         log.warning("step %d: %s; its update is left out", at.step, reason)
     if training.ledger and decision == "skip":
         training.ledger.bad(at.step, made.record.loss, made.record.gradient_norm, reason, decision)
-
-
-def evaluate(training: Training, at: Standing) -> None:
-    """The validation loss of the weights is on record, unless damage has left no held-out row to take it of."""
-    step, agreement = at.step, training.agreement
-    phase = training.timeline.phase_at(step - 1).phase
-    rows = partial(training.loader.validation, phase, training.config.evaluate.tokens)
-    stoppable = agreement.stop_signal.until_stopped
-    training.watch("data", step)
-    batches: Iterable[Batch] | None = rows()
-    if training.config.data.damaged_shards == "skip":
-        batches = agreed(lambda: list(stoppable(rows())), agreement.met_by_any, partial(leave_out, training, step))
-    left = iter(stoppable(batches or []))
-
-    def read() -> Batch | None:
-        training.watch("data", step)
-        return next(left, None)
-
-    def any_rank(has_one: bool) -> bool:
-        found = agreement.any_rank(has_one)
-        training.watch("evaluation", step)
-        return found
-
-    loss = validation_loss(training.engine.model, read, training.mesh, any_rank)
-    at.evaluated_step = step
-    if loss is not None:
-        training.sinks.validation(step, training.timeline.tokens_before(step), loss)
-    elif training.mesh.rank == 0:
-        files = ", ".join(f"{source}/{file}" for source, files in training.loader.skipped.items() for file in files)
-        log.warning("step %d: no validation loss: left out as damaged are %s, and no held-out row is left", step, files)
-
-
-def record_of(
-    stepper: Stepper, step: int, loss: float, gradient_norm: float, step_seconds: float, data_seconds: float,
-    judgement: Judgement,
-) -> StepRecord:  # fmt: skip
-    """The record of the step that was just finished, the `step`-th."""
-    config, mesh, timeline = stepper.config, stepper.mesh, stepper.timeline
-    phase = timeline.phase_at(step - 1).phase
-    speed = throughput(
-        phase.batch_tokens, step_seconds,
-        flops_per_token=flops_per_token(config.model, phase.seq_len, causal=False),
-        causal_flops_per_token=flops_per_token(config.model, phase.seq_len, causal=True),
-        devices=mesh.world_size, peak_flops=stepper.peak_flops,
-    )  # fmt: skip
-    memory: Any = torch.cuda.max_memory_allocated() / 2**30 if mesh.device.type == "cuda" else None
-    return StepRecord(
-        step=step, tokens=timeline.tokens_before(step), phase=phase.name, seq_len=phase.seq_len, rows=phase.rows,
-        loss=loss, lr=timeline.lr_at(step - 1), gradient_norm=gradient_norm, skipped=judgement.decision != "update",
-        step_seconds=step_seconds, data_seconds=data_seconds, tokens_per_second=speed.tokens_per_second, mfu=speed.mfu,
-        mfu_causal=speed.mfu_causal, memory_gib=memory, time=time.time(),
-    )  # fmt: skip

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.compatibility import imported
 from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.hf.mapping import cut
 from tandem.trainer.checkpoint.hf.reload import pretrained
@@ -26,7 +25,7 @@ from tandem.trainer.data.loader import Batch, Loader
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, gather_to_all, started
 from tandem.trainer.distributed.shards import joined
-from tandem.trainer.startup import build_engine
+from tandem.trainer.startup import build_engine, imported
 from tests import ranks, tiny
 from tests.promises.conftest import steps_of, two_phases
 from tests.promises.test_resume import run_all

@@ -1,4 +1,4 @@
-"""What a process knows of its launch, and what it finds in its run folder."""
+"""What a process knows of its launch, and what it does about signals."""
 
 import os
 import signal
@@ -9,7 +9,6 @@ from contextlib import closing, suppress
 import pytest
 
 from tandem.trainer import runtime
-from tandem.trainer.disk import whole_file, write_whole
 from tests.waiting import PATIENCE_SECONDS, eventually
 
 LAUNCHED = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "WORLD_SIZE")
@@ -67,28 +66,6 @@ def test_hidden_gpus_are_not_counted(monkeypatch, tmp_path, visible, expected):
     assert runtime.num_gpus(tmp_path) == expected
 
 
-def test_what_a_kill_left_half_written_goes_and_nothing_else(tmp_path):
-    write_whole(tmp_path / "report.html", "whole")
-    (tmp_path / "manifests").mkdir()
-    torn = [tmp_path / "config.yaml.0123abcd.tmp", tmp_path / "manifests" / "a.json.89efffff.tmp"]
-    kept = [tmp_path / "notes.tmp", tmp_path / "manifests" / "a.json"]
-    for path in (*torn, *kept):
-        path.write_text("words")
-    runtime.open_run_folder(tmp_path, "run: {}\n")
-    assert not any(path.exists() for path in torn)
-    assert [path.read_text() for path in kept] == ["words"] * 2
-    assert (tmp_path / "config.yaml").read_text() == "run: {}\n"
-
-
-def test_a_file_that_cannot_be_finished_is_what_it_was(tmp_path):
-    path = tmp_path / "file"
-    write_whole(path, "before")
-    with pytest.raises(TypeError), whole_file(path) as file:
-        file.write("after")
-    assert path.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_no_library_takes_a_signal_for_an_error_of_its_own():
     def library() -> None:
         with suppress(Exception):
@@ -99,12 +76,6 @@ def test_no_library_takes_a_signal_for_an_error_of_its_own():
         stop_signal.met()
         with pytest.raises(runtime.Stopped), stop_signal.interrupting():
             library()
-
-
-def test_without_git_the_commit_is_that_of_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("TANDEM_COMMIT", "0123abc")
-    assert runtime.environment()["commit"] == "0123abc"
 
 
 def test_a_signal_starts_no_thread(monkeypatch):

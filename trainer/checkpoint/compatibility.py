@@ -5,42 +5,15 @@ The one idea: a run keeps its model, its corpora and its past; what lies ahead m
 
 import logging
 from collections.abc import Collection
-from pathlib import Path
 
-from tandem.trainer.checkpoint.read import Snapshot, opened
+from tandem.trainer.checkpoint.read import Snapshot
 from tandem.trainer.checkpoint.write import model_facts
 from tandem.trainer.config import RunConfig, UserError
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.loader import Loader
 from tandem.trainer.data.manifest import check_resume
-from tandem.trainer.distributed.mesh import Mesh
 
 log = logging.getLogger(__name__)
-NOT_OF_THE_WEIGHTS = ("init_std", "init_truncation_sigmas", "document_masking", "alibi_scaling")
-"""Fields of the model that whoever trains given weights further may set anew."""
-WARNED_OF = ("document_masking", "alibi_scaling")
-"""Those of them with which the weights compute something else."""
-
-
-def imported(config: RunConfig, mesh: Mesh) -> Snapshot | None:
-    """The snapshot that `run.initial_weights` names, if it names one.
-
-    Fields of `NOT_OF_THE_WEIGHTS` may differ from the snapshot's; a warning names those that change what its weights
-    compute.
-
-    Raises: UserError when any other field of model or mup differs.
-    """
-    if config.run.initial_weights is None:
-        return None
-    snapshot = opened(Path(config.run.initial_weights), mesh)
-    remedy = "the weights are made for that; take their value or other weights"
-    check_same_model(config, snapshot, f"run.initial_weights {snapshot.folder}", remedy, free=NOT_OF_THE_WEIGHTS)
-    ours, theirs = model_facts(config.model, config.mup)["model"], snapshot.manifest["model"]
-    differing = [name for name in WARNED_OF if ours.get(name) != theirs.get(name)]
-    if differing and mesh.rank == 0:
-        said = ", ".join(f"model.{name} {ours.get(name)} (there {theirs.get(name)})" for name in differing)
-        log.warning("training does not go on as run.initial_weights %s was made: %s", snapshot.folder, said)
-    return snapshot
 
 
 def check_continues(config: RunConfig, snapshot: Snapshot, loader: Loader) -> None:

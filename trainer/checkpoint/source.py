@@ -1,16 +1,21 @@
 """Weights from wherever a user points: a run folder, an import's folder, a checkpoint, or a Hugging Face folder."""
 
+import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from tandem.trainer import models
 from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.layout import MARKER, committed, folder_name
-from tandem.trainer.checkpoint.read import opened
-from tandem.trainer.config import BTLM, Mup, StableLM, UserError
+from tandem.trainer.checkpoint.read import load_weights, opened
+from tandem.trainer.config import BTLM, AlibiScaling, Mup, StableLM, UserError, check_alibi_scaling, section_from
 from tandem.trainer.data.manifest import TOKENIZER_FILE
+from tandem.trainer.distributed.mesh import Mesh
 
 ORDINARY_EOS = "<|endoftext|>"
 
@@ -45,6 +50,43 @@ def source(path: Path, step: int | None = None) -> Source:
     return _checkpoint(path if step is None else _of_step(path, step))
 
 
+def model_from(origin: Source, mesh: Mesh, dtype: torch.dtype | None = None) -> models.Decoder:
+    """The model with the source's weights, by default in fp32 on a CPU and bf16 on a GPU."""
+    dtype = dtype or (torch.bfloat16 if mesh.device.type == "cuda" else torch.float32)
+    with mesh.device:
+        model = models.build(origin.model, origin.mup, mesh, dtype=dtype)
+    load_weights(model, origin.read, mesh)
+    return model.eval()
+
+
+def add_alibi_scaling(parser: argparse.ArgumentParser) -> None:
+    """The option that `with_alibi_scaling` understands."""
+    parser.add_argument(
+        "--alibi-scaling", metavar="KEY=NUMBER",
+        help="interpolate positions (BTLM): factor=4.0 for all rows, train_seq_len=8192 for rows longer than that, or none; "
+        "default: as the model was trained",
+    )  # fmt: skip
+
+
+def with_alibi_scaling(origin: Source, given: str | None) -> Source:
+    """The source with another position interpolation, which no weight depends on.
+
+    Raises: UserError where it says nothing valid, or the family has no ALiBi.
+    """
+    if given is None:
+        return origin
+    if not isinstance(origin.model, BTLM):
+        raise UserError(
+            f"--alibi-scaling: {given}; the weights are of {origin.model.family}, without ALiBi; leave it out"
+        )
+    scaling = None
+    if given != "none":
+        key, _, number = given.partition("=")
+        scaling = section_from(AlibiScaling, {"type": "linear", key: _number(number)}, "--alibi-scaling")
+        check_alibi_scaling(scaling, "--alibi-scaling")
+    return replace(origin, model=replace(origin.model, alibi_scaling=scaling))
+
+
 def _checkpoint(path: Path) -> Source:
     snapshot = opened(path)
     model, mup = snapshot.sections()
@@ -71,3 +113,10 @@ def _of_step(path: Path, step: int) -> Path:
 
 def _file(path: Path) -> Path | None:
     return path if path.is_file() else None
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text

@@ -14,8 +14,7 @@ from threading import Event, Thread
 from torch.distributed import Store
 
 from tandem.trainer.config import UserError
-from tandem.trainer.data.damage import Met
-from tandem.trainer.distributed.mesh import Mesh, barrier, gather_to_all, shared_store, sum_over_ranks
+from tandem.trainer.distributed.mesh import Mesh, barrier, shared_store, sum_over_ranks
 from tandem.trainer.distributed.watchdog import connection_lost
 from tandem.trainer.runtime import Stopped, StopSignal
 
@@ -47,10 +46,6 @@ class Agreement:
             raise Stopped
         self.save_wanted = saves > 0
         return said_by > 0
-
-    def met_by_any(self, met: Met | None) -> list[Met]:
-        """The damaged shards that ranks have met, the same on every rank. Raises: Stopped as `any_rank`."""
-        return sorted({each for each in gather_to_all(met) if each}) if self.any_rank(met is not None) else []
 
 
 @contextmanager

@@ -267,3 +267,21 @@ def _records(path: Path) -> list[dict[str, Any]]:
             except ValueError:  # torn by a kill, or being written at this moment
                 continue
     return records
+
+
+def measured_peak_flops(device: Any) -> float:
+    """Floating-point operations per second of one large matrix product on this process's share of the machine.
+
+    The denominator of MFU where no hardware is configured: bf16 on a GPU, fp32 on a CPU.
+    """
+    import torch
+
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(8):
+        began = time.perf_counter()
+        result = matrix @ matrix
+        float(result[0, 0])  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)

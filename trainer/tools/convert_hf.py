@@ -18,12 +18,11 @@ from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.hf.folder import appearing
 from tandem.trainer.checkpoint.hf.mapping import Read
 from tandem.trainer.checkpoint.hf.reload import pretrained
-from tandem.trainer.checkpoint.source import Source, source
+from tandem.trainer.checkpoint.source import Source, add_alibi_scaling, model_from, source, with_alibi_scaling
 from tandem.trainer.checkpoint.write import model_facts, save_weights
 from tandem.trainer.config import BTLM, StableLM, UserError
 from tandem.trainer.data.manifest import TOKENIZER_FILE
 from tandem.trainer.distributed.mesh import started
-from tandem.trainer.tools.evaluate import add_alibi_scaling, model_from, with_alibi_scaling
 
 log = logging.getLogger(__name__)
 LOGIT_TOLERANCE = 1e-5

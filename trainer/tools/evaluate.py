@@ -3,58 +3,23 @@
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from tandem.trainer import models
-from tandem.trainer.checkpoint.read import load_weights
-from tandem.trainer.checkpoint.source import Source, source
+from tandem.trainer.checkpoint.source import Source, add_alibi_scaling, model_from, source, with_alibi_scaling
 from tandem.trainer.config import (
-    BTLM,
-    AlibiScaling,
     Data,
     LearningRate,
     Phase,
     Schedule,
     UserError,
-    check_alibi_scaling,
-    section_from,
 )
 from tandem.trainer.data import manifest
-from tandem.trainer.data.loader import Batch, Loader, unpacked
-from tandem.trainer.distributed.mesh import Mesh, started, sum_over_ranks, to_device
-
-
-def validation_loss(
-    model: nn.Module, read: Callable[[], Batch | None], mesh: Mesh, any_rank: Callable[[bool], bool]
-) -> float | None:
-    """Mean cross-entropy in nats over all ranks' rows, weights and gradients untouched; the same on every rank.
-
-    None where no rank has a row. `read` gives this rank's next batch, `any_rank` says whether any rank has one; all ranks call
-    both alike, and the latter may raise to end the validation.
-    """
-    total, tokens = 0.0, 0
-    with torch.no_grad():
-        while any_rank((batch := read()) is not None):
-            if batch is None:
-                continue
-            losses = losses_of(model, batch, mesh)
-            total += float(losses.double().sum())
-            tokens += losses.numel()
-    # Tensor-parallel ranks add the same numbers, which leaves the ratio as it is.
-    summed, counted = sum_over_ranks([total, float(tokens)])
-    return summed / counted if counted else None
-
-
-def losses_of(model: nn.Module, batch: Batch, mesh: Mesh) -> Tensor:
-    """Cross-entropy of every token of the batch, [rows, seq], in nats."""
-    losses: Tensor = model(*unpacked(to_device(batch.packed, mesh)))
-    return losses
+from tandem.trainer.data.loader import Batch, Loader
+from tandem.trainer.distributed.mesh import started
+from tandem.trainer.validation import losses_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,15 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_alibi_scaling(parser)
-
-
-def add_alibi_scaling(parser: argparse.ArgumentParser) -> None:
-    """The option that `with_alibi_scaling` understands."""
-    parser.add_argument(
-        "--alibi-scaling", metavar="KEY=NUMBER",
-        help="interpolate positions (BTLM): factor=4.0 for all rows, train_seq_len=8192 for rows longer than that, or none; "
-        "default: as the model was trained",
-    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -121,34 +77,6 @@ def check_data(data: str, origin: Source, length: int, rows: int) -> None:
         )
 
 
-def with_alibi_scaling(origin: Source, given: str | None) -> Source:
-    """The source with another position interpolation, which no weight depends on.
-
-    Raises: UserError where it says nothing valid, or the family has no ALiBi.
-    """
-    if given is None:
-        return origin
-    if not isinstance(origin.model, BTLM):
-        raise UserError(
-            f"--alibi-scaling: {given}; the weights are of {origin.model.family}, without ALiBi; leave it out"
-        )
-    scaling = None
-    if given != "none":
-        key, _, number = given.partition("=")
-        scaling = section_from(AlibiScaling, {"type": "linear", key: _number(number)}, "--alibi-scaling")
-        check_alibi_scaling(scaling, "--alibi-scaling")
-    return replace(origin, model=replace(origin.model, alibi_scaling=scaling))
-
-
-def model_from(origin: Source, mesh: Mesh, dtype: torch.dtype | None = None) -> models.Decoder:
-    """The model with the source's weights, by default in fp32 on a CPU and bf16 on a GPU."""
-    dtype = dtype or (torch.bfloat16 if mesh.device.type == "cuda" else torch.float32)
-    with mesh.device:
-        model = models.build(origin.model, origin.mup, mesh, dtype=dtype)
-    load_weights(model, origin.read, mesh)
-    return model.eval()
-
-
 def held_out(data: str, vocab: int, length: int, rows: int) -> Iterable[Batch]:
     """`rows` held-out rows of `length` tokens, one at a time."""
     name = "corpus"
@@ -156,13 +84,6 @@ def held_out(data: str, vocab: int, length: int, rows: int) -> Iterable[Batch]:
     schedule = Schedule(None, [phase], LearningRate("linear", 1.0, 0.0, 0, None))
     loader = Loader(Data({name: data}), schedule, seed=0, vocab=vocab, dp_rank=0, dp_size=1)
     return loader.validation(phase, rows * length)
-
-
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
 
 
 def _table(report: dict[str, float | list[float]]) -> str:

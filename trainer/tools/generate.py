@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tandem.trainer.checkpoint.source import Source, source
+from tandem.trainer.checkpoint.source import Source, add_alibi_scaling, model_from, source, with_alibi_scaling
 from tandem.trainer.config import BTLM, UserError
 from tandem.trainer.distributed.mesh import started
 from tandem.trainer.models.sampling import Sampling, continuations
-from tandem.trainer.tools.evaluate import add_alibi_scaling, model_from, with_alibi_scaling
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 from tandem.trainer.config import load
+from tandem.trainer.metrics.records import measured_peak_flops
 from tandem.trainer.tools.bench.plan import EVERY_PHASE, MICRO_BATCHES, planned
 
 
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         runtime.start_logging(mesh.rank)
         if config.debug.deterministic:
             runtime.make_deterministic()
-        matmul_flops = runtime.measured_peak_flops(mesh.device)
+        matmul_flops = measured_peak_flops(mesh.device)
         peak_flops = config.hardware.peak_flops if config.hardware else matmul_flops
         engine = build_engine(config, mesh, None)
         stepper = Stepper(config, mesh, Timeline(config.schedule), engine, peak_flops, Guard(config.guard))

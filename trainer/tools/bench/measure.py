@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from tandem.trainer import runtime
 from tandem.trainer.config import Phase, flops
 from tandem.trainer.data.loader import Batch
 from tandem.trainer.distributed.coordination import Agreement
 from tandem.trainer.distributed.mesh import Mesh, gather_to_all
 from tandem.trainer.metrics.console import short
 from tandem.trainer.metrics.records import StepRecord, Throughput, throughput
+from tandem.trainer.run_folder import environment
 from tandem.trainer.run_state import Stepper
 from tandem.trainer.tools.bench.kinds import profiled
 from tandem.trainer.tools.bench.parts import instrumented
@@ -203,7 +203,7 @@ def peak_memory(mesh: Mesh) -> dict[str, float | None]:
 
 def machine(mesh: Mesh) -> dict[str, Any]:
     """What it ran on, and which code."""
-    found = runtime.environment()
+    found = environment()
     packages = {name: found["packages"][name] for name in ("torch", "triton", "deepspeed")}
     return {
         "device": device_name(mesh),

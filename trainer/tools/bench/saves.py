@@ -36,6 +36,7 @@ from tandem.trainer.data.loader import Batch
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, barrier, gather_to_all, launched_world_size, started
 from tandem.trainer.guard import Guard
+from tandem.trainer.metrics.records import measured_peak_flops
 from tandem.trainer.run_state import Stepper
 from tandem.trainer.startup import build_engine
 from tandem.trainer.tools.bench.measure import made
@@ -334,7 +335,7 @@ def main(argv: list[str]) -> int:
         with started(config.parallel.tp_size) as mesh:
             runtime.start_logging(mesh.rank)
             engine = build_engine(config, mesh, None)
-            peak_flops = runtime.measured_peak_flops(mesh.device)
+            peak_flops = measured_peak_flops(mesh.device)
             stepper = Stepper(config, mesh, Timeline(config.schedule), engine, peak_flops, Guard(config.guard))
             line = measured(stepper, arguments, arguments.folder)
             if mesh.rank == 0:

@@ -20,6 +20,7 @@ from tandem.trainer.config import RunConfig, UserError, load
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.disk import write_whole
 from tandem.trainer.distributed.mesh import launched_rank, launched_world_size, started
+from tandem.trainer.run_folder import environment
 from tandem.trainer.tools.mup import coordinates, decay, transfer
 from tandem.trainer.tools.mup.proxies import mup_of, proxy
 from tandem.trainer.tools.mup.verdict import Finding, as_json, first_failure, table
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         found = CHECKS[check](request)
         print(f"{table(found)}\n", flush=True)
         findings += found
-    facts = {"widths": request.widths, "checks": request.checks, "environment": runtime.environment()}
+    facts = {"widths": request.widths, "checks": request.checks, "environment": environment()}
     verdict = {**facts, "passed": not first_failure(findings), "findings": as_json(findings), "config": asdict(config)}
     write_whole(request.folder / "verdict.json", json.dumps(verdict, indent=1) + "\n")
     return say(findings, request)

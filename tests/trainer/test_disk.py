@@ -1,0 +1,14 @@
+"""Files are whole or are what they were."""
+
+import pytest
+
+from tandem.trainer.disk import whole_file, write_whole
+
+
+def test_a_file_that_cannot_be_finished_is_what_it_was(tmp_path):
+    path = tmp_path / "file"
+    write_whole(path, "before")
+    with pytest.raises(TypeError), whole_file(path) as file:
+        file.write("after")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
