@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from tandem.data_prep import clean, duplicates, minhash, read, spill
+from tandem.data_prep import clean, duplicates, minhash, readers, spill
 from tandem.data_prep.executor import Advance
-from tandem.data_prep.inputs import content_hash
-from tandem.data_prep.plan import Unit
-from tandem.data_prep.read import Document
+from tandem.data_prep.input_files import content_hash
+from tandem.data_prep.readers import Document
 from tandem.data_prep.settings import Settings
 from tandem.data_prep.spill import Spill
 from tandem.data_prep.tokenizers.encoding import Encode
+from tandem.data_prep.work_units import Unit
 from tandem.trainer.config import UserError
 from tandem.trainer.disk import write_whole
 
@@ -127,14 +127,14 @@ def documents(settings: Settings, unit: Unit, counts: Counter[str], advance: Adv
     wanted = [name.split(".")[0] for name in (settings.group_field, settings.where and settings.where[0]) if name]
     for part in unit.parts:
         try:
-            for document in read.documents(part, settings.text_field, wanted, advance):
+            for document in readers.documents(part, settings.text_field, wanted, advance):
                 if not document.text:
                     counts["empty_documents"] += 1
                 elif settings.where and _value(document, settings.where[0]) != settings.where[1]:
                     counts["other_documents"] += 1
                 elif (text := clean.cleaned(document.text, settings.cleaning, counts)) is not None:
                     yield Document(document.place, text, document.fields)
-        except read.Undecodable:
+        except readers.Undecodable:
             if not settings.skip_undecodable:
                 raise
             counts["skipped_files"] += 1

@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from tandem.data_prep import survey
-from tandem.data_prep.corpus import Corpus, Piece
+from tandem.data_prep import corpus_statistics
+from tandem.data_prep.corpus_reader import Corpus, Piece
 from tandem.data_prep.vocabulary import visible
 from tandem.trainer.config import UserError
 from tandem.trainer.data.manifest import Shard, Split
@@ -188,13 +188,13 @@ def _excerpt(text: str, found: str) -> Text:
 
 def _survey(args: argparse.Namespace, corpus: Corpus, console: Console) -> None:
     shards = corpus.shards
-    scanned = survey.spread(shards, len(shards) if args.sample == "all" else int(args.sample))
+    scanned = corpus_statistics.spread(shards, len(shards) if args.sample == "all" else int(args.sample))
     with bar.shown("counting lengths", sum(shard.bytes for shard in scanned)) as advance:
-        known = survey.facts(corpus, scanned, survey.scan(corpus, scanned, advance))
+        known = corpus_statistics.facts(corpus, scanned, corpus_statistics.scan(corpus, scanned, advance))
     if args.json:
         print(json.dumps(known))
     else:
-        survey.show(known, console)
+        corpus_statistics.show(known, console)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:

@@ -19,16 +19,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from tandem.data_prep import clean, cluster, encode, executor, folder, read, stages
+from tandem.data_prep import clean, cluster, encode, executor, output_folder, readers, stages
 from tandem.data_prep.clean import Rules
-from tandem.data_prep.cluster import jobs
-from tandem.data_prep.cluster.jobs import OURS
-from tandem.data_prep.cluster.task import Request
-from tandem.data_prep.inputs import Input, Part, listed
+from tandem.data_prep.cluster import submissions
+from tandem.data_prep.cluster.stage_job import Request
+from tandem.data_prep.cluster.submissions import OURS
+from tandem.data_prep.input_files import Input, Part, listed
 from tandem.data_prep.settings import Settings
 from tandem.data_prep.tokenizers import build, encoding
 from tandem.trainer.config import UserError
-from tandem.trainer.data import manifest, remote
+from tandem.trainer.data import manifest, remote_files
 from tandem.trainer.data.manifest import Manifest
 
 ORDINARY_VOCAB = 16_384
@@ -90,18 +90,18 @@ def run(args: argparse.Namespace) -> None:
     try:
         _run(args, output, given, console)
     except KeyboardInterrupt:
-        kept = f"finished work is kept in {output}; " if (output / folder.WORK).is_dir() else ""
+        kept = f"finished work is kept in {output}; " if (output / output_folder.WORK).is_dir() else ""
         raise KeyboardInterrupt(f"{kept}the same command goes on") from None
 
 
 def _run(args: argparse.Namespace, output: Path, given: str | None, console: Console) -> None:
     inputs = listed(args.input, args.glob, output)
     settings = _settings(args, given)
-    if folder.is_finished(output, settings.identity(), inputs):
+    if output_folder.is_finished(output, settings.identity(), inputs):
         print(f"{output}: already prepared with these settings; nothing to do")
         return
-    with folder.claimed(output, settings.identity(), partial(jobs.refuse_running, output)):
-        if folder.is_finished(output, settings.identity(), inputs):
+    with output_folder.claimed(output, settings.identity(), partial(submissions.refuse_running, output)):
+        if output_folder.is_finished(output, settings.identity(), inputs):
             print(f"{output}: was prepared meanwhile with these settings; nothing to do")
             return
         if args.executor == "slurm":
@@ -136,7 +136,7 @@ def _runner(args: argparse.Namespace) -> stages.Run:
 
 def _submit(args: argparse.Namespace, inputs: list[Input], given: str | None, settings: Settings) -> None:
     output = Path(args.output).resolve()
-    if before := jobs.last(output):
+    if before := submissions.last(output):
         print(f"{args.output}: the jobs of the last submission have ended and are not done; logs: {before.logs}")
         for line in before.failures()[:SHOWN_FAILURES]:
             print(f"  {line}")
@@ -185,7 +185,9 @@ def _settings(args: argparse.Namespace, given: str | None) -> Settings:
 
 def _contaminants(paths: list[str], text_field: str) -> frozenset[bytes]:
     parts = (Part(file, 0, 1) for file in listed(paths, None, Path(os.devnull), "--decontaminate"))
-    texts = (document.text for part in parts for document in read.documents(part, text_field, [], lambda count: None))
+    texts = (
+        document.text for part in parts for document in readers.documents(part, text_field, [], lambda count: None)
+    )
     return clean.keys(texts)
 
 
@@ -194,7 +196,7 @@ def _vocab(args: argparse.Namespace) -> int:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    if remote.is_remote(args.output):
+    if remote_files.is_remote(args.output):
         raise UserError(f"--output: {args.output}; must be a local folder; prepare in one, then copy it there")
     if not 0 <= args.held_out < 1:
         raise UserError(f"--held-out: {args.held_out}; must be at least 0 and below 1; 0.005 keeps one document in 200")

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from tandem.data_prep import spill
+from tandem.data_prep.shard_writer import write_shard
 from tandem.data_prep.spill import SPLITS, Spill
-from tandem.data_prep.write import write_shard
 from tandem.trainer.data.manifest import Shard
 from tandem.trainer.disk import whole_file, write_whole
 

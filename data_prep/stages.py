@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from tandem.data_prep import clean, duplicates, encode, folder, plan, read, shuffle, spill
+from tandem.data_prep import clean, duplicates, encode, output_folder, readers, shuffle, spill, work_units
 from tandem.data_prep.executor import Advance, Do
-from tandem.data_prep.inputs import Input, Part
-from tandem.data_prep.plan import Unit
+from tandem.data_prep.input_files import Input, Part
 from tandem.data_prep.settings import Settings
 from tandem.data_prep.shuffle import Dropped, Range
 from tandem.data_prep.spill import Spill
 from tandem.data_prep.tokenizers import build, encoding
 from tandem.data_prep.tokenizers.encoding import Encoder
+from tandem.data_prep.work_units import Unit
 from tandem.trainer.data import manifest
 from tandem.trainer.data.manifest import Manifest, Shard, Split
 from tandem.trainer.disk import write_whole
@@ -59,7 +59,7 @@ class Preparation:
 
     @property
     def work(self) -> Path:
-        return self.output / folder.WORK
+        return self.output / output_folder.WORK
 
     @property
     def whole(self) -> Path:
@@ -76,13 +76,13 @@ def begin(
 
     Raises: UserError where the inputs cannot be read or hold no text.
     """
-    work = output / folder.WORK
+    work = output / output_folder.WORK
     work.mkdir(exist_ok=True)
     text = given if given is not None else _trained(work, settings, inputs, vocab, shown)
     where = "--tokenizer" if given is not None else "--eos"
     encoder = encoding.encoder(text, settings.eos, where, library=library, sample=_sample(settings, inputs))
     identity = settings.identity() | {"tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    preparation = Preparation(output, settings, plan.units(inputs, identity), encoder, text)
+    preparation = Preparation(output, settings, work_units.units(inputs, identity), encoder, text)
     for other in set(work.glob("whole-*")) - {preparation.whole}:
         shutil.rmtree(other)  # of other inputs: their shards in the output are about to be written over
     preparation.whole.mkdir(exist_ok=True)
@@ -93,8 +93,8 @@ def _sample(settings: Settings, inputs: list[Input]) -> list[str]:
     """The first texts there are, whatever becomes of them."""
     texts: list[str] = []
     for file in inputs:
-        with suppress(read.Undecodable):  # said, or counted, when it is encoded
-            for document in read.documents(Part(file, 0, 1), settings.text_field, [], lambda count: None):
+        with suppress(readers.Undecodable):  # said, or counted, when it is encoded
+            for document in readers.documents(Part(file, 0, 1), settings.text_field, [], lambda count: None):
                 texts.append(document.text)
                 if len(texts) >= SAMPLE_DOCUMENTS or sum(map(len, texts)) >= SAMPLE_CHARACTERS:
                     return texts
@@ -259,12 +259,12 @@ def _refuse_without_training_documents(preparation: Preparation) -> None:
     records = [spill.record(preparation.work, unit.name) for unit in preparation.units]
     documents = sum(record["documents"] for record in records)
     if documents:
-        raise folder.Useless(
+        raise output_folder.Useless(
             f"--held-out: {preparation.settings.held_out} leaves none of {documents} documents for training; lower it"
         )
     counted: Counter[str] = sum((Counter(record["counts"]) for record in records), Counter())
     why = ", ".join(f"{counted[name]} {name.replace('_', ' ')}" for name in LEFT_OUT if counted[name]) or "no documents"
-    raise folder.Useless(f"--input: holds no text to train on ({why}); name another path or take less out")
+    raise output_folder.Useless(f"--input: holds no text to train on ({why}); name another path or take less out")
 
 
 def finish(preparation: Preparation) -> Manifest:
@@ -286,10 +286,10 @@ def finish(preparation: Preparation) -> Manifest:
         unigram_entropy_nats=_entropy_nats(occurrences),
         counts=dict(sorted(counts.items())) | {"documents": documents, "tokens": tokens},
         groups=groups if settings.group_field else {},
-        settings=settings.identity() | folder.of_inputs(preparation.units, records),
+        settings=settings.identity() | output_folder.of_inputs(preparation.units, records),
         **splits,
     )
-    folder.finish(output, preparation.units, records, preparation.tokenizer_json, corpus)
+    output_folder.finish(output, preparation.units, records, preparation.tokenizer_json, corpus)
     return corpus
 
 

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
-from tandem.data_prep import executor, folder, origin
+from tandem.data_prep import executor, output_folder, provenance
 from tandem.data_prep.executor import Advance
 from tandem.data_prep.vocabulary import Vocabulary
 from tandem.trainer.config import UserError
-from tandem.trainer.data import manifest, remote
+from tandem.trainer.data import manifest, remote_files
 from tandem.trainer.data.manifest import Manifest, Shard, Split
 from tandem.trainer.metrics import bar
 
@@ -61,10 +61,10 @@ def run(args: argparse.Namespace) -> None:
     entropy_nats = _entropy_nats(_occurrences(args.corpus, corpus, args.workers))
     if abs(entropy_nats - corpus.unigram_entropy_nats) > 2 * 10**-ENTROPY_DECIMALS:
         raise UserError(
-            f"{remote.below(args.corpus, manifest.FILE)}: unigram_entropy_nats {corpus.unigram_entropy_nats}; "
+            f"{remote_files.below(args.corpus, manifest.FILE)}: unigram_entropy_nats {corpus.unigram_entropy_nats}; "
             f"the training tokens have {entropy_nats:.{ENTROPY_DECIMALS}f}; prepare the corpus again"
         )
-    if not remote.is_remote(args.corpus):
+    if not remote_files.is_remote(args.corpus):
         _check_no_stranger(Path(args.corpus), corpus)
     shards, seconds = _shards(corpus), time.monotonic() - began
     read_bytes = sum(shard.bytes for shard in shards)
@@ -79,8 +79,8 @@ def _shards(corpus: Manifest) -> list[Shard]:
 
 
 def _check_manifest(address: str, corpus: Manifest) -> None:
-    path = remote.below(address, manifest.FILE)
-    if remote.content(path) != manifest.dump(corpus).encode():
+    path = remote_files.below(address, manifest.FILE)
+    if remote_files.content(path) != manifest.dump(corpus).encode():
         raise UserError(f"{path}: is not written as it was; it was changed or damaged; prepare the corpus again")
     splits = (corpus.train, corpus.validation)
     for counted in ("tokens", "documents"):
@@ -103,8 +103,8 @@ def _check_sum(path: str, what: str, said: int | None, found: int) -> None:
 
 
 def _check_tokenizer(address: str, corpus: Manifest) -> None:
-    path = remote.below(address, manifest.TOKENIZER_FILE)
-    content = _read(path, partial(remote.content, path))
+    path = remote_files.below(address, manifest.TOKENIZER_FILE)
+    content = _read(path, partial(remote_files.content, path))
     _check_hash(path, content, corpus.tokenizer_sha256)
     vocabulary = Vocabulary(content.decode(), corpus.eos_token, path)
     found = (vocabulary.eos_id, vocabulary.size, manifest.dtype_of(vocabulary.size))
@@ -113,8 +113,8 @@ def _check_tokenizer(address: str, corpus: Manifest) -> None:
 
 
 def _check_inputs(address: str, corpus: Manifest) -> None:
-    path = remote.below(address, folder.INPUTS)
-    for name, found in origin.identity(origin.load(path)).items():
+    path = remote_files.below(address, output_folder.INPUTS)
+    for name, found in provenance.identity(provenance.load(path)).items():
         if corpus.settings.get(name) != found:
             raise UserError(
                 f"{path}: {name} {found}; {manifest.FILE} says {corpus.settings.get(name)}; restore it or prepare again"
@@ -123,7 +123,7 @@ def _check_inputs(address: str, corpus: Manifest) -> None:
 
 def _check_no_stranger(path: Path, corpus: Manifest) -> None:
     for found in sorted(path.iterdir()):
-        if found.name not in folder.manifest_files(corpus):
+        if found.name not in output_folder.manifest_files(corpus):
             raise UserError(f"{found}: is not in {manifest.FILE}; remove it")
 
 
@@ -154,7 +154,7 @@ def _occurrences(address: str, corpus: Manifest, workers: int) -> np.ndarray:
 def _checking(address: str, corpus: Manifest) -> executor.Do:
     def check(shard: Shard, advance: Advance) -> tuple[str, np.ndarray | str]:
         try:
-            return shard.file, _check_shard(remote.below(address, shard.file), corpus, shard)
+            return shard.file, _check_shard(remote_files.below(address, shard.file), corpus, shard)
         except UserError as error:
             return shard.file, str(error)
         finally:
@@ -187,7 +187,7 @@ def _content(path: str, shard: Shard) -> bytes:
     """The bytes of the shard, which have its hash."""
 
     def read() -> bytes:
-        with remote.opened(path) as file:
+        with remote_files.opened(path) as file:
             return file.read(shard.bytes + 1)
 
     content = _read(path, read)

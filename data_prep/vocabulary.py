@@ -15,7 +15,7 @@ import numpy as np
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from tandem.data_prep.tokenizers.alphabet import CHARACTERS
+from tandem.data_prep.tokenizers.byte_level import CHARACTERS
 from tandem.trainer.config import UserError
 
 VALUES = {character: value for value, character in CHARACTERS.items()}

@@ -15,7 +15,7 @@
 #
 # Each stage has a time limit and leaves what it has; one that fails or is cut does not stop the others. The folder gets at
 # most eight files: log.txt.gz, *.jsonl (a line is added when its figure is there) and traces. One table is printed last;
-# `python3 -m tandem.trainer.tools.bench.figures FOLDER` prints it again. Exit code 1 if a stage failed or was cut.
+# `python3 -m tandem.trainer.tools.bench.tables FOLDER` prints it again. Exit code 1 if a stage failed or was cut.
 #
 # Uses .venv if launch/install.sh has made it, else the Python on the path, and installs nothing. A copy without git says its
 # commit in TANDEM_COMMIT.
@@ -115,7 +115,7 @@ rivals() { # what matters most first
     python3 -m tandem.kernels.bench attention linear_cross_entropy swiglu qkv residual_norm cross_entropy swiglu_linear \
         "${kernel_options[@]}" --seconds "$rival_seconds" --json "$out/kernels.jsonl"
 }
-sweep() { python3 -m tandem.kernels.bench.sweep --seconds "$sweep_seconds" "${sweep_options[@]}" --json "$out/sweep.jsonl"; }
+sweep() { python3 -m tandem.kernels.bench.attention_sweep --seconds "$sweep_seconds" "${sweep_options[@]}" --json "$out/sweep.jsonl"; }
 profile() { steps "$btlm_config" --phase all "${short[@]}" --profile "$out/btlm.trace.json.gz"; }
 states() { # with both states in one log, as cards and days differ
     local state
@@ -170,6 +170,6 @@ rm -f "$out/.stage"
 gzip --stdout "$out/log.txt" >>"$out/log.txt.gz" # behind that of an earlier visit
 rm "$out/log.txt"
 printf '\n'
-python3 -m tandem.trainer.tools.bench.figures "$out" || failed+=(table)
+python3 -m tandem.trainer.tools.bench.tables "$out" || failed+=(table)
 [[ -z $interrupted ]] || { echo "bench: interrupted in $stage" >&2 && exit 130; }
 [[ ${#failed[@]} -eq 0 ]] || { echo "bench: failed or cut: ${failed[*]}" >&2 && exit 1; }

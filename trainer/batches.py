@@ -4,7 +4,7 @@ import logging
 from collections.abc import Generator
 from functools import partial
 
-from tandem.trainer.data.damage import Met, agreed_batches
+from tandem.trainer.data.damaged_shards import Met, agreed_batches
 from tandem.trainer.data.loader import Batch
 from tandem.trainer.distributed.coordination import Agreement
 from tandem.trainer.distributed.mesh import gather_to_all

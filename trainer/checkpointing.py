@@ -7,8 +7,8 @@ for later, and what has to be the same on all ranks is agreed on with the next b
 import dataclasses
 import logging
 
+from tandem.trainer.checkpoint.async_save import START_AGAIN, Outcome, not_saved
 from tandem.trainer.checkpoint.read import newest, restore
-from tandem.trainer.checkpoint.save import START_AGAIN, Outcome, not_saved
 from tandem.trainer.checkpoint.write import model_facts, pass_over_later
 from tandem.trainer.config import RunConfig, UserError
 from tandem.trainer.data.ledger import Decision, Ledger

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tandem.trainer.checkpoint.save import Saver
+from tandem.trainer.checkpoint.async_save import Saver
 from tandem.trainer.config import RunConfig
 from tandem.trainer.config.flops import flops_per_token
 from tandem.trainer.config.schedule import Timeline

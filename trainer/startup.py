@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from tandem.trainer import models
+from tandem.trainer.checkpoint.async_save import Saver
 from tandem.trainer.checkpoint.compatibility import check_continues, check_same_model
 from tandem.trainer.checkpoint.layout import committed
 from tandem.trainer.checkpoint.read import Snapshot, newest, opened, restore, set_weights
-from tandem.trainer.checkpoint.save import Saver
 from tandem.trainer.checkpoint.write import model_facts, pass_over_later, retire
 from tandem.trainer.checkpointing import begin_in_ledger, passed_over
 from tandem.trainer.config import Data, RunConfig, dump
 from tandem.trainer.config.schedule import Timeline
-from tandem.trainer.data import remote
+from tandem.trainer.data import remote_files
 from tandem.trainer.data.ledger import Ledger, copy_manifests, rollbacks
 from tandem.trainer.data.loader import Loader
 from tandem.trainer.data.manifest import TOKENIZER_FILE
@@ -185,9 +185,9 @@ def build_engine(config: RunConfig, mesh: Mesh, snapshot: Snapshot | None, initi
 
 def keep_tokenizer(folder: Path, data: Data) -> None:
     """The run folder holds the tokenizer of the corpora: with it, exports need nothing but the run."""
-    address = remote.below(next(iter(data.sources.values())), TOKENIZER_FILE)
+    address = remote_files.below(next(iter(data.sources.values())), TOKENIZER_FILE)
     try:
-        content = remote.content(address, data.cache)
+        content = remote_files.content(address, data.cache)
     except OSError as error:
         log.warning("%s: cannot be read (%s); the run trains without it, its exports have no tokenizer", address, error)
     else:

@@ -19,7 +19,7 @@ from tandem.trainer.batches import batches_from
 from tandem.trainer.checkpointing import due, gone_back, save_finally, save_if_due
 from tandem.trainer.config import RunConfig, UserError, check_world
 from tandem.trainer.crash_loop import attempt
-from tandem.trainer.data.damage import given_up
+from tandem.trainer.data.damaged_shards import given_up
 from tandem.trainer.data.ledger import Digests, halves, joined
 from tandem.trainer.data.loader import Batch, Loader, unpacked
 from tandem.trainer.distributed.coordination import Agreement, spread

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tandem.trainer.batches import leave_out, met_by_any
-from tandem.trainer.data.damage import agreed
+from tandem.trainer.data.damaged_shards import agreed
 from tandem.trainer.data.loader import Batch, unpacked
 from tandem.trainer.distributed.mesh import Mesh, sum_over_ranks, to_device
 from tandem.trainer.run_state import Standing, Training

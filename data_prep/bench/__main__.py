@@ -10,11 +10,11 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-from tandem.data_prep.bench.libraries import EOS
+from tandem.data_prep.bench.comparison import Failed, Row, rows
 from tandem.data_prep.bench.options import check_places, number
-from tandem.data_prep.bench.rows import Failed, Row, rows
-from tandem.data_prep.bench.text import Text, documents, gathered, machine
-from tandem.data_prep.bench.ways import WAYS
+from tandem.data_prep.bench.pipelines import WAYS
+from tandem.data_prep.bench.text_files import Text, documents, gathered, machine
+from tandem.data_prep.bench.tokenizer_libraries import EOS
 from tandem.data_prep.tokenizers import build
 from tandem.trainer.config import UserError
 

@@ -20,10 +20,10 @@ from typing import Any
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.utils.logging import logger
 
-from tandem.data_prep import folder
-from tandem.data_prep.cluster import jobs, task
-from tandem.data_prep.cluster.jobs import Submission
-from tandem.data_prep.cluster.task import Job, Request
+from tandem.data_prep import output_folder
+from tandem.data_prep.cluster import stage_job, submissions
+from tandem.data_prep.cluster.stage_job import Job, Request
+from tandem.data_prep.cluster.submissions import Submission
 from tandem.trainer.config import UserError
 
 USER_ERROR_EXIT_CODE = 2
@@ -37,12 +37,12 @@ class Step:
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
         """The task's share is done; or the process ends with the one line that says why not, kept beside the logs."""
-        job = task.read(self.job)
+        job = stage_job.read(self.job)
         try:
             job.work(rank, world_size)
         except (UserError, OSError) as error:
             line = str(error) if isinstance(error, UserError) else f"{job.request.output}: {error}"
-            failed = self.job.with_name(f"{self.job.stem}-{rank:05d}{jobs.FAILED}")
+            failed = self.job.with_name(f"{self.job.stem}-{rank:05d}{submissions.FAILED}")
             with suppress(OSError):  # a full disk is also a reason
                 failed.write_text(f"{line}\n", encoding="utf-8", errors="backslashreplace")
             print(f"tandem: {line}", file=sys.stderr, flush=True)
@@ -69,10 +69,10 @@ def submit(request: Request, *, tasks: int, workers: int | None, options: Mappin
     Raises: UserError where Slurm refuses a job; then none is left.
     """
     logger.disable("datatrove")
-    (request.output / folder.WORK).mkdir(exist_ok=True)
-    logs = jobs.new_logs(request.output)
+    (request.output / output_folder.WORK).mkdir(exist_ok=True)
+    logs = submissions.new_logs(request.output)
     found: dict[str, str] = {}
-    for job in task.left(request, tasks):
+    for job in stage_job.left(request, tasks):
         job.write(logs / f"{job.name}.job")
         array = _array(job, logs, workers, options, after=next(reversed(found.values()), None))
         said: Callable[[], str] = str
@@ -85,7 +85,7 @@ def submit(request: Request, *, tasks: int, workers: int | None, options: Mappin
             # A job that no note names would work in the folder beside those of the next submission.
             if known := {*found.values()} | {array.job_id} - {None, ""}:
                 subprocess.run(["scancel", *sorted(known)], check=False)
-            jobs.forget(request.output, logs)
+            submissions.forget(request.output, logs)
             if not isinstance(error, (OSError, subprocess.CalledProcessError)):
                 raise
             why = " ".join((said() or str(error)).split())

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tandem.data_prep.tokenizers import ranks
-from tandem.data_prep.tokenizers.alphabet import BYTE_VALUES, CHARACTERS
-from tandem.data_prep.tokenizers.ranks import END, SCHEMES
+from tandem.data_prep.tokenizers import tiktoken_file
+from tandem.data_prep.tokenizers.byte_level import BYTE_VALUES, CHARACTERS
+from tandem.data_prep.tokenizers.tiktoken_file import END, SCHEMES
 from tandem.trainer.config import UserError
 
 KINDS = tuple(SCHEMES)
@@ -35,9 +35,9 @@ def read(path: str, kind: str | None = None) -> str:
         raise UserError(f"--tokenizer-kind: {kind}; must be one of {', '.join(KINDS)}; change it")
     if given.is_dir():
         return _in_folder(given, kind)
-    kind = kind or ranks.NAMES.get(given.name)
+    kind = kind or tiktoken_file.NAMES.get(given.name)
     if kind is not None:
-        return ranks.tokenizer_json(ranks.read(_bytes(given), path), SCHEMES[kind], path)
+        return tiktoken_file.tokenizer_json(tiktoken_file.read(_bytes(given), path), SCHEMES[kind], path)
     for names in VOCABULARY_FILES:
         if given.name in names:
             return vocabulary(*(given.with_name(name) for name in names))
@@ -50,11 +50,11 @@ def read(path: str, kind: str | None = None) -> str:
 
 
 def _in_folder(folder: Path, kind: str | None) -> str:
-    names = [FILE, *(names[0] for names in VOCABULARY_FILES), *ranks.NAMES]
+    names = [FILE, *(names[0] for names in VOCABULARY_FILES), *tiktoken_file.NAMES]
     found = next((folder / name for name in names if (folder / name).exists()), None)
     if found is None:
         raise UserError(f"--tokenizer: {folder} has none of {', '.join(names)}; name a file, or a folder with one")
-    return read(str(found), kind if found.name in ranks.NAMES else None)
+    return read(str(found), kind if found.name in tiktoken_file.NAMES else None)
 
 
 def vocabulary(vocab: Path, merges: Path) -> str:
@@ -69,7 +69,7 @@ def vocabulary(vocab: Path, merges: Path) -> str:
     if absent is not None:
         raise UserError(f"{vocab}: has no token for byte {absent}; every byte needs one; get the file again")
     specials = {END: ids[END]} if END in ids else {}
-    return json.dumps(ranks.tree(ids, _pairs(merges, ids), None, specials), ensure_ascii=False)
+    return json.dumps(tiktoken_file.tree(ids, _pairs(merges, ids), None, specials), ensure_ascii=False)
 
 
 def _pairs(path: Path, ids: dict[str, int]) -> list[tuple[str, str]]:

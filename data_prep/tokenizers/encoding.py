@@ -16,8 +16,8 @@ import numpy as np
 import orjson
 from tokenizers import Tokenizer
 
-from tandem.data_prep.tokenizers import fast, traps
-from tandem.data_prep.tokenizers.fast import Fast, Ids
+from tandem.data_prep.tokenizers import distinguishing_texts, gigatoken_encoder
+from tandem.data_prep.tokenizers.gigatoken_encoder import Fast, Ids
 from tandem.trainer.config import UserError
 from tandem.trainer.data.manifest import dtype_of
 
@@ -129,7 +129,7 @@ def encoder(tokenizer_json: str, eos: str, where: str, *, library: str = "auto",
     made.load()([eos, f"a{eos}b {eos}"], [f"{where} ({eos!r} as text)"] * 2)
     if library == "tokenizers":
         return made
-    obstacle = fast.obstacle(tree) or _difference(made, sample)
+    obstacle = gigatoken_encoder.obstacle(tree) or _difference(made, sample)
     if obstacle is None:
         return replace(made, library="gigatoken")
     if library == "gigatoken":
@@ -163,7 +163,7 @@ def _no_tokenizer(where: str, error: Exception) -> UserError:
 
 def _difference(made: Encoder, sample: Sequence[str]) -> str | None:
     """Of the tokens that gigatoken and tokenizers make of the sample and the traps; None where there is none."""
-    texts = [*traps.texts(), *traps.excerpts(sample)]
+    texts = [*distinguishing_texts.texts(), *distinguishing_texts.excerpts(sample)]
     tokens, lengths = made.load()(texts)
     try:
         others, counts = replace(made, library="gigatoken").load()(texts)

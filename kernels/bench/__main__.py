@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import triton
 
-from tandem.kernels.bench import one_rank
+from tandem.kernels.bench import single_rank
+from tandem.kernels.bench.activation_memory import table
 from tandem.kernels.bench.compare import Row, card, rows, said, surroundings
 from tandem.kernels.bench.errors import MARK, errors
-from tandem.kernels.bench.kept import table
 from tandem.kernels.bench.measure import ceilings
 from tandem.kernels.bench.operation import Operation, Refused
 from tandem.kernels.bench.ops import OPERATIONS
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _compare(operations, options, deadline)
     finally:
-        one_rank.end()
+        single_rank.end()
     return 0
 
 

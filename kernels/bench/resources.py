@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from triton.runtime.jit import JITFunction
 
 from tandem.kernels.bench.operation import Operation
-from tandem.kernels.device.offline import Compiled, hopper
+from tandem.kernels.device.offline_compile import Compiled, hopper
 
 REGISTERS = 65_536
 REGISTER_UNIT = 256

@@ -19,11 +19,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch.distributed as dist
+from tests.chaos.tap import KILLED, Kill, Tap
 
 from tandem.trainer.__main__ import main
 from tandem.trainer.checkpoint.layout import KINDS, committed, damage
 from tandem.trainer.checkpoint.read import Snapshot
-from tests.chaos.tap import KILLED, Kill, Tap
 from tests.promises.conftest import steps_of
 from tests.ranks import SERVER
 
@@ -136,7 +136,7 @@ def _ended(ranks: list[BaseProcess], start: Start) -> float | None:
 def _rank(rank: int, meet: Mapping[str, str], scratch: Path, folder: Path, start: Start) -> None:
     from jaxtyping import config
 
-    from tandem.trainer.checkpoint import save
+    from tandem.trainer.checkpoint import async_save
     from tandem.trainer.distributed import watchdog
 
     config.update("jaxtyping_disable", True)  # as in a command
@@ -146,7 +146,7 @@ def _rank(rank: int, meet: Mapping[str, str], scratch: Path, folder: Path, start
     os.environ.update(meet, RANK=str(rank), LOCAL_RANK=str(rank))
     while not (scratch / "go").exists():
         time.sleep(0.001)
-    save.LONGEST_GOODBYE_SECONDS, watchdog.GONE_SECONDS = GOODBYE_SECONDS, GONE_SECONDS
+    async_save.LONGEST_GOODBYE_SECONDS, watchdog.GONE_SECONDS = GOODBYE_SECONDS, GONE_SECONDS
     pid_of: Callable[[int], int] = lambda other: int((scratch / f"pid-{other}").read_text())  # noqa: E731
     Tap(folder, rank, scratch / "calls", start.kill, pid_of).install()
     sys.exit(main(["train", str(start.config), *start.overrides]))

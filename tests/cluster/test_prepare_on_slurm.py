@@ -7,13 +7,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from tests.waiting import eventually
 
 from tandem.data_prep import prepare
-from tandem.data_prep.cluster import jobs
+from tandem.data_prep.cluster import submissions
 from tandem.data_prep.tokenizers import build
 from tandem.trainer.config import UserError
 from tests.promises.conftest import tandem
-from tests.waiting import eventually
 
 pytest.importorskip("datatrove", reason="datatrove is not installed")
 pytestmark = pytest.mark.slow
@@ -73,7 +73,7 @@ def test_a_job_that_cannot_be_put_on_record_is_cancelled(slurm, tmp_path, monkey
     replaced = Path.replace
 
     def replace(path, target):
-        if target.name == jobs.NOTE:
+        if target.name == submissions.NOTE:
             raise OSError(errno.ENOSPC, "No space left on device")
         return replaced(path, target)
 

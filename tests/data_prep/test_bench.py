@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tandem.data_prep.bench import libraries
+from tandem.data_prep.bench import tokenizer_libraries
 from tandem.data_prep.bench.__main__ import main
-from tandem.data_prep.bench.rows import Row
-from tandem.data_prep.bench.text import documents, gathered
-from tandem.data_prep.bench.ways import REFERENCE, WAYS, differing, hashed
+from tandem.data_prep.bench.comparison import Row
+from tandem.data_prep.bench.pipelines import REFERENCE, WAYS, differing, hashed
+from tandem.data_prep.bench.text_files import documents, gathered
 from tandem.data_prep.tokenizers import build
 
 OURS = "tandem prepare"
@@ -34,7 +34,9 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(source, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_text(build.train((path.read_text() for path in sorted(source.glob("?.txt"))), 400, libraries.EOS))
+    path.write_text(
+        build.train((path.read_text() for path in sorted(source.glob("?.txt"))), 400, tokenizer_libraries.EOS)
+    )
     return path
 
 
@@ -76,7 +78,7 @@ def test_text_is_gathered_once_and_every_text_once(source, tmp_path):
 
 
 def test_a_share_is_the_first_files(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("tandem.data_prep.bench.text.FILE_MB", 0.02)
+    monkeypatch.setattr("tandem.data_prep.bench.text_files.FILE_MB", 0.02)
     text = gathered(tmp_path / "text", [source], 200.0)
     share = text.share(0.05, tmp_path / "share")
     assert 1 < len(share.names) < len(text.names)
@@ -95,10 +97,10 @@ def test_a_document_with_another_id_is_counted():
 
 def test_ranks_are_the_bytes_of_the_tokens(tokenizer):
     tree = json.loads(tokenizer.read_text())
-    ranks, specials = libraries.ranks_of(tree)
+    ranks, specials = tokenizer_libraries.ranks_of(tree)
     assert {bytes([value]) for value in range(256)} <= ranks.keys()
     assert len(ranks) + len(specials) == len(tree["model"]["vocab"])
-    assert list(specials) == [libraries.EOS]
+    assert list(specials) == [tokenizer_libraries.EOS]
     joined = {tuple(merge) for merge in tree["model"]["merges"]}
     assert len(joined) == len(ranks) - 256
 

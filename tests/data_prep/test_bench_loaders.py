@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.waiting import PATIENCE_SECONDS
 
 from tandem.data_prep.bench.loaders.__main__ import main
-from tandem.data_prep.bench.loaders.contestant import Reading, flat_rows
-from tandem.data_prep.bench.loaders.contestants import CONTESTANTS
-from tandem.data_prep.bench.loaders.corpus import EOS_ID, OURS, ROW_TOKENS, UNIT_TOKENS, Corpus, written
-from tandem.data_prep.bench.loaders.one import compared
-from tandem.data_prep.bench.loaders.rounds import Row
+from tandem.data_prep.bench.loaders.adapter import Reading, flat_rows
+from tandem.data_prep.bench.loaders.adapters import CONTESTANTS
+from tandem.data_prep.bench.loaders.comparison import Row
+from tandem.data_prep.bench.loaders.measurement import compared
+from tandem.data_prep.bench.loaders.synthetic_corpus import EOS_ID, OURS, ROW_TOKENS, UNIT_TOKENS, Corpus, written
 from tandem.trainer.data import manifest
-from tests.waiting import PATIENCE_SECONDS
 
 PLAIN = ["ours", "numpy memmap"]
 TOKENS = 2 * UNIT_TOKENS

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tandem.data_prep import inputs, plan, prepare, stages
-from tandem.data_prep.cluster import door, jobs, task
-from tandem.data_prep.cluster.jobs import Submission
-from tandem.data_prep.cluster.task import Request
+from tandem.data_prep import input_files, prepare, stages, work_units
+from tandem.data_prep.cluster import door, stage_job, submissions
+from tandem.data_prep.cluster.stage_job import Request
+from tandem.data_prep.cluster.submissions import Submission
 from tandem.trainer.config import UserError
 from tandem.trainer.disk import whole_file
 
@@ -22,7 +22,7 @@ echo "12 RUNNING\n12 PENDING\n12 PENDING\n99 RUNNING"
 
 @pytest.fixture(autouse=True)
 def _several_units(monkeypatch):
-    monkeypatch.setattr(plan, "SMALLEST_UNIT_BYTES", 10_000)
+    monkeypatch.setattr(work_units, "SMALLEST_UNIT_BYTES", 10_000)
     monkeypatch.setattr(stages, "SAMPLE_DOCUMENTS", 1)
 
 
@@ -38,7 +38,7 @@ def request_of(tmp_path, folder):
         arguments = parser.parse_args(list(map(str, given)))
         (output / "work").mkdir(parents=True, exist_ok=True)
         settings = prepare._settings(arguments, None)
-        return Request(output, settings, inputs.listed([str(folder)], None, output), None, 300, "tokenizers")
+        return Request(output, settings, input_files.listed([str(folder)], None, output), None, 300, "tokenizers")
 
     return made
 
@@ -52,7 +52,7 @@ def expected(prepared, folder, content) -> dict[str, bytes]:
 def test_any_number_of_tasks_in_any_order_gives_the_same_bytes(expected, request_of, content):
     for tasks in (1, 3):
         request = request_of(f"in {tasks}")
-        submitted = task.left(request, tasks)
+        submitted = stage_job.left(request, tasks)
         assert [(job.name, job.tasks) for job in submitted] == [
             ("train", 1), ("encode", tasks), ("link", tasks), ("arrange", 1), ("gather", tasks), ("finish", 1)
         ]  # fmt: skip
@@ -64,12 +64,12 @@ def test_any_number_of_tasks_in_any_order_gives_the_same_bytes(expected, request
 
 def test_after_failed_tasks_another_number_of_them_does_what_is_missing(expected, request_of, content):
     request = request_of("jobs")
-    train, encode, *_ = task.left(request, 3)
+    train, encode, *_ = stage_job.left(request, 3)
     train.work(0, 1)
     encode.work(1, 3)
     work = request.output / "work"
     finished = {path: path.stat().st_mtime_ns for path in work.glob("*.tokens")}
-    encode, *others = task.left(request, 2)
+    encode, *others = stage_job.left(request, 2)
     preparation = request.begin()
     assert finished
     assert 1 < len(encode.items) < len(preparation.units)
@@ -78,7 +78,7 @@ def test_after_failed_tasks_another_number_of_them_does_what_is_missing(expected
     for rank in (1, 0):  # the second is started again
         encode.work(rank, 2)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    assert [job.name for job in task.left(request, 2)] == ["link", "arrange", "gather", "finish"]
+    assert [job.name for job in stage_job.left(request, 2)] == ["link", "arrange", "gather", "finish"]
     for job in others:
         for rank in range(job.tasks):
             job.work(rank, job.tasks)
@@ -86,7 +86,7 @@ def test_after_failed_tasks_another_number_of_them_does_what_is_missing(expected
 
 
 def test_a_job_that_begins_too_early_says_what_is_missing(request_of):
-    train, encode, link, arrange, *_ = task.left(request_of("jobs"), 2)
+    train, encode, link, arrange, *_ = stage_job.left(request_of("jobs"), 2)
     with pytest.raises(UserError, match=r"^encode: the tokenizer is not trained; run the same command again$"):
         encode.work(0, 2)
     train.work(0, 1)
@@ -102,7 +102,7 @@ def test_a_job_that_begins_too_early_says_what_is_missing(request_of):
 def test_what_a_task_failed_of_is_one_line_beside_the_logs(request_of, folder, tmp_path, capsys):
     slurm = pytest.importorskip("tandem.data_prep.cluster.slurm", reason="datatrove is not installed")
     (folder / "1" / "bad.jsonl").write_text('{"body": "no text"}\n')
-    job = task.left(request_of("jobs"), 1)[0]
+    job = stage_job.left(request_of("jobs"), 1)[0]
     job.write(tmp_path / "train.job")
     with pytest.raises(SystemExit) as ended:
         slurm.Step(tmp_path / "train.job")(None, 0, 1)
@@ -124,21 +124,21 @@ def test_a_folder_that_jobs_work_in_is_left_alone(request_of, prepared, folder, 
     with monkeypatch.context() as context:
         context.setenv("PATH", f"{squeue.parent}:/bin:/usr/bin")
         with pytest.raises(UserError, match=r"prepared by Slurm: encode \(12\) 2 pending and 1 running; run the same"):
-            jobs.refuse_running(request.output)
+            submissions.refuse_running(request.output)
         squeue.write_text("#!/bin/sh\necho no controller >&2; exit 1")
         with pytest.raises(UserError, match=r"squeue fails \(no controller\); if they have ended, remove .*jobs.json"):
-            jobs.refuse_running(request.output)
+            submissions.refuse_running(request.output)
         squeue.write_text("#!/bin/sh")
-        jobs.refuse_running(request.output)
+        submissions.refuse_running(request.output)
         context.setenv("PATH", str(tmp_path))
         with pytest.raises(UserError, match=r"given to Slurm's jobs 12, 13, and there is no squeue to ask"):
-            jobs.refuse_running(request.output)
+            submissions.refuse_running(request.output)
     assert sorted(request.output.rglob("*")) == before
 
 
 def test_this_machine_does_not_begin_beside_jobs(prepared, folder, tmp_path, monkeypatch):
     with monkeypatch.context() as context:
-        context.setattr(plan, "UNITS", 0)  # a crash of ours, that leaves the folder unfinished
+        context.setattr(work_units, "UNITS", 0)  # a crash of ours, that leaves the folder unfinished
         with pytest.raises(ZeroDivisionError):
             prepared("out", "--input", folder, *SETTINGS)
     output = tmp_path / "out"
@@ -190,14 +190,14 @@ def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch, ex
 
 def test_logs_lie_beside_the_folder_and_are_numbered(tmp_path):
     output = tmp_path / "corpus"
-    assert [jobs.new_logs(output) for _ in range(2)] == [Path(f"{output}.jobs/1"), Path(f"{output}.jobs/2")]
-    jobs.forget(output, Path(f"{output}.jobs/2"))
-    assert jobs.new_logs(output).name == "2"
+    assert [submissions.new_logs(output) for _ in range(2)] == [Path(f"{output}.jobs/1"), Path(f"{output}.jobs/2")]
+    submissions.forget(output, Path(f"{output}.jobs/2"))
+    assert submissions.new_logs(output).name == "2"
 
 
 def test_a_job_that_is_begun_again_after_the_end_changes_nothing(expected, request_of, content):
     request = request_of("jobs")
-    submitted = task.left(request, 2)
+    submitted = stage_job.left(request, 2)
     for job in submitted:
         for rank in range(job.tasks):
             job.work(rank, job.tasks)

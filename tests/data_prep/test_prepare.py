@@ -19,7 +19,7 @@ from tandem.data_prep import shuffle, spill, verify
 from tandem.data_prep.tokenizers import build
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
-from tandem.trainer.data.stream import Stream
+from tandem.trainer.data.token_stream import Stream
 from tests.data_prep.conftest import run, zst
 
 
@@ -63,7 +63,7 @@ def test_every_document_comes_back_once_even_with_the_characters_of_eos_in_it(pr
 def test_bytes_do_not_depend_on_workers_units_spills_or_batches(prepared, folder, content, monkeypatch):
     expected = content(prepared("whole", "--input", folder))
     assert len([name for name in expected if name.startswith("train")]) > 3
-    monkeypatch.setattr("tandem.data_prep.plan.SMALLEST_UNIT_BYTES", 3_000)
+    monkeypatch.setattr("tandem.data_prep.work_units.SMALLEST_UNIT_BYTES", 3_000)
     for workers in (1, 2, 5):
         assert content(prepared(f"{workers} workers", "--input", folder, "--workers", workers)) == expected
     monkeypatch.setattr("tandem.data_prep.encode.SPILL_BYTES", 2_000)
@@ -79,7 +79,7 @@ def test_near_duplicates_and_groups_do_not_depend_on_units_or_spills(prepared, r
     options = ["--input", records, "--deduplicate", "--group-field", "meta.set"]
     expected = content(prepared("whole", *options))
     assert manifest.load(records.parent / "whole").counts["duplicate_documents"] > 50
-    monkeypatch.setattr("tandem.data_prep.plan.SMALLEST_UNIT_BYTES", 3_000)
+    monkeypatch.setattr("tandem.data_prep.work_units.SMALLEST_UNIT_BYTES", 3_000)
     shards, facts = tars(expected), manifest.load(records.parent / "whole")
     assert tars(content(prepared("units", *options))) == shards
     monkeypatch.setattr("tandem.data_prep.encode.BATCH_CHARACTERS", 1_000)
@@ -150,7 +150,7 @@ def test_the_seed_changes_the_order_and_not_the_tokenizer(prepared, folder, cont
 
 
 def test_documents_of_all_files_are_shuffled_together(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr("tandem.data_prep.plan.SMALLEST_UNIT_BYTES", 500)
+    monkeypatch.setattr("tandem.data_prep.work_units.SMALLEST_UNIT_BYTES", 500)
     for name in "ab":
         lines = (json.dumps({"text": f"{name} {number}"}) for number in range(100))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))

@@ -14,7 +14,7 @@ import pytest
 from xxhash import xxh3_128_hexdigest
 
 from tandem.data_prep import verify
-from tandem.data_prep.write import write_shard
+from tandem.data_prep.shard_writer import write_shard
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
 from tests.data_prep import written

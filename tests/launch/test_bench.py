@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.trainer.tools.bench import figures
+from tandem.trainer.tools.bench import tables
 
 ROOT = Path(__file__).parents[2]
 ABSENT = (
@@ -117,7 +117,7 @@ def test_every_line_says_where_it_comes_from(rehearsed):
 @pytest.mark.dist
 def test_the_table_comes_last(rehearsed):
     done, out = rehearsed
-    assert done.stdout.rstrip().endswith("\n\n".join(figures.tables(out)).rstrip())
+    assert done.stdout.rstrip().endswith("\n\n".join(tables.tables(out)).rstrip())
     for said in ("| demo-btlm ", "| demo-stablelm ", "| swiglu", "| attention"):
         assert said in done.stdout
 

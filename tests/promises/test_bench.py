@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tandem.trainer import runtime
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.save import Saver
+from tandem.trainer.checkpoint.async_save import Saver
 from tandem.trainer.config import RunConfig, flops, section_from
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.loader import Loader
@@ -32,7 +32,7 @@ from tandem.trainer.startup import build_engine
 from tandem.trainer.tools import bench
 from tandem.trainer.tools.bench.measure import measure
 from tandem.trainer.tools.bench.plan import Plan, planned
-from tandem.trainer.tools.bench.rows import drawn
+from tandem.trainer.tools.bench.synthetic_batch import drawn
 from tandem.trainer.train import loop
 from tests import ranks, tiny
 from tests.promises.conftest import tandem

@@ -21,7 +21,7 @@ from tandem.trainer.checkpoint.layout import KINDS, MANIFEST, MARKER, file_sha25
 from tandem.trainer.checkpoint.read import Snapshot
 from tandem.trainer.config import RunConfig, section_from
 from tandem.trainer.tools import checkpoints
-from tandem.trainer.tools.checkpoints import difference
+from tandem.trainer.tools.checkpoints import compare
 from tests import ranks
 from tests.promises.conftest import ended, forked, two_phases
 from tests.promises.test_resume import reload_and_save
@@ -61,7 +61,7 @@ def root(tmp_path_factory, corpus) -> Path:
     source = saved(folder / "one", 8)
     assert ranks.run(train_and_recut, 2, folder, halves, source, folder / "recut") == [0, 0]
     facts = read_manifest(source)
-    recommit(folder / "recut" / source.name, **{name: facts[name] for name in difference.FACTS if name in facts})
+    recommit(folder / "recut" / source.name, **{name: facts[name] for name in compare.FACTS if name in facts})
     return folder
 
 
@@ -320,18 +320,18 @@ def test_what_counts_are_bits(copy, tmp_path, capsys):
 
 
 def test_elements_are_compared_a_part_at_a_time_and_none_is_left_out(generator, monkeypatch):
-    monkeypatch.setattr(difference, "CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr(compare, "CHUNK_ELEMENTS", 64)
     one = torch.randn((37, 10), generator=generator)
-    assert difference.different_elements(one, one.clone()) == (0, 0.0)
+    assert compare.different_elements(one, one.clone()) == (0, 0.0)
     for row in range(37):
         other = one.clone()
         other[row, row % 10] += 1 + row
-        count, largest = difference.different_elements(one, other)
+        count, largest = compare.different_elements(one, other)
         assert (count, largest) == (1, float((one.double() - other.double()).abs().max())), row
     wide = torch.randn((4, 200), generator=generator).T  # not as it lies in memory, as a share of a tensor may be
-    assert difference.different_elements(wide, wide + 1)[0] == wide.numel()
-    assert difference.different_elements(torch.zeros(3), torch.tensor([0, math.inf, 0])) == (1, math.inf)
-    assert difference.different_elements(torch.zeros(3), -torch.zeros(3)) == (3, 0.0)
+    assert compare.different_elements(wide, wide + 1)[0] == wide.numel()
+    assert compare.different_elements(torch.zeros(3), torch.tensor([0, math.inf, 0])) == (1, math.inf)
+    assert compare.different_elements(torch.zeros(3), -torch.zeros(3)) == (3, 0.0)
 
 
 def test_the_first_field_of_each_fact_that_differs_is_named(root, copy, capsys):

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from tandem.trainer import models
 from tandem.trainer.checkpoint.hf import btlm, convert
-from tandem.trainer.checkpoint.hf.mapping import cut
+from tandem.trainer.checkpoint.hf.tensor_mapping import cut
 from tandem.trainer.checkpoint.read import load_weights
 from tandem.trainer.config import Mup
 from tandem.trainer.distributed.mesh import started
-from tandem.trainer.distributed.shards import joined
+from tandem.trainer.distributed.sharding import joined
 from tandem.trainer.models import param_groups
 from tandem.trainer.models.mup import rules
 from tests import tiny

@@ -18,12 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from tests.waiting import PATIENCE_SECONDS
 
 from tandem.trainer import checkpointing, train
 from tandem.trainer.__main__ import main
+from tandem.trainer.checkpoint.async_save import Saver
 from tandem.trainer.checkpoint.layout import MANIFEST, MARKER, begun, committed, folder_name
 from tandem.trainer.checkpoint.read import opened
-from tandem.trainer.checkpoint.save import Saver
 from tandem.trainer.checkpointing import RETRY_SHARE
 from tandem.trainer.config import RunConfig, section_from
 from tandem.trainer.distributed import watchdog
@@ -33,7 +34,6 @@ from tandem.trainer.startup import build_engine
 from tests import ranks, tiny
 from tests.promises.conftest import differing, ended, steps_of, two_phases
 from tests.ranks import SERVER
-from tests.waiting import PATIENCE_SECONDS
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 STEPS = 30

@@ -10,7 +10,7 @@ import pytest
 from tandem.trainer.checkpoint.read import opened
 from tandem.trainer.config import RunConfig, section_from
 from tandem.trainer.data import manifest
-from tandem.trainer.data.stream import Stream
+from tandem.trainer.data.token_stream import Stream
 from tandem.trainer.train import run
 from tests import ranks
 from tests.promises.conftest import steps_of, two_phases

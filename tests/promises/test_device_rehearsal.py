@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from tandem.trainer import models
 from tandem.trainer.distributed.mesh import Mesh, started
-from tandem.trainer.models.layers import Decoder
+from tandem.trainer.models.decoder import Decoder
 from tests import tiny
 
 META = torch.device("meta")

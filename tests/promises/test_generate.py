@@ -11,19 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
-
-from tandem.trainer.__main__ import CLOSED_PIPE_EXIT_CODE, main
-from tandem.trainer.checkpoint.hf import convert
-from tandem.trainer.distributed.mesh import Mesh, started
-from tandem.trainer.models.cache import Cache
-from tandem.trainer.models.sampling import Sampling, continuations, draw, side_by_side
-from tandem.trainer.tools.generate import show
-from tests import ranks
-from tests.promises.test_hf import loaded
 from tests.reading import (
     CASES,
     LENGTHS,
@@ -37,6 +24,19 @@ from tests.reading import (
     read_on,
     texts,
 )
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from tandem.trainer.__main__ import CLOSED_PIPE_EXIT_CODE, main
+from tandem.trainer.checkpoint.hf import convert
+from tandem.trainer.distributed.mesh import Mesh, started
+from tandem.trainer.models.kv_cache import Cache
+from tandem.trainer.models.sampling import Sampling, continuations, draw, side_by_side
+from tandem.trainer.tools.generate import show
+from tests import ranks
+from tests.promises.test_hf import loaded
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, reference, tokens
 

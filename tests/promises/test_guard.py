@@ -20,15 +20,15 @@ import yaml
 
 from tandem.trainer import checkpointing
 from tandem.trainer.__main__ import main
+from tandem.trainer.checkpoint.async_save import save
 from tandem.trainer.checkpoint.read import opened
-from tandem.trainer.checkpoint.save import save
 from tandem.trainer.checkpoint.write import model_facts, save_weights
 from tandem.trainer.config import RunConfig, UserError, load
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.loader import Batch, Loader
 from tandem.trainer.distributed.layers import shard_of
 from tandem.trainer.distributed.mesh import started
-from tandem.trainer.distributed.shards import joined
+from tandem.trainer.distributed.sharding import joined
 from tandem.trainer.metrics import records
 from tandem.trainer.metrics.records import Sinks
 from tandem.trainer.startup import build_engine

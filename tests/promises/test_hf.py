@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tandem.trainer.checkpoint.hf import btlm, convert
-from tandem.trainer.checkpoint.hf.mapping import cut
+from tandem.trainer.checkpoint.hf.tensor_mapping import cut
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, in_double, reference, tokens
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.interpreter import kernels_on_the_cpu
 from torch import Tensor
 
 from tandem.trainer import models
 from tandem.trainer.checkpoint.read import load_weights
 from tandem.trainer.distributed.mesh import Mesh, started
-from tandem.trainer.models.layers import Decoder
+from tandem.trainer.models.decoder import Decoder
 from tests import tiny
-from tests.interpreter import kernels_on_the_cpu
 from tests.reference.variants import reference
 
 EVERYWHERE = {

@@ -26,7 +26,7 @@ from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.layout import rank_file
 from tandem.trainer.checkpoint.read import opened
 from tandem.trainer.config import BTLM, Mup, load
-from tandem.trainer.distributed.shards import Shard, local_part
+from tandem.trainer.distributed.sharding import Shard, local_part
 from tandem.trainer.models.init import initial
 from tandem.trainer.models.mup import rules
 from tests.promises.conftest import clean_environment

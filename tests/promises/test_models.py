@@ -13,13 +13,13 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.functional import cross_entropy
 
 from tandem.trainer.checkpoint.hf import convert
-from tandem.trainer.checkpoint.hf.mapping import cut
+from tandem.trainer.checkpoint.hf.tensor_mapping import cut
 from tandem.trainer.checkpoint.read import load_weights
 from tandem.trainer.config import BTLM, Mup, StableLM
 from tandem.trainer.distributed.mesh import Mesh, gather_to_all, started
-from tandem.trainer.distributed.shards import joined
+from tandem.trainer.distributed.sharding import joined
 from tandem.trainer.models import build
-from tandem.trainer.models.layers import Decoder
+from tandem.trainer.models.decoder import Decoder
 from tests import ranks
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, in_double, reference, tokens

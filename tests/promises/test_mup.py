@@ -19,9 +19,9 @@ from tandem.trainer.config import BTLM, Mup, RunConfig, StableLM, load
 from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.models.mup import ForwardScales, Rule, forward_scales, rules, width_multiplier
 from tandem.trainer.models.param_groups import groups
-from tandem.trainer.tools.mup import coordinates, decay, transfer
+from tandem.trainer.tools.mup import coordinates, lr_transfer, weight_decay
+from tandem.trainer.tools.mup.measurement import Finding, first_failure, interval
 from tandem.trainer.tools.mup.proxies import proxy
-from tandem.trainer.tools.mup.verdict import Finding, first_failure, interval
 from tests import tiny
 from tests.promises.conftest import VOCAB, tandem
 
@@ -56,7 +56,7 @@ def judged(config: RunConfig, mesh: Mesh, *, num_seeds: int = 1) -> list[Finding
     seeds = range(config.run.seed, config.run.seed + num_seeds)
     measured = [proxy(config, width, seed=seed) for width in WIDTHS for seed in seeds]
     records = [record for one in measured for record in coordinates.measure_one(one, UPDATES, mesh)]
-    return coordinates.judge(records) + decay.measure(config, WIDTHS, mesh)
+    return coordinates.judge(records) + weight_decay.measure(config, WIDTHS, mesh)
 
 
 Section = StableLM | BTLM
@@ -181,7 +181,7 @@ def test_the_shipped_rules_pass_with_room(config, mesh):
     findings = judged(config, mesh, num_seeds=6)
     assert first_failure(findings) is None
     for finding in findings:
-        spare = coordinates.BOUND / 3 if finding.check == "coordinates" else decay.BOUND / 3
+        spare = coordinates.BOUND / 3 if finding.check == "coordinates" else weight_decay.BOUND / 3
         print(f"figures {finding.what} {finding.value:+.3f}")
         assert finding.low + spare <= finding.value <= finding.high - spare, finding.sentence()
 
@@ -206,17 +206,17 @@ def test_a_broken_rule_is_noticed_and_named(rule, config, mesh, monkeypatch):
 
 def test_a_sweep_that_was_killed_runs_only_what_is_missing(config, mesh, tmp_path):
     """The ledger's last line is cut, as by a kill; the narrow width is the base width, where both parametrisations are one."""
-    wanted = transfer.trials(replace(config, mup=replace(config.mup, base_width=32)), [32, 64], octaves=1)
+    wanted = lr_transfer.trials(replace(config, mup=replace(config.mup, base_width=32)), [32, 64], octaves=1)
     ledger = tmp_path / "transfer.jsonl"
-    whole = transfer.sweep(wanted, ledger, mesh)
+    whole = lr_transfer.sweep(wanted, ledger, mesh)
     lines = ledger.read_text().splitlines()
     assert len(lines) == 3 + 3 + 3
     ledger.write_text("\n".join([*lines[:5], lines[5][:40]]))
-    assert transfer.sweep(wanted, ledger, mesh) == whole
+    assert lr_transfer.sweep(wanted, ledger, mesh) == whole
     again = [json.loads(line) for line in ledger.read_text().splitlines() if line.endswith("}")]
     assert [record["key"] for record in again] == [json.loads(line)["key"] for line in lines]
-    other = transfer.trials(replace(config, optim=replace(config.optim, beta2=0.99)), [32], octaves=1)
-    transfer.sweep(other[:1], ledger, mesh)
+    other = lr_transfer.trials(replace(config, optim=replace(config.optim, beta2=0.99)), [32], octaves=1)
+    lr_transfer.sweep(other[:1], ledger, mesh)
     assert len(ledger.read_text().splitlines()) == len(again) + 2, "another config is another trial"
 
 

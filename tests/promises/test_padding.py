@@ -16,14 +16,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from tandem.trainer.checkpoint.async_save import save
 from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.read import opened
-from tandem.trainer.checkpoint.save import save
 from tandem.trainer.checkpoint.write import model_facts
 from tandem.trainer.config import RunConfig, flops
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, gather_to_all, started
-from tandem.trainer.distributed.shards import Shard, joined, local_part
+from tandem.trainer.distributed.sharding import Shard, joined, local_part
 from tandem.trainer.models import param_groups
 from tandem.trainer.models.mup import rules
 from tandem.trainer.startup import build_engine

@@ -10,7 +10,7 @@ from deepspeed.utils import safe_get_full_grad
 from tandem.trainer.config import RunConfig
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, started
-from tandem.trainer.distributed.shards import joined
+from tandem.trainer.distributed.sharding import joined
 from tandem.trainer.startup import build_engine
 from tests import ranks, tiny
 

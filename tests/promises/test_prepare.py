@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.data_prep import plan
+from tandem.data_prep import work_units
 from tandem.trainer.__main__ import main
 from tests import ranks
 
@@ -57,7 +57,7 @@ def killed(command: list[object], whole: Path, folder: Path) -> list[int]:
     """
     import tandem.data_prep.prepare  # noqa: F401
 
-    plan.SMALLEST_UNIT_BYTES = UNIT_BYTES
+    work_units.SMALLEST_UNIT_BYTES = UNIT_BYTES
     assert not _ended(command, whole)
     expected, rng, after = content(whole), random.Random(SEED), list[int]()
     assert sum(name.endswith(".tar") for name in expected) > 5

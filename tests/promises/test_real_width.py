@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tandem.trainer.checkpoint.hf import convert
-from tandem.trainer.checkpoint.hf.mapping import cut, join
+from tandem.trainer.checkpoint.hf.tensor_mapping import cut, join
 from tandem.trainer.config import StableLM, load
 from tandem.trainer.distributed.layers import shard_of
 from tandem.trainer.distributed.mesh import Mesh, gather_to_all, started
-from tandem.trainer.distributed.shards import local_part
+from tandem.trainer.distributed.sharding import local_part
 from tandem.trainer.models import build
 from tests import ranks
 from tests.reference.variants import reference

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tandem.trainer.checkpoint.async_save import save
 from tandem.trainer.checkpoint.read import Snapshot, opened
-from tandem.trainer.checkpoint.save import save
 from tandem.trainer.checkpoint.write import model_facts
 from tandem.trainer.config import RunConfig
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.layers import shard_of
 from tandem.trainer.distributed.mesh import Mesh, started
-from tandem.trainer.distributed.shards import local_part
+from tandem.trainer.distributed.sharding import local_part
 from tandem.trainer.startup import build_engine
 from tests import ranks, tiny
 from tests.promises.test_parallel import EPSILON, mean_over_dp

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tandem.trainer.checkpoint.async_save import save
 from tandem.trainer.checkpoint.compatibility import check_same_past
 from tandem.trainer.checkpoint.read import Snapshot, newest, opened
-from tandem.trainer.checkpoint.save import save
 from tandem.trainer.config import RunConfig, UserError, section_from
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.ledger import FILE

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.waits import Seen, waits_on_cpu, waits_on_gpu
 
 from tandem.trainer import runtime
 from tandem.trainer.config.schedule import Timeline
@@ -17,10 +18,9 @@ from tandem.trainer.distributed.mesh import started
 from tandem.trainer.guard import Guard
 from tandem.trainer.run_state import Stepper
 from tandem.trainer.startup import build_engine
-from tandem.trainer.tools.bench.rows import drawn
+from tandem.trainer.tools.bench.synthetic_batch import drawn
 from tandem.trainer.train import timed_step
 from tests import ranks, tiny
-from tests.waits import Seen, waits_on_cpu, waits_on_gpu
 
 WARM_UP, GOOD, BAD = range(2), 2, 3
 """Numbers of steps; before the bad one a weight becomes nan, so that its update is left out."""

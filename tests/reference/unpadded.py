@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from tandem.trainer.distributed.layers import mark, role_of, shard_of
 from tandem.trainer.distributed.mesh import Mesh
-from tandem.trainer.distributed.shards import Shard, local_part
+from tandem.trainer.distributed.sharding import Shard, local_part
 
 
 class Unpadded(nn.Module):

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tandem.trainer.checkpoint.async_save import save
 from tandem.trainer.checkpoint.read import Snapshot, opened
-from tandem.trainer.checkpoint.save import save
 from tandem.trainer.checkpoint.write import model_facts
 from tandem.trainer.config import RunConfig
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, started
-from tandem.trainer.distributed.shards import local_part
+from tandem.trainer.distributed.sharding import local_part
 from tandem.trainer.models import init
 from tandem.trainer.models.init import values
 from tandem.trainer.models.mup import rules

@@ -15,7 +15,7 @@ from tandem.trainer.config import BTLM, FAMILIES, Mup, StableLM, UserError, sect
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.layers import shard_of
 from tandem.trainer.distributed.mesh import Mesh, from_rank_0, from_replica, gather_to_all
-from tandem.trainer.distributed.shards import Shard, local_part
+from tandem.trainer.distributed.sharding import Shard, local_part
 from tandem.trainer.models.init import place
 
 log = logging.getLogger(__name__)

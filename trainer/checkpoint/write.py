@@ -26,7 +26,7 @@ from tandem.trainer.disk import sync_folder, write_whole
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.layers import shard_of
 from tandem.trainer.distributed.mesh import Mesh
-from tandem.trainer.distributed.shards import Shard
+from tandem.trainer.distributed.sharding import Shard
 
 log = logging.getLogger(__name__)
 Share = list[tuple[dict[str, Any], list[Tensor]]]

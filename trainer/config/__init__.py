@@ -4,7 +4,8 @@
 omegaconf are imported, so that commands which merely look at a config answer at once.
 """
 
-from tandem.trainer.config.file import dump, load
+from tandem.trainer.config.loading import dump, load
+from tandem.trainer.config.parsing import section_from
 from tandem.trainer.config.rules import RANKS_WAIT_SECONDS, check, check_alibi_scaling, check_world
 from tandem.trainer.config.sections import (
     BTLM,
@@ -36,7 +37,6 @@ from tandem.trainer.config.sections import (
     UserError,
     Watchdog,
 )
-from tandem.trainer.config.strict import section_from
 
 __all__ = [
     "BTLM",

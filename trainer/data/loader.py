@@ -22,11 +22,11 @@ from tandem.trainer import config
 from tandem.trainer.config import UserError
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data import manifest, mixture
-from tandem.trainer.data.cache import Cache
 from tandem.trainer.data.manifest import DamagedShard
-from tandem.trainer.data.order import Order
 from tandem.trainer.data.rows import Batch, Cut, Evidence, Source, Span, batch, unpacked
-from tandem.trainer.data.stream import Stream
+from tandem.trainer.data.shard_cache import Cache
+from tandem.trainer.data.shuffle import Order
+from tandem.trainer.data.token_stream import Stream
 from tandem.trainer.runtime import Stopped
 
 __all__ = ["Batch", "Evidence", "Loader", "unpacked"]

@@ -21,7 +21,7 @@ from typing import Any
 from xxhash import xxh3_128
 
 from tandem.trainer.config import Cache, UserError
-from tandem.trainer.data import remote
+from tandem.trainer.data import remote_files
 
 FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -107,16 +107,16 @@ def dump(manifest: Manifest) -> str:
     return json.dumps(head | dataclasses.asdict(manifest), indent=1) + "\n"
 
 
-def load(folder: str | Path, settings: Cache = remote.PATIENCE) -> Manifest:
+def load(folder: str | Path, settings: Cache = remote_files.PATIENCE) -> Manifest:
     """The manifest of a finished corpus, in a local folder or at a remote address, its fingerprint checked.
 
     Raises: UserError where there is none, or it is damaged or of another version.
     """
-    path = remote.below(folder, FILE)
+    path = remote_files.below(folder, FILE)
     try:
-        return parsed(remote.content(path, settings), path)
-    except (FileNotFoundError, NotADirectoryError, remote.Missing):
-        remedy = "correct the address" if remote.is_remote(folder) else f"run tandem prepare --output {folder}"
+        return parsed(remote_files.content(path, settings), path)
+    except (FileNotFoundError, NotADirectoryError, remote_files.Missing):
+        remedy = "correct the address" if remote_files.is_remote(folder) else f"run tandem prepare --output {folder}"
         raise UserError(f"{path}: no such file; a prepared corpus has one; {remedy}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({str(error)[:200]}); restore it, or the way to it") from None
@@ -153,7 +153,7 @@ def check_files(folder: str | Path, manifest: Manifest) -> None:
 
     Note: of a remote folder nothing is asked; its shards are checked as they are fetched.
     """
-    if remote.is_remote(folder):
+    if remote_files.is_remote(folder):
         return
     for shard in [*manifest.train.shards, *manifest.validation.shards]:
         path = Path(folder) / shard.file
@@ -178,7 +178,7 @@ def check_bytes(file: BufferedReader, path: Path, shard: Shard) -> None:
 def check_tokenizer(file: str | Path, manifest: Manifest, where: str) -> None:
     """Raises UserError, its message starting with `where`, if the file is not the tokenizer of the corpus."""
     try:
-        found = hashlib.sha256(remote.content(file)).hexdigest()
+        found = hashlib.sha256(remote_files.content(file)).hexdigest()
     except OSError as error:
         raise UserError(
             f"{where}: {file} cannot be read ({_one_line(error)}); name the corpus's tokenizer.json"

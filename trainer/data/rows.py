@@ -17,8 +17,8 @@ from jaxtyping import Int32, Int64
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
-from tandem.trainer.data.order import Order
-from tandem.trainer.data.stream import Piece, Stream
+from tandem.trainer.data.shuffle import Order
+from tandem.trainer.data.token_stream import Piece, Stream
 
 INDEX, PIECE = Struct("<q"), Struct("<qqq")
 HASHES = 1 << 64

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tandem.kernels.layer_norm import layer_norm
 from tandem.trainer.config.flops import padded
 from tandem.trainer.distributed.mesh import Mesh
-from tandem.trainer.distributed.shards import Shard
+from tandem.trainer.distributed.sharding import Shard
 
 
 def mark(parameter: nn.Parameter, shard: Shard, role: str) -> nn.Parameter:

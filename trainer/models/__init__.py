@@ -5,7 +5,7 @@ import torch
 from tandem.trainer.config import BTLM, Mup, StableLM
 from tandem.trainer.distributed.mesh import Mesh
 from tandem.trainer.models import btlm, stablelm
-from tandem.trainer.models.layers import Decoder, Recompute
+from tandem.trainer.models.decoder import Decoder, Recompute
 from tandem.trainer.models.mup import forward_scales
 
 

@@ -15,8 +15,7 @@ from tandem.trainer.config import BTLM, AlibiScaling
 from tandem.trainer.distributed.layers import LayerNorm, Row
 from tandem.trainer.distributed.mesh import Mesh
 from tandem.trainer.distributed.recompute import again_in_backward, kept
-from tandem.trainer.models.cache import Cache
-from tandem.trainer.models.layers import (
+from tandem.trainer.models.decoder import (
     Decoder,
     FeedForward,
     PartialAttention,
@@ -25,6 +24,7 @@ from tandem.trainer.models.layers import (
     join_heads,
     qkv_projection,
 )
+from tandem.trainer.models.kv_cache import Cache
 from tandem.trainer.models.mup import ForwardScales
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tandem.trainer.distributed.layers import role_of, shard_of
 from tandem.trainer.distributed.mesh import Mesh
-from tandem.trainer.distributed.shards import local_part
+from tandem.trainer.distributed.sharding import local_part
 from tandem.trainer.models.mup import Rule
 
 PIECE_ELEMENTS = 1 << 19

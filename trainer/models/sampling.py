@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from tandem.trainer.models.cache import Cache
-from tandem.trainer.models.layers import Decoder
+from tandem.trainer.models.decoder import Decoder
+from tandem.trainer.models.kv_cache import Cache
 
 LENGTH_STEP = 128
 """Prompts are padded to a multiple of this on a GPU, whose compiled attention is made anew for every length."""

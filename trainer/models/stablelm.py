@@ -16,8 +16,7 @@ from tandem.trainer.config import StableLM
 from tandem.trainer.distributed.layers import LayerNorm, Row, divided, to_columns
 from tandem.trainer.distributed.mesh import Mesh
 from tandem.trainer.distributed.recompute import again_in_backward, kept
-from tandem.trainer.models.cache import Cache
-from tandem.trainer.models.layers import (
+from tandem.trainer.models.decoder import (
     Decoder,
     FeedForward,
     PartialAttention,
@@ -27,6 +26,7 @@ from tandem.trainer.models.layers import (
     qkv_projection,
     residual,
 )
+from tandem.trainer.models.kv_cache import Cache
 from tandem.trainer.models.mup import ForwardScales
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.hf.folder import appearing
-from tandem.trainer.checkpoint.hf.mapping import Read
-from tandem.trainer.checkpoint.hf.reload import pretrained
-from tandem.trainer.checkpoint.source import Source, add_alibi_scaling, model_from, source, with_alibi_scaling
+from tandem.trainer.checkpoint.hf.pretrained import pretrained
+from tandem.trainer.checkpoint.hf.tensor_mapping import Read
+from tandem.trainer.checkpoint.weights import Source, add_alibi_scaling, model_from, source, with_alibi_scaling
 from tandem.trainer.checkpoint.write import model_facts, save_weights
 from tandem.trainer.config import BTLM, StableLM, UserError
 from tandem.trainer.data.manifest import TOKENIZER_FILE

@@ -8,14 +8,8 @@ from pathlib import Path
 
 import torch
 
-from tandem.trainer.checkpoint.source import Source, add_alibi_scaling, model_from, source, with_alibi_scaling
-from tandem.trainer.config import (
-    Data,
-    LearningRate,
-    Phase,
-    Schedule,
-    UserError,
-)
+from tandem.trainer.checkpoint.weights import Source, add_alibi_scaling, model_from, source, with_alibi_scaling
+from tandem.trainer.config import Data, LearningRate, Phase, Schedule, UserError
 from tandem.trainer.data import manifest
 from tandem.trainer.data.loader import Batch, Loader
 from tandem.trainer.distributed.mesh import started

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tandem.trainer.checkpoint.source import Source, add_alibi_scaling, model_from, source, with_alibi_scaling
+from tandem.trainer.checkpoint.weights import Source, add_alibi_scaling, model_from, source, with_alibi_scaling
 from tandem.trainer.config import BTLM, UserError
 from tandem.trainer.distributed.mesh import started
 from tandem.trainer.models.sampling import Sampling, continuations

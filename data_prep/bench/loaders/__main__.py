@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from tandem.data_prep.bench.loaders.contestants import CONTESTANTS
-from tandem.data_prep.bench.loaders.corpus import UNIT_TOKENS, Corpus
-from tandem.data_prep.bench.loaders.rounds import Refused, Row, compare
+from tandem.data_prep.bench.loaders.adapters import CONTESTANTS
+from tandem.data_prep.bench.loaders.comparison import Refused, Row, compare
+from tandem.data_prep.bench.loaders.synthetic_corpus import UNIT_TOKENS, Corpus
 from tandem.data_prep.bench.options import check_places, number
 from tandem.trainer.config import UserError
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tandem.kernels.bench.one_rank import tensor_parallel_group
 from tandem.kernels.bench.operation import (
     Example,
     Function,
@@ -25,6 +24,7 @@ from tandem.kernels.bench.operation import (
     leaf,
 )
 from tandem.kernels.bench.shapes import CUTE_LOGITS, LIGER_LOGITS, SMALL_MODELS, Logits, logits
+from tandem.kernels.bench.single_rank import tensor_parallel_group
 
 TOKEN_BYTES = 8 + 4
 """A target, and an fp32 number between forward and backward."""

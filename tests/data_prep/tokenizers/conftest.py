@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tandem.data_prep.tokenizers import build, ranks
-from tandem.data_prep.tokenizers.alphabet import CHARACTERS
-from tandem.data_prep.tokenizers.ranks import END, SCHEMES, Scheme
+from tandem.data_prep.tokenizers import build, tiktoken_file
+from tandem.data_prep.tokenizers.byte_level import CHARACTERS
+from tandem.data_prep.tokenizers.tiktoken_file import END, SCHEMES, Scheme
 
 TEXTS = [
     "def encode(texts, places=None):\n    return [12 + index for index in range(1024)]  # the rows of a shard\n",
@@ -34,7 +34,7 @@ def telling(pattern: str | None) -> str:
             if merged not in vocab:
                 vocab[merged] = len(vocab)
                 merges.append((CHARACTERS[left], CHARACTERS[right]))
-    return json.dumps(ranks.tree(vocab | {END: 9_999}, merges, pattern, {END: 9_999}))
+    return json.dumps(tiktoken_file.tree(vocab | {END: 9_999}, merges, pattern, {END: 9_999}))
 
 
 @pytest.fixture(scope="session")
@@ -63,4 +63,4 @@ def scheme(request, tokens) -> Scheme:
 
 @pytest.fixture(scope="session")
 def tokenizer_json(scheme, tokens) -> str:
-    return ranks.tokenizer_json(tokens, scheme, "test")
+    return tiktoken_file.tokenizer_json(tokens, scheme, "test")

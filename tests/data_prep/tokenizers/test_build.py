@@ -5,9 +5,9 @@ import pytest
 import tiktoken
 from tokenizers import Tokenizer
 
-from tandem.data_prep.tokenizers import build, encoding, ranks, traps
-from tandem.data_prep.tokenizers.alphabet import CHARACTERS
-from tandem.data_prep.tokenizers.ranks import END, SCHEMES
+from tandem.data_prep.tokenizers import build, distinguishing_texts, encoding, tiktoken_file
+from tandem.data_prep.tokenizers.byte_level import CHARACTERS
+from tandem.data_prep.tokenizers.tiktoken_file import END, SCHEMES
 from tandem.trainer.config import UserError
 from tests.data_prep.tokenizers.conftest import TEXTS
 
@@ -22,7 +22,7 @@ def ids(tokenizer_json, texts):
 
 def test_ranks_give_back_the_merges_they_were_learnt_by(trained, tokens):
     learnt = [tuple(pair) for pair in json.loads(trained)["model"]["merges"]]
-    assert ranks.merges(tokens, "test") == learnt
+    assert tiktoken_file.merges(tokens, "test") == learnt
 
 
 @pytest.mark.parametrize("kind", build.KINDS)
@@ -34,14 +34,16 @@ def test_ranks_encode_every_trap_as_tiktoken_does(kind, tokens):
         mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
         special_tokens=dict(scheme.specials),
     )
-    texts = [*TEXTS, *(text.replace(END, "") for text in traps.texts())]
-    assert ids(ranks.tokenizer_json(tokens, scheme, "test"), texts) == rival.encode_ordinary_batch(texts, num_threads=1)
+    texts = [*TEXTS, *(text.replace(END, "") for text in distinguishing_texts.texts())]
+    assert ids(tiktoken_file.tokenizer_json(tokens, scheme, "test"), texts) == rival.encode_ordinary_batch(
+        texts, num_threads=1
+    )
 
 
 def test_arcade100k_has_its_special_ids_and_splits_digits_one_by_one(tokens):
     # Its ids from 100,257 on do not depend on how many tokens come before them.
     few = replace(SCHEMES["arcade100k"], ranks=len(tokens))
-    text = ranks.tokenizer_json(tokens, few, "test")
+    text = tiktoken_file.tokenizer_json(tokens, few, "test")
     encoder = encoding.encoder(text, END, "test", library="gigatoken")
     assert (encoder.vocab, encoder.eos_id) == (100_289, 100_257)
     special = {token.content: index for index, token in Tokenizer.from_str(text).get_added_tokens_decoder().items()}
@@ -77,7 +79,7 @@ def test_a_tokenizer_json_is_taken_as_it_is_from_a_file_or_its_folder(trained, t
 
 def built(path):
     """What `build.read` does, but that merges are looked at before the number of tokens."""
-    ranks.merges(ranks.read(path.read_bytes(), str(path)), str(path))
+    tiktoken_file.merges(tiktoken_file.read(path.read_bytes(), str(path)), str(path))
     build.read(str(path))
 
 
@@ -147,6 +149,6 @@ def test_what_cannot_be_told_is_asked_for(ranks_file, tmp_path):
 
 
 def test_bytes_are_written_as_the_library_writes_them():
-    spelled = Tokenizer.from_str(json.dumps(ranks.tree({c: v for v, c in CHARACTERS.items()}, [], None, {})))
+    spelled = Tokenizer.from_str(json.dumps(tiktoken_file.tree({c: v for v, c in CHARACTERS.items()}, [], None, {})))
     text = "".join(chr(code) for code in (0x7F, 0x80, 0x7FF, 0xFFF, 0x1F600)) + "\0\n !~\xad"
     assert spelled.encode(text).ids == list(text.encode())

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tandem.data_prep.tokenizers import encoding, fast, traps
+from tandem.data_prep.tokenizers import distinguishing_texts, encoding, gigatoken_encoder
 from tandem.data_prep.tokenizers.encoding import Encoder, Reference
-from tandem.data_prep.tokenizers.fast import Fast
-from tandem.data_prep.tokenizers.ranks import END, SCHEMES
+from tandem.data_prep.tokenizers.gigatoken_encoder import Fast
+from tandem.data_prep.tokenizers.tiktoken_file import END, SCHEMES
 from tandem.trainer.config import UserError
 from tests import ranks
 from tests.data_prep.tokenizers.conftest import TEXTS, telling
@@ -28,7 +28,7 @@ def encoder(tokenizer_json) -> Encoder:
 def documents() -> list[str]:
     """Traps, text with single bytes changed, characters at random, and letters that only one library knows."""
     draw = random.Random(0)
-    made = [*TEXTS, *traps.texts()]
+    made = [*TEXTS, *distinguishing_texts.texts()]
     for _ in range(300):
         data = bytearray(draw.choice(TEXTS).encode()[:2000])
         for _ in range(20):
@@ -185,11 +185,11 @@ def words(count: int, seed: int) -> list[str]:
 
 def grown(tokenizer_json: str, limit: int) -> tuple[int, list[list[int]]]:
     """MiB that this process grows by once its caches have filled up a first time, and the last tokens."""
-    fast.CACHE_BYTES = limit
+    gigatoken_encoder.CACHE_BYTES = limit
     encode, memory = Encoder(tokenizer_json, END, 0, 1_200, "gigatoken").load(), []
     for batch in [words(400, seed) for seed in range(10)]:
         tokens, lengths = encode(batch)
-        memory.append(fast._resident_bytes())
+        memory.append(gigatoken_encoder._resident_bytes())
     return memory[-1] - memory[2] >> 20, of(tokens, lengths)
 
 
@@ -203,5 +203,5 @@ def test_memory_for_words_seen_is_bounded_and_its_loss_does_not_show(trained, tm
 
 def test_traps_are_few():
     # All of them are encoded by the slow library whenever a corpus is prepared.
-    assert sum(len(text.encode()) for text in traps.texts()) < 600_000
-    assert sum(map(len, traps.excerpts(["a" * 10**6] * 1000))) == traps.SAMPLE_CHARACTERS
+    assert sum(len(text.encode()) for text in distinguishing_texts.texts()) < 600_000
+    assert sum(map(len, distinguishing_texts.excerpts(["a" * 10**6] * 1000))) == distinguishing_texts.SAMPLE_CHARACTERS

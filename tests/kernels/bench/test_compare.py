@@ -19,7 +19,7 @@ import torch
 import triton
 from torch.utils.flop_counter import FlopCounterMode
 
-from tandem.kernels.bench import compare, measure, one_rank
+from tandem.kernels.bench import compare, measure, single_rank
 from tandem.kernels.bench.compare import agree, example_of, function_of, results, rows
 from tandem.kernels.bench.documents import documents
 from tandem.kernels.bench.measure import Ceilings
@@ -57,7 +57,7 @@ def eager():
     """What is compiled runs as it was written; who wants ranks gets one."""
     with torch.compiler.set_stance("force_eager"):
         yield
-    one_rank.end()
+    single_rank.end()
 
 
 @EVERY_OPERATION

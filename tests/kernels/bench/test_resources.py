@@ -12,7 +12,7 @@ import triton
 
 from tandem.kernels.bench.ops import OPERATIONS
 from tandem.kernels.bench.resources import COMPILED, KNOWN_SPILLS, Resources, blocks_per_multiprocessor, spills
-from tandem.kernels.device.offline import Compiled
+from tandem.kernels.device.offline_compile import Compiled
 
 KERNELS = {
     "swiglu": {"_forward", "_backward"},

@@ -12,7 +12,7 @@ from tandem.trainer.checkpoint.layout import key
 from tandem.trainer.checkpoint.read import Snapshot
 from tandem.trainer.checkpoint.safetensors_writer import Spec
 from tandem.trainer.checkpoint.write import commit
-from tandem.trainer.distributed.shards import Shard, local_part
+from tandem.trainer.distributed.sharding import Shard, local_part
 
 SHAPES = {"first": ((7, 5), 0), "second": ((6, 7), 1), "fused": ((2, 7, 3), 1), "whole": ((11,), None)}
 """Name -> true shape, the dim that is divided; 7 is padded."""

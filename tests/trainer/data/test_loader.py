@@ -7,6 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from tests.trainer.data.reading import Tokens, ranks, schedule_of, steps
+from tests.trainer.data.reading import loader as loader_of
 from xxhash import xxh3_64_intdigest
 
 from tandem.trainer.config import Phase, UserError
@@ -14,9 +16,7 @@ from tandem.trainer.data import loader as loader_module
 from tandem.trainer.data import manifest
 from tandem.trainer.data import rows as rows_module
 from tandem.trainer.data.mixture import row_sources
-from tandem.trainer.data.stream import Stream
-from tests.trainer.data.reading import Tokens, ranks, schedule_of, steps
-from tests.trainer.data.reading import loader as loader_of
+from tandem.trainer.data.token_stream import Stream
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from tandem.trainer.config import BTLM, RunConfig, load
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.models import param_groups
+from tandem.trainer.models.decoder import Decoder
 from tandem.trainer.models.init import initial
-from tandem.trainer.models.layers import Decoder
 from tandem.trainer.models.mup import rules
 from tests import tiny
 from tests.reference.variants import reference

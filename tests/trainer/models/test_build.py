@@ -10,7 +10,7 @@ import torch
 
 from tandem.trainer import models
 from tandem.trainer.config import RunConfig, flops, load
-from tandem.trainer.models.layers import Decoder
+from tandem.trainer.models.decoder import Decoder
 from tests.reference.variants import reference
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))}

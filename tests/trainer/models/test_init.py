@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tandem.trainer import models
 from tandem.trainer.config import load
 from tandem.trainer.distributed.mesh import Mesh
-from tandem.trainer.distributed.shards import joined
+from tandem.trainer.distributed.sharding import joined
 from tandem.trainer.models import init
 from tandem.trainer.models.init import PIECE_ELEMENTS, fill, first_seed, initial
 from tandem.trainer.models.mup import Rule, rules

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tandem.kernels.attention import alibi_slopes
-from tandem.trainer.checkpoint.hf.mapping import Piece, Row, whole
+from tandem.trainer.checkpoint.hf.tensor_mapping import Piece, Row, whole
 from tandem.trainer.config import BTLM, AlibiScaling, Mup, UserError, check_alibi_scaling, section_from
 
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"

@@ -25,7 +25,7 @@ from tandem.trainer.checkpoint.hf.folder import (
     write_json,
     write_weights,
 )
-from tandem.trainer.checkpoint.hf.mapping import Read, Row, join, whole
+from tandem.trainer.checkpoint.hf.tensor_mapping import Read, Row, join, whole
 from tandem.trainer.config import BTLM, FAMILIES, Mup, StableLM, UserError, section_from
 
 TABLES: dict[str, Any] = {"stablelm": stablelm, "btlm": btlm}

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, dtype
 
 from tandem.trainer.checkpoint import safetensors_writer
-from tandem.trainer.checkpoint.hf.mapping import Read, Row, cut
+from tandem.trainer.checkpoint.hf.tensor_mapping import Read, Row, cut
 from tandem.trainer.checkpoint.safetensors_writer import Spec
 from tandem.trainer.config import UserError
 from tandem.trainer.disk import sync_folder

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tandem.trainer.checkpoint.hf.mapping import Piece, Row, whole
+from tandem.trainer.checkpoint.hf.tensor_mapping import Piece, Row, whole
 from tandem.trainer.config import Mup, StableLM, UserError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -21,16 +21,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from tandem.trainer import config as configuration
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
-from tandem.trainer.data.cache import Cache
 from tandem.trainer.data.ledger import manifest_copy
 from tandem.trainer.data.manifest import Manifest
-from tandem.trainer.tools.audit.corpora import Corpora
-from tandem.trainer.tools.audit.expansion import Expansion
-from tandem.trainer.tools.audit.history import History
-from tandem.trainer.tools.audit.one_step import rows_of, step_words
+from tandem.trainer.data.shard_cache import Cache
+from tandem.trainer.tools.audit.ledger_history import History
+from tandem.trainer.tools.audit.reading_order import Expansion
 from tandem.trainer.tools.audit.replay import Replay
-from tandem.trainer.tools.audit.tokens import TarReader
-from tandem.trainer.tools.audit.verdict import Verdict, ranges_words
+from tandem.trainer.tools.audit.result import Verdict, ranges_words
+from tandem.trainer.tools.audit.sources import Corpora
+from tandem.trainer.tools.audit.step_rows import rows_of, step_words
+from tandem.trainer.tools.audit.tar_reader import TarReader
 
 MOST_SHOWN = 30
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tandem.trainer.tools.audit.expansion import Expansion, Ints, Pieces, end_to_end
+from tandem.trainer.tools.audit.reading_order import Expansion, Ints, Pieces, end_to_end
 
 PENDING_PIECES = 1 << 16
 """Pieces gathered before they are sorted in."""

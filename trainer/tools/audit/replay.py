@@ -11,12 +11,12 @@ from typing import Any
 
 from tandem.trainer.config import Phase
 from tandem.trainer.metrics.console import short
-from tandem.trainer.tools.audit.corpora import Corpora
-from tandem.trainer.tools.audit.feed import Feed
-from tandem.trainer.tools.audit.history import History
-from tandem.trainer.tools.audit.records import Attempt, Bad, Skip, Step
-from tandem.trainer.tools.audit.tokens import TarReader
-from tandem.trainer.tools.audit.verdict import Finding, Standing, Verdict, ranges_words, steps_words
+from tandem.trainer.tools.audit.ledger_history import History
+from tandem.trainer.tools.audit.ledger_lines import Attempt, Bad, Skip, Step
+from tandem.trainer.tools.audit.result import Finding, Standing, Verdict, ranges_words, steps_words
+from tandem.trainer.tools.audit.sources import Corpora
+from tandem.trainer.tools.audit.step_checks import Feed
+from tandem.trainer.tools.audit.tar_reader import TarReader
 
 CHUNK_ROWS = 1 << 14
 HALTS = {"rollback": "go back", "stop": "end"}

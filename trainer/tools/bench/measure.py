@@ -22,10 +22,10 @@ from tandem.trainer.metrics.console import short
 from tandem.trainer.metrics.records import StepRecord, Throughput, throughput
 from tandem.trainer.run_folder import environment
 from tandem.trainer.run_state import Stepper
-from tandem.trainer.tools.bench.kinds import profiled
-from tandem.trainer.tools.bench.parts import instrumented
+from tandem.trainer.tools.bench.part_timing import instrumented
 from tandem.trainer.tools.bench.plan import INSTRUMENTED_STEPS, Plan
-from tandem.trainer.tools.bench.rows import drawn
+from tandem.trainer.tools.bench.step_profile import profiled
+from tandem.trainer.tools.bench.synthetic_batch import drawn
 from tandem.trainer.train import timed_step
 
 log = logging.getLogger(__name__)

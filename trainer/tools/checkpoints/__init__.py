@@ -23,7 +23,7 @@ from rich.filesize import decimal
 from tandem.trainer.checkpoint.layout import MARKER, PASSED_OVER, begun, damage, data_files, read_manifest
 from tandem.trainer.config import UserError
 from tandem.trainer.metrics import bar
-from tandem.trainer.tools.checkpoints.difference import Advance, differences
+from tandem.trainer.tools.checkpoints.compare import Advance, differences
 
 if TYPE_CHECKING:
     from tandem.trainer.checkpoint.read import Snapshot

@@ -21,9 +21,9 @@ from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.disk import write_whole
 from tandem.trainer.distributed.mesh import launched_rank, launched_world_size, started
 from tandem.trainer.run_folder import environment
-from tandem.trainer.tools.mup import coordinates, decay, transfer
+from tandem.trainer.tools.mup import coordinates, lr_transfer, weight_decay
+from tandem.trainer.tools.mup.measurement import Finding, as_json, first_failure, table
 from tandem.trainer.tools.mup.proxies import mup_of, proxy
-from tandem.trainer.tools.mup.verdict import Finding, as_json, first_failure, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +98,7 @@ class Request:
             if getattr(arguments, name) < 1:
                 raise UserError(f"--{name}: {getattr(arguments, name)}; must be at least 1; change it")
         if "decay" in checks:
-            decay.refuse(config)
+            weight_decay.refuse(config)
         steps = Timeline(config.schedule).total_steps
         if "coordinates" in checks and arguments.updates > steps:
             raise UserError(f"--updates: {arguments.updates}; the schedule has {steps} steps; ask for fewer")
@@ -177,20 +177,20 @@ def launch(request: Request, tp_size: int) -> None:
 
 def check_transfer(request: Request) -> list[Finding]:
     """The sweep, as far as it is not in the ledger yet."""
-    wanted = transfer.trials(request.config, request.widths, request.arguments.octaves)
+    wanted = lr_transfer.trials(request.config, request.widths, request.arguments.octaves)
     with started(1) as mesh:
-        losses = transfer.sweep(wanted, request.folder / "transfer.jsonl", mesh)
+        losses = lr_transfer.sweep(wanted, request.folder / "transfer.jsonl", mesh)
     from tandem.trainer.tools.mup.plots import draw_transfer
 
     draw_transfer(losses, request.folder)
-    print(f"{transfer.table(losses)}\n")
-    return transfer.judge(losses)
+    print(f"{lr_transfer.table(losses)}\n")
+    return lr_transfer.judge(losses)
 
 
 def check_decay(request: Request) -> list[Finding]:
     """Decay at every width."""
     with started(1) as mesh:
-        return decay.measure(request.config, request.widths, mesh)
+        return weight_decay.measure(request.config, request.widths, mesh)
 
 
 CHECKS: dict[str, Callable[[Request], list[Finding]]] = {

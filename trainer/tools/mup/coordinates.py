@@ -21,11 +21,11 @@ from tandem.trainer.config.flops import flops_per_token
 from tandem.trainer.data.loader import Batch
 from tandem.trainer.distributed.layers import from_rows
 from tandem.trainer.distributed.mesh import Mesh, sum_over_ranks
-from tandem.trainer.models.layers import Decoder
+from tandem.trainer.models.decoder import Decoder
 from tandem.trainer.startup import build_engine
-from tandem.trainer.tools.mup.progress import Progress
+from tandem.trainer.tools.mup.measurement import Finding
+from tandem.trainer.tools.mup.progress_reporter import Progress
 from tandem.trainer.tools.mup.proxies import at_constant_lr, in_precision, loader_of, proxy, train
-from tandem.trainer.tools.mup.verdict import Finding
 
 Record = dict[str, Any]
 """tp_size, precision, width, seed, step, and for every coordinate its `size` and `change` after that many updates."""

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from tandem.trainer.metrics.console import short
 from tandem.trainer.tools.mup.coordinates import LAWS, Record, curve
-from tandem.trainer.tools.mup.transfer import Losses, optimum
+from tandem.trainer.tools.mup.lr_transfer import Losses, optimum
 from tandem.trainer.tools.report.plots import GREY, RED, STYLE, save
 
 OURS = STYLE | {"savefig.dpi": 100, "font.size": 9}

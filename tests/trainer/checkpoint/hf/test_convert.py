@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.hf.folder import appearing
-from tandem.trainer.checkpoint.hf.mapping import cut
+from tandem.trainer.checkpoint.hf.tensor_mapping import cut
 from tandem.trainer.config import Mup, UserError
 from tests.promises.test_hf import export, write_tokenizer
 from tests.reference.variants import VARIANTS

@@ -12,19 +12,19 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from tandem.data_prep.write import write_split
+from tandem.data_prep.shard_writer import write_split
 from tandem.trainer.config import Data, Linear, Phase, Schedule
 from tandem.trainer.data import manifest
 from tandem.trainer.data.ledger import FILE, Ledger, copy_manifests, halves, joined, manifest_copy
 from tandem.trainer.data.loader import Loader
 from tandem.trainer.data.manifest import Manifest, Split
 from tandem.trainer.data.mixture import row_sources
-from tandem.trainer.data.order import Order
+from tandem.trainer.data.shuffle import Order
 from tandem.trainer.disk import write_whole
 from tandem.trainer.tools import audit
 from tandem.trainer.tools.audit import replay
-from tandem.trainer.tools.audit.history import History
-from tandem.trainer.tools.audit.verdict import Finding, Verdict
+from tandem.trainer.tools.audit.ledger_history import History
+from tandem.trainer.tools.audit.result import Finding, Verdict
 
 SEED, BLOCK, WINDOW = 3, 64, 320
 SHORT = Phase("short", 6 * 12 * 32, 32, 12, 1, {"a": 0.7, "b": 0.3})
@@ -224,8 +224,8 @@ def rows_of_source(reading: Reading, source: str) -> list[int]:
 
 def reader_over(sources):
     from tandem.trainer.config import Cache as Settings
-    from tandem.trainer.data.cache import Cache
-    from tandem.trainer.tools.audit.tokens import TarReader
+    from tandem.trainer.data.shard_cache import Cache
+    from tandem.trainer.tools.audit.tar_reader import TarReader
 
     return lambda manifests, left_out: TarReader(sources, manifests, Cache(Settings()), left_out)
 

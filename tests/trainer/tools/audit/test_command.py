@@ -7,12 +7,12 @@ from tests.trainer.audit.runs import STEPS, Reading, audited, command, line_of, 
 
 from tandem.trainer.config import UserError
 from tandem.trainer.data.ledger import FILE, manifest_copy
-from tandem.trainer.tools.audit import feed
+from tandem.trainer.tools.audit import step_checks
 
 
 def test_findings_are_counted_where_they_are_too_many_and_searches_too(folder, monkeypatch):
-    monkeypatch.setattr("tandem.trainer.tools.audit.verdict.MOST_FINDINGS", 3)
-    monkeypatch.setattr(feed, "MOST_SEARCHES", 1)
+    monkeypatch.setattr("tandem.trainer.tools.audit.result.MOST_FINDINGS", 3)
+    monkeypatch.setattr(step_checks, "MOST_SEARCHES", 1)
     lines = lines_of(folder)
     for line in lines:
         if line["kind"] == "step":

@@ -26,7 +26,7 @@ from tests.trainer.audit.runs import (
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
 from tandem.trainer.data.ledger import FILE, manifest_copy
-from tandem.trainer.tools.audit import feed
+from tandem.trainer.tools.audit import step_checks
 
 
 def test_evidence_without_a_row_or_with_one_twice_names_it(folder):
@@ -283,8 +283,8 @@ def mutated(tree, draw: random.Random) -> tuple[str, ...]:
 def test_whatever_a_line_is_edited_to_there_is_a_verdict_and_no_proof_of_what_matters(
     skipping, tmp_path, seed, monkeypatch
 ):
-    monkeypatch.setattr(feed, "MOST_SEARCHES", 1)
-    monkeypatch.setattr("tandem.trainer.tools.audit.corpora.MOST_SHOWN_TOKENS", 1 << 14)
+    monkeypatch.setattr(step_checks, "MOST_SEARCHES", 1)
+    monkeypatch.setattr("tandem.trainer.tools.audit.sources.MOST_SHOWN_TOKENS", 1 << 14)
     draw = random.Random(seed)
     (tmp_path / "run").mkdir()
     shutil.copytree(skipping / "manifests", tmp_path / "run" / "manifests")

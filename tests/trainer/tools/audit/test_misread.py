@@ -17,7 +17,7 @@ from tests.trainer.audit.runs import (
 
 from tandem.trainer.data import mixture
 from tandem.trainer.data.ledger import Digests, halves, joined
-from tandem.trainer.data.order import Order
+from tandem.trainer.data.shuffle import Order
 
 
 def read_elsewhere(monkeypatch, source: str, moves: list[tuple[int, int, int]]) -> None:

@@ -27,7 +27,7 @@ from tests.trainer.audit.runs import (
 from tandem.trainer.data import manifest
 from tandem.trainer.data.ledger import FILE
 from tandem.trainer.data.manifest import DamagedShard
-from tandem.trainer.data.stream import Stream
+from tandem.trainer.data.token_stream import Stream
 from tandem.trainer.tools.audit import replay
 
 

@@ -19,9 +19,9 @@ from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.distributed.layers import shard_of
 from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.tools import bench
-from tandem.trainer.tools.bench import kinds
+from tandem.trainer.tools.bench import step_profile
 from tandem.trainer.tools.bench.plan import Plan, planned
-from tandem.trainer.tools.bench.rows import MEDIAN_TOKENS, SIGMA, drawn, drawn_documents
+from tandem.trainer.tools.bench.synthetic_batch import MEDIAN_TOKENS, SIGMA, drawn, drawn_documents
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -179,14 +179,14 @@ KINDS = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_kernel_is_known_by_its_name(name):
-    assert kinds.kind_of([name]) == KINDS[name]
+    assert step_profile.kind_of([name]) == KINDS[name]
 
 
 def test_a_name_that_says_nothing_takes_the_kind_of_what_is_around_it():
-    assert kinds.kind_of(["_forward", "tandem::swiglu", "aten::sum"]) == "swiglu"
-    assert kinds.kind_of(["aten::mul", "tandem::cross_entropy", "X"]) == "cross-entropy"
-    assert kinds.kind_of(["aten::mm", "tandem::swiglu_linear"]) == "matmul"
-    assert kinds.kind_of(["aten::mul", "X"]) == "elementwise"
+    assert step_profile.kind_of(["_forward", "tandem::swiglu", "aten::sum"]) == "swiglu"
+    assert step_profile.kind_of(["aten::mul", "tandem::cross_entropy", "X"]) == "cross-entropy"
+    assert step_profile.kind_of(["aten::mm", "tandem::swiglu_linear"]) == "matmul"
+    assert step_profile.kind_of(["aten::mul", "X"]) == "elementwise"
 
 
 def test_every_operation_of_ours_has_a_kind():
@@ -195,7 +195,7 @@ def test_every_operation_of_ours_has_a_kind():
         import_module(f"tandem.kernels.{file.stem}")
     ours = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("tandem::")]
     assert len(ours) >= 4
-    assert [name for name in ours if kinds.kind_of([name]) == kinds.OTHER] == []
+    assert [name for name in ours if step_profile.kind_of([name]) == step_profile.OTHER] == []
 
 
 def event(name: str, start: int, end: int, device: DeviceType, *, annotation: bool = False) -> FunctionEvent:
@@ -215,7 +215,7 @@ def test_kernels_are_counted_once_by_the_operation_that_launched_them():
         swiglu, step, inner, event("_forward", 100, 400, gpu), event("elementwise_kernel", 400, 420, gpu),
         event("elementwise_kernel", 420, 450, gpu), event("Optimizer.step#AdamW.step", 0, 5_000, gpu, annotation=True),
     ]  # fmt: skip
-    found = {(one.kind, one.name): (round(one.seconds * 1e6), one.calls) for one in kinds.by_kind(traced)}
+    found = {(one.kind, one.name): (round(one.seconds * 1e6), one.calls) for one in step_profile.by_kind(traced)}
     assert found == {
         ("swiglu", "_forward"): (300, 1),
         ("optimizer", "elementwise_kernel"): (20, 1),
@@ -224,8 +224,8 @@ def test_kernels_are_counted_once_by_the_operation_that_launched_them():
 
 
 def test_the_table_shows_shares_and_unknown_names():
-    spent = [kinds.Spent("matmul", "gemm", 0.06, 3), kinds.Spent("other", "mystery", 0.01, 1)]
-    lines = kinds.table(spent, 0.1).splitlines()
+    spent = [step_profile.Spent("matmul", "gemm", 0.06, 3), step_profile.Spent("other", "mystery", 0.01, 1)]
+    lines = step_profile.table(spent, 0.1).splitlines()
     assert lines[1].split() == ["matmul", "60.0%", "60.00", "3"]
     assert lines[4].split()[-1] == "mystery"
     assert lines[-1].split() == ["between", "them", "30.0%", "30.00", "0"]

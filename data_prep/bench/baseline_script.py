@@ -1,0 +1,61 @@
+"""The script that everyone has: lines of .jsonl.zst, a library, ids and lengths of documents appended to files.
+
+python -m tandem.data_prep.bench.baseline_script LIBRARY TOKENIZER OUTPUT WORKERS FILE...
+"""
+
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import orjson
+
+from tandem.data_prep.bench.text_files import documents
+from tandem.data_prep.bench.tokenizer_libraries import EOS, LIBRARIES
+from tandem.trainer.data.manifest import dtype_of
+
+BATCH_DOCUMENTS = 256
+
+
+def main(arguments: list[str]) -> None:
+    """Each worker has its part of the files and writes files of its own."""
+    library, tokenizer, output, workers, *files = arguments
+    parts = [(library, tokenizer, f"{output}/{index}", files[index :: int(workers)]) for index in range(int(workers))]
+    if len(parts) == 1:
+        write(*parts[0])
+        return
+    with Pool(len(parts)) as pool:
+        pool.starmap(write, parts)
+
+
+def write(library: str, tokenizer: str, stem: str, files: list[str]) -> None:
+    """`stem`.bin has the ids of all documents, EOS after each, `stem`.npy their number for each document."""
+    text = Path(tokenizer).read_text()
+    encode, eos_id, dtype = LIBRARIES[library](text), *ids(text)
+    texts, lengths = documents(files), []
+    with open(f"{stem}.bin", "wb") as out:
+        while batch := list(islice(texts, BATCH_DOCUMENTS)):
+            for tokens in encode(batch):
+                out.write(np.append(tokens, eos_id).astype(dtype).tobytes())
+                lengths.append(len(tokens) + 1)
+    np.save(f"{stem}.npy", lengths)
+
+
+def written(output: Path, dtype: str) -> Iterator[np.ndarray]:
+    """The documents that a script left."""
+    for path in sorted(output.glob("*.bin")):
+        ends = np.cumsum(np.load(path.with_suffix(".npy")))
+        yield from np.split(np.fromfile(path, dtype), ends[:-1])
+
+
+def ids(tokenizer_json: str) -> tuple[int, str]:
+    """The id of EOS, and the type that holds every id."""
+    tree = orjson.loads(tokenizer_json)
+    added = {token["content"]: token["id"] for token in tree["added_tokens"]}
+    return added[EOS], dtype_of(max([*tree["model"]["vocab"].values(), *added.values()]) + 1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,48 @@
+"""litdata's token chunks."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tandem.data_prep.bench.loaders.adapter import ROWS, Contestant, Opened, Reading, flat_rows
+from tandem.data_prep.bench.loaders.synthetic_corpus import ROW_TOKENS, Corpus
+
+CHUNK_ROWS = 4_096
+
+
+def _imports() -> None:
+    import litdata  # noqa: F401
+
+
+def _write(corpus: Corpus, folder: Path) -> None:
+    from litdata import TokensLoader, optimize
+
+    # Whole rows in a chunk: what is left of one at its end is never read.
+    optimize(
+        partial(_chunk, corpus), list(range(-(-len(flat_rows(corpus)) // CHUNK_ROWS))), output_dir=str(folder),
+        chunk_size=CHUNK_ROWS * ROW_TOKENS, num_workers=1, item_loader=TokensLoader(), verbose=False,
+    )  # fmt: skip
+
+
+def _chunk(corpus: Corpus, index: int) -> Iterator[Tensor]:
+    rows = flat_rows(corpus)[index * CHUNK_ROWS : (index + 1) * CHUNK_ROWS]
+    yield torch.from_numpy(rows.reshape(-1).copy())
+
+
+def _open(reading: Reading, state: Any) -> Opened:
+    from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
+
+    dataset = StreamingDataset(
+        str(reading.folder), item_loader=TokensLoader(ROW_TOKENS), shuffle=True, seed=reading.seed, drop_last=True
+    )
+    loader = StreamingDataLoader(dataset, batch_size=ROWS, num_workers=int(reading.worker), drop_last=True)
+    if state is not None:
+        loader.load_state_dict(state)
+    return Opened((batch.long() for batch in loader), lambda count: loader.state_dict())
+
+
+LITDATA = Contestant("litdata", _imports, _write, _open)

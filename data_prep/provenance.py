@@ -1,0 +1,49 @@
+"""What a corpus was made from, as inputs.json says it: of every file its name, bytes, version and the hashes of its parts.
+
+Versions are times and tags, which differ between copies of the same files. So the manifest holds a hash of the rest, and
+the file one of all it says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tandem.trainer.config import UserError
+from tandem.trainer.data import remote_files
+
+Entry = Sequence[Any]
+"""Name, bytes, version, hashes of the parts."""
+
+
+def dump(files: Sequence[Entry]) -> str:
+    """The text of inputs.json."""
+    return json.dumps({"sha256": _hash(files), "files": files}) + "\n"
+
+
+def load(path: str | Path) -> list[Entry]:
+    """The files, as they were written.  Raises: UserError where a byte is not."""
+    try:
+        text = remote_files.content(path).decode()
+        files: list[Entry] = json.loads(text)["files"]
+        if dump(files) == text:
+            return files
+        reason = "content does not match its hash"
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    raise UserError(f"{path}: is missing or damaged ({reason}); restore it or prepare the corpus again")
+
+
+def identity(files: Sequence[Entry]) -> dict[str, Any]:
+    """What the manifest says of the files."""
+    content = [[name, size, hashes] for name, size, _, hashes in files]
+    return {"num_input_files": len(files), "inputs_sha256": _hash(content)}
+
+
+def _hash(content: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

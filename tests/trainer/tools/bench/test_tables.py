@@ -1,0 +1,102 @@
+"""The tables of raw lines, and what is said if there are none."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tandem.kernels.bench.__main__ import main as kernels_bench
+from tandem.trainer.tools.bench import tables
+
+ROOT = Path(__file__).parents[2]
+STEP = {
+    "config": "stablelm-2-12b", "phase": "4k", "depth": 6, "recipe_depth": 40, "micro_batches": 4, "micro_rows": 1,
+    "overrides": ["parallel.tp_size=1"],
+    "step_seconds": 0.5, "tokens_per_second": 32_768.0, "mfu": 0.505, "mfu_causal": 0.47,
+    "derived": {"mfu_at_full_batch": 0.5001}, "peak_allocated_gib": 59.25,
+    "part_seconds": {"data": 0.0, "forward": 0.1, "backward": 0.3, "update": 0.1, "other": 0.0},
+    "kind_seconds": {"step": 0.5, "matmul": 0.25, "attention": 0.05}, "device": "a card", "torch": "2", "triton": "3",
+    "commit": "0123abc",
+}  # fmt: skip
+
+
+def cells(table: str, first: str) -> list[str]:
+    [row] = [line for line in table.splitlines() if line.startswith(f"| {first} ")]
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_a_step_stands_beside_its_mark_and_its_prediction(tmp_path):
+    (tmp_path / "steps.jsonl").write_text(json.dumps(STEP) + "\n")
+    header, steps = tables.tables(tmp_path)
+    assert header == "a card; torch 2; triton 3; commit 0123abc"
+    whole, kinds = steps.split("\n\n")
+    assert cells(whole, "stablelm-2-12b") == [
+        "stablelm-2-12b", "4k", "6 of 40", "4 x 1", "500.0", "32,768", "50.5 / 47.0", "50.0", "59.2", "100.0", "300.0",
+        "100.0", "50 %: reached", "MFU 52 / 49 %",
+    ]  # fmt: skip
+    assert cells(kinds, "matmul") == ["matmul", "250.0", "50.0"]
+
+
+@pytest.mark.parametrize(("mfu", "said"), [(0.4999, "50 %: missed"), (0.5, "50 %: reached")])
+def test_a_mark_is_reached_or_missed(tmp_path, mfu, said):
+    (tmp_path / "steps.jsonl").write_text(json.dumps(STEP | {"derived": {"mfu_at_full_batch": mfu}}) + "\n")
+    assert said in [*tables.tables(tmp_path)][1]
+
+
+def test_a_changed_step_is_held_to_no_mark(tmp_path):
+    changed = ["parallel.tp_size=1", "parallel.recompute=full", "--rows 8"]
+    (tmp_path / "steps.jsonl").write_text(json.dumps(STEP | {"overrides": changed}) + "\n")
+    assert " parallel.recompute=full --rows 8 " in [*tables.tables(tmp_path)][1]
+    assert "50 %:" not in [*tables.tables(tmp_path)][1]
+
+
+def test_an_error_stands_beside_that_of_plain_torch(tmp_path):
+    """A line as tandem.kernels.bench writes it."""
+    file = tmp_path / "errors.jsonl"
+    command = ["swiglu", "--errors", "--device", "cpu", "--tokens", "8", "--shape", "demo-stablelm tp1"]
+    assert kernels_bench([*command, "--json", str(file)]) == 0
+    line = json.loads(file.read_text().splitlines()[0])
+    table = tables.error_table([line])
+    assert cells(table, "swiglu") == [
+        "swiglu", "demo-stablelm tp1", "out", f"{line['ours']:.2e}", f"{line['plain']:.2e}", f"{line['ratio']:.3f}"
+    ]  # fmt: skip
+
+
+def test_variants_stand_by_their_times_with_the_kernels_own(tmp_path):
+    line = {
+        "kernel": "keys", "shape": "a shape", "time_us_20": 1.0, "time_us_80": 2.0, "executed_tflops_per_second": 400.4,
+        "own": False, "card": "a card", "torch": "2", "triton": "3", "commit": "0123abc",
+    }  # fmt: skip
+    times = {"slowest": 30.0, "mine": 20.0, "third": 10.0, "second": 5.0, "first": 2.0, "failed": None}
+    found = [line | {"candidate": name, "own": name == "mine", "time_us_50": time} for name, time in times.items()]
+    (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
+    _, table = tables.tables(tmp_path)
+    assert [row.split(" | ")[2].strip() for row in table.splitlines()[2:]] == ["first", "second", "mine"]
+
+
+def test_columns_without_a_figure_are_left_out():
+    table = tables.markdown(["a", "b", "c"], [["1", "", "3"], ["2", "", ""]])
+    assert table == "| a | c |\n| - | - |\n| 1 | 3 |\n| 2 |   |"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "no line of a measurement"), ("{}}\n", "kernels.jsonl: Extra data"), ('{"op": "to', "no line")],
+)
+def test_nothing_to_print_is_one_line(tmp_path, capsys, content, said):
+    if content is not None:
+        (tmp_path / "kernels.jsonl").write_text(content)
+    assert tables.main([str(tmp_path)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("figures: ")
+    assert said in line
+
+
+def test_the_tables_need_no_torch(tmp_path):
+    (tmp_path / "steps.jsonl").write_text(json.dumps(STEP) + "\n")
+    program = "import sys; sys.modules['torch'] = None; "
+    program += "from tandem.trainer.tools.bench.tables import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

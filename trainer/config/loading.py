@@ -1,0 +1,74 @@
+"""The YAML file in and out: `load` is the one way to read a config. The one door to omegaconf."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tandem.trainer.config.parsing import section_from
+from tandem.trainer.config.rules import check
+from tandem.trainer.config.sections import RunConfig, UserError
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """The checked config of the file with dotted overrides (`optim.clip_norm=0.5`) applied.
+
+    Raises: UserError, one line naming field, value, rule and remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file; name one, for example configs/demo-btlm.yaml")
+    try:
+        node = OmegaConf.load(path)
+        for override in overrides or []:
+            key, equals, value = override.partition("=")
+            if not key or not equals:
+                raise UserError(
+                    f"override {override!r}: must read section.field=value; for example optim.clip_norm=0.5"
+                )
+            try:
+                OmegaConf.update(node, key, OmegaConf.from_dotlist([f"value={value}"])["value"])
+            except (IndexError, TypeError, ValueError) as error:
+                raise UserError(f"override {override!r}: {_one_line(error)}; name a field of the config") from None
+        tree = OmegaConf.to_container(node, resolve=True)
+    except (OmegaConfBaseException, OSError) as error:
+        raise UserError(f"{path}: cannot be read: {_one_line(error)}; correct the file or the override") from None
+    except Exception as error:  # PyYAML's errors share no base class with omegaconf's
+        if not type(error).__module__.startswith("yaml"):
+            raise
+        raise UserError(f"{path}: not valid YAML: {_one_line(error)}; correct the file") from None
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"{path}: holds {type(tree).__name__}; a config is a mapping of sections; start from a shipped one"
+        )
+    if isinstance(tree.get("hardware"), str):
+        tree["hardware"] = _hardware(path.parent / "hardware", tree["hardware"])
+    config: RunConfig = section_from(RunConfig, tree, "")
+    check(config)
+    return config
+
+
+def dump(config: RunConfig) -> str:
+    """The YAML that `load` reads back into the same config."""
+    return str(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+
+
+def _hardware(folder: Path, name: str) -> Any:
+    file = folder / f"{name}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "none"
+        raise UserError(f"hardware: {name!r} has no file in {folder}; known there: {known}; name one of them or null")
+    try:
+        return OmegaConf.to_container(OmegaConf.load(file))
+    except Exception as error:  # PyYAML's errors share no base class with omegaconf's
+        if not type(error).__module__.startswith(("yaml", "omegaconf")):
+            raise
+        raise UserError(f"{file}: not valid YAML: {_one_line(error)}; correct the file") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,223 @@
+"""The raw lines that launch/bench.sh leaves, as tables for a person: `python -m tandem.trainer.tools.bench.tables FOLDER`.
+
+Tables are Markdown, so that they can be pasted into a README with the card and commit above them. Beside a figure stand the
+mark it is held to and what was predicted for it before any GPU had run it. Needs no torch.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tandem.trainer.config import UserError
+
+Line = dict[str, Any]
+
+STEP_MARKS: dict[tuple[str, str], tuple[str, float, float]] = {
+    ("btlm-3b-8k", "2k"): ("tokens_per_second", 24_500.0, 33_200.0),
+    ("btlm-3b-8k", "8k"): ("tokens_per_second", 17_500.0, 26_000.0),
+    ("stablelm-2-12b", "4k"): ("mfu_at_full_batch", 0.50, 0.62),
+}
+"""Config and phase -> field of a step's line, what a first visit has to reach, and the aim; on one H100 or H200.
+
+BTLM's four micro-batches are what a replica of the recipe makes on 15 nodes, so its step is judged as it is. The update of a
+sixth of the 12B's layers with a whole embedding weighs more than the recipe's, so its slice is judged at the recipe's batch."""
+SHOWN_VARIANTS = 2
+STEP_PREDICTIONS: dict[tuple[str, str], str] = {
+    ("btlm-3b-8k", "2k"): "27,900 tokens/s, MFU 50 / 47 %",
+    ("btlm-3b-8k", "8k"): "21,800 tokens/s, MFU 53 / 44 %",
+    ("stablelm-2-12b", "4k"): "MFU 52 / 49 %",
+}
+"""What was computed beforehand from each part's bytes and operations, for the batch of the recipe."""
+KERNEL_MARKS: dict[tuple[str, str, str], tuple[str, float]] = {
+    ("swiglu", "", ""): ("fraction", 0.93),
+    ("qkv", "", ""): ("fraction", 0.93),
+    ("residual_norm", "", ""): ("fraction", 0.93),
+    ("linear_cross_entropy", "", ""): ("executed_tflops_per_second", 720.0),
+    ("attention", "stablelm-2-12b 4096 tp1", "forward"): ("tflops_per_second", 600.0),
+    ("attention", "stablelm-2-12b 4096 tp1", "backward"): ("tflops_per_second", 450.0),
+    ("attention", "btlm-3b-8k 8192 tp1", "forward"): ("tflops_per_second", 450.0),
+    ("attention", "btlm-3b-8k 8192 tp1", "backward"): ("tflops_per_second", 350.0),
+}
+"""Operation, shape and direction, empty for any -> field of our row and the least it should reach."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the tables of a folder; returns 0, or 2 with one line on standard error if there is nothing to print."""
+    parser = argparse.ArgumentParser(
+        "tandem.trainer.tools.bench.tables", description="Tables of what launch/bench.sh measured."
+    )
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args(arguments).folder
+    try:
+        found = [*tables(folder)]
+    except UserError as error:
+        print(f"figures: {error}", file=sys.stderr)
+        return 2
+    print("\n\n".join(found))
+    return 0
+
+
+def tables(folder: Path) -> Iterator[str]:
+    """One table for each kind of line the folder has. Raises: UserError if it has none, or a line is not JSON."""
+    lines = {name: read(folder / f"{name}.jsonl") for name in ("steps", "kernels", "errors", "sweep")}
+    if not any(lines.values()):
+        raise UserError(f"{folder}: no line of a measurement in it; name the folder that launch/bench.sh filled")
+    yield from surroundings([line for found in lines.values() for line in found])
+    for name, make in (
+        ("kernels", kernel_table),
+        ("errors", error_table),
+        ("sweep", sweep_table),
+        ("steps", step_table),
+    ):
+        if lines[name]:
+            yield make(lines[name])
+
+
+def read(file: Path) -> list[Line]:
+    """The file's JSON lines; none if there is no file. A last line that a kill has cut is left out."""
+    if not file.exists():
+        return []
+    lines = file.read_text().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in whole]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: {error.msg}: not a line of launch/bench.sh; remove the file") from error
+
+
+def surroundings(lines: list[Line]) -> Iterator[str]:
+    """Card, versions and commits of the lines, and the ceilings of each process."""
+    facts = {
+        name: dict.fromkeys(str(line[name]) for line in lines if line.get(name))
+        for name in ("torch", "triton", "commit")
+    }
+    cards = dict.fromkeys(str(line.get("card") or line.get("device")) for line in lines)
+    yield "; ".join([", ".join(cards), *(f"{name} {', '.join(found)}" for name, found in facts.items())])
+    ceilings = [line for line in lines if line.get("op") == "ceilings"]
+    if ceilings:
+        yield "\n".join(
+            f"copy {line['copy_bytes_per_second'] / 1e9:,.0f} GB/s, matmul {line['matmul_flops_per_second'] / 1e12:.1f} TFLOP/s"
+            for line in ceilings
+        )
+
+
+def step_table(lines: list[Line]) -> str:
+    rows = []
+    for line in lines:
+        key = line["config"], line["phase"]
+        layers = f"{line['depth']} of {line['recipe_depth']}" if line["depth"] < line["recipe_depth"] else line["depth"]
+        rows.append([
+            *key, layers, f"{line['micro_batches']} x {line['micro_rows']}", changed(line),
+            f"{1e3 * line['step_seconds']:,.1f}", f"{line['tokens_per_second']:,.0f}",
+            f"{100 * line['mfu']:.1f} / {100 * line['mfu_causal']:.1f}",
+            f"{100 * line['derived']['mfu_at_full_batch']:.1f}", gib(line["peak_allocated_gib"]),
+            *(f"{1e3 * line['part_seconds'][part]:,.1f}" for part in ("forward", "backward", "update")),
+            *((judged(line | line["derived"], *STEP_MARKS[key][:2]), STEP_PREDICTIONS[key])
+              if key in STEP_MARKS and not changed(line) else ("", "")),
+        ])  # fmt: skip
+    head = [
+        "config", "phase", "layers", "micro-batches", "overrides", "step ms", "tokens/s", "MFU full / causal %",
+        "MFU at full batch %", "peak GiB", "forward ms", "backward ms", "update ms", "mark", "predicted",
+    ]  # fmt: skip
+    return "\n\n".join([markdown(head, rows), *(kind_table(line) for line in lines if line.get("kind_seconds"))])
+
+
+def changed(line: Line) -> str:
+    """The overrides of the config, without the one that every line of one GPU has."""
+    return " ".join(word for word in line["overrides"] if word != "parallel.tp_size=1")
+
+
+def kind_table(line: Line) -> str:
+    """Where the device's time of the profiled step went."""
+    whole = line["kind_seconds"]["step"]
+    kinds = sorted(((name, s) for name, s in line["kind_seconds"].items() if name != "step"), key=lambda kind: -kind[1])
+    rows = [[name, f"{1e3 * seconds:,.1f}", f"{100 * seconds / whole:.1f}"] for name, seconds in kinds]
+    rows.append(["the step", f"{1e3 * whole:,.1f}", ""])
+    return markdown([f"{line['config']} {line['phase']}", "ms", "% of the step"], rows)
+
+
+def kernel_table(lines: list[Line]) -> str:
+    rows = []
+    for line in lines:
+        if line["op"] == "ceilings" or line["direction"] == "forward+backward":  # the sum of two other rows
+            continue
+        key = line["op"], line["shape"], line["rival"], line["direction"]
+        if line["time_us_50"] is None:
+            rows.append([*key, "", "", "", "", "", line["note"][:60]])
+            continue
+        rate = (
+            f"{line['tflops_per_second']:,.0f} TF"
+            if line["ceiling"] == "matmul"
+            else f"{line['gb_per_second']:,.0f} GB"
+        )
+        spread = (line["time_us_80"] - line["time_us_20"]) / line["time_us_50"]
+        mark = next((mark for pattern, mark in KERNEL_MARKS.items() if fits(pattern, line)), None)
+        rows.append([
+            *key, f"{line['time_us_50']:,.1f}", f"{100 * spread:.1f}", rate, f"{100 * line['fraction']:.1f}",
+            judged(line, *mark) if mark and line["rival"] == "ours" else "", line["note"],
+        ])  # fmt: skip
+    head = ["op", "shape", "rival", "direction", "median us", "spread %", "a second", "% of ceiling", "mark", "note"]
+    return markdown(head, rows)
+
+
+def fits(pattern: tuple[str, str, str], line: Line) -> bool:
+    """Whether the pattern's operation, shape and direction are the line's; an empty one is any."""
+    return all(given in ("", line[name]) for given, name in zip(pattern, ("op", "shape", "direction"), strict=True))
+
+
+def error_table(lines: list[Line]) -> str:
+    rows = [
+        [
+            line["op"],
+            line["shape"],
+            line["result"],
+            f"{line['ours']:.2e}",
+            f"{line['plain']:.2e}",
+            f"{line['ratio']:.3f}",
+        ]
+        for line in lines
+    ]
+    return markdown(["op", "shape", "result", "error of ours", "of plain torch", "ratio (mark: 1.1)"], rows)
+
+
+def sweep_table(lines: list[Line]) -> str:
+    """The quickest variants of each kernel at each shape, and the one that has the kernel's own sizes."""
+    rows = []
+    for kernel, shape in dict.fromkeys((line["kernel"], line["shape"]) for line in lines):
+        alike = [line for line in lines if (line["kernel"], line["shape"]) == (kernel, shape)]
+        timed = sorted((line for line in alike if line["time_us_50"]), key=lambda line: line["time_us_50"])
+        for rank, line in enumerate(timed):
+            if rank < SHOWN_VARIANTS or line["own"]:
+                spread = (line["time_us_80"] - line["time_us_20"]) / line["time_us_50"]
+                rows.append([
+                    kernel, shape, line["candidate"], f"{line['time_us_50']:,.1f}", f"{100 * spread:.1f}",
+                    f"{line['executed_tflops_per_second']:,.0f}", "its own sizes" if line["own"] else "",
+                ])  # fmt: skip
+    return markdown(["kernel", "shape", "variant", "median us", "spread %", "executed TFLOP/s", "note"], rows)
+
+
+def judged(line: Line, field: str, least: float) -> str:
+    """The mark, and whether the line reaches it."""
+    share = field in ("mfu_at_full_batch", "fraction")
+    said = f"{100 * least:g} %" if share else f"{least:,g}"
+    return f"{said}: {'reached' if line[field] >= least else 'missed'}"
+
+
+def gib(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def markdown(head: list[str], rows: Iterable[list[Any]]) -> str:
+    """A table whose columns are as wide as they need to be, without those that are empty in every row."""
+    cells = [head, *([str(cell) for cell in row] for row in rows)]
+    used = [index for index in range(len(head)) if any(row[index] for row in cells[1:])] or list(range(len(head)))
+    widths = [max(len(row[index]) for row in cells) for index in used]
+    padded = [" | ".join(row[index].ljust(width) for index, width in zip(used, widths, strict=True)) for row in cells]
+    return "\n".join(f"| {line} |" for line in [padded[0], " | ".join("-" * width for width in widths), *padded[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
