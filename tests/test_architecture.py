@@ -14,7 +14,13 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "module", ["tandem.trainer.config", "tandem.trainer.config.schedule", "tandem.trainer.config.flops"]
+    "module",
+    [
+        "tandem.trainer.config",
+        "tandem.trainer.config.schedule",
+        "tandem.trainer.config.flops",
+        "tandem.trainer.journal",
+    ],
 )
 def test_modules_that_only_look_at_a_config_never_import_torch(module):
     heavy = "{'torch', 'numpy', 'deepspeed', 'megatron', 'transformers'}"

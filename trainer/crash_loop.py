@@ -6,9 +6,7 @@ too. What leaves no end has failed, whatever ended it; and what the next start f
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -16,13 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tandem.trainer import journal
 from tandem.trainer.config import UserError
 from tandem.trainer.distributed.watchdog import newest_verdict
 from tandem.trainer.metrics.records import FILE as METRICS_FILE
 from tandem.trainer.run_folder import HELD
 
 FILE = "attempts.jsonl"
-TAIL_BYTES = 1 << 16
 ORDERLY_EXIT_CODES = (None, 0, 2)
 
 log = logging.getLogger(__name__)
@@ -95,7 +93,7 @@ def _end(folder: Path, start: str, code: int) -> None:
 def _check(folder: Path, reached: int, max_failures: int) -> None:
     starts: list[dict[str, Any]] = []
     ended = set()
-    for record in _records(folder / FILE):
+    for record in journal.records(folder / FILE):
         if record["kind"] == "end":
             ended.add(record["id"])
         else:
@@ -115,44 +113,12 @@ def _check(folder: Path, reached: int, max_failures: int) -> None:
 
 def _reached(folder: Path) -> int:
     """The step of the last record of a step, which is not the highest one where the run went back."""
-    for line in _lines_from_the_end(folder / METRICS_FILE):
-        record = _parsed(line)
+    for record in journal.records_from_the_end(folder / METRICS_FILE):
         if record.get("kind") == "step":
             return record["step"]
     return 0
 
 
-def _lines_from_the_end(path: Path) -> Iterator[bytes]:
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        begin, rest = file.seek(0, os.SEEK_END), b""
-        while begin:
-            end, begin = begin, max(0, begin - TAIL_BYTES)
-            file.seek(begin)
-            rest, *lines = (file.read(end - begin) + rest).split(b"\n")
-            yield from reversed(lines)
-        yield rest
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    return [record for line in lines if (record := _parsed(line))]
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    """Nothing for a line that a kill has torn."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return {}
-
-
 def _append(folder: Path, **record: Any) -> None:
-    with (folder / FILE).open("ab+", buffering=0) as file:
-        torn = b""
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            torn = b"" if file.read(1) == b"\n" else b"\n"
-        file.write(torn + json.dumps(record).encode() + b"\n")
-        os.fsync(file.fileno())
+    with journal.opened(folder / FILE) as file:
+        journal.append(file, record, sync=True)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import RawIOBase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,14 +36,6 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """The file holds all of the content, on disk; or, after an error, what it held before."""
     with whole_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
-
-
-def append(file: RawIOBase, line: bytes) -> None:
-    """The line is at the end of the file, which was opened for appending without a buffer, in one write: a kill leaves it
-    whole, torn, or not there. Raises: OSError, also where only a part of it has room.
-    """
-    if file.write(line) != len(line):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def sync_folder(folder: Path) -> None:

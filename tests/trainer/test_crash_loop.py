@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tandem.trainer.config import UserError
-from tandem.trainer.crash_loop import FILE, TAIL_BYTES, attempt
+from tandem.trainer.crash_loop import FILE, attempt
+from tandem.trainer.journal import TAIL_BYTES
 
 ENDINGS = {
     "exit": "os._exit(0)",

@@ -14,7 +14,6 @@ checkpoint, so that a process killed after that passes over them too. Nothing he
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -24,10 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import quote
 
+from tandem.trainer import journal
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
 from tandem.trainer.data.manifest import Manifest
-from tandem.trainer.disk import append, sync_folder, write_whole
+from tandem.trainer.disk import sync_folder, write_whole
 
 if TYPE_CHECKING:
     from tandem.trainer.data.rows import Evidence
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 FILE = "ledger.jsonl"
 MANIFESTS = "manifests"
 HALF_BITS = 32
-TAIL_BYTES = 1 << 16
 
 Decision = Literal["skip", "rollback", "stop"]
 """What becomes of a run at a bad step, whose update is left out: it goes on, goes back to its last checkpoint, or ends."""
@@ -59,13 +58,12 @@ class Rollbacks(NamedTuple):
 
 
 class Ledger:
-    """Appends to the ledger in a run folder; a line that a kill tore is cut away first."""
+    """Appends to the ledger in a run folder; a line that a kill tore is cut away first, for a checkpoint counts lines."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / FILE
-        _cut_torn_line(path)
+        self._file = journal.opened(path, cut=True)
         self._lines = _num_lines(path)
-        self._file = path.open("ab", buffering=0)
         sync_folder(folder)
         self._cursor: dict[str, int] = {}
 
@@ -133,7 +131,7 @@ class Ledger:
 
     def _write(self, **record: Any) -> None:
         try:
-            append(self._file, (json.dumps(record, separators=(",", ":")) + "\n").encode())
+            journal.append(self._file, record, compact=True)
         except OSError as error:
             raise UserError(
                 f"{self._file.name}: a line cannot be written ({error.strerror}); a run without it cannot be proven; make room "
@@ -151,7 +149,7 @@ def rollbacks(folder: Path, step: int, after: int) -> Rollbacks:
         return found
     with path.open("rb") as file:
         for line in islice(file, after, None):
-            start = _parsed(line) if b'"rollback"' in line else {}
+            start = journal.parsed(line) if b'"rollback"' in line else {}
             if (start.get("kind"), start.get("rollback"), start.get("step"), start.get("after")) == (
                 "start", True, step, after,
             ):  # fmt: skip
@@ -194,35 +192,6 @@ def joined(summed: Sequence[float], tp_size: int) -> Digests | None:
     return Digests(*(value % (1 << 64) for value in sums))
 
 
-def _cut_torn_line(path: Path) -> None:
-    if not path.exists():
-        return
-    with path.open("r+b") as file:
-        end = size = file.seek(0, os.SEEK_END)
-        while end:
-            begin = max(0, end - TAIL_BYTES)
-            file.seek(begin)
-            newline = file.read(end - begin).rfind(b"\n")
-            if newline >= 0:
-                end = begin + newline + 1
-                break
-            end = begin
-        if end < size:
-            file.truncate(end)
-            os.fsync(file.fileno())
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    """Nothing for a line that a kill tore."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _num_lines(path: Path) -> int:
-    if not path.exists():
-        return 0
     with path.open("rb") as file:
         return sum(1 for _ in file)

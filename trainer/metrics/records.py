@@ -10,17 +10,15 @@ committed, some steps after its own.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from tandem.trainer import journal
 from tandem.trainer.config import RunConfig, UserError
-from tandem.trainer.disk import append
 from tandem.trainer.metrics.console import ConsoleSink
 from tandem.trainer.metrics.wandb_sink import WandbSink
 
@@ -162,17 +160,13 @@ class JsonLines:
     """Appends each record as one line, in one write, so that a kill loses at most the line being written."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab+", buffering=0)
-        if self._file.tell():
-            self._file.seek(-1, os.SEEK_END)
-            if self._file.read(1) != b"\n":  # a kill tore the last line: leave it behind as a line of its own
-                self._file.write(b"\n")
+        self._file = journal.opened(path)
 
     def write(self, record: dict[str, Any]) -> None:
         # JSON has no NaN and no infinity; readers take null for "not a number".
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
-            append(self._file, (json.dumps(finite, allow_nan=False) + "\n").encode())
+            journal.append(self._file, finite)
         except OSError as error:
             raise UserError(
                 f"{self._file.name}: a record cannot be written ({error.strerror}); make room and start again: the run goes on "
@@ -257,16 +251,9 @@ def _tokens_at(step: int, steps: dict[int, dict[str, Any]], starts: list[dict[st
     return next(told, 0)
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    records = []
-    with path.open("rb") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-                records.append(EARLIER.get(record["kind"], {}) | record)
-            except ValueError:  # torn by a kill, or being written at this moment
-                continue
-    return records
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    for record in journal.records(path):
+        yield EARLIER.get(record["kind"], {}) | record
 
 
 def measured_peak_flops(device: Any) -> float:

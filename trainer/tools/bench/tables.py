@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tandem.trainer import journal
 from tandem.trainer.config import UserError
 
 Line = dict[str, Any]
@@ -78,12 +79,8 @@ def tables(folder: Path) -> Iterator[str]:
 
 def read(file: Path) -> list[Line]:
     """The file's JSON lines; none if there is no file. A last line that a kill has cut is left out."""
-    if not file.exists():
-        return []
-    lines = file.read_text().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
     try:
-        return [json.loads(line) for line in whole]
+        return list(journal.records(file, strict=True))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: {error.msg}: not a line of launch/bench.sh; remove the file") from error
 

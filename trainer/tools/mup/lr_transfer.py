@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from math import inf, nan
@@ -20,6 +19,7 @@ import torch
 
 import tandem.kernels
 import tandem.trainer
+from tandem.trainer import journal
 from tandem.trainer.config import RunConfig, dump
 from tandem.trainer.config.flops import flops_per_token
 from tandem.trainer.config.schedule import Timeline
@@ -173,9 +173,8 @@ def _digest_of_code() -> str:
 
 
 def _read(ledger: Path) -> dict[str, float]:
-    lines = ledger.read_text().splitlines() if ledger.is_file() else []
-    records = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last line
-    return {record["key"]: inf if record["loss"] is None else record["loss"] for record in records}
+    found = journal.records(ledger)
+    return {record["key"]: inf if record["loss"] is None else record["loss"] for record in found}
 
 
 def _write(ledger: Path, key: str, trial: Trial, loss: float, seconds: float) -> None:
@@ -183,7 +182,5 @@ def _write(ledger: Path, key: str, trial: Trial, loss: float, seconds: float) ->
         "key": key, "parametrisation": trial.parametrisation, "width": trial.width, "lr": trial.lr,
         "seed": trial.config.run.seed, "loss": loss if math.isfinite(loss) else None, "seconds": round(seconds, 1),
     }  # fmt: skip
-    with open(ledger, "a+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - 1))
-        file.write((b"" if file.read() in (b"", b"\n") else b"\n") + json.dumps(record).encode() + b"\n")
+    with journal.opened(ledger) as file:
+        journal.append(file, record)
