@@ -22,7 +22,7 @@ from tandem.data_prep.corpus_reader import Corpus, Piece
 from tandem.data_prep.vocabulary import visible
 from tandem.trainer.config import UserError
 from tandem.trainer.data.manifest import Shard, Split
-from tandem.trainer.metrics import bar
+from tandem.trainer.metrics import progress
 
 EXCERPT_CHARACTERS = 200
 """Shown of a document on either side of what was looked for."""
@@ -154,7 +154,7 @@ def _described(piece: Piece, corpus: Corpus) -> dict[str, Any]:
 
 def _find(args: argparse.Namespace, corpus: Corpus, console: Console) -> None:
     split: Split = getattr(corpus.manifest, args.split)
-    with bar.shown("looking", sum(shard.bytes for shard in split.shards)) as advance:
+    with progress.shown("looking", sum(shard.bytes for shard in split.shards), "bytes") as advance:
         found = list(islice(_containing(args.find, corpus, split, advance), args.limit))
     if args.json:
         documents = [_described(piece, corpus) for piece, _ in found]
@@ -189,7 +189,7 @@ def _excerpt(text: str, found: str) -> Text:
 def _survey(args: argparse.Namespace, corpus: Corpus, console: Console) -> None:
     shards = corpus.shards
     scanned = corpus_statistics.spread(shards, len(shards) if args.sample == "all" else int(args.sample))
-    with bar.shown("counting lengths", sum(shard.bytes for shard in scanned)) as advance:
+    with progress.shown("counting lengths", sum(shard.bytes for shard in scanned), "bytes") as advance:
         known = corpus_statistics.facts(corpus, scanned, corpus_statistics.scan(corpus, scanned, advance))
     if args.json:
         print(json.dumps(known))

@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from tandem.data_prep import clean, cluster, encode, executor, output_folder, readers, stages
 from tandem.data_prep.clean import Rules
@@ -30,6 +30,7 @@ from tandem.data_prep.tokenizers import build, encoding
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest, remote_files
 from tandem.trainer.data.manifest import Manifest
+from tandem.trainer.metrics import progress
 
 ORDINARY_VOCAB = 16_384
 ORDINARY_TASKS = 64
@@ -114,13 +115,8 @@ def _run(args: argparse.Namespace, output: Path, given: str | None, console: Con
 def _prepare(
     args: argparse.Namespace, inputs: list[Input], given: str | None, settings: Settings, console: Console
 ) -> Manifest:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress, _alone_on_screen(progress):
-
-        def shown(description: str, total: int) -> Callable[[int], None]:
-            task = progress.add_task(description, total=total)
-            return lambda count: progress.advance(task, count)
-
+    with progress.bars(console, "share") as bars, _alone_on_screen(bars):
+        shown = partial(progress.added, bars)
         prepared = stages.begin(
             Path(args.output), settings, inputs, given,
             vocab=_vocab(args), library=args.tokenizer_library, shown=shown,
@@ -154,13 +150,13 @@ def _submit(args: argparse.Namespace, inputs: list[Input], given: str | None, se
 
 
 @contextmanager
-def _alone_on_screen(progress: Progress) -> Iterator[None]:
+def _alone_on_screen(bars: Progress) -> Iterator[None]:
     """A mistake met inside is the only thing left to read: the bars go."""
     try:
         yield
     except UserError:
-        progress.live.transient = True
-        progress.console.quiet = not progress.console.is_terminal  # else it ends with an empty line
+        bars.live.transient = True
+        bars.console.quiet = not bars.console.is_terminal  # else it ends with an empty line
         raise
 
 

@@ -26,7 +26,7 @@ from tandem.data_prep.vocabulary import Vocabulary
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest, remote_files
 from tandem.trainer.data.manifest import Manifest, Shard, Split
-from tandem.trainer.metrics import bar
+from tandem.trainer.metrics import progress
 
 COUNT_TOKENS = 1 << 18
 """Ids counted at a time: numpy widens them to 64 bits for it."""
@@ -142,7 +142,7 @@ def _occurrences(address: str, corpus: Manifest, workers: int) -> np.ndarray:
 
     total_bytes = sum(shard.bytes for shard in shards)
     workers = workers if total_bytes > SMALL_BYTES else 1
-    with bar.shown("verifying", total_bytes) as advance:
+    with progress.shown("verifying", total_bytes, "bytes") as advance:
         executor.run(partial(_checking, address, corpus), shards, workers, advance, take)
     if wrong:
         first = min(wrong)

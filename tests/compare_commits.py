@@ -48,7 +48,9 @@ def check_out(commit: str, folder: Path) -> Path:
     return folder
 
 
-def train(checkout: Path, demo: str, override: str, corpus: Path) -> tuple[list[tuple[int, float, float]], dict[str, str]]:
+def train(
+    checkout: Path, demo: str, override: str, corpus: Path
+) -> tuple[list[tuple[int, float, float]], dict[str, str]]:
     """Step, loss and gradient norm of every step; the SHA-256 of each file of the final checkpoint."""
     name = override.replace("=", "-")
     overrides = [
@@ -88,7 +90,9 @@ def report(what: str, before: tuple, after: tuple) -> bool:
         first = f"first differing step {steps[0][0]}" if steps else "no differing step"
         print(f"{what}: {first} of {num_steps}, differing files of the final checkpoint: {', '.join(files) or 'none'}")
     else:
-        print(f"{what}: {num_steps} losses and norms and {len(before[1])} files of the final checkpoint are the same bits")
+        print(
+            f"{what}: {num_steps} losses and norms and {len(before[1])} files of the final checkpoint are the same bits"
+        )
     sys.stdout.flush()
     return differs
 

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
         "tandem.trainer.config.schedule",
         "tandem.trainer.config.flops",
         "tandem.trainer.journal",
+        "tandem.trainer.metrics.progress",
     ],
 )
 def test_modules_that_only_look_at_a_config_never_import_torch(module):

@@ -11,7 +11,9 @@ from collections import deque
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import Progress
+
+from tandem.trainer.metrics import progress
 
 PACE_STEPS = 50
 """Steps the pace is taken over."""
@@ -87,18 +89,8 @@ class ConsoleSink:
             self._say(f"ready after {sum(parts.values()):.1f} s: {listed}")
         if not self._screen.is_interactive:
             return
-        self._bar = Progress(
-            TextColumn("[bold]{task.fields[phase]}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[numbers]}"),
-            console=self._screen,
-            expand=True,
-            refresh_per_second=4,
-        )
-        self._bar.add_task(
-            "", total=record["total_tokens"], completed=record["tokens"], phase="", numbers="first step …"
-        )
-        self._bar.start()
+        total, tokens = record["total_tokens"], record["tokens"]
+        self._bar = progress.across(self._screen, "", total, completed=tokens, words="first step …")
 
     def _rollback(self, record: dict[str, Any]) -> None:
         self._say(f"rollback to step {record['step']} from step {record['from_step']}: {record['reason']}")
@@ -106,7 +98,7 @@ class ConsoleSink:
         self._shown_step = -1
         if self._bar:
             tokens = self._tokens.get(record["step"], 0)
-            self._bar.update(self._bar.task_ids[0], completed=tokens, numbers=f"back at step {record['step']}")
+            self._bar.update(self._bar.task_ids[0], completed=tokens, words=f"back at step {record['step']}")
 
     def _step(self, record: dict[str, Any]) -> None:
         new_phase = self._last is None or self._last["phase"] != record["phase"]
@@ -116,8 +108,8 @@ class ConsoleSink:
         if new_phase:
             self._say(f"phase {record['phase']}: {record['rows']} rows of {record['seq_len']} tokens a step")
         if self._bar:
-            numbers = "  ".join(self._numbers(record))
-            self._bar.update(self._bar.task_ids[0], completed=record["tokens"], phase=record["phase"], numbers=numbers)
+            words, [task] = "  ".join(self._numbers(record)), self._bar.task_ids
+            self._bar.update(task, completed=record["tokens"], description=record["phase"], words=words)
         due = new_phase or record["step"] % self._every_steps == 0 or record["step"] == self._totals["total_steps"]
         if record["skipped"] or (due and not self._bar):
             self._line(record)

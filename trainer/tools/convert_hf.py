@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from tandem.trainer.checkpoint.hf import convert
@@ -23,6 +22,7 @@ from tandem.trainer.checkpoint.write import model_facts, save_weights
 from tandem.trainer.config import BTLM, StableLM, UserError
 from tandem.trainer.data.manifest import TOKENIZER_FILE
 from tandem.trainer.distributed.mesh import started
+from tandem.trainer.metrics import progress
 
 log = logging.getLogger(__name__)
 LOGIT_TOLERANCE = 1e-5
@@ -105,14 +105,11 @@ def opened(path: Path, step: int | None = None) -> Source:
 @contextmanager
 def followed(verb: str, origin: Source) -> Iterator[Read]:
     """The origin's `read`, which moves a bar along where stderr is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    screen = Console(stderr=True)
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_interactive) as progress:
-        task = progress.add_task(verb, total=sum(map(math.prod, shapes(origin.model).values())))
+    with progress.shown(verb, sum(map(math.prod, shapes(origin.model).values()))) as advance:
 
         def read(name: str) -> Tensor:
             tensor = origin.read(name)
-            progress.advance(task, tensor.numel())
+            advance(tensor.numel())
             return tensor
 
         yield read

@@ -15,15 +15,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
 from tandem.trainer import config as configuration
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
 from tandem.trainer.data.ledger import manifest_copy
 from tandem.trainer.data.manifest import Manifest
 from tandem.trainer.data.shard_cache import Cache
+from tandem.trainer.metrics import progress
 from tandem.trainer.tools.audit.ledger_history import History
 from tandem.trainer.tools.audit.reading_order import Expansion
 from tandem.trainer.tools.audit.replay import Replay
@@ -73,11 +71,8 @@ def audit(
     reader = reader_of(folder, manifests, history.left_out) if tokens else None
     fingerprints = {source: corpus.fingerprint for source, corpus in manifests.items()}
     replay = Replay(history, corpora, fingerprints, reader)
-    columns = ("audit", BarColumn(), MofNCompleteColumn(), "steps", TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=history.steps_made)
-        return replay.run(lambda steps: bar.advance(task, steps))
+    with progress.shown("audit", history.steps_made, "steps") as advance:
+        return replay.run(advance)
 
 
 def copies(folder: Path, history: History) -> dict[str, Manifest]:

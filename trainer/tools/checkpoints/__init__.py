@@ -22,7 +22,7 @@ from rich.filesize import decimal
 
 from tandem.trainer.checkpoint.layout import MARKER, PASSED_OVER, begun, damage, data_files, read_manifest
 from tandem.trainer.config import UserError
-from tandem.trainer.metrics import bar
+from tandem.trainer.metrics import progress
 from tandem.trainer.tools.checkpoints.compare import Advance, differences
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _ls(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     verdicts = []
     for folder in committed_at(args.folder, args.step):
-        with bar.shown(f"verifying {folder.name}", _size_bytes(folder)) as advance:
+        with progress.shown(f"verifying {folder.name}", _size_bytes(folder), "bytes") as advance:
             verdict = verified(folder, advance)
         verdicts.append(verdict)
         if not args.json:
@@ -90,7 +90,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _diff(args: argparse.Namespace) -> int:
     one, other = (_snapshot(text) for text in (args.a, args.b))
-    with bar.shown("comparing", _size_bytes(one.folder)) as advance:
+    with progress.shown("comparing", _size_bytes(one.folder), "bytes") as advance:
         compared = differences(one, other, advance)
     print(json.dumps(compared) if args.json else "\n".join(_difference_words(compared)))
     return 0 if compared["same"] else 1

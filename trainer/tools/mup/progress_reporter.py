@@ -9,10 +9,10 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from tandem.trainer.metrics.console import duration
+from tandem.trainer.metrics.progress import across
 
 
 class Progress:
@@ -25,14 +25,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._screen.is_interactive and self._total:
-            columns = (
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[text]}"),
-            )
-            self._bar = Bar(*columns, console=self._screen, expand=True)
-            self._bar.add_task(self._name, total=self._total, text="")
-            self._bar.start()
+            self._bar = across(self._screen, self._name, self._total)
         return self
 
     def __exit__(
@@ -47,6 +40,6 @@ class Progress:
         left = (time.monotonic() - self._began) * (self._total / self._done - 1)
         line = f"{text} | {100 * self._done / self._total:.0f}%, {duration(left)} left"
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=self._done, text=line)
+            self._bar.update(self._bar.task_ids[0], completed=self._done, words=line)
         else:
             self._screen.print(f"{self._name}: {line}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,68 @@
+"""Bars show on a terminal and nowhere else."""
+
+import contextlib
+import io
+import pty
+import sys
+
+import pytest
+from rich.console import Console
+
+from tandem.trainer.metrics import progress
+
+
+@contextlib.contextmanager
+def terminal(monkeypatch):
+    """Standard error is a terminal while the block runs; what is yielded has then what was written to it."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "140")
+    ours, theirs = pty.openpty()
+    said = []
+    with open(theirs, "w") as screen:
+        monkeypatch.setattr(sys, "stderr", screen)
+        yield said
+        monkeypatch.undo()
+    with open(ours, "rb", buffering=0) as end, contextlib.suppress(OSError):  # Linux ends a terminal with EIO
+        while part := end.read(1 << 16):
+            said.append(part.decode())
+
+
+@pytest.mark.parametrize(
+    ("unit", "words"), [("bytes", ["3.0/3.0 MB"]), ("steps", ["3000000/3000000", "steps"]), ("share", ["100%"])]
+)
+def test_a_terminal_gets_a_bar_that_moves_and_goes(unit, words, monkeypatch):
+    with terminal(monkeypatch) as said, progress.shown("reading", 3_000_000, unit) as advance:
+        advance(1_000_000)
+        advance(2_000_000)
+    last = "".join(said).rpartition("reading")[2]
+    assert [word for word in words if word not in last] == []
+    assert last.endswith("\x1b[1A\x1b[2K"), "its line is empty again"
+
+
+@pytest.mark.parametrize("term", [None, "dumb"])
+def test_what_cannot_show_a_bar_gets_nothing(term, monkeypatch, capfd):
+    if term is None:
+        with progress.shown("reading", 3, "bytes") as advance:
+            advance(3)
+        assert capfd.readouterr() == ("", "")
+        return
+    with terminal(monkeypatch) as said:
+        monkeypatch.setenv("TERM", term)
+        with progress.shown("reading", 3, "bytes") as advance:
+            advance(3)
+    assert said == []
+
+
+def test_bars_that_stay_are_in_a_file_once_when_all_is_done():
+    screen = Console(file=io.StringIO(), width=100)
+    with progress.bars(screen, "share") as bars:
+        first, second = (progress.added(bars, name, 4) for name in ("encoding", "shuffling"))
+        first(4)
+        second(1)
+        second(1)
+        assert screen.file.getvalue() == ""
+    first, second = screen.file.getvalue().splitlines()[:2]
+    assert first.startswith("encoding ")
+    assert "100%" in first
+    assert second.startswith("shuffling ")
+    assert " 50%" in second
