@@ -19,7 +19,8 @@ from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh
 from tandem.trainer.distributed.watchdog import Watchdog
 from tandem.trainer.guard import Guard, Judgement
-from tandem.trainer.metrics.records import Sinks, StepRecord, throughput
+from tandem.trainer.metrics.records import Sinks, StepRecord
+from tandem.trainer.metrics.throughput import throughput
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, from_rank_0, on_rank_0
 from tandem.trainer.distributed.watchdog import Watchdog
 from tandem.trainer.guard import Guard
-from tandem.trainer.metrics.records import Sinks, evaluated, measured_peak_flops, open_sinks
+from tandem.trainer.metrics.history import evaluated
+from tandem.trainer.metrics.records import Sinks, open_sinks
+from tandem.trainer.metrics.throughput import measured_peak_flops
 from tandem.trainer.models import param_groups
 from tandem.trainer.models.init import values
 from tandem.trainer.models.mup import rules

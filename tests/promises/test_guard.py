@@ -29,7 +29,7 @@ from tandem.trainer.data.loader import Batch, Loader
 from tandem.trainer.distributed.layers import shard_of
 from tandem.trainer.distributed.mesh import started
 from tandem.trainer.distributed.sharding import joined
-from tandem.trainer.metrics import records
+from tandem.trainer.metrics.history import read
 from tandem.trainer.metrics.records import Sinks
 from tandem.trainer.startup import build_engine
 from tandem.trainer.train import accumulate, run
@@ -169,7 +169,7 @@ def test_the_run_is_the_one_without_the_bad_update(folder, bad, tmp_path):
 def test_a_rollback_goes_on_from_the_checkpoint_behind_the_bad_rows(folder, bad, tmp_path, capsys):
     """It makes the steps behind the checkpoint of the rows behind the bad ones."""
     back = folder / "runs" / "back"
-    history = records.read(back)
+    history = read(back)
     assert [record["step"] for record in history.steps] == list(range(1, STEPS + 1))
     [rolled] = history.rollbacks
     assert (rolled["step"], rolled["from_step"], rolled["repeated_steps"]) == (bad.step - 2, bad.step, 2)

@@ -15,7 +15,7 @@ from tandem.trainer.config import RunConfig, UserError, section_from
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.ledger import FILE
 from tandem.trainer.distributed.mesh import started
-from tandem.trainer.metrics import records
+from tandem.trainer.metrics import history
 from tandem.trainer.startup import build_engine
 from tandem.trainer.train import run
 from tests import ranks
@@ -190,7 +190,7 @@ def test_a_validation_that_a_signal_cut_short_is_made_by_the_next_start(corpus, 
     lines = record.read_text().splitlines(keepends=True)
     record.write_text("".join(line for line in lines if '"kind": "validation"' not in line))
     assert run(given[1]) == 0
-    made = {each["step"]: each["loss"] for each in records.read(tmp_path / "cut").validations}
+    made = {each["step"]: each["loss"] for each in history.read(tmp_path / "cut").validations}
     assert sorted(made) == [4, 6]
     [whole] = [json.loads(line)["loss"] for line in lines if '"kind": "validation"' in line]
     assert made[4] == whole

@@ -1,9 +1,9 @@
-"""What a run says about itself: fields, `Sinks` that write them, `read` that gives them back, `throughput`.
+"""What a run says about itself: the fields of its records, and `Sinks` that write them.
 
 `metrics.jsonl` in the run folder is the record; wandb and the console are views of the same stream of small
 dicts, each with a `kind`: start, step, validation, checkpoint, rollback, end. The one idea: the file only grows.
 After a crash, and when the run goes back to its last checkpoint by itself, the steps since then are written again,
-and `read` lets each start and rollback cut away what it takes back. A checkpoint's record is written when it is
+and `history.read` lets each start and rollback cut away what it takes back. A checkpoint's record is written when it is
 committed, some steps after its own.
 """
 
@@ -12,10 +12,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from tandem.trainer import journal
 from tandem.trainer.config import RunConfig, UserError
@@ -23,10 +23,6 @@ from tandem.trainer.metrics.console import ConsoleSink
 from tandem.trainer.metrics.wandb_sink import WandbSink
 
 FILE = "metrics.jsonl"
-EARLIER: dict[str, dict[str, Any]] = {
-    "start": {"start_seconds": {}}, "step": {"skipped": False}, "checkpoint": {"stall_seconds": None},
-}  # fmt: skip
-"""What records of runs made before these fields existed are read as."""
 
 
 @dataclass(frozen=True)
@@ -62,27 +58,6 @@ class StepRecord:
     """Largest allocation on a device so far; null where there is none to ask."""
     time: float
     """Unix time at the end of the step."""
-
-
-class Throughput(NamedTuple):
-    tokens_per_second: float
-    mfu: float
-    mfu_causal: float
-
-
-def throughput(
-    tokens: int,
-    seconds: float,
-    *,
-    flops_per_token: float | int,
-    causal_flops_per_token: float | int,
-    devices: int,
-    peak_flops: float,
-) -> Throughput:
-    """Speed of all devices on `tokens`, and as a share of their peak; `peak_flops` is one device's."""
-    rate = tokens / seconds
-    peak = devices * peak_flops
-    return Throughput(rate, rate * flops_per_token / peak, rate * causal_flops_per_token / peak)
 
 
 @runtime_checkable
@@ -175,100 +150,3 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
-
-
-@dataclass(frozen=True)
-class History:
-    """What a run folder tells, in order of steps, without what a later start or rollback took back."""
-
-    steps: list[dict[str, Any]]
-    validations: list[dict[str, Any]]
-    checkpoints: list[dict[str, Any]]
-    starts: list[dict[str, Any]]
-    """Every start; each has `repeated_steps`, the finished steps that it took back."""
-    rollbacks: list[dict[str, Any]]
-    """Every time the run went back by itself; with `repeated_steps` as a start, and `tokens` behind the run at its step."""
-    end: dict[str, Any] | None
-    """null: still running, or crashed."""
-
-    @property
-    def restarts(self) -> list[dict[str, Any]]:
-        return self.starts[1:]
-
-    @property
-    def skipped(self) -> list[dict[str, Any]]:
-        """The steps whose update was left out and that no rollback took back."""
-        return [record for record in self.steps if record["skipped"]]
-
-
-def evaluated(folder: Path, step: int) -> bool:
-    """Whether the folder has a validation of `step` on record."""
-    path, found = folder / FILE, False
-    for record in _records(path) if path.is_file() else []:
-        if record["kind"] == "validation" and record["step"] == step:
-            found = True
-        elif record["kind"] in ("start", "rollback") and record["step"] < step:
-            found = False  # taken back
-    return found
-
-
-def read(folder: Path) -> History:
-    """The history in the folder's metrics.jsonl, also of a run that is going or was killed.
-
-    Raises: UserError where there is no run, or none that has started.
-    """
-    path = folder / FILE
-    if not path.is_file():
-        found = f"has no {FILE}; a run folder has" if folder.is_dir() else "no such folder"
-        raise UserError(f"{folder}: {found}; name the folder of a run that has started")
-    kept: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "validation": {}, "checkpoint": {}}
-    starts: list[dict[str, Any]] = []
-    rollbacks: list[dict[str, Any]] = []
-    end = None
-    for record in _records(path):
-        kind, step = record["kind"], record["step"]
-        if kind in ("start", "rollback"):
-            record["repeated_steps"] = sum(late > step for late in kept["step"])
-            kept = {name: {s: old for s, old in by.items() if s <= step} for name, by in kept.items()}
-            end = None
-            if kind == "start":
-                starts.append(record)
-            else:
-                rollbacks.append({**record, "tokens": _tokens_at(step, kept["step"], starts)})
-        elif kind == "end":
-            end = record
-        else:
-            kept[kind][step] = record
-    if not starts:
-        raise UserError(f"{path}: has no start record; the run died before its first step; see its log")
-    steps, validations, checkpoints = ([by[step] for step in sorted(by)] for by in kept.values())
-    return History(steps, validations, checkpoints, starts, rollbacks, end)
-
-
-def _tokens_at(step: int, steps: dict[int, dict[str, Any]], starts: list[dict[str, Any]]) -> int:
-    """Behind the run after `step`, which it has made or was started from."""
-    told = (record["tokens"] for record in (steps.get(step), *reversed(starts)) if record and record["step"] == step)
-    return next(told, 0)
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    for record in journal.records(path):
-        yield EARLIER.get(record["kind"], {}) | record
-
-
-def measured_peak_flops(device: Any) -> float:
-    """Floating-point operations per second of one large matrix product on this process's share of the machine.
-
-    The denominator of MFU where no hardware is configured: bf16 on a GPU, fp32 on a CPU.
-    """
-    import torch
-
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
-    matrix = torch.randn(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(8):
-        began = time.perf_counter()
-        result = matrix @ matrix
-        float(result[0, 0])  # waits for the device
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)

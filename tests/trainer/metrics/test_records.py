@@ -18,7 +18,9 @@ import rich.console
 from tandem.trainer import config as configuration
 from tandem.trainer.config import RunConfig, UserError
 from tandem.trainer.metrics.console import ConsoleSink, duration, short
-from tandem.trainer.metrics.records import FILE, StepRecord, evaluated, open_sinks, read, throughput
+from tandem.trainer.metrics.history import evaluated, read
+from tandem.trainer.metrics.records import FILE, StepRecord, open_sinks
+from tandem.trainer.metrics.throughput import throughput
 
 ROOT = Path(__file__).resolve().parents[2]
 TOTAL = {"total_steps": 12, "total_tokens": 12 * 2048}

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import wandb
 from tests.trainer.test_metrics import ROOT, demo_config, write_rollback
+from tests.waiting import PATIENCE_SECONDS
 
 from tandem.trainer.config import UserError
-from tandem.trainer.metrics.records import read
+from tandem.trainer.metrics.history import read
 from tandem.trainer.metrics.wandb_sink import WandbSink
-from tests.waiting import PATIENCE_SECONDS
 
 
 def run_with_wandb(folder: Path, port: int, **said: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 from tandem.trainer.config import load
-from tandem.trainer.metrics.records import measured_peak_flops
+from tandem.trainer.metrics.throughput import measured_peak_flops
 from tandem.trainer.tools.bench.plan import EVERY_PHASE, MICRO_BATCHES, planned
 
 

@@ -36,7 +36,7 @@ from tandem.trainer.data.loader import Batch
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, barrier, gather_to_all, launched_world_size, started
 from tandem.trainer.guard import Guard
-from tandem.trainer.metrics.records import measured_peak_flops
+from tandem.trainer.metrics.throughput import measured_peak_flops
 from tandem.trainer.run_state import Stepper
 from tandem.trainer.startup import build_engine
 from tandem.trainer.tools.bench.measure import made

@@ -19,7 +19,8 @@ from tandem.trainer.data.loader import Batch
 from tandem.trainer.distributed.coordination import Agreement
 from tandem.trainer.distributed.mesh import Mesh, gather_to_all
 from tandem.trainer.metrics.console import short
-from tandem.trainer.metrics.records import StepRecord, Throughput, throughput
+from tandem.trainer.metrics.records import StepRecord
+from tandem.trainer.metrics.throughput import Throughput, throughput
 from tandem.trainer.run_folder import environment
 from tandem.trainer.run_state import Stepper
 from tandem.trainer.tools.bench.part_timing import instrumented

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from tandem.trainer.config import UserError, load
-from tandem.trainer.metrics import records
+from tandem.trainer.metrics.history import read
 
 FIXED = ("run.stop_step={step}", "evaluate.every_steps=0", "checkpoint.every_steps=0", "checkpoint.keep=1")
 STEP, WHOLE = "step", "command to end of step"
@@ -29,7 +29,7 @@ def seconds_of(command: list[str], folder: Path) -> dict[str, float]:
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(command[3:])}: {done.stderr.strip().splitlines()[-1]}")
-    history = records.read(folder)
+    history = read(folder)
     step = history.steps[-1]
     return {**history.starts[-1]["start_seconds"], STEP: step["step_seconds"], WHOLE: step["time"] - began}
 
@@ -46,7 +46,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         for step, (kind, found) in enumerate(rows.items(), start=1):
             found.append(seconds_of(command_of(arguments, step), folder))
             say(f"{kind}: {found[-1][WHOLE]:.1f} s")
-        num_bytes = records.read(folder).checkpoints[-1]["bytes"]
+        num_bytes = read(folder).checkpoints[-1]["bytes"]
     shutil.rmtree(folder)
     medians = {kind: {part: median([row[part] for row in found]) for part in found[0]} for kind, found in rows.items()}
     checked_seconds = medians["resume"].get("checkpoint checked", 0.0)

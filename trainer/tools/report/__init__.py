@@ -16,9 +16,8 @@ from typing import Any
 from tandem.trainer import config as configuration
 from tandem.trainer.config import RunConfig, UserError
 from tandem.trainer.disk import write_whole
-from tandem.trainer.metrics import records
 from tandem.trainer.metrics.console import duration, short
-from tandem.trainer.metrics.records import History
+from tandem.trainer.metrics.history import History, read
 from tandem.trainer.tools.report import page, plots
 
 LISTED_STEPS = 200
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
 def write(folder: Path) -> Path:
     """RUN/report.html and RUN/report/*.png tell the run as far as its metrics go."""
-    history = records.read(folder)
+    history = read(folder)
     config = configuration.load(folder / "config.yaml")
     pictures = plots.draw(history, config, folder / "report")
     sections = [

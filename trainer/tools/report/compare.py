@@ -14,8 +14,7 @@ import numpy as np
 
 from tandem.trainer.config import UserError
 from tandem.trainer.disk import write_whole
-from tandem.trainer.metrics import records
-from tandem.trainer.metrics.records import History
+from tandem.trainer.metrics.history import History, read
 from tandem.trainer.tools.report import page, plots
 
 COMPARED = {"loss": "loss (nats per token)", "gradient_norm": "gradient norm before clipping"}
@@ -25,7 +24,7 @@ LISTED_STEPS = 200
 
 def write(a: Path, b: Path) -> tuple[str, Path]:
     """The verdict in one line, and the page B/compare-A.html that shows it."""
-    histories = records.read(a), records.read(b)
+    histories = read(a), read(b)
     pairs = common(*histories)
     if not pairs:
         raise UserError(f"--compare: {a} and {b} have no step in common; name two runs that both finished a step")

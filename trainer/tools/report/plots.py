@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tandem.trainer.config import RunConfig
 from tandem.trainer.metrics.console import short
-from tandem.trainer.metrics.records import History
+from tandem.trainer.metrics.history import History
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6fb5", "#d9822b", "#3a8f5c", "#c0392b", "#6b7280"
 BANDS = ("#f3f5f8", "#e6eaf0")

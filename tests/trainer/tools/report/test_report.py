@@ -13,7 +13,8 @@ from tests.trainer.test_metrics import demo_config, record, write_rollback, writ
 
 from tandem.trainer import config as configuration
 from tandem.trainer.config import UserError
-from tandem.trainer.metrics.records import FILE, open_sinks, read
+from tandem.trainer.metrics.history import read
+from tandem.trainer.metrics.records import FILE, open_sinks
 from tandem.trainer.tools import report
 from tandem.trainer.tools.report import compare, plots
 
