@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests import process
+from tests import process_state
 from tests.ranks import check_annotations
 
 if not torch.cuda.is_available():
@@ -45,13 +45,13 @@ def interrupts_are_heard() -> None:
 @pytest.fixture(autouse=True, scope="module")
 def process_as_before_the_module() -> Iterator[None]:
     """Also where a fixture of the module has changed it."""
-    with process.as_it_was():
+    with process_state.as_it_was():
         yield
 
 
 @pytest.fixture(autouse=True)
 def process_as_before_the_test() -> Iterator[None]:
-    with process.as_it_was():
+    with process_state.as_it_was():
         yield
 
 

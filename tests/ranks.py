@@ -23,7 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.waiting import PATIENCE_SECONDS
+from tests.timeouts import PATIENCE_SECONDS
 
 OPERATIONS = [f"tandem.kernels.{file.stem}" for file in (Path(__file__).parents[1] / "kernels").glob("[!_]*.py")]
 OWN_PACKAGES = ["tandem.trainer", "tandem.data_prep", *OPERATIONS]
@@ -32,7 +32,7 @@ GRACE_SECONDS = 5
 """After one rank has failed, the others have this long to tell their own story."""
 SERVER = multiprocessing.get_context("forkserver")
 """Starts with the first process that is asked of it, and ends when this process and all of its forks have."""
-SERVER.set_forkserver_preload(["tests.imported"])
+SERVER.set_forkserver_preload(["tests.forkserver_preload"])
 
 
 def check_annotations() -> None:
@@ -157,7 +157,7 @@ def _in_process_group(place: _Place, call: bytes) -> Any:
     import torch
     import torch.distributed as dist
 
-    import tests.imported  # noqa: F401  The server has, unless pytest was started outside the repository.
+    import tests.forkserver_preload  # noqa: F401  The server has, unless pytest was started outside the repository.
 
     # As in a process of its own: what is drawn without a seed is another thing on each rank.
     torch.seed()

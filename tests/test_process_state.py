@@ -10,7 +10,7 @@ import torch
 
 from tandem.trainer import runtime
 from tandem.trainer.distributed.mesh import started
-from tests.process import KEPT, as_it_was, death_signal, loggers, wakeup_fd
+from tests.process_state import KEPT, as_it_was, death_signal, loggers, wakeup_fd
 
 
 def facts() -> dict[str, Any]:

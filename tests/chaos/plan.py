@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chaos.tap import KILLED, Kill, Point
+from tests.chaos.save_tracer import KILLED, Kill, Point
 from tests.chaos.trial import RANKS, End, Start
 
 TEARING = Point(0, "replace marker 1", "before")

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.chaos.plan import TEARING, Planned, plan, points
-from tests.chaos.tap import Kill
+from tests.chaos.save_tracer import Kill
 from tests.chaos.trial import RANKS, End, Launcher, Start, Truth, faults, faults_at_the_end, newest_step, resumed_steps
 from tests.promises.conftest import two_phases
 

@@ -19,11 +19,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch.distributed as dist
-from tests.chaos.tap import KILLED, Kill, Tap
 
 from tandem.trainer.__main__ import main
 from tandem.trainer.checkpoint.layout import KINDS, committed, damage
 from tandem.trainer.checkpoint.read import Snapshot
+from tests.chaos.save_tracer import KILLED, Kill, Tap
 from tests.promises.conftest import steps_of
 from tests.ranks import SERVER
 

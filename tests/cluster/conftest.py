@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.ports import free_ports
-from tests.waiting import eventually
+from tests.timeouts import eventually
 
 SBIN = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")

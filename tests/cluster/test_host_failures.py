@@ -30,13 +30,13 @@ from tandem.trainer.checkpoint.read import opened
 from tandem.trainer.config import RunConfig, section_from
 from tandem.trainer.distributed.watchdog import newest_verdict
 from tests import ranks
-from tests.cluster import hosts
-from tests.cluster.hosts import LAUNCH, Host
+from tests.cluster import network_hosts
+from tests.cluster.network_hosts import LAUNCH, Host
 from tests.promises import conftest
 from tests.promises.conftest import clean_environment, differing, steps_of, two_phases
 from tests.promises.test_mistakes import flip_a_byte
 
-REASON = hosts.missing()
+REASON = network_hosts.missing()
 pytestmark = [
     pytest.mark.dist,
     pytest.mark.chaos,
@@ -138,7 +138,7 @@ def local(story: Story) -> Iterator[subprocess.Popen[bytes]]:
 
 def children(process: int) -> list[int]:
     found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [child for child in map(int, found) if hosts.is_rank(child)]
+    return [child for child in map(int, found) if network_hosts.is_rank(child)]
 
 
 def is_told_to_stop(process: int) -> bool:
@@ -160,7 +160,7 @@ def rank_killed(story: Story) -> list[int]:
 
 def cut_and_frozen(story: Story) -> list[Any]:
     """The cable is cut and put back; when the run goes on, the rank on the second host is stopped."""
-    with hosts.joined("cut") as (head, other), story.log.open("wb") as log:
+    with network_hosts.joined("cut") as (head, other), story.log.open("wb") as log:
         launchers = [host.begun(story.config, log) for host in (head, other)]
         story.until("step", lambda: story.steps() >= 15)
         cut_at = time.time()
@@ -185,7 +185,7 @@ def cut_and_frozen(story: Story) -> list[Any]:
 
 def host_lost(story: Story) -> list[Any]:
     """The second host dies, the first goes on without it until it comes back."""
-    with hosts.joined("lost") as (head, other), story.log.open("wb") as log:
+    with network_hosts.joined("lost") as (head, other), story.log.open("wb") as log:
         fewer = {"NODES": "1:2", "LAST_CALL_SECONDS": "10", "LOST_SECONDS": "30"}
 
         def begun(host: Host) -> subprocess.Popen[bytes]:
@@ -212,7 +212,7 @@ def host_lost(story: Story) -> list[Any]:
 
 def told_to_stop(story: Story) -> list[Any]:
     """By a signal to torchrun on the first host."""
-    with hosts.joined("stop") as both, story.log.open("wb") as log:
+    with network_hosts.joined("stop") as both, story.log.open("wb") as log:
         launchers = [host.begun(story.config, log) for host in both]
         story.until("step", lambda: story.steps() >= 15)
         launchers[0].send_signal(signal.SIGUSR1)
@@ -221,7 +221,7 @@ def told_to_stop(story: Story) -> list[Any]:
 
 def mistaken(story: Story) -> list[Any]:
     """The second host alone reads a damaged shard, some steps on."""
-    with hosts.joined("mistake") as both, story.log.open("wb") as log:
+    with network_hosts.joined("mistake") as both, story.log.open("wb") as log:
         (source,) = section_from(RunConfig, yaml.safe_load(story.config.read_text()), "").data.sources.values()
         file = Path(source) / shard_of_last_step(story.root)
         both[1].others[file] = Path(shutil.copy(file, story.root / "damaged.tar"))

@@ -10,16 +10,16 @@ import yaml
 
 from tandem.trainer.config import load
 from tandem.trainer.config.flops import parameters
-from tests.cluster import hosts
-from tests.cluster.hosts import LAUNCH, Host
+from tests.cluster import network_hosts
+from tests.cluster.network_hosts import LAUNCH, Host
 from tests.promises import conftest
 from tests.promises.conftest import begun, steps_of, two_phases
-from tests.waiting import PATIENCE_SECONDS
+from tests.timeouts import PATIENCE_SECONDS
 
 corpus = conftest.corpus
 STEPS = 4
 FP32_BYTES = 4
-REASON = hosts.missing()
+REASON = network_hosts.missing()
 pytestmark = [
     pytest.mark.dist,
     pytest.mark.slow,
@@ -29,7 +29,7 @@ pytestmark = [
 
 @pytest.fixture
 def pair() -> Iterator[tuple[Host, Host]]:
-    with hosts.joined("pair") as both:
+    with network_hosts.joined("pair") as both:
         yield both
 
 
@@ -44,7 +44,7 @@ def config(tmp_path: Path, corpus: Path) -> Path:
 def test_two_hosts_train_like_one(pair: tuple[Host, Host], config: Path, tmp_path: Path) -> None:
     """The same bits, since two ranks add two numbers; and the gradients have crossed the cable."""
     before = {host: host.sent_bytes() for host in pair}
-    log = tmp_path / "hosts.log"
+    log = tmp_path / "network_hosts.log"
     with begun([LAUNCH / "local.sh", "2", config, "run.name=one"]) as alone, log.open("wb") as written:
         launchers = [host.begun(config, written, "run.name=two") for host in pair]
         said, _ = alone.communicate(timeout=PATIENCE_SECONDS)

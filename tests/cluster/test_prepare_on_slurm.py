@@ -7,13 +7,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from tests.waiting import eventually
 
 from tandem.data_prep import prepare
 from tandem.data_prep.cluster import submissions
 from tandem.data_prep.tokenizers import build
 from tandem.trainer.config import UserError
 from tests.promises.conftest import tandem
+from tests.timeouts import eventually
 
 pytest.importorskip("datatrove", reason="datatrove is not installed")
 pytestmark = pytest.mark.slow

@@ -18,7 +18,7 @@ from tests.cluster.conftest import Slurm
 from tests.promises import conftest
 from tests.promises.conftest import clean_environment, steps_of, two_phases
 from tests.promises.test_resume import differing
-from tests.waiting import PATIENCE_SECONDS, eventually
+from tests.timeouts import PATIENCE_SECONDS, eventually
 
 ROOT = Path(__file__).parents[2]
 corpus = conftest.corpus

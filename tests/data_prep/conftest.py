@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 
 from tandem.data_prep import prepare, verify
-from tests.trainer.data.web import Server
+from tests.trainer.data.faulty_server import Server
 
 WORDS = [
     "the",

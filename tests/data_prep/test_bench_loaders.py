@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.waiting import PATIENCE_SECONDS
 
 from tandem.data_prep.bench.loaders.__main__ import main
 from tandem.data_prep.bench.loaders.adapter import Reading, flat_rows
@@ -18,6 +17,7 @@ from tandem.data_prep.bench.loaders.comparison import Row
 from tandem.data_prep.bench.loaders.measurement import compared
 from tandem.data_prep.bench.loaders.synthetic_corpus import EOS_ID, OURS, ROW_TOKENS, UNIT_TOKENS, Corpus, written
 from tandem.trainer.data import manifest
+from tests.timeouts import PATIENCE_SECONDS
 
 PLAIN = ["ours", "numpy memmap"]
 TOKENS = 2 * UNIT_TOKENS

@@ -16,7 +16,7 @@ import pytest
 
 from tandem.data_prep import executor
 from tandem.trainer.config import UserError
-from tests.waiting import eventually
+from tests.timeouts import eventually
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from tandem.data_prep import executor
-from tests.data_prep.test_executor import sleeping
+from tests.data_prep.test_executor import (sleeping)
 
 if __name__ == "__main__":
     executor.run(partial(sleeping, Path(sys.argv[1])), range(4), 2, lambda count: None)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tandem.data_prep import inspect
 from tandem.data_prep.vocabulary import Vocabulary, visible
 from tandem.trainer.config import UserError
-from tests.data_prep import written
+from tests.data_prep import corpus_writer
 from tests.data_prep.conftest import run
 
 STRANGE = "naïve 漢字 🙂\r\n\ttab <|endoftext|> \x1b[31m\u200b nb\xa0sp"
@@ -22,7 +22,7 @@ HELD_OUT = ["held out text", "another row"]
 @pytest.fixture
 def folder(tmp_path):
     """A corpus of these documents in several shards."""
-    made = written.corpus(tmp_path / "corpus", TRAIN, HELD_OUT)
+    made = corpus_writer.corpus(tmp_path / "corpus", TRAIN, HELD_OUT)
     assert len(made.train.shards) > 2
     return tmp_path / "corpus"
 
@@ -40,12 +40,12 @@ def shown(capsys):
 
 
 def stream(texts):
-    return np.concatenate([written.ids(text) for text in texts])
+    return np.concatenate([corpus_writer.ids(text) for text in texts])
 
 
 @pytest.mark.parametrize(("split", "texts"), [("train", TRAIN), ("validation", HELD_OUT)])
 def test_rows_cover_the_stored_order_and_say_which_part_of_which_document_they_hold(folder, shown, split, texts):
-    tokens, lengths = stream(texts), [len(written.ids(text)) for text in texts]
+    tokens, lengths = stream(texts), [len(corpus_writer.ids(text)) for text in texts]
     begins = np.cumsum([0, *lengths])
     rows = -(-len(tokens) // 100)
     for number in range(rows):
@@ -73,14 +73,14 @@ def test_a_range_of_a_shard_is_the_same_tokens_as_in_its_row(folder, shown):
         counted = f"{document['first']}+{len(document['tokens'])}"
         assert shown(folder, "--shard", document["shard"], "--tokens", counted, "--json") == again
     whole = shown(folder, "--shard", "validation-000000.tar", "--json")
-    assert [document["text"] for document in whole["documents"]] == [f"{text}{written.EOS}" for text in HELD_OUT]
+    assert [document["text"] for document in whole["documents"]] == [f"{text}{corpus_writer.EOS}" for text in HELD_OUT]
 
 
 def test_every_document_has_its_number(folder, shown):
     for split, texts in (("train", TRAIN), ("validation", HELD_OUT)):
         for number, text in enumerate(texts):
             (document,) = shown(folder, "--document", number, "--split", split, "--json")["documents"]
-            assert document["text"] == f"{text}{written.EOS}"
+            assert document["text"] == f"{text}{corpus_writer.EOS}"
             assert document["document"] == number
 
 
@@ -88,8 +88,8 @@ def test_borders_and_hidden_characters_can_be_seen_and_nothing_is_coloured(folde
     text = shown(folder, "--row", 0, "--seq-len", 100)
     lines = text.splitlines()
     assert "100 tokens, 7 documents, whole or in part" in lines[0]
-    assert (lines[2], lines[4]) == (f"short⟦{written.EOS}⟧", f"⟦{written.EOS}⟧")
-    strange = len(written.ids(STRANGE))
+    assert (lines[2], lines[4]) == (f"short⟦{corpus_writer.EOS}⟧", f"⟦{corpus_writer.EOS}⟧")
+    strange = len(corpus_writer.ids(STRANGE))
     assert lines[5].startswith(f"── 2: train document 2, train-000000.tar 7:{7 + strange}, {strange} tokens ──")
     assert "naïve 漢字 🙂␍↵\n→       tab <|endoftext|> ␛[31m\\u200b nb\\u00a0sp⟦<|endoftext|>⟧\n" in text
     assert "\x1b" not in text
@@ -102,7 +102,7 @@ def test_borders_and_hidden_characters_can_be_seen_and_nothing_is_coloured(folde
 
 def test_characters_that_a_border_cuts_are_shown_as_the_bytes_they_are(folder, shown):
     tokens = stream(TRAIN)
-    whole = written.tokenizer().encode("漢").ids
+    whole = corpus_writer.tokenizer().encode("漢").ids
     assert len(whole) == 3, "the character is cut where its tokens are"
     first = next(n for n in range(len(tokens)) if tokens[n : n + 3].tolist() == whole)
     left = shown(folder, "--shard", "train-000000.tar", "--tokens", f"{first - 1}:{first + 2}")
@@ -128,9 +128,9 @@ def test_a_corpus_is_described_by_its_manifest_and_its_tokens(folder, shown):
     corpus = inspect.Corpus(str(folder)).manifest
     counts = corpus.counts | {"files": 2, "short_documents": 12, "empty_documents": 0}
     half = {"documents": 8, "tokens": corpus.counts["tokens"] // 2}
-    written.rewrite(folder, corpus, counts=counts, groups={"Wiki": half, "": half})
+    corpus_writer.rewrite(folder, corpus, counts=counts, groups={"Wiki": half, "": half})
     known = shown(folder, "--sample", "all", "--json")
-    lengths = [len(written.ids(text)) for text in (*TRAIN, *HELD_OUT)]
+    lengths = [len(corpus_writer.ids(text)) for text in (*TRAIN, *HELD_OUT)]
     assert (known["documents"], known["tokens"]) == (len(lengths), sum(lengths))
     assert known["left_out"] == {"short_documents": 12}
     assert known["groups"]["Wiki"] == half | {"share": half["tokens"] / sum(lengths), "mean_length": half["tokens"] / 8}
@@ -194,26 +194,26 @@ def test_every_mistake_is_one_line(folder, tmp_path):
 
 
 def test_a_split_without_documents_is_no_row_to_show(tmp_path):
-    written.corpus(tmp_path / "corpus", TRAIN[:3])
+    corpus_writer.corpus(tmp_path / "corpus", TRAIN[:3])
     with pytest.raises(UserError, match="--row: 0; validation has 0 rows of 2,048 tokens; see the other --split"):
         run(inspect, tmp_path / "corpus", "--row", 0, "--split", "validation")
 
 
 def test_bytes_of_every_token_are_those_that_the_tokenizer_decodes():
-    vocabulary = Vocabulary(written.tokenizer().to_str(), written.EOS, "here")
+    vocabulary = Vocabulary(corpus_writer.tokenizer().to_str(), corpus_writer.EOS, "here")
     for text in (STRANGE, "the row of a shard", "".join(map(chr, range(32, 0x3000)))):
-        ids = written.ids(text)[:-1]
-        assert vocabulary.text(ids) == text == written.tokenizer().decode(ids.tolist(), skip_special_tokens=False)
+        ids = corpus_writer.ids(text)[:-1]
+        assert vocabulary.text(ids) == text == corpus_writer.tokenizer().decode(ids.tolist(), skip_special_tokens=False)
         assert vocabulary.widths[ids].sum() == len(text.encode())
         assert vocabulary.shown(ids).plain == visible(text)
 
 
 def test_a_tokenizer_that_is_not_of_bytes_decodes_by_itself():
-    vocab = {"some": 0, "words": 1, written.EOS: 2}
+    vocab = {"some": 0, "words": 1, corpus_writer.EOS: 2}
     made = Tokenizer(models.WordLevel(vocab, unk_token="some"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece()
-    made.add_special_tokens([written.EOS])
-    vocabulary = Vocabulary(made.to_str(), written.EOS, "here")
+    made.add_special_tokens([corpus_writer.EOS])
+    vocabulary = Vocabulary(made.to_str(), corpus_writer.EOS, "here")
     assert vocabulary.widths is None
-    assert vocabulary.text(np.array([0, 1, 2])) == f"some words {written.EOS}"
-    assert vocabulary.shown(np.array([0, 1, 2])).plain == f"some words⟦{written.EOS}⟧"
+    assert vocabulary.text(np.array([0, 1, 2])) == f"some words {corpus_writer.EOS}"
+    assert vocabulary.shown(np.array([0, 1, 2])).plain == f"some words⟦{corpus_writer.EOS}⟧"

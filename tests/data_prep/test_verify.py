@@ -17,7 +17,7 @@ from tandem.data_prep import verify
 from tandem.data_prep.shard_writer import write_shard
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
-from tests.data_prep import written
+from tests.data_prep import corpus_writer
 from tests.data_prep.conftest import run
 
 DOCUMENTS = [" ".join(["the", "row", "of", "shards", "é漢🙂"][n % 5] for n in range(k)) for k in range(1, 60)]
@@ -27,7 +27,7 @@ DOCUMENTS = [" ".join(["the", "row", "of", "shards", "é漢🙂"][n % 5] for n i
 def made(tmp_path):
     """A folder and its manifest; three shards, one of them of held-out documents."""
     folder = tmp_path / "corpus"
-    corpus = written.corpus(folder, DOCUMENTS, DOCUMENTS[:5], shard_tokens=2500)
+    corpus = corpus_writer.corpus(folder, DOCUMENTS, DOCUMENTS[:5], shard_tokens=2500)
     assert len(corpus.train.shards) == 2
     return folder, corpus
 
@@ -52,7 +52,7 @@ def test_several_processes_find_the_same(made, capsys, monkeypatch):
 
 def test_a_changed_byte_anywhere_in_any_file_is_found_and_the_file_named(tmp_path):
     folder = tmp_path / "corpus"
-    written.corpus(folder, DOCUMENTS[:9], DOCUMENTS[:5])
+    corpus_writer.corpus(folder, DOCUMENTS[:9], DOCUMENTS[:5])
     run(verify, folder, "--workers", 1)
     rng = random.Random(0)
     files = sorted(folder.iterdir())
@@ -120,10 +120,10 @@ def test_a_manifest_that_tells_what_is_not_so_is_refused(made):
         "settings": (corpus.settings | {"num_input_files": 3}, "inputs.json: num_input_files 2"),
     }
     for name, (value, message) in others.items():
-        written.rewrite(folder, corpus, **{name: value})
+        corpus_writer.rewrite(folder, corpus, **{name: value})
         refused(folder, message)
     whole = {name: corpus.counts[name] for name in ("documents", "tokens")}
-    written.rewrite(folder, corpus, groups={"web": whole, "none": {"documents": 0, "tokens": 0}})
+    corpus_writer.rewrite(folder, corpus, groups={"web": whole, "none": {"documents": 0, "tokens": 0}})
     run(verify, folder, "--workers", 1)
 
 
@@ -131,17 +131,17 @@ def rewritten(folder, corpus, tokens=None, tar=None):
     """The first shard is another, and the manifest has its hash."""
     before = corpus.train.shards[0]
     if tar is None:
-        made = write_shard(folder, "train-000000", tokens, before.documents, written.SAMPLE_TOKENS)
+        made = write_shard(folder, "train-000000", tokens, before.documents, corpus_writer.SAMPLE_TOKENS)
     else:
         (folder / before.file).write_bytes(tar)
         made = replace(before, bytes=len(tar), sha256=sha256(tar).hexdigest(), xxh3_128=xxh3_128_hexdigest(tar))
     made = replace(made, tokens=before.tokens)
-    written.rewrite(folder, corpus, train=replace(corpus.train, shards=[made, *corpus.train.shards[1:]]))
+    corpus_writer.rewrite(folder, corpus, train=replace(corpus.train, shards=[made, *corpus.train.shards[1:]]))
 
 
 def test_a_shard_with_its_hash_but_other_tokens_than_promised_is_refused(made):
     folder, corpus = made
-    texts = [written.ids(text) for text in DOCUMENTS[: corpus.train.shards[0].documents]]
+    texts = [corpus_writer.ids(text) for text in DOCUMENTS[: corpus.train.shards[0].documents]]
     tokens = np.concatenate(texts)
     assert len(tokens) == corpus.train.shards[0].tokens
     eos, beyond, cut, swapped = (tokens.copy() for _ in range(4))

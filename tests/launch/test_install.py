@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.waiting import PATIENCE_SECONDS
+from tests.timeouts import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {"torch": "torchrun", "pytest": "pytest", "mypy": "mypy", "import-linter": "lint-imports"}

@@ -18,9 +18,9 @@ import yaml
 
 from tandem.trainer.checkpoint.layout import KINDS
 from tandem.trainer.checkpoint.read import Snapshot
-from tests import tiny
+from tests import tiny_configs
 from tests.ranks import SERVER
-from tests.waiting import PATIENCE_SECONDS
+from tests.timeouts import PATIENCE_SECONDS
 
 # torch needs sympy, which needs this mpmath: every Python reads the same text, so a figure measured on it is the same too.
 PACKAGE = Path(mpmath.__file__).parent
@@ -126,7 +126,7 @@ def write_config(tmp_path, corpus):
 
 def two_phases(variant: str, corpus: Path, root: Path, *, steps: int = 6, **sections: dict) -> dict:
     """A tiny config tree over the corpus: `steps` steps of 8 rows of 32 tokens, then as many of 2 rows of 128."""
-    tree = tiny.tree(variant)
+    tree = tiny_configs.tree(variant)
     tokens = steps * 256
     tree["run"]["root"] = str(root)
     tree["data"] = {"sources": {"corpus": str(corpus)}, "prefetch_steps": 2}

@@ -34,7 +34,7 @@ from tandem.trainer.tools.bench.measure import measure
 from tandem.trainer.tools.bench.plan import Plan, planned
 from tandem.trainer.tools.bench.synthetic_batch import drawn
 from tandem.trainer.train import loop
-from tests import ranks, tiny
+from tests import ranks, tiny_configs
 from tests.promises.conftest import tandem
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -63,7 +63,7 @@ def tree(**sections: dict) -> dict:
         }
         for name, seq_len, rows in (("short", 32, 16), ("long", 64, 8))
     ]
-    found = tiny.tree("stablelm", run=run, optim={"clip_norm": 0.05}, **sections)
+    found = tiny_configs.tree("stablelm", run=run, optim={"clip_norm": 0.05}, **sections)
     return found | {"schedule": {"batch_tokens": 512, "phases": phases, "lr": lr}, "hardware": CARD}
 
 

@@ -17,7 +17,7 @@ from tandem.trainer.distributed.mesh import started
 from tandem.trainer.distributed.sharding import joined
 from tandem.trainer.models import param_groups
 from tandem.trainer.models.mup import rules
-from tests import tiny
+from tests import tiny_configs
 from tests.promises.test_hf import loaded
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, reference, tokens
@@ -47,7 +47,7 @@ def test_updates_with_the_exports_groups_are_the_trainers(name: str, tmp_path: P
     elsewhere; AdamW would turn the rounding of the smallest ones into whole steps.
     """
     model, mup = MODELS[name]
-    section = replace(tiny.config("btlm").optim, weight_decay=0.1)
+    section = replace(tiny_configs.config("btlm").optim, weight_decay=0.1)
     tensors, theirs = exported(name, tmp_path / "out")
     with started(1) as mesh:
         ours = models.build(model, mup, mesh, dtype=torch.float32)

@@ -26,7 +26,7 @@ from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, gather_to_all, started
 from tandem.trainer.distributed.sharding import joined
 from tandem.trainer.startup import build_engine, imported
-from tests import ranks, tiny
+from tests import ranks, tiny_configs
 from tests.promises.conftest import steps_of, two_phases
 from tests.promises.test_resume import run_all
 from tests.reference.offline import offline
@@ -54,7 +54,7 @@ every_layout = pytest.mark.parametrize(("name", "tp_size"), LAYOUTS)
 def config(name: str, tp_size: int, folder: Path, precision: str = "fp32") -> RunConfig:
     model, mup = CASES[name]
     run = {"initial_weights": str(folder / name / "import"), "precision": precision}
-    found = tiny.config("btlm", run=run, parallel={"tp_size": tp_size})
+    found = tiny_configs.config("btlm", run=run, parallel={"tp_size": tp_size})
     return dataclasses.replace(found, model=model, mup=mup)
 
 
@@ -74,8 +74,8 @@ def through(name: str, folder: Path, mesh: Mesh) -> dict[str, dict[str, Tensor]]
     given, found = config(name, mesh.tp_size, folder), {}
     engine = build_engine(given, mesh, None, imported(given, mesh))
     found["loaded"] = gathered(engine)
-    share = tiny.ROWS // mesh.dp_size
-    rows = [t[mesh.dp_rank * share :][:share] for t in tiny.rows(0, vocab=given.model.vocab)]
+    share = tiny_configs.ROWS // mesh.dp_size
+    rows = [t[mesh.dp_rank * share :][:share] for t in tiny_configs.rows(0, vocab=given.model.vocab)]
     engine.accumulate(engine(*rows).mean(), last=True)
     engine.update(lr=1e-2)
     found["trained"] = gathered(engine)
@@ -162,7 +162,9 @@ def test_a_bf16_run_starts_from_the_unrounded_weights(world, folder, name, tp_si
 @pytest.mark.parametrize("variant", ["btlm", "stablelm"])
 def test_a_fresh_bf16_run_starts_from_the_unrounded_initial_values(variant):
     with started(1) as mesh:
-        bf16, fp32 = (build_engine(tiny.config(variant, run={"precision": p}), mesh, None) for p in ("bf16", "fp32"))
+        bf16, fp32 = (
+            build_engine(tiny_configs.config(variant, run={"precision": p}), mesh, None) for p in ("bf16", "fp32")
+        )
         exact, rounded = (dict(engine.model.named_parameters()) for engine in (fp32, bf16))
         for fragment in bf16.fragments():
             assert torch.equal(fragment.master, exact[fragment.name].detach().flatten()), fragment.name

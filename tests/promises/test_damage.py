@@ -18,7 +18,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from tests.waiting import PATIENCE_SECONDS
 
 from tandem.trainer import checkpointing, train
 from tandem.trainer.__main__ import main
@@ -31,9 +30,10 @@ from tandem.trainer.distributed import watchdog
 from tandem.trainer.distributed.mesh import started
 from tandem.trainer.metrics.records import Sinks
 from tandem.trainer.startup import build_engine
-from tests import ranks, tiny
+from tests import ranks, tiny_configs
 from tests.promises.conftest import differing, ended, steps_of, two_phases
 from tests.ranks import SERVER
+from tests.timeouts import PATIENCE_SECONDS
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 STEPS = 30
@@ -464,8 +464,8 @@ def resident_bytes() -> int:
 
 def save_again_and_again(root: Path) -> dict[str, object]:
     """Resident memory after each of many saves of a state of some tens of MB, the copies that were kept, what two saves say."""
-    model = tiny.STABLELM | LARGE
-    config = tiny.config("stablelm", model=model)
+    model = tiny_configs.STABLELM | LARGE
+    config = tiny_configs.config("stablelm", model=model)
     with started(1) as mesh:
         engine = build_engine(config, mesh, None)
         engine.allocate_moments(0)
@@ -499,7 +499,7 @@ def test_many_saves_hold_one_copy_of_the_state_and_never_two_at_once(tmp_path):
 def save_what_cannot_be_written(root: Path) -> str:
     """What a rank's thread met, and what the ranks were told, when rank 0's is wrong in a way that no disk is."""
     with started(2) as mesh:
-        engine = build_engine(tiny.config("stablelm", parallel={"tp_size": 2}), mesh, None)
+        engine = build_engine(tiny_configs.config("stablelm", parallel={"tp_size": 2}), mesh, None)
         engine.allocate_moments(0)
         saver = Saver(root, mesh, 1)
         saver.begin(1, engine, {"no JSON": torch.zeros(1)})

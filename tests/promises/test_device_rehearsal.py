@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from tandem.trainer import models
 from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.models.decoder import Decoder
-from tests import tiny
+from tests import tiny_configs
 
 META = torch.device("meta")
 
@@ -41,16 +41,16 @@ def mesh() -> Iterator[Mesh]:
 
 
 def built(variant: str, mesh: Mesh, recompute: str) -> Decoder:
-    config = tiny.config(variant)
+    config = tiny_configs.config(variant)
     with META:
         return models.build(config.model, config.mup, mesh, dtype=torch.bfloat16, recompute=recompute)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_configs.VARIANTS)
 def test_nothing_stays_on_the_cpu_and_nothing_is_waited_for(variant, recompute, mesh):
     model = built(variant, mesh, recompute)
-    inputs = [tensor.to(META) for tensor in tiny.rows(0, 2)]
+    inputs = [tensor.to(META) for tensor in tiny_configs.rows(0, 2)]
     with OnOneDevice():
         loss = model(*inputs)
         loss.mean().backward()

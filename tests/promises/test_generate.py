@@ -11,19 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.reading import (
-    CASES,
-    LENGTHS,
-    LONG,
-    ON_TWO,
-    STEPS,
-    decoder,
-    followed,
-    from_scratch,
-    on_two_ranks,
-    read_on,
-    texts,
-)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -36,6 +23,19 @@ from tandem.trainer.models.kv_cache import Cache
 from tandem.trainer.models.sampling import Sampling, continuations, draw, side_by_side
 from tandem.trainer.tools.generate import show
 from tests import ranks
+from tests.decoding import (
+    CASES,
+    LENGTHS,
+    LONG,
+    ON_TWO,
+    STEPS,
+    decoder,
+    followed,
+    from_scratch,
+    on_two_ranks,
+    read_on,
+    texts,
+)
 from tests.promises.test_hf import loaded
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, reference, tokens

@@ -14,9 +14,9 @@ from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.config import AlibiScaling, UserError
 from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.models.btlm import interpolated
+from tests.decoding import decoder
 from tests.promises.conftest import ended, forked, steps_of, two_phases
 from tests.promises.test_hf import export
-from tests.reading import decoder
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, tokens
 

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.interpreter import kernels_on_the_cpu
 from torch import Tensor
 
 from tandem.trainer import models
 from tandem.trainer.checkpoint.read import load_weights
 from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.models.decoder import Decoder
-from tests import tiny
+from tests import tiny_configs
 from tests.reference.variants import reference
+from tests.triton_interpreter import kernels_on_the_cpu
 
 EVERYWHERE = {
     "attention",
@@ -42,7 +42,7 @@ def on_kernels(monkeypatch):
 
 def built(variant: str, mesh: Mesh, dtype: torch.dtype, recompute: str = "none") -> Decoder:
     """The same weights in any dtype: numbers of bf16."""
-    config = tiny.config(variant)
+    config = tiny_configs.config(variant)
     decoder = models.build(config.model, config.mup, mesh, dtype=dtype, recompute=recompute)
     tensors = reference(config.model).random_tensors(config.model, seed=5)
     load_weights(decoder, lambda name: tensors[name].bfloat16().float(), mesh)
@@ -52,7 +52,7 @@ def built(variant: str, mesh: Mesh, dtype: torch.dtype, recompute: str = "none")
 def losses_and_gradients(decoder: Decoder, rows: int = 2) -> dict[str, Tensor]:
     decoder.zero_grad()
     device = next(decoder.parameters()).device
-    losses = decoder(*(x.to(device) for x in tiny.rows(0, rows)))
+    losses = decoder(*(x.to(device) for x in tiny_configs.rows(0, rows)))
     losses.mean().backward()
     found = {"losses": losses.detach(), **{name: p.grad for name, p in decoder.named_parameters()}}
     return {name: x.to("cpu", torch.float32, copy=True) for name, x in found.items()}
@@ -73,7 +73,7 @@ def assert_at_most_a_tenth_above(found: dict[str, Tensor], meant: list[dict[str,
 
 @IN_THE_INTERPRETER
 @pytest.mark.parametrize("recompute", ["none", "selective"])
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_configs.VARIANTS)
 def test_losses_and_gradients_are_those_of_the_meaning(variant, recompute, mesh, on_kernels):
     decoder = built(variant, mesh, torch.float32, recompute)
     meant = losses_and_gradients(decoder)
@@ -93,7 +93,7 @@ def test_bf16_errors_are_at_most_a_tenth_above_those_of_the_meaning(variant, mes
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_configs.VARIANTS)
 def test_bf16_errors_on_a_gpu_are_at_most_a_tenth_above_those_of_the_meaning(variant, mesh):
     cpu = replace(mesh, device=torch.device("cpu"))
     meant = [losses_and_gradients(built(variant, cpu, dtype), 64) for dtype in (torch.float32, torch.bfloat16)]

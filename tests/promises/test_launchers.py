@@ -10,11 +10,11 @@ from subprocess import Popen
 import psutil
 import pytest
 import yaml
-from tests.waiting import PATIENCE_SECONDS, eventually
 
 from tandem.trainer.metrics.history import read
 from tests.ports import free_ports
 from tests.promises.conftest import begun, listens, steps_of, two_phases
+from tests.timeouts import PATIENCE_SECONDS, eventually
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 LAUNCH = Path(__file__).parents[2] / "launch"

@@ -26,7 +26,7 @@ from tandem.trainer.metrics.records import Sinks
 from tests import ranks
 from tests.ports import free_ports
 from tests.promises.conftest import TEXTS, clean_environment, ended, forked, tandem, two_phases
-from tests.waiting import PATIENCE_SECONDS
+from tests.timeouts import PATIENCE_SECONDS
 
 
 @dataclass(frozen=True)

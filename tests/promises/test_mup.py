@@ -9,20 +9,18 @@ from typing import Any
 
 import pytest
 
-import tandem.trainer.models
-import tandem.trainer.models.btlm
-import tandem.trainer.models.param_groups
-import tandem.trainer.startup
 from tandem.kernels.attention import attention
+from tandem.trainer import models, startup
 from tandem.trainer.__main__ import main
 from tandem.trainer.config import BTLM, Mup, RunConfig, StableLM, load
 from tandem.trainer.distributed.mesh import Mesh, started
+from tandem.trainer.models import btlm, param_groups
 from tandem.trainer.models.mup import ForwardScales, Rule, forward_scales, rules, width_multiplier
 from tandem.trainer.models.param_groups import groups
 from tandem.trainer.tools.mup import coordinates, lr_transfer, weight_decay
 from tandem.trainer.tools.mup.measurement import Finding, first_failure, interval
 from tandem.trainer.tools.mup.proxies import proxy
-from tests import tiny
+from tests import tiny_configs
 from tests.promises.conftest import VOCAB, tandem
 
 CONFIG = Path(__file__).parents[2] / "configs" / "mup-check.yaml"
@@ -81,7 +79,7 @@ def in_table(roles: tuple[str, ...], change: Change, seen_in: str | tuple[str, .
         found, multiplier = rules(model, mup), width_multiplier(model, mup)
         return found | {role: change(found[role], multiplier) for role in roles}
 
-    return Broken(tandem.trainer.startup, "rules", table, seen_in)
+    return Broken(startup, "rules", table, seen_in)
 
 
 def in_forward(change: Callable[[ForwardScales, float, Section], ForwardScales], seen_in: str) -> Broken:
@@ -90,7 +88,7 @@ def in_forward(change: Callable[[ForwardScales, float, Section], ForwardScales],
     def scales(model: Section, mup: Mup | None) -> ForwardScales:
         return change(forward_scales(model, mup), width_multiplier(model, mup), model)
 
-    return Broken(tandem.trainer.models, "forward_scales", scales, seen_in)
+    return Broken(models, "forward_scales", scales, seen_in)
 
 
 def with_std(factor: Callable[[float], float]) -> Change:
@@ -161,11 +159,11 @@ BROKEN = {
     "attention 1 / sqrt(head_dim)":
         in_forward(lambda s, m, model: replace(s, attention=model.head_dim**-0.5), SIZE + "scores 0"),
     "attention kernel that takes 1 / sqrt(head_dim) whatever scale it is given":
-        Broken(tandem.trainer.models.btlm, "attention", of_its_own_scale, SIZE + "scores 0"),
+        Broken(btlm, "attention", of_its_own_scale, SIZE + "scores 0"),
     "decay of hidden matrices not following their learning rate":
-        Broken(tandem.trainer.models.param_groups, "groups", decay_of_its_own, DECAY + "hidden"),
+        Broken(param_groups, "groups", decay_of_its_own, DECAY + "hidden"),
     "one hidden matrix not decayed":
-        Broken(tandem.trainer.models.param_groups, "groups", one_matrix_undecayed, DECAY + "hidden"),
+        Broken(param_groups, "groups", one_matrix_undecayed, DECAY + "hidden"),
     "embedding not decayed": in_table(("embedding",), with_decay(False), DECAY + "embedding"),
     "norms decayed": in_table(("norm",), with_decay(True), DECAY + "norm"),
     "biases decayed": in_table(("bias",), with_decay(True), DECAY + "bias"),
@@ -188,7 +186,7 @@ def test_the_shipped_rules_pass_with_room(config, mesh):
 
 def test_stable_lm_passes_under_mup_too(config, mesh):
     """Parallel residual, norms of heads, grouped keys, an untied head: other coordinates, the same laws."""
-    model = tiny.config("stablelm", model={"vocab": VOCAB}).model
+    model = tiny_configs.config("stablelm", model={"vocab": VOCAB}).model
     findings = judged(replace(config, model=model), mesh)
     assert first_failure(findings) is None
     assert {"learning rate of head", "decay of head"} <= {finding.what for finding in findings}

@@ -27,7 +27,7 @@ from tandem.trainer.distributed.sharding import Shard, joined, local_part
 from tandem.trainer.models import param_groups
 from tandem.trainer.models.mup import rules
 from tandem.trainer.startup import build_engine
-from tests import ranks, tiny
+from tests import ranks, tiny_configs
 from tests.reference.unpadded import Unpadded
 from tests.reference.variants import reference
 
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.dist
 
 def config(variant: str) -> RunConfig:
     """170 and 176 in the feed-forward network, 500 in the vocabulary; 256 and 512 with padding."""
-    return tiny.config(variant, parallel={"tp_size": 2}, optim={"epsilon": EPSILON})
+    return tiny_configs.config(variant, parallel={"tp_size": 2}, optim={"epsilon": EPSILON})
 
 
 def train_all(folder: Path) -> dict[str, dict]:
@@ -63,7 +63,7 @@ def train(config: RunConfig, mesh: Mesh, checkpoints: Path | None) -> dict:
     initial = gathered(engine)
     norms = []
     for step in range(STEPS):
-        engine.accumulate(engine(*tiny.rows(step)).mean(), last=True)
+        engine.accumulate(engine(*tiny_configs.rows(step)).mean(), last=True)
         norms.append(float(engine.gradient_norm()))
         engine.update(lr=1e-2)
     if checkpoints:
@@ -102,12 +102,12 @@ def train_odd(tp_size: int) -> dict[str, dict]:
 def odd(variant: str, tp_size: int) -> RunConfig:
     model = {"width": 16, "depth": 1, "ffn_width": 6_826, "vocab": 50_257}
     model |= {"kv_heads": 4, "rotary_fraction": 0.5} if variant == "stablelm" else {}
-    return tiny.config(variant, parallel={"tp_size": tp_size}, model=model)
+    return tiny_configs.config(variant, parallel={"tp_size": tp_size}, model=model)
 
 
 def both(wide: Engine, narrow: Engine, step: int) -> list[tuple[float, float]]:
     """Loss and gradient norm of one step, clipped and decayed, of each."""
-    batch, found = tiny.rows(step, num_rows=2, seq_len=16, vocab=50_257), []
+    batch, found = tiny_configs.rows(step, num_rows=2, seq_len=16, vocab=50_257), []
     for engine in (wide, narrow):
         loss = engine(*batch).mean()
         engine.accumulate(loss, last=True)

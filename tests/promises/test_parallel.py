@@ -12,7 +12,7 @@ from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.distributed.sharding import joined
 from tandem.trainer.startup import build_engine
-from tests import ranks, tiny
+from tests import ranks, tiny_configs
 
 STEPS = 5
 EPSILON = 1e-2
@@ -49,8 +49,8 @@ def train(config: RunConfig, nudged: bool = False) -> dict:
         for step in range(STEPS):
             if nudged:
                 nudge(engine, step)
-            micro_rows, share = config.schedule.phases[0].micro_rows, tiny.ROWS // mesh.dp_size
-            mine = [t[mesh.dp_rank * share : (mesh.dp_rank + 1) * share] for t in tiny.rows(step)]
+            micro_rows, share = config.schedule.phases[0].micro_rows, tiny_configs.ROWS // mesh.dp_size
+            mine = [t[mesh.dp_rank * share : (mesh.dp_rank + 1) * share] for t in tiny_configs.rows(step)]
             starts, total = range(0, share, micro_rows), 0.0
             for start in starts:
                 loss = engine(*(t[start : start + micro_rows] for t in mine)).mean() / len(starts)
@@ -81,7 +81,9 @@ def gathered(model: torch.nn.Module, mesh: Mesh, read) -> dict[str, torch.Tensor
 
 def variant_config(variant: str, layout: str | None) -> RunConfig:
     _, tp_size, zero_stage = LAYOUTS[layout] if layout else (1, 1, 1)
-    return tiny.config(variant, parallel={"tp_size": tp_size, "zero_stage": zero_stage}, optim={"epsilon": EPSILON})
+    return tiny_configs.config(
+        variant, parallel={"tp_size": tp_size, "zero_stage": zero_stage}, optim={"epsilon": EPSILON}
+    )
 
 
 def in_bf16(config: RunConfig) -> RunConfig:
@@ -92,7 +94,7 @@ def with_recipe_epsilon(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, epsilon=1e-8))
 
 
-CASES = [(v, name) for v in tiny.VARIANTS for name in LAYOUTS if not (v == "stablelm" and name == "tp4")]
+CASES = [(v, name) for v in tiny_configs.VARIANTS for name in LAYOUTS if not (v == "stablelm" and name == "tp4")]
 """The grouped variant has two key heads, which four ranks cannot share."""
 
 
@@ -100,15 +102,15 @@ CASES = [(v, name) for v in tiny.VARIANTS for name in LAYOUTS if not (v == "stab
 def trained(tmp_path_factory) -> dict[str, dict]:
     """ "variant" -> the facts of one rank, "variant/layout" -> those of the layout. One world for each number of ranks."""
     folder: Path = tmp_path_factory.mktemp("layouts")
-    wanted: dict[int, list] = {1: [(v, variant_config(v, None)) for v in tiny.VARIANTS], 2: [], 4: []}
+    wanted: dict[int, list] = {1: [(v, variant_config(v, None)) for v in tiny_configs.VARIANTS], 2: [], 4: []}
     for variant, layout in CASES:
         wanted[LAYOUTS[layout][0]].append((f"{variant}/{layout}", variant_config(variant, layout)))
-    for variant in tiny.VARIANTS:
+    for variant in tiny_configs.VARIANTS:
         for layout in (None, "tp2_dp2"):
             world_size = LAYOUTS[layout][0] if layout else 1
             config = variant_config(variant, layout)
             wanted[world_size].append((f"bf16/{variant}/{layout}", in_bf16(config)))
-    for variant in tiny.VARIANTS:
+    for variant in tiny_configs.VARIANTS:
         for layout in (None, "tp2_dp2"):
             recipe = with_recipe_epsilon(variant_config(variant, layout))
             wanted[LAYOUTS[layout][0] if layout else 1].append((f"recipe/{variant}/{layout}", recipe))
@@ -128,7 +130,7 @@ def test_losses_and_gradient_norms_are_the_same(trained, variant, layout):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_configs.VARIANTS)
 def test_bf16_losses_and_gradient_norms_are_the_same_to_its_rounding(trained, variant):
     """A norm that counts a replicated or divided gradient wrongly is off by a factor near sqrt(2) for that tensor."""
     one, other = trained[f"bf16/{variant}/None"], trained[f"bf16/{variant}/tp2_dp2"]
@@ -138,7 +140,7 @@ def test_bf16_losses_and_gradient_norms_are_the_same_to_its_rounding(trained, va
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_configs.VARIANTS)
 @pytest.mark.parametrize("kind", ["gradients", "parameters"])
 def test_with_the_recipes_epsilon_a_layout_moves_no_more_than_one_ulp_does(trained, variant, kind):
     """What AdamW makes of rounding is seen on one rank whose every weight is moved by one unit in the last place before each

@@ -19,7 +19,7 @@ from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.models.init import fill
 from tandem.trainer.models.mup import rules
 from tandem.trainer.startup import build_engine
-from tests import ranks, tiny
+from tests import ranks, tiny_configs
 
 SMALL = 2**-9
 """Less than half of the last of bf16's eight bits: 1 + SMALL is 1 there, and exact in fp32."""
@@ -33,7 +33,7 @@ def mesh() -> Iterator[Mesh]:
 
 
 def engine(variant: str, mesh: Mesh, **sections: dict) -> Engine:
-    return build_engine(tiny.config(variant, **sections), mesh, None)
+    return build_engine(tiny_configs.config(variant, **sections), mesh, None)
 
 
 def in_bf16(variant: str, mesh: Mesh) -> Engine:
@@ -55,11 +55,11 @@ def buffers(engine: Engine) -> list[Tensor]:
 def test_micro_batches_accumulate_in_fp32(mesh):
     """63 gradients of which bf16 would lose every one, after a large one, come out to the last bit."""
     bf16 = in_bf16("btlm", mesh)
-    loss = bf16(*tiny.rows(0)).mean()
+    loss = bf16(*tiny_configs.rows(0)).mean()
     bf16.accumulate(loss, last=False)
     first = gradients(bf16)
     for index in range(63):
-        bf16.accumulate(bf16(*tiny.rows(0)).mean() * SMALL, last=index == 62)
+        bf16.accumulate(bf16(*tiny_configs.rows(0)).mean() * SMALL, last=index == 62)
     for name, found in gradients(bf16).items():
         assert found.dtype == torch.float32
         rounded = first[name].bfloat16()
@@ -73,9 +73,9 @@ def reduced() -> list[tuple[torch.dtype, bool]]:
     with started(1) as mesh:
         bf16 = in_bf16("btlm", mesh)
         factor = SMALL if mesh.dp_rank else 1.0
-        bf16.accumulate(bf16(*tiny.rows(0)).mean() * factor, last=False)
+        bf16.accumulate(bf16(*tiny_configs.rows(0)).mean() * factor, last=False)
         alone = [buffer / factor for buffer in buffers(bf16)]
-        bf16.accumulate(bf16(*tiny.rows(0)).mean() * 0.0, last=True)
+        bf16.accumulate(bf16(*tiny_configs.rows(0)).mean() * 0.0, last=True)
         means = [gradient * (1 + SMALL) / 2 for gradient in alone]
         return [(buffer.dtype, torch.equal(buffer, mean)) for buffer, mean in zip(buffers(bf16), means, strict=True)]
 
@@ -89,7 +89,7 @@ def test_data_parallel_ranks_reduce_in_fp32(tmp_path: Path):
 def test_masters_and_moments_are_fp32(mesh):
     """And the weights of the model are the masters' rounding."""
     bf16 = in_bf16("btlm", mesh)
-    bf16.accumulate(bf16(*tiny.rows(0)).mean(), last=True)
+    bf16.accumulate(bf16(*tiny_configs.rows(0)).mean(), last=True)
     bf16.update(lr=1e-3)
     parameters = dict(bf16.model.named_parameters())
     for fragment in bf16.fragments():
@@ -105,13 +105,13 @@ def test_masters_and_moments_are_fp32(mesh):
 
 
 def test_alibi_slopes_stay_fp32(mesh):
-    slopes = in_bf16("btlm", mesh).model.context(tiny.rows(0)[2], None).slopes
+    slopes = in_bf16("btlm", mesh).model.context(tiny_configs.rows(0)[2], None).slopes
     assert slopes.dtype == torch.float32
     assert torch.equal(slopes, alibi_slopes(4))
 
 
 def test_rotary_tables_stay_fp32(mesh):
-    documents = tiny.rows(0, seq_len=64)[2]
+    documents = tiny_configs.rows(0, seq_len=64)[2]
     context = in_bf16("stablelm", mesh).model.context(documents, None)
     exact = rotary_table(torch.arange(64) - starts(documents), 4, 10_000.0)
     for found, expected in zip((context.cos, context.sin), exact, strict=True):
@@ -120,9 +120,9 @@ def test_rotary_tables_stay_fp32(mesh):
         assert not torch.equal(found, found.bfloat16().float())
 
 
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_configs.VARIANTS)
 def test_the_loss_is_fp32(mesh, variant):
-    losses = in_bf16(variant, mesh)(*tiny.rows(0))
+    losses = in_bf16(variant, mesh)(*tiny_configs.rows(0))
     assert losses.dtype == torch.float32
     assert not torch.equal(losses, losses.bfloat16().float())
 
@@ -147,7 +147,7 @@ def test_one_update_is_adamw_of_the_clipped_gradient(mesh, variant, clip_norm, z
     optim = {"clip_norm": clip_norm, "epsilon": EPSILON, "weight_decay": DECAY}
     fp32 = engine(variant, mesh, optim=optim, parallel={"zero_stage": zero_stage})
     before = {name: parameter.detach().clone() for name, parameter in fp32.model.named_parameters()}
-    fp32.accumulate(fp32(*tiny.rows(0)).mean(), last=True)
+    fp32.accumulate(fp32(*tiny_configs.rows(0)).mean(), last=True)
     gradient = gradients(fp32)
     norm = float(fp32.gradient_norm())
     fp32.update(LR)
@@ -169,7 +169,7 @@ def test_zero_1_trains_as_zero_0(mesh, variant):
     for zero_stage in (0, 1):
         fp32 = engine(variant, mesh, optim={"clip_norm": 0.0}, parallel={"zero_stage": zero_stage})
         for step in range(3):
-            fp32.accumulate(fp32(*tiny.rows(step)).mean(), last=True)
+            fp32.accumulate(fp32(*tiny_configs.rows(step)).mean(), last=True)
             fp32.update(LR)
         found.append(dict(fp32.model.named_parameters()))
     for name in found[0]:
@@ -180,22 +180,22 @@ def test_zero_1_trains_as_zero_0(mesh, variant):
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_configs.VARIANTS)
 def test_recomputation_changes_memory_only(mesh, variant, precision):
     """Losses and gradients to the last bit; `full` keeps less for backward than `selective`, that less than `none`."""
-    config = tiny.config(variant)
+    config = tiny_configs.config(variant)
     found, saved_bytes = [], []
     for recompute in ("none", "selective", "full"):
         model = models.build(config.model, config.mup, mesh, dtype=precision, recompute=recompute)
         fill(model, rules(config.model, config.mup), seed=1, truncation_sigmas=2.0, mesh=mesh)
-        losses, kept = saving(lambda model=model: model(*tiny.rows(0)), model)
+        losses, kept = saving(lambda model=model: model(*tiny_configs.rows(0)), model)
         losses.mean().backward()
         found.append({"losses": losses, **{name: p.grad for name, p in model.named_parameters()}})
         saved_bytes.append(kept)
     for other in found[1:]:
         assert all(torch.equal(found[0][name], other[name]) for name in found[0])
     none, selective, full = saved_bytes
-    tokens, ffn_width = tiny.ROWS * tiny.SEQ_LEN, padded(config.model.ffn_width, 1)
+    tokens, ffn_width = tiny_configs.ROWS * tiny_configs.SEQ_LEN, padded(config.model.ffn_width, 1)
     ffn_products = config.model.depth * tokens * ffn_width * precision.itemsize
     assert selective < none - ffn_products  # the rest is attention's
     assert full < 0.5 * selective

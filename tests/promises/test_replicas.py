@@ -8,13 +8,13 @@ import torch
 from tandem.trainer.distributed.mesh import started
 from tandem.trainer.distributed.replica_check import check_replicas, checksum
 from tandem.trainer.startup import build_engine
-from tests import ranks, tiny
+from tests import ranks, tiny_configs
 
 
 def flipped(folder: Path) -> list[str]:
     """What is said of one bit on rank 3, of weights that have changed places on it, and of one of two replicas."""
     with started(1) as mesh:
-        model = build_engine(tiny.config("btlm"), mesh, None).model
+        model = build_engine(tiny_configs.config("btlm"), mesh, None).model
         check_replicas(model, mesh, 7)
         said = []
         weight = model.layers[1].ffn.down.weight.detach().view(-1)
@@ -27,7 +27,7 @@ def flipped(folder: Path) -> list[str]:
             said.append(str(error.value))
             weight.copy_(kept)
     with started(2) as mesh:
-        model = build_engine(tiny.config("btlm", parallel={"tp_size": 2}), mesh, None).model
+        model = build_engine(tiny_configs.config("btlm", parallel={"tp_size": 2}), mesh, None).model
         check_replicas(model, mesh, 7)  # halves differ, replicas do not
         if mesh.rank == 1:
             flip(next(model.parameters()).detach().view(-1))

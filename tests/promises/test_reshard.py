@@ -15,7 +15,7 @@ from tandem.trainer.distributed.layers import shard_of
 from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.distributed.sharding import local_part
 from tandem.trainer.startup import build_engine
-from tests import ranks, tiny
+from tests import ranks, tiny_configs
 from tests.promises.test_parallel import EPSILON, mean_over_dp
 
 BEFORE, AFTER = 3, 5
@@ -23,7 +23,7 @@ BEFORE, AFTER = 3, 5
 MOVES_OF_A_WORLD = 24
 """Each makes all groups anew, and leaves some of gloo's threads and connections behind: a hundred are too many."""
 LR = 1e-2
-OVERRIDES = {"btlm": {}, "stablelm": {"model": tiny.STABLELM | {"kv_heads": 4}}}
+OVERRIDES = {"btlm": {}, "stablelm": {"model": tiny_configs.STABLELM | {"kv_heads": 4}}}
 
 
 class Layout(NamedTuple):
@@ -49,7 +49,7 @@ FEW = [pair for index, pair in enumerate(PAIRS) if pair[1] == pair[2] or index %
 def config(family: str, layout: Layout) -> RunConfig:
     optim = {"beta1": 0.9, "beta2": 0.95, "epsilon": EPSILON, "weight_decay": 0.1, "clip_norm": 1.0}
     parallel = {"tp_size": layout.tp_size, "zero_stage": layout.zero_stage}
-    return tiny.config(family, optim=optim, parallel=parallel, **OVERRIDES[family])
+    return tiny_configs.config(family, optim=optim, parallel=parallel, **OVERRIDES[family])
 
 
 def folder_of(root: Path, family: str, layout: Layout) -> Path:
@@ -60,7 +60,7 @@ def stepped(engine: Engine, mesh: Mesh, steps: range) -> list[tuple[float, float
     """Loss and gradient norm of each step."""
     found = []
     for step in steps:
-        mine = [tensor.chunk(mesh.dp_size)[mesh.dp_rank] for tensor in tiny.rows(step)]
+        mine = [tensor.chunk(mesh.dp_size)[mesh.dp_rank] for tensor in tiny_configs.rows(step)]
         loss = engine(*mine).mean()
         engine.accumulate(loss, last=True)
         norm = float(engine.gradient_norm())

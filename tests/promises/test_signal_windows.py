@@ -38,8 +38,8 @@ from tests.ports import free_ports
 from tests.promises import test_guard
 from tests.promises.conftest import begun, differing, ended, listens, steps_of, two_phases
 from tests.ranks import SERVER
-from tests.trainer.data.web import Server
-from tests.waiting import PATIENCE_SECONDS
+from tests.timeouts import PATIENCE_SECONDS
+from tests.trainer.data.faulty_server import Server
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 ROUNDS = int(os.environ.get("SIGNAL_ROUNDS", "1"))

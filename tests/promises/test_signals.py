@@ -20,7 +20,7 @@ from tandem.trainer.checkpoint.read import opened
 from tandem.trainer.runtime import REQUEUE_EXIT_CODE
 from tests.promises.conftest import clean_environment, differing, ended, forked, listens, steps_of, two_phases
 from tests.ranks import SERVER
-from tests.waiting import PATIENCE_SECONDS
+from tests.timeouts import PATIENCE_SECONDS
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 STEPS = 60

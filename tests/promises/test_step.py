@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.waits import Seen, waits_on_cpu, waits_on_gpu
 
 from tandem.trainer import runtime
 from tandem.trainer.config.schedule import Timeline
@@ -20,7 +19,8 @@ from tandem.trainer.run_state import Stepper
 from tandem.trainer.startup import build_engine
 from tandem.trainer.tools.bench.synthetic_batch import drawn
 from tandem.trainer.train import timed_step
-from tests import ranks, tiny
+from tests import ranks, tiny_configs
+from tests.device_syncs import Seen, waits_on_cpu, waits_on_gpu
 
 WARM_UP, GOOD, BAD = range(2), 2, 3
 """Numbers of steps; before the bad one a weight becomes nan, so that its update is left out."""
@@ -38,7 +38,7 @@ def batches(stepper: Stepper, agreement: Agreement) -> Iterator[Batch]:
 def steps(variant: str, tp_size: int) -> tuple[Seen, Seen]:
     """What is seen of a good step and of a bad one."""
     with started(tp_size) as mesh, closing(runtime.StopSignal()) as stop_signal:
-        config = tiny.config(
+        config = tiny_configs.config(
             variant, run={"precision": "bf16"}, parallel={"tp_size": tp_size}, optim={"clip_norm": 1e-3}
         )
         engine = build_engine(config, mesh, None)
@@ -72,7 +72,7 @@ def deterministic(monkeypatch) -> Iterator[None]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of the calls that would wait, where there is no GPU")
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_configs.VARIANTS)
 def test_a_step_waits_for_the_device_once(variant):
     good, bad = steps(variant, 1)
     print(f"figures {variant}: operations {good.operations} good, {bad.operations} bad")
@@ -80,18 +80,21 @@ def test_a_step_waits_for_the_device_once(variant):
 
 
 def on_four(folder: Path) -> dict[str, list[list[str]]]:
-    return {variant: [seen.waits for seen in steps(variant, 2)] for variant in tiny.VARIANTS}
+    return {variant: [seen.waits for seen in steps(variant, 2)] for variant in tiny_configs.VARIANTS}
 
 
 @pytest.mark.dist
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of the calls that would wait, where there is no GPU")
 def test_a_step_of_four_ranks_waits_for_the_device_once(tmp_path):
-    assert ranks.run(on_four, 4, tmp_path, tmp_path) == [{variant: [THE_ONE, THE_ONE] for variant in tiny.VARIANTS}] * 4
+    assert (
+        ranks.run(on_four, 4, tmp_path, tmp_path)
+        == [{variant: [THE_ONE, THE_ONE] for variant in tiny_configs.VARIANTS}] * 4
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_configs.VARIANTS)
 def test_a_step_on_a_gpu_waits_for_it_once(variant):
     good, bad = steps(variant, 1)
     assert (len(good.waits), len(bad.waits)) == (1, 1), (good.waits, bad.waits)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, layer_norm, linear, silu
 
 from tandem.trainer.config import BTLM, AlibiScaling, Mup
-from tests.reference import parts
+from tests.reference import shared
 
 
 def shapes(model: BTLM) -> dict[str, tuple[int, ...]]:
@@ -39,7 +39,7 @@ def shapes(model: BTLM) -> dict[str, tuple[int, ...]]:
 
 def random_tensors(model: BTLM, seed: int) -> dict[str, Tensor]:
     """Every tensor of the model by its global name, at its true shape, none of it zero."""
-    return parts.random(shapes(model), seed)
+    return shared.random(shapes(model), seed)
 
 
 def slopes(heads: int) -> list[float]:
@@ -74,7 +74,7 @@ def logits(
     slope = torch.tensor(slopes(heads), dtype=stream.dtype, device=tokens.device)
     bias = -slope[:, None, None] * (place[:, None] - place[None, :]).abs() / stretch(model.alibi_scaling, length)
     scale = 1 / head_dim if mup else 1 / math.sqrt(head_dim)
-    mask = parts.seen(tokens, documents)
+    mask = shared.seen(tokens, documents)
 
     def norm(x: Tensor, name: str) -> Tensor:
         return layer_norm(x, (model.width,), read(f"{name}.weight"), read(f"{name}.bias"), eps)
@@ -86,7 +86,7 @@ def logits(
         layer = f"layers.{index}"
         qkv = affine(norm(stream, f"{layer}.attention_norm"), f"{layer}.attention.qkv")
         query, key, value = qkv.view(rows, length, heads, 3, head_dim).permute(3, 0, 2, 1, 4)
-        mixed = parts.attend(query, key, value, scale=scale, bias=bias, mask=mask)
+        mixed = shared.attend(query, key, value, scale=scale, bias=bias, mask=mask)
         stream = stream + affine(mixed, f"{layer}.attention.out")
         x, matrices, biases = (
             norm(stream, f"{layer}.ffn_norm"),

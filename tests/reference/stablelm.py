@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, layer_norm, linear, silu
 
 from tandem.trainer.config import Mup, StableLM
-from tests.reference import parts
+from tests.reference import shared
 
 
 def shapes(model: StableLM) -> dict[str, tuple[int, ...]]:
@@ -41,7 +41,7 @@ def shapes(model: StableLM) -> dict[str, tuple[int, ...]]:
 
 def random_tensors(model: StableLM, seed: int) -> dict[str, Tensor]:
     """Every tensor of the model by its global name, at its true shape, none of it zero."""
-    return parts.random(shapes(model), seed)
+    return shared.random(shapes(model), seed)
 
 
 def positions(tokens: Tensor, documents: Tensor | None) -> Tensor:
@@ -74,7 +74,7 @@ def logits(
     rows, length = tokens.shape
     head_dim, kv_heads, eps = model.width // model.heads, model.kv_heads, model.norm_epsilon
     group, rotated = model.heads // kv_heads, int(model.rotary_fraction * head_dim)
-    place, mask = positions(tokens, documents), parts.seen(tokens, documents)
+    place, mask = positions(tokens, documents), shared.seen(tokens, documents)
     scale = 1 / head_dim if mup else 1 / math.sqrt(head_dim)
     stream = embedding(tokens, read("embedding.weight")) * (mup.embedding_multiplier if mup else 1.0)
 
@@ -92,7 +92,7 @@ def logits(
             key = layer_norm(key, (head_dim,), eps=eps) * read(f"{name}.key_norm.weight")[:, None]
         query, key = (rotate(heads, place, model.rotary_base, rotated) for heads in (query, key))
         key, value = (heads.repeat_interleave(group, dim=1) for heads in (key, value))
-        mixed = parts.attend(query, key, value, scale=scale, bias=0.0, mask=mask)
+        mixed = shared.attend(query, key, value, scale=scale, bias=0.0, mask=mask)
         return linear(mixed, read(f"{name}.out.weight"))
 
     def ffn(x: Tensor, name: str) -> Tensor:

@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 import pytest
 
 from tandem.trainer import runtime
-from tests.waiting import PATIENCE_SECONDS, eventually
+from tests.timeouts import PATIENCE_SECONDS, eventually
 
 LAUNCHED = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "WORLD_SIZE")
 

@@ -21,7 +21,7 @@ from tandem.trainer.models import init
 from tandem.trainer.models.init import values
 from tandem.trainer.models.mup import rules
 from tandem.trainer.startup import build_engine
-from tests import ranks, tiny
+from tests import ranks, tiny_configs
 
 LAYOUTS = [(1, 1), (1, 2), (2, 4)]
 """Tensor-parallel size and number of ranks."""
@@ -33,7 +33,7 @@ IMPORTED_SEED = 77
 def config(kind: str, tp_size: int, seed: int = 1) -> RunConfig:
     precision, zero_stage = KINDS[kind]
     parallel = {"tp_size": tp_size, "zero_stage": zero_stage}
-    return tiny.config("btlm", run={"precision": precision, "seed": seed}, parallel=parallel)
+    return tiny_configs.config("btlm", run={"precision": precision, "seed": seed}, parallel=parallel)
 
 
 @contextmanager

@@ -156,7 +156,7 @@ def test_varlen_is_for_documents_alone():
 def test_what_cannot_be_interpreted_takes_its_arguments_and_compiles():
     """In a process where Triton compiles: shapes of results and gradients, on the meta device."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    program = "from tests.kernels.bench.launched import shapes_of_all; shapes_of_all()"
+    program = "from tests.kernels.bench.rival_shapes import shapes_of_all; shapes_of_all()"
     command = [sys.executable, "-W", "ignore", "-c", program, str(TOKENS), *sorted(ARGUMENTS_IN_PYTHON)]
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     lines = [json.loads(line) for line in told.stdout.splitlines()]

@@ -12,7 +12,7 @@ import tandem.kernels.bench.__main__ as command_line
 from tandem.kernels.bench.__main__ import main
 from tandem.kernels.bench.errors import MARK, Error, errors
 from tandem.kernels.bench.ops import OPERATIONS
-from tests.interpreter import kernels_on_the_cpu
+from tests.triton_interpreter import kernels_on_the_cpu
 
 CPU = torch.device("cpu")
 OURS = {name: op for name, op in OPERATIONS.items() if op.precision is not None}

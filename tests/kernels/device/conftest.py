@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import tests.interpreter  # noqa: F401
+import tests.triton_interpreter  # noqa: F401
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.trainer.data.web import Server
 
 from tandem.data_prep.shard_writer import write_split
 from tandem.trainer import config
 from tandem.trainer.data import manifest
 from tandem.trainer.data.manifest import Manifest
 from tandem.trainer.disk import write_whole
+from tests.trainer.data.faulty_server import Server
 
 EOS = 0
 

@@ -7,13 +7,13 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
-from tests.trainer.data.reading import Tokens, globally, loader, ranks, schedule_of, side_by_side, steps
 
 from tandem.trainer.config import Phase, UserError
 from tandem.trainer.data import manifest
 from tandem.trainer.data.damaged_shards import agreed, agreed_batches, given_up
 from tandem.trainer.data.mixture import row_sources
 from tandem.trainer.runtime import Stopped
+from tests.trainer.data.loaders import Tokens, globally, loader, ranks, schedule_of, side_by_side, steps
 
 BLOCKS = {"block_tokens": 64, "window_tokens": 256}
 PHASE = Phase("p", 24 * 8 * 32, 32, 8, 1, {"a": 0.75, "b": 0.25})

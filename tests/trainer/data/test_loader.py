@@ -7,8 +7,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from tests.trainer.data.reading import Tokens, ranks, schedule_of, steps
-from tests.trainer.data.reading import loader as loader_of
 from xxhash import xxh3_64_intdigest
 
 from tandem.trainer.config import Phase, UserError
@@ -17,6 +15,8 @@ from tandem.trainer.data import manifest
 from tandem.trainer.data import rows as rows_module
 from tandem.trainer.data.mixture import row_sources
 from tandem.trainer.data.token_stream import Stream
+from tests.trainer.data.loaders import Tokens, ranks, schedule_of, steps
+from tests.trainer.data.loaders import loader as loader_of
 
 
 @pytest.fixture

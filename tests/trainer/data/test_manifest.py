@@ -8,7 +8,7 @@ import pytest
 
 from tandem.trainer.config import Cache, UserError
 from tandem.trainer.data import manifest
-from tests.trainer.data.copies import SOON_SECONDS
+from tests.trainer.data.shard_copies import SOON_SECONDS
 
 QUICK = Cache(attempts=4, timeout_seconds=SOON_SECONDS)
 

@@ -3,10 +3,10 @@ import os
 import re
 
 import pytest
-from tests.trainer.data.copies import SOON_SECONDS
 
 from tandem.trainer.config import Cache, UserError
 from tandem.trainer.data import remote_files
+from tests.trainer.data.shard_copies import SOON_SECONDS
 
 QUICK = Cache(attempts=4, timeout_seconds=SOON_SECONDS)
 CONTENT = bytes(range(256)) * 200

@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.trainer.data.copies import GIB, SOON_SECONDS, WAIT_SECONDS, is_whole, names, opened_path, url
-from tests.trainer.data.reading import Tokens, loader, schedule_of
 
 from tandem.trainer.config import Phase, UserError
 from tandem.trainer.data import manifest
 from tandem.trainer.data.manifest import DamagedShard
 from tandem.trainer.data.shard_cache import Cache
 from tandem.trainer.data.token_stream import Stream
+from tests.trainer.data.loaders import Tokens, loader, schedule_of
+from tests.trainer.data.shard_copies import GIB, SOON_SECONDS, WAIT_SECONDS, is_whole, names, opened_path, url
 
 
 def test_a_copy_is_not_removed_for_what_hinders_its_reader(server, settings, shards):

@@ -6,14 +6,14 @@ import re
 import time
 
 import pytest
-from tests.trainer.data.copies import SOON_SECONDS, is_whole, names, opened_path, url
-from tests.trainer.data.reading import loader, schedule_of, steps
 
 from tandem.trainer.config import Phase, UserError
 from tandem.trainer.data import manifest
 from tandem.trainer.data.damaged_shards import agreed_batches
 from tandem.trainer.data.manifest import DamagedShard
 from tandem.trainer.data.shard_cache import Cache
+from tests.trainer.data.loaders import loader, schedule_of, steps
+from tests.trainer.data.shard_copies import SOON_SECONDS, is_whole, names, opened_path, url
 
 
 @pytest.mark.parametrize(

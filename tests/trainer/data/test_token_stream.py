@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.trainer.data.reading import loader, schedule_of
 
 from tandem.trainer import config
 from tandem.trainer.config import Phase, UserError
 from tandem.trainer.data import manifest
 from tandem.trainer.data.shard_cache import Cache
 from tandem.trainer.data.token_stream import OPEN_SHARDS, Damaged, Stream
+from tests.trainer.data.loaders import loader, schedule_of
 
 
 def open_stream(folder, *, name="a", seed=0):

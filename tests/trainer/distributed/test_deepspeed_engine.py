@@ -13,7 +13,7 @@ from tandem.trainer.config import UserError
 from tandem.trainer.distributed.deepspeed_engine import Engine, clip_coefficient
 from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.startup import build_engine
-from tests import ranks, tiny
+from tests import ranks, tiny_configs
 
 LR = 1e-2
 KINDS = {"zero0": {"zero_stage": 0}, "zero1": {"zero_stage": 1}, "bf16": {"zero_stage": 1}}
@@ -23,7 +23,9 @@ KINDS = {"zero0": {"zero_stage": 0}, "zero1": {"zero_stage": 1}, "bf16": {"zero_
 def engine(kind: str, mesh: Mesh, variant: str = "btlm", recompute: str = "none", **sections: dict) -> Engine:
     precision = "bf16" if kind == "bf16" else "fp32"
     parallel = {"tp_size": mesh.tp_size, "recompute": recompute, **KINDS[kind]}
-    return build_engine(tiny.config(variant, run={"precision": precision}, parallel=parallel, **sections), mesh, None)
+    return build_engine(
+        tiny_configs.config(variant, run={"precision": precision}, parallel=parallel, **sections), mesh, None
+    )
 
 
 def share(rows: tuple[Tensor, ...], mesh: Mesh) -> tuple[Tensor, ...]:
@@ -32,7 +34,7 @@ def share(rows: tuple[Tensor, ...], mesh: Mesh) -> tuple[Tensor, ...]:
 
 def accumulate(one: Engine, mesh: Mesh, step: int, factor: float = 1.0) -> list[float]:
     """The gradient of a step, of two micro-batches; returns their losses."""
-    parts = list(zip(*(tensor.chunk(2) for tensor in share(tiny.rows(step), mesh)), strict=True))
+    parts = list(zip(*(tensor.chunk(2) for tensor in share(tiny_configs.rows(step), mesh)), strict=True))
     losses = []
     for index, part in enumerate(parts):
         loss = factor * one(*part).mean() / 2
@@ -125,7 +127,7 @@ def test_a_dropped_gradient_was_never_there(mesh, kind):
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_configs.VARIANTS)
 def test_steps_are_the_bits_of_deepspeeds_own(mesh, variant, recompute):
     assert beside_deepspeed(variant, mesh, recompute) == SAME
 
@@ -162,7 +164,7 @@ def test_deepspeeds_own_clock_which_waits_for_the_device_is_off(mesh, kind):
 def on_four(folder: Path) -> dict[str, dict[str, bool]]:
     with started(2) as mesh:
         found = {kind: dropped(kind, mesh) for kind in KINDS}
-        return found | {variant: beside_deepspeed(variant, mesh) for variant in tiny.VARIANTS}
+        return found | {variant: beside_deepspeed(variant, mesh) for variant in tiny_configs.VARIANTS}
 
 
 @pytest.mark.dist
@@ -170,7 +172,7 @@ def test_four_ranks_drop_gradients_and_step_as_one_does(tmp_path):
     """A dropped gradient was never there, and steps are the bits of DeepSpeed's own."""
     dropped = {kind: {"finite": True, "infinite": True, "nan": True} for kind in KINDS}
     for found in ranks.run(on_four, 4, tmp_path, tmp_path):
-        assert found == dropped | dict.fromkeys(tiny.VARIANTS, SAME)
+        assert found == dropped | dict.fromkeys(tiny_configs.VARIANTS, SAME)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -201,7 +203,7 @@ def test_state_on_hold_changes_only_after_the_wait(mesh, kind):
 
 def test_deepspeed_on_another_device_than_the_model_is_refused(mesh):
     """DeepSpeed moves the model to its own device, without a word."""
-    config = tiny.config("btlm")
+    config = tiny_configs.config("btlm")
     elsewhere = replace(mesh, device=torch.device("cuda", 0))
     with pytest.raises(UserError, match=r"DS_ACCELERATOR: .* on the cpu .* is cuda:0; unset it"):
         Engine(config, torch.nn.Linear(1, 1), torch.optim.AdamW([torch.zeros(1)]), elsewhere)

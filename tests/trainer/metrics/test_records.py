@@ -211,7 +211,7 @@ def test_a_record_that_only_a_part_of_has_room_ends_the_run_in_one_line(tmp_path
 
 def test_a_kill_leaves_every_finished_step_on_disk(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from tests.trainer.test_metrics import *\n"
+        "import sys; from pathlib import Path; from tests.trainer.metrics.test_records import *\n"
         "sinks = open_sinks(Path(sys.argv[1]), demo_config(), rank=0, resumed_step=0)\n"
         "sinks.start(tokens=0, world_size=1, tp_size=1, dp_size=1, **TOTAL)\n"
         "for step in (1, 2, 3): sinks.step(record(step)); print(step, flush=True)\n"

@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 import wandb
-from tests.trainer.test_metrics import ROOT, demo_config, write_rollback
-from tests.waiting import PATIENCE_SECONDS
 
 from tandem.trainer.config import UserError
 from tandem.trainer.metrics.history import read
 from tandem.trainer.metrics.wandb_sink import WandbSink
+from tests.timeouts import PATIENCE_SECONDS
+from tests.trainer.metrics.test_records import ROOT, demo_config, write_rollback
 
 
 def run_with_wandb(folder: Path, port: int, **said: str) -> subprocess.CompletedProcess[str]:
     """Two starts of one run with log.wandb=auto in a process that knows of wandb only what is `said`."""
     script = (
-        "import sys, time; from pathlib import Path; from tests.trainer.test_metrics import *\n"
+        "import sys, time; from pathlib import Path; from tests.trainer.metrics.test_records import *\n"
         "config = demo_config('log.wandb=auto')\n"
         "write_run(Path(sys.argv[1]), to=6, config=config)\n"
         "time.sleep(1.1)  # wandb names its folders by the second\n"
@@ -73,7 +73,8 @@ def test_a_wandb_server_that_is_down_stops_no_run(tmp_path: Path) -> None:
 def test_a_run_outlives_wandb(tmp_path: Path, moment: str) -> None:
     """Its service is killed: one line says so, the run ends as it would have, and every step is in its own record."""
     script = (
-        "import sys; from pathlib import Path; import psutil, threading, wandb; from tests.trainer.test_metrics import *\n"
+        "import sys; from pathlib import Path; import psutil, threading, wandb\n"
+        "from tests.trainer.metrics.test_records import *\n"
         "sinks = open_sinks(Path(sys.argv[1]), demo_config('log.wandb=offline'), rank=0, resumed_step=0)\n"
         "[service], end = psutil.Process().children(), wandb.teardown\n"
         "sinks.start(tokens=0, world_size=4, tp_size=2, dp_size=2, **TOTAL, start_seconds={})\n"

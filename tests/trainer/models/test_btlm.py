@@ -23,7 +23,7 @@ from tandem.trainer.models import param_groups
 from tandem.trainer.models.decoder import Decoder
 from tandem.trainer.models.init import initial
 from tandem.trainer.models.mup import rules
-from tests import tiny
+from tests import tiny_configs
 from tests.reference.variants import reference
 
 HEADS, HEAD_DIM = 2, 80
@@ -134,7 +134,7 @@ def test_the_bias_is_fp32_in_a_bf16_model(shipped, mesh):
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_slopes_of_any_number_of_heads_on_any_rank(pretended, heads, slopes, tp_size):
     """Geometric; beyond a power of two, every other one of the next. A rank has those of its own heads."""
-    config = tiny.config("btlm", model={"heads": heads, "width": 8 * heads})
+    config = tiny_configs.config("btlm", model={"heads": heads, "width": 8 * heads})
     found = []
     for tp_rank in range(tp_size):
         with pretended(tp_rank, tp_size) as mesh:

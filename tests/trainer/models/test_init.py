@@ -16,7 +16,7 @@ from tandem.trainer.distributed.sharding import joined
 from tandem.trainer.models import init
 from tandem.trainer.models.init import PIECE_ELEMENTS, fill, first_seed, initial
 from tandem.trainer.models.mup import Rule, rules
-from tests import tiny
+from tests import tiny_configs
 from tests.reference.variants import reference
 
 NORMAL = Rule(init_std=0.02, init_value=0.0, lr_scale=1.0, decays=True)
@@ -121,16 +121,16 @@ def test_a_rule_without_deviation_is_its_value():
 
 
 def filled(variant: str, mesh: Mesh) -> dict[str, nn.Parameter]:
-    config = tiny.config(variant)
+    config = tiny_configs.config(variant)
     model = models.build(config.model, config.mup, mesh, dtype=torch.float32)
     sigmas = config.model.init_truncation_sigmas
     fill(model, rules(config.model, config.mup), seed=3, truncation_sigmas=sigmas, mesh=mesh)
     return dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("variant", tiny_configs.VARIANTS)
 def test_every_parameter_starts_as_its_role_does(pretended, variant):
-    config = tiny.config(variant)
+    config = tiny_configs.config(variant)
     table, realised = rules(config.model, config.mup), 0.8796 if config.model.init_truncation_sigmas else 1.0
     with pretended(0, 1) as mesh:
         for name, parameter in filled(variant, mesh).items():

@@ -6,7 +6,7 @@ import pytest
 
 from tandem.trainer.config import RunConfig, load
 from tandem.trainer.models.mup import Rule, forward_scales, rules, width_multiplier
-from tests import tiny
+from tests import tiny_configs
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -57,14 +57,14 @@ def test_stablelm_starts_and_scales_as_published(stablelm):
 
 
 def test_at_the_base_width_only_the_multipliers_are_left(btlm):
-    config = tiny.config("btlm", mup={"base_width": 64})
+    config = tiny_configs.config("btlm", mup={"base_width": 64})
     assert width_multiplier(config.model, config.mup) == 1.0
     assert rules(config.model, config.mup) == rules(config.model, None)
     assert forward_scales(config.model, config.mup).logits == config.mup.output_multiplier
 
 
 def test_a_model_twice_as_wide_halves_rates_and_variances():
-    config, wide = tiny.config("btlm"), tiny.config("btlm", model={"width": 128})
+    config, wide = tiny_configs.config("btlm"), tiny_configs.config("btlm", model={"width": 128})
     narrow_table, wide_table = rules(config.model, config.mup), rules(wide.model, wide.mup)
     for role in ("hidden", "residual_output"):
         assert wide_table[role].lr_scale == narrow_table[role].lr_scale / 2

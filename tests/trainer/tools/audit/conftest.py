@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.trainer.audit.runs import make_corpus, run_all
+
+from tests.trainer.tools.audit.runs import make_corpus, run_all
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from tests.trainer.audit.runs import STEPS, Reading, audited, command, line_of, lines_of, write
 
 from tandem.trainer.config import UserError
 from tandem.trainer.data.ledger import FILE, manifest_copy
 from tandem.trainer.tools.audit import step_checks
+from tests.trainer.tools.audit.runs import STEPS, Reading, audited, command, line_of, lines_of, write
 
 
 def test_findings_are_counted_where_they_are_too_many_and_searches_too(folder, monkeypatch):

@@ -5,7 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.trainer.audit.runs import (
+
+from tandem.trainer.config import UserError
+from tandem.trainer.data import manifest
+from tandem.trainer.data.ledger import FILE, manifest_copy
+from tandem.trainer.tools.audit import step_checks
+from tests.trainer.tools.audit.runs import (
     LONG,
     NOTHING,
     SHORT,
@@ -22,11 +27,6 @@ from tests.trainer.audit.runs import (
     train,
     write,
 )
-
-from tandem.trainer.config import UserError
-from tandem.trainer.data import manifest
-from tandem.trainer.data.ledger import FILE, manifest_copy
-from tandem.trainer.tools.audit import step_checks
 
 
 def test_evidence_without_a_row_or_with_one_twice_names_it(folder):

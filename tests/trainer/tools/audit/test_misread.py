@@ -1,7 +1,11 @@
 """What is wrong with the reading: one function of the loader misleads it, and the ledger says what was really read."""
 
 import pytest
-from tests.trainer.audit.runs import (
+
+from tandem.trainer.data import mixture
+from tandem.trainer.data.ledger import Digests, halves, joined
+from tandem.trainer.data.shuffle import Order
+from tests.trainer.tools.audit.runs import (
     LONG,
     NOTHING,
     SHORT,
@@ -14,10 +18,6 @@ from tests.trainer.audit.runs import (
     train,
     write,
 )
-
-from tandem.trainer.data import mixture
-from tandem.trainer.data.ledger import Digests, halves, joined
-from tandem.trainer.data.shuffle import Order
 
 
 def read_elsewhere(monkeypatch, source: str, moves: list[tuple[int, int, int]]) -> None:

@@ -4,7 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.trainer.audit.runs import (
+
+from tandem.trainer.data import manifest
+from tandem.trainer.data.ledger import FILE
+from tandem.trainer.data.manifest import DamagedShard
+from tandem.trainer.data.token_stream import Stream
+from tandem.trainer.tools.audit import replay
+from tests.trainer.tools.audit.runs import (
     EDITED,
     LONG,
     NOTHING,
@@ -23,12 +29,6 @@ from tests.trainer.audit.runs import (
     train,
     write,
 )
-
-from tandem.trainer.data import manifest
-from tandem.trainer.data.ledger import FILE
-from tandem.trainer.data.manifest import DamagedShard
-from tandem.trainer.data.token_stream import Stream
-from tandem.trainer.tools.audit import replay
 
 
 @pytest.mark.parametrize("chunk_rows", [1, replay.CHUNK_ROWS])

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from tests.trainer.audit.runs import BLOCK, SEED, WINDOW, shard_pieces
 
 from tandem.trainer.data.manifest import Shard, Split
 from tandem.trainer.data.shuffle import Order
 from tandem.trainer.tools.audit import coverage
 from tandem.trainer.tools.audit.coverage import Coverage
 from tandem.trainer.tools.audit.reading_order import Expansion, Pieces, rows
+from tests.trainer.tools.audit.runs import BLOCK, SEED, WINDOW, shard_pieces
 
 
 @pytest.mark.parametrize(("block", "window"), [(64, 320), (64, 1), (64, 10**6), (0, 5), (10**6, 10**6)])

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.trainer.audit.runs import (
+
+from tandem.trainer.data import manifest
+from tandem.trainer.metrics.console import short
+from tests.trainer.tools.audit.runs import (
     LONG,
     NOTHING,
     SHORT,
@@ -19,9 +22,6 @@ from tests.trainer.audit.runs import (
     train,
     write,
 )
-
-from tandem.trainer.data import manifest
-from tandem.trainer.metrics.console import short
 
 PHASES = [SHORT, LONG]
 

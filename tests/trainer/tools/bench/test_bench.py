@@ -22,7 +22,7 @@ from tandem.trainer.tools import bench
 from tandem.trainer.tools.bench import step_profile
 from tandem.trainer.tools.bench.plan import Plan, planned
 from tandem.trainer.tools.bench.synthetic_batch import MEDIAN_TOKENS, SIGMA, drawn, drawn_documents
-from tests import tiny
+from tests import tiny_configs
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -128,7 +128,7 @@ def on(rank: int, size: int) -> Mesh:
 
 
 def test_ranks_share_the_rows_of_one_step():
-    config = tiny.config("stablelm")
+    config = tiny_configs.config("stablelm")
     phase = config.schedule.phases[0]
     whole = drawn(config, phase, 3, on(0, 1))
     halves = [drawn(config, phase, 3, on(rank, 2)) for rank in (0, 1)]
@@ -140,7 +140,7 @@ def test_ranks_share_the_rows_of_one_step():
 
 
 def test_rows_are_of_the_whole_vocabulary_and_targets_follow():
-    config = tiny.config("btlm")
+    config = tiny_configs.config("btlm")
     phase = dataclasses.replace(config.schedule.phases[0], rows=400)
     batch = drawn(config, phase, 0, on(0, 1))
     assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])

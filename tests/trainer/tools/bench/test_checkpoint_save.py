@@ -17,7 +17,7 @@ from tandem.trainer.distributed.mesh import started
 from tandem.trainer.startup import build_engine
 from tandem.trainer.tools.bench import checkpoint_save
 from tandem.trainer.tools.bench.checkpoint_save import NAMES, Memory, Way, one_save, state, ways
-from tests import ranks, tiny
+from tests import ranks, tiny_configs
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "demo-btlm.yaml")
 SMALL = [
@@ -29,7 +29,7 @@ STEP = 7
 
 def saved_in_all_ways(folder: Path) -> dict[str, list[str]]:
     """By way: the tensors of this rank that are not on disk as they were in memory."""
-    config = tiny.config("btlm")
+    config = tiny_configs.config("btlm")
     with started(1) as mesh:
         engine = build_engine(config, mesh, None)
         engine.allocate_moments(0)

@@ -7,7 +7,7 @@ import pytest
 from tandem.trainer.tools.mup.lr_transfer import MUP, WITHOUT, judge, moved, tail_mean, trials
 from tandem.trainer.tools.mup.measurement import first_failure
 from tandem.trainer.tools.mup.plots import draw_transfer
-from tests import tiny
+from tests import tiny_configs
 
 GRID = [0.001 * 2**step for step in range(7)]
 
@@ -70,7 +70,7 @@ def test_the_loss_is_the_mean_of_the_last_eighth():
 
 
 def test_the_parametrisations_are_one_at_the_base_width_and_differ_only_in_base_width_elsewhere():
-    config = tiny.config("btlm", mup={"base_width": 64})
+    config = tiny_configs.config("btlm", mup={"base_width": 64})
     found = {(trial.parametrisation, trial.width, trial.lr): trial.config for trial in trials(config, [64, 128], 1)}
     peaks = [0.005, 0.01, 0.02]
     assert sorted({lr for _, _, lr in found}) == peaks

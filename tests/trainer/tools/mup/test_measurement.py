@@ -10,7 +10,7 @@ from tandem.trainer.tools.mup import coordinates
 from tandem.trainer.tools.mup.coordinates import LAWS, judge, slope
 from tandem.trainer.tools.mup.measurement import Finding, as_json, first_failure, table
 from tandem.trainer.tools.mup.weight_decay import LR_LAW
-from tests import tiny
+from tests import tiny_configs
 
 
 def finding(value: float, what: str = "size of logits", case: str = "tp 1 fp32", high: float = 0.15) -> Finding:
@@ -75,6 +75,6 @@ def test_sizes_are_judged_before_changes():
 
 
 def test_laws_name_every_role_and_coordinate_of_the_table():
-    config = tiny.config("btlm")
+    config = tiny_configs.config("btlm")
     assert LR_LAW.keys() == rules(config.model, config.mup).keys()
     assert {(kind, name) for kind in ("size", "change") for name in LAWS} == coordinates.SYMPTOMS.keys()

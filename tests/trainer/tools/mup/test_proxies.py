@@ -6,11 +6,11 @@ import pytest
 
 from tandem.trainer.config import UserError
 from tandem.trainer.tools.mup.proxies import proxy
-from tests import tiny
+from tests import tiny_configs
 
 
 def test_only_width_and_ffn_width_change_so_that_head_dim_grows():
-    config = tiny.config("btlm")
+    config = tiny_configs.config("btlm")
     wide = proxy(config, 512)
     assert (wide.model.width, wide.model.ffn_width) == (512, 8 * config.model.ffn_width)
     assert (wide.model.heads, wide.model.head_dim) == (config.model.heads, 8 * config.model.head_dim)
@@ -19,11 +19,11 @@ def test_only_width_and_ffn_width_change_so_that_head_dim_grows():
 
 
 def test_at_the_configs_own_width_it_is_the_config():
-    config = tiny.config("btlm", data={"prefetch_steps": 0})
+    config = tiny_configs.config("btlm", data={"prefetch_steps": 0})
     assert proxy(config, config.model.width) == config
 
 
 @pytest.mark.parametrize(("width", "tp_size", "field"), [(66, 1, "model.heads"), (64, 8, "parallel.tp_size 8")])
 def test_a_width_that_does_not_fit_is_refused_in_the_words_of_the_config(width, tp_size, field):
     with pytest.raises(UserError, match=rf"--widths {width}: model\..*{field}"):
-        proxy(tiny.config("btlm"), width, tp_size=tp_size)
+        proxy(tiny_configs.config("btlm"), width, tp_size=tp_size)

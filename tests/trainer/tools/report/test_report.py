@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from tests.trainer.test_metrics import demo_config, record, write_rollback, write_run
 
 from tandem.trainer import config as configuration
 from tandem.trainer.config import UserError
@@ -17,6 +16,7 @@ from tandem.trainer.metrics.history import read
 from tandem.trainer.metrics.records import FILE, open_sinks
 from tandem.trainer.tools import report
 from tandem.trainer.tools.report import compare, plots
+from tests.trainer.metrics.test_records import demo_config, record, write_rollback, write_run
 
 NAMES = {name for name, _, _ in plots.PICTURES.values()}
 
