@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
+from tandem.kernels.device.shared import like
+
 WIDEST_HEAD = 256
 """For which the kernel has tiles; wider heads are written out on a GPU too."""
 FP32_HEADS = (16, 32, 64)
@@ -71,12 +73,6 @@ def alibi_slopes(heads: int) -> Float32[Tensor, " heads"]:
         return [2 ** (-8 * (index + 1) / count) for index in range(count)]
 
     return torch.tensor((geometric(power) + geometric(2 * power)[::2])[:heads], dtype=torch.float32)
-
-
-def like(x: Tensor) -> Tensor:
-    """Room for such a tensor with tokens outermost in memory, as the residual stream has them: heads join without a copy."""
-    rows, seq, heads, head_dim = x.shape
-    return x.new_empty((seq, rows, heads, head_dim)).transpose(0, 1)
 
 
 def _written_out(

@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-LOWEST = torch.finfo(torch.float32).min
-"""The maximum of no columns. Not minus infinity, whose difference from itself is no number."""
+from tandem.kernels.device.shared import LOWEST
 
 
 def cross_entropy(

@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tandem.kernels.attention import like
 from tandem.kernels.device.attention_tiling import heads_in_l2, heads_per_program, sizes_of
 from tandem.kernels.device.launch import blocks as cover
 from tandem.kernels.device.launch import launch
+from tandem.kernels.device.shared import like
 from tandem.kernels.device.tiles import added, biased, each, load, product, store, unseen
 
 LOWEST = tl.constexpr(-1e30)

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tandem.kernels.cross_entropy import LOWEST
 from tandem.kernels.device.launch import blocks, launch
+from tandem.kernels.device.shared import LOWEST
 
 LANE_BYTES = 16
 """The widest load of a thread."""
