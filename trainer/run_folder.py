@@ -21,9 +21,7 @@ log = logging.getLogger(__name__)
 HELD = ".held"
 """File in a run folder that the run which trains there has locked."""
 HELD_SECONDS = 20.0
-REPORTED_PACKAGES = (
-    "deepspeed", "megatron-core", "triton", "webdataset", "omegaconf", "wandb", "transformers", "tokenizers",
-)  # fmt: skip
+REPORTED_PACKAGES = ("deepspeed", "megatron-core", "triton", "omegaconf", "wandb", "transformers", "tokenizers")
 
 
 @contextmanager

@@ -14,13 +14,13 @@ from tandem.trainer.checkpoint.hf.tensor_mapping import cut
 from tandem.trainer.checkpoint.read import load_weights
 from tandem.trainer.config import Mup
 from tandem.trainer.distributed.mesh import started
-from tandem.trainer.distributed.sharding import joined
 from tandem.trainer.models import param_groups
 from tandem.trainer.models.mup import rules
 from tests import tiny_configs
 from tests.promises.test_hf import loaded
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, reference, tokens
+from tests.sharded import joined
 
 __all__ = ["offline"]
 

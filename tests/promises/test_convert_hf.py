@@ -24,13 +24,13 @@ from tandem.trainer.config import BTLM, AlibiScaling, Mup, RunConfig, StableLM, 
 from tandem.trainer.data.loader import Batch, Loader
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, gather_to_all, started
-from tandem.trainer.distributed.sharding import joined
 from tandem.trainer.startup import build_engine, imported
 from tests import ranks, tiny_configs
 from tests.promises.conftest import steps_of, two_phases
 from tests.promises.test_resume import run_all
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, reference
+from tests.sharded import joined
 
 __all__ = ["offline"]
 

@@ -28,7 +28,6 @@ from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.loader import Batch, Loader
 from tandem.trainer.distributed.layers import shard_of
 from tandem.trainer.distributed.mesh import started
-from tandem.trainer.distributed.sharding import joined
 from tandem.trainer.metrics.history import read
 from tandem.trainer.metrics.records import Sinks
 from tandem.trainer.startup import build_engine
@@ -36,6 +35,7 @@ from tandem.trainer.train import accumulate, run
 from tests import ranks
 from tests.promises.conftest import differing, ended, steps_of, two_phases
 from tests.ranks import SERVER
+from tests.sharded import joined
 
 PHASE_STEPS, STEPS = 20, 10
 """Of the first phase; of a run, which stops in it: a rollback may pass over the rows of the rest."""

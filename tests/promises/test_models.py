@@ -17,12 +17,12 @@ from tandem.trainer.checkpoint.hf.tensor_mapping import cut
 from tandem.trainer.checkpoint.read import load_weights
 from tandem.trainer.config import BTLM, Mup, StableLM
 from tandem.trainer.distributed.mesh import Mesh, gather_to_all, started
-from tandem.trainer.distributed.sharding import joined
 from tandem.trainer.models import build
 from tandem.trainer.models.decoder import Decoder
 from tests import ranks
 from tests.reference.offline import offline
 from tests.reference.variants import VARIANTS, in_double, reference, tokens
+from tests.sharded import joined
 
 __all__ = ["offline"]
 

@@ -23,13 +23,14 @@ from tandem.trainer.checkpoint.write import model_facts
 from tandem.trainer.config import RunConfig, flops
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, gather_to_all, started
-from tandem.trainer.distributed.sharding import Shard, joined, local_part
+from tandem.trainer.distributed.sharding import Shard, local_part
 from tandem.trainer.models import param_groups
 from tandem.trainer.models.mup import rules
 from tandem.trainer.startup import build_engine
 from tests import ranks, tiny_configs
 from tests.reference.unpadded import Unpadded
 from tests.reference.variants import reference
+from tests.sharded import joined
 
 STEPS, LONG_STEPS = 5, 50
 VARIANTS = ("btlm", "stablelm")

@@ -10,9 +10,9 @@ from deepspeed.utils import safe_get_full_grad
 from tandem.trainer.config import RunConfig
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, started
-from tandem.trainer.distributed.sharding import joined
 from tandem.trainer.startup import build_engine
 from tests import ranks, tiny_configs
+from tests.sharded import joined
 
 STEPS = 5
 EPSILON = 1e-2

@@ -16,10 +16,10 @@ from tandem.trainer import models
 from tandem.trainer.config.flops import padded
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, started
-from tandem.trainer.models.init import fill
 from tandem.trainer.models.mup import rules
 from tandem.trainer.startup import build_engine
 from tests import ranks, tiny_configs
+from tests.sharded import fill
 
 SMALL = 2**-9
 """Less than half of the last of bf16's eight bits: 1 + SMALL is 1 there, and exact in fp32."""

@@ -8,7 +8,6 @@ store, never through a collective, which would get among those of the training.
 
 import concurrent.futures
 import json
-import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -33,7 +32,6 @@ from tandem.trainer.distributed.mesh import Mesh, from_rank_0, shared_store
 from tandem.trainer.distributed.watchdog import connection_lost
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 LONGEST_GOODBYE_SECONDS = 20.0
 LONGEST_WRITE = timedelta(hours=2)
 """Ranks wait so long for the slowest one's file."""

@@ -7,7 +7,6 @@ parameter has one more dim globally than locally: gate and up are `[2, ffn, widt
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -39,13 +38,3 @@ def local_part(shard: Shard, full: Tensor, tp_rank: int, tp_size: int) -> Tensor
         # torch's pad counts dims from the last, two numbers each.
         full = pad(full, [0, 0] * (full.dim() - 1 - shard.dim) + [0, missing])
     return full.chunk(tp_size, dim=shard.dim)[tp_rank]
-
-
-def joined(shard: Shard, parts: list[Tensor]) -> Tensor:
-    """The true global tensor from every rank's local one, in rank order; padding is dropped. Of one part it is a view."""
-    if shard.dim is None:
-        return parts[0].reshape(shard.shape)
-    box = shard.box_shape(len(parts))
-    boxes = [part.reshape(box) for part in parts]
-    whole = torch.cat(boxes, dim=shard.dim) if len(boxes) > 1 else boxes[0]
-    return whole.narrow(shard.dim, 0, shard.shape[shard.dim])

@@ -24,14 +24,6 @@ MAX_THREADS = 8
 """Of one rank; a node has several."""
 
 
-@torch.no_grad()
-def fill(model: nn.Module, table: dict[str, Rule], *, seed: int, truncation_sigmas: float, mesh: Mesh) -> None:
-    """Every parameter holds its rank's part of its initial value; padding is zero."""
-    value = values(model, table, seed=seed, truncation_sigmas=truncation_sigmas)
-    for name, parameter in model.named_parameters():
-        place(parameter, value(name), mesh)
-
-
 def values(model: nn.Module, table: dict[str, Rule], *, seed: int, truncation_sigmas: float) -> Callable[[str], Tensor]:
     """Name of a parameter -> its global initial value in fp32, drawn when asked for."""
     marks = {name: (shard_of(parameter).shape, role_of(parameter)) for name, parameter in model.named_parameters()}

@@ -5,7 +5,8 @@ from math import prod
 import pytest
 import torch
 
-from tandem.trainer.distributed.sharding import Shard, joined, local_part
+from tandem.trainer.distributed.sharding import Shard, local_part
+from tests.sharded import joined
 
 SHARDS = {
     "vocab": Shard((101, 6), 0, 128),

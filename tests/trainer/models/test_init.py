@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from tandem.trainer import models
 from tandem.trainer.config import load
 from tandem.trainer.distributed.mesh import Mesh
-from tandem.trainer.distributed.sharding import joined
 from tandem.trainer.models import init
-from tandem.trainer.models.init import PIECE_ELEMENTS, fill, first_seed, initial
+from tandem.trainer.models.init import PIECE_ELEMENTS, first_seed, initial
 from tandem.trainer.models.mup import Rule, rules
 from tests import tiny_configs
 from tests.reference.variants import reference
+from tests.sharded import fill, joined
 
 NORMAL = Rule(init_std=0.02, init_value=0.0, lr_scale=1.0, decays=True)
 SHAPE = (200, 500)
