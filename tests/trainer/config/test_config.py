@@ -10,7 +10,7 @@ import pytest
 from tandem.trainer import config
 from tandem.trainer.config import UserError
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 DEMO = CONFIGS / "demo-stablelm.yaml"
 DEMO_BTLM = CONFIGS / "demo-btlm.yaml"
 

@@ -8,7 +8,7 @@ import pytest
 from tandem.trainer import config
 from tandem.trainer.config import BTLM, StableLM, flops
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def model(name: str) -> StableLM | BTLM:

@@ -22,7 +22,7 @@ from tandem.trainer.metrics.history import evaluated, read
 from tandem.trainer.metrics.records import FILE, StepRecord, open_sinks
 from tandem.trainer.metrics.throughput import throughput
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TOTAL = {"total_steps": 12, "total_tokens": 12 * 2048}
 START = {
     "kind": "start", "step": 0, "tokens": 0, "world_size": 1, "tp_size": 1, "dp_size": 1, "start_seconds": {}, **TOTAL,

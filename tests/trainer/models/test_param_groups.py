@@ -12,7 +12,7 @@ from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.models import param_groups
 from tandem.trainer.models.mup import rules
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from tandem.trainer.tools.bench.plan import Plan, planned
 from tandem.trainer.tools.bench.synthetic_batch import MEDIAN_TOKENS, SIGMA, drawn, drawn_documents
 from tests import tiny_configs
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 CONFIGS = ROOT / "configs"
 
 

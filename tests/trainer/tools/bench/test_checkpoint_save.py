@@ -19,7 +19,7 @@ from tandem.trainer.tools.bench import checkpoint_save
 from tandem.trainer.tools.bench.checkpoint_save import NAMES, Memory, Way, one_save, state, ways
 from tests import ranks, tiny_configs
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "demo-btlm.yaml")
+CONFIG = str(Path(__file__).parents[4] / "configs" / "demo-btlm.yaml")
 SMALL = [
     CONFIG, "parallel.tp_size=1", "model.width=64", "model.ffn_width=170", "--parameters", "400000", "--rows", "2",
     "--micro-rows", "2", "--saves", "2", "--every", "3", "--warmup-steps", "1",

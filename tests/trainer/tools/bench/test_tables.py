@@ -10,7 +10,7 @@ import pytest
 from tandem.kernels.bench.__main__ import main as kernels_bench
 from tandem.trainer.tools.bench import tables
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 STEP = {
     "config": "stablelm-2-12b", "phase": "4k", "depth": 6, "recipe_depth": 40, "micro_batches": 4, "micro_rows": 1,
     "overrides": ["parallel.tp_size=1"],
