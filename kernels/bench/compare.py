@@ -297,7 +297,7 @@ def commit() -> str:
 
     Where git is absent, or these files are in no checkout, the variable TANDEM_COMMIT as it is; without it "no checkout".
     """
-    root = Path(__file__).parents[2]
+    root = Path(__file__).resolve().parents[2]
     try:
         told = [
             subprocess.run(["git", "-C", root, *words], capture_output=True, text=True)
