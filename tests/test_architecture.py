@@ -1,16 +1,28 @@
 """The arrows point down: what import-linter cannot see of it."""
 
+import ast
 import configparser
 import os
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("trainer", "kernels", "configs", "launch", "data_prep", "tests")
+FILES = [path for place in (ROOT.glob("*"), *((ROOT / name).rglob("*") for name in FOLDERS)) for path in place]
+OUTSIDE = {
+    "AlibiPositionEmbeddingLayer.py": "Cerebras modelzoo",
+    "convert_config_to_mup.py": "Cerebras modelzoo",
+    "params_btlm_2p7b_2k.yaml": "Cerebras modelzoo",
+    "params_btlm_2p7b_8k.yaml": "Cerebras modelzoo",
+}
+"""Files that are named here and are not ours, and whose they are."""
+NAMED = re.compile(r"(?<![\w./*{}$<-])[\w./-]+\.(?:py|sh|yaml)(?![\w*])")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +95,40 @@ def test_commands_of_the_launch_folder_can_be_started():
         subprocess.run(["bash", "-n", script], check=True)
 
 
-@pytest.mark.parametrize("folder", [".", "trainer", "kernels", "configs", "launch", "data_prep", "tests"])
+def words(path: Path) -> list[str]:
+    """What a file says to a person: a page, or docstrings and comments."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        return [re.sub(r"```.*?```", "", text, flags=re.DOTALL)]
+    if path.suffix != ".py":
+        return re.findall(r"(?:^|\s)#.*", text)
+    lines = iter(text.splitlines(keepends=True))
+    comments = [
+        token.string for token in tokenize.generate_tokens(lambda: next(lines, "")) if token.type == tokenize.COMMENT
+    ]
+    statements = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr)]
+    return comments + [
+        node.value for node in statements if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+
+
+def is_named_rightly(name: str, path: Path) -> bool:
+    """Without a folder it is a file beside the one at `path`, or below; with one it may be anywhere, from any folder on."""
+    ours = [file for file in FILES if "/" in name or path.parent in file.parents]
+    return name in OUTSIDE or any(file.as_posix().endswith(f"/{name}") for file in ours)
+
+
+def test_files_named_in_words_exist():
+    found = [
+        (path, name) for path in FILES if path.suffix in (".md", ".py", ".sh", ".sbatch", ".yaml", ".toml")
+        for said in words(path) for code in re.findall(r"`([^`]+)`", said) for name in NAMED.findall(code)
+    ]  # fmt: skip
+    assert len(found) > 100, "none is seen"
+    assert [f"{path.relative_to(ROOT)}: {name}" for path, name in found if not is_named_rightly(name, path)] == []
+    assert OUTSIDE.keys() <= {name for _, name in found}
+
+
+@pytest.mark.parametrize("folder", [".", *FOLDERS])
 def test_paths_named_on_a_page_exist(folder):
     """Links, and code that begins with one of our folders."""
     page = ROOT / folder / "README.md"
@@ -91,6 +136,5 @@ def test_paths_named_on_a_page_exist(folder):
         pytest.skip("no page here")
     text = page.read_text()
     linked = {page.parent / path for path in re.findall(r"\]\((?!http|#)([^)#]+)", text)}
-    folders = "trainer|kernels|configs|launch|data_prep|tests"
-    named = {ROOT / path for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", text)}
+    named = {ROOT / path for path in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)`", text)}
     assert sorted(str(path) for path in linked | named if not path.exists()) == []

@@ -47,7 +47,7 @@ class Host:
     namespace: str
     name: str
     node: int
-    """Of `multi_node.sh`."""
+    """Of `launch/multi_node.sh`."""
     others: dict[Path, Path] = field(default_factory=dict)
     """Files that this host sees with the content of another, in what is begun from then on."""
     launchers: list[subprocess.Popen[bytes]] = field(default_factory=list)
