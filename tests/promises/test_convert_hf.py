@@ -25,7 +25,7 @@ from tandem.trainer.data.loader import Batch, Loader
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, gather_to_all, started
 from tandem.trainer.startup import build_engine, imported
-from tests import ranks, tiny_configs
+from tests import ranks, steps, tiny_configs
 from tests.promises.conftest import steps_of, two_phases
 from tests.promises.test_resume import run_all
 from tests.reference.offline import offline
@@ -74,10 +74,8 @@ def through(name: str, folder: Path, mesh: Mesh) -> dict[str, dict[str, Tensor]]
     given, found = config(name, mesh.tp_size, folder), {}
     engine = build_engine(given, mesh, None, imported(given, mesh))
     found["loaded"] = gathered(engine)
-    share = tiny_configs.ROWS // mesh.dp_size
-    rows = [t[mesh.dp_rank * share :][:share] for t in tiny_configs.rows(0, vocab=given.model.vocab)]
-    engine.accumulate(engine(*rows).mean(), last=True)
-    engine.update(lr=1e-2)
+    stepper = steps.steady(given, mesh, engine, lr=1e-2, micro_rows=tiny_configs.ROWS)
+    steps.step(stepper, 0, tiny_configs.rows(0, vocab=given.model.vocab))
     found["trained"] = gathered(engine)
     save(folder / name / f"tp{mesh.tp_size}", 1, engine, mesh, facts=model_facts(given.model, given.mup), keep=0)
     if (name, mesh.tp_size) in IN_BF16:

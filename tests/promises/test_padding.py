@@ -26,8 +26,9 @@ from tandem.trainer.distributed.mesh import Mesh, gather_to_all, started
 from tandem.trainer.distributed.sharding import Shard, local_part
 from tandem.trainer.models import param_groups
 from tandem.trainer.models.mup import rules
+from tandem.trainer.run_state import Stepper
 from tandem.trainer.startup import build_engine
-from tests import ranks, tiny_configs
+from tests import ranks, steps, tiny_configs
 from tests.reference.unpadded import Unpadded
 from tests.reference.variants import reference
 from tests.sharded import joined
@@ -62,11 +63,8 @@ def train(config: RunConfig, mesh: Mesh, checkpoints: Path | None) -> dict:
     """True tensors before and after the steps, and the largest padding among weights and optimizer state."""
     engine = build_engine(config, mesh, None)
     initial = gathered(engine)
-    norms = []
-    for step in range(STEPS):
-        engine.accumulate(engine(*tiny_configs.rows(step)).mean(), last=True)
-        norms.append(float(engine.gradient_norm()))
-        engine.update(lr=1e-2)
+    stepper = steps.steady(config, mesh, engine, lr=1e-2, micro_rows=tiny_configs.ROWS)
+    norms = [steps.step(stepper, step)[1] for step in range(STEPS)]
     if checkpoints:
         facts = {**model_facts(config.model, config.mup), "tokens": 0, "cursor": {}, "fingerprints": {}}
         save(checkpoints, STEPS, engine, mesh, facts=facts, keep=0)
@@ -89,10 +87,11 @@ def train_odd(tp_size: int) -> dict[str, dict]:
             true = Unpadded(build_engine(config, mesh, None).model, mesh)
             groups = param_groups.groups(true, rules(config.model, config.mup), config.optim)
             narrow = Engine(config, true, param_groups.adamw(groups, config.optim, mesh.device), mesh)
-            steps = [both(wide, narrow, step) for step in range(LONG_STEPS)]
+            steppers = [steps.steady(config, mesh, engine, lr=1e-2) for engine in (wide, narrow)]
+            made = [both(steppers, step) for step in range(LONG_STEPS)]
             found[variant] = {
-                "steps": [step for step, (with_padding, without) in enumerate(steps) if with_padding != without],
-                "norms": [norm for (_, norm), _ in steps],
+                "steps": [step for step, (with_padding, without) in enumerate(made) if with_padding != without],
+                "norms": [norm for (_, norm), _ in made],
                 "tensors": differing(wide, narrow, true, mesh),
                 "padding": padding(wide, mesh),
                 "elements": sum(p.numel() for p in wide.model.parameters()) - sum(p.numel() for p in true.parameters()),
@@ -106,15 +105,10 @@ def odd(variant: str, tp_size: int) -> RunConfig:
     return tiny_configs.config(variant, parallel={"tp_size": tp_size}, model=model)
 
 
-def both(wide: Engine, narrow: Engine, step: int) -> list[tuple[float, float]]:
+def both(steppers: list[Stepper], step: int) -> list[tuple[float, float]]:
     """Loss and gradient norm of one step, clipped and decayed, of each."""
-    batch, found = tiny_configs.rows(step, num_rows=2, seq_len=16, vocab=50_257), []
-    for engine in (wide, narrow):
-        loss = engine(*batch).mean()
-        engine.accumulate(loss, last=True)
-        found.append((float(loss), float(engine.gradient_norm())))
-        engine.update(lr=1e-2)
-    return found
+    rows = tiny_configs.rows(step, num_rows=2, seq_len=16, vocab=50_257)
+    return [steps.step(stepper, step, rows) for stepper in steppers]
 
 
 def differing(wide: Engine, narrow: Engine, true: Unpadded, mesh: Mesh) -> list[str]:

@@ -11,7 +11,7 @@ from tandem.trainer.config import RunConfig
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.startup import build_engine
-from tests import ranks, tiny_configs
+from tests import ranks, steps, tiny_configs
 from tests.sharded import joined
 
 STEPS = 5
@@ -44,30 +44,22 @@ def nudge(engine: Engine, step: int) -> None:
 def train(config: RunConfig, nudged: bool = False) -> dict:
     """Losses, gradient norms, the last step's gathered gradients and the gathered parameters after all steps."""
     with started(config.parallel.tp_size) as mesh:
-        engine = build_engine(config, mesh, None)
-        losses, norms = [], []
+        engine, gradients = build_engine(config, mesh, None), []
+
+        def watch(phase: str, step: int) -> None:
+            """The gradient is there when the update begins, and is used up when it ends."""
+            if (phase, step) == ("update", STEPS):
+                gradients.append(gathered(engine.model, mesh, safe_get_full_grad))
+
+        stepper, made = steps.steady(config, mesh, engine, lr=1e-2, watch=watch), []
         for step in range(STEPS):
             if nudged:
                 nudge(engine, step)
-            micro_rows, share = config.schedule.phases[0].micro_rows, tiny_configs.ROWS // mesh.dp_size
-            mine = [t[mesh.dp_rank * share : (mesh.dp_rank + 1) * share] for t in tiny_configs.rows(step)]
-            starts, total = range(0, share, micro_rows), 0.0
-            for start in starts:
-                loss = engine(*(t[start : start + micro_rows] for t in mine)).mean() / len(starts)
-                engine.accumulate(loss, last=start == starts[-1])
-                total += float(loss.detach())
-            gradients = gathered(engine.model, mesh, safe_get_full_grad) if step == STEPS - 1 else {}
-            norms.append(float(engine.gradient_norm()))
-            engine.update(lr=1e-2)
-            losses.append(mean_over_dp(total, mesh))
-        return {"losses": losses, "norms": norms, "gradients": gradients,
+            made.append(steps.step(stepper, step))
+        losses, norms = map(list, zip(*made, strict=True))
+        [last] = gradients
+        return {"losses": losses, "norms": norms, "gradients": last,
                 "parameters": gathered(engine.model, mesh, lambda p: p.data)}  # fmt: skip
-
-
-def mean_over_dp(value: float, mesh: Mesh) -> float:
-    box = torch.tensor(value, dtype=torch.float64)
-    torch.distributed.all_reduce(box)
-    return float(box) / mesh.world_size
 
 
 def gathered(model: torch.nn.Module, mesh: Mesh, read) -> dict[str, torch.Tensor]:

@@ -15,8 +15,8 @@ from tandem.trainer.distributed.layers import shard_of
 from tandem.trainer.distributed.mesh import Mesh, started
 from tandem.trainer.distributed.sharding import local_part
 from tandem.trainer.startup import build_engine
-from tests import ranks, tiny_configs
-from tests.promises.test_parallel import EPSILON, mean_over_dp
+from tests import ranks, steps, tiny_configs
+from tests.promises.test_parallel import EPSILON
 
 BEFORE, AFTER = 3, 5
 """Steps before the save, and after it."""
@@ -56,17 +56,10 @@ def folder_of(root: Path, family: str, layout: Layout) -> Path:
     return root / f"{family}-tp{layout.tp_size}-dp{layout.dp_size}-zero{layout.zero_stage}"
 
 
-def stepped(engine: Engine, mesh: Mesh, steps: range) -> list[tuple[float, float]]:
+def stepped(config: RunConfig, engine: Engine, mesh: Mesh, numbers: range) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step."""
-    found = []
-    for step in steps:
-        mine = [tensor.chunk(mesh.dp_size)[mesh.dp_rank] for tensor in tiny_configs.rows(step)]
-        loss = engine(*mine).mean()
-        engine.accumulate(loss, last=True)
-        norm = float(engine.gradient_norm())
-        engine.update(LR)
-        found.append((mean_over_dp(float(loss.detach()), mesh), norm))
-    return found
+    stepper = steps.steady(config, mesh, engine, lr=LR, micro_rows=tiny_configs.ROWS)
+    return [steps.step(stepper, number) for number in numbers]
 
 
 def save_all(root: Path, wanted: list[tuple[str, Layout]]) -> None:
@@ -75,7 +68,7 @@ def save_all(root: Path, wanted: list[tuple[str, Layout]]) -> None:
         with started(layout.tp_size) as mesh:
             given = config(family, layout)
             engine = build_engine(given, mesh, None)
-            stepped(engine, mesh, range(BEFORE))
+            stepped(given, engine, mesh, range(BEFORE))
             facts = {**model_facts(given.model, given.mup), "updates": engine.num_updates}
             save(folder_of(root, family, layout), BEFORE, engine, mesh, facts=facts, keep=0)
 
@@ -86,8 +79,10 @@ def go_on(root: Path, wanted: list[tuple[str, Layout, Layout]]) -> list[tuple[li
     for family, one, other in wanted:
         with started(other.tp_size) as mesh:
             snapshot = opened(folder_of(root, family, one))
-            engine = build_engine(config(family, other), mesh, snapshot)
-            found.append((changed(engine, snapshot, mesh), stepped(engine, mesh, range(BEFORE, BEFORE + AFTER))))
+            given = config(family, other)
+            engine = build_engine(given, mesh, snapshot)
+            lost = changed(engine, snapshot, mesh)
+            found.append((lost, stepped(given, engine, mesh, range(BEFORE, BEFORE + AFTER))))
     return found
 
 
@@ -137,9 +132,9 @@ def check(root: Path, pairs: list[tuple[str, Layout, Layout]], timeout_seconds: 
             assert all(steps == said[0][1] for _, steps in said), "all ranks say the same"
             (straight if pair[1] == pair[2] else moved)[pair] = said[0][1]
     assert len(moved) > 10
-    for (family, one, other), steps in moved.items():
+    for (family, one, other), made in moved.items():
         expected = straight[family, one, one]
-        for step, (found, there) in enumerate(zip(steps, expected, strict=True)):
+        for step, (found, there) in enumerate(zip(made, expected, strict=True)):
             assert found[0] == pytest.approx(there[0], rel=1e-6), (family, one, other, step)
             assert found[1] == pytest.approx(there[1], rel=1e-5), (family, one, other, step)
 
