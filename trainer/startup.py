@@ -78,6 +78,7 @@ def start_run(
 
     `records` closes the records. Raises: Stopped on all ranks if one was told to stop; UserError as the checks below.
     """
+    watchdog.at("checkpoint")
     continues = from_rank_0(bool(committed(folder / "checkpoints")))
     initial = None if continues else imported(config, mesh)
     snapshot = newest(folder / "checkpoints", mesh)
@@ -86,7 +87,9 @@ def start_run(
     if snapshot:
         check_continues(config, snapshot, loader)
         skip_shards(loader, snapshot.manifest.get("skipped", {}))
+    watchdog.at("tokenizer")
     on_rank_0(partial(open_folder, folder, config, snapshot, agreement), mesh)
+    watchdog.at("model")
     engine = build_engine(config, mesh, snapshot, initial)
     for source in (snapshot, initial):
         if source:
@@ -94,6 +97,7 @@ def start_run(
     laps.end("model")
     at, guard, passed = take_up(folder, config, loader, mesh, snapshot)
     agreement.any_rank(False)
+    watchdog.at("records")
     sinks, ledger = on_rank_0(partial(open_records, folder, config, loader, at.step), mesh) or (
         Sinks([], at.step),
         None,

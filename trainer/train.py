@@ -71,6 +71,7 @@ def run(config: RunConfig, stop_signal: StopSignal | None = None) -> int:
             records = stack.enter_context(closed_at_the_end(watchdog))
             stack.enter_context(spread(stop_signal, mesh))
             agreement = Agreement(mesh, stop_signal, watchdog.at)
+            watchdog.at("corpora")
             with suppress(Stopped), stop_signal.interrupting():  # a store that does not answer takes minutes
                 loader = Loader(
                     config.data, config.schedule, seed=config.run.seed, vocab=config.model.vocab,
@@ -211,6 +212,7 @@ def accumulate(engine: Engine, batch: Batch, micro_rows: int, mesh: Mesh) -> Ten
 
 def note(training: Training, at: Standing, made: Made) -> None:
     """The step, and what the guard said of it, are on record."""
+    training.watch("records", at.step)
     training.sinks.step(made.record)
     if training.ledger and made.digests:
         training.ledger.step(at.step, at.cursor, made.digests)
