@@ -4,6 +4,7 @@ On a GPU torch itself says when it waits. A CPU has nothing to wait for, but the
 those that give Python a number of a tensor, choose a shape by its values, or copy to the device what is not pinned.
 """
 
+import inspect
 import os
 import traceback
 import warnings
@@ -16,6 +17,9 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tandem.trainer.distributed.coordination import Agreement
+from tandem.trainer.distributed.mesh import sum_over_ranks
 
 WAITING = {
     "item",
@@ -36,8 +40,6 @@ DISPATCHED = {
     "aten::unique_consecutive", "aten::unique_dim",
 }  # fmt: skip
 """The same, as operations: also where no Python asked for it."""
-ON_THE_HOST = {"sum_over_ranks", "any_rank"}
-"""Functions of ours that read tensors which live on the host."""
 SYNCHRONIZING = "called a synchronizing CUDA operation"
 
 
@@ -49,6 +51,16 @@ class Seen:
     """All that compute something; on a CPU only."""
 
 
+def place_of(function: Callable[..., Any]) -> str:
+    """File and function, as `place` says them."""
+    code = inspect.unwrap(function).__code__
+    return f"{os.path.basename(code.co_filename)}:{code.co_name}"
+
+
+ON_THE_HOST = {place_of(sum_over_ranks), place_of(Agreement.any_rank)}
+"""Functions of ours that read tensors which live on the host."""
+
+
 def place() -> str | None:
     """File and function of the innermost frame that is not torch's nor a test's; None if what it reads lives on the host."""
     frames = [
@@ -57,7 +69,8 @@ def place() -> str | None:
     ]  # fmt: skip
     if not frames:
         return "a test"
-    return None if frames[-1].name in ON_THE_HOST else f"{os.path.basename(frames[-1].filename)}:{frames[-1].name}"
+    found = f"{os.path.basename(frames[-1].filename)}:{frames[-1].name}"
+    return None if found in ON_THE_HOST else found
 
 
 def chooses_by_mask(name: str, arguments: tuple[Any, ...]) -> bool:

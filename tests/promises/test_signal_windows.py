@@ -1,38 +1,37 @@
 """A signal in every window of a run: all ranks leave with 85, in time, at the last step made, and the run loses no bit.
 
-The one idea: a rank writes down its stack when SIGUSR2 asks for it, so that a signal is sent when the run is seen to be in the
-window. A run meets one signal in each window, start after start. SIGNAL_ROUNDS in the environment says how many runs do so.
+The one idea: a rank writes down each phase of its work as it tells the watchdog of it, so that a signal is sent when the run is
+seen to be in the window. A run meets one signal in each window, start after start. SIGNAL_ROUNDS in the environment says how
+many runs do so.
 """
 
-import ctypes
 import itertools
 import json
 import os
 import random
-import re
 import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import yaml
 
-from tandem.trainer import runtime
+from tandem.trainer import runtime, train
 from tandem.trainer.__main__ import main
 from tandem.trainer.checkpoint.layout import committed
 from tandem.trainer.checkpoint.read import opened
 from tandem.trainer.config import load
 from tandem.trainer.data import loader
 from tandem.trainer.data.loader import Loader
+from tandem.trainer.distributed.watchdog import Watchdog
 from tandem.trainer.runtime import REQUEUE_EXIT_CODE
 from tests.ports import free_ports
 from tests.promises import test_guard
@@ -56,13 +55,13 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Window:
-    pattern: str
-    """Of the stack of rank 0's main thread there."""
+    phases: tuple[str, ...] = ()
+    """Rank 0's work is in one of these, as it tells the watchdog; empty: in any."""
     overrides: tuple[str, ...] = ()
     fsync_seconds: float = 0.0
     """What a disk takes for each."""
-    corpora_seconds: float = 0.0
-    """What it takes to open each corpus: here a moment, too short to be seen in every start."""
+    opening_seconds: float = 0.0
+    """What it takes to open each corpus, or the newest checkpoint: here a moment, too short to be seen in every start."""
     ahead_seconds: float = 0.0
     """What it takes to read each batch ahead, from number `ahead_from` on."""
     ahead_from: int = 1
@@ -72,29 +71,27 @@ class Window:
     """To be made first by this start."""
 
 
+STEP = ("data", "forward and backward", "update")
+EVALUATING = ("evaluate.every_steps=1", "evaluate.tokens=12800")
 SAVING = {"overrides": ("checkpoint.every_steps=1",), "fsync_seconds": 0.15}
 WINDOWS = {
-    "start: corpora": Window(r"loader.py.* in __init__", corpora_seconds=0.3),
-    "start: model": Window("in build_engine"),
-    "start: checkpoint": Window("in (newest|opened|restore|load_weights)"),
-    "first step": Window("in timed_step"),
-    "forward and backward": Window("in accumulate", steps=2),
-    "update": Window("in (gradient_norm|update)", steps=1),
-    "wait for data": Window(r"in result\n(.*\n)*.* in _ahead", silent="train-*.tar"),
-    "evaluation": Window("in validation_loss", ("evaluate.every_steps=1", "evaluate.tokens=12800")),
-    "evaluation beside a slow store": Window(
-        "in validation_loss", ("evaluate.every_steps=1", "evaluate.tokens=12800"), ahead_seconds=120, steps=1
-    ),
-    "evaluation, wait for data": Window(
-        "in validation_loss", ("evaluate.every_steps=1", "evaluate.tokens=12800"), silent="validation-*.tar"
-    ),
-    "start: wait for a manifest": Window("in blocks", silent="manifest.json"),
-    "start: wait for the tokenizer": Window("in keep_tokenizer", silent="tokenizer.json"),
-    "beside a save": Window("in timed_step", steps=1, **SAVING),
-    "wait for a save": Window("in settle_save", **SAVING),
-    "anywhere": Window("", steps=1),
+    "start: corpora": Window(("corpora",), opening_seconds=0.3),
+    "start: model": Window(("model",)),
+    "start: checkpoint": Window(("checkpoint",), opening_seconds=0.3),
+    "first step": Window(STEP),
+    "forward and backward": Window(("forward and backward",), steps=2),
+    "update": Window(("update",), steps=1),
+    "wait for data": Window(("data",), silent="train-*.tar"),
+    "evaluation": Window(("evaluation",), EVALUATING),
+    "evaluation beside a slow store": Window(("evaluation",), EVALUATING, ahead_seconds=120, steps=1),
+    "evaluation, wait for data": Window(("data",), EVALUATING, silent="validation-*.tar"),
+    "start: wait for a manifest": Window(("corpora",), silent="manifest.json"),
+    "start: wait for the tokenizer": Window(("tokenizer",), silent="tokenizer.json"),
+    "beside a save": Window(STEP, steps=1, **SAVING),
+    "wait for a save": Window(("save",), **SAVING),
+    "anywhere": Window(steps=1),
 }
-ROLLING_BACK = Window("in gone_back", fsync_seconds=0.3, ahead_seconds=120)
+ROLLING_BACK = Window(("rollback",), fsync_seconds=0.3, ahead_seconds=120)
 FEW = (
     "start: model",
     "start: wait for the tokenizer",
@@ -108,19 +105,13 @@ FEW = (
 @dataclass(frozen=True)
 class Rank:
     process: BaseProcess
-    stacks: Path
+    phases: Path
+    """The file in which the rank writes the phase that it enters, and how many that makes."""
 
-    def stack(self) -> str:
-        """Of the main thread, at this moment, innermost call first."""
-        before = self.stacks.stat().st_size
-        # To the main thread: one to the process may be handled by any of its threads.
-        ctypes.CDLL(None).tgkill(self.process.pid, self.process.pid, signal.SIGUSR2)
-        deadline, text = time.monotonic() + PATIENCE_SECONDS, ""
-        while not text.endswith("..."):
-            assert time.monotonic() < deadline, f"exit code {self.process.exitcode}, wrote {text}"
-            time.sleep(0.001)
-            text = self.stacks.read_bytes()[before:].decode()
-        return text
+    def phase(self) -> tuple[str, str]:
+        """The phase it is in, and the number of that; empty before the first."""
+        name, _, number = self.phases.read_text().strip().rpartition(" ")
+        return name, number
 
 
 @dataclass
@@ -181,9 +172,7 @@ def straight(config) -> Path:
 
 
 @contextmanager
-def started(
-    config: Path, *overrides: str, window: Window = Window(""), size: int | None = None
-) -> Iterator[list[Rank]]:
+def started(config: Path, *overrides: str, window: Window = Window(), size: int | None = None) -> Iterator[list[Rank]]:
     """Forks of the ranks' server, one for each rank of the config or the first `size`, as srun starts them where there are
     several; they are gone when the block ends.
     """
@@ -192,13 +181,13 @@ def started(
     for rank in range(size or num_ranks):
         place = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks,
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if num_ranks > 1 else {}  # fmt: skip
-        stacks = config.parent / f"stacks-{time.monotonic_ns()}-{rank}.txt"
-        stacks.touch()
+        phases = config.parent / f"phases-{time.monotonic_ns()}-{rank}.txt"
+        phases.touch()
         command = ["train", str(config), *overrides]
         environment = {name: str(value) for name, value in place.items()} | {"NO_PROXY": "127.0.0.1"}
-        process = SERVER.Process(target=rank_main, args=(command, environment, stacks, window))
+        process = SERVER.Process(target=rank_main, args=(command, environment, phases, window))
         process.start()
-        ranks.append(Rank(process, stacks))
+        ranks.append(Rank(process, phases))
     try:
         yield ranks
     finally:
@@ -207,31 +196,27 @@ def started(
             each.process.join()
 
 
-def rank_main(command: list[str], environment: dict[str, str], stacks: Path, window: Window) -> None:
+def rank_main(command: list[str], environment: dict[str, str], phases: Path, window: Window) -> None:
     from jaxtyping import config
 
     config.update("jaxtyping_disable", True)
     os.environ.update(environment)
     fsync, source, batch, reads = os.fsync, Loader._source, loader.batch, itertools.count()
+    newest, enter, entered, file = train.newest, Watchdog.at, itertools.count(1), os.open(phases, os.O_WRONLY)
     os.fsync = lambda descriptor: (time.sleep(window.fsync_seconds), fsync(descriptor))[1]
-    Loader._source = lambda *corpus: (time.sleep(window.corpora_seconds), source(*corpus))[1]
+    Loader._source = lambda *corpus: (time.sleep(window.opening_seconds), source(*corpus))[1]
+    train.newest = lambda *place: (time.sleep(window.opening_seconds), newest(*place))[1]
 
     def read(*cut: Any) -> Any:
         if threading.current_thread() is not threading.main_thread() and next(reads) >= window.ahead_from:
             time.sleep(window.ahead_seconds)
         return batch(*cut)
 
-    loader.batch = read
-    file = os.open(stacks, os.O_WRONLY | os.O_CREAT)
+    def at(watchdog: Watchdog, phase: str, step: int | None = None) -> None:
+        enter(watchdog, phase, step)
+        os.pwrite(file, f"{phase} {next(entered)}".ljust(80).encode(), 0)
 
-    def tell(number: int, frame: FrameType | None) -> None:
-        """Between two instructions: faulthandler, in their middle, has met frames that were being made, and crashed."""
-        calls = [f'File "{each.f_code.co_filename}", line {line} in {each.f_code.co_name}\n'
-                 for each, line in traceback.walk_stack(frame)]  # fmt: skip
-        os.write(file, "".join([*calls, "..."]).encode())
-
-    signal.signal(signal.SIGUSR2, tell)
-    stacks.with_suffix(".ready").touch()
+    loader.batch, Watchdog.at = read, at
     sys.exit(main(command))
 
 
@@ -254,9 +239,15 @@ def wait_until(condition: Callable[[], bool], ranks: list[Rank]) -> None:
         time.sleep(0.002)
 
 
-def wait_until_seen(ranks: list[Rank], pattern: str) -> None:
-    wait_until(lambda: all(rank.stacks.with_suffix(".ready").exists() for rank in ranks), ranks)
-    wait_until(lambda: re.search(pattern, ranks[0].stack()) is not None, ranks)
+def is_in(window: Window, rank: Rank, server: Server | None) -> bool:
+    """Where the server is silent: it was asked, and the rank has been there for half a second."""
+    before = rank.phase()
+    if window.phases and before[0] not in window.phases:
+        return False
+    if not window.silent or server is None:
+        return True
+    time.sleep(0.5)
+    return rank.phase() == before and any(fnmatch(path, f"/{window.silent}") for path, _ in server.asked)
 
 
 def records(folder: Path) -> list[dict]:
@@ -300,6 +291,7 @@ def silence(server: Server, config: Path, files: str) -> Iterator[tuple[str, ...
     """Overrides of a run that reads over http and has no copies yet, of files that the server does not answer for."""
     for file in [path.name for path in server.folder.glob(files)] or [files]:
         server.faults[f"/{file}"].append("silence always")
+    server.asked.clear()
     try:
         copies = config.parent / f"copies-{time.monotonic_ns()}"
         yield f"data.sources.corpus={server.address}", f"data.cache.folder={copies}"
@@ -328,10 +320,7 @@ def meet(
         targets = all_ranks[-1:] if window.silent else draw.choice([one, one, all_ranks])
         wait_until(lambda: standing(folder) >= before + window.steps, ranks)
         time.sleep(draw.uniform(0, 0.3) if name == "anywhere" else 0)
-        wait_until_seen(ranks, window.pattern)
-        if window.silent:  # and not for a moment
-            time.sleep(0.5)
-            wait_until_seen(ranks, window.pattern)
+        wait_until(lambda: is_in(window, ranks[0], server), ranks)
         return signalled(ranks, targets, draw.choice(SIGNALS), folder)
 
 
@@ -441,8 +430,8 @@ def test_a_signal_to_a_rank_whose_peers_do_not_come_ends_it_and_is_no_failure(co
     """As when a scheduler takes a job away that still waits for some machine, again and again."""
     folder = config.parent / "runs" / "alone"
     with started(config, "run.name=alone", "run.max_failures=1", size=1) as [rank]:
-        wait_until(rank.stacks.with_suffix(".ready").exists, [rank])
-        time.sleep(2)  # it then waits in C++, where it tells no stack; before that it is to leave as well
+        wait_until(lambda: listens(rank.process.pid, signal.SIGTERM), [rank])
+        time.sleep(2)  # it then waits in C++, where it tells no phase; before that it is to leave as well
         began = time.monotonic()
         os.kill(rank.process.pid, signal.SIGTERM)
         assert ended(rank.process) == REQUEUE_EXIT_CODE

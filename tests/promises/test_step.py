@@ -13,18 +13,18 @@ from tandem.trainer import runtime
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.loader import Batch, Evidence
 from tandem.trainer.distributed.coordination import Agreement
-from tandem.trainer.distributed.mesh import started
+from tandem.trainer.distributed.mesh import read_sum_over_ranks, started
 from tandem.trainer.guard import Guard
 from tandem.trainer.run_state import Stepper
 from tandem.trainer.startup import build_engine
 from tandem.trainer.tools.bench.synthetic_batch import drawn
 from tandem.trainer.train import timed_step
 from tests import ranks, tiny_configs
-from tests.device_syncs import Seen, waits_on_cpu, waits_on_gpu
+from tests.device_syncs import Seen, place_of, waits_on_cpu, waits_on_gpu
 
 WARM_UP, GOOD, BAD = range(2), 2, 3
 """Numbers of steps; before the bad one a weight becomes nan, so that its update is left out."""
-THE_ONE = ["mesh.py:read_sum_over_ranks"]
+THE_ONE = [place_of(read_sum_over_ranks)]
 
 
 def batches(stepper: Stepper, agreement: Agreement) -> Iterator[Batch]:

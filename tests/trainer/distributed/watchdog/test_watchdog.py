@@ -162,8 +162,8 @@ def test_a_rank_that_waits_in_the_store_for_a_killed_one_is_ended_without_patien
 
 def test_a_rank_in_an_endless_loop_is_named_with_its_line(tmp_path):
     words, said, _ = failed("loop", tmp_path)
-    assert f"rank 1 on {here().host} is in no collective (forward and backward, test_watchdog.py:" in said
-    assert "in train), while the others wait in all_reduce" in said
+    assert f"rank 1 on {here().host} is in no collective (forward and backward, {Path(__file__).name}:" in said
+    assert f"in {train.__name__}), while the others wait in all_reduce" in said
     assert all(ended_with_code(words, rank) for rank in range(3))
 
 
@@ -216,7 +216,8 @@ def test_a_start_that_takes_too_long_is_ended(tmp_path):
         ranks.run(alone, 1, tmp_path, tmp_path)
     said = newest_verdict(tmp_path, since=0.0)
     assert (
-        f"step 1: no progress for 1 s: rank 0 on {here().host} stays in forward and backward, test_watchdog.py:" in said
+        f"step 1: no progress for 1 s: rank 0 on {here().host} stays in forward and backward, {Path(__file__).name}:"
+        in said
     )
     assert newest_verdict(tmp_path, since=time.time() + 60) is None
 
