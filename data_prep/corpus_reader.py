@@ -15,91 +15,93 @@ import numpy as np
 from tandem.data_prep.vocabulary import Vocabulary
 from tandem.trainer import config
 from tandem.trainer.data import manifest, remote_files
-from tandem.trainer.data.manifest import Shard, Split
-from tandem.trainer.data.shard_cache import Cache
+from tandem.trainer.data.manifest import CorpusSplit, Shard
+from tandem.trainer.data.shard_cache import ShardCache
 
 
 @dataclass(frozen=True)
-class Piece:
+class DocumentSlice:
     """The part of one document that lies in a range."""
 
-    document: int
+    document_index: int
     """Its number in the split, from 0."""
-    shard: str
-    first: int
+    shard_file: str
+    start_token: int
     """Token of the shard at which the piece begins."""
     tokens: np.ndarray
-    before: int
+    num_tokens_before: int
     """Tokens of the document before the piece."""
-    after: int
+    num_tokens_after: int
     """Tokens of the document after the piece."""
 
     @property
-    def length(self) -> int:
+    def num_document_tokens(self) -> int:
         """Tokens of the whole document, EOS counted."""
-        return self.before + len(self.tokens) + self.after
+        return self.num_tokens_before + len(self.tokens) + self.num_tokens_after
 
 
-class Corpus:
+class CorpusReader:
     def __init__(self, folder: str):
         """Raises: UserError where there is no corpus, or its tokenizer is not its own."""
-        self.folder, self.manifest = folder, manifest.load(folder)
-        tokenizer = remote_files.below(folder, manifest.TOKENIZER_FILE)
+        self.folder, self.manifest = folder, manifest.load_manifest(folder)
+        tokenizer = remote_files.join_address(folder, manifest.TOKENIZER_FILE)
         manifest.check_tokenizer(tokenizer, self.manifest, folder)
-        self.vocabulary = Vocabulary(remote_files.content(tokenizer).decode(), self.manifest.eos_token, tokenizer)
-        self._cache = Cache(config.Cache())
+        self.vocabulary = Vocabulary(remote_files.read_bytes(tokenizer).decode(), self.manifest.eos_token, tokenizer)
+        self._shard_cache = ShardCache(config.ShardCacheConfig())
 
     @property
     def shards(self) -> list[Shard]:
         return [*self.manifest.train.shards, *self.manifest.validation.shards]
 
-    def samples(self, shard: Shard) -> Iterator[np.ndarray]:
+    def read_samples(self, shard: Shard) -> Iterator[np.ndarray]:
         """The tokens of a shard, in the arrays they are stored in, not copied.
 
         Raises: DamagedShard.
         """
-        corpus = self.manifest
-        dtype = np.dtype(corpus.dtype).newbyteorder("<")
-        with self._cache.opened(self.folder, shard) as file:
+        corpus_manifest = self.manifest
+        dtype = np.dtype(corpus_manifest.dtype).newbyteorder("<")
+        with self._shard_cache.open_shard(self.folder, shard) as file:
             tar = np.memmap(file, np.uint8, "r")
-        for number, first in enumerate(range(0, shard.tokens, corpus.sample_tokens)):
-            size_bytes = min(corpus.sample_tokens, shard.tokens - first) * corpus.token_bytes
-            offset = corpus.sample_offset(number)
+        for sample_index, first in enumerate(range(0, shard.tokens, corpus_manifest.sample_tokens)):
+            size_bytes = min(corpus_manifest.sample_tokens, shard.tokens - first) * corpus_manifest.token_bytes
+            offset = corpus_manifest.sample_offset(sample_index)
             yield tar[offset : offset + size_bytes].view(dtype)
 
-    def tokens(self, shard: Shard) -> np.ndarray:
+    def read_shard_tokens(self, shard: Shard) -> np.ndarray:
         """All tokens of a shard.  Raises: DamagedShard."""
-        return np.concatenate(list(self.samples(shard)))
+        return np.concatenate(list(self.read_samples(shard)))
 
-    def pieces(self, split: Split, start: int, count: int) -> Iterator[Piece]:
+    def document_slices(self, split: CorpusSplit, start_token: int, num_tokens: int) -> Iterator[DocumentSlice]:
         """The documents in tokens [start, start + count) of a split in the order it is stored in.
 
         Raises: DamagedShard.
         """
         first_token = first_document = 0
         for shard in split.shards:
-            low, high = max(start - first_token, 0), min(start + count - first_token, shard.tokens)
+            low, high = max(start_token - first_token, 0), min(start_token + num_tokens - first_token, shard.tokens)
             if low < high:
-                yield from self._pieces(shard, low, high, first_document)
+                yield from self._shard_document_slices(shard, low, high, first_document)
             first_token, first_document = first_token + shard.tokens, first_document + shard.documents
 
-    def _pieces(self, shard: Shard, low: int, high: int, first_document: int) -> Iterator[Piece]:
-        tokens = self.tokens(shard)
+    def _shard_document_slices(
+        self, shard: Shard, start_token: int, end_token: int, first_document_index: int
+    ) -> Iterator[DocumentSlice]:
+        tokens = self.read_shard_tokens(shard)
         ends = np.flatnonzero(tokens == self.manifest.eos_id) + 1
         begins = np.concatenate([[0], ends[:-1]])
-        for index in range(ends.searchsorted(low, "right"), begins.searchsorted(high, "left")):
+        for index in range(ends.searchsorted(start_token, "right"), begins.searchsorted(end_token, "left")):
             begin, end = int(begins[index]), int(ends[index])
-            left, right = max(begin, low), min(end, high)
+            left, right = max(begin, start_token), min(end, end_token)
             piece = tokens[left:right]
-            yield Piece(first_document + index, shard.file, left, piece, left - begin, end - right)
+            yield DocumentSlice(first_document_index + index, shard.file, left, piece, left - begin, end - right)
 
-    def place_of(self, split: Split, document: int) -> tuple[int, int]:
+    def document_range(self, split: CorpusSplit, document_index: int) -> tuple[int, int]:
         """The first token in the split, and the tokens, of a document by its number.  Raises: DamagedShard."""
         first_token = 0
         for shard in split.shards:
-            if document < shard.documents:
-                ends = np.flatnonzero(self.tokens(shard) == self.manifest.eos_id) + 1
-                begin = int(ends[document - 1]) if document else 0
-                return first_token + begin, int(ends[document]) - begin
-            first_token, document = first_token + shard.tokens, document - shard.documents
+            if document_index < shard.documents:
+                ends = np.flatnonzero(self.read_shard_tokens(shard) == self.manifest.eos_id) + 1
+                begin = int(ends[document_index - 1]) if document_index else 0
+                return first_token + begin, int(ends[document_index]) - begin
+            first_token, document_index = first_token + shard.tokens, document_index - shard.documents
         raise AssertionError("the split has the document")

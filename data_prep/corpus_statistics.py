@@ -1,7 +1,7 @@
 """What a corpus is made of: what its manifest says, and how long its documents are.
 
 Lengths are counted from the tokens. Documents are shuffled over shards, so some shards speak for all. Everything is
-first a dict, `facts`, which is what `--json` prints; `show` draws it.
+first a dict, `collect_statistics`, which is what `--json` prints; `print_statistics` draws it.
 """
 
 from __future__ import annotations
@@ -20,54 +20,54 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tandem.data_prep.corpus_reader import Corpus
+from tandem.data_prep.corpus_reader import CorpusReader
 from tandem.trainer.data.manifest import Shard
 
-NOT_LEFT_OUT = {"documents", "tokens", "files", "normalized_documents"}
+NON_DROP_COUNT_NAMES = {"documents", "tokens", "files", "normalized_documents"}
 """Counts of the manifest that are not of documents or files which were left out."""
 QUARTILES = {"quarter": 0.25, "median": 0.5, "three_quarters": 0.75}
 
 
 @dataclass(frozen=True)
-class Scan:
+class ShardScan:
     """What the tokens of some shards say."""
 
-    lengths: Counter[int]
+    length_counts: Counter[int]
     """How many documents have so many tokens, EOS counted."""
     text_bytes: int | None
     """UTF-8 bytes of the text of all of them; None where the tokenizer does not tell."""
 
 
-def spread(shards: Sequence[Shard], count: int) -> list[Shard]:
+def sample_shards(shards: Sequence[Shard], num_shards: int) -> list[Shard]:
     """So many of the shards, from everywhere in the list; all of them where there are fewer."""
-    count = min(count, len(shards))
-    return [shards[index * len(shards) // count] for index in range(count)]
+    num_shards = min(num_shards, len(shards))
+    return [shards[index * len(shards) // num_shards] for index in range(num_shards)]
 
 
-def scan(corpus: Corpus, shards: Sequence[Shard], advance: Callable[[int], None]) -> Scan:
+def scan_shards(corpus: CorpusReader, shards: Sequence[Shard], advance: Callable[[int], None]) -> ShardScan:
     """Every token of the shards read, by as many threads as there are cores.
 
     Raises: DamagedShard.
     """
     lengths: Counter[int] = Counter()
     text_bytes = 0
-    threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    thread_pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     try:
-        under_way = {threads.submit(_scan, corpus, shard): shard for shard in shards}
-        for future in as_completed(under_way):
+        pending = {thread_pool.submit(_scan_shard, corpus, shard): shard for shard in shards}
+        for future in as_completed(pending):
             found, found_bytes = future.result()
             lengths.update(found)
             text_bytes += found_bytes
-            advance(under_way.pop(future).bytes)
+            advance(pending.pop(future).bytes)
     finally:
-        threads.shutdown(cancel_futures=True)
-    return Scan(lengths, text_bytes if corpus.vocabulary.is_bytes else None)
+        thread_pool.shutdown(cancel_futures=True)
+    return ShardScan(lengths, text_bytes if corpus.vocabulary.is_byte_level else None)
 
 
-def _scan(corpus: Corpus, shard: Shard) -> tuple[Counter[int], int]:
-    eos, widths = corpus.manifest.eos_id, corpus.vocabulary.widths
+def _scan_shard(corpus: CorpusReader, shard: Shard) -> tuple[Counter[int], int]:
+    eos, widths = corpus.manifest.eos_id, corpus.vocabulary.token_sizes_bytes
     ends, first, text_bytes = [np.zeros(1, np.int64)], 0, 0
-    for sample in corpus.samples(shard):
+    for sample in corpus.read_samples(shard):
         ends.append(np.flatnonzero(sample == eos) + first + 1)
         first += len(sample)
         if widths is not None:
@@ -76,15 +76,19 @@ def _scan(corpus: Corpus, shard: Shard) -> tuple[Counter[int], int]:
     return Counter(dict(zip(lengths.tolist(), counts.tolist(), strict=True))), text_bytes
 
 
-def facts(corpus: Corpus, scanned: Sequence[Shard], found: Scan) -> dict[str, Any]:
+def collect_statistics(corpus: CorpusReader, scanned_shards: Sequence[Shard], shard_scan: ShardScan) -> dict[str, Any]:
     """All that is known of the corpus, as JSON has it."""
     manifest, vocabulary = corpus.manifest, corpus.vocabulary
-    tokens, lengths = manifest.train.tokens + manifest.validation.tokens, _lengths(found.lengths)
+    tokens, lengths = manifest.train.tokens + manifest.validation.tokens, _summarize_lengths(shard_scan.length_counts)
     splits = {name: getattr(manifest, name) for name in ("train", "validation")}
     return {
         "corpus": corpus.folder,
         "fingerprint": manifest.fingerprint,
-        "tokenizer": {"model": vocabulary.kind, "byte_level": vocabulary.is_bytes, "sha256": manifest.tokenizer_sha256},
+        "tokenizer": {
+            "model": vocabulary.model_type,
+            "byte_level": vocabulary.is_byte_level,
+            "sha256": manifest.tokenizer_sha256,
+        },
         "vocab": manifest.vocab,
         "eos": {"token": manifest.eos_token, "id": manifest.eos_id},
         "dtype": manifest.dtype,
@@ -100,19 +104,23 @@ def facts(corpus: Corpus, scanned: Sequence[Shard], found: Scan) -> dict[str, An
             name: counts | {"share": counts["tokens"] / tokens, "mean_length": counts["tokens"] / counts["documents"]}
             for name, counts in manifest.groups.items()
         },
-        "left_out": {name: count for name, count in manifest.counts.items() if name not in NOT_LEFT_OUT and count},
+        "left_out": {
+            name: count for name, count in manifest.counts.items() if name not in NON_DROP_COUNT_NAMES and count
+        },
         "settings": manifest.settings,
-        "scanned_shards": len(scanned),
-        "text_bytes_per_token": found.text_bytes and found.text_bytes / lengths["tokens"],
+        "scanned_shards": len(scanned_shards),
+        "text_bytes_per_token": shard_scan.text_bytes and shard_scan.text_bytes / lengths["tokens"],
         "lengths": lengths,
     }
 
 
-def _lengths(counted: Counter[int]) -> dict[str, Any]:
-    lengths = np.array(sorted(counted), np.int64)
-    documents = np.array([counted[int(length)] for length in lengths], np.int64)
+def _summarize_lengths(length_counts: Counter[int]) -> dict[str, Any]:
+    lengths = np.array(sorted(length_counts), np.int64)
+    documents = np.array([length_counts[int(length)] for length in lengths], np.int64)
     below, total = documents.cumsum(), int(documents.sum())
-    at = {name: int(lengths[below.searchsorted(share * (total - 1), "right")]) for name, share in QUARTILES.items()}
+    quartiles = {
+        name: int(lengths[below.searchsorted(share * (total - 1), "right")]) for name, share in QUARTILES.items()
+    }
     powers = np.log2(lengths).astype(np.int64)
     bins = [
         {
@@ -127,65 +135,72 @@ def _lengths(counted: Counter[int]) -> dict[str, Any]:
         "documents": total,
         "tokens": int((documents * lengths).sum()),
         "shortest": int(lengths[0]),
-        **at,
+        **quartiles,
         "longest": int(lengths[-1]),
         "bins": bins,
     }
 
 
-def show(known: dict[str, Any], console: Console) -> None:
+def print_statistics(statistics: dict[str, Any], console: Console) -> None:
     """The facts stand on the console."""
-    console.print(f"{known['corpus']}: {_documents_and_tokens(known)}, vocab {known['vocab']:,}", soft_wrap=True)
+    console.print(
+        f"{statistics['corpus']}: {_format_counts(statistics)}, vocab {statistics['vocab']:,}", soft_wrap=True
+    )
     table = Table.grid(padding=(0, 2))
-    for name, line in _lines(known):
+    for name, line in _summary_lines(statistics):
         table.add_row(f"  {name}", Text(line, overflow="fold"))
     console.print(table)
-    if known["groups"]:
-        console.print(_groups(known))
-    console.print(_histogram(known))
+    if statistics["groups"]:
+        console.print(_groups_table(statistics))
+    console.print(_lengths_table(statistics))
 
 
-def _lines(known: dict[str, Any]) -> list[tuple[str, str]]:
-    tokenizer, eos = known["tokenizer"], known["eos"]
+def _summary_lines(statistics: dict[str, Any]) -> list[tuple[str, str]]:
+    tokenizer, eos = statistics["tokenizer"], statistics["eos"]
     kind = f"{tokenizer['model']}{' of bytes' if tokenizer['byte_level'] else ''}"
     lines = [
         ("tokenizer", f"{kind}, sha256 {tokenizer['sha256'][:12]}; documents end with {eos['token']}, id {eos['id']}"),
-        ("shards", f"{known['shards']:,}, {known['bytes']:,} bytes: {known['overhead']:.2%} more than their tokens"),
-        ("samples", f"of {known['sample_tokens']:,} tokens, {known['dtype']}"),
+        (
+            "shards",
+            f"{statistics['shards']:,}, {statistics['bytes']:,} bytes: {statistics['overhead']:.2%} more than their tokens",
+        ),
+        ("samples", f"of {statistics['sample_tokens']:,} tokens, {statistics['dtype']}"),
     ]
-    for name, split in known["splits"].items():
-        lines.append((name, f"{_documents_and_tokens(split)}, {split['shards']:,} shards"))
-    if known["text_bytes_per_token"]:
-        lines.append(("text", f"{known['text_bytes_per_token']:.3f} bytes a token"))
-    lines.append(("entropy", f"{known['unigram_entropy_nats']:.4f} nats, of how often each training token occurs"))
-    if known["left_out"]:
-        lines.append(("left out", ", ".join(f"{count:,} {_words(name)}" for name, count in known["left_out"].items())))
-    lines.append(("settings", ", ".join(_settings(known["settings"]))))
-    return [*lines, ("fingerprint", known["fingerprint"][:12])]
+    for name, split in statistics["splits"].items():
+        lines.append((name, f"{_format_counts(split)}, {split['shards']:,} shards"))
+    if statistics["text_bytes_per_token"]:
+        lines.append(("text", f"{statistics['text_bytes_per_token']:.3f} bytes a token"))
+    lines.append(("entropy", f"{statistics['unigram_entropy_nats']:.4f} nats, of how often each training token occurs"))
+    if statistics["left_out"]:
+        lines.append(
+            ("left out", ", ".join(f"{count:,} {_spaced_name(name)}" for name, count in statistics["left_out"].items()))
+        )
+    lines.append(("settings", ", ".join(_describe_settings(statistics["settings"]))))
+    return [*lines, ("fingerprint", statistics["fingerprint"][:12])]
 
 
-def _settings(settings: dict[str, Any]) -> Iterator[str]:
+def _describe_settings(settings: dict[str, Any]) -> Iterator[str]:
     """Those that ask for something."""
     for name, value in settings.items():
         if isinstance(value, dict):
-            yield from _settings(value)
+            yield from _describe_settings(value)
         elif value not in (None, False, 0, ""):
-            yield _words(name) if value is True else f"{_words(name)} {str(value)[:24]}"
+            yield _spaced_name(name) if value is True else f"{_spaced_name(name)} {str(value)[:24]}"
 
 
-def _groups(known: dict[str, Any]) -> Table:
-    table = _table("group", "documents", "tokens", "share of tokens", "mean length")
-    for name, group in known["groups"].items():
+def _groups_table(statistics: dict[str, Any]) -> Table:
+    table = _new_table("group", "documents", "tokens", "share of tokens", "mean length")
+    for name, group in statistics["groups"].items():
         counts = [f"{group[of]:,}" for of in ("documents", "tokens")]
         table.add_row(Text(name or "(none)"), *counts, f"{group['share']:.2%}", f"{group['mean_length']:,.0f}")
     return table
 
 
-def _histogram(known: dict[str, Any]) -> Table:
-    lengths = known["lengths"]
-    table = _table("tokens", "documents", "share", "of tokens")
+def _lengths_table(statistics: dict[str, Any]) -> Table:
+    lengths = statistics["lengths"]
+    table = _new_table("tokens", "documents", "share", "of tokens")
     table.title = (
-        f"lengths of the documents in {known['scanned_shards']:,} of {known['shards']:,} shards, EOS counted\n"
+        f"lengths of the documents in {statistics['scanned_shards']:,} of {statistics['shards']:,} shards, EOS counted\n"
         f"quartiles {', '.join(format(lengths[name], ',') for name in QUARTILES)}; longest {lengths['longest']:,}"
     )
     table.add_column("", ratio=1)
@@ -198,16 +213,16 @@ def _histogram(known: dict[str, Any]) -> Table:
     return table
 
 
-def _table(*columns: str) -> Table:
+def _new_table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title_justify="left", title_style="", header_style="bold")
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number or name == "tokens" else "left", no_wrap=bool(number))
     return table
 
 
-def _documents_and_tokens(counts: dict[str, Any]) -> str:
+def _format_counts(counts: dict[str, Any]) -> str:
     return f"{counts['documents']:,} documents, {counts['tokens']:,} tokens"
 
 
-def _words(name: str) -> str:
+def _spaced_name(name: str) -> str:
     return name.replace("_", " ")

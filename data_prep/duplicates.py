@@ -8,12 +8,12 @@ SlimPajama, which keeps whichever document its graph library names first.
 In a pipeline; all files appear whole, and a killed step goes on with those that are missing:
 
     write_bands(bands, signatures)                  # in the worker, once a spill: minhash.signatures of its documents
-    write_links(all_bands, part)                    # for each of parts(all_bands, folder), by anybody, in any order
-    write_masks(all_bands, masks, parts)            # once, over all spills in reading order
+    write_links(all_bands, band_range)              # for each of plan_band_ranges(all_bands, folder), by anybody, in any order
+    write_masks(all_bands, masks, band_ranges)      # once, over all spills in reading order
     np.load(mask)[index]                            # True: drop this document of the spill
 
 The folder and the masks belong to one set of spills: clear them when inputs or settings change. A part holds
-RECORDS records, 0.3 GiB, and some more if the corpus has few spills and one document in most of them; following links
+RECORDS_PER_RANGE records, 0.3 GiB, and some more if the corpus has few spills and one document in most of them; following links
 holds 4 MB per million documents (8 above 2^32 documents) in one process. On disk: 108 bytes a document, and
 16 bytes for each band in which a document has an earlier like.
 """
@@ -28,75 +28,81 @@ from pathlib import Path
 
 import numpy as np
 
-from tandem.trainer.disk import whole_file
+from tandem.trainer.disk import atomic_file
 
-RECORDS = 1 << 22
-LINKS = 1 << 20
-_RECORD = np.dtype([("hash", "<u8"), ("document", "<u4")])
+RECORDS_PER_RANGE = 1 << 22
+LINKS_PER_READ = 1 << 20
+_RECORD_DTYPE = np.dtype([("hash", "<u8"), ("document", "<u4")])
 
 
 @dataclass(frozen=True)
-class Part:
+class BandRange:
     """The hashes of one band between two bounds: all equal ones are together."""
 
-    band: int
-    low: int
-    high: int
-    path: Path
+    band_index: int
+    low_hash: int
+    high_hash: int
+    links_path: Path
     """Its links: pairs of little-endian 64-bit numbers, a document and the first one that is like it."""
 
 
 def write_bands(path: Path, signatures: np.ndarray) -> None:
     """The signatures [documents, bands] of a unit, each band sorted, so that parts read only what is theirs."""
     order = signatures.argsort(axis=0, kind="stable")
-    records = np.empty(signatures.T.shape, _RECORD)
+    records = np.empty(signatures.T.shape, _RECORD_DTYPE)
     records["hash"] = np.take_along_axis(signatures, order, axis=0).T
     records["document"] = order.T
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         np.save(file, records)
 
 
-def parts(bands: Sequence[Path], folder: Path, records: int = RECORDS) -> list[Part]:
+def plan_band_ranges(
+    band_paths: Sequence[Path], folder: Path, records_per_range: int = RECORDS_PER_RANGE
+) -> list[BandRange]:
     """The parts of this corpus, which any processes may do in any order."""
-    num_bands = len(np.load(bands[0], mmap_mode="r")) if bands else 0
-    ranges = max(1, -(-sum(_lengths(bands)) // records))
-    bounds = [(number << 64) // ranges for number in range(ranges + 1)]
+    num_bands = len(np.load(band_paths[0], mmap_mode="r")) if band_paths else 0
+    num_ranges = max(1, -(-sum(_document_counts(band_paths)) // records_per_range))
+    bounds = [(number << 64) // num_ranges for number in range(num_ranges + 1)]
     return [
-        Part(band, bounds[number], bounds[number + 1], folder / f"links-{band}-{number:06d}-of-{ranges:06d}")
-        for band, number in product(range(num_bands), range(ranges))
+        BandRange(band, bounds[number], bounds[number + 1], folder / f"links-{band}-{number:06d}-of-{num_ranges:06d}")
+        for band, number in product(range(num_bands), range(num_ranges))
     ]
 
 
-def write_links(bands: Sequence[Path], part: Part) -> None:
+def write_links(band_paths: Sequence[Path], band_range: BandRange) -> None:
     """The links of a part are in its file."""
-    if not part.path.exists():
-        with whole_file(part.path) as file:
-            for links in _links(bands, part):
+    if not band_range.links_path.exists():
+        with atomic_file(band_range.links_path) as file:
+            for links in _find_links(band_paths, band_range):
                 file.write(links.astype("<u8").tobytes())
 
 
-def _links(bands: Sequence[Path], part: Part) -> Iterator[np.ndarray]:
+def _find_links(band_paths: Sequence[Path], band_range: BandRange) -> Iterator[np.ndarray]:
     """First within each unit, so that of a text that is everywhere one record a unit is held at a time."""
     hashes, documents = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
-    before = 0
-    for path in bands:
-        records = np.load(path, mmap_mode="r")[part.band]
-        inside = records[_place(records, part.low) : _place(records, part.high)]
-        first, links = _grouped(inside["hash"], inside["document"] + np.uint64(before))
+    num_documents_before = 0
+    for path in band_paths:
+        records = np.load(path, mmap_mode="r")[band_range.band_index]
+        range_records = records[
+            _lower_bound(records, band_range.low_hash) : _lower_bound(records, band_range.high_hash)
+        ]
+        first, links = _link_to_first(
+            range_records["hash"], range_records["document"] + np.uint64(num_documents_before)
+        )
         yield links
-        hashes.append(inside["hash"][first])
-        documents.append(inside["document"][first] + np.uint64(before))
-        before += len(records)
+        hashes.append(range_records["hash"][first])
+        documents.append(range_records["document"][first] + np.uint64(num_documents_before))
+        num_documents_before += len(records)
     together = np.concatenate(hashes)
     order = together.argsort(kind="stable")
-    yield _grouped(together[order], np.concatenate(documents)[order])[1]
+    yield _link_to_first(together[order], np.concatenate(documents)[order])[1]
 
 
-def _place(records: np.ndarray, bound: int) -> int:
-    return bisect_left(records, bound, key=lambda record: int(record["hash"]))
+def _lower_bound(records: np.ndarray, hash_bound: int) -> int:
+    return bisect_left(records, hash_bound, key=lambda record: int(record["hash"]))
 
 
-def _grouped(hashes: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _link_to_first(hashes: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of sorted hashes: whether each is the first of its value; and of the others [document, first document]."""
     first = np.ones(len(hashes), bool)
     first[1:] = hashes[1:] != hashes[:-1]
@@ -104,32 +110,32 @@ def _grouped(hashes: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.
     return first, np.stack([documents, leaders], axis=1)[~first]
 
 
-def write_masks(bands: Sequence[Path], masks: Sequence[Path], done: Sequence[Part]) -> int:
+def write_masks(band_paths: Sequence[Path], mask_paths: Sequence[Path], band_ranges: Sequence[BandRange]) -> int:
     """All links are followed and the masks written; how many documents they drop."""
-    if not all(path.exists() for path in masks):
-        lengths = _lengths(bands)
+    if not all(path.exists() for path in mask_paths):
+        lengths = _document_counts(band_paths)
         parents = np.arange(sum(lengths), dtype=np.uint32 if sum(lengths) <= 1 << 32 else np.uint64)
-        for part in done:
-            with part.path.open("rb") as file:
-                while len(links := np.fromfile(file, "<u8", 2 * LINKS)):
-                    _join(parents, *links.reshape(-1, 2).T)
+        for part in band_ranges:
+            with part.links_path.open("rb") as file:
+                while len(links := np.fromfile(file, "<u8", 2 * LINKS_PER_READ)):
+                    _union(parents, *links.reshape(-1, 2).T)
         last = np.cumsum(lengths)
-        for path, start, end in zip(masks, last - lengths, last, strict=True):
-            with whole_file(path) as file:
+        for path, start, end in zip(mask_paths, last - lengths, last, strict=True):
+            with atomic_file(path) as file:
                 np.save(file, parents[start:end] != np.arange(start, end))
-    return sum(int(np.load(path).sum()) for path in masks)
+    return sum(int(np.load(path).sum()) for path in mask_paths)
 
 
-def _join(parents: np.ndarray, one: np.ndarray, other: np.ndarray) -> None:
+def _union(parents: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
     """Each pair has one root, the first document of its cluster: a parent is never later than its child."""
-    while len(one):
-        one, other = _roots(parents, one), _roots(parents, other)
-        apart = one != other
-        one, other = np.minimum(one, other)[apart], np.maximum(one, other)[apart]
-        np.minimum.at(parents, other, one)
+    while len(left):
+        left, right = _find_roots(parents, left), _find_roots(parents, right)
+        is_separate = left != right
+        left, right = np.minimum(left, right)[is_separate], np.maximum(left, right)[is_separate]
+        np.minimum.at(parents, right, left)
 
 
-def _roots(parents: np.ndarray, documents: np.ndarray) -> np.ndarray:
+def _find_roots(parents: np.ndarray, documents: np.ndarray) -> np.ndarray:
     while True:
         above = parents[documents]
         top = parents[above]
@@ -138,5 +144,5 @@ def _roots(parents: np.ndarray, documents: np.ndarray) -> np.ndarray:
         parents[documents] = top
 
 
-def _lengths(bands: Sequence[Path]) -> list[int]:
-    return [np.load(path, mmap_mode="r").shape[1] for path in bands]
+def _document_counts(band_paths: Sequence[Path]) -> list[int]:
+    return [np.load(path, mmap_mode="r").shape[1] for path in band_paths]

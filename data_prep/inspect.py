@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.text import Text
 
 from tandem.data_prep import corpus_statistics
-from tandem.data_prep.corpus_reader import Corpus, Piece
-from tandem.data_prep.vocabulary import visible
+from tandem.data_prep.corpus_reader import CorpusReader, DocumentSlice
+from tandem.data_prep.vocabulary import make_visible
 from tandem.trainer.config import UserError
-from tandem.trainer.data.manifest import Shard, Split
+from tandem.trainer.data.manifest import CorpusSplit, Shard
 from tandem.trainer.metrics import progress
 
 EXCERPT_CHARACTERS = 200
@@ -52,51 +52,51 @@ def run(args: argparse.Namespace) -> None:
     Raises: UserError where there is no such thing, or the corpus is damaged.
     """
     _check_arguments(args)
-    corpus = Corpus(args.corpus)
+    corpus = CorpusReader(args.corpus)
     console = Console(highlight=False, markup=False, emoji=False)
     if args.row is not None or args.document is not None or args.shard is not None:
-        title, split, start, count = _range(args, corpus)
-        pieces = list(corpus.pieces(getattr(corpus.manifest, split), start, count))
+        title, split, start, count = _requested_range(args, corpus)
+        pieces = list(corpus.document_slices(getattr(corpus.manifest, split), start, count))
         if args.json:
             print(json.dumps({"corpus": args.corpus, "split": split, "first": start, "tokens": count,
-                              "documents": [_described(piece, corpus) for piece in pieces]}))  # fmt: skip
+                              "documents": [_slice_to_dict(piece, corpus) for piece in pieces]}))  # fmt: skip
         else:
-            _show(title, split, pieces, corpus, console)
+            _print_slices(title, split, pieces, corpus, console)
     elif args.find is not None:
-        _find(args, corpus, console)
+        _print_matches(args, corpus, console)
     else:
-        _survey(args, corpus, console)
+        _print_statistics(args, corpus, console)
 
 
-def _range(args: argparse.Namespace, corpus: Corpus) -> tuple[str, str, int, int]:
+def _requested_range(args: argparse.Namespace, corpus: CorpusReader) -> tuple[str, str, int, int]:
     """Title, split, first token and tokens of what was asked for."""
     if args.shard is not None:
         return _shard_range(args, corpus)
-    split: Split = getattr(corpus.manifest, args.split)
+    split: CorpusSplit = getattr(corpus.manifest, args.split)
     if args.document is not None:
-        _check_number("--document", args.document, split.documents, f"{args.split} has {split.documents:,} documents")
-        start, count = corpus.place_of(split, args.document)
+        _check_index("--document", args.document, split.documents, f"{args.split} has {split.documents:,} documents")
+        start, count = corpus.document_range(split, args.document)
         return f"{args.split} document {args.document:,} of {split.documents:,}", args.split, start, count
     rows = -(-split.tokens // args.seq_len)
-    _check_number("--row", args.row, rows, f"{args.split} has {rows:,} rows of {args.seq_len:,} tokens")
+    _check_index("--row", args.row, rows, f"{args.split} has {rows:,} rows of {args.seq_len:,} tokens")
     start = args.row * args.seq_len
     count = min(args.seq_len, split.tokens - start)
     return f"{args.split} row {args.row:,} of {rows:,}", args.split, start, count
 
 
-def _shard_range(args: argparse.Namespace, corpus: Corpus) -> tuple[str, str, int, int]:
+def _shard_range(args: argparse.Namespace, corpus: CorpusReader) -> tuple[str, str, int, int]:
     for name in ("train", "validation"):
         before = 0
         for shard in getattr(corpus.manifest, name).shards:
             if shard.file == PurePath(args.shard).name:
-                first, end = _tokens(args, shard)
+                first, end = _parse_token_range(args, shard)
                 return f"{shard.file} tokens {first}:{end}", name, before + first, end - first
             before += shard.tokens
     names = [shard.file for shard in corpus.shards]
     raise UserError(f"--shard: {args.shard}; {args.corpus} has {len(names):,}: {names[0]} to {names[-1]}; name one")
 
 
-def _tokens(args: argparse.Namespace, shard: Shard) -> tuple[int, int]:
+def _parse_token_range(args: argparse.Namespace, shard: Shard) -> tuple[int, int]:
     if args.tokens is None:
         return 0, min(args.seq_len, shard.tokens)
     found = re.fullmatch(r"(\d+)([:+])(\d+)", args.tokens, re.ASCII)
@@ -111,90 +111,108 @@ def _tokens(args: argparse.Namespace, shard: Shard) -> tuple[int, int]:
     return first, end
 
 
-def _check_number(option: str, value: int, count: int, there_are: str) -> None:
-    if not 0 <= value < count:
-        remedy = f"name one from 0 to {count - 1:,}" if count else "see the other --split"
-        raise UserError(f"{option}: {value}; {there_are}; {remedy}")
+def _check_index(option: str, value: int, num_items: int, availability: str) -> None:
+    if not 0 <= value < num_items:
+        remedy = f"name one from 0 to {num_items - 1:,}" if num_items else "see the other --split"
+        raise UserError(f"{option}: {value}; {availability}; {remedy}")
 
 
-def _show(title: str, split: str, pieces: list[Piece], corpus: Corpus, console: Console) -> None:
-    tokens = sum(len(piece.tokens) for piece in pieces)
+def _print_slices(title: str, split: str, slices: list[DocumentSlice], corpus: CorpusReader, console: Console) -> None:
+    tokens = sum(len(piece.tokens) for piece in slices)
     console.print(
-        f"{title}: {tokens:,} tokens, {len(pieces):,} documents, whole or in part", style="bold", soft_wrap=True
+        f"{title}: {tokens:,} tokens, {len(slices):,} documents, whole or in part", style="bold", soft_wrap=True
     )
-    for number, piece in enumerate(pieces):
-        _rule(f"{number}: {_described_place(piece, split)}", console)
-        console.print(corpus.vocabulary.shown(piece.tokens), overflow="fold")
-    _rule("", console)
+    for number, piece in enumerate(slices):
+        _print_rule(f"{number}: {_describe_location(piece, split)}", console)
+        console.print(corpus.vocabulary.render(piece.tokens), overflow="fold")
+    _print_rule("", console)
 
 
-def _described_place(piece: Piece, split: str) -> str:
-    place = f"{piece.shard} {piece.first}:{piece.first + len(piece.tokens)}"
-    parts = [f"{split} document {piece.document}", place, f"{piece.length:,} tokens"]
-    if piece.before:
-        parts.append(f"began {piece.before:,} before")
-    if piece.after:
-        parts.append(f"goes on for {piece.after:,}")
+def _describe_location(document_slice: DocumentSlice, split: str) -> str:
+    place = (
+        f"{document_slice.shard_file} "
+        f"{document_slice.start_token}:{document_slice.start_token + len(document_slice.tokens)}"
+    )
+    parts = [
+        f"{split} document {document_slice.document_index}",
+        place,
+        f"{document_slice.num_document_tokens:,} tokens",
+    ]
+    if document_slice.num_tokens_before:
+        parts.append(f"began {document_slice.num_tokens_before:,} before")
+    if document_slice.num_tokens_after:
+        parts.append(f"goes on for {document_slice.num_tokens_after:,}")
     return ", ".join(parts)
 
 
-def _rule(title: str, console: Console) -> None:
+def _print_rule(title: str, console: Console) -> None:
     # Not rich's own, which cuts a title that is too long.
     line = f"── {title} " if title else ""
     console.print(Text(line.ljust(console.width, "─"), "dim"), soft_wrap=True)
 
 
-def _described(piece: Piece, corpus: Corpus) -> dict[str, Any]:
+def _slice_to_dict(document_slice: DocumentSlice, corpus: CorpusReader) -> dict[str, Any]:
     return {
-        "document": piece.document, "shard": piece.shard, "first": piece.first, "length": piece.length,
-        "before": piece.before, "after": piece.after,
-        "text": corpus.vocabulary.text(piece.tokens), "tokens": piece.tokens.tolist(),
-    }  # fmt: skip
+        "document": document_slice.document_index,
+        "shard": document_slice.shard_file,
+        "first": document_slice.start_token,
+        "length": document_slice.num_document_tokens,
+        "before": document_slice.num_tokens_before,
+        "after": document_slice.num_tokens_after,
+        "text": corpus.vocabulary.decode(document_slice.tokens),
+        "tokens": document_slice.tokens.tolist(),
+    }
 
 
-def _find(args: argparse.Namespace, corpus: Corpus, console: Console) -> None:
-    split: Split = getattr(corpus.manifest, args.split)
-    with progress.shown("looking", sum(shard.bytes for shard in split.shards), "bytes") as advance:
-        found = list(islice(_containing(args.find, corpus, split, advance), args.limit))
+def _print_matches(args: argparse.Namespace, corpus: CorpusReader, console: Console) -> None:
+    split: CorpusSplit = getattr(corpus.manifest, args.split)
+    with progress.progress_bar("looking", sum(shard.bytes for shard in split.shards), "bytes") as advance:
+        found = list(islice(_find_documents(args.find, corpus, split, advance), args.limit))
     if args.json:
-        documents = [_described(piece, corpus) for piece, _ in found]
+        documents = [_slice_to_dict(piece, corpus) for piece, _ in found]
         print(json.dumps({"corpus": args.corpus, "split": args.split, "find": args.find, "documents": documents}))
         return
     for piece, text in found:
-        _rule(_described_place(piece, args.split), console)
+        _print_rule(_describe_location(piece, args.split), console)
         console.print(_excerpt(text, args.find), overflow="fold")
     if not found:
         print(f"{args.corpus}: no document of {args.split} contains {args.find!r}")
 
 
-def _containing(text: str, corpus: Corpus, split: Split, advance: Callable[[int], None]) -> Iterator[tuple[Piece, str]]:
+def _find_documents(
+    text: str, corpus: CorpusReader, split: CorpusSplit, advance: Callable[[int], None]
+) -> Iterator[tuple[DocumentSlice, str]]:
     first_token = 0
     for shard in split.shards:
-        for piece in corpus.pieces(split, first_token, shard.tokens):
-            document = corpus.vocabulary.text(piece.tokens[:-1])
+        for piece in corpus.document_slices(split, first_token, shard.tokens):
+            document = corpus.vocabulary.decode(piece.tokens[:-1])
             if text in document:
                 yield piece, document
         first_token += shard.tokens
         advance(shard.bytes)
 
 
-def _excerpt(text: str, found: str) -> Text:
-    begin = text.index(found)
-    end = begin + len(found)
+def _excerpt(text: str, match_text: str) -> Text:
+    begin = text.index(match_text)
+    end = begin + len(match_text)
     left, right = text[max(begin - EXCERPT_CHARACTERS, 0) : begin], text[end : end + EXCERPT_CHARACTERS]
     before, after = "…" * (begin > EXCERPT_CHARACTERS), "…" * (len(text) > end + EXCERPT_CHARACTERS)
-    return Text.assemble(before, visible(left), (visible(found), "bold reverse"), visible(right), after)
+    return Text.assemble(
+        before, make_visible(left), (make_visible(match_text), "bold reverse"), make_visible(right), after
+    )
 
 
-def _survey(args: argparse.Namespace, corpus: Corpus, console: Console) -> None:
+def _print_statistics(args: argparse.Namespace, corpus: CorpusReader, console: Console) -> None:
     shards = corpus.shards
-    scanned = corpus_statistics.spread(shards, len(shards) if args.sample == "all" else int(args.sample))
-    with progress.shown("counting lengths", sum(shard.bytes for shard in scanned), "bytes") as advance:
-        known = corpus_statistics.facts(corpus, scanned, corpus_statistics.scan(corpus, scanned, advance))
+    scanned_shards = corpus_statistics.sample_shards(shards, len(shards) if args.sample == "all" else int(args.sample))
+    with progress.progress_bar("counting lengths", sum(shard.bytes for shard in scanned_shards), "bytes") as advance:
+        statistics = corpus_statistics.collect_statistics(
+            corpus, scanned_shards, corpus_statistics.scan_shards(corpus, scanned_shards, advance)
+        )
     if args.json:
-        print(json.dumps(known))
+        print(json.dumps(statistics))
     else:
-        corpus_statistics.show(known, console)
+        corpus_statistics.print_statistics(statistics, console)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:

@@ -25,11 +25,11 @@ import string
 
 import numpy as np
 
-WIDTH = 13
-BANDS, ROWS = 9, 13
-BLOCK = 1 << 15
+NGRAM_SIZE = 13
+NUM_BANDS, ROWS_PER_BAND = 9, 13
+BLOCK_NGRAMS = 1 << 15
 """13-grams at a time: what is computed of them stays in a processor's second-level cache."""
-_FACTOR = 0x9E3779B97F4A7C15
+_HASH_MULTIPLIER = 0x9E3779B97F4A7C15
 _PUNCTUATION = string.punctuation.encode()
 
 
@@ -39,45 +39,45 @@ def signatures(texts: list[str]) -> np.ndarray:
     A document of fewer than 13 characters is one gram, whole; one of punctuation alone is compared as it is, so
     that only copies of it agree with it.
     """
-    simple = [(_simple(text) or text).ljust(WIDTH, "\0") for text in texts]
-    starts = np.cumsum([0, *map(len, simple)])
-    codes = _codes("".join(simple))
-    minima = np.full((BANDS * ROWS, len(texts)), np.iinfo(np.uint32).max, np.uint32)
-    for first in range(0, len(codes) - WIDTH + 1, BLOCK):
-        _lower(minima, starts, first, _hashes(codes[first : first + BLOCK + WIDTH - 1]))
-    return _bands(minima)
+    normalized_texts = [(_normalize_text(text) or text).ljust(NGRAM_SIZE, "\0") for text in texts]
+    starts = np.cumsum([0, *map(len, normalized_texts)])
+    codes = _character_codes("".join(normalized_texts))
+    minima = np.full((NUM_BANDS * ROWS_PER_BAND, len(texts)), np.iinfo(np.uint32).max, np.uint32)
+    for first in range(0, len(codes) - NGRAM_SIZE + 1, BLOCK_NGRAMS):
+        _update_minima(minima, starts, first, _ngram_hashes(codes[first : first + BLOCK_NGRAMS + NGRAM_SIZE - 1]))
+    return _hash_bands(minima)
 
 
-def _simple(text: str) -> str:
+def _normalize_text(text: str) -> str:
     # As bytes, for translate is four times as fast there; no byte of a longer character is below 128.
     kept = text.lower().encode("utf-8", "surrogatepass").translate(None, _PUNCTUATION)
     return " ".join(kept.decode("utf-8", "surrogatepass").split())
 
 
-def _codes(text: str) -> np.ndarray:
+def _character_codes(text: str) -> np.ndarray:
     if text.isascii():
         return np.frombuffer(text.encode(), np.uint8)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
-def _hashes(codes: np.ndarray) -> np.ndarray:
+def _ngram_hashes(codes: np.ndarray) -> np.ndarray:
     """A 64-bit hash of each 13 consecutive codes: a polynomial in them, by doubling, then mixed."""
     single = powers = codes.astype(np.uint64)
     width = 1
-    for digit in f"{WIDTH:b}"[1:]:
-        powers = powers[:-width] * _power(width) + powers[width:]
+    for digit in f"{NGRAM_SIZE:b}"[1:]:
+        powers = powers[:-width] * _multiplier_power(width) + powers[width:]
         width *= 2
         if digit == "1":
-            powers = powers[:-1] * _power(1) + single[width:]
+            powers = powers[:-1] * _multiplier_power(1) + single[width:]
             width += 1
-    return _mixed(powers)
+    return _mix_bits(powers)
 
 
-def _power(exponent: int) -> np.uint64:
-    return np.uint64(pow(_FACTOR, exponent, 1 << 64))
+def _multiplier_power(exponent: int) -> np.uint64:
+    return np.uint64(pow(_HASH_MULTIPLIER, exponent, 1 << 64))
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
+def _mix_bits(values: np.ndarray) -> np.ndarray:
     """Each value with all its bits spread over all 64 (the finalizer of MurmurHash3), in place."""
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         values ^= values >> np.uint64(33)
@@ -86,22 +86,27 @@ def _mixed(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def _lower(minima: np.ndarray, starts: np.ndarray, first: int, hashes: np.ndarray) -> None:
-    """The minima [functions, documents], lowered by the grams that begin at codes `first` and following."""
+def _update_minima(minima: np.ndarray, starts: np.ndarray, first_ngram: int, hashes: np.ndarray) -> None:
+    """The minima [functions, documents], lowered by the grams that begin at codes `first_ngram` and following."""
     values, steps = (hashes >> np.uint64(32)).astype(np.uint32), hashes.astype(np.uint32)
-    begun, ended = starts.searchsorted(first, "right") - 1, starts.searchsorted(first + len(hashes), "left")
+    first_document, end_document = (
+        starts.searchsorted(first_ngram, "right") - 1,
+        starts.searchsorted(first_ngram + len(hashes), "left"),
+    )
     # A gram that runs on into the next document is none: it stays at the highest value.
-    across = (starts[begun + 1 : ended + 1, None] - np.arange(first + 1, first + WIDTH)).ravel()
-    across = across[(across >= 0) & (across < len(hashes))]
-    values[across], steps[across] = np.iinfo(np.uint32).max, 0
-    cuts = np.maximum(starts[begun:ended] - first, 0)
-    for row in minima[:, begun:ended]:
+    crossing_ngrams = (
+        starts[first_document + 1 : end_document + 1, None] - np.arange(first_ngram + 1, first_ngram + NGRAM_SIZE)
+    ).ravel()
+    crossing_ngrams = crossing_ngrams[(crossing_ngrams >= 0) & (crossing_ngrams < len(hashes))]
+    values[crossing_ngrams], steps[crossing_ngrams] = np.iinfo(np.uint32).max, 0
+    cuts = np.maximum(starts[first_document:end_document] - first_ngram, 0)
+    for row in minima[:, first_document:end_document]:
         np.minimum(row, np.minimum.reduceat(values, cuts), out=row)
         values += steps
 
 
-def _bands(minima: np.ndarray) -> np.ndarray:
-    bands = np.zeros((BANDS, minima.shape[1]), np.uint64)
-    for row in minima.reshape(BANDS, ROWS, -1).swapaxes(0, 1):
-        bands = bands * np.uint64(_FACTOR) + row
-    return np.ascontiguousarray(_mixed(bands).T)
+def _hash_bands(minima: np.ndarray) -> np.ndarray:
+    bands = np.zeros((NUM_BANDS, minima.shape[1]), np.uint64)
+    for row in minima.reshape(NUM_BANDS, ROWS_PER_BAND, -1).swapaxes(0, 1):
+        bands = bands * np.uint64(_HASH_MULTIPLIER) + row
+    return np.ascontiguousarray(_mix_bits(bands).T)

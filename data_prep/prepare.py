@@ -20,22 +20,22 @@ from rich.console import Console
 from rich.progress import Progress
 
 from tandem.data_prep import clean, cluster, encode, executor, output_folder, readers, stages
-from tandem.data_prep.clean import Rules
+from tandem.data_prep.clean import CleaningRules
 from tandem.data_prep.cluster import submissions
-from tandem.data_prep.cluster.stage_job import Request
-from tandem.data_prep.cluster.submissions import OURS
-from tandem.data_prep.input_files import Input, Part, listed
-from tandem.data_prep.settings import Settings
+from tandem.data_prep.cluster.stage_job import PreparationRequest
+from tandem.data_prep.cluster.submissions import RESERVED_SBATCH_OPTIONS
+from tandem.data_prep.input_files import FilePart, InputFile, list_input_files
+from tandem.data_prep.settings import PrepareSettings
 from tandem.data_prep.tokenizers import build, encoding
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest, remote_files
-from tandem.trainer.data.manifest import Manifest
+from tandem.trainer.data.manifest import CorpusManifest
 from tandem.trainer.metrics import progress
 
-ORDINARY_VOCAB = 16_384
-ORDINARY_TASKS = 64
-SHOWN_FAILURES = 5
-MOST_SEEDS = 1 << 63
+DEFAULT_VOCAB_SIZE = 16_384
+DEFAULT_NUM_TASKS = 64
+MAX_PRINTED_FAILURES = 5
+SEED_LIMIT = 1 << 63
 """On each side of zero."""
 
 
@@ -48,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice = parser.add_mutually_exclusive_group()
     forms = "tokenizer.json, a folder with vocab.json and merges.txt, or a .tiktoken file, to encode with"
     choice.add_argument("--tokenizer", metavar="FILE", help=forms)
-    trained = f"ids of a byte-level BPE trained on the corpus (default {ORDINARY_VOCAB})"
-    choice.add_argument("--vocab", type=int, metavar="N", help=trained)
-    add("--tokenizer-kind", choices=build.KINDS, help="of a .tiktoken file that does not have its usual name")
+    trained = f"ids of a byte-level BPE trained on the corpus (default {DEFAULT_VOCAB_SIZE})"
+    choice.add_argument("--vocab-size", type=int, metavar="N", help=trained)
+    add("--tokenizer-kind", choices=build.TIKTOKEN_KINDS, help="of a .tiktoken file that does not have its usual name")
     libraries = "what encodes; it does not show in the result (default %(default)s: the fastest that is exact)"
     add("--tokenizer-library", choices=encoding.LIBRARIES, default="auto", help=libraries)
     add("--eos", default="<|endoftext|>", metavar="TOKEN", help="ends each document (default %(default)s)")
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--nfc", action="store_true", help="bring text to Unicode's composed form")
     add("--min-characters", type=int, default=0, metavar="N",
         help="leave out documents with fewer characters other than ASCII punctuation and whitespace "
-        f"({clean.SHORTEST} in SlimPajama; default: none)")  # fmt: skip
+        f"({clean.SLIMPAJAMA_MIN_CHARACTERS} in SlimPajama; default: none)")  # fmt: skip
     add("--deduplicate", action="store_true", help="keep one of documents that share 0.8 of their 13-grams")
     add("--decontaminate", nargs="+", default=[], metavar="PATH", help="leave out documents that are also here")
     kept = "share of documents kept for validation (default %(default)s)"
@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--skip-undecodable", action="store_true", help="leave out, and count, text files that are not UTF-8")
     add("--workers", type=int, metavar="N", help="processes at once (default: cores; with slurm and ray, no limit)")
     where = "where they work: this machine, jobs of Slurm, tasks of Ray (default %(default)s)"
-    add("--executor", choices=("local", *cluster.LIBRARIES), default="local", help=where)
-    add("--tasks", type=int, metavar="N", help=f"of Slurm, in a stage (default {ORDINARY_TASKS})")
+    add("--executor", choices=("local", *cluster.REQUIRED_LIBRARIES), default="local", help=where)
+    add("--tasks", type=int, metavar="N", help=f"of Slurm, in a stage (default {DEFAULT_NUM_TASKS})")
     add("--slurm", nargs="+", metavar="NAME=VALUE", help="options of sbatch: partition=cpu time=1-0 mem-per-cpu=4G")
     add("--seed", type=int, default=0, help="of the shuffle (default %(default)s)")
     size = "tokens in a %s (default %%(default)s)"
@@ -85,60 +85,68 @@ def run(args: argparse.Namespace) -> None:
     """
     _check_arguments(args)
     output, console = Path(args.output), Console(stderr=True)
-    given = build.read(args.tokenizer, args.tokenizer_kind) if args.tokenizer else None
-    if given is not None:
-        encoding.encoder(given, args.eos, args.tokenizer, library="tokenizers")
+    tokenizer_json = build.read_tokenizer(args.tokenizer, args.tokenizer_kind) if args.tokenizer else None
+    if tokenizer_json is not None:
+        encoding.select_encoder(tokenizer_json, args.eos, args.tokenizer, library="tokenizers")
     try:
-        _run(args, output, given, console)
+        _prepare_or_submit(args, output, tokenizer_json, console)
     except KeyboardInterrupt:
-        kept = f"finished work is kept in {output}; " if (output / output_folder.WORK).is_dir() else ""
+        kept = f"finished work is kept in {output}; " if (output / output_folder.WORK_FOLDER).is_dir() else ""
         raise KeyboardInterrupt(f"{kept}the same command goes on") from None
 
 
-def _run(args: argparse.Namespace, output: Path, given: str | None, console: Console) -> None:
-    inputs = listed(args.input, args.glob, output)
-    settings = _settings(args, given)
-    if output_folder.is_finished(output, settings.identity(), inputs):
+def _prepare_or_submit(args: argparse.Namespace, output: Path, tokenizer_json: str | None, console: Console) -> None:
+    inputs = list_input_files(args.input, args.glob, output)
+    settings = _settings(args, tokenizer_json)
+    if output_folder.is_finished(output, settings.to_dict(), inputs):
         print(f"{output}: already prepared with these settings; nothing to do")
         return
-    with output_folder.claimed(output, settings.identity(), partial(submissions.refuse_running, output)):
-        if output_folder.is_finished(output, settings.identity(), inputs):
+    with output_folder.claim_output(output, settings.to_dict(), partial(submissions.check_no_running_jobs, output)):
+        if output_folder.is_finished(output, settings.to_dict(), inputs):
             print(f"{output}: was prepared meanwhile with these settings; nothing to do")
             return
         if args.executor == "slurm":
-            _submit(args, inputs, given, settings)
+            _submit(args, inputs, tokenizer_json, settings)
             return
-        corpus = _prepare(args, inputs, given, settings, console)
-    _print_counts(output, corpus)
+        corpus_manifest = _prepare_corpus(args, inputs, tokenizer_json, settings, console)
+    _print_counts(output, corpus_manifest)
 
 
-def _prepare(
-    args: argparse.Namespace, inputs: list[Input], given: str | None, settings: Settings, console: Console
-) -> Manifest:
-    with progress.bars(console, "share") as bars, _alone_on_screen(bars):
-        shown = partial(progress.added, bars)
-        prepared = stages.begin(
-            Path(args.output), settings, inputs, given,
-            vocab=_vocab(args), library=args.tokenizer_library, shown=shown,
+def _prepare_corpus(
+    args: argparse.Namespace,
+    inputs: list[InputFile],
+    tokenizer_json: str | None,
+    settings: PrepareSettings,
+    console: Console,
+) -> CorpusManifest:
+    with progress.progress_display(console, "share") as bars, _hide_progress_on_error(bars):
+        start_progress = partial(progress.add_task, bars)
+        preparation = stages.create_preparation(
+            Path(args.output), settings, inputs, tokenizer_json,
+            vocab_size=_vocab_size(args), tokenizer_library=args.tokenizer_library, start_progress=start_progress,
         )  # fmt: skip
-        return stages.run(prepared, _runner(args), shown)
+        return stages.run(preparation, _select_runner(args), start_progress)
 
 
-def _runner(args: argparse.Namespace) -> stages.Run:
+def _select_runner(args: argparse.Namespace) -> stages.RunItems:
     if args.executor == "ray":
-        return partial(cluster.door("ray").run, workers=args.workers)
+        return partial(cluster.executor_module("ray").run, workers=args.workers)
     return partial(executor.run, workers=args.workers or len(os.sched_getaffinity(0)))
 
 
-def _submit(args: argparse.Namespace, inputs: list[Input], given: str | None, settings: Settings) -> None:
+def _submit(
+    args: argparse.Namespace, inputs: list[InputFile], tokenizer_json: str | None, settings: PrepareSettings
+) -> None:
     output = Path(args.output).resolve()
-    if before := submissions.last(output):
-        print(f"{args.output}: the jobs of the last submission have ended and are not done; logs: {before.logs}")
-        for line in before.failures()[:SHOWN_FAILURES]:
+    if last_submission := submissions.load_submission(output):
+        print(
+            f"{args.output}: the jobs of the last submission have ended and are not done; logs: {last_submission.logs}"
+        )
+        for line in last_submission.failure_lines()[:MAX_PRINTED_FAILURES]:
             print(f"  {line}")
-    submitted = cluster.door("slurm").submit(
-        Request(output, settings, inputs, given, _vocab(args), args.tokenizer_library),
-        tasks=args.tasks or ORDINARY_TASKS,
+    submitted = cluster.executor_module("slurm").submit(
+        PreparationRequest(output, settings, inputs, tokenizer_json, _vocab_size(args), args.tokenizer_library),
+        tasks=args.tasks or DEFAULT_NUM_TASKS,
         workers=args.workers,
         options=dict(option.split("=", 1) for option in args.slurm or []),
     )
@@ -150,7 +158,7 @@ def _submit(args: argparse.Namespace, inputs: list[Input], given: str | None, se
 
 
 @contextmanager
-def _alone_on_screen(bars: Progress) -> Iterator[None]:
+def _hide_progress_on_error(bars: Progress) -> Iterator[None]:
     """A mistake met inside is the only thing left to read: the bars go."""
     try:
         yield
@@ -160,17 +168,19 @@ def _alone_on_screen(bars: Progress) -> Iterator[None]:
         raise
 
 
-def _settings(args: argparse.Namespace, given: str | None) -> Settings:
+def _settings(args: argparse.Namespace, tokenizer_json: str | None) -> PrepareSettings:
     name, _, value = (args.where or "").partition("=")
-    contaminants = _contaminants(args.decontaminate, args.text_field) if args.decontaminate else frozenset()
-    return Settings(
+    contaminants = _contaminant_keys(args.decontaminate, args.text_field) if args.decontaminate else frozenset()
+    return PrepareSettings(
         text_field=args.text_field,
         group_field=args.group_field,
         where=(name, value) if args.where else None,
         skip_undecodable=args.skip_undecodable,
-        cleaning=Rules(nfc=args.nfc, shortest=args.min_characters, contaminants=contaminants),
+        cleaning=CleaningRules(nfc=args.nfc, min_characters=args.min_characters, contaminant_keys=contaminants),
         deduplicate=args.deduplicate,
-        tokenizer=f"bpe of {_vocab(args)}" if given is None else hashlib.sha256(given.encode()).hexdigest(),
+        tokenizer=f"bpe of {_vocab_size(args)}"
+        if tokenizer_json is None
+        else hashlib.sha256(tokenizer_json.encode()).hexdigest(),
         eos=args.eos,
         held_out=args.held_out,
         seed=args.seed,
@@ -179,16 +189,16 @@ def _settings(args: argparse.Namespace, given: str | None) -> Settings:
     )
 
 
-def _contaminants(paths: list[str], text_field: str) -> frozenset[bytes]:
-    parts = (Part(file, 0, 1) for file in listed(paths, None, Path(os.devnull), "--decontaminate"))
+def _contaminant_keys(paths: list[str], text_field: str) -> frozenset[bytes]:
+    parts = (FilePart(file, 0, 1) for file in list_input_files(paths, None, Path(os.devnull), "--decontaminate"))
     texts = (
-        document.text for part in parts for document in readers.documents(part, text_field, [], lambda count: None)
+        document.text for part in parts for document in readers.read_documents(part, text_field, [], lambda count: None)
     )
-    return clean.keys(texts)
+    return clean.text_keys(texts)
 
 
-def _vocab(args: argparse.Namespace) -> int:
-    return ORDINARY_VOCAB if args.vocab is None else int(args.vocab)
+def _vocab_size(args: argparse.Namespace) -> int:
+    return DEFAULT_VOCAB_SIZE if args.vocab_size is None else int(args.vocab_size)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -202,7 +212,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.min_characters < 0:
         raise UserError(f"--min-characters: {args.min_characters}; must not be negative; 0 leaves none out")
     _check_executor(args)
-    if not -MOST_SEEDS <= args.seed < MOST_SEEDS:
+    if not -SEED_LIMIT <= args.seed < SEED_LIMIT:
         raise UserError(f"--seed: {args.seed}; must be a number of 64 bits with its sign; choose a smaller one")
     _check_fields(args)
     if args.sample_tokens < 1 or args.sample_tokens % manifest.TAR_BLOCK_BYTES:
@@ -228,28 +238,29 @@ def _check_executor(args: argparse.Namespace) -> None:
             )
     for option in args.slurm or []:
         name = option.partition("=")[0]
-        if "=" not in option or name.startswith("-") or name in OURS:
+        if "=" not in option or name.startswith("-") or name in RESERVED_SBATCH_OPTIONS:
             raise UserError(
-                f"--slurm: {option}; must read NAME=VALUE, without dashes, not of {', '.join(OURS)}; change it"
+                f"--slurm: {option}; must read NAME=VALUE, without dashes, not of "
+                f"{', '.join(RESERVED_SBATCH_OPTIONS)}; change it"
             )
     if args.executor != "local":
-        cluster.door(args.executor)
+        cluster.executor_module(args.executor)
 
 
-def _print_counts(output: Path, corpus: Manifest) -> None:
+def _print_counts(output: Path, corpus_manifest: CorpusManifest) -> None:
     print(
-        f"{output}: {corpus.counts['documents']:,} documents, {corpus.counts['tokens']:,} tokens, "
-        f"vocab {corpus.vocab:,}"
+        f"{output}: {corpus_manifest.counts['documents']:,} documents, {corpus_manifest.counts['tokens']:,} tokens, "
+        f"vocab {corpus_manifest.vocab:,}"
     )
-    for name, split in (("train", corpus.train), ("validation", corpus.validation)):
+    for name, split in (("train", corpus_manifest.train), ("validation", corpus_manifest.validation)):
         print(f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards):,} shards")
-    for name in stages.LEFT_OUT:
-        if corpus.counts.get(name):
-            print(f"  {name.replace('_', ' ')} left out: {corpus.counts[name]:,}")
-    for group, counts in corpus.groups.items():
+    for name in stages.DROPPED_COUNT_NAMES:
+        if corpus_manifest.counts.get(name):
+            print(f"  {name.replace('_', ' ')} left out: {corpus_manifest.counts[name]:,}")
+    for group, counts in corpus_manifest.groups.items():
         print(f"  {group or '(none)'}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
-    if [*corpus.groups] == [encode.NO_GROUP]:
-        print(f"  no document has the field {corpus.settings['group_field']}, which --group-field names")
-    print(f"  unigram entropy of the training tokens: {corpus.unigram_entropy_nats:.4f} nats")
-    if corpus.settings["held_out"] and not corpus.validation.tokens:
+    if [*corpus_manifest.groups] == [encode.NO_GROUP]:
+        print(f"  no document has the field {corpus_manifest.settings['group_field']}, which --group-field names")
+    print(f"  unigram entropy of the training tokens: {corpus_manifest.unigram_entropy_nats:.4f} nats")
+    if corpus_manifest.settings["held_out"] and not corpus_manifest.validation.tokens:
         print("  no document was held out; a larger --held-out gives validation tokens")

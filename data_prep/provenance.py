@@ -15,20 +15,20 @@ from typing import Any
 from tandem.trainer.config import UserError
 from tandem.trainer.data import remote_files
 
-Entry = Sequence[Any]
+InputEntry = Sequence[Any]
 """Name, bytes, version, hashes of the parts."""
 
 
-def dump(files: Sequence[Entry]) -> str:
+def dump(files: Sequence[InputEntry]) -> str:
     """The text of inputs.json."""
     return json.dumps({"sha256": _hash(files), "files": files}) + "\n"
 
 
-def load(path: str | Path) -> list[Entry]:
+def load(path: str | Path) -> list[InputEntry]:
     """The files, as they were written.  Raises: UserError where a byte is not."""
     try:
-        text = remote_files.content(path).decode()
-        files: list[Entry] = json.loads(text)["files"]
+        text = remote_files.read_bytes(path).decode()
+        files: list[InputEntry] = json.loads(text)["files"]
         if dump(files) == text:
             return files
         reason = "content does not match its hash"
@@ -39,7 +39,7 @@ def load(path: str | Path) -> list[Entry]:
     raise UserError(f"{path}: is missing or damaged ({reason}); restore it or prepare the corpus again")
 
 
-def identity(files: Sequence[Entry]) -> dict[str, Any]:
+def summarize(files: Sequence[InputEntry]) -> dict[str, Any]:
     """What the manifest says of the files."""
     content = [[name, size, hashes] for name, size, _, hashes in files]
     return {"num_input_files": len(files), "inputs_sha256": _hash(content)}

@@ -1,6 +1,6 @@
 """What a preparation was asked for: everything the bytes of its result depend on, and nothing else.
 
-`Settings` is what a corpus says it was made with, what a second run over the same folder must agree with, and what
+`PrepareSettings` is what a corpus says it was made with, what a second run over the same folder must agree with, and what
 travels to every worker on every machine.
 """
 
@@ -10,18 +10,18 @@ import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tandem.data_prep.clean import Rules
+from tandem.data_prep.clean import CleaningRules
 
 
 @dataclass(frozen=True)
-class Settings:
+class PrepareSettings:
     text_field: str
     group_field: str | None
     """Field whose values are counted apart, dotted: meta.redpajama_set_name."""
     where: tuple[str, str] | None
     """Field and value of the documents to keep; None keeps all."""
     skip_undecodable: bool
-    cleaning: Rules
+    cleaning: CleaningRules
     deduplicate: bool
     """Whether one of documents that are nearly the same is kept."""
     tokenizer: str
@@ -33,12 +33,14 @@ class Settings:
     sample_tokens: int
     shard_tokens: int
 
-    def identity(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The settings as values that JSON gives back unchanged."""
         values = asdict(self)
         rules = self.cleaning
-        contaminants = hashlib.sha256(b"".join(sorted(rules.contaminants))).hexdigest() if rules.contaminants else None
+        contaminants = (
+            hashlib.sha256(b"".join(sorted(rules.contaminant_keys))).hexdigest() if rules.contaminant_keys else None
+        )
         return values | {
             "where": self.where and "=".join(self.where),
-            "cleaning": {"nfc": rules.nfc, "shortest": rules.shortest, "contaminants_sha256": contaminants},
+            "cleaning": {"nfc": rules.nfc, "min_characters": rules.min_characters, "contaminants_sha256": contaminants},
         }

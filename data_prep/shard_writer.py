@@ -17,36 +17,36 @@ from typing import BinaryIO
 import numpy as np
 from xxhash import xxh3_128
 
-from tandem.trainer.data.manifest import Shard, Split
-from tandem.trainer.disk import whole_file
+from tandem.trainer.data.manifest import CorpusSplit, Shard
+from tandem.trainer.disk import atomic_file
 
 
-class _Hashed:
+class _HashingFile:
     """A file being written from its beginning, and the hashes of what was."""
 
     def __init__(self, file: BinaryIO):
-        self._file, self.hashes, self.bytes = file, (hashlib.sha256(), xxh3_128()), 0
+        self._file, self.hashes, self.size_bytes = file, (hashlib.sha256(), xxh3_128()), 0
 
     def write(self, data: bytes | memoryview) -> None:
         for one in self.hashes:
             one.update(data)
-        self.bytes += memoryview(data).nbytes
+        self.size_bytes += memoryview(data).nbytes
         self._file.write(data)
 
     def pad(self, block_bytes: int) -> None:
         """Zeros up to a multiple of a block."""
-        self.write(bytes(-self.bytes % block_bytes))
+        self.write(bytes(-self.size_bytes % block_bytes))
 
 
-def write_shard(folder: Path, stem: str, tokens: np.ndarray, documents: int, sample_tokens: int) -> Shard:
+def write_shard(folder: Path, file_stem: str, tokens: np.ndarray, num_documents: int, sample_tokens: int) -> Shard:
     """The shard of these tokens, whole documents, is in the folder."""
     extension = f"u{tokens.itemsize * 8}"
-    path = folder / f"{stem}.tar"
-    with whole_file(path) as file:
-        hashed = _Hashed(file)
-        for number, first in enumerate(range(0, len(tokens), sample_tokens)):
+    path = folder / f"{file_stem}.tar"
+    with atomic_file(path) as file:
+        hashed = _HashingFile(file)
+        for sample_index, first in enumerate(range(0, len(tokens), sample_tokens)):
             sample = tokens[first : first + sample_tokens].astype(tokens.dtype.newbyteorder("<"), copy=False)
-            member = tarfile.TarInfo(f"{stem}-{number:06d}.{extension}")
+            member = tarfile.TarInfo(f"{file_stem}-{sample_index:06d}.{extension}")
             member.size, member.mode = sample.nbytes, 0o444
             hashed.write(member.tobuf(tarfile.USTAR_FORMAT))
             hashed.write(sample.data)
@@ -54,28 +54,28 @@ def write_shard(folder: Path, stem: str, tokens: np.ndarray, documents: int, sam
         hashed.write(bytes(2 * tarfile.BLOCKSIZE))  # how a tar ends
         hashed.pad(tarfile.RECORDSIZE)
     hashes = (one.hexdigest() for one in hashed.hashes)
-    return Shard(path.name, hashed.bytes, len(tokens), documents, *hashes)
+    return Shard(path.name, hashed.size_bytes, len(tokens), num_documents, *hashes)
 
 
 def write_split(
     folder: Path, split: str, documents: Iterable[np.ndarray], *, sample_tokens: int, shard_tokens: int
-) -> Split:
+) -> CorpusSplit:
     """The documents in shards of at least `shard_tokens` (but the last), in their order."""
     shards: list[Shard] = []
-    held: list[np.ndarray] = []
-    held_tokens = 0
+    pending: list[np.ndarray] = []
+    pending_tokens = 0
 
-    def close() -> None:
+    def close_shard() -> None:
         stem = f"{split}-{len(shards):06d}"
-        shards.append(write_shard(folder, stem, np.concatenate(held), len(held), sample_tokens))
-        held.clear()
+        shards.append(write_shard(folder, stem, np.concatenate(pending), len(pending), sample_tokens))
+        pending.clear()
 
     for document in documents:
-        held.append(document)
-        held_tokens += len(document)
-        if held_tokens >= shard_tokens:
-            close()
-            held_tokens = 0
-    if held:
-        close()
-    return Split(sum(shard.tokens for shard in shards), sum(shard.documents for shard in shards), shards)
+        pending.append(document)
+        pending_tokens += len(document)
+        if pending_tokens >= shard_tokens:
+            close_shard()
+            pending_tokens = 0
+    if pending:
+        close_shard()
+    return CorpusSplit(sum(shard.tokens for shard in shards), sum(shard.documents for shard in shards), shards)

@@ -17,131 +17,135 @@ from tandem.data_prep import spill
 from tandem.data_prep.shard_writer import write_shard
 from tandem.data_prep.spill import SPLITS, Spill
 from tandem.trainer.data.manifest import Shard
-from tandem.trainer.disk import whole_file, write_whole
+from tandem.trainer.disk import atomic_file, atomic_write
 
 BINS_PER_SHARD = 256
 """A shard is larger than it must be by a bin at most."""
-SMALLEST_BINS, LARGEST_BINS = 1 << 12, 1 << 24
-Dropped = Callable[[Spill], np.ndarray | None]
+MIN_NUM_BINS, MAX_NUM_BINS = 1 << 12, 1 << 24
+LoadDropMask = Callable[[Spill], np.ndarray | None]
 """Of a spill: which of its documents, in the order read, are left out after all; None for none of them."""
-COUNT_TOKENS = 1 << 20
+COUNT_CHUNK_TOKENS = 1 << 20
 """Ids counted at a time: numpy widens them to 64 bits for it."""
 
 
 @dataclass(frozen=True)
-class Range:
-    """Documents of one shard: those of the split with ranks from `first` to `last`."""
+class ShardKeyRange:
+    """Documents of one shard: those of the split with ranks from `first_key` to `last_key`."""
 
     split: str
-    number: int
-    first: int
-    last: int
+    shard_index: int
+    first_key: int
+    last_key: int
 
     @property
-    def stem(self) -> str:
-        return f"{self.split}-{self.number:06d}"
+    def file_stem(self) -> str:
+        return f"{self.split}-{self.shard_index:06d}"
 
 
-def ranges(spills: list[Spill], dropped: Dropped, shard_tokens: int) -> list[Range]:
+def plan_shard_key_ranges(spills: list[Spill], load_drop_mask: LoadDropMask, shard_tokens: int) -> list[ShardKeyRange]:
     """The ranges of all shards; every one holds a document.
 
     Note: the result depends on the documents and `shard_tokens`, not on how documents are spread over spills.
     """
-    found: list[Range] = []
+    found: list[ShardKeyRange] = []
     for split in SPLITS:
-        total = sum(int(lengths.sum()) for _, lengths in _kept(spills, split, dropped))
-        bins = min(max(SMALLEST_BINS, BINS_PER_SHARD * (total // shard_tokens + 1)), LARGEST_BINS)
+        total = sum(int(lengths.sum()) for _, lengths in _kept_keys_and_lengths(spills, split, load_drop_mask))
+        bins = min(max(MIN_NUM_BINS, BINS_PER_SHARD * (total // shard_tokens + 1)), MAX_NUM_BINS)
         shift = np.uint64(64 - (bins - 1).bit_length())
-        tokens = np.zeros(1 << (64 - int(shift)), np.int64)
-        for ranks, lengths in _kept(spills, split, dropped):
-            np.add.at(tokens, (ranks >> shift).astype(np.int64), lengths)
-        found += _cut(split, tokens, int(shift), shard_tokens)
+        bin_tokens = np.zeros(1 << (64 - int(shift)), np.int64)
+        for ranks, lengths in _kept_keys_and_lengths(spills, split, load_drop_mask):
+            np.add.at(bin_tokens, (ranks >> shift).astype(np.int64), lengths)
+        found += _cut_ranges(split, bin_tokens, int(shift), shard_tokens)
     return found
 
 
-def _kept(spills: list[Spill], split: str, dropped: Dropped) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _kept_keys_and_lengths(
+    spills: list[Spill], split: str, load_drop_mask: LoadDropMask
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Ranks and lengths of the documents of each spill."""
-    for one in spills:
-        entries, start = one.documents(split, 0, 2**64 - 1)
-        keep = _keep(one, entries, dropped)
-        yield entries["rank"][keep], spill.lengths(entries, start)[keep]
+    for source_spill in spills:
+        entries, start = source_spill.select_entries(split, 0, 2**64 - 1)
+        keep = _keep_mask(source_spill, entries, load_drop_mask)
+        yield entries["shuffle_key"][keep], spill.document_lengths(entries, start)[keep]
 
 
-def _keep(one: Spill, entries: np.ndarray, dropped: Dropped) -> np.ndarray | slice:
-    mask = dropped(one)
+def _keep_mask(source_spill: Spill, entries: np.ndarray, load_drop_mask: LoadDropMask) -> np.ndarray | slice:
+    mask = load_drop_mask(source_spill)
     return slice(None) if mask is None else ~mask[entries["document"]]
 
 
-def _cut(split: str, tokens: np.ndarray, shift: int, shard_tokens: int) -> Iterator[Range]:
-    number, first, held = 0, 0, 0
-    last_filled = int(np.flatnonzero(tokens)[-1]) if tokens.any() else -1
-    for bin_index in np.flatnonzero(tokens).tolist():
-        held += int(tokens[bin_index])
-        if held >= shard_tokens or bin_index == last_filled:
+def _cut_ranges(split: str, bin_tokens: np.ndarray, shift: int, shard_tokens: int) -> Iterator[ShardKeyRange]:
+    shard_index, first_key, range_tokens = 0, 0, 0
+    last_filled = int(np.flatnonzero(bin_tokens)[-1]) if bin_tokens.any() else -1
+    for bin_index in np.flatnonzero(bin_tokens).tolist():
+        range_tokens += int(bin_tokens[bin_index])
+        if range_tokens >= shard_tokens or bin_index == last_filled:
             end = ((bin_index + 1) << shift) - 1
-            yield Range(split, number, first, end)
-            number, first, held = number + 1, end + 1, 0
+            yield ShardKeyRange(split, shard_index, first_key, end)
+            shard_index, first_key, range_tokens = shard_index + 1, end + 1, 0
 
 
-def shard_record_path(work: Path, stem: str) -> Path:
+def shard_record_path(work_folder: Path, file_stem: str) -> Path:
     """The file whose presence says that the shard is finished."""
-    return work / f"{stem}.json"
+    return work_folder / f"{file_stem}.json"
 
 
-def occurrences_path(work: Path, stem: str) -> Path:
+def token_counts_path(work_folder: Path, file_stem: str) -> Path:
     """How often each id occurs in the shard."""
-    return work / f"{stem}.occurrences.npy"
+    return work_folder / f"{file_stem}.occurrences.npy"
 
 
-def gather(
+def gather_shard(
     output: Path,
-    work: Path,
+    work_folder: Path,
     spills: list[Spill],
-    dropped: Dropped,
-    span: Range,
+    load_drop_mask: LoadDropMask,
+    shard_range: ShardKeyRange,
     *,
     dtype: str,
-    vocab: int,
+    vocab_size: int,
     sample_tokens: int,
 ) -> None:
-    """The shard lies in `output`, its record and its count of ids in `work`."""
+    """The shard lies in `output`, its record and its count of ids in `work_folder`."""
     documents: list[np.ndarray] = []
-    ranks: list[np.ndarray] = []
+    shuffle_keys: list[np.ndarray] = []
     groups: dict[str, list[int]] = {}
     for one in spills:
-        entries, start = one.documents(span.split, span.first, span.last)
+        entries, start = one.select_entries(shard_range.split, shard_range.first_key, shard_range.last_key)
         if not len(entries):
             continue
-        lengths = spill.lengths(entries, start)
-        tokens = one.tokens(start, int(lengths.sum()), dtype)
-        keep, ends = _keep(one, entries, dropped), np.cumsum(lengths)
-        ranks.append(entries["rank"][keep])
+        lengths = spill.document_lengths(entries, start)
+        tokens = one.read_tokens(start, int(lengths.sum()), dtype)
+        keep, ends = _keep_mask(one, entries, load_drop_mask), np.cumsum(lengths)
+        shuffle_keys.append(entries["shuffle_key"][keep])
         documents += [tokens[end - length : end] for end, length in zip(ends[keep], lengths[keep], strict=True)]
-        _count_groups(groups, spill.groups(one.work, one.unit), entries["group"][keep], lengths[keep])
+        _count_groups(groups, spill.group_names(one.work_folder, one.unit_name), entries["group"][keep], lengths[keep])
     # Equal ranks stay in the order of the inputs, which is that of the spills.
-    order = np.argsort(np.concatenate(ranks), kind="stable")
+    order = np.argsort(np.concatenate(shuffle_keys), kind="stable")
     tokens = np.concatenate([documents[document] for document in order])
-    shard = write_shard(output, span.stem, tokens, len(documents), sample_tokens)
-    with whole_file(occurrences_path(work, span.stem)) as file:
-        np.save(file, _occurrences(tokens, vocab))
-    write_whole(shard_record_path(work, span.stem), json.dumps({"shard": asdict(shard), "groups": groups}))
+    shard = write_shard(output, shard_range.file_stem, tokens, len(documents), sample_tokens)
+    with atomic_file(token_counts_path(work_folder, shard_range.file_stem)) as file:
+        np.save(file, _count_tokens(tokens, vocab_size))
+    atomic_write(
+        shard_record_path(work_folder, shard_range.file_stem), json.dumps({"shard": asdict(shard), "groups": groups})
+    )
 
 
 def _count_groups(counts: dict[str, list[int]], names: list[str], groups: np.ndarray, lengths: np.ndarray) -> None:
     for group in np.unique(groups):
-        inside, name = groups == group, names[group]
+        is_in_group, name = groups == group, names[group]
         documents, tokens = counts.get(name, (0, 0))
-        counts[name] = [documents + int(inside.sum()), tokens + int(lengths[inside].sum())]
+        counts[name] = [documents + int(is_in_group.sum()), tokens + int(lengths[is_in_group].sum())]
 
 
-def _occurrences(tokens: np.ndarray, vocab: int) -> np.ndarray:
-    counts = np.zeros(vocab, np.int64)
-    for first in range(0, len(tokens), COUNT_TOKENS):
-        counts += np.bincount(tokens[first : first + COUNT_TOKENS], minlength=vocab)
+def _count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    counts = np.zeros(vocab_size, np.int64)
+    for first in range(0, len(tokens), COUNT_CHUNK_TOKENS):
+        counts += np.bincount(tokens[first : first + COUNT_CHUNK_TOKENS], minlength=vocab_size)
     return counts
 
 
-def written(work: Path, stem: str) -> tuple[Shard, dict[str, list[int]]]:
+def load_shard_record(work_folder: Path, file_stem: str) -> tuple[Shard, dict[str, list[int]]]:
     """What the manifest says of a finished shard, and documents and tokens of each group in it."""
-    record = json.loads(shard_record_path(work, stem).read_text(encoding="utf-8"))
+    record = json.loads(shard_record_path(work_folder, file_stem).read_text(encoding="utf-8"))
     return Shard(**record["shard"]), record["groups"]

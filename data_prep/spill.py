@@ -1,7 +1,7 @@
 """Spills: the unfinished work of a preparation, from which the shards of the global shuffle are gathered.
 
 A spill holds documents of one unit as two files: their ids one after the other, and an index of one entry a document.
-Documents lie in the order of their *rank*, a random 64-bit number that belongs to each document, the training documents
+Documents lie in the order of their *shuffle key*, a random 64-bit number that belongs to each document, the training documents
 before the held-out ones. So a shard, which is a range of ranks, is one contiguous piece of every spill: as many reads as
 there are spills, whatever the number of documents.
 """
@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from tandem.trainer.disk import whole_file
+from tandem.trainer.disk import atomic_file
 
-ENTRY = np.dtype(
-    [("rank", "<u8"), ("end", "<u8"), ("document", "<u4"), ("group", "<u2"), ("held_out", "?")], align=True
+ENTRY_DTYPE = np.dtype(
+    [("shuffle_key", "<u8"), ("end", "<u8"), ("document", "<u4"), ("group", "<u2"), ("held_out", "?")], align=True
 )
 """Of a document: its rank, where its ids end in the spill, its number in the spill as read, its group in the unit's record.
 Aligned, or else a search in one field first copies that field of every document.
 """
-MOST_GROUPS = 1 << 16
+MAX_GROUPS = 1 << 16
 """In a unit: what the field `group` can tell apart."""
 SPLITS = ("train", "validation")
 
@@ -33,76 +33,76 @@ SPLITS = ("train", "validation")
 class Spill:
     """One of them, by the folder of unfinished work, its unit and its number there."""
 
-    work: Path
-    unit: str
-    number: int
+    work_folder: Path
+    unit_name: str
+    spill_index: int
 
     @property
     def tokens_path(self) -> Path:
-        return self.work / f"{self.unit}-{self.number:03d}.tokens"
+        return self.work_folder / f"{self.unit_name}-{self.spill_index:03d}.tokens"
 
     @property
     def index_path(self) -> Path:
-        return self.work / f"{self.unit}-{self.number:03d}.npy"
+        return self.work_folder / f"{self.unit_name}-{self.spill_index:03d}.npy"
 
     def write(self, tokens: list[np.ndarray], lengths: np.ndarray, entries: np.ndarray) -> None:
         """Both files are on disk. `tokens` are the documents in the order read, `entries` theirs but for `end`."""
-        order = np.lexsort((entries["rank"], entries["held_out"]))
+        order = np.lexsort((entries["shuffle_key"], entries["held_out"]))
         flat_ends = np.cumsum(lengths)
         batch_ends = np.cumsum([len(batch) for batch in tokens])
         batches = np.searchsorted(batch_ends, flat_ends)
         inner_ends = flat_ends - np.concatenate([[0], batch_ends])[batches]
-        with whole_file(self.tokens_path) as file:
+        with atomic_file(self.tokens_path) as file:
             for document in order:
                 end = inner_ends[document]
                 file.write(tokens[batches[document]][end - lengths[document] : end].data)
         entries = entries[order]
         entries["end"] = np.cumsum(lengths[order])
-        with whole_file(self.index_path) as file:
+        with atomic_file(self.index_path) as file:
             np.save(file, entries)
 
-    def documents(self, split: str, first: int, last: int) -> tuple[np.ndarray, int]:
+    def select_entries(self, split: str, first_key: int, last_key: int) -> tuple[np.ndarray, int]:
         """Entries of the split's documents with ranks in [first, last], and where in the spill the first of them begins."""
-        every = np.load(self.index_path, mmap_mode="r")
-        border = int(np.searchsorted(every["held_out"], True))
-        low, high = (0, border) if split == "train" else (border, len(every))
-        ranks = every["rank"][low:high]
-        start = low + int(np.searchsorted(ranks, np.uint64(first), "left"))
-        stop = low + int(np.searchsorted(ranks, np.uint64(last), "right"))
+        all_entries = np.load(self.index_path, mmap_mode="r")
+        num_training = int(np.searchsorted(all_entries["held_out"], True))
+        low, high = (0, num_training) if split == "train" else (num_training, len(all_entries))
+        shuffle_keys = all_entries["shuffle_key"][low:high]
+        start = low + int(np.searchsorted(shuffle_keys, np.uint64(first_key), "left"))
+        stop = low + int(np.searchsorted(shuffle_keys, np.uint64(last_key), "right"))
         # A copy: a map would keep its file open, and there may be more spills than files a process may have open.
-        return np.array(every[start:stop]), int(every["end"][start - 1]) if start else 0
+        return np.array(all_entries[start:stop]), int(all_entries["end"][start - 1]) if start else 0
 
-    def tokens(self, start: int, count: int, dtype: str) -> np.ndarray:
-        """`count` ids from `start` on."""
-        tokens = np.fromfile(self.tokens_path, dtype, count, offset=start * np.dtype(dtype).itemsize)
-        if len(tokens) != count:
+    def read_tokens(self, start: int, num_tokens: int, dtype: str) -> np.ndarray:
+        """`num_tokens` ids from `start` on."""
+        tokens = np.fromfile(self.tokens_path, dtype, num_tokens, offset=start * np.dtype(dtype).itemsize)
+        if len(tokens) != num_tokens:
             raise OSError(f"{self.tokens_path} is shorter than its index says")
         return tokens
 
 
-def lengths(entries: np.ndarray, start: int) -> np.ndarray:
+def document_lengths(entries: np.ndarray, start: int) -> np.ndarray:
     """How many ids each of neighbouring documents has, the first of which begins at `start`."""
     return np.diff(entries["end"].astype(np.int64), prepend=start)
 
 
-def record_path(work: Path, unit: str) -> Path:
+def record_path(work_folder: Path, unit_name: str) -> Path:
     """The file whose presence says that the unit is finished."""
-    return work / f"{unit}.json"
+    return work_folder / f"{unit_name}.json"
 
 
 @lru_cache(maxsize=1 << 16)
-def groups(work: Path, unit: str) -> list[str]:
+def group_names(work_folder: Path, unit_name: str) -> list[str]:
     """The names of the groups of a finished unit."""
-    names: list[str] = record(work, unit)["groups"]
+    names: list[str] = load_record(work_folder, unit_name)["groups"]
     return names
 
 
-def record(work: Path, unit: str) -> dict[str, Any]:
+def load_record(work_folder: Path, unit_name: str) -> dict[str, Any]:
     """What a finished unit counted."""
-    found: dict[str, Any] = json.loads(record_path(work, unit).read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(record_path(work_folder, unit_name).read_text(encoding="utf-8"))
     return found
 
 
-def spills(work: Path, unit: str) -> list[Spill]:
+def unit_spills(work_folder: Path, unit_name: str) -> list[Spill]:
     """Those of a finished unit."""
-    return [Spill(work, unit, number) for number in range(record(work, unit)["spills"])]
+    return [Spill(work_folder, unit_name, number) for number in range(load_record(work_folder, unit_name)["spills"])]

@@ -20,31 +20,31 @@ from typing import Any
 import numpy as np
 
 from tandem.data_prep import clean, duplicates, encode, output_folder, readers, shuffle, spill, work_units
-from tandem.data_prep.executor import Advance, Do
-from tandem.data_prep.input_files import Input, Part
-from tandem.data_prep.settings import Settings
-from tandem.data_prep.shuffle import Dropped, Range
+from tandem.data_prep.executor import ItemFunction, ProgressCallback
+from tandem.data_prep.input_files import FilePart, InputFile
+from tandem.data_prep.settings import PrepareSettings
+from tandem.data_prep.shuffle import LoadDropMask, ShardKeyRange
 from tandem.data_prep.spill import Spill
 from tandem.data_prep.tokenizers import build, encoding
-from tandem.data_prep.tokenizers.encoding import Encoder
-from tandem.data_prep.work_units import Unit
+from tandem.data_prep.tokenizers.encoding import EncoderSpec
+from tandem.data_prep.work_units import WorkUnit
 from tandem.trainer.data import manifest
-from tandem.trainer.data.manifest import Manifest, Shard, Split
-from tandem.trainer.disk import write_whole
+from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit, Shard
+from tandem.trainer.disk import atomic_write
 
-SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 200, 1 << 20
+CHECK_SAMPLE_DOCUMENTS, CHECK_SAMPLE_CHARACTERS = 200, 1 << 20
 """On how much an encoding library is checked against the reference before it is used."""
-TRAINING_BYTES = 1 << 30
+TOKENIZER_TRAINING_BYTES = 1 << 30
 """Text that a tokenizer is trained on, about, where there is more."""
-LEFT_OUT = (
-    "empty_documents", "other_documents", "skipped_files",
+DROPPED_COUNT_NAMES = (
+    "empty_documents", "filtered_documents", "undecodable_files",
     "short_documents", "contaminated_documents", "duplicate_documents",
 )  # fmt: skip
 
-Shown = Callable[[str, int], Advance]
+StartProgress = Callable[[str, int], ProgressCallback]
 """Shows a bar with this name and total; what it returns moves it."""
-Run = Callable[..., None]
-"""`executor.run` or another that does the same: run(start, items, advance=...)."""
+RunItems = Callable[..., None]
+"""`executor.run` or another that does the same: run(make_item_function, items, advance=...)."""
 
 
 @dataclass(frozen=True)
@@ -52,90 +52,108 @@ class Preparation:
     """What every worker is told."""
 
     output: Path
-    settings: Settings
-    units: list[Unit]
-    encoder: Encoder
+    settings: PrepareSettings
+    units: list[WorkUnit]
+    encoder_spec: EncoderSpec
     tokenizer_json: str
 
     @property
-    def work(self) -> Path:
-        return self.output / output_folder.WORK
+    def work_folder(self) -> Path:
+        return self.output / output_folder.WORK_FOLDER
 
     @property
-    def whole(self) -> Path:
+    def corpus_work_folder(self) -> Path:
         """What concerns all units together: duplicates, ranges of shards, records of finished shards."""
         names = hashlib.sha256("".join(unit.name for unit in self.units).encode()).hexdigest()
-        return self.work / f"whole-{names[:24]}"
+        return self.work_folder / f"whole-{names[:24]}"
 
 
-def begin(
-    output: Path, settings: Settings, inputs: list[Input], given: str | None, *,
-    vocab: int, library: str, shown: Shown,
+def create_preparation(
+    output: Path, settings: PrepareSettings, inputs: list[InputFile], tokenizer_json: str | None, *,
+    vocab_size: int, tokenizer_library: str, start_progress: StartProgress,
 ) -> Preparation:  # fmt: skip
     """The tokenizer is known, and with it the units of the corpus.
 
     Raises: UserError where the inputs cannot be read or hold no text.
     """
-    work = output / output_folder.WORK
-    work.mkdir(exist_ok=True)
-    text = given if given is not None else _trained(work, settings, inputs, vocab, shown)
-    where = "--tokenizer" if given is not None else "--eos"
-    encoder = encoding.encoder(text, settings.eos, where, library=library, sample=_sample(settings, inputs))
-    identity = settings.identity() | {"tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    preparation = Preparation(output, settings, work_units.units(inputs, identity), encoder, text)
-    for other in set(work.glob("whole-*")) - {preparation.whole}:
+    work_folder = output / output_folder.WORK_FOLDER
+    work_folder.mkdir(exist_ok=True)
+    text = (
+        tokenizer_json
+        if tokenizer_json is not None
+        else _train_tokenizer(work_folder, settings, inputs, vocab_size, start_progress)
+    )
+    error_prefix = "--tokenizer" if tokenizer_json is not None else "--eos"
+    encoder = encoding.select_encoder(
+        text, settings.eos, error_prefix, library=tokenizer_library, sample_texts=_sample_texts(settings, inputs)
+    )
+    settings_dict = settings.to_dict() | {"tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    preparation = Preparation(output, settings, work_units.plan_units(inputs, settings_dict), encoder, text)
+    for other in set(work_folder.glob("whole-*")) - {preparation.corpus_work_folder}:
         shutil.rmtree(other)  # of other inputs: their shards in the output are about to be written over
-    preparation.whole.mkdir(exist_ok=True)
+    preparation.corpus_work_folder.mkdir(exist_ok=True)
     return preparation
 
 
-def _sample(settings: Settings, inputs: list[Input]) -> list[str]:
+def _sample_texts(settings: PrepareSettings, inputs: list[InputFile]) -> list[str]:
     """The first texts there are, whatever becomes of them."""
     texts: list[str] = []
     for file in inputs:
-        with suppress(readers.Undecodable):  # said, or counted, when it is encoded
-            for document in readers.documents(Part(file, 0, 1), settings.text_field, [], lambda count: None):
+        with suppress(readers.UndecodableText):  # said, or counted, when it is encoded
+            for document in readers.read_documents(FilePart(file, 0, 1), settings.text_field, [], lambda count: None):
                 texts.append(document.text)
-                if len(texts) >= SAMPLE_DOCUMENTS or sum(map(len, texts)) >= SAMPLE_CHARACTERS:
+                if len(texts) >= CHECK_SAMPLE_DOCUMENTS or sum(map(len, texts)) >= CHECK_SAMPLE_CHARACTERS:
                     return texts
     return texts
 
 
-def _trained(work: Path, settings: Settings, inputs: list[Input], vocab: int, shown: Shown) -> str:
-    """tokenizer.json of a BPE trained on text that is not held out, TRAINING_BYTES of it where there is more; kept in the
-    folder of unfinished work.
+def _train_tokenizer(
+    work_folder: Path,
+    settings: PrepareSettings,
+    inputs: list[InputFile],
+    vocab_size: int,
+    start_progress: StartProgress,
+) -> str:
+    """tokenizer.json of a BPE trained on text that is not held out, TOKENIZER_TRAINING_BYTES of it where there is more; kept
+    in the folder of unfinished work.
     """
-    path = tokenizer_path(work, inputs)
+    path = trained_tokenizer_path(work_folder, inputs)
     if not path.exists():
-        advance = shown("training the tokenizer", sum(file.bytes for file in inputs))
-        share = min(1.0, TRAINING_BYTES / max(1, sum(file.text_bytes for file in inputs)))
-        texts = (text for text in _texts(settings, inputs, share, advance) if clean.draw(text) >= settings.held_out)
-        write_whole(path, build.train(texts, vocab, settings.eos))
+        advance = start_progress("training the tokenizer", sum(file.size_bytes for file in inputs))
+        share = min(1.0, TOKENIZER_TRAINING_BYTES / max(1, sum(file.estimated_text_bytes for file in inputs)))
+        texts = (
+            text
+            for text in _training_texts(settings, inputs, share, advance)
+            if clean.uniform_hash(text) >= settings.held_out
+        )
+        atomic_write(path, build.train_bpe(texts, vocab_size, settings.eos))
     return path.read_text(encoding="utf-8")
 
 
-def tokenizer_path(work: Path, inputs: list[Input]) -> Path:
+def trained_tokenizer_path(work_folder: Path, inputs: list[InputFile]) -> Path:
     """Where the tokenizer trained on these inputs is kept."""
-    versions = json.dumps([[file.name, file.bytes, file.version] for file in inputs])
-    return work / f"tokenizer-{hashlib.sha256(versions.encode()).hexdigest()[:24]}.json"
+    versions = json.dumps([[file.name, file.size_bytes, file.version] for file in inputs])
+    return work_folder / f"tokenizer-{hashlib.sha256(versions.encode()).hexdigest()[:24]}.json"
 
 
-def _texts(settings: Settings, inputs: list[Input], share: float, advance: Advance) -> Iterator[str]:
+def _training_texts(
+    settings: PrepareSettings, inputs: list[InputFile], share: float, advance: ProgressCallback
+) -> Iterator[str]:
     """The documents as they will be encoded, in order: this share of all text, from the beginnings of files all over it."""
-    wanted = taken = 0.0
+    target_bytes = read_characters = 0.0
     for file in inputs:
-        wanted += share * file.text_bytes
-        unit = Unit("", 0, (Part(file, 0, 1),))
+        target_bytes += share * file.estimated_text_bytes
+        unit = WorkUnit("", 0, (FilePart(file, 0, 1),))
         if share == 1:
-            yield from (document.text for document in encode.documents(settings, unit, Counter(), advance))
+            yield from (document.text for document in encode.documents_to_encode(settings, unit, Counter(), advance))
             continue
-        if taken < wanted:
-            for document in encode.documents(settings, unit, Counter(), lambda count: None):
+        if read_characters < target_bytes:
+            for document in encode.documents_to_encode(settings, unit, Counter(), lambda count: None):
                 yield document.text
-                taken += len(document.text)
-                if taken >= wanted:
+                read_characters += len(document.text)
+                if read_characters >= target_bytes:
                     break
-        advance(file.bytes)
+        advance(file.size_bytes)
 
 
 @dataclass(frozen=True)
@@ -143,179 +161,188 @@ class Stage:
     """Items of work that need all items of the stage before and nothing of each other."""
 
     name: str
-    shown: str
+    progress_title: str
     """What its bar is called."""
     items: Callable[[Preparation], Sequence[Any]]
     """All of them, the same to everybody, in the same order; asked for when the stage before is finished."""
     is_finished: Callable[[Preparation, Any], bool]
-    start: Callable[[Preparation], Do]
-    size: Callable[[Any], int] = lambda item: 1
-    is_single: bool = False
+    make_item_function: Callable[[Preparation], ItemFunction]
+    item_size: Callable[[Any], int] = lambda item: 1
+    has_single_item: bool = False
     """Whether it is one item, whatever the corpus."""
 
-    def left(self, preparation: Preparation) -> list[Any]:
+    def unfinished_items(self, preparation: Preparation) -> list[Any]:
         """The items that nobody has finished."""
         return [item for item in self.items(preparation) if not self.is_finished(preparation, item)]
 
 
-def run(preparation: Preparation, run: Run, shown: Shown) -> Manifest:
+def run(preparation: Preparation, run_items: RunItems, start_progress: StartProgress) -> CorpusManifest:
     """The corpus is finished: its manifest is there, nothing unfinished is."""
-    for stage in stages(preparation.settings):
-        items, left = stage.items(preparation), stage.left(preparation)
-        advance = shown(stage.shown, sum(map(stage.size, items)))
-        advance(sum(map(stage.size, items)) - sum(map(stage.size, left)))
-        run(partial(stage.start, preparation), left, advance=advance)
-    return manifest.load(preparation.output)
+    for stage in active_stages(preparation.settings):
+        items, unfinished = stage.items(preparation), stage.unfinished_items(preparation)
+        advance = start_progress(stage.progress_title, sum(map(stage.item_size, items)))
+        advance(sum(map(stage.item_size, items)) - sum(map(stage.item_size, unfinished)))
+        run_items(partial(stage.make_item_function, preparation), unfinished, advance=advance)
+    return manifest.load_manifest(preparation.output)
 
 
-def stages(settings: Settings) -> list[Stage]:
+def active_stages(settings: PrepareSettings) -> list[Stage]:
     """What turns a preparation into a corpus, in order."""
-    return [stage for stage in STAGES if settings.deduplicate or stage.name != "link"]
+    return [stage for stage in STAGES if settings.deduplicate or stage.name != "find-duplicates"]
 
 
-def _is_encoded(preparation: Preparation, unit: Unit) -> bool:
-    return encode.is_finished(preparation.work, unit)
+def _is_encoded(preparation: Preparation, unit: WorkUnit) -> bool:
+    return encode.is_finished(preparation.work_folder, unit)
 
 
-def _encoding(preparation: Preparation) -> Do:
-    return partial(encode.encode, preparation.settings, preparation.encoder.load(), preparation.work)
+def _make_encode_unit(preparation: Preparation) -> ItemFunction:
+    return partial(encode.encode_unit, preparation.settings, preparation.encoder_spec.load(), preparation.work_folder)
 
 
-def _links(preparation: Preparation) -> list[duplicates.Part]:
-    return duplicates.parts(_bands(preparation)[0], preparation.whole)
+def _band_ranges(preparation: Preparation) -> list[duplicates.BandRange]:
+    return duplicates.plan_band_ranges(_band_and_mask_paths(preparation)[0], preparation.corpus_work_folder)
 
 
-def _linking(preparation: Preparation) -> Do:
-    bands = tuple(_bands(preparation)[0])
+def _make_link_range(preparation: Preparation) -> ItemFunction:
+    bands = tuple(_band_and_mask_paths(preparation)[0])
 
-    def link(part: duplicates.Part, advance: Advance) -> None:
+    def link(part: duplicates.BandRange, advance: ProgressCallback) -> None:
         duplicates.write_links(bands, part)
         advance(1)
 
     return link
 
 
-def _bands(preparation: Preparation) -> tuple[list[Path], list[Path]]:
-    spills = _spills(preparation)
+def _band_and_mask_paths(preparation: Preparation) -> tuple[list[Path], list[Path]]:
+    spills = _all_spills(preparation)
     return [encode.bands_path(one) for one in spills], [_mask_path(preparation, one) for one in spills]
 
 
-def _mask_path(preparation: Preparation, of: Spill) -> Path:
-    return preparation.whole / f"{of.index_path.stem}.dropped.npy"
+def _mask_path(preparation: Preparation, source_spill: Spill) -> Path:
+    return preparation.corpus_work_folder / f"{source_spill.index_path.stem}.dropped.npy"
 
 
-def _arranging(preparation: Preparation) -> Do:
+def _make_plan_shards(preparation: Preparation) -> ItemFunction:
     """Masks of the documents to leave out, of every spill; and the ranges of the shards."""
 
-    def arrange(path: Path, advance: Advance) -> None:
+    def arrange(path: Path, advance: ProgressCallback) -> None:
         if preparation.settings.deduplicate:
-            duplicates.write_masks(*_bands(preparation), _links(preparation))
-        found = shuffle.ranges(_spills(preparation), _dropped(preparation), preparation.settings.shard_tokens)
+            duplicates.write_masks(*_band_and_mask_paths(preparation), _band_ranges(preparation))
+        found = shuffle.plan_shard_key_ranges(
+            _all_spills(preparation), _drop_mask_loader(preparation), preparation.settings.shard_tokens
+        )
         if not any(span.split == "train" for span in found):
-            _refuse_without_training_documents(preparation)
-        write_whole(path, json.dumps([[span.split, span.number, span.first, span.last] for span in found]))
+            _raise_no_training_documents(preparation)
+        atomic_write(
+            path, json.dumps([[span.split, span.shard_index, span.first_key, span.last_key] for span in found])
+        )
         advance(1)
 
     return arrange
 
 
-def _ranges_path(preparation: Preparation) -> Path:
-    return preparation.whole / "ranges.json"
+def _shard_ranges_path(preparation: Preparation) -> Path:
+    return preparation.corpus_work_folder / "ranges.json"
 
 
-def _ranges(preparation: Preparation) -> list[Range]:
-    return [Range(*span) for span in json.loads(_ranges_path(preparation).read_text(encoding="utf-8"))]
+def _load_shard_key_ranges(preparation: Preparation) -> list[ShardKeyRange]:
+    return [ShardKeyRange(*span) for span in json.loads(_shard_ranges_path(preparation).read_text(encoding="utf-8"))]
 
 
-def _is_gathered(preparation: Preparation, span: Range) -> bool:
-    return shuffle.shard_record_path(preparation.whole, span.stem).exists()
+def _is_gathered(preparation: Preparation, shard_range: ShardKeyRange) -> bool:
+    return shuffle.shard_record_path(preparation.corpus_work_folder, shard_range.file_stem).exists()
 
 
-def _gathering(preparation: Preparation) -> Do:
-    dropped = _dropped(preparation)
-    spills, vocab = _spills(preparation), preparation.encoder.vocab
+def _make_gather_shard(preparation: Preparation) -> ItemFunction:
+    load_drop_mask = _drop_mask_loader(preparation)
+    spills, vocab_size = _all_spills(preparation), preparation.encoder_spec.vocab_size
 
-    def gather(span: Range, advance: Advance) -> None:
-        shuffle.gather(
-            preparation.output, preparation.whole, spills, dropped, span,
-            dtype=manifest.dtype_of(vocab), vocab=vocab, sample_tokens=preparation.settings.sample_tokens,
+    def gather(span: ShardKeyRange, advance: ProgressCallback) -> None:
+        shuffle.gather_shard(
+            preparation.output, preparation.corpus_work_folder, spills, load_drop_mask, span,
+            dtype=manifest.token_dtype(vocab_size), vocab_size=vocab_size, sample_tokens=preparation.settings.sample_tokens,
         )  # fmt: skip
         advance(1)
 
     return gather
 
 
-def _spills(preparation: Preparation) -> list[Spill]:
-    return [one for unit in preparation.units for one in spill.spills(preparation.work, unit.name)]
+def _all_spills(preparation: Preparation) -> list[Spill]:
+    return [one for unit in preparation.units for one in spill.unit_spills(preparation.work_folder, unit.name)]
 
 
-def _dropped(preparation: Preparation) -> Dropped:
+def _drop_mask_loader(preparation: Preparation) -> LoadDropMask:
     if not preparation.settings.deduplicate:
         return lambda spill: None
     return lambda spill: np.load(_mask_path(preparation, spill), mmap_mode="r")
 
 
-def _refuse_without_training_documents(preparation: Preparation) -> None:
-    records = [spill.record(preparation.work, unit.name) for unit in preparation.units]
+def _raise_no_training_documents(preparation: Preparation) -> None:
+    records = [spill.load_record(preparation.work_folder, unit.name) for unit in preparation.units]
     documents = sum(record["documents"] for record in records)
     if documents:
-        raise output_folder.Useless(
+        raise output_folder.UnusableSettings(
             f"--held-out: {preparation.settings.held_out} leaves none of {documents} documents for training; lower it"
         )
     counted: Counter[str] = sum((Counter(record["counts"]) for record in records), Counter())
-    why = ", ".join(f"{counted[name]} {name.replace('_', ' ')}" for name in LEFT_OUT if counted[name]) or "no documents"
-    raise output_folder.Useless(f"--input: holds no text to train on ({why}); name another path or take less out")
+    why = (
+        ", ".join(f"{counted[name]} {name.replace('_', ' ')}" for name in DROPPED_COUNT_NAMES if counted[name])
+        or "no documents"
+    )
+    raise output_folder.UnusableSettings(
+        f"--input: holds no text to train on ({why}); name another path or take less out"
+    )
 
 
-def finish(preparation: Preparation) -> Manifest:
+def finish(preparation: Preparation) -> CorpusManifest:
     """The manifest is there and what was unfinished is not."""
     settings, output = preparation.settings, preparation.output
-    records = [spill.record(preparation.work, unit.name) for unit in preparation.units]
+    records = [spill.load_record(preparation.work_folder, unit.name) for unit in preparation.units]
     counts: Counter[str] = sum((Counter(record["counts"]) for record in records), Counter())
-    splits, groups, occurrences = _written(preparation)
+    splits, groups, token_counts = _collect_shards(preparation)
     documents, tokens = (sum(getattr(split, name) for split in splits.values()) for name in ("documents", "tokens"))
     if settings.deduplicate:
         counts["duplicate_documents"] = sum(record["documents"] for record in records) - documents
-    corpus = Manifest(
-        dtype=manifest.dtype_of(preparation.encoder.vocab),
+    corpus_manifest = CorpusManifest(
+        dtype=manifest.token_dtype(preparation.encoder_spec.vocab_size),
         sample_tokens=settings.sample_tokens,
-        vocab=preparation.encoder.vocab,
+        vocab=preparation.encoder_spec.vocab_size,
         eos_token=settings.eos,
-        eos_id=preparation.encoder.eos_id,
+        eos_id=preparation.encoder_spec.eos_id,
         tokenizer_sha256=hashlib.sha256(preparation.tokenizer_json.encode()).hexdigest(),
-        unigram_entropy_nats=_entropy_nats(occurrences),
+        unigram_entropy_nats=_entropy_nats(token_counts),
         counts=dict(sorted(counts.items())) | {"documents": documents, "tokens": tokens},
         groups=groups if settings.group_field else {},
-        settings=settings.identity() | output_folder.of_inputs(preparation.units, records),
+        settings=settings.to_dict() | output_folder.summarize_inputs(preparation.units, records),
         **splits,
     )
-    output_folder.finish(output, preparation.units, records, preparation.tokenizer_json, corpus)
-    return corpus
+    output_folder.finish_corpus(output, preparation.units, records, preparation.tokenizer_json, corpus_manifest)
+    return corpus_manifest
 
 
-def _written(preparation: Preparation) -> tuple[dict[str, Split], dict[str, dict[str, int]], np.ndarray]:
+def _collect_shards(preparation: Preparation) -> tuple[dict[str, CorpusSplit], dict[str, dict[str, int]], np.ndarray]:
     """The splits; documents and tokens of every group; how often each id occurs in the training tokens."""
     shards: dict[str, list[Shard]] = {split: [] for split in spill.SPLITS}
     groups: Counter[tuple[str, str]] = Counter()
-    occurrences = np.zeros(preparation.encoder.vocab, np.int64)
-    for span in _ranges(preparation):
-        shard, counted = shuffle.written(preparation.whole, span.stem)
+    token_counts = np.zeros(preparation.encoder_spec.vocab_size, np.int64)
+    for span in _load_shard_key_ranges(preparation):
+        shard, counted = shuffle.load_shard_record(preparation.corpus_work_folder, span.file_stem)
         shards[span.split].append(shard)
         for name, (documents, tokens) in counted.items():
             groups[name, "documents"] += documents
             groups[name, "tokens"] += tokens
         if span.split == "train":
-            occurrences += np.load(shuffle.occurrences_path(preparation.whole, span.stem))
+            token_counts += np.load(shuffle.token_counts_path(preparation.corpus_work_folder, span.file_stem))
     splits = {
-        split: Split(sum(shard.tokens for shard in found), sum(shard.documents for shard in found), found)
+        split: CorpusSplit(sum(shard.tokens for shard in found), sum(shard.documents for shard in found), found)
         for split, found in shards.items()
     }
     names = sorted({name for name, _ in groups})
-    return splits, {name: {of: groups[name, of] for of in ("documents", "tokens")} for name in names}, occurrences
+    return splits, {name: {of: groups[name, of] for of in ("documents", "tokens")} for name in names}, token_counts
 
 
-def _entropy_nats(occurrences: np.ndarray) -> float:
-    shares = occurrences[occurrences > 0] / occurrences.sum()
+def _entropy_nats(token_counts: np.ndarray) -> float:
+    shares = token_counts[token_counts > 0] / token_counts.sum()
     # Rounded, since the order of a sum, and so its last bits, may differ between processors.
     return round(float(-(shares * np.log(shares)).sum()), 6)
 
@@ -324,8 +351,8 @@ def _exists(preparation: Preparation, path: Path) -> bool:
     return path.exists()
 
 
-def _finishing(preparation: Preparation) -> Do:
-    def do(path: Path, advance: Advance) -> None:
+def _make_finish(preparation: Preparation) -> ItemFunction:
+    def do(path: Path, advance: ProgressCallback) -> None:
         finish(preparation)
         advance(1)
 
@@ -333,9 +360,31 @@ def _finishing(preparation: Preparation) -> Do:
 
 
 STAGES = (
-    Stage("encode", "encoding", lambda all_of: all_of.units, _is_encoded, _encoding, lambda unit: unit.bytes),
-    Stage("link", "looking for duplicates", _links, lambda all_of, part: part.path.exists(), _linking),
-    Stage("arrange", "cutting into shards", lambda all_of: [_ranges_path(all_of)], _exists, _arranging, is_single=True),
-    Stage("gather", "shuffling", _ranges, _is_gathered, _gathering),
-    Stage("finish", "finishing", lambda all_of: [all_of.output / manifest.FILE], _exists, _finishing, is_single=True),
+    Stage(
+        "encode", "encoding", lambda all_of: all_of.units, _is_encoded, _make_encode_unit, lambda unit: unit.size_bytes
+    ),
+    Stage(
+        "find-duplicates",
+        "looking for duplicates",
+        _band_ranges,
+        lambda all_of, part: part.links_path.exists(),
+        _make_link_range,
+    ),
+    Stage(
+        "plan-shards",
+        "cutting into shards",
+        lambda all_of: [_shard_ranges_path(all_of)],
+        _exists,
+        _make_plan_shards,
+        has_single_item=True,
+    ),
+    Stage("gather", "shuffling", _load_shard_key_ranges, _is_gathered, _make_gather_shard),
+    Stage(
+        "finish",
+        "finishing",
+        lambda all_of: [all_of.output / manifest.MANIFEST_FILE],
+        _exists,
+        _make_finish,
+        has_single_item=True,
+    ),
 )

@@ -21,16 +21,16 @@ import numpy as np
 from xxhash import xxh3_128_hexdigest
 
 from tandem.data_prep import executor, output_folder, provenance
-from tandem.data_prep.executor import Advance
+from tandem.data_prep.executor import ProgressCallback
 from tandem.data_prep.vocabulary import Vocabulary
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest, remote_files
-from tandem.trainer.data.manifest import Manifest, Shard, Split
+from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit, Shard
 from tandem.trainer.metrics import progress
 
-COUNT_TOKENS = 1 << 18
+COUNT_CHUNK_TOKENS = 1 << 18
 """Ids counted at a time: numpy widens them to 64 bits for it."""
-SMALL_BYTES = 1 << 26
+SINGLE_PROCESS_BYTES = 1 << 26
 """A corpus up to this size is read sooner than processes start."""
 ENTROPY_DECIMALS = 6
 """Of the entropy in the manifest."""
@@ -53,108 +53,112 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.workers < 1:
         raise UserError(f"--workers: {args.workers}; must be positive; change it")
-    began = time.monotonic()
-    corpus = manifest.load(args.corpus)
-    _check_manifest(args.corpus, corpus)
-    _check_tokenizer(args.corpus, corpus)
-    _check_inputs(args.corpus, corpus)
-    entropy_nats = _entropy_nats(_occurrences(args.corpus, corpus, args.workers))
-    if abs(entropy_nats - corpus.unigram_entropy_nats) > 2 * 10**-ENTROPY_DECIMALS:
+    start_time = time.monotonic()
+    corpus_manifest = manifest.load_manifest(args.corpus)
+    _check_manifest(args.corpus, corpus_manifest)
+    _check_tokenizer(args.corpus, corpus_manifest)
+    _check_inputs(args.corpus, corpus_manifest)
+    entropy_nats = _entropy_nats(_count_training_tokens(args.corpus, corpus_manifest, args.workers))
+    if abs(entropy_nats - corpus_manifest.unigram_entropy_nats) > 2 * 10**-ENTROPY_DECIMALS:
         raise UserError(
-            f"{remote_files.below(args.corpus, manifest.FILE)}: unigram_entropy_nats {corpus.unigram_entropy_nats}; "
+            f"{remote_files.join_address(args.corpus, manifest.MANIFEST_FILE)}: unigram_entropy_nats "
+            f"{corpus_manifest.unigram_entropy_nats}; "
             f"the training tokens have {entropy_nats:.{ENTROPY_DECIMALS}f}; prepare the corpus again"
         )
     if not remote_files.is_remote(args.corpus):
-        _check_no_stranger(Path(args.corpus), corpus)
-    shards, seconds = _shards(corpus), time.monotonic() - began
+        _check_no_extra_files(Path(args.corpus), corpus_manifest)
+    shards, seconds = _all_shards(corpus_manifest), time.monotonic() - start_time
     read_bytes = sum(shard.bytes for shard in shards)
     print(
-        f"{args.corpus}: {corpus.counts['tokens']:,} tokens in {len(shards):,} shards are what the manifest says; "
+        f"{args.corpus}: {corpus_manifest.counts['tokens']:,} tokens in {len(shards):,} shards are what the manifest says; "
         f"{read_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {read_bytes / 1e6 / seconds:,.1f} MB/s"
     )
 
 
-def _shards(corpus: Manifest) -> list[Shard]:
-    return [*corpus.train.shards, *corpus.validation.shards]
+def _all_shards(corpus_manifest: CorpusManifest) -> list[Shard]:
+    return [*corpus_manifest.train.shards, *corpus_manifest.validation.shards]
 
 
-def _check_manifest(address: str, corpus: Manifest) -> None:
-    path = remote_files.below(address, manifest.FILE)
-    if remote_files.content(path) != manifest.dump(corpus).encode():
+def _check_manifest(address: str, corpus_manifest: CorpusManifest) -> None:
+    path = remote_files.join_address(address, manifest.MANIFEST_FILE)
+    if remote_files.read_bytes(path) != manifest.dump_manifest(corpus_manifest).encode():
         raise UserError(f"{path}: is not written as it was; it was changed or damaged; prepare the corpus again")
-    splits = (corpus.train, corpus.validation)
-    for counted in ("tokens", "documents"):
-        totals = {counted: sum(getattr(split, counted) for split in splits)}
+    splits = (corpus_manifest.train, corpus_manifest.validation)
+    for count_name in ("tokens", "documents"):
+        totals = {count_name: sum(getattr(split, count_name) for split in splits)}
         for name, split in zip(("train", "validation"), splits, strict=True):
-            _check_sum(path, f"{counted} of {name}", getattr(split, counted), _sum(split, counted))
-        _check_sum(path, f"counts.{counted}", corpus.counts.get(counted), totals[counted])
-        if corpus.groups:
-            of_groups = sum(group[counted] for group in corpus.groups.values())
-            _check_sum(path, f"{counted} of all groups", of_groups, totals[counted])
+            _check_sum(path, f"{count_name} of {name}", getattr(split, count_name), _sum_over_shards(split, count_name))
+        _check_sum(path, f"counts.{count_name}", corpus_manifest.counts.get(count_name), totals[count_name])
+        if corpus_manifest.groups:
+            of_groups = sum(group[count_name] for group in corpus_manifest.groups.values())
+            _check_sum(path, f"{count_name} of all groups", of_groups, totals[count_name])
 
 
-def _sum(split: Split, counted: str) -> int:
-    return sum(getattr(shard, counted) for shard in split.shards)
+def _sum_over_shards(split: CorpusSplit, count_name: str) -> int:
+    return sum(getattr(shard, count_name) for shard in split.shards)
 
 
-def _check_sum(path: str, what: str, said: int | None, found: int) -> None:
-    if said != found:
-        raise UserError(f"{path}: {what}: {said}; the shards add up to {found}; prepare the corpus again")
+def _check_sum(path: str, label: str, stated: int | None, expected: int) -> None:
+    if stated != expected:
+        raise UserError(f"{path}: {label}: {stated}; the shards add up to {expected}; prepare the corpus again")
 
 
-def _check_tokenizer(address: str, corpus: Manifest) -> None:
-    path = remote_files.below(address, manifest.TOKENIZER_FILE)
-    content = _read(path, partial(remote_files.content, path))
-    _check_hash(path, content, corpus.tokenizer_sha256)
-    vocabulary = Vocabulary(content.decode(), corpus.eos_token, path)
-    found = (vocabulary.eos_id, vocabulary.size, manifest.dtype_of(vocabulary.size))
-    if found != (corpus.eos_id, corpus.vocab, corpus.dtype):
-        raise UserError(f"{path}: EOS id, vocab and type are {found}; {manifest.FILE} says otherwise; prepare again")
+def _check_tokenizer(address: str, corpus_manifest: CorpusManifest) -> None:
+    path = remote_files.join_address(address, manifest.TOKENIZER_FILE)
+    content = _read_or_raise(path, partial(remote_files.read_bytes, path))
+    _check_hash(path, content, corpus_manifest.tokenizer_sha256)
+    vocabulary = Vocabulary(content.decode(), corpus_manifest.eos_token, path)
+    found = (vocabulary.eos_id, vocabulary.vocab_size, manifest.token_dtype(vocabulary.vocab_size))
+    if found != (corpus_manifest.eos_id, corpus_manifest.vocab, corpus_manifest.dtype):
+        raise UserError(
+            f"{path}: EOS id, vocab and type are {found}; {manifest.MANIFEST_FILE} says otherwise; prepare again"
+        )
 
 
-def _check_inputs(address: str, corpus: Manifest) -> None:
-    path = remote_files.below(address, output_folder.INPUTS)
-    for name, found in provenance.identity(provenance.load(path)).items():
-        if corpus.settings.get(name) != found:
+def _check_inputs(address: str, corpus_manifest: CorpusManifest) -> None:
+    path = remote_files.join_address(address, output_folder.INPUTS_FILE)
+    for name, found in provenance.summarize(provenance.load(path)).items():
+        if corpus_manifest.settings.get(name) != found:
             raise UserError(
-                f"{path}: {name} {found}; {manifest.FILE} says {corpus.settings.get(name)}; restore it or prepare again"
+                f"{path}: {name} {found}; {manifest.MANIFEST_FILE} says {corpus_manifest.settings.get(name)}; "
+                f"restore it or prepare again"
             )
 
 
-def _check_no_stranger(path: Path, corpus: Manifest) -> None:
+def _check_no_extra_files(path: Path, corpus_manifest: CorpusManifest) -> None:
     for found in sorted(path.iterdir()):
-        if found.name not in output_folder.manifest_files(corpus):
-            raise UserError(f"{found}: is not in {manifest.FILE}; remove it")
+        if found.name not in output_folder.corpus_file_names(corpus_manifest):
+            raise UserError(f"{found}: is not in {manifest.MANIFEST_FILE}; remove it")
 
 
-def _occurrences(address: str, corpus: Manifest, workers: int) -> np.ndarray:
+def _count_training_tokens(address: str, corpus_manifest: CorpusManifest, workers: int) -> np.ndarray:
     """How often each id occurs in the training tokens.  Raises: UserError naming every shard that is not right."""
-    shards, training = _shards(corpus), {shard.file for shard in corpus.train.shards}
-    occurrences = np.zeros(corpus.vocab, np.int64)
-    wrong: dict[str, str] = {}
+    shards, training = _all_shards(corpus_manifest), {shard.file for shard in corpus_manifest.train.shards}
+    token_counts = np.zeros(corpus_manifest.vocab, np.int64)
+    errors: dict[str, str] = {}
 
-    def take(result: tuple[str, np.ndarray | str]) -> None:
+    def collect_result(result: tuple[str, np.ndarray | str]) -> None:
         file, found = result
         if isinstance(found, str):
-            wrong[file] = found
+            errors[file] = found
         elif file in training:
-            np.add(occurrences, found, out=occurrences)
+            np.add(token_counts, found, out=token_counts)
 
     total_bytes = sum(shard.bytes for shard in shards)
-    workers = workers if total_bytes > SMALL_BYTES else 1
-    with progress.shown("verifying", total_bytes, "bytes") as advance:
-        executor.run(partial(_checking, address, corpus), shards, workers, advance, take)
-    if wrong:
-        first = min(wrong)
-        others = f" (and {len(wrong) - 1} more: {', '.join(sorted(wrong)[1:])})" if len(wrong) > 1 else ""
-        raise UserError(f"{wrong[first]}{others}")
-    return occurrences
+    workers = workers if total_bytes > SINGLE_PROCESS_BYTES else 1
+    with progress.progress_bar("verifying", total_bytes, "bytes") as advance:
+        executor.run(partial(_make_check_shard, address, corpus_manifest), shards, workers, advance, collect_result)
+    if errors:
+        first = min(errors)
+        others = f" (and {len(errors) - 1} more: {', '.join(sorted(errors)[1:])})" if len(errors) > 1 else ""
+        raise UserError(f"{errors[first]}{others}")
+    return token_counts
 
 
-def _checking(address: str, corpus: Manifest) -> executor.Do:
-    def check(shard: Shard, advance: Advance) -> tuple[str, np.ndarray | str]:
+def _make_check_shard(address: str, corpus_manifest: CorpusManifest) -> executor.ItemFunction:
+    def check(shard: Shard, advance: ProgressCallback) -> tuple[str, np.ndarray | str]:
         try:
-            return shard.file, _check_shard(remote_files.below(address, shard.file), corpus, shard)
+            return shard.file, _check_shard(remote_files.join_address(address, shard.file), corpus_manifest, shard)
         except UserError as error:
             return shard.file, str(error)
         finally:
@@ -163,80 +167,92 @@ def _checking(address: str, corpus: Manifest) -> executor.Do:
     return check
 
 
-def _check_shard(path: str, corpus: Manifest, shard: Shard) -> np.ndarray:
+def _check_shard(path: str, corpus_manifest: CorpusManifest, shard: Shard) -> np.ndarray:
     """How often each id occurs in the shard, which is what the manifest says.  Raises: UserError where it is not."""
-    content = _content(path, shard)
-    tokens = np.concatenate([*_samples(path, content, corpus, shard), np.empty(0, corpus.dtype)])
-    if len(tokens) and tokens.max() >= corpus.vocab:
-        raise UserError(f"{path}: holds id {tokens.max()}; vocab is {corpus.vocab}; prepare the corpus again")
-    occurrences = np.zeros(corpus.vocab, np.int64)
-    for first in range(0, len(tokens), COUNT_TOKENS):
-        occurrences += np.bincount(tokens[first : first + COUNT_TOKENS], minlength=corpus.vocab)
-    found = (len(tokens), int(occurrences[corpus.eos_id]))
+    content = _read_shard(path, shard)
+    tokens = np.concatenate([*_tar_samples(path, content, corpus_manifest, shard), np.empty(0, corpus_manifest.dtype)])
+    if len(tokens) and tokens.max() >= corpus_manifest.vocab:
+        raise UserError(f"{path}: holds id {tokens.max()}; vocab is {corpus_manifest.vocab}; prepare the corpus again")
+    token_counts = np.zeros(corpus_manifest.vocab, np.int64)
+    for first in range(0, len(tokens), COUNT_CHUNK_TOKENS):
+        token_counts += np.bincount(tokens[first : first + COUNT_CHUNK_TOKENS], minlength=corpus_manifest.vocab)
+    found = (len(tokens), int(token_counts[corpus_manifest.eos_id]))
     if found != (shard.tokens, shard.documents):
         raise UserError(
-            f"{path}: holds {found} tokens and documents; {manifest.FILE} says "
+            f"{path}: holds {found} tokens and documents; {manifest.MANIFEST_FILE} says "
             f"{(shard.tokens, shard.documents)}; prepare the corpus again"
         )
-    if len(tokens) and tokens[-1] != corpus.eos_id:
+    if len(tokens) and tokens[-1] != corpus_manifest.eos_id:
         raise UserError(f"{path}: ends inside a document; a shard holds whole ones; prepare the corpus again")
-    return occurrences
+    return token_counts
 
 
-def _content(path: str, shard: Shard) -> bytes:
+def _read_shard(path: str, shard: Shard) -> bytes:
     """The bytes of the shard, which have its hash."""
 
     def read() -> bytes:
-        with remote_files.opened(path) as file:
+        with remote_files.open_file(path) as file:
             return file.read(shard.bytes + 1)
 
-    content = _read(path, read)
+    content = _read_or_raise(path, read)
     if len(content) != shard.bytes:
         size = f"has {len(content)} bytes" if len(content) < shard.bytes else f"has more than {shard.bytes} bytes"
-        raise UserError(f"{path}: {size}; {manifest.FILE} says {shard.bytes}; restore it or prepare the corpus again")
+        raise UserError(
+            f"{path}: {size}; {manifest.MANIFEST_FILE} says {shard.bytes}; restore it or prepare the corpus again"
+        )
     _check_hash(path, content, shard.sha256)
     if xxh3_128_hexdigest(content) != shard.xxh3_128:
-        raise UserError(f"{path}: xxh3_128 is not what {manifest.FILE} says; sha256 is; prepare the corpus again")
+        raise UserError(
+            f"{path}: xxh3_128 is not what {manifest.MANIFEST_FILE} says; sha256 is; prepare the corpus again"
+        )
     return content
 
 
-def _read(path: str, read: Callable[[], bytes]) -> bytes:
+def _read_or_raise(path: str, read: Callable[[], bytes]) -> bytes:
     try:
         return read()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({_reason(error)}); restore it or prepare the corpus again") from None
+        raise UserError(
+            f"{path}: cannot be read ({_format_error(error)}); restore it or prepare the corpus again"
+        ) from None
 
 
 def _check_hash(path: str, content: bytes, expected: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
-        raise UserError(f"{path}: sha256 {found[:12]}; {manifest.FILE} says {expected[:12]}; it is damaged; restore it")
+        raise UserError(
+            f"{path}: sha256 {found[:12]}; {manifest.MANIFEST_FILE} says {expected[:12]}; it is damaged; restore it"
+        )
 
 
-def _samples(path: str, content: bytes, corpus: Manifest, shard: Shard) -> Iterator[np.ndarray]:
+def _tar_samples(path: str, content: bytes, corpus_manifest: CorpusManifest, shard: Shard) -> Iterator[np.ndarray]:
     """The tokens of each sample, as the tar has them."""
-    stem, extension = shard.file.removesuffix(".tar"), f"u{8 * corpus.token_bytes}"
+    stem, extension = shard.file.removesuffix(".tar"), f"u{8 * corpus_manifest.token_bytes}"
     try:
         with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            for number, member in enumerate(tar):
-                first = number * corpus.sample_tokens
+            for sample_index, member in enumerate(tar):
+                first = sample_index * corpus_manifest.sample_tokens
                 expected = (
-                    f"{stem}-{number:06d}.{extension}", tarfile.REGTYPE, corpus.sample_offset(number),
-                    min(corpus.sample_tokens, shard.tokens - first) * corpus.token_bytes,
+                    f"{stem}-{sample_index:06d}.{extension}", tarfile.REGTYPE, corpus_manifest.sample_offset(sample_index),
+                    min(corpus_manifest.sample_tokens, shard.tokens - first) * corpus_manifest.token_bytes,
                 )  # fmt: skip
                 found = (member.name, member.type, member.offset_data, member.size)
                 if found != expected:
-                    raise UserError(f"{path}: sample {number} is {found}; must be {expected}; prepare the corpus again")
-                count = member.size // corpus.token_bytes
-                yield np.frombuffer(content, np.dtype(corpus.dtype).newbyteorder("<"), count, member.offset_data)
+                    raise UserError(
+                        f"{path}: sample {sample_index} is {found}; must be {expected}; prepare the corpus again"
+                    )
+                count = member.size // corpus_manifest.token_bytes
+                yield np.frombuffer(
+                    content, np.dtype(corpus_manifest.dtype).newbyteorder("<"), count, member.offset_data
+                )
     except tarfile.TarError as error:
-        raise UserError(f"{path}: is not a tar ({_reason(error)}); prepare the corpus again") from None
+        raise UserError(f"{path}: is not a tar ({_format_error(error)}); prepare the corpus again") from None
 
 
-def _entropy_nats(occurrences: np.ndarray) -> float:
-    shares = occurrences[occurrences > 0] / occurrences.sum()
+def _entropy_nats(token_counts: np.ndarray) -> float:
+    shares = token_counts[token_counts > 0] / token_counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
 
-def _reason(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -13,51 +13,51 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.data_prep.input_files import Input, Part
+from tandem.data_prep.input_files import FilePart, InputFile
 
-SMALLEST_UNIT_BYTES, LARGEST_UNIT_BYTES = 8 << 20, 512 << 20
+MIN_UNIT_BYTES, MAX_UNIT_BYTES = 8 << 20, 512 << 20
 """Of text: what is lost by a kill, at most, against the number of files of unfinished work."""
-VERSION = 2
+WORK_FORMAT_VERSION = 3
 """Of what a unit leaves behind: unfinished work of another version is not taken over."""
-UNITS = 64
+TARGET_NUM_UNITS = 64
 """A corpus is cut into about as many units, within the bounds above, so that workers end together."""
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkUnit:
     """Neighbouring parts of the inputs that one worker encodes."""
 
     name: str
     index: int
-    parts: tuple[Part, ...]
+    parts: tuple[FilePart, ...]
 
     @property
-    def bytes(self) -> int:
-        return sum(part.bytes for part in self.parts)
+    def size_bytes(self) -> int:
+        return sum(part.size_bytes for part in self.parts)
 
 
-def units(inputs: list[Input], identity: dict[str, Any]) -> list[Unit]:
+def plan_units(inputs: list[InputFile], settings_dict: dict[str, Any]) -> list[WorkUnit]:
     """All inputs, each in one unit or, where its format allows it, cut over several."""
-    total = sum(file.text_bytes for file in inputs)
-    unit_bytes = min(max(total // UNITS, SMALLEST_UNIT_BYTES), LARGEST_UNIT_BYTES)
-    settings = json.dumps([VERSION, identity], sort_keys=True)
-    found: list[Unit] = []
-    for parts in _grouped(inputs, unit_bytes):
-        keys = [[part.input.name, part.input.bytes, part.input.version, part.number, part.count] for part in parts]
+    total = sum(file.estimated_text_bytes for file in inputs)
+    unit_bytes = min(max(total // TARGET_NUM_UNITS, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
+    settings = json.dumps([WORK_FORMAT_VERSION, settings_dict], sort_keys=True)
+    found: list[WorkUnit] = []
+    for parts in _group_parts(inputs, unit_bytes):
+        keys = [[part.file.name, part.file.size_bytes, part.file.version, part.index, part.num_parts] for part in parts]
         name = hashlib.sha256(f"{settings}\0{json.dumps(keys)}".encode()).hexdigest()[:24]
-        found.append(Unit(name, len(found), tuple(parts)))
+        found.append(WorkUnit(name, len(found), tuple(parts)))
     return found
 
 
-def _grouped(inputs: list[Input], unit_bytes: int) -> Iterator[list[Part]]:
-    held: list[Part] = []
-    held_bytes = 0
+def _group_parts(inputs: list[InputFile], unit_bytes: int) -> Iterator[list[FilePart]]:
+    group: list[FilePart] = []
+    group_bytes = 0
     for file in inputs:
-        for part in file.parts(unit_bytes):
-            held.append(part)
-            held_bytes += file.text_bytes // part.count
-            if held_bytes >= unit_bytes:
-                yield held
-                held, held_bytes = [], 0
-    if held:
-        yield held
+        for part in file.split_into_parts(unit_bytes):
+            group.append(part)
+            group_bytes += file.estimated_text_bytes // part.num_parts
+            if group_bytes >= unit_bytes:
+                yield group
+                group, group_bytes = [], 0
+    if group:
+        yield group

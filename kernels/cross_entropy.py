@@ -21,9 +21,14 @@ from tandem.kernels.device.shared import LOWEST
 
 
 def cross_entropy(
-    logits: Float[Tensor, "tokens vocab_local"], targets: Int64[Tensor, " tokens"], *, columns: int, scale: float
+    logits: Float[Tensor, "tokens vocab_local"],
+    targets: Int64[Tensor, " tokens"],
+    *,
+    num_valid_columns: int,
+    scale: float,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
-    """Maximum, total and target_logit over the first `columns`, in fp32 (fp64 for fp64); the columns behind are padding.
+    """Maximum, total and target_logit over the first `num_valid_columns`, in fp32 (fp64 for fp64); the columns behind are
+    padding.
 
     A target outside 0..columns - 1 is in another part of the vocabulary: 0. Without columns the maximum is LOWEST, the total 0.
 
@@ -37,25 +42,25 @@ def cross_entropy(
     tokens, width = logits.shape
     if (width > 1 and logits.stride(1) != 1) or (tokens > 1 and logits.stride(0) < width):
         raise ValueError(f"logits of shape {tokens} x {width} have strides {logits.stride()}: make them contiguous")
-    maximum, total, target_logit = torch.ops.tandem.cross_entropy(logits, targets, columns, scale)
+    maximum, total, target_logit = torch.ops.tandem.cross_entropy(logits, targets, num_valid_columns, scale)
     return maximum.detach(), total, target_logit
 
 
-def nothing_seen(logits: Tensor, targets: Tensor) -> Tensor:
+def initial_statistics(logits: Tensor, targets: Tensor) -> Tensor:
     """Maximum, total and target_logit before the first block, [3, tokens]."""
-    statistics = torch.zeros((3, len(targets)), dtype=wide(logits.dtype), device=logits.device)
+    statistics = torch.zeros((3, len(targets)), dtype=compute_dtype(logits.dtype), device=logits.device)
     statistics[0].fill_(LOWEST)
     return statistics
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic."""
     return torch.promote_types(dtype, torch.float32)
 
 
 @torch.library.custom_op("tandem::cross_entropy_add", mutates_args=("statistics",), device_types="cpu")
-def _add(logits: Tensor, targets: Tensor, statistics: Tensor, *, first: int, columns: int, scale: float) -> None:
-    """Adds a block to the statistics: its first column has the id `first`, and `columns` of it are true."""
+def _add_block(logits: Tensor, targets: Tensor, statistics: Tensor, *, first: int, columns: int, scale: float) -> None:
+    """Adds a block to the statistics: its first column has the id `first`, and `num_valid_columns` of it are true."""
     if columns == 0:
         return
     maximum, total, target_logit = statistics
@@ -64,38 +69,38 @@ def _add(logits: Tensor, targets: Tensor, statistics: Tensor, *, first: int, col
     total.mul_((maximum - largest).exp()).add_((z - largest[:, None]).exp().sum(1))
     maximum.copy_(largest)
     column = targets - first
-    here = (column >= 0) & (column < columns)
-    target_logit.copy_(torch.where(here, z.gather(1, column.clamp(0, columns - 1)[:, None])[:, 0], target_logit))
+    is_in_block = (column >= 0) & (column < columns)
+    target_logit.copy_(torch.where(is_in_block, z.gather(1, column.clamp(0, columns - 1)[:, None])[:, 0], target_logit))
 
 
-@_add.register_kernel("cuda")
+@_add_block.register_kernel("cuda")
 def _(logits: Tensor, targets: Tensor, statistics: Tensor, *, first: int, columns: int, scale: float) -> None:
     from tandem.kernels.device import cross_entropy as device
 
-    device.add(logits, targets, statistics, first=first, columns=columns, scale=scale)
+    device.add_block(logits, targets, statistics, first=first, columns=columns, scale=scale)
 
 
-@_add.register_fake
+@_add_block.register_fake
 def _(logits: Tensor, targets: Tensor, statistics: Tensor, *, first: int, columns: int, scale: float) -> None:
     pass
 
 
 @torch.library.custom_op("tandem::cross_entropy_gradient", mutates_args=("logits",), device_types="cpu")
-def _gradient(
+def _write_block_gradient(
     logits: Tensor, targets: Tensor, maximum: Tensor, total_gradient: Tensor, target_logit_gradient: Tensor,
     *, first: int, columns: int, scale: float,
 ) -> None:  # fmt: skip
-    """Writes the gradient of a block of logits over them: zero in the columns behind `columns`."""
-    true = logits[:, :columns]
-    z = true.to(maximum.dtype) * scale
-    of_total = total_gradient[:, None] * (z - maximum[:, None]).exp()
+    """Writes the gradient of a block of logits over them: zero in the columns behind `num_valid_columns`."""
+    valid_logits = logits[:, :columns]
+    z = valid_logits.to(maximum.dtype) * scale
+    total_term = total_gradient[:, None] * (z - maximum[:, None]).exp()
     is_target = torch.arange(columns, device=logits.device) == (targets - first)[:, None]
-    of_target = torch.where(is_target, target_logit_gradient[:, None], 0.0)
-    true.copy_(scale * (of_total + of_target))
+    target_term = torch.where(is_target, target_logit_gradient[:, None], 0.0)
+    valid_logits.copy_(scale * (total_term + target_term))
     logits[:, columns:] = 0
 
 
-@_gradient.register_kernel("cuda")
+@_write_block_gradient.register_kernel("cuda")
 def _(
     logits: Tensor, targets: Tensor, maximum: Tensor, total_gradient: Tensor, target_logit_gradient: Tensor,
     *, first: int, columns: int, scale: float,
@@ -103,10 +108,10 @@ def _(
     from tandem.kernels.device import cross_entropy as device
 
     gradients = total_gradient, target_logit_gradient
-    device.gradient(logits, targets, maximum, *gradients, first=first, columns=columns, scale=scale)
+    device.write_block_gradient(logits, targets, maximum, *gradients, first=first, columns=columns, scale=scale)
 
 
-@_gradient.register_fake
+@_write_block_gradient.register_fake
 def _(
     logits: Tensor, targets: Tensor, maximum: Tensor, total_gradient: Tensor, target_logit_gradient: Tensor,
     *, first: int, columns: int, scale: float,
@@ -116,22 +121,22 @@ def _(
 
 @torch.library.custom_op("tandem::cross_entropy", mutates_args=())
 def _cross_entropy(logits: Tensor, targets: Tensor, columns: int, scale: float) -> Tensor:
-    statistics = nothing_seen(logits, targets)
+    statistics = initial_statistics(logits, targets)
     torch.ops.tandem.cross_entropy_add(logits, targets, statistics, first=0, columns=columns, scale=scale)
     return statistics
 
 
 @_cross_entropy.register_fake
 def _(logits: Tensor, targets: Tensor, columns: int, scale: float) -> Tensor:
-    return nothing_seen(logits, targets)
+    return initial_statistics(logits, targets)
 
 
-def _keep_logits(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logits, targets, ctx.columns, ctx.scale = inputs
     ctx.save_for_backward(logits, targets, output)
 
 
-def _logits_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+def _autograd_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
     kept, targets, statistics = ctx.saved_tensors
     logits = kept.detach()  # whose writes count as the kept tensor's: autograd refuses to read that again
     torch.ops.tandem.cross_entropy_gradient(
@@ -140,4 +145,4 @@ def _logits_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, No
     return logits, None, None, None
 
 
-_cross_entropy.register_autograd(_logits_gradient, setup_context=_keep_logits)
+_cross_entropy.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -5,9 +5,11 @@ from jaxtyping import Int, Int32
 from torch import Tensor
 
 
-def starts(documents: Int[Tensor, "rows seq"]) -> Int32[Tensor, "rows seq"]:
+def document_starts(document_ids: Int[Tensor, "rows seq"]) -> Int32[Tensor, "rows seq"]:
     """The place in its row of the first token of each token's document; a document is a run of one index."""
-    place = torch.arange(documents.shape[1], dtype=torch.int32, device=documents.device).expand_as(documents)
-    first = torch.ones_like(documents, dtype=torch.bool)
-    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return torch.where(first, place, 0).cummax(dim=1).values
+    positions = torch.arange(document_ids.shape[1], dtype=torch.int32, device=document_ids.device).expand_as(
+        document_ids
+    )
+    first = torch.ones_like(document_ids, dtype=torch.bool)
+    first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.where(first, positions, 0).cummax(dim=1).values

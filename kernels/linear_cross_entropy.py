@@ -15,70 +15,79 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from tandem.kernels.cross_entropy import nothing_seen, wide
+from tandem.kernels.cross_entropy import compute_dtype, initial_statistics
 
-CHUNKS = 16
+MAX_CHUNKS = 16
 """At most: a sixteenth of the logits, rounded up to whole blocks, stays below a tenth of them from 30 blocks on.
 
 Backward holds hidden's gradient in fp32 besides; at both models the two are 8 % of the logits in fp32, 17 % in bf16.
 """
-BLOCK = 128
+VOCAB_BLOCK_SIZE = 128
 """Columns of a tile of a matrix product."""
 
 
 def linear_cross_entropy(
-    hidden: Float[Tensor, "tokens width"],
-    weight: Float[Tensor, "vocab_local width"],
+    hidden: Float[Tensor, "tokens hidden_size"],
+    weight: Float[Tensor, "vocab_local hidden_size"],
     targets: Int64[Tensor, " tokens"],
     *,
-    columns: int,
+    num_valid_columns: int,
     scale: float,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
-    """`kernels.cross_entropy.cross_entropy` of hidden times the transposed weight, whose rows behind `columns` are padding.
+    """`kernels.cross_entropy.cross_entropy` of hidden times the transposed weight, whose rows behind `num_valid_columns`
+    are padding.
 
     Logits have the dtype of hidden and weight. These two are kept for backward, the targets, and three numbers per token.
     """
-    maximum, total, target_logit = torch.ops.tandem.linear_cross_entropy(hidden, weight, targets, columns, scale)
+    maximum, total, target_logit = torch.ops.tandem.linear_cross_entropy(
+        hidden, weight, targets, num_valid_columns, scale
+    )
     return maximum.detach(), total, target_logit
 
 
-def chunk_width(vocab_local: int) -> int:
+def columns_per_chunk(vocab_local: int) -> int:
     """Columns of every chunk but the last."""
-    return BLOCK * -(-vocab_local // (CHUNKS * BLOCK))
+    return VOCAB_BLOCK_SIZE * -(-vocab_local // (MAX_CHUNKS * VOCAB_BLOCK_SIZE))
 
 
-def statistics_by_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, columns: int, scale: float) -> Tensor:
+def chunked_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, num_valid_columns: int, scale: float) -> Tensor:
     """Maximum, total and target_logit, [3, tokens], with one buffer for logits."""
-    statistics = nothing_seen(hidden, targets)
-    for first, true, logits, _ in _chunks(hidden, weight, columns):
+    statistics = initial_statistics(hidden, targets)
+    for first, true, logits, _ in _logit_chunks(hidden, weight, num_valid_columns):
         torch.ops.tandem.cross_entropy_add(logits, targets, statistics, first=first, columns=true, scale=scale)
     return statistics
 
 
-def gradients_by_chunk(
-    hidden: Tensor, weight: Tensor, targets: Tensor, statistics: Tensor, gradient: Tensor, columns: int, scale: float
+def chunked_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    gradient: Tensor,
+    num_valid_columns: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of hidden, in fp32 still, and weight from that of the statistics, with one buffer for logits."""
     of_token = statistics[0], gradient[1], gradient[2]
-    hidden_gradient = torch.zeros(hidden.shape, dtype=wide(hidden.dtype), device=hidden.device)
+    hidden_gradient = torch.zeros(hidden.shape, dtype=compute_dtype(hidden.dtype), device=hidden.device)
     weight_gradient = weight.new_empty(weight.shape)
-    for first, true, logits, rows in _chunks(hidden, weight, columns):
+    for first, true, logits, rows in _logit_chunks(hidden, weight, num_valid_columns):
         torch.ops.tandem.cross_entropy_gradient(logits, targets, *of_token, first=first, columns=true, scale=scale)
         torch.mm(logits.t(), hidden, out=weight_gradient[first : first + len(rows)])
-        _add_product(hidden_gradient, logits, rows)
+        _accumulate_matmul(hidden_gradient, logits, rows)
     return hidden_gradient, weight_gradient
 
 
-def _chunks(hidden: Tensor, weight: Tensor, columns: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+def _logit_chunks(hidden: Tensor, weight: Tensor, num_valid_columns: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """First id, number of true columns, logits (gone with the next chunk), rows of the weight."""
-    buffer = hidden.new_empty(len(hidden), min(chunk_width(len(weight)), len(weight)))
+    buffer = hidden.new_empty(len(hidden), min(columns_per_chunk(len(weight)), len(weight)))
     for first in range(0, len(weight), buffer.shape[1]):
         rows = weight[first : first + buffer.shape[1]]
         logits = torch.mm(hidden, rows.t(), out=buffer[:, : len(rows)])
-        yield first, min(max(columns - first, 0), len(rows)), logits, rows
+        yield first, min(max(num_valid_columns - first, 0), len(rows)), logits, rows
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _accumulate_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.device.type == "cpu":  # torch 2.13 has no product there that is wider than its factors
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
     else:
@@ -87,19 +96,19 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @torch.library.custom_op("tandem::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, columns: int, scale: float) -> Tensor:
-    return statistics_by_chunk(hidden, weight, targets, columns, scale)
+    return chunked_statistics(hidden, weight, targets, columns, scale)
 
 
 @_linear_cross_entropy.register_fake
 def _(hidden: Tensor, weight: Tensor, targets: Tensor, columns: int, scale: float) -> Tensor:
-    return nothing_seen(hidden, targets)
+    return initial_statistics(hidden, targets)
 
 
 @torch.library.custom_op("tandem::linear_cross_entropy_backward", mutates_args=())
 def _linear_cross_entropy_backward(
     hidden: Tensor, weight: Tensor, targets: Tensor, statistics: Tensor, gradient: Tensor, columns: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    hidden_gradient, weight_gradient = gradients_by_chunk(hidden, weight, targets, statistics, gradient, columns, scale)
+    hidden_gradient, weight_gradient = chunked_gradients(hidden, weight, targets, statistics, gradient, columns, scale)
     # Out here, where the buffer for logits is gone: both at once would be the peak.
     return hidden_gradient.to(hidden.dtype), weight_gradient
 
@@ -111,14 +120,14 @@ def _(
     return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
-def _keep_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     hidden, weight, targets, ctx.columns, ctx.scale = inputs
     ctx.save_for_backward(hidden, weight, targets, output)
 
 
-def _both_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-    found = torch.ops.tandem.linear_cross_entropy_backward(*ctx.saved_tensors, gradient, ctx.columns, ctx.scale)
-    return (*found, None, None, None)
+def _autograd_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    gradients = torch.ops.tandem.linear_cross_entropy_backward(*ctx.saved_tensors, gradient, ctx.columns, ctx.scale)
+    return (*gradients, None, None, None)
 
 
-_linear_cross_entropy.register_autograd(_both_gradients, setup_context=_keep_factors)
+_linear_cross_entropy.register_autograd(_autograd_backward, setup_context=_setup_context)

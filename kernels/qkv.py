@@ -14,34 +14,36 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-Split = tuple[
-    Float[Tensor, "rows seq heads_local head_dim"],
-    Float[Tensor, "rows seq kv_heads_local head_dim"],
-    Float[Tensor, "rows seq kv_heads_local head_dim"],
+QueryKeyValue = tuple[
+    Float[Tensor, "rows seq num_heads_local head_dim"],
+    Float[Tensor, "rows seq num_kv_heads_local head_dim"],
+    Float[Tensor, "rows seq num_kv_heads_local head_dim"],
 ]
 
 
-def split(qkv: Float[Tensor, "seq rows qkv_local"], *, head_dim: int, queries: int) -> Split:
+def split_qkv(qkv: Float[Tensor, "seq rows qkv_local"], *, head_dim: int, num_queries_per_kv: int) -> QueryKeyValue:
     """Queries, of which each key head has so many, keys and values: views, except for queries that share a key.
 
     Note: autograd joins the three gradients in one buffer; of slices it would add up three buffers full of zeros.
     """
-    query, key, value = qkv.unflatten(-1, (-1, queries + 2, head_dim)).split((queries, 1, 1), dim=-2)
+    query, key, value = qkv.unflatten(-1, (-1, num_queries_per_kv + 2, head_dim)).split(
+        (num_queries_per_kv, 1, 1), dim=-2
+    )
     query, key, value = (heads.flatten(2, 3).transpose(0, 1) for heads in (query, key, value))
     return query, key, value
 
 
-def split_rotated(
+def split_and_rotate_qkv(
     qkv: Float[Tensor, "seq rows qkv_local"],
     cos: Float32[Tensor, "#rows seq rotary_half"],
     sin: Float32[Tensor, "#rows seq rotary_half"],
     *,
     head_dim: int,
-    queries: int,
-    query_norm: Float[Tensor, "heads_local head_dim"] | None = None,
-    key_norm: Float[Tensor, "kv_heads_local head_dim"] | None = None,
-    epsilon: float = 0.0,
-) -> Split:
+    num_queries_per_kv: int,
+    query_norm: Float[Tensor, "num_heads_local head_dim"] | None = None,
+    key_norm: Float[Tensor, "num_kv_heads_local head_dim"] | None = None,
+    norm_eps: float = 0.0,
+) -> QueryKeyValue:
     """Queries, of which each key head has so many, and keys, rotated, and values as they are; each contiguous.
 
     Given weights, queries and keys are normalised first, every head over its own dims with its own weight, biased variance,
@@ -49,26 +51,28 @@ def split_rotated(
 
     Source: Su et al. 2021, "RoFormer", section 3.2.2; query and key norms of Stable LM 2 12B.
     """
-    return torch.ops.tandem.split_rotated(qkv, cos, sin, query_norm, key_norm, epsilon, head_dim, queries)
+    return torch.ops.tandem.split_and_rotate_qkv(
+        qkv, cos, sin, query_norm, key_norm, norm_eps, head_dim, num_queries_per_kv
+    )
 
 
-@torch.library.custom_op("tandem::split_rotated", mutates_args=(), device_types="cpu")
-def _split_rotated(
+@torch.library.custom_op("tandem::split_and_rotate_qkv", mutates_args=(), device_types="cpu")
+def _split_and_rotate(
     qkv: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None,
     epsilon: float, head_dim: int, queries: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    query, key, value = split(qkv, head_dim=head_dim, queries=queries)
+    query, key, value = split_qkv(qkv, head_dim=head_dim, num_queries_per_kv=queries)
     rotated = []
     for heads, weight in ((query, query_norm), (key, key_norm)):
-        wide = _wide(heads)
+        wide = _upcast(heads)
         if weight is not None:
-            wide = _normal(wide, epsilon)[0] * _wide(weight)
-        rotated.append(_turned(wide, cos, sin).to(qkv.dtype).contiguous())
+            wide = _normalize(wide, epsilon)[0] * _upcast(weight)
+        rotated.append(_apply_rotary(wide, cos, sin).to(qkv.dtype).contiguous())
     # What an op returns must not be a view of what it was given.
     return rotated[0], rotated[1], value.clone(memory_format=torch.contiguous_format)
 
 
-@_split_rotated.register_kernel("cuda")
+@_split_and_rotate.register_kernel("cuda")
 def _(
     qkv: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None,
     epsilon: float, head_dim: int, queries: int,
@@ -78,44 +82,46 @@ def _(
     return device.forward(qkv, cos, sin, query_norm, key_norm, epsilon, head_dim, queries)
 
 
-@_split_rotated.register_fake
+@_split_and_rotate.register_fake
 def _(
     qkv: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None,
     epsilon: float, head_dim: int, queries: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     seq, rows, width = qkv.shape
-    kv_heads = width // head_dim // (queries + 2)
+    num_kv_heads = width // head_dim // (queries + 2)
     query, key, value = (
-        qkv.new_empty(rows, seq, heads, head_dim) for heads in (kv_heads * queries, kv_heads, kv_heads)
+        qkv.new_empty(rows, seq, heads, head_dim) for heads in (num_kv_heads * queries, num_kv_heads, num_kv_heads)
     )
     return query, key, value
 
 
-@torch.library.custom_op("tandem::split_rotated_backward", mutates_args=(), device_types="cpu")
-def _split_rotated_backward(
+@torch.library.custom_op("tandem::split_and_rotate_qkv_backward", mutates_args=(), device_types="cpu")
+def _split_and_rotate_backward(
     query: Tensor, key: Tensor, value: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor,
     query_norm: Tensor | None, key_norm: Tensor | None, epsilon: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """From the gradients of queries, keys and values that of the fused buffer; and of the norms' weights, those of the
     queries first, in the dtype of the arithmetic, empty where there are none.
     """
-    rows, seq, kv_heads, head_dim = key.shape
-    queries = query.shape[2] // kv_heads
-    heads = [_turned(_wide(gradient), cos, -sin) for gradient in (query, key)]
+    rows, seq, num_kv_heads, head_dim = key.shape
+    queries = query.shape[2] // num_kv_heads
+    heads = [_apply_rotary(_upcast(gradient), cos, -sin) for gradient in (query, key)]
     sums = key.new_empty(0, dtype=heads[0].dtype)
     if qkv is not None and query_norm is not None and key_norm is not None:
-        normals = [_normal(_wide(x), epsilon) for x in split(qkv, head_dim=head_dim, queries=queries)[:2]]
+        normals = [
+            _normalize(_upcast(x), epsilon) for x in split_qkv(qkv, head_dim=head_dim, num_queries_per_kv=queries)[:2]
+        ]
         sums = torch.cat([(dy * n).sum((0, 1)) for dy, (n, _) in zip(heads, normals, strict=True)])
-        heads = [dy * _wide(weight) for dy, weight in zip(heads, (query_norm, key_norm), strict=True)]
+        heads = [dy * _upcast(weight) for dy, weight in zip(heads, (query_norm, key_norm), strict=True)]
         heads = [
             scale * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))
             for g, (n, scale) in zip(heads, normals, strict=True)
         ]
-    groups = [x.to(key.dtype).unflatten(2, (kv_heads, -1)) for x in (*heads, value)]
+    groups = [x.to(key.dtype).unflatten(2, (num_kv_heads, -1)) for x in (*heads, value)]
     return torch.cat(groups, dim=3).transpose(0, 1).reshape(seq, rows, -1).contiguous(), sums
 
 
-@_split_rotated_backward.register_kernel("cuda")
+@_split_and_rotate_backward.register_kernel("cuda")
 def _(
     query: Tensor, key: Tensor, value: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor,
     query_norm: Tensor | None, key_norm: Tensor | None, epsilon: float,
@@ -125,26 +131,26 @@ def _(
     return device.backward(query, key, value, qkv, cos, sin, query_norm, key_norm, epsilon)
 
 
-@_split_rotated_backward.register_fake
+@_split_and_rotate_backward.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor,
     query_norm: Tensor | None, key_norm: Tensor | None, epsilon: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rows, seq, kv_heads, head_dim = key.shape
-    heads = query.shape[2] + kv_heads
+    rows, seq, num_kv_heads, head_dim = key.shape
+    heads = query.shape[2] + num_kv_heads
     shape = (0,) if query_norm is None else (heads, head_dim)
     sums = key.new_empty(shape, dtype=torch.promote_types(key.dtype, torch.float32))
-    return key.new_empty(seq, rows, (heads + kv_heads) * head_dim), sums
+    return key.new_empty(seq, rows, (heads + num_kv_heads) * head_dim), sums
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     qkv, cos, sin, query_norm, key_norm, ctx.epsilon, _, _ = inputs
     ctx.save_for_backward(None if query_norm is None else qkv, cos, sin, query_norm, key_norm)
 
 
-def _gradients(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd_backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...]:
     kept = ctx.saved_tensors  # once: a recomputed tensor is given out no second time
-    gradient, sums = torch.ops.tandem.split_rotated_backward(query, key, value, *kept, ctx.epsilon)
+    gradient, sums = torch.ops.tandem.split_and_rotate_qkv_backward(query, key, value, *kept, ctx.epsilon)
     norms = [None, None]
     if len(sums):
         parts = sums.split((query.shape[2], key.shape[2]))
@@ -152,20 +158,20 @@ def _gradients(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Ten
     return gradient, None, None, *norms, None, None, None
 
 
-_split_rotated.register_autograd(_gradients, setup_context=_keep)
+_split_and_rotate.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _normal(heads: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def _normalize(heads: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Heads of mean 0 and variance 1, and one over the standard deviation they had."""
     normal, _, scale = torch.native_layer_norm(heads, heads.shape[-1:], None, None, epsilon)
     return normal, scale
 
 
-def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _apply_rotary(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     rotary_half = cos.shape[-1]
     first, second, rest = heads.tensor_split((rotary_half, 2 * rotary_half), dim=-1)

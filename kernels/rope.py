@@ -1,4 +1,4 @@
-"""Rotary positions: the angles by which `qkv.split_rotated` turns the leading dims of each head, in the half-split layout.
+"""Rotary positions: the angles by which `split_and_rotate_qkv` turns the leading dims of each head, in the half-split layout.
 
 Dim i of the first half and dim i of the second half of the rotated part form a pair that turns by
 position * base^(-2i / rotary_dims).

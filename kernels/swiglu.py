@@ -15,24 +15,30 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def swiglu(gate_up: Float[Tensor, "*batch 2 ffn_width"], *, gate: int = 0) -> Float[Tensor, "*batch ffn_width"]:
-    """silu(gate) * up; `gate` is the index of the gate, the other is up. fp32 inside (fp64 for fp64), the input's dtype out.
+def swiglu(
+    gate_up: Float[Tensor, "*batch 2 ffn_hidden_size"], *, gate_index: int = 0
+) -> Float[Tensor, "*batch ffn_hidden_size"]:
+    """silu(gate) * up; `gate_index` is the index of the gate, the other is up. fp32 inside (fp64 for fp64), the input's
+    dtype out.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", section 2, without biases.
     """
-    return torch.ops.tandem.swiglu(gate_up, gate)
+    return torch.ops.tandem.swiglu(gate_up, gate_index)
 
 
 def swiglu_linear(
-    gate_up: Float[Tensor, "*batch 2 ffn_width"], weight: Float[Tensor, "width ffn_width"], *, gate: int = 0
-) -> Float[Tensor, "*batch width"]:
+    gate_up: Float[Tensor, "*batch 2 ffn_hidden_size"],
+    weight: Float[Tensor, "hidden_size ffn_hidden_size"],
+    *,
+    gate_index: int = 0,
+) -> Float[Tensor, "*batch hidden_size"]:
     """swiglu(gate_up) times the transposed weight, keeping these two for backward and not the widest tensor between them."""
-    return torch.ops.tandem.swiglu_linear(gate_up, weight, gate)
+    return torch.ops.tandem.swiglu_linear(gate_up, weight, gate_index)
 
 
 @torch.library.custom_op("tandem::swiglu", mutates_args=(), device_types="cpu")
 def _swiglu(gate_up: Tensor, gate: int) -> Tensor:
-    wide = _wide(gate_up)
+    wide = _upcast(gate_up)
     g, u = wide.select(-2, gate), wide.select(-2, 1 - gate)
     return (g * g.sigmoid() * u).to(gate_up.dtype).contiguous()
 
@@ -46,13 +52,13 @@ def _(gate_up: Tensor, gate: int) -> Tensor:
 
 @_swiglu.register_fake
 def _(gate_up: Tensor, gate: int) -> Tensor:
-    return gate_up.new_empty(_narrow(gate_up))
+    return gate_up.new_empty(_output_shape(gate_up))
 
 
 @torch.library.custom_op("tandem::swiglu_backward", mutates_args=(), device_types="cpu")
 def _swiglu_backward(out_gradient: Tensor, gate_up: Tensor, gate: int, with_product: bool) -> tuple[Tensor, Tensor]:
     """Gradient of gate_up, and the forward result, which is empty unless asked for."""
-    wide, dy = _wide(gate_up), _wide(out_gradient)
+    wide, dy = _upcast(gate_up), _upcast(out_gradient)
     g, u = wide.select(-2, gate), wide.select(-2, 1 - gate)
     sigmoid = g.sigmoid()
     halves = [dy * u * sigmoid * (1 + g * (1 - sigmoid)), dy * g * sigmoid]
@@ -70,21 +76,21 @@ def _(out_gradient: Tensor, gate_up: Tensor, gate: int, with_product: bool) -> t
 
 @_swiglu_backward.register_fake
 def _(out_gradient: Tensor, gate_up: Tensor, gate: int, with_product: bool) -> tuple[Tensor, Tensor]:
-    return gate_up.new_empty(gate_up.shape), gate_up.new_empty(_narrow(gate_up) if with_product else (0,))
+    return gate_up.new_empty(gate_up.shape), gate_up.new_empty(_output_shape(gate_up) if with_product else (0,))
 
 
-def _keep_gate_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _swiglu_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     gate_up, ctx.gate = inputs
     ctx.save_for_backward(gate_up)
 
 
-def _gate_up_gradient(ctx: Any, out_gradient: Tensor) -> tuple[Tensor, None]:
+def _swiglu_autograd_backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor, None]:
     (gate_up,) = ctx.saved_tensors
     gradient, _ = torch.ops.tandem.swiglu_backward(out_gradient, gate_up, ctx.gate, False)
     return gradient, None
 
 
-_swiglu.register_autograd(_gate_up_gradient, setup_context=_keep_gate_up)
+_swiglu.register_autograd(_swiglu_autograd_backward, setup_context=_swiglu_setup_context)
 
 
 @torch.library.custom_op("tandem::swiglu_linear", mutates_args=())
@@ -97,24 +103,24 @@ def _(gate_up: Tensor, weight: Tensor, gate: int) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-2], len(weight)))
 
 
-def _keep_gate_up_and_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _swiglu_linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     gate_up, weight, ctx.gate = inputs
     ctx.save_for_backward(gate_up, weight)
 
 
-def _both_gradients(ctx: Any, out_gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+def _swiglu_linear_autograd_backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor, Tensor, None]:
     gate_up, weight = ctx.saved_tensors
     product_gradient = out_gradient @ weight
     gradient, product = torch.ops.tandem.swiglu_backward(product_gradient, gate_up, ctx.gate, True)
     return gradient, out_gradient.reshape(-1, len(weight)).t() @ product.reshape(-1, weight.shape[1]), None
 
 
-_swiglu_linear.register_autograd(_both_gradients, setup_context=_keep_gate_up_and_weight)
+_swiglu_linear.register_autograd(_swiglu_linear_autograd_backward, setup_context=_swiglu_linear_setup_context)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _narrow(gate_up: Tensor) -> torch.Size:
+def _output_shape(gate_up: Tensor) -> torch.Size:
     return gate_up.shape[:-2] + gate_up.shape[-1:]

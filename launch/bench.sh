@@ -65,7 +65,7 @@ if ! python3 -c 'import tandem.trainer' 2>/dev/null; then
 fi
 
 btlm_config=configs/btlm-3b-8k.yaml stablelm_config=configs/stablelm-2-12b.yaml
-slice=(--depth 6)
+slice=(--num-layers 6)
 counted=(--warmup-steps 2 --steps 6)
 short=(--warmup-steps 2 --steps 3)
 order=(true false true false)
@@ -78,7 +78,7 @@ workers=8
 if [[ $rehearse ]]; then
     export CUDA_VISIBLE_DEVICES='' TRITON_INTERPRET=1 OMP_NUM_THREADS=1
     btlm_config=configs/demo-btlm.yaml stablelm_config=configs/demo-stablelm.yaml
-    slice=(--depth 1)
+    slice=(--num-layers 1)
     counted=(--warmup-steps 1 --steps 1)
     short=("${counted[@]}")
     order=(true false)
@@ -125,7 +125,7 @@ states() { # with both states in one log, as cards and days differ
 }
 memory() { # what recomputation and larger micro-batches cost and bring
     steps "$stablelm_config" parallel.recompute=selective "${slice[@]}" "${short[@]}"
-    steps "$stablelm_config" "${slice[@]}" "${short[@]}" --micro-rows 2 --rows 8
+    steps "$stablelm_config" "${slice[@]}" "${short[@]}" --micro-batch-size 2 --global-batch-size 8
 }
 
 steps() { python3 -m tandem.trainer bench "$1" parallel.tp_size=1 "${@:2}" >>"$out/steps.jsonl"; }
@@ -154,16 +154,16 @@ for stage in "${stages[@]}"; do
     left=$((VISIT_SECONDS - SECONDS))
     limit=$((limits[$stage] < left ? limits[$stage] : left))
     printf '\n== %s\n' "$stage"
-    verdict=124
+    exit_code=124
     if [[ $limit -gt 0 ]]; then
-        verdict=0
+        exit_code=0
         (run_limited "$stage" "$limit" 2>&1 | tee -a "$out/log.txt") & # a trap runs during `wait` alone
-        wait "$!" || verdict=$?
-        [[ -z $interrupted ]] || wait "$!" || verdict=$?
+        wait "$!" || exit_code=$?
+        [[ -z $interrupted ]] || wait "$!" || exit_code=$?
     fi
-    [[ $verdict -eq 0 ]] || failed+=("$stage")
-    cut=$([[ $verdict -ne 124 && $verdict -ne 137 ]] || echo ", cut at its limit of $((limit > 0 ? limit : 0)) s")
-    printf '== %s: exit %d, %d s%s\n' "$stage" "$verdict" "$((SECONDS - begun))" "$cut" | tee -a "$out/log.txt"
+    [[ $exit_code -eq 0 ]] || failed+=("$stage")
+    cut=$([[ $exit_code -ne 124 && $exit_code -ne 137 ]] || echo ", cut at its limit of $((limit > 0 ? limit : 0)) s")
+    printf '== %s: exit %d, %d s%s\n' "$stage" "$exit_code" "$((SECONDS - begun))" "$cut" | tee -a "$out/log.txt"
     [[ -z $interrupted ]] || break
 done
 rm -f "$out/.stage"

@@ -25,7 +25,7 @@ stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 mapfile -t inputs < <(find -L "$stdlib" -mindepth 1 -maxdepth 1 \( -name '*.py' -o -type d \) \
     -not -name 'site-packages' -not -name 'dist-packages' -not -name 'test' -not -name '__pycache__' -not -name 'config-*' \
     -not -name 'lib2to3' -not -name 'idlelib' | sort)
-tandem prepare --input "${inputs[@]}" --glob '*.py' --skip-undecodable --vocab 4096 --held-out 0.02 --output $corpus
+tandem prepare --input "${inputs[@]}" --glob '*.py' --skip-undecodable --vocab-size 4096 --held-out 0.02 --output $corpus
 tandem verify $corpus
 
 rm -rf runs/demo-stablelm runs/demo-btlm exports/demo-stablelm exports/demo-btlm
@@ -60,14 +60,14 @@ launch/local.sh 2 configs/demo-btlm.yaml parallel.tp_size=1
 
 for name in stablelm btlm; do
     say "demo-$name: loss on held-out text, by position"
-    table=$(tandem evaluate runs/demo-$name --data $corpus --length 512)
+    table=$(tandem evaluate runs/demo-$name --data $corpus --seq-len 512)
     printf '%s\n' "$table"
     awk 'NR == 1 { exit !($2 < $(NF - 1) - 1) }' <<<"$table" || fail "demo-$name is not 1 nat below the unigram entropy"
 
     say "demo-$name: exporting to Hugging Face, reloading with transformers, comparing logits"
     tandem export-hf runs/demo-$name exports/demo-$name --dtype fp32 --check
     say "demo-$name: generating from the export"
-    tandem generate exports/demo-$name --prompt 'def __init__(self' --tokens 48
+    tandem generate exports/demo-$name --prompt 'def __init__(self' --max-new-tokens 48
     tandem report runs/demo-$name
 done
 say "done; open runs/demo-stablelm/report.html"

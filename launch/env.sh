@@ -33,7 +33,7 @@ set_default DS_BUILD_OPS 0
 set_default PET_SIGNALS_TO_HANDLE SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 set_default PET_SHUTDOWN_TIMEOUT 180
 # Ranks that fail are started again by torchrun, and the run goes on from its last checkpoint; after a signal to torchrun or a
-# mistake, which all ranks learn of, they are not, and run.max_failures ends a loop.
+# mistake, which all ranks learn of, they are not, and run.max_repeat_failures ends a loop.
 set_default PET_MAX_RESTARTS "${MAX_RESTARTS:-100}"
 # Each start of the ranks meets in a store of its own: torch 2.13's torchrun keeps one for all of them, where gloo finds the
 # addresses of ranks that are gone, and tells only the machines of the first start where it is.

@@ -33,7 +33,7 @@ source launch/env.sh
 address=$(python - "$HEAD" "$NODES" "$NODE" "$RANKS_PER_NODE" "$@" <<'PYTHON'
 import socket, sys
 
-from tandem.trainer.config import UserError, check_world, load
+from tandem.trainer.config import UserError, check_world_size, load_config
 
 head, nodes, node, ranks_per_node, config, *overrides = sys.argv[1:]
 host, _, port = head.rpartition(":")
@@ -43,9 +43,9 @@ try:
         raise UserError(f"HEAD={head} NODES={nodes}: not address:port and a number of machines, or FEWEST:MOST of them")
     if not int(node) < int(most or fewest) >= int(fewest) > 0:
         raise UserError(f"NODE={node} NODES={nodes}: must be 0 <= NODE < MOST >= FEWEST > 0; mend the one or the other")
-    tree = load(config, overrides)
+    tree = load_config(config, overrides)
     for count in range(int(fewest), int(most or fewest) + 1):
-        check_world(tree, count * int(ranks_per_node))
+        check_world_size(tree, count * int(ranks_per_node))
     family, kind, protocol, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as way:
         way.connect(where)  # sends nothing

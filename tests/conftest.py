@@ -23,13 +23,13 @@ check_annotations()
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
+def use_single_thread() -> None:
     """Sums in the same order on every machine, and cores left to the other ranks."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def imports_are_no_garbage() -> Iterator[None]:
+def freeze_imported_objects() -> Iterator[None]:
     """DeepSpeed's bf16 optimizer collects garbage eight times, and would look at every imported object each time."""
     gc.freeze()
     yield
@@ -37,21 +37,21 @@ def imports_are_no_garbage() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def interrupts_are_heard() -> None:
+def restore_sigint_handler() -> None:
     """Restore Python's handler of Ctrl-C. A shell's background job ignores it, and so would every program a test starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def process_as_before_the_module() -> Iterator[None]:
+def restore_process_after_module() -> Iterator[None]:
     """Also where a fixture of the module has changed it."""
-    with process_state.as_it_was():
+    with process_state.restore_process_state():
         yield
 
 
 @pytest.fixture(autouse=True)
-def process_as_before_the_test() -> Iterator[None]:
-    with process_state.as_it_was():
+def restore_process_after_test() -> Iterator[None]:
+    with process_state.restore_process_state():
         yield
 
 

@@ -24,7 +24,7 @@ import tandem.trainer.tools.generate  # noqa: E402
 import tandem.trainer.train  # noqa: E402, F401
 
 torch.set_num_threads(1)
-PROCESS = os.getpid()
+SERVER_PID = os.getpid()
 """The one that imported this: in a fork, its server."""
 gc.collect()
 gc.freeze()  # DeepSpeed's bf16 optimizer collects garbage eight times; and a page that nobody writes to stays shared

@@ -14,37 +14,37 @@ from contextlib import contextmanager
 
 import torch
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG)
+RESTORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG)
 """Those that a run or a test answers."""
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG, PR_GET_PDEATHSIG = 1, 2
 """Source: linux/prctl.h."""
-KEPT = {"PYTEST_CURRENT_TEST", "TOKENIZERS_PARALLELISM"}
+IGNORED_VARIABLES = {"PYTEST_CURRENT_TEST", "TOKENIZERS_PARALLELISM"}
 """Variables: pytest's own, which names the phase of a test; and what a tokenizer that the process keeps reads at each call."""
 
 
 @contextmanager
-def as_it_was() -> Iterator[None]:
+def restore_process_state() -> Iterator[None]:
     """Afterwards the process is what it was before the block, but for what it has imported, allocated and compiled."""
     folder, hook, path = os.getcwd(), sys.excepthook, list(sys.path)
-    variables = {name: value for name, value in os.environ.items() if name not in KEPT}
-    signals = {number: signal.getsignal(number) for number in SIGNALS}
-    wakeup, death = wakeup_fd(), death_signal()
-    root, levels = logging.getLogger(), {each: each.level for each in loggers()}
+    variables = {name: value for name, value in os.environ.items() if name not in IGNORED_VARIABLES}
+    signals = {number: signal.getsignal(number) for number in RESTORED_SIGNALS}
+    wakeup, saved_death_signal = wakeup_fd(), parent_death_signal()
+    root, levels = logging.getLogger(), {each: each.level for each in all_loggers()}
     handlers = list(root.handlers)
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    dtype, threads, draws = torch.get_default_dtype(), torch.get_num_threads(), torch.get_rng_state()
+    fill_uninitialized = torch.utils.deterministic.fill_uninitialized_memory
+    dtype, threads, rng_state = torch.get_default_dtype(), torch.get_num_threads(), torch.get_rng_state()
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.utils.deterministic.fill_uninitialized_memory = fill_uninitialized
         torch.set_default_dtype(dtype)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-        torch.set_rng_state(draws)
+        torch.set_rng_state(rng_state)
         root.handlers[:] = handlers
         for each, level in levels.items():
             if each.level != level:
@@ -52,17 +52,17 @@ def as_it_was() -> Iterator[None]:
         for number, handler in signals.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
-        if death_signal() != death:
-            LIBC.prctl(PR_SET_PDEATHSIG, death)
+        if parent_death_signal() != saved_death_signal:
+            LIBC.prctl(PR_SET_PDEATHSIG, saved_death_signal)
         sys.excepthook = hook  # torch.distributed puts its own around it at every start
         sys.path[:] = path  # transformers adds the folder of the code that exports bring
         os.chdir(folder)
-        for name in os.environ.keys() - variables.keys() - KEPT:
+        for name in os.environ.keys() - variables.keys() - IGNORED_VARIABLES:
             del os.environ[name]
         os.environ.update(variables)
 
 
-def loggers() -> list[logging.Logger]:
+def all_loggers() -> list[logging.Logger]:
     made = logging.root.manager.loggerDict.values()
     return [logging.getLogger(), *(each for each in made if isinstance(each, logging.Logger))]
 
@@ -73,7 +73,7 @@ def wakeup_fd() -> int:
     return number
 
 
-def death_signal() -> int:
+def parent_death_signal() -> int:
     """What the death of its parent is to this process; 0: nothing."""
     number = ctypes.c_int()
     LIBC.prctl(PR_GET_PDEATHSIG, ctypes.byref(number))

@@ -1,9 +1,9 @@
 """Runs a function on several ranks: processes of their own, gloo, a rendezvous file (no ports), a hard time limit.
 
-A rank is a fork of a server that has imported everything (`imported.py`) and done nothing: what a world does, the next
-one cannot see. Several ranks still share a core or two, so let one `run` serve many assertions: the function returns facts
-for all of them, a module-scoped fixture calls `run` (with `tmp_path_factory.mktemp`), and each test looks at its own fact.
-The function stands at the top of its module; arguments and results can be pickled.
+A rank is a fork of a server that has imported everything (`forkserver_preload.py`) and done nothing: what a world does,
+the next one cannot see. Several ranks still share a core or two, so let one `run` serve many assertions: the function
+returns facts for all of them, a module-scoped fixture calls `run` (with `tmp_path_factory.mktemp`), and each test looks at
+its own fact. The function stands at the top of its module; arguments and results can be pickled.
 """
 
 import faulthandler
@@ -23,16 +23,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.timeouts import PATIENCE_SECONDS
+from tests.timeouts import TEST_TIMEOUT_SECONDS
 
-OPERATIONS = [f"tandem.kernels.{file.stem}" for file in (Path(__file__).parents[1] / "kernels").glob("[!_]*.py")]
-OWN_PACKAGES = ["tandem.trainer", "tandem.data_prep", *OPERATIONS]
+KERNEL_MODULES = [f"tandem.kernels.{file.stem}" for file in (Path(__file__).parents[1] / "kernels").glob("[!_]*.py")]
+OWN_PACKAGES = ["tandem.trainer", "tandem.data_prep", *KERNEL_MODULES]
 """Without tandem.kernels.device: Triton wants its functions as they are written."""
 GRACE_SECONDS = 5
 """After one rank has failed, the others have this long to tell their own story."""
-SERVER = multiprocessing.get_context("forkserver")
+FORKSERVER = multiprocessing.get_context("forkserver")
 """Starts with the first process that is asked of it, and ends when this process and all of its forks have."""
-SERVER.set_forkserver_preload(["tests.forkserver_preload"])
+FORKSERVER.set_forkserver_preload(["tests.forkserver_preload"])
 
 
 def check_annotations() -> None:
@@ -45,7 +45,11 @@ def check_annotations() -> None:
 
 
 def run(
-    function: Callable[..., Any], world_size: int, tmp_path: Path, *args: Any, timeout_seconds: float = PATIENCE_SECONDS
+    function: Callable[..., Any],
+    world_size: int,
+    tmp_path: Path,
+    *args: Any,
+    timeout_seconds: float = TEST_TIMEOUT_SECONDS,
 ) -> list[Any]:
     """What `function(*args)` returned on each rank, by rank, inside a gloo process group of `world_size`.
 
@@ -55,40 +59,40 @@ def run(
     """
     folder = Path(tempfile.mkdtemp(prefix="ranks-", dir=tmp_path))
     call = pickle.dumps((function, args))
-    ranks = [_start(_Place(rank, world_size, folder), call) for rank in range(world_size)]
+    ranks = [_start_rank(_RankPlace(rank, world_size, folder), call) for rank in range(world_size)]
     try:
-        _collect(ranks, time.monotonic() + timeout_seconds)
+        _collect_results(ranks, time.monotonic() + timeout_seconds)
     finally:
         for rank in ranks:
-            rank.end()
-    failures = [rank.failure(timeout_seconds) for rank in ranks if not rank.succeeded]
+            rank.terminate()
+    failures = [rank.failure_message(timeout_seconds) for rank in ranks if not rank.succeeded]
     assert not failures, "\n".join(failures)
     return [rank.result for rank in ranks]
 
 
 @dataclass(frozen=True)
-class _Place:
+class _RankPlace:
     rank: int
     world_size: int
     folder: Path
 
     @property
-    def stack_file(self) -> Path:
+    def stack_path(self) -> Path:
         return self.folder / f"stack-{self.rank}.txt"
 
 
 @dataclass
-class _Rank:
+class _RankProcess:
     """The parent's view of one process."""
 
-    place: _Place
+    place: _RankPlace
     process: BaseProcess
     receiver: Connection
     succeeded: bool = False
     result: Any = None
     traceback: str | None = None
 
-    def listen(self) -> None:
+    def receive(self) -> None:
         try:
             self.succeeded, answer = pickle.loads(self.receiver.recv_bytes())
         except EOFError:  # the process ended without a word
@@ -98,7 +102,7 @@ class _Rank:
         else:
             self.traceback = answer
 
-    def end(self) -> None:
+    def terminate(self) -> None:
         """Afterwards the process is gone; if it had not answered, its stack is in the place's file."""
         if self.process.is_alive() and not self.succeeded and self.traceback is None:
             with suppress(ProcessLookupError):  # it has ended since
@@ -109,42 +113,42 @@ class _Rank:
         self.process.join()
         self.receiver.close()
 
-    def failure(self, timeout_seconds: float) -> str:
+    def failure_message(self, timeout_seconds: float) -> str:
         if self.traceback is not None:
             return f"rank {self.place.rank} failed:\n{self.traceback}"
-        stack = self.place.stack_file.read_text() if self.place.stack_file.exists() else ""
+        stack = self.place.stack_path.read_text() if self.place.stack_path.exists() else ""
         return (
             f"rank {self.place.rank} gave no result (exit code {self.process.exitcode}, "
             f"limit {timeout_seconds:g} s) and was here:\n{stack or 'unknown'}"
         )
 
 
-def _start(place: _Place, call: bytes) -> _Rank:
-    receiver, sender = SERVER.Pipe(duplex=False)
-    process = SERVER.Process(target=_rank_main, args=(sender, place, dict(os.environ), call), daemon=False)
+def _start_rank(place: _RankPlace, call: bytes) -> _RankProcess:
+    receiver, sender = FORKSERVER.Pipe(duplex=False)
+    process = FORKSERVER.Process(target=_rank_main, args=(sender, place, dict(os.environ), call), daemon=False)
     process.start()
     sender.close()
-    return _Rank(place, process, receiver)
+    return _RankProcess(place, process, receiver)
 
 
-def _collect(ranks: list[_Rank], deadline: float) -> None:
+def _collect_results(ranks: list[_RankProcess], deadline: float) -> None:
     waiting = {rank.receiver: rank for rank in ranks}
     while waiting and (remaining := deadline - time.monotonic()) > 0:
         for receiver in wait(list(waiting), remaining):
             rank = waiting.pop(receiver)
-            rank.listen()
+            rank.receive()
             if not rank.succeeded:  # the others may now wait for this one for ever
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
 
 
-def _rank_main(sender: Connection, place: _Place, environment: dict[str, str], call: bytes) -> None:
-    faulthandler.register(signal.SIGUSR1, file=place.stack_file.open("w"), all_threads=False)
+def _rank_main(sender: Connection, place: _RankPlace, environment: dict[str, str], call: bytes) -> None:
+    faulthandler.register(signal.SIGUSR1, file=place.stack_path.open("w"), all_threads=False)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     values = (place.rank, place.world_size, place.rank, place.world_size)
     os.environ.clear()
     os.environ.update(environment, **dict(zip(names, map(str, values), strict=True)))
     try:
-        answer = pickle.dumps((True, _in_process_group(place, call)))
+        answer = pickle.dumps((True, _run_in_process_group(place, call)))
     except BaseException:
         answer = pickle.dumps((False, traceback.format_exc()))
     sender.send_bytes(answer)
@@ -152,7 +156,7 @@ def _rank_main(sender: Connection, place: _Place, environment: dict[str, str], c
     sys.stderr.flush()
 
 
-def _in_process_group(place: _Place, call: bytes) -> Any:
+def _run_in_process_group(place: _RankPlace, call: bytes) -> Any:
     import numpy
     import torch
     import torch.distributed as dist

@@ -6,14 +6,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tandem.trainer.config import LearningRate, RunConfig
+from tandem.trainer.config import LRConfig, TrainConfig
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.loader import Batch
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh
 from tandem.trainer.guard import Guard
-from tandem.trainer.run_state import Stepper
-from tandem.trainer.train import one_step
+from tandem.trainer.run_state import StepContext
+from tandem.trainer.train import train_step
 from tests import tiny_configs
 
 STEPS = 1_000
@@ -21,19 +21,21 @@ STEPS = 1_000
 
 
 def steady(
-    config: RunConfig,
+    config: TrainConfig,
     mesh: Mesh,
     engine: Engine,
     *,
     lr: float,
-    micro_rows: int | None = None,
+    micro_batch_size: int | None = None,
     watch: Callable[[str, int], object] = lambda phase, step: None,
-) -> Stepper:
+) -> StepContext:
     """Makes the config's steps at one learning rate, of so many rows at a time where that is not the config's own number."""
     [phase] = config.schedule.phases
-    phase = replace(phase, tokens=STEPS * phase.batch_tokens, micro_rows=micro_rows or phase.micro_rows)
-    schedule = replace(config.schedule, phases=[phase], lr=LearningRate("linear", lr, lr, 0, None))
-    return Stepper(config, mesh, Timeline(schedule), engine, 1.0, Guard(config.guard), watch=watch)
+    phase = replace(
+        phase, tokens=STEPS * phase.tokens_per_step, micro_batch_size=micro_batch_size or phase.micro_batch_size
+    )
+    schedule = replace(config.schedule, phases=[phase], lr=LRConfig("linear", lr, lr, 0, None))
+    return StepContext(config, mesh, Timeline(schedule), engine, 1.0, Guard(config.guard), enter_phase=watch)
 
 
 def batch(rows: tuple[Tensor, ...], mesh: Mesh) -> Batch:
@@ -41,9 +43,9 @@ def batch(rows: tuple[Tensor, ...], mesh: Mesh) -> Batch:
     return Batch(torch.stack([tensor.chunk(mesh.dp_size)[mesh.dp_rank].int() for tensor in rows]), {})
 
 
-def step(stepper: Stepper, number: int, rows: tuple[Tensor, ...] | None = None) -> tuple[float, float]:
+def step(stepper: StepContext, number: int, rows: tuple[Tensor, ...] | None = None) -> tuple[float, float]:
     """Loss and gradient norm of a step that is made, by default on the rows that `tiny` has for its number."""
-    rows = tiny_configs.rows(number) if rows is None else rows
-    loss, gradient_norm, _, judgement = one_step(stepper, batch(rows, stepper.mesh), number)
+    rows = tiny_configs.global_batch(number) if rows is None else rows
+    loss, grad_norm, _, judgement = train_step(stepper, batch(rows, stepper.mesh), number)
     assert judgement.decision == "update", judgement.reason
-    return loss, gradient_norm
+    return loss, grad_norm

@@ -51,6 +51,16 @@ def test_every_module_of_the_trainer_has_a_place_in_the_layers():
     assert {f"tandem.trainer.{stem}" for stem in stems} <= named
 
 
+def test_the_trainer_can_be_looked_over():
+    """A newcomer guesses the right room among few, and `trainer/train.py` is read in one sitting."""
+    entries = {path.name for path in (ROOT / "trainer").iterdir()} - {"__pycache__"}
+    assert len(entries) <= 22
+    source = (ROOT / "trainer" / "train.py").read_text()
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    ours = [name.name for node in imports if str(node.module).startswith("tandem") for name in node.names]
+    assert (len(source.splitlines()) <= 280, len(ours) <= 45) == (True, True)
+
+
 def test_nothing_of_ours_is_importable_under_a_name_that_others_use(tmp_path):
     """A user's trainer.py and Hugging Face's `kernels`, which transformers imports, keep their names."""
     program = (
@@ -72,11 +82,11 @@ def test_modules_of_a_working_folder_do_not_replace_ours(tmp_path):
 
 def test_links_import_this_checkout_without_an_installation(tmp_path):
     subprocess.run([ROOT / "launch/links.sh", tmp_path / "links"], check=True)
-    program = "import tandem.trainer.config.sections as sections; print(sections.__file__)"
+    program = "import tandem.trainer.disk as disk; print(disk.__file__)"
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path / "links")}
     command = [sys.executable, "-S", "-c", program]  # -S: no site-packages
     answer = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert Path(answer.stdout.strip()).resolve() == ROOT / "trainer/config/sections.py"
+    assert Path(answer.stdout.strip()).resolve() == ROOT / "trainer/disk.py"
 
 
 def test_every_package_is_installed():

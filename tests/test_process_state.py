@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 from tandem.trainer import runtime
-from tandem.trainer.distributed.mesh import started
-from tests.process_state import KEPT, as_it_was, death_signal, loggers, wakeup_fd
+from tandem.trainer.distributed.mesh import mesh_context
+from tests.process_state import IGNORED_VARIABLES, all_loggers, parent_death_signal, restore_process_state, wakeup_fd
 
 
 def facts() -> dict[str, Any]:
     return {
-        "variables": {name: value for name, value in os.environ.items() if name not in KEPT},
-        "signals": [signal.getsignal(number) for number in (*runtime.STOP_SIGNALS, runtime.ELSEWHERE_SIGNAL)],
+        "variables": {name: value for name, value in os.environ.items() if name not in IGNORED_VARIABLES},
+        "signals": [signal.getsignal(number) for number in (*runtime.STOP_SIGNALS, runtime.REMOTE_STOP_SIGNAL)],
         "wakeup": wakeup_fd(),
-        "death of the parent": death_signal(),
+        "death of the parent": parent_death_signal(),
         "level": logging.getLogger().level,
-        "levels": {each.name: each.level for each in loggers() if each.name in ("torch.distributed", "wandb")},
+        "levels": {each.name: each.level for each in all_loggers() if each.name in ("torch.distributed", "wandb")},
         "handlers": list(logging.getLogger().handlers),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "new memory": torch.utils.deterministic.fill_uninitialized_memory,
@@ -32,12 +32,12 @@ def facts() -> dict[str, Any]:
 
 def test_what_a_command_changes_of_the_process_is_put_back(monkeypatch):
     before = facts()
-    with as_it_was():
+    with restore_process_state():
         with monkeypatch.context() as launched:
             launched.setenv("RANK", "0")
-            runtime.stop_with_launcher()
+            runtime.set_parent_death_signal()
         runtime.StopSignal()
-        with started(1):
+        with mesh_context(1):
             runtime.start_logging(0)
             runtime.make_deterministic()
             torch.rand(1)

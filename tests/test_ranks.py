@@ -33,7 +33,7 @@ def facts() -> dict[str, Any]:
         "environment": os.environ.get(SEEN),
         "marks": left_behind + getattr(torch, SEEN, []),
         "draws": (torch.rand(()).item(), numpy.random.rand(), random.random()),
-        "server": sys.modules["tests.forkserver_preload"].PROCESS,
+        "server": sys.modules["tests.forkserver_preload"].SERVER_PID,
         "parent": os.getppid(),
         "threads of the parent": len(os.listdir(f"/proc/{os.getppid()}/task")),
         "annotation": kind_of_error(lambda: swiglu(torch.zeros(3, 5))),

@@ -9,33 +9,33 @@ if not torch.cuda.is_available():
     import triton.language as tl
     from triton.runtime import interpreter
 
-    _convert = interpreter._convert_float
+    _original_convert_float = interpreter._convert_float
 
-    def _rounded_to_nearest(source, source_type, target_type, rounding_mode):
+    def _convert_round_to_nearest(source, source_type, target_type, rounding_mode):
         """triton 3.6 to 3.7 interprets a conversion from fp32 to bf16 by cutting bits off; a GPU rounds to nearest, even."""
         if (source_type, target_type) != (tl.float32, tl.bfloat16):
-            return _convert(source, source_type, target_type, rounding_mode)
+            return _original_convert_float(source, source_type, target_type, rounding_mode)
         bits = np.ascontiguousarray(source).view(np.uint32)
         rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
         return np.where(np.isnan(source), np.uint16(0x7FC0), rounded)
 
-    interpreter._convert_float = _rounded_to_nearest
+    interpreter._convert_float = _convert_round_to_nearest
 
-    _dot = interpreter.InterpreterBuilder.create_dot
+    _original_create_dot = interpreter.InterpreterBuilder.create_dot
 
-    def _of_numbers(self, first, second, *rest):
+    def _create_bf16_dot(self, first, second, *rest):
         """triton 3.6 to 3.7 interprets a product of bf16 tiles as one of the integers that hold their bits."""
         wide = (
             interpreter.TensorHandle((tile.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
             if tile.dtype.scalar == tl.bfloat16 else tile
             for tile in (first, second)
         )  # fmt: skip
-        return _dot(self, *wide, *rest)
+        return _original_create_dot(self, *wide, *rest)
 
-    interpreter.InterpreterBuilder.create_dot = _of_numbers
+    interpreter.InterpreterBuilder.create_dot = _create_bf16_dot
 
 
-def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+def run_kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """From here on operations on the CPU take the way they take on a GPU. Returns the names of those that run, once they do."""
     ran = set()
     for name, operation in OPDEFS.items():
@@ -43,9 +43,9 @@ def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         if namespace == "tandem" and "cuda" in operation._backend_fns:
             kernel = operation._backend_fns["cuda"]
 
-            def noted(*arguments, name=name, kernel=kernel, **keywords):
+            def record_call(*arguments, name=name, kernel=kernel, **keywords):
                 ran.add(name)
                 return kernel(*arguments, **keywords)
 
-            monkeypatch.setitem(operation._backend_fns, "cpu", noted)
+            monkeypatch.setitem(operation._backend_fns, "cpu", record_call)
     return ran

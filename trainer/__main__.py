@@ -10,8 +10,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from tandem.trainer.config import UserError, check_world, load
-from tandem.trainer.runtime import REQUEUE_EXIT_CODE, StopSignal, leave, num_gpus, quiet_libraries, stop_with_launcher
+from tandem.trainer.config import UserError, check_world_size, load_config
+from tandem.trainer.runtime import (
+    REQUEUE_EXIT_CODE,
+    StopSignal,
+    force_exit,
+    is_launched,
+    launch_rank,
+    num_gpus,
+    set_parent_death_signal,
+    silence_library_warnings,
+)
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
@@ -40,7 +49,7 @@ VERBS = {
         "tandem.trainer.tools.bench",
         "speed, memory and time by part of the run's own training steps, on synthetic rows",
     ),
-    "mup": (
+    "mup-check": (
         "tandem.trainer.tools.mup",
         "whether a config's muP holds: coordinates, learning-rate transfer, weight decay",
     ),
@@ -51,8 +60,8 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with the command in one line, where argparse would print the usage first."""
 
     def error(self, message: str) -> NoReturn:
-        where = self.prog.removeprefix("tandem").strip() or "command"
-        raise UserError(f"{where}: {message}; see {self.prog} --help")
+        command = self.prog.removeprefix("tandem").strip() or "command"
+        raise UserError(f"{command}: {message}; see {self.prog} --help")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,11 +71,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # The deepspeed launcher adds its own flag in front of or behind ours; the rank comes from the environment.
     argv = [argument for argument in argv if not argument.startswith("--local_rank")]
-    quiet_libraries()
+    silence_library_warnings()
     try:
-        return parse(argv)
+        return run_verb(argv)
     except UserError as error:
-        if launched_rank():
+        if launch_rank():
             # Rank 0 says the same, and the launcher then ends us; unless only this rank met it.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(8)
@@ -83,29 +92,29 @@ def main(argv: list[str] | None = None) -> int:
         return CLOSED_PIPE_EXIT_CODE
 
 
-def parse(argv: list[str]) -> int:
+def run_verb(argv: list[str]) -> int:
     """The verb's module gives its arguments and runs them."""
     top = Parser(prog="tandem", description="Distributed pretraining of BTLM and Stable LM 2.")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    chosen = next((argument for argument in argv if not argument.startswith("-")), None)
-    for name, (module, says) in VERBS.items():
-        parser = verbs.add_parser(name, help=says, description=says)
-        if name == chosen:
-            add, run = functions(name, module)
+    chosen_verb = next((argument for argument in argv if not argument.startswith("-")), None)
+    for name, (module, description) in VERBS.items():
+        parser = verbs.add_parser(name, help=description, description=description)
+        if name == chosen_verb:
+            add, run = load_verb(name, module)
             add(parser)
             parser.set_defaults(run=run)
     arguments = top.parse_args(argv)
     return arguments.run(arguments) or 0
 
 
-def functions(name: str, module: str) -> tuple[Callable[..., None], Callable[..., int | None]]:
+def load_verb(name: str, module: str) -> tuple[Callable[..., None], Callable[..., int | None]]:
     """`add_arguments` and `run` of the verb; where one module serves several verbs they carry the verb's name."""
     if name == "train":
-        return add_train_arguments, train
-    found, suffix = import_module(module), name.replace("-", "_")
-    if hasattr(found, f"run_{suffix}"):
-        return getattr(found, f"add_{suffix}_arguments"), getattr(found, f"run_{suffix}")
-    return found.add_arguments, found.run
+        return add_train_arguments, run_train
+    verb_module, suffix = import_module(module), name.replace("-", "_")
+    if hasattr(verb_module, f"run_{suffix}"):
+        return getattr(verb_module, f"add_{suffix}_arguments"), getattr(verb_module, f"run_{suffix}")
+    return verb_module.add_arguments, verb_module.run
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,28 +127,22 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def train(arguments: argparse.Namespace) -> int:
+def run_train(arguments: argparse.Namespace) -> int:
     """One rank of a launch; or the launcher of one local node, where it is more than a rank or --ranks asks for a launcher."""
-    stop_with_launcher()  # first: the imports take seconds
-    config = load(arguments.config, arguments.overrides)
-    launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
-    ranks = arguments.ranks or num_gpus() or config.parallel.tp_size
-    if not arguments.ranks and (launched or ranks == 1):
+    set_parent_death_signal()  # first: the imports take seconds
+    config = load_config(arguments.config, arguments.overrides)
+    num_ranks = arguments.ranks or num_gpus() or config.parallel.tp_size
+    if not arguments.ranks and (is_launched() or num_ranks == 1):
         stop_signal = StopSignal()  # before the imports, which take seconds
         from tandem.trainer.train import run
 
         code = run(config, stop_signal)
-        return leave(code) if code == REQUEUE_EXIT_CODE else code
-    check_world(config, ranks)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        return force_exit(code) if code == REQUEUE_EXIT_CODE else code
+    check_world_size(config, num_ranks)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     # Replaces this process, so that signals reach torchrun, which passes them on to the ranks.
     sys.stdout.flush()
     os.execv(sys.executable, [*launcher, "-m", "tandem.trainer", "train", str(arguments.config), *arguments.overrides])
-
-
-def launched_rank() -> int:
-    """Rank of this process in its launch, without importing torch."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 if __name__ == "__main__":

@@ -7,150 +7,177 @@ for later, and what has to be the same on all ranks is agreed on with the next b
 import dataclasses
 import logging
 
-from tandem.trainer.checkpoint.async_save import START_AGAIN, Outcome, not_saved
-from tandem.trainer.checkpoint.read import newest, restore
-from tandem.trainer.checkpoint.write import model_facts, pass_over_later
-from tandem.trainer.config import RunConfig, UserError
-from tandem.trainer.data.ledger import Decision, Ledger
+from tandem.trainer.checkpoint.async_save import RESTART_HINT, SaveResult, save_error_message
+from tandem.trainer.checkpoint.read import open_newest, restore_state
+from tandem.trainer.checkpoint.write import model_metadata, reject_later
+from tandem.trainer.config import TrainConfig, UserError
+from tandem.trainer.data.ledger import BadStepAction, Ledger
 from tandem.trainer.data.loader import Loader
-from tandem.trainer.distributed.mesh import barrier, on_rank_0
-from tandem.trainer.run_state import Made, Standing, Training
+from tandem.trainer.distributed.mesh import barrier, run_on_rank_0
+from tandem.trainer.run_state import Progress, RunContext, StepResult
 
 log = logging.getLogger(__name__)
-RETRY_SHARE = 10
+RETRY_DIVISOR = 10
 """After a save that failed the next one is tried when this part of checkpoint.every_steps has passed."""
 
 
-def save_if_due(training: Training, at: Standing) -> None:
+def save_if_due(context: RunContext, progress: Progress) -> None:
     """A save is under way where one is due. After a bad step it waits for a good one: what it would save is under suspicion."""
-    if training.saver.ended:
-        settle_save(training, at)
-    at.save_due |= due(at.step, training.config.checkpoint.every_steps) or training.agreement.save_wanted
-    if at.save_due and not training.guard.skips:
-        begin_save(training, at)
-    training.agreement.wants_save = at.retry_step is not None and at.step >= at.retry_step
+    if context.saver.is_save_finished:
+        finish_pending_save(context, progress)
+    progress.is_save_due |= (
+        is_due(progress.step, context.config.checkpoint.every_steps) or context.coordinator.save_requested
+    )
+    if progress.is_save_due and not context.guard.num_consecutive_bad_steps:
+        start_save(context, progress)
+    context.coordinator.save_requested_local = (
+        progress.save_retry_step is not None and progress.step >= progress.save_retry_step
+    )
 
 
-def save_finally(training: Training, at: Standing) -> None:
+def save_final_checkpoint(context: RunContext, progress: Progress) -> None:
     """The newest checkpoint is of this step and committed. Raises: UserError where it cannot be written."""
-    training.watch("save", at.step)
-    settle_save(training, at, "now: the run ends, and saves once more")
-    if at.step != at.saved_step:
-        begin_save(training, at)
-        outcome = settled(training)
-        if outcome and outcome.error:
-            raise UserError(not_saved(training.folder / "checkpoints", outcome, START_AGAIN))
+    context.enter_phase("save", progress.step)
+    finish_pending_save(context, progress, "now: the run ends, and saves once more")
+    if progress.step != progress.saved_step:
+        start_save(context, progress)
+        result = wait_for_pending_save(context)
+        if result and result.error:
+            raise UserError(save_error_message(context.folder / "checkpoints", result, RESTART_HINT))
     barrier()  # rank 0 may hold the store in which the others read how the save has ended
 
 
-def begin_save(training: Training, at: Standing) -> None:
+def start_save(context: RunContext, progress: Progress) -> None:
     """A checkpoint of this moment is under way."""
-    config, engine = training.config, training.engine
-    ledger = training.ledger  # rank 0's; its facts are those that are saved
-    training.watch("save", at.step)
-    settle_save(training, at)  # one at a time
+    config, engine = context.config, context.engine
+    ledger = context.ledger  # rank 0's; its facts are those that are saved
+    context.enter_phase("save", progress.step)
+    finish_pending_save(context, progress)  # one at a time
     if not engine.num_updates:
         engine.allocate_moments(0)  # a checkpoint of nothing learned is one all the same
-    facts = {
-        **model_facts(config.model, config.mup),
-        "tokens": training.timeline.tokens_before(at.step),
-        "updates": engine.num_updates,
-        "cursor": at.cursor,
-        "ledger_lines": ledger.num_lines if ledger else 0,
-        "guard": training.guard.state(),
-        "fingerprints": training.loader.fingerprints,
-        "eos_token": training.loader.eos_token,
-        "order": training.loader.order,
-        "skipped": training.loader.skipped,
+    metadata = {
+        **model_metadata(config.model, config.mup),
+        "tokens": context.timeline.tokens_before(progress.step),
+        "num_updates": engine.num_updates,
+        "cursor": progress.cursor,
+        "num_ledger_lines": ledger.num_lines if ledger else 0,
+        "guard": context.guard.state_dict(),
+        "fingerprints": context.loader.fingerprints,
+        "eos_token": context.loader.eos_token,
+        "shuffle_settings": context.loader.shuffle_settings,
+        "skipped_shards": context.loader.skipped_shards,
         "phases": [dataclasses.asdict(phase) for phase in config.schedule.phases],
     }
-    training.saver.begin(at.step, engine, facts, before_commit=ledger.sync if ledger else lambda: None)
-    at.saved_step, at.save_due, at.retry_step = at.step, False, None
+    context.saver.start_save(progress.step, engine, metadata, before_commit=ledger.sync if ledger else lambda: None)
+    progress.saved_step, progress.is_save_due, progress.save_retry_step = progress.step, False, None
 
 
-def settle_save(training: Training, at: Standing, then: str | None = None) -> None:
-    """How the save that was under way, if any, has ended is on record. One that failed is tried again some steps later; `then`
-    says what else is done.
+def finish_pending_save(context: RunContext, progress: Progress, consequence: str | None = None) -> None:
+    """How the save that was under way, if any, has ended is on record. One that failed is tried again some steps later;
+    `consequence` says what else is done.
     """
-    outcome = settled(training)
-    if outcome and outcome.error:
-        at.saved_step = None
-        if training.mesh.rank == 0:
-            at.retry_step = at.step + max(1, training.config.checkpoint.every_steps // RETRY_SHARE)
-            next_save = f"before the run saves again, by step {at.retry_step} or when it ends"
-            log.error("%s", not_saved(training.folder / "checkpoints", outcome, then or next_save))
+    result = wait_for_pending_save(context)
+    if result and result.error:
+        progress.saved_step = None
+        if context.mesh.rank == 0:
+            progress.save_retry_step = progress.step + max(1, context.config.checkpoint.every_steps // RETRY_DIVISOR)
+            default_consequence = f"before the run saves again, by step {progress.save_retry_step} or when it ends"
+            log.error(
+                "%s", save_error_message(context.folder / "checkpoints", result, consequence or default_consequence)
+            )
 
 
-def settled(training: Training) -> Outcome | None:
+def wait_for_pending_save(context: RunContext) -> SaveResult | None:
     """How the save that was under way, if any, has ended; a checkpoint is on record."""
-    if not training.saver.running:
+    if not context.saver.has_pending_save:
         return None
-    training.saver.wait_until_written()
-    with training.watchdog.in_store():
-        outcome = training.saver.outcome()
-    if not outcome.error:
-        stall_seconds = training.saver.take_stall_seconds()
-        training.sinks.checkpoint(
-            outcome.step, outcome.seconds, stall_seconds=stall_seconds, num_bytes=outcome.num_bytes
+    context.saver.wait_until_written()
+    with context.watchdog.store_wait():
+        result = context.saver.wait_for_result()
+    if not result.error:
+        stall_seconds = context.saver.pop_stall_seconds()
+        context.sinks.write_checkpoint(
+            result.step, result.seconds, stall_seconds=stall_seconds, num_bytes=result.num_bytes
         )
-    return outcome
+    return result
 
 
-def gone_back(training: Training, at: Standing, made: Made) -> Standing:
+def roll_back(context: RunContext, progress: Progress, result: StepResult) -> Progress:
     """The run stands at its last checkpoint, behind the rows that it has read since; that is on record.
 
     Raises: UserError where there is none, or the run has come back to it too often.
     """
-    training.watch("rollback", at.step)
-    config, guard, reason = training.config, training.guard, made.judgement.reason
-    settle_save(training, at, "before the next save")
-    snapshot = newest(training.folder / "checkpoints", training.mesh)
-    times = guard.rollbacks_to(snapshot.step) if snapshot else 0
-    stops = snapshot is None or times >= config.guard.max_rollbacks
-    if training.ledger:
-        decision: Decision = "stop" if stops else "rollback"
-        training.ledger.bad(at.step, made.record.loss, made.record.gradient_norm, reason, decision)
-    bad = f"step {at.step}: {reason}, the last of {guard.skips} bad steps in a row"
-    if stops or snapshot is None:
-        where = f"gone back to step {snapshot.step} {times} times" if snapshot else "no checkpoint to go back to"
+    context.enter_phase("rollback", progress.step)
+    config, guard, reason = context.config, context.guard, result.judgement.reason
+    finish_pending_save(context, progress, "before the next save")
+    checkpoint = open_newest(context.folder / "checkpoints", context.mesh)
+    num_rollbacks = guard.num_rollbacks_to(checkpoint.step) if checkpoint else 0
+    must_stop = checkpoint is None or num_rollbacks >= config.guard.max_rollbacks
+    if context.ledger:
+        action: BadStepAction = "stop" if must_stop else "rollback"
+        context.ledger.write_bad_step(progress.step, result.record.loss, result.record.grad_norm, reason, action)
+    bad_step_message = (
+        f"step {progress.step}: {reason}, the last of {guard.num_consecutive_bad_steps} bad steps in a row"
+    )
+    if must_stop or checkpoint is None:
+        rollback_status = (
+            f"gone back to step {checkpoint.step} {num_rollbacks} times"
+            if checkpoint
+            else "no checkpoint to go back to"
+        )
         raise UserError(
-            f"{bad}; the run has {where}; look at these steps with tandem audit {training.folder} --step {at.step}, lower "
+            f"{bad_step_message}; the run has {rollback_status}; look at these steps with tandem audit "
+            f"{context.folder} --step {progress.step}, lower "
             "schedule.lr.peak, or raise guard.max_rollbacks"
         )
-    on_rank_0(lambda: pass_over_later(snapshot.folder), training.mesh)
-    restore(training.engine, snapshot, training.mesh)
-    facts = snapshot.manifest
-    guard.go_back(snapshot.step, facts.get("guard"))
-    if training.mesh.rank == 0:
-        log.warning("%s; back to step %d, and past the rows read since", bad, snapshot.step)
-    if training.ledger:
-        begin_in_ledger(
-            training.ledger, config, training.loader, training.mesh.dp_size, snapshot.step, at.cursor,
-            after=facts["ledger_lines"], passed=passed_over(facts["cursor"], at.cursor), rollback=True,
-        )  # fmt: skip
-    training.sinks.rollback(snapshot.step, at.step, reason)
-    snapshot.close()
-    return Standing(snapshot.step, at.cursor, snapshot.step, evaluated_step=snapshot.step)
+    run_on_rank_0(lambda: reject_later(checkpoint.folder), context.mesh)
+    restore_state(context.engine, checkpoint, context.mesh)
+    manifest = checkpoint.manifest
+    guard.roll_back(checkpoint.step, manifest.get("guard"))
+    if context.mesh.rank == 0:
+        log.warning("%s; back to step %d, and past the rows read since", bad_step_message, checkpoint.step)
+    if context.ledger:
+        write_ledger_start(
+            context.ledger,
+            config,
+            context.loader,
+            context.mesh.dp_size,
+            checkpoint.step,
+            progress.cursor,
+            num_ledger_lines=manifest["num_ledger_lines"],
+            skipped_ranges=skipped_ranges(manifest["cursor"], progress.cursor),
+            is_rollback=True,
+        )
+    context.sinks.write_rollback(checkpoint.step, progress.step, reason)
+    checkpoint.close()
+    return Progress(checkpoint.step, progress.cursor, checkpoint.step, validated_step=checkpoint.step)
 
 
-def begin_in_ledger(
-    ledger: Ledger, config: RunConfig, loader: Loader, dp_size: int, step: int, cursor: dict[str, int], *,
-    after: int, passed: dict[str, tuple[int, int]], rollback: bool = False,
+def write_ledger_start(
+    ledger: Ledger, config: TrainConfig, loader: Loader, dp_size: int, step: int, cursor: dict[str, int], *,
+    num_ledger_lines: int, skipped_ranges: dict[str, tuple[int, int]], is_rollback: bool = False,
 ) -> None:  # fmt: skip
-    """It is on record that the run goes on after `step`; see `Ledger.start`."""
-    ledger.start(
-        step, cursor, order=loader.order, phases=[dataclasses.asdict(phase) for phase in config.schedule.phases],
-        fingerprints=loader.fingerprints, skipped=loader.skipped, dp_size=dp_size, after=after, passed=passed,
-        rollback=rollback,
-    )  # fmt: skip
+    """It is on record that the run goes on after `step`; see `Ledger.write_start`."""
+    ledger.write_start(
+        step,
+        cursor,
+        shuffle_settings=loader.shuffle_settings,
+        phases=[dataclasses.asdict(phase) for phase in config.schedule.phases],
+        fingerprints=loader.fingerprints,
+        skipped_shards=loader.skipped_shards,
+        dp_size=dp_size,
+        num_ledger_lines=num_ledger_lines,
+        skipped_ranges=skipped_ranges,
+        is_rollback=is_rollback,
+    )
 
 
-def passed_over(before: dict[str, int], after: dict[str, int]) -> dict[str, tuple[int, int]]:
+def skipped_ranges(start_cursor: dict[str, int], end_cursor: dict[str, int]) -> dict[str, tuple[int, int]]:
     """The places of each source between two cursors."""
-    ends = {source: (before.get(source, 0), end) for source, end in after.items()}
-    return {source: (first, last) for source, (first, last) in ends.items() if first != last}
+    ranges = {source: (start_cursor.get(source, 0), end) for source, end in end_cursor.items()}
+    return {source: (first, last) for source, (first, last) in ranges.items() if first != last}
 
 
-def due(step: int, every_steps: int) -> bool:
+def is_due(step: int, every_steps: int) -> bool:
     """Whether something done every so many steps is to be done after `step`; 0 is never."""
     return every_steps > 0 and step % every_steps == 0

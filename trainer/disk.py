@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-TEMPORARY = ".tmp"
+TEMPORARY_SUFFIX = ".tmp"
 """Ends the name of a file that is being written."""
-TORN = f"*.{'[0-9a-f]' * 8}{TEMPORARY}"
+TEMPORARY_PATTERN = f"*.{'[0-9a-f]' * 8}{TEMPORARY_SUFFIX}"
 """Pattern of such names: what a kill has left may be removed, another program's files may not."""
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file that gets its name when the block ends without error, its content then on disk; else nothing is left."""
     # A scheduler that has lost sight of a task starts it again elsewhere: both write, and neither into the other's file.
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -32,9 +32,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def atomic_write(path: Path, content: str | bytes) -> None:
     """The file holds all of the content, on disk; or, after an error, what it held before."""
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 

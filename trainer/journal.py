@@ -16,13 +16,13 @@ from io import FileIO, RawIOBase
 from pathlib import Path
 from typing import Any
 
-TAIL_BYTES = 1 << 16
+TAIL_CHUNK_BYTES = 1 << 16
 """Read at once on the way from the end of a file to its beginning."""
 
 
-def opened(path: Path, *, cut: bool = False) -> FileIO:
-    """The file, made if it is not there, open for `append`; a torn last line is ended, or removed if `cut`."""
-    torn = next(_lines_from_the_end(path), b"")
+def open_journal(path: Path, *, cut: bool = False) -> FileIO:
+    """The file, made if it is not there, open for `append_record`; a torn last line is ended, or removed if `cut`."""
+    torn = next(_reversed_lines(path), b"")
     if torn:
         with path.open("ab", buffering=0) as file:
             if cut:
@@ -33,8 +33,8 @@ def opened(path: Path, *, cut: bool = False) -> FileIO:
     return path.open("ab", buffering=0)
 
 
-def append(file: RawIOBase, record: dict[str, Any], *, compact: bool = False, sync: bool = False) -> None:
-    """The record is a line at the end of the file that `opened` gave, and with `sync` it is on disk.
+def append_record(file: RawIOBase, record: dict[str, Any], *, compact: bool = False, sync: bool = False) -> None:
+    """The record is a line at the end of the file that `open_journal` gave, and with `sync` it is on disk.
 
     Raises: OSError, also where only a part of the line has room. ValueError for a number that is not finite, which JSON lacks.
     """
@@ -45,7 +45,7 @@ def append(file: RawIOBase, record: dict[str, Any], *, compact: bool = False, sy
         os.fsync(file.fileno())
 
 
-def records(path: Path, *, strict: bool = False) -> Iterator[dict[str, Any]]:
+def read_records(path: Path, *, strict: bool = False) -> Iterator[dict[str, Any]]:
     """The records of the file in their order, none if there is no file. Lines that are no record are passed over; if `strict`,
     only a torn last line is.
 
@@ -57,16 +57,16 @@ def records(path: Path, *, strict: bool = False) -> Iterator[dict[str, Any]]:
         for line in file:
             if strict and line.endswith(b"\n"):
                 yield json.loads(line)
-            elif found := parsed(line):
+            elif found := parse_record(line):
                 yield found
 
 
-def records_from_the_end(path: Path) -> Iterator[dict[str, Any]]:
+def read_records_backwards(path: Path) -> Iterator[dict[str, Any]]:
     """The records of the file, the last one first, none if there is no file; only as much is read as is asked for."""
-    return filter(None, map(parsed, _lines_from_the_end(path)))
+    return filter(None, map(parse_record, _reversed_lines(path)))
 
 
-def parsed(line: bytes) -> dict[str, Any]:
+def parse_record(line: bytes) -> dict[str, Any]:
     """The record in a line; an empty one if there is none, as in a line that a kill tore."""
     try:
         found = json.loads(line)
@@ -75,15 +75,15 @@ def parsed(line: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _lines_from_the_end(path: Path) -> Iterator[bytes]:
+def _reversed_lines(path: Path) -> Iterator[bytes]:
     """Without their newlines; the first is what stands behind the last newline."""
     if not path.exists():
         return
     with path.open("rb") as file:
-        begin, rest = file.seek(0, os.SEEK_END), b""
-        while begin:
-            end, begin = begin, max(0, begin - TAIL_BYTES)
-            file.seek(begin)
-            rest, *lines = (file.read(end - begin) + rest).split(b"\n")
+        start, rest = file.seek(0, os.SEEK_END), b""
+        while start:
+            end, start = start, max(0, start - TAIL_CHUNK_BYTES)
+            file.seek(start)
+            rest, *lines = (file.read(end - start) + rest).split(b"\n")
             yield from reversed(lines)
         yield rest

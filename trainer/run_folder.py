@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tandem.trainer.config import UserError
-from tandem.trainer.disk import TORN, write_whole
+from tandem.trainer.disk import TEMPORARY_PATTERN, atomic_write
 
 log = logging.getLogger(__name__)
-HELD = ".held"
+CONFIG_FILE = "config.yaml"
+LOCK_FILE = ".held"
 """File in a run folder that the run which trains there has locked."""
-HELD_SECONDS = 20.0
+LOCK_TIMEOUT_SECONDS = 20.0
 REPORTED_PACKAGES = ("deepspeed", "megatron-core", "triton", "omegaconf", "wandb", "transformers", "tokenizers")
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Within the block no other run trains in the folder, as far as its file system can tell.
 
     Waits some seconds first, for ranks that are still on their way out.
@@ -36,9 +37,9 @@ def held(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror
         raise UserError(f"run.root: {folder} cannot be made ({reason}); name a folder you can write to") from None
-    with open(folder / HELD, "a+") as file:
-        deadline = time.monotonic() + HELD_SECONDS
-        while not _locked(file):
+    with open(folder / LOCK_FILE, "a+") as file:
+        deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
+        while not _try_lock(file):
             file.seek(0)
             if time.monotonic() > deadline:
                 raise UserError(
@@ -52,7 +53,7 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def _locked(file: TextIO) -> bool:
+def _try_lock(file: TextIO) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -67,18 +68,18 @@ def _locked(file: TextIO) -> bool:
 def open_run_folder(folder: Path, config_yaml: str) -> None:
     """The folder holds this start's config and environment; those of earlier starts stay beside them when they differ."""
     folder.mkdir(parents=True, exist_ok=True)
-    for torn in [*folder.glob(TORN), *folder.glob(f"*/{TORN}")]:
-        torn.unlink(missing_ok=True)
-    config_file = folder / "config.yaml"
+    for temporary_file in [*folder.glob(TEMPORARY_PATTERN), *folder.glob(f"*/{TEMPORARY_PATTERN}")]:
+        temporary_file.unlink(missing_ok=True)
+    config_file = folder / CONFIG_FILE
     if config_file.exists() and config_file.read_text() != config_yaml:
         number = len(list(folder.glob("config.before-*.yaml"))) + 1
         config_file.rename(folder / f"config.before-{number}.yaml")
         log.warning("the config differs from the last start's, which is kept as config.before-%d.yaml", number)
-    write_whole(config_file, config_yaml)
-    write_whole(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    atomic_write(config_file, config_yaml)
+    atomic_write(folder / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
 
 
-def environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """Versions, machine, command and commit of this process: what someone needs to explain or repeat the run.
 
     Where git is absent or this is no checkout, the commit is the variable TANDEM_COMMIT, or None.
@@ -100,15 +101,15 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "packages": versions,
-        "commit": _git(root, "rev-parse", "HEAD") or os.environ.get("TANDEM_COMMIT"),
-        "uncommitted": _git(root, "status", "--porcelain"),
+        "commit": _git_output(root, "rev-parse", "HEAD") or os.environ.get("TANDEM_COMMIT"),
+        "uncommitted": _git_output(root, "status", "--porcelain"),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def _git_output(root: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        completed = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return completed.stdout.strip() if completed.returncode == 0 else None

@@ -25,13 +25,13 @@ REQUEUE_EXIT_CODE = 85
 """The run saved on a signal and wants to be started again with the same command."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-SAME_SIGNAL_SECONDS = 5.0
+SIGNAL_DEBOUNCE_SECONDS = 5.0
 """Signals that follow one another this closely count as one."""
-MEETING_SECONDS = 15.0
+RENDEZVOUS_TIMEOUT_SECONDS = 15.0
 """How long after a signal ranks may still take to meet."""
-ELSEWHERE_SIGNAL = signal.SIGURG
+REMOTE_STOP_SIGNAL = signal.SIGURG
 """What a process sends itself when another rank was told to stop; ignored where nobody listens."""
-ELSEWHERE = "a signal to another rank"
+REMOTE_STOP_NAME = "a signal to another rank"
 
 PR_SET_PDEATHSIG = 1
 """Source: linux/prctl.h."""
@@ -60,7 +60,7 @@ def start_logging(rank: int) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def quiet_libraries() -> None:
+def silence_library_warnings() -> None:
     """Libraries imported from here on do not warn about extras they can do without, nor about one another's deprecations."""
     warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch)\b.*")
     if not num_gpus():
@@ -95,7 +95,31 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def node_ranks() -> int:
+def is_launched() -> bool:
+    """Whether torchrun, deepspeed or srun started this process."""
+    return "RANK" in os.environ or "SLURM_PROCID" in os.environ
+
+
+def launch_world_size() -> int:
+    """Ranks of this launch, from torchrun, deepspeed or srun; 1 when started by hand."""
+    return launch_environment()["world_size"]
+
+
+def launch_rank() -> int:
+    """This process's rank in the launch; 0 when started by hand."""
+    return launch_environment()["rank"]
+
+
+def launch_environment() -> dict[str, int]:
+    """rank, world_size and local_rank of this process, from torchrun, deepspeed or srun; 0, 1 and 0 when started by hand."""
+    names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        names = {"rank": "SLURM_PROCID", "world_size": "SLURM_STEP_NUM_TASKS", "local_rank": "SLURM_LOCALID"}
+    defaults = {"rank": 0, "world_size": 1, "local_rank": 0}
+    return {key: int(os.environ.get(name, defaults[key])) for key, name in names.items()}
+
+
+def max_local_world_size() -> int:
     """How many ranks of this launch share a machine, at most."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):  # torchrun, deepspeed, srun
         if given := os.environ.get(name):
@@ -103,7 +127,7 @@ def node_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def stop_with_launcher() -> None:
+def set_parent_death_signal() -> None:
     """Where a launcher started this rank, its death is a SIGTERM to the rank from here on: no rank trains on without it."""
     if "RANK" in os.environ and sys.platform == "linux":
         launcher = os.getppid()
@@ -112,7 +136,7 @@ def stop_with_launcher() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-class Stopped(BaseException):
+class StopRequested(BaseException):
     """The run stops here, on this rank and on all others, because one of them was told to.
 
     As KeyboardInterrupt is no Exception: a signal raises it inside of whatever library then runs, and many take any Exception
@@ -128,107 +152,111 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self.name: str | None = None
-        self.came = False
+        self.signal_name: str | None = None
+        self.has_arrived = False
         """Whether one has come, also while the main thread is in a collective and has not seen to it."""
-        self._seen: float | None = None
-        self._interrupts = False
-        self._met = threading.Event()
-        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
-        self._before[ELSEWHERE_SIGNAL] = signal.signal(ELSEWHERE_SIGNAL, self._remember_elsewhere)
+        self._last_signal_time: float | None = None
+        self._is_interruptible = False
+        self._rendezvous_done = threading.Event()
+        self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        self._previous_handlers[REMOTE_STOP_SIGNAL] = signal.signal(REMOTE_STOP_SIGNAL, self._on_remote_stop)
         # Python runs a handler between two instructions of the main thread, which may hang in a collective for ever; what the
         # interpreter writes here when a signal arrives is read by a thread, so that the second one ends the process even then.
-        arrived, arrives = socket.socketpair()
-        arrives.setblocking(False)
-        self._arrives = arrives
-        signal.set_wakeup_fd(arrives.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._end_in_time, args=(arrived,), name="signals", daemon=True).start()
+        receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        self._wakeup_sender = sender
+        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch_signals, args=(receiver,), name="signals", daemon=True).start()
 
-    def met(self) -> None:
+    def mark_rendezvous_done(self) -> None:
         """All ranks are there: from now on they agree on what to do about a signal."""
-        self._met.set()
+        self._rendezvous_done.set()
 
     def close(self) -> None:
         """Signals do what they did before."""
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
-        self._arrives.close()  # which ends the thread
+        self._wakeup_sender.close()  # which ends the thread
 
     @contextmanager
-    def interrupting(self) -> Iterator[None]:
-        """Within the block, in the main thread, a signal that has come or comes raises Stopped at once."""
-        self._interrupts = True
+    def interruptible(self) -> Iterator[None]:
+        """Within the block, in the main thread, a signal that has come or comes raises StopRequested at once."""
+        self._is_interruptible = True
         try:
-            if self.name is not None:
-                raise Stopped
+            if self.signal_name is not None:
+                raise StopRequested
             yield
         finally:
-            self._interrupts = False
+            self._is_interruptible = False
 
-    def until_stopped(self, items: Iterable[T]) -> Iterator[T]:
+    def iterate_until_stop(self, items: Iterable[T]) -> Iterator[T]:
         """The items, until a signal comes, which also interrupts the wait for the next one."""
-        left = iter(items)
-        with suppress(Stopped):
+        iterator = iter(items)
+        with suppress(StopRequested):
             while True:
-                with self.interrupting():
+                with self.interruptible():
                     try:
-                        item = next(left)
+                        item = next(iterator)
                     except StopIteration:
                         return
                 yield item
 
-    def told_elsewhere(self) -> None:
+    def trigger_remote_stop(self) -> None:
         """Another rank was told to stop, so this one is; the first signal of its own does not end it yet. From any thread."""
-        signal.pthread_kill(threading.main_thread().ident or 0, ELSEWHERE_SIGNAL)
+        signal.pthread_kill(threading.main_thread().ident or 0, REMOTE_STOP_SIGNAL)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self._seen is not None and time.monotonic() - self._seen < SAME_SIGNAL_SECONDS:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._last_signal_time is not None and time.monotonic() - self._last_signal_time < SIGNAL_DEBOUNCE_SECONDS:
             return
-        if self._seen is not None:
+        if self._last_signal_time is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.name, self._seen = signal.Signals(number).name, time.monotonic()
-        self._interrupt()
+        self.signal_name, self._last_signal_time = signal.Signals(number).name, time.monotonic()
+        self._raise_if_interruptible()
 
-    def _remember_elsewhere(self, number: int, frame: FrameType | None) -> None:
-        self.name = self.name or ELSEWHERE
-        self._interrupt()
+    def _on_remote_stop(self, number: int, frame: FrameType | None) -> None:
+        self.signal_name = self.signal_name or REMOTE_STOP_NAME
+        self._raise_if_interruptible()
 
-    def _interrupt(self) -> None:
-        if self._interrupts:
-            self._interrupts = False  # once: another signal must not raise while this is being caught
-            raise Stopped
+    def _raise_if_interruptible(self) -> None:
+        if self._is_interruptible:
+            self._is_interruptible = False  # once: another signal must not raise while this is being caught
+            raise StopRequested
 
-    def _end_in_time(self, arrived: socket.socket) -> None:
+    def _watch_signals(self, receiver: socket.socket) -> None:
         """Ends the process on a second signal that its main thread has not seen to, and on the first where it meets nobody.
 
         Starts no thread for that: from Python 3.12 on a process that ends refuses new ones, with a traceback.
         """
-        came = None
-        with arrived:
+        first_signal_time = None
+        with receiver:
             while True:
-                left = None if came is None or self._met.is_set() else came + MEETING_SECONDS - time.monotonic()
-                arrived.settimeout(None if left is None else max(left, 0.01))
+                remaining_seconds = (
+                    None
+                    if first_signal_time is None or self._rendezvous_done.is_set()
+                    else first_signal_time + RENDEZVOUS_TIMEOUT_SECONDS - time.monotonic()
+                )
+                receiver.settimeout(None if remaining_seconds is None else max(remaining_seconds, 0.01))
                 try:
-                    number = arrived.recv(1)
+                    number = receiver.recv(1)
                 except TimeoutError:
-                    if not self._met.is_set():
-                        leave(REQUEUE_EXIT_CODE)
+                    if not self._rendezvous_done.is_set():
+                        force_exit(REQUEUE_EXIT_CODE)
                     continue
                 if not number:
                     return
                 if number[0] not in STOP_SIGNALS:
                     continue
-                if came is None:
-                    came, self.came = time.monotonic(), True
-                elif time.monotonic() - came >= SAME_SIGNAL_SECONDS:
+                if first_signal_time is None:
+                    first_signal_time, self.has_arrived = time.monotonic(), True
+                elif time.monotonic() - first_signal_time >= SIGNAL_DEBOUNCE_SECONDS:
                     time.sleep(1)  # the handler ends the process by the signal itself, where it runs
                     os._exit(128 + number[0])
 
 
-def leave(code: int) -> NoReturn:
+def force_exit(exit_code: int) -> NoReturn:
     """The process ends, whatever its threads wait for: one that fetches from a store that does not answer takes minutes."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(exit_code)

@@ -12,216 +12,275 @@ from typing import Any
 import torch
 
 from tandem.trainer import models
-from tandem.trainer.checkpoint.async_save import Saver
-from tandem.trainer.checkpoint.compatibility import check_continues, check_same_model
-from tandem.trainer.checkpoint.layout import committed
-from tandem.trainer.checkpoint.read import Snapshot, newest, opened, restore, set_weights
-from tandem.trainer.checkpoint.write import model_facts, pass_over_later, retire
-from tandem.trainer.checkpointing import begin_in_ledger, passed_over
-from tandem.trainer.config import Data, RunConfig, dump
+from tandem.trainer.checkpoint.async_save import CheckpointSaver
+from tandem.trainer.checkpoint.compatibility import check_resumable, check_same_model
+from tandem.trainer.checkpoint.layout import list_committed
+from tandem.trainer.checkpoint.read import Checkpoint, load_master_weights, open_checkpoint, open_newest, restore_state
+from tandem.trainer.checkpoint.write import model_metadata, prune, reject_later
+from tandem.trainer.checkpointing import skipped_ranges, write_ledger_start
+from tandem.trainer.config import DataConfig, TrainConfig, UserError, dump_config, load_config
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data import remote_files
-from tandem.trainer.data.ledger import Ledger, copy_manifests, rollbacks
+from tandem.trainer.data.ledger import Ledger, copy_manifests, read_rollbacks
 from tandem.trainer.data.loader import Loader
 from tandem.trainer.data.manifest import TOKENIZER_FILE
-from tandem.trainer.disk import write_whole
-from tandem.trainer.distributed.coordination import Agreement
+from tandem.trainer.disk import atomic_write
+from tandem.trainer.distributed.coordination import Coordinator
 from tandem.trainer.distributed.deepspeed_engine import Engine
-from tandem.trainer.distributed.mesh import Mesh, from_rank_0, on_rank_0
+from tandem.trainer.distributed.mesh import Mesh, broadcast_from_rank_0, run_on_rank_0
 from tandem.trainer.distributed.watchdog import Watchdog
 from tandem.trainer.guard import Guard
-from tandem.trainer.metrics.history import evaluated
+from tandem.trainer.metrics.history import has_validation
 from tandem.trainer.metrics.records import Sinks, open_sinks
-from tandem.trainer.metrics.throughput import measured_peak_flops
+from tandem.trainer.metrics.throughput import measure_peak_flops
 from tandem.trainer.models import param_groups
-from tandem.trainer.models.init import values
-from tandem.trainer.models.mup import rules
-from tandem.trainer.run_folder import open_run_folder
-from tandem.trainer.run_state import Standing, Training
-from tandem.trainer.runtime import Stopped
+from tandem.trainer.models.init import initial_values
+from tandem.trainer.models.mup import parameter_rules
+from tandem.trainer.run_folder import CONFIG_FILE, open_run_folder
+from tandem.trainer.run_state import Progress, RunContext
+from tandem.trainer.runtime import StopRequested
 
 log = logging.getLogger(__name__)
-NOT_OF_THE_WEIGHTS = ("init_std", "init_truncation_sigmas", "document_masking", "alibi_scaling")
+CHANGEABLE_MODEL_FIELDS = ("init_std", "init_truncation_sigmas", "document_masking", "alibi_scaling")
 """Fields of the model that whoever trains given weights further may set anew."""
-WARNED_OF = ("document_masking", "alibi_scaling")
+WARNED_MODEL_FIELDS = ("document_masking", "alibi_scaling")
 """Those of them with which the weights compute something else."""
 
 
-class Laps:
+class StartupTimer:
     """Seconds of the parts of a start, from the birth of the process on."""
 
     def __init__(self) -> None:
-        self.seconds = {"imports": time.time() - _born()}
-        self._began = time.perf_counter()
+        self.part_seconds = {"imports": time.time() - _process_start_time()}
+        self._part_start = time.perf_counter()
 
-    def end(self, part: str) -> None:
+    def end_part(self, part: str) -> None:
         """What was done since the part before is called so."""
-        now = time.perf_counter()
-        self.seconds[part], self._began = now - self._began, now
+        end_time = time.perf_counter()
+        self.part_seconds[part], self._part_start = end_time - self._part_start, end_time
 
 
-def _born() -> float:
+def _process_start_time() -> float:
     """Unix time at which this process began; now, where the system does not say. Source: proc(5), stat and uptime."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        alive = float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+        age_seconds = float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
     except OSError:
-        alive = 0.0
-    return time.time() - alive
+        age_seconds = 0.0
+    return time.time() - age_seconds
 
 
 def start_run(
-    folder: Path, config: RunConfig, mesh: Mesh, loader: Loader, agreement: Agreement, watchdog: Watchdog, records: ExitStack,
-    laps: Laps,
-) -> tuple[Training, Standing]:  # fmt: skip
+    folder: Path,
+    config: TrainConfig,
+    mesh: Mesh,
+    loader: Loader,
+    coordinator: Coordinator,
+    watchdog: Watchdog,
+    records: ExitStack,
+    startup_timer: StartupTimer,
+) -> tuple[RunContext, Progress]:
     """Build everything a run needs, from its newest valid checkpoint if it has one, and open its records.
 
-    `records` closes the records. Raises: Stopped on all ranks if one was told to stop; UserError as the checks below.
+    `records` closes the records. Raises: StopRequested on all ranks if one was told to stop; UserError as the checks below.
     """
-    watchdog.at("checkpoint")
-    continues = from_rank_0(bool(committed(folder / "checkpoints")))
-    initial = None if continues else imported(config, mesh)
-    snapshot = newest(folder / "checkpoints", mesh)
-    agreement.any_rank(False)
-    laps.end("checkpoint checked")
-    if snapshot:
-        check_continues(config, snapshot, loader)
-        skip_shards(loader, snapshot.manifest.get("skipped", {}))
-    watchdog.at("tokenizer")
-    on_rank_0(partial(open_folder, folder, config, snapshot, agreement), mesh)
-    watchdog.at("model")
-    engine = build_engine(config, mesh, snapshot, initial)
-    for source in (snapshot, initial):
+    watchdog.enter_phase("checkpoint")
+    has_checkpoint = broadcast_from_rank_0(bool(list_committed(folder / "checkpoints")))
+    initial_checkpoint = None if has_checkpoint else open_initial_weights(config, mesh)
+    checkpoint = open_newest(folder / "checkpoints", mesh)
+    coordinator.any_rank(False)
+    startup_timer.end_part("checkpoint checked")
+    if checkpoint:
+        check_resumable(config, checkpoint, loader)
+        skip_shards(loader, checkpoint.manifest.get("skipped_shards", {}))
+    watchdog.enter_phase("tokenizer")
+    run_on_rank_0(partial(open_folder, folder, config, checkpoint, coordinator), mesh)
+    coordinator.any_rank(False)  # before the seconds that a model takes
+    startup_timer.end_part("run folder")
+    watchdog.enter_phase("model")
+    engine = build_engine(config, mesh, checkpoint, initial_checkpoint)
+    for source in (checkpoint, initial_checkpoint):
         if source:
             source.close()
-    laps.end("model")
-    at, guard, passed = take_up(folder, config, loader, mesh, snapshot)
-    agreement.any_rank(False)
-    watchdog.at("records")
-    sinks, ledger = on_rank_0(partial(open_records, folder, config, loader, at.step), mesh) or (
-        Sinks([], at.step),
+    startup_timer.end_part("model")
+    progress, guard, passed = restore_progress(folder, config, loader, mesh, checkpoint)
+    coordinator.any_rank(False)
+    watchdog.enter_phase("records")
+    sinks, ledger = run_on_rank_0(partial(open_records, folder, config, loader, progress.step), mesh) or (
+        Sinks([], progress.step),
         None,
     )
     records.callback(sinks.close)
     if ledger:
         records.callback(ledger.close)
-        after = snapshot.manifest["ledger_lines"] if snapshot else 0
-        begin_in_ledger(ledger, config, loader, mesh.dp_size, at.step, at.cursor, after=after, passed=passed)
-    peak_flops = config.hardware.peak_flops if config.hardware else measured_peak_flops(mesh.device)
-    training = Training(
-        config, mesh, Timeline(config.schedule), engine, peak_flops, guard, folder, loader, sinks,
-        Saver(folder / "checkpoints", mesh, config.checkpoint.keep), agreement, watchdog, ledger, watch=watchdog.at,
+        after = checkpoint.manifest["num_ledger_lines"] if checkpoint else 0
+        write_ledger_start(
+            ledger,
+            config,
+            loader,
+            mesh.dp_size,
+            progress.step,
+            progress.cursor,
+            num_ledger_lines=after,
+            skipped_ranges=passed,
+        )
+    peak_flops = config.hardware.peak_flops if config.hardware else measure_peak_flops(mesh.device)
+    context = RunContext(
+        config,
+        mesh,
+        Timeline(config.schedule),
+        engine,
+        peak_flops,
+        guard,
+        folder,
+        loader,
+        sinks,
+        CheckpointSaver(folder / "checkpoints", mesh, config.checkpoint.keep_last),
+        coordinator,
+        watchdog,
+        ledger,
+        enter_phase=watchdog.enter_phase,
+    )
+    startup_timer.end_part("records")
+    sinks.write_start(
+        tokens=context.timeline.tokens_before(progress.step), world_size=mesh.world_size, tp_size=mesh.tp_size,
+        dp_size=mesh.dp_size, total_steps=context.timeline.total_steps, total_tokens=context.timeline.total_tokens,
+        start_seconds=startup_timer.part_seconds,
     )  # fmt: skip
-    laps.end("records")
-    sinks.start(
-        tokens=training.timeline.tokens_before(at.step), world_size=mesh.world_size, tp_size=mesh.tp_size,
-        dp_size=mesh.dp_size, total_steps=training.timeline.total_steps, total_tokens=training.timeline.total_tokens,
-        start_seconds=laps.seconds,
-    )  # fmt: skip
-    return training, at
+    return context, progress
 
 
-def open_folder(folder: Path, config: RunConfig, snapshot: Snapshot | None, agreement: Agreement) -> None:
-    """Write this start's config, environment and tokenizer; only the checkpoints up to the snapshot count. Called by rank 0."""
-    if snapshot:
-        pass_over_later(snapshot.folder)
-        retire(snapshot.folder, config.checkpoint.keep)  # what a kill has left of older ones
-    open_run_folder(folder, dump(config))
-    with suppress(Stopped), agreement.stop_signal.interrupting():  # a store that does not answer takes minutes
-        keep_tokenizer(folder, config.data)
+def open_folder(folder: Path, config: TrainConfig, checkpoint: Checkpoint | None, coordinator: Coordinator) -> None:
+    """Write this start's config, environment and tokenizer; only the checkpoints up to this one count. Called by rank 0.
+
+    Raises: UserError for a run of a version with other names, which ended before its first checkpoint.
+    """
+    if checkpoint:
+        reject_later(checkpoint.folder)
+        prune(checkpoint.folder, config.checkpoint.keep_last)  # what a kill has left of older ones
+    else:
+        check_same_names(folder / CONFIG_FILE)
+    open_run_folder(folder, dump_config(config))
+    with suppress(StopRequested), coordinator.stop_signal.interruptible():  # a store that does not answer takes minutes
+        copy_tokenizer(folder, config.data)
 
 
-def open_records(folder: Path, config: RunConfig, loader: Loader, step: int) -> tuple[Sinks, Ledger]:
+def check_same_names(config_file: Path) -> None:
+    """Raises UserError if an earlier start left a config with fields that this version does not know."""
+    try:
+        if config_file.exists():
+            load_config(config_file)
+    except UserError as error:
+        raise UserError(
+            f"{config_file}: does not load in this version ({error}); use the one that wrote it, or choose another run.name"
+        ) from None
+
+
+def open_records(folder: Path, config: TrainConfig, loader: Loader, step: int) -> tuple[Sinks, Ledger]:
     """Open the sinks of metrics and the ledger, beside which lie copies of the manifests. Called by rank 0."""
-    sinks = open_sinks(folder, config, rank=0, resumed_step=step)
+    sinks = open_sinks(folder, config, rank=0, start_step=step)
     copy_manifests(folder, loader.manifests)
     return sinks, Ledger(folder)
 
 
-def take_up(
-    folder: Path, config: RunConfig, loader: Loader, mesh: Mesh, snapshot: Snapshot | None
-) -> tuple[Standing, Guard, dict[str, tuple[int, int]]]:
+def restore_progress(
+    folder: Path, config: TrainConfig, loader: Loader, mesh: Mesh, checkpoint: Checkpoint | None
+) -> tuple[Progress, Guard, dict[str, tuple[int, int]]]:
     """Where the run goes on, how the guard stands there, and the rows of each source that a rollback passed over.
 
     A process that was ended after a rollback goes on behind the rows that the rollback passed over.
     """
-    facts: dict[str, Any] = snapshot.manifest if snapshot else {"cursor": {}, "ledger_lines": 0}
-    step, cursor = snapshot.step if snapshot else 0, facts["cursor"]
-    earlier = from_rank_0(rollbacks(folder, step, facts["ledger_lines"]) if mesh.rank == 0 and snapshot else None)
-    guard = Guard(config.guard, facts.get("guard"), {step: earlier.num} if earlier else {})
-    passed = {}
-    if earlier and earlier.cursor:
-        passed = passed_over(cursor, earlier.cursor)
-        cursor = earlier.cursor
-        skip_shards(loader, earlier.skipped)
+    manifest: dict[str, Any] = checkpoint.manifest if checkpoint else {"cursor": {}, "num_ledger_lines": 0}
+    step, cursor = checkpoint.step if checkpoint else 0, manifest["cursor"]
+    rollback_history = broadcast_from_rank_0(
+        read_rollbacks(folder, step, manifest["num_ledger_lines"]) if mesh.rank == 0 and checkpoint else None
+    )
+    guard = Guard(
+        config.guard, manifest.get("guard"), {step: rollback_history.num_rollbacks} if rollback_history else {}
+    )
+    ranges = {}
+    if rollback_history and rollback_history.cursor:
+        ranges = skipped_ranges(cursor, rollback_history.cursor)
+        cursor = rollback_history.cursor
+        skip_shards(loader, rollback_history.skipped_shards)
     # A signal may have come between a save and the validation of its step.
-    evaluated_step = step if from_rank_0(mesh.rank == 0 and (not step or evaluated(folder, step))) else None
-    return Standing(step, dict(cursor), step if snapshot else None, evaluated_step), guard, passed
+    validated_step = (
+        step if broadcast_from_rank_0(mesh.rank == 0 and (not step or has_validation(folder, step))) else None
+    )
+    return Progress(step, dict(cursor), step if checkpoint else None, validated_step), guard, ranges
 
 
 def skip_shards(loader: Loader, skipped: Mapping[str, Sequence[str]]) -> None:
     """From here on the loader cuts no row from the files, by source."""
     for source, files in skipped.items():
         for file in files:
-            loader.skip(source, file)
+            loader.skip_shard(source, file)
 
 
-def build_engine(config: RunConfig, mesh: Mesh, snapshot: Snapshot | None, initial: Snapshot | None = None) -> Engine:
-    """Model and optimizer with the snapshot's state, or the initial snapshot's weights, or initial values."""
+def build_engine(
+    config: TrainConfig, mesh: Mesh, checkpoint: Checkpoint | None, initial_checkpoint: Checkpoint | None = None
+) -> Engine:
+    """Model and optimizer with the checkpoint's state, or the weights of the initial one, or initial values."""
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-    table = rules(config.model, config.mup)
+    mup_rules = parameter_rules(config.model, config.mup)
     with mesh.device:
-        model = models.build(config.model, config.mup, mesh, dtype=dtype, recompute=config.parallel.recompute)
+        model = models.build_model(config.model, config.mup, mesh, dtype=dtype, recompute=config.parallel.recompute)
     engine = Engine(
         config,
         model,
-        param_groups.adamw(param_groups.groups(model, table, config.optim), config.optim, mesh.device),
+        param_groups.build_adamw(
+            param_groups.build_param_groups(model, mup_rules, config.optim), config.optim, mesh.device
+        ),
         mesh,
     )
-    if snapshot:
-        restore(engine, snapshot, mesh)
-        log.info("continuing from %s", snapshot.folder)
-    elif initial:
-        set_weights(engine, initial.weight, mesh)
+    if checkpoint:
+        restore_state(engine, checkpoint, mesh)
+        log.info("continuing from %s", checkpoint.folder)
+    elif initial_checkpoint:
+        load_master_weights(engine, initial_checkpoint.read_weight, mesh)
     else:
         sigmas = config.model.init_truncation_sigmas
-        set_weights(engine, values(model, table, seed=config.run.seed, truncation_sigmas=sigmas), mesh)
+        load_master_weights(
+            engine, initial_values(model, mup_rules, seed=config.run.seed, truncation_sigmas=sigmas), mesh
+        )
     return engine
 
 
-def keep_tokenizer(folder: Path, data: Data) -> None:
+def copy_tokenizer(folder: Path, data: DataConfig) -> None:
     """The run folder holds the tokenizer of the corpora: with it, exports need nothing but the run."""
-    address = remote_files.below(next(iter(data.sources.values())), TOKENIZER_FILE)
+    address = remote_files.join_address(next(iter(data.sources.values())), TOKENIZER_FILE)
     try:
-        content = remote_files.content(address, data.cache)
+        content = remote_files.read_bytes(address, data.cache)
     except OSError as error:
         log.warning("%s: cannot be read (%s); the run trains without it, its exports have no tokenizer", address, error)
     else:
-        write_whole(folder / TOKENIZER_FILE, content)
+        atomic_write(folder / TOKENIZER_FILE, content)
 
 
-def check_held_out(config: RunConfig, loader: Loader) -> None:
+def check_held_out_tokens(config: TrainConfig, loader: Loader) -> None:
     """Raises UserError when validation would need more held-out tokens than there are, before a step is made."""
     for phase in config.schedule.phases if config.evaluate.every_steps else []:
-        loader.validation(phase, config.evaluate.tokens)
+        loader.validation_batches(phase, config.evaluate.tokens)
 
 
-def imported(config: RunConfig, mesh: Mesh) -> Snapshot | None:
-    """The snapshot that `run.initial_weights` names, if it names one.
+def open_initial_weights(config: TrainConfig, mesh: Mesh) -> Checkpoint | None:
+    """The checkpoint that `run.init_from` names, if it names one.
 
-    Fields of `NOT_OF_THE_WEIGHTS` may differ from the snapshot's; a warning names those that change what its weights
+    Fields of `CHANGEABLE_MODEL_FIELDS` may differ from the checkpoint's; a warning names those that change what its weights
     compute.
 
     Raises: UserError when any other field of model or mup differs.
     """
-    if config.run.initial_weights is None:
+    if config.run.init_from is None:
         return None
-    snapshot = opened(Path(config.run.initial_weights), mesh)
+    checkpoint = open_checkpoint(Path(config.run.init_from), mesh)
     remedy = "the weights are made for that; take their value or other weights"
-    check_same_model(config, snapshot, f"run.initial_weights {snapshot.folder}", remedy, free=NOT_OF_THE_WEIGHTS)
-    ours, theirs = model_facts(config.model, config.mup)["model"], snapshot.manifest["model"]
-    differing = [name for name in WARNED_OF if ours.get(name) != theirs.get(name)]
+    check_same_model(
+        config, checkpoint, f"run.init_from {checkpoint.folder}", remedy, ignored_fields=CHANGEABLE_MODEL_FIELDS
+    )
+    requested, saved = model_metadata(config.model, config.mup)["model"], checkpoint.manifest["model"]
+    differing = [name for name in WARNED_MODEL_FIELDS if requested.get(name) != saved.get(name)]
     if differing and mesh.rank == 0:
-        said = ", ".join(f"model.{name} {ours.get(name)} (there {theirs.get(name)})" for name in differing)
-        log.warning("training does not go on as run.initial_weights %s was made: %s", snapshot.folder, said)
-    return snapshot
+        differences = ", ".join(f"model.{name} {requested.get(name)} (there {saved.get(name)})" for name in differing)
+        log.warning("training does not go on as run.init_from %s was made: %s", checkpoint.folder, differences)
+    return checkpoint

@@ -7,69 +7,73 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tandem.trainer.batches import leave_out, met_by_any
-from tandem.trainer.data.damaged_shards import agreed
-from tandem.trainer.data.loader import Batch, unpacked
+from tandem.trainer.batches import gather_damaged, skip_damaged_shard
+from tandem.trainer.data.damaged_shards import read_skipping_damaged
+from tandem.trainer.data.loader import Batch, unpack_batch
 from tandem.trainer.distributed.mesh import Mesh, sum_over_ranks, to_device
-from tandem.trainer.run_state import Standing, Training
+from tandem.trainer.run_state import Progress, RunContext
 
 log = logging.getLogger(__name__)
 
 
-def validate(training: Training, at: Standing) -> None:
+def validate(context: RunContext, progress: Progress) -> None:
     """The validation loss of the weights is on record, unless damage has left no held-out row to take it of."""
-    step, agreement = at.step, training.agreement
-    phase = training.timeline.phase_at(step - 1).phase
-    rows = partial(training.loader.validation, phase, training.config.evaluate.tokens)
-    stoppable = agreement.stop_signal.until_stopped
-    training.watch("data", step)
-    batches: Iterable[Batch] | None = rows()
-    if training.config.data.damaged_shards == "skip":
-        batches = agreed(
-            lambda: list(stoppable(rows())), partial(met_by_any, agreement), partial(leave_out, training, step)
+    step, coordinator = progress.step, context.coordinator
+    phase = context.timeline.phase_span_at(step - 1).phase
+    validation_batches = partial(context.loader.validation_batches, phase, context.config.evaluate.tokens)
+    until_stop = coordinator.stop_signal.iterate_until_stop
+    context.enter_phase("data", step)
+    batches: Iterable[Batch] | None = validation_batches()
+    if context.config.data.damaged_shards == "skip":
+        batches = read_skipping_damaged(
+            lambda: list(until_stop(validation_batches())),
+            partial(gather_damaged, coordinator),
+            partial(skip_damaged_shard, context, step),
         )
-    left = iter(stoppable(batches or []))
+    batch_iterator = iter(until_stop(batches or []))
 
-    def read() -> Batch | None:
-        training.watch("data", step)
-        return next(left, None)
+    def next_batch() -> Batch | None:
+        context.enter_phase("data", step)
+        return next(batch_iterator, None)
 
     def any_rank(has_one: bool) -> bool:
-        found = agreement.any_rank(has_one)
-        training.watch("evaluation", step)
+        found = coordinator.any_rank(has_one)
+        context.enter_phase("evaluation", step)
         return found
 
-    loss = validation_loss(training.engine.model, read, training.mesh, any_rank)
-    at.evaluated_step = step
+    loss = validation_loss(context.engine.model, next_batch, context.mesh, any_rank)
+    progress.validated_step = step
     if loss is not None:
-        training.sinks.validation(step, training.timeline.tokens_before(step), loss)
-    elif training.mesh.rank == 0:
-        files = ", ".join(f"{source}/{file}" for source, files in training.loader.skipped.items() for file in files)
+        context.sinks.write_validation(step, context.timeline.tokens_before(step), loss)
+    elif context.mesh.rank == 0:
+        files = ", ".join(
+            f"{source}/{file}" for source, files in context.loader.skipped_shards.items() for file in files
+        )
         log.warning("step %d: no validation loss: left out as damaged are %s, and no held-out row is left", step, files)
 
 
 def validation_loss(
-    model: nn.Module, read: Callable[[], Batch | None], mesh: Mesh, any_rank: Callable[[bool], bool]
+    model: nn.Module, next_batch: Callable[[], Batch | None], mesh: Mesh, any_rank: Callable[[bool], bool]
 ) -> float | None:
     """Mean cross-entropy in nats over all ranks' rows, weights and gradients untouched; the same on every rank.
 
-    None where no rank has a row. `read` gives this rank's next batch, `any_rank` says whether any rank has one; all ranks call
-    both alike, and the latter may raise to end the validation.
+    None where no rank has a row. `next_batch` gives this rank's next batch, `any_rank` says whether any rank has one; all
+    ranks call both alike, and the latter may raise to end the validation.
     """
-    total, tokens = 0.0, 0
+    total_loss, num_tokens = 0.0, 0
     with torch.no_grad():
-        while any_rank((batch := read()) is not None):
+        while any_rank((batch := next_batch()) is not None):
             if batch is None:
                 continue
-            losses = losses_of(model, batch, mesh)
-            total += float(losses.double().sum())
-            tokens += losses.numel()
+            losses = token_losses(model, batch, mesh)
+            total_loss += float(losses.double().sum())
+            num_tokens += losses.numel()
     # Tensor-parallel ranks add the same numbers, which leaves the ratio as it is.
-    summed, counted = sum_over_ranks([total, float(tokens)])
-    return summed / counted if counted else None
+    loss_sum, counted = sum_over_ranks([total_loss, float(num_tokens)])
+    return loss_sum / counted if counted else None
 
 
-def losses_of(model: nn.Module, batch: Batch, mesh: Mesh) -> Tensor:
+def token_losses(model: nn.Module, batch: Batch, mesh: Mesh) -> Tensor:
     """Cross-entropy of every token of the batch, [rows, seq], in nats."""
-    losses: Tensor = model(*unpacked(to_device(batch.packed, mesh)))
+    losses: Tensor = model(*unpack_batch(to_device(batch.packed, mesh)))
     return losses

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from tandem.data_prep.bench.text_files import documents
+from tandem.data_prep.bench.text_files import read_documents
 from tandem.data_prep.bench.tokenizer_libraries import EOS, LIBRARIES
-from tandem.trainer.data.manifest import dtype_of
+from tandem.trainer.data.manifest import token_dtype
 
 BATCH_DOCUMENTS = 256
 
@@ -24,17 +24,17 @@ def main(arguments: list[str]) -> None:
     library, tokenizer, output, workers, *files = arguments
     parts = [(library, tokenizer, f"{output}/{index}", files[index :: int(workers)]) for index in range(int(workers))]
     if len(parts) == 1:
-        write(*parts[0])
+        encode_files(*parts[0])
         return
     with Pool(len(parts)) as pool:
-        pool.starmap(write, parts)
+        pool.starmap(encode_files, parts)
 
 
-def write(library: str, tokenizer: str, stem: str, files: list[str]) -> None:
+def encode_files(library: str, tokenizer: str, stem: str, files: list[str]) -> None:
     """`stem`.bin has the ids of all documents, EOS after each, `stem`.npy their number for each document."""
     text = Path(tokenizer).read_text()
-    encode, eos_id, dtype = LIBRARIES[library](text), *ids(text)
-    texts, lengths = documents(files), []
+    encode, eos_id, dtype = LIBRARIES[library](text), *eos_id_and_dtype(text)
+    texts, lengths = read_documents(files), []
     with open(f"{stem}.bin", "wb") as out:
         while batch := list(islice(texts, BATCH_DOCUMENTS)):
             for tokens in encode(batch):
@@ -43,18 +43,18 @@ def write(library: str, tokenizer: str, stem: str, files: list[str]) -> None:
     np.save(f"{stem}.npy", lengths)
 
 
-def written(output: Path, dtype: str) -> Iterator[np.ndarray]:
+def read_token_documents(output: Path, dtype: str) -> Iterator[np.ndarray]:
     """The documents that a script left."""
     for path in sorted(output.glob("*.bin")):
         ends = np.cumsum(np.load(path.with_suffix(".npy")))
         yield from np.split(np.fromfile(path, dtype), ends[:-1])
 
 
-def ids(tokenizer_json: str) -> tuple[int, str]:
+def eos_id_and_dtype(tokenizer_json: str) -> tuple[int, str]:
     """The id of EOS, and the type that holds every id."""
     tree = orjson.loads(tokenizer_json)
     added = {token["content"]: token["id"] for token in tree["added_tokens"]}
-    return added[EOS], dtype_of(max([*tree["model"]["vocab"].values(), *added.values()]) + 1)
+    return added[EOS], token_dtype(max([*tree["model"]["vocab"].values(), *added.values()]) + 1)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,16 @@ from statistics import median
 from typing import Any
 
 from tandem.data_prep.bench import process_measurement
-from tandem.data_prep.bench.pipelines import INSTALL, REFERENCE, WAYS, Job, Way, differing, hashed
-from tandem.data_prep.bench.text_files import Text
+from tandem.data_prep.bench.pipelines import (
+    INSTALL_HINT,
+    PIPELINES,
+    REFERENCE_PIPELINE,
+    Pipeline,
+    PipelineRun,
+    count_differing,
+    count_document_hashes,
+)
+from tandem.data_prep.bench.text_files import TextFiles
 
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -25,13 +33,13 @@ ENVIRONMENT = {
 """A worker is one thread: who has several workers uses several cores."""
 
 
-class Failed(Exception):
+class PipelineFailed(Exception):
     """What our own command said when it did not end well."""
 
 
 @dataclass(frozen=True)
-class Row:
-    way: str
+class PipelineResult:
+    pipeline: str
     part: str
     """whole: files to ids on disk. tokenizing: texts in memory to ids, one thread."""
     text_bytes: int = 0
@@ -50,55 +58,67 @@ class Row:
     rounds: int = 0
 
 
-def rows(
-    names: list[str], text: Text, share: Text, tokenizer: Path, folder: Path, workers: int, rounds: int
-) -> Iterator[Row]:
-    """Of each way, the whole first, then the tokenizing of those that have a library. Raises: Failed where ours fails."""
+def measure_pipelines(
+    pipeline_names: list[str],
+    text: TextFiles,
+    rival_text: TextFiles,
+    tokenizer: Path,
+    folder: Path,
+    workers: int,
+    rounds: int,
+) -> Iterator[PipelineResult]:
+    """Of each way, the whole first, then the tokenizing of those that have a library. Raises: PipelineFailed where ours
+    fails.
+    """
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     hashes: dict[str, Counter[int]] = {}
-    refused: dict[str, str] = {}
+    failures: dict[str, str] = {}
     for number in range(rounds):
-        for name in names:
-            way = WAYS[name]
-            if name in refused:
+        for name in pipeline_names:
+            way = PIPELINES[name]
+            if name in failures:
                 continue
             try:
-                job = Job(share if way.rival else text, tokenizer, folder / "output", workers)
-                found[name].append(_whole(way, job, hashes if number == 0 else None))
-                if way.alone is not None:
-                    found[f"{name} alone"].append(_alone(way.alone, share, tokenizer, folder))
-            except Failed as reason:
-                if not way.rival:
+                job = PipelineRun(rival_text if way.is_rival else text, tokenizer, folder / "output", workers)
+                found[name].append(_measure_pipeline(way, job, hashes if number == 0 else None))
+                if way.library is not None:
+                    found[f"{name} alone"].append(_measure_encoding(way.library, rival_text, tokenizer, folder))
+            except PipelineFailed as reason:
+                if not way.is_rival:
                     raise
-                refused[name] = str(reason)
-    same_text = text.names == share.names
-    for name in names:
-        if name in refused:
-            yield Row(name, "whole", note=f"not measured: {refused[name]}", workers=workers, rounds=rounds)
+                failures[name] = str(reason)
+    same_text = text.names == rival_text.names
+    for name in pipeline_names:
+        if name in failures:
+            yield PipelineResult(name, "whole", note=f"not measured: {failures[name]}", workers=workers, rounds=rounds)
             continue
-        read = share if WAYS[name].rival else text
-        compared = _compared(name, hashes, same_text=same_text or WAYS[name].rival)
-        yield _row(name, "whole", read, found[name], workers, rounds, note=WAYS[name].note, **compared)
-    for name in names:
-        if found[f"{name} alone"] and name not in refused:
-            yield _row(name, "tokenizing", share, found[f"{name} alone"], 1, rounds)
+        read = rival_text if PIPELINES[name].is_rival else text
+        compared = _compare_ids(name, hashes, same_text=same_text or PIPELINES[name].is_rival)
+        yield _make_result(name, "whole", read, found[name], workers, rounds, note=PIPELINES[name].note, **compared)
+    for name in pipeline_names:
+        if found[f"{name} alone"] and name not in failures:
+            yield _make_result(name, "tokenizing", rival_text, found[f"{name} alone"], 1, rounds)
 
 
-def _whole(way: Way, job: Job, hashes: dict[str, Counter[int]] | None) -> dict[str, Any]:
-    if way.needs is not None and find_spec(way.needs) is None:
-        raise Failed(f"{way.needs} is not installed: {INSTALL}")
-    shutil.rmtree(job.output, ignore_errors=True)
-    job.output.mkdir()
-    result = process_measurement.measured(way.command(job), job.output.parent, dict(os.environ) | ENVIRONMENT)
+def _measure_pipeline(
+    pipeline: Pipeline, pipeline_run: PipelineRun, hashes: dict[str, Counter[int]] | None
+) -> dict[str, Any]:
+    if pipeline.required_module is not None and find_spec(pipeline.required_module) is None:
+        raise PipelineFailed(f"{pipeline.required_module} is not installed: {INSTALL_HINT}")
+    shutil.rmtree(pipeline_run.output, ignore_errors=True)
+    pipeline_run.output.mkdir()
+    result = process_measurement.measure_command(
+        pipeline.build_command(pipeline_run), pipeline_run.output.parent, dict(os.environ) | ENVIRONMENT
+    )
     if result["exit_code"]:
-        raise Failed(f"{way.name}: {result['said']}")
-    if hashes is not None and way.documents is not None:
-        hashes[way.name] = hashed(way.documents(job))
-    shutil.rmtree(job.output)
+        raise PipelineFailed(f"{pipeline.name}: {result['said']}")
+    if hashes is not None and pipeline.read_documents is not None:
+        hashes[pipeline.name] = count_document_hashes(pipeline.read_documents(pipeline_run))
+    shutil.rmtree(pipeline_run.output)
     return result
 
 
-def _alone(library: str, text: Text, tokenizer: Path, folder: Path) -> dict[str, Any]:
+def _measure_encoding(library: str, text: TextFiles, tokenizer: Path, folder: Path) -> dict[str, Any]:
     file = folder / "alone.json"
     command = [
         sys.executable,
@@ -109,25 +129,33 @@ def _alone(library: str, text: Text, tokenizer: Path, folder: Path) -> dict[str,
         str(file),
         *text.paths,
     ]
-    result = process_measurement.measured(command, folder, dict(os.environ) | ENVIRONMENT)
+    result = process_measurement.measure_command(command, folder, dict(os.environ) | ENVIRONMENT)
     if result["exit_code"]:
-        raise Failed(f"{library}: {result['said']}")
+        raise PipelineFailed(f"{library}: {result['said']}")
     found = json.loads(file.read_text())
     return result | {"seconds": found["encoding_seconds"], "cpu_seconds": found["encoding_cpu_seconds"]}
 
 
-def _compared(name: str, hashes: dict[str, Counter[int]], *, same_text: bool) -> dict[str, int]:
-    if name not in hashes or REFERENCE not in hashes:
+def _compare_ids(name: str, hashes: dict[str, Counter[int]], *, same_text: bool) -> dict[str, int]:
+    if name not in hashes or REFERENCE_PIPELINE not in hashes:
         return {}
-    reference = hashes[REFERENCE]
-    number = differing(reference, hashes[name], same_text=same_text)
+    reference = hashes[REFERENCE_PIPELINE]
+    number = count_differing(reference, hashes[name], same_text=same_text)
     return {"differing_documents": number, "compared_documents": reference.total()}
 
 
-def _row(name: str, part: str, text: Text, found: list[dict[str, Any]], workers: int, rounds: int, **known: Any) -> Row:
-    seconds, cpu = (median(one[key] for one in found) for key in ("seconds", "cpu_seconds"))
+def _make_result(
+    name: str,
+    part: str,
+    text: TextFiles,
+    measurements: list[dict[str, Any]],
+    workers: int,
+    rounds: int,
+    **extra_fields: Any,
+) -> PipelineResult:
+    seconds, cpu = (median(one[key] for one in measurements) for key in ("seconds", "cpu_seconds"))
     size = sum(text.bytes)
-    return Row(
-        name, part, size, seconds, size / seconds, size / cpu, cpu, max(one["peak_bytes"] for one in found),
-        workers=workers, rounds=rounds, **known,
+    return PipelineResult(
+        name, part, size, seconds, size / seconds, size / cpu, cpu, max(one["peak_bytes"] for one in measurements),
+        workers=workers, rounds=rounds, **extra_fields,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from tandem.data_prep.bench.baseline_script import BATCH_DOCUMENTS
-from tandem.data_prep.bench.text_files import documents
+from tandem.data_prep.bench.text_files import read_documents
 from tandem.data_prep.bench.tokenizer_libraries import LIBRARIES
 
 
@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> None:
     """The result's file says the seconds and CPU seconds of encoding, without what it takes to begin."""
     library, tokenizer, result, *files = arguments
     encode = LIBRARIES[library](Path(tokenizer).read_text())
-    texts = list(documents(files))
+    texts = list(read_documents(files))
     encode(["warm up"])
     start, cpu = time.perf_counter(), time.process_time()
     for first in range(0, len(texts), BATCH_DOCUMENTS):

@@ -5,7 +5,7 @@ import argparse
 from tandem.trainer.config import UserError
 
 
-def check_places(options: argparse.Namespace) -> None:
+def check_output_paths(options: argparse.Namespace) -> None:
     """Raises: UserError where --json or --folder names a place that cannot be."""
     for option in ("json", "folder"):
         path = getattr(options, option)
@@ -15,6 +15,6 @@ def check_places(options: argparse.Namespace) -> None:
         raise UserError(f"--json: {options.json}; is a folder; name a file")
 
 
-def number(value: float | int | None, digits: int) -> str:
+def format_number(value: float | int | None, digits: int) -> str:
     """As a table shows it."""
     return "-" if value is None else f"{value:,.{digits}f}"

@@ -11,91 +11,132 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from tandem.data_prep.bench import baseline_script
-from tandem.data_prep.bench.text_files import Text
+from tandem.data_prep.bench.text_files import TextFiles
 from tandem.trainer.data import manifest
 
-INSTALL = "pip install 'tandem[bench]'"
-REFERENCE = "HF tokenizers, script"
+INSTALL_HINT = "pip install 'tandem[bench]'"
+REFERENCE_PIPELINE = "HF tokenizers, script"
 
 
 @dataclass(frozen=True)
-class Job:
-    text: Text
-    tokenizer: Path
+class PipelineRun:
+    text: TextFiles
+    tokenizer_path: Path
     output: Path
     workers: int
 
 
 @dataclass(frozen=True)
-class Way:
+class Pipeline:
     name: str
-    needs: str | None
+    required_module: str | None
     """The module without which it cannot run."""
-    command: Callable[[Job], list[str]]
-    documents: Callable[[Job], Iterable[np.ndarray]] | None
+    build_command: Callable[[PipelineRun], list[str]]
+    read_documents: Callable[[PipelineRun], Iterable[np.ndarray]] | None
     """What it left on disk; None where that is not read."""
     note: str = ""
-    alone: str | None = None
+    library: str | None = None
     """Its library, which is also measured alone."""
-    rival: bool = True
+    is_rival: bool = True
 
 
-def _ours(job: Job) -> list[str]:
+def _tandem_command(pipeline_run: PipelineRun) -> list[str]:
     return [
-        sys.executable, "-m", "tandem.trainer", "prepare", "--input", str(job.text.folder), "--glob", "*.jsonl.zst",
-        "--output", str(job.output / "corpus"), "--tokenizer", str(job.tokenizer), "--workers", str(job.workers),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "tandem.trainer",
+        "prepare",
+        "--input",
+        str(pipeline_run.text.folder),
+        "--glob",
+        "*.jsonl.zst",
+        "--output",
+        str(pipeline_run.output / "corpus"),
+        "--tokenizer",
+        str(pipeline_run.tokenizer_path),
+        "--workers",
+        str(pipeline_run.workers),
+    ]
 
 
-def _script(library: str, job: Job) -> list[str]:
-    to = [str(job.tokenizer), str(job.output), str(job.workers)]
-    return [sys.executable, "-m", "tandem.data_prep.bench.baseline_script", library, *to, *job.text.paths]
+def _script_command(library: str, pipeline_run: PipelineRun) -> list[str]:
+    to = [str(pipeline_run.tokenizer_path), str(pipeline_run.output), str(pipeline_run.workers)]
+    return [sys.executable, "-m", "tandem.data_prep.bench.baseline_script", library, *to, *pipeline_run.text.paths]
 
 
-def _datatrove(job: Job) -> list[str]:
-    to = [str(job.tokenizer), str(job.output), str(job.workers), str(job.text.folder)]
+def _datatrove_command(pipeline_run: PipelineRun) -> list[str]:
+    to = [
+        str(pipeline_run.tokenizer_path),
+        str(pipeline_run.output),
+        str(pipeline_run.workers),
+        str(pipeline_run.text.folder),
+    ]
     return [sys.executable, "-m", "tandem.data_prep.bench.datatrove_pipeline", *to]
 
 
-def _documents_of_ours(job: Job) -> Iterator[np.ndarray]:
+def _read_tandem_documents(pipeline_run: PipelineRun) -> Iterator[np.ndarray]:
     """Of both splits, from the bytes of the shards."""
-    folder = job.output / "corpus"
-    corpus = manifest.load(folder)
-    for shard in [*corpus.train.shards, *corpus.validation.shards]:
-        tokens = _tokens(folder / shard.file, corpus, shard)
-        yield from np.split(tokens, np.flatnonzero(tokens == corpus.eos_id)[:-1] + 1)
+    folder = pipeline_run.output / "corpus"
+    corpus_manifest = manifest.load_manifest(folder)
+    for shard in [*corpus_manifest.train.shards, *corpus_manifest.validation.shards]:
+        tokens = _read_shard_tokens(folder / shard.file, corpus_manifest, shard)
+        yield from np.split(tokens, np.flatnonzero(tokens == corpus_manifest.eos_id)[:-1] + 1)
 
 
-def _tokens(path: Path, corpus: manifest.Manifest, shard: manifest.Shard) -> np.ndarray:
-    size = corpus.sample_tokens
+def _read_shard_tokens(path: Path, corpus_manifest: manifest.CorpusManifest, shard: manifest.Shard) -> np.ndarray:
+    size = corpus_manifest.sample_tokens
     starts = range(0, shard.tokens, size)
     return np.concatenate([
-        np.fromfile(path, corpus.dtype, min(size, shard.tokens - start), offset=corpus.sample_offset(start // size))
+        np.fromfile(path, corpus_manifest.dtype, min(size, shard.tokens - start),
+                    offset=corpus_manifest.sample_offset(start // size))
         for start in starts
     ])  # fmt: skip
 
 
-def _documents_of_script(job: Job) -> Iterator[np.ndarray]:
-    return baseline_script.written(job.output, baseline_script.ids(job.tokenizer.read_text())[1])
+def _read_script_documents(pipeline_run: PipelineRun) -> Iterator[np.ndarray]:
+    return baseline_script.read_token_documents(
+        pipeline_run.output, baseline_script.eos_id_and_dtype(pipeline_run.tokenizer_path.read_text())[1]
+    )
 
 
-def hashed(documents: Iterable[np.ndarray]) -> Counter[int]:
+def count_document_hashes(documents: Iterable[np.ndarray]) -> Counter[int]:
     """How often each document occurs, by a hash of its ids."""
     return Counter(xxh3_64_intdigest(np.ascontiguousarray(document, np.uint32).data) for document in documents)
 
 
-def differing(reference: Counter[int], found: Counter[int], *, same_text: bool) -> int:
+def count_differing(reference: Counter[int], found: Counter[int], *, same_text: bool) -> int:
     """Documents whose ids differ; `found` may have read more text unless that was the same."""
     lost = (reference - found).total()
     return max(lost, (found - reference).total()) if same_text else lost
 
 
-WAYS: dict[str, Way] = {
+PIPELINES: dict[str, Pipeline] = {
     way.name: way
     for way in (
-        Way("tandem prepare", None, _ours, _documents_of_ours, "with shuffle, hashes, checks", "ours", rival=False),
-        Way(REFERENCE, None, partial(_script, "tokenizers"), _documents_of_script, "the reference", "tokenizers"),
-        Way("tiktoken, script", "tiktoken", partial(_script, "tiktoken"), _documents_of_script, alone="tiktoken"),
-        Way("datatrove", "datatrove", _datatrove, None, "shuffles within its files"),
+        Pipeline(
+            "tandem prepare",
+            None,
+            _tandem_command,
+            _read_tandem_documents,
+            "with shuffle, hashes, checks",
+            "tandem",
+            is_rival=False,
+        ),
+        Pipeline(
+            REFERENCE_PIPELINE,
+            None,
+            partial(_script_command, "tokenizers"),
+            _read_script_documents,
+            "the reference",
+            "tokenizers",
+        ),
+        Pipeline(
+            "tiktoken, script",
+            "tiktoken",
+            partial(_script_command, "tiktoken"),
+            _read_script_documents,
+            library="tiktoken",
+        ),
+        Pipeline("datatrove", "datatrove", _datatrove_command, None, "shuffles within its files"),
     )
-}  # fmt: skip
+}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-def measured(command: list[str], folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+def measure_command(command: list[str], folder: Path, environment: dict[str, str]) -> dict[str, Any]:
     """Seconds, CPU seconds of all processes, peak bytes of the largest, exit code; what it printed is in `said`."""
     result, log = folder / "result.json", folder / "log.txt"
     with log.open("w") as out:

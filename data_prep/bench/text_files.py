@@ -12,21 +12,21 @@ import pyarrow
 
 from tandem.trainer.config import UserError
 
-SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt", ".html", ".c", ".h", ".cpp")
+TEXT_SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt", ".html", ".c", ".h", ".cpp")
 FILE_MB = 4
-INDEX = "index.json"
-LEAST_CHARACTERS = 64
+INDEX_FILE = "index.json"
+MIN_CHARACTERS = 64
 
 
 @dataclass(frozen=True)
-class Text:
+class TextFiles:
     folder: Path
     names: list[str]
     bytes: list[int]
     """Of the texts in each file, as UTF-8."""
     documents: list[int]
 
-    def share(self, mb: float, folder: Path) -> "Text":
+    def subset(self, mb: float, folder: Path) -> "TextFiles":
         """The first files that together have as much, in a folder of their own."""
         count, total = 0, 0
         while count < len(self.names) and total < mb * 1e6:
@@ -35,58 +35,58 @@ class Text:
         folder.mkdir()
         for name in self.names[:count]:
             (folder / name).symlink_to((self.folder / name).resolve())
-        return Text(folder, self.names[:count], self.bytes[:count], self.documents[:count])
+        return TextFiles(folder, self.names[:count], self.bytes[:count], self.documents[:count])
 
     @property
     def paths(self) -> list[str]:
         return [str(self.folder / name) for name in self.names]
 
 
-def gathered(folder: Path, sources: list[Path], mb: float) -> Text:
+def gather_text(folder: Path, sources: list[Path], mb: float) -> TextFiles:
     """Texts of at least `mb` MB in the folder, or as many as there are; what was gathered with the same request stays.
 
     Raises: UserError where the folder holds something else, or there is no text.
     """
     request = {"sources": [str(source) for source in sources], "mb": mb}
-    index = folder / INDEX
+    index = folder / INDEX_FILE
     if index.exists():
         found = json.loads(index.read_text())
         if found.pop("request") != request:
             raise UserError(f"--folder: {folder} holds other text than asked for; name another folder, or remove it")
-        return Text(folder, **found)
+        return TextFiles(folder, **found)
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--folder: {folder} is not empty and has no {INDEX}; name another folder")
+        raise UserError(f"--folder: {folder} is not empty and has no {INDEX_FILE}; name another folder")
     folder.mkdir(exist_ok=True)
-    files = list(_written(folder, _texts(sources), mb))
+    files = list(_write_files(folder, _unique_texts(sources), mb))
     if not files:
         raise UserError(
-            f"--input: no text in {', '.join(map(str, sources))}; name folders with {' '.join(SUFFIXES)} files"
+            f"--input: no text in {', '.join(map(str, sources))}; name folders with {' '.join(TEXT_SUFFIXES)} files"
         )
-    text = Text(folder, *(list(column) for column in zip(*files, strict=True)))
+    text = TextFiles(folder, *(list(column) for column in zip(*files, strict=True)))
     index.write_text(
         json.dumps({"request": request, "names": text.names, "bytes": text.bytes, "documents": text.documents})
     )
     return text
 
 
-def machine() -> list[Path]:
+def machine_sources() -> list[Path]:
     """The standard library and the installed packages, code and documentation."""
     return [Path(path) for path in dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))]
 
 
-def documents(paths: Iterable[str]) -> Iterator[str]:
+def read_documents(paths: Iterable[str]) -> Iterator[str]:
     """The texts in the files, in their order."""
     for path in paths:
         with pyarrow.input_stream(path, compression="zstd") as stream:
             yield from (orjson.loads(line)["text"] for line in stream.read().splitlines())
 
 
-def _texts(sources: list[Path]) -> Iterator[tuple[Path, str]]:
+def _unique_texts(sources: list[Path]) -> Iterator[tuple[Path, str]]:
     """Each text once."""
     seen: set[bytes] = set()
     for source in sources:
         for path in sorted(source.rglob("*")):
-            if path.suffix not in SUFFIXES or not path.is_file():
+            if path.suffix not in TEXT_SUFFIXES or not path.is_file():
                 continue
             content = path.read_bytes()
             digest = hashlib.blake2b(content, digest_size=16).digest()
@@ -94,12 +94,12 @@ def _texts(sources: list[Path]) -> Iterator[tuple[Path, str]]:
                 text = content.decode()
             except UnicodeDecodeError:
                 continue
-            if len(text) >= LEAST_CHARACTERS and digest not in seen:
+            if len(text) >= MIN_CHARACTERS and digest not in seen:
                 seen.add(digest)
                 yield path, text
 
 
-def _written(folder: Path, texts: Iterator[tuple[Path, str]], mb: float) -> Iterator[tuple[str, int, int]]:
+def _write_files(folder: Path, texts: Iterator[tuple[Path, str]], mb: float) -> Iterator[tuple[str, int, int]]:
     """Name, bytes and documents of each file."""
     lines: list[bytes] = []
     size, total = 0, 0
@@ -109,14 +109,14 @@ def _written(folder: Path, texts: Iterator[tuple[Path, str]], mb: float) -> Iter
         lines.append(orjson.dumps({"text": text, "meta": {"path": str(path)}}) + b"\n")
         size += len(text.encode())
         if size >= FILE_MB * 1e6:
-            yield _file(folder, total, lines), size, len(lines)
+            yield _write_file(folder, total, lines), size, len(lines)
             total += size
             lines, size = [], 0
     if lines:
-        yield _file(folder, total, lines), size, len(lines)
+        yield _write_file(folder, total, lines), size, len(lines)
 
 
-def _file(folder: Path, start: int, lines: list[bytes]) -> str:
+def _write_file(folder: Path, start: int, lines: list[bytes]) -> str:
     name = f"text-{start:012d}.jsonl.zst"
     with pyarrow.CompressedOutputStream(str(folder / name), "zstd") as out:
         out.write(b"".join(lines))

@@ -6,57 +6,61 @@ from typing import Any
 import numpy as np
 import orjson
 
-from tandem.data_prep.tokenizers.byte_level import CHARACTERS
+from tandem.data_prep.tokenizers.byte_level import BYTE_TO_UNICODE
 from tandem.trainer.config import UserError
 
 EOS = "<|endoftext|>"
-Library = Callable[[Sequence[str]], list[np.ndarray]]
-GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+EncodeTexts = Callable[[Sequence[str]], list[np.ndarray]]
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """Source: tiktoken's gpt2."""
 
 
-def ours(tokenizer_json: str) -> Library:
+def load_tandem(tokenizer_json: str) -> EncodeTexts:
     from tandem.data_prep.tokenizers import encoding
 
-    encode = encoding.encoder(tokenizer_json, EOS, "--tokenizer").load()
+    encode = encoding.select_encoder(tokenizer_json, EOS, "--tokenizer").load()
 
-    def library(texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_texts(texts: Sequence[str]) -> list[np.ndarray]:
         tokens, lengths = encode(texts)
         ends = np.cumsum(lengths)
         return [tokens[end - length : end - 1] for end, length in zip(ends, lengths, strict=True)]
 
-    return library
+    return encode_texts
 
 
-def tokenizers(tokenizer_json: str) -> Library:
+def load_tokenizers(tokenizer_json: str) -> EncodeTexts:
     from tokenizers import Tokenizer
 
-    made = Tokenizer.from_str(tokenizer_json)
-    made.encode_special_tokens = True
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.encode_special_tokens = True
     return lambda texts: [
-        np.array(one.ids, np.uint32) for one in made.encode_batch_fast(list(texts), add_special_tokens=False)
+        np.array(one.ids, np.uint32) for one in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     ]
 
 
-def tiktoken(tokenizer_json: str) -> Library:
+def load_tiktoken(tokenizer_json: str) -> EncodeTexts:
     """Raises: UserError where the tokenizer splits text in another way than GPT-2's."""
     import tiktoken
 
     tree = orjson.loads(tokenizer_json)
-    ranks, specials = ranks_of(tree)
-    made = tiktoken.Encoding("bench", pat_str=GPT2, mergeable_ranks=ranks, special_tokens=specials)
-    return lambda texts: [np.array(made.encode_ordinary(text), np.uint32) for text in texts]
+    ranks, specials = mergeable_ranks(tree)
+    tiktoken_encoding = tiktoken.Encoding("bench", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+    return lambda texts: [np.array(tiktoken_encoding.encode_ordinary(text), np.uint32) for text in texts]
 
 
-def ranks_of(tree: dict[str, Any]) -> tuple[dict[bytes, int], dict[str, int]]:
+def mergeable_ranks(tree: dict[str, Any]) -> tuple[dict[bytes, int], dict[str, int]]:
     """The ids of the tokens as bytes, which are the order of the merges too, and those of special tokens."""
     split = tree["pre_tokenizer"]
     if split["type"] != "ByteLevel" or not split.get("use_regex", True) or tree.get("normalizer"):
         raise UserError("the tokenizer does not split text as GPT-2's, the one pattern tiktoken is given here")
     specials = {added["content"]: added["id"] for added in tree["added_tokens"]}
-    values = {character: value for value, character in CHARACTERS.items()}
+    values = {character: value for value, character in BYTE_TO_UNICODE.items()}
     vocab = {word: number for word, number in tree["model"]["vocab"].items() if word not in specials}
     return {bytes(values[character] for character in word): number for word, number in vocab.items()}, specials
 
 
-LIBRARIES: dict[str, Callable[[str], Library]] = {"ours": ours, "tokenizers": tokenizers, "tiktoken": tiktoken}
+LIBRARIES: dict[str, Callable[[str], EncodeTexts]] = {
+    "tandem": load_tandem,
+    "tokenizers": load_tokenizers,
+    "tiktoken": load_tiktoken,
+}

@@ -2,7 +2,7 @@
 
 The one idea: what is finished is told by the files of the stages alone. So a task only needs to know which share of which
 stage is its own, may be killed and started again anywhere, and how many tasks there are cannot show in the result.
-`task` and `jobs` are the standard library's; each scheduler's library has one door, named after it.
+`stage_job` and `submissions` are the standard library's; each scheduler's library has one door, named after it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from types import ModuleType
 
 from tandem.trainer.config import UserError
 
-LIBRARIES = {"slurm": "datatrove", "ray": "ray"}
+REQUIRED_LIBRARIES = {"slurm": "datatrove", "ray": "ray"}
 
 
-def door(executor: str) -> ModuleType:
+def executor_module(executor: str) -> ModuleType:
     """The module of this executor.
 
     Raises: UserError where the library that it stands on is not installed.
@@ -23,7 +23,7 @@ def door(executor: str) -> ModuleType:
     try:
         return import_module(f"tandem.data_prep.cluster.{executor}")
     except ModuleNotFoundError as error:
-        library = LIBRARIES[executor]
+        library = REQUIRED_LIBRARIES[executor]
         if (error.name or "").split(".")[0] != library:
             raise
         raise UserError(

@@ -14,19 +14,19 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
-from tandem.data_prep.executor import Advance, Do
+from tandem.data_prep.executor import ItemFunction, ProgressCallback
 from tandem.trainer.config import UserError
 
-RETRIES = 3
+MAX_RETRIES = 3
 """Of an item whose process was killed."""
-CANCEL_SECONDS = 10
+CANCEL_TIMEOUT_SECONDS = 10
 
 
 def run(
-    start: Callable[[], Do],
+    make_item_function: Callable[[], ItemFunction],
     items: Sequence[Any],
-    advance: Advance,
-    take: Callable[[Any], None] | None = None,
+    advance: ProgressCallback,
+    on_result: Callable[[Any], None] | None = None,
     workers: int | None = None,
 ) -> None:
     """As `executor.run`, on the cluster that RAY_ADDRESS names, or on this machine; no more than `workers` items
@@ -40,46 +40,46 @@ def run(
             raise UserError(
                 f"--executor: ray; none at {where} ({' '.join(str(error).split())}); see RAY_ADDRESS"
             ) from None
-    one = ray.remote(num_cpus=1, max_retries=RETRIES)(_item)
-    given, left, waiting = ray.put(start), list(reversed(items)), set[Any]()
+    run_item = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_run_item)
+    function_ref, remaining_items, pending = ray.put(make_item_function), list(reversed(items)), set[Any]()
     try:
-        while left or waiting:
-            while left and len(waiting) < (workers or len(items)):
-                waiting.add(one.remote([given], left.pop()))
-            finished, _ = ray.wait(list(waiting))
+        while remaining_items or pending:
+            while remaining_items and len(pending) < (workers or len(items)):
+                pending.add(run_item.remote([function_ref], remaining_items.pop()))
+            finished, _ = ray.wait(list(pending))
             for item in finished:
-                waiting.remove(item)
-                told, result = ray.get(item)
-                advance(told)
-                if take:
-                    take(result)
+                pending.remove(item)
+                num_done, result = ray.get(item)
+                advance(num_done)
+                if on_result:
+                    on_result(result)
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, (UserError, OSError)) else error) from None
     except (OutOfMemoryError, WorkerCrashedError):
         raise UserError(
-            f"--executor: ray; a task was killed {RETRIES + 1} times, most likely for memory; "
+            f"--executor: ray; a task was killed {MAX_RETRIES + 1} times, most likely for memory; "
             "run the same command again, with fewer --workers"
         ) from None
     finally:
-        for item in waiting:
+        for item in pending:
             ray.cancel(item)
-        if waiting:
-            ray.wait(list(waiting), num_returns=len(waiting), timeout=CANCEL_SECONDS)
+        if pending:
+            ray.wait(list(pending), num_returns=len(pending), timeout=CANCEL_TIMEOUT_SECONDS)
 
 
-def _item(given: list[Any], item: Any) -> tuple[int, Any]:
-    told = 0
+def _run_item(function_refs: list[Any], item: Any) -> tuple[int, Any]:
+    num_done = 0
 
     def advance(count: int) -> None:
-        nonlocal told
-        told += count
+        nonlocal num_done
+        num_done += count
 
-    result = _started(given[0])(item, advance)
-    return told, result
+    result = _load_item_function(function_refs[0])(item, advance)
+    return num_done, result
 
 
 @lru_cache(maxsize=1)
-def _started(given: Any) -> Do:
+def _load_item_function(function_ref: Any) -> ItemFunction:
     """Once in each process and stage."""
-    do: Do = ray.get(given)()
+    do: ItemFunction = ray.get(function_ref)()
     return do

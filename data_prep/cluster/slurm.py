@@ -22,7 +22,7 @@ from datatrove.utils.logging import logger
 
 from tandem.data_prep import output_folder
 from tandem.data_prep.cluster import stage_job, submissions
-from tandem.data_prep.cluster.stage_job import Job, Request
+from tandem.data_prep.cluster.stage_job import PreparationRequest, StageJob
 from tandem.data_prep.cluster.submissions import Submission
 from tandem.trainer.config import UserError
 
@@ -30,26 +30,26 @@ USER_ERROR_EXIT_CODE = 2
 
 
 @dataclass(frozen=True)
-class Step:
+class TaskStep:
     """What datatrove calls in every task."""
 
-    job: Path
+    job_path: Path
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
         """The task's share is done; or the process ends with the one line that says why not, kept beside the logs."""
-        job = stage_job.read(self.job)
+        job = stage_job.load_job(self.job_path)
         try:
-            job.work(rank, world_size)
+            job.run_task(rank, world_size)
         except (UserError, OSError) as error:
             line = str(error) if isinstance(error, UserError) else f"{job.request.output}: {error}"
-            failed = self.job.with_name(f"{self.job.stem}-{rank:05d}{submissions.FAILED}")
+            failed = self.job_path.with_name(f"{self.job_path.stem}-{rank:05d}{submissions.FAILED_SUFFIX}")
             with suppress(OSError):  # a full disk is also a reason
                 failed.write_text(f"{line}\n", encoding="utf-8", errors="backslashreplace")
             print(f"tandem: {line}", file=sys.stderr, flush=True)
             raise SystemExit(USER_ERROR_EXIT_CODE) from None
 
 
-class Array(SlurmPipelineExecutor):
+class JobArray(SlurmPipelineExecutor):
     """A job array, and nothing beside it."""
 
     def launch_merge_stats(self) -> None:
@@ -63,71 +63,73 @@ class Array(SlurmPipelineExecutor):
         return {name: value for name, value in given.items() if value is not None}
 
 
-def submit(request: Request, *, tasks: int, workers: int | None, options: Mapping[str, str]) -> Submission:
+def submit(request: PreparationRequest, *, tasks: int, workers: int | None, options: Mapping[str, str]) -> Submission:
     """All that is left to do is submitted, and the folder belongs to those jobs.
 
     Raises: UserError where Slurm refuses a job; then none is left.
     """
     logger.disable("datatrove")
-    (request.output / output_folder.WORK).mkdir(exist_ok=True)
-    logs = submissions.new_logs(request.output)
-    found: dict[str, str] = {}
-    for job in stage_job.left(request, tasks):
-        job.write(logs / f"{job.name}.job")
-        array = _array(job, logs, workers, options, after=next(reversed(found.values()), None))
-        said: Callable[[], str] = str
+    (request.output / output_folder.WORK_FOLDER).mkdir(exist_ok=True)
+    logs = submissions.create_logs_folder(request.output)
+    job_ids: dict[str, str] = {}
+    for job in stage_job.plan_jobs(request, tasks):
+        job.save(logs / f"{job.name}.job")
+        array = _make_job_array(job, logs, workers, options, depends_on_job_id=next(reversed(job_ids.values()), None))
+        captured_stderr: Callable[[], str] = str
         try:
-            with _standard_error() as said:
+            with _capture_stderr() as captured_stderr:
                 array.launch_job()
-            found[job.name] = array.job_id
-            Submission(str(logs), found).write(request.output)
+            job_ids[job.name] = array.job_id
+            Submission(str(logs), job_ids).save(request.output)
         except BaseException as error:
             # A job that no note names would work in the folder beside those of the next submission.
-            if known := {*found.values()} | {array.job_id} - {None, ""}:
+            if known := {*job_ids.values()} | {array.job_id} - {None, ""}:
                 subprocess.run(["scancel", *sorted(known)], check=False)
-            submissions.forget(request.output, logs)
+            submissions.discard_submission(request.output, logs)
             if not isinstance(error, (OSError, subprocess.CalledProcessError)):
                 raise
-            why = " ".join((said() or str(error)).split())
+            why = " ".join((captured_stderr() or str(error)).split())
             raise UserError(f"--executor: slurm; no job for {job.name} ({why}); see --slurm") from None
-    return Submission(str(logs), found)
+    return Submission(str(logs), job_ids)
 
 
-def _array(job: Job, logs: Path, workers: int | None, options: Mapping[str, str], after: str | None) -> Array:
-    return Array(
-        [Step(logs / f"{job.name}.job")],
-        tasks=job.tasks,
+def _make_job_array(
+    job: StageJob, logs: Path, workers: int | None, options: Mapping[str, str], depends_on_job_id: str | None
+) -> JobArray:
+    return JobArray(
+        [TaskStep(logs / f"{job.name}.job")],
+        tasks=job.num_tasks,
         workers=-1 if workers is None else workers,
         job_name=f"tandem-{job.name}",
         logging_dir=str(logs / job.name),
         skip_completed=False,
-        depends_job_id=after,
+        depends_job_id=depends_on_job_id,
         # A job whose predecessor has failed must not wait for ever.
         sbatch_args={"kill-on-invalid-dep": "yes", **options},
-        max_array_size=job.tasks,
+        max_array_size=job.num_tasks,
         time=None,
         partition=None,
         qos=None,
-        env_command=_environment(),
+        env_command=_environment_command(),
     )
 
 
-def _environment() -> str:
+def _environment_command() -> str:
     """Tasks run this Python, and what is installed in it, wherever the command was typed."""
     return f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
 
 
 @contextmanager
-def _standard_error() -> Iterator[Any]:
+def _capture_stderr() -> Iterator[Any]:
     """What other programs print to standard error inside the block is held back; the function yielded returns it."""
-    before = os.dup(2)
+    original_fd = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         text: list[str] = []
         try:
             yield lambda: "".join(text)
         finally:
-            os.dup2(before, 2)
-            os.close(before)
+            os.dup2(original_fd, 2)
+            os.close(original_fd)
             file.seek(0)
             text.append(file.read().decode(errors="replace"))

@@ -13,109 +13,119 @@ from pathlib import Path
 from typing import Any
 
 from tandem.data_prep import output_folder, stages
-from tandem.data_prep.executor import Advance
-from tandem.data_prep.input_files import Input
-from tandem.data_prep.settings import Settings
+from tandem.data_prep.executor import ProgressCallback
+from tandem.data_prep.input_files import InputFile
+from tandem.data_prep.settings import PrepareSettings
 from tandem.data_prep.stages import Preparation, Stage
 from tandem.trainer.config import UserError
-from tandem.trainer.disk import whole_file
+from tandem.trainer.disk import atomic_file
 
-TRAIN = "train"
+TRAIN_TOKENIZER = "train-tokenizer"
 """The job before all stages, where no tokenizer was given: it is as long as the text it is trained on."""
-AGAIN = "run the same command again"
+RETRY_HINT = "run the same command again"
 
 
 @dataclass(frozen=True)
-class Request:
+class PreparationRequest:
     """A preparation as it was asked for: it begins anew in every task."""
 
     output: Path
-    settings: Settings
-    inputs: list[Input]
-    given: str | None
-    vocab: int
-    library: str
+    settings: PrepareSettings
+    inputs: list[InputFile]
+    tokenizer_json: str | None
+    vocab_size: int
+    tokenizer_library: str
 
     @property
     def has_tokenizer(self) -> bool:
-        work = self.output / output_folder.WORK
-        return self.given is not None or stages.tokenizer_path(work, self.inputs).exists()
+        work = self.output / output_folder.WORK_FOLDER
+        return self.tokenizer_json is not None or stages.trained_tokenizer_path(work, self.inputs).exists()
 
-    def begin(self) -> Preparation:
+    def create_preparation(self) -> Preparation:
         """The preparation; trains the tokenizer if that is still to do."""
-        return stages.begin(
-            self.output, self.settings, self.inputs, self.given, vocab=self.vocab, library=self.library, shown=_unseen
+        return stages.create_preparation(
+            self.output,
+            self.settings,
+            self.inputs,
+            self.tokenizer_json,
+            vocab_size=self.vocab_size,
+            tokenizer_library=self.tokenizer_library,
+            start_progress=_no_progress,
         )
 
 
 @dataclass(frozen=True)
-class Job:
+class StageJob:
     """A stage, or the training before them, in so many tasks."""
 
-    request: Request
+    request: PreparationRequest
     name: str
-    tasks: int
+    num_tasks: int
     items: list[Any] | None
     """Those that were left when it was submitted; None where only the stage before says which there are."""
 
-    def work(self, rank: int, tasks: int) -> None:
+    def run_task(self, task_index: int, num_tasks: int) -> None:
         """The items of this task are finished.
 
         Raises: UserError where an item does, or where the stage before is not finished.
         """
-        if output_folder.is_closed(self.request.output):  # a job that Slurm has begun again, and which had ended
+        if output_folder.clear_if_finished(
+            self.request.output
+        ):  # a job that Slurm has begun again, and which had ended
             return
-        if self.name == TRAIN:
-            self.request.begin()
+        if self.name == TRAIN_TOKENIZER:
+            self.request.create_preparation()
             return
         if not self.request.has_tokenizer:
-            raise UserError(f"{self.name}: the tokenizer is not trained; {AGAIN}")
-        preparation = self.request.begin()
-        stage = _finished_before(preparation, self.name)
+            raise UserError(f"{self.name}: the tokenizer is not trained; {RETRY_HINT}")
+        preparation = self.request.create_preparation()
+        stage = _find_ready_stage(preparation, self.name)
         items = self.items if self.items is not None else stage.items(preparation)
-        mine = [item for item in items[rank::tasks] if not stage.is_finished(preparation, item)]
-        if mine:
-            do = stage.start(preparation)
-            for item in mine:
+        task_items = [item for item in items[task_index::num_tasks] if not stage.is_finished(preparation, item)]
+        if task_items:
+            do = stage.make_item_function(preparation)
+            for item in task_items:
                 do(item, lambda count: None)
 
-    def write(self, path: Path) -> None:
+    def save(self, path: Path) -> None:
         """The job can be read from this file by every task."""
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             pickle.dump(self, file)
 
 
-def read(path: Path) -> Job:
+def load_job(path: Path) -> StageJob:
     """The job that was written there."""
     with path.open("rb") as file:
-        job: Job = pickle.load(file)
+        job: StageJob = pickle.load(file)
     return job
 
 
-def left(request: Request, tasks: int) -> list[Job]:
+def plan_jobs(request: PreparationRequest, num_tasks: int) -> list[StageJob]:
     """The jobs that make a corpus of what is there now, each to begin when the one before has ended well."""
-    jobs = [] if request.has_tokenizer else [Job(request, TRAIN, 1, None)]
-    preparation = None if jobs else request.begin()
-    for stage in stages.stages(request.settings):
-        items = stage.left(preparation) if preparation and not jobs else None
+    jobs = [] if request.has_tokenizer else [StageJob(request, TRAIN_TOKENIZER, 1, None)]
+    preparation = None if jobs else request.create_preparation()
+    for stage in stages.active_stages(request.settings):
+        items = stage.unfinished_items(preparation) if preparation and not jobs else None
         if items is None:
-            jobs.append(Job(request, stage.name, 1 if stage.is_single else tasks, None))
+            jobs.append(StageJob(request, stage.name, 1 if stage.has_single_item else num_tasks, None))
         elif items:
-            jobs.append(Job(request, stage.name, min(tasks, len(items)), items))
+            jobs.append(StageJob(request, stage.name, min(num_tasks, len(items)), items))
     return jobs
 
 
-def _finished_before(preparation: Preparation, name: str) -> Stage:
+def _find_ready_stage(preparation: Preparation, name: str) -> Stage:
     """The stage of this name; those before it are finished."""
-    before = None
-    for stage in stages.stages(preparation.settings):
+    previous_stage = None
+    for stage in stages.active_stages(preparation.settings):
         if stage.name == name:
             break
-        before = stage
-    if before and (missing := len(before.left(preparation))):
-        raise UserError(f"{name}: {missing} of {len(before.items(preparation))} items of {before.name} miss; {AGAIN}")
+        previous_stage = stage
+    if previous_stage and (missing := len(previous_stage.unfinished_items(preparation))):
+        raise UserError(
+            f"{name}: {missing} of {len(previous_stage.items(preparation))} items of {previous_stage.name} miss; {RETRY_HINT}"
+        )
     return stage
 
 
-def _unseen(description: str, total: int) -> Advance:
+def _no_progress(description: str, total: int) -> ProgressCallback:
     return lambda count: None

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from tandem.data_prep import output_folder
 from tandem.trainer.config import UserError
-from tandem.trainer.disk import write_whole
+from tandem.trainer.disk import atomic_write
 
-NOTE = "jobs.json"
-OURS = ("array", "dependency", "export", "output", "error", "wrap")
+SUBMISSION_FILE = "jobs.json"
+RESERVED_SBATCH_OPTIONS = ("array", "dependency", "export", "output", "error", "wrap")
 """Options of sbatch that are not the user's."""
-FAILED = ".failed"
+FAILED_SUFFIX = ".failed"
 """Suffix of a file beside the logs that holds the line a task ended with."""
 
 
@@ -33,38 +33,40 @@ class Submission:
     logs: str
     jobs: dict[str, str]
 
-    def write(self, output: Path) -> None:
+    def save(self, output: Path) -> None:
         """The folder belongs to these jobs."""
-        write_whole(_path(output), json.dumps(asdict(self)))
+        atomic_write(_submission_path(output), json.dumps(asdict(self)))
 
-    def failures(self) -> list[str]:
+    def failure_lines(self) -> list[str]:
         """`stage-rank: line` of every task that ended with one."""
-        paths = sorted(Path(self.logs).glob(f"*{FAILED}"))
+        paths = sorted(Path(self.logs).glob(f"*{FAILED_SUFFIX}"))
         return [f"{path.stem}: {path.read_text(encoding='utf-8').strip()}" for path in paths]
 
 
-def last(output: Path) -> Submission | None:
+def load_submission(output: Path) -> Submission | None:
     """The last submission for this folder, as long as it is unfinished."""
-    path = _path(output)
+    path = _submission_path(output)
     return Submission(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
-def refuse_running(output: Path) -> None:
+def check_no_running_jobs(output: Path) -> None:
     """Returns where no job works, or will work, in this folder.
 
     Raises: UserError that says which do, and what they are doing.
     """
-    submission = last(output)
-    states = _states(output, submission) if submission else {}
+    submission = load_submission(output)
+    states = _job_states(output, submission) if submission else {}
     if submission and states:
-        said = ", ".join(f"{stage} ({job}) {states[job]}" for stage, job in submission.jobs.items() if job in states)
+        job_descriptions = ", ".join(
+            f"{stage} ({job}) {states[job]}" for stage, job in submission.jobs.items() if job in states
+        )
         raise UserError(
-            f"--output: {output} is being prepared by Slurm: {said}; run the same command when they have ended, or "
+            f"--output: {output} is being prepared by Slurm: {job_descriptions}; run the same command when they have ended, or "
             f"scancel them; logs: {submission.logs}"
         )
 
 
-def new_logs(output: Path) -> Path:
+def create_logs_folder(output: Path) -> Path:
     """A new folder for the logs of one submission, beside the output."""
     root = output.with_name(f"{output.name}.jobs")
     root.mkdir(exist_ok=True)
@@ -73,21 +75,21 @@ def new_logs(output: Path) -> Path:
     return root / str(number)
 
 
-def forget(output: Path, logs: Path) -> None:
+def discard_submission(output: Path, logs: Path) -> None:
     """The submission with these logs has never been."""
-    _path(output).unlink(missing_ok=True)
+    _submission_path(output).unlink(missing_ok=True)
     shutil.rmtree(logs)
     with suppress(OSError):
         logs.parent.rmdir()  # unless there are others
 
 
-def _path(output: Path) -> Path:
-    return output / output_folder.WORK / NOTE
+def _submission_path(output: Path) -> Path:
+    return output / output_folder.WORK_FOLDER / SUBMISSION_FILE
 
 
-def _states(output: Path, submission: Submission) -> dict[str, str]:
+def _job_states(output: Path, submission: Submission) -> dict[str, str]:
     """Of each job that Slurm still has: how many of its tasks are in which state."""
-    note = f"if they have ended, remove {_path(output)}"
+    note = f"if they have ended, remove {_submission_path(output)}"
     jobs = ", ".join(submission.jobs.values())
     if shutil.which("squeue") is None:
         raise UserError(f"--output: {output} was given to Slurm's jobs {jobs}, and there is no squeue to ask; {note}")

@@ -4,9 +4,9 @@
 `encoding` turns documents into tokens with the fastest library that is exactly equal to the reference, `tokenizers`.
 The one idea: the library can never show in the bytes of a corpus, so it is free to change.
 
-    text = build.read(path, kind)                        # kind: None, or one of build.KINDS
-    text = build.train(texts, vocab, eos)
-    encoder = encoding.encoder(text, eos, where, library="auto", sample=texts)   # checked; prints a line if it falls back
+    text = build.read_tokenizer(path, kind)              # kind: None, or one of build.TIKTOKEN_KINDS
+    text = build.train_bpe(texts, vocab_size, eos_token)
+    encoder = encoding.select_encoder(text, eos_token, error_prefix, sample_texts=texts)  # checked; says if it falls back
     encode = encoder.load()                              # in each worker; the encoder itself is small and pickles
-    tokens, lengths = encode(texts, places)              # uint16 or uint32; EOS ends each document and is counted
+    tokens, lengths = encode(texts, locations)           # uint16 or uint32; EOS ends each document and is counted
 """

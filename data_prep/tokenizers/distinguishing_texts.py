@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from tandem.data_prep.tokenizers.unicode_differences import CODE_POINTS
+from tandem.data_prep.tokenizers.unicode_differences import NUM_CODE_POINTS
 
 SURROGATES = range(0xD800, 0xE000)
-STEP = 127
+CODE_POINT_STEP = 127
 """One code point in so many is tried: a prime, so no block of Unicode is met in the same places only. A new version
 of Unicode brings longer ranges than that."""
-SAMPLE_CHARACTERS = 1 << 18
-EXCERPT_CHARACTERS = 1 << 14
+MAX_SAMPLE_CHARACTERS = 1 << 18
+MAX_EXCERPT_CHARACTERS = 1 << 14
 
-_SPACES = (
+_SPACE_CHARACTERS = (
     *" \t\n\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u2000\u2009\u200a\u200b\u2028\u2029\u202f\u205f\u2060\u3000",
     "\ufeff",
 )
-_PIECES = (
+_FRAGMENTS = (
     "", " ", "\0", "\x01\x02", "\x7f", "a", "A1", "12345678901234567890", "½²٣४五Ⅷ", "'", "''s",
     "don't DON'T 'S '\u017f 'LL 're'VE", "\r\n", "\n\r", "\r\r\n\n", "  \n", "\n  ", " \t ", "...---!!!",
     "e\u0301a\u0308\u0323o", "\u0301", "\u200d", "👩\u200d👩\u200d👧\u200d👦", "🏳\ufe0f\u200d🌈", "🇩🇪🇫", "👍🏽",
@@ -31,27 +31,27 @@ _PIECES = (
 )  # fmt: skip
 
 
-def texts() -> Iterator[str]:
-    yield from _PIECES
-    for piece in _PIECES:
+def fixed_texts() -> Iterator[str]:
+    yield from _FRAGMENTS
+    for piece in _FRAGMENTS:
         yield f"a{piece}b {piece} 1{piece}\n{piece}'{piece}"[:2000]
-    for space in _SPACES:
+    for space in _SPACE_CHARACTERS:
         yield f"{space}a{space}{space}b {space}1{space} !{space}\n{space}{space}"
-    yield from code_points(range(0, CODE_POINTS, STEP))
+    yield from code_point_texts(range(0, NUM_CODE_POINTS, CODE_POINT_STEP))
 
 
-def code_points(codes: range, per_text: int = 64) -> Iterator[str]:
+def code_point_texts(codes: range, per_text: int = 64) -> Iterator[str]:
     """Texts in which each code point stands between letters, and between an apostrophe and a digit."""
     characters = [chr(code) for code in codes if code not in SURROGATES]
     for first in range(0, len(characters), per_text):
         yield "".join(f"a{c}a'{c}1" for c in characters[first : first + per_text])
 
 
-def excerpts(sample: Sequence[str]) -> Iterator[str]:
+def sample_excerpts(sample: Sequence[str]) -> Iterator[str]:
     """The beginnings of the documents of the sample, so many as a fraction of a second allows."""
-    left = SAMPLE_CHARACTERS
+    remaining_characters = MAX_SAMPLE_CHARACTERS
     for text in sample:
-        if left <= 0:
+        if remaining_characters <= 0:
             return
-        yield text[: min(left, EXCERPT_CHARACTERS)]
-        left -= min(len(text), EXCERPT_CHARACTERS)
+        yield text[: min(remaining_characters, MAX_EXCERPT_CHARACTERS)]
+        remaining_characters -= min(len(text), MAX_EXCERPT_CHARACTERS)

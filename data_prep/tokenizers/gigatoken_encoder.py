@@ -2,7 +2,7 @@
 
 Its reader skips over what it does not know, so only what was compared with the reference is let through, and what
 differs all the same (`unicode`) goes to the reference. Its caches of words grow without bound: the tokenizer is made
-anew when they have grown by `CACHE_BYTES`.
+anew when they have grown by `MAX_CACHE_BYTES`.
 """
 
 from __future__ import annotations
@@ -17,30 +17,33 @@ import numpy as np
 import orjson
 
 from tandem.data_prep.tokenizers import unicode_differences
-from tandem.data_prep.tokenizers.byte_level import CHARACTERS
+from tandem.data_prep.tokenizers.byte_level import BYTE_TO_UNICODE
 from tandem.data_prep.tokenizers.tiktoken_file import SCHEMES
 
 if TYPE_CHECKING:
     from gigatoken import Tokenizer
 
-Ids = tuple[np.ndarray, np.ndarray]
+EncodedTexts = tuple[np.ndarray, np.ndarray]
 """The ids of documents, one after the other, and how many each has."""
-CACHE_BYTES = 160 << 20
+MAX_CACHE_BYTES = 160 << 20
 """Of words seen. Real text fills some 100 MB of it in a gigabyte; text of words that never come again, 10 bytes a byte."""
-MEMORY = Path("/proc/self/statm")
-PATTERNS = frozenset(scheme.pattern for scheme in SCHEMES.values() if scheme.pattern)
+STATM_PATH = Path("/proc/self/statm")
+SUPPORTED_SPLIT_PATTERNS = frozenset(scheme.split_pattern for scheme in SCHEMES.values() if scheme.split_pattern)
 
 
-def obstacle(tree: Mapping[str, Any]) -> str | None:
+def unsupported_reason(tree: Mapping[str, Any]) -> str | None:
     """Why gigatoken is not to encode with this tokenizer.json; None if it may."""
     if find_spec("gigatoken") is None:
         return "gigatoken is not installed"
-    if not MEMORY.exists():
-        return f"the memory it fills cannot be watched without {MEMORY}"
+    if not STATM_PATH.exists():
+        return f"the memory it fills cannot be watched without {STATM_PATH}"
     model, added = tree["model"], tree.get("added_tokens") or []
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
         return "gigatoken takes byte-level BPE only"
-    if set("".join(model["vocab"])) - set(CHARACTERS.values()) or set(CHARACTERS.values()) - model["vocab"].keys():
+    if (
+        set("".join(model["vocab"])) - set(BYTE_TO_UNICODE.values())
+        or set(BYTE_TO_UNICODE.values()) - model["vocab"].keys()
+    ):
         return "its vocabulary is not that of a byte-level BPE"
     if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return "its model has dropout, a prefix or a suffix, which gigatoken leaves out"
@@ -48,19 +51,21 @@ def obstacle(tree: Mapping[str, Any]) -> str | None:
         return "it has a merge twice"
     if tree.get("normalizer") is not None:
         return "it normalizes text"
-    if not _splits_as_known(tree.get("pre_tokenizer") or {}):
+    if not _has_supported_split(tree.get("pre_tokenizer") or {}):
         return "it splits text in a way not compared with gigatoken's"
     if not all(token["special"] for token in added):
         return f"{next(token['content'] for token in added if not token['special'])!r} is matched in text"
     return None
 
 
-def _splits_as_known(split: Mapping[str, Any]) -> bool:
+def _has_supported_split(split: Mapping[str, Any]) -> bool:
     if split.get("type") != "Sequence":
         return _is_byte_level(split, use_regex=True)
     match split["pretokenizers"]:
         case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", **rest}, last]:
-            return pattern in PATTERNS and not rest.get("invert") and _is_byte_level(last, use_regex=False)
+            return (
+                pattern in SUPPORTED_SPLIT_PATTERNS and not rest.get("invert") and _is_byte_level(last, use_regex=False)
+            )
     return False
 
 
@@ -69,41 +74,41 @@ def _is_byte_level(split: Mapping[str, Any], use_regex: bool) -> bool:
     return found == ("ByteLevel", False, use_regex)
 
 
-class Fast:
+class GigatokenEncoder:
     """Ids by gigatoken, on the calling thread, and by `reference` for the documents that need it."""
 
-    def __init__(self, tokenizer_json: str, reference: Callable[[Sequence[str]], Ids]):
+    def __init__(self, tokenizer_json: str, reference: Callable[[Sequence[str]], EncodedTexts]):
         tree = orjson.loads(tokenizer_json)
         tree["added_tokens"] = []  # The text of a special token is text.
-        self._json = orjson.dumps(tree)
+        self._tokenizer_json = orjson.dumps(tree)
         self._reference = reference
-        self._renew()
+        self._reload_tokenizer()
 
-    def _renew(self) -> None:
+    def _reload_tokenizer(self) -> None:
         # gigatoken imports it in its first call, and gives lists from then on where that fails: an interrupt is enough.
         import awkward  # noqa: F401
         from gigatoken import Tokenizer
 
         self._tokenizer: Tokenizer | None = None  # Frees the old one before the new one is made.
-        self._tokenizer = Tokenizer.from_json(self._json)
+        self._tokenizer = Tokenizer.from_json(self._tokenizer_json)
         self._cache_bytes = 0
 
-    def __call__(self, texts: Sequence[str]) -> Ids:
-        if self._cache_bytes > CACHE_BYTES:
-            self._renew()
+    def __call__(self, texts: Sequence[str]) -> EncodedTexts:
+        if self._cache_bytes > MAX_CACHE_BYTES:
+            self._reload_tokenizer()
         utf8 = [text.encode() for text in texts]
-        holders = unicode_differences.holders(texts, utf8)
-        for index in holders:
+        reference_indices = unicode_differences.find_differing_texts(texts, utf8)
+        for index in reference_indices:
             utf8[index] = b""
-        flat, starts = self._encoded(utf8)
+        flat, starts = self._encode(utf8)
         lengths = np.diff(starts)
-        if holders:
-            ids, counts = self._reference([texts[index] for index in holders])
-            flat = np.insert(flat, np.repeat(starts[holders], counts), ids)
-            lengths[holders] = counts
+        if reference_indices:
+            ids, counts = self._reference([texts[index] for index in reference_indices])
+            flat = np.insert(flat, np.repeat(starts[reference_indices], counts), ids)
+            lengths[reference_indices] = counts
         return flat, lengths
 
-    def _encoded(self, utf8: list[bytes]) -> Ids:
+    def _encode(self, utf8: list[bytes]) -> EncodedTexts:
         """Ids of all documents, and where each starts among them, and the last ends."""
         assert self._tokenizer is not None
         before = _resident_bytes()
@@ -115,4 +120,4 @@ class Fast:
 
 
 def _resident_bytes() -> int:
-    return int(MEMORY.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(STATM_PATH.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -16,43 +16,45 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from tandem.data_prep.tokenizers.byte_level import BYTE_VALUES, written
+from tandem.data_prep.tokenizers.byte_level import NUM_BYTE_VALUES, to_byte_level
 from tandem.trainer.config import UserError
 
-END = "<|endoftext|>"
-CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-CL100K_PATTERN = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-FILL_IN_THE_MIDDLE = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
-STARCODER = (
+END_OF_TEXT = "<|endoftext|>"
+CONTRACTIONS_PATTERN = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+CL100K_PATTERN = (
+    CONTRACTIONS_PATTERN + r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+FILL_IN_THE_MIDDLE_TOKENS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+STARCODER_TOKEN_NAMES = (
     *("gh_stars", "filename", "issue_start", "issue_comment", "issue_closed", "jupyter_start", "jupyter_text"),
     *("jupyter_code", "jupyter_output", "empty_output", "commit_before", "commit_msg", "commit_after", "reponame"),
 )
 
 
 @dataclass(frozen=True)
-class Scheme:
+class TiktokenScheme:
     """What a ranks file does not say."""
 
-    ranks: int
+    num_tokens: int
     """Tokens in the file."""
-    pattern: str | None
+    split_pattern: str | None
     """Splits text before anything is merged; None: GPT-2's, which every library has built in."""
-    specials: Mapping[str, int]
+    special_tokens: Mapping[str, int]
 
 
 SCHEMES = {
-    "gpt2": Scheme(50_256, None, {END: 50_256}),
-    "arcade100k": Scheme(
+    "gpt2": TiktokenScheme(50_256, None, {END_OF_TEXT: 50_256}),
+    "arcade100k": TiktokenScheme(
         100_256,
         CL100K_PATTERN % r"\p{N}",
         {
             token: 100_257 + index
             for index, token in enumerate(
                 (
-                    END,
-                    *FILL_IN_THE_MIDDLE,
+                    END_OF_TEXT,
+                    *FILL_IN_THE_MIDDLE_TOKENS,
                     "<|fim_pad|>",
-                    *(f"<{name}>" for name in STARCODER),
+                    *(f"<{name}>" for name in STARCODER_TOKEN_NAMES),
                     "<|endofprompt|>",
                     "<|im_start|>",
                     "<|im_end|>",
@@ -67,110 +69,119 @@ SCHEMES = {
 """Source: tiktoken's openai_public (gpt2); Stability AI's tokenizer of Stable LM 2 (arcade100k): the ranks and, as first
 published, the pattern of cl100k, digits one by one, and 32 special ids, of which 100,256 is none. cl100k itself is left
 out: tiktoken's pattern of today keeps white space at a document's end in one piece, and would not be met exactly."""
-NAMES = {
+KIND_BY_FILE_NAME = {
     "arcade100k.tiktoken": "arcade100k",
     "gpt2.tiktoken": "gpt2",
     "r50k_base.tiktoken": "gpt2",
 }
 
 
-def read(data: bytes, where: str) -> list[bytes]:
+def parse_ranks_file(content: bytes, error_prefix: str) -> list[bytes]:
     """The tokens of a ranks file, in the order of their ranks: every byte among them, each rank once, none left out.
 
     Raises: UserError naming the line that is no token in base64 and its rank, or repeats one.
     """
     tokens: dict[int, bytes] = {}
     seen: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines(), 1):
+    for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
         try:
-            encoded, rank = line.split()
-            token, position = base64.b64decode(encoded, validate=True), int(rank)
+            encoded, merge_rank = line.split()
+            token, token_id = base64.b64decode(encoded, validate=True), int(merge_rank)
         except ValueError:
             shown = line[:40].decode(errors="replace")
             raise UserError(
-                f"{where}: line {number} is {shown!r}; must be a token in base64, a space and its rank; get the file again"
+                f"{error_prefix}: line {number} is {shown!r}; must be a token in base64, a space and its rank; "
+                f"get the file again"
             ) from None
-        if not token or position in tokens or token in seen:
-            again = "is empty" if not token else f"repeats {'rank' if position in tokens else 'the token of rank'} "
-            again += str(position if position in tokens else seen.get(token, ""))
-            raise UserError(f"{where}: line {number} {again}; ranks and tokens occur once; get the file again")
-        tokens[position], seen[token] = token, position
-    return _complete(tokens, seen, where)
+        if not token or token_id in tokens or token in seen:
+            again = "is empty" if not token else f"repeats {'rank' if token_id in tokens else 'the token of rank'} "
+            again += str(token_id if token_id in tokens else seen.get(token, ""))
+            raise UserError(f"{error_prefix}: line {number} {again}; ranks and tokens occur once; get the file again")
+        tokens[token_id], seen[token] = token, token_id
+    return _order_tokens(tokens, seen, error_prefix)
 
 
-def _complete(tokens: dict[int, bytes], seen: dict[bytes, int], where: str) -> list[bytes]:
+def _order_tokens(tokens: dict[int, bytes], seen: dict[bytes, int], error_prefix: str) -> list[bytes]:
     missing = next((rank for rank in range(len(tokens)) if rank not in tokens), None)
     if missing is not None:
-        raise UserError(f"{where}: has {len(tokens)} tokens and none of rank {missing}; get the file again")
-    absent = next((value for value in range(BYTE_VALUES) if bytes([value]) not in seen), None)
+        raise UserError(f"{error_prefix}: has {len(tokens)} tokens and none of rank {missing}; get the file again")
+    absent = next((value for value in range(NUM_BYTE_VALUES) if bytes([value]) not in seen), None)
     if absent is not None:
-        raise UserError(f"{where}: has no token for byte {absent}; every byte needs one; get the file again")
+        raise UserError(f"{error_prefix}: has no token for byte {absent}; every byte needs one; get the file again")
     return [tokens[rank] for rank in range(len(tokens))]
 
 
-def tokenizer_json(tokens: Sequence[bytes], scheme: Scheme, where: str) -> str:
+def build_tokenizer_json(tokens: Sequence[bytes], scheme: TiktokenScheme, error_prefix: str) -> str:
     """The tokenizer.json of these tokens: the same ids for every text as merging by ranks gives.
 
     Raises: UserError if the tokens are not those of the scheme, or one is not made of two that come before it.
     """
-    if len(tokens) != scheme.ranks:
+    if len(tokens) != scheme.num_tokens:
         raise UserError(
-            f"{where}: has {len(tokens):,} tokens; must be {scheme.ranks:,}; name another file or --tokenizer-kind"
+            f"{error_prefix}: has {len(tokens):,} tokens; must be {scheme.num_tokens:,}; name another file or --tokenizer-kind"
         )
-    vocab = {written(token): rank for rank, token in enumerate(tokens)}
-    if taken := sorted(scheme.specials.keys() & vocab.keys()):
-        raise UserError(f"{where}: has {taken[0]!r} as an ordinary token; it is a special one; name another file")
+    vocab = {to_byte_level(token): rank for rank, token in enumerate(tokens)}
+    if taken := sorted(scheme.special_tokens.keys() & vocab.keys()):
+        raise UserError(
+            f"{error_prefix}: has {taken[0]!r} as an ordinary token; it is a special one; name another file"
+        )
     # Special tokens are in the vocabulary too, where no merge leads: only so may ids between them be left out.
-    vocab |= scheme.specials
-    return json.dumps(tree(vocab, merges(tokens, where), scheme.pattern, scheme.specials), ensure_ascii=False)
+    vocab |= scheme.special_tokens
+    return json.dumps(
+        build_tokenizer_tree(vocab, find_merges(tokens, error_prefix), scheme.split_pattern, scheme.special_tokens),
+        ensure_ascii=False,
+    )
 
 
-def merges(tokens: Sequence[bytes], where: str) -> list[tuple[str, str]]:
+def find_merges(tokens: Sequence[bytes], error_prefix: str) -> list[tuple[str, str]]:
     """The pair that each token of more than a byte is made of, in the order of their ranks."""
-    ranks = {token: rank for rank, token in enumerate(tokens)}
+    merge_ranks = {token: rank for rank, token in enumerate(tokens)}
     pairs = []
-    for rank, token in enumerate(tokens):
+    for merge_rank, token in enumerate(tokens):
         if len(token) == 1:
             continue
-        parts = _merged_before(token, rank, ranks)
+        parts = _apply_earlier_merges(token, merge_rank, merge_ranks)
         if len(parts) != 2:
             raise UserError(
-                f"{where}: the token of rank {rank} is not made of two before it; is this a BPE? name another file"
+                f"{error_prefix}: the token of rank {merge_rank} is not made of two before it; is this a BPE? name another file"
             )
-        pairs.append((written(parts[0]), written(parts[1])))
+        pairs.append((to_byte_level(parts[0]), to_byte_level(parts[1])))
     return pairs
 
 
-def _merged_before(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """What the tokens before `rank` make of these bytes: the first of the lowest rank is merged until none is left."""
+def _apply_earlier_merges(token: bytes, merge_rank: int, merge_ranks: Mapping[bytes, int]) -> list[bytes]:
+    """What the tokens before `merge_rank` make of these bytes: the first of the lowest rank is merged until none is left."""
     borders = list(range(len(token) + 1))
-    pairs = [ranks.get(token[start : start + 2], rank) for start in borders[:-2]]
-    while len(pairs) > 1 and (lowest := min(pairs)) < rank:
+    pairs = [merge_ranks.get(token[start : start + 2], merge_rank) for start in borders[:-2]]
+    while len(pairs) > 1 and (lowest := min(pairs)) < merge_rank:
         index = pairs.index(lowest)
         del borders[index + 1], pairs[index]
         for near in (index - 1, index):  # the pairs that the new part is in
             if 0 <= near < len(pairs):
-                pairs[near] = ranks.get(token[borders[near] : borders[near + 2]], rank)
+                pairs[near] = merge_ranks.get(token[borders[near] : borders[near + 2]], merge_rank)
     return [token[start:end] for start, end in pairwise(borders)]
 
 
-def tree(
-    vocab: Mapping[str, int], pairs: Sequence[tuple[str, str]], pattern: str | None, specials: Mapping[str, int]
+def build_tokenizer_tree(
+    vocab: Mapping[str, int],
+    merge_pairs: Sequence[tuple[str, str]],
+    split_pattern: str | None,
+    special_tokens: Mapping[str, int],
 ) -> dict[str, Any]:
     """The content of the tokenizer.json of a byte-level BPE."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     split: dict[str, Any] = byte_level | {"use_regex": True}
-    if pattern is not None:
-        by_pattern = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    if split_pattern is not None:
+        by_pattern = {"type": "Split", "pattern": {"Regex": split_pattern}, "behavior": "Isolated", "invert": False}
         split = {"type": "Sequence", "pretokenizers": [by_pattern, byte_level | {"use_regex": False}]}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": index, "content": token} | flags for token, index in specials.items()],
+        "added_tokens": [{"id": index, "content": token} | flags for token, index in special_tokens.items()],
         "normalizer": None,
         "pre_tokenizer": split,
         "post_processor": None,
@@ -185,6 +196,6 @@ def tree(
             "byte_fallback": False,
             "ignore_merges": False,
             "vocab": dict(vocab),
-            "merges": [list(pair) for pair in pairs],
+            "merges": [list(pair) for pair in merge_pairs],
         },
     }

@@ -15,166 +15,182 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tandem.kernels.attention import attention
-from tandem.kernels.bench.shapes import MODELS, Model
-from tandem.kernels.device.offline_compile import hopper
+from tandem.kernels.bench.shapes import MODELS, ModelShape
+from tandem.kernels.device.offline_compile import compile_for_sm90
 from tandem.kernels.layer_norm import layer_norm
-from tandem.kernels.qkv import split, split_rotated
+from tandem.kernels.qkv import split_and_rotate_qkv, split_qkv
 from tandem.kernels.swiglu import swiglu, swiglu_linear
 
-TOKENS = 256
+NUM_TOKENS = 256
 """Bytes per token do not depend on their number, but where scores are written out: those are left to whoever runs that."""
-EPSILON = 1e-5
+NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
-class Kit:
+class LayerImplementation:
     """Operations between the matrix products of a layer."""
 
     norm: Callable[[Tensor, Tensor, Tensor], Tensor]
-    heads: Callable[[Tensor, "Layer"], tuple[Tensor, Tensor, Tensor]]
+    split_heads: Callable[[Tensor, "Layer"], tuple[Tensor, Tensor, Tensor]]
     """Queries, keys and values, normalised and rotated where the model does that."""
-    contract: Callable[[Tensor, Tensor], Tensor]
+    down_projection: Callable[[Tensor, Tensor], Tensor]
     """SwiGLU and the product with the matrix behind it."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    model: Model
+    model: ModelShape
     weights: dict[str, Tensor]
     cos: Tensor
     sin: Tensor
-    starts: Tensor
-    slopes: Tensor
+    document_starts: Tensor
+    alibi_slopes: Tensor
 
     @property
-    def group(self) -> int:
-        return self.model.heads // self.model.kv_heads
+    def num_queries_per_kv(self) -> int:
+        return self.model.num_heads // self.model.num_kv_heads
 
 
-def bytes_per_token(model: Model, kit: Kit) -> dict[str, float]:
+def bytes_per_token(model: ModelShape, implementation: LayerImplementation) -> dict[str, float]:
     """By part of the layer; together they are the layer's. The layer's own input is the first norm's."""
     layer = _layer(model)
     found: dict[int, tuple[str, Tensor]] = {}
-    shared = (*layer.weights.values(), layer.cos, layer.sin, layer.starts, layer.slopes)
-    apart = {tensor.untyped_storage()._cdata for tensor in shared}
+    shared = (*layer.weights.values(), layer.cos, layer.sin, layer.document_starts, layer.alibi_slopes)
+    shared_storages = {tensor.untyped_storage()._cdata for tensor in shared}
     part = ""
 
-    def note(tensor: Tensor) -> Tensor:
+    def record_storage(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in apart:
+        if storage._cdata not in shared_storages:
             # The tensor is held, or a later storage might get the number of one that is gone.
             found.setdefault(storage._cdata, (part, tensor))
         return tensor
 
     w = layer.weights
-    x = torch.empty(TOKENS, 1, model.width, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    x = torch.empty(NUM_TOKENS, 1, model.hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(record_storage, lambda tensor: tensor):
         part = "norm"
-        columns = kit.norm(x, w["norm"], w["norm_bias"])
+        columns = implementation.norm(x, w["norm"], w["norm_bias"])
         part = "projection"
         qkv = F.linear(columns, w["qkv"])
         part = "heads"
-        query, key, value = kit.heads(qkv, layer)
+        query, key, value = implementation.split_heads(qkv, layer)
         part = "attention"
-        biases = layer.slopes if model.rotary_dims == 0 else None
-        starts = layer.starts if model.documents else None
-        mixed = attention(query, key, value, scale=model.attention_scale, slopes=biases, starts=starts)
+        biases = layer.alibi_slopes if model.rotary_dims == 0 else None
+        starts = layer.document_starts if model.document_masking else None
+        mixed = attention(query, key, value, scale=model.attention_scale, slopes=biases, document_starts=starts)
         mixed = F.linear(mixed.flatten(2).transpose(0, 1), w["out"])
         if model.rotary_dims == 0:  # BTLM's layer is sequential: a second norm
             part = "norm"
-            columns = kit.norm(x + mixed, w["norm"], w["norm_bias"])
+            columns = implementation.norm(x + mixed, w["norm"], w["norm_bias"])
         part = "feed-forward"
-        kit.contract(F.linear(columns, w["gate_up"]).unflatten(-1, (2, -1)), w["down"])
-    kept = dict.fromkeys(("norm", "projection", "heads", "attention", "feed-forward"), 0.0)
-    for where, tensor in found.values():
-        kept[where] += tensor.untyped_storage().nbytes() / TOKENS
-    return kept
+        implementation.down_projection(F.linear(columns, w["gate_up"]).unflatten(-1, (2, -1)), w["down"])
+    part_bytes = dict.fromkeys(("norm", "projection", "heads", "attention", "feed-forward"), 0.0)
+    for part_name, tensor in found.values():
+        part_bytes[part_name] += tensor.untyped_storage().nbytes() / NUM_TOKENS
+    return part_bytes
 
 
-def kits() -> dict[str, Kit]:
+def layer_implementations() -> dict[str, LayerImplementation]:
     """Ours, with parallel.recompute none; ours with the feed-forward network of selective; the rivals'.
 
     Attention is ours in each: what it keeps, any fused attention does.
     """
     return {
-        "ours": Kit(_our_norm, _our_heads, lambda gate_up, weight: F.linear(swiglu(gate_up), weight)),
-        "ours, product made again": Kit(_our_norm, _our_heads, swiglu_linear),
-        "torch": Kit(_torch_norm, _torch_heads, _torch_contract),
-        "liger": Kit(_liger_norm, _torch_heads, _liger_contract),
+        "ours": LayerImplementation(_our_norm, _our_heads, lambda gate_up, weight: F.linear(swiglu(gate_up), weight)),
+        "ours, product made again": LayerImplementation(_our_norm, _our_heads, swiglu_linear),
+        "torch": LayerImplementation(_torch_norm, _torch_heads, _torch_down_projection),
+        "liger": LayerImplementation(_liger_norm, _torch_heads, _liger_down_projection),
     }
 
 
-def table() -> list[dict[str, Any]]:
+def activation_memory_table() -> list[dict[str, Any]]:
     """A row for every model and kit: bytes per token and layer, by part and together.
 
     Raises: RuntimeError where Triton interprets.
     """
-    with hopper():
+    with compile_for_sm90():
         return [
-            {"model": model.name, "kit": name, **(kept := bytes_per_token(model, kit)), "together": sum(kept.values())}
+            {
+                "model": model.name,
+                "implementation": name,
+                **(kept := bytes_per_token(model, kit)),
+                "total": sum(kept.values()),
+            }
             for model in MODELS
-            for name, kit in kits().items()
+            for name, kit in layer_implementations().items()
         ]
 
 
-def _layer(model: Model) -> Layer:
-    head_dim, ffn = model.head_dim, model.ffn_local[0]
-    qkv = (model.heads + 2 * model.kv_heads) * head_dim
+def _layer(model: ModelShape) -> Layer:
+    head_dim, ffn = model.head_dim, model.ffn_hidden_sizes_local[0]
+    qkv = (model.num_heads + 2 * model.num_kv_heads) * head_dim
     shapes = {
-        "norm": (model.width,), "norm_bias": (model.width,), "qkv": (qkv, model.width), "out": (model.width, model.width),
-        "gate_up": (2 * ffn, model.width), "down": (model.width, ffn),
-        "query_norm": (model.heads, head_dim), "key_norm": (model.kv_heads, head_dim),
-    }  # fmt: skip
+        "norm": (model.hidden_size,),
+        "norm_bias": (model.hidden_size,),
+        "qkv": (qkv, model.hidden_size),
+        "out": (model.hidden_size, model.hidden_size),
+        "gate_up": (2 * ffn, model.hidden_size),
+        "down": (model.hidden_size, ffn),
+        "query_norm": (model.num_heads, head_dim),
+        "key_norm": (model.num_kv_heads, head_dim),
+    }
     weights = {
         name: torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
         for name, shape in shapes.items()
     }
-    cos, sin = (torch.empty(1, TOKENS, model.rotary_dims // 2, device="meta") for _ in range(2))
-    starts = torch.empty(1, TOKENS, dtype=torch.int32, device="meta")
-    return Layer(model, weights, cos, sin, starts, torch.empty(model.heads, device="meta"))
+    cos, sin = (torch.empty(1, NUM_TOKENS, model.rotary_dims // 2, device="meta") for _ in range(2))
+    starts = torch.empty(1, NUM_TOKENS, dtype=torch.int32, device="meta")
+    return Layer(model, weights, cos, sin, starts, torch.empty(model.num_heads, device="meta"))
 
 
 def _our_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return layer_norm(x, weight, bias, EPSILON)
+    return layer_norm(x, weight, bias, NORM_EPS)
 
 
 def _our_heads(qkv: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
     model, w = layer.model, layer.weights
     if model.rotary_dims == 0:
-        return split(qkv, head_dim=model.head_dim, queries=layer.group)
-    norms = {name: w[name] for name in ("query_norm", "key_norm") if model.qk_norm}
-    return split_rotated(
-        qkv, layer.cos, layer.sin, head_dim=model.head_dim, queries=layer.group, epsilon=EPSILON, **norms
+        return split_qkv(qkv, head_dim=model.head_dim, num_queries_per_kv=layer.num_queries_per_kv)
+    norms = {name: w[name] for name in ("query_norm", "key_norm") if model.qk_layernorm}
+    return split_and_rotate_qkv(
+        qkv,
+        layer.cos,
+        layer.sin,
+        head_dim=model.head_dim,
+        num_queries_per_kv=layer.num_queries_per_kv,
+        norm_eps=NORM_EPS,
+        **norms,
     )
 
 
 def _torch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, EPSILON)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, NORM_EPS)
 
 
 def _torch_heads(qkv: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
     """In bf16 throughout, which keeps least: the one that is timed in `ops.qkv` norms and turns in fp32, as ours does."""
     model, w = layer.model, layer.weights
-    grouped = qkv.transpose(0, 1).unflatten(-1, (-1, layer.group + 2, model.head_dim))
-    query, key, value = (x.flatten(2, 3) for x in grouped.split((layer.group, 1, 1), dim=3))
-    if model.qk_norm:
+    grouped = qkv.transpose(0, 1).unflatten(-1, (-1, layer.num_queries_per_kv + 2, model.head_dim))
+    query, key, value = (x.flatten(2, 3) for x in grouped.split((layer.num_queries_per_kv, 1, 1), dim=3))
+    if model.qk_layernorm:
         query, key = (
-            F.layer_norm(x, x.shape[-1:], eps=EPSILON) * weight
+            F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * weight
             for x, weight in ((query, w["query_norm"]), (key, w["key_norm"]))
         )
     if model.rotary_dims:
-        query, key = (_torch_rotated(x, layer.cos.bfloat16(), layer.sin.bfloat16()) for x in (query, key))
+        query, key = (_torch_rotary(x, layer.cos.bfloat16(), layer.sin.bfloat16()) for x in (query, key))
     return query, key, value
 
 
-def _torch_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _torch_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     half = cos.shape[-1]
     first, second, rest = x.tensor_split((half, 2 * half), dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
-def _torch_contract(gate_up: Tensor, weight: Tensor) -> Tensor:
+def _torch_down_projection(gate_up: Tensor, weight: Tensor) -> Tensor:
     gate, up = gate_up.unbind(-2)
     return F.linear(F.silu(gate) * up, weight)
 
@@ -182,10 +198,10 @@ def _torch_contract(gate_up: Tensor, weight: Tensor) -> Tensor:
 def _liger_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
-    return LigerLayerNormFunction.apply(x, weight, bias, EPSILON)
+    return LigerLayerNormFunction.apply(x, weight, bias, NORM_EPS)
 
 
-def _liger_contract(gate_up: Tensor, weight: Tensor) -> Tensor:
+def _liger_down_projection(gate_up: Tensor, weight: Tensor) -> Tensor:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     # It reads rows of one length: halves of a fused buffer are copied first.

@@ -1,8 +1,8 @@
 """The command line: `python -m tandem.kernels.bench.attention_sweep`, the kernels of attention at other sizes than theirs.
 
 At the heads of both published models, forward, the gradient of queries and the gradients of keys and values are each measured
-alone, with every candidate of `candidates` in turn. All variants are compiled first, by processes that need no GPU and leave
-them in Triton's folder of binaries. A candidate whose result is not that of the kernel's own sizes is not timed.
+alone, with every candidate of `attention_candidates` in turn. All variants are compiled first, by processes that need no
+GPU and leave them in Triton's folder of binaries. A candidate whose result is not that of the kernel's own sizes is not timed.
 """
 
 import argparse
@@ -23,22 +23,22 @@ import torch
 import triton
 from torch import Tensor
 
-from tandem.kernels.bench.attention_candidates import KERNELS, candidates
-from tandem.kernels.bench.compare import agree, card, example_of, said, surroundings
-from tandem.kernels.bench.documents import starts
-from tandem.kernels.bench.measure import Pass, interleaved, num_sets, timed
+from tandem.kernels.bench.attention_candidates import ATTENTION_KERNELS, candidate_configs
+from tandem.kernels.bench.compare import check_agreement, device_name, environment, one_line_reason, seeded_example
+from tandem.kernels.bench.documents import document_starts
+from tandem.kernels.bench.measure import PassTimes, num_input_sets, time_calls, time_interleaved
 from tandem.kernels.bench.ops.attention import ATTENTION
-from tandem.kernels.bench.resources import COMPILED, blocks_per_multiprocessor, launched
-from tandem.kernels.bench.shapes import Heads, heads
+from tandem.kernels.bench.resources import COMPILED_DEVICE, blocks_per_multiprocessor, compile_launched
+from tandem.kernels.bench.shapes import AttentionShape, attention_shapes
 
-SHAPES: dict[str, tuple[str, ...]] = {
-    "btlm-3b-8k 2048 tp1": KERNELS,
-    "btlm-3b-8k 8192 tp1": KERNELS,
-    "stablelm-2-12b 4096 tp1": KERNELS,
+SWEPT_KERNELS: dict[str, tuple[str, ...]] = {
+    "btlm-3b-8k 2048 tp1": ATTENTION_KERNELS,
+    "btlm-3b-8k 8192 tp1": ATTENTION_KERNELS,
+    "stablelm-2-12b 4096 tp1": ATTENTION_KERNELS,
     "stablelm-2-12b 4096 tp2": ("keys",),
 }
 """What is measured at them: over two ranks there are fewer key heads, and so other groups."""
-PRODUCTS = {"forward": 2, "queries": 3, "keys": 4}
+NUM_MATMULS = {"forward": 2, "queries": 3, "keys": 4}
 """Matrix products of a pair of query and key that each kernel computes; backward as a whole is counted as four."""
 NO_GPU = (
     "tandem.kernels.bench.attention_sweep measures a GPU and there is none; without one --resources compiles the candidates "
@@ -47,7 +47,7 @@ NO_GPU = (
 
 
 @dataclass
-class Case:
+class SweepCase:
     """A candidate at a shape, and what became of it."""
 
     kernel: str
@@ -55,15 +55,15 @@ class Case:
     candidate: str
     own: bool
     """The kernel's own sizes."""
-    sizes: dict[str, int]
+    tile_config: dict[str, int]
     registers: int | None = None
     spilled_bytes: int | None = None
     shared_bytes: int | None = None
     programs_per_multiprocessor: int | None = None
-    time_us_20: float | None = None
-    time_us_50: float | None = None
-    time_us_80: float | None = None
-    repetitions: int | None = None
+    time_p20_us: float | None = None
+    time_p50_us: float | None = None
+    time_p80_us: float | None = None
+    num_repetitions: int | None = None
     executed_tflops_per_second: float | None = None
     best: bool = False
     note: str = ""
@@ -71,7 +71,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Values:
+class KernelInputs:
     """What kernels of one shape are called with."""
 
     out_gradient: Tensor
@@ -88,42 +88,42 @@ class Values:
 def main(arguments: list[str] | None = None) -> int:
     """0; 2 if what is asked for cannot be, with one line that says why."""
     begun = time.monotonic()
-    options = _options(arguments)
-    if refusal := _refusal(options):
+    options = _parse_arguments(arguments)
+    if refusal := _usage_error(options):
         print(f"tandem.kernels.bench.attention_sweep: {refusal}", file=sys.stderr)
         return 2
     deadline = begun + options.seconds
-    shapes = {shape.name: shape for shape in heads(tp_sizes=(1, 2)) if shape.name in SHAPES}
+    shapes = {shape.name: shape for shape in attention_shapes(tp_sizes=(1, 2)) if shape.name in SWEPT_KERNELS}
     if options.tokens is not None:
-        shapes = {name: _small(shape, options.tokens) for name, shape in shapes.items()}
-    cases = _cases(shapes)
+        shapes = {name: _shrink_shape(shape, options.tokens) for name, shape in shapes.items()}
+    cases = _sweep_cases(shapes)
     if options.device == "cuda" or options.resources:
         compile_all(cases, shapes, deadline)
     if options.resources:
-        _tell(cases, options.json, COMPILED)
+        _report_cases(cases, options.json, COMPILED_DEVICE)
         return 0
     device = torch.device(options.device)
-    print(*(f"{name} {value}" for name, value in surroundings(card(device)).items()), sep="; ")
+    print(*(f"{name} {value}" for name, value in environment(device_name(device)).items()), sep="; ")
     for name, shape in shapes.items():
         _measure_shape([case for case in cases if case.shape == name], shape, device, deadline, options.json)
-    _tell_best(cases, shapes)
+    _report_best(cases, shapes)
     return 0
 
 
-def compile_all(cases: list[Case], shapes: dict[str, Heads], deadline: float = math.inf) -> None:
+def compile_all(cases: list[SweepCase], shapes: dict[str, AttentionShape], deadline: float = math.inf) -> None:
     """Compile every variant once, in as many processes as there are processors; cases learn what theirs asks for."""
-    variants: dict[Any, list[Case]] = {}
+    variants: dict[Any, list[SweepCase]] = {}
     for case in cases:
-        constants = tuple((name, value) for name, value in case.sizes.items() if name != "heads_in_l2")
+        constants = tuple((name, value) for name, value in case.tile_config.items() if name != "heads_in_l2")
         variants.setdefault((case.kernel, shapes[case.shape].head_dim, constants), []).append(case)
     workers = min(len(os.sched_getaffinity(0)), len(variants), 16)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    begun = [
-        (same, pool.submit(compile_one, same[0].kernel, shapes[same[0].shape], same[0].sizes))
+    submitted = [
+        (same, pool.submit(compile_case, same[0].kernel, shapes[same[0].shape], same[0].tile_config))
         for same in variants.values()
     ]
-    for same, future in begun:
-        found, reason = _outcome(future, deadline)
+    for same, future in submitted:
+        found, reason = _compile_result(future, deadline)
         for case in same:
             for name, value in found.items():
                 setattr(case, name, value)
@@ -131,33 +131,35 @@ def compile_all(cases: list[Case], shapes: dict[str, Heads], deadline: float = m
     pool.shutdown(wait=False, cancel_futures=True)
 
 
-def compile_one(kernel: str, shape: Heads, sizes: dict[str, int]) -> dict[str, int]:
+def compile_case(kernel: str, shape: AttentionShape, tile_config: dict[str, int]) -> dict[str, int]:
     """What the kernel asks of a multiprocessor. Triton keeps the binary for whoever launches it.
 
     Raises: RuntimeError if Triton interprets; of the compiler, whatever it raises.
     """
-    one, *_ = launched(lambda: call(kernel, _values(shape, torch.device("meta")), sizes))
+    one, *_ = compile_launched(lambda: run_kernel(kernel, _kernel_inputs(shape, torch.device("meta")), tile_config))
     return {
         "registers": one.registers, "spilled_bytes": one.spilled_bytes, "shared_bytes": one.shared_bytes,
         "programs_per_multiprocessor": blocks_per_multiprocessor(one),
     }  # fmt: skip
 
 
-def call(kernel: str, values: Values, sizes: dict[str, int]) -> tuple[Tensor, ...]:
+def run_kernel(kernel: str, values: KernelInputs, tile_config: dict[str, int]) -> tuple[Tensor, ...]:
     """The results of the one kernel."""
     from tandem.kernels.device import attention as device
 
     inputs, settings = (values.query, values.key, values.value), values.settings
     if kernel == "forward":
-        return device.forward(*inputs, *settings, sizes=sizes)
+        return device.forward(*inputs, *settings, tile_config=tile_config)
     if kernel == "queries":
-        return device.backward_of_queries(
-            values.out_gradient, *inputs, values.out, values.lse, *settings, sizes=sizes
+        return device.backward_query(
+            values.out_gradient, *inputs, values.out, values.lse, *settings, tile_config=tile_config
         )  # fmt: skip
-    return device.backward_of_keys(values.out_gradient, *inputs, values.lse, values.delta, *settings, sizes=sizes)
+    return device.backward_key_value(
+        values.out_gradient, *inputs, values.lse, values.delta, *settings, tile_config=tile_config
+    )
 
 
-def _options(arguments: list[str] | None) -> argparse.Namespace:
+def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "tandem.kernels.bench.attention_sweep", description="Attention's kernels at other sizes than theirs."
     )
@@ -169,7 +171,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _refusal(options: argparse.Namespace) -> str:
+def _usage_error(options: argparse.Namespace) -> str:
     """Why nothing can be done; empty if it can."""
     if options.tokens is not None and options.tokens < 1:
         return f"--tokens {options.tokens}: at least 1"
@@ -187,22 +189,22 @@ def _refusal(options: argparse.Namespace) -> str:
     )
 
 
-def _small(shape: Heads, tokens: int) -> Heads:
+def _shrink_shape(shape: AttentionShape, tokens: int) -> AttentionShape:
     """For the interpreter, which takes a second for what a GPU does in a microsecond, and multiplies no bf16."""
-    heads = shape.heads // shape.kv_heads
-    return replace(shape, tokens=tokens, rows=1, heads=heads, kv_heads=1, dtype=torch.float32)
+    heads = shape.num_heads // shape.num_kv_heads
+    return replace(shape, tokens=tokens, batch_size=1, num_heads=heads, num_kv_heads=1, dtype=torch.float32)
 
 
-def _cases(shapes: dict[str, Heads]) -> list[Case]:
+def _sweep_cases(shapes: dict[str, AttentionShape]) -> list[SweepCase]:
     return [
-        Case(kernel, name, candidate, index == 0, sizes)
+        SweepCase(kernel, name, candidate, index == 0, sizes)
         for name, shape in shapes.items()
-        for kernel in SHAPES[name]
-        for index, (candidate, sizes) in enumerate(candidates(kernel, shape))
+        for kernel in SWEPT_KERNELS[name]
+        for index, (candidate, sizes) in enumerate(candidate_configs(kernel, shape))
     ]
 
 
-def _outcome(future: "Future[dict[str, int]]", deadline: float) -> tuple[dict[str, int], str]:
+def _compile_result(future: "Future[dict[str, int]]", deadline: float) -> tuple[dict[str, int], str]:
     """What was found, or the reason why nothing was."""
     try:
         return future.result(None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())), ""
@@ -213,10 +215,10 @@ def _outcome(future: "Future[dict[str, int]]", deadline: float) -> tuple[dict[st
         return {}, ""
     # Of any kind: a compiler raises what it likes, and a variant that fails is one line.
     except Exception as reason:
-        return {}, f"not compiled: {said(reason)}"
+        return {}, f"not compiled: {one_line_reason(reason)}"
 
 
-def _values(shape: Heads, device: torch.device) -> Values:
+def _kernel_inputs(shape: AttentionShape, device: torch.device) -> KernelInputs:
     """Those of the benchmark, and with them the results of the kernels' own sizes."""
     from tandem.kernels.attention import alibi_slopes
 
@@ -225,53 +227,62 @@ def _values(shape: Heads, device: torch.device) -> Values:
         def empty(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
             return torch.empty(size, dtype=dtype, device=device)
 
-        query, key = (empty(shape.rows, shape.tokens, count, shape.head_dim) for count in (shape.heads, shape.kv_heads))
-        slopes = empty(shape.heads, dtype=torch.float32) if shape.alibi else None
-        begin = empty(shape.rows, shape.tokens, dtype=torch.int32) if shape.documents else None
-        lse = empty(shape.rows, shape.heads, shape.tokens, dtype=torch.float32)
-        out = empty(shape.tokens, shape.rows, shape.heads, shape.head_dim).transpose(0, 1)
-        return Values(query, query, key, key, (shape.scale, slopes, begin), out, lse, lse)
-    example = example_of(ATTENTION.example, shape, device)
+        query, key = (
+            empty(shape.batch_size, shape.tokens, count, shape.head_dim)
+            for count in (shape.num_heads, shape.num_kv_heads)
+        )
+        slopes = empty(shape.num_heads, dtype=torch.float32) if shape.has_alibi else None
+        begin = empty(shape.batch_size, shape.tokens, dtype=torch.int32) if shape.document_masking else None
+        lse = empty(shape.batch_size, shape.num_heads, shape.tokens, dtype=torch.float32)
+        out = empty(shape.tokens, shape.batch_size, shape.num_heads, shape.head_dim).transpose(0, 1)
+        return KernelInputs(query, query, key, key, (shape.attention_scale, slopes, begin), out, lse, lse)
+    example = seeded_example(ATTENTION.make_example, shape, device)
     query, key, value = (tensor.detach() for tensor in example.inputs)
-    slopes = alibi_slopes(shape.heads).to(device) if shape.alibi else None
-    values = Values(
-        example.out_gradients[0], query, key, value, (shape.scale, slopes, starts(shape, device)), *[query] * 3
+    slopes = alibi_slopes(shape.num_heads).to(device) if shape.has_alibi else None
+    values = KernelInputs(
+        example.out_gradients[0],
+        query,
+        key,
+        value,
+        (shape.attention_scale, slopes, document_starts(shape, device)),
+        *[query] * 3,
     )
-    out, lse = call("forward", values, candidates("forward", shape)[0][1])
+    out, lse = run_kernel("forward", values, candidate_configs("forward", shape)[0][1])
     values = replace(values, out=out, lse=lse)
-    return replace(values, delta=call("queries", values, candidates("queries", shape)[0][1])[1])
+    return replace(values, delta=run_kernel("queries", values, candidate_configs("queries", shape)[0][1])[1])
 
 
-def _sets(values: Values) -> list[Values]:
+def _input_sets(values: KernelInputs) -> list[KernelInputs]:
     """The same values in memory of their own, together larger than the L2 cache."""
     tensors = {name: tensor for name, tensor in vars(values).items() if isinstance(tensor, Tensor)}
-    copies = num_sets(tensors.values()) - 1
+    copies = num_input_sets(tensors.values()) - 1
     # With its strides: tokens are outermost in `out`.
     return [values] + [
-        Values(settings=values.settings, **{name: x.clone() for name, x in tensors.items()}) for _ in range(copies)
+        KernelInputs(settings=values.settings, **{name: x.clone() for name, x in tensors.items()})
+        for _ in range(copies)
     ]
 
 
 def _measure_shape(
-    cases: list[Case], shape: Heads, device: torch.device, deadline: float, file: Path | None
+    cases: list[SweepCase], shape: AttentionShape, device: torch.device, deadline: float, file: Path | None
 ) -> None:  # fmt: skip
     try:
-        sets = _sets(_values(shape, device)) if time.monotonic() < deadline else []
+        sets = _input_sets(_kernel_inputs(shape, device)) if time.monotonic() < deadline else []
         reason = "not measured: time was over"
     except Exception as failure:
-        sets, reason = [], f"not measured: the kernels' own sizes fail here: {said(failure)}"
+        sets, reason = [], f"not measured: the kernels' own sizes fail here: {one_line_reason(failure)}"
     for kernel in dict.fromkeys(case.kernel for case in cases):
-        alike = [case for case in cases if case.kernel == kernel]
+        kernel_cases = [case for case in cases if case.kernel == kernel]
         if sets:
-            _measure_kernel(alike, shape, sets, device, deadline)
+            _measure_kernel(kernel_cases, shape, sets, device, deadline)
         else:
-            for case in alike:
+            for case in kernel_cases:
                 case.note = case.note or reason
-        _tell(alike, file, card(device))
+        _report_cases(kernel_cases, file, device_name(device))
 
 
 def _measure_kernel(
-    cases: list[Case], shape: Heads, sets: list[Values], device: torch.device, deadline: float
+    cases: list[SweepCase], shape: AttentionShape, sets: list[KernelInputs], device: torch.device, deadline: float
 ) -> None:  # fmt: skip
     expected: tuple[str, list[Tensor]] | None = None
     running = []
@@ -281,11 +292,11 @@ def _measure_kernel(
         if case.note:
             continue
         try:
-            found = [*call(case.kernel, sets[0], case.sizes)]
-            agree(expected, found)
+            found = [*run_kernel(case.kernel, sets[0], case.tile_config)]
+            check_agreement(expected, found)
         # Of any kind: a variant that fails is one line.
         except Exception as reason:
-            case.note = f"not measured: {said(reason)}"
+            case.note = f"not measured: {one_line_reason(reason)}"
             continue
         if case.own:
             expected = "its own sizes", found
@@ -294,67 +305,74 @@ def _measure_kernel(
         for case in running:
             case.note = "not measured: nothing to compare its results with"
         return
-    flops = ATTENTION.forward(shape, shape.dtype.itemsize).flops * PRODUCTS[cases[0].kernel] / 2
-    for case, times in zip(running, interleaved([_turn(case, sets, device) for case in running], device), strict=True):
+    flops = ATTENTION.forward_work(shape, shape.dtype.itemsize).flops * NUM_MATMULS[cases[0].kernel] / 2
+    for case, times in zip(
+        running, time_interleaved([_timed_turn(case, sets, device) for case in running], device), strict=True
+    ):
         if not times:
             continue
-        spent = times[""]
-        case.time_us_20, case.time_us_50, case.time_us_80 = (
-            spent.percentile_20,
-            spent.percentile_50,
-            spent.percentile_80,
+        timing = times[""]
+        case.time_p20_us, case.time_p50_us, case.time_p80_us = (
+            timing.p20_us,
+            timing.p50_us,
+            timing.p80_us,
         )
-        case.repetitions, case.executed_tflops_per_second = spent.repetitions, flops / spent.percentile_50 / 1e6
-    measured = [case for case in running if case.time_us_50 is not None]
+        case.num_repetitions, case.executed_tflops_per_second = timing.num_repetitions, flops / timing.p50_us / 1e6
+    measured = [case for case in running if case.time_p50_us is not None]
     if measured:
-        min(measured, key=_median).best = True
+        min(measured, key=_median_us).best = True
 
 
-def _turn(case: Case, sets: list[Values], device: torch.device) -> Callable[[], Pass]:
-    def turn() -> Pass:
+def _timed_turn(case: SweepCase, sets: list[KernelInputs], device: torch.device) -> Callable[[], PassTimes]:
+    def turn() -> PassTimes:
         try:
-            return {"": timed(lambda values: call(case.kernel, values, case.sizes), sets, device)}
+            return {"": time_calls(lambda values: run_kernel(case.kernel, values, case.tile_config), sets, device)}
         except Exception as reason:
-            case.note = f"not measured: {said(reason)}"
+            case.note = f"not measured: {one_line_reason(reason)}"
             return {}
 
     return turn
 
 
-def _median(case: Case) -> float:
-    return math.inf if case.time_us_50 is None else case.time_us_50
+def _median_us(case: SweepCase) -> float:
+    return math.inf if case.time_p50_us is None else case.time_p50_us
 
 
-def _tell(cases: list[Case], file: Path | None, card: str) -> None:
+def _report_cases(cases: list[SweepCase], file: Path | None, device: str) -> None:
     """A line for each, with a star for the best and "own" for the kernel's own sizes."""
     for case in cases:
-        asked = case.registers, case.spilled_bytes, case.shared_bytes, case.programs_per_multiprocessor
-        spent = case.time_us_20, case.time_us_50, case.time_us_80, case.executed_tflops_per_second
-        numbers = [*("-" if x is None else str(x) for x in asked), *("-" if x is None else f"{x:.1f}" for x in spent)]
+        resource_numbers = case.registers, case.spilled_bytes, case.shared_bytes, case.programs_per_multiprocessor
+        timing_numbers = case.time_p20_us, case.time_p50_us, case.time_p80_us, case.executed_tflops_per_second
+        numbers = [
+            *("-" if x is None else str(x) for x in resource_numbers),
+            *("-" if x is None else f"{x:.1f}" for x in timing_numbers),
+        ]
         marks = "*" * case.best + " own" * case.own
         columns = [case.kernel.ljust(8), case.shape.ljust(24), case.candidate.ljust(46), *(x.rjust(8) for x in numbers)]
         print(" ".join([*columns, marks, case.note]).rstrip(), flush=True)
     if file is not None:
         with file.open("a") as out:
             out.writelines(
-                json.dumps({"op": "attention sweep", **asdict(case), **surroundings(card)}) + "\n" for case in cases
+                json.dumps({"op": "attention sweep", **asdict(case), **environment(device)}) + "\n" for case in cases
             )
 
 
-def _tell_best(cases: list[Case], shapes: dict[str, Heads]) -> None:
+def _report_best(cases: list[SweepCase], shapes: dict[str, AttentionShape]) -> None:
     """For every kernel and shape the best beside its own sizes; for both directions the rate by the products counted there."""
     print("best of each")
     for name, shape in shapes.items():
         of_shape = [case for case in cases if case.shape == name]
         for case in of_shape:
             if case.best:
-                own = next(_median(other) for other in of_shape if other.kernel == case.kernel and other.own)
-                print(f"{case.kernel:8} {name:24} {case.candidate:46} {_median(case):9.1f} us, own sizes {own:9.1f} us")
-        best = {case.kernel: _median(case) for case in of_shape if case.best}
-        own_times = {case.kernel: _median(case) for case in of_shape if case.own}
+                own = next(_median_us(other) for other in of_shape if other.kernel == case.kernel and other.own)
+                print(
+                    f"{case.kernel:8} {name:24} {case.candidate:46} {_median_us(case):9.1f} us, own sizes {own:9.1f} us"
+                )
+        best = {case.kernel: _median_us(case) for case in of_shape if case.best}
+        own_times = {case.kernel: _median_us(case) for case in of_shape if case.own}
         for direction, kernels, work in (
-            ("forward", ("forward",), ATTENTION.forward(shape, shape.dtype.itemsize)),
-            ("backward", ("queries", "keys"), ATTENTION.backward(shape, shape.dtype.itemsize)),
+            ("forward", ("forward",), ATTENTION.forward_work(shape, shape.dtype.itemsize)),
+            ("backward", ("queries", "keys"), ATTENTION.backward_work(shape, shape.dtype.itemsize)),
         ):
             if all(kernel in best for kernel in kernels):
                 rates = [work.flops / sum(times[kernel] for kernel in kernels) / 1e6 for times in (best, own_times)]

@@ -12,7 +12,7 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "forward+backward")
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
-class Refused(Exception):
+class SkipRival(Exception):
     """A rival that is not measured, with the reason."""
 
 
@@ -42,24 +42,24 @@ class Example:
     out_gradients: tuple[Tensor, ...]
 
     @property
-    def differentiated(self) -> tuple[Tensor, ...]:
+    def inputs_with_grad(self) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor in self.inputs if tensor.requires_grad)
 
 
 @dataclass(frozen=True)
 class Rival:
     name: str
-    function: Callable[[Any], Function]
+    make_function: Callable[[Any], Function]
     """The function for a shape, which takes the example's inputs. Whatever it imports it imports here."""
-    gpu: bool = True
+    needs_gpu: bool = True
     """Its kernels run on a GPU, or in Triton's interpreter where they are Triton's."""
-    compiles: bool = False
+    is_slow_to_compile: bool = False
     """Takes seconds for each shape: asked for by name alone if the shape is none of our models'."""
-    other: str = ""
+    deviation: str = ""
     """What it computes instead, if that is not the operation at the shape: its results need not agree."""
-    example: Callable[[Any, torch.device, torch.dtype, torch.Generator], Example] | None = None
+    make_example: Callable[[Any, torch.device, torch.dtype, torch.Generator], Example] | None = None
     """Its own inputs then."""
-    instead: Callable[[Any], Any] = lambda shape: shape
+    substitute_shape: Callable[[Any], Any] = lambda shape: shape
     """Its own shape then, for inputs and work alike."""
 
 
@@ -67,13 +67,13 @@ class Rival:
 class Precision:
     """Which errors of ours are counted, and beside whose. Exact is the plain function in fp64, on the same values."""
 
-    names: tuple[str, ...]
+    result_names: tuple[str, ...]
     """Of the results, then of the inputs that get a gradient."""
-    ours: Callable[[Any], Function]
-    plain: Callable[[Any], Function]
+    make_ours: Callable[[Any], Function]
+    make_plain: Callable[[Any], Function]
     """What one would write with torch's own operations: products in the inputs' dtype, sums and exponentials at least in fp32
     if torch leaves the choice."""
-    example: Callable[[Any, torch.device, torch.dtype, torch.Generator], Example] | None = None
+    make_example: Callable[[Any, torch.device, torch.dtype, torch.Generator], Example] | None = None
     """Its own inputs, if a mean of the operation's would leave one number to judge by."""
 
 
@@ -83,42 +83,42 @@ class Operation:
     ceiling: Literal["copy", "matmul"]
     shapes: list[Any]
     """Measured: of one rank, and the rivals' own."""
-    more_shapes: list[Any]
+    extra_shapes: list[Any]
     """Over more ranks, and of small configs: compiled for, and measured when asked for by name."""
-    example: Callable[[Any, torch.device, torch.dtype, torch.Generator], Example]
-    forward: Callable[[Any, int], Work]
+    make_example: Callable[[Any, torch.device, torch.dtype, torch.Generator], Example]
+    forward_work: Callable[[Any, int], Work]
     """Of a shape, and the bytes of an element."""
-    backward: Callable[[Any, int], Work]
+    backward_work: Callable[[Any, int], Work]
     rivals: list[Rival]
-    launches: Callable[[Any], None] | None = field(default=None)
+    launch_kernels: Callable[[Any], None] | None = field(default=None)
     """Launches all kernels of ours on meta tensors; None if we have none."""
     precision: Precision | None = field(default=None)
     """None if we have nothing of our own."""
 
     def work(self, shape: Any, direction: Direction, element_bytes: int) -> Work:
         """Both directions together are their sum: autograd asks for the result before it brings its gradient."""
-        forward, backward = self.forward(shape, element_bytes), self.backward(shape, element_bytes)
+        forward, backward = self.forward_work(shape, element_bytes), self.backward_work(shape, element_bytes)
         return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[direction]
 
 
-def leaf(
+def random_leaf(
     shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0
 ) -> Tensor:
     """Normal values that get a gradient."""
-    return values(shape, device, dtype, generator, scale).requires_grad_()
+    return random_tensor(shape, device, dtype, generator, scale).requires_grad_()
 
 
-def values(
+def random_tensor(
     shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0
 ) -> Tensor:
     return torch.randn(shape, device=device, dtype=dtype, generator=generator).mul_(scale)
 
 
-def at_least_fp32(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """In fp32, or in fp64 if it is that already."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def compiled(function: Function) -> Function:
+def compile_function(function: Function) -> Function:
     """By torch.compile, for one shape."""
     return torch.compile(function, dynamic=False, fullgraph=True)

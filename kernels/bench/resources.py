@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from triton.runtime.jit import JITFunction
 
 from tandem.kernels.bench.operation import Operation
-from tandem.kernels.device.offline_compile import Compiled, hopper
+from tandem.kernels.device.offline_compile import CompiledKernel, compile_for_sm90
 
-REGISTERS = 65_536
-REGISTER_UNIT = 256
+REGISTERS_PER_SM = 65_536
+REGISTER_ALLOCATION_UNIT = 256
 """Registers are given to whole warps, in these units."""
-SHARED_BYTES = 228 * 1024
-RESERVED_BYTES = 1024
+SHARED_BYTES_PER_SM = 228 * 1024
+RESERVED_SHARED_BYTES_PER_BLOCK = 1024
 """Of shared memory, for each block."""
-THREADS = 2_048
-BLOCKS = 32
+MAX_THREADS_PER_SM = 2_048
+MAX_BLOCKS_PER_SM = 32
 """Of one multiprocessor of compute capability 9.0. Source: CUDA C++ programming guide, technical specifications."""
 KNOWN_SPILLS: dict[tuple[str, str, str], int] = {}
 """Bytes for each thread that are let pass, by operation, model and kernel, each with its reason; there are none."""
-COMPILED = "sm_90, compiled"
+COMPILED_DEVICE = "sm_90, compiled"
 """The card of rows that were measured on none."""
 
 
 @dataclass(frozen=True)
-class Resources:
+class KernelResources:
     op: str
     shape: str
     kernel: str
@@ -37,24 +37,24 @@ class Resources:
     blocks_per_multiprocessor: int
 
 
-def resources(operations: Iterable[Operation], wanted: str = "") -> Iterator[Resources]:
-    """Of each kernel that each operation launches at each shape whose name contains `wanted`.
+def kernel_resources(operations: Iterable[Operation], shape_filter: str = "") -> Iterator[KernelResources]:
+    """Of each kernel that each operation launches at each shape whose name contains `shape_filter`.
 
     Raises: RuntimeError where Triton interprets.
     """
     for op in operations:
-        for shape in op.shapes + op.more_shapes if op.launches is not None else ():
-            if wanted not in shape.name:
+        for shape in op.shapes + op.extra_shapes if op.launch_kernels is not None else ():
+            if shape_filter not in shape.name:
                 continue
-            assert op.launches is not None
-            for kernel in launched(functools.partial(op.launches, shape)):
-                yield Resources(
+            assert op.launch_kernels is not None
+            for kernel in compile_launched(functools.partial(op.launch_kernels, shape)):
+                yield KernelResources(
                     op.name, shape.name, kernel.name, kernel.registers, kernel.spilled_bytes, kernel.shared_bytes,
                     kernel.num_warps, blocks_per_multiprocessor(kernel),
                 )  # fmt: skip
 
 
-def spills(found: Iterable[Resources]) -> list[tuple[str, bool]]:
+def describe_spills(found: Iterable[KernelResources]) -> list[tuple[str, bool]]:
     """A sentence for each kernel and number of bytes it spills, with its shapes, and whether that is known."""
     shapes: dict[tuple[str, str, int, bool], list[str]] = {}
     for one in found:
@@ -67,33 +67,38 @@ def spills(found: Iterable[Resources]) -> list[tuple[str, bool]]:
     ]
 
 
-def blocks_per_multiprocessor(kernel: Compiled) -> int:
+def blocks_per_multiprocessor(kernel: CompiledKernel) -> int:
     """That fit at once, by registers, shared memory, threads and the limit of blocks."""
     threads = 32 * kernel.num_warps
-    of_a_warp = -(-kernel.registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
-    by_registers = REGISTERS // of_a_warp // kernel.num_warps
-    return min(by_registers, SHARED_BYTES // (kernel.shared_bytes + RESERVED_BYTES), THREADS // threads, BLOCKS)
+    registers_per_warp = -(-kernel.registers * 32 // REGISTER_ALLOCATION_UNIT) * REGISTER_ALLOCATION_UNIT
+    by_registers = REGISTERS_PER_SM // registers_per_warp // kernel.num_warps
+    return min(
+        by_registers,
+        SHARED_BYTES_PER_SM // (kernel.shared_bytes + RESERVED_SHARED_BYTES_PER_BLOCK),
+        MAX_THREADS_PER_SM // threads,
+        MAX_BLOCKS_PER_SM,
+    )
 
 
-def launched(launch: Callable[[], object]) -> list[Compiled]:
+def compile_launched(launch: Callable[[], object]) -> list[CompiledKernel]:
     """Kernels that the call would launch, compiled.
 
     Raises: RuntimeError where Triton interprets; of the compiler, whatever it raises.
     """
-    with hopper() as compiled:
+    with compile_for_sm90() as compiled:
         try:
             launch()
         finally:
-            _forget()
+            _clear_kernel_caches()
     return list(dict.fromkeys(compiled))
 
 
-def _forget() -> None:
+def _clear_kernel_caches() -> None:
     """Kernels are loaded once more for the next launch, which so names them; Triton's folder of binaries spares compiling."""
-    for kernel in _kernels():
+    for kernel in _triton_kernels():
         kernel.device_caches.clear()
 
 
-def _kernels() -> list[JITFunction]:
+def _triton_kernels() -> list[JITFunction]:
     modules = [module for name, module in sys.modules.items() if name.startswith("tandem.kernels.device.")]
     return [thing for module in modules for thing in vars(module).values() if isinstance(thing, JITFunction)]

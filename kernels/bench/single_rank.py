@@ -18,7 +18,7 @@ def tensor_parallel_group(device_type: str) -> dist.ProcessGroup:
     return parallel_state.get_tensor_model_parallel_group()
 
 
-def end() -> None:
+def destroy_group() -> None:
     """Nothing of it is left."""
     if tensor_parallel_group.cache_info().currsize:
         from megatron.core import parallel_state

@@ -23,28 +23,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tandem.kernels.device.attention_tiling import heads_in_l2, heads_per_program, sizes_of
-from tandem.kernels.device.launch import blocks as cover
+from tandem.kernels.device.attention_tiling import num_heads_in_l2, num_heads_per_program, select_tile_config
 from tandem.kernels.device.launch import launch
+from tandem.kernels.device.launch import num_blocks as cover
 from tandem.kernels.device.shared import like
-from tandem.kernels.device.tiles import added, biased, each, load, product, store, unseen
+from tandem.kernels.device.tiles import (
+    accumulate,
+    add_bias,
+    dot_transposed,
+    load_per_token,
+    load_tile,
+    mask_scores,
+    store_tile,
+)
 
 LOWEST = tl.constexpr(-1e30)
 """Below any score, yet finite: the difference of two is 0 and not NaN."""
-HEADS_ADDED = 16
+HEADS_PER_SUM_PROGRAM = 16
 """Of one token or several, by one program."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _program(heads):
+def _program_indices(heads):
     """Block, row and head of this program of `_grid`."""
     pair = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     return tl.program_id(1), (pair // heads).to(tl.int64), pair % heads
 
 
 @triton.jit
-def _slope(slopes, slopes_row, row, head, scale, ALIBI: tl.constexpr):
+def _load_slope(slopes, slopes_row, row, head, scale, ALIBI: tl.constexpr):
     """Of the scores before they are scaled."""
     slope = 0.0
     if ALIBI:
@@ -53,7 +61,7 @@ def _slope(slopes, slopes_row, row, head, scale, ALIBI: tl.constexpr):
 
 
 @triton.jit
-def _walk_of_queries(starts, first, seq, DOCUMENTS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+def _key_loop_bounds(starts, first, seq, DOCUMENTS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """Where the walk over keys begins, has whole tiles from, meets the diagonal, and ends."""
     diagonal = first // KEYS * KEYS
     begin, whole = 0, 0
@@ -73,39 +81,39 @@ def _forward(
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     along = tl.cdiv(seq, QUERIES)
-    block, row, head = _program(heads)
+    block, row, head = _program_indices(heads)
     first = (along - 1 - block) * QUERIES
     query += row * q_row + head * q_head
     key += row * k_row + head // GROUP * k_head
     value += row * v_row + head // GROUP * v_head
     starts += row * seq
     to = first + tl.arange(0, QUERIES)
-    q_main, q_tail = load(query, to, q_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
+    q_main, q_tail = load_tile(query, to, q_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
     begin = to
     if DOCUMENTS:
-        begin = each(starts, to, seq, RAGGED)
-    slope = _slope(slopes, slopes_row, row, head, scale, ALIBI)
+        begin = load_per_token(starts, to, seq, RAGGED)
+    slope = _load_slope(slopes, slopes_row, row, head, scale, ALIBI)
     highest = tl.full([QUERIES], LOWEST, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     index = tl.arange(0, KEYS).to(tl.float32)
     main = tl.zeros([QUERIES, MAIN], tl.float32)
     tail = tl.zeros([QUERIES, TAIL if TAIL > 0 else 16], tl.float32)
-    walk_begin, walk_whole, walk_diagonal, walk_end = _walk_of_queries(starts, first, seq, DOCUMENTS, QUERIES, KEYS)
+    walk_begin, walk_whole, walk_diagonal, walk_end = _key_loop_bounds(starts, first, seq, DOCUMENTS, QUERIES, KEYS)
     for stretch in tl.static_range(0 if DOCUMENTS else 1, 3):
         low = walk_begin if stretch == 0 else (walk_whole if stretch == 1 else walk_diagonal)
         high = walk_whole if stretch == 0 else (walk_diagonal if stretch == 1 else walk_end)
         for step in tl.range(0, tl.cdiv(high - low, KEYS)):
             place = low + step * KEYS
             source = place + tl.arange(0, KEYS)
-            k_main, k_tail = load(key, source, k_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED and stretch == 2)
-            v_main, v_tail = load(value, source, v_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED and stretch == 2)
-            score = product(q_main, q_tail, k_main, k_tail, TAIL)
+            k_main, k_tail = load_tile(key, source, k_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED and stretch == 2)
+            v_main, v_tail = load_tile(value, source, v_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED and stretch == 2)
+            score = dot_transposed(q_main, q_tail, k_main, k_tail, TAIL)
             shift = tl.zeros([QUERIES], tl.float32)
             if ALIBI:
-                score = biased(score, slope, index[None, :])
+                score = add_bias(score, slope, index[None, :])
                 shift = slope * (place - to).to(tl.float32)
             if stretch != 1:
-                score = unseen(score, (to - place)[:, None], index[None, :], (begin - place)[:, None], DOCUMENTS)
+                score = mask_scores(score, (to - place)[:, None], index[None, :], (begin - place)[:, None], DOCUMENTS)
             higher = tl.maximum(highest, tl.max(score, 1) + shift)
             p = tl.exp2(score * (scale * LOG2_E) + ((shift - higher) * (scale * LOG2_E))[:, None])
             shrink = tl.exp2((highest - higher) * (scale * LOG2_E))
@@ -113,11 +121,11 @@ def _forward(
             main *= shrink[:, None]
             if TAIL > 0:
                 tail *= shrink[:, None]
-            main, tail = added(main, tail, p.to(value.dtype.element_ty), v_main, v_tail, TAIL)
+            main, tail = accumulate(main, tail, p.to(value.dtype.element_ty), v_main, v_tail, TAIL)
             highest = higher
     tl.store(lse + (row * heads + head) * seq + to, highest * scale + tl.log(total), mask=to < seq)
     weight = (1.0 / total)[:, None]
-    store(out + row * o_row + head * o_head, to, o_token, seq, main * weight, tail * weight, HEAD_DIM, MAIN, TAIL)
+    store_tile(out + row * o_row + head * o_head, to, o_token, seq, main * weight, tail * weight, HEAD_DIM, MAIN, TAIL)
 
 
 @triton.jit(do_not_specialize=["heads"])
@@ -131,14 +139,14 @@ def _backward_queries(
 ):  # fmt: skip
     """Also leaves rowsum(dy * y) in `delta`."""
     along = tl.cdiv(seq, QUERIES)
-    block, row, head = _program(heads)
+    block, row, head = _program_indices(heads)
     first = (along - 1 - block) * QUERIES
     key += row * k_row + head // GROUP * k_head
     value += row * v_row + head // GROUP * v_head
     starts += row * seq
     to = first + tl.arange(0, QUERIES)
-    o_main, o_tail = load(out + row * o_row + head * o_head, to, o_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
-    do_main, do_tail = load(
+    o_main, o_tail = load_tile(out + row * o_row + head * o_head, to, o_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
+    do_main, do_tail = load_tile(
         out_gradient + row * do_row + head * do_head, to, do_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED
     )
     products = tl.sum(o_main.to(tl.float32) * do_main.to(tl.float32), 1)
@@ -146,44 +154,44 @@ def _backward_queries(
         products += tl.sum(o_tail.to(tl.float32) * do_tail.to(tl.float32), 1)
     per_query = (row * heads + head) * seq + to
     tl.store(delta + per_query, products, mask=to < seq)
-    log_total = each(lse + (row * heads + head) * seq, to, seq, RAGGED) * LOG2_E
-    q_main, q_tail = load(query + row * q_row + head * q_head, to, q_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
+    log_total = load_per_token(lse + (row * heads + head) * seq, to, seq, RAGGED) * LOG2_E
+    q_main, q_tail = load_tile(query + row * q_row + head * q_head, to, q_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
     begin = to
     if DOCUMENTS:
-        begin = each(starts, to, seq, RAGGED)
-    slope = _slope(slopes, slopes_row, row, head, scale, ALIBI)
+        begin = load_per_token(starts, to, seq, RAGGED)
+    slope = _load_slope(slopes, slopes_row, row, head, scale, ALIBI)
     index = tl.arange(0, KEYS).to(tl.float32)
     main = tl.zeros([QUERIES, MAIN], tl.float32)
     tail = tl.zeros([QUERIES, TAIL if TAIL > 0 else 16], tl.float32)
-    walk_begin, walk_whole, walk_diagonal, walk_end = _walk_of_queries(starts, first, seq, DOCUMENTS, QUERIES, KEYS)
+    walk_begin, walk_whole, walk_diagonal, walk_end = _key_loop_bounds(starts, first, seq, DOCUMENTS, QUERIES, KEYS)
     for stretch in tl.static_range(0 if DOCUMENTS else 1, 3):
         low = walk_begin if stretch == 0 else (walk_whole if stretch == 1 else walk_diagonal)
         high = walk_whole if stretch == 0 else (walk_diagonal if stretch == 1 else walk_end)
         for step in tl.range(0, tl.cdiv(high - low, KEYS)):
             place = low + step * KEYS
             source = place + tl.arange(0, KEYS)
-            k_main, k_tail = load(key, source, k_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED and stretch == 2)
-            v_main, v_tail = load(value, source, v_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED and stretch == 2)
-            score = product(q_main, q_tail, k_main, k_tail, TAIL)
+            k_main, k_tail = load_tile(key, source, k_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED and stretch == 2)
+            v_main, v_tail = load_tile(value, source, v_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED and stretch == 2)
+            score = dot_transposed(q_main, q_tail, k_main, k_tail, TAIL)
             shift = -log_total
             if ALIBI:
-                score = biased(score, slope, index[None, :])
+                score = add_bias(score, slope, index[None, :])
                 shift += slope * (place - to).to(tl.float32) * (scale * LOG2_E)
             if stretch != 1:
-                score = unseen(score, (to - place)[:, None], index[None, :], (begin - place)[:, None], DOCUMENTS)
+                score = mask_scores(score, (to - place)[:, None], index[None, :], (begin - place)[:, None], DOCUMENTS)
             p = tl.exp2(score * (scale * LOG2_E) + shift[:, None])
-            dp = product(do_main, do_tail, v_main, v_tail, TAIL)
+            dp = dot_transposed(do_main, do_tail, v_main, v_tail, TAIL)
             ds = (p * (dp - products[:, None])).to(key.dtype.element_ty)
-            main, tail = added(main, tail, ds, k_main, k_tail, TAIL)
+            main, tail = accumulate(main, tail, ds, k_main, k_tail, TAIL)
     gradient += row * dq_row + head * dq_head
-    store(gradient, to, dq_token, seq, main * scale, tail * scale, HEAD_DIM, MAIN, TAIL)
+    store_tile(gradient, to, dq_token, seq, main * scale, tail * scale, HEAD_DIM, MAIN, TAIL)
 
 
-@triton.jit(do_not_specialize=["kv_heads"])
+@triton.jit(do_not_specialize=["num_kv_heads"])
 def _backward_keys(
     query, q_row, q_token, q_head, key, k_row, k_token, k_head, value, v_row, v_token, v_head,
     out_gradient, do_row, do_token, do_head, key_gradient, dk_row, dk_token, dk_head, value_gradient, dv_row, dv_token, dv_head,
-    lse, delta, slopes, slopes_row, starts, ends, seq, kv_heads, scale,
+    lse, delta, slopes, slopes_row, starts, ends, seq, num_kv_heads, scale,
     HEADS_PER_PROGRAM: tl.constexpr, GROUP: tl.constexpr, ALIBI: tl.constexpr, DOCUMENTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, RAGGED: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -193,13 +201,15 @@ def _backward_keys(
     `ends` [rows, 2, blocks of keys]: queries that see the block's first key and no later document; any of its keys.
     """
     along = tl.cdiv(seq, KEYS)
-    block, row, part = _program(kv_heads * (GROUP // HEADS_PER_PROGRAM))
+    block, row, part = _program_indices(num_kv_heads * (GROUP // HEADS_PER_PROGRAM))
     kv_head = part // (GROUP // HEADS_PER_PROGRAM)
     first = block * KEYS
     starts += row * seq
     source = first + tl.arange(0, KEYS)
-    k_main, k_tail = load(key + row * k_row + kv_head * k_head, source, k_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
-    v_main, v_tail = load(value + row * v_row + kv_head * v_head, source, v_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
+    k_main, k_tail = load_tile(key + row * k_row + kv_head * k_head, source, k_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
+    v_main, v_tail = load_tile(
+        value + row * v_row + kv_head * v_head, source, v_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED
+    )
     index = tl.arange(0, KEYS).to(tl.float32)
     dk_main = tl.zeros([KEYS, MAIN], tl.float32)
     dk_tail = tl.zeros([KEYS, TAIL if TAIL > 0 else 16], tl.float32)
@@ -221,36 +231,36 @@ def _backward_keys(
             place, head = walk_begin + step % steps * QUERIES, part * HEADS_PER_PROGRAM + step // steps
         q_base = query + row * q_row + head * q_head
         do_base = out_gradient + row * do_row + head * do_head
-        per_query = (row * (kv_heads * GROUP) + head) * seq
-        slope = _slope(slopes, slopes_row, row, head, scale, ALIBI)
+        per_query = (row * (num_kv_heads * GROUP) + head) * seq
+        slope = _load_slope(slopes, slopes_row, row, head, scale, ALIBI)
         to = place + tl.arange(0, QUERIES)
-        q_main, q_tail = load(q_base, to, q_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
-        do_main, do_tail = load(do_base, to, do_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
-        log_total = each(lse + per_query, to, seq, RAGGED)
-        products = each(delta + per_query, to, seq, RAGGED)
+        q_main, q_tail = load_tile(q_base, to, q_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
+        do_main, do_tail = load_tile(do_base, to, do_token, seq, HEAD_DIM, MAIN, TAIL, RAGGED)
+        log_total = load_per_token(lse + per_query, to, seq, RAGGED)
+        products = load_per_token(delta + per_query, to, seq, RAGGED)
         begin = to
         if DOCUMENTS:
-            begin = each(starts, to, seq, RAGGED)
-        score = product(k_main, k_tail, q_main, q_tail, TAIL)
+            begin = load_per_token(starts, to, seq, RAGGED)
+        score = dot_transposed(k_main, k_tail, q_main, q_tail, TAIL)
         shift = -log_total * LOG2_E
         if ALIBI:
-            score = biased(score, slope, index[:, None])
+            score = add_bias(score, slope, index[:, None])
             shift += slope * (first - to).to(tl.float32) * (scale * LOG2_E)
         if (place < walk_whole) | (place >= walk_mixed):
-            score = unseen(score, (to - first)[None, :], index[:, None], (begin - first)[None, :], DOCUMENTS)
+            score = mask_scores(score, (to - first)[None, :], index[:, None], (begin - first)[None, :], DOCUMENTS)
         p = tl.exp2(score * (scale * LOG2_E) + shift[None, :])
-        dv_main, dv_tail = added(dv_main, dv_tail, p.to(query.dtype.element_ty), do_main, do_tail, TAIL)
-        dp = product(v_main, v_tail, do_main, do_tail, TAIL)
+        dv_main, dv_tail = accumulate(dv_main, dv_tail, p.to(query.dtype.element_ty), do_main, do_tail, TAIL)
+        dp = dot_transposed(v_main, v_tail, do_main, do_tail, TAIL)
         ds = (p * (dp - products[None, :])).to(query.dtype.element_ty)
-        dk_main, dk_tail = added(dk_main, dk_tail, ds, q_main, q_tail, TAIL)
+        dk_main, dk_tail = accumulate(dk_main, dk_tail, ds, q_main, q_tail, TAIL)
     key_gradient += row * dk_row + part * dk_head
     value_gradient += row * dv_row + part * dv_head
-    store(key_gradient, source, dk_token, seq, dk_main * scale, dk_tail * scale, HEAD_DIM, MAIN, TAIL)
-    store(value_gradient, source, dv_token, seq, dv_main, dv_tail, HEAD_DIM, MAIN, TAIL)
+    store_tile(key_gradient, source, dk_token, seq, dk_main * scale, dk_tail * scale, HEAD_DIM, MAIN, TAIL)
+    store_tile(value_gradient, source, dv_token, seq, dv_main, dv_tail, HEAD_DIM, MAIN, TAIL)
 
 
 @triton.jit(do_not_specialize=["count"])
-def _add_parts(
+def _sum_parts(
     key_parts, value_parts, key_gradient, value_gradient, count,
     PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -258,151 +268,206 @@ def _add_parts(
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     for gradient in tl.static_range(0, 2):
         parts = key_parts if gradient == 0 else value_parts
-        main, tail = load(parts, head, PARTS * HEAD_DIM, count, HEAD_DIM, MAIN, TAIL, True)
+        main, tail = load_tile(parts, head, PARTS * HEAD_DIM, count, HEAD_DIM, MAIN, TAIL, True)
         for part in tl.static_range(1, PARTS):
-            more = load(parts + part * HEAD_DIM, head, PARTS * HEAD_DIM, count, HEAD_DIM, MAIN, TAIL, True)
+            more = load_tile(parts + part * HEAD_DIM, head, PARTS * HEAD_DIM, count, HEAD_DIM, MAIN, TAIL, True)
             main, tail = main + more[0], tail + more[1]
         target = key_gradient if gradient == 0 else value_gradient
-        store(target, head, HEAD_DIM, count, main, tail, HEAD_DIM, MAIN, TAIL)
+        store_tile(target, head, HEAD_DIM, count, main, tail, HEAD_DIM, MAIN, TAIL)
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, slopes: Tensor | None, starts: Tensor | None,
-    *, sizes: dict[str, int] | None = None,
+    query: Tensor, key: Tensor, value: Tensor, scale: float, slopes: Tensor | None, document_starts: Tensor | None,
+    *, tile_config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Result [rows, seq, heads, head_dim], tokens outermost in memory; log of the sums of exponentials [rows, heads, seq]."""
     rows, seq, heads, _ = query.shape
-    query, key, value = _neighbours(query), _neighbours(key), _neighbours(value)
+    query, key, value = _contiguous_head_dim(query), _contiguous_head_dim(key), _contiguous_head_dim(value)
     out, lse = like(query), query.new_empty((rows, heads, seq), dtype=torch.float32)
-    sizes = sizes or sizes_of("forward", query)
+    tile_config = tile_config or select_tile_config("forward", query)
     launch(
-        _forward, _grid(rows * heads, cover(seq, sizes["QUERIES"]), heads_in_l2(key, heads // key.shape[2]), sizes),
-        *_laid(query), *_laid(key), *_laid(value), *_laid(out),
-        lse, *_slopes(slopes, lse), lse if starts is None else starts.contiguous(), seq, heads, scale,
-        **_constants(query, key, slopes, starts), **_fitted(seq, sizes),
-    )  # fmt: skip
+        _forward,
+        _grid(
+            rows * heads, cover(seq, tile_config["QUERIES"]), num_heads_in_l2(key, heads // key.shape[2]), tile_config
+        ),
+        *_with_strides(query),
+        *_with_strides(key),
+        *_with_strides(value),
+        *_with_strides(out),
+        lse,
+        *_slopes_with_stride(slopes, lse),
+        lse if document_starts is None else document_starts.contiguous(),
+        seq,
+        heads,
+        scale,
+        **_shape_constants(query, key, slopes, document_starts),
+        **_compile_constants(seq, tile_config),
+    )
     return out, lse
 
 
 def backward(
     out_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    scale: float, slopes: Tensor | None, starts: Tensor | None,
-    *, query_sizes: dict[str, int] | None = None, key_sizes: dict[str, int] | None = None,
+    scale: float, slopes: Tensor | None, document_starts: Tensor | None,
+    *, query_tile_config: dict[str, int] | None = None, key_tile_config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value, tokens outermost in memory."""
-    inputs, settings = (out_gradient, query, key, value), (scale, slopes, starts)
-    query_gradient, delta = backward_of_queries(*inputs, out, lse, *settings, sizes=query_sizes)
-    return query_gradient, *backward_of_keys(*inputs, lse, delta, *settings, sizes=key_sizes)
+    inputs, settings = (out_gradient, query, key, value), (scale, slopes, document_starts)
+    query_gradient, delta = backward_query(*inputs, out, lse, *settings, tile_config=query_tile_config)
+    return query_gradient, *backward_key_value(*inputs, lse, delta, *settings, tile_config=key_tile_config)
 
 
-def backward_of_queries(
+def backward_query(
     out_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    scale: float, slopes: Tensor | None, starts: Tensor | None, *, sizes: dict[str, int] | None = None,
+    scale: float, slopes: Tensor | None, document_starts: Tensor | None, *, tile_config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradient of query, and rowsum(dy * y) [rows, heads, seq]."""
     rows, seq, heads, _ = query.shape
-    query, key, value, out_gradient = (_neighbours(x) for x in (query, key, value, out_gradient))
+    query, key, value, out_gradient = (_contiguous_head_dim(x) for x in (query, key, value, out_gradient))
     gradient, delta = like(query), torch.empty_like(lse)
-    sizes = sizes or sizes_of("queries", query)
+    tile_config = tile_config or select_tile_config("queries", query)
     launch(
-        _backward_queries, _grid(rows * heads, cover(seq, sizes["QUERIES"]), heads_in_l2(key, heads // key.shape[2]), sizes),
-        *_laid(query), *_laid(key), *_laid(value), *_laid(out), *_laid(out_gradient), *_laid(gradient),
-        lse, delta, *_slopes(slopes, lse), lse if starts is None else starts.contiguous(), seq, heads, scale,
-        **_constants(query, key, slopes, starts), **_fitted(seq, sizes),
-    )  # fmt: skip
+        _backward_queries,
+        _grid(
+            rows * heads, cover(seq, tile_config["QUERIES"]), num_heads_in_l2(key, heads // key.shape[2]), tile_config
+        ),
+        *_with_strides(query),
+        *_with_strides(key),
+        *_with_strides(value),
+        *_with_strides(out),
+        *_with_strides(out_gradient),
+        *_with_strides(gradient),
+        lse,
+        delta,
+        *_slopes_with_stride(slopes, lse),
+        lse if document_starts is None else document_starts.contiguous(),
+        seq,
+        heads,
+        scale,
+        **_shape_constants(query, key, slopes, document_starts),
+        **_compile_constants(seq, tile_config),
+    )
     return gradient, delta
 
 
-def backward_of_keys(
+def backward_key_value(
     out_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor,
-    scale: float, slopes: Tensor | None, starts: Tensor | None, *, sizes: dict[str, int] | None = None,
+    scale: float, slopes: Tensor | None, document_starts: Tensor | None, *, tile_config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of key and value; `delta` is that of `backward_of_queries`.
+    """The gradients of key and value; `delta` is that of `backward_query`.
 
     If several programs sum over the query heads of a key head, their sums take 8 * head_dim bytes for each token and program.
     """
     rows, seq, heads, _ = query.shape
-    kv_heads = key.shape[2]
-    query, key, value, out_gradient = (_neighbours(x) for x in (query, key, value, out_gradient))
-    sizes = sizes or sizes_of("keys", query)
-    blocks = cover(seq, sizes["KEYS"])
-    sizes = {"HEADS_PER_PROGRAM": heads_per_program(blocks * rows * kv_heads, heads // kv_heads)} | sizes
+    num_kv_heads = key.shape[2]
+    query, key, value, out_gradient = (_contiguous_head_dim(x) for x in (query, key, value, out_gradient))
+    tile_config = tile_config or select_tile_config("keys", query)
+    blocks = cover(seq, tile_config["KEYS"])
+    tile_config = {
+        "HEADS_PER_PROGRAM": num_heads_per_program(blocks * rows * num_kv_heads, heads // num_kv_heads)
+    } | tile_config
     gradients = like(key), like(value)
-    walks = heads // sizes["HEADS_PER_PROGRAM"]
+    num_part_heads = heads // tile_config["HEADS_PER_PROGRAM"]
     parts = gradients
-    if walks > kv_heads:
-        parts = _in_fp32(key, walks), _in_fp32(value, walks)
-    starts_at = lse if starts is None else starts.contiguous()
-    ends = lse if starts is None else _ends(starts_at, sizes["KEYS"])
-    constants = _constants(query, key, slopes, starts)
+    if num_part_heads > num_kv_heads:
+        parts = _empty_fp32_parts(key, num_part_heads), _empty_fp32_parts(value, num_part_heads)
+    starts_or_placeholder = lse if document_starts is None else document_starts.contiguous()
+    ends = lse if document_starts is None else _visible_query_ends(starts_or_placeholder, tile_config["KEYS"])
+    constants = _shape_constants(query, key, slopes, document_starts)
     launch(
-        _backward_keys, _grid(rows * walks, blocks, heads_in_l2(query), sizes),
-        *_laid(query), *_laid(key), *_laid(value), *_laid(out_gradient), *_laid(parts[0]), *_laid(parts[1]),
-        lse, delta, *_slopes(slopes, lse), starts_at, ends, seq, kv_heads, scale, **constants, **_fitted(seq, sizes),
-    )  # fmt: skip
-    if walks > kv_heads:
-        count = rows * seq * kv_heads
+        _backward_keys,
+        _grid(rows * num_part_heads, blocks, num_heads_in_l2(query), tile_config),
+        *_with_strides(query),
+        *_with_strides(key),
+        *_with_strides(value),
+        *_with_strides(out_gradient),
+        *_with_strides(parts[0]),
+        *_with_strides(parts[1]),
+        lse,
+        delta,
+        *_slopes_with_stride(slopes, lse),
+        starts_or_placeholder,
+        ends,
+        seq,
+        num_kv_heads,
+        scale,
+        **constants,
+        **_compile_constants(seq, tile_config),
+    )
+    if num_part_heads > num_kv_heads:
+        count = rows * seq * num_kv_heads
         launch(
-            _add_parts, (cover(count, HEADS_ADDED),), *parts, *gradients, count,
-            PARTS=walks // kv_heads, **{name: constants[name] for name in ("HEAD_DIM", "MAIN", "TAIL")}, HEADS=HEADS_ADDED,
-        )  # fmt: skip
+            _sum_parts,
+            (cover(count, HEADS_PER_SUM_PROGRAM),),
+            *parts,
+            *gradients,
+            count,
+            PARTS=num_part_heads // num_kv_heads,
+            **{name: constants[name] for name in ("HEAD_DIM", "MAIN", "TAIL")},
+            HEADS=HEADS_PER_SUM_PROGRAM,
+        )
     return gradients
 
 
-def _ends(starts: Tensor, keys: int) -> Tensor:
+def _visible_query_ends(document_starts: Tensor, key_block_size: int) -> Tensor:
     """For every block of keys how many queries begin no later than its first key, and than its last."""
-    rows, seq = starts.shape
-    first = torch.arange(0, seq, keys, dtype=starts.dtype, device=starts.device)
-    bounds = torch.cat((first, first + (keys - 1)))
-    ends = torch.searchsorted(starts, bounds.repeat(rows, 1), right=True, out_int32=True)
+    rows, seq = document_starts.shape
+    first = torch.arange(0, seq, key_block_size, dtype=document_starts.dtype, device=document_starts.device)
+    bounds = torch.cat((first, first + (key_block_size - 1)))
+    ends = torch.searchsorted(document_starts, bounds.repeat(rows, 1), right=True, out_int32=True)
     return ends.view(rows, 2, len(first))
 
 
-def _grid(pairs: int, blocks: int, most: int, sizes: dict[str, int]) -> tuple[int, int, int]:
+def _grid(
+    num_row_heads: int, num_blocks_per_head: int, max_interleaved: int, tile_config: dict[str, int]
+) -> tuple[int, int, int]:
     """Return the grid, in which programs start: block by block those of some pairs of row and head, then those of the next.
 
-    At a time it takes the most pairs that divide all of them and are at most `most`, or at most what `sizes` says.
+    At a time it takes the most pairs that divide all of them and are at most `max_interleaved`, or at most what
+    `tile_config` says.
     """
-    most = min(sizes.get("heads_in_l2", most), pairs)
-    interleaved = next((count for count in range(most, 1, -1) if pairs % count == 0), 1)
-    return interleaved, blocks, pairs // interleaved
+    max_interleaved = min(tile_config.get("heads_in_l2", max_interleaved), num_row_heads)
+    num_interleaved = next((count for count in range(max_interleaved, 1, -1) if num_row_heads % count == 0), 1)
+    return num_interleaved, num_blocks_per_head, num_row_heads // num_interleaved
 
 
-def _fitted(seq: int, sizes: dict[str, int]) -> dict[str, Any]:
+def _compile_constants(seq: int, tile_config: dict[str, int]) -> dict[str, Any]:
     """What kernels are compiled for."""
-    constants = {name: value for name, value in sizes.items() if name != "heads_in_l2"}
-    return {"RAGGED": seq % max(sizes["QUERIES"], sizes["KEYS"]) > 0, **constants}
+    constants = {name: value for name, value in tile_config.items() if name != "heads_in_l2"}
+    return {"RAGGED": seq % max(tile_config["QUERIES"], tile_config["KEYS"]) > 0, **constants}
 
 
-def _constants(query: Tensor, key: Tensor, slopes: Tensor | None, starts: Tensor | None) -> dict[str, Any]:
+def _shape_constants(
+    query: Tensor, key: Tensor, slopes: Tensor | None, document_starts: Tensor | None
+) -> dict[str, Any]:
     head_dim = query.shape[-1]
     main = max(16, 1 << (head_dim.bit_length() - 1))
-    rest = head_dim - main
+    tail = head_dim - main
     return {
-        "GROUP": query.shape[2] // key.shape[2], "ALIBI": slopes is not None, "DOCUMENTS": starts is not None,
-        "HEAD_DIM": head_dim, "MAIN": main, "TAIL": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0,
+        "GROUP": query.shape[2] // key.shape[2], "ALIBI": slopes is not None, "DOCUMENTS": document_starts is not None,
+        "HEAD_DIM": head_dim, "MAIN": main, "TAIL": max(16, triton.next_power_of_2(tail)) if tail > 0 else 0,
     }  # fmt: skip
 
 
-def _in_fp32(x: Tensor, heads: int) -> Tensor:
+def _empty_fp32_parts(x: Tensor, num_heads: int) -> Tensor:
     """Room for as many tokens of so many heads, tokens outermost in memory."""
     rows, seq, _, head_dim = x.shape
-    return x.new_empty((seq, rows, heads, head_dim), dtype=torch.float32).transpose(0, 1)
+    return x.new_empty((seq, rows, num_heads, head_dim), dtype=torch.float32).transpose(0, 1)
 
 
-def _slopes(slopes: Tensor | None, absent: Tensor) -> tuple[Tensor, int]:
+def _slopes_with_stride(slopes: Tensor | None, placeholder: Tensor) -> tuple[Tensor, int]:
     """Slopes and the elements from row to row."""
     if slopes is None:
-        return absent, 0
+        return placeholder, 0
     slopes = slopes.contiguous()
     return slopes, slopes.stride(0) if slopes.dim() == 2 else 0
 
 
-def _laid(x: Tensor) -> tuple[Tensor, int, int, int]:
+def _with_strides(x: Tensor) -> tuple[Tensor, int, int, int]:
     """A tensor and its elements from row to row, token to token, head to head."""
     return x, x.stride(0), x.stride(1), x.stride(2)
 
 
-def _neighbours(x: Tensor) -> Tensor:
+def _contiguous_head_dim(x: Tensor) -> Tensor:
     """With neighbouring head dims; a view unless they lie apart."""
     return x if x.stride(-1) == 1 else x.contiguous()

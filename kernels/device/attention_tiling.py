@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-L2_BYTES = 50 * 2**20
+L2_CACHE_BYTES = 50 * 2**20
 """Of an H100 and an H200, in two halves that may hold the same. Source: NVIDIA H100 whitepaper, table 3."""
-ENOUGH_PROGRAMS = 256
+MIN_PROGRAMS = 256
 """About two for each of the 132 multiprocessors of an H100. Simulated with rows of documents and the longest walks first, 14 %
 of the time is idle; with twice as many programs 7 %, which saves less than their sums of parts take to write and read."""
-SIZES: dict[str, dict[int, dict[str, int]]] = {
+TILE_CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     "forward": {
         64: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
         80: {"QUERIES": 128, "KEYS": 64, "num_warps": 8, "num_stages": 3},
@@ -30,7 +30,7 @@ and values from the L2 cache at 6 TB/s for 400 TFLOP/s, more than it gives. The 
 scores, weights and sums. Registers let two programs live on a multiprocessor in forward to 64, in gradients of keys to 80.
 Nothing spills at the shipped shapes under triton 3.6 and 3.7.1.
 """
-FP32_SIZES: dict[str, dict[int, dict[str, int]]] = {
+FP32_TILE_CONFIGS: dict[str, dict[int, dict[str, int]]] = {
     "forward": {
         16: {"QUERIES": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1},
         32: {"QUERIES": 16, "KEYS": 16, "num_warps": 4, "num_stages": 1},
@@ -51,28 +51,28 @@ by 32 would fill all registers. Heads of other dims spill, of 8, 24, 112 and 128
 some hundred to some thousand: `tandem.kernels.attention` keeps them from here."""
 
 
-def sizes_of(kernel: str, query: Tensor) -> dict[str, int]:
+def select_tile_config(kernel: str, query: Tensor) -> dict[str, int]:
     """Of "forward", "queries" or "keys", for the head and dtype."""
     head_dim = query.shape[-1]
-    table = (FP32_SIZES if query.dtype == torch.float32 else SIZES)[kernel]
-    return next(sizes for widest, sizes in table.items() if head_dim <= widest)
+    table = (FP32_TILE_CONFIGS if query.dtype == torch.float32 else TILE_CONFIGS)[kernel]
+    return next(sizes for max_head_dim, sizes in table.items() if head_dim <= max_head_dim)
 
 
-def heads_in_l2(read: Tensor, sharing: int = 1) -> int:
+def num_heads_in_l2(operand: Tensor, num_sharing_heads: int = 1) -> int:
     """Return of how many heads the programs are interleaved, block by block: as many as fit in half of the L2 cache.
 
-    A head has two tensors like `read`, which its programs read; `sharing` heads read the same. With more heads the longest
-    programs of all would start earlier, but they would read more than the cache holds.
+    A head has two tensors like `operand`, which its programs read; `num_sharing_heads` heads read the same. With more
+    heads the longest programs of all would start earlier, but they would read more than the cache holds.
     """
-    _, seq, _, head_dim = read.shape
-    return max(1, sharing * (L2_BYTES // 2) // max(1, 2 * seq * head_dim * read.element_size()))
+    _, seq, _, head_dim = operand.shape
+    return max(1, num_sharing_heads * (L2_CACHE_BYTES // 2) // max(1, 2 * seq * head_dim * operand.element_size()))
 
 
-def heads_per_program(programs: int, group: int) -> int:
+def num_heads_per_program(num_programs: int, num_queries_per_kv: int) -> int:
     """Return over how many query heads of a key head one program sums: over all if that leaves enough programs.
 
-    Else over as many as leave enough, because fewer heads a program mean more partial sums to write. `programs` is their number
-    if each sums over all `group` heads.
+    Else over as many as leave enough, because fewer heads a program mean more partial sums to write. `num_programs` is
+    their number if each sums over all `num_queries_per_kv` heads.
     """
-    divisors = [count for count in range(group, 0, -1) if group % count == 0]
-    return next((count for count in divisors if programs * (group // count) >= ENOUGH_PROGRAMS), 1)
+    divisors = [count for count in range(num_queries_per_kv, 0, -1) if num_queries_per_kv % count == 0]
+    return next((count for count in divisors if num_programs * (num_queries_per_kv // count) >= MIN_PROGRAMS), 1)

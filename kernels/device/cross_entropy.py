@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tandem.kernels.device.launch import blocks, launch
+from tandem.kernels.device.launch import launch, num_blocks
 from tandem.kernels.device.shared import LOWEST
 
 LANE_BYTES = 16
@@ -74,32 +74,32 @@ def _gradient(
     tl.store(place, gradient.to(logits.dtype.element_ty), mask=column < width)
 
 
-def add(logits: Tensor, targets: Tensor, statistics: Tensor, *, first: int, columns: int, scale: float) -> None:
+def add_block(logits: Tensor, targets: Tensor, statistics: Tensor, *, first: int, columns: int, scale: float) -> None:
     """Adds a block of logits to the statistics of each token."""
     tokens, width = logits.shape
-    shape = _lanes(logits)
+    lane_config = _lane_config(logits)
     launch(
         _add, (tokens,), logits, targets.contiguous(), statistics,
-        tokens, width, logits.stride(0), first, columns, scale, LOWEST=LOWEST, **shape,
+        tokens, width, logits.stride(0), first, columns, scale, LOWEST=LOWEST, **lane_config,
     )  # fmt: skip
 
 
-def gradient(
+def write_block_gradient(
     logits: Tensor, targets: Tensor, maximum: Tensor, total_gradient: Tensor, target_logit_gradient: Tensor,
     *, first: int, columns: int, scale: float,
 ) -> None:  # fmt: skip
     """Writes the gradient of a block of logits over them."""
     tokens, width = logits.shape
-    shape = _lanes(logits)
-    by_token = (x.contiguous() for x in (targets, maximum, total_gradient, target_logit_gradient))
+    lane_config = _lane_config(logits)
+    per_token = (x.contiguous() for x in (targets, maximum, total_gradient, target_logit_gradient))
     launch(
-        _gradient, (tokens, blocks(width, shape["LANES"] * shape["LANE"])), logits, *by_token,
-        width, logits.stride(0), first, columns, scale, **shape,
+        _gradient, (tokens, num_blocks(width, lane_config["LANES"] * lane_config["LANE"])), logits, *per_token,
+        width, logits.stride(0), first, columns, scale, **lane_config,
     )  # fmt: skip
 
 
-def _lanes(logits: Tensor) -> dict[str, int]:
+def _lane_config(logits: Tensor) -> dict[str, int]:
     """A whole row in one block where it is short enough: no more threads than it has loads."""
     lane = LANE_BYTES // logits.element_size()
-    lanes = min(MAX_LANES, triton.next_power_of_2(blocks(logits.shape[1], lane)))
+    lanes = min(MAX_LANES, triton.next_power_of_2(num_blocks(logits.shape[1], lane)))
     return {"LANES": lanes, "LANE": lane, "num_warps": max(1, lanes // LANES_PER_WARP)}

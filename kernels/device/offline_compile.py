@@ -21,11 +21,11 @@ from triton.runtime.driver import driver
 
 SM_90_SHARED_BYTES = 232_448
 """Of one block at most. Source: CUDA C++ programming guide, technical specifications, compute capability 9.0."""
-SM_90_THREADS = 1024
+SM_90_MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledKernel:
     """What a kernel asks of a multiprocessor."""
 
     name: str
@@ -38,27 +38,27 @@ class Compiled:
 
 
 @contextmanager
-def hopper() -> Iterator[list[Compiled]]:
+def compile_for_sm90() -> Iterator[list[CompiledKernel]]:
     """Within the block launches compile for sm_90 and run nothing; the list names each kernel as it is compiled.
 
     Raises: RuntimeError where Triton interprets.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
-    stand_in = _Driver()
-    before = driver._active
-    driver.set_active(stand_in)
+    compile_driver = _CompileOnlyDriver()
+    active_driver = driver._active
+    driver.set_active(compile_driver)
     try:
-        yield stand_in.compiled
+        yield compile_driver.compiled_kernels
     finally:
-        driver._active = before
+        driver._active = active_driver
 
 
-class _Driver:
+class _CompileOnlyDriver:
     """As much of triton.backends.driver.DriverBase as a launch touches; triton 3.6 to 3.7."""
 
     def __init__(self) -> None:
-        self.compiled: list[Compiled] = []
+        self.compiled_kernels: list[CompiledKernel] = []
         self.utils = self
 
     def get_current_device(self) -> int:
@@ -84,20 +84,20 @@ class _Driver:
     def load_binary(
         self, name: str, cubin: bytes, shared_bytes: int, device: int
     ) -> tuple[object, object, int, int, int]:
-        found = Compiled(name, *_usage(cubin), shared_bytes, self.num_warps)
-        self.compiled.append(found)
-        return object(), object(), found.registers, found.spilled_bytes // 4, SM_90_THREADS
+        found = CompiledKernel(name, *_resource_usage(cubin), shared_bytes, self.num_warps)
+        self.compiled_kernels.append(found)
+        return object(), object(), found.registers, found.spilled_bytes // 4, SM_90_MAX_THREADS
 
     def unload_module(self, module: object) -> None:
         pass
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of local memory of each thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    fields = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told.stdout)}
+        dump = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    fields = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump.stdout)}
     return fields["REG"], fields["STACK"] + fields["LOCAL"]

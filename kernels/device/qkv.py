@@ -11,74 +11,74 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tandem.kernels.device.launch import blocks, launch
+from tandem.kernels.device.launch import launch, num_blocks
 
-PIECE = tl.constexpr(32)
+REST_BLOCK_SIZE = tl.constexpr(32)
 BLOCK_PAIRS = 1024
 """In a block of tokens: eight per thread, hence sixteen bytes of every part that is aligned to them; halves of 20 dims are to
 eight."""
-NORM_BACKWARD_PAIRS = 512
+NORM_BACKWARD_BLOCK_PAIRS = 512
 """Eight bytes of every part: three heads are held at once, and sixteen would take 234 registers instead of 128, for half the
 warps and the same bytes in flight."""
-CHUNK = 128
+PARTIAL_SUM_TOKENS = 128
 """Tokens of one partial sum of the weights' gradients, which then adds 1 % to the bytes that backward moves. A block has no
 more, lest the rest of the heads take more than 64 registers."""
 NUM_WARPS = 4
 
 
 @triton.jit
-def _columns(index: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _part_columns(index: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Of a part of a head, and which of them exist."""
     if index < 2:
         column = index * HALF + tl.arange(0, triton.next_power_of_2(HALF))[None, :]
         exists = column < (index + 1) * HALF
     else:
-        column = 2 * HALF + (index - 2) * PIECE + tl.arange(0, PIECE)[None, :]
+        column = 2 * HALF + (index - 2) * REST_BLOCK_SIZE + tl.arange(0, REST_BLOCK_SIZE)[None, :]
         exists = column < HEAD_DIM
     return column, exists
 
 
 @triton.jit
-def _with(parts, part):
+def _append(parts, part):
     parts += (part,)
     return parts
 
 
 @triton.jit
-def _load(source, exists, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _load_head(source, exists, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
     """The heads that begin at `source` [tokens, 1], in fp32; zero where there is nothing."""
     head = ()
-    for index in tl.static_range(2 + triton.cdiv(HEAD_DIM - 2 * HALF, PIECE)):
-        column, inside = _columns(index, HALF, HEAD_DIM)
-        head = _with(head, tl.load(source + column, mask=exists & inside, other=0.0).to(tl.float32))
+    for index in tl.static_range(2 + triton.cdiv(HEAD_DIM - 2 * HALF, REST_BLOCK_SIZE)):
+        column, inside = _part_columns(index, HALF, HEAD_DIM)
+        head = _append(head, tl.load(source + column, mask=exists & inside, other=0.0).to(tl.float32))
     return head
 
 
 @triton.jit
-def _store(target, exists, head, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _store_head(target, exists, head, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
     for index in tl.static_range(len(head)):
-        column, inside = _columns(index, HALF, HEAD_DIM)
+        column, inside = _part_columns(index, HALF, HEAD_DIM)
         tl.store(target + column, head[index].to(target.dtype.element_ty), mask=exists & inside)
 
 
 @triton.jit
-def _product(head, factors):
+def _multiply(head, factors):
     product = ()
     for index in tl.static_range(len(head)):
-        product = _with(product, head[index] * factors[index])
+        product = _append(product, head[index] * factors[index])
     return product
 
 
 @triton.jit
-def _added(head, sums):
+def _add(head, sums):
     total = ()
     for index in tl.static_range(len(head)):
-        total = _with(total, head[index] + sums[index])
+        total = _append(total, head[index] + sums[index])
     return total
 
 
 @triton.jit
-def _mean(head, HEAD_DIM: tl.constexpr):
+def _head_mean(head, HEAD_DIM: tl.constexpr):
     """Over all dims, [tokens, 1]."""
     total = tl.sum(head[0] + head[1], axis=1)
     if len(head) > 2:
@@ -90,46 +90,46 @@ def _mean(head, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _normal(head, epsilon, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _normalize(head, epsilon, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Heads of mean 0 and variance 1, and one over the standard deviation they had."""
-    mean = _mean(head, HEAD_DIM)
+    mean = _head_mean(head, HEAD_DIM)
     centred = ()
     for index in tl.static_range(len(head)):
-        _, inside = _columns(index, HALF, HEAD_DIM)
-        centred = _with(centred, tl.where(inside, head[index] - mean, 0.0))
-    scale = tl.rsqrt(_mean(_product(centred, centred), HEAD_DIM) + epsilon)
+        _, inside = _part_columns(index, HALF, HEAD_DIM)
+        centred = _append(centred, tl.where(inside, head[index] - mean, 0.0))
+    scale = tl.rsqrt(_head_mean(_multiply(centred, centred), HEAD_DIM) + epsilon)
     normal = ()
     for index in tl.static_range(len(head)):
-        normal = _with(normal, centred[index] * scale)
+        normal = _append(normal, centred[index] * scale)
     return normal, scale
 
 
 @triton.jit
-def _normal_gradient(gradient, normal, scale, HEAD_DIM: tl.constexpr):
+def _normalize_backward(gradient, normal, scale, HEAD_DIM: tl.constexpr):
     """Of what was normalised: its own mean and what lies along the normalised head taken out."""
-    mean, along = _mean(gradient, HEAD_DIM), _mean(_product(gradient, normal), HEAD_DIM)
+    mean, along = _head_mean(gradient, HEAD_DIM), _head_mean(_multiply(gradient, normal), HEAD_DIM)
     result = ()
     for index in tl.static_range(len(gradient)):
-        result = _with(result, (gradient[index] - mean - normal[index] * along) * scale)
+        result = _append(result, (gradient[index] - mean - normal[index] * along) * scale)
     return result
 
 
 @triton.jit
-def _turned(head, cos, sin):
+def _apply_rotary(head, cos, sin):
     turned = (head[0] * cos - head[1] * sin, head[1] * cos + head[0] * sin)
     turned += head[2:]
     return turned
 
 
 @triton.jit
-def _angles(cos, sin, row, exists, HALF: tl.constexpr):
-    pair, inside = _columns(0, HALF, 2 * HALF)
+def _load_cos_sin(cos, sin, row, exists, HALF: tl.constexpr):
+    pair, inside = _part_columns(0, HALF, 2 * HALF)
     at = row * HALF + pair
     return tl.load(cos + at, mask=exists & inside, other=0.0), tl.load(sin + at, mask=exists & inside, other=0.0)
 
 
 @triton.jit
-def _tokens(block, rows, seq, table_tokens, TOKENS: tl.constexpr):
+def _token_indices(block, rows, seq, table_tokens, TOKENS: tl.constexpr):
     """Of a block's tokens [TOKENS, 1]: their place in [rows, seq], in [seq, rows] and in the table; whether they exist."""
     token = (block * TOKENS + tl.arange(0, TOKENS))[:, None]
     fused = token % seq * rows + token // seq
@@ -137,7 +137,7 @@ def _tokens(block, rows, seq, table_tokens, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _owner(slot, query, key, value, QUERIES: tl.constexpr, KV_HEADS: tl.constexpr):
+def _head_location(slot, query, key, value, QUERIES: tl.constexpr, KV_HEADS: tl.constexpr):
     """Where the slot-th head of the fused buffer belongs: the tensor, the heads of a token there, its number among them."""
     group, member = slot // (QUERIES + 2), slot % (QUERIES + 2)
     if_not_query = tl.where(member == QUERIES, key, value)
@@ -156,18 +156,18 @@ def _forward(
     SLOTS: tl.constexpr = KV_HEADS * (QUERIES + 2)
     slot, block = tl.program_id(0) % SLOTS, tl.program_id(0) // SLOTS
     member = slot % (QUERIES + 2)
-    owner, heads, number = _owner(slot, query, key, value, QUERIES, KV_HEADS)
-    token, fused, angle, exists = _tokens(block, rows, seq, table_tokens, TOKENS)
-    head = _load(qkv + (fused * SLOTS + slot) * HEAD_DIM, exists, HALF, HEAD_DIM)
+    owner, heads, number = _head_location(slot, query, key, value, QUERIES, KV_HEADS)
+    token, fused, angle, exists = _token_indices(block, rows, seq, table_tokens, TOKENS)
+    head = _load_head(qkv + (fused * SLOTS + slot) * HEAD_DIM, exists, HALF, HEAD_DIM)
     if member <= QUERIES:
         if NORMED:
             # One address for all tokens, yet a block of them: so it comes in the layout of the heads.
             weight = tl.where(member < QUERIES, query_norm, key_norm) + number * HEAD_DIM + 0 * angle
-            head, _ = _normal(head, epsilon, HALF, HEAD_DIM)
-            head = _product(head, _load(weight, exists, HALF, HEAD_DIM))
-        x, y = _angles(cos, sin, angle, exists, HALF)
-        head = _turned(head, x, y)
-    _store(owner + (token * heads + number) * HEAD_DIM, exists, head, HALF, HEAD_DIM)
+            head, _ = _normalize(head, epsilon, HALF, HEAD_DIM)
+            head = _multiply(head, _load_head(weight, exists, HALF, HEAD_DIM))
+        x, y = _load_cos_sin(cos, sin, angle, exists, HALF)
+        head = _apply_rotary(head, x, y)
+    _store_head(owner + (token * heads + number) * HEAD_DIM, exists, head, HALF, HEAD_DIM)
 
 
 @triton.jit
@@ -180,46 +180,46 @@ def _backward(
     SLOTS: tl.constexpr = KV_HEADS * (QUERIES + 2)
     slot, chunk = tl.program_id(0) % SLOTS, tl.program_id(0) // SLOTS
     member = slot % (QUERIES + 2)
-    owner, heads, number = _owner(slot, query, key, value, QUERIES, KV_HEADS)
+    owner, heads, number = _head_location(slot, query, key, value, QUERIES, KV_HEADS)
     sums = ()
-    for index in tl.static_range(2 + triton.cdiv(HEAD_DIM - 2 * HALF, PIECE)):
-        column, _ = _columns(index, HALF, HEAD_DIM)
-        sums = _with(sums, tl.zeros([TOKENS, column.shape[1]], tl.float32))
+    for index in tl.static_range(2 + triton.cdiv(HEAD_DIM - 2 * HALF, REST_BLOCK_SIZE)):
+        column, _ = _part_columns(index, HALF, HEAD_DIM)
+        sums = _append(sums, tl.zeros([TOKENS, column.shape[1]], tl.float32))
     for step in range(STEPS):
-        token, fused, angle, exists = _tokens(chunk * STEPS + step, rows, seq, table_tokens, TOKENS)
+        token, fused, angle, exists = _token_indices(chunk * STEPS + step, rows, seq, table_tokens, TOKENS)
         at = (fused * SLOTS + slot) * HEAD_DIM
-        head = _load(owner + (token * heads + number) * HEAD_DIM, exists, HALF, HEAD_DIM)
+        head = _load_head(owner + (token * heads + number) * HEAD_DIM, exists, HALF, HEAD_DIM)
         if member <= QUERIES:
-            x, y = _angles(cos, sin, angle, exists, HALF)
-            head = _turned(head, x, -y)
+            x, y = _load_cos_sin(cos, sin, angle, exists, HALF)
+            head = _apply_rotary(head, x, -y)
             if NORMED:
-                normal, scale = _normal(_load(qkv + at, exists, HALF, HEAD_DIM), epsilon, HALF, HEAD_DIM)
-                sums = _added(sums, _product(head, normal))
+                normal, scale = _normalize(_load_head(qkv + at, exists, HALF, HEAD_DIM), epsilon, HALF, HEAD_DIM)
+                sums = _add(sums, _multiply(head, normal))
                 weight = tl.where(member < QUERIES, query_norm, key_norm) + number * HEAD_DIM + 0 * angle
-                head = _product(head, _load(weight, exists, HALF, HEAD_DIM))
-                head = _normal_gradient(head, normal, scale, HEAD_DIM)
-        _store(gradient + at, exists, head, HALF, HEAD_DIM)
+                head = _multiply(head, _load_head(weight, exists, HALF, HEAD_DIM))
+                head = _normalize_backward(head, normal, scale, HEAD_DIM)
+        _store_head(gradient + at, exists, head, HALF, HEAD_DIM)
     if NORMED:
         row = chunk * KV_HEADS * (QUERIES + 1) + number + tl.where(member < QUERIES, 0, KV_HEADS * QUERIES)
         if member <= QUERIES:
             for index in tl.static_range(len(sums)):
-                column, inside = _columns(index, HALF, HEAD_DIM)
+                column, inside = _part_columns(index, HALF, HEAD_DIM)
                 tl.store(partial + row * HEAD_DIM + column, tl.sum(sums[index], axis=0)[None, :], mask=inside)
 
 
 def forward(
     qkv: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None,
-    epsilon: float, head_dim: int, queries: int,
+    norm_eps: float, head_dim: int, num_queries_per_kv: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Queries and keys, normalised where there are weights, then rotated, and values; each contiguous."""
     seq, rows, width = qkv.shape
-    kv_heads, tokens = width // head_dim // (queries + 2), _tokens_of_block(BLOCK_PAIRS, cos)
-    query = qkv.new_empty(rows, seq, kv_heads * queries, head_dim)
-    key, value = (qkv.new_empty(rows, seq, kv_heads, head_dim) for _ in range(2))
+    num_kv_heads, tokens = width // head_dim // (num_queries_per_kv + 2), _tokens_per_block(BLOCK_PAIRS, cos)
+    query = qkv.new_empty(rows, seq, num_kv_heads * num_queries_per_kv, head_dim)
+    key, value = (qkv.new_empty(rows, seq, num_kv_heads, head_dim) for _ in range(2))
     launch(
-        _forward, (blocks(rows * seq, tokens) * kv_heads * (queries + 2),),
-        *_packed(qkv, cos, sin, query_norm, key_norm), query, key, value, rows, seq, len(cos) * seq, epsilon,
-        QUERIES=queries, KV_HEADS=kv_heads, NORMED=query_norm is not None,
+        _forward, (num_blocks(rows * seq, tokens) * num_kv_heads * (num_queries_per_kv + 2),),
+        *_contiguous(qkv, cos, sin, query_norm, key_norm), query, key, value, rows, seq, len(cos) * seq, norm_eps,
+        QUERIES=num_queries_per_kv, KV_HEADS=num_kv_heads, NORMED=query_norm is not None,
         HALF=cos.shape[-1], HEAD_DIM=head_dim, TOKENS=tokens, num_warps=NUM_WARPS,
     )  # fmt: skip
     return query, key, value
@@ -227,33 +227,33 @@ def forward(
 
 def backward(
     query: Tensor, key: Tensor, value: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor,
-    query_norm: Tensor | None, key_norm: Tensor | None, epsilon: float,
+    query_norm: Tensor | None, key_norm: Tensor | None, norm_eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """From the gradients of queries, keys and values that of the fused buffer, contiguous; and of the norms' weights, those
     of the queries first, fp32, empty where there are none.
     """
-    rows, seq, kv_heads, head_dim = key.shape
-    queries = query.shape[2] // kv_heads
-    tokens, steps, num_sums = _tokens_of_block(BLOCK_PAIRS, cos), 1, 0
+    rows, seq, num_kv_heads, head_dim = key.shape
+    num_queries_per_kv = query.shape[2] // num_kv_heads
+    tokens, steps, num_sums = _tokens_per_block(BLOCK_PAIRS, cos), 1, 0
     if query_norm is not None:
-        tokens = _tokens_of_block(NORM_BACKWARD_PAIRS, cos)
-        steps = min(CHUNK // tokens, max(1, blocks(rows * seq, tokens)))
-        num_sums = blocks(rows * seq, tokens * steps)
-    gradient = key.new_empty(seq, rows, kv_heads * (queries + 2) * head_dim)
-    partial = key.new_empty(num_sums, kv_heads * (queries + 1), head_dim, dtype=torch.float32)
+        tokens = _tokens_per_block(NORM_BACKWARD_BLOCK_PAIRS, cos)
+        steps = min(PARTIAL_SUM_TOKENS // tokens, max(1, num_blocks(rows * seq, tokens)))
+        num_sums = num_blocks(rows * seq, tokens * steps)
+    gradient = key.new_empty(seq, rows, num_kv_heads * (num_queries_per_kv + 2) * head_dim)
+    partial = key.new_empty(num_sums, num_kv_heads * (num_queries_per_kv + 1), head_dim, dtype=torch.float32)
     launch(
-        _backward, (blocks(rows * seq, tokens * steps) * kv_heads * (queries + 2),),
-        *_packed(query, key, value, qkv, cos, sin, query_norm, key_norm), gradient, partial,
-        rows, seq, len(cos) * seq, epsilon,
-        QUERIES=queries, KV_HEADS=kv_heads, NORMED=query_norm is not None,
+        _backward, (num_blocks(rows * seq, tokens * steps) * num_kv_heads * (num_queries_per_kv + 2),),
+        *_contiguous(query, key, value, qkv, cos, sin, query_norm, key_norm), gradient, partial,
+        rows, seq, len(cos) * seq, norm_eps,
+        QUERIES=num_queries_per_kv, KV_HEADS=num_kv_heads, NORMED=query_norm is not None,
         HALF=cos.shape[-1], HEAD_DIM=head_dim, TOKENS=tokens, STEPS=steps, num_warps=NUM_WARPS,
     )  # fmt: skip
     return gradient, partial.view(0) if query_norm is None else partial.sum(0)
 
 
-def _packed(*tensors: Tensor | None) -> list[Tensor | None]:
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def _tokens_of_block(pairs: int, cos: Tensor) -> int:
-    return min(pairs // triton.next_power_of_2(cos.shape[-1]), CHUNK)
+def _tokens_per_block(num_pairs: int, cos: Tensor) -> int:
+    return min(num_pairs // triton.next_power_of_2(cos.shape[-1]), PARTIAL_SUM_TOKENS)

@@ -1,7 +1,7 @@
 """SwiGLU in units of 128 columns.
 
-A unit is 128 neighbouring columns of one row: 256 bytes of bf16, so that any ffn_width of whole units, however odd (54, 27
-or 14 of them for BTLM over 1, 2 and 4 ranks), leaves no idle thread and no ragged last block. Gate and up are read in place
+A unit is 128 neighbouring columns of one row: 256 bytes of bf16, so that any ffn_hidden_size of whole units, however odd (54,
+27 or 14 of them for BTLM over 1, 2 and 4 ranks), leaves no idle thread and no ragged last block. Gate and up are read in place
 from the buffer that holds both.
 """
 
@@ -10,16 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tandem.kernels.device.launch import blocks, launch
+from tandem.kernels.device.launch import launch, num_blocks
 
-UNIT = 128
-FORWARD = {"UNITS": 16, "num_warps": 4}
-BACKWARD = {"UNITS": 8, "num_warps": 4}
+UNIT_COLUMNS = 128
+FORWARD_CONFIG = {"UNITS": 16, "num_warps": 4}
+BACKWARD_CONFIG = {"UNITS": 8, "num_warps": 4}
 """Sixteen bytes per thread and tensor are in flight at once, twice in forward, which reads fewer tensors."""
 
 
 @triton.jit
-def _place(row_units, UNITS: tl.constexpr, UNIT: tl.constexpr):
+def _unit_indices(row_units, UNITS: tl.constexpr, UNIT: tl.constexpr):
     """Row of each unit and columns of its elements."""
     # Units are counted in 32 bits, in which a division costs a third of one in 64; only offsets of rows need more.
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
@@ -30,7 +30,7 @@ def _place(row_units, UNITS: tl.constexpr, UNIT: tl.constexpr):
 
 @triton.jit
 def _forward(gate, up, out, rows, columns, row_units, row_stride, UNITS: tl.constexpr, UNIT: tl.constexpr):
-    row, column = _place(row_units, UNITS, UNIT)
+    row, column = _unit_indices(row_units, UNITS, UNIT)
     exists = (row < rows)[:, None] & (column < columns)
     source = row[:, None] * row_stride + column
     g = tl.load(gate + source, mask=exists, other=0.0).to(tl.float32)
@@ -44,7 +44,7 @@ def _backward(
     rows, columns, row_units, row_stride,
     WITH_PRODUCT: tl.constexpr, UNITS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    row, column = _place(row_units, UNITS, UNIT)
+    row, column = _unit_indices(row_units, UNITS, UNIT)
     exists = (row < rows)[:, None] & (column < columns)
     source = row[:, None] * row_stride + column
     narrow = row[:, None] * columns + column
@@ -61,41 +61,60 @@ def _backward(
         tl.store(product + narrow, (silu * u).to(dtype), mask=exists)
 
 
-def forward(gate_up: Tensor, gate: int) -> Tensor:
+def forward(gate_up: Tensor, gate_index: int) -> Tensor:
     """silu(gate) * up, contiguous."""
-    halves, out = _halves(gate_up), _narrow(gate_up)
-    sizes = _sizes(halves)
-    programs = (blocks(sizes[0] * sizes[2], FORWARD["UNITS"]),)
-    launch(_forward, programs, halves[:, gate], halves[:, 1 - gate], out, *sizes, UNIT=UNIT, **FORWARD)
+    halves, out = _flatten_gate_up(gate_up), _empty_output(gate_up)
+    sizes = _layout(halves)
+    programs = (num_blocks(sizes[0] * sizes[2], FORWARD_CONFIG["UNITS"]),)
+    launch(
+        _forward,
+        programs,
+        halves[:, gate_index],
+        halves[:, 1 - gate_index],
+        out,
+        *sizes,
+        UNIT=UNIT_COLUMNS,
+        **FORWARD_CONFIG,
+    )
     return out
 
 
-def backward(out_gradient: Tensor, gate_up: Tensor, gate: int, *, with_product: bool) -> tuple[Tensor, Tensor]:
+def backward(out_gradient: Tensor, gate_up: Tensor, gate_index: int, *, with_product: bool) -> tuple[Tensor, Tensor]:
     """Gradient of gate_up, contiguous; and the forward result once more, which is empty unless asked for."""
-    halves = _halves(gate_up)
+    halves = _flatten_gate_up(gate_up)
     gradient = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-    product = _narrow(gate_up) if with_product else gate_up.new_empty(0)
-    wide, sizes = gradient.view(halves.shape), _sizes(halves)
-    programs = (blocks(sizes[0] * sizes[2], BACKWARD["UNITS"]),)
+    product = _empty_output(gate_up) if with_product else gate_up.new_empty(0)
+    wide, sizes = gradient.view(halves.shape), _layout(halves)
+    programs = (num_blocks(sizes[0] * sizes[2], BACKWARD_CONFIG["UNITS"]),)
     launch(
-        _backward, programs, out_gradient.contiguous(), halves[:, gate], halves[:, 1 - gate], wide[:, gate], wide[:, 1 - gate],
-        product, *sizes, WITH_PRODUCT=with_product, UNIT=UNIT, **BACKWARD,
-    )  # fmt: skip
+        _backward,
+        programs,
+        out_gradient.contiguous(),
+        halves[:, gate_index],
+        halves[:, 1 - gate_index],
+        wide[:, gate_index],
+        wide[:, 1 - gate_index],
+        product,
+        *sizes,
+        WITH_PRODUCT=with_product,
+        UNIT=UNIT_COLUMNS,
+        **BACKWARD_CONFIG,
+    )
     return gradient, product
 
 
-def _halves(gate_up: Tensor) -> Tensor:
+def _flatten_gate_up(gate_up: Tensor) -> Tensor:
     """[rows, 2, columns] with neighbouring columns; a view unless the leading dims lie in memory like no single one."""
     halves = gate_up.reshape(-1, 2, gate_up.shape[-1])
     return halves if halves.stride(-1) == 1 else halves.contiguous()
 
 
-def _narrow(gate_up: Tensor) -> Tensor:
+def _empty_output(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(gate_up.shape[:-2] + gate_up.shape[-1:])
 
 
-def _sizes(halves: Tensor) -> tuple[int, int, int, int]:
+def _layout(halves: Tensor) -> tuple[int, int, int, int]:
     """Rows, columns, units in a row, elements from row to row."""
     rows, _, columns = halves.shape
-    assert rows * blocks(columns, UNIT) < 2**31
-    return rows, columns, blocks(columns, UNIT), halves.stride(0)
+    assert rows * num_blocks(columns, UNIT_COLUMNS) < 2**31
+    return rows, columns, num_blocks(columns, UNIT_COLUMNS), halves.stride(0)

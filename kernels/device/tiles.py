@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _part(
+def _load_part(
     base, token, stride, seq, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr
 ):
     """Tokens by `WIDTH` dims; zeros beyond the head and, if `RAGGED`, beyond the row."""
@@ -24,26 +24,26 @@ def _part(
 
 
 @triton.jit
-def load(
+def load_tile(
     base, token, stride, seq,
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Both parts of the head; without a tail the second is a stand-in."""
-    main = _part(base, token, stride, seq, 0, MAIN, HEAD_DIM, RAGGED)
+    main = _load_part(base, token, stride, seq, 0, MAIN, HEAD_DIM, RAGGED)
     tail = main
     if TAIL > 0:
-        tail = _part(base, token, stride, seq, MAIN, TAIL, HEAD_DIM, RAGGED)
+        tail = _load_part(base, token, stride, seq, MAIN, TAIL, HEAD_DIM, RAGGED)
     return main, tail
 
 
 @triton.jit
-def each(base, token, seq, RAGGED: tl.constexpr):
+def load_per_token(base, token, seq, RAGGED: tl.constexpr):
     """One number for each token; zeros beyond the row."""
     return tl.load(base + token, mask=token < seq, other=0) if RAGGED else tl.load(base + token)
 
 
 @triton.jit
-def store(
+def store_tile(
     base, token, stride, seq, main, tail, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr
 ):  # fmt: skip
     dim = tl.arange(0, MAIN)
@@ -56,7 +56,7 @@ def store(
 
 
 @triton.jit
-def product(a_main, a_tail, b_main, b_tail, TAIL: tl.constexpr):
+def dot_transposed(a_main, a_tail, b_main, b_tail, TAIL: tl.constexpr):
     """a b^T over the dims of the head."""
     sums = tl.dot(a_main, tl.trans(b_main), input_precision="tf32x3")
     if TAIL > 0:
@@ -65,7 +65,7 @@ def product(a_main, a_tail, b_main, b_tail, TAIL: tl.constexpr):
 
 
 @triton.jit
-def added(main, tail, weights, b_main, b_tail, TAIL: tl.constexpr):
+def accumulate(main, tail, weights, b_main, b_tail, TAIL: tl.constexpr):
     """The sums plus weights b."""
     main = tl.dot(weights, b_main, main, input_precision="tf32x3")
     if TAIL > 0:
@@ -74,13 +74,13 @@ def added(main, tail, weights, b_main, b_tail, TAIL: tl.constexpr):
 
 
 @triton.jit
-def biased(score, slope, column):
+def add_bias(score, slope, column):
     """Plus slope * column; a fused multiply-add, of which nothing is left for the compiler to keep in registers."""
     return tl.fma(tl.zeros_like(score) + slope, tl.broadcast_to(column, score.shape), score)
 
 
 @triton.jit
-def unseen(score, to, source, begin, DOCUMENTS: tl.constexpr):
+def mask_scores(score, to, source, begin, DOCUMENTS: tl.constexpr):
     """Scores of what a query does not see are minus infinity. Places are broadcast against the tile."""
     seen = source <= to.to(tl.float32)
     if DOCUMENTS:

@@ -5,7 +5,7 @@
 # take SLURM_PROCID, SLURM_STEP_NUM_TASKS and SLURM_LOCALID for rank, world size and local rank.
 #
 #   exit code of the run   0   finished: the job ends
-#                          2   a mistake, or run.max_failures starts in a row have failed at one step: the job ends with it
+#                          2   a mistake, or run.max_repeat_failures starts in a row have failed at one step: the job ends with it
 #                   126, 127   no python: the job ends with it
 #                         85   saved on a signal, or ended by the watchdog of a hang: the job goes back into the queue
 #                      other   a crash, or 128 + n where signal n has killed a rank: the same. With hundreds of GPUs most

@@ -5,84 +5,91 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chaos.save_tracer import KILLED, Kill, Point
-from tests.chaos.trial import RANKS, End, Start
+from tests.chaos.save_tracer import KILL_ENTRY, CallPoint, Kill
+from tests.chaos.trial import RANKS, TrialEnd, TrialStart
 
-TEARING = Point(0, "replace marker 1", "before")
+TEARING_POINT = CallPoint(0, "replace marker 1", "before")
 """Leaves a folder with everything in it but the marker."""
 RANDOM_SHARE = 0.1
-VICTIMS = [(rank,) for rank in RANKS]
-ALONE_SHARE = 0.1
+SINGLE_VICTIMS = [(rank,) for rank in RANKS]
+NO_LAUNCHER_SHARE = 0.1
 """Of the starts whose one rank is killed: the other is left alone, to end by itself."""
-SAVES = (1, 1, 2)
+SAVE_NUMBERS = (1, 1, 2)
 """A kill comes in one of these saves of its process, so that the run gets on between two of them."""
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTrial:
     """One trial; `kind` is what the summary counts it as."""
 
     kind: str
     kill: Kill | None
-    moment: float | None
+    kill_fraction: float | None
     """Of a kill at no call: the part of an undisturbed run's time that has passed."""
-    victims: tuple[int, ...]
-    launcher: bool
+    victim_ranks: tuple[int, ...]
+    has_launcher: bool
 
-    def start(self, config: Path, overrides: tuple[str, ...], run_seconds: float) -> Start:
-        after_seconds = self.moment * run_seconds if self.moment is not None else None
-        return Start(config, overrides, self.kill, after_seconds, self.victims, self.launcher)
+    def make_start(self, config: Path, overrides: tuple[str, ...], run_seconds: float) -> TrialStart:
+        after_seconds = self.kill_fraction * run_seconds if self.kill_fraction is not None else None
+        return TrialStart(config, overrides, self.kill, after_seconds, self.victim_ranks, self.has_launcher)
 
 
-def points(ends: Iterable[End]) -> list[Point]:
+def kill_points(ends: Iterable[TrialEnd]) -> list[CallPoint]:
     """Every moment that the logs of some runs know. After a chunk of the data is before the next one, and left out."""
-    calls = dict.fromkeys((rank, name) for end in ends for rank, _, _, name in end.log if name != KILLED)
+    calls = dict.fromkeys((rank, name) for end in ends for rank, _, _, name in end.calls if name != KILL_ENTRY)
     return [
-        Point(rank, call, when)
+        CallPoint(rank, call, when)
         for rank, call in calls
-        for when in (("before", "half") if _is_bulk(call) else ("before", "after"))
+        for when in (("before", "half") if _is_data_write(call) else ("before", "after"))
     ]
 
 
-def plan(found: list[Point], kills: int, draw: random.Random) -> list[list[Planned]]:
-    """At least `kills` of them, in groups that are made one after the other; drawn with the same seed, the same.
+def plan_trials(all_points: list[CallPoint], num_kills: int, rng: random.Random) -> list[list[PlannedTrial]]:
+    """At least `num_kills` of them, in groups that are made one after the other; drawn with the same seed, the same.
 
     Where there are enough of them, every point outside the data kills both ranks, and then one of them, and every chunk of
     the data is met; where there are fewer, a quarter of them are chunks.
     """
-    num_random = int(kills * RANDOM_SHARE)
-    groups: list[list[Planned]] = [[_anytime(draw)] for _ in range(num_random)]
-    outside = [point for point in found if not _is_bulk(point.call)]
-    named = [_at(point, victims, draw) for victims in (RANKS, None) for point in outside]
-    chunks = [_at(point, draw.choice([RANKS, *VICTIMS]), draw) for point in found if _is_bulk(point.call)]
-    left = kills - num_random
-    if left < len(named) + len(chunks):
-        named, chunks = draw.sample(named, left - left // 4), draw.sample(chunks, left // 4)
-    more = draw.choices(named, k=max(0, left - len(named) - len(chunks)))
-    groups += [[each] for each in (*named, *chunks, *more)]
-    draw.shuffle(groups)
-    return [_prepared(group) for group in groups]
+    num_random = int(num_kills * RANDOM_SHARE)
+    groups: list[list[PlannedTrial]] = [[_random_time_trial(rng)] for _ in range(num_random)]
+    call_points = [point for point in all_points if not _is_data_write(point.call)]
+    call_trials = [_trial_at_point(point, victims, rng) for victims in (RANKS, None) for point in call_points]
+    chunk_trials = [
+        _trial_at_point(point, rng.choice([RANKS, *SINGLE_VICTIMS]), rng)
+        for point in all_points
+        if _is_data_write(point.call)
+    ]
+    num_remaining = num_kills - num_random
+    if num_remaining < len(call_trials) + len(chunk_trials):
+        call_trials, chunk_trials = (
+            rng.sample(call_trials, num_remaining - num_remaining // 4),
+            rng.sample(chunk_trials, num_remaining // 4),
+        )
+    repeated_trials = rng.choices(call_trials, k=max(0, num_remaining - len(call_trials) - len(chunk_trials)))
+    groups += [[each] for each in (*call_trials, *chunk_trials, *repeated_trials)]
+    rng.shuffle(groups)
+    return [_with_torn_checkpoint(group) for group in groups]
 
 
-def _is_bulk(call: str) -> bool:
+def _is_data_write(call: str) -> bool:
     return call.startswith("write data")
 
 
-def _prepared(group: list[Planned]) -> list[Planned]:
+def _with_torn_checkpoint(group: list[PlannedTrial]) -> list[PlannedTrial]:
     """What is done about a torn folder needs one to be there."""
     needs = any(each.kill and "torn" in each.kill.point.call for each in group)
-    return [Planned("call", Kill(TEARING, 1, RANKS), None, RANKS, True), *group] if needs else group
+    return [PlannedTrial("call", Kill(TEARING_POINT, 1, RANKS), None, RANKS, True), *group] if needs else group
 
 
-def _at(point: Point, victims: tuple[int, ...] | None, draw: random.Random) -> Planned:
-    victims = victims or draw.choice(VICTIMS)
+def _trial_at_point(point: CallPoint, victims: tuple[int, ...] | None, rng: random.Random) -> PlannedTrial:
+    victims = victims or rng.choice(SINGLE_VICTIMS)
     early = "torn" in point.call or point.call.startswith("mkdir root")  # before the first save of a process
-    save = 0 if early else draw.choice(SAVES)
-    kind = "chunk" if _is_bulk(point.call) else "call"
-    return Planned(kind, Kill(point, save, victims), None, victims, draw.random() >= ALONE_SHARE)
+    save = 0 if early else rng.choice(SAVE_NUMBERS)
+    kind = "chunk" if _is_data_write(point.call) else "call"
+    return PlannedTrial(kind, Kill(point, save, victims), None, victims, rng.random() >= NO_LAUNCHER_SHARE)
 
 
-def _anytime(draw: random.Random) -> Planned:
-    victims = draw.choice([RANKS, *VICTIMS])
+def _random_time_trial(rng: random.Random) -> PlannedTrial:
+    victims = rng.choice([RANKS, *SINGLE_VICTIMS])
     # With a launcher always: a rank whose peer dies before they have met waits for it longer than a test can.
-    return Planned("random", None, draw.uniform(0.1, 0.9), victims, True)
+    return PlannedTrial("random", None, rng.uniform(0.1, 0.9), victims, True)

@@ -17,76 +17,76 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STEP = re.compile(r"/checkpoints(?:/step-(\d+)(?:/(.+))?)?$")
-PARTS = {"rank-": "data", "manifest.json.": "manifest", "manifest.json": "manifest", "COMMITTED": "marker"}
-LEDGER = "ledger.jsonl"
-KILLED = "killed"
+STEP_PATH = re.compile(r"/checkpoints(?:/step-(\d+)(?:/(.+))?)?$")
+FILE_ROLES = {"rank-": "data", "manifest.json.": "manifest", "manifest.json": "manifest", "COMMITTED": "marker"}
+LEDGER_FILE = "ledger.jsonl"
+KILL_ENTRY = "killed"
 """The last word of a log, where the kill has come."""
 
 
 @dataclass(frozen=True)
-class Point:
+class CallPoint:
     """A moment of a save."""
 
     rank: int
     call: str
-    when: str
+    moment: str
     """before, half (of a write) or after."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """At the point, in the first save from the `save`-th of the process on that comes to it."""
+    """At the point, in the first save from the `first_save`-th of the process on that comes to it."""
 
-    point: Point
-    save: int
-    victims: tuple[int, ...]
+    point: CallPoint
+    first_save: int
+    victim_ranks: tuple[int, ...]
 
 
-class Tap:
+class SaveTracer:
     """The calls of this rank's saves from here on; each is written to `log`, and the kill, if there is one, done."""
 
     def __init__(self, folder: Path, rank: int, log: Path, kill: Kill | None, pid_of: Callable[[int], int]) -> None:
         self._folder, self._rank, self._kill, self._pid_of = str(folder), rank, kill, pid_of
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self._step, self._saves = -1, 0
+        self._step, self._num_saves = -1, 0
         self._counts: Counter[str] = Counter()
         self._lock = threading.RLock()
-        self._real = {name: getattr(os, name) for name in ("mkdir", "replace", "unlink", "rmdir", "fsync")}
+        self._os_functions = {name: getattr(os, name) for name in ("mkdir", "replace", "unlink", "rmdir", "fsync")}
 
     def install(self) -> None:
         """Python's functions go through here."""
-        real = self._real
+        real = self._os_functions
 
         def mkdir(path: Any, *args: Any, **named: Any) -> None:
-            self._around("mkdir", path, lambda: real["mkdir"](path, *args, **named))
+            self._trace_call("mkdir", path, lambda: real["mkdir"](path, *args, **named))
 
         def replace(path: Any, target: Any, **named: Any) -> None:
-            self._around("replace", target, lambda: real["replace"](path, target, **named))
+            self._trace_call("replace", target, lambda: real["replace"](path, target, **named))
 
         def unlink(path: Any, *, dir_fd: int | None = None) -> None:
-            self._around("unlink", _within(path, dir_fd), lambda: real["unlink"](path, dir_fd=dir_fd))
+            self._trace_call("unlink", _resolve_path(path, dir_fd), lambda: real["unlink"](path, dir_fd=dir_fd))
 
         def rmdir(path: Any, *, dir_fd: int | None = None) -> None:
-            self._around("rmdir", _within(path, dir_fd), lambda: real["rmdir"](path, dir_fd=dir_fd))
+            self._trace_call("rmdir", _resolve_path(path, dir_fd), lambda: real["rmdir"](path, dir_fd=dir_fd))
 
         def fsync(file: Any) -> None:
             number = file if isinstance(file, int) else file.fileno()
-            self._around("fsync", os.readlink(f"/proc/self/fd/{number}"), lambda: real["fsync"](file))
+            self._trace_call("fsync", os.readlink(f"/proc/self/fd/{number}"), lambda: real["fsync"](file))
 
         os.mkdir, os.replace, os.unlink, os.rmdir, os.fsync = mkdir, replace, unlink, rmdir, fsync  # type: ignore[assignment]
         plain = io.open
 
         def opened(file: Any, mode: str = "r", *args: Any, **named: Any) -> Any:
-            if mode in ("wb", "xb") and not isinstance(file, int) and self._part(file):
+            if mode in ("wb", "xb") and not isinstance(file, int) and self._classify_path(file):
                 raw: list[Any] = []
-                self._around("open", file, lambda: raw.append(_Tapped(self, os.fspath(file), mode)))
+                self._trace_call("open", file, lambda: raw.append(_TracedFile(self, os.fspath(file), mode)))
                 return io.BufferedWriter(raw[0])
             return plain(file, mode, *args, **named)
 
         builtins.open = io.open = opened  # type: ignore[assignment]
 
-    def wrote(self, path: str, data: Any, write: Callable[[Any], int | None]) -> int | None:
+    def write(self, path: str, data: Any, write: Callable[[Any], int | None]) -> int | None:
         """One write that reaches the file system; where the kill is in its middle, half of it does, and if this rank is not the
         one that is killed the rest follows.
         """
@@ -96,48 +96,48 @@ class Tap:
 
         def in_halves() -> None:
             write(whole[:middle])
-            self._die()
+            self._kill_victims()
             write(whole[middle:])
             found.append(whole.nbytes)
 
-        self._around("write", path, lambda: found.append(write(data)), in_halves)
+        self._trace_call("write", path, lambda: found.append(write(data)), in_halves)
         return found[0]
 
-    def _around(
+    def _trace_call(
         self, verb: str, path: Any, call: Callable[[], object], half: Callable[[], object] | None = None
     ) -> None:
-        part = self._part(path)
+        part = self._classify_path(path)
         if part is None:
             call()
             return
         with self._lock:
-            name = self._named(verb, os.fspath(path), part)
-            self._die_if(name, "before")
-            if half and self._meant(name, "half"):
+            name = self._name_call(verb, os.fspath(path), part)
+            self._kill_at(name, "before")
+            if half and self._is_kill_point(name, "half"):
                 half()
             else:
                 call()
-            os.write(self._log, f"{self._rank} {self._step} {self._saves} {name}\n".encode())
-            self._die_if(name, "after")
+            os.write(self._log, f"{self._rank} {self._step} {self._num_saves} {name}\n".encode())
+            self._kill_at(name, "after")
 
-    def _named(self, verb: str, path: str, part: tuple[int | None, str]) -> str:
+    def _name_call(self, verb: str, path: str, part: tuple[int | None, str]) -> str:
         step, role = part
         if step is not None and (verb, role) in (("mkdir", "folder"), ("open", "data")) and step != self._step:
-            self._step, self._saves = step, self._saves + 1
+            self._step, self._num_saves = step, self._num_saves + 1
             self._counts.clear()
         age = "" if step in (None, self._step) else "old " if step < self._step else "torn "
         words = f"{verb} {age}{role}"
         self._counts[words] += 1
         return f"{words} {self._counts[words]}"
 
-    def _part(self, path: Any) -> tuple[int | None, str] | None:
+    def _classify_path(self, path: Any) -> tuple[int | None, str] | None:
         """The step and what it is of its checkpoint; None for what is no part of a save."""
         text = os.path.abspath(os.fspath(path)) if not isinstance(path, int) else ""
         if not text.startswith(self._folder):
             return None
-        if text.endswith(LEDGER):
+        if text.endswith(LEDGER_FILE):
             return (None, "ledger") if threading.current_thread().name == "checkpoint" else None
-        found = STEP.search(text)
+        found = STEP_PATH.search(text)
         if not found:
             return None
         step, file = found.groups()
@@ -145,37 +145,39 @@ class Tap:
             return None, "root"
         if file is None:
             return int(step), "folder"
-        return int(step), next((role for prefix, role in PARTS.items() if file.startswith(prefix)), "other")
+        return int(step), next((role for prefix, role in FILE_ROLES.items() if file.startswith(prefix)), "other")
 
-    def _meant(self, name: str, when: str) -> bool:
+    def _is_kill_point(self, name: str, when: str) -> bool:
         kill = self._kill
-        return kill is not None and kill.save <= self._saves and kill.point == Point(self._rank, name, when)
+        return (
+            kill is not None and kill.first_save <= self._num_saves and kill.point == CallPoint(self._rank, name, when)
+        )
 
-    def _die_if(self, name: str, when: str) -> None:
-        if self._meant(name, when):
-            self._die()
+    def _kill_at(self, name: str, when: str) -> None:
+        if self._is_kill_point(name, when):
+            self._kill_victims()
 
-    def _die(self) -> None:
+    def _kill_victims(self) -> None:
         assert self._kill is not None
-        others = [rank for rank in self._kill.victims if rank != self._rank]
-        os.write(self._log, f"{self._rank} {self._step} {self._saves} {KILLED}\n".encode())
+        others = [rank for rank in self._kill.victim_ranks if rank != self._rank]
+        os.write(self._log, f"{self._rank} {self._step} {self._num_saves} {KILL_ENTRY}\n".encode())
         for rank in others:
             os.kill(self._pid_of(rank), signal.SIGKILL)
-        if self._rank in self._kill.victims:
+        if self._rank in self._kill.victim_ranks:
             os.kill(os.getpid(), signal.SIGKILL)
         self._kill = None
 
 
-class _Tapped(io.FileIO):
+class _TracedFile(io.FileIO):
     """A file whose every write is seen, below Python's buffer."""
 
-    def __init__(self, tap: Tap, path: str, mode: str) -> None:
+    def __init__(self, tap: SaveTracer, path: str, mode: str) -> None:
         super().__init__(path, mode[0])
-        self._tap, self._path = tap, path
+        self._tracer, self._path = tap, path
 
     def write(self, data: Any) -> int | None:
-        return self._tap.wrote(self._path, data, super().write)
+        return self._tracer.write(self._path, data, super().write)
 
 
-def _within(path: Any, dir_fd: int | None) -> str:
+def _resolve_path(path: Any, dir_fd: int | None) -> str:
     return os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), path) if dir_fd is not None else os.fspath(path)

@@ -13,10 +13,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.chaos.plan import TEARING, Planned, plan, points
+from tests.chaos.plan import TEARING_POINT, PlannedTrial, kill_points, plan_trials
 from tests.chaos.save_tracer import Kill
-from tests.chaos.trial import RANKS, End, Launcher, Start, Truth, faults, faults_at_the_end, newest_step, resumed_steps
-from tests.promises.conftest import two_phases
+from tests.chaos.trial import (
+    RANKS,
+    Launcher,
+    TrialEnd,
+    TrialStart,
+    UndisturbedRun,
+    checkpoint_faults,
+    final_faults,
+    newest_step,
+    start_steps,
+)
+from tests.promises.conftest import two_phase_config
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "24"))
 LAYOUTS = {"tp 2": 2, "dp 2": 1}
@@ -33,24 +43,29 @@ class Sweep:
     def __init__(self, root: Path, corpus: Path, name: str, tp_size: int, tell: Callable[[str], None]) -> None:
         self._root, self._launcher, self._number, self._name = root, Launcher(root / "trials"), 0, name
         self._tell = tell
-        tree = two_phases(
-            "stablelm", corpus, root / "runs", run={"max_failures": 0}, parallel={"tp_size": tp_size},
-            checkpoint={"every_steps": 1, "keep": 2}, watchdog={"step_seconds": 30.0, "start_seconds": 180.0},
-        )  # fmt: skip
+        tree = two_phase_config(
+            "stablelm",
+            corpus,
+            root / "runs",
+            run={"max_repeat_failures": 0},
+            parallel={"tp_size": tp_size},
+            checkpoint={"every_steps": 1, "keep_last": 2},
+            watchdog={"step_timeout_seconds": 30.0, "start_timeout_seconds": 180.0},
+        )
         self._config = root / "config.yaml"
         self._config.write_text(yaml.safe_dump(tree))
-        self.kinds, self.faults, self.missed = Counter[str](), list[str](), list[Planned]()
+        self.kinds, self.faults, self.missed = Counter[str](), list[str](), list[PlannedTrial]()
         self.alone_seconds: list[float] = []
-        straight = self._started("straight", "checkpoint.keep=0")
-        self.truth = Truth(root / "runs" / "straight")
-        torn = self._started("torn", kill=Kill(TEARING, 3, RANKS))
-        assert straight.codes == [0, 0]
-        assert torn.killed
+        straight = self._started("straight", "checkpoint.keep_last=0")
+        self.truth = UndisturbedRun(root / "runs" / "straight")
+        torn = self._started("torn", kill=Kill(TEARING_POINT, 3, RANKS))
+        assert straight.exit_codes == [0, 0]
+        assert torn.was_killed
         began = time.monotonic()
         after = self._started("torn")
         self._run_seconds = time.monotonic() - began
-        assert after.codes == [0, 0]
-        self.points = points([straight, torn, after])
+        assert after.exit_codes == [0, 0]
+        self.points = kill_points([straight, torn, after])
 
     @property
     def kills(self) -> int:
@@ -60,60 +75,62 @@ class Sweep:
     def folder(self) -> Path:
         return self._root / "runs" / f"killed-{self._number:03d}"
 
-    def make(self, planned: Planned) -> None:
+    def make(self, planned: PlannedTrial) -> None:
         """The trial is made, and what it left is compared with the undisturbed run; one that was over too early is repeated."""
         if not any(self._trial(planned) for _ in range(TRIES)):
             self.missed.append(planned)
 
-    def finish(self, last: End) -> None:
+    def finish(self, last: TrialEnd) -> None:
         """The run in the folder under way has ended with this start, and the next trial begins another."""
-        self._note(faults_at_the_end(self.folder, self.truth, last), f"{self._name}, {self.folder.name}, at the end")
+        self._note(final_faults(self.folder, self.truth, last), f"{self._name}, {self.folder.name}, at the end")
         self._number += 1
 
-    def _trial(self, planned: Planned) -> bool:
+    def _trial(self, planned: PlannedTrial) -> bool:
         """Whether it came to the kill."""
-        before, starts = newest_step(self.folder), resumed_steps(self.folder)
+        before, starts = newest_step(self.folder), start_steps(self.folder)
         end = self._started(self.folder.name, *self._every(), planned=planned)
         least, words = (
-            max(before, end.committed),
-            f"{self._name}, {self.folder.name}, {planned}, exit codes {end.codes}",
+            max(before, end.committed_step),
+            f"{self._name}, {self.folder.name}, {planned}, exit codes {end.exit_codes}",
         )
-        self._note(faults(self.folder, self.truth, least), words)
-        if any(step != max(before, 0) for step in resumed_steps(self.folder)[len(starts) :]):
+        self._note(checkpoint_faults(self.folder, self.truth, least), words)
+        if any(step != max(before, 0) for step in start_steps(self.folder)[len(starts) :]):
             self._note([f"lost: step {before} was the newest and was not continued"], words)
-        if not end.killed and end.codes != [0, 0]:
+        if not end.was_killed and end.exit_codes != [0, 0]:
             self._note(["wrong: it ended by itself"], words)
-        if end.alone_seconds is not None:
-            self.alone_seconds.append(end.alone_seconds)
-            if not any(code in END_CODES for code in end.codes):
+        if end.survivor_seconds is not None:
+            self.alone_seconds.append(end.survivor_seconds)
+            if not any(code in END_CODES for code in end.exit_codes):
                 self._note(["wrong: a rank that was left alone has crashed"], words)
-            if end.alone_seconds > LONGEST_ALONE_SECONDS:
-                self._note([f"wrong: a rank that was left alone has ended after {end.alone_seconds:.0f} s"], words)
-        if end.codes == [0, 0]:
+            if end.survivor_seconds > LONGEST_ALONE_SECONDS:
+                self._note([f"wrong: a rank that was left alone has ended after {end.survivor_seconds:.0f} s"], words)
+        if end.exit_codes == [0, 0]:
             self.finish(end)
-        if end.killed:
-            victims = "both ranks" if len(planned.victims) == 2 else f"rank {planned.victims[0]}"
+        if end.was_killed:
+            victims = "both ranks" if len(planned.victim_ranks) == 2 else f"rank {planned.victim_ranks[0]}"
             self.kinds[f"{planned.kind}, {victims}"] += 1
             if self.kills % PROGRESS_KILLS == 0:
                 self._tell(f"{self._name}: {self.kills} kills, {len(self.faults)} faults")
-        return end.killed
+        return end.was_killed
 
     def end(self) -> None:
         """The last run is finished."""
         end = self._started(self.folder.name, *self._every())
-        if end.codes != [0, 0]:
+        if end.exit_codes != [0, 0]:
             self._note(["wrong: the last start did not finish"], self.folder.name)
         self.finish(end)
 
     def _every(self) -> tuple[str, ...]:
         return (f"checkpoint.every_steps={1 + self._number % 2}",)
 
-    def _started(self, name: str, *overrides: str, kill: Kill | None = None, planned: Planned | None = None) -> End:
+    def _started(
+        self, name: str, *overrides: str, kill: Kill | None = None, planned: PlannedTrial | None = None
+    ) -> TrialEnd:
         overrides = (f"run.name={name}", *overrides)
         start = (
-            planned.start(self._config, overrides, self._run_seconds)
+            planned.make_start(self._config, overrides, self._run_seconds)
             if planned
-            else Start(self._config, overrides, kill)
+            else TrialStart(self._config, overrides, kill)
         )
         return self._launcher.run(start, self._root / "runs" / name)
 
@@ -146,7 +163,7 @@ def test_no_kill_at_any_moment_of_a_save_loses_or_changes_a_state(tmp_path, corp
         root = tmp_path / name.replace(" ", "-")
         (root / "trials").mkdir(parents=True)
         sweep = Sweep(root, corpus, name, tp_size, tell)
-        for group in plan(sweep.points, KILLS // len(LAYOUTS), draw):
+        for group in plan_trials(sweep.points, KILLS // len(LAYOUTS), draw):
             for planned in group:
                 sweep.make(planned)
         sweep.end()

@@ -21,51 +21,51 @@ from pathlib import Path
 import torch.distributed as dist
 
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.layout import KINDS, committed, damage
-from tandem.trainer.checkpoint.read import Snapshot
-from tests.chaos.save_tracer import KILLED, Kill, Tap
-from tests.promises.conftest import steps_of
-from tests.ranks import SERVER
+from tandem.trainer.checkpoint.layout import STATE_KINDS, find_damage, list_committed
+from tandem.trainer.checkpoint.read import Checkpoint
+from tests.chaos.save_tracer import KILL_ENTRY, Kill, SaveTracer
+from tests.promises.conftest import read_step_records
+from tests.ranks import FORKSERVER
 
 RANKS = (0, 1)
-END_SECONDS = 240.0
+TRIAL_TIMEOUT_SECONDS = 240.0
 """No start takes so long, and no rank outlives another so long, on the busiest of machines."""
-GRACE_SECONDS = 0.2
+SIGTERM_GRACE_SECONDS = 0.2
 """Between a launcher's SIGTERM and its SIGKILL."""
-GOODBYE_SECONDS, GONE_SECONDS = 1.0, 3.0
+EXIT_WAIT_SECONDS, GONE_PEER_TIMEOUT_SECONDS = 1.0, 3.0
 """Instead of the trainer's, which a rank that lost the other during a save would wait for."""
 
 
 @dataclass(frozen=True)
-class Start:
+class TrialStart:
     """A command line and its end."""
 
     config: Path
     overrides: tuple[str, ...]
     kill: Kill | None = None
-    after_seconds: float | None = None
-    """Kills `victims` then, from outside."""
-    victims: tuple[int, ...] = RANKS
-    launcher: bool = True
+    kill_after_seconds: float | None = None
+    """Kills `victim_ranks` then, from outside."""
+    victim_ranks: tuple[int, ...] = RANKS
+    has_launcher: bool = True
     """Whether a rank that outlives another is ended, as launchers do; else it has to end by itself."""
 
 
 @dataclass
-class End:
+class TrialEnd:
     """How the ranks of a start have ended."""
 
-    codes: list[int | None]
-    killed: bool
+    exit_codes: list[int | None]
+    was_killed: bool
     """Whether the start came to its kill."""
-    log: list[tuple[int, int, int, str]]
+    calls: list[tuple[int, int, int, str]]
     """Rank, step, number of the save, name of the call, in the order of the calls."""
-    alone_seconds: float | None = None
+    survivor_seconds: float | None = None
     """How long a rank has outlived another until it ended by itself."""
 
     @property
-    def committed(self) -> int:
+    def committed_step(self) -> int:
         """The newest step whose marker was in place; -1: none."""
-        return max((step for _, step, _, name in self.log if name.startswith("replace marker")), default=-1)
+        return max((step for _, step, _, name in self.calls if name.startswith("replace marker")), default=-1)
 
 
 class Launcher:
@@ -74,29 +74,34 @@ class Launcher:
     def __init__(self, scratch: Path) -> None:
         self._scratch, self._numbers = scratch, itertools.count()
 
-    def run(self, start: Start, folder: Path) -> End:
+    def run(self, start: TrialStart, folder: Path) -> TrialEnd:
         """The start has ended, and none of its processes is left."""
         number = next(self._numbers)
         scratch = self._scratch / f"{number:04d}"
         scratch.mkdir()
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        meet = {
+        rendezvous_environment = {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
             "WORLD_SIZE": str(len(RANKS)), "LOCAL_WORLD_SIZE": str(len(RANKS)),
         }  # fmt: skip
-        ranks = [SERVER.Process(target=_rank, args=(rank, meet, scratch, folder, start)) for rank in RANKS]
+        ranks = [
+            FORKSERVER.Process(target=_rank_main, args=(rank, rendezvous_environment, scratch, folder, start))
+            for rank in RANKS
+        ]
         try:
             for process in ranks:
                 process.start()
             for rank, process in zip(RANKS, ranks, strict=True):
                 (scratch / f"pid-{rank}").write_text(str(process.pid))
             (scratch / "go").touch()
-            if start.after_seconds is not None:
-                wait([process.sentinel for process in ranks], start.after_seconds)
-                for rank in start.victims:
+            if start.kill_after_seconds is not None:
+                wait([process.sentinel for process in ranks], start.kill_after_seconds)
+                for rank in start.victim_ranks:
                     ranks[rank].kill()
-            alone = _ended(ranks, start)
-            assert not any(process.is_alive() for process in ranks), f"still running after {END_SECONDS:g} s: {scratch}"
+            survivor_seconds = _wait_for_ranks(ranks, start)
+            assert not any(process.is_alive() for process in ranks), (
+                f"still running after {TRIAL_TIMEOUT_SECONDS:g} s: {scratch}"
+            )
         finally:
             for process in ranks:
                 if process.pid is not None:
@@ -106,34 +111,41 @@ class Launcher:
         lines = [line.split(" ", 3) for line in log.read_text().splitlines()] if log.exists() else []
         calls = [(int(rank), int(step), int(save), name) for rank, step, save, name in lines]
         codes = [process.exitcode for process in ranks]
-        came = start.after_seconds is not None or any(name == KILLED for *_, name in calls)
-        hit = [codes[rank] == -signal.SIGKILL for rank in start.victims]
+        reached_kill = start.kill_after_seconds is not None or any(name == KILL_ENTRY for *_, name in calls)
+        victims_killed = [codes[rank] == -signal.SIGKILL for rank in start.victim_ranks]
         # At the end of a run one rank may have left in order when a kill by the clock comes to both.
-        late = start.after_seconds is not None and all(code in (0, -signal.SIGKILL) for code in codes)
-        return End(codes, came and (all(hit) or (late and any(hit))), calls, alone)
+        may_finish_first = start.kill_after_seconds is not None and all(code in (0, -signal.SIGKILL) for code in codes)
+        return TrialEnd(
+            codes,
+            reached_kill and (all(victims_killed) or (may_finish_first and any(victims_killed))),
+            calls,
+            survivor_seconds,
+        )
 
 
-def _ended(ranks: list[BaseProcess], start: Start) -> float | None:
+def _wait_for_ranks(ranks: list[BaseProcess], start: TrialStart) -> float | None:
     """Waits until both have; how long one of them has outlived the other until it ended by itself."""
-    wait([process.sentinel for process in ranks], END_SECONDS)
+    wait([process.sentinel for process in ranks], TRIAL_TIMEOUT_SECONDS)
     first = time.monotonic()
-    if len(start.victims) == 1 and ranks[start.victims[0]].exitcode == -signal.SIGKILL:
-        left = ranks[1 - start.victims[0]]
-        if start.launcher:
-            left.terminate()
-            left.join(GRACE_SECONDS)
-            left.kill()
-            left.join()
+    if len(start.victim_ranks) == 1 and ranks[start.victim_ranks[0]].exitcode == -signal.SIGKILL:
+        survivor = ranks[1 - start.victim_ranks[0]]
+        if start.has_launcher:
+            survivor.terminate()
+            survivor.join(SIGTERM_GRACE_SECONDS)
+            survivor.kill()
+            survivor.join()
             return None
-        if left.is_alive():
-            left.join(END_SECONDS)
+        if survivor.is_alive():
+            survivor.join(TRIAL_TIMEOUT_SECONDS)
             return time.monotonic() - first
     for process in ranks:
-        process.join(END_SECONDS)
+        process.join(TRIAL_TIMEOUT_SECONDS)
     return None
 
 
-def _rank(rank: int, meet: Mapping[str, str], scratch: Path, folder: Path, start: Start) -> None:
+def _rank_main(
+    rank: int, rendezvous_environment: Mapping[str, str], scratch: Path, folder: Path, start: TrialStart
+) -> None:
     from jaxtyping import config
 
     from tandem.trainer.checkpoint import async_save
@@ -143,67 +155,75 @@ def _rank(rank: int, meet: Mapping[str, str], scratch: Path, folder: Path, start
     output = os.open(scratch / f"output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(meet, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(rendezvous_environment, RANK=str(rank), LOCAL_RANK=str(rank))
     while not (scratch / "go").exists():
         time.sleep(0.001)
-    async_save.LONGEST_GOODBYE_SECONDS, watchdog.GONE_SECONDS = GOODBYE_SECONDS, GONE_SECONDS
+    async_save.EXIT_WAIT_SECONDS, watchdog.GONE_PEER_TIMEOUT_SECONDS = EXIT_WAIT_SECONDS, GONE_PEER_TIMEOUT_SECONDS
     pid_of: Callable[[int], int] = lambda other: int((scratch / f"pid-{other}").read_text())  # noqa: E731
-    Tap(folder, rank, scratch / "calls", start.kill, pid_of).install()
+    SaveTracer(folder, rank, scratch / "calls", start.kill, pid_of).install()
     sys.exit(main(["train", str(start.config), *start.overrides]))
 
 
 @dataclass
-class Truth:
+class UndisturbedRun:
     """What the run is that nobody disturbs: digests and records by step."""
 
     folder: Path
     digests: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for found in committed(self.folder / "checkpoints"):
-            assert damage(found) is None
-            snapshot = Snapshot(found)
-            self.digests[snapshot.step] = digest(snapshot)
+        for found in list_committed(self.folder / "checkpoints"):
+            assert find_damage(found) is None
+            snapshot = Checkpoint(found)
+            self.digests[snapshot.step] = snapshot_digest(snapshot)
 
     @property
     def last_step(self) -> int:
         return max(self.digests)
 
 
-def digest(snapshot: Snapshot) -> str:
+def snapshot_digest(snapshot: Checkpoint) -> str:
     """Of every bit of the state: true global tensors of all kinds, whoever wrote them, and where the data stands."""
     found = sha256()
-    for name in sorted(snapshot.names):
-        for kind in KINDS:
+    for name in sorted(snapshot.parameter_names):
+        for kind in STATE_KINDS:
             found.update(f"{kind} {name}".encode())
-            found.update(snapshot.tensor(kind, name).numpy())
-    facts = {name: snapshot.manifest[name] for name in ("step", "tokens", "updates", "cursor", "fingerprints", "guard")}
+            found.update(snapshot.read_tensor(kind, name).numpy())
+    facts = {
+        name: snapshot.manifest[name] for name in ("step", "tokens", "num_updates", "cursor", "fingerprints", "guard")
+    }
     found.update(repr(facts).encode())
     snapshot.close()
     return found.hexdigest()
 
 
-def faults(folder: Path, truth: Truth, least: int) -> list[str]:
-    """What is wrong with the checkpoints in a run folder; nothing. One of step `least` (-1: none) or later has to be there."""
+def checkpoint_faults(folder: Path, undisturbed: UndisturbedRun, min_step: int) -> list[str]:
+    """What is wrong with the checkpoints in a run folder; nothing. One of step `min_step` (-1: none) or later has to be
+    there.
+    """
     found, steps = [], [-1]
-    for checkpoint in committed(folder / "checkpoints"):
-        if wrong := damage(checkpoint):
+    for checkpoint in list_committed(folder / "checkpoints"):
+        if wrong := find_damage(checkpoint):
             found.append(f"lost: {checkpoint.name} is committed, and {wrong}")
             continue
-        snapshot = Snapshot(checkpoint)
+        snapshot = Checkpoint(checkpoint)
         steps.append(snapshot.step)
-        if digest(snapshot) != truth.digests[snapshot.step]:
+        if snapshot_digest(snapshot) != undisturbed.digests[snapshot.step]:
             found.append(f"wrong: {checkpoint.name} is not the state of the undisturbed run")
-    if max(steps) < least:
-        found.append(f"lost: step {least} was committed, and the newest is {max(steps)}")
+    if max(steps) < min_step:
+        found.append(f"lost: step {min_step} was committed, and the newest is {max(steps)}")
     return found
 
 
-def faults_at_the_end(folder: Path, truth: Truth, last: End) -> list[str]:
-    """What tells a finished run from the undisturbed one; nothing. What kills have torn is removed by the `last` start's saves,
-    if it made any.
+def final_faults(folder: Path, undisturbed: UndisturbedRun, last_end: TrialEnd) -> list[str]:
+    """What tells a finished run from the undisturbed one; nothing. What kills have torn is removed by the `last_end`
+    start's saves, if it made any.
     """
-    found, one, other = faults(folder, truth, truth.last_step), steps_of(truth.folder), steps_of(folder)
+    found, one, other = (
+        checkpoint_faults(folder, undisturbed, undisturbed.last_step),
+        read_step_records(undisturbed.folder),
+        read_step_records(folder),
+    )
     if [(step, one[step]["loss"]) for step in sorted(one)] != [(step, other[step]["loss"]) for step in sorted(other)]:
         found.append("wrong: other steps or losses are on record")
     with redirect_stdout(io.StringIO()) as said:
@@ -211,17 +231,17 @@ def faults_at_the_end(folder: Path, truth: Truth, last: End) -> list[str]:
     if code:
         found.append("wrong: the audit finds the data not proven: " + said.getvalue())
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    if last.log and names != [path.name for path in committed(folder / "checkpoints")]:
+    if last_end.calls and names != [path.name for path in list_committed(folder / "checkpoints")]:
         found.append(f"wrong: something torn is left: {names}")
     return found
 
 
 def newest_step(folder: Path) -> int:
     """Of the committed checkpoints; -1: none."""
-    return max((int(path.name.removeprefix("step-")) for path in committed(folder / "checkpoints")), default=-1)
+    return max((int(path.name.removeprefix("step-")) for path in list_committed(folder / "checkpoints")), default=-1)
 
 
-def resumed_steps(folder: Path) -> list[int]:
+def start_steps(folder: Path) -> list[int]:
     """Where each start of the run in the folder took it up."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []

@@ -18,14 +18,14 @@ from pathlib import Path
 import pytest
 
 from tests.ports import free_ports
-from tests.timeouts import eventually
+from tests.timeouts import wait_until
 
-SBIN = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
-MISSING = [name for name in PROGRAMS if shutil.which(name, path=SBIN) is None]
+SEARCH_PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+SLURM_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
+MISSING_PROGRAMS = [name for name in SLURM_PROGRAMS if shutil.which(name, path=SEARCH_PATH) is None]
 NODES = ("n1", "n2")
 
-CONF = """
+SLURM_CONF_TEMPLATE = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
@@ -55,35 +55,35 @@ PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=2 Preem
 
 
 @dataclass
-class Slurm:
+class SlurmCluster:
     folder: Path
     log: Path
     environment: dict[str, str]
     """In which its commands find it."""
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    def start(self, name: str, *command: str) -> None:
+    def start_daemon(self, name: str, *command: str) -> None:
         with self.log.open("a") as log:
             environment = os.environ | self.environment
             self.daemons[name] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
     def start_node(self, name: str) -> None:
-        self.start(name, "slurmd", "-D", "-N", name)
+        self.start_daemon(name, "slurmd", "-D", "-N", name)
 
-    def asked(self, *command: str) -> str:
+    def command_output(self, *command: str) -> str:
         """What one of its commands says."""
         environment = os.environ | self.environment
         return subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip()
 
-    def idle_nodes(self) -> int:
-        return int(self.asked("sinfo", "--noheader", "--states=idle", "--partition=cpu", "--format=%D") or 0)
+    def num_idle_nodes(self) -> int:
+        return int(self.command_output("sinfo", "--noheader", "--states=idle", "--partition=cpu", "--format=%D") or 0)
 
 
 @pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
+def slurm() -> Iterator[SlurmCluster]:
     """Of one file, not of the session: its daemons would run beside every test that follows."""
-    if MISSING:
-        pytest.skip(f"Slurm is not installed: no {', '.join(MISSING)}")
+    if MISSING_PROGRAMS:
+        pytest.skip(f"Slurm is not installed: no {', '.join(MISSING_PROGRAMS)}")
     if os.geteuid() != 0:
         pytest.skip("slurmd starts jobs as their user: only root can run one")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not tmp_path: the name of a socket is short
@@ -91,26 +91,28 @@ def slurm() -> Iterator[Slurm]:
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
-    conf = CONF.format(
+    conf = SLURM_CONF_TEMPLATE.format(
         host=socket.gethostname().split(".")[0],
         folder=folder,
         ports=free_ports(3),
         first_job=1 + os.getpid() * 20 % 5000,
     )
     (folder / "slurm.conf").write_text(conf)
-    started = Slurm(folder, folder / "daemons.log", {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SBIN})
+    started = SlurmCluster(
+        folder, folder / "daemons.log", {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SEARCH_PATH}
+    )
     files = {"socket": "socket", "key-file": "key", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
     try:
         options = [f"--{option}={folder}/munge.{end}" for option, end in files.items()]
-        started.start("munged", "munged", "--foreground", "--force", *options)
-        eventually((folder / "munge.socket").exists)
-        started.start("slurmctld", "slurmctld", "-D")
+        started.start_daemon("munged", "munged", "--foreground", "--force", *options)
+        wait_until((folder / "munge.socket").exists)
+        started.start_daemon("slurmctld", "slurmctld", "-D")
         for name in NODES:
             started.start_node(name)
-        eventually(lambda: started.idle_nodes() == len(NODES))
+        wait_until(lambda: started.num_idle_nodes() == len(NODES))
         yield started
-        started.asked("scancel", "--user=root")
-        eventually(lambda: not started.asked("squeue", "--noheader"))
+        started.command_output("scancel", "--user=root")
+        wait_until(lambda: not started.command_output("squeue", "--noheader"))
     finally:
         for daemon in reversed(started.daemons.values()):
             daemon.terminate()

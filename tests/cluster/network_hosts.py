@@ -18,14 +18,14 @@ from typing import IO
 
 from tests.promises.conftest import clean_environment
 
-LAUNCH = Path(__file__).parents[2] / "launch"
-CABLE = "veth-tandem"
-NAMES = ("host-a", "host-b")
+LAUNCH_FOLDER = Path(__file__).parents[2] / "launch"
+VETH_NAME = "veth-tandem"
+HOST_NAMES = ("host-a", "host-b")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-HEAD = f"{ADDRESSES[0]}:29577"
+HEAD_ADDRESS = f"{ADDRESSES[0]}:29577"
 
 
-def missing() -> str | None:
+def unsupported_reason() -> str | None:
     """What this machine cannot do; a root without `ip` can install it: that is a failure, not a skip."""
     if os.geteuid() != 0:
         return "network namespaces need root"
@@ -37,7 +37,7 @@ def missing() -> str | None:
     return None if tried.returncode == 0 else f"no network namespaces here: {tried.stderr.strip()}"
 
 
-def ip(*arguments: str) -> str:
+def run_ip(*arguments: str) -> str:
     assert shutil.which("ip"), "ip is not installed; apt-get install iproute2 (launch/test.sh does that)"
     return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
 
@@ -46,68 +46,74 @@ def ip(*arguments: str) -> str:
 class Host:
     namespace: str
     name: str
-    node: int
+    node_index: int
     """Of `launch/multi_node.sh`."""
-    others: dict[Path, Path] = field(default_factory=dict)
+    file_overrides: dict[Path, Path] = field(default_factory=dict)
     """Files that this host sees with the content of another, in what is begun from then on."""
     launchers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def begun(self, config: Path, log: IO[bytes], *overrides: str, **variables: str) -> subprocess.Popen[bytes]:
+    def start_launcher(
+        self, config: Path, log: IO[bytes], *overrides: str, **variables: str
+    ) -> subprocess.Popen[bytes]:
         """`launch/multi_node.sh` on this host, with one rank; it ends with the hosts at the latest."""
-        binds = "".join(f"mount --bind '{content}' '{file}'; " for file, content in self.others.items())
+        binds = "".join(f"mount --bind '{content}' '{file}'; " for file, content in self.file_overrides.items())
         inside = ["unshare", "--uts", "--mount", "sh", "-ec", f'hostname "$0"; {binds}exec "$@"', self.name]
-        command = ["ip", "netns", "exec", self.namespace, *inside, LAUNCH / "multi_node.sh", config, *overrides]
+        command = ["ip", "netns", "exec", self.namespace, *inside, LAUNCH_FOLDER / "multi_node.sh", config, *overrides]
         environment = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "HEAD": HEAD, "NODES": "2", "NODE": str(self.node), "RANKS_PER_NODE": "1", "GLOO_SOCKET_IFNAME": CABLE,
-        }  # fmt: skip
+            "HEAD": HEAD_ADDRESS,
+            "NODES": "2",
+            "NODE": str(self.node_index),
+            "RANKS_PER_NODE": "1",
+            "GLOO_SOCKET_IFNAME": VETH_NAME,
+        }
         launcher = subprocess.Popen(command, env=clean_environment() | environment | variables, stdout=log, stderr=log)
         self.launchers.append(launcher)
         return launcher
 
-    def processes(self) -> list[int]:
-        return list(map(int, ip("netns", "pids", self.namespace).split()))
+    def process_ids(self) -> list[int]:
+        return list(map(int, run_ip("netns", "pids", self.namespace).split()))
 
-    def rank(self) -> int | None:
+    def rank_process_id(self) -> int | None:
         """The process that trains, if there is one now."""
-        return next(filter(is_rank, self.processes()), None)
+        return next(filter(is_rank_process, self.process_ids()), None)
 
     def kill(self) -> None:
         """Every process of the host is gone, without a word."""
-        for process in self.processes():
+        for process in self.process_ids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         for launcher in self.launchers:
             launcher.wait()
 
-    def plug(self, state: str) -> None:
+    def set_link_state(self, state: str) -> None:
         """The cable is 'up', or 'down' at this end: then both hosts see no carrier."""
-        ip("-n", self.namespace, "link", "set", CABLE, state)
+        run_ip("-n", self.namespace, "link", "set", VETH_NAME, state)
 
     def sent_bytes(self) -> int:
-        (link,) = json.loads(ip("-n", self.namespace, "-json", "-statistics", "link", "show", CABLE))
+        (link,) = json.loads(run_ip("-n", self.namespace, "-json", "-statistics", "link", "show", VETH_NAME))
         return int(link["stats64"]["tx"]["bytes"])
 
 
 @contextlib.contextmanager
-def joined(purpose: str) -> Iterator[tuple[Host, Host]]:
+def connect_hosts(purpose: str) -> Iterator[tuple[Host, Host]]:
     """Two hosts, each with a loopback and its end of the cable; nothing else leads out of them. What runs there ends here."""
-    hosts = [Host(f"{purpose}-{os.getpid()}-{node}", name, node) for node, name in enumerate(NAMES)]
-    with contextlib.ExitStack() as undo:
+    hosts = [Host(f"{purpose}-{os.getpid()}-{node}", name, node) for node, name in enumerate(HOST_NAMES)]
+    with contextlib.ExitStack() as cleanup:
         for host in hosts:
-            ip("netns", "add", host.namespace)
-            undo.callback(ip, "netns", "delete", host.namespace)
-            undo.callback(host.kill)
-        ends = [["name", CABLE, "netns", host.namespace] for host in hosts]
-        ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
+            run_ip("netns", "add", host.namespace)
+            cleanup.callback(run_ip, "netns", "delete", host.namespace)
+            cleanup.callback(host.kill)
+        ends = [["name", VETH_NAME, "netns", host.namespace] for host in hosts]
+        run_ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
         for host, address in zip(hosts, ADDRESSES, strict=True):
-            ip("-n", host.namespace, "address", "add", f"{address}/24", "dev", CABLE)
-            ip("-n", host.namespace, "link", "set", "lo", "up")
-            host.plug("up")
+            run_ip("-n", host.namespace, "address", "add", f"{address}/24", "dev", VETH_NAME)
+            run_ip("-n", host.namespace, "link", "set", "lo", "up")
+            host.set_link_state("up")
         yield hosts[0], hosts[1]
 
 
-def is_rank(process: int) -> bool:
+def is_rank_process(process: int) -> bool:
     """Whether the process is a rank, not its launcher."""
     try:
         command = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")

@@ -26,17 +26,17 @@ import yaml
 
 from tandem.trainer import train
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.read import opened
-from tandem.trainer.config import RunConfig, section_from
+from tandem.trainer.checkpoint.read import open_checkpoint
+from tandem.trainer.config import TrainConfig, parse_dataclass
 from tandem.trainer.distributed.watchdog import newest_verdict
 from tests import ranks
 from tests.cluster import network_hosts
-from tests.cluster.network_hosts import LAUNCH, Host
+from tests.cluster.network_hosts import LAUNCH_FOLDER, Host
 from tests.promises import conftest
-from tests.promises.conftest import clean_environment, differing, steps_of, two_phases
+from tests.promises.conftest import clean_environment, differing_tensors, read_step_records, two_phase_config
 from tests.promises.test_mistakes import flip_a_byte
 
-REASON = network_hosts.missing()
+REASON = network_hosts.unsupported_reason()
 pytestmark = [
     pytest.mark.dist,
     pytest.mark.chaos,
@@ -54,14 +54,14 @@ ALONE_STEPS = 5
 
 def tree(corpus: Path, root: Path, name: str) -> dict:
     """An epsilon above the gradients: at another number of ranks rounding is then not made into whole updates."""
-    return two_phases(
-        "btlm", corpus, root, steps=STEPS, run={"name": name}, checkpoint={"every_steps": 10, "keep": 2},
-        watchdog={"step_seconds": LIMIT_SECONDS.get(name, 100)}, optim={"epsilon": 1.0},
+    return two_phase_config(
+        "btlm", corpus, root, steps=STEPS, run={"name": name}, checkpoint={"every_steps": 10, "keep_last": 2},
+        watchdog={"step_timeout_seconds": LIMIT_SECONDS.get(name, 100)}, optim={"eps": 1.0},
     )  # fmt: skip
 
 
 def undisturbed(straight: dict) -> None:
-    assert train.run(section_from(RunConfig, straight, "")) == 0
+    assert train.run(parse_dataclass(TrainConfig, straight, "")) == 0
 
 
 @dataclass
@@ -127,7 +127,10 @@ def local(story: Story) -> Iterator[subprocess.Popen[bytes]]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with story.log.open("wb") as log:
         process = subprocess.Popen(
-            [LAUNCH / "local.sh", "2", story.config], env=clean_environment() | {"PATH": path}, stdout=log, stderr=log
+            [LAUNCH_FOLDER / "local.sh", "2", story.config],
+            env=clean_environment() | {"PATH": path},
+            stdout=log,
+            stderr=log,
         )
         try:
             yield process
@@ -138,7 +141,7 @@ def local(story: Story) -> Iterator[subprocess.Popen[bytes]]:
 
 def children(process: int) -> list[int]:
     found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [child for child in map(int, found) if network_hosts.is_rank(child)]
+    return [child for child in map(int, found) if network_hosts.is_rank_process(child)]
 
 
 def is_told_to_stop(process: int) -> bool:
@@ -160,24 +163,24 @@ def rank_killed(story: Story) -> list[int]:
 
 def cut_and_frozen(story: Story) -> list[Any]:
     """The cable is cut and put back; when the run goes on, the rank on the second host is stopped."""
-    with network_hosts.joined("cut") as (head, other), story.log.open("wb") as log:
-        launchers = [host.begun(story.config, log) for host in (head, other)]
+    with network_hosts.connect_hosts("cut") as (head, other), story.log.open("wb") as log:
+        launchers = [host.start_launcher(story.config, log) for host in (head, other)]
         story.until("step", lambda: story.steps() >= 15)
         cut_at = time.time()
-        other.plug("down")
+        other.set_link_state("down")
         story.now("cut")
         story.until("verdict", lambda: newest_verdict(story.folder, cut_at))
         of_cut = newest_verdict(story.folder, cut_at)
-        other.plug("up")
+        other.set_link_state("up")
         story.until("second start", lambda: len(story.starts()) > 1)
         story.until("step", lambda: story.steps() >= 15)
-        frozen, stopped_at = other.rank(), time.time()
+        frozen, stopped_at = other.rank_process_id(), time.time()
         assert frozen
         os.kill(frozen, signal.SIGSTOP)
         story.now("stop")
         story.until("verdict", lambda: newest_verdict(story.folder, stopped_at))
         of_frozen = newest_verdict(story.folder, stopped_at)
-        story.until("end of the frozen rank", lambda: frozen not in other.processes())
+        story.until("end of the frozen rank", lambda: frozen not in other.process_ids())
         story.until("third start", lambda: len(story.starts()) > 2)
         story.until("step", lambda: story.steps() > 0)
         return [of_cut, of_frozen, *story.ended(*launchers)]
@@ -185,11 +188,11 @@ def cut_and_frozen(story: Story) -> list[Any]:
 
 def host_lost(story: Story) -> list[Any]:
     """The second host dies, the first goes on without it until it comes back."""
-    with network_hosts.joined("lost") as (head, other), story.log.open("wb") as log:
+    with network_hosts.connect_hosts("lost") as (head, other), story.log.open("wb") as log:
         fewer = {"NODES": "1:2", "LAST_CALL_SECONDS": "10", "LOST_SECONDS": "30"}
 
         def begun(host: Host) -> subprocess.Popen[bytes]:
-            return host.begun(story.config, log, **fewer)
+            return host.start_launcher(story.config, log, **fewer)
 
         first, second = begun(head), begun(other)
         story.until("step of two hosts", lambda: story.steps() >= 15)
@@ -199,7 +202,7 @@ def host_lost(story: Story) -> list[Any]:
         second.wait()
         story.until("verdict", lambda: newest_verdict(story.folder, lost_at))
         story.until("step alone", lambda: story.steps(world_size=1) >= ALONE_STEPS)
-        alone = head.rank()
+        alone = head.rank_process_id()
         assert alone
         os.kill(alone, signal.SIGSTOP)  # else this short run would be over before the other host is back
         story.now("return")
@@ -212,8 +215,8 @@ def host_lost(story: Story) -> list[Any]:
 
 def told_to_stop(story: Story) -> list[Any]:
     """By a signal to torchrun on the first host."""
-    with network_hosts.joined("stop") as both, story.log.open("wb") as log:
-        launchers = [host.begun(story.config, log) for host in both]
+    with network_hosts.connect_hosts("stop") as both, story.log.open("wb") as log:
+        launchers = [host.start_launcher(story.config, log) for host in both]
         story.until("step", lambda: story.steps() >= 15)
         launchers[0].send_signal(signal.SIGUSR1)
         return story.ended(*launchers)
@@ -221,12 +224,12 @@ def told_to_stop(story: Story) -> list[Any]:
 
 def mistaken(story: Story) -> list[Any]:
     """The second host alone reads a damaged shard, some steps on."""
-    with network_hosts.joined("mistake") as both, story.log.open("wb") as log:
-        (source,) = section_from(RunConfig, yaml.safe_load(story.config.read_text()), "").data.sources.values()
+    with network_hosts.connect_hosts("mistake") as both, story.log.open("wb") as log:
+        (source,) = parse_dataclass(TrainConfig, yaml.safe_load(story.config.read_text()), "").data.sources.values()
         file = Path(source) / shard_of_last_step(story.root)
-        both[1].others[file] = Path(shutil.copy(file, story.root / "damaged.tar"))
-        flip_a_byte(both[1].others[file])
-        return story.ended(*(host.begun(story.config, log) for host in both))
+        both[1].file_overrides[file] = Path(shutil.copy(file, story.root / "damaged.tar"))
+        flip_a_byte(both[1].file_overrides[file])
+        return story.ended(*(host.start_launcher(story.config, log) for host in both))
 
 
 def shard_of_last_step(root: Path) -> str:
@@ -262,10 +265,10 @@ def stories(root: Path, corpus: Path) -> Iterator[dict[str, tuple[Story, Future[
 
 def is_the_straight_run(story: Story, root: Path) -> None:
     """To the last bit of losses, weights and moments."""
-    one, other = steps_of(root / "runs" / "straight"), steps_of(story.folder)
+    one, other = read_step_records(root / "runs" / "straight"), read_step_records(story.folder)
     assert sorted(other) == list(range(1, 2 * STEPS + 1))
     assert [other[step]["loss"] for step in sorted(other)] == [one[step]["loss"] for step in sorted(one)]
-    assert differing(opened(root / "runs" / "straight"), opened(story.folder)) == []
+    assert differing_tensors(open_checkpoint(root / "runs" / "straight"), open_checkpoint(story.folder)) == []
     assert main(["audit", str(story.folder)]) == 0
 
 
@@ -298,7 +301,7 @@ def test_a_lost_host_is_gone_on_without_and_taken_back(stories, root):
     assert main(["audit", str(story.folder)]) == 0
     straight = root / "runs" / "straight"
     assert fed(story.folder) == fed(straight)
-    one, other = steps_of(straight), steps_of(story.folder)
+    one, other = read_step_records(straight), read_step_records(story.folder)
     assert sorted(other) == list(range(1, 2 * STEPS + 1))
     assert [other[step]["loss"] for step in other] == pytest.approx([one[step]["loss"] for step in other], rel=1e-5)
 
@@ -308,7 +311,7 @@ def test_a_signal_to_torchrun_on_the_first_host_saves_and_ends_the_run_on_all(st
     assert future.result() == [1, 1]
     print(story.told())
     assert len(story.starts()) == len(story.records("end")) == 1
-    assert opened(story.folder).step == max(steps_of(story.folder)) < 2 * STEPS
+    assert open_checkpoint(story.folder).step == max(read_step_records(story.folder)) < 2 * STEPS
 
 
 def test_a_mistake_that_one_rank_finds_is_one_line_and_ends_the_run_on_all_machines(stories, root):

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tandem.trainer.config import load
-from tandem.trainer.config.flops import parameters
+from tandem.trainer.config import load_config
+from tandem.trainer.config.flops import num_parameters
 from tests.cluster import network_hosts
-from tests.cluster.network_hosts import LAUNCH, Host
+from tests.cluster.network_hosts import LAUNCH_FOLDER, Host
 from tests.promises import conftest
-from tests.promises.conftest import begun, steps_of, two_phases
-from tests.timeouts import PATIENCE_SECONDS
+from tests.promises.conftest import read_step_records, start_command, two_phase_config
+from tests.timeouts import TEST_TIMEOUT_SECONDS
 
 corpus = conftest.corpus
 STEPS = 4
 FP32_BYTES = 4
-REASON = network_hosts.missing()
+REASON = network_hosts.unsupported_reason()
 pytestmark = [
     pytest.mark.dist,
     pytest.mark.slow,
@@ -29,14 +29,14 @@ pytestmark = [
 
 @pytest.fixture
 def pair() -> Iterator[tuple[Host, Host]]:
-    with network_hosts.joined("pair") as both:
+    with network_hosts.connect_hosts("pair") as both:
         yield both
 
 
 @pytest.fixture
 def config(tmp_path: Path, corpus: Path) -> Path:
     """For two data-parallel ranks: in every step each sends half of its gradients and half of the new weights."""
-    tree = two_phases("btlm", corpus, tmp_path / "runs", steps=STEPS // 2)
+    tree = two_phase_config("btlm", corpus, tmp_path / "runs", steps=STEPS // 2)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path / "config.yaml"
 
@@ -45,18 +45,20 @@ def test_two_hosts_train_like_one(pair: tuple[Host, Host], config: Path, tmp_pat
     """The same bits, since two ranks add two numbers; and the gradients have crossed the cable."""
     before = {host: host.sent_bytes() for host in pair}
     log = tmp_path / "network_hosts.log"
-    with begun([LAUNCH / "local.sh", "2", config, "run.name=one"]) as alone, log.open("wb") as written:
-        launchers = [host.begun(config, written, "run.name=two") for host in pair]
-        said, _ = alone.communicate(timeout=PATIENCE_SECONDS)
+    with start_command([LAUNCH_FOLDER / "local.sh", "2", config, "run.name=one"]) as alone, log.open("wb") as written:
+        launchers = [host.start_launcher(config, written, "run.name=two") for host in pair]
+        said, _ = alone.communicate(timeout=TEST_TIMEOUT_SECONDS)
         assert alone.returncode == 0, said
-        codes = [launcher.wait(PATIENCE_SECONDS) for launcher in launchers]
+        codes = [launcher.wait(TEST_TIMEOUT_SECONDS) for launcher in launchers]
     assert codes == [0, 0], log.read_text()
-    model = load(config).model
+    model = load_config(config).model
     for host in pair:
-        assert host.sent_bytes() - before[host] > STEPS * FP32_BYTES * parameters(model), f"{host} has sent too little"
-    one, two = (steps_of(config.parent / "runs" / name) for name in ("one", "two"))
+        assert host.sent_bytes() - before[host] > STEPS * FP32_BYTES * num_parameters(model), (
+            f"{host} has sent too little"
+        )
+    one, two = (read_step_records(config.parent / "runs" / name) for name in ("one", "two"))
     assert sorted(two) == list(range(1, STEPS + 1))
-    for name in ("loss", "gradient_norm"):
+    for name in ("loss", "grad_norm"):
         assert [two[step][name] for step in sorted(two)] == [one[step][name] for step in sorted(one)], name
 
 
@@ -79,15 +81,15 @@ def test_two_hosts_train_like_one(pair: tuple[Host, Host], config: Path, tmp_pat
 def test_a_mistake_is_one_line_before_any_rank_is_started(variables, said, code, config):
     """Also where it concerns a number of machines that the run would come down to later."""
     rightly = {"HEAD": "127.0.0.1:29500", "NODES": "2", "NODE": "0", "RANKS_PER_NODE": "1"}
-    with begun([LAUNCH / "multi_node.sh", config], **rightly | variables) as process:
-        words = process.communicate(timeout=PATIENCE_SECONDS)[0]
+    with start_command([LAUNCH_FOLDER / "multi_node.sh", config], **rightly | variables) as process:
+        words = process.communicate(timeout=TEST_TIMEOUT_SECONDS)[0]
     assert process.returncode == code
     assert said in words
     assert len(words.splitlines()) == 1
 
 
 def test_every_variable_of_the_script_stands_in_the_words_that_it_says_of_itself() -> None:
-    script = LAUNCH / "multi_node.sh"
+    script = LAUNCH_FOLDER / "multi_node.sh"
     words = subprocess.run(["bash", script], capture_output=True, text=True).stderr
     read = set(re.findall(r"\$\{([A-Z_]+):-", script.read_text()))
     assert len(read) > 5

@@ -48,13 +48,13 @@ def test_a_script_without_arguments_explains_itself(name: str) -> None:
 def test_the_world_divides(job: Path) -> None:
     asked = directives(job)
     world_size = int(asked["nodes"]) * int(asked["ntasks-per-node"])
-    config.check_world(config.load(ROOT / "configs" / f"{job.stem}.yaml"), world_size)
+    config.check_world_size(config.load_config(ROOT / "configs" / f"{job.stem}.yaml"), world_size)
 
 
 @every_recipe
 def test_one_task_for_each_device_of_a_node(job: Path) -> None:
     asked = directives(job)
-    hardware = config.load(ROOT / "configs" / f"{job.stem}.yaml").hardware
+    hardware = config.load_config(ROOT / "configs" / f"{job.stem}.yaml").hardware
     assert hardware is not None
     assert int(asked["ntasks-per-node"]) == int(asked["gpus-per-node"]) == hardware.devices_per_node
 

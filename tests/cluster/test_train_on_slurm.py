@@ -13,12 +13,12 @@ import pytest
 import yaml
 
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.read import opened
-from tests.cluster.conftest import Slurm
+from tandem.trainer.checkpoint.read import open_checkpoint
+from tests.cluster.conftest import SlurmCluster
 from tests.promises import conftest
-from tests.promises.conftest import clean_environment, steps_of, two_phases
-from tests.promises.test_resume import differing
-from tests.timeouts import PATIENCE_SECONDS, eventually
+from tests.promises.conftest import clean_environment, read_step_records, two_phase_config
+from tests.promises.test_resume import differing_tensors
+from tests.timeouts import TEST_TIMEOUT_SECONDS, wait_until
 
 ROOT = Path(__file__).parents[2]
 corpus = conftest.corpus
@@ -36,13 +36,13 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 def config(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """For two data-parallel ranks, a node each."""
     folder = tmp_path_factory.mktemp("slurm")
-    tree = two_phases(
+    tree = two_phase_config(
         "btlm",
         corpus,
         folder / "runs",
         steps=STEPS,
         log={"wandb": "offline"},
-        checkpoint={"every_steps": STEPS, "keep": 2},
+        checkpoint={"every_steps": STEPS, "keep_last": 2},
     )
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     return folder / "config.yaml"
@@ -51,7 +51,9 @@ def config(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 class Job:
     """A job of the shipped script that trains the config."""
 
-    def __init__(self, slurm: Slurm, config: Path, name: str, *options: str, overrides: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, slurm: SlurmCluster, config: Path, name: str, *options: str, overrides: tuple[str, ...] = ()
+    ) -> None:
         self.slurm = slurm
         self.folder = config.parent / "runs" / name
         self.log = config.parent / f"{name}.log"
@@ -64,33 +66,33 @@ class Job:
 
     def says(self, field: str) -> str:
         """A field of `scontrol show job`."""
-        found = re.search(rf"\b{field}=(\S*)", self.slurm.asked("scontrol", "show", "job", self.number))
+        found = re.search(rf"\b{field}=(\S*)", self.slurm.command_output("scontrol", "show", "job", self.number))
         assert found is not None, field
         return found[1]
 
     def signal(self, *arguments: str) -> None:
-        self.slurm.asked("scancel", *arguments, self.number)
+        self.slurm.command_output("scancel", *arguments, self.number)
 
     def step(self) -> int:
-        return max(steps_of(self.folder), default=0) if (self.folder / "metrics.jsonl").is_file() else 0
+        return max(read_step_records(self.folder), default=0) if (self.folder / "metrics.jsonl").is_file() else 0
 
     def starts(self) -> list[int]:
         """The step at which each start of the run went on."""
         lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
         return [line["step"] for line in lines if line["kind"] == "start"]
 
-    def until(self, what: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> None:
+    def until(self, what: Callable[[], object], seconds: float = TEST_TIMEOUT_SECONDS) -> None:
         try:
-            eventually(what, seconds)
+            wait_until(what, seconds)
         except AssertionError:
             daemons = self.slurm.log.read_text()[-4000:]
-            raise AssertionError(f"{self.log.read_text()}\n{self.slurm.asked('squeue')}\n{daemons}") from None
+            raise AssertionError(f"{self.log.read_text()}\n{self.slurm.command_output('squeue')}\n{daemons}") from None
 
     def until_step(self, step: int) -> None:
         self.until(lambda: self.step() >= step)
 
 
-def processes_on(slurm: Slurm, node: str) -> dict[int, bytes]:
+def processes_on(slurm: SlurmCluster, node: str) -> dict[int, bytes]:
     """What runs on the node for jobs, with its command: ranks and what they started, and Slurm's process above each task."""
     ours = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={slurm.environment['SLURM_CONF']}".encode()}
     found = {}
@@ -103,23 +105,23 @@ def processes_on(slurm: Slurm, node: str) -> dict[int, bytes]:
     return found
 
 
-def ranks_on(slurm: Slurm, node: str) -> list[int]:
+def ranks_on(slurm: SlurmCluster, node: str) -> list[int]:
     found = processes_on(slurm, node)
-    return [number for number, command in found.items() if b"\0trainer\0train\0" in command]
+    return [number for number, command in found.items() if b"\0tandem.trainer\0train\0" in command]
 
 
-def kill_node(slurm: Slurm, node: str) -> None:
+def kill_node(slurm: SlurmCluster, node: str) -> None:
     """As by a power cut, and Slurm has noticed: no process of the node is left."""
     slurm.daemons[node].kill()
     slurm.daemons[node].wait()
     for process in processes_on(slurm, node):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-    slurm.asked("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=dead")
+    slurm.command_output("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=dead")
 
 
 def test_warned_preempted_and_with_a_node_lost_a_run_ends_as_if_nothing_had_happened(
-    slurm: Slurm, config: Path
+    slurm: SlurmCluster, config: Path
 ) -> None:
     """The run that nothing ends is the job that preempts the other."""
     ours = Job(slurm, config, "ours")
@@ -148,18 +150,18 @@ def test_warned_preempted_and_with_a_node_lost_a_run_ends_as_if_nothing_had_happ
 
 def same_run(folder: Path, straight: Path) -> None:
     """Every step, its loss, the data, the final state; one curve in wandb, however often it was started."""
-    one, other = steps_of(straight), steps_of(folder)
+    one, other = read_step_records(straight), read_step_records(folder)
     assert sorted(other) == sorted(one) == list(range(1, 2 * STEPS + 1))
     assert [other[step]["loss"] for step in sorted(other)] == [one[step]["loss"] for step in sorted(one)]
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["reason"] == "finished"
     assert main(["audit", str(folder)]) == 0
-    assert differing(opened(straight), opened(folder)) == []
+    assert differing_tensors(open_checkpoint(straight), open_checkpoint(folder)) == []
     offline = [path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-run-*")]
     assert offline == 4 * [(folder / "wandb" / "run_id").read_text().strip()]
 
 
 @pytest.mark.chaos
-def test_a_killed_rank_is_a_new_start_and_scancel_a_save_and_the_end(slurm: Slurm, config: Path) -> None:
+def test_a_killed_rank_is_a_new_start_and_scancel_a_save_and_the_end(slurm: SlurmCluster, config: Path) -> None:
     """And a warning that comes while the ranks are starting is a new start too, whether they listen yet or die of it."""
     job = Job(slurm, config, "killed")
     job.until(lambda: ranks_on(slurm, "n2"))
@@ -176,11 +178,11 @@ def test_a_killed_rank_is_a_new_start_and_scancel_a_save_and_the_end(slurm: Slur
     job.until_step(job.step() + 10)
     job.signal()
     job.until(lambda: job.says("JobState") == "CANCELLED")
-    assert opened(job.folder).step == job.step()
-    assert not slurm.asked("squeue", "--noheader")
+    assert open_checkpoint(job.folder).step == job.step()
+    assert not slurm.command_output("squeue", "--noheader")
 
 
-def test_what_no_new_start_can_mend_ends_the_job(slurm: Slurm, config: Path, tmp_path: Path) -> None:
+def test_what_no_new_start_can_mend_ends_the_job(slurm: SlurmCluster, config: Path, tmp_path: Path) -> None:
     """A mistake, also one that rank 0 alone meets; a python that does not know our libraries: one line, and exit code 2."""
     (tmp_path / "torch.py").write_text("raise ImportError('no torch')")
     (tmp_path / "light").mkdir()

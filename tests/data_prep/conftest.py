@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 
 from tandem.data_prep import prepare, verify
-from tests.trainer.data.faulty_server import Server
+from tests.trainer.data.faulty_server import FaultyServer
 
 WORDS = [
     "the",
@@ -48,7 +48,7 @@ def folder(tmp_path, texts) -> Path:
     return root
 
 
-def zst(data: bytes) -> bytes:
+def zstd_frame(data: bytes) -> bytes:
     """One zstd frame."""
     sink = pyarrow.BufferOutputStream()
     with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
@@ -56,7 +56,7 @@ def zst(data: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def run(module, *arguments) -> None:
+def run_verb(module, *arguments) -> None:
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
     module.run(parser.parse_args([str(argument) for argument in arguments]))
@@ -69,8 +69,8 @@ def prepared(tmp_path):
     def call(name: str, *arguments) -> Path:
         output = tmp_path / name
         small = ["--workers", 1, "--sample-tokens", 512, "--shard-tokens", 2000, "--held-out", 0.1]
-        vocab = [] if "--tokenizer" in arguments or "--vocab" in arguments else ["--vocab", 300]
-        run(prepare, "--output", output, *small, *vocab, *arguments)
+        vocab = [] if "--tokenizer" in arguments or "--vocab-size" in arguments else ["--vocab-size", 300]
+        run_verb(prepare, "--output", output, *small, *vocab, *arguments)
         return output
 
     return call
@@ -78,7 +78,7 @@ def prepared(tmp_path):
 
 @pytest.fixture
 def verified():
-    return lambda output: run(verify, output)
+    return lambda output: run_verb(verify, output)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def content():
 def address(tmp_path, monkeypatch):
     """tmp_path over http."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with Server(tmp_path) as running:
+    with FaultyServer(tmp_path) as running:
         threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield running.address
         running.shutdown()

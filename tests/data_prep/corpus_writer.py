@@ -12,58 +12,58 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tandem.data_prep import provenance
 from tandem.data_prep.shard_writer import write_split
 from tandem.trainer.data import manifest
-from tandem.trainer.data.manifest import Manifest
+from tandem.trainer.data.manifest import CorpusManifest
 
 EOS = "<|endoftext|>"
 SAMPLE_TOKENS = 512
 
 
 @cache
-def tokenizer() -> Tokenizer:
+def small_tokenizer() -> Tokenizer:
     """A byte-level BPE of a few merges."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator(["the row of a shard and the tokens of the row"] * 9, trainer)
-    made.encode_special_tokens = True
-    return made
+    bpe.train_from_iterator(["the row of a shard and the tokens of the row"] * 9, trainer)
+    bpe.encode_special_tokens = True
+    return bpe
 
 
-def ids(text: str) -> np.ndarray:
+def encode_document(text: str) -> np.ndarray:
     """The tokens of a document, EOS at its end; the characters of EOS in it are text."""
-    return np.array([*tokenizer().encode(text).ids, tokenizer().token_to_id(EOS)], np.uint16)
+    return np.array([*small_tokenizer().encode(text).ids, small_tokenizer().token_to_id(EOS)], np.uint16)
 
 
-def corpus(
+def write_corpus(
     folder: Path, train: Sequence[str], validation: Sequence[str] = (), *, shard_tokens: int = 1200, **changes
-) -> Manifest:
+) -> CorpusManifest:
     """The corpus of these documents, in this order, is in the folder; `changes` are told by its manifest, true or not."""
     folder.mkdir(exist_ok=True)
     sizes = {"sample_tokens": SAMPLE_TOKENS, "shard_tokens": shard_tokens}
     splits = {
-        name: write_split(folder, name, (ids(text) for text in texts), **sizes)
+        name: write_split(folder, name, (encode_document(text) for text in texts), **sizes)
         for name, texts in (("train", train), ("validation", validation))
     }
-    text = tokenizer().to_str()
+    text = small_tokenizer().to_str()
     (folder / manifest.TOKENIZER_FILE).write_text(text, encoding="utf-8")
     files = [["0/a.txt", 12, "1700000000", ["0a"]], ["0/ü.txt", 30, "1700000001", ["0b", "0c"]]]
     (folder / "inputs.json").write_text(provenance.dump(files))
-    counted = np.bincount(np.concatenate([ids(text) for text in train]))
-    shares = counted[counted > 0] / counted.sum()
-    made = Manifest(
-        dtype="uint16", sample_tokens=SAMPLE_TOKENS, vocab=tokenizer().get_vocab_size(), eos_token=EOS,
-        eos_id=tokenizer().token_to_id(EOS), tokenizer_sha256=sha256(text.encode()).hexdigest(),
+    token_counts = np.bincount(np.concatenate([encode_document(text) for text in train]))
+    shares = token_counts[token_counts > 0] / token_counts.sum()
+    made = CorpusManifest(
+        dtype="uint16", sample_tokens=SAMPLE_TOKENS, vocab=small_tokenizer().get_vocab_size(), eos_token=EOS,
+        eos_id=small_tokenizer().token_to_id(EOS), tokenizer_sha256=sha256(text.encode()).hexdigest(),
         unigram_entropy_nats=round(float(-(shares * np.log(shares)).sum()), 6),
         counts={of: sum(getattr(split, of) for split in splits.values()) for of in ("documents", "tokens")},
-        settings=provenance.identity(files), **splits,
+        settings=provenance.summarize(files), **splits,
     )  # fmt: skip
-    return rewrite(folder, made, **changes)
+    return rewrite_manifest(folder, made, **changes)
 
 
-def rewrite(folder: Path, before: Manifest, **changes) -> Manifest:
+def rewrite_manifest(folder: Path, old_manifest: CorpusManifest, **changes) -> CorpusManifest:
     """The folder's manifest says something else, under a fingerprint that fits."""
-    made = replace(before, **changes)
-    (folder / manifest.FILE).write_text(manifest.dump(made))
-    return made
+    new_manifest = replace(old_manifest, **changes)
+    (folder / manifest.MANIFEST_FILE).write_text(manifest.dump_manifest(new_manifest))
+    return new_manifest

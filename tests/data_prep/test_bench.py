@@ -10,9 +10,9 @@ import pytest
 
 from tandem.data_prep.bench import tokenizer_libraries
 from tandem.data_prep.bench.__main__ import main
-from tandem.data_prep.bench.comparison import Row
-from tandem.data_prep.bench.pipelines import REFERENCE, WAYS, differing, hashed
-from tandem.data_prep.bench.text_files import documents, gathered
+from tandem.data_prep.bench.comparison import PipelineResult
+from tandem.data_prep.bench.pipelines import PIPELINES, REFERENCE_PIPELINE, count_differing, count_document_hashes
+from tandem.data_prep.bench.text_files import gather_text, read_documents
 from tandem.data_prep.tokenizers import build
 
 OURS = "tandem prepare"
@@ -35,7 +35,7 @@ def source(tmp_path_factory) -> Path:
 def tokenizer(source, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     path.write_text(
-        build.train((path.read_text() for path in sorted(source.glob("?.txt"))), 400, tokenizer_libraries.EOS)
+        build.train_bpe((path.read_text() for path in sorted(source.glob("?.txt"))), 400, tokenizer_libraries.EOS)
     )
     return path
 
@@ -43,9 +43,12 @@ def tokenizer(source, tmp_path_factory) -> Path:
 def test_a_run_compares_all_ids_and_says_what_each_way_took(source, tokenizer, tmp_path, capfd):
     kept = tmp_path / "rows.jsonl"
     options = ["--input", str(source), "--tokenizer", str(tokenizer), "--rounds", "1", "--json", str(kept)]
-    assert main([OURS, REFERENCE, *options]) == 0
-    rows = {(row.way, row.part): row for row in (Row(**json.loads(line)) for line in kept.read_text().splitlines())}
-    assert list(rows) == [(way, part) for part in ("whole", "tokenizing") for way in (OURS, REFERENCE)]
+    assert main([OURS, REFERENCE_PIPELINE, *options]) == 0
+    rows = {
+        (row.pipeline, row.part): row
+        for row in (PipelineResult(**json.loads(line)) for line in kept.read_text().splitlines())
+    }
+    assert list(rows) == [(way, part) for part in ("whole", "tokenizing") for way in (OURS, REFERENCE_PIPELINE)]
     text_bytes = sum(len(text.encode()) for text in texts_of(source))
     for (_, part), row in rows.items():
         assert row.text_bytes == text_bytes
@@ -64,40 +67,55 @@ def texts_of(source: Path) -> list[str]:
 
 
 def test_a_rival_that_is_not_installed_is_a_row_that_says_so(source, tokenizer, monkeypatch, capfd):
-    monkeypatch.setitem(WAYS, "absent", replace(WAYS["datatrove"], name="absent", needs="no_such_module"))
+    monkeypatch.setitem(
+        PIPELINES, "absent", replace(PIPELINES["datatrove"], name="absent", required_module="no_such_module")
+    )
     assert main(["absent", "--input", str(source), "--tokenizer", str(tokenizer), "--rounds", "1"]) == 0
     line = capfd.readouterr().out.splitlines()[-1]
     assert "not measured: no_such_module is not installed: pip install 'tandem[bench]'" in line
 
 
 def test_text_is_gathered_once_and_every_text_once(source, tmp_path):
-    text = gathered(tmp_path / "text", [source], 200.0)
-    assert sorted(documents(text.paths)) == texts_of(source)
+    text = gather_text(tmp_path / "text", [source], 200.0)
+    assert sorted(read_documents(text.paths)) == texts_of(source)
     assert sum(text.documents) == 60
-    assert gathered(tmp_path / "text", [source], 200.0) == text
+    assert gather_text(tmp_path / "text", [source], 200.0) == text
 
 
 def test_a_share_is_the_first_files(source, tmp_path, monkeypatch):
     monkeypatch.setattr("tandem.data_prep.bench.text_files.FILE_MB", 0.02)
-    text = gathered(tmp_path / "text", [source], 200.0)
-    share = text.share(0.05, tmp_path / "share")
+    text = gather_text(tmp_path / "text", [source], 200.0)
+    share = text.subset(0.05, tmp_path / "share")
     assert 1 < len(share.names) < len(text.names)
-    assert list(documents(share.paths)) == list(documents(text.paths))[: sum(share.documents)]
+    assert list(read_documents(share.paths)) == list(read_documents(text.paths))[: sum(share.documents)]
     assert 50_000 <= sum(share.bytes) < 100_000
 
 
 def test_a_document_with_another_id_is_counted():
-    reference = hashed([np.array([1, 2, 3]), np.array([4]), np.array([4])])
-    assert differing(reference, hashed([np.array([4]), np.array([1, 2, 3]), np.array([4])]), same_text=True) == 0
-    assert differing(reference, hashed([np.array([4]), np.array([1, 2, 9]), np.array([4])]), same_text=True) == 1
-    assert differing(reference, hashed([np.array([4]), np.array([1, 2, 3])]), same_text=True) == 1
-    more = reference + Counter(hashed([np.array([7])]))
-    assert (differing(reference, more, same_text=False), differing(reference, more, same_text=True)) == (0, 1)
+    reference = count_document_hashes([np.array([1, 2, 3]), np.array([4]), np.array([4])])
+    assert (
+        count_differing(
+            reference, count_document_hashes([np.array([4]), np.array([1, 2, 3]), np.array([4])]), same_text=True
+        )
+        == 0
+    )
+    assert (
+        count_differing(
+            reference, count_document_hashes([np.array([4]), np.array([1, 2, 9]), np.array([4])]), same_text=True
+        )
+        == 1
+    )
+    assert count_differing(reference, count_document_hashes([np.array([4]), np.array([1, 2, 3])]), same_text=True) == 1
+    more = reference + Counter(count_document_hashes([np.array([7])]))
+    assert (count_differing(reference, more, same_text=False), count_differing(reference, more, same_text=True)) == (
+        0,
+        1,
+    )
 
 
 def test_ranks_are_the_bytes_of_the_tokens(tokenizer):
     tree = json.loads(tokenizer.read_text())
-    ranks, specials = tokenizer_libraries.ranks_of(tree)
+    ranks, specials = tokenizer_libraries.mergeable_ranks(tree)
     assert {bytes([value]) for value in range(256)} <= ranks.keys()
     assert len(ranks) + len(specials) == len(tree["model"]["vocab"])
     assert list(specials) == [tokenizer_libraries.EOS]

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from tandem.data_prep import input_files, prepare, stages, work_units
-from tandem.data_prep.cluster import door, stage_job, submissions
-from tandem.data_prep.cluster.stage_job import Request
+from tandem.data_prep.cluster import executor_module, stage_job, submissions
+from tandem.data_prep.cluster.stage_job import PreparationRequest
 from tandem.data_prep.cluster.submissions import Submission
 from tandem.trainer.config import UserError
-from tandem.trainer.disk import whole_file
+from tandem.trainer.disk import atomic_file
 
-SETTINGS = ["--sample-tokens", 512, "--shard-tokens", 2000, "--held-out", 0.1, "--vocab", 300, "--deduplicate"]
+SETTINGS = ["--sample-tokens", 512, "--shard-tokens", 2000, "--held-out", 0.1, "--vocab-size", 300, "--deduplicate"]
 SQUEUE = """#!/bin/sh
 echo "12 RUNNING\n12 PENDING\n12 PENDING\n99 RUNNING"
 """
@@ -22,15 +22,15 @@ echo "12 RUNNING\n12 PENDING\n12 PENDING\n99 RUNNING"
 
 @pytest.fixture(autouse=True)
 def _several_units(monkeypatch):
-    monkeypatch.setattr(work_units, "SMALLEST_UNIT_BYTES", 10_000)
-    monkeypatch.setattr(stages, "SAMPLE_DOCUMENTS", 1)
+    monkeypatch.setattr(work_units, "MIN_UNIT_BYTES", 10_000)
+    monkeypatch.setattr(stages, "CHECK_SAMPLE_DOCUMENTS", 1)
 
 
 @pytest.fixture
 def request_of(tmp_path, folder):
     """request_of(name): the request that `tandem prepare` would submit for that output, which is claimed."""
 
-    def made(name: str) -> Request:
+    def made(name: str) -> PreparationRequest:
         output = tmp_path / name
         parser = argparse.ArgumentParser()
         prepare.add_arguments(parser)
@@ -38,7 +38,9 @@ def request_of(tmp_path, folder):
         arguments = parser.parse_args(list(map(str, given)))
         (output / "work").mkdir(parents=True, exist_ok=True)
         settings = prepare._settings(arguments, None)
-        return Request(output, settings, input_files.listed([str(folder)], None, output), None, 300, "tokenizers")
+        return PreparationRequest(
+            output, settings, input_files.list_input_files([str(folder)], None, output), None, 300, "tokenizers"
+        )
 
     return made
 
@@ -52,70 +54,82 @@ def expected(prepared, folder, content) -> dict[str, bytes]:
 def test_any_number_of_tasks_in_any_order_gives_the_same_bytes(expected, request_of, content):
     for tasks in (1, 3):
         request = request_of(f"in {tasks}")
-        submitted = stage_job.left(request, tasks)
-        assert [(job.name, job.tasks) for job in submitted] == [
-            ("train", 1), ("encode", tasks), ("link", tasks), ("arrange", 1), ("gather", tasks), ("finish", 1)
-        ]  # fmt: skip
+        submitted = stage_job.plan_jobs(request, tasks)
+        assert [(job.name, job.num_tasks) for job in submitted] == [
+            ("train-tokenizer", 1),
+            ("encode", tasks),
+            ("find-duplicates", tasks),
+            ("plan-shards", 1),
+            ("gather", tasks),
+            ("finish", 1),
+        ]
         for job in submitted:
-            for rank in random.Random(0).sample(range(job.tasks), job.tasks):
-                job.work(rank, job.tasks)
+            for rank in random.Random(0).sample(range(job.num_tasks), job.num_tasks):
+                job.run_task(rank, job.num_tasks)
         assert content(request.output) == expected
 
 
 def test_after_failed_tasks_another_number_of_them_does_what_is_missing(expected, request_of, content):
     request = request_of("jobs")
-    train, encode, *_ = stage_job.left(request, 3)
-    train.work(0, 1)
-    encode.work(1, 3)
+    train, encode, *_ = stage_job.plan_jobs(request, 3)
+    train.run_task(0, 1)
+    encode.run_task(1, 3)
     work = request.output / "work"
     finished = {path: path.stat().st_mtime_ns for path in work.glob("*.tokens")}
-    encode, *others = stage_job.left(request, 2)
-    preparation = request.begin()
+    encode, *others = stage_job.plan_jobs(request, 2)
+    preparation = request.create_preparation()
     assert finished
     assert 1 < len(encode.items) < len(preparation.units)
-    encode.work(0, 2)
+    encode.run_task(0, 2)
     finished |= {path: path.stat().st_mtime_ns for path in work.glob("*.tokens")}
     for rank in (1, 0):  # the second is started again
-        encode.work(rank, 2)
+        encode.run_task(rank, 2)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    assert [job.name for job in stage_job.left(request, 2)] == ["link", "arrange", "gather", "finish"]
+    assert [job.name for job in stage_job.plan_jobs(request, 2)] == [
+        "find-duplicates",
+        "plan-shards",
+        "gather",
+        "finish",
+    ]
     for job in others:
-        for rank in range(job.tasks):
-            job.work(rank, job.tasks)
+        for rank in range(job.num_tasks):
+            job.run_task(rank, job.num_tasks)
     assert content(request.output) == expected
 
 
 def test_a_job_that_begins_too_early_says_what_is_missing(request_of):
-    train, encode, link, arrange, *_ = stage_job.left(request_of("jobs"), 2)
+    train, encode, find_duplicates, plan_shards, *_ = stage_job.plan_jobs(request_of("jobs"), 2)
     with pytest.raises(UserError, match=r"^encode: the tokenizer is not trained; run the same command again$"):
-        encode.work(0, 2)
-    train.work(0, 1)
-    encode.work(0, 2)
-    with pytest.raises(UserError, match=r"^link: \d+ of \d+ items of encode miss; run the same command again$"):
-        link.work(0, 2)
-    encode.work(1, 2)
-    link.work(0, 2)
-    with pytest.raises(UserError, match=r"^arrange: \d+ of \d+ items of link miss"):
-        arrange.work(0, 1)
+        encode.run_task(0, 2)
+    train.run_task(0, 1)
+    encode.run_task(0, 2)
+    with pytest.raises(
+        UserError, match=r"^find-duplicates: \d+ of \d+ items of encode miss; run the same command again$"
+    ):
+        find_duplicates.run_task(0, 2)
+    encode.run_task(1, 2)
+    find_duplicates.run_task(0, 2)
+    with pytest.raises(UserError, match=r"^plan-shards: \d+ of \d+ items of find-duplicates miss"):
+        plan_shards.run_task(0, 1)
 
 
 def test_what_a_task_failed_of_is_one_line_beside_the_logs(request_of, folder, tmp_path, capsys):
     slurm = pytest.importorskip("tandem.data_prep.cluster.slurm", reason="datatrove is not installed")
     (folder / "1" / "bad.jsonl").write_text('{"body": "no text"}\n')
-    job = stage_job.left(request_of("jobs"), 1)[0]
-    job.write(tmp_path / "train.job")
+    job = stage_job.plan_jobs(request_of("jobs"), 1)[0]
+    job.save(tmp_path / "train.job")
     with pytest.raises(SystemExit) as ended:
-        slurm.Step(tmp_path / "train.job")(None, 0, 1)
+        slurm.TaskStep(tmp_path / "train.job")(None, 0, 1)
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert "bad.jsonl:1: has no field 'text'" in said
-    assert Submission(str(tmp_path), {}).failures() == [f"train-00000: {said.removeprefix('tandem: ').strip()}"]
+    assert Submission(str(tmp_path), {}).failure_lines() == [f"train-00000: {said.removeprefix('tandem: ').strip()}"]
 
 
 def test_a_folder_that_jobs_work_in_is_left_alone(request_of, prepared, folder, tmp_path, monkeypatch):
     request = request_of("jobs")
     (request.output / "preparing.json").write_text("{}")
-    Submission("logs of them", {"encode": "12", "gather": "13"}).write(request.output)
+    Submission("logs of them", {"encode": "12", "gather": "13"}).save(request.output)
     before = sorted(request.output.rglob("*"))
     squeue = tmp_path / "bin" / "squeue"
     squeue.parent.mkdir()
@@ -124,25 +138,25 @@ def test_a_folder_that_jobs_work_in_is_left_alone(request_of, prepared, folder, 
     with monkeypatch.context() as context:
         context.setenv("PATH", f"{squeue.parent}:/bin:/usr/bin")
         with pytest.raises(UserError, match=r"prepared by Slurm: encode \(12\) 2 pending and 1 running; run the same"):
-            submissions.refuse_running(request.output)
+            submissions.check_no_running_jobs(request.output)
         squeue.write_text("#!/bin/sh\necho no controller >&2; exit 1")
         with pytest.raises(UserError, match=r"squeue fails \(no controller\); if they have ended, remove .*jobs.json"):
-            submissions.refuse_running(request.output)
+            submissions.check_no_running_jobs(request.output)
         squeue.write_text("#!/bin/sh")
-        submissions.refuse_running(request.output)
+        submissions.check_no_running_jobs(request.output)
         context.setenv("PATH", str(tmp_path))
         with pytest.raises(UserError, match=r"given to Slurm's jobs 12, 13, and there is no squeue to ask"):
-            submissions.refuse_running(request.output)
+            submissions.check_no_running_jobs(request.output)
     assert sorted(request.output.rglob("*")) == before
 
 
 def test_this_machine_does_not_begin_beside_jobs(prepared, folder, tmp_path, monkeypatch):
     with monkeypatch.context() as context:
-        context.setattr(work_units, "UNITS", 0)  # a crash of ours, that leaves the folder unfinished
+        context.setattr(work_units, "TARGET_NUM_UNITS", 0)  # a crash of ours, that leaves the folder unfinished
         with pytest.raises(ZeroDivisionError):
             prepared("out", "--input", folder, *SETTINGS)
     output = tmp_path / "out"
-    Submission("logs of them", {"encode": "12"}).write(output)
+    Submission("logs of them", {"encode": "12"}).save(output)
     before = sorted(output.rglob("*"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"given to Slurm's jobs 12, and there is no squeue to ask; if they have ended"):
@@ -152,9 +166,9 @@ def test_this_machine_does_not_begin_beside_jobs(prepared, folder, tmp_path, mon
 
 def test_two_writers_of_one_file_never_mix(tmp_path):
     path = tmp_path / "file"
-    with whole_file(path) as slow:
+    with atomic_file(path) as slow:
         slow.write(b"whole")
-        with whole_file(path) as quick:
+        with atomic_file(path) as quick:
             quick.write(b"whole")
         assert path.read_bytes() == b"whole"
     assert path.read_bytes() == b"whole"
@@ -185,22 +199,25 @@ def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch, ex
     with pytest.raises(
         UserError, match=rf"needs {library}, which is not installed; pip install 'tandem\[{executor}\]'"
     ):
-        door(executor)
+        executor_module(executor)
 
 
 def test_logs_lie_beside_the_folder_and_are_numbered(tmp_path):
     output = tmp_path / "corpus"
-    assert [submissions.new_logs(output) for _ in range(2)] == [Path(f"{output}.jobs/1"), Path(f"{output}.jobs/2")]
-    submissions.forget(output, Path(f"{output}.jobs/2"))
-    assert submissions.new_logs(output).name == "2"
+    assert [submissions.create_logs_folder(output) for _ in range(2)] == [
+        Path(f"{output}.jobs/1"),
+        Path(f"{output}.jobs/2"),
+    ]
+    submissions.discard_submission(output, Path(f"{output}.jobs/2"))
+    assert submissions.create_logs_folder(output).name == "2"
 
 
 def test_a_job_that_is_begun_again_after_the_end_changes_nothing(expected, request_of, content):
     request = request_of("jobs")
-    submitted = stage_job.left(request, 2)
+    submitted = stage_job.plan_jobs(request, 2)
     for job in submitted:
-        for rank in range(job.tasks):
-            job.work(rank, job.tasks)
+        for rank in range(job.num_tasks):
+            job.run_task(rank, job.num_tasks)
     for job in submitted:
-        job.work(0, job.tasks)
+        job.run_task(0, job.num_tasks)
     assert content(request.output) == expected

@@ -10,9 +10,9 @@ from tandem.data_prep import duplicates
 from tandem.data_prep.minhash import signatures
 
 
-def find(bands, masks, folder, run=map, records=duplicates.RECORDS):
+def find(bands, masks, folder, run=map, records=duplicates.RECORDS_PER_RANGE):
     """The stage, by any `map`: how many documents are dropped."""
-    parts = duplicates.parts(bands, folder, records)
+    parts = duplicates.plan_band_ranges(bands, folder, records)
     for _ in run(partial(duplicates.write_links, tuple(bands)), parts):
         pass
     return duplicates.write_masks(bands, masks, parts)
@@ -76,10 +76,10 @@ def test_units_parts_and_their_order_change_nothing(tmp_path, rows, cuts, record
     assert (found(tmp_path / "cut", rows, cuts, records=records, run=run) == expected(rows)).all()
 
 
-@pytest.mark.parametrize("links", [duplicates.LINKS, 3])
+@pytest.mark.parametrize("links", [duplicates.LINKS_PER_READ, 3])
 def test_links_are_followed_to_the_end(tmp_path, monkeypatch, links):
     """A chain in random order, in which each document is like the next alone."""
-    monkeypatch.setattr(duplicates, "LINKS", links)
+    monkeypatch.setattr(duplicates, "LINKS_PER_READ", links)
     rows = np.arange(2 * 300, dtype=np.uint64).reshape(300, 2)
     chain = np.random.default_rng(1).permutation(300)
     rows[chain[:-1], 0] = 1000 + np.arange(299)
@@ -96,7 +96,7 @@ def test_a_killed_stage_goes_on_with_what_is_missing(tmp_path, rows):
     def killed(function, items):
         for item in items[:4]:
             yield function(item)
-        (items[4].path.parent / (items[4].path.name + ".tmp")).write_bytes(b"half a lin")
+        (items[4].links_path.parent / (items[4].links_path.name + ".tmp")).write_bytes(b"half a lin")
         raise KeyboardInterrupt
 
     folder = tmp_path / "killed"
@@ -113,12 +113,12 @@ def test_a_killed_stage_goes_on_with_what_is_missing(tmp_path, rows):
 def test_a_part_that_is_cut_short_leaves_nothing_that_could_pass_for_it(tmp_path, rows):
     bands = [tmp_path / "0.npy", tmp_path / "1.npy"]
     duplicates.write_bands(bands[0], rows)
-    part = duplicates.Part(0, 0, 2**64, tmp_path / "links")
+    part = duplicates.BandRange(0, 0, 2**64, tmp_path / "links")
     with pytest.raises(FileNotFoundError):
         duplicates.write_links(bands, part)
-    assert not part.path.exists()
+    assert not part.links_path.exists()
     duplicates.write_links(bands[:1], part)
-    assert part.path.stat().st_size > 0
+    assert part.links_path.stat().st_size > 0
 
 
 def test_near_copies_of_texts_go_over_unit_borders_and_the_rest_stays(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 
 from tandem.data_prep import executor
 from tandem.trainer.config import UserError
-from tests.timeouts import eventually
+from tests.timeouts import wait_until
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -25,17 +25,17 @@ from functools import partial
 from pathlib import Path
 
 from tandem.data_prep import executor
-from tests.data_prep.test_executor import (sleeping)
+from tests.data_prep.test_executor import sleeping
 
 if __name__ == "__main__":
     executor.run(partial(sleeping, Path(sys.argv[1])), range(4), 2, lambda count: None)
 """
 
 
-def failing(folder: Path) -> executor.Do:
+def failing(folder: Path) -> executor.ItemFunction:
     """Item 0 waits for another to begin and is a mistake; the others would take a minute."""
 
-    def do(item: int, advance: executor.Advance) -> None:
+    def do(item: int, advance: executor.ProgressCallback) -> None:
         (folder / str(item)).touch()
         while item == 0 and len(list(folder.iterdir())) < 2:
             time.sleep(0.01)
@@ -48,8 +48,8 @@ def failing(folder: Path) -> executor.Do:
     return do
 
 
-def dying(folder: Path) -> executor.Do:
-    def do(item: int, advance: executor.Advance) -> None:
+def dying(folder: Path) -> executor.ItemFunction:
+    def do(item: int, advance: executor.ProgressCallback) -> None:
         (folder / str(item)).touch()
         if item == 0:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -57,8 +57,8 @@ def dying(folder: Path) -> executor.Do:
     return do
 
 
-def sleeping(folder: Path) -> executor.Do:
-    def do(item: int, advance: executor.Advance) -> None:
+def sleeping(folder: Path) -> executor.ItemFunction:
+    def do(item: int, advance: executor.ProgressCallback) -> None:
         (folder / str(os.getpid())).touch()
         for _ in range(600):
             time.sleep(0.1)
@@ -85,7 +85,7 @@ def running(*command: object) -> Iterator[subprocess.Popen[str]]:
     """The command, in a process group of its own, gone at the end with all that it has started."""
     with subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         try:
             yield process
@@ -130,21 +130,21 @@ def test_an_interrupt_leaves_no_process(tmp_path):
     script.write_text(SCRIPT)
     folder.mkdir()
     with running(script, folder) as process:
-        eventually(lambda: len(list(folder.iterdir())) == 2)
+        wait_until(lambda: len(list(folder.iterdir())) == 2)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         process.communicate(timeout=20)
     workers = [int(path.name) for path in folder.iterdir()]
     assert len(workers) == 2
-    eventually(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), 5)
+    wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), 5)
 
 
 def test_a_preparation_whose_worker_was_killed_goes_on_to_the_same_bytes(prepared, folder, content, tmp_path):
-    small = ["--sample-tokens", 512, "--shard-tokens", 512, "--held-out", 0.1, "--vocab", 300]
+    small = ["--sample-tokens", 512, "--shard-tokens", 512, "--held-out", 0.1, "--vocab-size", 300]
     arguments = ["--input", folder, *small]
     expected = content(prepared("whole", *arguments))
     output = tmp_path / "killed"
     with running("-m", "tandem.trainer", "prepare", "--output", output, *arguments, "--workers", 2) as process:
-        eventually(lambda: children(process.pid, "spawn_main"))
+        wait_until(lambda: children(process.pid, "spawn_main"))
         os.kill(children(process.pid, "spawn_main")[0], signal.SIGKILL)
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 2
@@ -156,7 +156,7 @@ def test_a_preparation_whose_worker_was_killed_goes_on_to_the_same_bytes(prepare
     assert content(output) == expected
 
 
-def refusing() -> executor.Do:
+def refusing() -> executor.ItemFunction:
     raise UserError("tokenizer: is not there; must be; restore it")
 
 
@@ -166,8 +166,8 @@ def test_why_a_worker_cannot_begin_is_said(workers):
         executor.run(refusing, range(4), workers, lambda count: None)
 
 
-def interrupting() -> executor.Do:
-    def do(item: int, advance: executor.Advance) -> None:
+def interrupting() -> executor.ItemFunction:
+    def do(item: int, advance: executor.ProgressCallback) -> None:
         if item == 1:
             os.kill(os.getppid(), signal.SIGINT)
 
@@ -183,11 +183,11 @@ def test_an_interrupt_while_the_last_items_end_is_not_lost():
 
 @pytest.mark.parametrize("delay_seconds", [0.0, 0.02, 0.1])
 def test_an_interrupted_preparation_is_one_line_and_goes_on(prepared, folder, content, tmp_path, delay_seconds):
-    small = ["--sample-tokens", 512, "--shard-tokens", 512, "--held-out", 0.1, "--vocab", 300]
+    small = ["--sample-tokens", 512, "--shard-tokens", 512, "--held-out", 0.1, "--vocab-size", 300]
     arguments = ["--input", folder, *small]
     output = tmp_path / "interrupted"
     with running("-m", "tandem.trainer", "prepare", "--output", output, *arguments, "--workers", 2) as process:
-        eventually(lambda: children(process.pid, "spawn_main"))
+        wait_until(lambda: children(process.pid, "spawn_main"))
         time.sleep(delay_seconds)
         os.killpg(process.pid, signal.SIGINT)
         said = process.communicate(timeout=60)[1]

@@ -8,10 +8,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tandem.data_prep import inspect
-from tandem.data_prep.vocabulary import Vocabulary, visible
+from tandem.data_prep.vocabulary import Vocabulary, make_visible
 from tandem.trainer.config import UserError
 from tests.data_prep import corpus_writer
-from tests.data_prep.conftest import run
+from tests.data_prep.conftest import run_verb
 
 STRANGE = "naïve 漢字 🙂\r\n\ttab <|endoftext|> \x1b[31m\u200b nb\xa0sp"
 WORDS = ["the", "row", "of", "a", "shard", "tokens"]
@@ -22,7 +22,7 @@ HELD_OUT = ["held out text", "another row"]
 @pytest.fixture
 def folder(tmp_path):
     """A corpus of these documents in several shards."""
-    made = corpus_writer.corpus(tmp_path / "corpus", TRAIN, HELD_OUT)
+    made = corpus_writer.write_corpus(tmp_path / "corpus", TRAIN, HELD_OUT)
     assert len(made.train.shards) > 2
     return tmp_path / "corpus"
 
@@ -32,7 +32,7 @@ def shown(capsys):
     """shown(folder, "--row", 3): what is printed; an object with --json."""
 
     def call(*arguments):
-        run(inspect, *arguments)
+        run_verb(inspect, *arguments)
         text = capsys.readouterr().out
         return json.loads(text) if "--json" in arguments else text
 
@@ -40,12 +40,12 @@ def shown(capsys):
 
 
 def stream(texts):
-    return np.concatenate([corpus_writer.ids(text) for text in texts])
+    return np.concatenate([corpus_writer.encode_document(text) for text in texts])
 
 
 @pytest.mark.parametrize(("split", "texts"), [("train", TRAIN), ("validation", HELD_OUT)])
 def test_rows_cover_the_stored_order_and_say_which_part_of_which_document_they_hold(folder, shown, split, texts):
-    tokens, lengths = stream(texts), [len(corpus_writer.ids(text)) for text in texts]
+    tokens, lengths = stream(texts), [len(corpus_writer.encode_document(text)) for text in texts]
     begins = np.cumsum([0, *lengths])
     rows = -(-len(tokens) // 100)
     for number in range(rows):
@@ -59,11 +59,11 @@ def test_rows_cover_the_stored_order_and_say_which_part_of_which_document_they_h
             assert document["before"] + count + document["after"] == lengths[index]
             place += count
     with pytest.raises(UserError, match=rf"--row: {rows}; {split} has {rows} rows of 100 tokens; name one from 0 to"):
-        run(inspect, folder, "--row", rows, "--seq-len", 100, "--split", split)
+        run_verb(inspect, folder, "--row", rows, "--seq-len", 100, "--split", split)
 
 
 def test_a_range_of_a_shard_is_the_same_tokens_as_in_its_row(folder, shown):
-    beyond = inspect.Corpus(str(folder)).manifest.train.shards[0].tokens + 50
+    beyond = inspect.CorpusReader(str(folder)).manifest.train.shards[0].tokens + 50
     row = shown(folder, "--row", 0, "--seq-len", beyond, "--json")
     assert len({document["shard"] for document in row["documents"]}) == 2, "a row across two shards"
     for document in row["documents"]:
@@ -89,7 +89,7 @@ def test_borders_and_hidden_characters_can_be_seen_and_nothing_is_coloured(folde
     lines = text.splitlines()
     assert "100 tokens, 7 documents, whole or in part" in lines[0]
     assert (lines[2], lines[4]) == (f"short⟦{corpus_writer.EOS}⟧", f"⟦{corpus_writer.EOS}⟧")
-    strange = len(corpus_writer.ids(STRANGE))
+    strange = len(corpus_writer.encode_document(STRANGE))
     assert lines[5].startswith(f"── 2: train document 2, train-000000.tar 7:{7 + strange}, {strange} tokens ──")
     assert "naïve 漢字 🙂␍↵\n→       tab <|endoftext|> ␛[31m\\u200b nb\\u00a0sp⟦<|endoftext|>⟧\n" in text
     assert "\x1b" not in text
@@ -102,7 +102,7 @@ def test_borders_and_hidden_characters_can_be_seen_and_nothing_is_coloured(folde
 
 def test_characters_that_a_border_cuts_are_shown_as_the_bytes_they_are(folder, shown):
     tokens = stream(TRAIN)
-    whole = corpus_writer.tokenizer().encode("漢").ids
+    whole = corpus_writer.small_tokenizer().encode("漢").ids
     assert len(whole) == 3, "the character is cut where its tokens are"
     first = next(n for n in range(len(tokens)) if tokens[n : n + 3].tolist() == whole)
     left = shown(folder, "--shard", "train-000000.tar", "--tokens", f"{first - 1}:{first + 2}")
@@ -125,12 +125,12 @@ def test_text_is_found_in_the_first_documents_that_hold_it(folder, shown):
 
 
 def test_a_corpus_is_described_by_its_manifest_and_its_tokens(folder, shown):
-    corpus = inspect.Corpus(str(folder)).manifest
+    corpus = inspect.CorpusReader(str(folder)).manifest
     counts = corpus.counts | {"files": 2, "short_documents": 12, "empty_documents": 0}
     half = {"documents": 8, "tokens": corpus.counts["tokens"] // 2}
-    corpus_writer.rewrite(folder, corpus, counts=counts, groups={"Wiki": half, "": half})
+    corpus_writer.rewrite_manifest(folder, corpus, counts=counts, groups={"Wiki": half, "": half})
     known = shown(folder, "--sample", "all", "--json")
-    lengths = [len(corpus_writer.ids(text)) for text in (*TRAIN, *HELD_OUT)]
+    lengths = [len(corpus_writer.encode_document(text)) for text in (*TRAIN, *HELD_OUT)]
     assert (known["documents"], known["tokens"]) == (len(lengths), sum(lengths))
     assert known["left_out"] == {"short_documents": 12}
     assert known["groups"]["Wiki"] == half | {"share": half["tokens"] / sum(lengths), "mean_length": half["tokens"] / 8}
@@ -153,7 +153,7 @@ def test_a_corpus_is_described_by_its_manifest_and_its_tokens(folder, shown):
 
 
 def test_lengths_may_be_counted_in_some_shards_from_everywhere(folder, shown):
-    shards = inspect.Corpus(str(folder)).shards
+    shards = inspect.CorpusReader(str(folder)).shards
     known = shown(folder, "--sample", 2, "--json")
     assert known["scanned_shards"] == 2
     taken = [shards[0], shards[len(shards) // 2]]
@@ -167,7 +167,7 @@ def test_a_corpus_elsewhere_looks_the_same(folder, shown, address, tmp_path, mon
         here, there = (shown(where, *arguments, "--json") for where in (folder, f"{address}/corpus"))
         assert there | {"corpus": here["corpus"]} == here
     with pytest.raises(UserError, match=r"nowhere/manifest.json: no such file"):
-        run(inspect, f"{address}/nowhere")
+        run_verb(inspect, f"{address}/nowhere")
 
 
 def test_every_mistake_is_one_line(folder, tmp_path):
@@ -186,26 +186,30 @@ def test_every_mistake_is_one_line(folder, tmp_path):
     }
     for message, arguments in mistakes.items():
         with pytest.raises(UserError, match=message) as caught:
-            run(inspect, *arguments)
+            run_verb(inspect, *arguments)
         assert "\n" not in str(caught.value)
     (folder / "train-000000.tar").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"train-000000.tar: has 4 bytes"):
-        run(inspect, folder, "--row", 0)
+        run_verb(inspect, folder, "--row", 0)
 
 
 def test_a_split_without_documents_is_no_row_to_show(tmp_path):
-    corpus_writer.corpus(tmp_path / "corpus", TRAIN[:3])
+    corpus_writer.write_corpus(tmp_path / "corpus", TRAIN[:3])
     with pytest.raises(UserError, match="--row: 0; validation has 0 rows of 2,048 tokens; see the other --split"):
-        run(inspect, tmp_path / "corpus", "--row", 0, "--split", "validation")
+        run_verb(inspect, tmp_path / "corpus", "--row", 0, "--split", "validation")
 
 
 def test_bytes_of_every_token_are_those_that_the_tokenizer_decodes():
-    vocabulary = Vocabulary(corpus_writer.tokenizer().to_str(), corpus_writer.EOS, "here")
+    vocabulary = Vocabulary(corpus_writer.small_tokenizer().to_str(), corpus_writer.EOS, "here")
     for text in (STRANGE, "the row of a shard", "".join(map(chr, range(32, 0x3000)))):
-        ids = corpus_writer.ids(text)[:-1]
-        assert vocabulary.text(ids) == text == corpus_writer.tokenizer().decode(ids.tolist(), skip_special_tokens=False)
-        assert vocabulary.widths[ids].sum() == len(text.encode())
-        assert vocabulary.shown(ids).plain == visible(text)
+        ids = corpus_writer.encode_document(text)[:-1]
+        assert (
+            vocabulary.decode(ids)
+            == text
+            == corpus_writer.small_tokenizer().decode(ids.tolist(), skip_special_tokens=False)
+        )
+        assert vocabulary.token_sizes_bytes[ids].sum() == len(text.encode())
+        assert vocabulary.render(ids).plain == make_visible(text)
 
 
 def test_a_tokenizer_that_is_not_of_bytes_decodes_by_itself():
@@ -214,6 +218,6 @@ def test_a_tokenizer_that_is_not_of_bytes_decodes_by_itself():
     made.pre_tokenizer, made.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece()
     made.add_special_tokens([corpus_writer.EOS])
     vocabulary = Vocabulary(made.to_str(), corpus_writer.EOS, "here")
-    assert vocabulary.widths is None
-    assert vocabulary.text(np.array([0, 1, 2])) == f"some words {corpus_writer.EOS}"
-    assert vocabulary.shown(np.array([0, 1, 2])).plain == f"some words⟦{corpus_writer.EOS}⟧"
+    assert vocabulary.token_sizes_bytes is None
+    assert vocabulary.decode(np.array([0, 1, 2])) == f"some words {corpus_writer.EOS}"
+    assert vocabulary.render(np.array([0, 1, 2])).plain == f"some words⟦{corpus_writer.EOS}⟧"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tandem.data_prep import minhash
-from tandem.data_prep.minhash import BANDS, ROWS, WIDTH, signatures
+from tandem.data_prep.minhash import NGRAM_SIZE, NUM_BANDS, ROWS_PER_BAND, signatures
 
 TEXTS = [
     "",
@@ -45,11 +45,11 @@ def defined(text):
     """The signature by its definition, one gram and one function at a time."""
     simple = text.lower().translate(str.maketrans("", "", string.punctuation))
     simple = re.sub(r"\s+", " ", simple.strip()) or text
-    simple = simple.ljust(WIDTH, "\0")
-    grams = {simple[at : at + WIDTH] for at in range(len(simple) - WIDTH + 1)}
+    simple = simple.ljust(NGRAM_SIZE, "\0")
+    grams = {simple[at : at + NGRAM_SIZE] for at in range(len(simple) - NGRAM_SIZE + 1)}
     hashes = [mixed(polynomial(map(ord, gram))) for gram in grams]
-    minima = [min(((h >> 32) + k * h) % 2**32 for h in hashes) for k in range(BANDS * ROWS)]
-    return [mixed(polynomial(minima[band * ROWS : (band + 1) * ROWS])) for band in range(BANDS)]
+    minima = [min(((h >> 32) + k * h) % 2**32 for h in hashes) for k in range(NUM_BANDS * ROWS_PER_BAND)]
+    return [mixed(polynomial(minima[band * ROWS_PER_BAND : (band + 1) * ROWS_PER_BAND])) for band in range(NUM_BANDS)]
 
 
 def test_signatures_are_what_the_definition_says():
@@ -64,9 +64,9 @@ def test_signatures_do_not_depend_on_the_batch_nor_on_blocks(monkeypatch):
     alone = np.concatenate([signatures([text]) for text in texts])
     assert (signatures(texts) == alone).all()
     for block in (5, 13, 100):
-        monkeypatch.setattr(minhash, "BLOCK", block)
+        monkeypatch.setattr(minhash, "BLOCK_NGRAMS", block)
         assert (signatures(texts) == alone).all()
-    assert signatures([]).shape == (0, BANDS)
+    assert signatures([]).shape == (0, NUM_BANDS)
 
 
 def test_case_punctuation_and_spacing_do_not_matter_but_short_and_empty_texts_are_themselves():
@@ -81,7 +81,7 @@ def test_case_punctuation_and_spacing_do_not_matter_but_short_and_empty_texts_ar
 
 def pairs(rng, similarity, number, size=260):
     """Pairs of texts whose sets of 13-grams have this Jaccard similarity: what they share is at the beginning."""
-    shared = round(2 * similarity * (size - WIDTH + 1) / (1 + similarity)) + WIDTH - 1
+    shared = round(2 * similarity * (size - NGRAM_SIZE + 1) / (1 + similarity)) + NGRAM_SIZE - 1
     texts = []
     for _ in range(number):
         one, other = ("".join(rng.choices(string.ascii_lowercase, k=size)) for _ in range(2))
@@ -91,8 +91,8 @@ def pairs(rng, similarity, number, size=260):
 
 @pytest.mark.parametrize(("similarity", "number"), [(0.5, 300), (0.7, 600), (0.8, 600), (0.9, 600), (0.95, 300)])
 def test_pairs_are_found_as_often_as_the_curve_says(similarity, number):
-    found = signatures(pairs(random.Random(2), similarity, number)).reshape(number, 2, BANDS)
+    found = signatures(pairs(random.Random(2), similarity, number)).reshape(number, 2, NUM_BANDS)
     share = (found[:, 0] == found[:, 1]).any(axis=1).mean()
-    expected = 1 - (1 - similarity**ROWS) ** BANDS
+    expected = 1 - (1 - similarity**ROWS_PER_BAND) ** NUM_BANDS
     # Sets of whole grams are not quite of the similarity; and 4 standard deviations.
     assert abs(share - expected) < 0.01 + 4 * (expected * (1 - expected) / number) ** 0.5

@@ -12,7 +12,7 @@ import pytest
 
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
-from tests.data_prep.conftest import zst
+from tests.data_prep.conftest import zstd_frame
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +30,7 @@ def broken_inputs(root):
     root.mkdir()
     compressed = gzip.compress((GOOD + "\n").encode() * 500)
     (root / "cut.jsonl.gz").write_bytes(compressed[:-9])
-    (root / "cut.jsonl.zst").write_bytes(zst((GOOD + "\n").encode() * 500)[:-4])
+    (root / "cut.jsonl.zst").write_bytes(zstd_frame((GOOD + "\n").encode() * 500)[:-4])
     (root / "none.jsonl.gz").write_bytes(b"plain text")
     (root / "bad.parquet").write_bytes(b"PAR1 no parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), root / "null.parquet")
@@ -68,7 +68,7 @@ def broken_inputs(root):
         "no tokenizer": ([*words, "--tokenizer", root / "none.json"], r"none.json cannot be read"),
         "no eos": ([*words, "--tokenizer", root / "noeos.json"], r"noeos.json: has no token"),
         "plain eos": ([*words, "--tokenizer", root / "plain.json"], r"plain.json .*: its text yields"),
-        "vocab": ([*words, "--vocab", 256], r"--vocab: 256; must be above 256"),
+        "vocab": ([*words, "--vocab-size", 256], r"--vocab-size: 256; must be above 256"),
         "held out": ([*words, "--held-out", 1], r"--held-out: 1.0; must be"),
         "all held out": ([*words, "--held-out", 0.999999], r"--held-out: 0.999999 leaves none of 1 doc"),
         "workers": ([*words, "--workers", 0], r"--workers: 0; must be positive"),
@@ -104,8 +104,8 @@ def test_every_mistake_in_the_input_is_one_line_and_leaves_nothing(prepared, tmp
 def test_text_that_is_not_utf8_can_be_left_out_and_is_counted(prepared, folder, capsys):
     (folder / "latin.txt").write_bytes("naïve".encode("latin-1"))
     output = prepared("out", "--input", folder, "--skip-undecodable")
-    assert manifest.load(output).counts["skipped_files"] == 1
-    assert "skipped files left out: 1" in capsys.readouterr().out
+    assert manifest.load_manifest(output).counts["undecodable_files"] == 1
+    assert "undecodable files left out: 1" in capsys.readouterr().out
 
 
 def test_an_output_that_is_not_ours_or_cannot_be_written_is_refused_untouched(prepared, folder, tmp_path):
@@ -126,7 +126,7 @@ def test_the_command_exits_with_2_and_one_line(tmp_path, folder):
     command = [sys.executable, "-m", "tandem.trainer", "prepare", "--output", str(tmp_path / "out"), "--input"]
     mistake = subprocess.run([*command, "/none"], cwd=ROOT, capture_output=True, text=True)
     assert (mistake.returncode, len(mistake.stderr.splitlines())) == (2, 1)
-    small = ["--vocab", "300", "--workers", "1"]
+    small = ["--vocab-size", "300", "--workers", "1"]
     assert subprocess.run([*command, str(folder), *small], cwd=ROOT, capture_output=True).returncode == 0
 
 

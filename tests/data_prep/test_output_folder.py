@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tandem.data_prep import output_folder as output_folder
-from tandem.data_prep import prepare, stages, work_units
+from tandem.data_prep import output_folder, prepare, stages, work_units
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
-from tests.data_prep.conftest import run
+from tests.data_prep.conftest import run_verb
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,17 +36,17 @@ def test_a_folder_is_prepared_by_one_process_at_a_time(tmp_path, folder, prepare
 def test_a_corpus_finished_meanwhile_is_left_as_it_is(tmp_path):
     output = tmp_path / "out"
     output.mkdir()
-    (output / manifest.FILE).write_text("{}")
-    (output / output_folder.NOTE).write_text("{}")  # the first process is about to remove it
+    (output / manifest.MANIFEST_FILE).write_text("{}")
+    (output / output_folder.CLAIM_FILE).write_text("{}")  # the first process is about to remove it
     (output / "train-000000.tar").write_text("tokens")
-    with pytest.raises(UserError), output_folder.claimed(output, {}):
+    with pytest.raises(UserError), output_folder.claim_output(output, {}):
         raise UserError("stopped")
     assert (output / "train-000000.tar").read_text() == "tokens"
 
 
 def test_a_failed_preparation_leaves_a_finished_neighbour(tmp_path):
     def prepare():
-        with output_folder.claimed(tmp_path / "data" / "one", {}):
+        with output_folder.claim_output(tmp_path / "data" / "one", {}):
             (tmp_path / "data" / "two").mkdir()
             raise UserError("stopped")
 
@@ -59,7 +58,7 @@ def test_a_failed_preparation_leaves_a_finished_neighbour(tmp_path):
 
 def test_an_error_of_another_file_is_not_blamed_on_the_output(tmp_path):
     def prepare(error):
-        with output_folder.claimed(tmp_path / "out", {}):
+        with output_folder.claim_output(tmp_path / "out", {}):
             raise error
 
     full = OSError(errno.ENOSPC, "No space left on device")
@@ -123,7 +122,7 @@ def kill_at(output, moment, arguments):
             time.sleep(0.0005)
         running.kill()
         running.wait()
-        if not (output / manifest.FILE).exists():
+        if not (output / manifest.MANIFEST_FILE).exists():
             return
         shutil.rmtree(output)  # it was quicker than we are; try again
     raise AssertionError("never killed in time")
@@ -134,7 +133,7 @@ def test_killed_and_run_again_gives_the_same_bytes(prepared, folder, content, tm
     settings = ["--input", folder, "--sample-tokens", 512, "--shard-tokens", 512]
     expected = content(prepared("whole", *settings))
     output = tmp_path / "killed"
-    kill_at(output, moment, [*settings, "--workers", 2, "--vocab", 300, "--held-out", 0.1])
+    kill_at(output, moment, [*settings, "--workers", 2, "--vocab-size", 300, "--held-out", 0.1])
     (output / "train-000999.tar").write_bytes(b"of an older version")
     assert content(prepared("killed", *settings)) == expected
 
@@ -159,7 +158,7 @@ def test_an_unfinished_folder_of_other_settings_is_refused(prepared, folder, tmp
 def test_after_a_mistake_finished_units_are_kept_and_the_corrected_inputs_go_on_from_them(
     prepared, folder, content, monkeypatch
 ):
-    monkeypatch.setattr("tandem.data_prep.work_units.SMALLEST_UNIT_BYTES", 3_000)
+    monkeypatch.setattr("tandem.data_prep.work_units.MIN_UNIT_BYTES", 3_000)
     prepared("whole", "--input", folder)
     last = max(path for path in folder.rglob("*") if path.is_file())
     text = last.read_bytes()
@@ -185,8 +184,8 @@ def test_after_a_mistake_finished_units_are_kept_and_the_corrected_inputs_go_on_
 
 
 def test_which_input_has_changed_is_said_where_it_changes_how_the_others_are_cut(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(work_units, "SMALLEST_UNIT_BYTES", 1000)
-    monkeypatch.setattr(work_units, "UNITS", 4)
+    monkeypatch.setattr(work_units, "MIN_UNIT_BYTES", 1000)
+    monkeypatch.setattr(work_units, "TARGET_NUM_UNITS", 4)
     folder = tmp_path / "records"
     folder.mkdir()
     line = json.dumps({"text": "the row of a shard"}) + "\n"
@@ -204,14 +203,26 @@ def test_which_input_has_changed_is_said_where_it_changes_how_the_others_are_cut
 def test_an_output_elsewhere_is_refused(address, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=rf"--output: {address}; must be a local folder"):
-        run(prepare, "--output", address, "--input", folder)
+        run_verb(prepare, "--output", address, "--input", folder)
     assert not any(":" in path.name for path in tmp_path.iterdir())
 
 
 def test_what_is_refused_is_named_by_its_own_name_and_with_a_way_out(prepared, folder):
     output = prepared("out", "--input", folder, "--min-characters", 2)
-    with pytest.raises(UserError, match=r"was prepared with shortest 2, not 3; name another folder, or remove"):
+    with pytest.raises(UserError, match=r"was prepared with min_characters 2, not 3; name another folder, or remove"):
         prepared("out", "--input", folder, "--min-characters", 3)
     next(output.glob("train-*.tar")).unlink()
     with pytest.raises(UserError, match=r"prepare the corpus again; for that, remove .*out first"):
         prepared("out", "--input", folder, "--min-characters", 2)
+
+
+def test_a_folder_of_a_version_with_other_settings_is_refused(folder, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    claim = json.dumps({"cleaning": {"nfc": True, "shortest": 0}})
+    (output / output_folder.CLAIM_FILE).write_text(claim)
+    with pytest.raises(
+        UserError, match=r"out was prepared by a version with other settings \(shortest\); name another"
+    ):
+        run_verb(prepare, "--output", output, "--input", folder)
+    assert [file.read_text() for file in output.iterdir()] == [claim]

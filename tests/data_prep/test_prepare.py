@@ -19,17 +19,17 @@ from tandem.data_prep import shuffle, spill, verify
 from tandem.data_prep.tokenizers import build
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
-from tandem.trainer.data.token_stream import Stream
-from tests.data_prep.conftest import run, zst
+from tandem.trainer.data.token_stream import TokenStream
+from tests.data_prep.conftest import run_verb, zstd_frame
 
 
 def documents(output, split="train"):
     """The documents of a prepared folder as ids, each with its EOS, in stored order."""
-    corpus = manifest.load(output)
+    corpus = manifest.load_manifest(output)
     if not getattr(corpus, split).tokens:
         return []
-    stream = Stream(output, corpus, getattr(corpus, split), name="", seed=None)
-    tokens = stream.read(0, stream.tokens)
+    stream = TokenStream(output, corpus, getattr(corpus, split), source="", seed=None)
+    tokens = stream.read_tokens(0, stream.epoch_tokens)
     return np.split(tokens, np.flatnonzero(tokens == corpus.eos_id)[:-1] + 1)
 
 
@@ -54,7 +54,7 @@ def records(tmp_path, texts):
 def test_every_document_comes_back_once_even_with_the_characters_of_eos_in_it(prepared, folder, texts):
     output = prepared("out", "--input", folder)
     assert sorted(decoded(output)) == sorted(text for text in texts if text)
-    corpus = manifest.load(output)
+    corpus = manifest.load_manifest(output)
     assert corpus.counts["documents"] == len(texts) - 1
     assert corpus.counts["empty_documents"] == 1
     assert corpus.train.documents + corpus.validation.documents == len(texts) - 1
@@ -63,10 +63,10 @@ def test_every_document_comes_back_once_even_with_the_characters_of_eos_in_it(pr
 def test_bytes_do_not_depend_on_workers_units_spills_or_batches(prepared, folder, content, monkeypatch):
     expected = content(prepared("whole", "--input", folder))
     assert len([name for name in expected if name.startswith("train")]) > 3
-    monkeypatch.setattr("tandem.data_prep.work_units.SMALLEST_UNIT_BYTES", 3_000)
+    monkeypatch.setattr("tandem.data_prep.work_units.MIN_UNIT_BYTES", 3_000)
     for workers in (1, 2, 5):
         assert content(prepared(f"{workers} workers", "--input", folder, "--workers", workers)) == expected
-    monkeypatch.setattr("tandem.data_prep.encode.SPILL_BYTES", 2_000)
+    monkeypatch.setattr("tandem.data_prep.encode.MAX_SPILL_BYTES", 2_000)
     monkeypatch.setattr("tandem.data_prep.encode.BATCH_CHARACTERS", 1_000)
     assert content(prepared("spills", "--input", folder)) == expected
 
@@ -78,27 +78,27 @@ def tars(files):
 def test_near_duplicates_and_groups_do_not_depend_on_units_or_spills(prepared, records, content, monkeypatch):
     options = ["--input", records, "--deduplicate", "--group-field", "meta.set"]
     expected = content(prepared("whole", *options))
-    assert manifest.load(records.parent / "whole").counts["duplicate_documents"] > 50
-    monkeypatch.setattr("tandem.data_prep.work_units.SMALLEST_UNIT_BYTES", 3_000)
-    shards, facts = tars(expected), manifest.load(records.parent / "whole")
+    assert manifest.load_manifest(records.parent / "whole").counts["duplicate_documents"] > 50
+    monkeypatch.setattr("tandem.data_prep.work_units.MIN_UNIT_BYTES", 3_000)
+    shards, facts = tars(expected), manifest.load_manifest(records.parent / "whole")
     assert tars(content(prepared("units", *options))) == shards
     monkeypatch.setattr("tandem.data_prep.encode.BATCH_CHARACTERS", 1_000)
-    monkeypatch.setattr("tandem.data_prep.encode.SPILL_DOCUMENTS", 5)
+    monkeypatch.setattr("tandem.data_prep.encode.MAX_SPILL_DOCUMENTS", 5)
     assert tars(content(prepared("spills", *options))) == shards
-    found = manifest.load(records.parent / "spills")
+    found = manifest.load_manifest(records.parent / "spills")
     assert (found.counts, found.groups) == (facts.counts, facts.groups)
 
 
 def test_more_spills_than_files_a_process_may_open(prepared, records, monkeypatch):
     monkeypatch.setattr("tandem.data_prep.encode.BATCH_CHARACTERS", 1)
-    monkeypatch.setattr("tandem.data_prep.encode.SPILL_DOCUMENTS", 1)
+    monkeypatch.setattr("tandem.data_prep.encode.MAX_SPILL_DOCUMENTS", 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, hard))
     try:
         output = prepared("out", "--input", records, "--shard-tokens", 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert manifest.load(output).counts["documents"] > 60
+    assert manifest.load_manifest(output).counts["documents"] > 60
 
 
 def test_shards_of_other_inputs_gathered_meanwhile_are_not_taken_for_ours(
@@ -106,38 +106,38 @@ def test_shards_of_other_inputs_gathered_meanwhile_are_not_taken_for_ours(
 ):
     given = ["--tokenizer", prepared("whole", "--input", records) / "tokenizer.json"]
     expected = content(prepared("expected", "--input", records, *given))
-    gather = shuffle.gather
+    gather = shuffle.gather_shard
 
     def stopped(output, work, spills, dropped, span, **sizes):
         gather(output, work, spills, dropped, span, **sizes)
-        if span.number == 2:
+        if span.shard_index == 2:
             raise KeyboardInterrupt
 
     for inputs in (records, folder):
-        monkeypatch.setattr("tandem.data_prep.shuffle.gather", stopped)
+        monkeypatch.setattr("tandem.data_prep.shuffle.gather_shard", stopped)
         with pytest.raises(KeyboardInterrupt):
             prepared("out", "--input", inputs, *given)
-    monkeypatch.setattr("tandem.data_prep.shuffle.gather", gather)
+    monkeypatch.setattr("tandem.data_prep.shuffle.gather_shard", gather)
     output = prepared("out", "--input", records, *given)
     verified(output)
     assert content(output) == expected
 
 
 def test_a_spill_that_the_disk_has_cut_stops_the_preparation(prepared, records, monkeypatch):
-    ranges = shuffle.ranges
+    ranges = shuffle.plan_shard_key_ranges
 
     def after_the_cut(spills, dropped, shard_tokens):
         os.truncate(spills[0].tokens_path, 100)
         return ranges(spills, dropped, shard_tokens)
 
-    monkeypatch.setattr("tandem.data_prep.shuffle.ranges", after_the_cut)
+    monkeypatch.setattr("tandem.data_prep.shuffle.plan_shard_key_ranges", after_the_cut)
     with pytest.raises(UserError, match=r"000.tokens is shorter than its index says"):
         prepared("out", "--input", records)
 
 
 def test_a_tokenizer_is_trained_on_a_share_of_a_large_corpus(prepared, folder, monkeypatch):
     whole = prepared("whole", "--input", folder)
-    monkeypatch.setattr("tandem.data_prep.stages.TRAINING_BYTES", 3_000)
+    monkeypatch.setattr("tandem.data_prep.stages.TOKENIZER_TRAINING_BYTES", 3_000)
     sampled = [prepared(name, "--input", folder) for name in ("one", "two")]
     assert sampled[0].joinpath("tokenizer.json").read_bytes() == sampled[1].joinpath("tokenizer.json").read_bytes()
     assert sampled[0].joinpath("tokenizer.json").read_bytes() != whole.joinpath("tokenizer.json").read_bytes()
@@ -150,7 +150,7 @@ def test_the_seed_changes_the_order_and_not_the_tokenizer(prepared, folder, cont
 
 
 def test_documents_of_all_files_are_shuffled_together(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr("tandem.data_prep.work_units.SMALLEST_UNIT_BYTES", 500)
+    monkeypatch.setattr("tandem.data_prep.work_units.MIN_UNIT_BYTES", 500)
     for name in "ab":
         lines = (json.dumps({"text": f"{name} {number}"}) for number in range(100))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
@@ -166,7 +166,7 @@ def test_every_format_gives_the_same_documents(prepared, tmp_path, texts):
     (tmp_path / "a.jsonl").write_bytes(lines)
     half = len(lines) // 2
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines[:half]) + gzip.compress(lines[half:]))
-    frames = zst(lines[:half]) + zst(lines[half:])
+    frames = zstd_frame(lines[:half]) + zstd_frame(lines[half:])
     (tmp_path / "a.jsonl.zst").write_bytes(frames)
     pyarrow.parquet.write_table(pyarrow.table({"body": texts}), tmp_path / "a.parquet", row_group_size=50)
     (tmp_path / "text").mkdir()
@@ -203,12 +203,12 @@ def test_the_trained_tokenizer_has_seen_no_held_out_text(prepared, folder):
     output = prepared("out", "--input", folder, "--held-out", 0.5)
     given = Tokenizer.from_file(str(output / "tokenizer.json"))
     training = [given.decode(ids[:-1], skip_special_tokens=False) for ids in documents(output)]
-    assert build.train(training, 300, "<|endoftext|>") == (output / "tokenizer.json").read_text()
+    assert build.train_bpe(training, 300, "<|endoftext|>") == (output / "tokenizer.json").read_text()
 
 
 @pytest.mark.parametrize("special", [True, False])
 def test_special_tokens_in_text_are_text_whatever_the_tokenizer_says_of_them(prepared, tmp_path, special):
-    tree = json.loads(build.train(["some words"] * 9, 270, "<|endoftext|>"))
+    tree = json.loads(build.train_bpe(["some words"] * 9, 270, "<|endoftext|>"))
     tree["added_tokens"][0]["special"] = special
     pad = {"id": len(tree["model"]["vocab"]), "content": "<pad>", "special": True}
     tree["added_tokens"].append(tree["added_tokens"][0] | pad)
@@ -226,7 +226,7 @@ def test_special_tokens_in_text_are_text_whatever_the_tokenizer_says_of_them(pre
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_stock_webdataset_reads_the_shards(prepared, folder):
     output = prepared("out", "--input", folder)
-    corpus = manifest.load(output)
+    corpus = manifest.load_manifest(output)
     files = [str(output / shard.file) for shard in corpus.train.shards]
     samples = list(webdataset.WebDataset(files, shardshuffle=False))
     gc.collect()
@@ -237,7 +237,7 @@ def test_stock_webdataset_reads_the_shards(prepared, folder):
 
 def test_the_manifest_counts_and_measures_what_is_there(prepared, folder, capsys):
     output = prepared("out", "--input", folder)
-    corpus = manifest.load(output)
+    corpus = manifest.load_manifest(output)
     tokens = np.concatenate(documents(output))
     shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
     assert corpus.unigram_entropy_nats == pytest.approx(-(shares * np.log(shares)).sum(), abs=1e-6)
@@ -246,7 +246,7 @@ def test_the_manifest_counts_and_measures_what_is_there(prepared, folder, capsys
 
 
 def test_a_vocabulary_beyond_65536_is_stored_in_32_bits(prepared, tmp_path, texts):
-    tree = json.loads(build.train(texts, 300, "<|endoftext|>"))
+    tree = json.loads(build.train_bpe(texts, 300, "<|endoftext|>"))
     vocab = tree["model"]["vocab"]
     vocab |= {f"never {number}": number for number in range(len(vocab), 70_000)}
     eos = tree["added_tokens"][0]
@@ -255,7 +255,7 @@ def test_a_vocabulary_beyond_65536_is_stored_in_32_bits(prepared, tmp_path, text
     file.write_text(json.dumps(tree))
     (tmp_path / "a.txt").write_text("a token b")
     output = prepared("out", "--input", tmp_path / "a.txt", "--tokenizer", file, "--held-out", 0)
-    assert (manifest.load(output).dtype, manifest.load(output).vocab) == ("uint32", 70_001)
+    assert (manifest.load_manifest(output).dtype, manifest.load_manifest(output).vocab) == ("uint32", 70_001)
     assert 70_000 in documents(output)[0]
     assert decoded(output) == ["a token b"]
 
@@ -271,7 +271,7 @@ def test_cleaning_is_counted_and_groups_add_up(prepared, tmp_path):
     (tmp_path / "benchmark.txt").write_text("taken from a benchmark " * 20)
     cleaning = ["--nfc", "--min-characters", 100, "--deduplicate", "--decontaminate", tmp_path / "benchmark.txt"]
     output = prepared("out", "--input", tmp_path / "a.jsonl", *cleaning, "--group-field", "meta.set", "--held-out", 0)
-    corpus = manifest.load(output)
+    corpus = manifest.load_manifest(output)
     assert corpus.counts | {"tokens": 0} == {
         "files": 1, "empty_documents": 1, "short_documents": 1, "normalized_documents": 1,
         "contaminated_documents": 1, "duplicate_documents": 1, "documents": 41, "tokens": 0,
@@ -280,8 +280,8 @@ def test_cleaning_is_counted_and_groups_add_up(prepared, tmp_path):
     assert sum(group["tokens"] for group in corpus.groups.values()) == corpus.train.tokens
     assert sorted(decoded(output)) == sorted([*unlike, "\u00e9" * 200])
     one = prepared("one", "--input", tmp_path / "a.jsonl", "--where", "meta.set=s1", "--held-out", 0)
-    assert manifest.load(one).counts["other_documents"] == 22
-    assert manifest.load(one).counts["documents"] == 22
+    assert manifest.load_manifest(one).counts["filtered_documents"] == 22
+    assert manifest.load_manifest(one).counts["documents"] == 22
 
 
 def test_the_name_of_a_file_need_not_be_utf_8(prepared, tmp_path):
@@ -291,11 +291,11 @@ def test_the_name_of_a_file_need_not_be_utf_8(prepared, tmp_path):
         (Path(os.fsdecode(bytes(folder) + b"/" + name))).write_text(f"the text of {name!r}")
     output = prepared("out", "--input", folder, "--held-out", 0)
     assert sorted(decoded(output)) == [r"the text of b'caf\xe9.txt'", "the text of b'other.txt'"]
-    run(verify, output)
+    run_verb(verify, output)
 
 
 def test_a_field_of_too_many_values_makes_no_groups(prepared, records, monkeypatch):
-    monkeypatch.setattr(spill, "MOST_GROUPS", 1)
+    monkeypatch.setattr(spill, "MAX_GROUPS", 1)
     with pytest.raises(
         UserError, match=r"--group-field: meta.set has more than 1 values by 0/records.jsonl:\d+; must be"
     ):

@@ -11,18 +11,18 @@ import pyarrow.parquet
 import pytest
 
 from tandem.data_prep import input_files, provenance, readers
-from tandem.data_prep.input_files import Part
+from tandem.data_prep.input_files import FilePart
 from tandem.data_prep.readers import Document
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
-from tests.data_prep.conftest import zst
+from tests.data_prep.conftest import zstd_frame
 from tests.data_prep.test_prepare import decoded
 
 NOWHERE = Path(os.devnull)
 
 
 def listed(*paths, glob=None):
-    return input_files.listed([str(path) for path in paths], glob, NOWHERE)
+    return input_files.list_input_files([str(path) for path in paths], glob, NOWHERE)
 
 
 def names(*paths, glob=None):
@@ -30,11 +30,11 @@ def names(*paths, glob=None):
 
 
 def documents(part, *more_fields) -> list[Document]:
-    return list(readers.documents(part, "text", list(more_fields), lambda count: None))
+    return list(readers.read_documents(part, "text", list(more_fields), lambda count: None))
 
 
 def in_parts(file, count, *more_fields):
-    return [document for number in range(count) for document in documents(Part(file, number, count), *more_fields)]
+    return [document for number in range(count) for document in documents(FilePart(file, number, count), *more_fields)]
 
 
 def linked(path, target):
@@ -138,14 +138,14 @@ def test_a_file_that_changes_after_it_was_listed_is_refused(tmp_path, table, nam
     if name != table.name:
         path.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
     (file,) = listed(path)
-    reading = readers.documents(Part(file, 0, 1), "text", [], lambda count: None)
+    reading = readers.read_documents(FilePart(file, 0, 1), "text", [], lambda count: None)
     if when == "while":
         next(reading)
     os.utime(path, ns=(1, 1))
     with pytest.raises(UserError, match=rf"{name}: has changed since it was listed; run the same command again"):
         list(reading)
     with pytest.raises(UserError, match="has changed"):
-        input_files.content_hash(Part(file, 0, 1))
+        input_files.content_hash(FilePart(file, 0, 1))
 
 
 def test_a_file_that_was_cut_meanwhile_has_changed_and_is_not_called_wrong(tmp_path):
@@ -161,7 +161,7 @@ def test_a_file_elsewhere_that_changes_is_refused(tmp_path, address):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\n' * 9)
     (file,) = listed(f"{address}/a.jsonl")
-    reading = readers.documents(Part(file, 0, 1), "text", [], lambda count: None)
+    reading = readers.read_documents(FilePart(file, 0, 1), "text", [], lambda count: None)
     next(reading)
     os.utime(path, (1, 1))
     with pytest.raises(UserError, match=r"http.*a.jsonl: has changed since it was listed"):
@@ -175,17 +175,17 @@ def test_lines_are_the_same_in_any_number_of_parts(records, over_http, address):
     assert [document.text[-1] for document in whole] == list("012345678")
     content = records.read_bytes()
     for document in whole:
-        place = int(document.place.removeprefix("0/a.jsonl:"))
+        place = int(document.location.removeprefix("0/a.jsonl:"))
         assert json.loads(content[place:].splitlines()[0])["text"] == document.text
     # As many parts as bytes: every byte begins one.
-    for count in range(2, 5) if over_http else (*range(2, 20), file.bytes):
+    for count in range(2, 5) if over_http else (*range(2, 20), file.size_bytes):
         assert in_parts(file, count) == whole, count
 
 
 def test_rows_are_the_same_in_any_number_of_parts_with_their_fields(table):
     (file,) = listed(table)
     whole = in_parts(file, 1, "meta", "id", "none")
-    assert [document.place for document in whole] == [f"0/a.parquet:{number}" for number in range(1, 11)]
+    assert [document.location for document in whole] == [f"0/a.parquet:{number}" for number in range(1, 11)]
     expected = [(f"text {number}", {"meta": {"set": f"s{number % 2}"}, "id": number}) for number in range(10)]
     assert [(document.text, document.fields) for document in whole] == expected
     for count in range(2, 10):
@@ -195,39 +195,39 @@ def test_rows_are_the_same_in_any_number_of_parts_with_their_fields(table):
 
 @pytest.mark.parametrize("block", [3, 4 << 20])
 def test_a_bad_line_is_named_with_its_number_whatever_the_part(records, monkeypatch, block):
-    monkeypatch.setattr(readers, "READ_BYTES", block)
+    monkeypatch.setattr(readers, "READ_BLOCK_BYTES", block)
     content = records.read_bytes().split(b"\r\n")
     content[8] = b"{"
     records.write_bytes(b"\r\n".join(content))
     (file,) = listed(records)
-    for count in (1, 2, 3, 7, file.bytes):
+    for count in (1, 2, 3, 7, file.size_bytes):
         with pytest.raises(UserError, match=r"a.jsonl:9: is not JSON"):
             in_parts(file, count)
 
 
 def test_the_number_of_a_bad_line_is_found_without_the_file_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "READ_BYTES", 1000)
+    monkeypatch.setattr(readers, "READ_BLOCK_BYTES", 1000)
     (tmp_path / "a.jsonl").write_text((json.dumps({"text": "x" * 1000}) + "\n") * 1000 + "{")
     (file,) = listed(tmp_path / "a.jsonl")
     tracemalloc.start()
     try:
         with pytest.raises(UserError, match=r"a.jsonl:1001: is not JSON"):
-            documents(Part(file, 999, 1000))
-        assert tracemalloc.get_traced_memory()[1] < file.bytes / 4
+            documents(FilePart(file, 999, 1000))
+        assert tracemalloc.get_traced_memory()[1] < file.size_bytes / 4
     finally:
         tracemalloc.stop()
 
 
 def test_parquet_is_read_in_batches_of_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(readers, "PARQUET_BATCH_BYTES", 10_000)
     texts = [f"{number:01000}" for number in range(100)]
     pyarrow.parquet.write_table(pyarrow.table({"text": texts, "id": [texts] * 100}), tmp_path / "a.parquet")
     (file,) = listed(tmp_path / "a.parquet")
     before = pyarrow.total_allocated_bytes()
-    reading = readers.documents(Part(file, 0, 1), "text", [], lambda count: None)
+    reading = readers.read_documents(FilePart(file, 0, 1), "text", [], lambda count: None)
     assert next(reading).text == texts[0]
     group = pyarrow.parquet.read_metadata(tmp_path / "a.parquet").row_group(0)
-    assert 8 <= readers._batch_rows(group, ["text"]) <= 10
+    assert 8 <= readers._rows_per_batch(group, ["text"]) <= 10
     assert pyarrow.total_allocated_bytes() - before < 1_000_000
     assert [document.text for document in reading] == texts[1:]
 
@@ -238,13 +238,16 @@ def test_a_compressed_file_of_no_bytes_is_truncated_and_one_of_no_lines_is_not(t
     path.write_bytes(b"")
     with pytest.raises(UserError, match=rf"a.jsonl{suffix}: cannot be read \(Truncated.*; restore or leave out"):
         in_parts(*listed(path), 1)
-    path.write_bytes(gzip.compress(b"") if suffix == ".gz" else zst(b""))
+    path.write_bytes(gzip.compress(b"") if suffix == ".gz" else zstd_frame(b""))
     assert in_parts(*listed(path), 1) == []
 
 
 def test_groups_and_where_are_of_parquet_too(prepared, table):
     output = prepared("out", "--input", table, "--group-field", "meta.set", "--held-out", 0)
-    assert {group: counts["documents"] for group, counts in manifest.load(output).groups.items()} == {"s0": 5, "s1": 5}
+    assert {group: counts["documents"] for group, counts in manifest.load_manifest(output).groups.items()} == {
+        "s0": 5,
+        "s1": 5,
+    }
     output = prepared("some", "--input", table, "--where", "meta.set=s1", "--held-out", 0)
     assert sorted(decoded(output)) == [f"text {number}" for number in (1, 3, 5, 7, 9)]
 
@@ -252,7 +255,7 @@ def test_groups_and_where_are_of_parquet_too(prepared, table):
 def test_inputs_over_http_give_the_bytes_that_local_ones_give(
     prepared, records, table, address, tmp_path, content, monkeypatch
 ):
-    monkeypatch.setattr("tandem.data_prep.work_units.SMALLEST_UNIT_BYTES", 200)
+    monkeypatch.setattr("tandem.data_prep.work_units.MIN_UNIT_BYTES", 200)
     inputs = ("a.jsonl", "a.parquet")
     here = prepared("here", "--input", *(tmp_path / name for name in inputs), "--held-out", 0)
     there = prepared("there", "--input", *(f"{address}/{name}" for name in inputs), "--held-out", 0)
@@ -266,9 +269,9 @@ def test_values_that_python_cannot_hold_are_a_line(tmp_path):
     nanoseconds = pyarrow.array([1], pyarrow.timestamp("ns"))
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "when": nanoseconds}), tmp_path / "a.parquet")
     (file,) = listed(tmp_path)
-    assert [document.text for document in documents(Part(file, 0, 1))] == ["a"]
+    assert [document.text for document in documents(FilePart(file, 0, 1))] == ["a"]
     with pytest.raises(UserError, match=r"a.parquet: cannot be read \(Nanosecond"):
-        documents(Part(file, 0, 1), "when")
+        documents(FilePart(file, 0, 1), "when")
 
 
 def test_what_an_address_needs_is_not_called_damage_of_what_lies_there():
@@ -278,4 +281,4 @@ def test_what_an_address_needs_is_not_called_damage_of_what_lies_there():
 
 def test_inputs_that_lie_in_the_output_are_said_to(folder, tmp_path):
     with pytest.raises(UserError, match=r"--input: .*texts lies in --output .*; its files are not read"):
-        input_files.listed([str(folder)], None, tmp_path)
+        input_files.list_input_files([str(folder)], None, tmp_path)

@@ -18,7 +18,7 @@ from tandem.data_prep.shard_writer import write_shard
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
 from tests.data_prep import corpus_writer
-from tests.data_prep.conftest import run
+from tests.data_prep.conftest import run_verb
 
 DOCUMENTS = [" ".join(["the", "row", "of", "shards", "é漢🙂"][n % 5] for n in range(k)) for k in range(1, 60)]
 
@@ -27,7 +27,7 @@ DOCUMENTS = [" ".join(["the", "row", "of", "shards", "é漢🙂"][n % 5] for n i
 def made(tmp_path):
     """A folder and its manifest; three shards, one of them of held-out documents."""
     folder = tmp_path / "corpus"
-    corpus = corpus_writer.corpus(folder, DOCUMENTS, DOCUMENTS[:5], shard_tokens=2500)
+    corpus = corpus_writer.write_corpus(folder, DOCUMENTS, DOCUMENTS[:5], shard_tokens=2500)
     assert len(corpus.train.shards) == 2
     return folder, corpus
 
@@ -39,21 +39,21 @@ def refused(folder, message: str) -> None:
 
 
 def test_what_was_prepared_passes(prepared, folder, capsys):
-    run(verify, prepared("out", "--input", folder), "--workers", 1)
+    run_verb(verify, prepared("out", "--input", folder), "--workers", 1)
     assert re.search(r"[\d,]+ tokens in \d+ shards are what the manifest says; .* MB/s", capsys.readouterr().out)
 
 
 def test_several_processes_find_the_same(made, capsys, monkeypatch):
     folder, _ = made
-    monkeypatch.setattr(verify, "SMALL_BYTES", 0)
-    run(verify, folder, "--workers", 2)
+    monkeypatch.setattr(verify, "SINGLE_PROCESS_BYTES", 0)
+    run_verb(verify, folder, "--workers", 2)
     assert "5,172 tokens in 3 shards are what" in capsys.readouterr().out
 
 
 def test_a_changed_byte_anywhere_in_any_file_is_found_and_the_file_named(tmp_path):
     folder = tmp_path / "corpus"
-    corpus_writer.corpus(folder, DOCUMENTS[:9], DOCUMENTS[:5])
-    run(verify, folder, "--workers", 1)
+    corpus_writer.write_corpus(folder, DOCUMENTS[:9], DOCUMENTS[:5])
+    run_verb(verify, folder, "--workers", 1)
     rng = random.Random(0)
     files = sorted(folder.iterdir())
     assert len(files) == 5
@@ -67,14 +67,14 @@ def test_a_changed_byte_anywhere_in_any_file_is_found_and_the_file_named(tmp_pat
             path.write_bytes(damaged)
             refused(folder, f"{path.name}: ")
         path.write_bytes(content)
-    run(verify, folder, "--workers", 1)
+    run_verb(verify, folder, "--workers", 1)
 
 
 def test_white_space_between_the_words_of_a_manifest_is_part_of_it(made):
     folder, _ = made
-    path = folder / manifest.FILE
+    path = folder / manifest.MANIFEST_FILE
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r", 1))
-    manifest.load(folder)
+    manifest.load_manifest(folder)
     refused(folder, r"manifest.json: is not written as it was")
 
 
@@ -120,11 +120,11 @@ def test_a_manifest_that_tells_what_is_not_so_is_refused(made):
         "settings": (corpus.settings | {"num_input_files": 3}, "inputs.json: num_input_files 2"),
     }
     for name, (value, message) in others.items():
-        corpus_writer.rewrite(folder, corpus, **{name: value})
+        corpus_writer.rewrite_manifest(folder, corpus, **{name: value})
         refused(folder, message)
     whole = {name: corpus.counts[name] for name in ("documents", "tokens")}
-    corpus_writer.rewrite(folder, corpus, groups={"web": whole, "none": {"documents": 0, "tokens": 0}})
-    run(verify, folder, "--workers", 1)
+    corpus_writer.rewrite_manifest(folder, corpus, groups={"web": whole, "none": {"documents": 0, "tokens": 0}})
+    run_verb(verify, folder, "--workers", 1)
 
 
 def rewritten(folder, corpus, tokens=None, tar=None):
@@ -136,12 +136,12 @@ def rewritten(folder, corpus, tokens=None, tar=None):
         (folder / before.file).write_bytes(tar)
         made = replace(before, bytes=len(tar), sha256=sha256(tar).hexdigest(), xxh3_128=xxh3_128_hexdigest(tar))
     made = replace(made, tokens=before.tokens)
-    corpus_writer.rewrite(folder, corpus, train=replace(corpus.train, shards=[made, *corpus.train.shards[1:]]))
+    corpus_writer.rewrite_manifest(folder, corpus, train=replace(corpus.train, shards=[made, *corpus.train.shards[1:]]))
 
 
 def test_a_shard_with_its_hash_but_other_tokens_than_promised_is_refused(made):
     folder, corpus = made
-    texts = [corpus_writer.ids(text) for text in DOCUMENTS[: corpus.train.shards[0].documents]]
+    texts = [corpus_writer.encode_document(text) for text in DOCUMENTS[: corpus.train.shards[0].documents]]
     tokens = np.concatenate(texts)
     assert len(tokens) == corpus.train.shards[0].tokens
     eos, beyond, cut, swapped = (tokens.copy() for _ in range(4))
@@ -160,7 +160,7 @@ def test_a_shard_with_its_hash_but_other_tokens_than_promised_is_refused(made):
         rewritten(folder, corpus, changed)
         refused(folder, message)
     rewritten(folder, corpus, tokens)
-    run(verify, folder, "--workers", 1)
+    run_verb(verify, folder, "--workers", 1)
 
 
 def test_a_shard_with_its_hash_but_another_tar_than_readers_expect_is_refused(made):
@@ -180,7 +180,7 @@ def test_a_shard_with_its_hash_but_another_tar_than_readers_expect_is_refused(ma
         return file.getvalue()
 
     rewritten(folder, corpus, tar=packed(lambda number, member: None))
-    run(verify, folder, "--workers", 1)
+    run_verb(verify, folder, "--workers", 1)
     for name in ("train-000000-000009.u16", "train-000000-000001.u32", "x" * 99):
         changed = packed(
             lambda number, member, name=name: setattr(member, "name", name if number == 1 else member.name)
@@ -195,7 +195,7 @@ def test_a_shard_with_its_hash_but_another_tar_than_readers_expect_is_refused(ma
 
 def test_a_corpus_elsewhere_is_verified_over_the_network(made, address):
     folder, _ = made
-    run(verify, f"{address}/corpus", "--workers", 1)
+    run_verb(verify, f"{address}/corpus", "--workers", 1)
     with (folder / "train-000001.tar").open("r+b") as file:
         file.seek(2000)
         file.write(b"\xff")

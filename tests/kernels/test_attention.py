@@ -7,15 +7,15 @@ import torch
 
 from tandem.kernels import attention as module
 from tandem.kernels.attention import alibi_slopes, attention
-from tandem.kernels.documents import starts
+from tandem.kernels.documents import document_starts as starts_of_documents
 
 SHAPES = [(1, 1, 1, 1, 2), (2, 5, 4, 2, 3), (2, 33, 4, 4, 20), (1, 64, 6, 2, 80)]
-"""rows, seq, heads, kv_heads, head_dim"""
+"""rows, seq, heads, num_kv_heads, head_dim"""
 BIASED = pytest.mark.parametrize("biased", [False, True], ids=["plain", "alibi"])
 MASKED = pytest.mark.parametrize("masked", [False, True], ids=["row", "documents"])
 
 
-def definition(query, key, value, *, scale, slopes, starts):
+def definition(query, key, value, *, scale, slopes, document_starts):
     query, key, value = query.double(), key.double(), value.double()
     rows, queries, heads, _ = query.shape
     group, first = heads // key.shape[2], key.shape[1] - queries
@@ -23,7 +23,7 @@ def definition(query, key, value, *, scale, slopes, starts):
     for row in range(rows):
         for head in range(heads):
             for to in range(first, first + queries):
-                seen = list(range(0 if starts is None else int(starts[row, to]), to + 1))
+                seen = list(range(0 if document_starts is None else int(document_starts[row, to]), to + 1))
                 scores = scale * key[row, seen, head // group] @ query[row, to - first, head]
                 if slopes is not None:
                     slope = slopes.expand(rows, heads)[row, head].double()
@@ -33,16 +33,16 @@ def definition(query, key, value, *, scale, slopes, starts):
 
 
 def example(shape, generator, *, biased, masked, dtype=torch.float32, device="cpu"):
-    rows, seq, heads, kv_heads, head_dim = shape
+    rows, seq, heads, num_kv_heads, head_dim = shape
     tensors = [
         torch.randn(rows, seq, count, head_dim, generator=generator).to(device, dtype).requires_grad_()
-        for count in (heads, kv_heads, kv_heads)
+        for count in (heads, num_kv_heads, num_kv_heads)
     ]
     documents = (torch.rand(rows, seq, generator=generator) < 0.2).cumsum(1).int()
     return tensors, {
         "scale": 1 / math.sqrt(head_dim),
         "slopes": alibi_slopes(heads).to(device) if biased else None,
-        "starts": starts(documents.to(device)) if masked else None,
+        "document_starts": starts_of_documents(documents.to(device)) if masked else None,
     }
 
 
@@ -93,7 +93,7 @@ def test_rows_of_several_blocks_are_as_of_one(biased, masked, generator, monkeyp
     tensors, settings = example((2, 33, 4, 2, 20), generator, biased=biased, masked=masked)
     output_gradient = torch.randn(tensors[0].shape, generator=generator)
     whole = with_gradients(attention, tensors, settings, output_gradient)
-    monkeypatch.setattr(module, "QUERIES_AT_ONCE", 8)
+    monkeypatch.setattr(module, "QUERY_BLOCK_SIZE", 8)
     close(with_gradients(attention, tensors, settings, output_gradient), whole)
 
 
@@ -118,7 +118,7 @@ def test_bf16_queries_still_tell_far_distances_apart():
     query = torch.ones(1, seq, 1, 2, dtype=torch.bfloat16)
     key, value = torch.zeros_like(query), torch.zeros_like(query)
     key[:, :2], value[:, 1] = 1_024, 1
-    mixed = attention(query, key, value, scale=1.0, slopes=torch.tensor([slope]), starts=None)
+    mixed = attention(query, key, value, scale=1.0, slopes=torch.tensor([slope]), document_starts=None)
     # 2^-8 for the result's own bits, as much for the weights'.
     assert mixed[0, -1, 0, 0].item() == pytest.approx(1 / (1 + math.exp(-slope)), rel=2**-7)
 
@@ -126,7 +126,7 @@ def test_bf16_queries_still_tell_far_distances_apart():
 @BIASED
 def test_nothing_reaches_a_token_from_its_future_or_from_other_documents(biased, generator):
     tensors, settings = example((1, 12, 2, 1, 4), generator, biased=biased, masked=True)
-    settings["starts"] = torch.tensor([[0] * 5 + [5] * 7], dtype=torch.int32)
+    settings["document_starts"] = torch.tensor([[0] * 5 + [5] * 7], dtype=torch.int32)
     before = attention(*tensors, **settings)
     with torch.no_grad():
         for tensor in tensors:
@@ -150,7 +150,7 @@ def test_backward_keeps_no_scores(generator):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         out = attention(*tensors, **settings)
-    addresses = [x.data_ptr() for x in (*tensors, out, settings["slopes"], settings["starts"])]
+    addresses = [x.data_ptr() for x in (*tensors, out, settings["slopes"], settings["document_starts"])]
     assert sorted(x.data_ptr() for x in kept if x.shape != (2, 4, 33)) == sorted(addresses)
     assert [x.dtype for x in kept if x.shape == (2, 4, 33)] == [torch.float32]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tandem.kernels.cross_entropy import LOWEST, cross_entropy, nothing_seen
+from tandem.kernels.cross_entropy import LOWEST, cross_entropy, initial_statistics
 
 SHAPES = [(1, 1, 1), (5, 7, 7), (4, 40, 37), (3, 130, 1)]
 """Tokens, columns that exist, columns that are true."""
@@ -28,7 +28,7 @@ def definition(logits, targets, columns, scale=SCALE):
 
 def found_in(logits, targets, columns, scale=SCALE):
     """The same two, from the three."""
-    maximum, total, target_logit = cross_entropy(logits, targets, columns=columns, scale=scale)
+    maximum, total, target_logit = cross_entropy(logits, targets, num_valid_columns=columns, scale=scale)
     return maximum + total.log(), target_logit
 
 
@@ -100,8 +100,8 @@ def test_forward_changes_nothing_keeps_the_logits_and_repeats_its_bits(generator
     logits, kept = logits.requires_grad_() * 1.0, []
     before = logits.detach().clone()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        first = cross_entropy(logits, targets, columns=8, scale=SCALE)
-    second = cross_entropy(logits, targets, columns=8, scale=SCALE)
+        first = cross_entropy(logits, targets, num_valid_columns=8, scale=SCALE)
+    second = cross_entropy(logits, targets, num_valid_columns=8, scale=SCALE)
     assert torch.equal(logits, before)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert [x.data_ptr() for x in kept] == [x.data_ptr() for x in (logits, targets, first[0])]
@@ -109,17 +109,17 @@ def test_forward_changes_nothing_keeps_the_logits_and_repeats_its_bits(generator
 
 def test_blocks_one_after_the_other_are_the_whole(generator):
     logits, targets = example(5, 12, 9, generator)
-    statistics = nothing_seen(logits, targets)
+    statistics = initial_statistics(logits, targets)
     for first in (8, 0, 4):  # the last block holds one true column
         true = min(9 - first, 4)
         OPS.cross_entropy_add(logits[:, first : first + 4], targets, statistics, first=first, columns=true, scale=SCALE)
-    torch.testing.assert_close(tuple(statistics), cross_entropy(logits, targets, columns=9, scale=SCALE))
+    torch.testing.assert_close(tuple(statistics), cross_entropy(logits, targets, num_valid_columns=9, scale=SCALE))
 
 
 def test_a_part_without_columns_has_no_total_and_no_gradient(generator):
     logits, targets = example(4, 6, 0, generator, torch.float32)
     logits.requires_grad_()
-    maximum, total, target_logit = cross_entropy(logits * 1.0, targets, columns=0, scale=SCALE)
+    maximum, total, target_logit = cross_entropy(logits * 1.0, targets, num_valid_columns=0, scale=SCALE)
     assert maximum.tolist() == [LOWEST] * 4
     assert total.tolist() == target_logit.tolist() == [0.0] * 4
     (total + target_logit).sum().backward()
@@ -142,16 +142,16 @@ def test_a_leaf_with_a_gradient_is_refused(generator):
     """It would hold its own gradient after backward. Where there is no backward it is as good as any."""
     logits, targets = example(4, 9, 8, generator)
     with pytest.raises(ValueError, match="logits are a leaf"):
-        cross_entropy(logits.requires_grad_(), targets, columns=8, scale=SCALE)
+        cross_entropy(logits.requires_grad_(), targets, num_valid_columns=8, scale=SCALE)
     with torch.no_grad():
-        cross_entropy(logits, targets, columns=8, scale=SCALE)
+        cross_entropy(logits, targets, num_valid_columns=8, scale=SCALE)
 
 
 def test_rows_may_lie_apart_but_columns_may_not(generator):
     buffer, targets = example(4, 20, 8, generator)
     inside = buffer[:, :9]
-    whole = cross_entropy(inside.contiguous(), targets, columns=8, scale=SCALE)
-    torch.testing.assert_close(cross_entropy(inside, targets, columns=8, scale=SCALE), whole)
+    whole = cross_entropy(inside.contiguous(), targets, num_valid_columns=8, scale=SCALE)
+    torch.testing.assert_close(cross_entropy(inside, targets, num_valid_columns=8, scale=SCALE), whole)
     for refused in (buffer[:, :18:2], inside.t().contiguous().t(), inside[:1].expand(4, 9)):
         with pytest.raises(ValueError, match=r"logits of shape 4 x 9 have strides .*: make them contiguous"):
-            cross_entropy(refused, targets, columns=8, scale=SCALE)
+            cross_entropy(refused, targets, num_valid_columns=8, scale=SCALE)

@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tandem.kernels.linear_cross_entropy import (
-    chunk_width,
-    gradients_by_chunk,
+    chunked_gradients,
+    chunked_statistics,
+    columns_per_chunk,
     linear_cross_entropy,
-    statistics_by_chunk,
 )
 
 SHAPES = [(1, 1, 1, 1), (5, 6, 300, 271), (4, 3, 300, 100), (3, 4, 256, 0), (3, 5, 130, 130)]
@@ -40,7 +40,7 @@ def definition(hidden, weight, targets, columns, scale=SCALE):
 
 def found_in(hidden, weight, targets, columns, scale=SCALE):
     """The same two, from the three."""
-    maximum, total, target_logit = linear_cross_entropy(hidden, weight, targets, columns=columns, scale=scale)
+    maximum, total, target_logit = linear_cross_entropy(hidden, weight, targets, num_valid_columns=columns, scale=scale)
     return maximum + total.log(), target_logit
 
 
@@ -124,10 +124,10 @@ def test_no_more_than_a_tenth_of_the_logits_is_held_beside_the_results(generator
     targets = torch.randint(vocab, (tokens,), generator=generator)
     logits_bytes = 4 * tokens * vocab
     with Allocated() as forward:
-        statistics = statistics_by_chunk(hidden, weight, targets, vocab, SCALE)
+        statistics = chunked_statistics(hidden, weight, targets, vocab, SCALE)
     assert logits_bytes / 20 < forward.peak - statistics.nbytes < logits_bytes / 10
     with Allocated() as backward:
-        results = gradients_by_chunk(hidden, weight, targets, statistics, torch.ones(3, tokens), vocab, SCALE)
+        results = chunked_gradients(hidden, weight, targets, statistics, torch.ones(3, tokens), vocab, SCALE)
     # In fp32 the sum that becomes the gradient of hidden is that gradient.
     assert logits_bytes / 20 < backward.peak - sum(x.nbytes for x in results) < logits_bytes / 10
 
@@ -143,22 +143,22 @@ def test_bf16_backward_holds_less_than_a_tenth_of_the_fp32_logits_beside_its_res
         hidden, weight = (torch.empty(size, width, dtype=torch.bfloat16) for size in (tokens, vocab))
         targets, statistics = torch.empty(tokens, dtype=torch.long), torch.empty(3, tokens)
     with Allocated() as held:
-        total, weight_gradient = gradients_by_chunk(hidden, weight, targets, statistics, statistics, vocab, SCALE)
+        total, weight_gradient = chunked_gradients(hidden, weight, targets, statistics, statistics, vocab, SCALE)
         hidden_gradient = total.to(hidden.dtype)
     assert held.peak - weight_gradient.nbytes - hidden_gradient.nbytes < 4 * tokens * vocab / 10
 
 
 @pytest.mark.parametrize("local", [50_304, 25_216, 12_672, 100_352, 50_176, 25_088, 4_096, 3_840])
 def test_a_chunk_is_whole_blocks_and_less_than_a_tenth(local):
-    assert chunk_width(local) % 128 == 0
-    assert chunk_width(local) < local / 10
+    assert columns_per_chunk(local) % 128 == 0
+    assert columns_per_chunk(local) < local / 10
 
 
 def test_the_factors_and_three_numbers_per_token_are_kept(generator):
     hidden, weight, targets = example(5, 6, 300, 271, generator, torch.bfloat16)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        maximum, _, _ = linear_cross_entropy(hidden, weight, targets, columns=271, scale=SCALE)
+        maximum, _, _ = linear_cross_entropy(hidden, weight, targets, num_valid_columns=271, scale=SCALE)
     assert [x.data_ptr() for x in kept] == [x.data_ptr() for x in (hidden, weight, targets, maximum)]
     assert kept[-1].shape == (3, 5)
 

@@ -29,8 +29,8 @@ BIASED = [0.25, alibi_slopes(4), torch.tensor([[0, 0, 2, 2, 2], [0, 0, 0, 3, 4]]
 FORWARD = {
     "swiglu": [GATE_UP, 1],
     "swiglu_linear": [GATE_UP, (4, 5), 0],
-    "split_rotated": [QKV, *TABLE, *NORMS, 1e-5, 8, 2],
-    "split_rotated, no norms": [QKV, *TABLE, None, None, 0.0, 8, 2],
+    "split_and_rotate_qkv": [QKV, *TABLE, *NORMS, 1e-5, 8, 2],
+    "split_and_rotate_qkv, no norms": [QKV, *TABLE, None, None, 0.0, 8, 2],
     "attention": [*HEADS, *BIASED],
     "attention, few queries": [(2, 2, 4, 8), *HEADS[1:], 0.25, None, None],
     "cross_entropy": [(4, 9), TARGETS, 8, 0.7],
@@ -39,8 +39,8 @@ FORWARD = {
 INSIDE = {
     "swiglu_backward": [FFN, GATE_UP, 1, True],
     "swiglu_backward, no product": [FFN, GATE_UP, 0, False],
-    "split_rotated_backward": [*HEADS, QKV, *TABLE, *NORMS, 1e-5],
-    "split_rotated_backward, no norms": [*HEADS, None, *TABLE, None, None, 0.0],
+    "split_and_rotate_qkv_backward": [*HEADS, QKV, *TABLE, *NORMS, 1e-5],
+    "split_and_rotate_qkv_backward, no norms": [*HEADS, None, *TABLE, None, None, 0.0],
     "attention_backward": [HEADS[0], *HEADS, HEADS[0], (2, 4, 5), *BIASED],
     "cross_entropy_add": [(4, 9), TARGETS, (3, 4), BLOCK],
     "cross_entropy_gradient": [(4, 9), TARGETS, (4,), (4,), (4,), BLOCK],

@@ -7,14 +7,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tandem.kernels.qkv import split, split_rotated
+from tandem.kernels.qkv import split_and_rotate_qkv, split_qkv
 from tandem.kernels.rope import rotary_table
 
 BASE, EPSILON = 10_000.0, 1e-5
 TABLE = 2**-25 * 4_096**0.5
 """An entry of the table is fp32, half a unit off; a sum of so many such products, each of order one, is not further off."""
 SHAPES = pytest.mark.parametrize(
-    ("head_dim", "rotary_dims", "queries", "kv_heads"), [(2, 2, 1, 2), (7, 4, 2, 3), (40, 40, 1, 1), (160, 40, 4, 1)]
+    ("head_dim", "rotary_dims", "queries", "num_kv_heads"),
+    [(2, 2, 1, 2), (7, 4, 2, 3), (40, 40, 1, 1), (160, 40, 4, 1)],
 )
 NORMED = pytest.mark.parametrize("normed", [False, True])
 
@@ -36,9 +37,13 @@ def definition(qkv, place, rotary_dims, head_dim, queries, norms):
     return *turned, groups[..., queries + 1, :]
 
 
-def example(head_dim, queries, kv_heads, normed, generator, dtype=torch.float64, rows=2, seq=5):
+def example(head_dim, queries, num_kv_heads, normed, generator, dtype=torch.float64, rows=2, seq=5):
     """The fused buffer and the norms' weights."""
-    shapes = [(seq, rows, kv_heads * (queries + 2) * head_dim), (kv_heads * queries, head_dim), (kv_heads, head_dim)]
+    shapes = [
+        (seq, rows, num_kv_heads * (queries + 2) * head_dim),
+        (num_kv_heads * queries, head_dim),
+        (num_kv_heads, head_dim),
+    ]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
     leaves = [tensor.requires_grad_() for tensor in tensors[: 3 if normed else 1]]
     return leaves[0], leaves[1:] if normed else [None, None]
@@ -54,9 +59,9 @@ def evaluated(function, qkv, norms, generator):
 
 
 def rotated(qkv, place, rotary_dims, head_dim, queries, norms):
-    return split_rotated(
-        qkv, *rotary_table(place, rotary_dims, BASE), head_dim=head_dim, queries=queries,
-        query_norm=norms[0], key_norm=norms[1], epsilon=EPSILON,
+    return split_and_rotate_qkv(
+        qkv, *rotary_table(place, rotary_dims, BASE), head_dim=head_dim, num_queries_per_kv=queries,
+        query_norm=norms[0], key_norm=norms[1], norm_eps=EPSILON,
     )  # fmt: skip
 
 
@@ -64,9 +69,9 @@ def rotated(qkv, place, rotary_dims, head_dim, queries, norms):
 @NORMED
 @pytest.mark.parametrize("rows_of_table", [1, 2])
 def test_results_and_gradients_are_the_definition(
-    head_dim, rotary_dims, queries, kv_heads, normed, rows_of_table, generator
+    head_dim, rotary_dims, queries, num_kv_heads, normed, rows_of_table, generator
 ):
-    qkv, norms = example(head_dim, queries, kv_heads, normed, generator)
+    qkv, norms = example(head_dim, queries, num_kv_heads, normed, generator)
     place = torch.randint(4_096, (rows_of_table, 5), generator=generator)
     found, exact = (
         evaluated(lambda f=f: f(qkv, place, rotary_dims, head_dim, queries, norms), qkv, norms, generator.clone_state())
@@ -95,7 +100,7 @@ def test_bf16_results_are_the_fp64_results_rounded_once(normed, generator):
 def test_what_is_not_rotated_passes_bit_for_bit(generator):
     qkv, norms = example(16, 1, 2, False, generator, torch.bfloat16)
     query, key, value = rotated(qkv, torch.arange(5)[None] + 100, 4, 16, 1, norms)
-    plain = split(qkv, head_dim=16, queries=1)
+    plain = split_qkv(qkv, head_dim=16, num_queries_per_kv=1)
     assert torch.equal(query[..., 4:], plain[0][..., 4:])
     assert torch.equal(key[..., 4:], plain[1][..., 4:])
     assert torch.equal(value, plain[2])
@@ -129,7 +134,9 @@ def test_backward_keeps_the_projection_only_for_the_norms(normed, generator):
     cos, sin = rotary_table(torch.arange(5)[None], 4, BASE)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        split_rotated(qkv, cos, sin, head_dim=8, queries=2, query_norm=norms[0], key_norm=norms[1], epsilon=EPSILON)
+        split_and_rotate_qkv(
+            qkv, cos, sin, head_dim=8, num_queries_per_kv=2, query_norm=norms[0], key_norm=norms[1], norm_eps=EPSILON
+        )
     wanted = [cos, sin] + ([qkv, *norms] if normed else [])
     assert sorted(x.data_ptr() for x in kept) == sorted(x.data_ptr() for x in wanted)
 
@@ -153,7 +160,7 @@ def test_the_plain_split_is_the_definition(queries, generator):
     found, exact = (
         evaluated(f, qkv, norms, generator.clone_state())
         for f in (
-            lambda: split(qkv, head_dim=4, queries=queries),
+            lambda: split_qkv(qkv, head_dim=4, num_queries_per_kv=queries),
             lambda: definition(qkv, torch.zeros(1, 5), 0, 4, queries, norms),
         )
     )
@@ -177,7 +184,7 @@ class Allocations(TorchDispatchMode):
 def test_the_plain_split_copies_nothing_forward_and_each_gradient_once_backward(generator):
     qkv, _ = example(4, 1, 2, False, generator)
     with Allocations() as forward:
-        heads = split(qkv, head_dim=4, queries=1)
+        heads = split_qkv(qkv, head_dim=4, num_queries_per_kv=1)
     assert forward.elements == []
     assert {x.untyped_storage().data_ptr() for x in heads} == {qkv.untyped_storage().data_ptr()}
     with Allocations() as backward:
@@ -189,11 +196,11 @@ def test_the_plain_split_copies_nothing_forward_and_each_gradient_once_backward(
 def test_the_plain_split_may_be_computed_again_and_compiled(generator):
     qkv, norms = example(4, 1, 2, False, generator)
 
-    def function(split=split) -> tuple[torch.Tensor, ...]:
-        return tuple(x.sin() for x in split(qkv, head_dim=4, queries=1))
+    def function(split=split_qkv) -> tuple[torch.Tensor, ...]:
+        return tuple(x.sin() for x in split(qkv, head_dim=4, num_queries_per_kv=1))
 
     # Annotations, which only tests check, cannot be checked where nothing but traces passes.
-    compiled = torch.compile(lambda: function(inspect.unwrap(split)), backend="aot_eager")
+    compiled = torch.compile(lambda: function(inspect.unwrap(split_qkv)), backend="aot_eager")
     ways = [function, lambda: checkpoint(function, use_reentrant=False), compiled]
     plain, *others = (evaluated(way, qkv, norms, generator.clone_state()) for way in ways)
     assert all(torch.equal(a, b) for other in others for a, b in zip(plain, other, strict=True))

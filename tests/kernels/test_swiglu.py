@@ -20,8 +20,8 @@ def definition(gate_up: torch.Tensor, gate: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_and_backward_are_the_definition_in_double(shape, gate, generator):
     gate_up = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(swiglu(gate_up, gate=gate), definition(gate_up, gate))
-    assert torch.autograd.gradcheck(lambda x: swiglu(x, gate=gate), gate_up)
+    torch.testing.assert_close(swiglu(gate_up, gate_index=gate), definition(gate_up, gate))
+    assert torch.autograd.gradcheck(lambda x: swiglu(x, gate_index=gate), gate_up)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -40,8 +40,8 @@ def test_bf16_result_is_the_fp64_result_rounded_once(shape, generator):
 def test_the_product_with_a_matrix_has_the_bits_of_the_two_operations(dtype, gate, generator):
     leaves = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in ((3, 5, 2, 24), (7, 24))]
     output_gradient = torch.randn(3, 5, 7, generator=generator).to(dtype)
-    together = swiglu_linear(*leaves, gate=gate)
-    apart = F.linear(swiglu(leaves[0], gate=gate), leaves[1])
+    together = swiglu_linear(*leaves, gate_index=gate)
+    apart = F.linear(swiglu(leaves[0], gate_index=gate), leaves[1])
     pairs = [torch.autograd.grad(result, leaves, output_gradient) for result in (together, apart)]
     assert torch.equal(together, apart)
     assert all(torch.equal(one, other) for one, other in zip(*pairs, strict=True))

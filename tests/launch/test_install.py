@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.timeouts import PATIENCE_SECONDS
+from tests.timeouts import TEST_TIMEOUT_SECONDS
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {"torch": "torchrun", "pytest": "pytest", "mypy": "mypy", "import-linter": "lint-imports"}
@@ -296,7 +296,7 @@ def test_an_installation_that_was_interrupted_is_continued(number, code, unfinis
             connection, _ = silent.accept()
             with connection:
                 first.send_signal(number)
-                _, said = first.communicate(timeout=PATIENCE_SECONDS)
+                _, said = first.communicate(timeout=TEST_TIMEOUT_SECONDS)
     assert first.returncode == code
     assert said.strip() == "install: interrupted; run launch/install.sh again to continue"
     empty = unfinished.parent / "no wheels"
@@ -309,7 +309,7 @@ def test_two_installations_are_one_that_is_then_kept_and_mended(copy, with_cpu_t
         command, env=environment(wheelhouse), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as second:
         third = install(copy, wheelhouse, PYTHON="")
-        said, errors = second.communicate(timeout=PATIENCE_SECONDS)
+        said, errors = second.communicate(timeout=TEST_TIMEOUT_SECONDS)
     assert (second.returncode, third.returncode) == (0, 0), errors + third.stderr
     waited = sorted("another launch/install.sh works on .venv" in output for output in (said, third.stdout))
     assert waited == [False, True]

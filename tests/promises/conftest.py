@@ -16,26 +16,28 @@ import pytest
 import torch
 import yaml
 
-from tandem.trainer.checkpoint.layout import KINDS
-from tandem.trainer.checkpoint.read import Snapshot
+from tandem.trainer.checkpoint.layout import STATE_KINDS
+from tandem.trainer.checkpoint.read import Checkpoint
 from tests import tiny_configs
-from tests.ranks import SERVER
-from tests.timeouts import PATIENCE_SECONDS
+from tests.ranks import FORKSERVER
+from tests.timeouts import TEST_TIMEOUT_SECONDS
 
 # torch needs sympy, which needs this mpmath: every Python reads the same text, so a figure measured on it is the same too.
-PACKAGE = Path(mpmath.__file__).parent
-TEXTS = sorted(path for part in ("calculus", "functions", "matrices") for path in (PACKAGE / part).glob("*.py"))
-VOCAB = 500
+TEXT_FOLDER = Path(mpmath.__file__).parent
+TEXT_FILES = sorted(
+    path for part in ("calculus", "functions", "matrices") for path in (TEXT_FOLDER / part).glob("*.py")
+)
+VOCAB_SIZE = 500
 
 
-def tandem(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_tandem(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """One command line of `tandem`, in its own process, as a user types it."""
     command = [sys.executable, "-m", "tandem.trainer", *map(str, arguments)]
     return subprocess.run(
         command,
         capture_output=True,
         text=True,
-        timeout=PATIENCE_SECONDS,
+        timeout=TEST_TIMEOUT_SECONDS,
         env=clean_environment() | environment,
         check=False,
     )
@@ -47,16 +49,16 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in launcher} | {"OMP_NUM_THREADS": "1"}
 
 
-def forked(*commands: list[object]) -> BaseProcess:
+def fork_tandem(*commands: list[object]) -> BaseProcess:
     """These commands of `tandem`, one after the other in one fork of the ranks' server: not what a user types, and seconds
     sooner. Ends with the exit code of the first that fails.
     """
-    process = SERVER.Process(target=_run, args=([list(map(str, command)) for command in commands],))
+    process = FORKSERVER.Process(target=_run_commands, args=([list(map(str, command)) for command in commands],))
     process.start()
     return process
 
 
-def _run(commands: list[list[str]]) -> None:
+def _run_commands(commands: list[list[str]]) -> None:
     from jaxtyping import config
 
     from tandem.trainer.__main__ import main
@@ -66,24 +68,24 @@ def _run(commands: list[list[str]]) -> None:
     sys.exit(next(filter(None, map(main, commands)), 0))
 
 
-def ended(process: BaseProcess) -> int | None:
+def wait_for_exit(process: BaseProcess) -> int | None:
     """The exit code; minus the signal that killed it."""
-    process.join(PATIENCE_SECONDS)
+    process.join(TEST_TIMEOUT_SECONDS)
     hung = process.is_alive()
     process.kill()
     process.join()
-    assert not hung, f"still running after {PATIENCE_SECONDS} s"
+    assert not hung, f"still running after {TEST_TIMEOUT_SECONDS} s"
     return process.exitcode
 
 
-def listens(pid: int, number: int) -> bool:
+def has_signal_handler(pid: int, signal_number: int) -> bool:
     """Whether the process has a handler for the signal. Source: proc(5), status."""
     found = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
-    return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
+    return found is not None and bool(int(found[1], 16) >> (signal_number - 1) & 1)
 
 
 @contextmanager
-def begun(command: list[object], **environment: str) -> Iterator[subprocess.Popen[str]]:
+def start_command(command: list[object], **environment: str) -> Iterator[subprocess.Popen[str]]:
     """The command running, this Python's scripts first on its path; it and its children are gone when the block ends."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with subprocess.Popen(
@@ -101,13 +103,26 @@ def begun(command: list[object], **environment: str) -> Iterator[subprocess.Pope
 def corpus(tmp_path_factory) -> Path:
     """Some modules of mpmath, a document every forty lines, in several small shards."""
     folder = tmp_path_factory.mktemp("corpus")
-    modules = [path.read_text(encoding="utf-8").splitlines(keepends=True) for path in TEXTS]
+    modules = [path.read_text(encoding="utf-8").splitlines(keepends=True) for path in TEXT_FILES]
     texts = ["".join(lines[first : first + 40]) for lines in modules for first in range(0, len(lines), 40)]
     (folder / "modules.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    done = tandem(
-        "prepare", "--input", folder / "modules.jsonl", "--output", folder / "prepared", "--vocab", VOCAB, "--held-out", 0.1,
-        "--sample-tokens", 512, "--shard-tokens", 40_000, "--workers", 1,
-    )  # fmt: skip
+    done = run_tandem(
+        "prepare",
+        "--input",
+        folder / "modules.jsonl",
+        "--output",
+        folder / "prepared",
+        "--vocab-size",
+        VOCAB_SIZE,
+        "--held-out",
+        0.1,
+        "--sample-tokens",
+        512,
+        "--shard-tokens",
+        40_000,
+        "--workers",
+        1,
+    )
     assert done.returncode == 0, done.stderr
     return folder / "prepared"
 
@@ -117,38 +132,52 @@ def write_config(tmp_path, corpus):
     """write_config("btlm", run={...}, ...): the path of a config over the corpus, two phases of 6 steps."""
 
     def write(variant: str, file: str = "config.yaml", **sections: dict) -> Path:
-        tree = two_phases(variant, corpus, tmp_path / "runs", **sections)
+        tree = two_phase_config(variant, corpus, tmp_path / "runs", **sections)
         (tmp_path / file).write_text(yaml.safe_dump(tree))
         return tmp_path / file
 
     return write
 
 
-def two_phases(variant: str, corpus: Path, root: Path, *, steps: int = 6, **sections: dict) -> dict:
+def two_phase_config(variant: str, corpus: Path, root: Path, *, steps: int = 6, **sections: dict) -> dict:
     """A tiny config tree over the corpus: `steps` steps of 8 rows of 32 tokens, then as many of 2 rows of 128."""
-    tree = tiny_configs.tree(variant)
+    tree = tiny_configs.config_tree(variant)
     tokens = steps * 256
     tree["run"]["root"] = str(root)
     tree["data"] = {"sources": {"corpus": str(corpus)}, "prefetch_steps": 2}
     tree["schedule"]["phases"] = [
-        {"name": "short", "tokens": tokens, "seq_len": 32, "rows": 8, "micro_rows": 2, "mixture": {"corpus": 1.0}},
-        {"name": "long", "tokens": tokens, "seq_len": 128, "rows": 2, "micro_rows": 1, "mixture": {"corpus": 1.0}},
+        {
+            "name": "short",
+            "tokens": tokens,
+            "seq_len": 32,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "mixture": {"corpus": 1.0},
+        },
+        {
+            "name": "long",
+            "tokens": tokens,
+            "seq_len": 128,
+            "global_batch_size": 2,
+            "micro_batch_size": 1,
+            "mixture": {"corpus": 1.0},
+        },
     ]
     for name, fields in sections.items():
         tree[name] = tree.get(name, {}) | fields
     return tree
 
 
-def differing(one: Snapshot, other: Snapshot) -> list[str]:
+def differing_tensors(one: Checkpoint, other: Checkpoint) -> list[str]:
     """Names of the tensors, of any kind, that are not the same bits."""
-    assert sorted(one.names) == sorted(other.names)
+    assert sorted(one.parameter_names) == sorted(other.parameter_names)
     return [
-        f"{kind} {name}" for name in one.names for kind in KINDS
-        if not torch.equal(one.tensor(kind, name).view(torch.int32), other.tensor(kind, name).view(torch.int32))
+        f"{kind} {name}" for name in one.parameter_names for kind in STATE_KINDS
+        if not torch.equal(one.read_tensor(kind, name).view(torch.int32), other.read_tensor(kind, name).view(torch.int32))
     ]  # fmt: skip
 
 
-def steps_of(folder: Path) -> dict[int, dict]:
+def read_step_records(folder: Path) -> dict[int, dict]:
     """The last record of every step in a run folder."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]

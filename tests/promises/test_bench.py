@@ -17,31 +17,31 @@ from torch import Tensor
 
 from tandem.trainer import runtime
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.async_save import Saver
-from tandem.trainer.config import RunConfig, flops, section_from
+from tandem.trainer.checkpoint.async_save import CheckpointSaver
+from tandem.trainer.config import TrainConfig, flops, parse_dataclass
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.loader import Loader
-from tandem.trainer.distributed.coordination import Agreement
+from tandem.trainer.distributed.coordination import Coordinator
 from tandem.trainer.distributed.deepspeed_engine import Engine
-from tandem.trainer.distributed.mesh import Mesh, collectives, gather_to_all, started
-from tandem.trainer.distributed.watchdog import Watchdog, here
+from tandem.trainer.distributed.mesh import Mesh, all_gather_objects, count_collectives, mesh_context
+from tandem.trainer.distributed.watchdog import Watchdog, current_process
 from tandem.trainer.guard import Guard
 from tandem.trainer.metrics.records import Sinks
-from tandem.trainer.run_state import Standing, Stepper, Training
+from tandem.trainer.run_state import Progress, RunContext, StepContext
 from tandem.trainer.startup import build_engine
 from tandem.trainer.tools import bench
-from tandem.trainer.tools.bench.measure import measure
-from tandem.trainer.tools.bench.plan import Plan, planned
-from tandem.trainer.tools.bench.synthetic_batch import drawn
-from tandem.trainer.train import loop
+from tandem.trainer.tools.bench.measure import measure_phase
+from tandem.trainer.tools.bench.plan import PhasePlan, build_plans
+from tandem.trainer.tools.bench.synthetic_batch import draw_batch
+from tandem.trainer.train import train_loop
 from tests import ranks, tiny_configs
-from tests.promises.conftest import tandem
+from tests.promises.conftest import run_tandem
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 PEAK_FLOPS = 2e11
-TWICE = ["--phase", "long", "--depth", "1", "--rows", "4", "--steps", "3", "--warmup-steps", "2"]
+TWICE = ["--phase", "long", "--num-layers", "1", "--global-batch-size", "4", "--steps", "3", "--warmup-steps", "2"]
 """Asked of one rank, and of two that share the layers."""
-FEW = "--rows 8 --warmup-steps 1 --steps 3"
+FEW = "--global-batch-size 8 --warmup-steps 1 --steps 3"
 """Asked of two replicas."""
 CARD = {
     "name": "card", "peak_flops": PEAK_FLOPS, "memory_gib": 1.0, "memory_bytes_per_second": 1e9, "devices_per_node": 1,
@@ -57,14 +57,14 @@ def tree(**sections: dict) -> dict:
             "name": name,
             "tokens": 20 * 512,
             "seq_len": seq_len,
-            "rows": rows,
-            "micro_rows": 2,
+            "global_batch_size": rows,
+            "micro_batch_size": 2,
             "mixture": {"corpus": 1.0},
         }
         for name, seq_len, rows in (("short", 32, 16), ("long", 64, 8))
     ]
-    found = tiny_configs.tree("stablelm", run=run, optim={"clip_norm": 0.05}, **sections)
-    return found | {"schedule": {"batch_tokens": 512, "phases": phases, "lr": lr}, "hardware": CARD}
+    found = tiny_configs.config_tree("stablelm", run=run, optim={"max_grad_norm": 0.05}, **sections)
+    return found | {"schedule": {"tokens_per_step": 512, "phases": phases, "lr": lr}, "hardware": CARD}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def said(place) -> subprocess.CompletedProcess[str]:
     """One layer of two, the second phase, a quarter of its rows, one step more under the profiler."""
-    done = tandem(
+    done = run_tandem(
         "bench", place / "config.yaml", f"run.root={place}/runs", *TWICE, "--profile", place / "trace.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -93,14 +93,32 @@ def line(said) -> dict[str, Any]:
 
 def test_the_line_says_what_was_measured(line, place):
     expected = {
-        "overrides": [f"run.root={place}/runs", "--rows 4"],
-        "config": "tiny", "family": "stablelm", "depth": 1, "recipe_depth": 2, "phase": "long", "seq_len": 64, "rows": 4,
-        "micro_rows": 2, "micro_batches": 2, "tp_size": 1, "dp_size": 1, "zero_stage": 1, "precision": "bf16",
-        "recompute": "none", "deterministic": True, "document_masking": True, "warmup_steps": 2, "steps": 3,
-        "hardware": "card", "peak_flops": PEAK_FLOPS, "torch": torch.__version__, "peak_allocated_gib": None,
-    }  # fmt: skip
+        "overrides": [f"run.root={place}/runs", "--global-batch-size 4"],
+        "config": "tiny",
+        "family": "stablelm",
+        "num_layers": 1,
+        "recipe_num_layers": 2,
+        "phase": "long",
+        "seq_len": 64,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "num_micro_batches": 2,
+        "tp_size": 1,
+        "dp_size": 1,
+        "zero_stage": 1,
+        "precision": "bf16",
+        "recompute": "none",
+        "deterministic": True,
+        "document_masking": True,
+        "num_warmup_steps": 2,
+        "num_timed_steps": 3,
+        "hardware": "card",
+        "peak_flops": PEAK_FLOPS,
+        "torch": torch.__version__,
+        "peak_allocated_gib": None,
+    }
     assert {name: line[name] for name in expected} == expected
-    assert line["parameters"] == flops.parameters(one_layer())
+    assert line["num_parameters"] == flops.num_parameters(one_layer())
     assert 0.1 < line["peak_resident_gib"] < 16, "a process that holds torch and a model of nothing"
     assert line["device"]
     assert line["deepspeed"]
@@ -108,13 +126,13 @@ def test_the_line_says_what_was_measured(line, place):
 
 
 def one_layer():
-    config: RunConfig = section_from(RunConfig, tree(), "")
-    return dataclasses.replace(config.model, depth=1)
+    config: TrainConfig = parse_dataclass(TrainConfig, tree(), "")
+    return dataclasses.replace(config.model, num_layers=1)
 
 
 def test_its_figures_are_consistent(line):
     tokens, rate = 4 * 64, line["tokens_per_second"]
-    assert line["step_tokens"] == tokens
+    assert line["tokens_per_step"] == tokens
     assert rate * line["step_seconds"] == pytest.approx(tokens)
     assert line["step_seconds_p20"] <= line["step_seconds"] <= line["step_seconds_p80"]
     assert line["tokens_per_second_p80"] * line["step_seconds_p20"] == pytest.approx(tokens)
@@ -137,7 +155,7 @@ def test_parts_are_the_step(line):
 
 def test_the_recipes_own_batch_is_derived_by_its_rows(line):
     derived = line["derived"]
-    assert derived["rows_at_full_batch"] == 8
+    assert derived["full_global_batch_size"] == 8
     assert derived["accumulation_seconds"] + derived["update_seconds"] == pytest.approx(line["step_seconds"])
     assert derived["update_seconds"] == line["part_seconds"]["update"] + line["part_seconds"]["other"]
     seconds = derived["step_seconds_at_full_batch"]
@@ -165,18 +183,18 @@ def test_nothing_is_left_of_a_run(said, place):
 class Rows(Loader):
     """A run's loader, of the bench's rows."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
-        self._of, self.fingerprints, self.order, self.skipped = (config, mesh), {}, {}, {}
+    def __init__(self, config: TrainConfig, mesh: Mesh) -> None:
+        self._of, self.fingerprints, self.shuffle_settings, self.skipped_shards = (config, mesh), {}, {}, {}
         self.eos_token = ""
 
-    def end(self, step, cursor):
+    def find_end(self, step, cursor):
         return Timeline(self._of[0].schedule).total_steps, None
 
     def batches(self, step, cursor):
         config, mesh = self._of
         timeline = Timeline(config.schedule)
         for now in range(step, timeline.total_steps):
-            yield drawn(config, timeline.phase_at(now).phase, now, mesh)
+            yield draw_batch(config, timeline.phase_span_at(now).phase, now, mesh)
 
 
 class Kept:
@@ -191,20 +209,20 @@ class Kept:
         """Nothing was opened."""
 
 
-def plan_of(words: str, world_size: int) -> tuple[RunConfig, list[Plan]]:
+def plan_of(words: str, world_size: int) -> tuple[TrainConfig, list[PhasePlan]]:
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
-    config: RunConfig = section_from(RunConfig, tree(), "")
-    return planned(config, parser.parse_args(["no-file", *words.split()]), world_size)
+    config: TrainConfig = parse_dataclass(TrainConfig, tree(), "")
+    return build_plans(config, parser.parse_args(["no-file", *words.split()]), world_size)
 
 
 def state(engine: Engine) -> list[dict[str, Tensor]]:
     """Every rank's weights, and the masters and moments it owns."""
     found = {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
-    for fragment in engine.fragments():
+    for fragment in engine.optimizer_fragments():
         owned = {"master": fragment.master, **fragment.moments}
         found |= {f"{fragment.name} {key}": value.clone() for key, value in owned.items()}
-    return gather_to_all(found)
+    return all_gather_objects(found)
 
 
 def on_two_ranks(folder: Path, config_file: Path) -> tuple[dict[str, str], dict[str, Any]]:
@@ -220,35 +238,47 @@ def on_two_ranks(folder: Path, config_file: Path) -> tuple[dict[str, str], dict[
 
 
 def benched_and_trained(folder: Path) -> dict[str, Any]:
-    """Losses and states after the bench's steps, after `train.loop` over the same rows, and after loops that differ."""
+    """Losses and states after the bench's steps, after `train.train_loop` over the same rows, and after loops that differ."""
     config, [plan] = plan_of(FEW, 2)
-    total = plan.total_steps
+    total = plan.num_steps
     others = {
         "trained": config,
-        "unclipped": dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip_norm=0.0)),
+        "unclipped": dataclasses.replace(config, optim=dataclasses.replace(config.optim, max_grad_norm=0.0)),
         "other lr": with_peak(config, 2 * config.schedule.lr.peak),
     }
     found: dict[str, Any] = {}
-    with started(1) as mesh, closing(runtime.StopSignal()) as stop_signal:
-        agreement = Agreement(mesh, stop_signal)
+    with mesh_context(1) as mesh, closing(runtime.StopSignal()) as stop_signal:
+        agreement = Coordinator(mesh, stop_signal)
         engine = build_engine(config, mesh, None)
-        stepper = Stepper(config, mesh, Timeline(config.schedule), engine, 1.0, Guard(config.guard))
-        line = measure(stepper, plan, 1.0, agreement)
+        stepper = StepContext(config, mesh, Timeline(config.schedule), engine, 1.0, Guard(config.guard))
+        line = measure_phase(stepper, plan, 1.0, agreement)
         found["benched"] = (line["first_loss"], line["last_loss"], state(engine))
         for name, other in others.items():
             stopping = dataclasses.replace(other, run=dataclasses.replace(other.run, stop_step=total))
             engine, kept = build_engine(stopping, mesh, None), Kept()
-            loop(
-                Training(stopping, mesh, Timeline(stopping.schedule), engine, 1.0, Guard(stopping.guard), folder / name,
-                         Rows(stopping, mesh), Sinks([kept], 0), Saver(folder / name / "checkpoints", mesh, 1), agreement,
-                         Watchdog(stopping.watchdog, folder / name, [here()], 0, collectives), None),
-                Standing(0, {}, None),
-            )  # fmt: skip
+            train_loop(
+                RunContext(
+                    stopping,
+                    mesh,
+                    Timeline(stopping.schedule),
+                    engine,
+                    1.0,
+                    Guard(stopping.guard),
+                    folder / name,
+                    Rows(stopping, mesh),
+                    Sinks([kept], 0),
+                    CheckpointSaver(folder / name / "checkpoints", mesh, 1),
+                    agreement,
+                    Watchdog(stopping.watchdog, folder / name, [current_process()], 0, count_collectives),
+                    None,
+                ),
+                Progress(0, {}, None),
+            )
             found[name] = (kept.losses[2], kept.losses[4], state(engine))
     return found
 
 
-def with_peak(config: RunConfig, peak: float) -> RunConfig:
+def with_peak(config: TrainConfig, peak: float) -> TrainConfig:
     lr = dataclasses.replace(config.schedule.lr, peak=peak)
     return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, lr=lr))
 
@@ -270,7 +300,7 @@ def test_of_two_tensor_parallel_ranks_the_first_says_the_line(two, line):
     assert two[1][0] == {"tp2": "", "dp2": ""}
     [only] = two[0][0]["tp2"].splitlines()
     found = json.loads(only)
-    assert (found["tp_size"], found["dp_size"], found["micro_batches"]) == (2, 1, 2)
+    assert (found["tp_size"], found["dp_size"], found["num_micro_batches"]) == (2, 1, 2)
     assert found["tokens_per_second_per_device"] == pytest.approx(found["tokens_per_second"] / 2)
     achieved = flops.flops_per_token(one_layer(), 64, causal=False) * found["tokens_per_second"]
     assert found["mfu"] == pytest.approx(achieved / (2 * PEAK_FLOPS))

@@ -17,13 +17,20 @@ from safetensors.torch import load_file, save_file
 
 from tandem.trainer import train
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.layout import KINDS, MANIFEST, MARKER, file_sha256, key, read_manifest
-from tandem.trainer.checkpoint.read import Snapshot
-from tandem.trainer.config import RunConfig, section_from
+from tandem.trainer.checkpoint.layout import (
+    COMMIT_MARKER,
+    MANIFEST_FILE,
+    STATE_KINDS,
+    file_sha256,
+    fragment_key,
+    read_manifest,
+)
+from tandem.trainer.checkpoint.read import Checkpoint
+from tandem.trainer.config import TrainConfig, parse_dataclass
 from tandem.trainer.tools import checkpoints
 from tandem.trainer.tools.checkpoints import compare
 from tests import ranks
-from tests.promises.conftest import ended, forked, two_phases
+from tests.promises.conftest import fork_tandem, two_phase_config, wait_for_exit
 from tests.promises.test_resume import reload_and_save
 
 pytestmark = [pytest.mark.dist]
@@ -31,15 +38,17 @@ STEPS = (4, 8, 12)
 
 
 def tree(corpus: Path, root: Path, name: str, **sections: dict) -> dict:
-    return two_phases("btlm", corpus, root, run={"name": name}, checkpoint={"every_steps": 4, "keep": 0}, **sections)
+    return two_phase_config(
+        "btlm", corpus, root, run={"name": name}, checkpoint={"every_steps": 4, "keep_last": 0}, **sections
+    )
 
 
-def config(tree: dict) -> RunConfig:
-    found: RunConfig = section_from(RunConfig, tree, "")
+def config(tree: dict) -> TrainConfig:
+    found: TrainConfig = parse_dataclass(TrainConfig, tree, "")
     return found
 
 
-def train_and_recut(moved: RunConfig, source: Path, target: Path) -> int:
+def train_and_recut(moved: TrainConfig, source: Path, target: Path) -> int:
     """A run at this world's layout, and the state at `source` saved again at that layout, without a step between."""
     reload_and_save(moved, source, target)
     return train.run(moved)
@@ -56,12 +65,12 @@ def root(tmp_path_factory, corpus) -> Path:
     commands = [["train", folder / "one.yaml"], ["train", folder / "one.yaml", *again]]
     commands += [["export-hf", folder / "one", folder / "exported", "--dtype", "fp32"]]
     commands += [["import-hf", folder / "exported", folder / "imported"]]
-    assert ended(forked(*commands)) == 0
+    assert wait_for_exit(fork_tandem(*commands)) == 0
     halves = config(tree(corpus, folder, "halves", parallel={"tp_size": 2}))
     source = saved(folder / "one", 8)
     assert ranks.run(train_and_recut, 2, folder, halves, source, folder / "recut") == [0, 0]
     facts = read_manifest(source)
-    recommit(folder / "recut" / source.name, **{name: facts[name] for name in compare.FACTS if name in facts})
+    recommit(folder / "recut" / source.name, **{name: facts[name] for name in compare.COMPARED_KEYS if name in facts})
     return folder
 
 
@@ -86,8 +95,8 @@ def recommit(folder: Path, **facts: object) -> None:
     for file in manifest["files"]:
         described = {"bytes": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)}
         manifest["files"][file] |= described
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    (folder / MARKER).write_text(file_sha256(folder / MANIFEST) + "\n")
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    (folder / COMMIT_MARKER).write_text(file_sha256(folder / MANIFEST_FILE) + "\n")
 
 
 def put(folder: Path, kind: str, values: dict[int, float | bytes]) -> str:
@@ -96,7 +105,7 @@ def put(folder: Path, kind: str, values: dict[int, float | bytes]) -> str:
     fragment = fragments[len(fragments) // 2]
     path = folder / fragment["file"]
     tensors = load_file(path)
-    flat = tensors[key(kind, fragment["name"], fragment["start"])]
+    flat = tensors[fragment_key(kind, fragment["name"], fragment["start"])]
     for index, value in values.items():
         bits = value if isinstance(value, bytes) else struct.pack("<f", value)
         flat.view(torch.int32)[index] = struct.unpack("<i", bits)[0]
@@ -126,7 +135,9 @@ def test_ls_lists_what_was_saved_oldest_first(root, capsys):
     assert code == 0
     assert [row["step"] for row in rows] == [4, 8, 12]
     assert [row["tokens"] for row in rows] == [1024, 2048, 3072]
-    assert [row["time"] for row in rows] == [(saved(root / "one", step) / MARKER).stat().st_mtime for step in STEPS]
+    assert [row["time"] for row in rows] == [
+        (saved(root / "one", step) / COMMIT_MARKER).stat().st_mtime for step in STEPS
+    ]
     sizes = [sum(file.stat().st_size for file in saved(root / "one", step).iterdir()) for step in STEPS]
     assert [row["bytes"] for row in rows] == sizes
     assert said["total_bytes"] == sum(sizes)
@@ -151,9 +162,9 @@ def test_ls_tells_torn_from_damaged_and_counts_them(copy, capsys):
     short, changed, torn = (saved(copy, step) for step in STEPS)
     file, size_bytes = data_file(torn).name, data_file(torn).stat().st_size
     os.truncate(short / file, size_bytes - 1)
-    (changed / MANIFEST).write_text("{")
-    (torn / MARKER).unlink()
-    (torn / MANIFEST).unlink()
+    (changed / MANIFEST_FILE).write_text("{")
+    (torn / COMMIT_MARKER).unlink()
+    (torn / MANIFEST_FILE).unlink()
     rows = asked(capsys, "ls", copy)[1]["checkpoints"]
     assert [row["state"] for row in rows] == ["damaged", "damaged", "torn"]
     assert [row["damage"] for row in rows] == [
@@ -191,7 +202,7 @@ def test_verify_names_a_flipped_bit_a_short_file_and_a_changed_manifest(copy, ca
     data[-1] ^= 1
     data_file(flipped).write_bytes(data)
     os.truncate(data_file(short), data_file(short).stat().st_size - 1)
-    (changed / MANIFEST).write_text((changed / MANIFEST).read_text() + " ")
+    (changed / MANIFEST_FILE).write_text((changed / MANIFEST_FILE).read_text() + " ")
     code, said = asked(capsys, "verify", copy)
     assert code == 1
     file = data_file(flipped).name
@@ -216,7 +227,7 @@ def test_verify_names_all_the_files_with_other_contents(root, tmp_path, capsys):
 
 
 def test_verify_passes_over_a_torn_checkpoint_and_takes_the_one_that_is_asked_for(copy, capsys):
-    (saved(copy, 12) / MARKER).unlink()
+    (saved(copy, 12) / COMMIT_MARKER).unlink()
     os.truncate(data_file(saved(copy, 4)), 100)
     assert [each["step"] for each in asked(capsys, "verify", copy)[1]["checkpoints"]] == [4, 8]
     code, said = asked(capsys, "verify", copy, "--step", 8)
@@ -231,21 +242,21 @@ def test_a_file_that_the_disk_does_not_give_is_damage(copy, capsys):
     file.unlink()
     file.symlink_to("/proc/self/mem")  # nothing is at its beginning: an error of input and output
     manifest["files"][file.name]["bytes"] = 0
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    (folder / MARKER).write_text(file_sha256(folder / MANIFEST))
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    (folder / COMMIT_MARKER).write_text(file_sha256(folder / MANIFEST_FILE))
     code, said = asked(capsys, "verify", folder)
     assert code == 1
     assert said["checkpoints"][0]["damage"] == [f"{file.name} cannot be read (Input/output error)"]
 
 
 def test_what_the_run_removes_meanwhile_is_no_damage(copy):
-    listed = checkpoints.found(copy)
-    (listed[0] / MARKER).unlink()
+    listed = checkpoints.find_checkpoints(copy)
+    (listed[0] / COMMIT_MARKER).unlink()
     data_file(listed[0]).unlink()
     shutil.rmtree(listed[1])
-    rows = [checkpoints.described(folder) for folder in listed]
+    rows = [checkpoints.describe_checkpoint(folder) for folder in listed]
     assert [row and row["state"] for row in rows] == ["torn", None, "committed"]
-    verdicts = [checkpoints.verified(folder, lambda num_bytes: None) for folder in listed]
+    verdicts = [checkpoints.verify_checkpoint(folder, lambda num_bytes: None) for folder in listed]
     assert [verdict["state"] for verdict in verdicts] == ["removed", "removed", "whole"]
     assert [verdict["damage"] for verdict in verdicts] == [[], [], []]
 
@@ -255,10 +266,11 @@ def test_the_same_run_twice_saves_the_same(root, capsys):
     assert code == 0
     assert said["same"]
     elements = sum(
-        Snapshot(saved(root / "one", 12)).weight(name).numel() for name in Snapshot(saved(root / "one", 12)).names
+        Checkpoint(saved(root / "one", 12)).read_weight(name).numel()
+        for name in Checkpoint(saved(root / "one", 12)).parameter_names
     )
-    assert [said["kinds"][kind]["elements"] for kind in KINDS] == [elements] * 3
-    assert [said["kinds"][kind]["largest_difference"] for kind in KINDS] == [0] * 3
+    assert [said["kinds"][kind]["elements"] for kind in STATE_KINDS] == [elements] * 3
+    assert [said["kinds"][kind]["largest_difference"] for kind in STATE_KINDS] == [0] * 3
     assert words(capsys, "diff", root / "one", root / "again").splitlines()[-1] == "the same facts and bits"
 
 
@@ -271,11 +283,14 @@ def test_ranks_do_not_show_in_what_they_save(root, capsys):
 
 def test_another_layout_differs_by_rounding_only_and_where_is_said(root, capsys):
     code, said = asked(capsys, "diff", root / "one", root / "halves")
-    one, other = Snapshot(saved(root / "one", 12)), Snapshot(saved(root / "halves", 12))
+    one, other = Checkpoint(saved(root / "one", 12)), Checkpoint(saved(root / "halves", 12))
     assert code == 1
     assert said["facts"] == []
-    for kind in KINDS:
-        apart = {name: one.tensor(kind, name).double() - other.tensor(kind, name).double() for name in one.names}
+    for kind in STATE_KINDS:
+        apart = {
+            name: one.read_tensor(kind, name).double() - other.read_tensor(kind, name).double()
+            for name in one.parameter_names
+        }
         largest = {name: float(each.abs().max()) for name, each in apart.items()}
         found = said["kinds"][kind]
         assert found["elements_differing"] == sum(int((each != 0).sum()) for each in apart.values())
@@ -288,10 +303,10 @@ def test_another_layout_differs_by_rounding_only_and_where_is_said(root, capsys)
 def test_a_changed_element_of_a_moment_is_found(root, copy, capsys):
     name = put(saved(copy, 8), "exp_avg_sq", {3: 0.5})
     code, said = asked(capsys, "diff", f"{copy}@8", f"{root / 'one'}@8")
-    was = float(Snapshot(saved(root / "one", 8)).tensor("exp_avg_sq", name).flatten()[3])
+    was = float(Checkpoint(saved(root / "one", 8)).read_tensor("exp_avg_sq", name).flatten()[3])
     assert code == 1
     assert said["facts"] == []
-    assert [said["kinds"][kind]["tensors_differing"] for kind in KINDS] == [0, 0, 1]
+    assert [said["kinds"][kind]["tensors_differing"] for kind in STATE_KINDS] == [0, 0, 1]
     found = said["kinds"]["exp_avg_sq"]
     assert (found["elements_differing"], found["largest_in"], found["differing"]) == (1, name, [name])
     assert found["largest_difference"] == 0.5 - was
@@ -320,40 +335,40 @@ def test_what_counts_are_bits(copy, tmp_path, capsys):
 
 
 def test_elements_are_compared_a_part_at_a_time_and_none_is_left_out(generator, monkeypatch):
-    monkeypatch.setattr(compare, "CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr(compare, "COMPARE_CHUNK_ELEMENTS", 64)
     one = torch.randn((37, 10), generator=generator)
-    assert compare.different_elements(one, one.clone()) == (0, 0.0)
+    assert compare.compare_elements(one, one.clone()) == (0, 0.0)
     for row in range(37):
         other = one.clone()
         other[row, row % 10] += 1 + row
-        count, largest = compare.different_elements(one, other)
+        count, largest = compare.compare_elements(one, other)
         assert (count, largest) == (1, float((one.double() - other.double()).abs().max())), row
     wide = torch.randn((4, 200), generator=generator).T  # not as it lies in memory, as a share of a tensor may be
-    assert compare.different_elements(wide, wide + 1)[0] == wide.numel()
-    assert compare.different_elements(torch.zeros(3), torch.tensor([0, math.inf, 0])) == (1, math.inf)
-    assert compare.different_elements(torch.zeros(3), -torch.zeros(3)) == (3, 0.0)
+    assert compare.compare_elements(wide, wide + 1)[0] == wide.numel()
+    assert compare.compare_elements(torch.zeros(3), torch.tensor([0, math.inf, 0])) == (1, math.inf)
+    assert compare.compare_elements(torch.zeros(3), -torch.zeros(3)) == (3, 0.0)
 
 
 def test_the_first_field_of_each_fact_that_differs_is_named(root, copy, capsys):
     folder = saved(copy, 8)
     manifest = read_manifest(folder)
-    phases = [manifest["phases"][0], manifest["phases"][1] | {"rows": 4, "seq_len": 64}]
-    changes = {"cursor": {"corpus": 7}, "model": manifest["model"] | {"depth": 3}, "mup": None, "phases": phases}
-    recommit(folder, **changes, tp_size=1, ledger_lines=99)
+    phases = [manifest["phases"][0], manifest["phases"][1] | {"global_batch_size": 4, "seq_len": 64}]
+    changes = {"cursor": {"corpus": 7}, "model": manifest["model"] | {"num_layers": 3}, "mup": None, "phases": phases}
+    recommit(folder, **changes, tp_size=1, num_ledger_lines=99)
     code, said = asked(capsys, "diff", f"{root / 'one'}@8", folder)
     assert code == 1
     was = read_manifest(saved(root / "one", 8))
     assert said["facts"] == [
         f"cursor.corpus: {was['cursor']['corpus']} | 7",
-        "model.depth: 2 | 3",
+        "model.num_layers: 2 | 3",
         f"mup: {json.dumps(was['mup'])} | null",
         "phases[1].seq_len: 128 | 64",
     ]
     lines = words(capsys, "diff", f"{root / 'one'}@8", folder).splitlines()
-    assert "model.depth: 2 | 3" in lines
+    assert "model.num_layers: 2 | 3" in lines
     assert lines[-1] == "different"
     facts = asked(capsys, "diff", f"{root / 'one'}@4", folder)[1]["facts"]
-    assert facts[:3] == ["step: 4 | 8", "updates: 4 | 8", "tokens: 1024 | 2048"]
+    assert facts[:3] == ["step: 4 | 8", "num_updates: 4 | 8", "tokens: 1024 | 2048"]
 
 
 def test_an_import_differs_by_what_only_a_run_has_and_not_in_its_weights(root, capsys):
@@ -368,22 +383,24 @@ def test_an_import_differs_by_what_only_a_run_has_and_not_in_its_weights(root, c
 
 def test_other_shapes_and_names_are_a_difference_and_no_crash(root, tmp_path, corpus, capsys):
     """A model of another width and depth, as it would be saved before its first step."""
-    wider = two_phases("btlm", corpus, tmp_path, steps=2, run={"name": "wider"}, model={"ffn_width": 180, "depth": 1})
+    wider = two_phase_config(
+        "btlm", corpus, tmp_path, steps=2, run={"name": "wider"}, model={"ffn_hidden_size": 180, "num_layers": 1}
+    )
     (tmp_path / "wider.yaml").write_text(yaml.safe_dump(wider))
-    assert ended(forked(["train", tmp_path / "wider.yaml", "run.stop_step=1"])) == 0
+    assert wait_for_exit(fork_tandem(["train", tmp_path / "wider.yaml", "run.stop_step=1"])) == 0
     code, said = asked(capsys, "diff", root / "one", tmp_path / "wider")
     assert code == 1
-    one, other = Snapshot(saved(root / "one", 12)), Snapshot(saved(tmp_path / "wider", 1))
-    assert said["only_in_a"] == [name for name in one.names if name not in other.names] != []
+    one, other = Checkpoint(saved(root / "one", 12)), Checkpoint(saved(tmp_path / "wider", 1))
+    assert said["only_in_a"] == [name for name in one.parameter_names if name not in other.parameter_names] != []
     assert said["only_in_b"] == []
-    shapes = {name: [list(each.weight(name).shape) for each in (one, other)] for name in other.names}
+    shapes = {name: [list(each.read_weight(name).shape) for each in (one, other)] for name in other.parameter_names}
     assert (
         said["kinds"]["master"]["other_shape"]
         == {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
         != {}
     )
     masters = said["kinds"]["master"]
-    assert masters["tensors_equal"] + masters["tensors_differing"] == len(other.names)
+    assert masters["tensors_equal"] + masters["tensors_differing"] == len(other.parameter_names)
     text = words(capsys, "diff", tmp_path / "wider", root / "one")
     assert f"only in B: {said['only_in_a'][0]}\n" in text
     assert "other shape: " in text
@@ -408,7 +425,7 @@ def test_other_shapes_and_names_are_a_difference_and_no_crash(root, tmp_path, co
 )
 def test_a_mistake_is_one_line_and_exit_code_2(root, copy, capsys, command, says):
     torn, flipped = saved(copy, 12), saved(copy, 8)
-    (torn / MARKER).unlink()
+    (torn / COMMIT_MARKER).unlink()
     shutil.move(torn, torn := copy / "torn" / torn.name)
     with data_file(flipped).open("r+b") as file:
         file.seek(-1, os.SEEK_END)

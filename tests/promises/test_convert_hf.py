@@ -14,55 +14,63 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.async_save import save
+from tandem.trainer.checkpoint.async_save import save_checkpoint
 from tandem.trainer.checkpoint.hf import convert
-from tandem.trainer.checkpoint.hf.pretrained import pretrained
-from tandem.trainer.checkpoint.hf.tensor_mapping import cut
-from tandem.trainer.checkpoint.read import Snapshot, opened
-from tandem.trainer.checkpoint.write import model_facts
-from tandem.trainer.config import BTLM, AlibiScaling, Mup, RunConfig, StableLM, UserError, section_from
+from tandem.trainer.checkpoint.hf.pretrained import load_pretrained
+from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
+from tandem.trainer.checkpoint.read import Checkpoint, open_checkpoint
+from tandem.trainer.checkpoint.write import model_metadata
+from tandem.trainer.config import (
+    AlibiScalingConfig,
+    BTLMConfig,
+    MupConfig,
+    StableLMConfig,
+    TrainConfig,
+    UserError,
+    parse_dataclass,
+)
 from tandem.trainer.data.loader import Batch, Loader
 from tandem.trainer.distributed.deepspeed_engine import Engine
-from tandem.trainer.distributed.mesh import Mesh, gather_to_all, started
-from tandem.trainer.startup import build_engine, imported
+from tandem.trainer.distributed.mesh import Mesh, all_gather_objects, mesh_context
+from tandem.trainer.startup import build_engine, open_initial_weights
 from tests import ranks, steps, tiny_configs
-from tests.promises.conftest import steps_of, two_phases
+from tests.promises.conftest import read_step_records, two_phase_config
 from tests.promises.test_resume import run_all
 from tests.reference.offline import offline
-from tests.reference.variants import VARIANTS, reference
+from tests.reference.variants import VARIANTS, reference_module
 from tests.sharded import joined
 
 __all__ = ["offline"]
 
-Case = tuple[StableLM | BTLM, Mup | None]
+Case = tuple[StableLMConfig | BTLMConfig, MupConfig | None]
 TP_SIZES = (1, 2, 4)
-HEADS = {"stablelm_12b": {"width": 128, "heads": 8, "kv_heads": 4}, "stablelm_tied": {"kv_heads": 6}}
+HEADS = {"stablelm_12b": {"hidden_size": 128, "num_heads": 8, "num_kv_heads": 4}, "stablelm_tied": {"num_kv_heads": 6}}
 """Where those of the variant cannot be shared."""
 CASES: dict[str, Case] = {
-    name: (dataclasses.replace(model, ffn_width=151, vocab=301, **HEADS.get(name, {})), mup)
+    name: (dataclasses.replace(model, ffn_hidden_size=151, vocab_size=301, **HEADS.get(name, {})), mup)
     for name, (model, mup) in VARIANTS.items()
 }
 """Sizes of which four ranks hold all, some, and nothing but padding."""
 LAYOUTS = [
     (name, tp_size) for name, (model, _) in CASES.items() for tp_size in TP_SIZES
-    if model.kv_heads % tp_size == 0 and model.heads % tp_size == 0
+    if model.num_kv_heads % tp_size == 0 and model.num_heads % tp_size == 0
 ]  # fmt: skip
 IN_BF16 = [("stablelm_1_6b", 1), ("stablelm_12b", 2), ("btlm_mup", 4)]
 every_layout = pytest.mark.parametrize(("name", "tp_size"), LAYOUTS)
 
 
-def config(name: str, tp_size: int, folder: Path, precision: str = "fp32") -> RunConfig:
+def config(name: str, tp_size: int, folder: Path, precision: str = "fp32") -> TrainConfig:
     model, mup = CASES[name]
-    run = {"initial_weights": str(folder / name / "import"), "precision": precision}
-    found = tiny_configs.config("btlm", run=run, parallel={"tp_size": tp_size})
+    run = {"init_from": str(folder / name / "import"), "precision": precision}
+    found = tiny_configs.make_config("btlm", run=run, parallel={"tp_size": tp_size})
     return dataclasses.replace(found, model=model, mup=mup)
 
 
-def through_all(folder: Path, runs: list[RunConfig]) -> dict[tuple[str, int], dict[str, dict[str, Tensor]]]:
+def through_all(folder: Path, runs: list[TrainConfig]) -> dict[tuple[str, int], dict[str, dict[str, Tensor]]]:
     """`through` of every layout, in one world of four ranks that changes its groups; then the runs."""
     found = {}
     for tp_size in TP_SIZES:
-        with started(tp_size) as mesh:
+        with mesh_context(tp_size) as mesh:
             for name in [name for name, size in LAYOUTS if size == tp_size]:
                 found[name, tp_size] = through(name, folder, mesh)
     assert run_all(runs) == [0] * len(runs)
@@ -72,30 +80,37 @@ def through_all(folder: Path, runs: list[RunConfig]) -> dict[tuple[str, int], di
 def through(name: str, folder: Path, mesh: Mesh) -> dict[str, dict[str, Tensor]]:
     """The gathered weights as loaded, and after one update, which is saved; loaded in bf16 too, whose masters are saved."""
     given, found = config(name, mesh.tp_size, folder), {}
-    engine = build_engine(given, mesh, None, imported(given, mesh))
+    engine = build_engine(given, mesh, None, open_initial_weights(given, mesh))
     found["loaded"] = gathered(engine)
-    stepper = steps.steady(given, mesh, engine, lr=1e-2, micro_rows=tiny_configs.ROWS)
-    steps.step(stepper, 0, tiny_configs.rows(0, vocab=given.model.vocab))
+    stepper = steps.steady(given, mesh, engine, lr=1e-2, micro_batch_size=tiny_configs.GLOBAL_BATCH_SIZE)
+    steps.step(stepper, 0, tiny_configs.global_batch(0, vocab_size=given.model.vocab_size))
     found["trained"] = gathered(engine)
-    save(folder / name / f"tp{mesh.tp_size}", 1, engine, mesh, facts=model_facts(given.model, given.mup), keep=0)
+    save_checkpoint(
+        folder / name / f"tp{mesh.tp_size}",
+        1,
+        engine,
+        mesh,
+        metadata=model_metadata(given.model, given.mup),
+        keep_last=0,
+    )
     if (name, mesh.tp_size) in IN_BF16:
         in_bf16 = config(name, mesh.tp_size, folder, "bf16")
-        rounded = build_engine(in_bf16, mesh, None, imported(in_bf16, mesh))
+        rounded = build_engine(in_bf16, mesh, None, open_initial_weights(in_bf16, mesh))
         found["rounded"] = gathered(rounded)
-        save(folder / name / f"bf16-tp{mesh.tp_size}", 1, rounded, mesh, facts={}, keep=0)
+        save_checkpoint(folder / name / f"bf16-tp{mesh.tp_size}", 1, rounded, mesh, metadata={}, keep_last=0)
     return found
 
 
 def gathered(engine: Engine) -> dict[str, Tensor]:
     parameters = dict(engine.model.named_parameters())
-    parts = gather_to_all({name: parameter.detach() for name, parameter in parameters.items()})
+    parts = all_gather_objects({name: parameter.detach() for name, parameter in parameters.items()})
     first_replica = parts[: engine.model.mesh.tp_size]
-    return {name: joined(p.shard, [part[name] for part in first_replica]) for name, p in parameters.items()}
+    return {name: joined(p.sharding, [part[name] for part in first_replica]) for name, p in parameters.items()}
 
 
 def tensors(name: str) -> dict[str, Tensor]:
     model, _ = CASES[name]
-    found: dict[str, Tensor] = reference(model).random_tensors(model, seed=3)
+    found: dict[str, Tensor] = reference_module(model).random_tensors(model, seed=3)
     return found
 
 
@@ -107,7 +122,7 @@ def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("exchange")
     write_tokenizer(root / "tokenizer.json", vocab=97)
     for name, (model, mup) in CASES.items():
-        convert.export(
+        convert.export_folder(
             tensors(name).__getitem__, model, mup, root / name / "source", tokenizer=root / "tokenizer.json",
             max_seq_len=77, dtype=torch.float32, shard_bytes=60_000,
         )  # fmt: skip
@@ -139,11 +154,13 @@ def test_an_export_is_the_gathered_weights_at_every_tp_size(world, folder, name,
     assert len(differing(trained, tensors(name))) > len(trained) / 2
     run = folder / name / f"tp{tp_size}"
     assert main(["export-hf", str(run), str(tmp_path / "out"), "--dtype", "fp32"]) == 0
-    found = load_file(tmp_path / "out" / convert.WEIGHTS)
-    rows = list(convert.TABLES[model.family].rows(model))
-    expected = {piece.theirs: cut(row, piece, trained[row.ours]) for row in rows for piece in row.pieces}
+    found = load_file(tmp_path / "out" / convert.WEIGHTS_FILE)
+    expected = {
+        hf_tensor.hf_name: to_hf_tensor(mapping, hf_tensor, trained[mapping.name])
+        for mapping in convert.FAMILY_MODULES[model.family].tensor_mappings(model) for hf_tensor in mapping.hf_tensors
+    }  # fmt: skip
     assert differing(found, expected) == []
-    assert found.keys() == expected.keys() | convert.TABLES[model.family].defaults(model).keys()
+    assert found.keys() == expected.keys() | convert.FAMILY_MODULES[model.family].default_tensors(model).keys()
 
 
 @pytest.mark.dist
@@ -151,7 +168,7 @@ def test_an_export_is_the_gathered_weights_at_every_tp_size(world, folder, name,
 def test_a_bf16_run_starts_from_the_unrounded_weights(world, folder, name, tp_size):
     """Its masters are the import's; its weights are their rounding."""
     given = tensors(name)
-    assert differing(Snapshot(folder / name / f"bf16-tp{tp_size}" / "step-00000001").weight, given) == []
+    assert differing(Checkpoint(folder / name / f"bf16-tp{tp_size}" / "step-00000001").read_weight, given) == []
     rounded = world[name, tp_size]["rounded"]
     assert differing(rounded, {key: tensor.bfloat16() for key, tensor in given.items()}) == []
     assert differing({key: tensor.float() for key, tensor in rounded.items()}, given) != []
@@ -159,12 +176,12 @@ def test_a_bf16_run_starts_from_the_unrounded_weights(world, folder, name, tp_si
 
 @pytest.mark.parametrize("variant", ["btlm", "stablelm"])
 def test_a_fresh_bf16_run_starts_from_the_unrounded_initial_values(variant):
-    with started(1) as mesh:
+    with mesh_context(1) as mesh:
         bf16, fp32 = (
-            build_engine(tiny_configs.config(variant, run={"precision": p}), mesh, None) for p in ("bf16", "fp32")
+            build_engine(tiny_configs.make_config(variant, run={"precision": p}), mesh, None) for p in ("bf16", "fp32")
         )
         exact, rounded = (dict(engine.model.named_parameters()) for engine in (fp32, bf16))
-        for fragment in bf16.fragments():
+        for fragment in bf16.optimizer_fragments():
             assert torch.equal(fragment.master, exact[fragment.name].detach().flatten()), fragment.name
         assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
 
@@ -179,12 +196,12 @@ def test_an_export_of_an_import_is_the_folder_it_came_from(folder, name, tmp_pat
     shards = [path for path in theirs.values() if path.suffix == ".safetensors"]
     assert len(shards) > 1
     weights = {key: tensor for path in shards for key, tensor in load_file(path).items()}
-    found = load_file(ours[convert.WEIGHTS])
+    found = load_file(ours[convert.WEIGHTS_FILE])
     assert found.keys() == weights.keys()
     assert differing(found, weights) == []
-    others = theirs.keys() - {path.name for path in shards} - {convert.INDEX}
+    others = theirs.keys() - {path.name for path in shards} - {convert.INDEX_FILE}
     assert {"config.json", "generation_config.json", *convert.TOKENIZER_FILES} <= others
-    assert ours.keys() == others | {convert.WEIGHTS}
+    assert ours.keys() == others | {convert.WEIGHTS_FILE}
     assert [file for file in others if ours[file].read_bytes() != theirs[file].read_bytes()] == []
 
 
@@ -193,25 +210,28 @@ def test_a_16_bit_folder_is_imported_without_loss(folder, tmp_path):
         source = shutil.copytree(folder / "btlm_mup" / "source", tmp_path / f"{dtype}")
         for path in source.glob("*.safetensors"):
             path.unlink()
-        (source / convert.INDEX).unlink()
+        (source / convert.INDEX_FILE).unlink()
         given = {
-            piece.theirs: cut(row, piece, tensors("btlm_mup")[row.ours]).to(dtype)
-            for row in convert.TABLES["btlm"].rows(CASES["btlm_mup"][0]) for piece in row.pieces
+            hf_tensor.hf_name: to_hf_tensor(mapping, hf_tensor, tensors("btlm_mup")[mapping.name]).to(dtype)
+            for mapping in convert.FAMILY_MODULES["btlm"].tensor_mappings(CASES["btlm_mup"][0])
+            for hf_tensor in mapping.hf_tensors
         }  # fmt: skip
-        save_file({key: tensor.contiguous() for key, tensor in given.items()}, source / convert.WEIGHTS)
+        save_file({key: tensor.contiguous() for key, tensor in given.items()}, source / convert.WEIGHTS_FILE)
         assert main(["import-hf", str(source), str(tmp_path / f"{dtype}-in")]) == 0
-        read = opened(tmp_path / f"{dtype}-in").weight
+        read = open_checkpoint(tmp_path / f"{dtype}-in").read_weight
         assert differing(read, {key: tensor.to(dtype).float() for key, tensor in tensors("btlm_mup").items()}) == []
 
 
 # --- what may change when training goes on from given weights
 
 
-def asked(folder: Path, name: str, **changes: object) -> Snapshot | None:
+def asked(folder: Path, name: str, **changes: object) -> Checkpoint | None:
     given = config(name, 1, folder)
     mup = changes.pop("mup", given.mup)
-    with started(1) as mesh:
-        return imported(dataclasses.replace(given, model=dataclasses.replace(given.model, **changes), mup=mup), mesh)
+    with mesh_context(1) as mesh:
+        return open_initial_weights(
+            dataclasses.replace(given, model=dataclasses.replace(given.model, **changes), mup=mup), mesh
+        )
 
 
 @pytest.mark.parametrize("name", ["stablelm_12b", "btlm_mup"])
@@ -223,7 +243,7 @@ def test_what_is_no_property_of_the_weights_may_differ_from_the_imports(folder, 
 def test_what_the_weights_compute_otherwise_than_in_the_import_is_told_once(folder, caplog):
     asked(folder, "btlm_mup", init_std=0.5)
     assert caplog.messages == []
-    masking, scaling = CASES["btlm_mup"][0].document_masking, AlibiScaling("linear", factor=2.0)
+    masking, scaling = CASES["btlm_mup"][0].document_masking, AlibiScalingConfig("linear", factor=2.0)
     asked(folder, "btlm_mup", document_masking=not masking, alibi_scaling=scaling)
     (said,) = caplog.messages
     assert f"model.document_masking {not masking} (there {masking})" in said
@@ -233,21 +253,19 @@ def test_what_the_weights_compute_otherwise_than_in_the_import_is_told_once(fold
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("stablelm_12b", {"norm_epsilon": 1e-6}),
+        ("stablelm_12b", {"norm_eps": 1e-6}),
         ("stablelm_12b", {"rotary_base": 1000.0}),
-        ("stablelm_12b", {"rotary_fraction": 0.5}),
+        ("stablelm_12b", {"partial_rotary_factor": 0.5}),
         ("stablelm_12b", {"parallel_residual": False}),
-        ("stablelm_12b", {"tied_head": True}),
+        ("stablelm_12b", {"tie_word_embeddings": True}),
         ("btlm_mup", {"mup": None}),
-        ("btlm_mup", {"mup": Mup(16, 14.6, 2.220001)}),
-        ("btlm_mup", {"mup": Mup(32, 14.6, 2.22)}),
+        ("btlm_mup", {"mup": MupConfig(16, 14.6, 2.220001)}),
+        ("btlm_mup", {"mup": MupConfig(32, 14.6, 2.22)}),
     ],
 )
 def test_what_changes_what_the_weights_compute_is_refused(folder, name, changes):
     field = next(iter(changes))
-    with pytest.raises(
-        UserError, match=rf"^{'mup' if field == 'mup' else f'model.{field}'}.*run.initial_weights.*take"
-    ):
+    with pytest.raises(UserError, match=rf"^{'mup' if field == 'mup' else f'model.{field}'}.*run.init_from.*take"):
         asked(folder, name, **changes)
 
 
@@ -265,37 +283,48 @@ def made_elsewhere(family: str, folder: Path) -> None:
         made = StableLmForCausalLM(StableLmConfig(**settings, **heads, initializer_range=0.1, layer_norm_eps=1e-4))
         made.save_pretrained(folder)
         return
-    model = dataclasses.replace(CASES["btlm_mup"][0], vocab=500)
-    read = reference(model).random_tensors(model, seed=5).__getitem__
-    convert.export(read, model, CASES["btlm_mup"][1], folder, tokenizer=None, max_seq_len=64, dtype=torch.float32)
+    model = dataclasses.replace(CASES["btlm_mup"][0], vocab_size=500)
+    read = reference_module(model).random_tensors(model, seed=5).__getitem__
+    convert.export_folder(
+        read, model, CASES["btlm_mup"][1], folder, tokenizer=None, max_seq_len=64, dtype=torch.float32
+    )
     fields = json.loads((folder / "config.json").read_text())
-    del fields[convert.MARK]
+    del fields[convert.EXTRA_FIELDS_KEY]
     (folder / "config.json").write_text(json.dumps(fields))
 
 
-def starting(family: str, tp_size: int, corpus: Path, root: Path) -> RunConfig:
+def starting(family: str, tp_size: int, corpus: Path, root: Path) -> TrainConfig:
     """One step from the import, with documents apart in Stable LM, of which its folder says nothing."""
     weights = str(root / f"{family}-in")
-    run = {"name": f"{family}-tp{tp_size}", "precision": "fp32", "stop_step": 1, "initial_weights": weights}
-    tree = two_phases(family, corpus, root, run=run, parallel={"tp_size": tp_size})
-    phase = {"name": "one", "tokens": 4096, "seq_len": 256, "rows": 4, "micro_rows": 1, "mixture": {"corpus": 1.0}}
-    tree["schedule"] |= {"batch_tokens": 1024, "phases": [phase]}
-    model, mup, _ = convert.load(root / family)
+    run = {"name": f"{family}-tp{tp_size}", "precision": "fp32", "stop_step": 1, "init_from": weights}
+    tree = two_phase_config(family, corpus, root, run=run, parallel={"tp_size": tp_size})
+    phase = {
+        "name": "one",
+        "tokens": 4096,
+        "seq_len": 256,
+        "global_batch_size": 4,
+        "micro_batch_size": 1,
+        "mixture": {"corpus": 1.0},
+    }
+    tree["schedule"] |= {"tokens_per_step": 1024, "phases": [phase]}
+    model, mup, _ = convert.open_folder(root / family)
     model = dataclasses.replace(model, document_masking=family == "stablelm", init_std=0.3)
-    found = dataclasses.replace(section_from(RunConfig, tree, ""), model=model, mup=mup)
+    found = dataclasses.replace(parse_dataclass(TrainConfig, tree, ""), model=model, mup=mup)
     seeds = (dataclasses.replace(found, run=dataclasses.replace(found.run, seed=seed)) for seed in range(1000))
-    return next(config for config in seeds if first_batch(config).documents.any())
+    return next(config for config in seeds if first_batch(config).document_ids.any())
 
 
-def first_batch(given: RunConfig) -> Batch:
-    loader = Loader(given.data, given.schedule, seed=given.run.seed, vocab=given.model.vocab, dp_rank=0, dp_size=1)
+def first_batch(given: TrainConfig) -> Batch:
+    loader = Loader(
+        given.data, given.schedule, seed=given.run.seed, vocab_size=given.model.vocab_size, dp_rank=0, dp_size=1
+    )
     return next(loader.batches(0, None))
 
 
-def loss_by_transformers(folder: Path, given: RunConfig) -> float:
+def loss_by_transformers(folder: Path, given: TrainConfig) -> float:
     """Mean over the first global batch, in which documents end; each is read alone where the run keeps them apart."""
-    batch, theirs, losses = first_batch(given), pretrained(folder), []
-    for tokens, targets, documents in zip(batch.tokens, batch.targets, batch.documents, strict=True):
+    batch, theirs, losses = first_batch(given), load_pretrained(folder), []
+    for tokens, targets, documents in zip(batch.tokens, batch.targets, batch.document_ids, strict=True):
         apart = documents if given.model.document_masking else torch.zeros_like(documents)
         for document in apart.unique():
             inside = apart == document
@@ -309,7 +338,7 @@ RUNS = [("stablelm", 1), ("stablelm", 2), ("btlm", 1), ("btlm", 2), ("btlm", 4)]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, corpus) -> dict[tuple[str, int], RunConfig]:
+def runs(tmp_path_factory, corpus) -> dict[tuple[str, int], TrainConfig]:
     root = tmp_path_factory.mktemp("starting")
     for family in ("stablelm", "btlm"):
         made_elsewhere(family, root / family)
@@ -322,7 +351,7 @@ def runs(tmp_path_factory, corpus) -> dict[tuple[str, int], RunConfig]:
 def test_a_run_starts_at_the_loss_of_the_model_it_imported(world, runs, family, tp_size):
     given = runs[family, tp_size]
     root = Path(given.run.root)
-    loss = steps_of(root / given.run.name)[1]["loss"]
+    loss = read_step_records(root / given.run.name)[1]["loss"]
     assert loss == pytest.approx(loss_by_transformers(root / family, given), rel=1e-6)
 
 
@@ -339,7 +368,7 @@ def test_a_run_is_exported_by_its_folder_by_a_step_and_by_a_checkpoints_folder_a
         assert filecmp.cmpfiles(tmp_path / "newest", tmp_path / other, names, shallow=False) == (names, [], [])
     corpus = Path(next(iter(given.data.sources.values())))
     assert filecmp.cmp(tmp_path / "newest" / "tokenizer.json", corpus / "tokenizer.json", shallow=False)
-    assert convert.text_facts(tmp_path / "newest") == ("<|endoftext|>", 256)
+    assert convert.read_text_settings(tmp_path / "newest") == ("<|endoftext|>", 256)
 
 
 @pytest.mark.dist

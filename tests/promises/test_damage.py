@@ -21,19 +21,25 @@ import yaml
 
 from tandem.trainer import checkpointing, train
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.async_save import Saver
-from tandem.trainer.checkpoint.layout import MANIFEST, MARKER, begun, committed, folder_name
-from tandem.trainer.checkpoint.read import opened
-from tandem.trainer.checkpointing import RETRY_SHARE
-from tandem.trainer.config import RunConfig, section_from
+from tandem.trainer.checkpoint.async_save import CheckpointSaver
+from tandem.trainer.checkpoint.layout import (
+    COMMIT_MARKER,
+    MANIFEST_FILE,
+    list_checkpoints,
+    list_committed,
+    step_folder_name,
+)
+from tandem.trainer.checkpoint.read import open_checkpoint
+from tandem.trainer.checkpointing import RETRY_DIVISOR
+from tandem.trainer.config import TrainConfig, parse_dataclass
 from tandem.trainer.distributed import watchdog
-from tandem.trainer.distributed.mesh import started
+from tandem.trainer.distributed.mesh import mesh_context
 from tandem.trainer.metrics.records import Sinks
 from tandem.trainer.startup import build_engine
 from tests import ranks, tiny_configs
-from tests.promises.conftest import differing, ended, steps_of, two_phases
-from tests.ranks import SERVER
-from tests.timeouts import PATIENCE_SECONDS
+from tests.promises.conftest import differing_tensors, read_step_records, two_phase_config, wait_for_exit
+from tests.ranks import FORKSERVER
+from tests.timeouts import TEST_TIMEOUT_SECONDS
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 STEPS = 30
@@ -42,19 +48,19 @@ SAVE_BYTES = 2_300_000
 """Of one checkpoint of the tiny model, rounded up."""
 DISK_BYTES = 5 * SAVE_BYTES // 2
 SLOW_SYNC_SECONDS = 0.02
-SAVES, LARGE = 12, {"width": 512, "depth": 2, "ffn_width": 1024, "heads": 8}
+SAVES, LARGE = 12, {"hidden_size": 512, "num_layers": 2, "ffn_hidden_size": 1024, "num_heads": 8}
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, corpus) -> Path:
     root = tmp_path_factory.mktemp("damage")
-    tree = two_phases(
+    tree = two_phase_config(
         "stablelm",
         corpus,
         root / "runs",
         steps=STEPS,
-        run={"max_failures": 0},
-        checkpoint={"every_steps": 1, "keep": 1},
+        run={"max_repeat_failures": 0},
+        checkpoint={"every_steps": 1, "keep_last": 1},
     )
     (root / "config.yaml").write_text(yaml.safe_dump(tree))
     return root / "config.yaml"
@@ -63,7 +69,7 @@ def config(tmp_path_factory, corpus) -> Path:
 @pytest.fixture(scope="module")
 def straight(config) -> Path:
     """The run whose disk is in order."""
-    assert ended(begin(config, "straight", "checkpoint.every_steps=20", "checkpoint.keep=0")) == 0
+    assert wait_for_exit(begin(config, "straight", "checkpoint.every_steps=20", "checkpoint.keep_last=0")) == 0
     return folder_of(config, "straight")
 
 
@@ -74,7 +80,7 @@ def folder_of(config: Path, name: str) -> Path:
 def begin(config: Path, name: str, *overrides: str, prepare: Callable[[], object] | None = None) -> BaseProcess:
     """The run in a fork, after `prepare`; what it says is appended to `<name>.log` beside the config."""
     command = ["train", str(config), f"run.name={name}", *overrides]
-    process = SERVER.Process(target=_run, args=(command, config.parent / f"{name}.log", prepare))
+    process = FORKSERVER.Process(target=_run, args=(command, config.parent / f"{name}.log", prepare))
     process.start()
     return process
 
@@ -98,7 +104,7 @@ def said(config: Path, name: str, words: str) -> list[str]:
 
 
 def wait_until(condition: Callable[[], bool], process: BaseProcess) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + TEST_TIMEOUT_SECONDS
     while not condition():
         assert process.exitcode is None, f"ended with {process.exitcode} before it was to"
         assert time.monotonic() < deadline, "waited in vain"
@@ -106,14 +112,14 @@ def wait_until(condition: Callable[[], bool], process: BaseProcess) -> None:
 
 
 def newest_step(folder: Path) -> int:
-    return max((int(path.name.removeprefix("step-")) for path in committed(folder / "checkpoints")), default=0)
+    return max((int(path.name.removeprefix("step-")) for path in list_committed(folder / "checkpoints")), default=0)
 
 
 def is_the_straight_run(folder: Path, straight: Path) -> None:
-    one, other = steps_of(straight), steps_of(folder)
+    one, other = read_step_records(straight), read_step_records(folder)
     assert sorted(other) == list(range(1, 2 * STEPS + 1))
     assert [other[step]["loss"] for step in sorted(other)] == [one[step]["loss"] for step in sorted(one)]
-    assert differing(opened(straight), opened(folder)) == []
+    assert differing_tensors(open_checkpoint(straight), open_checkpoint(folder)) == []
     assert main(["audit", str(folder)]) == 0
 
 
@@ -151,7 +157,7 @@ def small_disk(mounted) -> Callable[[Path], Path]:
 
 def read_only(folder: Path, value: bool) -> None:
     """The file system mounted there takes nothing, or takes writes again."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + TEST_TIMEOUT_SECONDS
     while subprocess.run(
         ["mount", "-o", f"remount,{'ro' if value else 'rw'}", str(folder)], capture_output=True, check=False
     ).returncode:  # busy: a save has a file open
@@ -165,29 +171,31 @@ def test_a_full_disk_is_one_line_for_each_save_and_saving_goes_on_when_there_is_
     process = begin(config, name)
     wait_until(lambda: len(said(config, name, "cannot be written")) >= 2, process)
     assert newest_step(folder) == 1, "the first fitted"
-    assert (folder / "checkpoints" / folder_name(1) / MARKER).exists()
+    assert (folder / "checkpoints" / step_folder_name(1) / COMMIT_MARKER).exists()
     filler.unlink()
-    assert ended(process) == 0
+    assert wait_for_exit(process) == 0
     lines = said(config, name, "cannot be written")
     assert lines[0].startswith("[rank 0] ")
     assert f"{folder / 'checkpoints'}: the checkpoint of step 2 cannot be written" in lines[0]
     assert "No space left on device" in lines[0]
     assert "GB are free" in lines[0]
     assert said(config, name, "Traceback") == []
-    assert [path.name for path in begun(folder / "checkpoints")] == [folder_name(2 * STEPS)], "nothing torn is left"
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == [step_folder_name(2 * STEPS)], (
+        "nothing torn is left"
+    )
     is_the_straight_run(folder, straight)
 
 
 def room_once_told(filler: Path) -> None:
     """There is room from the moment on at which the run says that there is none."""
-    tell = checkpointing.not_saved
+    tell = checkpointing.save_error_message
 
     def told(*facts: Any) -> str:
         words = tell(*facts)
         filler.unlink()
         return words
 
-    checkpointing.not_saved = told
+    checkpointing.save_error_message = told
 
 
 def test_a_save_that_failed_is_made_again_once_and_some_steps_later(config, small_disk):
@@ -196,12 +204,12 @@ def test_a_save_that_failed_is_made_again_once_and_some_steps_later(config, smal
     filler = small_disk(folder)
     filler.write_bytes(bytes(2 * SAVE_BYTES))
     process = begin(config, name, f"checkpoint.every_steps={STEPS}", prepare=partial(room_once_told, filler))
-    assert ended(process) == 0
+    assert wait_for_exit(process) == 0
     assert len(said(config, name, "cannot be written")) == 1
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     saved = [line["step"] for line in lines if line["kind"] == "checkpoint"]
     assert len(saved) == 2, "one for the one that failed, one at the end"
-    assert STEPS + STEPS // RETRY_SHARE <= saved[0] < saved[1] == 2 * STEPS
+    assert STEPS + STEPS // RETRY_DIVISOR <= saved[0] < saved[1] == 2 * STEPS
 
 
 @pytest.mark.parametrize("wrong", ["full", "read-only"])
@@ -218,7 +226,7 @@ def test_a_last_save_that_cannot_be_made_is_one_line_and_exit_code_2_and_the_nex
         read_only(folder / "checkpoints", True)
     else:
         process = begin(config, name)
-    assert ended(process) == 2
+    assert wait_for_exit(process) == 2
     last = said(config, name, "tandem: ")
     assert len(last) == 1
     assert f"the checkpoint of step {2 * STEPS} cannot be written" in last[0]
@@ -233,7 +241,7 @@ def test_a_last_save_that_cannot_be_made_is_one_line_and_exit_code_2_and_the_nex
         read_only(folder / "checkpoints", False)
     else:
         filler.unlink()
-    assert ended(begin(config, name)) == 0
+    assert wait_for_exit(begin(config, name)) == 0
     assert said(config, name, "resumed at step")[0].startswith(f"resumed at step {before} ")
     is_the_straight_run(folder, straight)
 
@@ -247,7 +255,7 @@ def test_a_folder_that_is_read_only_for_a_while_is_saved_into_afterwards(config,
     read_only(folder / "checkpoints", True)
     wait_until(lambda: len(said(config, name, "cannot be written")) >= 2, process)
     read_only(folder / "checkpoints", False)
-    assert ended(process) == 0
+    assert wait_for_exit(process) == 0
     assert "Read-only file system" in said(config, name, "cannot be written")[0]
     assert said(config, name, "Traceback") == []
     is_the_straight_run(folder, straight)
@@ -263,9 +271,11 @@ def test_a_limit_on_the_size_of_files_is_said_and_goes_by(config, straight):
     wait_until(lambda: len(said(config, name, "cannot be written")) >= 2, process)
     assert newest_step(folder) >= 2
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert ended(process) == 0
+    assert wait_for_exit(process) == 0
     assert "File too large" in said(config, name, "cannot be written")[0]
-    assert [path.name for path in begun(folder / "checkpoints")] == [folder_name(2 * STEPS)], "nothing torn is left"
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == [step_folder_name(2 * STEPS)], (
+        "nothing torn is left"
+    )
     is_the_straight_run(folder, straight)
 
 
@@ -273,15 +283,15 @@ def test_a_checkpoint_that_cannot_be_removed_ends_no_run(config, straight, mount
     """Somebody keeps it: a mount that takes no writes."""
     name = "kept"
     folder = folder_of(config, name)
-    assert ended(begin(config, name, "run.stop_step=2")) == 0
-    old = folder / "checkpoints" / folder_name(2)
+    assert wait_for_exit(begin(config, name, "run.stop_step=2")) == 0
+    old = folder / "checkpoints" / step_folder_name(2)
     mounted(old, "--bind", str(old))
     subprocess.run(["mount", "-o", "remount,bind,ro", str(old)], check=True)
-    assert ended(begin(config, name, "checkpoint.every_steps=10")) == 0
+    assert wait_for_exit(begin(config, name, "checkpoint.every_steps=10")) == 0
     lines = said(config, name, "cannot be removed")
     assert lines
     assert f"{old} cannot be removed: " in lines[0]
-    assert [path.name for path in committed(folder / "checkpoints")] == [old.name, folder_name(2 * STEPS)]
+    assert [path.name for path in list_committed(folder / "checkpoints")] == [old.name, step_folder_name(2 * STEPS)]
     is_the_straight_run(folder, straight)
 
 
@@ -306,13 +316,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "data truncated": (lambda folder: os.truncate(data(folder), 100_000), "rank-00000.safetensors is missing or"),
     "data flipped": (lambda folder: flip(data(folder)), "rank-00000.safetensors has other contents"),
     "data missing": (lambda folder: data(folder).unlink(), "rank-00000.safetensors is missing"),
-    "manifest truncated": (lambda folder: os.truncate(folder / MANIFEST, 100), "manifest.json is not the one"),
-    "manifest flipped": (lambda folder: flip(folder / MANIFEST), "manifest.json is not the one"),
-    "manifest missing": (lambda folder: (folder / MANIFEST).unlink(), "manifest.json cannot be read"),
-    "manifest unreadable": (lambda folder: unreadable(folder / MANIFEST), "manifest.json cannot be read"),
-    "marker flipped": (lambda folder: flip(folder / MARKER), "manifest.json is not the one"),
-    "marker empty": (lambda folder: os.truncate(folder / MARKER, 0), "manifest.json is not the one"),
-    "marker gone": (lambda folder: (folder / MARKER).unlink(), ""),
+    "manifest truncated": (lambda folder: os.truncate(folder / MANIFEST_FILE, 100), "manifest.json is not the one"),
+    "manifest flipped": (lambda folder: flip(folder / MANIFEST_FILE), "manifest.json is not the one"),
+    "manifest missing": (lambda folder: (folder / MANIFEST_FILE).unlink(), "manifest.json cannot be read"),
+    "manifest unreadable": (lambda folder: unreadable(folder / MANIFEST_FILE), "manifest.json cannot be read"),
+    "marker flipped": (lambda folder: flip(folder / COMMIT_MARKER), "manifest.json is not the one"),
+    "marker empty": (lambda folder: os.truncate(folder / COMMIT_MARKER, 0), "manifest.json is not the one"),
+    "marker gone": (lambda folder: (folder / COMMIT_MARKER).unlink(), ""),
 }
 
 
@@ -320,9 +330,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def halfway(config, straight) -> Path:
     """A run that stands at step 40 of 60, with the checkpoints of steps 20 and 40."""
     folder = folder_of(config, "halfway")
-    every = ("checkpoint.every_steps=20", "checkpoint.keep=0")
-    assert ended(begin(config, "halfway", *every, "run.stop_step=40")) == 0
-    assert [path.name for path in committed(folder / "checkpoints")] == [folder_name(20), folder_name(40)]
+    every = ("checkpoint.every_steps=20", "checkpoint.keep_last=0")
+    assert wait_for_exit(begin(config, "halfway", *every, "run.stop_step=40")) == 0
+    assert [path.name for path in list_committed(folder / "checkpoints")] == [
+        step_folder_name(20),
+        step_folder_name(40),
+    ]
     return folder
 
 
@@ -331,9 +344,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_continued(kind, con
     spoil, words = DAMAGES[kind]
     name = kind.replace(" ", "-")
     folder = shutil.copytree(halfway, folder_of(config, name))
-    damaged = folder / "checkpoints" / folder_name(40)
+    damaged = folder / "checkpoints" / step_folder_name(40)
     spoil(damaged)
-    assert ended(begin(config, name, "checkpoint.every_steps=20", "checkpoint.keep=0")) == 0
+    assert wait_for_exit(begin(config, name, "checkpoint.every_steps=20", "checkpoint.keep_last=0")) == 0
     lines = said(config, name, "is damaged")
     if words:
         assert len(lines) == 1
@@ -349,26 +362,26 @@ def test_a_checkpoint_that_was_passed_over_does_not_count_and_no_whole_one_is_re
     folder = shutil.copytree(halfway, folder_of(config, "passed-over"))
     root = folder / "checkpoints"
     spoil, _ = DAMAGES["data flipped"]
-    spoil(root / folder_name(40))
-    every = ("checkpoint.every_steps=0", "checkpoint.keep=2")
-    assert ended(begin(config, "passed-over", *every, "run.stop_step=30")) == 0
-    assert [path.name for path in committed(root)] == [folder_name(20), folder_name(30)]
+    spoil(root / step_folder_name(40))
+    every = ("checkpoint.every_steps=0", "checkpoint.keep_last=2")
+    assert wait_for_exit(begin(config, "passed-over", *every, "run.stop_step=30")) == 0
+    assert [path.name for path in list_committed(root)] == [step_folder_name(20), step_folder_name(30)]
     assert main(["checkpoint", "ls", str(folder), "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["checkpoints"]
     assert [(row["step"], row["state"]) for row in listed] == [
-        (20, "committed"), (30, "committed"), (40, "passed over"),
+        (20, "committed"), (30, "committed"), (40, "rejected"),
     ]  # fmt: skip
-    assert ended(begin(config, "passed-over", *every, "run.stop_step=45")) == 0
-    assert [path.name for path in begun(root)] == [folder_name(30), folder_name(45)]
+    assert wait_for_exit(begin(config, "passed-over", *every, "run.stop_step=45")) == 0
+    assert [path.name for path in list_checkpoints(root)] == [step_folder_name(30), step_folder_name(45)]
 
 
 def test_of_checkpoints_that_are_all_damaged_none_is_continued_and_no_run_begins(config, halfway):
     folder = shutil.copytree(halfway, folder_of(config, "all"))
-    first, second = committed(folder / "checkpoints")
+    first, second = list_committed(folder / "checkpoints")
     flip(data(first))
-    flip(second / MARKER)
+    flip(second / COMMIT_MARKER)
     before = (folder / "metrics.jsonl").read_bytes()
-    assert ended(begin(config, "all")) == 2
+    assert wait_for_exit(begin(config, "all")) == 2
     assert len(said(config, "all", "tandem: ")) == 1
     assert f"{folder / 'checkpoints'}: none of its 2 checkpoints is whole" in said(config, "all", "tandem: ")[0]
     assert said(config, "all", "Traceback") == []
@@ -389,13 +402,15 @@ def slow_disk(seconds: float = SLOW_SYNC_SECONDS) -> None:
 def test_a_save_that_is_due_before_the_last_one_is_written_waits_and_none_is_left_out(config):
     """A save takes a dozen syncs here, and a step less than that: the training has to wait for its disk."""
     folder = folder_of(config, "slow")
-    assert ended(begin(config, "slow", "checkpoint.keep=0", "run.stop_step=12", prepare=slow_disk)) == 0
-    assert [path.name for path in committed(folder / "checkpoints")] == [folder_name(step) for step in range(1, 13)]
+    assert wait_for_exit(begin(config, "slow", "checkpoint.keep_last=0", "run.stop_step=12", prepare=slow_disk)) == 0
+    assert [path.name for path in list_committed(folder / "checkpoints")] == [
+        step_folder_name(step) for step in range(1, 13)
+    ]
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     saves = [record for record in records if record["kind"] == "checkpoint"]
     assert [save["step"] for save in saves] == list(range(1, 13))
     assert all(save["seconds"] >= 5 * SLOW_SYNC_SECONDS for save in saves)
-    begins = [folder_.stat().st_ctime_ns for folder_ in committed(folder / "checkpoints")]
+    begins = [folder_.stat().st_ctime_ns for folder_ in list_committed(folder / "checkpoints")]
     assert sum(save["stall_seconds"] for save in saves[1:]) > 0
     assert begins == sorted(begins)
 
@@ -403,8 +418,8 @@ def test_a_save_that_is_due_before_the_last_one_is_written_waits_and_none_is_lef
 def test_a_disk_that_takes_longer_than_a_step_may_is_no_hang(config):
     """In a save that the next one waits for, and in the last, which all wait for."""
     limit_seconds = 2.5
-    overrides = ("checkpoint.every_steps=5", "run.stop_step=11", f"watchdog.step_seconds={limit_seconds}")
-    assert ended(begin(config, "patient", *overrides, prepare=partial(slow_disk, 50 * SLOW_SYNC_SECONDS))) == 0
+    overrides = ("checkpoint.every_steps=5", "run.stop_step=11", f"watchdog.step_timeout_seconds={limit_seconds}")
+    assert wait_for_exit(begin(config, "patient", *overrides, prepare=partial(slow_disk, 50 * SLOW_SYNC_SECONDS))) == 0
     folder = folder_of(config, "patient")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     saves = {record["step"]: record for record in records if record["kind"] == "checkpoint"}
@@ -415,10 +430,10 @@ def test_a_disk_that_takes_longer_than_a_step_may_is_no_hang(config):
 
 def dies_after_its_part(tree: dict) -> None:
     """Rank 1 is killed when its file is written, while rank 0's disk takes longer than a wait for one that is gone."""
-    watchdog.GONE_SECONDS = 1.0
-    wait, sync = Saver.wait_until_written, os.fsync
+    watchdog.GONE_PEER_TIMEOUT_SECONDS = 1.0
+    wait, sync = CheckpointSaver.wait_until_written, os.fsync
 
-    def killed(saver: Saver) -> None:
+    def killed(saver: CheckpointSaver) -> None:
         wait(saver)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -428,18 +443,18 @@ def dies_after_its_part(tree: dict) -> None:
         sync(file)
 
     if dist.get_rank() == 1:
-        Saver.wait_until_written = killed  # type: ignore[method-assign]
+        CheckpointSaver.wait_until_written = killed  # type: ignore[method-assign]
     else:
         os.fsync = slow
-    train.run(section_from(RunConfig, tree, ""))
+    train.run(parse_dataclass(TrainConfig, tree, ""))
 
 
 def test_a_rank_that_is_killed_after_its_part_costs_no_save(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(ranks, "GRACE_SECONDS", 60)
-    tree = two_phases("stablelm", corpus, tmp_path / "runs", run={"stop_step": 3}, checkpoint={"every_steps": 0})
+    tree = two_phase_config("stablelm", corpus, tmp_path / "runs", run={"stop_step": 3}, checkpoint={"every_steps": 0})
     with pytest.raises(AssertionError, match=f"rank 1 gave no result .exit code {-signal.SIGKILL}"):
         ranks.run(dies_after_its_part, 2, tmp_path, tree)
-    assert [path.name for path in committed(tmp_path / "runs" / "tiny" / "checkpoints")] == [folder_name(3)]
+    assert [path.name for path in list_committed(tmp_path / "runs" / "tiny" / "checkpoints")] == [step_folder_name(3)]
 
 
 def slow_goodbye() -> None:
@@ -453,8 +468,8 @@ def slow_goodbye() -> None:
 
 
 def test_a_server_that_takes_the_last_records_slowly_is_no_hang(config):
-    overrides = ("checkpoint.every_steps=0", "run.stop_step=3", "watchdog.step_seconds=3.0")
-    assert ended(begin(config, "goodbye", *overrides, prepare=slow_goodbye)) == 0
+    overrides = ("checkpoint.every_steps=0", "run.stop_step=3", "watchdog.step_timeout_seconds=3.0")
+    assert wait_for_exit(begin(config, "goodbye", *overrides, prepare=slow_goodbye)) == 0
     assert not (folder_of(config, "goodbye") / "hangs").exists()
 
 
@@ -465,24 +480,24 @@ def resident_bytes() -> int:
 def save_again_and_again(root: Path) -> dict[str, object]:
     """Resident memory after each of many saves of a state of some tens of MB, the copies that were kept, what two saves say."""
     model = tiny_configs.STABLELM | LARGE
-    config = tiny_configs.config("stablelm", model=model)
-    with started(1) as mesh:
+    config = tiny_configs.make_config("stablelm", model=model)
+    with mesh_context(1) as mesh:
         engine = build_engine(config, mesh, None)
         engine.allocate_moments(0)
-        saver = Saver(root, mesh, 1)
+        saver = CheckpointSaver(root, mesh, 1)
         after = [resident_bytes()]
         for step in range(1, SAVES + 1):
-            saver.begin(step, engine, {}, before_commit=lambda: time.sleep(0.05))
+            saver.start_save(step, engine, {}, before_commit=lambda: time.sleep(0.05))
             try:
-                saver.begin(step + 1, engine, {})
+                saver.start_save(step + 1, engine, {})
                 second = "begun"
             except AssertionError:
                 second = "refused"
-            outcome = saver.outcome()
+            outcome = saver.wait_for_result()
             assert outcome.error is None
             after.append(resident_bytes())
-        state = sum(3 * fragment.master.nbytes for fragment in engine.fragments())
-        return {"after": after, "state": state, "second": second, "left": len(committed(root))}
+        state = sum(3 * fragment.master.nbytes for fragment in engine.optimizer_fragments())
+        return {"after": after, "state": state, "second": second, "left": len(list_committed(root))}
 
 
 def test_many_saves_hold_one_copy_of_the_state_and_never_two_at_once(tmp_path):
@@ -498,13 +513,13 @@ def test_many_saves_hold_one_copy_of_the_state_and_never_two_at_once(tmp_path):
 
 def save_what_cannot_be_written(root: Path) -> str:
     """What a rank's thread met, and what the ranks were told, when rank 0's is wrong in a way that no disk is."""
-    with started(2) as mesh:
-        engine = build_engine(tiny_configs.config("stablelm", parallel={"tp_size": 2}), mesh, None)
+    with mesh_context(2) as mesh:
+        engine = build_engine(tiny_configs.make_config("stablelm", parallel={"tp_size": 2}), mesh, None)
         engine.allocate_moments(0)
-        saver = Saver(root, mesh, 1)
-        saver.begin(1, engine, {"no JSON": torch.zeros(1)})
+        saver = CheckpointSaver(root, mesh, 1)
+        saver.start_save(1, engine, {"no JSON": torch.zeros(1)})
         try:
-            outcome = saver.outcome()
+            outcome = saver.wait_for_result()
         except TypeError as error:
             return f"raised {error}"
         return f"told {outcome.error}"
@@ -515,4 +530,4 @@ def test_an_error_that_is_none_of_the_disk_is_raised_where_it_was_met_and_told_t
     assert zero.startswith("raised ")
     assert "not JSON serializable" in zero
     assert one.startswith("told rank 0: TypeError: ")
-    assert committed(tmp_path / "checkpoints") == []
+    assert list_committed(tmp_path / "checkpoints") == []

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tandem.trainer import models
-from tandem.trainer.distributed.mesh import Mesh, started
+from tandem.trainer.distributed.mesh import Mesh, mesh_context
 from tandem.trainer.models.decoder import Decoder
 from tests import tiny_configs
 
@@ -36,21 +36,21 @@ class OnOneDevice(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with started(1) as mesh:
+    with mesh_context(1) as mesh:
         yield replace(mesh, device=META)
 
 
 def built(variant: str, mesh: Mesh, recompute: str) -> Decoder:
-    config = tiny_configs.config(variant)
+    config = tiny_configs.make_config(variant)
     with META:
-        return models.build(config.model, config.mup, mesh, dtype=torch.bfloat16, recompute=recompute)
+        return models.build_model(config.model, config.mup, mesh, dtype=torch.bfloat16, recompute=recompute)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 @pytest.mark.parametrize("variant", tiny_configs.VARIANTS)
 def test_nothing_stays_on_the_cpu_and_nothing_is_waited_for(variant, recompute, mesh):
     model = built(variant, mesh, recompute)
-    inputs = [tensor.to(META) for tensor in tiny_configs.rows(0, 2)]
+    inputs = [tensor.to(META) for tensor in tiny_configs.global_batch(0, 2)]
     with OnOneDevice():
         loss = model(*inputs)
         loss.mean().backward()

@@ -18,33 +18,33 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from tandem.trainer.__main__ import CLOSED_PIPE_EXIT_CODE, main
 from tandem.trainer.checkpoint.hf import convert
-from tandem.trainer.distributed.mesh import Mesh, started
-from tandem.trainer.models.kv_cache import Cache
-from tandem.trainer.models.sampling import Sampling, continuations, draw, side_by_side
-from tandem.trainer.tools.generate import show
+from tandem.trainer.distributed.mesh import Mesh, mesh_context
+from tandem.trainer.models.kv_cache import KVCache
+from tandem.trainer.models.sampling import SamplingConfig, generate_tokens, left_pad, sample_tokens
+from tandem.trainer.tools.generate import stream_text
 from tests import ranks
 from tests.decoding import (
-    CASES,
-    LENGTHS,
-    LONG,
-    ON_TWO,
-    STEPS,
-    decoder,
-    followed,
-    from_scratch,
-    on_two_ranks,
-    read_on,
-    texts,
+    DECODER_VARIANTS,
+    LONG_PROMPT_LENGTHS,
+    NUM_STEPS,
+    PROMPT_LENGTHS,
+    TP2_VARIANTS,
+    build_decoder,
+    cached_logits,
+    decode_on_two_ranks,
+    logits_and_samples,
+    prompts_and_continuations,
+    uncached_logits,
 )
 from tests.promises.test_hf import loaded
 from tests.reference.offline import offline
-from tests.reference.variants import VARIANTS, reference, tokens
+from tests.reference.variants import VARIANTS, random_tokens, reference_module
 
 __all__ = ["offline"]
 
 NOISE = 4
 """Two evaluations in fp32 stray about equally far from fp64; this leaves room for another order of sums."""
-every_case = pytest.mark.parametrize("variant", CASES)
+every_case = pytest.mark.parametrize("variant", DECODER_VARIANTS)
 
 
 def through_transformers(theirs: PreTrainedModel, prompts: list[list[int]], followed_by: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def through_transformers(theirs: PreTrainedModel, prompts: list[list[int]], foll
     mask = pad_sequence([torch.ones(len(prompt)) for prompt in prompts], batch_first=True, padding_side="left").long()
     cache, logits = DynamicCache(config=theirs.config), []
     with torch.no_grad():
-        for step in range(STEPS):
+        for step in range(NUM_STEPS):
             places = {} if theirs.config.model_type == "btlm" else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
             places = {name: value[:, -read.shape[1] :] for name, value in places.items()}
             logits.append(theirs(read, attention_mask=mask, past_key_values=cache, **places).logits[:, -1])
@@ -63,33 +63,33 @@ def through_transformers(theirs: PreTrainedModel, prompts: list[list[int]], foll
 
 
 def exported(variant: str, out: Path, **options) -> PreTrainedModel:
-    model, mup = CASES[variant]
-    tensors = reference(model).random_tensors(model, seed=3)
+    model, mup = DECODER_VARIANTS[variant]
+    tensors = reference_module(model).random_tensors(model, seed=3)
     options = {"tokenizer": None, "max_seq_len": 64, "dtype": torch.float32} | options
-    convert.export(tensors.__getitem__, model, mup, out, **options)
+    convert.export_folder(tensors.__getitem__, model, mup, out, **options)
     return loaded(out).eval()
 
 
 @pytest.fixture
 def mesh() -> Iterator[Mesh]:
-    with started(1) as mesh:
+    with mesh_context(1) as mesh:
         yield mesh
 
 
 @every_case
-@pytest.mark.parametrize("lengths", [LENGTHS, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("lengths", [PROMPT_LENGTHS, LONG_PROMPT_LENGTHS], ids=["short", "long"])
 def test_reading_on_is_transformers_reading_on_and_reading_from_scratch(variant, lengths, mesh, tmp_path):
     """Of every logit at every step, each row beside longer ones. Beyond the length that dynamic interpolation begins at,
     reading from scratch is another function; its first logits, all read at once, are still the same.
     """
-    ours, (prompts, followed_by) = decoder(variant, mesh), texts(variant, lengths)
+    ours, (prompts, followed_by) = build_decoder(variant, mesh), prompts_and_continuations(variant, lengths)
     theirs = exported(variant, tmp_path / "out")
     through = through_transformers(theirs, prompts, followed_by)
     exact = through_transformers(theirs.double(), prompts, followed_by)
     noise = NOISE * (through - exact).abs().max()
-    assert (read_on(ours, prompts, followed_by) - exact).abs().max() <= noise
-    scratch = (from_scratch(ours, prompts, followed_by) - exact).abs()
-    if variant != "btlm_dynamic" or lengths == LENGTHS:
+    assert (cached_logits(ours, prompts, followed_by) - exact).abs().max() <= noise
+    scratch = (uncached_logits(ours, prompts, followed_by) - exact).abs()
+    if variant != "btlm_dynamic" or lengths == PROMPT_LENGTHS:
         assert scratch.max() <= noise
     else:
         assert scratch[:, 0].max() <= noise
@@ -99,44 +99,44 @@ def test_reading_on_is_transformers_reading_on_and_reading_from_scratch(variant,
 
 @every_case
 def test_the_likeliest_tokens_are_those_of_transformers_generate(variant, mesh, tmp_path):
-    ours, (prompts, _) = decoder(variant, mesh), texts(variant, LENGTHS)
-    read, documents = side_by_side(prompts, 1)
-    settings = GenerationConfig(max_new_tokens=STEPS, do_sample=False, pad_token_id=0)
+    ours, (prompts, _) = build_decoder(variant, mesh), prompts_and_continuations(variant, PROMPT_LENGTHS)
+    read, documents = left_pad(prompts, 1)
+    settings = GenerationConfig(max_new_tokens=NUM_STEPS, do_sample=False, pad_token_id=0)
     theirs = exported(variant, tmp_path / "out")
     found = theirs.generate(read, attention_mask=(documents >= 0).long(), generation_config=settings)
-    steps = list(continuations(ours, prompts, STEPS, Sampling(), end=None))
+    steps = list(generate_tokens(ours, prompts, NUM_STEPS, SamplingConfig(), eos_token_id=None))
     assert torch.tensor(steps).t().tolist() == found[:, read.shape[1] :].tolist()
 
 
 @every_case
 def test_documents_are_read_on_as_they_are_read_at_once(variant, mesh):
     """In parts that end inside documents and at their ends."""
-    ours, batch = decoder(variant, mesh), tokens(CASES[variant][0], rows=2, length=20)
+    ours, batch = build_decoder(variant, mesh), random_tokens(DECODER_VARIANTS[variant][0], num_rows=2, seq_len=20)
     documents = torch.tensor([[0] * 6 + [1] * 9 + [2] * 5, [0] * 1 + [1] * 19]).int()
-    whole, cache = ours.logits(batch, documents), Cache()
+    whole, cache = ours.logits(batch, documents), KVCache()
     for start, end in ((0, 4), (4, 6), (6, 7), (7, 16), (16, 20)):
         part = slice(start, end)
-        found = ours.read(batch[:, part], documents[:, part], cache)
+        found = ours.next_token_logits(batch[:, part], documents[:, part], cache)
         # A few roundings of the largest logit.
         assert (found - whole[:, end - 1]).abs().max() <= 2**-19 * whole.abs().max()
 
 
 @pytest.mark.dist
 def test_two_tensor_parallel_ranks_read_on_as_one_does(mesh, tmp_path):
-    first, second = ranks.run(on_two_ranks, 2, tmp_path)
-    for variant in ON_TWO:
-        logits, drawn = followed(variant, mesh)
+    first, second = ranks.run(decode_on_two_ranks, 2, tmp_path)
+    for variant in TP2_VARIANTS:
+        logits, drawn = logits_and_samples(variant, mesh)
         assert (first[variant][0] - logits).abs().max() <= 2**-19 * logits.abs().max()
         assert first[variant][1] == second[variant][1] == drawn
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, seed=3)], ids=["likeliest", "drawn"])
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(1.5, seed=3)], ids=["likeliest", "drawn"])
 @pytest.mark.parametrize("variant", ["stablelm_12b", "btlm_dynamic"])
 def test_a_text_does_not_depend_on_the_prompts_beside_it(variant, sampling, mesh):
-    ours, (prompts, _) = decoder(variant, mesh), texts(variant, LONG)
+    ours, (prompts, _) = build_decoder(variant, mesh), prompts_and_continuations(variant, LONG_PROMPT_LENGTHS)
 
     def together(chosen: list[list[int]], **options) -> list[tuple[int, ...]]:
-        return list(zip(*continuations(ours, chosen, STEPS, sampling, end=None, **options), strict=True))
+        return list(zip(*generate_tokens(ours, chosen, NUM_STEPS, sampling, eos_token_id=None, **options), strict=True))
 
     alone = [together([prompt])[0] for prompt in prompts]
     assert together(prompts) == alone
@@ -146,13 +146,14 @@ def test_a_text_does_not_depend_on_the_prompts_beside_it(variant, sampling, mesh
     assert again[:2] == alone[:2]
     assert (again[2] == alone[0]) == (sampling.temperature == 0), "a prompt given twice is drawn twice"
     if variant == "stablelm_12b":
-        assert together(prompts, cached=False) == alone
+        assert together(prompts, use_cache=False) == alone
 
 
 def test_the_seed_fixes_the_text(mesh):
-    ours, (prompts, _) = decoder("btlm_mup", mesh), texts("btlm_mup", LENGTHS)
+    ours, (prompts, _) = build_decoder("btlm_mup", mesh), prompts_and_continuations("btlm_mup", PROMPT_LENGTHS)
     first, again, other = (
-        list(continuations(ours, prompts, STEPS, Sampling(9.0, seed=seed), end=None)) for seed in (1, 1, 2)
+        list(generate_tokens(ours, prompts, NUM_STEPS, SamplingConfig(9.0, seed=seed), eos_token_id=None))
+        for seed in (1, 1, 2)
     )
     assert first == again
     assert all(one != two for one, two in zip(zip(*first, strict=True), zip(*other, strict=True), strict=True))
@@ -160,40 +161,43 @@ def test_the_seed_fixes_the_text(mesh):
 
 def test_all_rows_end_before_the_steps_do(mesh):
     """Each with the end it comes to; the loop goes on until the last has."""
-    ours, (prompts, _) = decoder("stablelm_12b", mesh), texts("stablelm_12b", LENGTHS)
-    unended = list(continuations(ours, prompts, STEPS, Sampling(3.0), end=None))
-    assert len(unended) == STEPS
+    ours, (prompts, _) = build_decoder("stablelm_12b", mesh), prompts_and_continuations("stablelm_12b", PROMPT_LENGTHS)
+    unended = list(generate_tokens(ours, prompts, NUM_STEPS, SamplingConfig(3.0), eos_token_id=None))
+    assert len(unended) == NUM_STEPS
     for end in (unended[0][0], unended[4][1], unended[-1][2]):
-        last = [row.index(end) + 1 if end in row else STEPS for row in zip(*unended, strict=True)]
-        assert list(continuations(ours, prompts, STEPS, Sampling(3.0), end=end)) == unended[: max(last)]
+        last = [row.index(end) + 1 if end in row else NUM_STEPS for row in zip(*unended, strict=True)]
+        assert (
+            list(generate_tokens(ours, prompts, NUM_STEPS, SamplingConfig(3.0), eos_token_id=end))
+            == unended[: max(last)]
+        )
 
 
 def generators(count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
 
-def shares(sampling: Sampling, probabilities: list[float], draws: int = 4_000) -> Tensor:
+def shares(sampling: SamplingConfig, probabilities: list[float], draws: int = 4_000) -> Tensor:
     """How often each token is drawn."""
     logits = torch.tensor(probabilities).log().expand(draws, -1)
-    drawn = draw(logits, sampling, generators(draws))
+    drawn = sample_tokens(logits, sampling, generators(draws))
     return torch.bincount(torch.tensor(drawn), minlength=len(probabilities)) / draws
 
 
 @pytest.mark.parametrize(
     ("sampling", "wanted"),
     [
-        (Sampling(1.0), [0.4, 0.3, 0.2, 0.1]),
-        (Sampling(0.5), [0.16 / 0.3, 0.09 / 0.3, 0.04 / 0.3, 0.01 / 0.3]),
-        (Sampling(1.0, top_k=2), [4 / 7, 3 / 7, 0, 0]),
-        (Sampling(1.0, top_k=9), [0.4, 0.3, 0.2, 0.1]),
-        (Sampling(1.0, top_p=0.69), [4 / 7, 3 / 7, 0, 0]),
-        (Sampling(1.0, top_p=0.71), [4 / 9, 3 / 9, 2 / 9, 0]),
-        (Sampling(1.0, top_p=0.01), [1, 0, 0, 0]),
+        (SamplingConfig(1.0), [0.4, 0.3, 0.2, 0.1]),
+        (SamplingConfig(0.5), [0.16 / 0.3, 0.09 / 0.3, 0.04 / 0.3, 0.01 / 0.3]),
+        (SamplingConfig(1.0, top_k=2), [4 / 7, 3 / 7, 0, 0]),
+        (SamplingConfig(1.0, top_k=9), [0.4, 0.3, 0.2, 0.1]),
+        (SamplingConfig(1.0, top_p=0.69), [4 / 7, 3 / 7, 0, 0]),
+        (SamplingConfig(1.0, top_p=0.71), [4 / 9, 3 / 9, 2 / 9, 0]),
+        (SamplingConfig(1.0, top_p=0.01), [1, 0, 0, 0]),
         # Of the two likeliest, the first alone has 4/7 > 0.5.
-        (Sampling(1.0, top_k=2, top_p=0.5), [1, 0, 0, 0]),
-        (Sampling(1e-40), [1, 0, 0, 0]),
-        (Sampling(1e-60), [1, 0, 0, 0]),
-        (Sampling(), [1, 0, 0, 0]),
+        (SamplingConfig(1.0, top_k=2, top_p=0.5), [1, 0, 0, 0]),
+        (SamplingConfig(1e-40), [1, 0, 0, 0]),
+        (SamplingConfig(1e-60), [1, 0, 0, 0]),
+        (SamplingConfig(), [1, 0, 0, 0]),
     ],
 )
 def test_tokens_are_drawn_as_often_as_the_settings_say(sampling, wanted):
@@ -218,9 +222,9 @@ def folder(tmp_path_factory) -> Path:
     made.train_from_iterator(["the house and a cat"], trainers.BpeTrainer(**settings, show_progress=False))
     made.save(str(root / "tokenizer.json"))
     model, mup = VARIANTS["btlm_untied"]
-    model = replace(model, vocab=280)
-    tensors = reference(model).random_tensors(model, seed=3)
-    convert.export(
+    model = replace(model, vocab_size=280)
+    tensors = reference_module(model).random_tensors(model, seed=3)
+    convert.export_folder(
         tensors.__getitem__, model, mup, root / "out", tokenizer=root / "tokenizer.json", max_seq_len=64,
         dtype=torch.float32,
     )  # fmt: skip
@@ -232,7 +236,7 @@ def said(capsys, *arguments: object) -> str:
     return capsys.readouterr().out
 
 
-DRAWN = ("--temperature", 2, "--seed", 4, "--tokens", 30)
+DRAWN = ("--temperature", 2, "--seed", 4, "--max-new-tokens", 30)
 
 
 def test_the_command_prints_one_text_or_numbers_several(folder, capsys, tmp_path):
@@ -251,9 +255,9 @@ def test_a_text_ends_with_its_document_unless_asked_to_go_on(folder, capsys):
     end = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("<|endoftext|>")
     prompts = ["a", "cat", "and", "the", "house", "in", "it"]
     options = [each for prompt in prompts for each in ("--prompt", prompt)]
-    options += ["--temperature", 1e6, "--tokens", 200, "--json"]
+    options += ["--temperature", 1e6, "--max-new-tokens", 200, "--json"]
     ended = [json.loads(line) for line in said(capsys, folder, *options).splitlines()]
-    unended = [json.loads(line) for line in said(capsys, folder, *options, "--past-end").splitlines()]
+    unended = [json.loads(line) for line in said(capsys, folder, *options, "--ignore-eos").splitlines()]
     assert [each["prompt"] for each in ended] == prompts
     assert all(each["text"].startswith(each["prompt"]) for each in ended)
     assert any(end in each["tokens"] for each in ended)
@@ -275,7 +279,7 @@ def test_a_text_begins_with_its_prompt_whatever_stands_there(folder, capsys, tmp
 
 @pytest.mark.parametrize(("num_tokens", "warned"), [(62, False), (64, True)])
 def test_texts_beyond_the_trained_length_are_remarked_upon(folder, capsys, caplog, num_tokens, warned):
-    said(capsys, folder, "--prompt", "a", "--tokens", num_tokens)
+    said(capsys, folder, "--prompt", "a", "--max-new-tokens", num_tokens)
     assert ("the weights were trained on 64; see --alibi-scaling train_seq_len=64" in caplog.text) == warned
 
 
@@ -290,7 +294,7 @@ def test_text_appears_with_its_tokens_in_whole_characters(folder):
             parts.append(written.getvalue())
 
     with redirect_stdout(written):
-        show(steps(), ids[:3], tokenizer)
+        stream_text(steps(), ids[:3], tokenizer)
     assert written.getvalue() == text + "\n"
     assert len(ids) > len(text.split()) + 5, "characters of several tokens"
     assert all(text.startswith(part) for part in parts)
@@ -308,8 +312,8 @@ def test_a_reader_who_has_enough_ends_the_command_quietly(folder):
         folder,
         "--prompt",
         "the",
-        "--past-end",
-        "--tokens",
+        "--ignore-eos",
+        "--max-new-tokens",
         "2000",
     ]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -333,10 +337,10 @@ def test_a_reader_who_has_enough_ends_the_command_quietly(folder):
         ("--prompt a --temperature 1 --top-p 0", ["--top-p: 0.0; must lie above 0"]),
         ("--prompt a --temperature 1 --top-k -2", ["--top-k: -2; must not be negative"]),
         ("--prompt a --top-k 5", ["--temperature: 0 takes the likeliest", "raise it"]),
-        ("--prompt a --tokens 0", ["--tokens: 0; must be at least 1"]),
+        ("--prompt a --max-new-tokens 0", ["--max-new-tokens: 0; must be at least 1"]),
         ("--prompt a --alibi-scaling factor=1", ["--alibi-scaling.factor: 1.0; must be a number above 1"]),
         ("--prompt a --tokenizer {}/gap.txt", ["--tokenizer: ", "gap.txt cannot be read", "must be a tokenizer.json"]),
-        ("--prompt a --tokenizer {}/endless.json", ["--tokenizer: has no token <|endoftext|>", "--past-end"]),
+        ("--prompt a --tokenizer {}/endless.json", ["--tokenizer: has no token <|endoftext|>", "--ignore-eos"]),
         ("--prompt a --alibi-scaling 4.0", ["--alibi-scaling", "no such field", "known: type, factor, train_seq_len"]),
     ],
 )

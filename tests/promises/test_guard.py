@@ -20,21 +20,21 @@ import yaml
 
 from tandem.trainer import checkpointing
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.async_save import save
-from tandem.trainer.checkpoint.read import opened
-from tandem.trainer.checkpoint.write import model_facts, save_weights
-from tandem.trainer.config import RunConfig, UserError, load
+from tandem.trainer.checkpoint.async_save import save_checkpoint
+from tandem.trainer.checkpoint.read import open_checkpoint
+from tandem.trainer.checkpoint.write import model_metadata, save_imported_weights
+from tandem.trainer.config import TrainConfig, UserError, load_config
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.loader import Batch, Loader
-from tandem.trainer.distributed.layers import shard_of
-from tandem.trainer.distributed.mesh import started
-from tandem.trainer.metrics.history import read
+from tandem.trainer.distributed.layers import sharding_of
+from tandem.trainer.distributed.mesh import mesh_context
+from tandem.trainer.metrics.history import read_history
 from tandem.trainer.metrics.records import Sinks
 from tandem.trainer.startup import build_engine
-from tandem.trainer.train import accumulate, run
+from tandem.trainer.train import forward_backward, run
 from tests import ranks
-from tests.promises.conftest import differing, ended, steps_of, two_phases
-from tests.ranks import SERVER
+from tests.promises.conftest import differing_tensors, read_step_records, two_phase_config, wait_for_exit
+from tests.ranks import FORKSERVER
 from tests.sharded import joined
 
 PHASE_STEPS, STEPS = 20, 10
@@ -43,7 +43,7 @@ INTERVAL = 3
 """Steps between checkpoints."""
 
 
-BACK = {"guard": {"max_skips": 0}, "checkpoint": {"every_steps": INTERVAL, "keep": 0}}
+BACK = {"guard": {"max_skips": 0}, "checkpoint": {"every_steps": INTERVAL, "keep_last": 0}}
 
 
 @dataclass(frozen=True)
@@ -58,24 +58,26 @@ class Bad:
 
 
 def config(folder: Path, corpus: Path, seed: int, name: str, **sections: dict) -> Path:
-    run = {"initial_weights": str(folder / "weights"), "name": name, "seed": seed}
+    run = {"init_from": str(folder / "weights"), "name": name, "seed": seed}
     sections["run"] = run | sections.pop("run", {})
-    tree = two_phases("stablelm", corpus, folder / "runs", steps=PHASE_STEPS, **sections)
+    tree = two_phase_config("stablelm", corpus, folder / "runs", steps=PHASE_STEPS, **sections)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
 
 
-def batches(config: RunConfig) -> list[Batch]:
+def batches(config: TrainConfig) -> list[Batch]:
     """The rows of every step of the first phase."""
-    loader = Loader(config.data, config.schedule, seed=config.run.seed, vocab=config.model.vocab, dp_rank=0, dp_size=1)
+    loader = Loader(
+        config.data, config.schedule, seed=config.run.seed, vocab_size=config.model.vocab_size, dp_rank=0, dp_size=1
+    )
     return list(islice(loader.batches(0, None), PHASE_STEPS))
 
 
 def rare(folder: Path, corpus: Path) -> Bad:
     """Whatever the corpus is: text that differs from one Python to another. Of most seeds some step has such a token."""
     for seed in range(1, 21):
-        clean = load(config(folder, corpus, seed, "clean", run={"initial_weights": None}))
+        clean = load_config(config(folder, corpus, seed, "clean", run={"init_from": None}))
         tokens = [set(batch.tokens.unique().tolist()) for batch in batches(clean)]
         for step in range(INTERVAL + 1, STEPS):
             own = tokens[step - 1] - set().union(*tokens[: step - 1], *tokens[step:])
@@ -86,26 +88,30 @@ def rare(folder: Path, corpus: Path) -> Bad:
 
 def write_weights(folder: Path, corpus: Path, bad: Bad) -> None:
     """The values that the seed draws, but that the token's embedding is no number, for all configs of the folder."""
-    clean = load(config(folder, corpus, bad.seed, "clean", run={"initial_weights": None}))
-    with started(1) as mesh:
+    clean = load_config(config(folder, corpus, bad.seed, "clean", run={"init_from": None}))
+    with mesh_context(1) as mesh:
         parameters = dict(build_engine(clean, mesh, None).model.named_parameters())
-        tensors = {name: joined(shard_of(each), [each.detach().clone()]) for name, each in parameters.items()}
+        tensors = {name: joined(sharding_of(each), [each.detach().clone()]) for name, each in parameters.items()}
     tensors["embedding.weight"][bad.token] = math.nan
     true = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    save_weights(folder / "weights", tensors.__getitem__, true, facts=model_facts(clean.model, clean.mup))
+    save_imported_weights(
+        folder / "weights", tensors.__getitem__, true, metadata=model_metadata(clean.model, clean.mup)
+    )
 
 
-def by_hand(folder: Path, config: RunConfig, fed: list[tuple[int, int]]) -> None:
+def by_hand(folder: Path, config: TrainConfig, fed: list[tuple[int, int]]) -> None:
     """A checkpoint of what comes of updating the initial weights: at the rate of the first number's step, on the rows of the
     second's, both counted from 1.
     """
     rows, timeline = batches(config), Timeline(config.schedule)
-    with started(1) as mesh:
-        engine = build_engine(config, mesh, None, opened(Path(config.run.initial_weights)))
+    with mesh_context(1) as mesh:
+        engine = build_engine(config, mesh, None, open_checkpoint(Path(config.run.init_from)))
         for step, row in fed:
-            accumulate(engine, rows[row - 1], timeline.phase_at(step - 1).phase.micro_rows, mesh)
+            forward_backward(engine, rows[row - 1], timeline.phase_span_at(step - 1).phase.micro_batch_size, mesh)
             engine.update(timeline.lr_at(step - 1))
-        save(folder, fed[-1][0], engine, mesh, facts=model_facts(config.model, config.mup), keep=0)
+        save_checkpoint(
+            folder, fed[-1][0], engine, mesh, metadata=model_metadata(config.model, config.mup), keep_last=0
+        )
 
 
 def lines(folder: Path, kind: str) -> list[dict]:
@@ -129,28 +135,28 @@ def configured(tmp_path_factory, corpus, bad) -> Callable[..., Path]:
 @pytest.fixture(scope="module")
 def folder(configured, bad) -> Path:
     """With a run of one rank for each way to meet the bad step."""
-    assert run(load(configured("skip", run={"stop_step": STEPS}))) == 0
-    assert run(load(configured("last-good", run={"stop_step": bad.step - 1}))) == 0
-    assert run(load(configured("at-bad", run={"stop_step": bad.step}))) == 0
+    assert run(load_config(configured("skip", run={"stop_step": STEPS}))) == 0
+    assert run(load_config(configured("last-good", run={"stop_step": bad.step - 1}))) == 0
+    assert run(load_config(configured("at-bad", run={"stop_step": bad.step}))) == 0
     back = configured("back", run={"stop_step": STEPS}, **BACK)
-    assert run(load(back)) == 0
+    assert run(load_config(back)) == 0
     return back.parent
 
 
 def test_a_bad_step_changes_nothing_but_the_place_in_the_data(folder, bad):
-    at_bad, before = opened(folder / "runs" / "at-bad"), opened(folder / "runs" / "last-good")
-    assert differing(at_bad, before) == []
-    assert (at_bad.step, at_bad.manifest["updates"]) == (bad.step, bad.step - 1)
+    at_bad, before = open_checkpoint(folder / "runs" / "at-bad"), open_checkpoint(folder / "runs" / "last-good")
+    assert differing_tensors(at_bad, before) == []
+    assert (at_bad.step, at_bad.manifest["num_updates"]) == (bad.step, bad.step - 1)
     assert at_bad.manifest["cursor"] != before.manifest["cursor"]
 
 
 def test_a_skipped_step_is_on_record_everywhere(folder, bad, capsys):
     skip = folder / "runs" / "skip"
-    steps = steps_of(skip)
+    steps = read_step_records(skip)
     assert [number for number, step in steps.items() if step["skipped"]] == [bad.step]
     assert steps[bad.step]["loss"] is None
     [line] = lines(skip, "bad")
-    assert (line["step"], line["decision"], line["loss"], line["reason"]) == (
+    assert (line["step"], line["action"], line["loss"], line["reason"]) == (
         bad.step,
         "skip",
         None,
@@ -162,49 +168,49 @@ def test_a_skipped_step_is_on_record_everywhere(folder, bad, capsys):
 
 def test_the_run_is_the_one_without_the_bad_update(folder, bad, tmp_path):
     fed = [(step, step) for step in range(1, STEPS + 1) if step != bad.step]
-    by_hand(tmp_path, load(folder / "skip.yaml"), fed)
-    assert differing(opened(tmp_path), opened(folder / "runs" / "skip")) == []
+    by_hand(tmp_path, load_config(folder / "skip.yaml"), fed)
+    assert differing_tensors(open_checkpoint(tmp_path), open_checkpoint(folder / "runs" / "skip")) == []
 
 
 def test_a_rollback_goes_on_from_the_checkpoint_behind_the_bad_rows(folder, bad, tmp_path, capsys):
     """It makes the steps behind the checkpoint of the rows behind the bad ones."""
     back = folder / "runs" / "back"
-    history = read(back)
+    history = read_history(back)
     assert [record["step"] for record in history.steps] == list(range(1, STEPS + 1))
     [rolled] = history.rollbacks
     assert (rolled["step"], rolled["from_step"], rolled["repeated_steps"]) == (bad.step - 2, bad.step, 2)
     [line] = lines(back, "bad")
-    assert line["decision"] == "rollback"
+    assert line["action"] == "rollback"
     by_hand(
         tmp_path,
-        load(folder / "back.yaml"),
+        load_config(folder / "back.yaml"),
         [(step, step if step <= bad.step - 2 else step + 2) for step in range(1, STEPS + 1)],
     )
-    assert differing(opened(tmp_path), opened(back)) == []
+    assert differing_tensors(open_checkpoint(tmp_path), open_checkpoint(back)) == []
     assert main(["audit", str(back)]) == 0
     assert "passed over by rollbacks" in capsys.readouterr().out
 
 
 def run_with_slow_reading(path: Path, seconds: float) -> None:
     """In a fork: a checkpoint takes so long to be read."""
-    newest = checkpointing.newest
+    newest = checkpointing.open_newest
 
     def slow(*args: object) -> object:
         time.sleep(seconds)
         return newest(*args)
 
-    checkpointing.newest = slow
+    checkpointing.open_newest = slow
     sys.exit(main(["train", str(path)]))
 
 
 def test_a_checkpoint_that_takes_longer_to_read_than_a_step_may_is_no_hang(folder, configured):
     limit_seconds = 3.0
-    more = {"run": {"stop_step": STEPS}, "watchdog": {"step_seconds": limit_seconds}, **BACK}
-    process = SERVER.Process(target=run_with_slow_reading, args=(configured("slow", **more), 3 * limit_seconds))
+    more = {"run": {"stop_step": STEPS}, "watchdog": {"step_timeout_seconds": limit_seconds}, **BACK}
+    process = FORKSERVER.Process(target=run_with_slow_reading, args=(configured("slow", **more), 3 * limit_seconds))
     process.start()
-    assert ended(process) == 0
+    assert wait_for_exit(process) == 0
     runs = folder / "runs" / "slow"
-    assert [line["decision"] for line in lines(runs, "bad")] == ["rollback"]
+    assert [line["action"] for line in lines(runs, "bad")] == ["rollback"]
     assert not (runs / "hangs").exists()
 
 
@@ -213,49 +219,49 @@ def test_a_run_that_keeps_coming_back_stops_and_says_where(folder, bad, configur
     with pytest.raises(
         UserError, match=rf"step {bad.step}: loss is not finite, .*gone back to step {bad.step - 2} 0 times"
     ):
-        run(load(path))
-    assert opened(folder / "runs" / "stop").step == bad.step - 2
-    assert lines(folder / "runs" / "stop", "bad")[-1]["decision"] == "stop"
+        run(load_config(path))
+    assert open_checkpoint(folder / "runs" / "stop").step == bad.step - 2
+    assert lines(folder / "runs" / "stop", "bad")[-1]["action"] == "stop"
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(folder, configured):
     with pytest.raises(UserError, match="the run has no checkpoint"):
-        run(load(configured("none", guard={"max_skips": 0})))
+        run(load_config(configured("none", guard={"max_skips": 0})))
 
 
 def run_until_it_has_gone_back(path: Path) -> None:
     """In a fork: killed when the rollback is on record."""
-    rollback = Sinks.rollback
+    rollback = Sinks.write_rollback
 
     def killed(*said: object) -> None:
         rollback(*said)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    Sinks.rollback = killed  # type: ignore[method-assign]
+    Sinks.write_rollback = killed  # type: ignore[method-assign]
     main(["train", str(path)])
 
 
 def test_killed_after_a_rollback_the_run_does_not_read_the_bad_rows_again(folder, configured):
     path = configured("killed", run={"stop_step": STEPS}, **BACK)
     runs = folder / "runs" / "killed"
-    process = SERVER.Process(target=run_until_it_has_gone_back, args=(path,))
+    process = FORKSERVER.Process(target=run_until_it_has_gone_back, args=(path,))
     process.start()
-    assert ended(process) == -signal.SIGKILL
-    assert run(load(path)) == 0
-    assert [line["rollback"] for line in lines(runs, "start")] == [False, True, False]
+    assert wait_for_exit(process) == -signal.SIGKILL
+    assert run(load_config(path)) == 0
+    assert [line["is_rollback"] for line in lines(runs, "start")] == [False, True, False]
     assert len(lines(runs, "bad")) == 1
-    assert differing(opened(folder / "runs" / "back"), opened(runs)) == []
+    assert differing_tensors(open_checkpoint(folder / "runs" / "back"), open_checkpoint(runs)) == []
     assert main(["audit", str(runs)]) == 0
 
 
 @pytest.mark.dist
 def test_ranks_decide_as_one(folder, configured, tmp_path):
     """tp 2 x dp 2: only one of the two replicas meets the bad row."""
-    tp2 = load(configured("tp2", run={"stop_step": STEPS}, parallel={"tp_size": 2}, **BACK))
+    tp2 = load_config(configured("tp2", run={"stop_step": STEPS}, parallel={"tp_size": 2}, **BACK))
     assert ranks.run(run, 4, tmp_path, tp2) == [0] * 4
-    one, other = steps_of(folder / "runs" / "back"), steps_of(folder / "runs" / "tp2")
+    one, other = read_step_records(folder / "runs" / "back"), read_step_records(folder / "runs" / "tp2")
     assert [other[step]["loss"] for step in range(1, STEPS + 1)] == pytest.approx(
         [one[step]["loss"] for step in range(1, STEPS + 1)], rel=1e-5
     )
-    assert [line["decision"] for line in lines(folder / "runs" / "tp2", "bad")] == ["rollback"]
+    assert [line["action"] for line in lines(folder / "runs" / "tp2", "bad")] == ["rollback"]
     assert main(["audit", str(folder / "runs" / "tp2")]) == 0

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from tandem.trainer.checkpoint.hf import btlm, convert
-from tandem.trainer.checkpoint.hf.tensor_mapping import cut
+from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
 from tests.reference.offline import offline
-from tests.reference.variants import VARIANTS, in_double, reference, tokens
+from tests.reference.variants import VARIANTS, random_tokens, reference_module, to_fp64
 
 __all__ = ["offline"]
 
@@ -32,9 +32,9 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 def export(variant: str, out: Path, **options) -> dict[str, Tensor]:
     model, mup = VARIANTS[variant]
-    tensors = reference(model).random_tensors(model, seed=3)
+    tensors = reference_module(model).random_tensors(model, seed=3)
     options = {"tokenizer": None, "max_seq_len": 64, "dtype": torch.float32} | options
-    convert.export(tensors.__getitem__, model, mup, out, **options)
+    convert.export_folder(tensors.__getitem__, model, mup, out, **options)
     return tensors
 
 
@@ -48,15 +48,15 @@ def loaded(folder: Path, **options) -> PreTrainedModel:
 @every_variant
 def test_logits_and_gradients_of_an_export_are_the_references(variant: str, tmp_path: Path) -> None:
     model, mup = VARIANTS[variant]
-    tensors, batch = export(variant, tmp_path / "out"), tokens(model)
+    tensors, batch = export(variant, tmp_path / "out"), random_tokens(model)
 
     def evaluate(given: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
-        logits = reference(model).logits(leaves.__getitem__, model, mup, batch)
+        logits = reference_module(model).logits(leaves.__getitem__, model, mup, batch)
         logits.logsumexp(-1).mean().backward()
         return logits.detach(), {name: leaf.grad for name, leaf in leaves.items()}
 
-    exact, exact_gradients = evaluate(in_double(tensors))
+    exact, exact_gradients = evaluate(to_fp64(tensors))
     ours, our_gradients = evaluate(tensors)
     theirs = loaded(tmp_path / "out")
     logits = theirs(batch).logits
@@ -65,11 +65,11 @@ def test_logits_and_gradients_of_an_export_are_the_references(variant: str, tmp_
     assert (logits - exact).abs().max() <= NOISE * (ours - exact).abs().max()
     found = dict(theirs.named_parameters())
     ours_away, theirs_away = torch.zeros(2, dtype=torch.float64)
-    for row in convert.TABLES[model.family].rows(model):
-        ours_away += (our_gradients[row.ours] - exact_gradients[row.ours]).square().sum()
-        for piece in row.pieces:
-            gradient = cut(row, piece, exact_gradients[row.ours])
-            theirs_away += (found[piece.theirs].grad - gradient).square().sum()
+    for mapping in convert.FAMILY_MODULES[model.family].tensor_mappings(model):
+        ours_away += (our_gradients[mapping.name] - exact_gradients[mapping.name]).square().sum()
+        for hf_tensor in mapping.hf_tensors:
+            gradient = to_hf_tensor(mapping, hf_tensor, exact_gradients[mapping.name])
+            theirs_away += (found[hf_tensor.hf_name].grad - gradient).square().sum()
     assert theirs_away.sqrt() <= NOISE * ours_away.sqrt()
 
 
@@ -77,9 +77,9 @@ def test_logits_and_gradients_of_an_export_are_the_references(variant: str, tmp_
 def test_shipped_btlm_is_the_reference_in_double_precision(variant: str, tmp_path: Path) -> None:
     """What fp32 noise could hide: 1e-12 is four digits above fp64's noise, nine below any wrong factor."""
     model, mup = VARIANTS[variant]
-    tensors, batch = export(variant, tmp_path / "out"), tokens(model)
-    exact = reference(model).logits(in_double(tensors).__getitem__, model, mup, batch)
-    slopes_in_fp32 = 2**-24 * 40 if model.heads == 10 else 0.0  # where they are no powers of two
+    tensors, batch = export(variant, tmp_path / "out"), random_tokens(model)
+    exact = reference_module(model).logits(to_fp64(tensors).__getitem__, model, mup, batch)
+    slopes_in_fp32 = 2**-24 * 40 if model.num_heads == 10 else 0.0  # where they are no powers of two
     found = loaded(tmp_path / "out").double()(batch).logits
     assert (found - exact).abs().max() <= 1e-12 + slopes_in_fp32
 
@@ -88,8 +88,8 @@ def test_shipped_btlm_is_the_reference_in_double_precision(variant: str, tmp_pat
 @pytest.mark.parametrize("shard_bytes", [10**9, 30_000])
 def test_import_of_an_export_is_the_identity(variant: str, shard_bytes: int, tmp_path: Path) -> None:
     tensors = export(variant, tmp_path / "out", shard_bytes=shard_bytes)
-    assert (tmp_path / "out" / convert.INDEX).exists() == (shard_bytes == 30_000)
-    model, mup, read = convert.load(tmp_path / "out")
+    assert (tmp_path / "out" / convert.INDEX_FILE).exists() == (shard_bytes == 30_000)
+    model, mup, read = convert.open_folder(tmp_path / "out")
     assert (model, mup) == VARIANTS[variant]
     for name, tensor in tensors.items():
         assert torch.equal(read(name), tensor), name
@@ -99,7 +99,7 @@ def test_import_of_an_export_is_the_identity(variant: str, shard_bytes: int, tmp
 def test_what_transformers_saves_again_is_imported_the_same(variant: str, tmp_path: Path) -> None:
     tensors = export(variant, tmp_path / "out")
     loaded(tmp_path / "out").save_pretrained(tmp_path / "again")
-    model, mup, read = convert.load(tmp_path / "again")
+    model, mup, read = convert.open_folder(tmp_path / "again")
     assert (model, mup) == VARIANTS[variant]
     assert all(torch.equal(read(name), tensor) for name, tensor in tensors.items())
 
@@ -110,11 +110,11 @@ def test_export_in_bf16_holds_the_rounded_weights(variant: str, tmp_path: Path) 
     theirs = loaded(tmp_path / "out")
     assert theirs.dtype == torch.bfloat16
     slopes = {name: value for name, value in theirs.named_buffers() if name.endswith("slopes")}
-    defaults = convert.TABLES[VARIANTS[variant][0].family].defaults(VARIANTS[variant][0])
+    defaults = convert.FAMILY_MODULES[VARIANTS[variant][0].family].default_tensors(VARIANTS[variant][0])
     assert all(torch.equal(value, defaults[name]) for name, value in slopes.items())
-    stored = load_file(tmp_path / "out" / convert.WEIGHTS)
+    stored = load_file(tmp_path / "out" / convert.WEIGHTS_FILE)
     assert {name for name, value in stored.items() if value.dtype != torch.bfloat16} == slopes.keys()
-    _, _, read = convert.load(tmp_path / "out")
+    _, _, read = convert.open_folder(tmp_path / "out")
     assert all(torch.equal(read(name), tensor.bfloat16()) for name, tensor in tensors.items())
 
 
@@ -123,7 +123,7 @@ def test_cached_generation_is_recomputation(variant: str, tmp_path: Path) -> Non
     """Rows of different length, padded on the left: the padding must be invisible too."""
     model, mup = VARIANTS[variant]
     tensors = export(variant, tmp_path / "out")
-    prompt = tokens(model, length=12)
+    prompt = random_tokens(model, seq_len=12)
     mask = torch.ones_like(prompt)
     mask[0, :5] = 0
     theirs = loaded(tmp_path / "out")
@@ -135,8 +135,8 @@ def test_cached_generation_is_recomputation(variant: str, tmp_path: Path) -> Non
     logits = torch.stack(found.logits, dim=1)
     for row, start in ((0, 5), (1, 0)):
         whole = found.sequences[row : row + 1, start:-1]
-        exact = reference(model).logits(in_double(tensors).__getitem__, model, mup, whole)[:, -8:]
-        ours = reference(model).logits(tensors.__getitem__, model, mup, whole)[:, -8:]
+        exact = reference_module(model).logits(to_fp64(tensors).__getitem__, model, mup, whole)[:, -8:]
+        ours = reference_module(model).logits(tensors.__getitem__, model, mup, whole)[:, -8:]
         assert (logits[row] - exact).abs().max() <= NOISE * max((ours - exact).abs().max(), exact.std() * 2**-22)
 
 
@@ -161,11 +161,11 @@ def test_stablelm_made_by_transformers_is_imported(options: dict, norm_bias: boo
             if name.endswith("norm.bias"):
                 torch.nn.init.normal_(parameter)
     theirs.save_pretrained(tmp_path / "made", max_shard_size="50KB")
-    model, mup, read = convert.load(tmp_path / "made")
+    model, mup, read = convert.open_folder(tmp_path / "made")
     assert (model.norm_bias, mup, model.init_std) == (norm_bias, None, 0.1)
-    batch = tokens(model)
-    exact = reference(model).logits(lambda name: read(name).double(), model, mup, batch)
-    ours = reference(model).logits(read, model, mup, batch)
+    batch = random_tokens(model)
+    exact = reference_module(model).logits(lambda name: read(name).double(), model, mup, batch)
+    ours = reference_module(model).logits(read, model, mup, batch)
     with torch.no_grad():
         found = theirs(batch).logits
     assert (found - exact).abs().max() <= NOISE * (ours - exact).abs().max()
@@ -177,7 +177,7 @@ def test_an_export_is_all_that_transformers_needs_to_write_text(variant: str, tm
     path, ours = tmp_path / "tokenizer.json", variant.startswith("btlm")
     write_tokenizer(path, vocab=97)
     export(variant, tmp_path / "out", tokenizer=path)
-    assert {file.name for file in (tmp_path / "out").glob("*.py")} == (set(btlm.CODE) if ours else set())
+    assert {file.name for file in (tmp_path / "out").glob("*.py")} == (set(btlm.CODE_FILES) if ours else set())
     found = AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "the house and a cat"
     assert found(text)["input_ids"] == Tokenizer.from_file(str(path)).encode(text).ids
@@ -224,7 +224,7 @@ PUBLISHED = {
         },
     },
 }  # fmt: skip
-NEWER = {"dtype", convert.MARK, "rope_parameters", "alibi_scaling", "tie_word_embeddings"}
+NEWER = {"dtype", convert.EXTRA_FIELDS_KEY, "rope_parameters", "alibi_scaling", "tie_word_embeddings"}
 """torch_dtype and the rotary fields as transformers 5 spells them, what the schema has no field for, and what a released
 folder leaves out where it is the class's default."""
 
@@ -233,10 +233,10 @@ folder leaves out where it is the class's default."""
 def test_the_config_of_an_export_is_the_published_one(name: str) -> None:
     """Field by field, after the way through ours: none is missing, none is invented."""
     published = PUBLISHED[name]
-    table = convert.TABLES[published["model_type"]]
-    model, mup = convert._section(Path("folder"), published)
-    longest, end = published[table.MAX_SEQ_LEN], published["eos_token_id"]
-    found = convert._config(model, mup, end, longest, torch.bfloat16)
+    table = convert.FAMILY_MODULES[published["model_type"]]
+    model, mup = convert._parse_hf_config(Path("folder"), published)
+    longest, end = published[table.MAX_SEQ_LEN_FIELD], published["eos_token_id"]
+    found = convert._build_hf_config(model, mup, end, longest, torch.bfloat16)
     assert {key: found.get(key) for key in published} == published
     assert found.keys() - published.keys() <= NEWER
 
@@ -255,8 +255,8 @@ def write_tokenizer(path: Path, vocab: int, special: str = "<|endoftext|>") -> N
 def test_the_section_without_the_marked_fields_is_that_of_a_folder_made_elsewhere(tmp_path: Path) -> None:
     export("stablelm_12b", tmp_path / "out")
     config = convert.read_json(tmp_path / "out" / "config.json")
-    del config[convert.MARK]
+    del config[convert.EXTRA_FIELDS_KEY]
     convert.write_json(tmp_path / "out" / "config.json", config)
-    model, _, _ = convert.load(tmp_path / "out")
+    model, _, _ = convert.open_folder(tmp_path / "out")
     wanted, _ = VARIANTS["stablelm_12b"]
     assert model == dataclasses.replace(wanted, init_truncation_sigmas=0.0, document_masking=False)

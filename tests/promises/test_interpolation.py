@@ -11,14 +11,14 @@ import yaml
 
 from tandem.trainer.__main__ import main
 from tandem.trainer.checkpoint.hf import convert
-from tandem.trainer.config import AlibiScaling, UserError
-from tandem.trainer.distributed.mesh import Mesh, started
-from tandem.trainer.models.btlm import interpolated
-from tests.decoding import decoder
-from tests.promises.conftest import ended, forked, steps_of, two_phases
+from tandem.trainer.config import AlibiScalingConfig, UserError
+from tandem.trainer.distributed.mesh import Mesh, mesh_context
+from tandem.trainer.models.btlm import interpolate_slopes
+from tests.decoding import build_decoder
+from tests.promises.conftest import fork_tandem, read_step_records, two_phase_config, wait_for_exit
 from tests.promises.test_hf import export
 from tests.reference.offline import offline
-from tests.reference.variants import VARIANTS, tokens
+from tests.reference.variants import VARIANTS, random_tokens
 
 __all__ = ["offline"]
 
@@ -27,7 +27,7 @@ SLOPES = torch.tensor([0.5, 0.25, 0.125])
 
 @pytest.fixture
 def mesh() -> Iterator[Mesh]:
-    with started(1) as mesh:
+    with mesh_context(1) as mesh:
         yield mesh
 
 
@@ -35,26 +35,26 @@ def mesh() -> Iterator[Mesh]:
     ("scaling", "keys", "divisors"),
     [
         (None, 10_000, 1.0),
-        (AlibiScaling("linear", factor=4.0), 10, 4.0),
-        (AlibiScaling("linear", factor=4.0), 10_000, 4.0),
-        (AlibiScaling("linear", train_seq_len=8192), 8192, 1.0),
-        (AlibiScaling("linear", train_seq_len=8192), 10, 1.0),
-        (AlibiScaling("linear", train_seq_len=8192), 12_288, 1.5),
-        (AlibiScaling("linear", train_seq_len=8), [4, 8, 20], [[1.0], [1.0], [2.5]]),
+        (AlibiScalingConfig("linear", factor=4.0), 10, 4.0),
+        (AlibiScalingConfig("linear", factor=4.0), 10_000, 4.0),
+        (AlibiScalingConfig("linear", train_seq_len=8192), 8192, 1.0),
+        (AlibiScalingConfig("linear", train_seq_len=8192), 10, 1.0),
+        (AlibiScalingConfig("linear", train_seq_len=8192), 12_288, 1.5),
+        (AlibiScalingConfig("linear", train_seq_len=8), [4, 8, 20], [[1.0], [1.0], [2.5]]),
     ],
 )
 def test_slopes_are_divided_by_the_factor_or_by_how_much_longer_than_trained_a_row_is(scaling, keys, divisors):
-    assert torch.equal(interpolated(SLOPES, scaling, torch.tensor(keys)), SLOPES / torch.tensor(divisors))
+    assert torch.equal(interpolate_slopes(SLOPES, scaling, torch.tensor(keys)), SLOPES / torch.tensor(divisors))
 
 
 def test_dynamic_interpolation_leaves_rows_of_the_trained_length_as_they_were(mesh):
     """Bitwise; and longer ones it reads as fixed interpolation does by their length over the trained one."""
-    dynamic, model = decoder("btlm_dynamic", mesh), VARIANTS["btlm_dynamic"][0]
-    plain, fixed = decoder("btlm_dynamic", mesh), decoder("btlm_dynamic", mesh)
-    plain.section = replace(model, alibi_scaling=None)
-    fixed.section = replace(model, alibi_scaling=AlibiScaling("linear", factor=1.5))
+    dynamic, model = build_decoder("btlm_dynamic", mesh), VARIANTS["btlm_dynamic"][0]
+    plain, fixed = build_decoder("btlm_dynamic", mesh), build_decoder("btlm_dynamic", mesh)
+    plain.config = replace(model, alibi_scaling=None)
+    fixed.config = replace(model, alibi_scaling=AlibiScalingConfig("linear", factor=1.5))
     for length, same, other in ((24, plain, fixed), (36, fixed, plain)):
-        batch = tokens(model, length=length)
+        batch = random_tokens(model, seq_len=length)
         documents = torch.zeros_like(batch).int()
         found = dynamic.logits(batch, documents)
         assert torch.equal(found, same.logits(batch, documents))
@@ -65,11 +65,11 @@ def test_dynamic_interpolation_leaves_rows_of_the_trained_length_as_they_were(me
 def run(tmp_path_factory, corpus) -> Path:
     """A run without interpolation, and `long` beside it: the same weights trained on, interpolated, in longer rows."""
     root = tmp_path_factory.mktemp("interpolation")
-    (root / "config.yaml").write_text(yaml.safe_dump(two_phases("btlm", corpus, root / "runs")))
+    (root / "config.yaml").write_text(yaml.safe_dump(two_phase_config("btlm", corpus, root / "runs")))
     scaled = "model.alibi_scaling={type: linear, train_seq_len: 32}"
-    longer = ["run.name=long", "run.stop_step=7", f"run.initial_weights={root}/runs/tiny", scaled]
+    longer = ["run.name=long", "run.stop_step=7", f"run.init_from={root}/runs/tiny", scaled]
     commands = (["train", root / "config.yaml", *overrides] for overrides in (["run.stop_step=2"], longer))
-    assert ended(forked(*commands)) == 0
+    assert wait_for_exit(fork_tandem(*commands)) == 0
     return root / "runs" / "tiny"
 
 
@@ -81,21 +81,21 @@ def loss(capsys, *arguments: object) -> float:
 @pytest.mark.dist
 def test_a_run_goes_on_interpolated_from_weights_that_were_not(run):
     """Their model differs in nothing that a weight depends on; step 7 is the first with rows longer than 32."""
-    steps = steps_of(run.parent / "long")
-    assert steps[1]["loss"] < steps_of(run)[1]["loss"]
+    steps = read_step_records(run.parent / "long")
+    assert steps[1]["loss"] < read_step_records(run)[1]["loss"]
     assert max(steps) == 7
 
 
 @pytest.mark.dist
 def test_evaluation_interpolates_when_asked_and_as_the_run_did_when_not(run, corpus, capsys):
-    rows = ("--data", corpus, "--length", 96, "--rows", 3)
+    rows = ("--data", corpus, "--seq-len", 96, "--rows", 3)
     long = run.parent / "long"
     plain, dynamic, fixed = (
         loss(capsys, long, *rows, "--alibi-scaling", each) for each in ("none", "train_seq_len=32", "factor=3")
     )
     assert dynamic == loss(capsys, long, *rows) == fixed
     assert dynamic != plain
-    short = ("--data", corpus, "--length", 32, "--rows", 3)
+    short = ("--data", corpus, "--seq-len", 32, "--rows", 3)
     assert loss(capsys, long, *short) == loss(capsys, long, *short, "--alibi-scaling", "none")
     assert loss(capsys, run, *rows) == loss(capsys, run, *rows, "--alibi-scaling", "none")
 
@@ -113,11 +113,11 @@ def test_an_export_carries_the_interpolation_and_comes_back_with_it(run, capsys,
         config = json.loads((out / "config.json").read_text())
         assert config["alibi_scaling"] == wanted
         assert (config["n_positions"] == 256) == bool(asked)
-        scaling = convert.load(out)[0].alibi_scaling
-        assert scaling == (AlibiScaling(**wanted) if wanted else None)
+        scaling = convert.open_folder(out)[0].alibi_scaling
+        assert scaling == (AlibiScalingConfig(**wanted) if wanted else None)
     assert main(["import-hf", str(tmp_path / "long0"), str(tmp_path / "back")]) == 0
     capsys.readouterr()
-    assert main(["generate", str(tmp_path / "back"), "--prompt", "def ", "--tokens", "3"]) == 0
+    assert main(["generate", str(tmp_path / "back"), "--prompt", "def ", "--max-new-tokens", "3"]) == 0
 
 
 @pytest.mark.dist
@@ -143,7 +143,7 @@ def test_a_folder_with_a_mistaken_interpolation_is_not_imported(scaling, message
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"alibi_scaling": scaling}))
     with pytest.raises(UserError) as caught:
-        convert.load(tmp_path / "out")
+        convert.open_folder(tmp_path / "out")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -160,7 +160,7 @@ def test_a_folder_with_a_mistaken_interpolation_is_not_imported(scaling, message
 )
 def test_a_mistaken_option_is_one_line(variant, given, message, tmp_path, capsys):
     export(variant, tmp_path / "out")
-    rows = ["--data", str(tmp_path), "--length", "8"]
+    rows = ["--data", str(tmp_path), "--seq-len", "8"]
     assert main(["evaluate", str(tmp_path / "out"), *rows, "--alibi-scaling", given]) == 2
     captured = capsys.readouterr().err
     assert message in captured

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from tandem.trainer import models
 from tandem.trainer.checkpoint.read import load_weights
-from tandem.trainer.distributed.mesh import Mesh, started
+from tandem.trainer.distributed.mesh import Mesh, mesh_context
 from tandem.trainer.models.decoder import Decoder
 from tests import tiny_configs
-from tests.reference.variants import reference
-from tests.triton_interpreter import kernels_on_the_cpu
+from tests.reference.variants import reference_module
+from tests.triton_interpreter import run_kernels_on_cpu
 
 EVERYWHERE = {
     "attention",
@@ -25,26 +25,26 @@ EVERYWHERE = {
     "swiglu_backward",
 }
 IN_THE_INTERPRETER = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels where there is no GPU")
-STABLELM = {"split_rotated", "split_rotated_backward"}
+STABLELM = {"split_and_rotate_qkv", "split_and_rotate_qkv_backward"}
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with started(1) as mesh:
+    with mesh_context(1) as mesh:
         yield mesh
 
 
 @pytest.fixture
 def on_kernels(monkeypatch):
     """on_kernels(): from then on operations on the CPU take the way they take on a GPU; returns the names of those that ran."""
-    return lambda: kernels_on_the_cpu(monkeypatch)
+    return lambda: run_kernels_on_cpu(monkeypatch)
 
 
 def built(variant: str, mesh: Mesh, dtype: torch.dtype, recompute: str = "none") -> Decoder:
     """The same weights in any dtype: numbers of bf16."""
-    config = tiny_configs.config(variant)
-    decoder = models.build(config.model, config.mup, mesh, dtype=dtype, recompute=recompute)
-    tensors = reference(config.model).random_tensors(config.model, seed=5)
+    config = tiny_configs.make_config(variant)
+    decoder = models.build_model(config.model, config.mup, mesh, dtype=dtype, recompute=recompute)
+    tensors = reference_module(config.model).random_tensors(config.model, seed=5)
     load_weights(decoder, lambda name: tensors[name].bfloat16().float(), mesh)
     return decoder.to(mesh.device)
 
@@ -52,7 +52,7 @@ def built(variant: str, mesh: Mesh, dtype: torch.dtype, recompute: str = "none")
 def losses_and_gradients(decoder: Decoder, rows: int = 2) -> dict[str, Tensor]:
     decoder.zero_grad()
     device = next(decoder.parameters()).device
-    losses = decoder(*(x.to(device) for x in tiny_configs.rows(0, rows)))
+    losses = decoder(*(x.to(device) for x in tiny_configs.global_batch(0, rows)))
     losses.mean().backward()
     found = {"losses": losses.detach(), **{name: p.grad for name, p in decoder.named_parameters()}}
     return {name: x.to("cpu", torch.float32, copy=True) for name, x in found.items()}

@@ -11,10 +11,10 @@ import psutil
 import pytest
 import yaml
 
-from tandem.trainer.metrics.history import read
+from tandem.trainer.metrics.history import read_history
 from tests.ports import free_ports
-from tests.promises.conftest import begun, listens, steps_of, two_phases
-from tests.timeouts import PATIENCE_SECONDS, eventually
+from tests.promises.conftest import has_signal_handler, read_step_records, start_command, two_phase_config
+from tests.timeouts import TEST_TIMEOUT_SECONDS, wait_until
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -23,7 +23,7 @@ STEPS = 4
 
 def launched(command: list[object], config: Path, name: str, **environment: str) -> AbstractContextManager[Popen[str]]:
     """The command begun, as one launcher or one rank of the run of that name; gone when the block ends."""
-    return begun([*command, config, f"run.name={name}"], **environment)
+    return start_command([*command, config, f"run.name={name}"], **environment)
 
 
 def slurm(rank: int, port: str) -> dict[str, str]:
@@ -37,7 +37,7 @@ def slurm(rank: int, port: str) -> dict[str, str]:
 def test_torchrun_deepspeed_and_srun_train_the_same_bits(tmp_path, corpus):
     config = tmp_path / "config.yaml"
     parallel = {"tp_size": 2, "zero_stage": 1, "recompute": "none"}
-    tree = two_phases("stablelm", corpus, tmp_path / "runs", steps=STEPS // 2, parallel=parallel)
+    tree = two_phase_config("stablelm", corpus, tmp_path / "runs", steps=STEPS // 2, parallel=parallel)
     config.write_text(yaml.safe_dump(tree))
     (port, other), by_hand = map(str, free_ports(2)), [sys.executable, "-m", "tandem.trainer", "train"]
     another_run = socket.socket()
@@ -52,40 +52,42 @@ def test_torchrun_deepspeed_and_srun_train_the_same_bits(tmp_path, corpus):
         launched(by_hand, config, "srun", **slurm(1, port)) as rank_1,
     ):
         for process in (torchrun, deepspeed, rank_0, rank_1):
-            said, _ = process.communicate(timeout=PATIENCE_SECONDS)
+            said, _ = process.communicate(timeout=TEST_TIMEOUT_SECONDS)
             assert process.returncode == 0, said
-    runs = {name: steps_of(tmp_path / "runs" / name) for name in ("torchrun", "deepspeed", "srun")}
+    runs = {name: read_step_records(tmp_path / "runs" / name) for name in ("torchrun", "deepspeed", "srun")}
     one = runs["torchrun"]
     for name, other in runs.items():
         assert sorted(other) == list(range(1, STEPS + 1))
         for step, record in other.items():
-            assert (record["loss"], record["gradient_norm"]) == (one[step]["loss"], one[step]["gradient_norm"]), name
+            assert (record["loss"], record["grad_norm"]) == (one[step]["loss"], one[step]["grad_norm"]), name
 
 
 def test_a_rank_whose_launcher_dies_while_it_begins_does_not_train_on(tmp_path, corpus):
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(two_phases("btlm", corpus, tmp_path / "runs")))
+    config.write_text(yaml.safe_dump(two_phase_config("btlm", corpus, tmp_path / "runs")))
     rank = [sys.executable, "-m", "tandem.trainer", "train", str(config)]
     script = f"import subprocess, time; print(subprocess.Popen({rank}).pid, flush=True); time.sleep(1000)"
-    with begun([sys.executable, "-c", script], RANK="0", WORLD_SIZE="1", LOCAL_RANK="0") as launcher:
+    with start_command([sys.executable, "-c", script], RANK="0", WORLD_SIZE="1", LOCAL_RANK="0") as launcher:
         pid = int(launcher.stdout.readline())
         process = psutil.Process(pid)
-        eventually(lambda: listens(pid, signal.SIGTERM))  # it imports for seconds yet
+        wait_until(lambda: has_signal_handler(pid, signal.SIGTERM))  # it imports for seconds yet
         launcher.kill()
-        eventually(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+        wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
     assert not list(tmp_path.rglob("COMMITTED"))
 
 
 def test_a_single_rank_too_is_started_again(tmp_path, corpus):
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(two_phases("btlm", corpus, tmp_path / "runs", checkpoint={"every_steps": 1})))
+    config.write_text(
+        yaml.safe_dump(two_phase_config("btlm", corpus, tmp_path / "runs", checkpoint={"every_steps": 1}))
+    )
     folder = tmp_path / "runs" / "tiny"
     terminal_of_slurm = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}  # one that `srun --pty bash` opens
     with launched([LAUNCH / "local.sh", 1], config, "tiny", **terminal_of_slurm) as launcher:
-        eventually(lambda: (folder / "metrics.jsonl").is_file() and steps_of(folder))
+        wait_until(lambda: (folder / "metrics.jsonl").is_file() and read_step_records(folder))
         [rank] = psutil.Process(launcher.pid).children()
         rank.kill()
-        said, _ = launcher.communicate(timeout=PATIENCE_SECONDS)
+        said, _ = launcher.communicate(timeout=TEST_TIMEOUT_SECONDS)
     assert launcher.returncode == 0, said
-    assert len(read(folder).starts) == 2
-    assert read(folder).end["reason"] == "finished"
+    assert len(read_history(folder).starts) == 2
+    assert read_history(folder).end_record["reason"] == "finished"

@@ -23,27 +23,37 @@ from torch import Tensor
 
 from tandem.trainer.checkpoint import write
 from tandem.trainer.checkpoint.hf import convert
-from tandem.trainer.checkpoint.layout import rank_file
-from tandem.trainer.checkpoint.read import opened
-from tandem.trainer.config import BTLM, Mup, load
-from tandem.trainer.distributed.sharding import Shard, local_part
-from tandem.trainer.models.init import initial
-from tandem.trainer.models.mup import rules
+from tandem.trainer.checkpoint.layout import rank_file_name
+from tandem.trainer.checkpoint.read import open_checkpoint
+from tandem.trainer.config import BTLMConfig, MupConfig, load_config
+from tandem.trainer.distributed.sharding import TensorSharding, slice_local
+from tandem.trainer.models.init import initial_value
+from tandem.trainer.models.mup import parameter_rules
 from tests.promises.conftest import clean_environment
 
 MIB, GIB = 1 << 20, 1 << 30
-MODEL = BTLM(
-    family="btlm", width=256, depth=60, heads=4, ffn_width=1200, vocab=50_257, norm_epsilon=1e-5, init_std=0.02,
-    init_truncation_sigmas=0.0, document_masking=False, tied_head=True,
-)  # fmt: skip
+MODEL = BTLMConfig(
+    family="btlm",
+    hidden_size=256,
+    num_layers=60,
+    num_heads=4,
+    ffn_hidden_size=1200,
+    vocab_size=50_257,
+    norm_eps=1e-5,
+    init_std=0.02,
+    init_truncation_sigmas=0.0,
+    document_masking=False,
+    tie_word_embeddings=True,
+)
 """84 million parameters, of which the embedding, the largest tensor, has 13."""
 OVERHEAD = 16 * MIB
 """Objects of Python, buffers of files, and what the allocator keeps; measured 4 to 7 MiB. Two copies
 of the largest tensor, 98 MiB, are above the limit."""
 COMMANDS = """
 import json, sys
-from tandem.trainer.__main__ import main, quiet_libraries
-quiet_libraries()
+from tandem.trainer.__main__ import main
+from tandem.trainer.runtime import silence_library_warnings
+silence_library_warnings()
 import tandem.trainer.tools.convert_hf
 print("imported modules", flush=True)
 sys.stdin.readline()
@@ -92,10 +102,12 @@ def ascending(shape: tuple[int, ...], name: str) -> Tensor:
     return torch.arange(math.prod(shape), dtype=torch.float32).remainder(251.0).reshape(shape) + len(name)
 
 
-def written(model: BTLM, mup: Mup | None, values: Callable[[tuple[int, ...], str], Tensor], out: Path) -> int:
+def written(
+    model: BTLMConfig, mup: MupConfig | None, values: Callable[[tuple[int, ...], str], Tensor], out: Path
+) -> int:
     """A folder in bf16, as released ones are; returns the bytes of the largest tensor in fp32."""
-    rows = {row.ours: row for row in convert.TABLES["btlm"].rows(model)}
-    convert.export(
+    rows = {row.name: row for row in convert.FAMILY_MODULES["btlm"].tensor_mappings(model)}
+    convert.export_folder(
         lambda name: values(rows[name].shape, name),
         model,
         mup,
@@ -111,28 +123,30 @@ def divided(between: Path, folder: Path) -> None:
     """The checkpoint as two tensor-parallel ranks save it: runs of the embedding (whose vocabulary is padded) and of vectors,
     boxes inside the other matrices, each box in two fragments.
     """
-    with contextlib.closing(opened(between)) as snapshot:
+    with contextlib.closing(open_checkpoint(between)) as snapshot:
         shards = {}
-        for name in snapshot.names:
-            shape = tuple(snapshot.weight(name).shape)
+        for name in snapshot.parameter_names:
+            shape = tuple(snapshot.read_weight(name).shape)
             dim = 1 if len(shape) > 1 and name != "embedding.weight" else 0
-            shards[name] = Shard(shape, dim, shape[dim] + shape[dim] % 2)
+            shards[name] = TensorSharding(shape, dim, shape[dim] + shape[dim] % 2)
         folder.mkdir()
         tables = []
         for rank in range(2):
             entries = [
-                write._entry(name, shard, rank, start, math.prod(shard.box_shape(2)) // 2, ["master"])
-                for name, shard in shards.items() for start in (0, math.prod(shard.box_shape(2)) // 2)
+                write._fragment_entry(name, shard, rank, start, math.prod(shard.local_shape(2)) // 2, ["master"])
+                for name, shard in shards.items() for start in (0, math.prod(shard.local_shape(2)) // 2)
             ]  # fmt: skip
-            specs = {write._key(entry, "master"): write._flat(entry["numel"]) for entry in entries}
+            specs = {write._entry_key(entry, "master"): write._flat_spec(entry["numel"]) for entry in entries}
             parts = (
-                local_part(shards[entry["name"]], snapshot.weight(entry["name"]), rank, 2)
+                slice_local(shards[entry["name"]], snapshot.read_weight(entry["name"]), rank, 2)
                 .reshape(-1)
                 .narrow(0, entry["start"], entry["numel"])
                 for entry in entries
             )
-            file = rank_file(rank)
-            tables.append({"file": file, "described": write._write(folder / file, specs, parts), "entries": entries})
+            file = rank_file_name(rank)
+            tables.append(
+                {"file": file, "file_info": write._write_file(folder / file, specs, parts), "entries": entries}
+            )
         write.commit(folder, tables, {**snapshot.manifest, "tp_size": 2})
 
 
@@ -147,12 +161,12 @@ def test_import_and_export_hold_one_tensor(tmp_path: Path) -> None:
         rf"exported {between} to {out}: 0.168 GB .*",
     ]
     assert re.fullmatch("\n".join([*said_of_each, ""]), said), said
-    assert filecmp.cmp(source / convert.WEIGHTS, out / convert.WEIGHTS, shallow=False)
+    assert filecmp.cmp(source / convert.WEIGHTS_FILE, out / convert.WEIGHTS_FILE, shallow=False)
     print(f"figures: largest tensor {largest / MIB:.0f} MiB, peak {peak / MIB:.0f} MiB")
     assert largest <= peak <= 1.5 * largest + OVERHEAD
     divided(between, tmp_path / "step-00000001")
     peak, said = peak_of(["export-hf", tmp_path / "step-00000001", tmp_path / "again"])
-    assert filecmp.cmp(source / convert.WEIGHTS, tmp_path / "again" / convert.WEIGHTS, shallow=False)
+    assert filecmp.cmp(source / convert.WEIGHTS_FILE, tmp_path / "again" / convert.WEIGHTS_FILE, shallow=False)
     print(f"figures: of two ranks, peak {peak / MIB:.0f} MiB")
     assert largest <= peak <= 1.5 * largest + OVERHEAD
 
@@ -161,15 +175,15 @@ def test_import_and_export_hold_one_tensor(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_full_size_btlm_goes_in_and_out_within_3_gib(tmp_path: Path) -> None:
     """2.65 billion parameters as released, in bf16, by the commands of the README. Needs 22 GB of disk."""
-    config = load(Path(__file__).parents[2] / "configs" / "btlm-3b-8k.yaml")
+    config = load_config(Path(__file__).parents[2] / "configs" / "btlm-3b-8k.yaml")
     model, mup = config.model, config.mup
-    assert isinstance(model, BTLM)
-    table = rules(model, mup)
+    assert isinstance(model, BTLMConfig)
+    table = parameter_rules(model, mup)
 
     def drawn(shape: tuple[int, ...], name: str) -> Tensor:
         """Of the sizes that training begins with; biases and norms are not their constants."""
         role = "embedding" if name == "embedding.weight" else "hidden"
-        return initial(name, shape, table[role], seed=1, truncation_sigmas=model.init_truncation_sigmas)
+        return initial_value(name, shape, table[role], seed=1, truncation_sigmas=model.init_truncation_sigmas)
 
     source, between, out = (tmp_path / name for name in ("source", "between", "out"))
     try:
@@ -181,7 +195,7 @@ def test_full_size_btlm_goes_in_and_out_within_3_gib(tmp_path: Path) -> None:
                 assert peak <= 3 * GIB
         shards = sorted(path.name for path in source.glob("model-*.safetensors"))
         assert shards == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-        for name in [*shards, convert.INDEX]:
+        for name in [*shards, convert.INDEX_FILE]:
             assert filecmp.cmp(source / name, out / name, shallow=False)
     finally:
         for folder in (source, between, out):

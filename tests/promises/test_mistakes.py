@@ -20,13 +20,20 @@ import yaml
 from tandem.data_prep import prepare
 from tandem.trainer import train
 from tandem.trainer.__main__ import main
-from tandem.trainer.config import Data, RunConfig, UserError, section_from
+from tandem.trainer.config import DataConfig, TrainConfig, UserError, parse_dataclass
 from tandem.trainer.data.loader import Loader
 from tandem.trainer.metrics.records import Sinks
 from tests import ranks
 from tests.ports import free_ports
-from tests.promises.conftest import TEXTS, clean_environment, ended, forked, tandem, two_phases
-from tests.timeouts import PATIENCE_SECONDS
+from tests.promises.conftest import (
+    TEXT_FILES,
+    clean_environment,
+    fork_tandem,
+    run_tandem,
+    two_phase_config,
+    wait_for_exit,
+)
+from tests.timeouts import TEST_TIMEOUT_SECONDS
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,8 @@ class Place:
 def place(tmp_path_factory, corpus) -> Place:
     root = tmp_path_factory.mktemp("mistakes")
     config = root / "config.yaml"
-    config.write_text(yaml.safe_dump(two_phases("btlm", corpus, root / "runs")))
-    prepared(root / "other", "--vocab", 600)
+    config.write_text(yaml.safe_dump(two_phase_config("btlm", corpus, root / "runs")))
+    prepared(root / "other", "--vocab-size", 600)
     prepared(root / "later", "--tokenizer", corpus / "tokenizer.json")
     for name in ("lost", "flipped"):
         shutil.copytree(corpus, root / name)
@@ -60,7 +67,7 @@ def place(tmp_path_factory, corpus) -> Place:
         (root / name).mkdir()
     (root / "foreign" / "thesis.doc").write_text("years")
     (root / "untexted" / "empty.txt").write_text("")
-    assert ended(forked(["train", config, "run.stop_step=2"])) == 0
+    assert wait_for_exit(fork_tandem(["train", config, "run.stop_step=2"])) == 0
     return Place(root, config, root / "runs" / "tiny", corpus, root / "other", root / "later")
 
 
@@ -68,7 +75,7 @@ def prepared(output: Path, *settings: object) -> None:
     parser = argparse.ArgumentParser()
     prepare.add_arguments(parser)
     common = ["--output", output, "--held-out", 0.3, "--workers", 1, "--sample-tokens", 512]
-    prepare.run(parser.parse_args(list(map(str, ["--input", *TEXTS[:4], *common, *settings]))))
+    prepare.run(parser.parse_args(list(map(str, ["--input", *TEXT_FILES[:4], *common, *settings]))))
 
 
 def flip_a_byte(shard: Path) -> None:
@@ -96,8 +103,8 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "no config": ("train {root}/none.yaml", ["none.yaml: no such config file", "configs/demo-btlm.yaml"]),
     "no verb of ours": ("trian {config}", ["'trian'", "train", "--help"]),
     "no argument": ("train", ["train", "config", "--help"]),
-    "unknown key": ("train {config} optim.clip_nrom=1.0", ["optim.clip_nrom: 1.0", "did you mean clip_norm?"]),
-    "wrong type": ("train {config} model.depth=two", ["model.depth: 'two'", "must be int"]),
+    "unknown key": ("train {config} optim.max_grad_nrom=1.0", ["optim.max_grad_nrom: 1.0", "did you mean max_grad_norm?"]),
+    "wrong type": ("train {config} model.num_layers=two", ["model.num_layers: 'two'", "must be int"]),
     "bf16 without ZeRO": (
         "train {config} parallel.zero_stage=0 run.precision=bf16",
         ["parallel.zero_stage: 0", "run.precision bf16", "fp32", "set zero_stage to 1"],
@@ -106,7 +113,10 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         "train {config} parallel.tp_size=2 --ranks 3",
         ["parallel.tp_size: 2 does not divide the 3 ranks", "change tp_size"],
     ),
-    "rows": ("train {config} --ranks 8", ["schedule.phases[0].rows: 8", "data-parallel size 8", "micro_rows"]),
+    "rows": (
+        "train {config} --ranks 8",
+        ["schedule.phases[0].global_batch_size: 8", "data-parallel size 8", "micro_batch_size"],
+    ),
     "nowhere": ("train {config} data.sources.corpus={root}/none", ["none/manifest.json", "tandem prepare"]),
     "shard lost": (
         "train {config} data.sources.corpus={root}/lost", ["lost/train-000001.tar: shard is missing", "restore it"],
@@ -115,16 +125,16 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         "train {config} data.tokenizer={other}/tokenizer.json",
         ["data.tokenizer: ", "other/tokenizer.json has sha256", "in the corpus folder"],
     ),
-    "small vocab": ("train {config} model.vocab=400", ["model.vocab: 400", "has 500 ids", "set it to at least that"]),
+    "small vocab": ("train {config} model.vocab_size=400", ["model.vocab_size: 400", "has 500 ids", "set it to at least that"]),
     "held-out too small": (
         "train {config} evaluate.every_steps=5 evaluate.tokens=1280000",
         ["evaluate.tokens: 1280000", "held-out tokens of", "lower it", "--held-out"],
     ),
     "weights of another model": (
-        "train {config} model.width=32 run.initial_weights={run}",
-        ["model.width: 32", "has 64", "run.initial_weights"],
+        "train {config} model.hidden_size=32 run.init_from={run}",
+        ["model.hidden_size: 32", "has 64", "run.init_from"],
     ),
-    "weights that are none": ("train {config} run.initial_weights={root}/empty", ["empty: no committed checkpoint"]),
+    "weights that are none": ("train {config} run.init_from={root}/empty", ["empty: no committed checkpoint"]),
     "root is a file": ("train {config} run.root={config}", ["run.root: ", "config.yaml", "cannot be made"]),
     "evaluate another tokenizer": (
         "evaluate {run} --data {other}", ["--data: ", "600 ids", "the weights know 500", "tokenizer of the weights"],
@@ -133,7 +143,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         "evaluate {run} --data {corpus} --rows 9000", ["--rows: 9000", "held-out tokens", "at most"],
     ),
     "evaluate no bins": ("evaluate {run} --data {corpus} --rows 1 --bins 0", ["--bins: 0", "at least 1"]),
-    "evaluate rows of nothing": ("evaluate {run} --data {corpus} --length 0", ["--length 0", "positive numbers"]),
+    "evaluate rows of nothing": ("evaluate {run} --data {corpus} --seq-len 0", ["--seq-len 0", "positive numbers"]),
     "evaluate nothing": ("evaluate {root}/none --data {corpus}", ["none: no such folder", "name a run folder"]),
     "empty prompt": ("generate {run} --prompt ''", ["--prompt: is empty", "give some text"]),
     "generate with another tokenizer": (
@@ -150,7 +160,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         ["tokenizer.json: has no token '<eos>'", "--eos"],
     ),
     "empty corpus": (
-        "prepare --input {root}/untexted --output {root}/out --vocab 300 --workers 1",
+        "prepare --input {root}/untexted --output {root}/out --vocab-size 300 --workers 1",
         ["--input: ", "--input: holds no text", "name another path"],
     ),
     "resume with another corpus": (
@@ -158,13 +168,13 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         ["data.sources.corpus: fingerprint", "saved with corpus", "start a new run"],
     ),
     "resume with another width": (
-        "train {config} model.width=32", ["model.width: 32", "has 64", "choose another run.name"],
+        "train {config} model.hidden_size=32", ["model.hidden_size: 32", "has 64", "choose another run.name"],
     ),
     "resume with another seed": (
         "train {config} run.seed=2", ["run.seed: 2", "saved with 1", "order of the data", "restore"],
     ),
     "resume with other blocks": (
-        "train {config} data.block_tokens=64", ["data.block_tokens: 64", "8192", "order of the data"],
+        "train {config} data.shuffle_block_tokens=64", ["data.shuffle_block_tokens: 64", "8192", "order of the data"],
     ),
 }  # fmt: skip
 
@@ -189,7 +199,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(name, place, capfd):
 @pytest.mark.parametrize("name", ["unknown key", "shard lost", "empty prompt", "resume with another width"])
 def test_the_command_itself_says_the_same(name, place):
     before = contents(place.root)
-    done = tandem(*command_of(name, place))
+    done = run_tandem(*command_of(name, place))
     assert done.returncode == 2
     is_one_line(done.stderr, *MISTAKES[name][1])
     assert contents(place.root) == before
@@ -235,7 +245,7 @@ def broken(place, tmp_path_factory) -> Path:
 def of_two_ranks(broken: Path, root: Path) -> list[str]:
     return [
         f"data.sources.corpus={broken}",
-        "data.block_tokens=32",
+        "data.shuffle_block_tokens=32",
         "data.prefetch_steps=0",
         f"run.root={root / 'runs'}",
     ]
@@ -264,7 +274,7 @@ def test_a_mistake_that_only_one_rank_meets_is_the_end_of_all_and_no_rank_is_tak
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    said = [process.communicate(timeout=PATIENCE_SECONDS)[1] for process in processes]
+    said = [process.communicate(timeout=TEST_TIMEOUT_SECONDS)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], said
     for words in said:
         [line] = [line for line in words.splitlines() if line.startswith("tandem: ")]
@@ -277,7 +287,7 @@ def test_a_mistake_that_only_one_rank_meets_is_the_end_of_all_and_no_rank_is_tak
 
 
 GOODBYE_SECONDS = 8.0
-LATER = {"block_tokens": 256, "prefetch_steps": 0}
+LATER = {"shuffle_block_tokens": 256, "prefetch_steps": 0}
 """A block to a step: a damaged shard is then met when the run is under way."""
 
 
@@ -293,7 +303,7 @@ def met_by_rank_1(tree: dict, broken: Path) -> str:
     if rank == 1:
         tree["data"]["sources"] = {"corpus": str(broken)}
     try:
-        return f"code {train.run(section_from(RunConfig, tree, ''))}"
+        return f"code {train.run(parse_dataclass(TrainConfig, tree, ''))}"
     except UserError as mistake:
         dist.destroy_process_group()  # as the end of a process does
         return str(mistake)
@@ -306,7 +316,7 @@ def test_a_mistake_that_one_rank_meets_is_that_also_where_the_last_records_are_t
     copies = (copy_with_flipped(place.corpus, tmp_path / shard, shard) for shard in shards)
     broken = next(copy for copy in copies if 2 <= steps_fed(copy) < 6)
     limit_seconds = GOODBYE_SECONDS / 2
-    tree = two_phases("btlm", place.corpus, tmp_path / "runs", watchdog={"step_seconds": limit_seconds})
+    tree = two_phase_config("btlm", place.corpus, tmp_path / "runs", watchdog={"step_timeout_seconds": limit_seconds})
     tree["data"] |= LATER
     said = ranks.run(met_by_rank_1, 2, tmp_path, tree, broken)
     assert all(f"{broken.name}: xxh3_128" in words for words in said), said
@@ -315,9 +325,11 @@ def test_a_mistake_that_one_rank_meets_is_that_also_where_the_last_records_are_t
 
 def steps_fed(corpus: Path) -> int:
     """Steps that are made before the damaged shard is met."""
-    config: RunConfig = section_from(RunConfig, two_phases("btlm", corpus, corpus), "")
-    data = Data({"corpus": str(corpus)}, **LATER)
-    loader = Loader(data, config.schedule, seed=config.run.seed, vocab=config.model.vocab, dp_rank=0, dp_size=1)
+    config: TrainConfig = parse_dataclass(TrainConfig, two_phase_config("btlm", corpus, corpus), "")
+    data = DataConfig({"corpus": str(corpus)}, **LATER)
+    loader = Loader(
+        data, config.schedule, seed=config.run.seed, vocab_size=config.model.vocab_size, dp_rank=0, dp_size=1
+    )
     steps = 0
     with suppress(UserError):
         for _ in loader.batches(0, None):
@@ -340,7 +352,7 @@ def torchrun(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
         [*command, "train", str(config), *overrides],
         capture_output=True,
         text=True,
-        timeout=PATIENCE_SECONDS,
+        timeout=TEST_TIMEOUT_SECONDS,
         env=clean_environment(),
         check=False,
     )
@@ -354,9 +366,11 @@ def copy_with_flipped(corpus: Path, target: Path, shard: str) -> Path:
 
 def reads_first_step(corpus: Path, dp_rank: int) -> bool:
     """Whether data-parallel rank `dp_rank` of 2 gets its rows of the first step out of the corpus."""
-    config: RunConfig = section_from(RunConfig, two_phases("btlm", corpus, corpus), "")
-    data = Data({"corpus": str(corpus)}, block_tokens=32, prefetch_steps=0)
-    loader = Loader(data, config.schedule, seed=config.run.seed, vocab=config.model.vocab, dp_rank=dp_rank, dp_size=2)
+    config: TrainConfig = parse_dataclass(TrainConfig, two_phase_config("btlm", corpus, corpus), "")
+    data = DataConfig({"corpus": str(corpus)}, shuffle_block_tokens=32, prefetch_steps=0)
+    loader = Loader(
+        data, config.schedule, seed=config.run.seed, vocab_size=config.model.vocab_size, dp_rank=dp_rank, dp_size=2
+    )
     try:
         next(loader.batches(0, None))
     except UserError:

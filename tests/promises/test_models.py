@@ -13,15 +13,15 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.functional import cross_entropy
 
 from tandem.trainer.checkpoint.hf import convert
-from tandem.trainer.checkpoint.hf.tensor_mapping import cut
+from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
 from tandem.trainer.checkpoint.read import load_weights
-from tandem.trainer.config import BTLM, Mup, StableLM
-from tandem.trainer.distributed.mesh import Mesh, gather_to_all, started
-from tandem.trainer.models import build
+from tandem.trainer.config import BTLMConfig, MupConfig, StableLMConfig
+from tandem.trainer.distributed.mesh import Mesh, all_gather_objects, mesh_context
+from tandem.trainer.models import build_model
 from tandem.trainer.models.decoder import Decoder
 from tests import ranks
 from tests.reference.offline import offline
-from tests.reference.variants import VARIANTS, in_double, reference, tokens
+from tests.reference.variants import VARIANTS, random_tokens, reference_module, to_fp64
 from tests.sharded import joined
 
 __all__ = ["offline"]
@@ -38,23 +38,23 @@ Values = dict[str, Tensor]
 
 
 class Case(NamedTuple):
-    model: StableLM | BTLM
-    mup: Mup | None
+    model: StableLMConfig | BTLMConfig
+    mup: MupConfig | None
 
 
 def shared_by(case: Case, tp_size: int) -> Case:
-    """A model that so many ranks can share, with an odd ffn_width, and padding that lies on the last rank."""
-    model = replace(case.model, vocab=case.model.vocab + 200, ffn_width=151)
-    while model.heads % tp_size or model.kv_heads % tp_size:
-        model = replace(model, heads=2 * model.heads, width=2 * model.width)
-        model = replace(model, kv_heads=2 * model.kv_heads) if isinstance(model, StableLM) else model
+    """A model that so many ranks can share, with an odd ffn_hidden_size, and padding that lies on the last rank."""
+    model = replace(case.model, vocab_size=case.model.vocab_size + 200, ffn_hidden_size=151)
+    while model.num_heads % tp_size or model.num_kv_heads % tp_size:
+        model = replace(model, num_heads=2 * model.num_heads, hidden_size=2 * model.hidden_size)
+        model = replace(model, num_kv_heads=2 * model.num_kv_heads) if isinstance(model, StableLMConfig) else model
     return Case(model, case.mup)
 
 
 def in_bf16(case: Case) -> Case:
     """Large enough for errors to average out."""
     model = shared_by(case, 4).model
-    return Case(replace(model, width=32 * model.heads, ffn_width=640, vocab=1_000), case.mup)
+    return Case(replace(model, hidden_size=32 * model.num_heads, ffn_hidden_size=640, vocab_size=1_000), case.mup)
 
 
 ON_ONE = {name: Case(*case) for name, case in VARIANTS.items()} | {
@@ -75,9 +75,9 @@ def layouts(names: list[str] | dict) -> pytest.MarkDecorator:
 # --- what is evaluated
 
 
-def batch(model: StableLM | BTLM, length: int = 40) -> tuple[Tensor, Tensor, Tensor]:
+def batch(model: StableLMConfig | BTLMConfig, length: int = 40) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, targets, and documents of one and more tokens."""
-    drawn = tokens(model, rows=2, length=length + 1)
+    drawn = random_tokens(model, num_rows=2, seq_len=length + 1)
     lengths = [[6, 1, 14, length - 21], [length]]
     documents = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths]
     return drawn[:, :-1], drawn[:, 1:], torch.stack(documents).int()
@@ -89,8 +89,8 @@ def weighted(losses: Tensor) -> Tensor:
 
 
 def decoder(case: Case, mesh: Mesh, dtype: torch.dtype = torch.float32) -> Decoder:
-    built = build(case.model, case.mup, mesh, dtype=dtype)
-    load_weights(built, reference(case.model).random_tensors(case.model, seed=5).__getitem__, mesh)
+    built = build_model(case.model, case.mup, mesh, dtype=dtype)
+    load_weights(built, reference_module(case.model).random_tensors(case.model, seed=5).__getitem__, mesh)
     return built
 
 
@@ -101,7 +101,7 @@ def evaluated(ours: Decoder, read: Tensor, targets: Tensor, documents: Tensor, m
     found = {"logits": ours.logits(read, documents), "losses": losses.detach()}
     for name, parameter in ours.named_parameters():
         # The first tp_size of all ranks are one replica.
-        found[name] = joined(parameter.shard, gather_to_all(parameter.grad)[: mesh.tp_size])
+        found[name] = joined(parameter.sharding, all_gather_objects(parameter.grad)[: mesh.tp_size])
         parameter.grad = None
     return found
 
@@ -109,7 +109,7 @@ def evaluated(ours: Decoder, read: Tensor, targets: Tensor, documents: Tensor, m
 def evaluate(tp_size: int) -> dict[tuple[str, str], Values]:
     """By variant and what it is to be compared with: rows of documents, rows of one document, bf16."""
     found = {}
-    with started(tp_size) as mesh:
+    with mesh_context(tp_size) as mesh:
         for name, case in LAYOUTS[tp_size].items():
             ours, (read, targets, documents) = decoder(case, mesh), batch(case.model)
             found[name, "documents"] = evaluated(ours, read, targets, documents, mesh)
@@ -130,8 +130,10 @@ def on_four_ranks() -> dict:
 
 def reductions(case: Case) -> tuple[int, int]:
     """All-reduces that one layer more costs, forward and backward."""
-    with started(2) as mesh:
-        shallow, deep = (collectives(case._replace(model=replace(case.model, depth=depth)), mesh) for depth in (1, 2))
+    with mesh_context(2) as mesh:
+        shallow, deep = (
+            collectives(case._replace(model=replace(case.model, num_layers=depth)), mesh) for depth in (1, 2)
+        )
     return deep[0] - shallow[0], deep[1] - shallow[1]
 
 
@@ -153,7 +155,7 @@ def expected(case: Case, tensors: Values, *, length: int = 40, apart: bool = Tru
     read, targets, documents = batch(case.model, length)
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
     seen = documents if apart and case.model.document_masking else None
-    logits = reference(case.model).logits(leaves.__getitem__, *case, read, seen)
+    logits = reference_module(case.model).logits(leaves.__getitem__, *case, read, seen)
     losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
     weighted(losses).backward()
     return {"logits": logits.detach(), "losses": losses.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
@@ -163,8 +165,8 @@ def of_transformers(case: Case, folder: Path, dtype: torch.dtype = torch.float32
     """transformers' own, through the export, under its own names; in rows of one document, because it knows no others."""
     from transformers import AutoModelForCausalLM  # not at the top, where each rank would spend seconds on it
 
-    tensors = reference(case.model).random_tensors(case.model, seed=5)
-    convert.export(tensors.__getitem__, *case, folder, tokenizer=None, max_seq_len=256, dtype=dtype)
+    tensors = reference_module(case.model).random_tensors(case.model, seed=5)
+    convert.export_folder(tensors.__getitem__, *case, folder, tokenizer=None, max_seq_len=256, dtype=dtype)
     remote = case.model.family == "btlm"
     theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote, dtype=dtype)
     read, targets, _ = batch(case.model, length)
@@ -178,9 +180,9 @@ def of_transformers(case: Case, folder: Path, dtype: torch.dtype = torch.float32
 def their_names(case: Case, values: Values) -> Values:
     """Our values under transformers' names; what only transformers has is not there."""
     pieces = {
-        piece.theirs: cut(row, piece, values[row.ours])
-        for row in convert.TABLES[case.model.family].rows(case.model)
-        for piece in row.pieces
+        piece.hf_name: to_hf_tensor(row, piece, values[row.name])
+        for row in convert.FAMILY_MODULES[case.model.family].tensor_mappings(case.model)
+        for piece in row.hf_tensors
     }
     return {"logits": values["logits"], "losses": values["losses"], **pieces}
 
@@ -214,7 +216,7 @@ def found(request) -> Callable[[int], dict[tuple[str, str], Values]]:
 
 @pytest.fixture
 def mesh() -> Iterator[Mesh]:
-    with started(1) as mesh:
+    with mesh_context(1) as mesh:
         yield mesh
 
 
@@ -224,8 +226,8 @@ def mesh() -> Iterator[Mesh]:
 @layouts(ON_ONE)
 def test_logits_losses_and_every_gradient_are_the_references(tp_size, variant, found):
     case, ours = LAYOUTS[tp_size][variant], found(tp_size)[variant, "documents"]
-    tensors = reference(case.model).random_tensors(case.model, seed=5)
-    exact, noisy = expected(case, in_double(tensors)), expected(case, tensors)
+    tensors = reference_module(case.model).random_tensors(case.model, seed=5)
+    exact, noisy = expected(case, to_fp64(tensors)), expected(case, tensors)
     assert ours.keys() == exact.keys()
     for name, value in exact.items():
         error, noise = relative(ours[name], value), relative(noisy[name], value)
@@ -251,7 +253,7 @@ def test_logits_losses_and_every_gradient_are_those_of_transformers(tp_size, var
 def test_bf16_strays_no_further_than_the_plain_model_in_bf16(tp_size, variant, found, tmp_path):
     """From the same computation in fp64 on the same weights, as bf16 holds them: logits, losses, and gradients kind by kind."""
     case = IN_BF16[variant]
-    tensors = reference(case.model).random_tensors(case.model, seed=5)
+    tensors = reference_module(case.model).random_tensors(case.model, seed=5)
     rounded = {name: tensor.bfloat16().double() for name, tensor in tensors.items()}
     exact = their_names(case, expected(case, rounded, length=128, apart=False))
     plain = of_transformers(case, tmp_path / "out", torch.bfloat16, length=128)

@@ -1,4 +1,4 @@
-"""The kit of `tandem mup` passes the shipped parametrisation and notices every rule of it that is broken."""
+"""The kit of `tandem mup-check` passes the shipped parametrisation and notices every rule of it that is broken."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -12,53 +12,53 @@ import pytest
 from tandem.kernels.attention import attention
 from tandem.trainer import models, startup
 from tandem.trainer.__main__ import main
-from tandem.trainer.config import BTLM, Mup, RunConfig, StableLM, load
-from tandem.trainer.distributed.mesh import Mesh, started
+from tandem.trainer.config import BTLMConfig, MupConfig, StableLMConfig, TrainConfig, load_config
+from tandem.trainer.distributed.mesh import Mesh, mesh_context
 from tandem.trainer.models import btlm, param_groups
-from tandem.trainer.models.mup import ForwardScales, Rule, forward_scales, rules, width_multiplier
-from tandem.trainer.models.param_groups import groups
+from tandem.trainer.models.mup import ForwardScales, ParameterRule, forward_scales, parameter_rules, width_multiplier
+from tandem.trainer.models.param_groups import build_param_groups
 from tandem.trainer.tools.mup import coordinates, lr_transfer, weight_decay
-from tandem.trainer.tools.mup.measurement import Finding, first_failure, interval
-from tandem.trainer.tools.mup.proxies import proxy
+from tandem.trainer.tools.mup.measurement import Measurement, first_failure, format_interval
+from tandem.trainer.tools.mup.proxies import proxy_config
 from tests import tiny_configs
-from tests.promises.conftest import VOCAB, tandem
+from tests.promises.conftest import VOCAB_SIZE, run_tandem
 
 CONFIG = Path(__file__).parents[2] / "configs" / "mup-check.yaml"
 WIDTHS = [64, 128, 256]
 UPDATES = 2
-PHASE = "{name: proxy, tokens: 2048, seq_len: 64, rows: 8, micro_rows: 4, mixture: {corpus: 1.0}}"
+PHASE = "{name: proxy, tokens: 2048, seq_len: 64, global_batch_size: 8, micro_batch_size: 4, mixture: {corpus: 1.0}}"
 HIDDEN = ("hidden", "residual_output")
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with started(1) as mesh:
+    with mesh_context(1) as mesh:
         yield mesh
 
 
 def overrides(corpus: Path) -> list[str]:
     """The shipped config, smaller: what a test can wait for."""
     return [
-        f"data.sources.corpus={corpus}", f"model.vocab={VOCAB}", "schedule.batch_tokens=512",
+        f"data.sources.corpus={corpus}", f"model.vocab_size={VOCAB_SIZE}", "schedule.tokens_per_step=512",
         f"schedule.phases=[{PHASE}]", "schedule.lr.warmup_steps=1",
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def config(corpus) -> RunConfig:
-    return load(CONFIG, overrides(corpus))
+def config(corpus) -> TrainConfig:
+    return load_config(CONFIG, overrides(corpus))
 
 
-def judged(config: RunConfig, mesh: Mesh, *, num_seeds: int = 1) -> list[Finding]:
+def judged(config: TrainConfig, mesh: Mesh, *, num_seeds: int = 1) -> list[Measurement]:
     """What the kit finds on one rank in fp32: coordinates first, then decay."""
     seeds = range(config.run.seed, config.run.seed + num_seeds)
-    measured = [proxy(config, width, seed=seed) for width in WIDTHS for seed in seeds]
-    records = [record for one in measured for record in coordinates.measure_one(one, UPDATES, mesh)]
+    measured = [proxy_config(config, width, seed=seed) for width in WIDTHS for seed in seeds]
+    records = [record for one in measured for record in coordinates.measure_proxy(one, UPDATES, mesh)]
     return coordinates.judge(records) + weight_decay.measure(config, WIDTHS, mesh)
 
 
-Section = StableLM | BTLM
-Change = Callable[[Rule, float], Rule]
+Section = StableLMConfig | BTLMConfig
+Change = Callable[[ParameterRule, float], ParameterRule]
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,17 @@ class Broken:
 def in_table(roles: tuple[str, ...], change: Change, seen_in: str | tuple[str, ...]) -> Broken:
     """The table as `train` reads it, with the rules of some roles changed by a function of rule and width multiplier."""
 
-    def table(model: Section, mup: Mup | None) -> dict[str, Rule]:
-        found, multiplier = rules(model, mup), width_multiplier(model, mup)
+    def table(model: Section, mup: MupConfig | None) -> dict[str, ParameterRule]:
+        found, multiplier = parameter_rules(model, mup), width_multiplier(model, mup)
         return found | {role: change(found[role], multiplier) for role in roles}
 
-    return Broken(startup, "rules", table, seen_in)
+    return Broken(startup, "parameter_rules", table, seen_in)
 
 
 def in_forward(change: Callable[[ForwardScales, float, Section], ForwardScales], seen_in: str) -> Broken:
     """The factors of the forward pass as `models.build` reads them."""
 
-    def scales(model: Section, mup: Mup | None) -> ForwardScales:
+    def scales(model: Section, mup: MupConfig | None) -> ForwardScales:
         return change(forward_scales(model, mup), width_multiplier(model, mup), model)
 
     return Broken(models, "forward_scales", scales, seen_in)
@@ -99,23 +99,23 @@ def with_lr(factor: Callable[[float], float]) -> Change:
     return lambda rule, multiplier: replace(rule, lr_scale=factor(multiplier))
 
 
-def with_decay(decays: bool) -> Change:
-    return lambda rule, multiplier: replace(rule, decays=decays)
+def with_decay(has_weight_decay: bool) -> Change:
+    return lambda rule, multiplier: replace(rule, has_weight_decay=has_weight_decay)
 
 
 def root(multiplier: float) -> float:
     return multiplier**0.5
 
 
-def decay_of_its_own(model: Any, table: dict[str, Rule], section: Any) -> list[dict[str, Any]]:
+def decay_of_its_own(model: Any, table: dict[str, ParameterRule], section: Any) -> list[dict[str, Any]]:
     """Groups whose decay does not follow their learning rate: what one update takes is the same at every width."""
-    found = groups(model, table, section)
+    found = build_param_groups(model, table, section)
     return [group | {"weight_decay": group["weight_decay"] / group["lr_scale"]} for group in found]
 
 
-def one_matrix_undecayed(model: Any, table: dict[str, Rule], section: Any) -> list[dict[str, Any]]:
+def one_matrix_undecayed(model: Any, table: dict[str, ParameterRule], section: Any) -> list[dict[str, Any]]:
     """Groups in which a single hidden matrix has left the others for one of its own, without decay."""
-    found, matrix = groups(model, table, section), model.layers[1].attention.qkv.weight
+    found, matrix = build_param_groups(model, table, section), model.layers[1].attention.qkv.weight
     (home,) = (group for group in found if any(parameter is matrix for parameter in group["params"]))
     home["params"] = [parameter for parameter in home["params"] if parameter is not matrix]
     return [*found, home | {"params": [matrix], "weight_decay": 0.0}]
@@ -161,9 +161,9 @@ BROKEN = {
     "attention kernel that takes 1 / sqrt(head_dim) whatever scale it is given":
         Broken(btlm, "attention", of_its_own_scale, SIZE + "scores 0"),
     "decay of hidden matrices not following their learning rate":
-        Broken(param_groups, "groups", decay_of_its_own, DECAY + "hidden"),
+        Broken(param_groups, "build_param_groups", decay_of_its_own, DECAY + "hidden"),
     "one hidden matrix not decayed":
-        Broken(param_groups, "groups", one_matrix_undecayed, DECAY + "hidden"),
+        Broken(param_groups, "build_param_groups", one_matrix_undecayed, DECAY + "hidden"),
     "embedding not decayed": in_table(("embedding",), with_decay(False), DECAY + "embedding"),
     "norms decayed": in_table(("norm",), with_decay(True), DECAY + "norm"),
     "biases decayed": in_table(("bias",), with_decay(True), DECAY + "bias"),
@@ -179,17 +179,21 @@ def test_the_shipped_rules_pass_with_room(config, mesh):
     findings = judged(config, mesh, num_seeds=6)
     assert first_failure(findings) is None
     for finding in findings:
-        spare = coordinates.BOUND / 3 if finding.check == "coordinates" else weight_decay.BOUND / 3
-        print(f"figures {finding.what} {finding.value:+.3f}")
-        assert finding.low + spare <= finding.value <= finding.high - spare, finding.sentence()
+        spare = (
+            coordinates.EXPONENT_TOLERANCE / 3
+            if finding.check == "coordinates"
+            else weight_decay.RELATIVE_TOLERANCE / 3
+        )
+        print(f"figures {finding.quantity} {finding.value:+.3f}")
+        assert finding.low + spare <= finding.value <= finding.high - spare, finding.failure_message()
 
 
 def test_stable_lm_passes_under_mup_too(config, mesh):
     """Parallel residual, norms of heads, grouped keys, an untied head: other coordinates, the same laws."""
-    model = tiny_configs.config("stablelm", model={"vocab": VOCAB}).model
+    model = tiny_configs.make_config("stablelm", model={"vocab_size": VOCAB_SIZE}).model
     findings = judged(replace(config, model=model), mesh)
     assert first_failure(findings) is None
-    assert {"learning rate of head", "decay of head"} <= {finding.what for finding in findings}
+    assert {"learning rate of head", "decay of head"} <= {finding.quantity for finding in findings}
 
 
 @pytest.mark.parametrize("rule", BROKEN)
@@ -198,41 +202,43 @@ def test_a_broken_rule_is_noticed_and_named(rule, config, mesh, monkeypatch):
     monkeypatch.setattr(broken.place, broken.name, broken.stands_in)
     failure = first_failure(judged(config, mesh))
     assert failure is not None, "not noticed"
-    print(f"figures | {rule} | {failure.what} | {failure.value:+.3g} | {interval(failure)} |")
-    assert f"{failure.check}: {failure.what}".startswith(broken.seen_in)
+    print(f"figures | {rule} | {failure.quantity} | {failure.value:+.3g} | {format_interval(failure)} |")
+    assert f"{failure.check}: {failure.quantity}".startswith(broken.seen_in)
 
 
 def test_a_sweep_that_was_killed_runs_only_what_is_missing(config, mesh, tmp_path):
     """The ledger's last line is cut, as by a kill; the narrow width is the base width, where both parametrisations are one."""
-    wanted = lr_transfer.trials(replace(config, mup=replace(config.mup, base_width=32)), [32, 64], octaves=1)
+    wanted = lr_transfer.build_trials(
+        replace(config, mup=replace(config.mup, base_hidden_size=32)), [32, 64], octaves=1
+    )
     ledger = tmp_path / "transfer.jsonl"
-    whole = lr_transfer.sweep(wanted, ledger, mesh)
+    whole = lr_transfer.run_sweep(wanted, ledger, mesh)
     lines = ledger.read_text().splitlines()
     assert len(lines) == 3 + 3 + 3
     ledger.write_text("\n".join([*lines[:5], lines[5][:40]]))
-    assert lr_transfer.sweep(wanted, ledger, mesh) == whole
+    assert lr_transfer.run_sweep(wanted, ledger, mesh) == whole
     again = [json.loads(line) for line in ledger.read_text().splitlines() if line.endswith("}")]
     assert [record["key"] for record in again] == [json.loads(line)["key"] for line in lines]
-    other = lr_transfer.trials(replace(config, optim=replace(config.optim, beta2=0.99)), [32], octaves=1)
-    lr_transfer.sweep(other[:1], ledger, mesh)
+    other = lr_transfer.build_trials(replace(config, optim=replace(config.optim, beta2=0.99)), [32], octaves=1)
+    lr_transfer.run_sweep(other[:1], ledger, mesh)
     assert len(ledger.read_text().splitlines()) == len(again) + 2, "another config is another trial"
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 def test_the_command_measures_on_two_ranks_what_it_measures_on_one(tmp_path, corpus):
-    """Verdict, plots, exit code 0; the same figures at tp 1 and 2 to the rounding that Adam makes of fp32's."""
+    """Result, plots, exit code 0; the same figures at tp 1 and 2 to the rounding that Adam makes of fp32's."""
     options = ["--widths=64,256", "--seeds=1", "--updates=2", "--checks=coordinates,decay", f"--output={tmp_path}"]
-    done = tandem("mup", CONFIG, *overrides(corpus), *options)
+    done = run_tandem("mup-check", CONFIG, *overrides(corpus), *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed coordinates\npassed decay" in done.stdout
-    verdict = json.loads((tmp_path / "verdict.json").read_text())
-    assert verdict["passed"]
-    values = {(found["what"], found["case"]): found["value"] for found in verdict["findings"]}
-    for (what, case), value in values.items():
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["passed"]
+    values = {(found["quantity"], found["case"]): found["value"] for found in result["measurements"]}
+    for (quantity, case), value in values.items():
         if case == "tp 1 fp32":
-            assert values[what, "tp 2 fp32"] == pytest.approx(value, abs=1e-3)
-            assert values[what, "tp 2 bf16"] == pytest.approx(value, abs=0.05)
+            assert values[quantity, "tp 2 fp32"] == pytest.approx(value, abs=1e-3)
+            assert values[quantity, "tp 2 bf16"] == pytest.approx(value, abs=0.05)
     one, two = (json.loads((tmp_path / f"coordinates-tp{size}.json").read_text()) for size in (1, 2))
     for here, there in zip(one, two, strict=True):
         if (here["step"], here["precision"]) == (0, "fp32"):
@@ -245,10 +251,10 @@ def test_the_command_measures_on_two_ranks_what_it_measures_on_one(tmp_path, cor
 def test_a_check_that_fails_is_named_and_ends_with_code_1(tmp_path, corpus):
     """Four updates are best made at the highest rate there is: the sweep does not hold its optimum."""
     options = ["--widths=32,64", "--octaves=1", "--checks=transfer", f"--output={tmp_path}"]
-    done = tandem("mup", CONFIG, *overrides(corpus), *options)
+    done = run_tandem("mup-check", CONFIG, *overrides(corpus), *options)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAILED transfer: share of muP optima inside the grid" in done.stdout
-    assert not json.loads((tmp_path / "verdict.json").read_text())["passed"]
+    assert not json.loads((tmp_path / "result.json").read_text())["passed"]
     assert (tmp_path / "transfer.png").stat().st_size > 10_000
 
 
@@ -256,7 +262,7 @@ def test_a_check_that_fails_is_named_and_ends_with_code_1(tmp_path, corpus):
     ("overrides", "options", "line"),
     [
         (["mup=null"], [], "mup: null"),
-        ([], ["--widths=30,64"], "--widths 30: model.width: 30"),
+        ([], ["--widths=30,64"], "--widths 30: model.hidden_size: 30"),
         ([], ["--widths=64"], "--widths: 64; "),
         ([], ["--widths=64,wide"], "--widths: '64,wide'"),
         ([], ["--checks=decay,init"], "--checks: 'init'"),
@@ -267,7 +273,7 @@ def test_a_check_that_fails_is_named_and_ends_with_code_1(tmp_path, corpus):
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_made(overrides, options, line, tmp_path, capsys):
-    assert main(["mup", str(CONFIG), *overrides, f"--output={tmp_path / 'out'}", *options]) == 2
+    assert main(["mup-check", str(CONFIG), *overrides, f"--output={tmp_path / 'out'}", *options]) == 2
     said = capsys.readouterr().err
     assert line in said
     assert said.count("\n") == 1
@@ -278,12 +284,12 @@ def test_ranks_of_a_launcher_are_refused(tmp_path, capsys, monkeypatch):
     """They would all write one folder."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    assert main(["mup", str(CONFIG), f"--output={tmp_path / 'out'}", "--checks=decay"]) == 2
-    assert "ranks: 2; tandem mup is one process" in capsys.readouterr().err
+    assert main(["mup-check", str(CONFIG), f"--output={tmp_path / 'out'}", "--checks=decay"]) == 2
+    assert "ranks: 2; tandem mup-check is one process" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_what_never_changes_has_no_exponent():
     """A frozen model's changes are 0, which is no power of anything."""
-    assert isnan(coordinates.slope([64, 128], [0.0, 0.0]))
-    assert coordinates.slope([64, 128], [1.0, 0.5]) == pytest.approx(-1)
+    assert isnan(coordinates.fit_exponent([64, 128], [0.0, 0.0]))
+    assert coordinates.fit_exponent([64, 128], [1.0, 0.5]) == pytest.approx(-1)

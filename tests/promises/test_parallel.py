@@ -7,9 +7,9 @@ import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
 
-from tandem.trainer.config import RunConfig
+from tandem.trainer.config import TrainConfig
 from tandem.trainer.distributed.deepspeed_engine import Engine
-from tandem.trainer.distributed.mesh import Mesh, started
+from tandem.trainer.distributed.mesh import Mesh, mesh_context
 from tandem.trainer.startup import build_engine
 from tests import ranks, steps, tiny_configs
 from tests.sharded import joined
@@ -24,7 +24,7 @@ LAYOUTS = {"tp2": (2, 2, 1), "dp2": (2, 1, 1), "tp2_zero0": (2, 2, 0), "tp2_dp2"
 """Name -> ranks, tp_size, zero_stage."""
 
 
-def train_all(wanted: list[tuple[str, RunConfig]]) -> dict[str, dict]:
+def train_all(wanted: list[tuple[str, TrainConfig]]) -> dict[str, dict]:
     """`train` of several configs, one after the other in one world."""
     return {name: train(config, nudged=name.endswith(NUDGED)) for name, config in wanted}
 
@@ -33,7 +33,7 @@ def nudge(engine: Engine, step: int) -> None:
     """Every weight moves to a neighbouring fp32 number, up or down by chance."""
     generator, parameters = torch.Generator().manual_seed(step), dict(engine.model.named_parameters())
     with torch.no_grad():
-        for fragment in engine.fragments():
+        for fragment in engine.optimizer_fragments():
             up = torch.rand(fragment.master.shape, generator=generator) < 0.5
             towards = torch.where(up, torch.inf, -torch.inf)
             fragment.master.copy_(torch.nextafter(fragment.master, towards))
@@ -41,9 +41,9 @@ def nudge(engine: Engine, step: int) -> None:
             weights[fragment.start : fragment.start + fragment.master.numel()] = fragment.master
 
 
-def train(config: RunConfig, nudged: bool = False) -> dict:
+def train(config: TrainConfig, nudged: bool = False) -> dict:
     """Losses, gradient norms, the last step's gathered gradients and the gathered parameters after all steps."""
-    with started(config.parallel.tp_size) as mesh:
+    with mesh_context(config.parallel.tp_size) as mesh:
         engine, gradients = build_engine(config, mesh, None), []
 
         def watch(phase: str, step: int) -> None:
@@ -67,23 +67,23 @@ def gathered(model: torch.nn.Module, mesh: Mesh, read) -> dict[str, torch.Tensor
     for name, parameter in model.named_parameters():
         parts: list = [None] * mesh.world_size
         torch.distributed.all_gather_object(parts, read(parameter).float())
-        found[name] = joined(parameter.shard, parts[: mesh.tp_size])
+        found[name] = joined(parameter.sharding, parts[: mesh.tp_size])
     return found
 
 
-def variant_config(variant: str, layout: str | None) -> RunConfig:
+def variant_config(variant: str, layout: str | None) -> TrainConfig:
     _, tp_size, zero_stage = LAYOUTS[layout] if layout else (1, 1, 1)
-    return tiny_configs.config(
-        variant, parallel={"tp_size": tp_size, "zero_stage": zero_stage}, optim={"epsilon": EPSILON}
+    return tiny_configs.make_config(
+        variant, parallel={"tp_size": tp_size, "zero_stage": zero_stage}, optim={"eps": EPSILON}
     )
 
 
-def in_bf16(config: RunConfig) -> RunConfig:
+def in_bf16(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, precision="bf16"))
 
 
-def with_recipe_epsilon(config: RunConfig) -> RunConfig:
-    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, epsilon=1e-8))
+def with_recipe_epsilon(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, eps=1e-8))
 
 
 CASES = [(v, name) for v in tiny_configs.VARIANTS for name in LAYOUTS if not (v == "stablelm" and name == "tp4")]

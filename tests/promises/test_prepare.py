@@ -34,7 +34,7 @@ def command(tmp_path):
         lines = (json.dumps({"text": text, "meta": {"set": f"set{rng.randint(0, 2)}"}}) for text in texts)
         (tmp_path / f"{file}.jsonl").write_text("\n".join(lines))
     # tokenizers alone: checking the faster library takes longer than all the rest.
-    options = ["--vocab", 400, "--held-out", 0.1, "--sample-tokens", 512, "--shard-tokens", 6000, "--workers", 1,
+    options = ["--vocab-size", 400, "--held-out", 0.1, "--sample-tokens", 512, "--shard-tokens", 6000, "--workers", 1,
                "--tokenizer-library", "tokenizers", "--nfc", "--min-characters", 60, "--deduplicate",
                "--group-field", "meta.set"]  # fmt: skip
     inputs = sorted(tmp_path.glob("*.jsonl"))
@@ -57,7 +57,7 @@ def killed(command: list[object], whole: Path, folder: Path) -> list[int]:
     """
     import tandem.data_prep.prepare  # noqa: F401
 
-    work_units.SMALLEST_UNIT_BYTES = UNIT_BYTES
+    work_units.MIN_UNIT_BYTES = UNIT_BYTES
     assert not _ended(command, whole)
     expected, rng, after = content(whole), random.Random(SEED), list[int]()
     assert sum(name.endswith(".tar") for name in expected) > 5

@@ -1,7 +1,7 @@
 """One layer of Stable LM 2 12B at its real width is transformers', on one rank and on the two of the published run.
 
-Width 5,120, 32 heads of 160 over 8 key heads, ffn_width 13,824: where a wrong stride, a wrong group of key heads or a share
-cut in the wrong place would show that small even sizes may hide. The vocabulary alone is small.
+Width 5,120, 32 heads of 160 over 8 key heads, ffn_hidden_size 13,824: where a wrong stride, a wrong group of key heads or a
+share cut in the wrong place would show that small even sizes may hide. The vocabulary alone is small.
 """
 
 from pathlib import Path
@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tandem.trainer.checkpoint.hf import convert
-from tandem.trainer.checkpoint.hf.tensor_mapping import cut, join
-from tandem.trainer.config import StableLM, load
-from tandem.trainer.distributed.layers import shard_of
-from tandem.trainer.distributed.mesh import Mesh, gather_to_all, started
-from tandem.trainer.distributed.sharding import local_part
-from tandem.trainer.models import build
+from tandem.trainer.checkpoint.hf.tensor_mapping import from_hf_tensors, to_hf_tensor
+from tandem.trainer.config import StableLMConfig, load_config
+from tandem.trainer.distributed.layers import sharding_of
+from tandem.trainer.distributed.mesh import Mesh, all_gather_objects, mesh_context
+from tandem.trainer.distributed.sharding import slice_local
+from tandem.trainer.models import build_model
 from tests import ranks
-from tests.reference.variants import reference
+from tests.reference.variants import reference_module
 
 LIMIT = 1e-5
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-def model() -> StableLM:
+def model() -> StableLMConfig:
     """The shipped 12B with one layer and few words."""
-    section = load(Path(__file__).parents[2] / "configs" / "stablelm-2-12b.yaml").model
-    return StableLM(**{**vars(section), "depth": 1, "vocab": 300, "document_masking": False})
+    section = load_config(Path(__file__).parents[2] / "configs" / "stablelm-2-12b.yaml").model
+    return StableLMConfig(**{**vars(section), "num_layers": 1, "vocab_size": 300, "document_masking": False})
 
 
 def rows() -> tuple[Tensor, Tensor]:
@@ -43,13 +43,13 @@ def of_transformers(file: Path) -> None:
     from transformers import StableLmConfig, StableLmForCausalLM
 
     section = model()
-    table = list(convert.TABLES["stablelm"].rows(section))
-    given = StableLmConfig(**convert.TABLES["stablelm"].fields(section, None, 4_096))
+    table = list(convert.FAMILY_MODULES["stablelm"].tensor_mappings(section))
+    given = StableLmConfig(**convert.FAMILY_MODULES["stablelm"].to_hf_config(section, None, 4_096))
     with torch.device("meta"):
         theirs = StableLmForCausalLM(given)
-    weights = reference(section).random_tensors(section, seed=5)
-    pieces = {piece.theirs: cut(row, piece, weights[row.ours]) for row in table for piece in row.pieces}
-    pieces |= convert.TABLES["stablelm"].defaults(section)
+    weights = reference_module(section).random_tensors(section, seed=5)
+    pieces = {piece.hf_name: to_hf_tensor(row, piece, weights[row.name]) for row in table for piece in row.hf_tensors}
+    pieces |= convert.FAMILY_MODULES["stablelm"].default_tensors(section)
     theirs.load_state_dict(pieces, assign=True)
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(given)
     for parameter in theirs.parameters():
@@ -59,26 +59,26 @@ def of_transformers(file: Path) -> None:
     loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    found = {f"gradient of {row.ours}": join(row, gradients.__getitem__) for row in table}
+    found = {f"gradient of {row.name}": from_hf_tensors(row, gradients.__getitem__) for row in table}
     save_file({**weights, **found, "logits": logits.detach(), "loss": loss.detach()}, file)
 
 
 def own(file: safe_open, name: str, parameter: nn.Parameter, mesh: Mesh) -> Tensor:
     """This rank's part of the file's tensor, in the shape of the parameter; of a tensor without padding only that is read."""
-    shard = shard_of(parameter)
-    if shard.dim is None or shard.padded_size != shard.shape[shard.dim]:
-        return local_part(shard, file.get_tensor(name), mesh.tp_rank, mesh.tp_size).reshape(parameter.shape)
+    shard = sharding_of(parameter)
+    if shard.sharded_dim is None or shard.padded_size != shard.global_shape[shard.sharded_dim]:
+        return slice_local(shard, file.get_tensor(name), mesh.tp_rank, mesh.tp_size).reshape(parameter.shape)
     share = shard.padded_size // mesh.tp_size
-    place = [slice(None)] * len(shard.shape)
-    place[shard.dim] = slice(mesh.tp_rank * share, (mesh.tp_rank + 1) * share)
+    place = [slice(None)] * len(shard.global_shape)
+    place[shard.sharded_dim] = slice(mesh.tp_rank * share, (mesh.tp_rank + 1) * share)
     return file.get_slice(name)[tuple(place)].reshape(parameter.shape)
 
 
 def errors(file: Path, tp_size: int) -> dict[str, float]:
     """This rank's parts of ours against transformers': of logits over their range, of the rest over its norm."""
     read, targets = rows()
-    with started(tp_size) as mesh, safe_open(file, framework="pt") as exact:
-        ours = build(model(), None, mesh, dtype=torch.float32)
+    with mesh_context(tp_size) as mesh, safe_open(file, framework="pt") as exact:
+        ours = build_model(model(), None, mesh, dtype=torch.float32)
         parameters: dict[str, nn.Parameter] = dict(ours.named_parameters())
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -97,7 +97,7 @@ def errors(file: Path, tp_size: int) -> dict[str, float]:
 
 
 def worst_of_ranks(file: Path, tp_size: int) -> dict[str, float]:
-    by_rank = gather_to_all(errors(file, tp_size))
+    by_rank = all_gather_objects(errors(file, tp_size))
     return {name: max(found[name] for found in by_rank) for name in by_rank[0]}
 
 
@@ -112,5 +112,5 @@ def file(tmp_path_factory) -> Path:
 def test_a_layer_at_real_width_is_that_of_transformers(file, tp_size, tmp_path):
     alone = tp_size == 1
     found = errors(file, 1) if alone else ranks.run(worst_of_ranks, 2, tmp_path, file, 2)[0]
-    assert found.keys() == {*reference(model()).shapes(model()), "logits", "loss"}
+    assert found.keys() == {*reference_module(model()).shapes(model()), "logits", "loss"}
     assert {name: error for name, error in found.items() if error > LIMIT} == {}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tandem.trainer.distributed.mesh import started
+from tandem.trainer.distributed.mesh import mesh_context
 from tandem.trainer.distributed.replica_check import check_replicas, checksum
 from tandem.trainer.startup import build_engine
 from tests import ranks, tiny_configs
@@ -13,8 +13,8 @@ from tests import ranks, tiny_configs
 
 def flipped(folder: Path) -> list[str]:
     """What is said of one bit on rank 3, of weights that have changed places on it, and of one of two replicas."""
-    with started(1) as mesh:
-        model = build_engine(tiny_configs.config("btlm"), mesh, None).model
+    with mesh_context(1) as mesh:
+        model = build_engine(tiny_configs.make_config("btlm"), mesh, None).model
         check_replicas(model, mesh, 7)
         said = []
         weight = model.layers[1].ffn.down.weight.detach().view(-1)
@@ -26,8 +26,8 @@ def flipped(folder: Path) -> list[str]:
                 check_replicas(model, mesh, 7)
             said.append(str(error.value))
             weight.copy_(kept)
-    with started(2) as mesh:
-        model = build_engine(tiny_configs.config("btlm", parallel={"tp_size": 2}), mesh, None).model
+    with mesh_context(2) as mesh:
+        model = build_engine(tiny_configs.make_config("btlm", parallel={"tp_size": 2}), mesh, None).model
         check_replicas(model, mesh, 7)  # halves differ, replicas do not
         if mesh.rank == 1:
             flip(next(model.parameters()).detach().view(-1))

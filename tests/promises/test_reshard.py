@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tandem.trainer.checkpoint.async_save import save
-from tandem.trainer.checkpoint.read import Snapshot, opened
-from tandem.trainer.checkpoint.write import model_facts
-from tandem.trainer.config import RunConfig
+from tandem.trainer.checkpoint.async_save import save_checkpoint
+from tandem.trainer.checkpoint.read import Checkpoint, open_checkpoint
+from tandem.trainer.checkpoint.write import model_metadata
+from tandem.trainer.config import TrainConfig
 from tandem.trainer.distributed.deepspeed_engine import Engine
-from tandem.trainer.distributed.layers import shard_of
-from tandem.trainer.distributed.mesh import Mesh, started
-from tandem.trainer.distributed.sharding import local_part
+from tandem.trainer.distributed.layers import sharding_of
+from tandem.trainer.distributed.mesh import Mesh, mesh_context
+from tandem.trainer.distributed.sharding import slice_local
 from tandem.trainer.startup import build_engine
 from tests import ranks, steps, tiny_configs
 from tests.promises.test_parallel import EPSILON
@@ -23,7 +23,7 @@ BEFORE, AFTER = 3, 5
 MOVES_OF_A_WORLD = 24
 """Each makes all groups anew, and leaves some of gloo's threads and connections behind: a hundred are too many."""
 LR = 1e-2
-OVERRIDES = {"btlm": {}, "stablelm": {"model": tiny_configs.STABLELM | {"kv_heads": 4}}}
+OVERRIDES = {"btlm": {}, "stablelm": {"model": tiny_configs.STABLELM | {"num_kv_heads": 4}}}
 
 
 class Layout(NamedTuple):
@@ -46,39 +46,39 @@ FEW = [pair for index, pair in enumerate(PAIRS) if pair[1] == pair[2] or index %
 """Each layout as it is, and every eleventh move: 11 does not divide 12, so there are moves from all and to all."""
 
 
-def config(family: str, layout: Layout) -> RunConfig:
-    optim = {"beta1": 0.9, "beta2": 0.95, "epsilon": EPSILON, "weight_decay": 0.1, "clip_norm": 1.0}
+def config(family: str, layout: Layout) -> TrainConfig:
+    optim = {"beta1": 0.9, "beta2": 0.95, "eps": EPSILON, "weight_decay": 0.1, "max_grad_norm": 1.0}
     parallel = {"tp_size": layout.tp_size, "zero_stage": layout.zero_stage}
-    return tiny_configs.config(family, optim=optim, parallel=parallel, **OVERRIDES[family])
+    return tiny_configs.make_config(family, optim=optim, parallel=parallel, **OVERRIDES[family])
 
 
 def folder_of(root: Path, family: str, layout: Layout) -> Path:
     return root / f"{family}-tp{layout.tp_size}-dp{layout.dp_size}-zero{layout.zero_stage}"
 
 
-def stepped(config: RunConfig, engine: Engine, mesh: Mesh, numbers: range) -> list[tuple[float, float]]:
+def stepped(config: TrainConfig, engine: Engine, mesh: Mesh, numbers: range) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step."""
-    stepper = steps.steady(config, mesh, engine, lr=LR, micro_rows=tiny_configs.ROWS)
+    stepper = steps.steady(config, mesh, engine, lr=LR, micro_batch_size=tiny_configs.GLOBAL_BATCH_SIZE)
     return [steps.step(stepper, number) for number in numbers]
 
 
 def save_all(root: Path, wanted: list[tuple[str, Layout]]) -> None:
     """A checkpoint of each, some steps after its start."""
     for family, layout in wanted:
-        with started(layout.tp_size) as mesh:
+        with mesh_context(layout.tp_size) as mesh:
             given = config(family, layout)
             engine = build_engine(given, mesh, None)
             stepped(given, engine, mesh, range(BEFORE))
-            facts = {**model_facts(given.model, given.mup), "updates": engine.num_updates}
-            save(folder_of(root, family, layout), BEFORE, engine, mesh, facts=facts, keep=0)
+            facts = {**model_metadata(given.model, given.mup), "num_updates": engine.num_updates}
+            save_checkpoint(folder_of(root, family, layout), BEFORE, engine, mesh, metadata=facts, keep_last=0)
 
 
 def go_on(root: Path, wanted: list[tuple[str, Layout, Layout]]) -> list[tuple[list[str], list[tuple[float, float]]]]:
     """For each, what of this rank's state is not the saved bits, and the steps after it."""
     found = []
     for family, one, other in wanted:
-        with started(other.tp_size) as mesh:
-            snapshot = opened(folder_of(root, family, one))
+        with mesh_context(other.tp_size) as mesh:
+            snapshot = open_checkpoint(folder_of(root, family, one))
             given = config(family, other)
             engine = build_engine(given, mesh, snapshot)
             lost = changed(engine, snapshot, mesh)
@@ -86,18 +86,18 @@ def go_on(root: Path, wanted: list[tuple[str, Layout, Layout]]) -> list[tuple[li
     return found
 
 
-def changed(engine: Engine, snapshot: Snapshot, mesh: Mesh) -> list[str]:
+def changed(engine: Engine, snapshot: Checkpoint, mesh: Mesh) -> list[str]:
     """Cut here from whole tensors, which `restore` never makes."""
     found = [] if engine.num_updates == BEFORE else [f"{engine.num_updates} updates"]
     locals_ = {}
     for name, parameter in engine.model.named_parameters():
         for kind in ("master", "exp_avg", "exp_avg_sq"):
-            part = local_part(shard_of(parameter), snapshot.tensor(kind, name), mesh.tp_rank, mesh.tp_size)
+            part = slice_local(sharding_of(parameter), snapshot.read_tensor(kind, name), mesh.tp_rank, mesh.tp_size)
             locals_[kind, name] = part.reshape(-1)
         if not torch.equal(parameter.detach().view(-1), locals_["master", name]):
             found.append(name)
     owned = 0
-    for fragment in engine.fragments():
+    for fragment in engine.optimizer_fragments():
         for kind, tensor in {"master": fragment.master, **fragment.moments}.items():
             saved = locals_[kind, fragment.name][fragment.start : fragment.start + tensor.numel()]
             if not torch.equal(tensor, saved):

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from tandem.trainer.checkpoint.async_save import save
-from tandem.trainer.checkpoint.compatibility import check_same_past
-from tandem.trainer.checkpoint.read import Snapshot, newest, opened
-from tandem.trainer.config import RunConfig, UserError, section_from
+from tandem.trainer.checkpoint.async_save import save_checkpoint
+from tandem.trainer.checkpoint.compatibility import check_past_phases
+from tandem.trainer.checkpoint.read import Checkpoint, open_checkpoint, open_newest
+from tandem.trainer.config import TrainConfig, UserError, parse_dataclass
 from tandem.trainer.config.schedule import Timeline
-from tandem.trainer.data.ledger import FILE
-from tandem.trainer.distributed.mesh import started
+from tandem.trainer.data.ledger import LEDGER_FILE
+from tandem.trainer.distributed.mesh import mesh_context
 from tandem.trainer.metrics import history
 from tandem.trainer.startup import build_engine
 from tandem.trainer.train import run
 from tests import ranks
-from tests.promises.conftest import differing, steps_of, two_phases
+from tests.promises.conftest import differing_tensors, read_step_records, two_phase_config
 from tests.promises.test_parallel import EPSILON
 
 STOPS = (4, 8, None)
@@ -30,34 +30,35 @@ VARIANTS = {"btlm": "fp32", "stablelm": "bf16"}
 """Name -> precision: DeepSpeed has an optimizer of its own for each."""
 
 
-def config(variant: str, corpus: Path, root: Path, tp_size: int, **sections: dict) -> RunConfig:
+def config(variant: str, corpus: Path, root: Path, tp_size: int, **sections: dict) -> TrainConfig:
     sections["parallel"] = {"tp_size": tp_size, "zero_stage": 1, "recompute": "none"} | sections.pop("parallel", {})
-    tree = two_phases(variant, corpus, root, **sections)
-    tree["optim"]["epsilon"] = EPSILON
-    found: RunConfig = section_from(RunConfig, tree, "")
+    tree = two_phase_config(variant, corpus, root, **sections)
+    tree["optim"]["eps"] = EPSILON
+    found: TrainConfig = parse_dataclass(TrainConfig, tree, "")
     return found
 
 
-def run_all(configs: list[RunConfig]) -> list[int]:
+def run_all(configs: list[TrainConfig]) -> list[int]:
     """Runs, one after the other in one world; their exit codes."""
     return [run(config) for config in configs]
 
 
-def reload_and_save(config: RunConfig, source: Path, target: Path) -> float:
+def reload_and_save(config: TrainConfig, source: Path, target: Path) -> float:
     """Saves what was loaded, without a step between; returns the weight decay that the optimizer ended up with."""
-    with started(config.parallel.tp_size) as mesh:
-        snapshot = opened(source)
+    with mesh_context(config.parallel.tp_size) as mesh:
+        snapshot = open_checkpoint(source)
         engine = build_engine(config, mesh, snapshot)
         facts = {
-            name: snapshot.manifest[name] for name in ("model", "mup", "cursor", "fingerprints", "order", "phases")
+            name: snapshot.manifest[name]
+            for name in ("model", "mup", "cursor", "fingerprints", "shuffle_settings", "phases")
         }
-        save(target, snapshot.step, engine, mesh, facts=facts, keep=0)
+        save_checkpoint(target, snapshot.step, engine, mesh, metadata=facts, keep_last=0)
         return max(group["weight_decay"] for group in engine._optimizer.param_groups)
 
 
 def fed(folder: Path) -> dict[int, dict]:
     """What the ledger says each step was fed, of the last start that made it."""
-    lines = map(json.loads, (folder / FILE).read_text().splitlines())
+    lines = map(json.loads, (folder / LEDGER_FILE).read_text().splitlines())
     return {line["step"]: line for line in lines if line["kind"] == "step"}
 
 
@@ -80,12 +81,12 @@ def root(tmp_path_factory, corpus) -> Path:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stopped_and_resumed_is_never_stopped_bitwise(root, variant):
     straight, stopped = root / f"{variant}-straight", root / f"{variant}-stopped"
-    one, other = steps_of(straight), steps_of(stopped)
+    one, other = read_step_records(straight), read_step_records(stopped)
     assert sorted(one) == sorted(other) == list(range(1, 13))
     for step, record in one.items():
-        for field in ("loss", "gradient_norm", "lr", "tokens", "seq_len"):
+        for field in ("loss", "grad_norm", "lr", "tokens", "seq_len"):
             assert other[step][field] == record[field], f"step {step} {field}"
-    assert differing(opened(straight), opened(stopped)) == []
+    assert differing_tensors(open_checkpoint(straight), open_checkpoint(stopped)) == []
     assert fed(straight) == fed(stopped)
 
 
@@ -100,26 +101,26 @@ def test_another_layout_continues_the_run_and_keeps_its_state_bitwise(root, corp
     changed = config("btlm", corpus, tmp_path, tp_size, run=base, optim={"weight_decay": 0.05} | OPTIM)
     facts = ranks.run(continue_and_reload, world_size, tmp_path, moved, changed, saved)[0]
     assert facts == {"exit_code": 0, "weight_decay": 0.05}, "the config wins over the checkpoint"
-    assert differing(Snapshot(saved), opened(tmp_path / "reloaded")) == []
-    one, other = steps_of(root / "btlm-straight"), steps_of(tmp_path / "moved")
+    assert differing_tensors(Checkpoint(saved), open_checkpoint(tmp_path / "reloaded")) == []
+    one, other = read_step_records(root / "btlm-straight"), read_step_records(tmp_path / "moved")
     assert sorted(other) == list(range(5, 13))
     for step, record in other.items():
         assert record["loss"] == pytest.approx(one[step]["loss"], rel=1e-6), step
-        assert record["gradient_norm"] == pytest.approx(one[step]["gradient_norm"], rel=1e-5), step
+        assert record["grad_norm"] == pytest.approx(one[step]["grad_norm"], rel=1e-5), step
     straight = fed(root / "btlm-straight")
     assert fed(tmp_path / "moved") == {step: straight[step] for step in range(5, 13)}, "the rows, and their bytes"
 
 
-OPTIM = {"beta1": 0.9, "beta2": 0.95, "epsilon": EPSILON, "clip_norm": 1.0}
+OPTIM = {"beta1": 0.9, "beta2": 0.95, "eps": EPSILON, "max_grad_norm": 1.0}
 
 
-def continue_and_reload(moved: RunConfig, changed: RunConfig, saved: Path) -> dict:
+def continue_and_reload(moved: TrainConfig, changed: TrainConfig, saved: Path) -> dict:
     target = saved_root(moved) / "reloaded"
     weight_decay = reload_and_save(changed, saved, target)
     return {"exit_code": run(moved), "weight_decay": weight_decay}
 
 
-def saved_root(config: RunConfig) -> Path:
+def saved_root(config: TrainConfig) -> Path:
     return Path(config.run.root)
 
 
@@ -127,38 +128,38 @@ def saved_root(config: RunConfig) -> Path:
     ("phase", "field", "value", "refused"),
     [
         (0, "tokens", 7 * 256, True),  # the border of the phases moves into the past
-        (0, "rows", 4, True),
+        (0, "global_batch_size", 4, True),
         (1, "seq_len", 64, True),
         (1, "tokens", 20 * 256, False),  # a longer future
-        (1, "micro_rows", 2, False),
+        (1, "micro_batch_size", 2, False),
     ],
 )
 def test_the_past_of_a_schedule_is_fixed_and_its_future_free(root, corpus, phase, field, value, refused):
-    snapshot = Snapshot(root / "btlm-stopped" / "checkpoints" / "step-00000008")
+    snapshot = Checkpoint(root / "btlm-stopped" / "checkpoints" / "step-00000008")
     schedule = config("btlm", corpus, root, 1).schedule
     phases = list(schedule.phases)
     phases[phase] = dataclasses.replace(phases[phase], **{field: value})
-    timeline = Timeline(dataclasses.replace(schedule, phases=phases, batch_tokens=None))
+    timeline = Timeline(dataclasses.replace(schedule, phases=phases, tokens_per_step=None))
     expected = (
         pytest.raises(UserError, match=rf"schedule.phases\[{phase}\].{field}") if refused else contextlib.nullcontext()
     )
     with expected:
-        check_same_past(timeline, snapshot)
+        check_past_phases(timeline, snapshot)
 
 
 def test_whoever_edits_the_mixture_of_the_phase_a_run_is_in_is_told_which_two_phases_to_write(root, corpus):
-    snapshot = Snapshot(root / "btlm-stopped" / "checkpoints" / "step-00000008")
+    snapshot = Checkpoint(root / "btlm-stopped" / "checkpoints" / "step-00000008")
     schedule = config("btlm", corpus, root, 1).schedule
     short, long = schedule.phases
     edited = dataclasses.replace(long, mixture={"corpus": 0.5, "other": 0.5})
     message = r"schedule.phases\[1\].mixture: .* two phases, 'long' as it was with tokens: 512, "
     with pytest.raises(UserError, match=message) as said:
-        check_same_past(Timeline(dataclasses.replace(schedule, phases=[short, edited])), snapshot)
+        check_past_phases(Timeline(dataclasses.replace(schedule, phases=[short, edited])), snapshot)
     assert str(said.value).endswith("one of another name with tokens: 1024")
     assert "\n" not in str(said.value)
     two = [dataclasses.replace(long, tokens=512), dataclasses.replace(edited, name="edited", tokens=1024)]
     followed = Timeline(dataclasses.replace(schedule, phases=[short, *two]))
-    check_same_past(followed, snapshot)
+    check_past_phases(followed, snapshot)
     assert followed.total_steps == 12
 
 
@@ -172,12 +173,12 @@ def test_a_torn_or_damaged_checkpoint_is_passed_over_with_its_name(root, tmp_pat
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    found = newest(folder)
+    found = open_newest(folder)
     assert found is not None
     assert found.step == 4
     assert f"{names[1]} is damaged ({file.name} has other contents" in caplog.text
     with pytest.raises(UserError, match="has other contents"):
-        opened(folder / names[1])
+        open_checkpoint(folder / names[1])
 
 
 def test_a_validation_that_a_signal_cut_short_is_made_by_the_next_start(corpus, tmp_path):
@@ -190,7 +191,7 @@ def test_a_validation_that_a_signal_cut_short_is_made_by_the_next_start(corpus, 
     lines = record.read_text().splitlines(keepends=True)
     record.write_text("".join(line for line in lines if '"kind": "validation"' not in line))
     assert run(given[1]) == 0
-    made = {each["step"]: each["loss"] for each in history.read(tmp_path / "cut").validations}
+    made = {each["step"]: each["loss"] for each in history.read_history(tmp_path / "cut").validations}
     assert sorted(made) == [4, 6]
     [whole] = [json.loads(line)["loss"] for line in lines if '"kind": "validation"' in line]
     assert made[4] == whole

@@ -24,21 +24,28 @@ from typing import Any
 import pytest
 import yaml
 
-from tandem.trainer import runtime, train
+from tandem.trainer import runtime, startup
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.layout import committed
-from tandem.trainer.checkpoint.read import opened
-from tandem.trainer.config import load
+from tandem.trainer.checkpoint.layout import list_committed
+from tandem.trainer.checkpoint.read import open_checkpoint
+from tandem.trainer.config import load_config
 from tandem.trainer.data import loader
 from tandem.trainer.data.loader import Loader
 from tandem.trainer.distributed.watchdog import Watchdog
 from tandem.trainer.runtime import REQUEUE_EXIT_CODE
 from tests.ports import free_ports
 from tests.promises import test_guard
-from tests.promises.conftest import begun, differing, ended, listens, steps_of, two_phases
-from tests.ranks import SERVER
-from tests.timeouts import PATIENCE_SECONDS
-from tests.trainer.data.faulty_server import Server
+from tests.promises.conftest import (
+    differing_tensors,
+    has_signal_handler,
+    read_step_records,
+    start_command,
+    two_phase_config,
+    wait_for_exit,
+)
+from tests.ranks import FORKSERVER
+from tests.timeouts import TEST_TIMEOUT_SECONDS
+from tests.trainer.data.faulty_server import FaultyServer
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 ROUNDS = int(os.environ.get("SIGNAL_ROUNDS", "1"))
@@ -142,13 +149,13 @@ def tally(request) -> Iterator[Tally]:
 
 
 @pytest.fixture(scope="module")
-def server(corpus) -> Iterator[Server]:
+def server(corpus) -> Iterator[FaultyServer]:
     """The corpus over http."""
-    with Server(corpus) as running:
+    with FaultyServer(corpus) as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         yield running
-        running.ended.set()
+        running.test_over.set()
         running.shutdown()
         thread.join()
 
@@ -156,10 +163,10 @@ def server(corpus) -> Iterator[Server]:
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "tp 2"])
 def config(request, tmp_path_factory, corpus) -> Path:
     root = tmp_path_factory.mktemp(f"windows-{request.param}")
-    sections = {"parallel": {"tp_size": request.param}, "checkpoint": {"every_steps": 0, "keep": 2}}
-    tree = two_phases("stablelm", corpus, root / "runs", steps=STEPS, **sections)
+    sections = {"parallel": {"tp_size": request.param}, "checkpoint": {"every_steps": 0, "keep_last": 2}}
+    tree = two_phase_config("stablelm", corpus, root / "runs", steps=STEPS, **sections)
     for phase in tree["schedule"]["phases"]:
-        phase["micro_rows"] = 1  # a step then has something of a length
+        phase["micro_batch_size"] = 1  # a step then has something of a length
     (root / "config.yaml").write_text(yaml.safe_dump(tree))
     return root / "config.yaml"
 
@@ -176,7 +183,7 @@ def started(config: Path, *overrides: str, window: Window = Window(), size: int 
     """Forks of the ranks' server, one for each rank of the config or the first `size`, as srun starts them where there are
     several; they are gone when the block ends.
     """
-    num_ranks, [port] = load(config, []).parallel.tp_size, free_ports(1)
+    num_ranks, [port] = load_config(config, []).parallel.tp_size, free_ports(1)
     ranks = []
     for rank in range(size or num_ranks):
         place = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks,
@@ -185,7 +192,7 @@ def started(config: Path, *overrides: str, window: Window = Window(), size: int 
         phases.touch()
         command = ["train", str(config), *overrides]
         environment = {name: str(value) for name, value in place.items()} | {"NO_PROXY": "127.0.0.1"}
-        process = SERVER.Process(target=rank_main, args=(command, environment, phases, window))
+        process = FORKSERVER.Process(target=rank_main, args=(command, environment, phases, window))
         process.start()
         ranks.append(Rank(process, phases))
     try:
@@ -201,11 +208,12 @@ def rank_main(command: list[str], environment: dict[str, str], phases: Path, win
 
     config.update("jaxtyping_disable", True)
     os.environ.update(environment)
-    fsync, source, batch, reads = os.fsync, Loader._source, loader.batch, itertools.count()
-    newest, enter, entered, file = train.newest, Watchdog.at, itertools.count(1), os.open(phases, os.O_WRONLY)
+    fsync, source, batch, reads = os.fsync, Loader._build_reader, loader.build_batch, itertools.count()
+    newest, enter = startup.open_newest, Watchdog.enter_phase
+    entered, file = itertools.count(1), os.open(phases, os.O_WRONLY)
     os.fsync = lambda descriptor: (time.sleep(window.fsync_seconds), fsync(descriptor))[1]
-    Loader._source = lambda *corpus: (time.sleep(window.opening_seconds), source(*corpus))[1]
-    train.newest = lambda *place: (time.sleep(window.opening_seconds), newest(*place))[1]
+    Loader._build_reader = lambda *corpus: (time.sleep(window.opening_seconds), source(*corpus))[1]
+    startup.open_newest = lambda *place: (time.sleep(window.opening_seconds), newest(*place))[1]
 
     def read(*cut: Any) -> Any:
         if threading.current_thread() is not threading.main_thread() and next(reads) >= window.ahead_from:
@@ -216,12 +224,12 @@ def rank_main(command: list[str], environment: dict[str, str], phases: Path, win
         enter(watchdog, phase, step)
         os.pwrite(file, f"{phase} {next(entered)}".ljust(80).encode(), 0)
 
-    loader.batch, Watchdog.at = read, at
+    loader.build_batch, Watchdog.enter_phase = read, at
     sys.exit(main(command))
 
 
 def codes(ranks: list[Rank]) -> set[int | None]:
-    return {ended(rank.process) for rank in ranks}
+    return {wait_for_exit(rank.process) for rank in ranks}
 
 
 def finished(config: Path, *overrides: str) -> bool:
@@ -231,7 +239,7 @@ def finished(config: Path, *overrides: str) -> bool:
 
 
 def wait_until(condition: Callable[[], bool], ranks: list[Rank]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + TEST_TIMEOUT_SECONDS
     while not condition():
         left = [rank.process.exitcode for rank in ranks]
         assert left.count(None) == len(ranks), f"ended before the signal, exit codes {left}"
@@ -239,7 +247,7 @@ def wait_until(condition: Callable[[], bool], ranks: list[Rank]) -> None:
         time.sleep(0.002)
 
 
-def is_in(window: Window, rank: Rank, server: Server | None) -> bool:
+def is_in(window: Window, rank: Rank, server: FaultyServer | None) -> bool:
     """Where the server is silent: it was asked, and the rank has been there for half a second."""
     before = rank.phase()
     if window.phases and before[0] not in window.phases:
@@ -247,7 +255,7 @@ def is_in(window: Window, rank: Rank, server: Server | None) -> bool:
     if not window.silent or server is None:
         return True
     time.sleep(0.5)
-    return rank.phase() == before and any(fnmatch(path, f"/{window.silent}") for path, _ in server.asked)
+    return rank.phase() == before and any(fnmatch(path, f"/{window.silent}") for path, _ in server.requests)
 
 
 def records(folder: Path) -> list[dict]:
@@ -275,23 +283,23 @@ def signalled(ranks: list[Rank], targets: list[int], number: signal.Signals, fol
 
 def saved_step(folder: Path) -> int:
     """Of the newest committed checkpoint; 0 where a run that has made nothing has saved none."""
-    return opened(folder).step if committed(folder / "checkpoints") else 0
+    return open_checkpoint(folder).step if list_committed(folder / "checkpoints") else 0
 
 
 def is_the_straight_run(folder: Path, straight: Path) -> None:
-    one, other = steps_of(straight), steps_of(folder)
+    one, other = read_step_records(straight), read_step_records(folder)
     assert [other[step]["loss"] for step in sorted(other)] == [one[step]["loss"] for step in sorted(one)]
-    assert opened(folder).manifest["cursor"] == opened(straight).manifest["cursor"]
+    assert open_checkpoint(folder).manifest["cursor"] == open_checkpoint(straight).manifest["cursor"]
     assert main(["audit", str(folder)]) == 0
-    assert differing(opened(straight), opened(folder)) == []
+    assert differing_tensors(open_checkpoint(straight), open_checkpoint(folder)) == []
 
 
 @contextmanager
-def silence(server: Server, config: Path, files: str) -> Iterator[tuple[str, ...]]:
+def silence(server: FaultyServer, config: Path, files: str) -> Iterator[tuple[str, ...]]:
     """Overrides of a run that reads over http and has no copies yet, of files that the server does not answer for."""
     for file in [path.name for path in server.folder.glob(files)] or [files]:
         server.faults[f"/{file}"].append("silence always")
-    server.asked.clear()
+    server.requests.clear()
     try:
         copies = config.parent / f"copies-{time.monotonic_ns()}"
         yield f"data.sources.corpus={server.address}", f"data.cache.folder={copies}"
@@ -300,7 +308,7 @@ def silence(server: Server, config: Path, files: str) -> Iterator[tuple[str, ...
 
 
 def meet(
-    name: str, window: Window, config: Path, folder: Path, *, server: Server | None = None, draw: random.Random
+    name: str, window: Window, config: Path, folder: Path, *, server: FaultyServer | None = None, draw: random.Random
 ) -> float:
     """A start of the run has met a signal in the window, on one rank or on all; seconds until all had left."""
     before = standing(folder)
@@ -358,15 +366,15 @@ def test_a_signal_while_the_run_goes_back_loses_no_bit(tmp_path_factory, corpus,
 def test_a_signal_to_all_processes_of_torchrun_loses_no_bit(config, straight, tally):
     """As a scheduler sends it: to the launcher, which passes it on, and to the ranks, which hear it twice."""
     folder = config.parent / "runs" / "launched"
-    with begun([ROOT / "launch" / "local.sh", 2, config, "run.name=launched"]) as process:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+    with start_command([ROOT / "launch" / "local.sh", 2, config, "run.name=launched"]) as process:
+        deadline = time.monotonic() + TEST_TIMEOUT_SECONDS
         while standing(folder) < 2:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
         began = time.monotonic()
         os.killpg(process.pid, signal.SIGTERM)
-        output = process.communicate(timeout=PATIENCE_SECONDS)[0]
+        output = process.communicate(timeout=TEST_TIMEOUT_SECONDS)[0]
         tally.add("torchrun", time.monotonic() - began)
     assert process.returncode != 0, output
     assert tally.seconds[-1] < LIMIT_SECONDS, output
@@ -384,11 +392,11 @@ def test_a_second_signal_ends_a_rank_that_waits_for_a_frozen_one(config):
         os.kill(frozen, signal.SIGSTOP)
         wait_until(lambda: still(folder), ranks)
         os.kill(waiting, signal.SIGTERM)
-        time.sleep(runtime.SAME_SIGNAL_SECONDS + 0.5)
+        time.sleep(runtime.SIGNAL_DEBOUNCE_SECONDS + 0.5)
         assert still(folder), "it waits for the other, that both may leave at one step"
         began = time.monotonic()
         os.kill(waiting, signal.SIGTERM)
-        assert ended(ranks[0].process) in (-signal.SIGTERM, 128 + signal.SIGTERM)
+        assert wait_for_exit(ranks[0].process) in (-signal.SIGTERM, 128 + signal.SIGTERM)
         assert time.monotonic() - began < AT_ONCE_SECONDS
 
 
@@ -404,18 +412,18 @@ def still(folder: Path) -> bool:
 def test_a_process_heeds_a_signal_from_before_its_imports_on(number, config, tally, capsys):
     """Before that it dies of the signal, and has done nothing."""
     folder = config.parent / "runs" / f"early-{number.name}"
-    with begun([sys.executable, "-m", "tandem.trainer", "train", config, f"run.name={folder.name}"]) as process:
+    with start_command([sys.executable, "-m", "tandem.trainer", "train", config, f"run.name={folder.name}"]) as process:
         process.send_signal(number)
         assert process.wait(30) == -number
     assert not folder.exists()
     began = time.monotonic()
-    with begun([sys.executable, "-m", "tandem.trainer", "train", config, f"run.name={folder.name}"]) as process:
-        while not listens(process.pid, number):
+    with start_command([sys.executable, "-m", "tandem.trainer", "train", config, f"run.name={folder.name}"]) as process:
+        while not has_signal_handler(process.pid, number):
             assert process.poll() is None
             time.sleep(0.001)
         heard = time.monotonic()
         process.send_signal(number)
-        output = process.communicate(timeout=PATIENCE_SECONDS)[0]
+        output = process.communicate(timeout=TEST_TIMEOUT_SECONDS)[0]
     tally.add("start: imports", time.monotonic() - heard)
     with capsys.disabled():
         print(
@@ -429,12 +437,12 @@ def test_a_process_heeds_a_signal_from_before_its_imports_on(number, config, tal
 def test_a_signal_to_a_rank_whose_peers_do_not_come_ends_it_and_is_no_failure(config):
     """As when a scheduler takes a job away that still waits for some machine, again and again."""
     folder = config.parent / "runs" / "alone"
-    with started(config, "run.name=alone", "run.max_failures=1", size=1) as [rank]:
-        wait_until(lambda: listens(rank.process.pid, signal.SIGTERM), [rank])
+    with started(config, "run.name=alone", "run.max_repeat_failures=1", size=1) as [rank]:
+        wait_until(lambda: has_signal_handler(rank.process.pid, signal.SIGTERM), [rank])
         time.sleep(2)  # it then waits in C++, where it tells no phase; before that it is to leave as well
         began = time.monotonic()
         os.kill(rank.process.pid, signal.SIGTERM)
-        assert ended(rank.process) == REQUEUE_EXIT_CODE
+        assert wait_for_exit(rank.process) == REQUEUE_EXIT_CODE
         assert time.monotonic() - began < LIMIT_SECONDS
     assert not folder.exists()
-    assert finished(config, "run.name=alone", "run.max_failures=1", "run.stop_step=1")
+    assert finished(config, "run.name=alone", "run.max_repeat_failures=1", "run.stop_step=1")

@@ -15,12 +15,20 @@ import yaml
 
 from tandem.trainer import runtime
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.layout import committed
-from tandem.trainer.checkpoint.read import opened
+from tandem.trainer.checkpoint.layout import list_committed
+from tandem.trainer.checkpoint.read import open_checkpoint
 from tandem.trainer.runtime import REQUEUE_EXIT_CODE
-from tests.promises.conftest import clean_environment, differing, ended, forked, listens, steps_of, two_phases
-from tests.ranks import SERVER
-from tests.timeouts import PATIENCE_SECONDS
+from tests.promises.conftest import (
+    clean_environment,
+    differing_tensors,
+    fork_tandem,
+    has_signal_handler,
+    read_step_records,
+    two_phase_config,
+    wait_for_exit,
+)
+from tests.ranks import FORKSERVER
+from tests.timeouts import TEST_TIMEOUT_SECONDS
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 STEPS = 60
@@ -32,19 +40,19 @@ ROOT = Path(__file__).parents[2]
 
 def started(config: Path, *overrides: str) -> BaseProcess:
     """A fork, for a run that is killed six times would spend a minute on imports."""
-    return forked(["train", config, *overrides])
+    return fork_tandem(["train", config, *overrides])
 
 
 def said(process: subprocess.Popen[str]) -> str:
     """What it wrote to stderr until it ended."""
     try:
-        return process.communicate(timeout=PATIENCE_SECONDS)[1]
+        return process.communicate(timeout=TEST_TIMEOUT_SECONDS)[1]
     finally:
         process.kill()
 
 
 def wait_until(condition: Callable[[], bool], process: BaseProcess | subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + TEST_TIMEOUT_SECONDS
     while not condition():
         code = process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
         if code is not None or time.monotonic() > deadline:
@@ -54,22 +62,24 @@ def wait_until(condition: Callable[[], bool], process: BaseProcess | subprocess.
 
 
 def last_step(folder: Path) -> int:
-    return max(steps_of(folder), default=0) if (folder / "metrics.jsonl").is_file() else 0
+    return max(read_step_records(folder), default=0) if (folder / "metrics.jsonl").is_file() else 0
 
 
 def is_the_straight_run(folder: Path, straight: Path) -> None:
-    one, other = steps_of(straight), steps_of(folder)
+    one, other = read_step_records(straight), read_step_records(folder)
     assert sorted(other) == list(range(1, 2 * STEPS + 1))
     assert [other[step]["loss"] for step in sorted(other)] == [one[step]["loss"] for step in sorted(one)]
-    assert opened(folder).manifest["cursor"] == opened(straight).manifest["cursor"]
+    assert open_checkpoint(folder).manifest["cursor"] == open_checkpoint(straight).manifest["cursor"]
     assert main(["audit", str(folder)]) == 0
-    assert differing(opened(straight), opened(folder)) == []
+    assert differing_tensors(open_checkpoint(straight), open_checkpoint(folder)) == []
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, corpus) -> Path:
     root = tmp_path_factory.mktemp("signals")
-    tree = two_phases("stablelm", corpus, root / "runs", steps=STEPS, checkpoint={"every_steps": 50, "keep": 2})
+    tree = two_phase_config(
+        "stablelm", corpus, root / "runs", steps=STEPS, checkpoint={"every_steps": 50, "keep_last": 2}
+    )
     (root / "config.yaml").write_text(yaml.safe_dump(tree))
     return root / "config.yaml"
 
@@ -77,7 +87,7 @@ def config(tmp_path_factory, corpus) -> Path:
 @pytest.fixture(scope="module")
 def straight(config) -> Path:
     """The run that nothing ended."""
-    assert ended(started(config)) == 0
+    assert wait_for_exit(started(config)) == 0
     return config.parent / "runs" / "tiny"
 
 
@@ -92,8 +102,8 @@ def test_a_signal_saves_the_step_leaves_with_85_and_the_same_command_goes_on(num
     assert process.returncode == REQUEUE_EXIT_CODE, errors
     stopped = last_step(folder)
     assert 20 <= stopped < 2 * STEPS
-    assert opened(folder).step == stopped
-    assert ended(started(config, f"run.name={number.name}")) == 0
+    assert open_checkpoint(folder).step == stopped
+    assert wait_for_exit(started(config, f"run.name={number.name}")) == 0
     is_the_straight_run(folder, straight)
 
 
@@ -110,13 +120,15 @@ def test_sigkill_at_any_moment_loses_no_bit(place, config, straight):
         else:
             time.sleep(draw.uniform(0, 0.1))
         process.kill()
-        assert ended(process) == -signal.SIGKILL
-    half_removed = committed(folder / "checkpoints")[0]
+        assert wait_for_exit(process) == -signal.SIGKILL
+    half_removed = list_committed(folder / "checkpoints")[0]
     (half_removed / "COMMITTED").unlink()
-    assert ended(started(config, *overrides)) == 0
+    assert wait_for_exit(started(config, *overrides)) == 0
     is_the_straight_run(folder, straight)
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert names == [path.name for path in committed(folder / "checkpoints")], "what kills had torn is cleared away"
+    assert names == [path.name for path in list_committed(folder / "checkpoints")], (
+        "what kills had torn is cleared away"
+    )
     assert len(names) == 2
 
 
@@ -134,46 +146,46 @@ def test_a_signal_before_the_first_step_loses_nothing(config):
         folder = config.parent / "runs" / name
         process = started(config, f"run.name={name}")
         if delay is None:
-            wait_until(lambda process=process: listens(process.pid, signal.SIGTERM), process)
+            wait_until(lambda process=process: has_signal_handler(process.pid, signal.SIGTERM), process)
         else:
             time.sleep(delay)
         process.terminate()
-        code = ended(process)
+        code = wait_for_exit(process)
         seen.add(code)
         assert code in (-signal.SIGTERM, REQUEUE_EXIT_CODE)
-        assert last_step(folder) == (opened(folder).step if committed(folder / "checkpoints") else 0)
+        assert last_step(folder) == (open_checkpoint(folder).step if list_committed(folder / "checkpoints") else 0)
     assert REQUEUE_EXIT_CODE in seen
 
 
 def test_a_damaged_newer_checkpoint_does_not_count_among_the_kept(config, straight):
     """Else keep 1 would keep the damaged one alone, and remove every whole one that the run saves after it."""
     folder = config.parent / "runs" / "damaged"
-    overrides = ("run.name=damaged", "checkpoint.every_steps=10", "checkpoint.keep=1")
-    assert ended(started(config, *overrides, "run.stop_step=20")) == 0
+    overrides = ("run.name=damaged", "checkpoint.every_steps=10", "checkpoint.keep_last=1")
+    assert wait_for_exit(started(config, *overrides, "run.stop_step=20")) == 0
     newer = folder / "checkpoints" / "step-00000040"
     shutil.copytree(folder / "checkpoints" / "step-00000020", newer)
     next(newer.glob("rank-*.safetensors")).unlink()
-    assert ended(started(config, *overrides, "run.stop_step=30")) == 0
-    assert opened(folder).step == 30
-    assert ended(started(config, *overrides)) == 0
+    assert wait_for_exit(started(config, *overrides, "run.stop_step=30")) == 0
+    assert open_checkpoint(folder).step == 30
+    assert wait_for_exit(started(config, *overrides)) == 0
     is_the_straight_run(folder, straight)
 
 
 def test_a_signal_that_arrives_twice_is_one_and_a_later_one_ends_the_process_at_once():
-    process = SERVER.Process(target=listen, args=(GRACE_SECONDS,))
+    process = FORKSERVER.Process(target=listen, args=(GRACE_SECONDS,))
     process.start()
-    wait_until(lambda: listens(process.pid, signal.SIGTERM), process)
+    wait_until(lambda: has_signal_handler(process.pid, signal.SIGTERM), process)
     process.terminate()
     time.sleep(GRACE_SECONDS / 4)
     process.terminate()
     time.sleep(2 * GRACE_SECONDS)
     assert process.is_alive(), "twice at nearly the same moment"
     process.terminate()
-    assert ended(process) == -signal.SIGTERM
+    assert wait_for_exit(process) == -signal.SIGTERM
 
 
 def listen(same_signal_seconds: float) -> None:
-    runtime.SAME_SIGNAL_SECONDS = same_signal_seconds
+    runtime.SIGNAL_DEBOUNCE_SECONDS = same_signal_seconds
     runtime.StopSignal()
     while True:
         time.sleep(0.01)
@@ -190,7 +202,7 @@ def test_a_signal_to_torchrun_saves_the_run_of_its_ranks(config):
     assert "SIGKILL" not in errors
     stopped = last_step(folder)
     assert 10 <= stopped < 2 * STEPS
-    assert opened(folder).step == stopped
+    assert open_checkpoint(folder).step == stopped
     ends = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"kind": "end"' in line]
     assert len(ends) == 1
     assert "SIGUSR1" in ends[0] or "another rank" in ends[0]

@@ -11,51 +11,51 @@ import torch
 
 from tandem.trainer import runtime
 from tandem.trainer.config.schedule import Timeline
-from tandem.trainer.data.loader import Batch, Evidence
-from tandem.trainer.distributed.coordination import Agreement
-from tandem.trainer.distributed.mesh import read_sum_over_ranks, started
+from tandem.trainer.data.loader import Batch, BatchDigests
+from tandem.trainer.distributed.coordination import Coordinator
+from tandem.trainer.distributed.mesh import mesh_context, sum_over_ranks_on_device
 from tandem.trainer.guard import Guard
-from tandem.trainer.run_state import Stepper
+from tandem.trainer.run_state import StepContext
 from tandem.trainer.startup import build_engine
-from tandem.trainer.tools.bench.synthetic_batch import drawn
-from tandem.trainer.train import timed_step
+from tandem.trainer.tools.bench.synthetic_batch import draw_batch
+from tandem.trainer.train import timed_train_step
 from tests import ranks, tiny_configs
-from tests.device_syncs import Seen, place_of, waits_on_cpu, waits_on_gpu
+from tests.device_syncs import SyncRecord, place_of, record_cpu_syncs, record_gpu_syncs
 
 WARM_UP, GOOD, BAD = range(2), 2, 3
 """Numbers of steps; before the bad one a weight becomes nan, so that its update is left out."""
-THE_ONE = [place_of(read_sum_over_ranks)]
+THE_ONE = [place_of(sum_over_ranks_on_device)]
 
 
-def batches(stepper: Stepper, agreement: Agreement) -> Iterator[Batch]:
+def batches(stepper: StepContext, agreement: Coordinator) -> Iterator[Batch]:
     """As in a run, where every step begins with the question whether a rank was told to stop."""
-    phase = stepper.timeline.phase_at(0).phase
-    for step, batch in enumerate([drawn(stepper.config, phase, step, stepper.mesh) for step in range(BAD + 1)]):
+    phase = stepper.timeline.phase_span_at(0).phase
+    for step, batch in enumerate([draw_batch(stepper.config, phase, step, stepper.mesh) for step in range(BAD + 1)]):
         agreement.any_rank(False)
-        yield replace(batch, evidence=Evidence(2**40 + stepper.mesh.dp_rank, 2**63 + step))
+        yield replace(batch, digests=BatchDigests(2**40 + stepper.mesh.dp_rank, 2**63 + step))
 
 
-def steps(variant: str, tp_size: int) -> tuple[Seen, Seen]:
+def steps(variant: str, tp_size: int) -> tuple[SyncRecord, SyncRecord]:
     """What is seen of a good step and of a bad one."""
-    with started(tp_size) as mesh, closing(runtime.StopSignal()) as stop_signal:
-        config = tiny_configs.config(
-            variant, run={"precision": "bf16"}, parallel={"tp_size": tp_size}, optim={"clip_norm": 1e-3}
+    with mesh_context(tp_size) as mesh, closing(runtime.StopSignal()) as stop_signal:
+        config = tiny_configs.make_config(
+            variant, run={"precision": "bf16"}, parallel={"tp_size": tp_size}, optim={"max_grad_norm": 1e-3}
         )
         engine = build_engine(config, mesh, None)
-        stepper = Stepper(config, mesh, Timeline(config.schedule), engine, 1.0, Guard(config.guard))
-        watch = waits_on_cpu if mesh.device.type == "cpu" else waits_on_gpu
+        stepper = StepContext(config, mesh, Timeline(config.schedule), engine, 1.0, Guard(config.guard))
+        watch = record_cpu_syncs if mesh.device.type == "cpu" else record_gpu_syncs
         for group in engine._optimizer.param_groups:
             group["fused"] = True  # as on a GPU: torch's other AdamW reads its counter of steps, on the host
-        rows = batches(stepper, Agreement(mesh, stop_signal))
+        rows = batches(stepper, Coordinator(mesh, stop_signal))
         for step in WARM_UP:
-            timed_step(stepper, rows, step)
+            timed_train_step(stepper, rows, step)
         with watch() as good:
-            done = timed_step(stepper, rows, GOOD)
-        assert (done.judgement.decision, done.record.gradient_norm > 1e-3) == ("update", True), "clipped"
+            done = timed_train_step(stepper, rows, GOOD)
+        assert (done.judgement.decision, done.record.grad_norm > 1e-3) == ("update", True), "clipped"
         with torch.no_grad():
             engine.model.final_norm.weight.fill_(math.nan)
         with watch() as bad:
-            done = timed_step(stepper, rows, BAD)
+            done = timed_train_step(stepper, rows, BAD)
         assert done.judgement.decision == "skip"
         return good, bad
 
@@ -75,12 +75,12 @@ def deterministic(monkeypatch) -> Iterator[None]:
 @pytest.mark.parametrize("variant", tiny_configs.VARIANTS)
 def test_a_step_waits_for_the_device_once(variant):
     good, bad = steps(variant, 1)
-    print(f"figures {variant}: operations {good.operations} good, {bad.operations} bad")
-    assert (good.waits, bad.waits) == (THE_ONE, THE_ONE)
+    print(f"figures {variant}: operations {good.num_operations} good, {bad.num_operations} bad")
+    assert (good.sync_sites, bad.sync_sites) == (THE_ONE, THE_ONE)
 
 
 def on_four(folder: Path) -> dict[str, list[list[str]]]:
-    return {variant: [seen.waits for seen in steps(variant, 2)] for variant in tiny_configs.VARIANTS}
+    return {variant: [seen.sync_sites for seen in steps(variant, 2)] for variant in tiny_configs.VARIANTS}
 
 
 @pytest.mark.dist
@@ -97,4 +97,4 @@ def test_a_step_of_four_ranks_waits_for_the_device_once(tmp_path):
 @pytest.mark.parametrize("variant", tiny_configs.VARIANTS)
 def test_a_step_on_a_gpu_waits_for_it_once(variant):
     good, bad = steps(variant, 1)
-    assert (len(good.waits), len(bad.waits)) == (1, 1), (good.waits, bad.waits)
+    assert (len(good.sync_sites), len(bad.sync_sites)) == (1, 1), (good.sync_sites, bad.sync_sites)

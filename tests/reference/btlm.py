@@ -1,10 +1,10 @@
 """BTLM, written from its published description alone; our tensor names, not the trainer's code.
 
 Sequential pre-norm blocks, biases everywhere, SwiGLU, ALiBi. With muP: scores times 1 / head_dim (without:
-its root), embeddings times a multiplier, logits times output_multiplier / (width / base_width). The ALiBi
+its root), embeddings times a multiplier, logits times output_multiplier / (width / base_hidden_size). The ALiBi
 bias is added to the scaled scores as it is; position interpolation divides its distances by a factor, or by
 how many times longer than `train_seq_len` the row is. Documents attend across their borders unless
-`documents` is given.
+`document_ids` is given.
 """
 
 import math
@@ -14,32 +14,32 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, layer_norm, linear, silu
 
-from tandem.trainer.config import BTLM, AlibiScaling, Mup
+from tandem.trainer.config import AlibiScalingConfig, BTLMConfig, MupConfig
 from tests.reference import shared
 
 
-def shapes(model: BTLM) -> dict[str, tuple[int, ...]]:
-    width, ffn_width = model.width, model.ffn_width
-    table: dict[str, tuple[int, ...]] = {"embedding.weight": (model.vocab, width)}
-    for index in range(model.depth):
+def shapes(model: BTLMConfig) -> dict[str, tuple[int, ...]]:
+    width, ffn_hidden_size = model.hidden_size, model.ffn_hidden_size
+    table: dict[str, tuple[int, ...]] = {"embedding.weight": (model.vocab_size, width)}
+    for index in range(model.num_layers):
         layer = {
             "attention_norm": (width,),
             "attention.qkv": (3 * width, width),
             "attention.out": (width, width),
             "ffn_norm": (width,),
-            "ffn.gate_up": (2, ffn_width, width),
-            "ffn.down": (width, ffn_width),
+            "ffn.gate_up": (2, ffn_hidden_size, width),
+            "ffn.down": (width, ffn_hidden_size),
         }
         for name, shape in layer.items():
             table[f"layers.{index}.{name}.weight"] = shape
             table[f"layers.{index}.{name}.bias"] = shape if "norm" in name else shape[:-1]
     table |= {"final_norm.weight": (width,), "final_norm.bias": (width,)}
-    return table if model.tied_head else table | {"head.weight": (model.vocab, width)}
+    return table if model.tie_word_embeddings else table | {"head.weight": (model.vocab_size, width)}
 
 
-def random_tensors(model: BTLM, seed: int) -> dict[str, Tensor]:
+def random_tensors(model: BTLMConfig, seed: int) -> dict[str, Tensor]:
     """Every tensor of the model by its global name, at its true shape, none of it zero."""
-    return shared.random(shapes(model), seed)
+    return shared.random_tensors(shapes(model), seed)
 
 
 def slopes(heads: int) -> list[float]:
@@ -52,7 +52,7 @@ def slopes(heads: int) -> list[float]:
     return slopes(below) + slopes(2 * below)[0::2][: heads - below]
 
 
-def stretch(scaling: AlibiScaling | None, length: int) -> float:
+def distance_divisor(scaling: AlibiScalingConfig | None, length: int) -> float:
     """How many of a row's positions count as one."""
     if scaling is None:
         return 1.0
@@ -60,40 +60,44 @@ def stretch(scaling: AlibiScaling | None, length: int) -> float:
 
 
 def logits(
-    read: Callable[[str], Tensor],
-    model: BTLM,
-    mup: Mup | None,
+    get_tensor: Callable[[str], Tensor],
+    model: BTLMConfig,
+    mup: MupConfig | None,
     tokens: Tensor,
-    documents: Tensor | None = None,
+    document_ids: Tensor | None = None,
 ) -> Tensor:
     """[rows, seq, vocab] in the dtype of the tensors; differentiable."""
     rows, length = tokens.shape
-    heads, head_dim, eps = model.heads, model.width // model.heads, model.norm_epsilon
-    place = torch.arange(length, device=tokens.device)
-    stream = embedding(tokens, read("embedding.weight")) * (mup.embedding_multiplier if mup else 1.0)
-    slope = torch.tensor(slopes(heads), dtype=stream.dtype, device=tokens.device)
-    bias = -slope[:, None, None] * (place[:, None] - place[None, :]).abs() / stretch(model.alibi_scaling, length)
+    heads, head_dim, eps = model.num_heads, model.hidden_size // model.num_heads, model.norm_eps
+    position_ids = torch.arange(length, device=tokens.device)
+    hidden = embedding(tokens, get_tensor("embedding.weight")) * (mup.embedding_multiplier if mup else 1.0)
+    slope = torch.tensor(slopes(heads), dtype=hidden.dtype, device=tokens.device)
+    bias = (
+        -slope[:, None, None]
+        * (position_ids[:, None] - position_ids[None, :]).abs()
+        / distance_divisor(model.alibi_scaling, length)
+    )
     scale = 1 / head_dim if mup else 1 / math.sqrt(head_dim)
-    mask = shared.seen(tokens, documents)
+    mask = shared.attention_mask(tokens, document_ids)
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return layer_norm(x, (model.width,), read(f"{name}.weight"), read(f"{name}.bias"), eps)
+        return layer_norm(x, (model.hidden_size,), get_tensor(f"{name}.weight"), get_tensor(f"{name}.bias"), eps)
 
     def affine(x: Tensor, name: str) -> Tensor:
-        return linear(x, read(f"{name}.weight"), read(f"{name}.bias"))
+        return linear(x, get_tensor(f"{name}.weight"), get_tensor(f"{name}.bias"))
 
-    for index in range(model.depth):
+    for index in range(model.num_layers):
         layer = f"layers.{index}"
-        qkv = affine(norm(stream, f"{layer}.attention_norm"), f"{layer}.attention.qkv")
+        qkv = affine(norm(hidden, f"{layer}.attention_norm"), f"{layer}.attention.qkv")
         query, key, value = qkv.view(rows, length, heads, 3, head_dim).permute(3, 0, 2, 1, 4)
-        mixed = shared.attend(query, key, value, scale=scale, bias=bias, mask=mask)
-        stream = stream + affine(mixed, f"{layer}.attention.out")
+        mixed = shared.attention(query, key, value, scale=scale, bias=bias, mask=mask)
+        hidden = hidden + affine(mixed, f"{layer}.attention.out")
         x, matrices, biases = (
-            norm(stream, f"{layer}.ffn_norm"),
-            *(read(f"{layer}.ffn.gate_up.{suffix}") for suffix in ("weight", "bias")),
+            norm(hidden, f"{layer}.ffn_norm"),
+            *(get_tensor(f"{layer}.ffn.gate_up.{suffix}") for suffix in ("weight", "bias")),
         )
         gate, up = linear(x, matrices[0], biases[0]), linear(x, matrices[1], biases[1])
-        stream = stream + affine(silu(gate) * up, f"{layer}.ffn.down")
-    head = read("embedding.weight" if model.tied_head else "head.weight")
-    factor = mup.output_multiplier / (model.width / mup.base_width) if mup else 1.0
-    return linear(norm(stream, "final_norm"), head) * factor
+        hidden = hidden + affine(silu(gate) * up, f"{layer}.ffn.down")
+    head = get_tensor("embedding.weight" if model.tie_word_embeddings else "head.weight")
+    factor = mup.output_multiplier / (model.hidden_size / mup.base_hidden_size) if mup else 1.0
+    return linear(norm(hidden, "final_norm"), head) * factor

@@ -4,23 +4,23 @@ import torch
 from torch import Tensor
 
 
-def seen(tokens: Tensor, documents: Tensor | None) -> Tensor:
+def attention_mask(tokens: Tensor, document_ids: Tensor | None) -> Tensor:
     """[rows, 1, query, key]: whether a query may look at a key: not later, and of its own document."""
     length = tokens.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()[None, None]
-    if documents is None:
+    if document_ids is None:
         return causal
-    return causal & (documents[:, None, :, None] == documents[:, None, None, :])
+    return causal & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, *, scale: float, bias: Tensor | float, mask: Tensor) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, bias: Tensor | float, mask: Tensor) -> Tensor:
     """[rows, heads, seq, head_dim] of each; softmax over the keys, then [rows, seq, width]."""
     scores = query @ key.transpose(2, 3) * scale + bias
     mixed = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value
     return mixed.transpose(1, 2).flatten(2)
 
 
-def random(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
     """fp32 normals: matrices of unit gain, norm weights around 1, biases large enough to be missed."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}

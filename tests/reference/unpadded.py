@@ -9,40 +9,40 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import pad
 
-from tandem.trainer.distributed.layers import mark, role_of, shard_of
+from tandem.trainer.distributed.layers import annotate_parameter, role_of, sharding_of
 from tandem.trainer.distributed.mesh import Mesh
-from tandem.trainer.distributed.sharding import Shard, local_part
+from tandem.trainer.distributed.sharding import TensorSharding, slice_local
 
 
-class Unpadded(nn.Module):
+class UnpaddedModel(nn.Module):
     """`model` with parameters of true size, equal to its own, under its names with `/` for `.`."""
 
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
         super().__init__()
         self._padded = (model,)  # in a tuple, so that its parameters are not among ours
-        self._boxes: dict[str, tuple[Shard, tuple[int, ...], tuple[int, ...]]] = {}
+        self._shards: dict[str, tuple[TensorSharding, tuple[int, ...], tuple[int, ...]]] = {}
         for name, parameter in model.named_parameters():
-            shard = shard_of(parameter)
-            self._boxes[name] = shard, shard.box_shape(mesh.tp_size), tuple(parameter.shape)
-            own = nn.Parameter(self.true_part(name, parameter.detach(), mesh).clone())
-            self.register_parameter(name.replace(".", "/"), mark(own, shard, role_of(parameter)))
+            shard = sharding_of(parameter)
+            self._shards[name] = shard, shard.local_shape(mesh.tp_size), tuple(parameter.shape)
+            own = nn.Parameter(self.unpadded_part(name, parameter.detach(), mesh).clone())
+            self.register_parameter(name.replace(".", "/"), annotate_parameter(own, shard, role_of(parameter)))
 
-    def true_part(self, name: str, padded: Tensor, mesh: Mesh) -> Tensor:
+    def unpadded_part(self, name: str, padded: Tensor, mesh: Mesh) -> Tensor:
         """What of the padded model's local tensor is no padding."""
-        shard, box, _ = self._boxes[name]
-        if shard.dim is None:
+        shard, box, _ = self._shards[name]
+        if shard.sharded_dim is None:
             return padded.reshape(box)
-        true = local_part(shard, torch.ones(shard.shape), mesh.tp_rank, mesh.tp_size)
-        count = int(true.movedim(shard.dim, 0).flatten(1).any(1).sum()) if true.dim() > 1 else int(true.sum())
-        return padded.reshape(box).narrow(shard.dim, 0, count)
+        true = slice_local(shard, torch.ones(shard.global_shape), mesh.tp_rank, mesh.tp_size)
+        count = int(true.movedim(shard.sharded_dim, 0).flatten(1).any(1).sum()) if true.dim() > 1 else int(true.sum())
+        return padded.reshape(box).narrow(shard.sharded_dim, 0, count)
 
     def forward(self, *batch: Tensor) -> Tensor:
         full = {}
-        for name, (shard, box, shape) in self._boxes.items():
+        for name, (shard, box, shape) in self._shards.items():
             own = self.get_parameter(name.replace(".", "/"))
-            if shard.dim is not None:
-                missing = box[shard.dim] - own.shape[shard.dim]
-                own = pad(own, [0, 0] * (own.dim() - 1 - shard.dim) + [0, missing])
+            if shard.sharded_dim is not None:
+                missing = box[shard.sharded_dim] - own.shape[shard.sharded_dim]
+                own = pad(own, [0, 0] * (own.dim() - 1 - shard.sharded_dim) + [0, missing])
             full[name] = own.reshape(shape)
         losses: Tensor = functional_call(self._padded[0], full, batch)
         return losses

@@ -9,57 +9,104 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from tandem.trainer.config import BTLM, AlibiScaling, Model, Mup, StableLM
+from tandem.trainer.config import AlibiScalingConfig, BTLMConfig, ModelConfig, MupConfig, StableLMConfig
 from tests.reference import btlm, stablelm
 
-_BOTH = {"depth": 2, "ffn_width": 54, "norm_epsilon": 3e-4, "init_std": 0.03, "init_truncation_sigmas": 2.0}
-_STABLELM = _BOTH | {"family": "stablelm", "rotary_base": 500.0, "document_masking": True}
-_BTLM = _BOTH | {"family": "btlm", "document_masking": False}
+_SHARED = {"num_layers": 2, "ffn_hidden_size": 54, "norm_eps": 3e-4, "init_std": 0.03, "init_truncation_sigmas": 2.0}
+_STABLELM = _SHARED | {"family": "stablelm", "rotary_base": 500.0, "document_masking": True}
+_BTLM = _SHARED | {"family": "btlm", "document_masking": False}
 
-VARIANTS: dict[str, tuple[StableLM | BTLM, Mup | None]] = {
+VARIANTS: dict[str, tuple[StableLMConfig | BTLMConfig, MupConfig | None]] = {
     "stablelm_12b": (
-        StableLM(
-            **_STABLELM, width=96, heads=6, kv_heads=2, vocab=101, rotary_fraction=0.25,
-            parallel_residual=True, qk_norm=True, qkv_bias=False, norm_bias=False, tied_head=False,
+        StableLMConfig(
+            **_STABLELM,
+            hidden_size=96,
+            num_heads=6,
+            num_kv_heads=2,
+            vocab_size=101,
+            partial_rotary_factor=0.25,
+            parallel_residual=True,
+            qk_layernorm=True,
+            qkv_bias=False,
+            norm_bias=False,
+            tie_word_embeddings=False,
         ),
         None,
     ),
     "stablelm_1_6b": (
-        StableLM(
-            **_STABLELM, width=48, heads=4, kv_heads=4, vocab=103, rotary_fraction=0.5,
-            parallel_residual=False, qk_norm=False, qkv_bias=True, norm_bias=True, tied_head=False,
+        StableLMConfig(
+            **_STABLELM,
+            hidden_size=48,
+            num_heads=4,
+            num_kv_heads=4,
+            vocab_size=103,
+            partial_rotary_factor=0.5,
+            parallel_residual=False,
+            qk_layernorm=False,
+            qkv_bias=True,
+            norm_bias=True,
+            tie_word_embeddings=False,
         ),
         None,
     ),
     "stablelm_tied": (
-        StableLM(
-            **_STABLELM, width=48, heads=6, kv_heads=3, vocab=97, rotary_fraction=1.0,
-            parallel_residual=False, qk_norm=True, qkv_bias=True, norm_bias=False, tied_head=True,
+        StableLMConfig(
+            **_STABLELM,
+            hidden_size=48,
+            num_heads=6,
+            num_kv_heads=3,
+            vocab_size=97,
+            partial_rotary_factor=1.0,
+            parallel_residual=False,
+            qk_layernorm=True,
+            qkv_bias=True,
+            norm_bias=False,
+            tie_word_embeddings=True,
         ),
         None,
     ),
-    "btlm_mup": (BTLM(**_BTLM, width=48, heads=4, vocab=101, tied_head=True), Mup(16, 14.6, 2.22)),
-    "btlm_6_heads": (BTLM(**_BTLM, width=48, heads=6, vocab=103, tied_head=True), Mup(32, 10.0, 1.5)),
-    "btlm_untied": (BTLM(**_BTLM, width=40, heads=10, vocab=97, tied_head=False), None),
+    "btlm_mup": (
+        BTLMConfig(**_BTLM, hidden_size=48, num_heads=4, vocab_size=101, tie_word_embeddings=True),
+        MupConfig(16, 14.6, 2.22),
+    ),
+    "btlm_6_heads": (
+        BTLMConfig(**_BTLM, hidden_size=48, num_heads=6, vocab_size=103, tie_word_embeddings=True),
+        MupConfig(32, 10.0, 1.5),
+    ),
+    "btlm_untied": (BTLMConfig(**_BTLM, hidden_size=40, num_heads=10, vocab_size=97, tie_word_embeddings=False), None),
     "btlm_fixed": (
-        BTLM(**_BTLM, width=48, heads=4, vocab=101, tied_head=True, alibi_scaling=AlibiScaling("linear", factor=2.5)),
-        Mup(16, 14.6, 2.22),
+        BTLMConfig(
+            **_BTLM,
+            hidden_size=48,
+            num_heads=4,
+            vocab_size=101,
+            tie_word_embeddings=True,
+            alibi_scaling=AlibiScalingConfig("linear", factor=2.5),
+        ),
+        MupConfig(16, 14.6, 2.22),
     ),
     "btlm_dynamic": (
-        BTLM(**_BTLM, width=40, heads=10, vocab=97, tied_head=False, alibi_scaling=AlibiScaling("linear", train_seq_len=24)),
+        BTLMConfig(
+            **_BTLM,
+            hidden_size=40,
+            num_heads=10,
+            vocab_size=97,
+            tie_word_embeddings=False,
+            alibi_scaling=AlibiScalingConfig("linear", train_seq_len=24),
+        ),
         None,
     ),
-}  # fmt: skip
+}
 
 
-def reference(model: Model) -> ModuleType:
+def reference_module(model: ModelConfig) -> ModuleType:
     """The module with `logits`, `shapes` and `random_tensors` of the model's family."""
     return {"stablelm": stablelm, "btlm": btlm}[model.family]
 
 
-def tokens(model: Model, *, rows: int = 2, length: int = 40, seed: int = 7) -> Tensor:
-    return torch.randint(model.vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+def random_tokens(model: ModelConfig, *, num_rows: int = 2, seq_len: int = 40, seed: int = 7) -> Tensor:
+    return torch.randint(model.vocab_size, (num_rows, seq_len), generator=torch.Generator().manual_seed(seed))
 
 
-def in_double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_fp64(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.double() for name, tensor in tensors.items()}

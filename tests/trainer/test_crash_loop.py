@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tandem.trainer.config import UserError
-from tandem.trainer.crash_loop import FILE, attempt
-from tandem.trainer.journal import TAIL_BYTES
+from tandem.trainer.crash_loop import STARTS_FILE, record_start
+from tandem.trainer.journal import TAIL_CHUNK_BYTES
 
 ENDINGS = {
     "exit": "os._exit(0)",
@@ -30,21 +30,21 @@ def reach(folder: Path, *steps: int) -> None:
             file.write(json.dumps({"kind": "checkpoint", "step": 1}) + "\n")
 
 
-def fail(folder: Path, max_failures: int = 3) -> None:
-    with pytest.raises(RuntimeError, match="loss nan"), attempt(folder, max_failures):
+def fail(folder: Path, max_repeat_failures: int = 3) -> None:
+    with pytest.raises(RuntimeError, match="loss nan"), record_start(folder, max_repeat_failures):
         raise RuntimeError("loss nan")
 
 
 def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / STARTS_FILE).read_text().splitlines()]
 
 
-def refused(folder: Path, max_failures: int = 3) -> str:
+def refused(folder: Path, max_repeat_failures: int = 3) -> str:
     """The refusal, which leaves nothing on record."""
-    before = (folder / FILE).read_bytes()
-    with pytest.raises(UserError) as refusal, attempt(folder, max_failures):
+    before = (folder / STARTS_FILE).read_bytes()
+    with pytest.raises(UserError) as refusal, record_start(folder, max_repeat_failures):
         raise AssertionError("entered")
-    assert (folder / FILE).read_bytes() == before
+    assert (folder / STARTS_FILE).read_bytes() == before
     return str(refusal.value)
 
 
@@ -53,8 +53,8 @@ def test_three_starts_that_fail_in_one_step_are_enough(tmp_path):
         fail(tmp_path)
         reach(tmp_path, 40, 41)
     assert refused(tmp_path) == (
-        f"run.max_failures: 3 starts in a row have failed in step 42 of {tmp_path}; the log says why; "
-        "mend the cause, then start once with run.max_failures=0"
+        f"run.max_repeat_failures: 3 starts in a row have failed in step 42 of {tmp_path}; the log says why; "
+        "mend the cause, then start once with run.max_repeat_failures=0"
     )
     assert [record["reached"] for record in records(tmp_path)] == [0, 41, 41]
 
@@ -62,8 +62,8 @@ def test_three_starts_that_fail_in_one_step_are_enough(tmp_path):
 @pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
 def test_whatever_ends_a_process_without_a_word_is_a_failure(tmp_path, ending):
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom tandem.trainer.crash_loop import attempt\n"
-        f"with attempt(Path(sys.argv[1]), 1): {ending}"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom tandem.trainer.crash_loop import record_start\n"
+        f"with record_start(Path(sys.argv[1]), 1): {ending}"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path], check=False, capture_output=True)
     assert [record["kind"] for record in records(tmp_path)] == ["start"]
@@ -76,7 +76,7 @@ def test_whatever_ends_a_process_without_a_word_is_a_failure(tmp_path, ending):
 )
 def test_an_end_in_order_is_no_failure(tmp_path, ending, code):
     for _ in range(2):
-        with pytest.raises(type(ending)) if ending else nullcontext(), attempt(tmp_path, 1):
+        with pytest.raises(type(ending)) if ending else nullcontext(), record_start(tmp_path, 1):
             if ending:
                 raise ending
     assert [(record["kind"], record.get("code")) for record in records(tmp_path)] == [
@@ -95,7 +95,7 @@ def test_a_run_that_gets_further_between_failures_is_never_refused(tmp_path):
 
 def test_an_end_in_order_between_failures_begins_the_count_anew(tmp_path):
     fail(tmp_path, 2)
-    with attempt(tmp_path, 2):
+    with record_start(tmp_path, 2):
         pass
     fail(tmp_path, 2)
     fail(tmp_path, 2)
@@ -124,14 +124,14 @@ def test_the_run_is_where_the_last_record_says_not_at_its_highest_step(tmp_path)
 
 def test_torn_lines_are_passed_over(tmp_path):
     fail(tmp_path, 2)
-    with (tmp_path / FILE).open("a") as file:
+    with (tmp_path / STARTS_FILE).open("a") as file:
         file.write('{"kind": "sta')
     reach(tmp_path, *range(1, 3000))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "step": 3000, "lo')
     fail(tmp_path, 2)
     reach(tmp_path)
-    lines = (tmp_path / FILE).read_text().splitlines()
+    lines = (tmp_path / STARTS_FILE).read_text().splitlines()
     assert [line[:14] for line in lines] == ['{"kind": "star', '{"kind": "sta', '{"kind": "star']
     assert json.loads(lines[-1])["reached"] == 2999
     assert "failed in step 3000" in refused(tmp_path, 2)
@@ -149,7 +149,7 @@ def test_a_long_file_without_steps_is_read_to_its_beginning(tmp_path):
 def test_a_line_is_read_whole_wherever_the_file_is_cut_in_reading(tmp_path, past):
     reach(tmp_path, 7)
     with (tmp_path / "metrics.jsonl").open("ab") as file:
-        file.write(b"{}".ljust(TAIL_BYTES - file.tell() + past) + b"\n")
+        file.write(b"{}".ljust(TAIL_CHUNK_BYTES - file.tell() + past) + b"\n")
     fail(tmp_path)
     assert records(tmp_path)[0]["reached"] == 7
 
@@ -166,7 +166,7 @@ def test_the_verdict_of_the_last_hang_is_told_and_no_older_one(tmp_path):
 
 
 def test_two_launches_in_one_folder_do_not_end_one_another(tmp_path):
-    first = attempt(tmp_path, 1)
+    first = record_start(tmp_path, 1)
     first.__enter__()
     fail(tmp_path, 0)
     first.__exit__(None, None, None)
@@ -179,10 +179,10 @@ def test_a_folder_that_cannot_be_is_a_mistake(tmp_path):
     with pytest.raises(
         UserError, match=r"^run.root: .* cannot be made \(Not a directory\); name a folder you can write to$"
     ):
-        attempt(tmp_path / "file" / "run", 3).__enter__()
-    (tmp_path / FILE).mkdir()
+        record_start(tmp_path / "file" / "run", 3).__enter__()
+    (tmp_path / STARTS_FILE).mkdir()
     with pytest.raises(UserError, match=r"attempts.jsonl: cannot be written \(Is a directory\)"):
-        attempt(tmp_path, 0).__enter__()
+        record_start(tmp_path, 0).__enter__()
 
 
 def test_it_needs_no_torch():

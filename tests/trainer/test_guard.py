@@ -6,14 +6,16 @@ import math
 
 import pytest
 
-from tandem.trainer.config import Guard as Settings
-from tandem.trainer.config import Phase
+from tandem.trainer.config import GuardConfig as Settings
+from tandem.trainer.config import PhaseConfig
 from tandem.trainer.guard import Guard, Judgement
 
-SHORT, LONG = (Phase(name, 4096, seq_len, 8, 1, {"corpus": 1.0}) for name, seq_len in (("short", 32), ("long", 128)))
+SHORT, LONG = (
+    PhaseConfig(name, 4096, seq_len, 8, 1, {"corpus": 1.0}) for name, seq_len in (("short", 32), ("long", 128))
+)
 
 
-def judged(guard: Guard, values: list[tuple[float, float]], phase: Phase = SHORT) -> list[str]:
+def judged(guard: Guard, values: list[tuple[float, float]], phase: PhaseConfig = SHORT) -> list[str]:
     return [guard.judge(phase, *value).decision for value in values]
 
 
@@ -28,12 +30,12 @@ def test_what_is_not_finite_is_bad_from_the_first_step_on(bad):
 
 
 def test_so_many_are_skipped_then_the_run_goes_back_and_that_is_counted():
-    guard, bad = Guard(Settings(max_skips=2), rollbacks={7: 1}), (math.nan, 1.0)
-    start = guard.state()
+    guard, bad = Guard(Settings(max_skips=2), num_rollbacks={7: 1}), (math.nan, 1.0)
+    start = guard.state_dict()
     assert judged(guard, [bad, bad, bad]) == ["skip", "skip", "rollback"]
-    guard.go_back(7, start)
+    guard.roll_back(7, start)
     assert judged(guard, [(3.0, 1.0), bad, bad, bad]) == ["update", "skip", "skip", "rollback"]
-    assert (guard.rollbacks_to(7), guard.rollbacks_to(8)) == (2, 0)
+    assert (guard.num_rollbacks_to(7), guard.num_rollbacks_to(8)) == (2, 0)
 
 
 @pytest.mark.parametrize(("loss", "norm", "named"), [(4.5, 1.0, "loss 4.5 lies "), (3.0, 2.0, "gradient norm 2 lies ")])
@@ -57,12 +59,12 @@ def test_sigmas_are_those_of_a_normal_distribution():
     assert guard.judge(SHORT, limit * (1 - 1e-9), 1.0).decision == "update"
 
 
-@pytest.mark.parametrize("changed", [{"seq_len": 128}, {"rows": 16}, {"mixture": {"other": 1.0}}])
+@pytest.mark.parametrize("changed", [{"seq_len": 128}, {"global_batch_size": 16}, {"mixture": {"other": 1.0}}])
 def test_what_other_rows_or_other_data_change_is_no_spike(changed):
     """Also after a restart: the checkpoint keeps what the steps were that later ones are compared with."""
     guard = Guard(Settings(spike_sigmas=6.0, window_steps=32))
     judged(guard, steady(32))
-    again = Guard(Settings(spike_sigmas=6.0, window_steps=32), json.loads(json.dumps(guard.state())))
+    again = Guard(Settings(spike_sigmas=6.0, window_steps=32), json.loads(json.dumps(guard.state_dict())))
     for each in (guard, again):
         assert each.judge(SHORT, 4.5, 1.0).decision == "skip"
         assert each.judge(dataclasses.replace(SHORT, **changed), 4.5, 1.0).decision == "update"
@@ -98,7 +100,7 @@ def test_off_it_lets_every_finite_step_pass():
 def test_a_state_that_went_through_a_checkpoint_judges_alike():
     one = Guard(Settings(spike_sigmas=3.0, window_steps=16, max_skips=1))
     judged(one, [*steady(20), (math.nan, 1.0)])
-    other = Guard(Settings(spike_sigmas=3.0, window_steps=16, max_skips=1), json.loads(json.dumps(one.state())))
+    other = Guard(Settings(spike_sigmas=3.0, window_steps=16, max_skips=1), json.loads(json.dumps(one.state_dict())))
     for value in [*steady(40)[20:], (3.4, 1.0), (3.0, math.nan), (math.nan, 1.0)]:
         assert other.judge(SHORT, *value) == one.judge(SHORT, *value)
     assert one.judge(SHORT, math.nan, 1.0) == Judgement("rollback", "loss is not finite")

@@ -1,11 +1,11 @@
 """What a start finds in its run folder, and what it leaves there."""
 
 from tandem.trainer import run_folder
-from tandem.trainer.disk import write_whole
+from tandem.trainer.disk import atomic_write
 
 
 def test_what_a_kill_left_half_written_goes_and_nothing_else(tmp_path):
-    write_whole(tmp_path / "report.html", "whole")
+    atomic_write(tmp_path / "report.html", "whole")
     (tmp_path / "manifests").mkdir()
     torn = [tmp_path / "config.yaml.0123abcd.tmp", tmp_path / "manifests" / "a.json.89efffff.tmp"]
     kept = [tmp_path / "notes.tmp", tmp_path / "manifests" / "a.json"]
@@ -20,4 +20,4 @@ def test_what_a_kill_left_half_written_goes_and_nothing_else(tmp_path):
 def test_without_git_the_commit_is_that_of_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("TANDEM_COMMIT", "0123abc")
-    assert run_folder.environment()["commit"] == "0123abc"
+    assert run_folder.describe_environment()["commit"] == "0123abc"

@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 import pytest
 
 from tandem.trainer import runtime
-from tests.timeouts import PATIENCE_SECONDS, eventually
+from tests.timeouts import TEST_TIMEOUT_SECONDS, wait_until
 
 LAUNCHED = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "WORLD_SIZE")
 
@@ -29,7 +29,7 @@ def test_the_ranks_of_a_machine_are_known_whatever_launched_them(monkeypatch, gi
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    assert runtime.node_ranks() == expected
+    assert runtime.max_local_world_size() == expected
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_gpus_are_found_by_any_of_their_device_files(monkeypatch, tmp_path, file
     assert runtime.num_gpus(tmp_path) == expected
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(runtime, "num_gpus", lambda: expected)
-    runtime.quiet_libraries()
+    runtime.silence_library_warnings()
     assert os.environ.pop("DS_ACCELERATOR", None) == (None if expected else "cpu")
 
 
@@ -73,8 +73,8 @@ def test_no_library_takes_a_signal_for_an_error_of_its_own():
             time.sleep(5)
 
     with closing(runtime.StopSignal()) as stop_signal:
-        stop_signal.met()
-        with pytest.raises(runtime.Stopped), stop_signal.interrupting():
+        stop_signal.mark_rendezvous_done()
+        with pytest.raises(runtime.StopRequested), stop_signal.interruptible():
             library()
 
 
@@ -90,9 +90,9 @@ def test_a_signal_starts_no_thread(monkeypatch):
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", recorded)
-    monkeypatch.setattr(runtime, "MEETING_SECONDS", 2 * PATIENCE_SECONDS)
+    monkeypatch.setattr(runtime, "RENDEZVOUS_TIMEOUT_SECONDS", 2 * TEST_TIMEOUT_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
-    eventually(lambda: stop.came)
+    wait_until(lambda: stop.has_arrived)
     stop.close()
     listener.join()
     assert started == []

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tandem.trainer.checkpoint.async_save import save
-from tandem.trainer.checkpoint.read import Snapshot, opened
-from tandem.trainer.checkpoint.write import model_facts
-from tandem.trainer.config import RunConfig
+from tandem.trainer.checkpoint.async_save import save_checkpoint
+from tandem.trainer.checkpoint.read import Checkpoint, open_checkpoint
+from tandem.trainer.checkpoint.write import model_metadata
+from tandem.trainer.config import TrainConfig, UserError, dump_config
+from tandem.trainer.distributed.coordination import Coordinator
 from tandem.trainer.distributed.deepspeed_engine import Engine
-from tandem.trainer.distributed.mesh import Mesh, started
-from tandem.trainer.distributed.sharding import local_part
+from tandem.trainer.distributed.mesh import Mesh, mesh_context
+from tandem.trainer.distributed.sharding import slice_local
 from tandem.trainer.models import init
-from tandem.trainer.models.init import values
-from tandem.trainer.models.mup import rules
-from tandem.trainer.startup import build_engine
+from tandem.trainer.models.init import initial_values
+from tandem.trainer.models.mup import parameter_rules
+from tandem.trainer.runtime import StopSignal
+from tandem.trainer.startup import build_engine, open_folder
 from tests import ranks, tiny_configs
 
 LAYOUTS = [(1, 1), (1, 2), (2, 4)]
@@ -30,10 +32,10 @@ KINDS = {"zero0": ("fp32", 0), "zero1": ("fp32", 1), "bf16": ("bf16", 1)}
 IMPORTED_SEED = 77
 
 
-def config(kind: str, tp_size: int, seed: int = 1) -> RunConfig:
+def config(kind: str, tp_size: int, seed: int = 1) -> TrainConfig:
     precision, zero_stage = KINDS[kind]
     parallel = {"tp_size": tp_size, "zero_stage": zero_stage}
-    return tiny_configs.config("btlm", run={"precision": precision, "seed": seed}, parallel=parallel)
+    return tiny_configs.make_config("btlm", run={"precision": precision, "seed": seed}, parallel=parallel)
 
 
 @contextmanager
@@ -53,16 +55,16 @@ def counted(owner: Any, function: str) -> Iterator[Counter[str]]:
         setattr(owner, function, original)
 
 
-def wrong(engine: Engine, given: RunConfig, seed: int, mesh: Mesh) -> list[str]:
+def wrong(engine: Engine, given: TrainConfig, seed: int, mesh: Mesh) -> list[str]:
     """Weights and masters that are not bit for bit this rank's part of the initial values of `seed`."""
     parameters, found = dict(engine.model.named_parameters()), []
-    table, sigmas = rules(given.model, given.mup), given.model.init_truncation_sigmas
-    value = values(engine.model, table, seed=seed, truncation_sigmas=sigmas)
-    parts = {name: local_part(p.shard, value(name), mesh.tp_rank, mesh.tp_size) for name, p in parameters.items()}
+    table, sigmas = parameter_rules(given.model, given.mup), given.model.init_truncation_sigmas
+    value = initial_values(engine.model, table, seed=seed, truncation_sigmas=sigmas)
+    parts = {name: slice_local(p.sharding, value(name), mesh.tp_rank, mesh.tp_size) for name, p in parameters.items()}
     for name, parameter in parameters.items():
         if not torch.equal(parameter.detach(), parts[name].reshape(parameter.shape).to(parameter.dtype)):
             found.append(name)
-    for one in engine.fragments():
+    for one in engine.optimizer_fragments():
         if not torch.equal(one.master, parts[one.name].reshape(-1)[one.start : one.start + len(one.master)]):
             found.append(f"master of {one.name}")
     return found
@@ -72,17 +74,17 @@ def starts(tp_size: int, folder: Path) -> dict[str, Any]:
     """By kind of optimizer and source of the weights: names of wrong tensors, and what was made how often."""
     found: dict[str, Any] = {}
     torch.use_deterministic_algorithms(True)  # new memory is nan: whatever a start leaves out is seen
-    with started(tp_size) as mesh:
+    with mesh_context(tp_size) as mesh:
         other = config("zero1", tp_size, IMPORTED_SEED)
-        facts = model_facts(other.model, other.mup)
-        save(folder, 0, build_engine(other, mesh, None), mesh, facts=facts, keep=0)
+        facts = model_metadata(other.model, other.mup)
+        save_checkpoint(folder, 0, build_engine(other, mesh, None), mesh, metadata=facts, keep_last=0)
         for kind in KINDS:
             given = config(kind, tp_size)
-            with counted(init, "initial") as drawn:
+            with counted(init, "initial_value") as drawn:
                 engine = build_engine(given, mesh, None)
             found[f"{kind} drawn"] = wrong(engine, given, 1, mesh), drawn, mesh.tp_rank
-            with counted(init, "initial") as drawn, counted(Snapshot, "weight") as read:
-                engine = build_engine(given, mesh, None, opened(folder, mesh))
+            with counted(init, "initial_value") as drawn, counted(Checkpoint, "read_weight") as read:
+                engine = build_engine(given, mesh, None, open_checkpoint(folder, mesh))
             assert not drawn
             found[f"{kind} imported"] = wrong(engine, given, IMPORTED_SEED, mesh), read, mesh.tp_rank
         found["names"] = [name for name, _ in engine.model.named_parameters()]
@@ -101,3 +103,14 @@ def test_a_start_makes_each_weight_once(tmp_path: Path, tp_size: int, num_ranks:
             replicas = [calls for _, calls, of in (rank[case] for rank in world) if of == tp_rank]
             assert len(replicas) == num_ranks // tp_size
             assert sum(replicas, Counter()) == Counter(names), case
+
+
+def test_a_run_of_a_version_with_other_names_is_refused_before_anything_is_written(tmp_path):
+    given = tiny_configs.make_config("btlm")
+    before = dump_config(given).replace("hidden_size:", "width:")
+    (tmp_path / "config.yaml").write_text(before)
+    message = r"config.yaml: does not load in this version \(model\.width: .*\); .*another run\.name$"
+    mesh = Mesh(0, 1, 0, 0, 1, 0, 1, torch.device("cpu"))
+    with closing(StopSignal()) as stop_signal, pytest.raises(UserError, match=message):
+        open_folder(tmp_path, given, None, Coordinator(mesh, stop_signal))
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("config.yaml", before)]

@@ -16,52 +16,53 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
-MANIFEST, MARKER = "manifest.json", "COMMITTED"
-PASSED_OVER = "PASSED-OVER"
+FORMAT_VERSION = 2
+"""Of the names in the manifest. No other is read: the names of one version mean nothing to another."""
+MANIFEST_FILE, COMMIT_MARKER = "manifest.json", "COMMITTED"
+REJECTED_MARKER = "REJECTED"
 """Name of the marker once a run has found the folder damaged and gone on from an earlier one: the folder does not count."""
-KINDS = ("master", "exp_avg", "exp_avg_sq")
+STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
-def folder_name(step: int) -> str:
+def step_folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def rank_file(rank: int) -> str:
+def rank_file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def key(kind: str, name: str, start: int) -> str:
+def fragment_key(kind: str, name: str, start: int) -> str:
     return f"{kind}/{name}/{start}"
 
 
-def committed(root: Path) -> list[Path]:
+def list_committed(root: Path) -> list[Path]:
     """Folders below `root` that carry a commit marker, oldest first."""
-    return [folder for folder in begun(root) if (folder / MARKER).is_file()]
+    return [folder for folder in list_checkpoints(root) if (folder / COMMIT_MARKER).is_file()]
 
 
-def begun(root: Path) -> list[Path]:
+def list_checkpoints(root: Path) -> list[Path]:
     """Checkpoint folders below `root`, committed, torn by a kill or half removed, oldest first."""
     return sorted(path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
-def damage(folder: Path, files: list[str] | None = None) -> str | None:
-    """What is wrong with a committed folder, in words, or None. `files` limits whose contents are hashed."""
+def find_damage(folder: Path, files_to_hash: list[str] | None = None) -> str | None:
+    """What is wrong with a committed folder, in words, or None. `files_to_hash` limits whose contents are hashed."""
     read = {}
-    for file in (MANIFEST, MARKER):
+    for file in (MANIFEST_FILE, COMMIT_MARKER):
         try:
             read[file] = (folder / file).read_bytes()
         except OSError:
             return f"{file} cannot be read"
-    text = read[MANIFEST]
-    if hashlib.sha256(text).hexdigest().encode() != read[MARKER].strip():
-        return f"{MANIFEST} is not the one that was committed"
+    text = read[MANIFEST_FILE]
+    if hashlib.sha256(text).hexdigest().encode() != read[COMMIT_MARKER].strip():
+        return f"{MANIFEST_FILE} is not the one that was committed"
     saved: dict[str, dict[str, Any]] = json.loads(text)["files"]
     for file, entry in saved.items():
         path = folder / file
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             return f"{file} is missing or has another size"
-    hashed = [file for file in saved if files is None or file in files]
+    hashed = [file for file in saved if files_to_hash is None or file in files_to_hash]
     # Hashing leaves the interpreter to others, and one core hashes slower than a disk reads.
     with ThreadPoolExecutor() as pool:
         hashes = {file: pool.submit(file_sha256, folder / file) for file in hashed}
@@ -74,7 +75,7 @@ def damage(folder: Path, files: list[str] | None = None) -> str | None:
     return None
 
 
-def data_files(folder: Path) -> list[str]:
+def list_data_files(folder: Path) -> list[str]:
     """The files a committed folder should have besides manifest and marker; none when its manifest cannot be read."""
     try:
         return sorted(read_manifest(folder)["files"])
@@ -84,7 +85,7 @@ def data_files(folder: Path) -> list[str]:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a committed folder."""
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text())
     return manifest
 
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 CHUNK_BYTES = 1 << 24
 
 
-class Spec(NamedTuple):
+class TensorSpec(NamedTuple):
     """What the table says of a tensor."""
 
     dtype: torch.dtype
@@ -31,66 +31,66 @@ class Spec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(
+def write_safetensors(
     path: Path,
-    specs: Mapping[str, Spec],
+    specs: Mapping[str, TensorSpec],
     tensors: Iterable[Tensor],
     *,
-    watch: Callable[[memoryview], object] = lambda chunk: None,
+    on_chunk: Callable[[memoryview], object] = lambda chunk: None,
 ) -> int:
     """The new file holds `tensors`, named and described by `specs` in the same order, and is synced; returns its size in bytes.
 
-    Each tensor is asked for when the one before has been written and let go. `watch` is shown every byte, in order: the
+    Each tensor is asked for when the one before has been written and let go. `on_chunk` is shown every byte, in order: the
     `update` of a hash.
     Note: wider dtypes come first, so that every tensor is aligned.
     """
     assert sys.byteorder == "little", "the format is little-endian, and bytes are written as they lie in memory"
-    produced = iter(tensors)
+    tensor_iterator = iter(tensors)
     with open(path, "xb") as file:  # a process that was long asleep must not write into what others have made since
-        _put(file, memoryview(_head(specs)), watch)
+        _write_chunks(file, memoryview(_header(specs)), on_chunk)
         for name, spec in specs.items():
-            _put(file, _bytes(name, spec, next(produced)), watch)
-        assert next(produced, None) is None, f"{path}: more tensors than names"
+            _write_chunks(file, _tensor_bytes(name, spec, next(tensor_iterator)), on_chunk)
+        assert next(tensor_iterator, None) is None, f"{path}: more tensors than names"
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
 
 
-def runs(items: Iterable[T], num_bytes: Callable[[T], int], limit: int) -> list[list[T]]:
-    """The items in order, in runs of at most `limit` bytes; a larger item is alone."""
-    found: list[list[T]] = [[]]
-    used = 0
+def group_by_bytes(items: Iterable[T], num_bytes: Callable[[T], int], max_bytes: int) -> list[list[T]]:
+    """The items in order, in runs of at most `max_bytes` bytes; a larger item is alone."""
+    groups: list[list[T]] = [[]]
+    group_bytes = 0
     for item in items:
         size = num_bytes(item)
-        if found[-1] and used + size > limit:
-            found.append([])
-            used = 0
-        found[-1].append(item)
-        used += size
-    return found
+        if groups[-1] and group_bytes + size > max_bytes:
+            groups.append([])
+            group_bytes = 0
+        groups[-1].append(item)
+        group_bytes += size
+    return groups
 
 
-def _head(specs: Mapping[str, Spec]) -> bytes:
+def _header(specs: Mapping[str, TensorSpec]) -> bytes:
     """Source: README of the safetensors project, "Format"."""
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, spec in specs.items():
         start, end = end, end + spec.num_bytes
         assert start % spec.dtype.itemsize == 0, f"{name} would not be aligned"
-        table[name] = {"dtype": DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins on eight bytes
-    return len(text).to_bytes(8, "little") + text
+        header[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+    header_bytes = json.dumps(header, separators=(",", ":")).encode()
+    header_bytes += b" " * (-len(header_bytes) % 8)  # the data begins on eight bytes
+    return len(header_bytes).to_bytes(8, "little") + header_bytes
 
 
-def _bytes(name: str, spec: Spec, tensor: Tensor) -> memoryview:
-    found = Spec(tensor.dtype, tuple(tensor.shape))
-    assert found == spec, f"{name}: {found} where {spec} was announced"
+def _tensor_bytes(name: str, spec: TensorSpec, tensor: Tensor) -> memoryview:
+    actual_spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
+    assert actual_spec == spec, f"{name}: {actual_spec} where {spec} was announced"
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _put(file: BinaryIO, data: memoryview, watch: Callable[[memoryview], object]) -> None:
+def _write_chunks(file: BinaryIO, data: memoryview, on_chunk: Callable[[memoryview], object]) -> None:
     for start in range(0, len(data), CHUNK_BYTES):
         chunk = data[start : start + CHUNK_BYTES]
         file.write(chunk)
-        watch(chunk)
+        on_chunk(chunk)

@@ -7,74 +7,71 @@ causal model needs half of that. Both are offered; whoever prints one says which
 
 from __future__ import annotations
 
-from tandem.trainer.config import BTLM, PADDING_MULTIPLE, StableLM
+from tandem.trainer.config import BTLMConfig, StableLMConfig
 
 
-def padded(size: int, tp_size: int) -> int:
-    """`size` rounded up so that each of `tp_size` ranks holds a multiple of PADDING_MULTIPLE."""
-    multiple = PADDING_MULTIPLE * tp_size
-    return -(-size // multiple) * multiple
-
-
-def parameters(model: StableLM | BTLM) -> int:
+def num_parameters(model: StableLMConfig | BTLMConfig) -> int:
     """Number of unique parameters: a tied head counts once, and tensors copied to several ranks count once.
 
     Note: the model cards of Stable LM 2 count norms in another way; configs/README.md works it out.
     """
-    return sum(parameters_by_part(model).values())
+    return sum(num_parameters_by_part(model).values())
 
 
-def parameters_by_part(model: StableLM | BTLM) -> dict[str, int]:
+def num_parameters_by_part(model: StableLMConfig | BTLMConfig) -> dict[str, int]:
     """Unique parameters by part; together they are the whole model."""
-    norms, norm_vectors = _norm_sizes(model)
+    num_norms, num_norm_vectors = _norm_counts(model)
     return {
-        "embedding": model.vocab * model.width,
-        "attention": model.depth * _attention_matrices(model),
-        "ffn": model.depth * _ffn_matrices(model),
-        "norms": norms * model.width * norm_vectors + model.depth * _qk_norm_weights(model),
-        "biases": model.depth * _layer_biases(model),
-        "head": 0 if model.tied_head else model.vocab * model.width,
+        "embedding": model.vocab_size * model.hidden_size,
+        "attention": model.num_layers * _num_attention_weights(model),
+        "ffn": model.num_layers * _num_ffn_weights(model),
+        "norms": num_norms * model.hidden_size * num_norm_vectors + model.num_layers * _num_qk_layernorm_weights(model),
+        "biases": model.num_layers * _num_layer_biases(model),
+        "head": 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size,
     }
 
 
-def flops_per_token(model: StableLM | BTLM, seq_len: int, causal: bool) -> int:
+def flops_per_token(model: StableLMConfig | BTLMConfig, seq_len: int, causal: bool) -> int:
     """Floating-point operations of forward and backward for one token, recomputation not counted.
 
     6 per weight of a matrix product (the head is one also where it is tied) and 12 * depth * width * seq_len
     for attention over the whole row, half of it with `causal`. Document masks, norms and biases do not count.
     Source: PaLM (arXiv 2204.02311), appendix B.
     """
-    matrices = model.depth * (_attention_matrices(model) + _ffn_matrices(model)) + model.vocab * model.width
-    attention = 12 * model.depth * model.width * seq_len
-    return 6 * matrices + (attention // 2 if causal else attention)
+    num_matrix_weights = (
+        model.num_layers * (_num_attention_weights(model) + _num_ffn_weights(model))
+        + model.vocab_size * model.hidden_size
+    )
+    attention_flops = 12 * model.num_layers * model.hidden_size * seq_len
+    return 6 * num_matrix_weights + (attention_flops // 2 if causal else attention_flops)
 
 
-def _attention_matrices(model: StableLM | BTLM) -> int:
-    return _qkv_rows(model) * model.width + model.width * model.width
+def _num_attention_weights(model: StableLMConfig | BTLMConfig) -> int:
+    return _qkv_projection_size(model) * model.hidden_size + model.hidden_size * model.hidden_size
 
 
-def _ffn_matrices(model: StableLM | BTLM) -> int:
-    return 3 * model.width * model.ffn_width
+def _num_ffn_weights(model: StableLMConfig | BTLMConfig) -> int:
+    return 3 * model.hidden_size * model.ffn_hidden_size
 
 
-def _qkv_rows(model: StableLM | BTLM) -> int:
-    return (model.heads + 2 * model.kv_heads) * model.head_dim
+def _qkv_projection_size(model: StableLMConfig | BTLMConfig) -> int:
+    return (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
 
 
-def _qk_norm_weights(model: StableLM | BTLM) -> int:
-    qk_norm = isinstance(model, StableLM) and model.qk_norm
-    return (model.heads + model.kv_heads) * model.head_dim if qk_norm else 0
+def _num_qk_layernorm_weights(model: StableLMConfig | BTLMConfig) -> int:
+    has_qk_layernorm = isinstance(model, StableLMConfig) and model.qk_layernorm
+    return (model.num_heads + model.num_kv_heads) * model.head_dim if has_qk_layernorm else 0
 
 
-def _norm_sizes(model: StableLM | BTLM) -> tuple[int, int]:
+def _norm_counts(model: StableLMConfig | BTLMConfig) -> tuple[int, int]:
     """Number of norms over the width, and of vectors in each (weight, bias)."""
-    if isinstance(model, BTLM):
-        return 2 * model.depth + 1, 2
-    return (1 if model.parallel_residual else 2) * model.depth + 1, 2 if model.norm_bias else 1
+    if isinstance(model, BTLMConfig):
+        return 2 * model.num_layers + 1, 2
+    return (1 if model.parallel_residual else 2) * model.num_layers + 1, 2 if model.norm_bias else 1
 
 
-def _layer_biases(model: StableLM | BTLM) -> int:
+def _num_layer_biases(model: StableLMConfig | BTLMConfig) -> int:
     """Biases of one layer's matrices; those of norms are counted with the norms."""
-    if isinstance(model, BTLM):
-        return _qkv_rows(model) + model.width + 2 * model.ffn_width + model.width
-    return _qkv_rows(model) if model.qkv_bias else 0
+    if isinstance(model, BTLMConfig):
+        return _qkv_projection_size(model) + model.hidden_size + 2 * model.ffn_hidden_size + model.hidden_size
+    return _qkv_projection_size(model) if model.qkv_bias else 0

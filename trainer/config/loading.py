@@ -1,4 +1,4 @@
-"""The YAML file in and out: `load` is the one way to read a config. The one door to omegaconf."""
+"""The YAML file in and out: `load_config` is the one way to read a config. The one door to omegaconf."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tandem.trainer.config.parsing import section_from
-from tandem.trainer.config.rules import check
-from tandem.trainer.config.sections import RunConfig, UserError
+from tandem.trainer.config.parsing import parse_dataclass
+from tandem.trainer.config.rules import check_config
+from tandem.trainer.config.sections import TrainConfig, UserError
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """The checked config of the file with dotted overrides (`optim.clip_norm=0.5`) applied.
+def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
+    """The checked config of the file with dotted overrides (`optim.max_grad_norm=0.5`) applied.
 
     Raises: UserError, one line naming field, value, rule and remedy.
     """
@@ -28,7 +28,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
             key, equals, value = override.partition("=")
             if not key or not equals:
                 raise UserError(
-                    f"override {override!r}: must read section.field=value; for example optim.clip_norm=0.5"
+                    f"override {override!r}: must read section.field=value; for example optim.max_grad_norm=0.5"
                 )
             try:
                 OmegaConf.update(node, key, OmegaConf.from_dotlist([f"value={value}"])["value"])
@@ -46,28 +46,28 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
             f"{path}: holds {type(tree).__name__}; a config is a mapping of sections; start from a shipped one"
         )
     if isinstance(tree.get("hardware"), str):
-        tree["hardware"] = _hardware(path.parent / "hardware", tree["hardware"])
-    config: RunConfig = section_from(RunConfig, tree, "")
-    check(config)
+        tree["hardware"] = _load_hardware(path.parent / "hardware", tree["hardware"])
+    config: TrainConfig = parse_dataclass(TrainConfig, tree, "")
+    check_config(config)
     return config
 
 
-def dump(config: RunConfig) -> str:
-    """The YAML that `load` reads back into the same config."""
+def dump_config(config: TrainConfig) -> str:
+    """The YAML that `load_config` reads back into the same config."""
     return str(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
 
 
-def _hardware(folder: Path, name: str) -> Any:
-    file = folder / f"{name}.yaml"
-    if not file.is_file():
+def _load_hardware(folder: Path, name: str) -> Any:
+    hardware_path = folder / f"{name}.yaml"
+    if not hardware_path.is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "none"
         raise UserError(f"hardware: {name!r} has no file in {folder}; known there: {known}; name one of them or null")
     try:
-        return OmegaConf.to_container(OmegaConf.load(file))
+        return OmegaConf.to_container(OmegaConf.load(hardware_path))
     except Exception as error:  # PyYAML's errors share no base class with omegaconf's
         if not type(error).__module__.startswith(("yaml", "omegaconf")):
             raise
-        raise UserError(f"{file}: not valid YAML: {_one_line(error)}; correct the file") from None
+        raise UserError(f"{hardware_path}: not valid YAML: {_one_line(error)}; correct the file") from None
 
 
 def _one_line(error: Exception) -> str:

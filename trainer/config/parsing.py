@@ -10,58 +10,58 @@ import dataclasses
 import difflib
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tandem.trainer.config.sections import BTLM, FAMILIES, LEARNING_RATES, LearningRate, StableLM, UserError
+from tandem.trainer.config.sections import LR_CONFIGS, MODEL_CONFIGS, BTLMConfig, LRConfig, StableLMConfig, UserError
 
 
-def section_from(kind: Any, tree: Any, where: str) -> Any:
-    """One section, or the whole config, as its frozen dataclass; `where` is its path, for messages.
+def parse_dataclass(dataclass_type: Any, tree: Any, key_path: str) -> Any:
+    """One section, or the whole config, as its frozen dataclass; `key_path` is its path, for messages.
 
     Raises: UserError for an unknown or missing key and a value of the wrong type.
     """
-    return _build(kind, tree, where)
+    return _parse_value(dataclass_type, tree, key_path)
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
+def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
     """`value` (plain YAML data) as an instance of the annotation `kind`; strict about keys and types."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
+    type_origin, arguments = get_origin(annotation), get_args(annotation)
+    if type_origin is Literal:
         if value not in arguments or isinstance(value, bool):
-            raise UserError(f"{where}: {value!r}; must be one of {', '.join(map(str, arguments))}; change it")
+            raise UserError(f"{key_path}: {value!r}; must be one of {', '.join(map(str, arguments))}; change it")
         return value
-    if origin is list:
+    if type_origin is list:
         if not isinstance(value, list):
-            raise UserError(f"{where}: {value!r}; must be a list; write one entry per line with a dash")
-        return [_build(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if origin is dict:
+            raise UserError(f"{key_path}: {value!r}; must be a list; write one entry per line with a dash")
+        return [_parse_value(arguments[0], item, f"{key_path}[{index}]") for index, item in enumerate(value)]
+    if type_origin is dict:
         if not isinstance(value, dict):
-            raise UserError(f"{where}: {value!r}; must be a mapping of names; write name: value")
-        return {str(key): _build(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+            raise UserError(f"{key_path}: {value!r}; must be a mapping of names; write name: value")
+        return {str(key): _parse_value(arguments[1], item, f"{key_path}.{key}") for key, item in value.items()}
     if type(None) in arguments:
         (present,) = (argument for argument in arguments if argument is not type(None))
-        return None if value is None else _build(present, value, where)
-    if kind == StableLM | BTLM:
-        kind = _chosen(FAMILIES, value, where, "family")
-    elif kind is LearningRate:
-        kind = _chosen(LEARNING_RATES, value, where, "kind")
-    if dataclasses.is_dataclass(kind):
-        return _build_section(kind, value, where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return None if value is None else _parse_value(present, value, key_path)
+    if annotation == StableLMConfig | BTLMConfig:
+        annotation = _select_class(MODEL_CONFIGS, value, key_path, "family")
+    elif annotation is LRConfig:
+        annotation = _select_class(LR_CONFIGS, value, key_path, "kind")
+    if dataclasses.is_dataclass(annotation):
+        return _parse_fields(annotation, value, key_path)
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if type(value) is not kind:
-        raise UserError(f"{where}: {value!r} is {type(value).__name__}; must be {kind.__name__}; change it")
+    if type(value) is not annotation:
+        raise UserError(f"{key_path}: {value!r} is {type(value).__name__}; must be {annotation.__name__}; change it")
     return value
 
 
-def _build_section(kind: Any, value: Any, where: str) -> Any:
+def _parse_fields(dataclass_type: Any, value: Any, key_path: str) -> Any:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: {value!r}; must be a section with fields; see configs/ for a complete file")
-    hints, fields = get_type_hints(kind), {entry.name: entry for entry in dataclasses.fields(kind)}
-    prefix = f"{where}." if where else ""
+        raise UserError(f"{key_path}: {value!r}; must be a section with fields; see configs/ for a complete file")
+    hints, fields = get_type_hints(dataclass_type), {entry.name: entry for entry in dataclasses.fields(dataclass_type)}
+    prefix = f"{key_path}." if key_path else ""
     for key in value:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
-            raise UserError(f"{prefix}{key}: {_shown(value[key])}; no such field; {remedy}")
+            close_matches = difflib.get_close_matches(str(key), fields, n=1)
+            remedy = f"did you mean {close_matches[0]}?" if close_matches else f"known: {', '.join(fields)}"
+            raise UserError(f"{prefix}{key}: {_short_repr(value[key])}; no such field; {remedy}")
     for name, entry in fields.items():
         if name not in value and entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
             if dataclasses.is_dataclass(hints[name]) and all(
@@ -69,20 +69,20 @@ def _build_section(kind: Any, value: Any, where: str) -> Any:
             ):
                 continue
             raise UserError(f"{prefix}{name}: missing; the config has no value for it; add {prefix}{name}")
-    return kind(**{
-        name: _build(hints[name], value.get(name, {}), f"{prefix}{name}")
+    return dataclass_type(**{
+        name: _parse_value(hints[name], value.get(name, {}), f"{prefix}{name}")
         for name, entry in fields.items()
         if name in value or (entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING)
     })  # fmt: skip
 
 
-def _chosen(kinds: dict[str, Any], value: Any, where: str, key: str) -> Any:
-    chosen = value.get(key) if isinstance(value, dict) else None
-    if chosen not in kinds:
-        raise UserError(f"{where}.{key}: {chosen!r}; must be one of {', '.join(kinds)}; change it")
-    return kinds[chosen]
+def _select_class(classes: dict[str, Any], value: Any, key_path: str, key: str) -> Any:
+    name = value.get(key) if isinstance(value, dict) else None
+    if name not in classes:
+        raise UserError(f"{key_path}.{key}: {name!r}; must be one of {', '.join(classes)}; change it")
+    return classes[name]
 
 
-def _shown(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -13,34 +13,34 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
-from tandem.trainer.config import Hybrid, LearningRate, Linear, Phase, Schedule
+from tandem.trainer.config import HybridLRConfig, LinearLRConfig, LRConfig, PhaseConfig, ScheduleConfig
 
 
 @dataclass(frozen=True)
 class PhaseSpan:
     """A phase and where it lies in the run: steps `first_step` to `end_step - 1`."""
 
-    phase: Phase
+    phase: PhaseConfig
     index: int
     first_step: int
     first_token: int
 
     @property
     def end_step(self) -> int:
-        return self.first_step + self.phase.steps
+        return self.first_step + self.phase.num_steps
 
 
 @dataclass(frozen=True)
 class Timeline:
     """The schedule, asked by step."""
 
-    schedule: Schedule
+    schedule: ScheduleConfig
 
     @cached_property
-    def spans(self) -> list[PhaseSpan]:
+    def phase_spans(self) -> list[PhaseSpan]:
         """Every phase with its borders, in order."""
         phases = self.schedule.phases
-        first_steps = accumulate((phase.steps for phase in phases), initial=0)
+        first_steps = accumulate((phase.num_steps for phase in phases), initial=0)
         first_tokens = accumulate((phase.tokens for phase in phases), initial=0)
         return [
             PhaseSpan(phase, index, first_step, first_token)
@@ -51,40 +51,40 @@ class Timeline:
 
     @cached_property
     def total_steps(self) -> int:
-        return self.spans[-1].end_step
+        return self.phase_spans[-1].end_step
 
     @cached_property
     def total_tokens(self) -> int:
         return self.tokens_before(self.total_steps)
 
-    def phase_at(self, step: int) -> PhaseSpan:
+    def phase_span_at(self, step: int) -> PhaseSpan:
         """The phase that update number `step` belongs to."""
         assert 0 <= step < self.total_steps, f"step {step} is outside the run's {self.total_steps} steps"
-        return next(span for span in self.spans if step < span.end_step)
+        return next(span for span in self.phase_spans if step < span.end_step)
 
     def tokens_before(self, step: int) -> int:
         """Tokens seen by the updates 0 to `step - 1`; at `total_steps`, by the whole run."""
-        span = self.spans[-1] if step == self.total_steps else self.phase_at(step)
-        return span.first_token + (step - span.first_step) * span.phase.batch_tokens
+        span = self.phase_spans[-1] if step == self.total_steps else self.phase_span_at(step)
+        return span.first_token + (step - span.first_step) * span.phase.tokens_per_step
 
     def lr_at(self, step: int) -> float:
         """Learning rate of update number `step`, before factors of parameter groups; defined past the end."""
         return learning_rate(self.schedule.lr, step, self.total_steps)
 
 
-def learning_rate(lr: LearningRate, step: int, total_steps: int) -> float:
+def learning_rate(lr: LRConfig, step: int, total_steps: int) -> float:
     """The warm-up, which reaches `peak` at `warmup_steps`, then the decay that `kind` names."""
     if lr.warmup_steps and step <= lr.warmup_steps:
         return lr.peak * (step / lr.warmup_steps)
-    if isinstance(lr, Hybrid):
-        return _hybrid(lr, step, total_steps)
+    if isinstance(lr, HybridLRConfig):
+        return _hybrid_learning_rate(lr, step, total_steps)
     decay_steps = lr.decay_steps or total_steps - lr.warmup_steps
     progress = min(1.0, (step - lr.warmup_steps) / decay_steps)
-    remaining = 1 - progress if isinstance(lr, Linear) else (1 + math.cos(math.pi * progress)) / 2
+    remaining = 1 - progress if isinstance(lr, LinearLRConfig) else (1 + math.cos(math.pi * progress)) / 2
     return lr.final + (lr.peak - lr.final) * remaining
 
 
-def _hybrid(lr: Hybrid, step: int, total_steps: int) -> float:
+def _hybrid_learning_rate(lr: HybridLRConfig, step: int, total_steps: int) -> float:
     """Cosine, inverse square root, cooldown.
 
     Source: Stable LM 2 technical report (arXiv 2402.17834) and Stability's configs for the shape. The cosine

@@ -8,16 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-PADDING_MULTIPLE = 128
-"""Feed-forward width and vocabulary are rounded up to a multiple of this times tp_size inside the model, never outside."""
-
 
 class UserError(ValueError):
     """A user's mistake in one line: the field or file, its value, the rule, the remedy. Commands exit with 2 on it."""
 
 
 @dataclass(frozen=True)
-class Run:
+class RunConfig:
     name: str
     """Name of the run: its folder below `root`, its wandb run."""
     seed: int
@@ -26,31 +23,31 @@ class Run:
     """Folder that holds the run folders."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: bf16 weights and activations, fp32 master weights, gradient accumulation and reduction. fp32: all in fp32."""
-    initial_weights: str | None = None
+    init_from: str | None = None
     """Folder written by `tandem import-hf` whose weights start the run; null draws them from `seed`."""
     stop_step: int | None = None
     """Save and end after this many steps although the schedule goes on; null runs the schedule to its end."""
-    max_failures: int = 3
+    max_repeat_failures: int = 3
     """Starts, one after another, that may fail at the same step; the next one is refused. 0 refuses none."""
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelConfig:
     """What both families have."""
 
     family: str
     """stablelm or btlm."""
-    width: int
+    hidden_size: int
     """Size of the residual stream."""
-    depth: int
+    num_layers: int
     """Number of layers."""
-    heads: int
-    """Number of query heads; head_dim is width / heads."""
-    ffn_width: int
+    num_heads: int
+    """Number of query heads; head_dim is hidden_size / num_heads."""
+    ffn_hidden_size: int
     """Inner size of the gated feed-forward network (true, unpadded)."""
-    vocab: int
+    vocab_size: int
     """Number of token ids the model can read and predict (true, unpadded); at least the tokenizer's."""
-    norm_epsilon: float
+    norm_eps: float
     """Added to the variance in every LayerNorm."""
     init_std: float
     """Standard deviation of the initial embedding; of every matrix where muP is off."""
@@ -61,31 +58,31 @@ class Model:
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return self.hidden_size // self.num_heads
 
 
 @dataclass(frozen=True)
-class StableLM(Model):
-    kv_heads: int
-    """Number of key and value heads; divides heads."""
-    rotary_fraction: float
+class StableLMConfig(ModelConfig):
+    num_kv_heads: int
+    """Number of key and value heads; divides num_heads."""
+    partial_rotary_factor: float
     """Leading share of head_dim that is rotated."""
     rotary_base: float
     """Base of the rotary frequencies."""
     parallel_residual: bool
     """true: x + attention(norm(x)) + ffn(norm(x)) with one shared norm. false: one after the other, two norms."""
-    qk_norm: bool
+    qk_layernorm: bool
     """LayerNorm without bias over head_dim on queries and keys before rotation, one weight vector for every head."""
     qkv_bias: bool
     """Bias on the query, key and value projections."""
     norm_bias: bool
     """Bias on block and final norms."""
-    tied_head: bool
+    tie_word_embeddings: bool
     """The output head is the embedding matrix."""
 
 
 @dataclass(frozen=True)
-class AlibiScaling:
+class AlibiScalingConfig:
     """Position interpolation: ALiBi's slopes are divided by one number. The keys are those of the published config.json."""
 
     type: Literal["linear"]
@@ -97,23 +94,23 @@ class AlibiScaling:
 
 
 @dataclass(frozen=True)
-class BTLM(Model):
-    tied_head: bool
+class BTLMConfig(ModelConfig):
+    tie_word_embeddings: bool
     """The output head is the embedding matrix."""
-    alibi_scaling: AlibiScaling | None = None
+    alibi_scaling: AlibiScalingConfig | None = None
     """Position interpolation, with factor or train_seq_len; null reads distances as they are. No weight depends on it."""
 
     @property
-    def kv_heads(self) -> int:
-        return self.heads
+    def num_kv_heads(self) -> int:
+        return self.num_heads
 
 
 @dataclass(frozen=True)
-class Mup:
+class MupConfig:
     """Maximal update parametrisation; the rules are one table in `models/mup.py`."""
 
-    base_width: int
-    """Width at which the hyperparameters were tuned; the width multiplier is model.width / base_width."""
+    base_hidden_size: int
+    """Width at which the hyperparameters were tuned; the width multiplier is model.hidden_size / base_hidden_size."""
     embedding_multiplier: float
     """Factor on the embedding's output."""
     output_multiplier: float
@@ -121,31 +118,31 @@ class Mup:
 
 
 @dataclass(frozen=True)
-class Phase:
+class PhaseConfig:
     name: str
     """Shown in progress, metrics and plots."""
     tokens: int
-    """Length of the phase in tokens: a multiple of rows * seq_len."""
+    """Length of the phase in tokens: a multiple of global_batch_size * seq_len."""
     seq_len: int
     """Tokens in a row."""
-    rows: int
+    global_batch_size: int
     """Rows in a global batch."""
-    micro_rows: int
+    micro_batch_size: int
     """Rows in one forward pass on one data-parallel rank."""
     mixture: dict[str, float]
     """Share of the rows from each source of `data.sources`; sums to 1."""
 
     @property
-    def batch_tokens(self) -> int:
-        return self.rows * self.seq_len
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_len
 
     @property
-    def steps(self) -> int:
-        return self.tokens // self.batch_tokens
+    def num_steps(self) -> int:
+        return self.tokens // self.tokens_per_step
 
 
 @dataclass(frozen=True)
-class LearningRate:
+class LRConfig:
     kind: str
     """linear, cosine or hybrid."""
     peak: float
@@ -159,17 +156,17 @@ class LearningRate:
 
 
 @dataclass(frozen=True)
-class Linear(LearningRate):
+class LinearLRConfig(LRConfig):
     """peak to final on a straight line."""
 
 
 @dataclass(frozen=True)
-class Cosine(LearningRate):
+class CosineLRConfig(LRConfig):
     """peak to final on half a cosine."""
 
 
 @dataclass(frozen=True)
-class Hybrid(LearningRate):
+class HybridLRConfig(LRConfig):
     """Cosine, then inverse square root with value and slope continuous at the switch, then an optional linear cooldown."""
 
     switch_fraction: float
@@ -185,31 +182,31 @@ class Hybrid(LearningRate):
 
 
 @dataclass(frozen=True)
-class Schedule:
-    batch_tokens: int | None
+class ScheduleConfig:
+    tokens_per_step: int | None
     """Tokens in a global batch, the same in every phase; null lets phases differ."""
-    phases: list[Phase]
+    phases: list[PhaseConfig]
     """In order; the run ends with the last."""
-    lr: LearningRate
+    lr: LRConfig
     """One line over all phases."""
 
 
 @dataclass(frozen=True)
-class Optim:
+class OptimConfig:
     beta1: float
     """AdamW: decay of the first moment."""
     beta2: float
     """AdamW: decay of the second moment."""
-    epsilon: float
+    eps: float
     """AdamW: added to the root of the second moment."""
     weight_decay: float
     """Decoupled decay of matrices and embeddings; norms and biases have none."""
-    clip_norm: float
+    max_grad_norm: float
     """Largest global gradient norm; 0 does not clip."""
 
 
 @dataclass(frozen=True)
-class Parallel:
+class ParallelConfig:
     tp_size: int
     """Ranks that share one replica of the model; data-parallel size is the number of ranks / tp_size."""
     zero_stage: Literal[0, 1]
@@ -221,44 +218,45 @@ class Parallel:
 
 
 @dataclass(frozen=True)
-class Cache:
+class ShardCacheConfig:
     """Copies of shards that lie elsewhere (s3://, gs://, https://), shared by the ranks of a node."""
 
     folder: str = "~/.cache/tandem/shards"
     """Local folder of the copies."""
-    gib: float = 64.0
+    max_size_gib: float = 64.0
     """Room for the copies; the shards not read for longest are removed to stay within it.
 
     Up to a quarter more is on disk while removed copies are still read.
     """
-    attempts: int = 8
+    max_attempts: int = 8
     """Tries to fetch a shard, a growing pause between them, before the run stops."""
     timeout_seconds: float = 30.0
     """Longest wait for the next bytes of a shard before a try counts as failed."""
 
-    def pause_seconds(self, failures: int) -> float:
-        """Between the try that was the `failures`-th to fail, from 1, and the next: each twice the one before, up to a timeout.
+    def retry_delay_seconds(self, num_failures: int) -> float:
+        """Between the try that was the `num_failures`-th to fail, from 1, and the next: each twice the one before, up to a
+        timeout.
 
         There is no chance in them, so that a run's log can be read against the settings.
         """
-        return min(2.0 ** (failures - 1) / 64, 1) * self.timeout_seconds
+        return min(2.0 ** (num_failures - 1) / 64, 1) * self.timeout_seconds
 
 
 @dataclass(frozen=True)
-class Data:
+class DataConfig:
     sources: dict[str, str]
     """Name of each source and the folder, or remote address, of the corpus `tandem prepare` wrote for it. A source that the
     run has read stays here under its name, also when later phases give it no share.
     """
     tokenizer: str | None = None
     """tokenizer.json that the corpora must have been prepared with; null trusts the manifests."""
-    workers: int = 1
+    num_workers: int = 1
     """Threads that read ahead; 0 reads when asked. The rows do not depend on it."""
     prefetch_steps: int = 2
     """Global batches read ahead by the workers; 0 reads when asked."""
-    block_tokens: int = 8_192
+    shuffle_block_tokens: int = 8_192
     """Neighbouring tokens that stay together when the corpus is shuffled; best the longest seq_len. 0 reads it in order."""
-    window_tokens: int = 33_554_432
+    shuffle_window_tokens: int = 33_554_432
     """Blocks are shuffled within runs of this many tokens, so that a step reads from few shards."""
     max_epochs: dict[str, float] = field(default_factory=dict)
     """How often a source may be read, at most; a source that is left out may be read without end."""
@@ -269,12 +267,12 @@ class Data:
 
     One that cannot be reached always stops the run.
     """
-    cache: Cache = Cache()
+    cache: ShardCacheConfig = ShardCacheConfig()
     """Where copies of remote shards are kept."""
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class EvaluateConfig:
     every_steps: int
     """Steps between validation losses; 0 never validates."""
     tokens: int
@@ -282,15 +280,15 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointConfig:
     every_steps: int
     """Steps between saves; 0 saves only at the end and on a signal."""
-    keep: int
+    keep_last: int
     """Newest checkpoints kept; older ones are removed after a newer one is committed. 0 keeps all."""
 
 
 @dataclass(frozen=True)
-class Guard:
+class GuardConfig:
     """What becomes of a step whose loss or gradient is bad. Decided before the update, once for all ranks."""
 
     spike_sigmas: float = 0.0
@@ -310,21 +308,21 @@ class Guard:
 
 
 @dataclass(frozen=True)
-class Watchdog:
+class WatchdogConfig:
     """When a run that does not move is ended, to be started again."""
 
-    step_seconds: float | None = None
+    step_timeout_seconds: float | None = None
     """Longest that a part of a step or a batch of a validation may take; null: ten times the median of the last steps, at least
     a minute. 0 waits for ever.
     """
-    start_seconds: float = 1_800.0
+    start_timeout_seconds: float = 1_800.0
     """Longest from the start to the end of the first step, compilation included, and longest wait for a save, for a rollback
     and for the last records of a run. 0 waits for ever.
     """
 
 
 @dataclass(frozen=True)
-class Log:
+class LogConfig:
     every_steps: int = 10
     """Steps between lines of progress where the output is not a terminal. metrics.jsonl has every step."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -334,7 +332,7 @@ class Log:
 
 
 @dataclass(frozen=True)
-class Debug:
+class DebugConfig:
     deterministic: bool = True
     """Same config, same machine: same bits. false allows faster kernels that do not promise that."""
     compare_replicas_every_steps: int = 0
@@ -345,7 +343,7 @@ class Debug:
 
 
 @dataclass(frozen=True)
-class Hardware:
+class HardwareConfig:
     """One kind of accelerator, from configs/hardware/."""
 
     name: str
@@ -361,23 +359,23 @@ class Hardware:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    run: Run
-    model: StableLM | BTLM
-    mup: Mup | None
-    schedule: Schedule
-    optim: Optim
-    parallel: Parallel
-    data: Data
-    evaluate: Evaluate
-    checkpoint: Checkpoint
-    guard: Guard
-    watchdog: Watchdog
-    log: Log
-    debug: Debug
-    hardware: Hardware | None
+class TrainConfig:
+    run: RunConfig
+    model: StableLMConfig | BTLMConfig
+    mup: MupConfig | None
+    schedule: ScheduleConfig
+    optim: OptimConfig
+    parallel: ParallelConfig
+    data: DataConfig
+    evaluate: EvaluateConfig
+    checkpoint: CheckpointConfig
+    guard: GuardConfig
+    watchdog: WatchdogConfig
+    log: LogConfig
+    debug: DebugConfig
+    hardware: HardwareConfig | None
     """Name of a file in hardware/ beside the config; null measures a matmul at the start and takes that for the peak."""
 
 
-FAMILIES: dict[str, type[StableLM] | type[BTLM]] = {"stablelm": StableLM, "btlm": BTLM}
-LEARNING_RATES: dict[str, type[LearningRate]] = {"linear": Linear, "cosine": Cosine, "hybrid": Hybrid}
+MODEL_CONFIGS: dict[str, type[StableLMConfig] | type[BTLMConfig]] = {"stablelm": StableLMConfig, "btlm": BTLMConfig}
+LR_CONFIGS: dict[str, type[LRConfig]] = {"linear": LinearLRConfig, "cosine": CosineLRConfig, "hybrid": HybridLRConfig}

@@ -12,77 +12,83 @@ from typing import TypeVar
 
 from tandem.trainer.data.loader import Loader
 from tandem.trainer.data.rows import Batch
-from tandem.trainer.data.token_stream import Damaged
-from tandem.trainer.runtime import Stopped
+from tandem.trainer.data.token_stream import DamagedSourceShard
+from tandem.trainer.runtime import StopRequested
 
 T = TypeVar("T")
-Met = tuple[str, str]
+DamagedShardId = tuple[str, str]
 """Source and file of a damaged shard."""
-Exchange = Callable[[Met | None], list[Met]]
+GatherDamaged = Callable[[DamagedShardId | None], list[DamagedShardId]]
 """What any rank has met, the same on every rank; each calls it once for every read."""
-LeaveOut = Callable[[int, Met], None]
+SkipShard = Callable[[int, DamagedShardId], None]
 """Called on every rank, with the step from which on the shard is left out."""
 
 
-def agreed(read: Callable[[], T], exchange: Exchange, leave_out: Callable[[Met], None] | None) -> T | None:
-    """What `read` returns once no rank meets damage in it; each shard met before has been handed to `leave_out`, without which
+def read_skipping_damaged(
+    read: Callable[[], T], gather_damaged: GatherDamaged, skip_shard: Callable[[DamagedShardId], None] | None
+) -> T | None:
+    """What `read` returns once no rank meets damage in it; each shard met before has been handed to `skip_shard`, without which
     damage is an error.
     """
     while True:
-        met, result = None, None
+        damaged, result = None, None
         try:
             result = read()
-        except Stopped:
+        except StopRequested:
             pass  # the exchange tells the others, and ends the reading on all of them
-        except Damaged as damage:
-            if leave_out is None:
+        except DamagedSourceShard as damage:
+            if skip_shard is None:
                 raise
-            met = (damage.source, damage.file)
-        everywhere = exchange(met)
-        if not everywhere or leave_out is None:
+            damaged = (damage.source, damage.file)
+        all_damaged = gather_damaged(damaged)
+        if not all_damaged or skip_shard is None:
             return result
-        for each in everywhere:
-            leave_out(each)
+        for shard_id in all_damaged:
+            skip_shard(shard_id)
 
 
-def given_up(batches: Generator[Batch, None, None], reading: Callable[[], AbstractContextManager[None]]) -> None:
+def close_prefetch(
+    batches: Generator[Batch, None, None], wait_context: Callable[[], AbstractContextManager[None]]
+) -> None:
     """They are closed, and what was being read ahead has come; where a signal comes first, that is not waited for."""
     try:
-        with reading():
+        with wait_context():
             batches.close()
-    except Stopped as stopped:
-        with suppress(Stopped):
+    except StopRequested as stopped:
+        with suppress(StopRequested):
             batches.throw(stopped)
 
 
-def agreed_batches(
+def batches_skipping_damaged(
     loader: Loader,
     step: int,
     cursor: dict[str, int] | None,
-    exchange: Exchange,
-    leave_out: LeaveOut | None,
-    reading: Callable[[], AbstractContextManager[None]] = nullcontext,
+    gather_damaged: GatherDamaged,
+    skip_shard: SkipShard | None,
+    wait_context: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Generator[Batch, None, None]:
-    """`Loader.batches`, ended early only where what is left cannot feed a step. Each batch is waited for within `reading`."""
+    """`Loader.batches`, ended early only where what is left cannot feed a step. Batches are waited for in `wait_context`."""
     batches = loader.batches(step, cursor)
 
     def read() -> Batch | None:
-        with reading():
+        with wait_context():
             return next(batches, None)
 
-    def without(met: Met) -> None:
+    def skip_and_restart(met: DamagedShardId) -> None:
         nonlocal batches
-        assert leave_out is not None
-        given_up(batches, reading)
-        leave_out(step, met)
+        assert skip_shard is not None
+        close_prefetch(batches, wait_context)
+        skip_shard(step, met)
         batches = loader.batches(step, cursor)
 
     try:
-        while (batch := agreed(read, exchange, without if leave_out else None)) is not None:
+        while (
+            batch := read_skipping_damaged(read, gather_damaged, skip_and_restart if skip_shard else None)
+        ) is not None:
             step, cursor = step + 1, batch.cursor
             yield batch
-    except Stopped as stopped:
-        with suppress(Stopped):
+    except StopRequested as stopped:
+        with suppress(StopRequested):
             batches.throw(stopped)  # closed, it would wait for what is being read ahead
         raise
     finally:

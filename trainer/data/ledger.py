@@ -2,14 +2,14 @@
 
     start  where a process took the run up, or went back to a checkpoint, and everything that fixes which tokens come next
     skip   from this step on a damaged shard is left out
-    step   how far each source was read, and two sums of hashes of what was really read (`tandem.trainer.data`, Evidence)
+    step   how far each source was read, and two sums of hashes of what was really read (`data.rows.BatchDigests`)
     bad    the update of the step before it was left out, and what became of the run
 
 The one idea: the file only grows, and is never ahead of what it tells nor behind a committed checkpoint. A checkpoint knows
 how many lines there were when it was made, and a start from it says so: the lines between the two are of steps that the run
 took back, which stay as evidence of what was made and thrown away. Copies of the corpora's manifests lie beside it, so that
-`tandem audit` needs nothing else. A run reads one thing back, `rollbacks`: which rows it passed over when it went back to a
-checkpoint, so that a process killed after that passes over them too. Nothing here imports torch.
+`tandem audit` needs nothing else. A run reads one thing back, `read_rollbacks`: which rows it passed over when it went back
+to a checkpoint, so that a process killed after that passes over them too. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ from urllib.parse import quote
 from tandem.trainer import journal
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
-from tandem.trainer.data.manifest import Manifest
-from tandem.trainer.disk import sync_folder, write_whole
+from tandem.trainer.data.manifest import CorpusManifest
+from tandem.trainer.disk import atomic_write, sync_folder
 
 if TYPE_CHECKING:
-    from tandem.trainer.data.rows import Evidence
+    from tandem.trainer.data.rows import BatchDigests
 
-FILE = "ledger.jsonl"
-MANIFESTS = "manifests"
+LEDGER_FILE = "ledger.jsonl"
+MANIFESTS_FOLDER = "manifests"
 HALF_BITS = 32
 
-Decision = Literal["skip", "rollback", "stop"]
+BadStepAction = Literal["skip", "rollback", "stop"]
 """What becomes of a run at a bad step, whose update is left out: it goes on, goes back to its last checkpoint, or ends."""
 
 
-class Digests(NamedTuple):
+class StepDigests(NamedTuple):
     """Evidence of one step, summed over all its rows, modulo 2^64."""
 
-    ranges: int
-    tokens: int
+    ranges_digest: int
+    tokens_digest: int
 
 
-class Rollbacks(NamedTuple):
+class RollbackHistory(NamedTuple):
     """What the ledger tells of the times that a run went back to one checkpoint."""
 
-    num: int
+    num_rollbacks: int
     cursor: dict[str, int] | None
     """From where the last of them went on reading; None where there is none."""
-    skipped: dict[str, list[str]]
+    skipped_shards: dict[str, list[str]]
     """The shards that it left out."""
 
 
@@ -61,66 +61,77 @@ class Ledger:
     """Appends to the ledger in a run folder; a line that a kill tore is cut away first, for a checkpoint counts lines."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / FILE
-        self._file = journal.opened(path, cut=True)
-        self._lines = _num_lines(path)
+        path = folder / LEDGER_FILE
+        self._file = journal.open_journal(path, cut=True)
+        self._num_lines = _count_lines(path)
         sync_folder(folder)
         self._cursor: dict[str, int] = {}
 
-    def start(
+    def write_start(
         self,
         step: int,
         cursor: Mapping[str, int],
         *,
-        order: Mapping[str, int],
+        shuffle_settings: Mapping[str, int],
         phases: Sequence[Mapping[str, Any]],
         fingerprints: Mapping[str, str],
-        skipped: Mapping[str, Sequence[str]],
+        skipped_shards: Mapping[str, Sequence[str]],
         dp_size: int,
-        after: int = 0,
-        passed: Mapping[str, tuple[int, int]] = {},
-        rollback: bool = False,
+        num_ledger_lines: int = 0,
+        skipped_ranges: Mapping[str, tuple[int, int]] = {},
+        is_rollback: bool = False,
     ) -> None:
-        """The run goes on after `step` finished steps, from a checkpoint made when the ledger had `after` lines; 0: from none.
+        """The run goes on after `step` finished steps, from a checkpoint made when the ledger had `num_ledger_lines` lines; 0:
+        from none.
 
-        `order` are seed and block sizes under their names in the config. `passed` are the rows that a rollback passes over: of
-        each source the cursor in the checkpoint, and in `cursor`, from where the run goes on. `rollback` says that the process
-        itself goes back, false that it has just begun.
+        `shuffle_settings` are seed and block sizes under their names in the config. `skipped_ranges` are the rows that a
+        rollback passes over: of each source the cursor in the checkpoint, and in `cursor`, from where the run goes on.
+        `is_rollback` says that the process itself goes back, false that it has just begun.
         """
         self._cursor = dict(cursor)
-        self._write(
-            kind="start", step=step, after=after, cursor=self._cursor,
-            **{name.split(".")[-1]: value for name, value in order.items()}, phases=phases,
-            fingerprints=fingerprints, skipped={name: list(files) for name, files in skipped.items()},
-            dp_size=dp_size, passed={name: list(ends) for name, ends in passed.items()}, rollback=rollback,
+        self._append_record(
+            kind="start",
+            step=step,
+            num_ledger_lines=num_ledger_lines,
+            cursor=self._cursor,
+            **{name.split(".")[-1]: value for name, value in shuffle_settings.items()},
+            phases=phases,
+            fingerprints=fingerprints,
+            skipped_shards={name: list(files) for name, files in skipped_shards.items()},
+            dp_size=dp_size,
+            skipped_ranges={name: list(ends) for name, ends in skipped_ranges.items()},
+            is_rollback=is_rollback,
             time=time.time(),
-        )  # fmt: skip
-
-    def skip(self, step: int, source: str, shard: str) -> None:
-        """The shard is left out from the `step`-th step on."""
-        self._write(kind="skip", step=step, source=source, shard=shard)
-
-    def step(self, step: int, cursor: Mapping[str, int], digests: Digests) -> None:
-        """The `step`-th step is made, and read its sources up to `cursor`."""
-        taken = {name: [self._cursor.get(name, 0), end] for name, end in cursor.items()}
-        taken = {name: ends for name, ends in taken.items() if ends[0] != ends[1]}
-        self._cursor = dict(cursor)
-        self._write(
-            kind="step", step=step, taken=taken, **{name: f"{sum:016x}" for name, sum in digests._asdict().items()}
         )
 
-    def bad(self, step: int, loss: float, gradient_norm: float, reason: str, decision: Decision) -> None:
+    def write_skipped_shard(self, step: int, source: str, shard: str) -> None:
+        """The shard is left out from the `step`-th step on."""
+        self._append_record(kind="skip", step=step, source=source, shard=shard)
+
+    def write_step(self, step: int, cursor: Mapping[str, int], digests: StepDigests) -> None:
+        """The `step`-th step is made, and read its sources up to `cursor`."""
+        read_ranges = {name: [self._cursor.get(name, 0), end] for name, end in cursor.items()}
+        read_ranges = {name: ends for name, ends in read_ranges.items() if ends[0] != ends[1]}
+        self._cursor = dict(cursor)
+        self._append_record(
+            kind="step",
+            step=step,
+            read_ranges=read_ranges,
+            **{name: f"{sum:016x}" for name, sum in digests._asdict().items()},
+        )
+
+    def write_bad_step(self, step: int, loss: float, grad_norm: float, reason: str, action: BadStepAction) -> None:
         """The `step`-th step, which was just written, made no update; `reason` says why in words."""
         # JSON has no NaN and no infinity.
-        finite = [value if math.isfinite(value) else None for value in (loss, gradient_norm)]
-        self._write(
-            kind="bad", step=step, loss=finite[0], gradient_norm=finite[1], reason=reason, decision=decision,
+        finite = [value if math.isfinite(value) else None for value in (loss, grad_norm)]
+        self._append_record(
+            kind="bad", step=step, loss=finite[0], grad_norm=finite[1], reason=reason, action=action,
         )  # fmt: skip
 
     @property
     def num_lines(self) -> int:
         """In the file by now: what a checkpoint of the last step has to keep."""
-        return self._lines
+        return self._num_lines
 
     def sync(self) -> None:
         """What was written survives a power cut: to be called, from any thread, before a checkpoint is committed."""
@@ -129,69 +140,69 @@ class Ledger:
     def close(self) -> None:
         self._file.close()
 
-    def _write(self, **record: Any) -> None:
+    def _append_record(self, **record: Any) -> None:
         try:
-            journal.append(self._file, record, compact=True)
+            journal.append_record(self._file, record, compact=True)
         except OSError as error:
             raise UserError(
                 f"{self._file.name}: a line cannot be written ({error.strerror}); a run without it cannot be proven; make room "
                 "and start again: it goes on from its last checkpoint"
             ) from None
-        self._lines += 1
+        self._num_lines += 1
 
 
-def rollbacks(folder: Path, step: int, after: int) -> Rollbacks:
-    """How often the run went back to the checkpoint of `step` made when the ledger had `after` lines, and from where it went on
-    reading the last time. A line that cannot be read counts as none; naming it is the audit's business.
+def read_rollbacks(folder: Path, step: int, num_ledger_lines: int) -> RollbackHistory:
+    """How often the run went back to the checkpoint of `step` made when the ledger had `num_ledger_lines` lines, and from
+    where it went on reading the last time. A line that cannot be read counts as none; naming it is the audit's business.
     """
-    path, found = folder / FILE, Rollbacks(0, None, {})
+    path, history = folder / LEDGER_FILE, RollbackHistory(0, None, {})
     if not path.exists():
-        return found
+        return history
     with path.open("rb") as file:
-        for line in islice(file, after, None):
-            start = journal.parsed(line) if b'"rollback"' in line else {}
-            if (start.get("kind"), start.get("rollback"), start.get("step"), start.get("after")) == (
-                "start", True, step, after,
+        for line in islice(file, num_ledger_lines, None):
+            start = journal.parse_record(line) if b'"is_rollback"' in line else {}
+            if (start.get("kind"), start.get("is_rollback"), start.get("step"), start.get("num_ledger_lines")) == (
+                "start", True, step, num_ledger_lines,
             ):  # fmt: skip
-                found = Rollbacks(found.num + 1, start["cursor"], start["skipped"])
-    return found
+                history = RollbackHistory(history.num_rollbacks + 1, start["cursor"], start["skipped_shards"])
+    return history
 
 
-def copy_manifests(folder: Path, manifests: Mapping[str, Manifest]) -> None:
+def copy_manifests(folder: Path, manifests: Mapping[str, CorpusManifest]) -> None:
     """The run folder holds a copy of the manifest of each source."""
-    (folder / MANIFESTS).mkdir(exist_ok=True)
+    (folder / MANIFESTS_FOLDER).mkdir(exist_ok=True)
     for source, corpus in manifests.items():
-        write_whole(manifest_copy(folder, source), manifest.dump(corpus))
+        atomic_write(manifest_copy_path(folder, source), manifest.dump_manifest(corpus))
     sync_folder(folder)
 
 
-def manifest_copy(folder: Path, source: str) -> Path:
+def manifest_copy_path(folder: Path, source: str) -> Path:
     """Where the run folder keeps the manifest of a source."""
-    return folder / MANIFESTS / f"{quote(source, safe=' ')}.json"
+    return folder / MANIFESTS_FOLDER / f"{quote(source, safe=' ')}.json"
 
 
-def halves(evidence: Evidence | None) -> list[float]:
+def pack_u64(batch_digests: BatchDigests | None) -> list[float]:
     """The evidence of one rank's rows in numbers that fp64 adds up over ranks without rounding; none for none."""
-    sums = (evidence.ranges, evidence.tokens) if evidence else ()
+    sums = (batch_digests.ranges_digest, batch_digests.tokens_digest) if batch_digests else ()
     return [float(half) for value in sums for half in divmod(value, 1 << HALF_BITS)]
 
 
-def joined(summed: Sequence[float], tp_size: int) -> Digests | None:
-    """The evidence of the step from `halves` summed over all ranks.
+def unpack_u64(summed: Sequence[float], tp_size: int) -> StepDigests | None:
+    """The evidence of the step from `pack_u64` summed over all ranks.
 
     Raises: RuntimeError where the tensor-parallel ranks of one replica cannot have read the same rows.
     """
     if not summed:
         return None
-    shares, rests = zip(*(divmod(int(half), tp_size) for half in summed), strict=True)
-    if any(rests):
+    quotients, remainders = zip(*(divmod(int(half), tp_size) for half in summed), strict=True)
+    if any(remainders):
         raise RuntimeError(
             f"evidence {list(summed)} does not divide by tp_size {tp_size}: the ranks of a replica have not read the same rows"
         )
-    sums = [(high << HALF_BITS) + low for high, low in zip(shares[::2], shares[1::2], strict=True)]
-    return Digests(*(value % (1 << 64) for value in sums))
+    sums = [(high << HALF_BITS) + low for high, low in zip(quotients[::2], quotients[1::2], strict=True)]
+    return StepDigests(*(value % (1 << 64) for value in sums))
 
 
-def _num_lines(path: Path) -> int:
+def _count_lines(path: Path) -> int:
     with path.open("rb") as file:
         return sum(1 for _ in file)

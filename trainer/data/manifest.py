@@ -1,7 +1,7 @@
 """What a prepared corpus says about itself, and the checks that need nothing but that and the bytes of files.
 
 `data_prep` writes the manifest last, so a folder with one is complete. Only the standard library, `tandem.trainer.config` and
-`remote` are imported. The one idea: everything a reader relies on (token counts, where a token lies,
+`remote_files` are imported. The one idea: everything a reader relies on (token counts, where a token lies,
 the hash of every shard, the tokenizer) is stated here once, and the manifest carries a hash of its own
 content, its *fingerprint*: two corpora with the same fingerprint hold the same tokens in the same order.
 """
@@ -20,13 +20,13 @@ from typing import Any
 
 from xxhash import xxh3_128
 
-from tandem.trainer.config import Cache, UserError
+from tandem.trainer.config import ShardCacheConfig, UserError
 from tandem.trainer.data import remote_files
 
-FILE = "manifest.json"
+MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
-FORMAT = "tandem-corpus"
-VERSION = 3
+FORMAT_NAME = "tandem-corpus"
+FORMAT_VERSION = 3
 TAR_BLOCK_BYTES = 512
 """A tar member is one header block and its data padded to whole blocks.  Source: POSIX.1-1988 ustar."""
 
@@ -41,7 +41,7 @@ class DamagedShard(UserError):
 
 @dataclass(frozen=True)
 class Shard:
-    """A webdataset tar of whole documents; each sample but the last holds `Manifest.sample_tokens` tokens."""
+    """A webdataset tar of whole documents; each sample but the last holds `CorpusManifest.sample_tokens` tokens."""
 
     file: str
     bytes: int
@@ -54,14 +54,14 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Split:
+class CorpusSplit:
     tokens: int
     documents: int
     shards: list[Shard]
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CorpusManifest:
     dtype: str
     """uint16 or uint32, little-endian."""
     sample_tokens: int
@@ -77,8 +77,8 @@ class Manifest:
     counts: dict[str, int]
     settings: dict[str, Any]
     """What the preparation was asked for; the same settings give the same bytes."""
-    train: Split
-    validation: Split
+    train: CorpusSplit
+    validation: CorpusSplit
     groups: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     """Documents and tokens by value of the field that was asked for, held-out ones included."""
 
@@ -91,38 +91,38 @@ class Manifest:
         """Hash of the whole content."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
-    def sample_offset(self, sample: int) -> int:
-        """Byte in a shard at which the tokens of its sample number `sample` begin."""
-        return sample * (TAR_BLOCK_BYTES + self.sample_tokens * self.token_bytes) + TAR_BLOCK_BYTES
+    def sample_offset(self, sample_index: int) -> int:
+        """Byte in a shard at which the tokens of its sample number `sample_index` begin."""
+        return sample_index * (TAR_BLOCK_BYTES + self.sample_tokens * self.token_bytes) + TAR_BLOCK_BYTES
 
 
-def dtype_of(vocab: int) -> str:
+def token_dtype(vocab_size: int) -> str:
     """The smallest type that holds every id."""
-    return "uint16" if vocab <= 1 << 16 else "uint32"
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def dump(manifest: Manifest) -> str:
+def dump_manifest(manifest: CorpusManifest) -> str:
     """The text of manifest.json."""
-    head = {"format": FORMAT, "version": VERSION, "fingerprint": manifest.fingerprint}
-    return json.dumps(head | dataclasses.asdict(manifest), indent=1) + "\n"
+    header = {"format": FORMAT_NAME, "version": FORMAT_VERSION, "fingerprint": manifest.fingerprint}
+    return json.dumps(header | dataclasses.asdict(manifest), indent=1) + "\n"
 
 
-def load(folder: str | Path, settings: Cache = remote_files.PATIENCE) -> Manifest:
+def load_manifest(folder: str | Path, settings: ShardCacheConfig = remote_files.DEFAULT_SETTINGS) -> CorpusManifest:
     """The manifest of a finished corpus, in a local folder or at a remote address, its fingerprint checked.
 
     Raises: UserError where there is none, or it is damaged or of another version.
     """
-    path = remote_files.below(folder, FILE)
+    path = remote_files.join_address(folder, MANIFEST_FILE)
     try:
-        return parsed(remote_files.content(path, settings), path)
-    except (FileNotFoundError, NotADirectoryError, remote_files.Missing):
+        return parse_manifest(remote_files.read_bytes(path, settings), path)
+    except (FileNotFoundError, NotADirectoryError, remote_files.RemoteFileMissing):
         remedy = "correct the address" if remote_files.is_remote(folder) else f"run tandem prepare --output {folder}"
         raise UserError(f"{path}: no such file; a prepared corpus has one; {remedy}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({str(error)[:200]}); restore it, or the way to it") from None
 
 
-def parsed(content: bytes, path: str | Path) -> Manifest:
+def parse_manifest(content: bytes, path: str | Path) -> CorpusManifest:
     """The manifest in the content of a manifest.json that lies at `path`, its fingerprint checked.
 
     Raises: UserError where it is damaged or of another version.
@@ -131,12 +131,12 @@ def parsed(content: bytes, path: str | Path) -> Manifest:
         tree = json.loads(content.decode())
         header = (tree.pop("format"), tree.pop("version"))
         fingerprint = tree.pop("fingerprint")
-        if header != (FORMAT, VERSION):
+        if header != (FORMAT_NAME, FORMAT_VERSION):
             raise UserError(
-                f"{path}: format {header}; this version reads {(FORMAT, VERSION)}; prepare the corpus again"
+                f"{path}: format {header}; this version reads {(FORMAT_NAME, FORMAT_VERSION)}; prepare the corpus again"
             )
-        tree |= {name: _split(tree[name]) for name in ("train", "validation")}
-        manifest = Manifest(**tree)
+        tree |= {name: _parse_split(tree[name]) for name in ("train", "validation")}
+        manifest = CorpusManifest(**tree)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -148,7 +148,7 @@ def parsed(content: bytes, path: str | Path) -> Manifest:
     return manifest
 
 
-def check_files(folder: str | Path, manifest: Manifest) -> None:
+def check_shard_files(folder: str | Path, manifest: CorpusManifest) -> None:
     """Raises DamagedShard for the first shard that is missing or has another size than the manifest says.
 
     Note: of a remote folder nothing is asked; its shards are checked as they are fetched.
@@ -159,39 +159,40 @@ def check_files(folder: str | Path, manifest: Manifest) -> None:
         path = Path(folder) / shard.file
         if not path.is_file():
             raise DamagedShard(
-                shard.file, f"{path}: shard is missing; {FILE} lists it; restore it or prepare the corpus again"
+                shard.file,
+                f"{path}: shard is missing; {MANIFEST_FILE} lists it; restore it or prepare the corpus again",
             )
         _check_size(path, path.stat().st_size, shard)
 
 
-def check_bytes(file: BufferedReader, path: Path, shard: Shard) -> None:
+def check_shard_content(file: BufferedReader, path: Path, shard: Shard) -> None:
     """Raises DamagedShard where an open file is not the shard; OSError where it cannot be read."""
     _check_size(path, os.fstat(file.fileno()).st_size, shard)
-    found = hashlib.file_digest(file, xxh3_128).hexdigest()
-    if found != shard.xxh3_128:
+    xxh3_hash = hashlib.file_digest(file, xxh3_128).hexdigest()
+    if xxh3_hash != shard.xxh3_128:
         raise DamagedShard(
             shard.file,
-            f"{path}: xxh3_128 {found[:12]}; {FILE} says {shard.xxh3_128[:12]}; the shard is damaged; restore it",
+            f"{path}: xxh3_128 {xxh3_hash[:12]}; {MANIFEST_FILE} says {shard.xxh3_128[:12]}; the shard is damaged; restore it",
         )
 
 
-def check_tokenizer(file: str | Path, manifest: Manifest, where: str) -> None:
-    """Raises UserError, its message starting with `where`, if the file is not the tokenizer of the corpus."""
+def check_tokenizer(file: str | Path, manifest: CorpusManifest, message_prefix: str) -> None:
+    """Raises UserError, its message starting with `message_prefix`, if the file is not the tokenizer of the corpus."""
     try:
-        found = hashlib.sha256(remote_files.content(file)).hexdigest()
+        sha256 = hashlib.sha256(remote_files.read_bytes(file)).hexdigest()
     except OSError as error:
         raise UserError(
-            f"{where}: {file} cannot be read ({_one_line(error)}); name the corpus's tokenizer.json"
+            f"{message_prefix}: {file} cannot be read ({_one_line(error)}); name the corpus's tokenizer.json"
         ) from None
-    if found != manifest.tokenizer_sha256:
+    if sha256 != manifest.tokenizer_sha256:
         raise UserError(
-            f"{where}: {file} has sha256 {found[:12]}; "
+            f"{message_prefix}: {file} has sha256 {sha256[:12]}; "
             f"the corpus was prepared with {manifest.tokenizer_sha256[:12]}; "
             f"name the {TOKENIZER_FILE} in the corpus folder, or prepare again"
         )
 
 
-def check_resume(saved_fingerprints: Mapping[str, str], fingerprints: Mapping[str, str]) -> None:
+def check_fingerprints(saved_fingerprints: Mapping[str, str], fingerprints: Mapping[str, str]) -> None:
     """Raises UserError where a source the run has read from is now another corpus.
 
     Note: sources may be added, and stay in `data.sources` once read; a position in a source that changed means nothing.
@@ -212,16 +213,16 @@ def check_resume(saved_fingerprints: Mapping[str, str], fingerprints: Mapping[st
             )
 
 
-def _check_size(path: Path, found: int, shard: Shard) -> None:
-    if found != shard.bytes:
+def _check_size(path: Path, size_bytes: int, shard: Shard) -> None:
+    if size_bytes != shard.bytes:
         raise DamagedShard(
             shard.file,
-            f"{path}: has {found} bytes; {FILE} says {shard.bytes}; restore it or prepare the corpus again",
+            f"{path}: has {size_bytes} bytes; {MANIFEST_FILE} says {shard.bytes}; restore it or prepare the corpus again",
         )
 
 
-def _split(tree: dict[str, Any]) -> Split:
-    return Split(**(tree | {"shards": [Shard(**shard) for shard in tree["shards"]]}))
+def _parse_split(tree: dict[str, Any]) -> CorpusSplit:
+    return CorpusSplit(**(tree | {"shards": [Shard(**shard) for shard in tree["shards"]]}))
 
 
 def _one_line(error: Exception) -> str:

@@ -10,23 +10,23 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-class Maps:
+class MemoryMaps:
     """Memory maps kept for the next read, but not more than so many, or of so many bytes; the last made always is."""
 
-    def __init__(self, most: int, most_bytes: int = sys.maxsize):
-        self._most, self._most_bytes = most, most_bytes
-        self._kept: dict[tuple[str, str], np.ndarray] = {}
+    def __init__(self, max_maps: int, max_bytes: int = sys.maxsize):
+        self._max_maps, self._max_bytes = max_maps, max_bytes
+        self._maps: dict[tuple[str, str], np.ndarray] = {}
         self._lock = threading.Lock()
 
-    def kept(self, folder: str, file: str) -> np.ndarray | None:
-        return self._kept.get((folder, file))
+    def find(self, folder: str, file: str) -> np.ndarray | None:
+        return self._maps.get((folder, file))
 
-    def keep(self, folder: str, file: str, made: np.ndarray) -> None:
+    def add(self, folder: str, file: str, array: np.ndarray) -> None:
         """The map, which lives as long as an array of it, is kept; the first made are forgotten, and close when nobody reads
         from them any more.
         """
         with self._lock:
-            self._kept[folder, file] = made
-            kept_bytes = sum(each.nbytes for each in self._kept.values())
-            while len(self._kept) > 1 and (len(self._kept) > self._most or kept_bytes > self._most_bytes):
-                kept_bytes -= self._kept.pop(next(iter(self._kept))).nbytes
+            self._maps[folder, file] = array
+            kept_bytes = sum(mapped.nbytes for mapped in self._maps.values())
+            while len(self._maps) > 1 and (len(self._maps) > self._max_maps or kept_bytes > self._max_bytes):
+                kept_bytes -= self._maps.pop(next(iter(self._maps))).nbytes

@@ -16,45 +16,45 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tandem.trainer.config import Phase, Schedule
+from tandem.trainer.config import PhaseConfig, ScheduleConfig
 
-LARGEST_PERIOD = 100_000
+MAX_PATTERN_ROWS = 100_000
 """Shares that need a longer pattern are rounded to hundred-thousandths."""
 
 
-class Portion(NamedTuple):
+class SourceRows(NamedTuple):
     """What a step takes from one source."""
 
     source: str
-    rows: int
+    num_rows: int
     """Rows of the whole step."""
-    before: int
+    num_rows_before: int
     """Those of them that stand before the rows asked for."""
-    mine: np.ndarray
+    row_indices: np.ndarray
     """Where this source's rows stand among the rows asked for."""
 
 
-def row_sources(phase: Phase, first: int, count: int) -> list[str]:
+def row_sources(phase: PhaseConfig, first_row: int, num_rows: int) -> list[str]:
     """The source of each of rows [first, first + count) of the phase, counted from the phase's first row."""
-    names, pattern = _pattern(tuple(phase.mixture.items()))
+    names, pattern = _source_pattern(tuple(phase.mixture.items()))
     # Not take's mode wrap, which counts down by the length of the pattern.
-    return [names[index] for index in pattern[np.arange(first, first + count) % len(pattern)].tolist()]
+    return [names[index] for index in pattern[np.arange(first_row, first_row + num_rows) % len(pattern)].tolist()]
 
 
-def portions(phase: Phase, step: int, start: int, stop: int) -> list[Portion]:
+def rows_by_source(phase: PhaseConfig, step: int, start_row: int, stop_row: int) -> list[SourceRows]:
     """What the phase's step number `step` takes from each source, and which of its rows [start, stop) they are."""
     mixture = tuple(phase.mixture.items())
-    first = step * phase.rows % len(_pattern(mixture)[1])
-    return _portions(mixture, first, phase.rows, start, stop)
+    first = step * phase.global_batch_size % len(_source_pattern(mixture)[1])
+    return _rows_by_source(mixture, first, phase.global_batch_size, start_row, stop_row)
 
 
-def cursor_at(schedule: Schedule, step: int) -> dict[str, int]:
+def cursor_at(schedule: ScheduleConfig, step: int) -> dict[str, int]:
     """Tokens taken from each source before global step `step` by a run that began at step 0."""
     cursor: dict[str, int] = {}
     for phase in schedule.phases:
-        steps = min(step, phase.steps)
-        names, pattern = _pattern(tuple(phase.mixture.items()))
-        periods, rest = divmod(steps * phase.rows, len(pattern))
+        steps = min(step, phase.num_steps)
+        names, pattern = _source_pattern(tuple(phase.mixture.items()))
+        periods, rest = divmod(steps * phase.global_batch_size, len(pattern))
         rows = periods * np.bincount(pattern, minlength=len(names)) + np.bincount(pattern[:rest], minlength=len(names))
         for name, count in zip(names, rows, strict=True):
             if count:
@@ -64,19 +64,21 @@ def cursor_at(schedule: Schedule, step: int) -> dict[str, int]:
 
 
 @lru_cache(maxsize=1024)
-def _portions(mixture: tuple[tuple[str, float], ...], first: int, count: int, start: int, stop: int) -> list[Portion]:
-    names, pattern = _pattern(mixture)
-    rows = pattern.take(range(first, first + count), mode="wrap")
-    of_sources = [(name, rows == index) for index, name in enumerate(names)]
+def _rows_by_source(
+    mixture: tuple[tuple[str, float], ...], first_row: int, num_rows: int, start_row: int, stop_row: int
+) -> list[SourceRows]:
+    names, pattern = _source_pattern(mixture)
+    rows = pattern.take(range(first_row, first_row + num_rows), mode="wrap")
+    source_masks = [(name, rows == index) for index, name in enumerate(names)]
     return [
-        Portion(name, int(rows.sum()), int(rows[:start].sum()), np.flatnonzero(rows[start:stop]))
-        for name, rows in of_sources
+        SourceRows(name, int(rows.sum()), int(rows[:start_row].sum()), np.flatnonzero(rows[start_row:stop_row]))
+        for name, rows in source_masks
         if rows.any()
     ]
 
 
 @lru_cache(maxsize=64)
-def _pattern(mixture: tuple[tuple[str, float], ...]) -> tuple[list[str], np.ndarray]:
+def _source_pattern(mixture: tuple[tuple[str, float], ...]) -> tuple[list[str], np.ndarray]:
     """Source names and one period of indices into them, whatever the order in which the mixture names them.
 
     Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980): of the sources that
@@ -84,29 +86,35 @@ def _pattern(mixture: tuple[tuple[str, float], ...]) -> tuple[list[str], np.ndar
     whole row.
     """
     names = sorted(name for name, share in mixture if share > 0)
-    quotas = _quotas([dict(mixture)[name] for name in names])
-    period, slack = sum(quotas), max(2 * len(names) - 2, 1)
-    given = [0] * len(names)
-    pattern = np.zeros(period, np.int16)
-    for row in range(period):
-        due = [quota * (row + 1) - period * done for quota, done in zip(quotas, given, strict=True)]
-        waiting = [index for index in range(len(names)) if due[index] * slack >= period]
-        chosen = min(waiting, key=lambda index: (period - period / slack - due[index]) / quotas[index])
-        pattern[row] = chosen
-        given[chosen] += 1
+    rows_per_period = _rows_per_period([dict(mixture)[name] for name in names])
+    period_rows, slack = sum(rows_per_period), max(2 * len(names) - 2, 1)
+    num_rows_given = [0] * len(names)
+    pattern = np.zeros(period_rows, np.int16)
+    for row in range(period_rows):
+        row_deficits = [
+            quota * (row + 1) - period_rows * num_done
+            for quota, num_done in zip(rows_per_period, num_rows_given, strict=True)
+        ]
+        eligible = [index for index in range(len(names)) if row_deficits[index] * slack >= period_rows]
+        source_index = min(
+            eligible,
+            key=lambda index: (period_rows - period_rows / slack - row_deficits[index]) / rows_per_period[index],
+        )
+        pattern[row] = source_index
+        num_rows_given[source_index] += 1
     return names, pattern
 
 
-def _quotas(shares: list[float]) -> list[int]:
+def _rows_per_period(shares: list[float]) -> list[int]:
     """Rows of each source in one period, the shortest period that keeps the shares."""
-    ratios = [Fraction(share).limit_denominator(LARGEST_PERIOD) for share in shares]
+    ratios = [Fraction(share).limit_denominator(MAX_PATTERN_ROWS) for share in shares]
     period = math.lcm(*(ratio.denominator for ratio in ratios))
     quotas = [int(ratio * period) for ratio in ratios]
-    if period > LARGEST_PERIOD or sum(quotas) != period:
-        exact = [share / sum(shares) * LARGEST_PERIOD for share in shares]
+    if period > MAX_PATTERN_ROWS or sum(quotas) != period:
+        exact = [share / sum(shares) * MAX_PATTERN_ROWS for share in shares]
         quotas = [int(quota) for quota in exact]
         by_remainder = sorted(range(len(shares)), key=lambda index: quotas[index] - exact[index])
-        for index in by_remainder[: LARGEST_PERIOD - sum(quotas)]:
+        for index in by_remainder[: MAX_PATTERN_ROWS - sum(quotas)]:
             quotas[index] += 1
     common = math.gcd(*quotas)
     return [quota // common for quota in quotas]

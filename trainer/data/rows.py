@@ -17,21 +17,21 @@ from jaxtyping import Int32, Int64
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
-from tandem.trainer.data.shuffle import Order
-from tandem.trainer.data.token_stream import Piece, Stream
+from tandem.trainer.data.shuffle import BlockShuffle
+from tandem.trainer.data.token_stream import ShardRange, TokenStream
 
-INDEX, PIECE = Struct("<q"), Struct("<qqq")
-HASHES = 1 << 64
+ROW_INDEX_STRUCT, SHARD_RANGE_STRUCT = Struct("<q"), Struct("<qqq")
+HASH_MODULUS = 1 << 64
 """Hashes of rows are added modulo this."""
 
 
 @dataclass(frozen=True)
-class Evidence:
+class BatchDigests:
     """Sums, over this rank's rows of a step, of a hash of each; added over all ranks they are a fact of the run."""
 
-    ranges: int
+    ranges_digest: int
     """Of what was read: the row's index in the global step, its source, and the pieces of shards it came from."""
-    tokens: int
+    tokens_digest: int
     """Of what is fed: the row's index in the global step and its tokens, in the type they are stored in."""
 
 
@@ -40,10 +40,10 @@ class Batch:
     """This data-parallel rank's rows of one global step."""
 
     packed: Int32[Tensor, "3 rows seq"]
-    """Tokens, targets and documents in one piece, as they go to the device; `unpacked` tells them apart."""
+    """Tokens, targets and documents in one piece, as they go to the device; `unpack_batch` tells them apart."""
     cursor: dict[str, int]
     """Where each source stands in its reading order after this step; a fact of the run, not of a rank."""
-    evidence: Evidence | None = None
+    digests: BatchDigests | None = None
     """None for rows that nothing is learned from."""
 
     @property
@@ -56,12 +56,12 @@ class Batch:
         return self.packed[1].long()
 
     @property
-    def documents(self) -> Int32[Tensor, "rows seq"]:
+    def document_ids(self) -> Int32[Tensor, "rows seq"]:
         """Index of the document within the row, from 0; EOS belongs to the document it ends."""
         return self.packed[2]
 
 
-def unpacked(
+def unpack_batch(
     packed: Int32[Tensor, "3 rows seq"],
 ) -> tuple[Int64[Tensor, "rows seq"], Int64[Tensor, "rows seq"], Int32[Tensor, "rows seq"]]:
     """Tokens, targets and documents of these rows, as a model takes them, on the device of the rows."""
@@ -69,171 +69,193 @@ def unpacked(
     return tokens, targets, packed[2]
 
 
-class Span(NamedTuple):
+class RowRun(NamedTuple):
     """Rows of one source that follow one another in its reading order."""
 
     source: str
     position: int
-    rows: np.ndarray
+    row_indices: np.ndarray
     """Where they stand in the batch."""
 
 
-class Cut(NamedTuple):
+class BatchPlan(NamedTuple):
     """What is to be read for a batch."""
 
-    spans: list[Span]
-    rows: int
+    row_runs: list[RowRun]
+    num_rows: int
     seq_len: int
     cursor: dict[str, int]
-    first_row: int | None
+    first_row_index: int | None
     """Index of the batch's first row in the global step; None for rows that need no evidence."""
 
 
-class Read(NamedTuple):
+class RowRunTokens(NamedTuple):
     """A span as it was read."""
 
-    pair: np.ndarray
+    tokens_and_targets: np.ndarray
     """[2, rows, seq] tokens and their targets, in the stored type."""
-    breaks: list[int]
+    document_breaks: list[int]
     """Of the tokens one after the other, where a run of the stream begins."""
-    pieces: list[Piece]
+    shard_ranges: list[ShardRange]
 
 
-class Source:
+class SourceReader:
     """One split of a corpus, in the order a run reads it; what its stream leaves out is stepped over."""
 
-    def __init__(self, stream: Stream, order: Order):
-        self.stream, self._order = stream, order
-        self._window: int | None = None
+    def __init__(self, stream: TokenStream, order: BlockShuffle):
+        self.stream, self._shuffle = stream, order
+        self._prefetched_window: int | None = None
 
-    def after(self, position: int, count: int) -> int:
-        """The position in reading order behind the `count` tokens from `position` on."""
-        return self._runs(position, count)[1] if count and self.stream.left_out else position + count
+    def advance(self, position: int, num_tokens: int) -> int:
+        """The position in reading order behind the `num_tokens` tokens from `position` on."""
+        return (
+            self._kept_ranges(position, num_tokens)[1]
+            if num_tokens and self.stream.skipped_shard_indices
+            else position + num_tokens
+        )
 
-    def left_out(self, position: int) -> int:
+    def skipped_tokens_before(self, position: int) -> int:
         """How many of the positions before this one are left out."""
-        if not self.stream.left_out:
+        if not self.stream.skipped_shard_indices:
             return 0
-        tokens, (window, _) = self.stream.tokens, self._order.window(position)
-        epochs, inside = divmod(window, tokens)
-        before = [(epochs * tokens, inside), *self._order.runs(window, position - window)]
-        kept = sum(count for run in before for _, count in self.stream.kept(*run))
-        return position - epochs * self.stream.kept_tokens - kept
+        tokens, (window, _) = self.stream.epoch_tokens, self._shuffle.window_range(position)
+        num_epochs, epoch_offset = divmod(window, tokens)
+        ranges = [(num_epochs * tokens, epoch_offset), *self._shuffle.stream_ranges(window, position - window)]
+        kept_tokens = sum(count for run in ranges for _, count in self.stream.kept_ranges(*run))
+        return position - num_epochs * self.stream.kept_epoch_tokens - kept_tokens
 
-    def soon(self, position: int) -> None:
+    def prefetch(self, position: int) -> None:
         """The shards of the window behind the one around the position are made ready, once for each window."""
-        first, tokens = self._order.window(position)
-        if first != self._window:
-            self._window = first
-            self.stream.soon(first + tokens, tokens)
+        first, tokens = self._shuffle.window_range(position)
+        if first != self._prefetched_window:
+            self._prefetched_window = first
+            self.stream.prefetch(first + tokens, tokens)
 
-    def read(self, position: int, rows: int, seq_len: int) -> Read:
+    def read_rows(self, position: int, num_rows: int, seq_len: int) -> RowRunTokens:
         """`rows` rows, the first of which begins at `position`."""
-        pieces: list[Piece] = []
-        tokens, targets, breaks, start = [], [], [], 0
-        for first, count in self._runs(position, rows * seq_len)[0]:
-            taken, run = self.stream.run(first, count)
+        shard_ranges: list[ShardRange] = []
+        tokens, targets, document_breaks, start = [], [], [], 0
+        for first, count in self._kept_ranges(position, num_rows * seq_len)[0]:
+            run_shard_ranges, run = self.stream.read_with_next_token(first, count)
             tokens.append(run[:-1])
             targets.append(run[1:])
-            breaks.append(start)
+            document_breaks.append(start)
             start += count
-            pieces += taken
+            shard_ranges += run_shard_ranges
         pair = np.empty((2, start), self.stream.dtype)
         np.concatenate(tokens, out=pair[0])
         np.concatenate(targets, out=pair[1])
-        return Read(pair.reshape(2, rows, seq_len), breaks, merged(pieces))
+        return RowRunTokens(pair.reshape(2, num_rows, seq_len), document_breaks, merge_shard_ranges(shard_ranges))
 
-    def _runs(self, position: int, count: int) -> tuple[list[tuple[int, int]], int]:
-        """The runs of the stream that the next `count` tokens are, and the position behind them."""
-        if not self.stream.left_out:
-            return self._order.runs(position, count), position + count
-        found: list[tuple[int, int]] = []
-        wanted = count
+    def _kept_ranges(self, position: int, num_tokens: int) -> tuple[list[tuple[int, int]], int]:
+        """The runs of the stream that the next `num_tokens` tokens are, and the position behind them."""
+        if not self.stream.skipped_shard_indices:
+            return self._shuffle.stream_ranges(position, num_tokens), position + num_tokens
+        ranges: list[tuple[int, int]] = []
+        wanted_tokens = num_tokens
         while True:
-            for start, length in self._order.runs(position, wanted):
-                for first, kept in self.stream.kept(start, length):
-                    taken = min(kept, count)
-                    if found and sum(found[-1]) == first:  # asked for in two turns, or in two shards
-                        found[-1] = (found[-1][0], found[-1][1] + taken)
+            for start, length in self._shuffle.stream_ranges(position, wanted_tokens):
+                for first, kept in self.stream.kept_ranges(start, length):
+                    taken_tokens = min(kept, num_tokens)
+                    if ranges and sum(ranges[-1]) == first:  # asked for in two turns, or in two shards
+                        ranges[-1] = (ranges[-1][0], ranges[-1][1] + taken_tokens)
                     else:
-                        found.append((first, taken))
-                    count -= taken
-                    if not count:
-                        return found, position + first + taken - start
+                        ranges.append((first, taken_tokens))
+                    num_tokens -= taken_tokens
+                    if not num_tokens:
+                        return ranges, position + first + taken_tokens - start
                 position += length
-            wanted *= 2
+            wanted_tokens *= 2
 
 
-def batch(sources: Mapping[str, Source], cut: Cut, eos_id: int) -> Batch:
+def build_batch(sources: Mapping[str, SourceReader], plan: BatchPlan, eos_id: int) -> Batch:
     """The rows of the cut as tensors, and their evidence."""
-    reads = [sources[span.source].read(span.position, len(span.rows), cut.seq_len) for span in cut.spans]
-    if len(reads) == 1:
-        pair, breaks = reads[0].pair, reads[0].breaks
+    row_run_tokens = [
+        sources[span.source].read_rows(span.position, len(span.row_indices), plan.seq_len) for span in plan.row_runs
+    ]
+    if len(row_run_tokens) == 1:
+        tokens_and_targets, document_breaks = row_run_tokens[0].tokens_and_targets, row_run_tokens[0].document_breaks
     else:
-        pair, breaks = np.empty((2, cut.rows, cut.seq_len), np.result_type(*(read.pair for read in reads))), []
-        for span, read in zip(cut.spans, reads, strict=True):
-            pair[:, span.rows] = read.pair
-            breaks += [int(span.rows[at // cut.seq_len]) * cut.seq_len + at % cut.seq_len for at in read.breaks]
-    packed = np.empty((3, cut.rows, cut.seq_len), np.int32)
-    packed[:2] = pair
-    packed[2] = documents_of(pair[0], breaks, eos_id)
-    found = None if cut.first_row is None else evidence(cut, reads, packed[0], cut.first_row)
-    return Batch(torch.from_numpy(packed), cut.cursor, found)
+        tokens_and_targets, document_breaks = (
+            np.empty(
+                (2, plan.num_rows, plan.seq_len), np.result_type(*(read.tokens_and_targets for read in row_run_tokens))
+            ),
+            [],
+        )
+        for span, read in zip(plan.row_runs, row_run_tokens, strict=True):
+            tokens_and_targets[:, span.row_indices] = read.tokens_and_targets
+            document_breaks += [
+                int(span.row_indices[at // plan.seq_len]) * plan.seq_len + at % plan.seq_len
+                for at in read.document_breaks
+            ]
+    packed = np.empty((3, plan.num_rows, plan.seq_len), np.int32)
+    packed[:2] = tokens_and_targets
+    packed[2] = document_ids_of(tokens_and_targets[0], document_breaks, eos_id)
+    digests = (
+        None if plan.first_row_index is None else compute_digests(plan, row_run_tokens, packed[0], plan.first_row_index)
+    )
+    return Batch(torch.from_numpy(packed), plan.cursor, digests)
 
 
-def documents_of(tokens: np.ndarray, breaks: list[int], eos_id: int) -> np.ndarray:
+def document_ids_of(tokens: np.ndarray, document_breaks: list[int], eos_id: int) -> np.ndarray:
     """The document of each token, counted in its row. What follows a break is another document, whatever stands before it."""
     rows, seq_len = tokens.shape
     ends = tokens.reshape(-1) == eos_id
     ends[seq_len - 1 :: seq_len] = True
-    for at in breaks:
+    for at in document_breaks:
         ends[at - 1] = True  # before the first of all: the last of all, which is an end
-    lasts = ends.nonzero()[0]
-    lengths = lasts.copy()
+    last_indices = ends.nonzero()[0]
+    lengths = last_indices.copy()
     lengths[0] += 1
-    lengths[1:] -= lasts[:-1]
-    row_firsts = lasts.searchsorted(np.arange(0, tokens.size, seq_len))
-    numbers = np.arange(len(lasts)) - row_firsts[lasts // seq_len]
+    lengths[1:] -= last_indices[:-1]
+    first_documents = last_indices.searchsorted(np.arange(0, tokens.size, seq_len))
+    document_ids = np.arange(len(last_indices)) - first_documents[last_indices // seq_len]
     # Every document's number repeated: many times as fast as a running sum over the tokens.
-    return numbers.astype(np.int32).repeat(lengths).reshape(rows, seq_len)
+    return document_ids.astype(np.int32).repeat(lengths).reshape(rows, seq_len)
 
 
-def evidence(cut: Cut, reads: list[Read], tokens: np.ndarray, first_row: int) -> Evidence:
+def compute_digests(
+    plan: BatchPlan, row_run_tokens: list[RowRunTokens], tokens: np.ndarray, first_row_index: int
+) -> BatchDigests:
     """The sums for the batch's tokens, which are the very ones it is fed: a row put in the wrong place since it was read
     is not the row that its place should have.
     """
-    stored = {dtype: tokens.astype(dtype) for dtype in {read.pair.dtype for read in reads}}
-    of_ranges = of_tokens = 0
-    for span, read in zip(cut.spans, reads, strict=True):
-        fed, name = stored[read.pair.dtype], span.source.encode() + b"\0"
-        for row, pieces in zip(span.rows.tolist(), packed(read.pieces, cut.seq_len), strict=True):
-            index = INDEX.pack(first_row + row)
-            of_ranges += xxh3_64_intdigest(index + name + pieces)
-            of_tokens += xxh3_64_intdigest(index + fed[row].tobytes())
-    return Evidence(of_ranges % HASHES, of_tokens % HASHES)
+    tokens_by_dtype = {
+        dtype: tokens.astype(dtype) for dtype in {read.tokens_and_targets.dtype for read in row_run_tokens}
+    }
+    ranges_digest = tokens_digest = 0
+    for span, read in zip(plan.row_runs, row_run_tokens, strict=True):
+        stored_tokens, name = tokens_by_dtype[read.tokens_and_targets.dtype], span.source.encode() + b"\0"
+        for row, pieces in zip(
+            span.row_indices.tolist(), pack_shard_ranges(read.shard_ranges, plan.seq_len), strict=True
+        ):
+            index = ROW_INDEX_STRUCT.pack(first_row_index + row)
+            ranges_digest += xxh3_64_intdigest(index + name + pieces)
+            tokens_digest += xxh3_64_intdigest(index + stored_tokens[row].tobytes())
+    return BatchDigests(ranges_digest % HASH_MODULUS, tokens_digest % HASH_MODULUS)
 
 
-def packed(pieces: list[Piece], seq_len: int) -> list[bytes]:
+def pack_shard_ranges(shard_ranges: list[ShardRange], seq_len: int) -> list[bytes]:
     """The bytes of each row's pieces: these pieces, cut at the ends of rows."""
     rows: list[bytes] = []
-    room = 0
-    for shard, first, count in pieces:
+    tokens_left = 0
+    for shard, first, count in shard_ranges:
         end = first + count
         while first < end:
-            if not room:
+            if not tokens_left:
                 rows.append(b"")
-                room = seq_len
-            taken = min(end - first, room)
-            rows[-1] += PIECE.pack(shard, first, taken)
-            first += taken
-            room -= taken
+                tokens_left = seq_len
+            num_tokens = min(end - first, tokens_left)
+            rows[-1] += SHARD_RANGE_STRUCT.pack(shard, first, num_tokens)
+            first += num_tokens
+            tokens_left -= num_tokens
     return rows
 
 
-def merged(pieces: list[Piece]) -> list[Piece]:
+def merge_shard_ranges(shard_ranges: list[ShardRange]) -> list[ShardRange]:
     """The same tokens in the fewest pieces."""
-    merged = pieces[:1]
-    for shard, first, count in pieces[1:]:
+    merged = shard_ranges[:1]
+    for shard, first, count in shard_ranges[1:]:
         last_shard, last_first, last_count = merged[-1]
         if shard == last_shard and first == last_first + last_count:
             merged[-1] = (shard, last_first, last_count + count)

@@ -12,87 +12,91 @@ from typing import BinaryIO
 from tandem.trainer import config
 from tandem.trainer.config import UserError
 from tandem.trainer.data import remote_files
-from tandem.trainer.data.manifest import FILE, DamagedShard, Shard
+from tandem.trainer.data.manifest import MANIFEST_FILE, DamagedShard, Shard
 
-SLOW_SECONDS = 60.0
+PROGRESS_LOG_SECONDS = 60.0
 """How often a fetch that goes on for long says how far it is."""
 
 log = logging.getLogger(__name__)
 
 
-def fetched(folder: str | Path, shard: Shard, part: BinaryIO, settings: config.Cache) -> None:
+def fetch_shard(folder: str | Path, shard: Shard, partial_file: BinaryIO, settings: config.ShardCacheConfig) -> None:
     """The file, empty before, has the bytes of the shard of the remote folder.
 
     Raises: DamagedShard where the place answers and has not its bytes, UserError where it does not answer, or has not
     even the manifest any more: then it is the place that is gone.
     """
-    address, began = remote_files.below(folder, shard.file), time.monotonic()
-    patience = remote_files.Patience(address, settings, (remote_files.Missing, _Settled))
-    fetch = _Fetch(address, shard, part)
+    address, start_time = remote_files.join_address(folder, shard.file), time.monotonic()
+    retry_policy = remote_files.RetryPolicy(address, settings, (remote_files.RemoteFileMissing, _RepeatedMismatch))
+    fetch = _ShardDownload(address, shard, partial_file)
     while True:
         try:
-            fetch.go_on(settings.timeout_seconds)
+            fetch.resume(settings.timeout_seconds)
             return
-        except remote_files.Unreachable as error:
+        except remote_files.RemoteError as error:
             try:
-                patience.failed(error)
-            except remote_files.Unreachable:
-                tries = f"tries: {patience.failures} in {time.monotonic() - began:.3g} s, the last: {error}"
+                retry_policy.wait_or_raise(error)
+            except remote_files.RemoteError:
+                tries = (
+                    f"tries: {retry_policy.num_failures} in {time.monotonic() - start_time:.3g} s, the last: {error}"
+                )
                 message = f"{address}: shard cannot be fetched; {tries}; restore"
-                if isinstance(error, remote_files.Missing):
-                    _check_place(folder, settings)
-                if isinstance(error, (remote_files.Missing, _Altered)):
+                if isinstance(error, remote_files.RemoteFileMissing):
+                    _check_manifest_exists(folder, settings)
+                if isinstance(error, (remote_files.RemoteFileMissing, _ContentMismatch)):
                     raise DamagedShard(shard.file, f"{message} it") from None
                 raise UserError(f"{message} the way to it, and start again") from None
 
 
-def _check_place(folder: str | Path, settings: config.Cache) -> None:
+def _check_manifest_exists(folder: str | Path, settings: config.ShardCacheConfig) -> None:
     try:
-        remote_files.content(remote_files.below(folder, FILE), settings)
+        remote_files.read_bytes(remote_files.join_address(folder, MANIFEST_FILE), settings)
     except OSError as error:
-        raise UserError(f"{folder}: has no {FILE} any more ({error}); restore the folder, or the way to it") from None
+        raise UserError(
+            f"{folder}: has no {MANIFEST_FILE} any more ({error}); restore the folder, or the way to it"
+        ) from None
 
 
-class _Altered(remote_files.Unreachable):
+class _ContentMismatch(remote_files.RemoteError):
     """The server answered in full, and what it has is not the shard."""
 
 
-class _Settled(_Altered):
+class _RepeatedMismatch(_ContentMismatch):
     """It says so for the second time."""
 
 
-class _Fetch:
+class _ShardDownload:
     """What of a shard has come, and its hash; a try goes on where the one before it broke."""
 
-    def __init__(self, address: str, shard: Shard, part: BinaryIO):
-        self._address, self._shard, self._part = address, shard, part
-        self._wrong = ""
-        self._start_over()
+    def __init__(self, address: str, shard: Shard, partial_file: BinaryIO):
+        self._address, self._shard, self._partial_file = address, shard, partial_file
+        self._last_mismatch = ""
+        self._restart()
 
-    def go_on(self, timeout_seconds: float) -> None:
-        """The part holds the shard. Raises: remote.Unreachable."""
-        said, size_bytes = time.monotonic(), self._shard.bytes
-        with closing(remote_files.blocks(self._address, self._done_bytes, timeout_seconds)) as blocks:
+    def resume(self, timeout_seconds: float) -> None:
+        """The part holds the shard. Raises: RemoteError."""
+        last_log_time, size_bytes = time.monotonic(), self._shard.bytes
+        with closing(remote_files.read_blocks(self._address, self._received_bytes, timeout_seconds)) as blocks:
             for block in blocks:
-                if self._done_bytes + len(block) > size_bytes:
-                    self._start_over()
-                    raise self._altered(f"longer than the {size_bytes} bytes that the manifest says")
-                self._part.write(block)
+                if self._received_bytes + len(block) > size_bytes:
+                    self._restart()
+                    raise self._content_mismatch(f"longer than the {size_bytes} bytes that the manifest says")
+                self._partial_file.write(block)
                 self._digest.update(block)
-                self._done_bytes += len(block)
-                if time.monotonic() - said > SLOW_SECONDS:
-                    said = time.monotonic()
-                    log.warning("%s: slow: %d of %d bytes so far", self._address, self._done_bytes, size_bytes)
-        if self._done_bytes < size_bytes:
-            raise self._altered(f"ended at byte {self._done_bytes} of {size_bytes}")
-        if (found := self._digest.hexdigest()) != self._shard.sha256:
-            self._start_over()
-            raise self._altered(f"sha256 {found[:12]}; the manifest says {self._shard.sha256[:12]}")
+                self._received_bytes += len(block)
+                if time.monotonic() - last_log_time > PROGRESS_LOG_SECONDS:
+                    last_log_time = time.monotonic()
+                    log.warning("%s: slow: %d of %d bytes so far", self._address, self._received_bytes, size_bytes)
+        if self._received_bytes < size_bytes:
+            raise self._content_mismatch(f"ended at byte {self._received_bytes} of {size_bytes}")
+        if (sha256 := self._digest.hexdigest()) != self._shard.sha256:
+            self._restart()
+            raise self._content_mismatch(f"sha256 {sha256[:12]}; the manifest says {self._shard.sha256[:12]}")
 
-    def _start_over(self) -> None:
-        self._part.seek(0)
-        self._done_bytes, self._digest = 0, hashlib.sha256()
+    def _restart(self) -> None:
+        self._partial_file.seek(0)
+        self._received_bytes, self._digest = 0, hashlib.sha256()
 
-    def _altered(self, reason: str) -> _Altered:
-        again, self._wrong = reason == self._wrong, reason
-        return _Settled(f"{reason}, twice the same") if again else _Altered(reason)
+    def _content_mismatch(self, reason: str) -> _ContentMismatch:
+        is_repeated, self._last_mismatch = reason == self._last_mismatch, reason
+        return _RepeatedMismatch(f"{reason}, twice the same") if is_repeated else _ContentMismatch(reason)

@@ -17,60 +17,68 @@ from functools import lru_cache
 import numpy as np
 
 
-class Order:
-    """Positions in reading order to positions in the stream; `seed` None or block_tokens 0 reads the stream as it is."""
+class BlockShuffle:
+    """Positions in reading order to positions in the stream; `seed` None or 0 block tokens reads the stream as it is."""
 
-    def __init__(self, epoch_tokens: int, *, block_tokens: int, window_tokens: int, name: str, seed: int | None):
-        self._epoch_tokens, self._block_tokens = epoch_tokens, block_tokens
-        self._name, self._seed = name, seed
-        self._shuffled = seed is not None and block_tokens > 0
-        if self._shuffled:
-            self._blocks = epoch_tokens // block_tokens
-            self._window_blocks = max(1, window_tokens // block_tokens)
-            self._window = lru_cache(maxsize=4)(self._window_order)
+    def __init__(
+        self, epoch_tokens: int, *, shuffle_block_tokens: int, shuffle_window_tokens: int, source: str, seed: int | None
+    ):
+        self._epoch_tokens, self._shuffle_block_tokens = epoch_tokens, shuffle_block_tokens
+        self._source, self._seed = source, seed
+        self._is_shuffled = seed is not None and shuffle_block_tokens > 0
+        if self._is_shuffled:
+            self._num_blocks = epoch_tokens // shuffle_block_tokens
+            self._blocks_per_window = max(1, shuffle_window_tokens // shuffle_block_tokens)
+            self._cached_window_permutation = lru_cache(maxsize=4)(self._window_permutation)
 
-    def runs(self, position: int, count: int) -> list[tuple[int, int]]:
+    def stream_ranges(self, position: int, num_tokens: int) -> list[tuple[int, int]]:
         """The runs of the stream, as (position, tokens), that tokens [position, position + count) of the order are."""
-        if not self._shuffled:
-            return [(position, count)]
+        if not self._is_shuffled:
+            return [(position, num_tokens)]
         # Locals, for this is done for each block of a batch.
-        epoch_tokens, block_tokens, window_blocks = self._epoch_tokens, self._block_tokens, self._window_blocks
-        found: list[tuple[int, int]] = []
+        epoch_tokens, shuffle_block_tokens, window_blocks = (
+            self._epoch_tokens,
+            self._shuffle_block_tokens,
+            self._blocks_per_window,
+        )
+        ranges: list[tuple[int, int]] = []
         end = -1
-        while count > 0:
+        while num_tokens > 0:
             epoch, offset = divmod(position, epoch_tokens)
-            block, inside = divmod(offset, block_tokens)
-            taken = min(count, block_tokens - inside, epoch_tokens - offset)
-            if block < self._blocks:
-                window, place = divmod(block, window_blocks)
-                block = window * window_blocks + int(self._window(epoch, window)[place])
-            start = epoch * epoch_tokens + block * block_tokens + inside
+            block, block_offset = divmod(offset, shuffle_block_tokens)
+            length_tokens = min(num_tokens, shuffle_block_tokens - block_offset, epoch_tokens - offset)
+            if block < self._num_blocks:
+                window, index_in_window = divmod(block, window_blocks)
+                block = window * window_blocks + int(self._cached_window_permutation(epoch, window)[index_in_window])
+            start = epoch * epoch_tokens + block * shuffle_block_tokens + block_offset
             if start == end:
-                found[-1] = (found[-1][0], found[-1][1] + taken)
+                ranges[-1] = (ranges[-1][0], ranges[-1][1] + length_tokens)
             else:
-                found.append((start, taken))
-            position, count, end = position + taken, count - taken, start + taken
-        return found
+                ranges.append((start, length_tokens))
+            position, num_tokens, end = position + length_tokens, num_tokens - length_tokens, start + length_tokens
+        return ranges
 
-    def window(self, position: int) -> tuple[int, int]:
+    def window_range(self, position: int) -> tuple[int, int]:
         """The window around the position, as (first position, tokens): before and in it, reading order and stream hold the
         same positions.
         """
-        if not self._shuffled:
+        if not self._is_shuffled:
             return position, 0
-        tokens = self._window_blocks * self._block_tokens
+        shuffle_window_tokens = self._blocks_per_window * self._shuffle_block_tokens
         offset = position % self._epoch_tokens
-        return position - offset % tokens, min(tokens, self._epoch_tokens - offset // tokens * tokens)
+        return position - offset % shuffle_window_tokens, min(
+            shuffle_window_tokens, self._epoch_tokens - offset // shuffle_window_tokens * shuffle_window_tokens
+        )
 
-    def _window_order(self, epoch: int, window: int) -> np.ndarray:
-        first = window * self._window_blocks
-        size = min(self._window_blocks, self._blocks - first)
-        digest = hashlib.sha256(f"{self._seed}/{self._name}/{epoch}/blocks/{window}".encode()).digest()
-        keys = _mixed(np.arange(size, dtype=np.uint64) + np.frombuffer(digest[:8], "<u8"))
+    def _window_permutation(self, epoch: int, window_index: int) -> np.ndarray:
+        first_block = window_index * self._blocks_per_window
+        num_blocks = min(self._blocks_per_window, self._num_blocks - first_block)
+        digest = hashlib.sha256(f"{self._seed}/{self._source}/{epoch}/blocks/{window_index}".encode()).digest()
+        keys = _splitmix64(np.arange(num_blocks, dtype=np.uint64) + np.frombuffer(digest[:8], "<u8"))
         return np.argsort(keys, kind="stable")
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
+def _splitmix64(values: np.ndarray) -> np.ndarray:
     """A bijection of 64-bit integers that looks random; sorting by it shuffles, the same in every version of numpy.
 
     Source: the finalizer of SplitMix64, Steele, Lea and Flood 2014.

@@ -14,49 +14,51 @@ from threading import Event, Thread
 from torch.distributed import Store
 
 from tandem.trainer.config import UserError
-from tandem.trainer.distributed.mesh import Mesh, barrier, shared_store, sum_over_ranks
-from tandem.trainer.distributed.watchdog import connection_lost
-from tandem.trainer.runtime import Stopped, StopSignal
+from tandem.trainer.distributed.mesh import Mesh, barrier, create_shared_store, sum_over_ranks
+from tandem.trainer.distributed.watchdog import is_connection_lost
+from tandem.trainer.runtime import StopRequested, StopSignal
 
-SPREAD_SECONDS = 1.0
+POLL_SECONDS = 1.0
 """From one look for signals to other ranks to the next."""
-TOLD, MISTAKE = "told to stop", "mistake"
+STOP_KEY, USER_ERROR_KEY = "told to stop", "mistake"
 
 
 @dataclass
-class Agreement:
+class Coordinator:
     mesh: Mesh
     stop_signal: StopSignal
-    watch: Callable[[str], object] = lambda phase: None
+    enter_phase: Callable[[str], object] = lambda phase: None
     """Told before ranks wait for one another."""
-    wants_save: bool = False
+    save_requested_local: bool = False
     """Rank 0's: a save has failed, and is to be tried again now."""
-    save_wanted: bool = False
+    save_requested: bool = False
     """The same, agreed on by all ranks."""
 
-    def any_rank(self, said: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether any rank says so, the same on every rank; waits for the ranks, not for what their devices are at work on.
 
-        Raises: Stopped on all ranks if one was told to stop.
+        Raises: StopRequested on all ranks if one was told to stop.
         """
-        self.watch("agreement")
-        stop = self.stop_signal.name is not None
-        said_by, stops, saves = sum_over_ranks([float(said), float(stop), float(self.wants_save)])
-        if stops:
-            raise Stopped
-        self.save_wanted = saves > 0
-        return said_by > 0
+        self.enter_phase("agreement")
+        stop = self.stop_signal.signal_name is not None
+        num_flags, num_stops, num_save_requests = sum_over_ranks(
+            [float(flag), float(stop), float(self.save_requested_local)]
+        )
+        if num_stops:
+            raise StopRequested
+        self.save_requested = num_save_requests > 0
+        return num_flags > 0
 
 
 @contextmanager
-def spread(stop_signal: StopSignal, mesh: Mesh) -> Iterator[None]:
-    """Within the block all ranks know that one was told to stop, after twice SPREAD_SECONDS at most, whatever they wait for.
+def broadcast_stop(stop_signal: StopSignal, mesh: Mesh) -> Iterator[None]:
+    """Within the block all ranks know that one was told to stop, after twice POLL_SECONDS at most, whatever they wait for.
 
     Raises: UserError where another rank has left by it, instead of the error of the connection that this one then lost.
     """
-    ended, store, mistakes = Event(), shared_store("signals"), list[str]()
+    ended, store, user_errors = Event(), create_shared_store("signals"), list[str]()
     thread = Thread(
-        target=_spread, args=(stop_signal, store, ended, mistakes), name="signals to other ranks", daemon=True
+        target=_poll_store, args=(stop_signal, store, ended, user_errors), name="signals to other ranks", daemon=True
     )
     if mesh.world_size == 1:
         ended.set()
@@ -65,35 +67,35 @@ def spread(stop_signal: StopSignal, mesh: Mesh) -> Iterator[None]:
         yield
     except UserError as mistake:
         with suppress(RuntimeError):
-            store.set(MISTAKE, str(mistake))
-        ended.wait(2 * SPREAD_SECONDS if mesh.rank == 0 else 0)  # it may hold the store that the others look into
+            store.set(USER_ERROR_KEY, str(mistake))
+        ended.wait(2 * POLL_SECONDS if mesh.rank == 0 else 0)  # it may hold the store that the others look into
         raise
     except RuntimeError as error:
-        if connection_lost(error):
-            thread.join(2 * SPREAD_SECONDS)
-            if mistakes:
-                raise UserError(mistakes[0]) from error
+        if is_connection_lost(error):
+            thread.join(2 * POLL_SECONDS)
+            if user_errors:
+                raise UserError(user_errors[0]) from error
         raise
     finally:
         ended.set()
-        thread.join(SPREAD_SECONDS)
+        thread.join(POLL_SECONDS)
     barrier()  # rank 0 may hold the store
 
 
-def _spread(stop_signal: StopSignal, store: Store, ended: Event, mistakes: list[str]) -> None:
-    told = False
-    while not ended.wait(SPREAD_SECONDS):
+def _poll_store(stop_signal: StopSignal, store: Store, ended: Event, user_errors: list[str]) -> None:
+    stop_known = False
+    while not ended.wait(POLL_SECONDS):
         try:
-            if store.check([MISTAKE]):
-                mistakes.append(store.get(MISTAKE).decode())
+            if store.check([USER_ERROR_KEY]):
+                user_errors.append(store.get(USER_ERROR_KEY).decode())
                 return
-            if told:
+            if stop_known:
                 continue
-            if stop_signal.came:
-                store.set(TOLD, "")
-                told = True
-            elif store.check([TOLD]):
-                stop_signal.told_elsewhere()
-                told = True
+            if stop_signal.has_arrived:
+                store.set(STOP_KEY, "")
+                stop_known = True
+            elif store.check([STOP_KEY]):
+                stop_signal.trigger_remote_stop()
+                stop_known = True
         except RuntimeError:  # the rank that holds the store is gone: the watchdog's business
             return

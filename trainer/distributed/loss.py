@@ -15,30 +15,32 @@ from tandem.kernels.linear_cross_entropy import linear_cross_entropy
 from tandem.trainer.distributed.mesh import Mesh
 
 
-def cross_entropy(
-    hidden: Float[Tensor, "seq rows width"],
-    weight: Float[Tensor, "vocab_local width"],
+def parallel_cross_entropy(
+    hidden_states: Float[Tensor, "seq rows hidden_size"],
+    weight: Float[Tensor, "vocab_local hidden_size"],
     targets: Int64[Tensor, "seq rows"],
     *,
-    vocab: int,
+    vocab_size: int,
     scale: float,
     mesh: Mesh,
 ) -> Float32[Tensor, "seq rows"]:
-    """Minus the log-probability of each target among the true `vocab` ids, of logits scale * hidden @ weight.T.
+    """Minus the log-probability of each target among the true `vocab_size` ids, of logits scale * hidden @ weight.T.
 
     The same on every tensor-parallel rank; its gradient is to be that of one rank's losses, not of their sum over ranks. The
-    gradient of hidden is this rank's part (`to_columns` adds the parts up). No logits are kept, nor ever all at once there.
+    gradient of hidden is this rank's part (`copy_to_tp` adds the parts up). No logits are kept, nor ever all at once there.
 
     Units: nats.
     """
-    first = mesh.tp_rank * len(weight)
-    columns = min(max(vocab - first, 0), len(weight))
-    local = (targets - first).flatten()
-    parts = linear_cross_entropy(hidden.flatten(0, 1), weight, local, columns=columns, scale=scale)
-    return _over_ranks(*parts, mesh).view(targets.shape)
+    first_index = mesh.tp_rank * len(weight)
+    num_valid_columns = min(max(vocab_size - first_index, 0), len(weight))
+    local_targets = (targets - first_index).flatten()
+    parts = linear_cross_entropy(
+        hidden_states.flatten(0, 1), weight, local_targets, num_valid_columns=num_valid_columns, scale=scale
+    )
+    return _combine_over_ranks(*parts, mesh).view(targets.shape)
 
 
-def _over_ranks(
+def _combine_over_ranks(
     maximum: Float[Tensor, " tokens"],
     total: Float[Tensor, " tokens"],
     target_logit: Float[Tensor, " tokens"],
@@ -50,8 +52,8 @@ def _over_ranks(
     """
     maximum, total, target_logit = maximum.double(), total.double(), target_logit.double()
     if mesh.tp_size > 1:
-        largest = maximum.clone()
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, get_tensor_model_parallel_group())
-        parts = torch.stack((total * (maximum - largest).exp(), target_logit))
-        maximum, (total, target_logit) = largest, reduce_from_tensor_model_parallel_region(parts)
+        global_maximum = maximum.clone()
+        torch.distributed.all_reduce(global_maximum, torch.distributed.ReduceOp.MAX, get_tensor_model_parallel_group())
+        parts = torch.stack((total * (maximum - global_maximum).exp(), target_logit))
+        maximum, (total, target_logit) = global_maximum, reduce_from_tensor_model_parallel_region(parts)
     return (maximum - target_logit + total.log()).float()

@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from tandem.trainer.config import RANKS_WAIT_SECONDS, UserError
+from tandem.trainer.config import RANK_WAIT_TIMEOUT_SECONDS, UserError
+from tandem.trainer.runtime import launch_environment
 
 T = TypeVar("T")
-_STORES = count()
-JOIN_TIMEOUT = timedelta(seconds=RANKS_WAIT_SECONDS)
-COLLECTIVE_MINUTES = 120
+_STORE_COUNTER = count()
+INIT_TIMEOUT = timedelta(seconds=RANK_WAIT_TIMEOUT_SECONDS)
+COLLECTIVE_TIMEOUT_MINUTES = 120
 """Longer than the watchdog of a run waits, which says who did not arrive; a timeout of NCCL just ends the process."""
 
 
@@ -37,22 +38,12 @@ class Mesh:
     device: torch.device
 
 
-def launched_world_size() -> int:
-    """Ranks of this launch, from torchrun, deepspeed or srun; 1 when started by hand."""
-    return _launch()["world_size"]
-
-
-def launched_rank() -> int:
-    """This process's rank in the launch; 0 when started by hand."""
-    return _launch()["rank"]
-
-
-def start(tp_size: int) -> Mesh:
+def init_mesh(tp_size: int) -> Mesh:
     """Process groups exist (NCCL with a GPU, gloo without) and every rank knows its place.
 
     Uses the process group of the caller if there is one already.
     """
-    launch = _launch()
+    launch = launch_environment()
     os.environ["LOCAL_RANK"] = str(launch["local_rank"])  # DeepSpeed insists on it, whatever the launcher
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -64,13 +55,13 @@ def start(tp_size: int) -> Mesh:
         device = torch.device("cuda", launch["local_rank"])
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        _join(launch, device)
-        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=COLLECTIVE_MINUTES))
+        _init_process_group(launch, device)
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES))
     if not parallel_state.model_parallel_is_initialized():
         # On gloo the main groups serve the CPU already; a second set would only cost start-up time.
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp_size, create_gloo_process_groups=device.type == "cuda",
-            distributed_timeout_minutes=COLLECTIVE_MINUTES,
+            distributed_timeout_minutes=COLLECTIVE_TIMEOUT_MINUTES,
         )  # fmt: skip
     return Mesh(
         rank=dist.get_rank(),
@@ -85,21 +76,23 @@ def start(tp_size: int) -> Mesh:
 
 
 @contextmanager
-def started(tp_size: int) -> Iterator[Mesh]:
-    """`start`; when the block ends, also by an error, all groups made by it are gone and another tp_size may follow."""
-    before = groups()
+def mesh_context(tp_size: int) -> Iterator[Mesh]:
+    """`init_mesh`; when the block ends, also by an error, all groups made by it are gone and another tp_size may follow."""
+    groups_before = process_groups()
     try:
-        yield start(tp_size)
+        yield init_mesh(tp_size)
     finally:
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()  # forgets them
-        if not before and dist.is_initialized():
+        if not groups_before and dist.is_initialized():
             dist.destroy_process_group()
-        for group in sorted(groups() - before, key=lambda group: group.group_name):  # in one order on all ranks
+        for group in sorted(
+            process_groups() - groups_before, key=lambda group: group.group_name
+        ):  # in one order on all ranks
             dist.destroy_process_group(group)
 
 
-def groups() -> set[dist.ProcessGroup]:
+def process_groups() -> set[dist.ProcessGroup]:
     """All that this process is in. On gloo each has two threads, one of which wakes a hundred times a second."""
     return set(dist.distributed_c10d._world.pg_map)
 
@@ -117,27 +110,27 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     return list(tensor.tolist())
 
 
-def read_sum_over_ranks(values: torch.Tensor) -> list[float]:
+def sum_over_ranks_on_device(values: torch.Tensor) -> list[float]:
     """Each value on the device summed over all ranks, in fp64, the same bits on every rank. Waits for the device."""
     summed = values.to(torch.float64, copy=True)
     dist.all_reduce(summed)
     return list(summed.tolist())
 
 
-def from_rank_0(value: T) -> T:
+def broadcast_from_rank_0(value: T) -> T:
     """Rank 0's value on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def from_replica(dp_rank: int, tensor: torch.Tensor) -> None:
+def broadcast_from_replica(dp_rank: int, tensor: torch.Tensor) -> None:
     """The tensor is that of the given data-parallel rank, on all replicas."""
     group = parallel_state.get_data_parallel_group()
     dist.broadcast(tensor, dist.get_global_rank(group, dp_rank), group)
 
 
-def on_rank_0(function: Callable[[], T], mesh: Mesh) -> T | None:
+def run_on_rank_0(function: Callable[[], T], mesh: Mesh) -> T | None:
     """The function's result on rank 0, which alone calls it, and None elsewhere.
 
     Raises: its UserError on every rank, so that none waits for one that has left.
@@ -148,20 +141,20 @@ def on_rank_0(function: Callable[[], T], mesh: Mesh) -> T | None:
             result = function()
         except UserError as error:
             refusal = str(error)
-    refusal = from_rank_0(refusal)
+    refusal = broadcast_from_rank_0(refusal)
     if refusal is not None:
         raise UserError(refusal)
     return result
 
 
-def gather_to_all(value: T) -> list[T]:
+def all_gather_objects(value: T) -> list[T]:
     """Every rank's value, by rank, on every rank."""
     values: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]  # all_gather_object has filled every place
 
 
-def collectives() -> dict[str, int]:
+def count_collectives() -> dict[str, int]:
     """How many collectives this rank has begun, by process group, and by kind of device where a group has several."""
     counts = {}
     for group, name in list(dist.distributed_c10d._world.pg_names.items()):
@@ -172,21 +165,21 @@ def collectives() -> dict[str, int]:
     return counts
 
 
-def flight_record() -> bytes:
+def dump_flight_record() -> bytes:
     """torch's record of this rank's last TORCH_FR_BUFFER_SIZE collectives, for its tool `torchfrtrace`."""
     recorder: Any = torch._C._distributed_c10d
     found: bytes = (recorder._dump_nccl_trace if torch.cuda.is_available() else recorder._dump_fr_trace)()
     return found
 
 
-def shared_store(name: str) -> dist.Store:
+def create_shared_store(name: str) -> dist.Store:
     """A place of this launch where ranks leave small values for one another, from any thread.
 
     All ranks call this in the same order; each call gives a new, empty place.
     """
-    whole: Any = dist.distributed_c10d._get_default_store()
+    default_store: Any = dist.distributed_c10d._get_default_store()
     # A connection of its own: a wait keeps nobody else waiting.
-    return dist.PrefixStore(f"tandem/{name}/{next(_STORES)}", whole.clone())
+    return dist.PrefixStore(f"tandem/{name}/{next(_STORE_COUNTER)}", default_store.clone())
 
 
 def barrier() -> None:
@@ -194,25 +187,17 @@ def barrier() -> None:
     dist.barrier()
 
 
-def _launch() -> dict[str, int]:
-    names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
-        names = {"rank": "SLURM_PROCID", "world_size": "SLURM_STEP_NUM_TASKS", "local_rank": "SLURM_LOCALID"}
-    defaults = {"rank": 0, "world_size": 1, "local_rank": 0}
-    return {key: int(os.environ.get(name, defaults[key])) for key, name in names.items()}
-
-
-def _join(launch: dict[str, int], device: torch.device) -> None:
+def _init_process_group(launch: dict[str, int], device: torch.device) -> None:
     # CPU tensors (losses, decisions, object collectives) travel over gloo even where NCCL moves the gradients.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     rank, world_size = launch["rank"], launch["world_size"]
     if world_size == 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=JOIN_TIMEOUT)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=INIT_TIMEOUT)
     else:
-        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=JOIN_TIMEOUT)
+        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=INIT_TIMEOUT)
 
 
-def _loopback() -> str:
+def _loopback_interface() -> str:
     names = [name for _, name in socket.if_nameindex()]
     return "lo" if "lo" in names else names[0]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def again_in_backward(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def activation_checkpoint(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """function(*arguments), keeping only the arguments; backward runs the function again.
 
     Nothing in either model draws random numbers, so their state need not be kept.
@@ -15,6 +15,6 @@ def again_in_backward(function: Callable[..., Tensor], *arguments: Any) -> Tenso
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-def kept(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def call_directly(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """function(*arguments), keeping whatever its backward wants."""
     return function(*arguments)

@@ -5,10 +5,10 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from tandem.trainer.distributed.mesh import Mesh, gather_to_all
+from tandem.trainer.distributed.mesh import Mesh, all_gather_objects
 
 CHUNK_ELEMENTS = 1 << 24
-MODULUS = 65_521
+POSITION_MODULUS = 65_521
 """Places are weighted by their number modulo this prime, so that two that have changed places show too."""
 
 
@@ -18,22 +18,28 @@ def check_replicas(model: nn.Module, mesh: Mesh, step: int) -> None:
     Where no half of the replicas agrees, all of them are named.
     """
     sums = {name: checksum(parameter) for name, parameter in model.named_parameters()}
-    said = gather_to_all((mesh.tp_rank, sums))
-    found = []
+    gathered = all_gather_objects((mesh.tp_rank, sums))
+    mismatches = []
     for tp_rank in range(mesh.tp_size):
-        replicas = {rank: theirs for rank, (place, theirs) in enumerate(said) if place == tp_rank}
+        replicas = {
+            rank: checksums for rank, (replica_tp_rank, checksums) in enumerate(gathered) if replica_tp_rank == tp_rank
+        }
         for name in sums:
-            [(usual, times)] = Counter(theirs[name] for theirs in replicas.values()).most_common(1)
-            most = 2 * times > len(replicas)  # else it cannot be told which of them are right
-            odd = [rank for rank, theirs in replicas.items() if not most or theirs[name] != usual]
-            if odd:
-                found.append((odd, name))
-    if found:
-        ranks = sorted({rank for odd, _ in found for rank in odd})
-        named = ", ".join(map(str, ranks))
+            [(majority_checksum, num_equal)] = Counter(theirs[name] for theirs in replicas.values()).most_common(1)
+            has_majority = 2 * num_equal > len(replicas)  # else it cannot be told which of them are right
+            differing_ranks = [
+                rank for rank, theirs in replicas.items() if not has_majority or theirs[name] != majority_checksum
+            ]
+            if differing_ranks:
+                mismatches.append((differing_ranks, name))
+    if mismatches:
+        ranks = sorted({rank for odd, _ in mismatches for rank in odd})
+        rank_list = ", ".join(map(str, ranks))
         raise RuntimeError(
-            f"step {step}: the weights of {'rank' if len(ranks) == 1 else 'ranks'} {named} are not those of the other replicas "
-            f"({len(found)} of {len(sums)} tensors, first {found[0][1]}): a device has computed wrong; take it out of the "
+            f"step {step}: the weights of {'rank' if len(ranks) == 1 else 'ranks'} {rank_list} are not those of "
+            f"the other replicas "
+            f"({len(mismatches)} of {len(sums)} tensors, first {mismatches[0][1]}): a device has computed "
+            f"wrong; take it out of the "
             "launch; nothing of this step was saved"
         )
 
@@ -45,7 +51,7 @@ def checksum(tensor: Tensor) -> int:
     bits = flat.view({2: torch.int16, 4: torch.int32}[flat.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for start in range(0, len(bits), CHUNK_ELEMENTS):
-        part = bits[start : start + CHUNK_ELEMENTS].long()
-        places = torch.arange(start, start + len(part), device=part.device) % MODULUS + 1
-        total += (part * places).sum()
+        chunk = bits[start : start + CHUNK_ELEMENTS].long()
+        positions = torch.arange(start, start + len(chunk), device=chunk.device) % POSITION_MODULUS + 1
+        total += (chunk * positions).sum()
     return int(total)

@@ -3,7 +3,7 @@
 `metrics.jsonl` in the run folder is the record; wandb and the console are views of the same stream of small
 dicts, each with a `kind`: start, step, validation, checkpoint, rollback, end. The one idea: the file only grows.
 After a crash, and when the run goes back to its last checkpoint by itself, the steps since then are written again,
-and `history.read` lets each start and rollback cut away what it takes back. A checkpoint's record is written when it is
+and `history.read_history` lets each start and rollback cut away what it takes back. A checkpoint's record is written when it is
 committed, some steps after its own.
 """
 
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from tandem.trainer import journal
-from tandem.trainer.config import RunConfig, UserError
+from tandem.trainer.config import TrainConfig, UserError
 from tandem.trainer.metrics.console import ConsoleSink
 from tandem.trainer.metrics.wandb_sink import WandbSink
 
-FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class StepRecord:
     """Trained on so far, in the whole run."""
     phase: str
     seq_len: int
-    rows: int
+    global_batch_size: int
     loss: float
     """Mean over the tokens of the step, in nats."""
     lr: float
-    gradient_norm: float
+    grad_norm: float
     """Global, before clipping."""
     skipped: bool = field(default=False, kw_only=True)
     """The update was left out: the guard found the step bad."""
@@ -69,11 +69,11 @@ class Sink(Protocol):
 class Sinks:
     """The places a run reports to; without any (every rank but 0) each method does nothing."""
 
-    def __init__(self, sinks: list[Sink], resumed_step: int) -> None:
+    def __init__(self, sinks: list[Sink], start_step: int) -> None:
         self._sinks = sinks
-        self._resumed_step = resumed_step
+        self._start_step = start_step
 
-    def start(
+    def write_start(
         self,
         *,
         tokens: int,
@@ -90,24 +90,24 @@ class Sinks:
         sizes = {"world_size": world_size, "tp_size": tp_size, "dp_size": dp_size}
         totals = {"total_steps": total_steps, "total_tokens": total_tokens}
         seconds = dict(start_seconds)
-        self._write("start", step=self._resumed_step, tokens=tokens, **sizes, **totals, start_seconds=seconds)
+        self._write("start", step=self._start_step, tokens=tokens, **sizes, **totals, start_seconds=seconds)
 
-    def step(self, record: StepRecord) -> None:
+    def write_step(self, record: StepRecord) -> None:
         self._write("step", **dataclasses.asdict(record))
 
-    def validation(self, step: int, tokens: int, loss: float) -> None:
+    def write_validation(self, step: int, tokens: int, loss: float) -> None:
         perplexity = math.exp(loss) if loss < 700 else math.inf
         self._write("validation", step=step, tokens=tokens, loss=loss, perplexity=perplexity)
 
-    def checkpoint(self, step: int, seconds: float, num_bytes: int, *, stall_seconds: float = 0.0) -> None:
+    def write_checkpoint(self, step: int, seconds: float, num_bytes: int, *, stall_seconds: float = 0.0) -> None:
         """The checkpoint of `step` is committed, `seconds` after that was decided; training waited `stall_seconds`."""
         self._write("checkpoint", step=step, seconds=seconds, stall_seconds=stall_seconds, bytes=num_bytes)
 
-    def rollback(self, step: int, from_step: int, reason: str) -> None:
+    def write_rollback(self, step: int, from_step: int, reason: str) -> None:
         """The run goes on after `step`, where its last checkpoint is; the steps up to `from_step` are taken back."""
         self._write("rollback", step=step, from_step=from_step, reason=reason)
 
-    def end(self, step: int, reason: str) -> None:
+    def write_end(self, step: int, reason: str) -> None:
         self._write("end", step=step, reason=reason)
 
     def close(self) -> None:
@@ -120,28 +120,28 @@ class Sinks:
             sink.write(record)
 
 
-def open_sinks(folder: Path, config: RunConfig, *, rank: int, resumed_step: int) -> Sinks:
+def open_sinks(folder: Path, config: TrainConfig, *, rank: int, start_step: int) -> Sinks:
     """Sinks into the run folder, wandb and the console on rank 0; sinks that do nothing on the others."""
     if rank != 0:
-        return Sinks([], resumed_step)
+        return Sinks([], start_step)
     folder.mkdir(parents=True, exist_ok=True)
-    sinks: list[Sink] = [JsonLines(folder / FILE), ConsoleSink(config.log.every_steps)]
+    sinks: list[Sink] = [JsonLinesSink(folder / METRICS_FILE), ConsoleSink(config.log.every_steps)]
     if config.log.wandb != "disabled":
         sinks.append(WandbSink(folder, config))
-    return Sinks(sinks, resumed_step)
+    return Sinks(sinks, start_step)
 
 
-class JsonLines:
+class JsonLinesSink:
     """Appends each record as one line, in one write, so that a kill loses at most the line being written."""
 
     def __init__(self, path: Path) -> None:
-        self._file = journal.opened(path)
+        self._file = journal.open_journal(path)
 
     def write(self, record: dict[str, Any]) -> None:
         # JSON has no NaN and no infinity; readers take null for "not a number".
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
-            journal.append(self._file, finite)
+            journal.append_record(self._file, finite)
         except OSError as error:
             raise UserError(
                 f"{self._file.name}: a record cannot be written ({error.strerror}); make room and start again: the run goes on "

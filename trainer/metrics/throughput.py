@@ -11,21 +11,23 @@ class Throughput(NamedTuple):
 
 
 def throughput(
-    tokens: int,
+    num_tokens: int,
     seconds: float,
     *,
     flops_per_token: float | int,
     causal_flops_per_token: float | int,
-    devices: int,
+    num_devices: int,
     peak_flops: float,
 ) -> Throughput:
     """Speed of all devices on `tokens`, and as a share of their peak; `peak_flops` is one device's."""
-    rate = tokens / seconds
-    peak = devices * peak_flops
-    return Throughput(rate, rate * flops_per_token / peak, rate * causal_flops_per_token / peak)
+    tokens_per_second = num_tokens / seconds
+    peak = num_devices * peak_flops
+    return Throughput(
+        tokens_per_second, tokens_per_second * flops_per_token / peak, tokens_per_second * causal_flops_per_token / peak
+    )
 
 
-def measured_peak_flops(device: Any) -> float:
+def measure_peak_flops(device: Any) -> float:
     """Floating-point operations per second of one large matrix product on this process's share of the machine.
 
     The denominator of MFU where no hardware is configured: bf16 on a GPU, fp32 on a CPU.
@@ -36,8 +38,8 @@ def measured_peak_flops(device: Any) -> float:
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(8):
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         result = matrix @ matrix
         float(result[0, 0])  # waits for the device
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start_time)
     return 2 * size**3 / min(seconds)

@@ -1,7 +1,7 @@
 """The one table of the parametrisation: role x width multiplier -> initial values, learning rate, decay, forward factors.
 
-`models.init`, `optim` and the models' forward passes read it; no other file knows that muP exists. With `mup: null` the width
-multiplier is 1 and attention is scaled by 1/sqrt(head_dim): the standard parametrisation.
+`models.init`, `models.param_groups` and the models' forward passes read it; no other file knows that muP exists. With
+`mup: null` the width multiplier is 1 and attention is scaled by 1/sqrt(head_dim): the standard parametrisation.
 
 Source: Cerebras modelzoo, `convert_config_to_mup.py` and the BTLM configs (hidden matrices: std / sqrt(m), learning rate / m;
 residual outputs also / sqrt(2 * depth); logits * output_multiplier / m; attention 1 / head_dim); Stable LM 2 uses the same
@@ -11,11 +11,11 @@ depth rule with m = 1. muP itself: Yang et al. 2022, arXiv 2203.03466, table 8.
 from dataclasses import dataclass
 from math import sqrt
 
-from tandem.trainer.config import BTLM, Mup, StableLM
+from tandem.trainer.config import BTLMConfig, MupConfig, StableLMConfig
 
 
 @dataclass(frozen=True)
-class Rule:
+class ParameterRule:
     """What one role asks of everyone."""
 
     init_std: float
@@ -23,7 +23,7 @@ class Rule:
     init_value: float
     lr_scale: float
     """Factor on the schedule's learning rate."""
-    decays: bool
+    has_weight_decay: bool
     """Whether weight decay applies."""
 
 
@@ -34,26 +34,26 @@ class ForwardScales:
     attention: float
 
 
-def width_multiplier(model: StableLM | BTLM, mup: Mup | None) -> float:
-    """model.width relative to the width the hyperparameters were tuned at; 1 without muP."""
-    return model.width / mup.base_width if mup else 1.0
+def width_multiplier(model: StableLMConfig | BTLMConfig, mup: MupConfig | None) -> float:
+    """model.hidden_size relative to the width the hyperparameters were tuned at; 1 without muP."""
+    return model.hidden_size / mup.base_hidden_size if mup else 1.0
 
 
-def rules(model: StableLM | BTLM, mup: Mup | None) -> dict[str, Rule]:
-    """Role -> rule. Every parameter's role is set where the layer is built (`parallel.layers`)."""
+def parameter_rules(model: StableLMConfig | BTLMConfig, mup: MupConfig | None) -> dict[str, ParameterRule]:
+    """Role -> rule. Every parameter's role is set where the layer is built (`distributed.layers`)."""
     multiplier = width_multiplier(model, mup)
     hidden_std = model.init_std / sqrt(multiplier)
     return {
-        "embedding": Rule(model.init_std, 0.0, 1.0, True),
-        "head": Rule(model.init_std, 0.0, 1.0, True),
-        "hidden": Rule(hidden_std, 0.0, 1.0 / multiplier, True),
-        "residual_output": Rule(hidden_std / sqrt(2 * model.depth), 0.0, 1.0 / multiplier, True),
-        "norm": Rule(0.0, 1.0, 1.0, False),
-        "bias": Rule(0.0, 0.0, 1.0, False),
+        "embedding": ParameterRule(model.init_std, 0.0, 1.0, True),
+        "head": ParameterRule(model.init_std, 0.0, 1.0, True),
+        "hidden": ParameterRule(hidden_std, 0.0, 1.0 / multiplier, True),
+        "residual_output": ParameterRule(hidden_std / sqrt(2 * model.num_layers), 0.0, 1.0 / multiplier, True),
+        "norm": ParameterRule(0.0, 1.0, 1.0, False),
+        "bias": ParameterRule(0.0, 0.0, 1.0, False),
     }
 
 
-def forward_scales(model: StableLM | BTLM, mup: Mup | None) -> ForwardScales:
+def forward_scales(model: StableLMConfig | BTLMConfig, mup: MupConfig | None) -> ForwardScales:
     """Factors on the embedding's output, the logits, and the query-key product."""
     if mup is None:
         return ForwardScales(1.0, 1.0, 1.0 / sqrt(model.head_dim))

@@ -10,72 +10,76 @@ from jaxtyping import Float, Float32, Int32
 from torch import Tensor, nn
 
 from tandem.kernels.attention import attention
-from tandem.kernels.qkv import split_rotated
+from tandem.kernels.qkv import split_and_rotate_qkv
 from tandem.kernels.rope import rotary_table
-from tandem.trainer.config import StableLM
-from tandem.trainer.distributed.layers import LayerNorm, Row, divided, to_columns
+from tandem.trainer.config import StableLMConfig
+from tandem.trainer.distributed.layers import LayerNorm, RowParallel, copy_to_tp, sharded_parameter
 from tandem.trainer.distributed.mesh import Mesh
-from tandem.trainer.distributed.recompute import again_in_backward, kept
+from tandem.trainer.distributed.recompute import activation_checkpoint, call_directly
 from tandem.trainer.models.decoder import (
     Decoder,
     FeedForward,
     PartialAttention,
-    Recompute,
+    RecomputeMode,
     SequentialLayer,
-    join_heads,
-    qkv_projection,
-    residual,
+    add_residual,
+    build_qkv_projection,
+    merge_heads,
 )
-from tandem.trainer.models.kv_cache import Cache
+from tandem.trainer.models.kv_cache import KVCache
 from tandem.trainer.models.mup import ForwardScales
 
 
 @dataclass(frozen=True)
-class Context:
+class LayerContext:
     cos: Float32[Tensor, "any_rows seq half"]
     sin: Float32[Tensor, "any_rows seq half"]
-    starts: Int32[Tensor, "rows keys"] | None
+    document_starts: Int32[Tensor, "rows keys"] | None
     """Of the documents, where attention stays within them."""
-    cache: Cache | None
+    kv_cache: KVCache | None
 
 
 class HeadNorm(nn.Module):
     """Of a LayerNorm over head_dim without bias the weights, one vector for every head; None where there is no norm."""
 
-    def __init__(self, heads: int, section: StableLM, mesh: Mesh, dtype: torch.dtype) -> None:
+    def __init__(self, num_heads: int, config: StableLMConfig, mesh: Mesh, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = divided((heads, section.head_dim), mesh, dtype, "norm") if section.qk_norm else None
+        self.weight = (
+            sharded_parameter((num_heads, config.head_dim), mesh, dtype, "norm") if config.qk_layernorm else None
+        )
 
 
 class Attention(PartialAttention):
     """Grouped-query attention; returns this rank's partial sum."""
 
     def __init__(
-        self, section: StableLM, scale: float, mesh: Mesh, dtype: torch.dtype, *, recompute: Recompute
+        self, config: StableLMConfig, scale: float, mesh: Mesh, dtype: torch.dtype, *, recompute: RecomputeMode
     ) -> None:
         super().__init__()
-        self.section, self.scale = section, scale
-        self.qkv = qkv_projection(section, mesh, dtype, bias=section.qkv_bias)
-        self.query_norm = HeadNorm(section.heads, section, mesh, dtype)
-        self.key_norm = HeadNorm(section.kv_heads, section, mesh, dtype)
-        self.out = Row((section.width, section.width), section.width, mesh, dtype, bias=False)
-        self.run = again_in_backward if recompute == "selective" else kept
+        self.config, self.scale = config, scale
+        self.qkv = build_qkv_projection(config, mesh, dtype, bias=config.qkv_bias)
+        self.query_norm = HeadNorm(config.num_heads, config, mesh, dtype)
+        self.key_norm = HeadNorm(config.num_kv_heads, config, mesh, dtype)
+        self.out = RowParallel((config.hidden_size, config.hidden_size), config.hidden_size, mesh, dtype, bias=False)
+        self.maybe_checkpoint = activation_checkpoint if recompute == "selective" else call_directly
 
-    def forward(self, columns: Float[Tensor, "seq rows width"], context: Context) -> Float[Tensor, "seq rows width"]:
-        qkv = self.qkv(columns)
-        return self.out(join_heads(self.run(self._attend, qkv, context)))
+    def forward(
+        self, hidden_states: Float[Tensor, "seq rows hidden_size"], context: LayerContext
+    ) -> Float[Tensor, "seq rows hidden_size"]:
+        qkv = self.qkv(hidden_states)
+        return self.out(merge_heads(self.maybe_checkpoint(self._attend, qkv, context)))
 
     def _attend(
-        self, qkv: Float[Tensor, "seq rows qkv_local"], context: Context
-    ) -> Float[Tensor, "rows seq heads_local head_dim"]:
-        section = self.section
-        query, key, value = split_rotated(
-            qkv, context.cos, context.sin, head_dim=section.head_dim, queries=section.heads // section.kv_heads,
-            query_norm=self.query_norm.weight, key_norm=self.key_norm.weight, epsilon=section.norm_epsilon,
+        self, qkv: Float[Tensor, "seq rows qkv_local"], context: LayerContext
+    ) -> Float[Tensor, "rows seq num_heads_local head_dim"]:
+        config = self.config
+        query, key, value = split_and_rotate_qkv(
+            qkv, context.cos, context.sin, head_dim=config.head_dim, num_queries_per_kv=config.num_heads // config.num_kv_heads,
+            query_norm=self.query_norm.weight, key_norm=self.key_norm.weight, norm_eps=config.norm_eps,
         )  # fmt: skip
-        if context.cache is not None:
-            key, value = context.cache.extended(self, key, value)
-        return attention(query, key, value, scale=self.scale, slopes=None, starts=context.starts)
+        if context.kv_cache is not None:
+            key, value = context.kv_cache.update(self, key, value)
+        return attention(query, key, value, scale=self.scale, slopes=None, document_starts=context.document_starts)
 
 
 class ParallelLayer(nn.Module):
@@ -86,39 +90,43 @@ class ParallelLayer(nn.Module):
         self.attention_norm = norm
         self.attention, self.ffn = attention, ffn
 
-    def forward(self, stream: Float[Tensor, "seq rows width"], context: Context) -> Float[Tensor, "seq rows width"]:
-        columns = to_columns(self.attention_norm(stream))
-        return residual(stream, self.attention(columns, context) + self.ffn(columns), None)
+    def forward(
+        self, hidden_states: Float[Tensor, "seq rows hidden_size"], context: LayerContext
+    ) -> Float[Tensor, "seq rows hidden_size"]:
+        normalized = copy_to_tp(self.attention_norm(hidden_states))
+        return add_residual(hidden_states, self.attention(normalized, context) + self.ffn(normalized), None)
 
 
 class StableLMDecoder(Decoder):
-    section: StableLM
+    config: StableLMConfig
 
-    def context(self, documents: Int32[Tensor, "rows seq"], cache: Cache | None) -> Context:
-        section, seq = self.section, documents.shape[1]
-        starts = self.apart(documents, cache)
-        keys = seq if cache is None else cache.documents.shape[1]
-        row = torch.arange(keys, device=documents.device)[None]
-        row = row if starts is None else row - starts
-        rotated = int(section.rotary_fraction * section.head_dim)
-        cos, sin = rotary_table(row[:, -seq:], rotated, section.rotary_base)
-        return Context(cos, sin, starts, cache)
+    def layer_context(self, document_ids: Int32[Tensor, "rows seq"], kv_cache: KVCache | None) -> LayerContext:
+        config, seq_len = self.config, document_ids.shape[1]
+        document_starts = self.document_starts(document_ids, kv_cache)
+        keys = seq_len if kv_cache is None else kv_cache.document_ids.shape[1]
+        positions = torch.arange(keys, device=document_ids.device)[None]
+        positions = positions if document_starts is None else positions - document_starts
+        rotary_dim = int(config.partial_rotary_factor * config.head_dim)
+        cos, sin = rotary_table(positions[:, -seq_len:], rotary_dim, config.rotary_base)
+        return LayerContext(cos, sin, document_starts, kv_cache)
 
 
-def build(section: StableLM, scales: ForwardScales, mesh: Mesh, dtype: torch.dtype, recompute: Recompute) -> Decoder:
+def build(
+    config: StableLMConfig, scales: ForwardScales, mesh: Mesh, dtype: torch.dtype, recompute: RecomputeMode
+) -> Decoder:
     """The model with uninitialised weights, this rank's share."""
 
     def norm() -> LayerNorm:
-        return LayerNorm(section.width, section.norm_epsilon, dtype, bias=section.norm_bias)
+        return LayerNorm(config.hidden_size, config.norm_eps, dtype, bias=config.norm_bias)
 
     def layer() -> nn.Module:
-        attend = Attention(section, scales.attention, mesh, dtype, recompute=recompute)
-        ffn = FeedForward(section, mesh, dtype, bias=False, recompute=recompute)
+        attention = Attention(config, scales.attention, mesh, dtype, recompute=recompute)
+        ffn = FeedForward(config, mesh, dtype, bias=False, recompute=recompute)
         return (
-            ParallelLayer(attend, ffn, norm())
-            if section.parallel_residual
-            else SequentialLayer(attend, ffn, (norm(), norm()))
+            ParallelLayer(attention, ffn, norm())
+            if config.parallel_residual
+            else SequentialLayer(attention, ffn, (norm(), norm()))
         )
 
-    layers = [layer() for _ in range(section.depth)]
-    return StableLMDecoder(section, scales, layers, norm(), mesh, dtype, recompute=recompute)
+    layers = [layer() for _ in range(config.num_layers)]
+    return StableLMDecoder(config, scales, layers, norm(), mesh, dtype, recompute=recompute)

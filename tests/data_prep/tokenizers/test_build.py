@@ -6,8 +6,8 @@ import tiktoken
 from tokenizers import Tokenizer
 
 from tandem.data_prep.tokenizers import build, distinguishing_texts, encoding, tiktoken_file
-from tandem.data_prep.tokenizers.byte_level import CHARACTERS
-from tandem.data_prep.tokenizers.tiktoken_file import END, SCHEMES
+from tandem.data_prep.tokenizers.byte_level import BYTE_TO_UNICODE
+from tandem.data_prep.tokenizers.tiktoken_file import END_OF_TEXT, SCHEMES
 from tandem.trainer.config import UserError
 from tests.data_prep.tokenizers.conftest import TEXTS
 
@@ -22,30 +22,30 @@ def ids(tokenizer_json, texts):
 
 def test_ranks_give_back_the_merges_they_were_learnt_by(trained, tokens):
     learnt = [tuple(pair) for pair in json.loads(trained)["model"]["merges"]]
-    assert tiktoken_file.merges(tokens, "test") == learnt
+    assert tiktoken_file.find_merges(tokens, "test") == learnt
 
 
-@pytest.mark.parametrize("kind", build.KINDS)
+@pytest.mark.parametrize("kind", build.TIKTOKEN_KINDS)
 def test_ranks_encode_every_trap_as_tiktoken_does(kind, tokens):
-    scheme = replace(SCHEMES[kind], ranks=len(tokens))
+    scheme = replace(SCHEMES[kind], num_tokens=len(tokens))
     rival = tiktoken.Encoding(
         kind,
-        pat_str=scheme.pattern or GPT2_PATTERN,
+        pat_str=scheme.split_pattern or GPT2_PATTERN,
         mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-        special_tokens=dict(scheme.specials),
+        special_tokens=dict(scheme.special_tokens),
     )
-    texts = [*TEXTS, *(text.replace(END, "") for text in distinguishing_texts.texts())]
-    assert ids(tiktoken_file.tokenizer_json(tokens, scheme, "test"), texts) == rival.encode_ordinary_batch(
+    texts = [*TEXTS, *(text.replace(END_OF_TEXT, "") for text in distinguishing_texts.fixed_texts())]
+    assert ids(tiktoken_file.build_tokenizer_json(tokens, scheme, "test"), texts) == rival.encode_ordinary_batch(
         texts, num_threads=1
     )
 
 
 def test_arcade100k_has_its_special_ids_and_splits_digits_one_by_one(tokens):
     # Its ids from 100,257 on do not depend on how many tokens come before them.
-    few = replace(SCHEMES["arcade100k"], ranks=len(tokens))
-    text = tiktoken_file.tokenizer_json(tokens, few, "test")
-    encoder = encoding.encoder(text, END, "test", library="gigatoken")
-    assert (encoder.vocab, encoder.eos_id) == (100_289, 100_257)
+    few = replace(SCHEMES["arcade100k"], num_tokens=len(tokens))
+    text = tiktoken_file.build_tokenizer_json(tokens, few, "test")
+    encoder = encoding.select_encoder(text, END_OF_TEXT, "test", library="gigatoken")
+    assert (encoder.vocab_size, encoder.eos_id) == (100_289, 100_257)
     special = {token.content: index for index, token in Tokenizer.from_str(text).get_added_tokens_decoder().items()}
     assert len(special) == 32
     assert 100_256 not in Tokenizer.from_str(text).get_vocab().values()
@@ -60,27 +60,30 @@ def test_arcade100k_has_its_special_ids_and_splits_digits_one_by_one(tokens):
     assert any(pair in tokens for pair in (b"10", b"02", b"24"))
 
 
-@pytest.mark.parametrize("names", build.VOCABULARY_FILES)
+@pytest.mark.parametrize("names", build.VOCAB_AND_MERGES_FILES)
 def test_vocabulary_files_give_the_ids_of_the_tokenizer_they_are_of(names, trained, tmp_path):
     model = json.loads(trained)["model"]
     (tmp_path / names[0]).write_text(json.dumps(model["vocab"]))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"]), ""]
     (tmp_path / names[1]).write_text("\n".join(lines), encoding="utf-8")
     for path in (tmp_path, tmp_path / names[0], tmp_path / names[1]):
-        text = build.read(str(path))
+        text = build.read_tokenizer(str(path))
         assert ids(text, TEXTS) == ids(trained, TEXTS)
-        assert encoding.encoder(text, END, "test", library="tokenizers").eos_id == model["vocab"][END]
+        assert (
+            encoding.select_encoder(text, END_OF_TEXT, "test", library="tokenizers").eos_id
+            == model["vocab"][END_OF_TEXT]
+        )
 
 
 def test_a_tokenizer_json_is_taken_as_it_is_from_a_file_or_its_folder(trained, tmp_path):
     (tmp_path / "tokenizer.json").write_text(trained, encoding="utf-8")
-    assert build.read(str(tmp_path)) == build.read(str(tmp_path / "tokenizer.json")) == trained
+    assert build.read_tokenizer(str(tmp_path)) == build.read_tokenizer(str(tmp_path / "tokenizer.json")) == trained
 
 
 def built(path):
-    """What `build.read` does, but that merges are looked at before the number of tokens."""
-    tiktoken_file.merges(tiktoken_file.read(path.read_bytes(), str(path)), str(path))
-    build.read(str(path))
+    """What `build.read_tokenizer` does, but that merges are looked at before the number of tokens."""
+    tiktoken_file.find_merges(tiktoken_file.parse_ranks_file(path.read_bytes(), str(path)), str(path))
+    build.read_tokenizer(str(path))
 
 
 def changed(data, number, line):
@@ -123,7 +126,7 @@ def test_a_malformed_merge_is_one_line_that_says_where(line, message, trained, t
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", line or first, first]), encoding="utf-8")
     with pytest.raises(UserError, match=r"merges.txt: line \d") as error:
-        build.read(str(tmp_path))
+        build.read_tokenizer(str(tmp_path))
     assert message in str(error.value)
 
 
@@ -131,24 +134,26 @@ def test_a_malformed_merge_is_one_line_that_says_where(line, message, trained, t
 def test_a_malformed_vocabulary_names_its_file(content, tmp_path):
     (tmp_path / "vocab.json").write_text(content)
     with pytest.raises(UserError, match=r"vocab.json: (is no vocabulary|has no token for byte)"):
-        build.read(str(tmp_path))
+        build.read_tokenizer(str(tmp_path))
 
 
 def test_what_cannot_be_told_is_asked_for(ranks_file, tmp_path):
     path = tmp_path / "mine.tiktoken"
     path.write_bytes(ranks_file)
     with pytest.raises(UserError, match=r"--tokenizer-kind gpt2\|arcade100k"):
-        build.read(str(path))
+        build.read_tokenizer(str(path))
     with pytest.raises(UserError, match="must be 100,256"):
-        build.read(str(path), "arcade100k")
+        build.read_tokenizer(str(path), "arcade100k")
     with pytest.raises(UserError, match="--tokenizer-kind: llama; must be one of"):
-        build.read(str(path), "llama")
+        build.read_tokenizer(str(path), "llama")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"has none of tokenizer\.json"):
-        build.read(str(tmp_path / "empty"))
+        build.read_tokenizer(str(tmp_path / "empty"))
 
 
 def test_bytes_are_written_as_the_library_writes_them():
-    spelled = Tokenizer.from_str(json.dumps(tiktoken_file.tree({c: v for v, c in CHARACTERS.items()}, [], None, {})))
+    spelled = Tokenizer.from_str(
+        json.dumps(tiktoken_file.build_tokenizer_tree({c: v for v, c in BYTE_TO_UNICODE.items()}, [], None, {}))
+    )
     text = "".join(chr(code) for code in (0x7F, 0x80, 0x7FF, 0xFFF, 0x1F600)) + "\0\n !~\xad"
     assert spelled.encode(text).ids == list(text.encode())

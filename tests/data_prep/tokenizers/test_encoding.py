@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 
 from tandem.data_prep.tokenizers import distinguishing_texts, encoding, gigatoken_encoder
-from tandem.data_prep.tokenizers.encoding import Encoder, Reference
-from tandem.data_prep.tokenizers.gigatoken_encoder import Fast
-from tandem.data_prep.tokenizers.tiktoken_file import END, SCHEMES
+from tandem.data_prep.tokenizers.encoding import EncoderSpec, ReferenceEncoder
+from tandem.data_prep.tokenizers.gigatoken_encoder import GigatokenEncoder
+from tandem.data_prep.tokenizers.tiktoken_file import END_OF_TEXT, SCHEMES
 from tandem.trainer.config import UserError
 from tests import ranks
-from tests.data_prep.tokenizers.conftest import TEXTS, telling
+from tests.data_prep.tokenizers.conftest import TEXTS, split_probe_tokenizer
 
 NEW_LETTERS = "a\u088fa a\U00010940b 1\U000323b0a"
 """Of Unicode 16 and 17."""
 
 
 @pytest.fixture(scope="session")
-def encoder(tokenizer_json) -> Encoder:
-    made = encoding.encoder(tokenizer_json, END, "test", library="tokenizers")
+def encoder(tokenizer_json) -> EncoderSpec:
+    made = encoding.select_encoder(tokenizer_json, END_OF_TEXT, "test", library="tokenizers")
     return replace(made, library="gigatoken")
 
 
@@ -28,7 +28,7 @@ def encoder(tokenizer_json) -> Encoder:
 def documents() -> list[str]:
     """Traps, text with single bytes changed, characters at random, and letters that only one library knows."""
     draw = random.Random(0)
-    made = [*TEXTS, *distinguishing_texts.texts()]
+    made = [*TEXTS, *distinguishing_texts.fixed_texts()]
     for _ in range(300):
         data = bytearray(draw.choice(TEXTS).encode()[:2000])
         for _ in range(20):
@@ -53,17 +53,19 @@ def test_gigatoken_makes_the_tokens_of_the_reference_of_every_document(encoder, 
 
 
 def test_no_document_is_split_elsewhere_than_by_the_reference(scheme, documents):
-    encoder = Encoder(telling(scheme.pattern), END, 9_999, 10_000, "gigatoken")
+    encoder = EncoderSpec(split_probe_tokenizer(scheme.split_pattern), END_OF_TEXT, 9_999, 10_000, "gigatoken")
     tokens, lengths = encoder.load()(documents)
     others, counts = replace(encoder, library="tokenizers").load()(documents)
     assert of(tokens, lengths) == of(others, counts)
     # That needs the reference for some of them: without it the libraries differ.
-    flat, _ = Fast(encoder.tokenizer_json, Reference(encoder.tokenizer_json))._encoded([NEW_LETTERS.encode()])
+    flat, _ = GigatokenEncoder(encoder.tokenizer_json, ReferenceEncoder(encoder.tokenizer_json))._encode(
+        [NEW_LETTERS.encode()]
+    )
     assert flat.tolist() != of(tokens, lengths)[10][:-1]
 
 
 def test_each_document_ends_with_its_only_eos_even_where_its_text_spells_it(encoder, tokens):
-    texts = ["", f"a{END}", END * 2, "b"]
+    texts = ["", f"a{END_OF_TEXT}", END_OF_TEXT * 2, "b"]
     made, lengths = encoder.load()(texts)
     documents = of(made, lengths)
     assert [document.index(encoder.eos_id) for document in documents] == [len(part) - 1 for part in documents]
@@ -73,7 +75,7 @@ def test_each_document_ends_with_its_only_eos_even_where_its_text_spells_it(enco
 
 @pytest.mark.parametrize("library", ["gigatoken", "tokenizers"])
 def test_a_text_that_yields_the_eos_id_is_named_by_its_place(library, encoder, tokens):
-    encode = replace(encoder, eos="e", eos_id=tokens.index(b"Q"), library=library).load()
+    encode = replace(encoder, eos_token="e", eos_id=tokens.index(b"Q"), library=library).load()
     with pytest.raises(UserError, match=r"^third: its text yields the EOS id"):
         encode(["a", "", "aQ", "Q"], ["first", "second", "third", "fourth"])
     with pytest.raises(UserError, match=r"^document 0: "):
@@ -82,8 +84,10 @@ def test_a_text_that_yields_the_eos_id_is_named_by_its_place(library, encoder, t
 
 def test_ids_beyond_16_bits_are_kept(tokenizer_json):
     tree = json.loads(tokenizer_json)
-    tree["model"]["vocab"][END] = tree["added_tokens"][0]["id"] = 70_000
-    made, lengths = encoding.encoder(json.dumps(tree), END, "test", library="tokenizers").load()(["", "a"])
+    tree["model"]["vocab"][END_OF_TEXT] = tree["added_tokens"][0]["id"] = 70_000
+    made, lengths = encoding.select_encoder(json.dumps(tree), END_OF_TEXT, "test", library="tokenizers").load()(
+        ["", "a"]
+    )
     assert (made.dtype, made.tolist()[0], made.tolist()[-1], lengths.tolist()) == (np.uint32, 70_000, 70_000, [1, 2])
 
 
@@ -126,29 +130,29 @@ def test_what_gigatoken_would_read_past_is_left_to_the_reference_which_a_line_sa
     tree = json.loads(trained)
     tree["added_tokens"].append(NON_SPECIAL | {"content": "<unused>", "special": True})
     text = changed(json.dumps(tree), path, value)
-    assert encoding.encoder(text, END, "mine.json").library == "tokenizers"
+    assert encoding.select_encoder(text, END_OF_TEXT, "mine.json").library == "tokenizers"
     line = capsys.readouterr().out
     assert line.startswith("--tokenizer-library: tokenizers")
     assert reason in line
     assert line.count("\n") == 1
     with pytest.raises(UserError, match=r"--tokenizer-library: gigatoken cannot encode with mine.json") as error:
-        encoding.encoder(text, END, "mine.json", library="gigatoken")
+        encoding.select_encoder(text, END_OF_TEXT, "mine.json", library="gigatoken")
     assert reason in str(error.value)
 
 
 def test_the_check_on_a_sample_finds_what_gigatoken_encodes_otherwise(trained):
-    split = json.loads(telling(SCHEMES["arcade100k"].pattern))["pre_tokenizer"]
+    split = json.loads(split_probe_tokenizer(SCHEMES["arcade100k"].split_pattern))["pre_tokenizer"]
     digits_first = {"type": "Sequence", "pretokenizers": [DIGITS, *split["pretokenizers"]]}
     for pre_tokenizer, differs in ((split, False), (digits_first, True), (WHOLE, True)):
         text = changed(trained, "pre_tokenizer", pre_tokenizer)
-        made = Encoder(text, END, 0, 1_200, "tokenizers")
-        found = encoding._difference(made, TEXTS)
+        made = EncoderSpec(text, END_OF_TEXT, 0, 1_200, "tokenizers")
+        found = encoding._find_difference(made, TEXTS)
         assert (found is not None and "it makes other tokens of" in found) == differs
 
 
 def test_a_tokenizer_that_fits_is_taken_without_a_word(trained, capsys):
-    assert encoding.encoder(trained, END, "test", sample=TEXTS).library == "gigatoken"
-    assert encoding.encoder(trained, END, "test", library="tokenizers").library == "tokenizers"
+    assert encoding.select_encoder(trained, END_OF_TEXT, "test", sample_texts=TEXTS).library == "gigatoken"
+    assert encoding.select_encoder(trained, END_OF_TEXT, "test", library="tokenizers").library == "tokenizers"
     assert capsys.readouterr().out == ""
 
 
@@ -162,18 +166,18 @@ def test_a_tokenizer_that_fits_is_taken_without_a_word(trained, capsys):
 )
 def test_what_is_no_tokenizer_is_one_line(text, message, trained):
     with pytest.raises(UserError, match=f"^mine.json: {message}") as error:
-        encoding.encoder(text, END, "mine.json")
+        encoding.select_encoder(text, END_OF_TEXT, "mine.json")
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"^mine.json: has no token '</s>'"):
-        encoding.encoder(trained, "</s>", "mine.json")
+        encoding.select_encoder(trained, "</s>", "mine.json")
     with pytest.raises(UserError, match="--tokenizer-library: fastest; must be one of auto"):
-        encoding.encoder(trained, END, "mine.json", library="fastest")
+        encoding.select_encoder(trained, END_OF_TEXT, "mine.json", library="fastest")
 
 
 def test_a_word_as_eos_is_refused_since_texts_hold_it(trained):
     word = next(token for token in json.loads(trained)["model"]["vocab"] if token.isalpha() and len(token) > 3)
     with pytest.raises(UserError, match="its text yields the EOS id"):
-        encoding.encoder(trained, word, "mine.json")
+        encoding.select_encoder(trained, word, "mine.json")
 
 
 def words(count: int, seed: int) -> list[str]:
@@ -185,8 +189,8 @@ def words(count: int, seed: int) -> list[str]:
 
 def grown(tokenizer_json: str, limit: int) -> tuple[int, list[list[int]]]:
     """MiB that this process grows by once its caches have filled up a first time, and the last tokens."""
-    gigatoken_encoder.CACHE_BYTES = limit
-    encode, memory = Encoder(tokenizer_json, END, 0, 1_200, "gigatoken").load(), []
+    gigatoken_encoder.MAX_CACHE_BYTES = limit
+    encode, memory = EncoderSpec(tokenizer_json, END_OF_TEXT, 0, 1_200, "gigatoken").load(), []
     for batch in [words(400, seed) for seed in range(10)]:
         tokens, lengths = encode(batch)
         memory.append(gigatoken_encoder._resident_bytes())
@@ -203,5 +207,8 @@ def test_memory_for_words_seen_is_bounded_and_its_loss_does_not_show(trained, tm
 
 def test_traps_are_few():
     # All of them are encoded by the slow library whenever a corpus is prepared.
-    assert sum(len(text.encode()) for text in distinguishing_texts.texts()) < 600_000
-    assert sum(map(len, distinguishing_texts.excerpts(["a" * 10**6] * 1000))) == distinguishing_texts.SAMPLE_CHARACTERS
+    assert sum(len(text.encode()) for text in distinguishing_texts.fixed_texts()) < 600_000
+    assert (
+        sum(map(len, distinguishing_texts.sample_excerpts(["a" * 10**6] * 1000)))
+        == distinguishing_texts.MAX_SAMPLE_CHARACTERS
+    )

@@ -5,13 +5,13 @@ import sys
 
 import torch
 
-from tandem.kernels.bench.compare import example_of
+from tandem.kernels.bench.compare import seeded_example
 from tandem.kernels.bench.operation import Rival
 from tandem.kernels.bench.ops import OPERATIONS
-from tandem.kernels.device.offline_compile import hopper
+from tandem.kernels.device.offline_compile import compile_for_sm90
 
 
-def shapes_of_all() -> None:
+def print_rival_shapes() -> None:
     """Prints a line for each rival named in the arguments behind a number of tokens, at each operation that has it.
 
     Without the losses, whose rivals read values on the host; Triton's interpreter runs those.
@@ -20,20 +20,20 @@ def shapes_of_all() -> None:
     for op in OPERATIONS.values():
         for rival in op.rivals if "cross_entropy" not in op.name else ():
             if rival.name in names:
-                print(json.dumps({"op": op.name, "rival": rival.name, **_shapes(op, rival, int(tokens))}))
+                print(json.dumps({"op": op.name, "rival": rival.name, **_rival_shapes(op, rival, int(tokens))}))
 
 
-def _shapes(op, rival: Rival, tokens: int) -> dict:
+def _rival_shapes(op, rival: Rival, tokens: int) -> dict:
     """Of results and gradients, as found and as the example has them; and how many kernels were compiled."""
     shape = op.shapes[0].with_tokens(tokens)
-    example = example_of(rival.example or op.example, shape, torch.device("cpu"))
+    example = seeded_example(rival.make_example or op.make_example, shape, torch.device("cpu"))
     inputs = [x.detach().to("meta").requires_grad_(x.requires_grad) for x in example.inputs]
-    with hopper() as compiled:
-        outputs = rival.function(shape)(*inputs)
+    with compile_for_sm90() as compiled:
+        outputs = rival.make_function(shape)(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         gradients = [torch.empty_like(x, device="meta") for x in example.out_gradients]
         found = [*outputs, *torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], gradients)]
-    expected = [*example.out_gradients, *example.differentiated]
+    expected = [*example.out_gradients, *example.inputs_with_grad]
     return {
         "found": [list(x.shape) for x in found],
         "expected": [list(x.shape) for x in expected],

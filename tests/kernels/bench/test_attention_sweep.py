@@ -11,11 +11,11 @@ import triton
 
 from tandem.kernels.bench import attention_candidates as table
 from tandem.kernels.bench import attention_sweep
-from tandem.kernels.bench.attention_candidates import CANDIDATES, KERNELS, candidates
-from tandem.kernels.bench.attention_sweep import SHAPES, main
-from tandem.kernels.bench.shapes import heads
+from tandem.kernels.bench.attention_candidates import ATTENTION_KERNELS, CANDIDATE_CONFIGS, candidate_configs
+from tandem.kernels.bench.attention_sweep import SWEPT_KERNELS, main
+from tandem.kernels.bench.shapes import attention_shapes
 
-ALL_SHAPES = {shape.name: shape for shape in heads(tp_sizes=(1, 2))}
+ALL_SHAPES = {shape.name: shape for shape in attention_shapes(tp_sizes=(1, 2))}
 SPILLS = "128x64, 8 warps, 3 stages, 128 registers"
 SMALL = {"QUERIES": 16, "KEYS": 16, "num_warps": 4, "num_stages": 1}
 OTHER = {"QUERIES": 16, "KEYS": 32, "num_warps": 4, "num_stages": 1}
@@ -26,8 +26,8 @@ def small(monkeypatch):
     """Two small tiles for each kernel in turn with its own, at the heads of BTLM, in the interpreter."""
     if torch.cuda.is_available():
         pytest.skip("Triton compiles for the GPU here")
-    monkeypatch.setattr(table, "CANDIDATES", {kernel: {80: [SMALL, OTHER]} for kernel in KERNELS})
-    monkeypatch.setattr(attention_sweep, "SHAPES", {"btlm-3b-8k 2048 tp1": KERNELS})
+    monkeypatch.setattr(table, "CANDIDATE_CONFIGS", {kernel: {80: [SMALL, OTHER]} for kernel in ATTENTION_KERNELS})
+    monkeypatch.setattr(attention_sweep, "SWEPT_KERNELS", {"btlm-3b-8k 2048 tp1": ATTENTION_KERNELS})
 
 
 def swept(tmp_path, *options):
@@ -37,26 +37,26 @@ def swept(tmp_path, *options):
 
 
 def times(rows):
-    return [row["time_us_50"] for row in rows]
+    return [row["time_p50_us"] for row in rows]
 
 
 def test_each_candidate_is_measured_and_one_of_each_kernel_is_the_best(small, tmp_path, capsys):
     rows = swept(tmp_path)
     assert [(row["kernel"], row["own"]) for row in rows] == [
-        (kernel, own) for kernel in KERNELS for own in (True, False, False)
+        (kernel, own) for kernel in ATTENTION_KERNELS for own in (True, False, False)
     ]
-    for kernel in KERNELS:
+    for kernel in ATTENTION_KERNELS:
         alike = [row for row in rows if row["kernel"] == kernel]
         assert [row["best"] for row in alike] == [time == min(times(alike)) for time in times(alike)]
         assert {row["note"] for row in alike} == {""}
-        assert all(row["repetitions"] >= 3 and row["executed_tflops_per_second"] > 0 for row in alike)
+        assert all(row["num_repetitions"] >= 3 and row["executed_tflops_per_second"] > 0 for row in alike)
     told = capsys.readouterr().out
     assert told.count("16x32, 4 warps") >= 3
     assert "counted TFLOP/s" in told
 
 
 def test_a_candidate_that_fails_or_is_wrong_is_a_line_with_the_reason(small, tmp_path, monkeypatch):
-    called = attention_sweep.call
+    called = attention_sweep.run_kernel
 
     def call(kernel, values, sizes):
         if kernel == "queries" and sizes == SMALL:
@@ -64,24 +64,24 @@ def test_a_candidate_that_fails_or_is_wrong_is_a_line_with_the_reason(small, tmp
         found = called(kernel, values, sizes)
         return (found[0] * 1.02, *found[1:]) if kernel == "forward" and sizes == OTHER else found
 
-    monkeypatch.setattr(attention_sweep, "call", call)
+    monkeypatch.setattr(attention_sweep, "run_kernel", call)
     rows = swept(tmp_path)
     notes = {(row["kernel"], row["candidate"][:5]): row["note"] for row in rows if row["note"]}
     assert notes.keys() == {("queries", "16x16"), ("forward", "16x32")}
     assert notes["queries", "16x16"] == "not measured: RuntimeError: out of everything"
     assert "result 0 differs from that of its own sizes by 0.02" in notes["forward", "16x32"]
-    assert all((row["time_us_50"] is None) == bool(row["note"]) for row in rows)
+    assert all((row["time_p50_us"] is None) == bool(row["note"]) for row in rows)
 
 
 def test_without_its_own_result_nothing_of_a_kernel_is_measured(small, tmp_path, monkeypatch):
-    called = attention_sweep.call
+    called = attention_sweep.run_kernel
 
     def call(kernel, values, sizes):
         if kernel == "keys" and sizes["num_stages"] == 3:
             raise RuntimeError("no")
         return called(kernel, values, sizes)
 
-    monkeypatch.setattr(attention_sweep, "call", call)
+    monkeypatch.setattr(attention_sweep, "run_kernel", call)
     rows = [row for row in swept(tmp_path) if row["kernel"] == "keys"]
     assert [row["note"] for row in rows] == [
         "not measured: RuntimeError: no",
@@ -90,15 +90,17 @@ def test_without_its_own_result_nothing_of_a_kernel_is_measured(small, tmp_path,
 
 
 def test_where_inputs_cannot_be_made_the_next_shape_is_measured(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(attention_sweep, "SHAPES", {f"btlm-3b-8k 2048 tp{size}": ("forward",) for size in (1, 2)})
-    made = attention_sweep._values
+    monkeypatch.setattr(
+        attention_sweep, "SWEPT_KERNELS", {f"btlm-3b-8k 2048 tp{size}": ("forward",) for size in (1, 2)}
+    )
+    made = attention_sweep._kernel_inputs
 
     def values(shape, device):
         if shape.name.endswith("tp1"):
             raise RuntimeError("no room")
         return made(shape, device)
 
-    monkeypatch.setattr(attention_sweep, "_values", values)
+    monkeypatch.setattr(attention_sweep, "_kernel_inputs", values)
     first, second = (
         [row for row in swept(tmp_path) if row["shape"].endswith(name)] for name in ("tp1", "tp2")
     )  # fmt: skip
@@ -111,9 +113,9 @@ def test_when_time_is_over_nothing_is_begun(small, tmp_path):
 
 
 def test_what_its_own_sizes_are_comes_first_and_nothing_twice():
-    for name, kernels in SHAPES.items():
+    for name, kernels in SWEPT_KERNELS.items():
         for kernel in kernels:
-            found = candidates(kernel, ALL_SHAPES[name])
+            found = candidate_configs(kernel, ALL_SHAPES[name])
             sizes = [tuple(sorted(sizes.items())) for _, sizes in found]
             assert len(set(sizes)) == len({name for name, _ in found}) == len(found) > 4
             assert found[0][1].items() >= {"num_warps": 4 if "btlm" in name and kernel == "keys" else 8}.items()
@@ -121,10 +123,12 @@ def test_what_its_own_sizes_are_comes_first_and_nothing_twice():
 
 def test_grouped_heads_are_measured_together_and_apart():
     for name, own in (("stablelm-2-12b 4096 tp1", 4), ("stablelm-2-12b 4096 tp2", 2)):
-        found = [sizes["HEADS_PER_PROGRAM"] for _, sizes in candidates("keys", ALL_SHAPES[name])]
+        found = [sizes["HEADS_PER_PROGRAM"] for _, sizes in candidate_configs("keys", ALL_SHAPES[name])]
         assert found[0] == own
         assert set(found) == {1, 2, 4}
-    assert all("HEADS_PER_PROGRAM" not in sizes for _, sizes in candidates("keys", ALL_SHAPES["btlm-3b-8k 8192 tp1"]))
+    assert all(
+        "HEADS_PER_PROGRAM" not in sizes for _, sizes in candidate_configs("keys", ALL_SHAPES["btlm-3b-8k 8192 tp1"])
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,12 +169,12 @@ def test_every_candidate_compiles_and_none_but_one_spills(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     expected = {
         (kernel, shape, candidate)
-        for shape, kernels in SHAPES.items()
+        for shape, kernels in SWEPT_KERNELS.items()
         for kernel in kernels
-        for candidate, _ in candidates(kernel, ALL_SHAPES[shape])
+        for candidate, _ in candidate_configs(kernel, ALL_SHAPES[shape])
     }
     assert {(row["kernel"], row["shape"], row["candidate"]) for row in rows} == expected
     assert {row["note"] for row in rows} == {""}
     assert {(row["kernel"], row["candidate"]) for row in rows if row["spilled_bytes"]} == {("forward", SPILLS)}
     assert all(row["programs_per_multiprocessor"] >= 1 for row in rows)
-    assert CANDIDATES.keys() == set(KERNELS)
+    assert CANDIDATE_CONFIGS.keys() == set(ATTENTION_KERNELS)

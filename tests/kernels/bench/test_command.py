@@ -10,7 +10,7 @@ import triton
 
 import tandem.kernels.bench.__main__ as command_line
 from tandem.kernels.bench.__main__ import main
-from tandem.kernels.bench.compare import Row, commit
+from tandem.kernels.bench.compare import Measurement, git_commit
 from tandem.kernels.bench.measure import Ceilings
 from tandem.kernels.bench.shapes import MODELS
 
@@ -33,7 +33,7 @@ def test_rows_are_printed_and_kept(tmp_path, capsys):
     assert main(command) == 0
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["op"] for line in lines] == ["ceilings", "swiglu", "swiglu", "swiglu"] * 2
-    assert all(list(line) == [*Row.__dataclass_fields__] for line in lines[1:4])
+    assert all(list(line) == [*Measurement.__dataclass_fields__] for line in lines[1:4])
     assert capsys.readouterr().out.count("mup-check tp1") == 6
 
 
@@ -57,11 +57,11 @@ def test_rows_are_printed_and_kept(tmp_path, capsys):
         ("--json no/such/rows.jsonl", ["--json no/such/rows.jsonl", "folder"]),
         ("--errors --rival ours", ["--rival ours", "--errors takes ops, --shape"]),
         ("residual_norm --errors", ["op 'residual_norm'", "swiglu, swiglu_linear"]),
-        ("--errors --kept", ["--errors", "--kept", "ask for one"]),
-        ("--kept --resources", ["--resources", "--kept", "ask for one"]),
-        ("swiglu --kept", ["op swiglu", "--kept takes --json alone"]),
-        ("--kept --shape tp2", ["--shape tp2", "--kept takes --json alone"]),
-        ("--kept", ["--kept", "TRITON_INTERPRET"]),
+        ("--errors --activations", ["--errors", "--activations", "ask for one"]),
+        ("--activations --resources", ["--resources", "--activations", "ask for one"]),
+        ("swiglu --activations", ["op swiglu", "--activations takes --json alone"]),
+        ("--activations --shape tp2", ["--shape tp2", "--activations takes --json alone"]),
+        ("--activations", ["--activations", "TRITON_INTERPRET"]),
         ("--resources", ["--resources", "TRITON_INTERPRET"]),
     ],
 )
@@ -79,13 +79,13 @@ def test_what_cannot_be_is_refused_in_one_line(command, named, capsys, monkeypat
 def asked(monkeypatch):
     """asked(command): the shapes and rivals that would be measured, none of which is."""
     found = []
-    monkeypatch.setattr(command_line, "ceilings", lambda device: Ceilings(1e9, 1e12))
+    monkeypatch.setattr(command_line, "measure_ceilings", lambda device: Ceilings(1e9, 1e12))
 
     def noted(op, shape, device, limits, wanted, deadline):
         found.append((op.name, shape.name, [rival.name for rival in op.rivals if wanted(rival.name)]))
         return ()
 
-    monkeypatch.setattr(command_line, "rows", noted)
+    monkeypatch.setattr(command_line, "measure_rivals", noted)
 
     def ask(command: str) -> list[tuple[str, str, list[str]]]:
         found.clear()
@@ -137,8 +137,8 @@ def test_help_names_operations_and_no_empty_list(capsys):
 @pytest.mark.parametrize(("known", "code"), [(True, 0), (False, 1)])
 def test_a_spill_that_nobody_knew_is_an_error(known, code, capsys, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    monkeypatch.setattr(command_line, "resources", lambda operations, wanted: [])
-    monkeypatch.setattr(command_line, "spills", lambda found: [("one known", True), ("another", known)])
+    monkeypatch.setattr(command_line, "kernel_resources", lambda operations, wanted: [])
+    monkeypatch.setattr(command_line, "describe_spills", lambda found: [("one known", True), ("another", known)])
     assert main(["--resources"]) == code
     assert capsys.readouterr().err == "one known\nanother\n"
 
@@ -146,9 +146,9 @@ def test_a_spill_that_nobody_knew_is_an_error(known, code, capsys, monkeypatch):
 @pytest.fixture
 def fresh_commit():
     """What is asked for once in a process is asked for again, in the test and after it."""
-    commit.cache_clear()
+    git_commit.cache_clear()
     yield
-    commit.cache_clear()
+    git_commit.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_commit")
@@ -171,4 +171,4 @@ def test_without_git_the_commit_is_that_of_the_environment(told, tmp_path, capsy
 def test_a_checkout_knows_its_commit_better_than_the_environment(monkeypatch):
     monkeypatch.setenv("TANDEM_COMMIT", "0123abc")
     asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    assert commit().removesuffix("+") == (asked.stdout.strip() if asked.returncode == 0 else "0123abc")
+    assert git_commit().removesuffix("+") == (asked.stdout.strip() if asked.returncode == 0 else "0123abc")

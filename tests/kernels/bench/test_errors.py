@@ -10,9 +10,9 @@ import triton
 
 import tandem.kernels.bench.__main__ as command_line
 from tandem.kernels.bench.__main__ import main
-from tandem.kernels.bench.errors import MARK, Error, errors
+from tandem.kernels.bench.errors import MAX_ERROR_RATIO, ErrorMeasurement, measure_errors
 from tandem.kernels.bench.ops import OPERATIONS
-from tests.triton_interpreter import kernels_on_the_cpu
+from tests.triton_interpreter import run_kernels_on_cpu
 
 CPU = torch.device("cpu")
 OURS = {name: op for name, op in OPERATIONS.items() if op.precision is not None}
@@ -21,7 +21,7 @@ TOKENS = 20
 KERNELS = {
     "swiglu": {"swiglu", "swiglu_backward"},
     "swiglu_linear": {"swiglu", "swiglu_backward"},
-    "qkv": {"split_rotated", "split_rotated_backward"},
+    "qkv": {"split_and_rotate_qkv", "split_and_rotate_qkv_backward"},
     "cross_entropy": {"cross_entropy_add", "cross_entropy_gradient"},
     "linear_cross_entropy": {"cross_entropy_add", "cross_entropy_gradient"},
     "attention": {"attention", "attention_backward"},
@@ -32,7 +32,7 @@ for module in ("attention", "cross_entropy", "linear_cross_entropy", "qkv", "swi
 
 def small(name: str):
     op = OURS[name]
-    return next(shape for shape in op.more_shapes if shape.name == SMALL.get(name, "demo-stablelm tp1")).with_tokens(
+    return next(shape for shape in op.extra_shapes if shape.name == SMALL.get(name, "demo-stablelm tp1")).with_tokens(
         TOKENS
     )
 
@@ -40,21 +40,21 @@ def small(name: str):
 @pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="runs the kernels where there is no GPU")
 @pytest.mark.parametrize("name", OURS)
 def test_kernels_are_within_the_mark_of_plain_torch(name, monkeypatch):
-    ran = kernels_on_the_cpu(monkeypatch)
-    found = list(errors(OURS[name], small(name), CPU))
+    ran = run_kernels_on_cpu(monkeypatch)
+    found = list(measure_errors(OURS[name], small(name), CPU))
     assert ran == KERNELS[name]
-    assert [row.result for row in found] == list(OURS[name].precision.names)
+    assert [row.result for row in found] == list(OURS[name].precision.result_names)
     for row in found:
         exact_in_any_way = name == "qkv" and row.result == "value"
-        assert (row.ours == row.plain == 0) if exact_in_any_way else (0 < row.ours <= MARK * row.plain), row
+        assert (row.ours == row.plain == 0) if exact_in_any_way else (0 < row.ours <= MAX_ERROR_RATIO * row.plain), row
         # Nothing is off by more than the dtype: a few roundings to bf16, or to fp32 for losses.
         assert row.plain < 2**-6
 
 
 def test_heads_without_norms_have_no_gradients_of_norms():
     op = OURS["qkv"]
-    shape = next(shape for shape in op.shapes if not shape.qk_norm).with_tokens(TOKENS)
-    assert [row.result for row in errors(op, shape, CPU)] == ["query", "key", "value", "d qkv"]
+    shape = next(shape for shape in op.shapes if not shape.qk_layernorm).with_tokens(TOKENS)
+    assert [row.result for row in measure_errors(op, shape, CPU)] == ["query", "key", "value", "d qkv"]
 
 
 def test_biases_of_plain_torch_are_not_rounded_to_bf16():
@@ -63,17 +63,17 @@ def test_biases_of_plain_torch_are_not_rounded_to_bf16():
     A weight and the result are rounded once each, by half a unit of bf16; the bias of a thousand tokens is off by four.
     """
     op = OURS["attention"]
-    shape = next(shape for shape in op.shapes if shape.alibi).with_tokens(1_200)
-    shape = replace(shape, heads=1, kv_heads=1, rows=1)
+    shape = next(shape for shape in op.shapes if shape.has_alibi).with_tokens(1_200)
+    shape = replace(shape, num_heads=1, num_kv_heads=1, batch_size=1)
     nothing = torch.zeros(1, 1_200, 1, shape.head_dim, dtype=torch.bfloat16)
     first = nothing.index_fill(1, torch.tensor([0]), 1)
 
     def off(make):
-        exact = op.precision.plain(shape)(*(x.double() for x in (nothing, nothing, first)))
+        exact = op.precision.make_plain(shape)(*(x.double() for x in (nothing, nothing, first)))
         return float(((make(shape)(nothing, nothing, first).double() - exact) / exact).abs().max())
 
-    rounded = next(rival for rival in op.rivals if rival.name == "sdpa, mask written out").function
-    assert off(op.precision.plain) <= 2**-8
+    rounded = next(rival for rival in op.rivals if rival.name == "sdpa, mask written out").make_function
+    assert off(op.precision.make_plain) <= 2**-8
     assert off(rounded) > 2**-7
 
 
@@ -90,12 +90,16 @@ def failing(shape):
 
 @pytest.mark.parametrize(
     ("ours", "code", "said"),
-    [(None, 0, ""), (far_off, 1, f"above {MARK}"), (failing, 1, "not measured: RuntimeError: no such kernel\n")],
+    [
+        (None, 0, ""),
+        (far_off, 1, f"above {MAX_ERROR_RATIO}"),
+        (failing, 1, "not measured: RuntimeError: no such kernel\n"),
+    ],
     ids=["ours", "too far off", "failing"],
 )
 def test_the_command_tells_who_is_too_far_off(ours, code, said, tmp_path, monkeypatch, capsys):
     op = OURS["swiglu"]
-    precision = op.precision if ours is None else replace(op.precision, ours=ours)
+    precision = op.precision if ours is None else replace(op.precision, make_ours=ours)
     monkeypatch.setitem(command_line.OPERATIONS, "swiglu", replace(op, precision=precision))
     file = tmp_path / "errors.jsonl"
     command = [
@@ -114,7 +118,7 @@ def test_the_command_tells_who_is_too_far_off(ours, code, said, tmp_path, monkey
     told = capsys.readouterr().out
     assert said in told
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert all(list(line) == [*Error.__dataclass_fields__, "ratio"] for line in lines)
+    assert all(list(line) == [*ErrorMeasurement.__dataclass_fields__, "ratio"] for line in lines)
     assert [(line["result"], line["tokens"]) for line in lines] == (
         [] if ours is failing else [("out", 20), ("d gate_up", 20)]
     )
@@ -122,7 +126,9 @@ def test_the_command_tells_who_is_too_far_off(ours, code, said, tmp_path, monkey
 
 def test_without_a_shape_they_are_those_of_production(monkeypatch):
     asked = []
-    monkeypatch.setattr(command_line, "errors", lambda op, shape, device: asked.append((op.name, shape.name)) or [])
+    monkeypatch.setattr(
+        command_line, "measure_errors", lambda op, shape, device: asked.append((op.name, shape.name)) or []
+    )
     assert main(["--errors", "--device", "cpu"]) == 0
     assert {shape.split()[0] for _, shape in asked} == {"btlm-3b-8k", "stablelm-2-12b"}
     assert {op for op, _ in asked} == set(OURS)
@@ -135,6 +141,6 @@ def test_time_that_is_over_is_no_success(capsys):
 
 
 def test_a_plain_result_that_is_exact_leaves_ours_no_error():
-    row = Error("op", "shape", 1, "bfloat16", "out", 0.0, 0.0, "cpu", "2", "3", "c")
-    assert (row.ratio, row.within) == (1, True)
-    assert not replace(row, ours=1e-9).within
+    row = ErrorMeasurement("op", "shape", 1, "bfloat16", "out", 0.0, 0.0, "cpu", "2", "3", "c")
+    assert (row.ratio, row.is_within_limit) == (1, True)
+    assert not replace(row, ours=1e-9).is_within_limit

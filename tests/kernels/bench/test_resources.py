@@ -11,8 +11,14 @@ import torch
 import triton
 
 from tandem.kernels.bench.ops import OPERATIONS
-from tandem.kernels.bench.resources import COMPILED, KNOWN_SPILLS, Resources, blocks_per_multiprocessor, spills
-from tandem.kernels.device.offline_compile import Compiled
+from tandem.kernels.bench.resources import (
+    COMPILED_DEVICE,
+    KNOWN_SPILLS,
+    KernelResources,
+    blocks_per_multiprocessor,
+    describe_spills,
+)
+from tandem.kernels.device.offline_compile import CompiledKernel
 
 KERNELS = {
     "swiglu": {"_forward", "_backward"},
@@ -56,12 +62,12 @@ def test_every_kernel_compiles_at_every_shape(table):
     expected = {
         (name, shape.name, kernel)
         for name, kernels in KERNELS.items()
-        for shape in OPERATIONS[name].shapes + OPERATIONS[name].more_shapes
+        for shape in OPERATIONS[name].shapes + OPERATIONS[name].extra_shapes
         for kernel in kernels
     }
     # One program for each block and key head would be too few.
     for shape in ("stablelm-2-12b 4096 tp2", "stablelm-2-12b 4096 tp4", *SMALL_GROUPS):
-        expected.add(("attention", shape, "_add_parts"))
+        expected.add(("attention", shape, "_sum_parts"))
     assert {(row["op"], row["shape"], row["kernel"]) for row in table.rows} == expected
 
 
@@ -81,7 +87,7 @@ def test_no_kernel_spills_beyond_the_known_and_each_fits_a_multiprocessor(table)
 @pytest.mark.slow
 def test_every_row_says_what_it_was_compiled_by(table):
     for row in table.rows:
-        assert (row["card"], row["torch"], row["triton"]) == (COMPILED, torch.__version__, triton.__version__)
+        assert (row["device"], row["torch"], row["triton"]) == (COMPILED_DEVICE, torch.__version__, triton.__version__)
         assert row["commit"]
 
 
@@ -96,22 +102,22 @@ def test_products_of_bf16_tiles_are_asynchronous_and_none_waits_for_the_one_befo
     assert [text[:200] for text in products if "wgmma.mma_async" not in text or "mma.sync" in text] == []
 
 
-def spilling(shape: str, size: int) -> Resources:
-    return Resources("attention", shape, "_backward_keys", 255, size, 0, 8, 1)
+def spilling(shape: str, size: int) -> KernelResources:
+    return KernelResources("attention", shape, "_backward_keys", 255, size, 0, 8, 1)
 
 
 def test_spills_are_told_by_kernel_and_those_of_the_list_are_known(monkeypatch):
     monkeypatch.setitem(KNOWN_SPILLS, ("attention", "stablelm-2-12b", "_backward_keys"), 32)
     known, other = "stablelm-2-12b 4096 tp1", "demo-btlm 128 tp2"
-    assert spills([spilling(known, 0), spilling(other, 0)]) == []
-    assert spills([spilling(known, 32), spilling("stablelm-2-12b 4096 tp2", 32)]) == [
+    assert describe_spills([spilling(known, 0), spilling(other, 0)]) == []
+    assert describe_spills([spilling(known, 32), spilling("stablelm-2-12b 4096 tp2", 32)]) == [
         ("attention _backward_keys spills 32 bytes at stablelm-2-12b 4096 tp1, stablelm-2-12b 4096 tp2: known", True)
     ]
-    assert [is_known for _, is_known in spills([spilling(known, 40), spilling(other, 8)])] == [False, False]
+    assert [is_known for _, is_known in describe_spills([spilling(known, 40), spilling(other, 8)])] == [False, False]
 
 
 def test_all_operations_with_kernels_are_compiled():
-    assert {name for name, op in OPERATIONS.items() if op.launches is not None} == set(KERNELS)
+    assert {name for name, op in OPERATIONS.items() if op.launch_kernels is not None} == set(KERNELS)
 
 
 @pytest.mark.parametrize(
@@ -120,4 +126,4 @@ def test_all_operations_with_kernels_are_compiled():
     ids=["threads", "registers in units of eight", "registers", "shared memory", "blocks"],
 )
 def test_blocks_at_once_are_limited_by_what_runs_out_first(registers, shared_bytes, num_warps, blocks):
-    assert blocks_per_multiprocessor(Compiled("kernel", registers, 0, shared_bytes, num_warps)) == blocks
+    assert blocks_per_multiprocessor(CompiledKernel("kernel", registers, 0, shared_bytes, num_warps)) == blocks

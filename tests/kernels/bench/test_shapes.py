@@ -5,32 +5,41 @@ from pathlib import Path
 import pytest
 import torch
 
-from tandem.kernels.bench.shapes import MODELS, SMALL_MODELS, TP_SIZES, Model, feed_forward, heads, logits, stream
-from tandem.trainer.config import StableLM, load
-from tandem.trainer.config.flops import padded
+from tandem.kernels.bench.shapes import (
+    MODELS,
+    SMALL_MODELS,
+    TP_SIZES,
+    ModelShape,
+    attention_shapes,
+    feed_forward_shapes,
+    logits_shapes,
+    residual_shapes,
+)
+from tandem.trainer.config import StableLMConfig, load_config
+from tandem.trainer.config.padding import padded_size
 from tandem.trainer.models.mup import forward_scales
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 TABLE = {model.name: model for model in (*MODELS, *SMALL_MODELS)}
 
 
-def derived(path: Path) -> Model:
-    config = load(path)
+def derived(path: Path) -> ModelShape:
+    config = load_config(path)
     model, scales = config.model, forward_scales(config.model, config.mup)
-    stable = isinstance(model, StableLM)
-    return Model(
+    stable = isinstance(model, StableLMConfig)
+    return ModelShape(
         name=path.stem,
-        phases=tuple((phase.micro_rows, phase.seq_len) for phase in config.schedule.phases),
-        width=model.width,
-        heads=model.heads,
-        kv_heads=model.kv_heads,
+        phases=tuple((phase.micro_batch_size, phase.seq_len) for phase in config.schedule.phases),
+        hidden_size=model.hidden_size,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
-        rotary_dims=int(model.rotary_fraction * model.head_dim) if stable else 0,
-        qk_norm=stable and model.qk_norm,
-        documents=model.document_masking,
-        ffn_local=tuple(padded(model.ffn_width, tp_size) // tp_size for tp_size in TP_SIZES),
-        vocab=model.vocab,
-        vocab_local=tuple(padded(model.vocab, tp_size) // tp_size for tp_size in TP_SIZES),
+        rotary_dims=int(model.partial_rotary_factor * model.head_dim) if stable else 0,
+        qk_layernorm=stable and model.qk_layernorm,
+        document_masking=model.document_masking,
+        ffn_hidden_sizes_local=tuple(padded_size(model.ffn_hidden_size, tp_size) // tp_size for tp_size in TP_SIZES),
+        vocab_size=model.vocab_size,
+        vocab_sizes_local=tuple(padded_size(model.vocab_size, tp_size) // tp_size for tp_size in TP_SIZES),
         logit_scale=pytest.approx(scales.logits),
         attention_scale=pytest.approx(scales.attention),
         precision=config.run.precision,
@@ -46,7 +55,7 @@ def test_the_table_holds_nothing_else():
     assert sorted(TABLE) == [path.stem for path in CONFIGS]
 
 
-@pytest.mark.parametrize("make", [feed_forward, stream, logits, heads])
+@pytest.mark.parametrize("make", [feed_forward_shapes, residual_shapes, logits_shapes, attention_shapes])
 def test_shapes_have_the_precision_of_their_model(make):
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     for model in TABLE.values():
@@ -54,4 +63,7 @@ def test_shapes_have_the_precision_of_their_model(make):
 
 
 def test_the_last_rank_holds_what_the_others_leave_of_the_vocabulary():
-    assert {shape.name: (shape.columns, shape.vocab) for shape in logits()}["btlm-3b-8k tp4"] == (12_672, 12_241)
+    assert {shape.name: (shape.padded_vocab_size, shape.vocab_size) for shape in logits_shapes()}["btlm-3b-8k tp4"] == (
+        12_672,
+        12_241,
+    )

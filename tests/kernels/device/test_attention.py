@@ -7,7 +7,7 @@ import torch
 
 from tandem.kernels.attention import _attention, _attention_backward, alibi_slopes, attention
 from tandem.kernels.device import attention as kernels
-from tandem.kernels.documents import starts
+from tandem.kernels.documents import document_starts
 
 TILES = [(16, 16), (16, 32), (32, 16)]
 """Queries by keys: rows of a few dozen tokens are of several blocks."""
@@ -25,13 +25,13 @@ def documents(seq):
 
 def example(shape, generator, device, *, biased, masked, dtype=torch.float32):
     """Query, key, value, gradient of the result; scale, slopes of each row and starts. Rows are as long as LENGTHS at most."""
-    seq, heads, kv_heads, head_dim = shape
+    seq, heads, num_kv_heads, head_dim = shape
     tensors = [
         torch.randn(2, seq, count, head_dim, generator=generator).to(device, dtype)
-        for count in (heads, kv_heads, kv_heads, heads)
+        for count in (heads, num_kv_heads, num_kv_heads, heads)
     ]
     slopes = alibi_slopes(heads) / torch.tensor([[1.0], [2.5]]) if biased else None
-    begun = starts(documents(seq)) if masked else None
+    begun = document_starts(documents(seq)) if masked else None
     return tensors, (1 / math.sqrt(head_dim), *(x if x is None else x.to(device) for x in (slopes, begun)))
 
 
@@ -65,9 +65,11 @@ def of_torch(tensors, settings, dtype):
 def of_kernels(tensors, settings, tile, *, heads_in_l2=2, HEADS_PER_PROGRAM=1):
     *inputs, out_gradient = tensors
     of_queries = sizes(tile) | {"heads_in_l2": heads_in_l2}
-    out, lse = kernels.forward(*inputs, *settings, sizes=of_queries)
+    out, lse = kernels.forward(*inputs, *settings, tile_config=of_queries)
     of_keys = of_queries | {"HEADS_PER_PROGRAM": HEADS_PER_PROGRAM}
-    return out, *kernels.backward(out_gradient, *inputs, out, lse, *settings, query_sizes=of_queries, key_sizes=of_keys)
+    return out, *kernels.backward(
+        out_gradient, *inputs, out, lse, *settings, query_tile_config=of_queries, key_tile_config=of_keys
+    )
 
 
 def close(found, true):
@@ -141,7 +143,7 @@ def test_one_token_and_tiles_wider_than_the_row(generator, device):
 
 def test_sums_of_exponentials_are_natural_logarithms(generator, device):
     (query, key, value, _), settings = example((20, 1, 1, 16), generator, device, biased=True, masked=True)
-    _, lse = kernels.forward(query, key, value, *settings, sizes=sizes((16, 16)))
+    _, lse = kernels.forward(query, key, value, *settings, tile_config=sizes((16, 16)))
     scores = torch.einsum("rihd,rjd->rhij", query.double(), key[:, :, 0].double()) * settings[0]
     exact = (scores + masked_scores(20, *settings[1:], query.device)).logsumexp(-1)
     close([lse], [exact])
@@ -166,7 +168,7 @@ def test_far_tokens_are_as_far_as_the_definition_says(device):
     key, value = torch.zeros_like(query), torch.zeros_like(query)
     key[:, :2], value[:, 1] = 1_024, 1
     slopes = torch.tensor([slope], device=device)
-    out, _ = kernels.forward(query, key, value, 1.0, slopes, None, sizes=sizes((64, 64)))
+    out, _ = kernels.forward(query, key, value, 1.0, slopes, None, tile_config=sizes((64, 64)))
     # Scores near 16,384 are rounded to 2^-10 each.
     assert out[0, -1, 0, 0].item() == pytest.approx(1 / (1 + math.exp(-slope)), abs=2**-10)
 
@@ -252,18 +254,18 @@ def test_other_heads_are_the_kernels(head_dim, dtype, generator, device, monkeyp
 )
 def test_gpu_errors_are_at_most_a_tenth_above_those_of_torch(shape, biased, masked, generator):
     """All heads by the kernels; three groups, with the steepest, a middle and the flattest bias, beside torch and fp64."""
-    seq, heads, kv_heads, head_dim = shape
+    seq, heads, num_kv_heads, head_dim = shape
     *tensors, out_gradient = [
         torch.randn(1, seq, count, head_dim, generator=generator).to("cuda", torch.bfloat16)
-        for count in (heads, kv_heads, kv_heads, heads)
+        for count in (heads, num_kv_heads, num_kv_heads, heads)
     ]
     scale, slopes = 1 / math.sqrt(head_dim), alibi_slopes(heads).cuda() if biased else None
-    begun = starts((torch.rand(1, seq, generator=generator) < 0.002).cumsum(1)).cuda() if masked else None
+    begun = document_starts((torch.rand(1, seq, generator=generator) < 0.002).cumsum(1)).cuda() if masked else None
     inputs = [x.requires_grad_() for x in tensors]
-    found = attention(*inputs, scale=scale, slopes=slopes, starts=begun)
+    found = attention(*inputs, scale=scale, slopes=slopes, document_starts=begun)
     found = found.detach(), *torch.autograd.grad(found, inputs, out_gradient)
-    for kv_head in (0, kv_heads // 2, kv_heads - 1):
-        of_query, of_key = (slice(kv_head * n, (kv_head + 1) * n) for n in (heads // kv_heads, 1))
+    for kv_head in (0, num_kv_heads // 2, num_kv_heads - 1):
+        of_query, of_key = (slice(kv_head * n, (kv_head + 1) * n) for n in (heads // num_kv_heads, 1))
         places = of_query, of_key, of_key, of_query
         alone = [x[:, :, place] for x, place in zip((*tensors, out_gradient), places, strict=True)]
         ours = [x[:, :, place] for x, place in zip(found, (of_query, *places[:3]), strict=True)]

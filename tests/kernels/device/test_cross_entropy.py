@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tandem.kernels.cross_entropy import LOWEST, nothing_seen
+from tandem.kernels.cross_entropy import LOWEST, initial_statistics
 from tandem.kernels.device import cross_entropy as kernels
 
 SHAPES = [(1, 1, 1), (3, 8, 8), (5, 130, 97), (2, 256, 256), (3, 77, 1), (2, 5_000, 4_999), (2, 4_112, 4_096)]
@@ -37,8 +37,8 @@ def exact(logits, targets, gradients, columns, first=0):
 
 
 def statistics_of(logits, targets, columns, first=0):
-    statistics = nothing_seen(logits, targets)
-    kernels.add(logits, targets, statistics, first=first, columns=columns, scale=SCALE)
+    statistics = initial_statistics(logits, targets)
+    kernels.add_block(logits, targets, statistics, first=first, columns=columns, scale=SCALE)
     return statistics
 
 
@@ -64,7 +64,7 @@ def test_results_and_gradient_are_the_meaning(tokens, width, columns, dtype, gen
         # A few roundings of numbers of the size of the result.
         torch.testing.assert_close(found.cpu().double(), true, rtol=4 * 2**-24, atol=2**-22)
     given = of_token(statistics, gradients)
-    kernels.gradient(logits, targets, *given, first=1_000, columns=columns, scale=SCALE)
+    kernels.write_block_gradient(logits, targets, *given, first=1_000, columns=columns, scale=SCALE)
     torch.testing.assert_close(logits[:, :columns].cpu().double(), gradient, rtol=ROUNDING[dtype], atol=0)
     assert not logits[:, columns:].any()
 
@@ -78,7 +78,7 @@ def test_rows_apart_and_unaligned_are_read_and_written_where_they_lie(offset, dt
     statistics = statistics_of(inside, targets, 93)
     assert torch.equal(statistics, statistics_of(packed, targets, 93))
     for given in (inside, packed):
-        kernels.gradient(given, targets, *of_token(statistics, gradients), first=0, columns=93, scale=SCALE)
+        kernels.write_block_gradient(given, targets, *of_token(statistics, gradients), first=0, columns=93, scale=SCALE)
     assert torch.equal(inside, packed)
     around[:, offset : offset + 100] = packed
     assert torch.equal(buffer, around)
@@ -89,15 +89,17 @@ def test_blocks_one_after_the_other_are_the_whole(generator, device):
     targets[4] = 200  # in the second block
     expected, gradient = exact(logits, targets, gradients, 260)
     blocks = [(first, min(260 - first, 128)) for first in (0, 128, 256)]
-    statistics = nothing_seen(logits, targets)
+    statistics = initial_statistics(logits, targets)
     for first, true in blocks:
         part = logits[:, first : first + 128]
-        kernels.add(part, targets, statistics, first=first, columns=true, scale=SCALE)
+        kernels.add_block(part, targets, statistics, first=first, columns=true, scale=SCALE)
     for found, true in zip(pair_of(statistics), expected, strict=True):
         torch.testing.assert_close(found.cpu().double(), true, rtol=8 * 2**-24, atol=2**-22)
     for first, true in blocks:
         part = logits[:, first : first + 128]
-        kernels.gradient(part, targets, *of_token(statistics, gradients), first=first, columns=true, scale=SCALE)
+        kernels.write_block_gradient(
+            part, targets, *of_token(statistics, gradients), first=first, columns=true, scale=SCALE
+        )
     torch.testing.assert_close(logits[:, :260].cpu().double(), gradient, rtol=ROUNDING[torch.bfloat16], atol=0)
     assert not logits[:, 260:].any()
 
@@ -107,7 +109,7 @@ def test_a_block_without_true_columns_adds_nothing_and_has_no_gradient(generator
     logits, targets, gradients = example(4, 40, 0, torch.bfloat16, generator, device)
     statistics = statistics_of(logits, targets, 0)
     assert statistics.tolist() == [[torch.tensor(LOWEST).item()] * 4, [0.0] * 4, [0.0] * 4]
-    kernels.gradient(logits, targets, statistics[0], *gradients, first=0, columns=0, scale=SCALE)
+    kernels.write_block_gradient(logits, targets, statistics[0], *gradients, first=0, columns=0, scale=SCALE)
     assert logits.tolist() == [[0.0] * 40] * 4
 
 
@@ -118,7 +120,7 @@ def test_large_logits_neither_overflow_nor_vanish_wrongly(device):
     statistics = statistics_of(logits, targets, 4)
     log_sum_exp, _ = pair_of(statistics)
     torch.testing.assert_close(log_sum_exp.cpu().double(), expected[0], rtol=2**-22, atol=0)
-    kernels.gradient(logits, targets, *of_token(statistics, gradients), first=0, columns=4, scale=SCALE)
+    kernels.write_block_gradient(logits, targets, *of_token(statistics, gradients), first=0, columns=4, scale=SCALE)
     # z is 14,000 rounded once: half of 2**-10, which is a relative error of its exponential, twice for the maximum's.
     close = {"rtol": 2**-10, "atol": torch.finfo(torch.float32).tiny}
     torch.testing.assert_close(logits.cpu().double(), gradient, **close)
@@ -139,6 +141,6 @@ def test_the_bits_repeat_and_what_is_only_read_is_unchanged(generator, device):
     read = [targets, *of_token(first, gradients)]
     before, twice = [x.clone() for x in read], [logits.clone(), logits.clone()]
     for given in twice:
-        kernels.gradient(given, *read, first=0, columns=260, scale=SCALE)
+        kernels.write_block_gradient(given, *read, first=0, columns=260, scale=SCALE)
     assert torch.equal(*twice)
     assert all(torch.equal(a, b) for a, b in zip(read, before, strict=True))

@@ -8,7 +8,7 @@ from tandem.kernels.device.qkv import backward, forward
 
 EPSILON = 1e-5
 CASES = [
-    # seq, rows, queries, kv_heads, head_dim, half, normed, rows of the table
+    # seq, rows, queries, num_kv_heads, head_dim, half, normed, rows of the table
     (1, 1, 1, 1, 2, 1, True, 1),
     (5, 2, 1, 2, 64, 8, False, 1),
     (3, 2, 4, 1, 160, 20, True, 2),
@@ -22,15 +22,15 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 PRODUCTION = [(4_096, 2, 4, 8, 160, 20, True), (4_096, 2, 1, 32, 64, 8, False)]
 
 
-def example(seq, rows, queries, kv_heads, head_dim, half, normed, rows_of_table, generator, device, dtype):
+def example(seq, rows, queries, num_kv_heads, head_dim, half, normed, rows_of_table, generator, device, dtype):
     """The fused buffer, the norms' weights or None, the table, and gradients of queries, keys and values."""
 
     def random(*shape):
         return torch.randn(shape, generator=generator)
 
-    heads, slots = kv_heads * queries, kv_heads * (queries + 2)
-    norms = (random(heads, head_dim), random(kv_heads, head_dim)) if normed else (None, None)
-    gradients = [random(rows, seq, number, head_dim) for number in (heads, kv_heads, kv_heads)]
+    heads, slots = num_kv_heads * queries, num_kv_heads * (queries + 2)
+    norms = (random(heads, head_dim), random(num_kv_heads, head_dim)) if normed else (None, None)
+    gradients = [random(rows, seq, number, head_dim) for number in (heads, num_kv_heads, num_kv_heads)]
     angles = 6 * random(rows_of_table, seq, half)
     qkv = 2 * random(seq, rows, slots * head_dim) + 1
     inputs, gradients = ([x if x is None else x.to(device, dtype) for x in many] for many in ((qkv, *norms), gradients))
@@ -43,9 +43,11 @@ def exact(qkv, query_norm, key_norm, cos, sin, gradients):
         None if x is None else x.cpu().double() for x in (qkv, query_norm, key_norm, cos, sin, *gradients)
     )
     head_dim, queries = gradients[0].shape[3], gradients[0].shape[2] // gradients[1].shape[2]
-    results = torch.ops.tandem.split_rotated(qkv, cos, sin, query_norm, key_norm, EPSILON, head_dim, queries)
+    results = torch.ops.tandem.split_and_rotate_qkv(qkv, cos, sin, query_norm, key_norm, EPSILON, head_dim, queries)
     kept = None if query_norm is None else qkv
-    gradients = torch.ops.tandem.split_rotated_backward(*gradients, kept, cos, sin, query_norm, key_norm, EPSILON)
+    gradients = torch.ops.tandem.split_and_rotate_qkv_backward(
+        *gradients, kept, cos, sin, query_norm, key_norm, EPSILON
+    )
     return [*results, *gradients]
 
 
@@ -89,9 +91,9 @@ def test_inputs_are_unchanged_and_the_bits_repeat(normed, generator, device):
 def plain(qkv, query_norm, key_norm, cos, sin, gradients):
     """The same by torch in the dtype of its inputs, norm and rotation each rounded: what a model without kernels does."""
     query_gradient, key_gradient, value_gradient = gradients
-    kv_heads, head_dim = value_gradient.shape[2:]
+    num_kv_heads, head_dim = value_gradient.shape[2:]
     leaves = [x.detach().requires_grad_() for x in (qkv, query_norm, key_norm) if x is not None]
-    groups = leaves[0].transpose(0, 1).unflatten(-1, (kv_heads, -1, head_dim))
+    groups = leaves[0].transpose(0, 1).unflatten(-1, (num_kv_heads, -1, head_dim))
     heads = [groups[..., :-2, :].flatten(2, 3), groups[..., -2, :]]
     for index, weight in enumerate(leaves[1:]):
         heads[index] = torch.nn.functional.layer_norm(heads[index], (head_dim,), eps=EPSILON) * weight

@@ -57,7 +57,7 @@ def test_result_and_gradient_are_the_meaning_rounded_once(shape, gate, dtype, ge
 
 
 def test_halves_of_a_wider_buffer_are_read_where_they_lie(generator, device):
-    """Rows far apart, and a projection [rows, seq, 2 * ffn_width] seen as two halves; other layouts are copied first."""
+    """Rows far apart, and a projection [rows, seq, 2 * ffn_hidden_size] seen as two halves; other layouts are copied first."""
     buffer = torch.randn(4, 3, 400, generator=generator).to(device)
     inside = buffer[..., 8:208].unflatten(-1, (2, 100))
     transposed = torch.randn(2, 100, 7, generator=generator).to(device).permute(2, 0, 1)

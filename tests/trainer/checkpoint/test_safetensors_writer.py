@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tandem.trainer.checkpoint import safetensors_writer
-from tandem.trainer.checkpoint.safetensors_writer import Spec, runs, write
+from tandem.trainer.checkpoint.safetensors_writer import TensorSpec, group_by_bytes, write_safetensors
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -26,13 +26,13 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def specs(given: dict[str, torch.Tensor]) -> dict[str, Spec]:
-    return {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in given.items()}
+def specs(given: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in given.items()}
 
 
 def test_the_library_reads_the_same_tensors(tmp_path: Path) -> None:
     given = tensors()
-    write(tmp_path / "file", specs(given), given.values())
+    write_safetensors(tmp_path / "file", specs(given), given.values())
     found = load_file(tmp_path / "file")
     assert specs(found) == specs(given)
     assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
@@ -40,7 +40,7 @@ def test_the_library_reads_the_same_tensors(tmp_path: Path) -> None:
 
 def test_the_bytes_are_the_librarys(tmp_path: Path) -> None:
     given = {name: tensor.contiguous() for name, tensor in tensors().items()}
-    write(tmp_path / "ours", specs(given), given.values())
+    write_safetensors(tmp_path / "ours", specs(given), given.values())
     save_file(given, tmp_path / "theirs", metadata={"format": "pt"})
     ours, theirs = (split(tmp_path / name) for name in ("ours", "theirs"))
     assert ours == theirs
@@ -57,13 +57,13 @@ def split(path: Path) -> tuple[dict, bytes]:
 def test_size_and_hash_are_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors_writer, "CHUNK_BYTES", 16)
     given, digest = tensors(), hashlib.sha256()
-    size = write(tmp_path / "file", specs(given), given.values(), watch=digest.update)
+    size = write_safetensors(tmp_path / "file", specs(given), given.values(), on_chunk=digest.update)
     content = (tmp_path / "file").read_bytes()
     assert (size, digest.digest()) == (len(content), hashlib.sha256(content).digest())
 
 
 def test_a_tensor_is_gone_before_the_next_is_asked_for(tmp_path: Path) -> None:
-    described, last = {str(index): Spec(torch.float32, (100,)) for index in range(4)}, []
+    described, last = {str(index): TensorSpec(torch.float32, (100,)) for index in range(4)}, []
 
     def made() -> Iterator[torch.Tensor]:
         for _ in described:
@@ -75,7 +75,7 @@ def test_a_tensor_is_gone_before_the_next_is_asked_for(tmp_path: Path) -> None:
         last.append(weakref.ref(tensor))
         return tensor
 
-    write(tmp_path / "file", described, made())
+    write_safetensors(tmp_path / "file", described, made())
     assert len(last) == 4
 
 
@@ -85,18 +85,18 @@ def test_a_tensor_is_gone_before_the_next_is_asked_for(tmp_path: Path) -> None:
 )
 def test_tensors_that_are_not_the_announced_ones_are_refused(given: list, message: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=message):
-        write(tmp_path / "file", {"a": Spec(torch.float32, (2,))}, given)
+        write_safetensors(tmp_path / "file", {"a": TensorSpec(torch.float32, (2,))}, given)
 
 
 def test_a_narrow_tensor_may_not_put_a_wide_one_out_of_line(tmp_path: Path) -> None:
-    described = {"odd": Spec(torch.bfloat16, (1,)), "wide": Spec(torch.float32, (1,))}
+    described = {"odd": TensorSpec(torch.bfloat16, (1,)), "wide": TensorSpec(torch.float32, (1,))}
     with pytest.raises(AssertionError, match="wide would not be aligned"):
-        write(tmp_path / "file", described, [torch.ones(1).bfloat16(), torch.ones(1)])
+        write_safetensors(tmp_path / "file", described, [torch.ones(1).bfloat16(), torch.ones(1)])
 
 
 def test_runs_keep_order_and_limit() -> None:
-    assert runs([3, 3, 5, 9, 1, 1], lambda item: item, 6) == [[3, 3], [5], [9], [1, 1]]
-    assert runs([], len, 6) == [[]]
+    assert group_by_bytes([3, 3, 5, 9, 1, 1], lambda item: item, 6) == [[3, 3], [5], [9], [1, 1]]
+    assert group_by_bytes([], len, 6) == [[]]
 
 
 def test_a_file_that_is_there_is_not_written_into(tmp_path):
@@ -104,5 +104,5 @@ def test_a_file_that_is_there_is_not_written_into(tmp_path):
     path = tmp_path / "file"
     path.write_text("committed")
     with pytest.raises(FileExistsError):
-        safetensors_writer.write(path, {}, [])
+        safetensors_writer.write_safetensors(path, {}, [])
     assert path.read_text() == "committed"

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from tandem.trainer.checkpoint import write
-from tandem.trainer.checkpoint.layout import MARKER, PASSED_OVER, folder_name
+from tandem.trainer.checkpoint.layout import COMMIT_MARKER, REJECTED_MARKER, step_folder_name
 
 
 def left(root: Path, step: int, *files: str) -> Path:
     """The folder of a checkpoint with these files."""
-    folder = root / folder_name(step)
+    folder = root / step_folder_name(step)
     folder.mkdir()
     for name in files:
         (folder / name).write_text("state")
@@ -20,16 +20,16 @@ def left(root: Path, step: int, *files: str) -> Path:
 def test_a_save_removes_what_others_left_without_a_commit(tmp_path):
     """A save that was killed, or failed on a disk that took no removals, may be of an earlier or a later step."""
     kept = [
-        left(tmp_path, 4, "rank-00000.safetensors", MARKER),
-        left(tmp_path, 9, MARKER),
-        left(tmp_path, 8, PASSED_OVER),
+        left(tmp_path, 4, "rank-00000.safetensors", COMMIT_MARKER),
+        left(tmp_path, 9, COMMIT_MARKER),
+        left(tmp_path, 8, REJECTED_MARKER),
     ]
     torn = [left(tmp_path, 3, "rank-00000.safetensors"), left(tmp_path, 6, "rank-00000.safetensors"), left(tmp_path, 7)]
     (tmp_path / "notes").mkdir()
-    write.begin(tmp_path / folder_name(6))
+    write.prepare_folder(tmp_path / step_folder_name(6))
     assert all(list(folder.iterdir()) for folder in kept)
     assert [folder.exists() for folder in torn] == [False, True, False]
-    assert list((tmp_path / folder_name(6)).iterdir()) == []
+    assert list((tmp_path / step_folder_name(6)).iterdir()) == []
     assert (tmp_path / "notes").exists()
 
 
@@ -39,8 +39,8 @@ def test_what_cannot_be_removed_stops_no_save(tmp_path, monkeypatch):
     def refuse(folder: Path) -> None:
         raise OSError(30, "Read-only file system", str(folder))
 
-    monkeypatch.setattr(write, "remove", refuse)
-    write.begin(tmp_path / folder_name(6))
-    assert (tmp_path / folder_name(6)).is_dir()
+    monkeypatch.setattr(write, "remove_checkpoint", refuse)
+    write.prepare_folder(tmp_path / step_folder_name(6))
+    assert (tmp_path / step_folder_name(6)).is_dir()
     with pytest.raises(OSError, match="Read-only"):
-        write.begin(tmp_path / folder_name(6))
+        write.prepare_folder(tmp_path / step_folder_name(6))

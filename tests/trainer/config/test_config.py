@@ -18,7 +18,7 @@ DEMO_BTLM = CONFIGS / "demo-btlm.yaml"
 def mistake(*overrides: str, path: Path = DEMO) -> str:
     """The message of the error that loading with `overrides` ends in; always one line."""
     with pytest.raises(UserError) as caught:
-        config.load(path, list(overrides))
+        config.load_config(path, list(overrides))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -28,24 +28,24 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
     ("override", "parts"),
     [
         ("parallel.zero_stage=0", ["parallel.zero_stage", "0", "run.precision bf16", "fp32", "set zero_stage to 1"]),
-        ("optim.clip_nrom=1.0", ["optim.clip_nrom", "1.0", "no such field", "did you mean clip_norm?"]),
-        ("model.ffn=384", ["model.ffn", "384", "no such field", "ffn_width"]),
+        ("optim.max_grad_nrom=1.0", ["optim.max_grad_nrom", "1.0", "no such field", "did you mean max_grad_norm?"]),
+        ("model.ffn=384", ["model.ffn", "384", "no such field", "ffn_hidden_size"]),
         ("optim.beta1=high", ["optim.beta1", "'high' is str", "must be float", "change it"]),
-        ("model.depth=2.5", ["model.depth", "2.5 is float", "must be int"]),
-        ("model.qk_norm=1", ["model.qk_norm", "1 is int", "must be bool"]),
-        ("model.depth=true", ["model.depth", "True is bool", "must be int"]),
+        ("model.num_layers=2.5", ["model.num_layers", "2.5 is float", "must be int"]),
+        ("model.qk_layernorm=1", ["model.qk_layernorm", "1 is int", "must be bool"]),
+        ("model.num_layers=true", ["model.num_layers", "True is bool", "must be int"]),
         ("run.precision=fp16", ["run.precision", "'fp16'", "must be one of bf16, fp32"]),
         ("model.family=llama", ["model.family", "'llama'", "stablelm, btlm"]),
         ("schedule.lr.kind=step", ["schedule.lr.kind", "'step'", "linear, cosine, hybrid"]),
         ("hardware=abacus", ["hardware", "'abacus'", "known there: h100_sxm"]),
         ("run.name=a/b", ["run.name", "'a/b'", "one folder", "leave out slashes"]),
-        ("optim.clip_norm=-1", ["optim.clip_norm", "-1", "must not be negative", "0 turns it off"]),
+        ("optim.max_grad_norm=-1", ["optim.max_grad_norm", "-1", "must not be negative", "0 turns it off"]),
         ("model.init_truncation_sigmas=-1", ["model.init_truncation_sigmas", "-1", "must be 0, which does not cut"]),
         ("model.init_truncation_sigmas=0.09", ["model.init_truncation_sigmas", "0.09", "at least 0.1"]),
         ("model.init_truncation_sigmas=.inf", ["model.init_truncation_sigmas", "inf", "must be 0, which does not cut"]),
-        ("model.heads=5", ["model.width", "128", "not divisible by model.heads 5", "change one"]),
-        ("model.kv_heads=3", ["model.kv_heads", "3", "does not divide model.heads 4", "change one"]),
-        ("model.rotary_fraction=0.2", ["model.rotary_fraction", "0.2", "6.4", "even whole number"]),
+        ("model.num_heads=5", ["model.hidden_size", "128", "not divisible by model.num_heads 5", "change one"]),
+        ("model.num_kv_heads=3", ["model.num_kv_heads", "3", "does not divide model.num_heads 4", "change one"]),
+        ("model.partial_rotary_factor=0.2", ["model.partial_rotary_factor", "0.2", "6.4", "even whole number"]),
         ("evaluate.tokens=1000", ["evaluate.tokens", "1000", "multiple of", "seq_len"]),
         (
             "schedule.lr.warmup_steps=450",
@@ -58,10 +58,13 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
             ["schedule.phases[0].tokens", "307201", "multiple", "nearest is 307200"],
         ),
         (
-            "schedule.phases[0].rows=8",
-            ["schedule.phases[0].rows", "1024", "batch_tokens says 2048", "change rows"],
+            "schedule.phases[0].global_batch_size=8",
+            ["schedule.phases[0].global_batch_size", "1024", "tokens_per_step says 2048", "change global_batch_size"],
         ),
-        ("schedule.phases[1].micro_rows=3", ["schedule.phases[1].micro_rows", "3", "does not divide rows 4"]),
+        (
+            "schedule.phases[1].micro_batch_size=3",
+            ["schedule.phases[1].micro_batch_size", "3", "does not divide global_batch_size 4"],
+        ),
         (
             "schedule.phases[0].mixture={books: 1.0}",
             ["phases[0].mixture", "'books'", "data.sources has corpus"],
@@ -69,22 +72,25 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
         ("schedule.phases[0].mixture.corpus=0.5", ["phases[0].mixture", "0.5", "must sum to 1"]),
         ("data.max_epochs={corpus: .inf}", ["data.max_epochs.corpus", "inf", "positive finite", "leave it out"]),
         ("data.max_epochs={corpus: .nan}", ["data.max_epochs.corpus", "nan", "positive finite"]),
-        ("data.cache.gib=.inf", ["data.cache.gib", "inf", "positive and finite", "change it"]),
-        ("data.cache.gib=.nan", ["data.cache.gib", "nan", "positive and finite"]),
-        ("run.max_failures=-1", ["run.max_failures", "-1", "must not be negative", "0 turns it off"]),
+        ("data.cache.max_size_gib=.inf", ["data.cache.max_size_gib", "inf", "positive and finite", "change it"]),
+        ("data.cache.max_size_gib=.nan", ["data.cache.max_size_gib", "nan", "positive and finite"]),
+        ("run.max_repeat_failures=-1", ["run.max_repeat_failures", "-1", "must not be negative", "0 turns it off"]),
         ("guard.spike_sigmas=-2", ["guard.spike_sigmas", "-2", "must not be negative"]),
         ("guard.window_steps=3", ["guard.window_steps", "3", "at least 8", "raise it"]),
-        ("watchdog.step_seconds=-1", ["watchdog.step_seconds", "-1", "must not be negative nor infinite"]),
-        ("watchdog.start_seconds=.inf", ["watchdog.start_seconds", "inf", "nor infinite"]),
+        (
+            "watchdog.step_timeout_seconds=-1",
+            ["watchdog.step_timeout_seconds", "-1", "must not be negative nor infinite"],
+        ),
+        ("watchdog.start_timeout_seconds=.inf", ["watchdog.start_timeout_seconds", "inf", "nor infinite"]),
         ("data.cache.timeout_seconds=.inf", ["data.cache.timeout_seconds", "inf", "positive and finite"]),
-        ("data.cache.attempts=18", ["data.cache.attempts", "18 tries", "899.531 s", "wait 600 s", "lower one"]),
+        ("data.cache.max_attempts=18", ["data.cache.max_attempts", "18 tries", "899.531 s", "wait 600 s", "lower one"]),
         ("schedule.lr.peak=.nan", ["schedule.lr.peak", "nan", "positive and finite"]),
         ("optim.weight_decay=.nan", ["optim.weight_decay", "nan", "must not be negative"]),
         ("schedule.phases[0].mixture.corpus=.nan", ["phases[0].mixture.corpus", "nan", "between 0 and 1"]),
         ("schedule.phases[0].mixture.corpus=.inf", ["phases[0].mixture.corpus", "inf", "between 0 and 1"]),
         ("schedule.phases[0].mixture.corpus=-1", ["phases[0].mixture.corpus", "-1.0", "between 0 and 1"]),
-        ("schedule.phases[7].rows=8", ["schedule.phases[7].rows"]),
-        ("optim.clip_norm", ["'optim.clip_norm'", "section.field=value"]),
+        ("schedule.phases[7].global_batch_size=8", ["schedule.phases[7].global_batch_size"]),
+        ("optim.max_grad_norm", ["'optim.max_grad_norm'", "section.field=value"]),
     ],
 )
 def test_a_mistake_is_one_line_with_field_value_rule_and_remedy(override: str, parts: list[str]) -> None:
@@ -119,18 +125,18 @@ def test_stablelm_has_no_interpolation() -> None:
 
 
 def test_an_interpolation_is_one_override_or_two_and_survives_the_file(tmp_path: Path) -> None:
-    fixed = config.load(DEMO_BTLM, ["model.alibi_scaling.type=linear", "model.alibi_scaling.factor=4"])
-    assert fixed.model.alibi_scaling == config.AlibiScaling("linear", factor=4.0)
-    (tmp_path / "copy.yaml").write_text(config.dump(fixed))
-    assert config.load(tmp_path / "copy.yaml") == fixed
-    dynamic = config.load(DEMO_BTLM, ["model.alibi_scaling={type: linear, train_seq_len: 8_192}"])
-    assert dynamic.model.alibi_scaling == config.AlibiScaling("linear", train_seq_len=8192)
+    fixed = config.load_config(DEMO_BTLM, ["model.alibi_scaling.type=linear", "model.alibi_scaling.factor=4"])
+    assert fixed.model.alibi_scaling == config.AlibiScalingConfig("linear", factor=4.0)
+    (tmp_path / "copy.yaml").write_text(config.dump_config(fixed))
+    assert config.load_config(tmp_path / "copy.yaml") == fixed
+    dynamic = config.load_config(DEMO_BTLM, ["model.alibi_scaling={type: linear, train_seq_len: 8_192}"])
+    assert dynamic.model.alibi_scaling == config.AlibiScalingConfig("linear", train_seq_len=8192)
 
 
 def test_a_config_from_before_interpolation_has_none(tmp_path: Path) -> None:
     older = tmp_path / "older.yaml"
     older.write_text(DEMO_BTLM.read_text().replace("  alibi_scaling: null\n", ""))
-    assert config.load(older) == config.load(DEMO_BTLM)
+    assert config.load_config(older) == config.load_config(DEMO_BTLM)
 
 
 def test_a_missing_field_is_named(tmp_path: Path) -> None:
@@ -159,39 +165,41 @@ def test_a_missing_file_says_so(tmp_path: Path) -> None:
 
 
 def test_overrides_reach_sections_and_list_elements() -> None:
-    changed = config.load(DEMO, ["optim.clip_norm=0.5", "schedule.phases[1].micro_rows=4", "run.stop_step=7"])
-    assert changed.optim.clip_norm == 0.5
-    assert changed.schedule.phases[1].micro_rows == 4
-    assert changed.schedule.phases[0].micro_rows == 8
+    changed = config.load_config(
+        DEMO, ["optim.max_grad_norm=0.5", "schedule.phases[1].micro_batch_size=4", "run.stop_step=7"]
+    )
+    assert changed.optim.max_grad_norm == 0.5
+    assert changed.schedule.phases[1].micro_batch_size == 4
+    assert changed.schedule.phases[0].micro_batch_size == 8
     assert changed.run.stop_step == 7
 
 
 def test_the_last_of_two_overrides_wins() -> None:
-    assert config.load(DEMO, ["run.seed=2", "run.seed=3"]).run.seed == 3
+    assert config.load_config(DEMO, ["run.seed=2", "run.seed=3"]).run.seed == 3
 
 
 @pytest.mark.parametrize(
     ("world_size", "override", "part"),
     [
         (3, "parallel.tp_size=2", "parallel.tp_size: 2 does not divide the 3 ranks"),
-        (4, "parallel.tp_size=4", "model.kv_heads: 2 is not divisible by parallel.tp_size 4"),
-        (8, "parallel.tp_size=2", "schedule.phases[0].rows: 16 is not divisible by data-parallel size 4"),
+        (4, "parallel.tp_size=4", "model.num_kv_heads: 2 is not divisible by parallel.tp_size 4"),
+        (8, "parallel.tp_size=2", "schedule.phases[0].global_batch_size: 16 is not divisible by data-parallel size 4"),
     ],
 )
 def test_ranks_that_do_not_divide_are_refused(world_size: int, override: str, part: str) -> None:
     with pytest.raises(UserError) as caught:
-        config.check_world(config.load(DEMO, [override]), world_size)
+        config.check_world_size(config.load_config(DEMO, [override]), world_size)
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_looking_at_a_config_needs_no_torch() -> None:
     """In a fresh interpreter: this one has imported torch long ago."""
-    program = "import sys; from tandem.trainer import config, costs, timeline; raise SystemExit('torch' in sys.modules)"
+    program = "import sys; from tandem.trainer.config import flops, schedule; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=CONFIGS.parent).returncode == 0
 
 
 def test_loading_takes_well_under_a_second() -> None:
     start = time.perf_counter()
-    config.load(CONFIGS / "stablelm-2-12b.yaml")
+    config.load_config(CONFIGS / "stablelm-2-12b.yaml")
     assert time.perf_counter() - start < 0.5

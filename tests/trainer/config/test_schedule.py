@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from tandem.trainer.config import Cosine, Hybrid, LearningRate, Linear, Phase, Schedule
+from tandem.trainer.config import CosineLRConfig, HybridLRConfig, LinearLRConfig, LRConfig, PhaseConfig, ScheduleConfig
 from tandem.trainer.config.schedule import Timeline
 
-STABLELM_12B = Hybrid(
+STABLELM_12B = HybridLRConfig(
     kind="hybrid",
     peak=3e-4,
     final=3e-5,
@@ -20,21 +20,21 @@ STABLELM_12B = Hybrid(
     cooldown_steps=0,
     cooldown_final=0.0,
 )
-BTLM_LR = Linear(kind="linear", peak=0.012, final=1.0198e-4, warmup_steps=95, decay_steps=159_541)
+BTLM_LR = LinearLRConfig(kind="linear", peak=0.012, final=1.0198e-4, warmup_steps=95, decay_steps=159_541)
 
 
-def phase(name: str, steps: int, seq_len: int, rows: int) -> Phase:
-    return Phase(name, steps * seq_len * rows, seq_len, rows, 1, {"corpus": 1.0})
+def phase(name: str, steps: int, seq_len: int, rows: int) -> PhaseConfig:
+    return PhaseConfig(name, steps * seq_len * rows, seq_len, rows, 1, {"corpus": 1.0})
 
 
-def one_phase(lr: LearningRate, steps: int) -> Timeline:
-    return Timeline(Schedule(None, [phase("only", steps, 8, 4)], lr))
+def one_phase(lr: LRConfig, steps: int) -> Timeline:
+    return Timeline(ScheduleConfig(None, [phase("only", steps, 8, 4)], lr))
 
 
 @pytest.fixture
 def btlm() -> Timeline:
     phases = [phase("2k", 119_727, 2_048, 1_920), phase("8k", 39_909, 8_192, 480)]
-    return Timeline(Schedule(3_932_160, phases, BTLM_LR))
+    return Timeline(ScheduleConfig(3_932_160, phases, BTLM_LR))
 
 
 def test_btlm_has_the_published_steps_and_tokens(btlm: Timeline) -> None:
@@ -44,22 +44,22 @@ def test_btlm_has_the_published_steps_and_tokens(btlm: Timeline) -> None:
 
 
 def test_a_phase_ends_one_step_before_the_next_begins(btlm: Timeline) -> None:
-    last, first = btlm.phase_at(119_726), btlm.phase_at(119_727)
+    last, first = btlm.phase_span_at(119_726), btlm.phase_span_at(119_727)
     assert (last.index, last.phase.name, last.first_step, last.end_step) == (0, "2k", 0, 119_727)
     assert (first.index, first.phase.name, first.first_step, first.end_step) == (1, "8k", 119_727, 159_636)
-    assert btlm.phase_at(0).index == 0
-    assert btlm.phase_at(159_635).index == 1
+    assert btlm.phase_span_at(0).index == 0
+    assert btlm.phase_span_at(159_635).index == 1
 
 
 def test_steps_outside_the_run_have_no_phase(btlm: Timeline) -> None:
     for step in (-1, 159_636):
         with pytest.raises(AssertionError, match="outside the run's 159636 steps"):
-            btlm.phase_at(step)
+            btlm.phase_span_at(step)
 
 
 def test_tokens_grow_by_each_phases_own_batch() -> None:
     phases = [phase("a", 3, 8, 4), phase("b", 2, 16, 5)]
-    timeline = Timeline(Schedule(None, phases, BTLM_LR))
+    timeline = Timeline(ScheduleConfig(None, phases, BTLM_LR))
     assert [timeline.tokens_before(step) for step in range(6)] == [0, 32, 64, 96, 176, 256]
     assert timeline.total_tokens == 256
 
@@ -81,7 +81,7 @@ def test_linear_falls_by_the_same_amount_each_step(btlm: Timeline) -> None:
 
 
 def test_cosine_passes_half_way_at_the_mean() -> None:
-    timeline = one_phase(Cosine("cosine", 1.0, 0.1, warmup_steps=10, decay_steps=None), 110)
+    timeline = one_phase(CosineLRConfig("cosine", 1.0, 0.1, warmup_steps=10, decay_steps=None), 110)
     assert [timeline.lr_at(step) for step in (0, 5, 10)] == [0, 0.5, 1.0]
     assert timeline.lr_at(60) == pytest.approx(0.55)
     assert timeline.lr_at(35) == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
@@ -89,12 +89,12 @@ def test_cosine_passes_half_way_at_the_mean() -> None:
 
 
 def test_null_decays_to_the_end_of_the_run() -> None:
-    lr = Linear("linear", 1.0, 0.0, warmup_steps=10, decay_steps=None)
+    lr = LinearLRConfig("linear", 1.0, 0.0, warmup_steps=10, decay_steps=None)
     assert [one_phase(lr, 110).lr_at(step) for step in (10, 60, 110)] == [1.0, 0.5, 0.0]
 
 
 def test_without_warmup_the_first_update_has_the_peak() -> None:
-    assert one_phase(Linear("linear", 1.0, 0.0, warmup_steps=0, decay_steps=None), 10).lr_at(0) == 1.0
+    assert one_phase(LinearLRConfig("linear", 1.0, 0.0, warmup_steps=0, decay_steps=None), 10).lr_at(0) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 from tandem.data_prep.shard_writer import write_split
 from tandem.trainer import config
 from tandem.trainer.data import manifest
-from tandem.trainer.data.manifest import Manifest
-from tandem.trainer.disk import write_whole
-from tests.trainer.data.faulty_server import Server
+from tandem.trainer.data.manifest import CorpusManifest
+from tandem.trainer.disk import atomic_write
+from tests.trainer.data.faulty_server import FaultyServer
 
 EOS = 0
 
@@ -26,7 +26,7 @@ def make_corpus(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         rng = np.random.default_rng(seed)
-        dtype = manifest.dtype_of(vocab)
+        dtype = manifest.token_dtype(vocab)
 
         def texts(count):
             for _ in range(count):
@@ -36,33 +36,37 @@ def make_corpus(tmp_path):
         train = write_split(folder, "train", texts(documents), **sizes)
         validation = write_split(folder, "validation", texts(8), **sizes)
         facts = {"unigram_entropy_nats": 0.0, "counts": {}, "settings": {}}
-        written = Manifest(dtype, 512, vocab, "<eos>", EOS, tokenizer, **facts, train=train, validation=validation)
-        write_whole(folder / manifest.FILE, manifest.dump(written))
+        written = CorpusManifest(
+            dtype, 512, vocab, "<eos>", EOS, tokenizer, **facts, train=train, validation=validation
+        )
+        atomic_write(folder / manifest.MANIFEST_FILE, manifest.dump_manifest(written))
         return folder
 
     return make
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch) -> Iterator[Server]:
+def server(tmp_path, monkeypatch) -> Iterator[FaultyServer]:
     """tmp_path over http."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with Server(tmp_path) as running:
+    with FaultyServer(tmp_path) as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         yield running
-        running.ended.set()
-        running.go_on.set()
+        running.test_over.set()
+        running.resume.set()
         running.shutdown()
         thread.join()
 
 
 @pytest.fixture
 def settings(tmp_path):
-    """settings(attempts=3): of a cache in an empty folder."""
+    """settings(max_attempts=3): of a cache in an empty folder."""
 
-    def make(**changes) -> config.Cache:
-        return config.Cache(**{"folder": str(tmp_path / "copies"), "attempts": 4, "timeout_seconds": 1.0} | changes)
+    def make(**changes) -> config.ShardCacheConfig:
+        return config.ShardCacheConfig(
+            **{"folder": str(tmp_path / "copies"), "max_attempts": 4, "timeout_seconds": 1.0} | changes
+        )
 
     return make
 
@@ -70,4 +74,4 @@ def settings(tmp_path):
 @pytest.fixture
 def shards(make_corpus):
     """The training shards of the corpus "a"."""
-    return manifest.load(make_corpus("a", documents=60)).train.shards
+    return manifest.load_manifest(make_corpus("a", documents=60)).train.shards

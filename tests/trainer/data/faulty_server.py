@@ -9,35 +9,35 @@ import time
 from collections import defaultdict, deque
 from pathlib import Path
 
-PATIENCE_SECONDS = 30.0
+HANDLER_TIMEOUT_SECONDS = 30.0
 """How long a handler that shall not answer waits for the end of the test."""
 
 
-class Server(http.server.ThreadingHTTPServer):
+class FaultyServer(http.server.ThreadingHTTPServer):
     """`faults["/a/x.tar"].append("500")`: the next GET of that file fails so; "… always" is never used up.
 
-    `asked` has (path, Range header or "") of every GET, `sent_bytes` the bytes of files that went out.
+    `requests` has (path, Range header or "") of every GET, `sent_bytes` the bytes of files that went out.
     """
 
     daemon_threads = True
     block_on_close = False
 
     def __init__(self, folder: Path):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.asked, self.sent_bytes = folder, [], 0
-        self.encoding = ""
+        super().__init__(("127.0.0.1", 0), FaultyHandler)
+        self.folder, self.requests, self.sent_bytes = folder, [], 0
+        self.content_encoding = ""
         self.faults: dict[str, deque[str]] = defaultdict(deque)
-        self.ended, self.stalled, self.go_on = threading.Event(), threading.Event(), threading.Event()
+        self.test_over, self.stalled, self.resume = threading.Event(), threading.Event(), threading.Event()
         self.address = f"http://127.0.0.1:{self.server_port}"
 
-    def count(self, path: str) -> int:
-        return sum(path == asked for asked, _ in self.asked)
+    def num_requests(self, path: str) -> int:
+        return sum(path == asked for asked, _ in self.requests)
 
     def handle_error(self, request, client_address):
         """A client that went away is what the tests are about."""
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
+class FaultyHandler(http.server.SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def __init__(self, *arguments):
@@ -48,22 +48,22 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def do_GET(self):
         span = self.headers.get("Range", "")
-        self.server.asked.append((self.path, span))
+        self.server.requests.append((self.path, span))
         faults = self.server.faults[self.path]
         fault = "" if not faults else faults[0] if faults[0].endswith("always") else faults.popleft()
         path = self.server.folder / self.path.lstrip("/")
         if not path.is_file():
             super().do_GET()  # an index, or 404
             return
-        self._answer(fault.removesuffix(" always"), path, span)
+        self._respond(fault.removesuffix(" always"), path, span)
 
-    def _answer(self, fault: str, path: Path, span: str) -> None:
+    def _respond(self, fault: str, path: Path, span: str) -> None:
         content = path.read_bytes()
         if fault.isdigit():
             self.send_error(int(fault))
             return
         if fault == "silence":
-            self.server.ended.wait(PATIENCE_SECONDS)
+            self.server.test_over.wait(HANDLER_TIMEOUT_SECONDS)
             return
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -72,7 +72,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             return
         if fault == "held":
             self.server.stalled.set()
-            self.server.go_on.wait(PATIENCE_SECONDS)
+            self.server.resume.wait(HANDLER_TIMEOUT_SECONDS)
         if fault == "wrong":
             content = content[:700] + bytes([content[700] ^ 1]) + content[701:]
         if fault == "longer":
@@ -85,20 +85,20 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(content) // 2 if fault == "shorter" else len(content)))
         self.send_header("Last-Modified", self.date_time_string(path.stat().st_mtime))
-        if self.server.encoding:
-            self.send_header("Content-Encoding", self.server.encoding)
+        if self.server.content_encoding:
+            self.send_header("Content-Encoding", self.server.content_encoding)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
         self.end_headers()
-        self._send(fault, content)
+        self._send_content(fault, content)
 
-    def _send(self, fault: str, content: bytes) -> None:
+    def _send_content(self, fault: str, content: bytes) -> None:
         half = content[: len(content) // 2]
         if fault in ("truncated", "stalled", "shorter"):
             self._write(half)
             if fault == "stalled":
                 self.server.stalled.set()
-                self.server.ended.wait(PATIENCE_SECONDS)
+                self.server.test_over.wait(HANDLER_TIMEOUT_SECONDS)
             time.sleep(0.3)  # so that the client has the half before it sees the end
             self.close_connection = True
         elif fault == "trickle":

@@ -7,55 +7,57 @@ from pathlib import Path
 
 import numpy as np
 
-from tandem.trainer.config import Data, Linear, Phase, Schedule
+from tandem.trainer.config import DataConfig, LinearLRConfig, PhaseConfig, ScheduleConfig
 from tandem.trainer.data import manifest
-from tandem.trainer.data.damaged_shards import Exchange
+from tandem.trainer.data.damaged_shards import GatherDamaged
 from tandem.trainer.data.loader import Loader
-from tandem.trainer.data.shuffle import Order
-from tandem.trainer.data.token_stream import Stream
+from tandem.trainer.data.shuffle import BlockShuffle
+from tandem.trainer.data.token_stream import TokenStream
 
-VOCAB = 512
-
-
-def schedule_of(*phases: Phase) -> Schedule:
-    return Schedule(None, list(phases), Linear("linear", 1.0, 0.0, 1, None))
+VOCAB_SIZE = 512
 
 
-def loader(sources, schedule, *, seed=0, vocab=VOCAB, rank=0, size=1, **fields) -> Loader:
-    return Loader(Data(sources, **fields), schedule, seed=seed, vocab=vocab, dp_rank=rank, dp_size=size)
+def make_schedule(*phases: PhaseConfig) -> ScheduleConfig:
+    return ScheduleConfig(None, list(phases), LinearLRConfig("linear", 1.0, 0.0, 1, None))
 
 
-def ranks(sources, schedule, size: int, **settings) -> list[Loader]:
-    return [loader(sources, schedule, rank=rank, size=size, **settings) for rank in range(size)]
+def make_loader(sources, schedule, *, seed=0, vocab_size=VOCAB_SIZE, dp_rank=0, dp_size=1, **fields) -> Loader:
+    return Loader(
+        DataConfig(sources, **fields), schedule, seed=seed, vocab_size=vocab_size, dp_rank=dp_rank, dp_size=dp_size
+    )
+
+
+def make_loaders(sources, schedule, dp_size: int, **settings) -> list[Loader]:
+    return [make_loader(sources, schedule, dp_rank=rank, dp_size=dp_size, **settings) for rank in range(dp_size)]
 
 
 def digest(tensors) -> str:
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
-def globally(batches) -> tuple[str, tuple[int, int], dict[str, int]]:
+def merge_ranks(batches) -> tuple[str, tuple[int, int], dict[str, int]]:
     """Of the batches that all ranks have of one step: a hash of all rows, the sums of evidence, and the cursor."""
     assert all(batch.cursor == batches[0].cursor for batch in batches)
-    fields = (getattr(batch, name) for name in ("tokens", "targets", "documents") for batch in batches)
-    sums = [[getattr(batch.evidence, name) for batch in batches] for name in ("ranges", "tokens")]
+    fields = (getattr(batch, name) for name in ("tokens", "targets", "document_ids") for batch in batches)
+    sums = [[getattr(batch.digests, name) for batch in batches] for name in ("ranges_digest", "tokens_digest")]
     return digest(fields), tuple(sum(each) % 2**64 for each in sums), batches[0].cursor
 
 
-def steps(loaders, step=0, cursor=None) -> Iterator[tuple[str, tuple[int, int], dict[str, int]]]:
-    """`globally`, step by step."""
+def merged_steps(loaders, step=0, cursor=None) -> Iterator[tuple[str, tuple[int, int], dict[str, int]]]:
+    """`merge_ranks`, step by step."""
     for batches in zip(*(each.batches(step, cursor) for each in loaders), strict=True):
-        yield globally(batches)
+        yield merge_ranks(batches)
 
 
-def side_by_side(size: int, function: Callable[[int, Exchange], object]) -> list:
+def run_in_threads(num_ranks: int, function: Callable[[int, GatherDamaged], object]) -> list:
     """What `function(rank, exchange)` returns on each of so many ranks, which are threads; fails where one waits in vain."""
-    barrier, said, results = threading.Barrier(size, timeout=20), [None] * size, [None] * size
+    barrier, reported_ids, results = threading.Barrier(num_ranks, timeout=20), [None] * num_ranks, [None] * num_ranks
 
     def run(rank: int) -> None:
         def exchange(met):
-            said[rank] = met
+            reported_ids[rank] = met
             barrier.wait()
-            everywhere = sorted({each for each in said if each})
+            everywhere = sorted({each for each in reported_ids if each})
             barrier.wait()
             return everywhere
 
@@ -65,7 +67,7 @@ def side_by_side(size: int, function: Callable[[int, Exchange], object]) -> list
             results[rank] = error
             barrier.abort()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(num_ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -77,31 +79,39 @@ def side_by_side(size: int, function: Callable[[int, Exchange], object]) -> list
     return results
 
 
-class Tokens:
+class TokenReader:
     """The training tokens of a source one at a time: at a position in reading order, which shard, place and id."""
 
-    def __init__(self, folder: Path | str, name: str, *, seed=0, block_tokens=8_192, window_tokens=33_554_432):
-        corpus = manifest.load(folder)
+    def __init__(
+        self, folder: Path | str, name: str, *, seed=0, shuffle_block_tokens=8_192, shuffle_window_tokens=33_554_432
+    ):
+        corpus = manifest.load_manifest(folder)
         split = corpus.train
         self.files = [shard.file for shard in split.shards]
         self.tokens = split.tokens
-        self.order = Order(split.tokens, block_tokens=block_tokens, window_tokens=window_tokens, name=name, seed=seed)
-        self.stream = Stream(folder, corpus, split, name=name, seed=seed)
+        self.order = BlockShuffle(
+            split.tokens,
+            shuffle_block_tokens=shuffle_block_tokens,
+            shuffle_window_tokens=shuffle_window_tokens,
+            source=name,
+            seed=seed,
+        )
+        self.stream = TokenStream(folder, corpus, split, source=name, seed=seed)
 
-    def place(self, position: int) -> tuple[int, int]:
-        [(start, _)] = self.order.runs(position, 1)
-        [(shard, first, _)] = self.stream.pieces(start, 1)
+    def shard_position(self, position: int) -> tuple[int, int]:
+        [(start, _)] = self.order.stream_ranges(position, 1)
+        [(shard, first, _)] = self.stream.shard_ranges(start, 1)
         return shard, first
 
-    def needed(self, position: int) -> set[int]:
+    def needed_shards(self, position: int) -> set[int]:
         """The shards that the token and its target are read from."""
-        [(start, _)] = self.order.runs(position, 1)
-        return {shard for shard, _, _ in self.stream.pieces(start, 2)}
+        [(start, _)] = self.order.stream_ranges(position, 1)
+        return {shard for shard, _, _ in self.stream.shard_ranges(start, 2)}
 
-    def kept(self, first: int, last: int, left_out=()) -> list[int]:
+    def positions_outside(self, first: int, last: int, left_out=()) -> list[int]:
         """The positions of [first, last) that are not in one of these files."""
-        return [p for p in range(first, last) if self.files[self.place(p)[0]] not in left_out]
+        return [p for p in range(first, last) if self.files[self.shard_position(p)[0]] not in left_out]
 
-    def ids(self, positions) -> np.ndarray:
-        found = [self.stream.read(self.order.runs(position, 1)[0][0], 1) for position in positions]
+    def token_ids(self, positions) -> np.ndarray:
+        found = [self.stream.read_tokens(self.order.stream_ranges(position, 1)[0][0], 1) for position in positions]
         return np.concatenate([np.empty(0, self.stream.dtype), *found])

@@ -6,17 +6,17 @@ import sys
 
 import pytest
 
-from tandem.trainer.config import Cache, UserError
+from tandem.trainer.config import ShardCacheConfig, UserError
 from tandem.trainer.data import manifest
-from tests.trainer.data.shard_copies import SOON_SECONDS
+from tests.trainer.data.shard_copies import SHORT_TIMEOUT_SECONDS
 
-QUICK = Cache(attempts=4, timeout_seconds=SOON_SECONDS)
+QUICK = ShardCacheConfig(max_attempts=4, timeout_seconds=SHORT_TIMEOUT_SECONDS)
 
 
 def test_what_is_written_is_what_is_read(make_corpus):
     folder = make_corpus("a")
-    corpus = manifest.load(folder)
-    assert manifest.dump(corpus) == (folder / manifest.FILE).read_text()
+    corpus = manifest.load_manifest(folder)
+    assert manifest.dump_manifest(corpus) == (folder / manifest.MANIFEST_FILE).read_text()
     assert corpus.train.tokens == sum(shard.tokens for shard in corpus.train.shards) > 0
 
 
@@ -25,10 +25,10 @@ def test_a_corpus_elsewhere_is_opened_as_one_in_a_folder(make_corpus, server, ca
     folder, address = make_corpus("a", tokenizer=digest), f"{server.address}/a"
     (folder / manifest.TOKENIZER_FILE).write_text("{}")
     server.faults["/a/manifest.json"] += ["500", "truncated", "silence"]
-    corpus = manifest.load(address, QUICK)
-    assert corpus == manifest.load(folder)
+    corpus = manifest.load_manifest(address, QUICK)
+    assert corpus == manifest.load_manifest(folder)
     assert [f"try {n} of 4" in record.message for n, record in enumerate(caplog.records, start=1)] == [True] * 3
-    manifest.check_files(address, corpus)
+    manifest.check_shard_files(address, corpus)
     manifest.check_tokenizer(f"{address}/{manifest.TOKENIZER_FILE}", corpus, "data.tokenizer")
 
 
@@ -45,18 +45,18 @@ def test_a_corpus_elsewhere_that_cannot_be_opened_is_refused_in_one_line(make_co
     make_corpus("a")
     server.faults["/a/manifest.json"].append(fault)
     with pytest.raises(UserError, match=rf"http://127.0.0.1:\d+/a/manifest.json: ({message})") as caught:
-        manifest.load(f"{server.address}/a", QUICK)
+        manifest.load_manifest(f"{server.address}/a", QUICK)
     assert "\n" not in str(caught.value)
 
 
 def test_a_changed_number_in_the_manifest_is_found(make_corpus):
     folder = make_corpus("a")
-    path = folder / manifest.FILE
+    path = folder / manifest.MANIFEST_FILE
     tree = json.loads(path.read_text())
     tree["train"]["shards"][0]["tokens"] += 1
     path.write_text(json.dumps(tree))
     with pytest.raises(UserError, match=r"manifest.json: content does not match its fingerprint"):
-        manifest.load(folder)
+        manifest.load_manifest(folder)
 
 
 @pytest.mark.parametrize(
@@ -71,29 +71,29 @@ def test_a_changed_number_in_the_manifest_is_found(make_corpus):
 )
 def test_a_manifest_that_is_none_is_refused_in_one_line(tmp_path, content, message):
     if content is not None:
-        (tmp_path / manifest.FILE).write_text(content)
+        (tmp_path / manifest.MANIFEST_FILE).write_text(content)
     with pytest.raises(UserError, match=message) as caught:
-        manifest.load(tmp_path)
+        manifest.load_manifest(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_or_short_shard_is_named(make_corpus):
     folder = make_corpus("a")
-    corpus = manifest.load(folder)
+    corpus = manifest.load_manifest(folder)
     path = folder / corpus.train.shards[1].file
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=rf"{path.name}: has \d+ bytes; manifest.json says \d+"):
-        manifest.check_files(folder, corpus)
+        manifest.check_shard_files(folder, corpus)
     path.unlink()
     with pytest.raises(UserError, match=rf"{path.name}: shard is missing"):
-        manifest.check_files(folder, corpus)
+        manifest.check_shard_files(folder, corpus)
 
 
 def test_the_tokenizer_must_be_the_corpus_s(make_corpus, tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text("{}")
     digest = hashlib.sha256(b"{}").hexdigest()
-    corpus = manifest.load(make_corpus("a", tokenizer=digest))
+    corpus = manifest.load_manifest(make_corpus("a", tokenizer=digest))
     manifest.check_tokenizer(file, corpus, "data.tokenizer")
     other = dataclasses.replace(corpus, tokenizer_sha256="0" * 64)
     with pytest.raises(UserError, match=r"data.tokenizer: .*tokenizer.json has sha256"):
@@ -103,16 +103,18 @@ def test_the_tokenizer_must_be_the_corpus_s(make_corpus, tmp_path):
 
 
 def test_a_resume_with_another_corpus_is_refused():
-    manifest.check_resume({"a": "1" * 64, "gone": "3" * 64}, {"a": "1" * 64, "new": "2" * 64})
+    manifest.check_fingerprints({"a": "1" * 64, "gone": "3" * 64}, {"a": "1" * 64, "new": "2" * 64})
     with pytest.raises(UserError, match=r"data.sources.a: fingerprint 222222222222; .*111111111111"):
-        manifest.check_resume({"a": "1" * 64}, {"a": "2" * 64})
+        manifest.check_fingerprints({"a": "1" * 64}, {"a": "2" * 64})
 
 
 def test_a_local_corpus_is_opened_without_torch_numpy_or_fsspec(make_corpus):
     folder = make_corpus("a")
     code = (
-        "import sys; from tandem.trainer.config import Cache; from tandem.trainer.data import cache, manifest; "
-        f"corpus = manifest.load({str(folder)!r}); cache.Cache(Cache()).opened({str(folder)!r}, corpus.train.shards[0]); "
+        "import sys; from tandem.trainer.config import ShardCacheConfig; "
+        "from tandem.trainer.data import manifest, shard_cache; "
+        f"corpus = manifest.load_manifest({str(folder)!r}); "
+        f"shard_cache.ShardCache(ShardCacheConfig()).open_shard({str(folder)!r}, corpus.train.shards[0]); "
         "sys.exit(bool({'torch', 'numpy', 'fsspec', 'aiohttp'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -5,8 +5,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from tandem.trainer.config import Linear, Phase, Schedule
-from tandem.trainer.data.mixture import cursor_at, portions, row_sources
+from tandem.trainer.config import LinearLRConfig, PhaseConfig, ScheduleConfig
+from tandem.trainer.data.mixture import cursor_at, row_sources, rows_by_source
 
 MIXTURES = [
     {"a": 1.0},
@@ -21,7 +21,7 @@ MIXTURES = [
 
 
 def phase(mixture, *, steps=10, rows=4, seq_len=8, name="p"):
-    return Phase(name, steps * rows * seq_len, seq_len, rows, 1, mixture)
+    return PhaseConfig(name, steps * rows * seq_len, seq_len, rows, 1, mixture)
 
 
 @pytest.mark.parametrize("mixture", MIXTURES, ids=str)
@@ -98,7 +98,7 @@ def test_rows_do_not_depend_on_the_order_in_which_a_mixture_names_its_sources(mi
     """A resume compares mixtures as what they say, not as they are written."""
     rows = row_sources(phase(mixture), 0, 300)
     assert row_sources(phase(dict(reversed(mixture.items()))), 0, 300) == rows
-    one, other = (portions(phase(each), 3, 1, 3) for each in (mixture, dict(reversed(mixture.items()))))
+    one, other = (rows_by_source(phase(each), 3, 1, 3) for each in (mixture, dict(reversed(mixture.items()))))
     assert str(one) == str(other)
 
 
@@ -115,13 +115,13 @@ def test_the_cursor_of_a_step_is_what_the_steps_before_took():
         phase(MIXTURES[6], steps=9, name="one"),
         phase({"b": 0.4, "z": 0.6}, rows=3, seq_len=16, name="two"),
     ]
-    schedule = Schedule(None, phases, Linear("linear", 1.0, 0.0, 1, None))
+    schedule = ScheduleConfig(None, phases, LinearLRConfig("linear", 1.0, 0.0, 1, None))
     taken = Counter()
     step = 0
     for each in phases:
-        for number in range(each.steps):
+        for number in range(each.num_steps):
             assert cursor_at(schedule, step) == taken
-            for source in row_sources(each, number * each.rows, each.rows):
+            for source in row_sources(each, number * each.global_batch_size, each.global_batch_size):
                 taken[source] += each.seq_len
             step += 1
     assert sum(cursor_at(schedule, step).values()) == sum(each.tokens for each in phases)

@@ -4,11 +4,11 @@ import re
 
 import pytest
 
-from tandem.trainer.config import Cache, UserError
+from tandem.trainer.config import ShardCacheConfig, UserError
 from tandem.trainer.data import remote_files
-from tests.trainer.data.shard_copies import SOON_SECONDS
+from tests.trainer.data.shard_copies import SHORT_TIMEOUT_SECONDS
 
-QUICK = Cache(attempts=4, timeout_seconds=SOON_SECONDS)
+QUICK = ShardCacheConfig(max_attempts=4, timeout_seconds=SHORT_TIMEOUT_SECONDS)
 CONTENT = bytes(range(256)) * 200
 
 
@@ -25,40 +25,40 @@ def test_every_file_below_an_address_is_listed_in_the_order_of_the_names(server,
         path = tmp_path / "in" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
-    found = remote_files.files(f"{server.address}/in/", QUICK)
-    assert [(file.name, file.bytes) for file in found] == [
+    found = remote_files.list_files(f"{server.address}/in/", QUICK)
+    assert [(file.name, file.size_bytes) for file in found] == [
         ("a b.jsonl", 9), ("b/1.jsonl", 9), ("b/2.jsonl", 9), ("b-/0.txt", 8)
     ]  # fmt: skip
     for file in found:
-        assert remote_files.content(file.address, QUICK).decode() == file.name
-    assert [file.name for file in remote_files.files(f"{server.address}/in/**/*.jsonl", QUICK)] == [
+        assert remote_files.read_bytes(file.address, QUICK).decode() == file.name
+    assert [file.name for file in remote_files.list_files(f"{server.address}/in/**/*.jsonl", QUICK)] == [
         "a b.jsonl", "b/1.jsonl", "b/2.jsonl"
     ]  # fmt: skip
-    assert remote_files.files(f"{server.address}/in/b/1.jsonl", QUICK)[0].name == "1.jsonl"
+    assert remote_files.list_files(f"{server.address}/in/b/1.jsonl", QUICK)[0].name == "1.jsonl"
 
 
 def test_a_file_that_changes_has_another_version(server, file):
-    (before,) = remote_files.files(f"{server.address}/in/x.bin", QUICK)
-    (same,) = remote_files.files(f"{server.address}/in/x.bin", QUICK)
+    (before,) = remote_files.list_files(f"{server.address}/in/x.bin", QUICK)
+    (same,) = remote_files.list_files(f"{server.address}/in/x.bin", QUICK)
     os.utime(file, (0, 0))
-    (after,) = remote_files.files(f"{server.address}/in/x.bin", QUICK)
+    (after,) = remote_files.list_files(f"{server.address}/in/x.bin", QUICK)
     assert before == same
     assert before.version != after.version
 
 
 def test_an_address_that_cannot_be_listed_is_one_line(server):
     with pytest.raises(UserError, match=r"/\*\*.txt: cannot be read .*pattern"):
-        remote_files.files(f"{server.address}/**.txt", QUICK)
+        remote_files.list_files(f"{server.address}/**.txt", QUICK)
     with pytest.raises(UserError, match=r"/none.txt: cannot be read .*404") as caught:
-        remote_files.files(f"{server.address}/none.txt", QUICK)
+        remote_files.list_files(f"{server.address}/none.txt", QUICK)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"127.0.0.1:1/.*: cannot be read .*ClientConnectorError"):
-        remote_files.files("http://127.0.0.1:1/x.txt", QUICK)
+        remote_files.list_files("http://127.0.0.1:1/x.txt", QUICK)
 
 
 def test_what_is_read_through_failures_is_what_is_there(server, file, caplog):
     server.faults["/in/x.bin"] += ["500", "truncated", "stalled", "503", "no ranges"]
-    with remote_files.opened(f"{server.address}/in/x.bin", QUICK) as opened:
+    with remote_files.open_file(f"{server.address}/in/x.bin", QUICK) as opened:
         assert opened.read() == CONTENT
     tries = [re.search(r"x.bin: (try \d of 4): (\w+)", record.message).groups() for record in caplog.records]
     assert tries == [
@@ -68,7 +68,7 @@ def test_what_is_read_through_failures_is_what_is_there(server, file, caplog):
 
 
 def test_a_read_may_begin_anywhere(server, file):
-    with remote_files.opened(f"{server.address}/in/x.bin", QUICK) as opened:
+    with remote_files.open_file(f"{server.address}/in/x.bin", QUICK) as opened:
         assert opened.read(10) == CONTENT[:10]
         assert opened.seek(-300, os.SEEK_END) == len(CONTENT) - 300
         assert opened.read(20) == CONTENT[-300:-280]
@@ -82,16 +82,16 @@ def test_a_read_may_begin_anywhere(server, file):
 def test_reading_stops_after_the_tries(server, file):
     server.faults["/in/x.bin"].append("500 always")
     with (
-        pytest.raises(remote_files.Unreachable, match="500"),
-        remote_files.opened(f"{server.address}/in/x.bin", QUICK) as opened,
+        pytest.raises(remote_files.RemoteError, match="500"),
+        remote_files.open_file(f"{server.address}/in/x.bin", QUICK) as opened,
     ):
         opened.read()
-    assert server.count("/in/x.bin") == QUICK.attempts
+    assert server.num_requests("/in/x.bin") == QUICK.max_attempts
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_mixed(server, file):
     server.faults["/in/x.bin"] += ["stalled"]
-    with remote_files.opened(f"{server.address}/in/x.bin", QUICK) as opened:
+    with remote_files.open_file(f"{server.address}/in/x.bin", QUICK) as opened:
         assert opened.read1(10) == CONTENT[:10]
         os.utime(file, (0, 0))
         with pytest.raises(OSError, match="changed while it was read"):
@@ -101,22 +101,22 @@ def test_a_file_that_changes_while_it_is_read_is_not_mixed(server, file):
 @pytest.mark.parametrize(("status", "tries"), [("403", 1), ("404", 1), ("503", 4)])
 def test_small_files_are_tried_again_unless_that_is_no_use(server, file, status, tries):
     server.faults["/in/x.bin"].append(f"{status} always")
-    with pytest.raises(remote_files.Unreachable):
-        remote_files.content(f"{server.address}/in/x.bin", QUICK)
-    assert server.count("/in/x.bin") == tries
+    with pytest.raises(remote_files.RemoteError):
+        remote_files.read_bytes(f"{server.address}/in/x.bin", QUICK)
+    assert server.num_requests("/in/x.bin") == tries
 
 
 def test_a_compressed_file_comes_as_it_is_stored(server, tmp_path):
     """Some servers call every .gz an encoding; undone in passing, its reader would find no gzip."""
     (tmp_path / "x.gz").write_bytes(b"not really gzip")
-    server.encoding = "gzip"
-    assert remote_files.content(f"{server.address}/x.gz", QUICK) == b"not really gzip"
+    server.content_encoding = "gzip"
+    assert remote_files.read_bytes(f"{server.address}/x.gz", QUICK) == b"not really gzip"
 
 
 def test_what_cannot_be_read_names_what_can_or_what_to_install():
     with pytest.raises(UserError, match=r"ftp://a/b: cannot read ftp://; .* http, https, s3, gs"):
-        remote_files.content("ftp://a/b")
+        remote_files.read_bytes("ftp://a/b")
     for scheme, package in (("s3", "s3fs"), ("gs", "gcsfs")):
         if importlib.util.find_spec(package) is None:
             with pytest.raises(UserError, match=rf"{scheme}://a/b: .*{package}.*pip install 'tandem\[{scheme}\]'"):
-                remote_files.content(f"{scheme}://a/b")
+                remote_files.read_bytes(f"{scheme}://a/b")

@@ -12,67 +12,75 @@ from pathlib import Path
 
 import pytest
 
-from tandem.trainer.config import Phase, UserError
+from tandem.trainer.config import PhaseConfig, UserError
 from tandem.trainer.data import manifest
 from tandem.trainer.data.manifest import DamagedShard
-from tandem.trainer.data.shard_cache import Cache
-from tandem.trainer.data.token_stream import Stream
-from tests.trainer.data.loaders import Tokens, loader, schedule_of
-from tests.trainer.data.shard_copies import GIB, SOON_SECONDS, WAIT_SECONDS, is_whole, names, opened_path, url
+from tandem.trainer.data.shard_cache import ShardCache
+from tandem.trainer.data.token_stream import TokenStream
+from tests.trainer.data.loaders import TokenReader, make_loader, make_schedule
+from tests.trainer.data.shard_copies import (
+    GIB,
+    SHORT_TIMEOUT_SECONDS,
+    WAIT_TIMEOUT_SECONDS,
+    equals_original,
+    file_names,
+    open_copy_path,
+    shard_url,
+)
 
 
 def test_a_copy_is_not_removed_for_what_hinders_its_reader(server, settings, shards):
     folder = f"{server.address}/a"
-    copy = opened_path(Cache(settings()), folder, shards[0])
+    copy = open_copy_path(ShardCache(settings()), folder, shards[0])
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    cache, files = Cache(settings()), [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
+    cache, files = ShardCache(settings()), [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(files) + 1, limits[1]))
         with pytest.raises(UserError, match=r"data.cache.folder: .*Too many open files"):
-            cache.opened(folder, shards[0])
+            cache.open_shard(folder, shards[0])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         for file in files:
             os.close(file)
     assert copy.exists()
-    assert opened_path(cache, folder, shards[0]) == copy
-    assert server.count(url(shards[0])) == 1
+    assert open_copy_path(cache, folder, shards[0]) == copy
+    assert server.num_requests(shard_url(shards[0])) == 1
 
 
 def test_a_damaged_shard_is_not_fetched_for_a_second_time(server, settings, shards):
-    cache, folder = Cache(settings()), f"{server.address}/a"
-    server.faults[url(shards[0])].append("wrong always")
+    cache, folder = ShardCache(settings()), f"{server.address}/a"
+    server.faults[shard_url(shards[0])].append("wrong always")
     said = set()
     for _ in range(3):
         with pytest.raises(DamagedShard) as error:
-            cache.opened(folder, shards[0])
+            cache.open_shard(folder, shards[0])
         said.add((str(error.value), error.value.file))
-        cache.soon(folder, shards[0])
+        cache.prefetch(folder, shards[0])
     settle(server, 2)
     assert len(said) == 1
-    assert server.count(url(shards[0])) == 2
+    assert server.num_requests(shard_url(shards[0])) == 2
 
 
 def test_threads_that_wait_for_a_fetch_share_its_failure(server, settings, shards):
-    server.faults[url(shards[0])].append("silence always")
-    cache, together = Cache(settings(attempts=3, timeout_seconds=SOON_SECONDS)), threading.Barrier(4)
+    server.faults[shard_url(shards[0])].append("silence always")
+    cache, together = ShardCache(settings(max_attempts=3, timeout_seconds=SHORT_TIMEOUT_SECONDS)), threading.Barrier(4)
 
     def failure(_):
         together.wait()
         with pytest.raises(UserError, match="tries: 3 "):
-            cache.opened(f"{server.address}/a", shards[0])
+            cache.open_shard(f"{server.address}/a", shards[0])
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(failure, range(4)))
-    assert server.count(url(shards[0])) == 3
+    assert server.num_requests(shard_url(shards[0])) == 3
 
 
 def test_a_copy_cut_short_after_it_was_hashed_is_fetched_again(server, settings, shards, tmp_path):
-    cache, folder = Cache(settings()), f"{server.address}/a"
-    copy = opened_path(cache, folder, shards[0])
+    cache, folder = ShardCache(settings()), f"{server.address}/a"
+    copy = open_copy_path(cache, folder, shards[0])
     os.truncate(copy, shards[0].bytes - 1)
-    assert is_whole(opened_path(cache, folder, shards[0]), tmp_path, shards[0])
-    assert len(server.asked) == 2
+    assert equals_original(open_copy_path(cache, folder, shards[0]), tmp_path, shards[0])
+    assert len(server.requests) == 2
 
 
 def test_a_part_is_on_the_disk_before_it_has_a_copy_s_name(server, settings, shards, monkeypatch):
@@ -88,35 +96,37 @@ def test_a_part_is_on_the_disk_before_it_has_a_copy_s_name(server, settings, sha
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "rename", renamed)
-    copy = opened_path(Cache(settings()), f"{server.address}/a", shards[0])
+    copy = open_copy_path(ShardCache(settings()), f"{server.address}/a", shards[0])
     part = str(copy.with_suffix(".part"))
     assert done[:2] == [("sync", part, shards[0].bytes), ("rename", part, str(copy))]
     assert done[2][:2] == ("sync", str(copy.parent))
 
 
 def test_a_copy_that_the_disk_altered_is_fetched_again(server, settings, shards, tmp_path, caplog):
-    copy = opened_path(Cache(settings()), f"{server.address}/a", shards[0])
-    with Cache(settings()).opened(f"{server.address}/a", shards[0]) as again:
+    copy = open_copy_path(ShardCache(settings()), f"{server.address}/a", shards[0])
+    with ShardCache(settings()).open_shard(f"{server.address}/a", shards[0]) as again:
         assert again.read() == copy.read_bytes()
-    assert len(server.asked) == 1, "a good copy is used by the next run"
+    assert len(server.requests) == 1, "a good copy is used by the next run"
     content = bytearray(copy.read_bytes())
     content[700] ^= 1
     copy.write_bytes(content)
-    assert is_whole(opened_path(Cache(settings()), f"{server.address}/a", shards[0]), tmp_path, shards[0])
-    assert server.count(url(shards[0])) == 2
+    assert equals_original(
+        open_copy_path(ShardCache(settings()), f"{server.address}/a", shards[0]), tmp_path, shards[0]
+    )
+    assert server.num_requests(shard_url(shards[0])) == 2
     assert "the shard is damaged; restore it; it is fetched again" in caplog.text
 
 
 def test_a_local_shard_is_its_own_file_and_never_mended(settings, shards, tmp_path):
     path = tmp_path / "a" / shards[0].file
-    assert opened_path(Cache(settings()), tmp_path / "a", shards[0]) == path
+    assert open_copy_path(ShardCache(settings()), tmp_path / "a", shards[0]) == path
     content = bytearray(path.read_bytes())
     for altered, message in ((content[:-1], "has .* bytes"), (content[:-1] + b"x", "xxh3_128"), (None, "is missing")):
         path.unlink()
         if altered is not None:
             path.write_bytes(altered)
         with pytest.raises(DamagedShard, match=rf"{path}: .*{message}"):
-            opened_path(Cache(settings()), tmp_path / "a", shards[0])
+            open_copy_path(ShardCache(settings()), tmp_path / "a", shards[0])
     assert not Path(settings().folder).exists()
 
 
@@ -125,76 +135,78 @@ def test_a_local_shard_that_cannot_be_reached_stops_the_run(settings, shards, tm
     (folder / shards[0].file).unlink()
     (folder / shards[0].file).symlink_to(shards[0].file)  # a loop: it is there, and cannot be opened
     with pytest.raises(UserError, match=rf"{shards[0].file}: shard cannot be read \(.*; restore the way") as error:
-        Cache(settings()).opened(folder, shards[0])
+        ShardCache(settings()).open_shard(folder, shards[0])
     assert not isinstance(error.value, DamagedShard)
     folder.rename(tmp_path / "away")
     folder.mkdir()
     with pytest.raises(UserError, match=rf"{folder}: has no manifest.json any more; .*mounted there") as error:
-        Cache(settings()).opened(folder, shards[1])
+        ShardCache(settings()).open_shard(folder, shards[1])
     assert not isinstance(error.value, DamagedShard)
 
 
 def test_a_file_is_hashed_once_by_a_process_unless_it_is_another(settings, shards, tmp_path):
-    path, cache, folder = tmp_path / "a" / shards[0].file, Cache(settings()), tmp_path / "a"
-    cache.opened(folder, shards[0]).close()
+    path, cache, folder = tmp_path / "a" / shards[0].file, ShardCache(settings()), tmp_path / "a"
+    cache.open_shard(folder, shards[0]).close()
     facts, content = path.stat(), path.read_bytes()
     path.write_bytes(content[:-1] + b"x")
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
-    cache.opened(folder, shards[0]).close()
+    cache.open_shard(folder, shards[0]).close()
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
     with pytest.raises(DamagedShard, match="xxh3_128"):
-        cache.opened(folder, shards[0])
+        cache.open_shard(folder, shards[0])
     path, shard = folder / shards[1].file, shards[1]
-    cache.opened(folder, shard).close()
+    cache.open_shard(folder, shard).close()
     facts, content = path.stat(), path.read_bytes()
     (folder / "other").write_bytes(content[:-1] + b"x")
     os.utime(folder / "other", ns=(facts.st_atime_ns, facts.st_mtime_ns))
     (folder / "other").rename(path)
     with pytest.raises(DamagedShard, match="xxh3_128"):
-        cache.opened(folder, shard)
+        cache.open_shard(folder, shard)
 
 
 def test_of_two_copies_the_one_used_later_is_known_however_close_they_are(server, settings, shards):
-    cache, folder = Cache(settings()), f"{server.address}/a"
+    cache, folder = ShardCache(settings()), f"{server.address}/a"
     for order in ((0, 1), (1, 0)) * 20:
-        earlier, later = (opened_path(cache, folder, shards[n]) for n in order)
+        earlier, later = (open_copy_path(cache, folder, shards[n]) for n in order)
         assert earlier.stat().st_mtime_ns < later.stat().st_mtime_ns
 
 
 def test_the_copies_used_longest_ago_make_room(server, settings, shards, tmp_path):
     room_bytes = max(shard.bytes for shard in shards) * 3
-    cache, folder = Cache(settings(gib=room_bytes / GIB)), f"{server.address}/a"
-    kept = [opened_path(cache, folder, shard) for shard in shards[:3]]
-    opened_path(cache, folder, shards[0])
-    with cache.opened(folder, shards[1]) as in_use:
-        opened_path(cache, folder, shards[0])
-        paths = [opened_path(cache, folder, shard) for shard in shards[3:5]]
-        assert names(settings().folder) == {path.name for path in (kept[0], *paths)}, "1 and 2 were used longest ago"
+    cache, folder = ShardCache(settings(max_size_gib=room_bytes / GIB)), f"{server.address}/a"
+    kept = [open_copy_path(cache, folder, shard) for shard in shards[:3]]
+    open_copy_path(cache, folder, shards[0])
+    with cache.open_shard(folder, shards[1]) as in_use:
+        open_copy_path(cache, folder, shards[0])
+        paths = [open_copy_path(cache, folder, shard) for shard in shards[3:5]]
+        assert file_names(settings().folder) == {path.name for path in (kept[0], *paths)}, (
+            "1 and 2 were used longest ago"
+        )
         assert in_use.read() == (tmp_path / "a" / shards[1].file).read_bytes(), "what is open can still be read"
     for shard in shards:
-        opened_path(cache, folder, shard)
+        open_copy_path(cache, folder, shard)
         assert sum(path.stat().st_size for path in Path(settings().folder).iterdir()) <= room_bytes
 
 
 def test_ranks_that_push_out_each_other_s_copies_still_read_right(server, settings, shards, tmp_path):
-    caches = [Cache(settings(gib=shards[0].bytes * 1.5 / GIB)) for _ in range(2)]
+    caches = [ShardCache(settings(max_size_gib=shards[0].bytes * 1.5 / GIB)) for _ in range(2)]
 
     def read(cache, order):
         for shard in order * 3:
-            with cache.opened(f"{server.address}/a", shard) as file:
+            with cache.open_shard(f"{server.address}/a", shard) as file:
                 assert file.read() == (tmp_path / "a" / shard.file).read_bytes()
 
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(read, caches, ([shards[0], shards[1]], [shards[1], shards[0]])))
-    assert len(server.asked) > 2, "the test shall make them lose copies"
+    assert len(server.requests) > 2, "the test shall make them lose copies"
 
 
 def test_a_room_too_small_for_one_shard_is_a_line_and_no_request(server, settings, shards):
     with pytest.raises(
-        UserError, match=rf"data.cache.gib: .*; shard {shards[0].file} has {shards[0].bytes} bytes; .*raise"
+        UserError, match=rf"data.cache.max_size_gib: .*; shard {shards[0].file} has {shards[0].bytes} bytes; .*raise"
     ):
-        opened_path(Cache(settings(gib=(shards[0].bytes - 1) / GIB)), f"{server.address}/a", shards[0])
-    assert not server.asked
+        open_copy_path(ShardCache(settings(max_size_gib=(shards[0].bytes - 1) / GIB)), f"{server.address}/a", shards[0])
+    assert not server.requests
 
 
 def test_a_disk_without_room_is_a_line_that_names_the_folder(server, settings, shards):
@@ -202,48 +214,48 @@ def test_a_disk_without_room_is_a_line_that_names_the_folder(server, settings, s
     resource.setrlimit(resource.RLIMIT_FSIZE, (shards[0].bytes - 1, limits[1]))
     try:
         with pytest.raises(
-            UserError, match=rf"data.cache.folder: {settings().folder}: File too large; .*data.cache.gib"
+            UserError, match=rf"data.cache.folder: {settings().folder}: File too large; .*data.cache.max_size_gib"
         ):
-            opened_path(Cache(settings()), f"{server.address}/a", shards[0])
+            open_copy_path(ShardCache(settings()), f"{server.address}/a", shards[0])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not names(settings().folder)
+    assert not file_names(settings().folder)
 
 
 def test_threads_that_want_one_shard_fetch_it_once(server, settings, shards):
-    server.faults[url(shards[0])].append("trickle")
-    cache = Cache(settings())
+    server.faults[shard_url(shards[0])].append("trickle")
+    cache = ShardCache(settings())
     with ThreadPoolExecutor(4) as threads:
-        assert len(set(threads.map(opened_path, [cache] * 4, [f"{server.address}/a"] * 4, [shards[0]] * 4))) == 1
-    assert len(server.asked) == 1
+        assert len(set(threads.map(open_copy_path, [cache] * 4, [f"{server.address}/a"] * 4, [shards[0]] * 4))) == 1
+    assert len(server.requests) == 1
 
 
 PROCESS = """
 import sys, fsspec.implementations.http
 from tandem.trainer import config
-from tandem.trainer.data.shard_cache import Cache
+from tandem.trainer.data.shard_cache import ShardCache
 from tandem.trainer.data.manifest import Shard
-cache, shard = Cache(eval(sys.argv[1], {"Cache": config.Cache})), eval(sys.argv[2])
+cache, shard = ShardCache(eval(sys.argv[1], {"ShardCacheConfig": config.ShardCacheConfig})), eval(sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()
-print(cache.opened(sys.argv[3], shard).name, flush=True)
+print(cache.open_shard(sys.argv[3], shard).name, flush=True)
 """
 
 
 def test_processes_share_a_download_and_a_killed_one_blocks_nobody(server, settings, shards, tmp_path):
-    folder, shard, calm = f"{server.address}/a", shards[0], settings(timeout_seconds=WAIT_SECONDS)
+    folder, shard, calm = f"{server.address}/a", shards[0], settings(timeout_seconds=WAIT_TIMEOUT_SECONDS)
     command = [sys.executable, "-c", PROCESS, repr(calm), repr(shard), folder]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    server.faults[url(shard)] += ["stalled", "held"]
+    server.faults[shard_url(shard)] += ["stalled", "held"]
     with subprocess.Popen(command, **pipes) as killed, subprocess.Popen(command, **pipes) as other:
         for process in (killed, other):
             assert process.stdout.readline() == "ready\n"
         killed.stdin.write("\n")
         killed.stdin.flush()
-        assert server.stalled.wait(WAIT_SECONDS)
+        assert server.stalled.wait(WAIT_TIMEOUT_SECONDS)
         server.stalled.clear()
         part = Path(calm.folder, f"{shard.sha256}.part")
-        deadline = time.monotonic() + WAIT_SECONDS
+        deadline = time.monotonic() + WAIT_TIMEOUT_SECONDS
         while not (half := part.read_bytes()[: shard.bytes // 4]).strip(b"\0") and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(killed.pid, signal.SIGKILL)
@@ -252,15 +264,15 @@ def test_processes_share_a_download_and_a_killed_one_blocks_nobody(server, setti
         other.stdin.write("\n")
         other.stdin.flush()
         with ThreadPoolExecutor(1) as threads:
-            assert server.stalled.wait(WAIT_SECONDS), "the other process began, and is held"
-            mine = threads.submit(opened_path, Cache(calm), folder, shard)
+            assert server.stalled.wait(WAIT_TIMEOUT_SECONDS), "the other process began, and is held"
+            mine = threads.submit(open_copy_path, ShardCache(calm), folder, shard)
             time.sleep(0.1)
-            server.go_on.set()
-            assert mine.result(WAIT_SECONDS) == Path(other.stdout.readline().strip())
+            server.resume.set()
+            assert mine.result(WAIT_TIMEOUT_SECONDS) == Path(other.stdout.readline().strip())
         other.stdin.close()
-    assert is_whole(mine.result(), tmp_path, shard)
-    assert server.count(url(shard)) == 2
-    assert names(calm.folder) == {f"{shard.sha256}.tar"}
+    assert equals_original(mine.result(), tmp_path, shard)
+    assert server.num_requests(shard_url(shard)) == 2
+    assert file_names(calm.folder) == {f"{shard.sha256}.tar"}
 
 
 def test_what_a_crash_left_is_removed_by_the_next_fetch(server, settings, shards):
@@ -268,76 +280,79 @@ def test_what_a_crash_left_is_removed_by_the_next_fetch(server, settings, shards
     folder.mkdir()
     (folder / f"{'0' * 64}.part").write_bytes(b"torn")
     (folder / "notes.txt").write_text("not ours")
-    opened_path(Cache(settings()), f"{server.address}/a", shards[0])
-    assert names(folder) == {f"{shards[0].sha256}.tar", "notes.txt"}
+    open_copy_path(ShardCache(settings()), f"{server.address}/a", shards[0])
+    assert file_names(folder) == {f"{shards[0].sha256}.tar", "notes.txt"}
 
 
 def settle(server, num_asked: int) -> None:
     """Returns when that much was asked for, and nothing is fetched ahead any more."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while len(server.asked) < num_asked or any(thread.name == "shards-ahead" for thread in threading.enumerate()):
+    deadline = time.monotonic() + WAIT_TIMEOUT_SECONDS
+    while len(server.requests) < num_asked or any(thread.name == "shards-ahead" for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 def test_a_shard_wanted_soon_is_there_when_it_is_asked_for(server, settings, shards, tmp_path):
-    cache, folder = Cache(settings()), f"{server.address}/a"
+    cache, folder = ShardCache(settings()), f"{server.address}/a"
     for shard in shards[:4]:
-        cache.soon(folder, shard)
+        cache.prefetch(folder, shard)
     settle(server, 4)
     server.shutdown()
     server.socket.close()
     for shard in shards[:4]:
-        assert is_whole(opened_path(cache, folder, shard), tmp_path, shard)
-    assert len(server.asked) == 4
+        assert equals_original(open_copy_path(cache, folder, shard), tmp_path, shard)
+    assert len(server.requests) == 4
 
 
 def test_what_fails_ahead_is_logged_and_tried_again_when_it_is_asked_for(server, settings, shards, tmp_path, caplog):
-    cache, folder = Cache(settings(attempts=1)), f"{server.address}/a"
-    server.faults[url(shards[0])].append("500")
-    server.faults[url(shards[1])].append("404")
+    cache, folder = ShardCache(settings(max_attempts=1)), f"{server.address}/a"
+    server.faults[shard_url(shards[0])].append("500")
+    server.faults[shard_url(shards[1])].append("404")
     (tmp_path / "a" / shards[2].file).rename(tmp_path / "away")
-    cache.soon(folder, shards[0])
-    cache.soon(folder, shards[1])
-    cache.soon(tmp_path / "a", shards[2])
+    cache.prefetch(folder, shards[0])
+    cache.prefetch(folder, shards[1])
+    cache.prefetch(tmp_path / "a", shards[2])
     settle(server, 2)
     assert len([record for record in caplog.records if "the reader of the shard tries again" in record.message]) == 3
     (tmp_path / "away").rename(tmp_path / "a" / shards[2].file)
     for shard in shards[:2]:
-        assert is_whole(opened_path(cache, folder, shard), tmp_path, shard)
-    assert opened_path(cache, tmp_path / "a", shards[2]) == tmp_path / "a" / shards[2].file
+        assert equals_original(open_copy_path(cache, folder, shard), tmp_path, shard)
+    assert open_copy_path(cache, tmp_path / "a", shards[2]) == tmp_path / "a" / shards[2].file
 
 
 def test_what_waits_to_be_fetched_ahead_takes_half_of_the_room(server, settings, shards):
     room_gib = 4 * max(shard.bytes for shard in shards) / GIB
-    cache, folder = Cache(settings(gib=room_gib, timeout_seconds=WAIT_SECONDS)), f"{server.address}/a"
+    cache, folder = (
+        ShardCache(settings(max_size_gib=room_gib, timeout_seconds=WAIT_TIMEOUT_SECONDS)),
+        f"{server.address}/a",
+    )
     for shard in shards[:2]:
-        server.faults[url(shard)].append("held")
-        cache.soon(folder, shard)
-    deadline = time.monotonic() + WAIT_SECONDS
-    while len(server.asked) < 2:  # both threads are held: what is wanted now waits
+        server.faults[shard_url(shard)].append("held")
+        cache.prefetch(folder, shard)
+    deadline = time.monotonic() + WAIT_TIMEOUT_SECONDS
+    while len(server.requests) < 2:  # both threads are held: what is wanted now waits
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert len(shards) >= 5
     for shard in shards[2:]:
-        cache.soon(folder, shard)
-    server.go_on.set()
+        cache.prefetch(folder, shard)
+    server.resume.set()
     settle(server, 4)
-    assert {path for path, _ in server.asked} == {url(shard) for shard in shards[:4]}
+    assert {path for path, _ in server.requests} == {shard_url(shard) for shard in shards[:4]}
 
 
 def test_a_run_fetches_the_shards_of_the_next_window_ahead(server, settings, make_corpus):
     make_corpus("a", documents=60)
-    whole = Tokens(server.folder / "a", "a", window_tokens=640, block_tokens=32)
-    windows = [{shard for shard, _, _ in whole.stream.pieces(first, 640)} for first in (0, 640)]
+    whole = TokenReader(server.folder / "a", "a", shuffle_window_tokens=640, shuffle_block_tokens=32)
+    windows = [{shard for shard, _, _ in whole.stream.shard_ranges(first, 640)} for first in (0, 640)]
     assert windows[1] - windows[0]
-    schedule = schedule_of(Phase("one", 4096, 16, 2, 1, {"a": 1.0}))
-    sizes = {"block_tokens": 32, "window_tokens": 640, "prefetch_steps": 1}
-    there = loader({"a": f"{server.address}/a"}, schedule, cache=settings(), **sizes)
+    schedule = make_schedule(PhaseConfig("one", 4096, 16, 2, 1, {"a": 1.0}))
+    sizes = {"shuffle_block_tokens": 32, "shuffle_window_tokens": 640, "prefetch_steps": 1}
+    there = make_loader({"a": f"{server.address}/a"}, schedule, cache=settings(), **sizes)
     batches = there.batches(0, None)
     next(batches)
     settle(server, 1)
-    copies, shards = names(settings().folder), there.manifests["a"].train.shards
+    copies, shards = file_names(settings().folder), there.manifests["a"].train.shards
     assert {f"{shards[index].sha256}.tar" for index in windows[1]} <= copies
     batches.close()
 
@@ -356,26 +371,26 @@ def test_what_stays_mapped_of_copies_is_a_quarter_of_the_room_for_all_streams(
     server, settings, make_corpus, monkeypatch
 ):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    here = {name: manifest.load(make_corpus(name, seed=len(name), documents=120)) for name in ("a", "bb")}
+    here = {name: manifest.load_manifest(make_corpus(name, seed=len(name), documents=120)) for name in ("a", "bb")}
     size_bytes = max(shard.bytes for corpus in here.values() for shard in corpus.train.shards)
-    room = settings(gib=3 * 2 * 4 * size_bytes / GIB)  # of which this process may map three shards
-    cache = Cache(room)
+    room = settings(max_size_gib=3 * 2 * 4 * size_bytes / GIB)  # of which this process may map three shards
+    cache = ShardCache(room)
     read = {}
     for name, corpus in here.items():
         assert len(corpus.train.shards) > 6
-        stream = Stream(f"{server.address}/{name}", corpus, corpus.train, name=name, seed=0, cache=cache)
-        read[name] = stream.read(0, stream.tokens)
-        local = Stream(server.folder / name, corpus, corpus.train, name=name, seed=0)
-        assert (read[name] == local.read(0, stream.tokens)).all()
+        stream = TokenStream(f"{server.address}/{name}", corpus, corpus.train, source=name, seed=0, cache=cache)
+        read[name] = stream.read_tokens(0, stream.epoch_tokens)
+        local = TokenStream(server.folder / name, corpus, corpus.train, source=name, seed=0)
+        assert (read[name] == local.read_tokens(0, stream.epoch_tokens)).all()
     page_bytes = 4096
     assert size_bytes <= mapped_bytes(room.folder) <= 3 * (size_bytes + page_bytes)
 
 
 def test_a_room_for_one_shard_is_enough_to_read_by(server, settings, make_corpus):
-    corpus = manifest.load(make_corpus("a"))
-    cache = Cache(settings(gib=1.5 * max(shard.bytes for shard in corpus.train.shards) / GIB))
-    there = Stream(f"{server.address}/a", corpus, corpus.train, name="a", seed=0, cache=cache)
-    here = Stream(server.folder / "a", corpus, corpus.train, name="a", seed=0)
+    corpus = manifest.load_manifest(make_corpus("a"))
+    cache = ShardCache(settings(max_size_gib=1.5 * max(shard.bytes for shard in corpus.train.shards) / GIB))
+    there = TokenStream(f"{server.address}/a", corpus, corpus.train, source="a", seed=0, cache=cache)
+    here = TokenStream(server.folder / "a", corpus, corpus.train, source="a", seed=0)
     with ThreadPoolExecutor(3) as threads:
-        for found in threads.map(there.read, [0] * 3, [there.tokens] * 3):
-            assert (found == here.read(0, there.tokens)).all()
+        for found in threads.map(there.read_tokens, [0] * 3, [there.epoch_tokens] * 3):
+            assert (found == here.read_tokens(0, there.epoch_tokens)).all()

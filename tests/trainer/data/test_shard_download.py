@@ -7,13 +7,19 @@ import time
 
 import pytest
 
-from tandem.trainer.config import Phase, UserError
+from tandem.trainer.config import PhaseConfig, UserError
 from tandem.trainer.data import manifest
-from tandem.trainer.data.damaged_shards import agreed_batches
+from tandem.trainer.data.damaged_shards import batches_skipping_damaged
 from tandem.trainer.data.manifest import DamagedShard
-from tandem.trainer.data.shard_cache import Cache
-from tests.trainer.data.loaders import loader, schedule_of, steps
-from tests.trainer.data.shard_copies import SOON_SECONDS, is_whole, names, opened_path, url
+from tandem.trainer.data.shard_cache import ShardCache
+from tests.trainer.data.loaders import make_loader, make_schedule, merged_steps
+from tests.trainer.data.shard_copies import (
+    SHORT_TIMEOUT_SECONDS,
+    equals_original,
+    file_names,
+    open_copy_path,
+    shard_url,
+)
 
 
 @pytest.mark.parametrize(
@@ -22,41 +28,45 @@ from tests.trainer.data.shard_copies import SOON_SECONDS, is_whole, names, opene
 def test_a_failure_is_logged_and_tried_again(server, settings, shards, tmp_path, caplog, fault):
     # aiohttp asks once more by itself where a connection was reset.
     faults = [fault] * (2 if fault == "reset" else 1)
-    server.faults[url(shards[0])] += faults
-    timeout_seconds = SOON_SECONDS if fault in ("silence", "stalled") else 5 * SOON_SECONDS
-    copy = opened_path(Cache(settings(timeout_seconds=timeout_seconds)), f"{server.address}/a", shards[0])
-    assert is_whole(copy, tmp_path, shards[0])
-    assert server.count(url(shards[0])) == len(faults) + 1
+    server.faults[shard_url(shards[0])] += faults
+    timeout_seconds = SHORT_TIMEOUT_SECONDS if fault in ("silence", "stalled") else 5 * SHORT_TIMEOUT_SECONDS
+    copy = open_copy_path(ShardCache(settings(timeout_seconds=timeout_seconds)), f"{server.address}/a", shards[0])
+    assert equals_original(copy, tmp_path, shards[0])
+    assert server.num_requests(shard_url(shards[0])) == len(faults) + 1
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.message.startswith(f"{server.address}{url(shards[0])}: try 1 of 4: ")
+    assert record.message.startswith(f"{server.address}{shard_url(shards[0])}: try 1 of 4: ")
     assert record.message.endswith(f"; again in {timeout_seconds / 64:.3g} s")
-    assert names(settings().folder) == {f"{shards[0].sha256}.tar"}
+    assert file_names(settings().folder) == {f"{shards[0].sha256}.tar"}
 
 
 def test_a_broken_download_goes_on_where_it_broke(server, settings, shards, tmp_path):
-    server.faults[url(shards[0])] += ["truncated", "shorter"]
-    assert is_whole(opened_path(Cache(settings()), f"{server.address}/a", shards[0]), tmp_path, shards[0])
+    server.faults[shard_url(shards[0])] += ["truncated", "shorter"]
+    assert equals_original(
+        open_copy_path(ShardCache(settings()), f"{server.address}/a", shards[0]), tmp_path, shards[0]
+    )
     assert server.sent_bytes == shards[0].bytes
     half, quarter = shards[0].bytes // 2, (shards[0].bytes + 1) // 2 // 2
-    assert [span for _, span in server.asked] == ["", f"bytes={half}-", f"bytes={half + quarter}-"]
+    assert [span for _, span in server.requests] == ["", f"bytes={half}-", f"bytes={half + quarter}-"]
 
 
 def test_a_server_without_ranges_starts_over(server, settings, shards, tmp_path):
-    server.faults[url(shards[0])] += ["truncated", "no ranges"]
-    assert is_whole(opened_path(Cache(settings()), f"{server.address}/a", shards[0]), tmp_path, shards[0])
+    server.faults[shard_url(shards[0])] += ["truncated", "no ranges"]
+    assert equals_original(
+        open_copy_path(ShardCache(settings()), f"{server.address}/a", shards[0]), tmp_path, shards[0]
+    )
     assert server.sent_bytes == shards[0].bytes // 2 + shards[0].bytes
 
 
 def test_slow_is_no_failure_while_bytes_come(server, settings, shards, tmp_path, caplog):
-    server.faults[url(shards[0])].append("trickle")
+    server.faults[shard_url(shards[0])].append("trickle")
     start = time.monotonic()
-    assert is_whole(
-        opened_path(Cache(settings(timeout_seconds=SOON_SECONDS)), f"{server.address}/a", shards[0]),
+    assert equals_original(
+        open_copy_path(ShardCache(settings(timeout_seconds=SHORT_TIMEOUT_SECONDS)), f"{server.address}/a", shards[0]),
         tmp_path,
         shards[0],
     )
-    assert time.monotonic() - start > SOON_SECONDS
+    assert time.monotonic() - start > SHORT_TIMEOUT_SECONDS
     assert not caplog.records
 
 
@@ -78,26 +88,26 @@ UNREACHABLE, DAMAGED = "restore the way to it, and start again", "restore it"
 def test_only_a_shard_whose_server_answers_without_it_is_damaged(
     server, settings, shards, fault, tries, reason, remedy
 ):
-    server.faults[url(shards[0])].append(f"{fault} always")
-    timeout_seconds = SOON_SECONDS if fault == "silence" else 5 * SOON_SECONDS
+    server.faults[shard_url(shards[0])].append(f"{fault} always")
+    timeout_seconds = SHORT_TIMEOUT_SECONDS if fault == "silence" else 5 * SHORT_TIMEOUT_SECONDS
     with pytest.raises(UserError) as error:
-        Cache(settings(timeout_seconds=timeout_seconds)).opened(f"{server.address}/a", shards[0])
+        ShardCache(settings(timeout_seconds=timeout_seconds)).open_shard(f"{server.address}/a", shards[0])
     assert re.fullmatch(
-        rf"{server.address}{url(shards[0])}: shard cannot be fetched; "
+        rf"{server.address}{shard_url(shards[0])}: shard cannot be fetched; "
         rf"tries: {tries} in [\d.e-]+ s, the last: [^\n]*{reason}[^\n]*; {remedy}",
         str(error.value),
     )
     assert isinstance(error.value, DamagedShard) == (remedy == DAMAGED)
     if remedy == DAMAGED:
         assert error.value.file == shards[0].file
-    assert server.count(url(shards[0])) == tries
-    assert not names(settings().folder)
+    assert server.num_requests(shard_url(shards[0])) == tries
+    assert not file_names(settings().folder)
 
 
 def test_a_place_that_has_vanished_as_a_whole_is_no_damage_of_its_shards(server, settings, shards, tmp_path):
     (tmp_path / "a").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"/a: has no manifest.json any more \(.*\); restore the folder") as error:
-        Cache(settings()).opened(f"{server.address}/a", shards[0])
+        ShardCache(settings()).open_shard(f"{server.address}/a", shards[0])
     assert not isinstance(error.value, DamagedShard)
 
 
@@ -105,29 +115,29 @@ def test_a_shard_that_its_server_has_a_part_of_is_damaged(server, settings, shar
     os.truncate(tmp_path / "a" / shards[0].file, shards[0].bytes - 100)
     ended = rf"tries: 2 .*: ended at byte {shards[0].bytes - 100} of {shards[0].bytes}, twice the same; restore it"
     with pytest.raises(DamagedShard, match=ended):
-        Cache(settings()).opened(f"{server.address}/a", shards[0])
+        ShardCache(settings()).open_shard(f"{server.address}/a", shards[0])
 
 
 def test_a_server_that_is_not_there_stops_the_run_after_the_tries(settings, shards, caplog):
     with pytest.raises(UserError, match=r"tries: 3 in .* s, .*ClientConnectorError.*; restore the way to it") as error:
-        Cache(settings(attempts=3)).opened("http://127.0.0.1:1/a", shards[0])
+        ShardCache(settings(max_attempts=3)).open_shard("http://127.0.0.1:1/a", shards[0])
     assert not isinstance(error.value, DamagedShard)
     assert [record.message.split(" of ")[0][-1] for record in caplog.records] == ["1", "2"]
 
 
 def test_rows_read_over_a_network_that_fails_are_those_of_the_folder(server, settings, make_corpus, caplog):
-    corpus = manifest.load(make_corpus("a", documents=140))
+    corpus = manifest.load_manifest(make_corpus("a", documents=140))
     faults = ["500", "truncated", "stalled", "wrong", "shorter", "longer", "403"]
     for number, shard in enumerate(corpus.train.shards):
-        server.faults[url(shard)] += [faults[number % len(faults)], faults[(number + 1) % len(faults)]]
+        server.faults[shard_url(shard)] += [faults[number % len(faults)], faults[(number + 1) % len(faults)]]
     assert len(corpus.train.shards) >= len(faults)
     num_steps = 2 * corpus.train.tokens // (4 * 16) + 1
-    schedule = schedule_of(Phase("one", num_steps * 4 * 16, 16, 4, 1, {"a": 1.0}))
-    sizes = {"block_tokens": 32, "window_tokens": 256}
-    cache = settings(timeout_seconds=SOON_SECONDS)
-    there = loader({"a": f"{server.address}/a"}, schedule, workers=2, prefetch_steps=4, cache=cache, **sizes)
-    here = loader({"a": str(server.folder / "a")}, schedule, workers=0, **sizes)
-    assert list(steps([there])) == list(steps([here]))
+    schedule = make_schedule(PhaseConfig("one", num_steps * 4 * 16, 16, 4, 1, {"a": 1.0}))
+    sizes = {"shuffle_block_tokens": 32, "shuffle_window_tokens": 256}
+    cache = settings(timeout_seconds=SHORT_TIMEOUT_SECONDS)
+    there = make_loader({"a": f"{server.address}/a"}, schedule, num_workers=2, prefetch_steps=4, cache=cache, **sizes)
+    here = make_loader({"a": str(server.folder / "a")}, schedule, num_workers=0, **sizes)
+    assert list(merged_steps([there])) == list(merged_steps([here]))
     assert there.fingerprints == here.fingerprints
     assert {record.message.split("/a/")[1].split(":")[0] for record in caplog.records} == {
         shard.file for shard in corpus.train.shards
@@ -138,11 +148,17 @@ def test_rows_read_over_a_network_that_fails_are_those_of_the_folder(server, set
 def test_a_run_stops_where_a_shard_cannot_be_reached_also_one_that_skips_damage(
     server, settings, make_corpus, damaged_shards
 ):
-    shard = manifest.load(make_corpus("a", documents=60)).train.shards[2]
-    server.faults[url(shard)].append("500 always")
-    schedule = schedule_of(Phase("one", 4096, 16, 4, 1, {"a": 1.0}))
-    there = loader({"a": f"{server.address}/a"}, schedule, cache=settings(attempts=2), damaged_shards=damaged_shards)
-    batches = agreed_batches(there, 0, None, lambda met: [met] if met else [], lambda step, met: there.skip(*met))
-    with pytest.raises(UserError, match=rf"{server.address}{url(shard)}: shard cannot be fetched; tries: 2 in .*500"):
+    shard = manifest.load_manifest(make_corpus("a", documents=60)).train.shards[2]
+    server.faults[shard_url(shard)].append("500 always")
+    schedule = make_schedule(PhaseConfig("one", 4096, 16, 4, 1, {"a": 1.0}))
+    there = make_loader(
+        {"a": f"{server.address}/a"}, schedule, cache=settings(max_attempts=2), damaged_shards=damaged_shards
+    )
+    batches = batches_skipping_damaged(
+        there, 0, None, lambda met: [met] if met else [], lambda step, met: there.skip_shard(*met)
+    )
+    with pytest.raises(
+        UserError, match=rf"{server.address}{shard_url(shard)}: shard cannot be fetched; tries: 2 in .*500"
+    ):
         list(batches)
-    assert not there.skipped
+    assert not there.skipped_shards

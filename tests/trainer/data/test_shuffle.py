@@ -2,22 +2,28 @@
 
 import pytest
 
-from tandem.trainer.data.shuffle import Order
+from tandem.trainer.data.shuffle import BlockShuffle
 
 EPOCH, BLOCK = 1_000, 64
 
 
-def order(seed=1, block_tokens=BLOCK, window_tokens=5 * BLOCK):
-    return Order(EPOCH, block_tokens=block_tokens, window_tokens=window_tokens, name="corpus", seed=seed)
+def order(seed=1, shuffle_block_tokens=BLOCK, shuffle_window_tokens=5 * BLOCK):
+    return BlockShuffle(
+        EPOCH,
+        shuffle_block_tokens=shuffle_block_tokens,
+        shuffle_window_tokens=shuffle_window_tokens,
+        source="corpus",
+        seed=seed,
+    )
 
 
-def positions(found: Order, first: int, count: int) -> list[int]:
-    return [start + place for start, taken in found.runs(first, count) for place in range(taken)]
+def positions(found: BlockShuffle, first: int, count: int) -> list[int]:
+    return [start + place for start, taken in found.stream_ranges(first, count) for place in range(taken)]
 
 
-@pytest.mark.parametrize("window_tokens", [1, 5 * BLOCK, 10 * EPOCH])
-def test_every_epoch_holds_each_of_its_positions_once(window_tokens):
-    found = order(window_tokens=window_tokens)
+@pytest.mark.parametrize("shuffle_window_tokens", [1, 5 * BLOCK, 10 * EPOCH])
+def test_every_epoch_holds_each_of_its_positions_once(shuffle_window_tokens):
+    found = order(shuffle_window_tokens=shuffle_window_tokens)
     for epoch in range(3):
         read = positions(found, epoch * EPOCH, EPOCH)
         assert sorted(read) == list(range(epoch * EPOCH, (epoch + 1) * EPOCH))
@@ -45,5 +51,5 @@ def test_blocks_are_shuffled_by_seed_and_epoch():
 
 
 def test_no_seed_or_no_blocks_reads_in_order():
-    for found in (order(seed=None), order(block_tokens=0)):
+    for found in (order(seed=None), order(shuffle_block_tokens=0)):
         assert positions(found, 0, 2 * EPOCH) == list(range(2 * EPOCH))

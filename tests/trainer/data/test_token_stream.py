@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from tandem.trainer import config
-from tandem.trainer.config import Phase, UserError
+from tandem.trainer.config import PhaseConfig, UserError
 from tandem.trainer.data import manifest
-from tandem.trainer.data.shard_cache import Cache
-from tandem.trainer.data.token_stream import OPEN_SHARDS, Damaged, Stream
-from tests.trainer.data.loaders import loader, schedule_of
+from tandem.trainer.data.shard_cache import ShardCache
+from tandem.trainer.data.token_stream import MAX_OPEN_SHARDS, DamagedSourceShard, TokenStream
+from tests.trainer.data.loaders import make_loader, make_schedule
 
 
 def open_stream(folder, *, name="a", seed=0):
-    corpus = manifest.load(folder)
-    return Stream(folder, corpus, corpus.train, name=name, seed=seed), corpus
+    corpus = manifest.load_manifest(folder)
+    return TokenStream(folder, corpus, corpus.train, source=name, seed=seed), corpus
 
 
 def shard_tokens(folder, corpus):
@@ -32,16 +32,16 @@ def shard_tokens(folder, corpus):
 def test_an_epoch_is_every_shard_once_whole(make_corpus, vocab):
     folder = make_corpus("a", vocab=vocab, documents=500)
     stream, corpus = open_stream(folder)
-    assert len(corpus.train.shards) > OPEN_SHARDS, "the test shall close maps"
+    assert len(corpus.train.shards) > MAX_OPEN_SHARDS, "the test shall close maps"
     shards = [tokens.tobytes() for tokens in shard_tokens(folder, corpus)]
     orders = []
     for epoch in range(2):
-        found, position = [], epoch * stream.tokens
-        while position < (epoch + 1) * stream.tokens:
+        found, position = [], epoch * stream.epoch_tokens
+        while position < (epoch + 1) * stream.epoch_tokens:
             place = next(
                 index
                 for index, shard in enumerate(shards)
-                if stream.read(position, corpus.train.shards[index].tokens).tobytes() == shard
+                if stream.read_tokens(position, corpus.train.shards[index].tokens).tobytes() == shard
             )
             found.append(place)
             position += corpus.train.shards[place].tokens
@@ -53,16 +53,16 @@ def test_an_epoch_is_every_shard_once_whole(make_corpus, vocab):
 
 def test_any_cut_of_the_stream_gives_the_same_tokens(make_corpus):
     stream, _ = open_stream(make_corpus("a"))
-    whole = stream.read(0, 2 * stream.tokens + 100)
+    whole = stream.read_tokens(0, 2 * stream.epoch_tokens + 100)
     rng = np.random.default_rng(0)
     for _ in range(200):
         first, last = sorted(rng.integers(0, len(whole), 2))
-        assert np.array_equal(stream.read(int(first), int(last - first)), whole[first:last])
+        assert np.array_equal(stream.read_tokens(int(first), int(last - first)), whole[first:last])
 
 
 def test_order_depends_on_seed_and_name_only(make_corpus):
     folder = make_corpus("a", documents=200)
-    read = [open_stream(folder, name=name, seed=seed)[0].read(0, 3000) for name, seed in
+    read = [open_stream(folder, name=name, seed=seed)[0].read_tokens(0, 3000) for name, seed in
             (("a", 0), ("a", 0), ("a", 1), ("b", 0))]  # fmt: skip
     assert np.array_equal(read[0], read[1])
     assert not np.array_equal(read[0], read[2])
@@ -71,7 +71,7 @@ def test_order_depends_on_seed_and_name_only(make_corpus):
 
 def test_no_document_is_cut_where_shards_meet(make_corpus):
     folder = make_corpus("a", documents=200)
-    corpus = manifest.load(folder)
+    corpus = manifest.load_manifest(folder)
     assert all(tokens[-1] == corpus.eos_id for tokens in shard_tokens(folder, corpus))
 
 
@@ -83,26 +83,26 @@ def test_a_flipped_byte_stops_the_first_read_of_its_shard_and_no_other(make_corp
     content[700] ^= 1
     (folder / damaged.file).write_bytes(content)
     border = sum(shard.tokens for shard in corpus.train.shards[:2])
-    stream.read(0, border)
+    stream.read_tokens(0, border)
     with pytest.raises(UserError, match=rf"{damaged.file}: xxh3_128 .*damaged"):
-        stream.read(border - 1, 2)
+        stream.read_tokens(border - 1, 2)
 
 
-class Cutting(Cache):
+class Cutting(ShardCache):
     """What another program may do between the opening of a file and its map."""
 
-    def opened(self, folder, shard):
-        file = super().opened(folder, shard)
+    def open_shard(self, folder, shard):
+        file = super().open_shard(folder, shard)
         os.truncate(file.name, shard.bytes // 2)
         return file
 
 
 def test_a_shard_cut_short_after_its_check_is_not_mapped(make_corpus):
     folder = make_corpus("a")
-    corpus = manifest.load(folder)
-    stream = Stream(folder, corpus, corpus.train, name="a", seed=None, cache=Cutting(config.Cache()))
-    with pytest.raises(Damaged, match=rf"{corpus.train.shards[0].file}: has fewer than \d+ bytes"):
-        stream.read(0, 1)
+    corpus = manifest.load_manifest(folder)
+    stream = TokenStream(folder, corpus, corpus.train, source="a", seed=None, cache=Cutting(config.ShardCacheConfig()))
+    with pytest.raises(DamagedSourceShard, match=rf"{corpus.train.shards[0].file}: has fewer than \d+ bytes"):
+        stream.read_tokens(0, 1)
 
 
 def held() -> tuple[int, int, int]:
@@ -120,22 +120,24 @@ less than a full shard."""
 
 def test_2000_shards_streamed_leave_no_file_open_no_map_and_no_memory(make_corpus):
     folder = make_corpus("a", documents=20)
-    corpus = manifest.load(folder)
+    corpus = manifest.load_manifest(folder)
     shard, *_ = corpus.train.shards
     files = [f"soak-{index:06d}.tar" for index in range(SOAK_SHARDS)]
     for file in files:
         os.link(folder / shard.file, folder / file)
     shards = [dataclasses.replace(shard, file=file) for file in files]
     tokens, documents = SOAK_SHARDS * shard.tokens, SOAK_SHARDS * shard.documents
-    many = dataclasses.replace(corpus, train=manifest.Split(tokens, documents, shards))
-    (folder / manifest.FILE).write_text(manifest.dump(many))
-    phase = Phase("p", tokens // 1024 * 1024, 128, 8, 1, {"a": 1.0})
-    blocks = {"block_tokens": 128, "window_tokens": 8 * 1024}
+    many = dataclasses.replace(corpus, train=manifest.CorpusSplit(tokens, documents, shards))
+    (folder / manifest.MANIFEST_FILE).write_text(manifest.dump_manifest(many))
+    phase = PhaseConfig("p", tokens // 1024 * 1024, 128, 8, 1, {"a": 1.0})
+    blocks = {"shuffle_block_tokens": 128, "shuffle_window_tokens": 8 * 1024}
     files_before, _, _ = held()
-    batches = loader({"a": str(folder)}, schedule_of(phase), workers=2, prefetch_steps=4, **blocks).batches(0, None)
+    batches = make_loader({"a": str(folder)}, make_schedule(phase), num_workers=2, prefetch_steps=4, **blocks).batches(
+        0, None
+    )
     seen = [held() for step, _ in enumerate(batches) if step % 10 == 0]
     quarter = len(seen) // 4
     first, last = seen[quarter // 2 : quarter], seen[-quarter:]
-    for index, room in enumerate((OPEN_SHARDS // 4, OPEN_SHARDS // 4, SOAK_SHARDS * BOOKKEEPING_BYTES)):
+    for index, room in enumerate((MAX_OPEN_SHARDS // 4, MAX_OPEN_SHARDS // 4, SOAK_SHARDS * BOOKKEEPING_BYTES)):
         assert max(now[index] for now in last) <= max(before[index] for before in first) + room
-    assert max(now[0] for now in last) - files_before <= OPEN_SHARDS + 8
+    assert max(now[0] for now in last) - files_before <= MAX_OPEN_SHARDS + 8

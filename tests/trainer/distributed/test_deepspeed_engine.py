@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tandem.trainer.config import UserError
 from tandem.trainer.distributed.deepspeed_engine import Engine, clip_coefficient
-from tandem.trainer.distributed.mesh import Mesh, started
+from tandem.trainer.distributed.mesh import Mesh, mesh_context
 from tandem.trainer.startup import build_engine
 from tests import ranks, tiny_configs
 
@@ -24,7 +24,7 @@ def engine(kind: str, mesh: Mesh, variant: str = "btlm", recompute: str = "none"
     precision = "bf16" if kind == "bf16" else "fp32"
     parallel = {"tp_size": mesh.tp_size, "recompute": recompute, **KINDS[kind]}
     return build_engine(
-        tiny_configs.config(variant, run={"precision": precision}, parallel=parallel, **sections), mesh, None
+        tiny_configs.make_config(variant, run={"precision": precision}, parallel=parallel, **sections), mesh, None
     )
 
 
@@ -34,25 +34,25 @@ def share(rows: tuple[Tensor, ...], mesh: Mesh) -> tuple[Tensor, ...]:
 
 def accumulate(one: Engine, mesh: Mesh, step: int, factor: float = 1.0) -> list[float]:
     """The gradient of a step, of two micro-batches; returns their losses."""
-    parts = list(zip(*(tensor.chunk(2) for tensor in share(tiny_configs.rows(step), mesh)), strict=True))
+    parts = list(zip(*(tensor.chunk(2) for tensor in share(tiny_configs.global_batch(step), mesh)), strict=True))
     losses = []
     for index, part in enumerate(parts):
         loss = factor * one(*part).mean() / 2
-        one.accumulate(loss, last=index == 1)
+        one.backward(loss, is_last=index == 1)
         losses.append(float(loss.detach()))
     return losses
 
 
 def update(one: Engine, mesh: Mesh, step: int) -> float:
     accumulate(one, mesh, step)
-    norm = float(one.gradient_norm())
+    norm = float(one.grad_norm())
     one.update(LR)
     return norm
 
 
 def state(one: Engine) -> dict[str, Tensor]:
     found = {name: parameter.detach().clone() for name, parameter in one.model.named_parameters()}
-    for fragment in one.fragments():
+    for fragment in one.optimizer_fragments():
         kinds = {"master": fragment.master, **fragment.moments}
         found |= {f"{fragment.name} {kind}": tensor.clone() for kind, tensor in kinds.items()}
     return found
@@ -67,8 +67,8 @@ def dropped(kind: str, mesh: Mesh) -> dict[str, bool]:
         update(other, mesh, 0)
         before = state(one)
         accumulate(one, mesh, 5, factor)
-        norm = float(one.gradient_norm())
-        one.drop_gradient()
+        norm = float(one.grad_norm())
+        one.zero_grad()
         assert (norm > 0) if name == "finite" else math.isnan(norm), norm
         same = [torch.equal(before[key], tensor) for key, tensor in state(one).items()]
         same += [update(one, mesh, 1) == update(other, mesh, 1), one.num_updates == other.num_updates == 2]
@@ -82,27 +82,27 @@ def theirs(one: Engine) -> float:
     """The update is made as DeepSpeed makes it; returns the norm that it found for itself."""
     for group in one._optimizer.param_groups:
         group["lr"] = LR * group["lr_scale"]
-    one._inner.step()
-    return float(one._inner.get_global_grad_norm())
+    one._deepspeed_engine.step()
+    return float(one._deepspeed_engine.get_global_grad_norm())
 
 
-def beside_deepspeed(variant: str, mesh: Mesh, recompute: str = "none", clip_norm: float = 1.0) -> dict[str, bool]:
+def beside_deepspeed(variant: str, mesh: Mesh, recompute: str = "none", max_grad_norm: float = 1.0) -> dict[str, bool]:
     """Steps of this engine beside DeepSpeed's own, which adds gradients after backward, each with an fp32 copy of it, finds the
     norm again and clips by it; one gradient is dropped. What is the same, bit for bit.
     """
-    sections = {"optim": {"clip_norm": clip_norm}}
+    sections = {"optim": {"max_grad_norm": max_grad_norm}}
     one = engine("bf16", mesh, variant, recompute, **sections)
     other = engine("bf16", mesh, variant, recompute, debug={"immediate_gradients": False}, **sections)
     found = dict.fromkeys(SAME, True)
     for step, factor in enumerate((1.0, 30.0, math.inf, 1.0)):
         losses = [accumulate(each, mesh, step, factor) for each in (one, other)]
-        sums = [each._inner.optimizer.fp32_groups_gradients_flat for each in (one, other)]
-        norm = float(one.gradient_norm())
+        sums = [each._deepspeed_engine.optimizer.fp32_groups_gradients_flat for each in (one, other)]
+        norm = float(one.grad_norm())
         found["losses"] &= losses[0] == losses[1]
         if factor == math.inf:
             assert math.isnan(norm), norm
-            one.drop_gradient()
-            other.drop_gradient()
+            one.zero_grad()
+            other.zero_grad()
         else:
             found["gradients"] &= all(torch.equal(mine, its) for mine, its in zip(*sums, strict=True))
             one.update(LR, norm)
@@ -117,7 +117,7 @@ SAME = dict.fromkeys(("losses", "gradients", "norms", "state"), True)
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with started(1) as mesh:
+    with mesh_context(1) as mesh:
         yield mesh
 
 
@@ -132,9 +132,9 @@ def test_steps_are_the_bits_of_deepspeeds_own(mesh, variant, recompute):
     assert beside_deepspeed(variant, mesh, recompute) == SAME
 
 
-@pytest.mark.parametrize("clip_norm", [0.0, 1e-3, 1e3])
-def test_clipping_is_to_the_bit_as_deepspeeds(mesh, clip_norm):
-    assert beside_deepspeed("btlm", mesh, clip_norm=clip_norm) == SAME
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1e-3, 1e3])
+def test_clipping_is_to_the_bit_as_deepspeeds(mesh, max_grad_norm):
+    assert beside_deepspeed("btlm", mesh, max_grad_norm=max_grad_norm) == SAME
 
 
 def test_the_factor_of_clipping_is_the_one_of_the_device_for_any_norm(generator):
@@ -158,11 +158,14 @@ def test_deepspeeds_own_clock_which_waits_for_the_device_is_off(mesh, kind):
     one = engine(kind, mesh)
     for step in range(3):
         update(one, mesh, step)
-    assert (one._inner.tput_timer.initialized, one._inner.tput_timer.global_step_count) == (False, 0)
+    assert (one._deepspeed_engine.tput_timer.initialized, one._deepspeed_engine.tput_timer.global_step_count) == (
+        False,
+        0,
+    )
 
 
 def on_four(folder: Path) -> dict[str, dict[str, bool]]:
-    with started(2) as mesh:
+    with mesh_context(2) as mesh:
         found = {kind: dropped(kind, mesh) for kind in KINDS}
         return found | {variant: beside_deepspeed(variant, mesh) for variant in tiny_configs.VARIANTS}
 
@@ -179,14 +182,14 @@ def test_four_ranks_drop_gradients_and_step_as_one_does(tmp_path):
 def test_the_norm_can_be_asked_for_twice_and_is_the_one_that_is_clipped_by(mesh, kind):
     one = engine(kind, mesh)
     accumulate(one, mesh, 0)
-    assert one.gradient_norm() == one.gradient_norm() > 0
-    norm = float(one.gradient_norm())
+    assert one.grad_norm() == one.grad_norm() > 0
+    norm = float(one.grad_norm())
     if kind == "bf16":
         assert theirs(one) == norm  # and `test_steps_are_the_bits_of_deepspeeds_own`
     else:
         one.update(LR)
     if kind == "zero1":
-        assert float(one._inner.get_global_grad_norm()) == norm
+        assert float(one._deepspeed_engine.get_global_grad_norm()) == norm
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -194,7 +197,9 @@ def test_state_on_hold_changes_only_after_the_wait(mesh, kind):
     one = engine(kind, mesh)
     update(one, mesh, 0)
     before, seen = state(one), []
-    one.hold(lambda: seen.append(all(torch.equal(before[key], tensor) for key, tensor in state(one).items())))
+    one.block_updates_until(
+        lambda: seen.append(all(torch.equal(before[key], tensor) for key, tensor in state(one).items()))
+    )
     update(one, mesh, 1)
     assert seen == [True]
     one.allocate_moments(2)
@@ -203,7 +208,7 @@ def test_state_on_hold_changes_only_after_the_wait(mesh, kind):
 
 def test_deepspeed_on_another_device_than_the_model_is_refused(mesh):
     """DeepSpeed moves the model to its own device, without a word."""
-    config = tiny_configs.config("btlm")
+    config = tiny_configs.make_config("btlm")
     elsewhere = replace(mesh, device=torch.device("cuda", 0))
     with pytest.raises(UserError, match=r"DS_ACCELERATOR: .* on the cpu .* is cuda:0; unset it"):
         Engine(config, torch.nn.Linear(1, 1), torch.optim.AdamW([torch.zeros(1)]), elsewhere)

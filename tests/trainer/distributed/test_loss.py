@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from tandem.trainer.distributed.layers import to_columns
-from tandem.trainer.distributed.loss import cross_entropy
-from tandem.trainer.distributed.mesh import started
+from tandem.trainer.distributed.layers import copy_to_tp
+from tandem.trainer.distributed.loss import parallel_cross_entropy
+from tandem.trainer.distributed.mesh import mesh_context
 from tests import ranks
 
 SEQ, ROWS, WIDTH, LOCAL, SCALE = 5, 3, 8, 128, 0.7
@@ -48,12 +48,14 @@ def of_each() -> Tensor:
 def on_each(vocabs: list[int], tp_size: int) -> Found:
     """Losses, and this rank's gradients."""
     found = {}
-    with started(tp_size) as mesh:
+    with mesh_context(tp_size) as mesh:
         for vocab, dtype in product(vocabs, DTYPES):
             hidden, weight, targets = example(vocab, tp_size)
             hidden = hidden.to(dtype).requires_grad_()
             local = weight[mesh.tp_rank * LOCAL :][:LOCAL].to(dtype, copy=True).requires_grad_()
-            losses = cross_entropy(to_columns(hidden), local, targets, vocab=vocab, scale=SCALE, mesh=mesh)
+            losses = parallel_cross_entropy(
+                copy_to_tp(hidden), local, targets, vocab_size=vocab, scale=SCALE, mesh=mesh
+            )
             (losses * of_each()).sum().backward()
             found[vocab, dtype] = {"losses": losses.detach(), "hidden": hidden.grad, "weight": local.grad}
     return found

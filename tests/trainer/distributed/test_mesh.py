@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tandem.trainer.distributed.mesh import groups, started
+from tandem.trainer.distributed.mesh import mesh_context, process_groups
 from tests import ranks
 
 SOON_SECONDS = 10.0
@@ -16,15 +16,15 @@ def in_and_out(times: int) -> list[tuple[bool, int, int]]:
     """Whether the groups are those there were before, how many more there were in the block, how many threads it has left."""
     found = []
     for _ in range(times):
-        before, threads = groups(), num_threads()
-        with started(2):
-            more = len(groups() - before)
+        before, threads = process_groups(), num_threads()
+        with mesh_context(2):
+            more = len(process_groups() - before)
             dist.barrier()  # one that leaves while another still makes its connections ends it
         deadline = time.monotonic() + SOON_SECONDS
         # The first block starts threads that stay; one that has ended is listed for a moment.
         while found and num_threads() > threads and time.monotonic() < deadline:
             time.sleep(0.01)
-        found.append((groups() == before, more, num_threads() - threads))
+        found.append((process_groups() == before, more, num_threads() - threads))
     return found
 
 

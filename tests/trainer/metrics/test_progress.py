@@ -31,7 +31,7 @@ def terminal(monkeypatch):
     ("unit", "words"), [("bytes", ["3.0/3.0 MB"]), ("steps", ["3000000/3000000", "steps"]), ("share", ["100%"])]
 )
 def test_a_terminal_gets_a_bar_that_moves_and_goes(unit, words, monkeypatch):
-    with terminal(monkeypatch) as said, progress.shown("reading", 3_000_000, unit) as advance:
+    with terminal(monkeypatch) as said, progress.progress_bar("reading", 3_000_000, unit) as advance:
         advance(1_000_000)
         advance(2_000_000)
     last = "".join(said).rpartition("reading")[2]
@@ -42,21 +42,21 @@ def test_a_terminal_gets_a_bar_that_moves_and_goes(unit, words, monkeypatch):
 @pytest.mark.parametrize("term", [None, "dumb"])
 def test_what_cannot_show_a_bar_gets_nothing(term, monkeypatch, capfd):
     if term is None:
-        with progress.shown("reading", 3, "bytes") as advance:
+        with progress.progress_bar("reading", 3, "bytes") as advance:
             advance(3)
         assert capfd.readouterr() == ("", "")
         return
     with terminal(monkeypatch) as said:
         monkeypatch.setenv("TERM", term)
-        with progress.shown("reading", 3, "bytes") as advance:
+        with progress.progress_bar("reading", 3, "bytes") as advance:
             advance(3)
     assert said == []
 
 
 def test_bars_that_stay_are_in_a_file_once_when_all_is_done():
     screen = Console(file=io.StringIO(), width=100)
-    with progress.bars(screen, "share") as bars:
-        first, second = (progress.added(bars, name, 4) for name in ("encoding", "shuffling"))
+    with progress.progress_display(screen, "share") as bars:
+        first, second = (progress.add_task(bars, name, 4) for name in ("encoding", "shuffling"))
         first(4)
         second(1)
         second(1)

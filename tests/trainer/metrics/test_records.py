@@ -16,10 +16,10 @@ import pytest
 import rich.console
 
 from tandem.trainer import config as configuration
-from tandem.trainer.config import RunConfig, UserError
-from tandem.trainer.metrics.console import ConsoleSink, duration, short
-from tandem.trainer.metrics.history import evaluated, read
-from tandem.trainer.metrics.records import FILE, StepRecord, open_sinks
+from tandem.trainer.config import TrainConfig, UserError
+from tandem.trainer.metrics.console import ConsoleSink, format_duration, format_number
+from tandem.trainer.metrics.history import has_validation, read_history
+from tandem.trainer.metrics.records import METRICS_FILE, StepRecord, open_sinks
 from tandem.trainer.metrics.throughput import throughput
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -29,16 +29,16 @@ START = {
 }  # fmt: skip
 
 
-def demo_config(*overrides: str) -> RunConfig:
-    return configuration.load(ROOT / "configs" / "demo-btlm.yaml", ["log.wandb=disabled", *overrides])
+def demo_config(*overrides: str) -> TrainConfig:
+    return configuration.load_config(ROOT / "configs" / "demo-btlm.yaml", ["log.wandb=disabled", *overrides])
 
 
 def record(step: int, **fields: object) -> StepRecord:
     """A plausible step of a run whose second phase, from step 9 on, has longer rows."""
     phase, seq_len, rows = ("short", 128, 16) if step <= 8 else ("long", 512, 4)
     values = {
-        "step": step, "tokens": step * 2048, "phase": phase, "seq_len": seq_len, "rows": rows,
-        "loss": 2.0 + 6.0 / step, "lr": 1e-3 * min(1.0, step / 4), "gradient_norm": 0.5 + 3.0 / step,
+        "step": step, "tokens": step * 2048, "phase": phase, "seq_len": seq_len, "global_batch_size": rows,
+        "loss": 2.0 + 6.0 / step, "lr": 1e-3 * min(1.0, step / 4), "grad_norm": 0.5 + 3.0 / step,
         "step_seconds": 0.5, "data_seconds": 0.01, "tokens_per_second": 4096.0, "mfu": 0.41,
         "mfu_causal": 0.37, "memory_gib": None, "time": 1.7e9 + step / 2,
     }  # fmt: skip
@@ -51,39 +51,39 @@ def write_run(
     resumed_step: int = 0,
     to: int = 12,
     end: bool = True,
-    config: RunConfig | None = None,
+    config: TrainConfig | None = None,
     **fields: object,
 ) -> None:
     """One start as the loop reports it; validation and checkpoint at every fourth step; no end is a kill."""
     config = config or demo_config()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(configuration.dump(config))
-    sinks = open_sinks(folder, config, rank=0, resumed_step=resumed_step)
+    (folder / "config.yaml").write_text(configuration.dump_config(config))
+    sinks = open_sinks(folder, config, rank=0, start_step=resumed_step)
     parts = {"imports": 5.25, "process group": 0.3}
-    sinks.start(tokens=resumed_step * 2048, world_size=4, tp_size=2, dp_size=2, **TOTAL, start_seconds=parts)
+    sinks.write_start(tokens=resumed_step * 2048, world_size=4, tp_size=2, dp_size=2, **TOTAL, start_seconds=parts)
     for step in range(resumed_step + 1, to + 1):
-        sinks.step(record(step, **fields))
+        sinks.write_step(record(step, **fields))
         if step % 4 == 0:
-            sinks.validation(step, step * 2048, 2.1 + 6.0 / step)
-            sinks.checkpoint(step, 0.25, 1_500_000, stall_seconds=0.125)
+            sinks.write_validation(step, step * 2048, 2.1 + 6.0 / step)
+            sinks.write_checkpoint(step, 0.25, 1_500_000, stall_seconds=0.125)
     if end:
-        sinks.end(to, "schedule finished")
+        sinks.write_end(to, "schedule finished")
     sinks.close()
 
 
 def lines(folder: Path) -> list[str]:
-    return (folder / FILE).read_text().splitlines()
+    return (folder / METRICS_FILE).read_text().splitlines()
 
 
 def test_a_steps_record_comes_back_as_written(tmp_path: Path) -> None:
     write_run(tmp_path)
-    history = read(tmp_path)
+    history = read_history(tmp_path)
     written = {"kind": "step", **{name: getattr(record(5), name) for name in StepRecord.__annotations__}}
     assert history.steps[4] == written
     assert [r["step"] for r in history.steps] == list(range(1, 13))
     assert [r["step"] for r in history.checkpoints] == [4, 8, 12]
     assert history.validations[0]["perplexity"] == math.exp(history.validations[0]["loss"])
-    assert history.end["reason"] == "schedule finished"
+    assert history.end_record["reason"] == "schedule finished"
     assert history.restarts == []
 
 
@@ -91,75 +91,77 @@ def test_a_restart_takes_back_the_steps_after_its_checkpoint(tmp_path: Path) -> 
     """Also those that the new start has not reached again, and what was validated and saved at them."""
     write_run(tmp_path, to=11, end=False, loss=9.0)
     write_run(tmp_path, resumed_step=4, to=6, end=False, loss=1.0)
-    history = read(tmp_path)
+    history = read_history(tmp_path)
     losses = {r["step"]: r["loss"] for r in history.steps}
     assert losses == {1: 9.0, 2: 9.0, 3: 9.0, 4: 9.0, 5: 1.0, 6: 1.0}
     assert [r["step"] for r in history.checkpoints] == [4]
     assert [r["step"] for r in history.validations] == [4]
     assert [(r["step"], r["tokens"], r["repeated_steps"]) for r in history.restarts] == [(4, 4 * 2048, 7)]
-    assert history.end is None
+    assert history.end_record is None
 
 
-def write_rollback(folder: Path, config: RunConfig | None = None) -> None:
+def write_rollback(folder: Path, config: TrainConfig | None = None) -> None:
     """Steps 1 to 10, of which 3 and 10 are bad; the checkpoint of step 8 is committed after step 9, and from 10 the run goes
     back to it; then it goes on to the end.
     """
     config = config or demo_config()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(configuration.dump(config))
-    sinks = open_sinks(folder, config, rank=0, resumed_step=0)
-    sinks.start(tokens=0, world_size=4, tp_size=2, dp_size=2, **TOTAL, start_seconds={"imports": 5.25, "kernels": 3.5})
+    (folder / "config.yaml").write_text(configuration.dump_config(config))
+    sinks = open_sinks(folder, config, rank=0, start_step=0)
+    sinks.write_start(
+        tokens=0, world_size=4, tp_size=2, dp_size=2, **TOTAL, start_seconds={"imports": 5.25, "kernels": 3.5}
+    )
     for step in range(1, 11):
-        sinks.step(record(step, loss=math.nan if step == 10 else 9.0, skipped=step in (3, 10)))
+        sinks.write_step(record(step, loss=math.nan if step == 10 else 9.0, skipped=step in (3, 10)))
         if step == 9:
-            sinks.checkpoint(8, 1.25, 1_500_000, stall_seconds=0.125)
-    sinks.rollback(8, 10, "loss nan")
+            sinks.write_checkpoint(8, 1.25, 1_500_000, stall_seconds=0.125)
+    sinks.write_rollback(8, 10, "loss nan")
     for step in range(9, 13):
-        sinks.step(record(step, loss=1.0))
-    sinks.end(12, "finished")
+        sinks.write_step(record(step, loss=1.0))
+    sinks.write_end(12, "finished")
     sinks.close()
 
 
 def test_a_rollback_takes_back_what_comes_after_its_checkpoint(tmp_path: Path) -> None:
     write_rollback(tmp_path)
-    history = read(tmp_path)
+    history = read_history(tmp_path)
     assert [r["step"] for r in history.steps] == list(range(1, 13))
     assert {r["step"]: r["loss"] for r in history.steps} == {n: 9.0 if n <= 8 else 1.0 for n in range(1, 13)}
-    assert [r["step"] for r in history.skipped] == [3], "step 10 was made again, and well"
+    assert [r["step"] for r in history.skipped_steps] == [3], "step 10 was made again, and well"
     [back] = history.rollbacks
     assert [back[name] for name in ("step", "from_step", "reason", "tokens", "repeated_steps")] == [
         8, 10, "loss nan", 8 * 2048, 2,
     ]  # fmt: skip
     assert [(r["step"], r["seconds"], r["stall_seconds"]) for r in history.checkpoints] == [(8, 1.25, 0.125)]
     assert history.starts[0]["start_seconds"] == {"imports": 5.25, "kernels": 3.5}
-    assert history.end["reason"] == "finished"
+    assert history.end_record["reason"] == "finished"
 
 
 def test_a_rollback_to_where_its_process_began_has_the_tokens_of_that_start(tmp_path: Path) -> None:
     """It is to the very checkpoint that the process came from, whose step it has not made itself."""
-    sinks = open_sinks(tmp_path, demo_config(), rank=0, resumed_step=4)
-    sinks.start(tokens=4 * 2048, world_size=1, tp_size=1, dp_size=1, **TOTAL)
-    sinks.step(record(5))
-    sinks.rollback(4, 5, "loss nan")
+    sinks = open_sinks(tmp_path, demo_config(), rank=0, start_step=4)
+    sinks.write_start(tokens=4 * 2048, world_size=1, tp_size=1, dp_size=1, **TOTAL)
+    sinks.write_step(record(5))
+    sinks.write_rollback(4, 5, "loss nan")
     sinks.close()
-    assert read(tmp_path).rollbacks[0]["tokens"] == 4 * 2048
-    assert read(tmp_path).steps == []
+    assert read_history(tmp_path).rollbacks[0]["tokens"] == 4 * 2048
+    assert read_history(tmp_path).steps == []
 
 
 def test_a_validation_counts_as_made_until_the_run_goes_back_behind_its_step(tmp_path: Path) -> None:
     """Or a start from the checkpoint of that step would never make it."""
     write_run(tmp_path, to=8, end=False)
-    assert [evaluated(tmp_path, step) for step in (3, 4, 8)] == [False, True, True]
+    assert [has_validation(tmp_path, step) for step in (3, 4, 8)] == [False, True, True]
     write_run(tmp_path, resumed_step=4, to=6, end=False)
-    assert [evaluated(tmp_path, step) for step in (4, 8)] == [True, False]
+    assert [has_validation(tmp_path, step) for step in (4, 8)] == [True, False]
     write_rollback(tmp_path / "back")
-    sinks = open_sinks(tmp_path / "back", demo_config(), rank=0, resumed_step=12)
-    sinks.validation(8, 8 * 2048, 3.0)
-    sinks.validation(12, 12 * 2048, 2.0)
-    sinks.rollback(8, 12, "loss nan")
+    sinks = open_sinks(tmp_path / "back", demo_config(), rank=0, start_step=12)
+    sinks.write_validation(8, 8 * 2048, 3.0)
+    sinks.write_validation(12, 12 * 2048, 2.0)
+    sinks.write_rollback(8, 12, "loss nan")
     sinks.close()
-    assert [evaluated(tmp_path / "back", step) for step in (8, 12)] == [True, False]
-    assert not evaluated(tmp_path / "none", 0)
+    assert [has_validation(tmp_path / "back", step) for step in (8, 12)] == [True, False]
+    assert not has_validation(tmp_path / "none", 0)
 
 
 def test_records_of_before_there_was_a_guard_are_read(tmp_path: Path) -> None:
@@ -167,54 +169,54 @@ def test_records_of_before_there_was_a_guard_are_read(tmp_path: Path) -> None:
     records = [json.loads(line) for line in lines(tmp_path)]
     new = ("start_seconds", "skipped", "stall_seconds")
     old = [{name: value for name, value in record.items() if name not in new} for record in records]
-    (tmp_path / FILE).write_text("".join(json.dumps(record) + "\n" for record in old))
-    history = read(tmp_path)
-    assert (history.skipped, history.rollbacks, history.starts[0]["start_seconds"]) == ([], [], {})
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in old))
+    history = read_history(tmp_path)
+    assert (history.skipped_steps, history.rollbacks, history.starts[0]["start_seconds"]) == ([], [], {})
     assert history.checkpoints[0]["stall_seconds"] is None
 
 
 def test_an_end_before_a_resume_is_not_the_end(tmp_path: Path) -> None:
     write_run(tmp_path, to=4)
     write_run(tmp_path, resumed_step=4, to=6, end=False)
-    assert read(tmp_path).end is None
+    assert read_history(tmp_path).end_record is None
 
 
 @pytest.mark.parametrize("lost_bytes", [1, 2, 40])
 def test_a_torn_last_line_costs_only_itself(tmp_path: Path, lost_bytes: int) -> None:
     write_run(tmp_path, to=6, end=False)
-    path = tmp_path / FILE
+    path = tmp_path / METRICS_FILE
     os.truncate(path, path.stat().st_size - lost_bytes)
     kept = 6 if lost_bytes == 1 else 5  # only the newline was lost
-    assert len(read(tmp_path).steps) == kept
+    assert len(read_history(tmp_path).steps) == kept
     write_run(tmp_path, resumed_step=4)
-    assert [r["step"] for r in read(tmp_path).steps] == list(range(1, 13))
-    assert read(tmp_path).restarts[0]["repeated_steps"] == kept - 4
+    assert [r["step"] for r in read_history(tmp_path).steps] == list(range(1, 13))
+    assert read_history(tmp_path).restarts[0]["repeated_steps"] == kept - 4
 
 
 def test_a_record_that_only_a_part_of_has_room_ends_the_run_in_one_line(tmp_path: Path) -> None:
     """Else the next one, which has room again, would continue its line, and both were lost."""
-    sinks = open_sinks(tmp_path, demo_config(), rank=0, resumed_step=0)
-    sinks.step(record(1))
+    sinks = open_sinks(tmp_path, demo_config(), rank=0, start_step=0)
+    sinks.write_step(record(1))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / FILE).stat().st_size + 40, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / METRICS_FILE).stat().st_size + 40, limits[1]))
     try:
         with pytest.raises(
-            UserError, match=rf"{FILE}: a record cannot be written .No space left on device.; make room"
+            UserError, match=rf"{METRICS_FILE}: a record cannot be written .No space left on device.; make room"
         ):
-            sinks.step(record(2))
+            sinks.write_step(record(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         sinks.close()
     write_run(tmp_path, resumed_step=1)
-    assert [r["step"] for r in read(tmp_path).steps] == list(range(1, 13))
+    assert [r["step"] for r in read_history(tmp_path).steps] == list(range(1, 13))
 
 
 def test_a_kill_leaves_every_finished_step_on_disk(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from tests.trainer.metrics.test_records import *\n"
-        "sinks = open_sinks(Path(sys.argv[1]), demo_config(), rank=0, resumed_step=0)\n"
-        "sinks.start(tokens=0, world_size=1, tp_size=1, dp_size=1, **TOTAL)\n"
-        "for step in (1, 2, 3): sinks.step(record(step)); print(step, flush=True)\n"
+        "sinks = open_sinks(Path(sys.argv[1]), demo_config(), rank=0, start_step=0)\n"
+        "sinks.write_start(tokens=0, world_size=1, tp_size=1, dp_size=1, **TOTAL)\n"
+        "for step in (1, 2, 3): sinks.write_step(record(step)); print(step, flush=True)\n"
         "sys.stdin.read()\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
@@ -222,30 +224,30 @@ def test_a_kill_leaves_every_finished_step_on_disk(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
         assert [int(process.stdout.readline()) for _ in range(3)] == [1, 2, 3]
         process.send_signal(signal.SIGKILL)
-    assert [r["step"] for r in read(tmp_path).steps] == [1, 2, 3]
+    assert [r["step"] for r in read_history(tmp_path).steps] == [1, 2, 3]
 
 
 def test_each_line_is_json_also_when_numbers_are_not_finite(tmp_path: Path) -> None:
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
 
-    write_run(tmp_path, to=4, loss=math.nan, gradient_norm=math.inf)
+    write_run(tmp_path, to=4, loss=math.nan, grad_norm=math.inf)
     assert [json.loads(line, parse_constant=refuse)["kind"] for line in lines(tmp_path)][:2] == [
         "start",
         "step",
     ]
-    assert read(tmp_path).steps[0]["loss"] is None
-    assert read(tmp_path).steps[0]["gradient_norm"] is None
+    assert read_history(tmp_path).steps[0]["loss"] is None
+    assert read_history(tmp_path).steps[0]["grad_norm"] is None
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    sinks = open_sinks(tmp_path / "run", demo_config("log.wandb=online"), rank=1, resumed_step=0)
-    sinks.start(tokens=0, world_size=4, tp_size=2, dp_size=2, **TOTAL)
-    sinks.step(record(1))
-    sinks.validation(1, 2048, 3.0)
-    sinks.checkpoint(1, 0.1, 10)
-    sinks.rollback(0, 1, "loss nan")
-    sinks.end(1, "schedule finished")
+    sinks = open_sinks(tmp_path / "run", demo_config("log.wandb=online"), rank=1, start_step=0)
+    sinks.write_start(tokens=0, world_size=4, tp_size=2, dp_size=2, **TOTAL)
+    sinks.write_step(record(1))
+    sinks.write_validation(1, 2048, 3.0)
+    sinks.write_checkpoint(1, 0.1, 10)
+    sinks.write_rollback(0, 1, "loss nan")
+    sinks.write_end(1, "schedule finished")
     sinks.close()
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
@@ -253,17 +255,17 @@ def test_other_ranks_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[
 
 def test_reading_what_is_no_run_says_so_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such folder; name the folder of a run"):
-        read(tmp_path / "nowhere")
+        read_history(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"has no metrics\.jsonl"):
-        read(tmp_path)
-    (tmp_path / FILE).write_text('{"kind": "sta')
+        read_history(tmp_path)
+    (tmp_path / METRICS_FILE).write_text('{"kind": "sta')
     with pytest.raises(UserError, match="has no start record"):
-        read(tmp_path)
+        read_history(tmp_path)
 
 
 def test_throughput_counts_tokens_and_flops() -> None:
     """1,000 tokens in 2 s at 6 and 4 FLOPs each, on two devices of 10,000 FLOPs a second."""
-    speed = throughput(1000, 2.0, flops_per_token=6.0, causal_flops_per_token=4.0, devices=2, peak_flops=10_000.0)
+    speed = throughput(1000, 2.0, flops_per_token=6.0, causal_flops_per_token=4.0, num_devices=2, peak_flops=10_000.0)
     assert speed == (500.0, 0.15, 0.1)
 
 
@@ -318,7 +320,7 @@ def test_time_left_is_the_tokens_left_at_the_pace_of_the_clock() -> None:
     sink.write(START)
     for step in (1, 2, 3):  # 2,048 tokens each 100 s by the clock, whatever the step itself says
         sink.write({"kind": "step", **vars(record(step, time=100.0 * step, tokens_per_second=1e9))})
-    assert f"eta {duration(900)}" in screen.file.getvalue().splitlines()[-1]
+    assert f"eta {format_duration(900)}" in screen.file.getvalue().splitlines()[-1]
 
 
 def said_on(terminal: int) -> str:
@@ -355,11 +357,11 @@ def test_a_live_bar_goes_back_with_the_run_and_a_step_left_out_is_a_line_above_i
             sink.write({"kind": "step", **vars(record(step, skipped=step == 4))})
             if step == 3:
                 sink.write({"kind": "checkpoint", "step": 2, "seconds": 1.0, "stall_seconds": 0.1, "bytes": 10})
-        assert sink._bar.tasks[0].completed == 4 * 2048
+        assert sink._progress_bar.tasks[0].completed == 4 * 2048
         sink.write({"kind": "rollback", "step": 2, "from_step": 4, "reason": "loss nan"})
-        assert sink._bar.tasks[0].completed == 2 * 2048
+        assert sink._progress_bar.tasks[0].completed == 2 * 2048
         sink.write({"kind": "step", **vars(record(3))})
-        assert sink._bar.tasks[0].completed == 3 * 2048
+        assert sink._progress_bar.tasks[0].completed == 3 * 2048
         sink.close()
     shown = said_on(ours)
     assert "step 4/12 skipped |" in shown
@@ -367,7 +369,7 @@ def test_a_live_bar_goes_back_with_the_run_and_a_step_left_out_is_a_line_above_i
 
 
 def test_numbers_are_short() -> None:
-    assert [short(v) for v in (0, 999, 1234, 999_600, 6_291_456, 4e12)] == [
+    assert [format_number(v) for v in (0, 999, 1234, 999_600, 6_291_456, 4e12)] == [
         "0",
         "999",
         "1.23k",
@@ -375,10 +377,18 @@ def test_numbers_are_short() -> None:
         "6.29M",
         "4T",
     ]
-    assert [duration(v) for v in (59.6, 3723, 200_000, None, math.inf)] == [
+    assert [format_duration(v) for v in (59.6, 3723, 200_000, None, math.inf)] == [
         "0:01:00",
         "1:02:03",
         "2d 07h",
         "-",
         "-",
     ]
+
+
+def test_records_of_a_version_with_other_names_are_refused(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    file = tmp_path / METRICS_FILE
+    file.write_text(file.read_text().replace('"grad_norm"', '"gradient_norm"'))
+    with pytest.raises(UserError, match=r"metrics.jsonl: has records of a version with other names; read it with"):
+        read_history(tmp_path)

@@ -14,9 +14,9 @@ import pytest
 import wandb
 
 from tandem.trainer.config import UserError
-from tandem.trainer.metrics.history import read
+from tandem.trainer.metrics.history import read_history
 from tandem.trainer.metrics.wandb_sink import WandbSink
-from tests.timeouts import PATIENCE_SECONDS
+from tests.timeouts import TEST_TIMEOUT_SECONDS
 from tests.trainer.metrics.test_records import ROOT, demo_config, write_rollback
 
 
@@ -34,7 +34,9 @@ def run_with_wandb(folder: Path, port: int, **said: str) -> subprocess.Completed
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment = clean | home | {"WANDB_BASE_URL": f"http://127.0.0.1:{port}"} | said
     command = [sys.executable, "-c", script, str(folder)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TEST_TIMEOUT_SECONDS
+    )
 
 
 def wandb_files(folder: Path) -> list[Path]:
@@ -75,22 +77,22 @@ def test_a_run_outlives_wandb(tmp_path: Path, moment: str) -> None:
     script = (
         "import sys; from pathlib import Path; import psutil, threading, wandb\n"
         "from tests.trainer.metrics.test_records import *\n"
-        "sinks = open_sinks(Path(sys.argv[1]), demo_config('log.wandb=offline'), rank=0, resumed_step=0)\n"
+        "sinks = open_sinks(Path(sys.argv[1]), demo_config('log.wandb=offline'), rank=0, start_step=0)\n"
         "[service], end = psutil.Process().children(), wandb.teardown\n"
-        "sinks.start(tokens=0, world_size=4, tp_size=2, dp_size=2, **TOTAL, start_seconds={})\n"
-        "sinks.step(record(1))\n"
+        "sinks.write_start(tokens=0, world_size=4, tp_size=2, dp_size=2, **TOTAL, start_seconds={})\n"
+        "sinks.write_step(record(1))\n"
         "if sys.argv[2] == 'between two steps': service.kill()\n"
-        "for step in range(2, 9): sinks.step(record(step))\n"
+        "for step in range(2, 9): sinks.write_step(record(step))\n"
         "if sys.argv[2] == 'finish': service.suspend(); threading.Timer(0.5, service.kill).start()\n"
         "if sys.argv[2] == 'teardown': wandb.teardown = lambda: (service.kill(), end())\n"
         "sinks.close()\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path), moment]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TEST_TIMEOUT_SECONDS)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("wandb: lost") == 1, done.stderr
     assert "Traceback" not in done.stderr
-    assert [r["step"] for r in read(tmp_path).steps] == list(range(1, 9))
+    assert [r["step"] for r in read_history(tmp_path).steps] == list(range(1, 9))
 
 
 def logged(file: Path) -> list[dict[str, Any]]:

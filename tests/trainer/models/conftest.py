@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tandem.trainer.distributed.mesh import Mesh, started
+from tandem.trainer.distributed.mesh import Mesh, mesh_context
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,7 @@ def pretended() -> Callable[[int, int], AbstractContextManager[Mesh]]:
     def place(tp_rank: int, tp_size: int) -> Iterator[Mesh]:
         dist.init_process_group("fake", store=FakeStore(), rank=tp_rank, world_size=tp_size)
         try:
-            with started(tp_size) as mesh:
+            with mesh_context(tp_size) as mesh:
                 assert (mesh.tp_rank, mesh.tp_size) == (tp_rank, tp_size)
                 yield mesh
         finally:

@@ -16,65 +16,73 @@ from torch.nn.functional import layer_norm, linear, silu
 from tandem.trainer import models
 from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.read import load_weights
-from tandem.trainer.config import BTLM, RunConfig, load
+from tandem.trainer.config import BTLMConfig, TrainConfig, load_config
 from tandem.trainer.config.schedule import Timeline
-from tandem.trainer.distributed.mesh import Mesh, started
+from tandem.trainer.distributed.mesh import Mesh, mesh_context
 from tandem.trainer.models import param_groups
 from tandem.trainer.models.decoder import Decoder
-from tandem.trainer.models.init import initial
-from tandem.trainer.models.mup import rules
+from tandem.trainer.models.init import initial_value
+from tandem.trainer.models.mup import parameter_rules
 from tests import tiny_configs
-from tests.reference.variants import reference
+from tests.reference.variants import reference_module
 
 HEADS, HEAD_DIM = 2, 80
 SLOPES = (2**-4, 2**-8)
 
 
 @pytest.fixture(scope="module")
-def shipped() -> RunConfig:
-    return load(Path(__file__).parents[3] / "configs" / "btlm-3b-8k.yaml")
+def shipped() -> TrainConfig:
+    return load_config(Path(__file__).parents[3] / "configs" / "btlm-3b-8k.yaml")
 
 
 @pytest.fixture
 def mesh() -> Iterator[Mesh]:
-    with started(1) as mesh:
+    with mesh_context(1) as mesh:
         yield mesh
 
 
-def small(shipped: RunConfig) -> RunConfig:
+def small(shipped: TrainConfig) -> TrainConfig:
     """The shipped model with one layer, two heads and few words; the same head_dim, the same multipliers of muP."""
-    sizes = {"width": HEADS * HEAD_DIM, "heads": HEADS, "depth": 1, "ffn_width": 54, "vocab": 500}
+    sizes = {
+        "hidden_size": HEADS * HEAD_DIM,
+        "num_heads": HEADS,
+        "num_layers": 1,
+        "ffn_hidden_size": 54,
+        "vocab_size": 500,
+    }
     assert shipped.mup is not None
-    base_width = HEADS * HEAD_DIM * shipped.mup.base_width // shipped.model.width
-    return replace(shipped, model=replace(shipped.model, **sizes), mup=replace(shipped.mup, base_width=base_width))
+    base_hidden_size = HEADS * HEAD_DIM * shipped.mup.base_hidden_size // shipped.model.hidden_size
+    return replace(
+        shipped, model=replace(shipped.model, **sizes), mup=replace(shipped.mup, base_hidden_size=base_hidden_size)
+    )
 
 
-def decoder(config: RunConfig, tensors: dict[str, Tensor], mesh: Mesh, dtype: torch.dtype = torch.float32) -> Decoder:
-    built = models.build(config.model, config.mup, mesh, dtype=dtype)
+def decoder(config: TrainConfig, tensors: dict[str, Tensor], mesh: Mesh, dtype: torch.dtype = torch.float32) -> Decoder:
+    built = models.build_model(config.model, config.mup, mesh, dtype=dtype)
     load_weights(built, tensors.__getitem__, mesh)
     return built
 
 
-def some(config: RunConfig) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = reference(config.model).random_tensors(config.model, seed=5)
+def some(config: TrainConfig) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = reference_module(config.model).random_tensors(config.model, seed=5)
     return found
 
 
 # --- attention
 
 
-def attended(config: RunConfig, qkv: Tensor, x: Tensor, mesh: Mesh) -> Tensor:
+def attended(config: TrainConfig, qkv: Tensor, x: Tensor, mesh: Mesh) -> Tensor:
     """[seq, heads, head_dim]: what the layer's attention makes of x [seq, width], its own output matrix being 1.
 
     `qkv` [heads, 3, head_dim, width]: the matrices of each head's query, key and value.
     """
     tensors = some(config) | {
         "layers.0.attention.qkv.weight": qkv.flatten(0, 2),
-        "layers.0.attention.qkv.bias": torch.zeros(3 * config.model.width),
-        "layers.0.attention.out.weight": torch.eye(config.model.width),
+        "layers.0.attention.qkv.bias": torch.zeros(3 * config.model.hidden_size),
+        "layers.0.attention.out.weight": torch.eye(config.model.hidden_size),
     }
     built = decoder(config, tensors, mesh, x.dtype)
-    context = built.context(torch.zeros(1, len(x), dtype=torch.int32), None)
+    context = built.layer_context(torch.zeros(1, len(x), dtype=torch.int32), None)
     with torch.no_grad():
         return built.layers[0].attention(x[:, None], context)[:, 0].view(len(x), HEADS, HEAD_DIM).double()
 
@@ -134,12 +142,12 @@ def test_the_bias_is_fp32_in_a_bf16_model(shipped, mesh):
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_slopes_of_any_number_of_heads_on_any_rank(pretended, heads, slopes, tp_size):
     """Geometric; beyond a power of two, every other one of the next. A rank has those of its own heads."""
-    config = tiny_configs.config("btlm", model={"heads": heads, "width": 8 * heads})
+    config = tiny_configs.make_config("btlm", model={"num_heads": heads, "hidden_size": 8 * heads})
     found = []
     for tp_rank in range(tp_size):
         with pretended(tp_rank, tp_size) as mesh:
-            built = models.build(config.model, config.mup, mesh, dtype=torch.bfloat16)
-            found.append(built.context(torch.zeros(1, 4, dtype=torch.int32), None).slopes)
+            built = models.build_model(config.model, config.mup, mesh, dtype=torch.bfloat16)
+            found.append(built.layer_context(torch.zeros(1, 4, dtype=torch.int32), None).slopes)
             assert found[-1].dtype == torch.float32
     assert torch.cat(found).tolist() == pytest.approx(list(slopes), rel=1e-7)
 
@@ -150,21 +158,22 @@ def test_slopes_of_any_number_of_heads_on_any_rank(pretended, heads, slopes, tp_
 def test_c_fc_is_the_value_and_c_fc2_the_gate(shipped, mesh, tmp_path, generator):
     """Through a folder with the published names, whose matrices lie as [in, out]."""
     config = small(shipped)
-    folder, width, ffn_width = tmp_path / "out", config.model.width, config.model.ffn_width
+    folder, width, ffn_hidden_size = tmp_path / "out", config.model.hidden_size, config.model.ffn_hidden_size
     tensors = some(config)
-    convert.export(
+    convert.export_folder(
         tensors.__getitem__, config.model, config.mup, folder, tokenizer=None, max_seq_len=64, dtype=torch.float32
     )
     stored = {
-        name.removeprefix("transformer.h.0.mlp."): value for name, value in load_file(folder / convert.WEIGHTS).items()
+        name.removeprefix("transformer.h.0.mlp."): value
+        for name, value in load_file(folder / convert.WEIGHTS_FILE).items()
     }
-    assert stored["c_fc.weight"].shape == stored["c_fc2.weight"].shape == (width, ffn_width)
-    assert stored["c_proj.weight"].shape == (ffn_width, width)
+    assert stored["c_fc.weight"].shape == stored["c_fc2.weight"].shape == (width, ffn_hidden_size)
+    assert stored["c_proj.weight"].shape == (ffn_hidden_size, width)
     x = torch.randn(5, 1, width, generator=generator)
     value, gate = (x @ stored[f"{name}.weight"] + stored[f"{name}.bias"] for name in ("c_fc", "c_fc2"))
     expected = (value * silu(gate)) @ stored["c_proj.weight"]
-    _, _, read = convert.load(folder)
-    built = models.build(config.model, config.mup, mesh, dtype=torch.float32)
+    _, _, read = convert.open_folder(folder)
+    built = models.build_model(config.model, config.mup, mesh, dtype=torch.float32)
     load_weights(built, read, mesh)
     torch.testing.assert_close(built.layers[0].ffn(x), expected, rtol=1e-5, atol=1e-5)
 
@@ -172,11 +181,11 @@ def test_c_fc_is_the_value_and_c_fc2_the_gate(shipped, mesh, tmp_path, generator
 def test_c_attn_holds_all_queries_then_all_keys_then_all_values_as_in_out(shipped, tmp_path, generator):
     config = small(shipped)
     folder, tensors = tmp_path / "out", some(config)
-    convert.export(
+    convert.export_folder(
         tensors.__getitem__, config.model, config.mup, folder, tokenizer=None, max_seq_len=64, dtype=torch.float32
     )
-    stored = load_file(folder / convert.WEIGHTS)
-    x = torch.randn(config.model.width, generator=generator)
+    stored = load_file(folder / convert.WEIGHTS_FILE)
+    x = torch.randn(config.model.hidden_size, generator=generator)
     theirs = x @ stored["transformer.h.0.attn.c_attn.weight"] + stored["transformer.h.0.attn.c_attn.bias"]
     ours = linear(x, tensors["layers.0.attention.qkv.weight"], tensors["layers.0.attention.qkv.bias"])
     by_head = ours.view(HEADS, 3, HEAD_DIM)
@@ -200,7 +209,7 @@ def test_logits_are_multiplied_by_0_222(shipped, mesh):
     found = decoder(config, tensors, mesh).logits(drawn, torch.zeros_like(drawn).int())[0].double()
     exact = {name: tensor.double() for name, tensor in tensors.items()}
     stream = exact["embedding.weight"][drawn[0]] * 14.6
-    normal = layer_norm(stream, (160,), exact["final_norm.weight"], exact["final_norm.bias"], config.model.norm_epsilon)
+    normal = layer_norm(stream, (160,), exact["final_norm.weight"], exact["final_norm.bias"], config.model.norm_eps)
     expected = linear(normal, exact["embedding.weight"]) * 0.222
     assert (found - expected).abs().max() <= 1e-5 * (expected.max() - expected.min())
 
@@ -225,8 +234,8 @@ def test_embeddings_are_multiplied_by_14_6(shipped, mesh):
 def test_initial_values_are_normals_cut_at_two_sigma(shipped, role, sigma):
     """And not rescaled, so that their deviation is 0.8796 of sigma, as in the published run."""
     assert shipped.model.init_truncation_sigmas == 2.0
-    rule = rules(shipped.model, shipped.mup)[role]
-    values = initial("a", (500, 400), rule, seed=1, truncation_sigmas=shipped.model.init_truncation_sigmas)
+    rule = parameter_rules(shipped.model, shipped.mup)[role]
+    values = initial_value("a", (500, 400), rule, seed=1, truncation_sigmas=shipped.model.init_truncation_sigmas)
     assert 1.99 * sigma < float(values.abs().max()) <= 2 * sigma * (1 + 1e-6)
     assert float(values.std()) == pytest.approx(0.8796 * sigma, rel=5 / (2 * values.numel()) ** 0.5)
     # A normal that is cut has 72 % within one sigma, a uniform one 50 %.
@@ -237,16 +246,16 @@ def test_each_tensor_has_its_published_learning_rate_and_decay(shipped, mesh):
     """At the peak: hidden matrices 1.2e-3, all else 1.2e-2; matrices and the embedding decay by 0.1, the rest not at all."""
     meta = torch.device("meta")
     with meta:
-        model = models.build(shipped.model, shipped.mup, replace(mesh, device=meta), dtype=torch.bfloat16)
+        model = models.build_model(shipped.model, shipped.mup, replace(mesh, device=meta), dtype=torch.bfloat16)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = param_groups.groups(model, rules(shipped.model, shipped.mup), shipped.optim)
+    groups = param_groups.build_param_groups(model, parameter_rules(shipped.model, shipped.mup), shipped.optim)
     lr = Timeline(shipped.schedule).lr_at(shipped.schedule.lr.warmup_steps)
     found = {
         names[id(parameter)]: (lr * group["lr_scale"], group["weight_decay"])
         for group in groups
         for parameter in group["params"]
     }
-    assert found.keys() == reference(shipped.model).shapes(shipped.model).keys()
+    assert found.keys() == reference_module(shipped.model).shapes(shipped.model).keys()
     for name, settings in found.items():
         if "norm" in name or name.endswith("bias"):
             assert settings == (pytest.approx(1.2e-2), 0.0), name
@@ -256,5 +265,5 @@ def test_each_tensor_has_its_published_learning_rate_and_decay(shipped, mesh):
 
 def test_the_model_is_btlm(shipped):
     """Else the numbers above would be of another."""
-    assert isinstance(shipped.model, BTLM)
-    assert (shipped.model.width, shipped.model.heads, shipped.model.head_dim) == (2_560, 32, 80)
+    assert isinstance(shipped.model, BTLMConfig)
+    assert (shipped.model.hidden_size, shipped.model.num_heads, shipped.model.head_dim) == (2_560, 32, 80)

@@ -10,23 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from tandem.trainer import models
-from tandem.trainer.config import load
+from tandem.trainer.config import load_config
 from tandem.trainer.distributed.mesh import Mesh
 from tandem.trainer.models import init
-from tandem.trainer.models.init import PIECE_ELEMENTS, first_seed, initial
-from tandem.trainer.models.mup import Rule, rules
+from tandem.trainer.models.init import CHUNK_ELEMENTS, first_chunk_seed, initial_value
+from tandem.trainer.models.mup import ParameterRule, parameter_rules
 from tests import tiny_configs
-from tests.reference.variants import reference
+from tests.reference.variants import reference_module
 from tests.sharded import fill, joined
 
-NORMAL = Rule(init_std=0.02, init_value=0.0, lr_scale=1.0, decays=True)
+NORMAL = ParameterRule(init_std=0.02, init_value=0.0, lr_scale=1.0, has_weight_decay=True)
 SHAPE = (200, 500)
 SHIPPED = sorted(path.name for path in (Path(__file__).parents[3] / "configs").glob("*.yaml"))
 WITH_AVX2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def drawn(seed: int = 1, name: str = "a", shape: tuple[int, ...] = SHAPE, sigmas: float = 0.0) -> Tensor:
-    return initial(name, shape, NORMAL, seed=seed, truncation_sigmas=sigmas)
+    return initial_value(name, shape, NORMAL, seed=seed, truncation_sigmas=sigmas)
 
 
 def test_same_arguments_same_bits_whatever_was_drawn_before():
@@ -54,7 +54,7 @@ def test_values_are_the_same_bits_with_every_torch(shape, sigmas, expected):
 
 
 def test_values_are_the_same_bits_with_any_number_of_threads(monkeypatch):
-    shape = (5, PIECE_ELEMENTS - 1)
+    shape = (5, CHUNK_ELEMENTS - 1)
     several = drawn(shape=shape, sigmas=2.0)
     monkeypatch.setattr(init, "MAX_THREADS", 1)
     assert torch.equal(drawn(shape=shape, sigmas=2.0), several)
@@ -67,19 +67,19 @@ def test_values_are_the_same_bits_with_any_number_of_threads(monkeypatch):
 
 def test_pieces_of_a_tensor_are_uncorrelated():
     """Within 5 standard errors of zero, though their generators' seeds are neighbours."""
-    pieces = drawn(shape=(8, PIECE_ELEMENTS))
+    pieces = drawn(shape=(8, CHUNK_ELEMENTS))
     off_diagonal = torch.corrcoef(pieces).fill_diagonal_(0.0)
-    assert float(off_diagonal.abs().max()) < 5 / PIECE_ELEMENTS**0.5
+    assert float(off_diagonal.abs().max()) < 5 / CHUNK_ELEMENTS**0.5
 
 
 @pytest.mark.parametrize("file", SHIPPED)
 def test_no_two_pieces_of_a_shipped_model_have_the_same_stream(file):
     """Torch's generator on the CPU keeps 32 bits of a seed, of which a large model uses thousands."""
-    config = load(Path(__file__).parents[3] / "configs" / file)
+    config = load_config(Path(__file__).parents[3] / "configs" / file)
     seeds = [
-        (first_seed(config.run.seed, name) + piece) % 2**32
-        for name, shape in reference(config.model).shapes(config.model).items()
-        for piece in range(math.ceil(math.prod(shape) / PIECE_ELEMENTS))
+        (first_chunk_seed(config.run.seed, name) + piece) % 2**32
+        for name, shape in reference_module(config.model).shapes(config.model).items()
+        for piece in range(math.ceil(math.prod(shape) / CHUNK_ELEMENTS))
     ]
     assert len(set(seeds)) == len(seeds)
 
@@ -107,7 +107,7 @@ def test_a_cut_normal_is_distributed_as_one(sigmas):
 
     The limit is 0.003; a normal that is clamped at 2 sigma is 0.02 away.
     """
-    values = drawn(shape=(2, PIECE_ELEMENTS - 3), sigmas=sigmas).flatten().double().sort().values / NORMAL.init_std
+    values = drawn(shape=(2, CHUNK_ELEMENTS - 3), sigmas=sigmas).flatten().double().sort().values / NORMAL.init_std
     inside = math.erf(sigmas / 2**0.5)
     expected = (torch.special.erf(values / 2**0.5) + inside) / (2 * inside)
     found = torch.arange(1, len(values) + 1) / len(values)
@@ -117,21 +117,21 @@ def test_a_cut_normal_is_distributed_as_one(sigmas):
 
 def test_a_rule_without_deviation_is_its_value():
     norm = replace(NORMAL, init_std=0.0, init_value=1.0)
-    assert torch.equal(initial("a", (3, 4), norm, seed=1, truncation_sigmas=2.0), torch.ones(3, 4))
+    assert torch.equal(initial_value("a", (3, 4), norm, seed=1, truncation_sigmas=2.0), torch.ones(3, 4))
 
 
 def filled(variant: str, mesh: Mesh) -> dict[str, nn.Parameter]:
-    config = tiny_configs.config(variant)
-    model = models.build(config.model, config.mup, mesh, dtype=torch.float32)
+    config = tiny_configs.make_config(variant)
+    model = models.build_model(config.model, config.mup, mesh, dtype=torch.float32)
     sigmas = config.model.init_truncation_sigmas
-    fill(model, rules(config.model, config.mup), seed=3, truncation_sigmas=sigmas, mesh=mesh)
+    fill(model, parameter_rules(config.model, config.mup), seed=3, truncation_sigmas=sigmas, mesh=mesh)
     return dict(model.named_parameters())
 
 
 @pytest.mark.parametrize("variant", tiny_configs.VARIANTS)
 def test_every_parameter_starts_as_its_role_does(pretended, variant):
-    config = tiny_configs.config(variant)
-    table, realised = rules(config.model, config.mup), 0.8796 if config.model.init_truncation_sigmas else 1.0
+    config = tiny_configs.make_config(variant)
+    table, realised = parameter_rules(config.model, config.mup), 0.8796 if config.model.init_truncation_sigmas else 1.0
     with pretended(0, 1) as mesh:
         for name, parameter in filled(variant, mesh).items():
             if name.endswith("bias"):
@@ -150,13 +150,13 @@ def test_every_parameter_starts_as_its_role_does(pretended, variant):
 def test_ranks_hold_slices_of_what_one_rank_holds(pretended, variant, tp_size):
     """Side by side they are the same bits, and behind them zeros only."""
     with pretended(0, 1) as mesh:
-        one = {name: joined(p.shard, [p.detach()]) for name, p in filled(variant, mesh).items()}
+        one = {name: joined(p.sharding, [p.detach()]) for name, p in filled(variant, mesh).items()}
     ranks = []
     for tp_rank in range(tp_size):
         with pretended(tp_rank, tp_size) as mesh:
             ranks.append(filled(variant, mesh))
     for name, full in one.items():
-        shard, parts = ranks[0][name].shard, [rank[name].detach() for rank in ranks]
+        shard, parts = ranks[0][name].sharding, [rank[name].detach() for rank in ranks]
         assert torch.equal(joined(shard, parts), full), name
-        in_parts = sum(int(part.count_nonzero()) for part in parts if shard.dim is not None)
-        assert in_parts == (int(full.count_nonzero()) if shard.dim is not None else 0), name
+        in_parts = sum(int(part.count_nonzero()) for part in parts if shard.sharded_dim is not None)
+        assert in_parts == (int(full.count_nonzero()) if shard.sharded_dim is not None else 0), name

@@ -4,36 +4,38 @@ from pathlib import Path
 
 import pytest
 
-from tandem.trainer.config import RunConfig, load
-from tandem.trainer.models.mup import Rule, forward_scales, rules, width_multiplier
+from tandem.trainer.config import TrainConfig, load_config
+from tandem.trainer.models.mup import ParameterRule, forward_scales, parameter_rules, width_multiplier
 from tests import tiny_configs
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @pytest.fixture(scope="module")
-def btlm() -> RunConfig:
-    return load(CONFIGS / "btlm-3b-8k.yaml")
+def btlm() -> TrainConfig:
+    return load_config(CONFIGS / "btlm-3b-8k.yaml")
 
 
 @pytest.fixture(scope="module")
-def stablelm() -> RunConfig:
-    return load(CONFIGS / "stablelm-2-12b.yaml")
+def stablelm() -> TrainConfig:
+    return load_config(CONFIGS / "stablelm-2-12b.yaml")
 
 
 def test_btlm_starts_as_published(btlm):
     """Cerebras modelzoo: decoder std 0.073 / sqrt(10), residual outputs also / sqrt(64), each cut at 2 sigma."""
-    table = rules(btlm.model, btlm.mup)
+    table = parameter_rules(btlm.model, btlm.mup)
     assert table["embedding"].init_std == 0.073
     assert table["hidden"].init_std == pytest.approx(0.0230846, rel=1e-5)
     assert table["residual_output"].init_std == pytest.approx(0.00288558, rel=1e-5)
-    assert table["norm"] == Rule(0.0, 1.0, 1.0, False)
-    assert table["bias"] == Rule(0.0, 0.0, 1.0, False)
+    assert table["norm"] == ParameterRule(0.0, 1.0, 1.0, False)
+    assert table["bias"] == ParameterRule(0.0, 0.0, 1.0, False)
 
 
 def test_btlm_learns_at_the_published_rates(btlm):
     """A tenth of the learning rate for matrices, the whole for everything else; decay for matrices and embedding."""
-    settings = {role: (rule.lr_scale, rule.decays) for role, rule in rules(btlm.model, btlm.mup).items()}
+    settings = {
+        role: (rule.lr_scale, rule.has_weight_decay) for role, rule in parameter_rules(btlm.model, btlm.mup).items()
+    }
     assert settings == {
         "embedding": (1.0, True), "head": (1.0, True), "hidden": (pytest.approx(0.1), True),
         "residual_output": (pytest.approx(0.1), True), "norm": (1.0, False), "bias": (1.0, False),
@@ -48,7 +50,7 @@ def test_btlm_scales_as_published(btlm):
 
 def test_stablelm_starts_and_scales_as_published(stablelm):
     """Stability-AI/StableLM: 0.01, residual outputs / sqrt(2 * 40); no muP."""
-    table = rules(stablelm.model, stablelm.mup)
+    table = parameter_rules(stablelm.model, stablelm.mup)
     assert {table[role].init_std for role in ("embedding", "head", "hidden")} == {0.01}
     assert table["residual_output"].init_std == pytest.approx(1.118e-3, rel=1e-4)
     assert {rule.lr_scale for rule in table.values()} == {1.0}
@@ -57,15 +59,15 @@ def test_stablelm_starts_and_scales_as_published(stablelm):
 
 
 def test_at_the_base_width_only_the_multipliers_are_left(btlm):
-    config = tiny_configs.config("btlm", mup={"base_width": 64})
+    config = tiny_configs.make_config("btlm", mup={"base_hidden_size": 64})
     assert width_multiplier(config.model, config.mup) == 1.0
-    assert rules(config.model, config.mup) == rules(config.model, None)
+    assert parameter_rules(config.model, config.mup) == parameter_rules(config.model, None)
     assert forward_scales(config.model, config.mup).logits == config.mup.output_multiplier
 
 
 def test_a_model_twice_as_wide_halves_rates_and_variances():
-    config, wide = tiny_configs.config("btlm"), tiny_configs.config("btlm", model={"width": 128})
-    narrow_table, wide_table = rules(config.model, config.mup), rules(wide.model, wide.mup)
+    config, wide = tiny_configs.make_config("btlm"), tiny_configs.make_config("btlm", model={"hidden_size": 128})
+    narrow_table, wide_table = parameter_rules(config.model, config.mup), parameter_rules(wide.model, wide.mup)
     for role in ("hidden", "residual_output"):
         assert wide_table[role].lr_scale == narrow_table[role].lr_scale / 2
         assert wide_table[role].init_std ** 2 == pytest.approx(narrow_table[role].init_std ** 2 / 2)

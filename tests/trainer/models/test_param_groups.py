@@ -7,27 +7,29 @@ import pytest
 import torch
 
 from tandem.trainer import models
-from tandem.trainer.config import RunConfig, load
-from tandem.trainer.distributed.mesh import Mesh, started
+from tandem.trainer.config import TrainConfig, load_config
+from tandem.trainer.distributed.mesh import Mesh, mesh_context
 from tandem.trainer.models import param_groups
-from tandem.trainer.models.mup import rules
+from tandem.trainer.models.mup import parameter_rules
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with started(1) as mesh:
+    with mesh_context(1) as mesh:
         yield mesh
 
 
-def groups(file: str, mesh: Mesh) -> tuple[RunConfig, dict[str, dict], dict[str, str]]:
+def groups(file: str, mesh: Mesh) -> tuple[TrainConfig, dict[str, dict], dict[str, str]]:
     """The config, its groups by name, and each parameter's group."""
-    config = load(CONFIGS / file, ["model.depth=2"])
+    config = load_config(CONFIGS / file, ["model.num_layers=2"])
     meta = torch.device("meta")
     with meta:
-        model = models.build(config.model, config.mup, Mesh(**vars(mesh) | {"device": meta}), dtype=torch.bfloat16)
-    found = param_groups.groups(model, rules(config.model, config.mup), config.optim)
+        model = models.build_model(
+            config.model, config.mup, Mesh(**vars(mesh) | {"device": meta}), dtype=torch.bfloat16
+        )
+    found = param_groups.build_param_groups(model, parameter_rules(config.model, config.mup), config.optim)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     of = [(names[id(parameter)], group["name"]) for group in found for parameter in group["params"]]
     assert sorted(name for name, _ in of) == sorted(names.values())
@@ -58,9 +60,9 @@ def test_stablelm_decays_matrices_and_not_norms(mesh):
 
 def test_adamw_takes_the_sections_numbers(mesh):
     config, found, _ = groups("btlm-3b-8k.yaml", mesh)
-    adamw = param_groups.adamw(list(found.values()), config.optim, torch.device("cpu"))
+    adamw = param_groups.build_adamw(list(found.values()), config.optim, torch.device("cpu"))
     for group in adamw.param_groups:
         assert group["betas"] == (config.optim.beta1, config.optim.beta2)
-        assert group["eps"] == config.optim.epsilon
+        assert group["eps"] == config.optim.eps
         assert group["lr"] == 0.0  # until the schedule says otherwise
         assert not group["amsgrad"]

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig
 
-ONLY = {
+SUPPORTED_VALUES = {
     "activation_function": "swiglu",
     "attn_pdrop": 0.0,
     "embd_pdrop": 0.0,
@@ -87,7 +87,7 @@ class BTLMConfig(PreTrainedConfig):
         self.use_cache = use_cache
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         self.tie_word_embeddings = tie_word_embeddings
-        for name, value in ONLY.items():
+        for name, value in SUPPORTED_VALUES.items():
             if others.setdefault(name, value) != value:
                 raise ValueError(f"{name}: {others[name]!r}; this BTLM supports only {value!r}")
         super().__init__(**others)

@@ -1,4 +1,4 @@
-"""Models between `Read` (our names, true shapes) and a Hugging Face folder, both ways, one tensor at a time.
+"""Models between `TensorReader` (our names, true shapes) and a Hugging Face folder, both ways, one tensor at a time.
 
 The tables of `stablelm` and `btlm` say what is where, `folder` how it lies in files; here is what a folder is made of (config,
 tokenizer, weights, the shipped code), and what is refused.
@@ -15,127 +15,134 @@ import torch
 
 from tandem.trainer.checkpoint.hf import btlm, stablelm
 from tandem.trainer.checkpoint.hf.folder import (
-    INDEX,
-    SHARD,
-    SHARD_BYTES,
-    WEIGHTS,
-    appearing,
-    open_weights,
+    DEFAULT_SHARD_BYTES,
+    INDEX_FILE,
+    SHARD_FILE_PATTERN,
+    WEIGHTS_FILE,
+    atomic_folder,
+    open_tensor_files,
     read_json,
     write_json,
     write_weights,
 )
-from tandem.trainer.checkpoint.hf.tensor_mapping import Read, Row, join, whole
-from tandem.trainer.config import BTLM, FAMILIES, Mup, StableLM, UserError, section_from
+from tandem.trainer.checkpoint.hf.tensor_mapping import TensorMapping, TensorReader, from_hf_tensors, identity_mapping
+from tandem.trainer.config import MODEL_CONFIGS, BTLMConfig, MupConfig, StableLMConfig, UserError, parse_dataclass
 
-TABLES: dict[str, Any] = {"stablelm": stablelm, "btlm": btlm}
-MARK = "tandem"
+FAMILY_MODULES: dict[str, Any] = {"stablelm": stablelm, "btlm": btlm}
+EXTRA_FIELDS_KEY = "tandem"
 """Key in config.json of what the published schema lacks; it also tells an export of ours."""
-ONLY_HERE = {"init_truncation_sigmas": 0.0, "document_masking": False}
+EXTRA_FIELD_DEFAULTS = {"init_truncation_sigmas": 0.0, "document_masking": False}
 """The fields below it, with the values of folders made elsewhere."""
-IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+IGNORED_SUFFIXES = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Endings of buffers in older folders: causal masks and rotary frequencies."""
-DTYPES = ("F32", "BF16", "F16")
+SUPPORTED_DTYPES = ("F32", "BF16", "F16")
 """Of weights in a folder, as its files call them; fp32 holds each without loss."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def export(
-    read: Read,
-    model: StableLM | BTLM,
-    mup: Mup | None,
-    out: Path,
+def export_folder(
+    read_tensor: TensorReader,
+    model: StableLMConfig | BTLMConfig,
+    mup: MupConfig | None,
+    output_folder: Path,
     *,
     tokenizer: Path | None,
     eos_token: str = "<|endoftext|>",
     max_seq_len: int,
     dtype: torch.dtype,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
-    """`out` is a folder that transformers loads offline (BTLM with `trust_remote_code=True`).
+    """`output_folder` is a folder that transformers loads offline (BTLM with `trust_remote_code=True`).
 
-    Memory: one of our tensors and a piece of it. An earlier export at `out` is replaced when the new one is complete; anything
-    else there is left alone. `tokenizer` is a tokenizer.json with the special token `eos_token`.
-    Raises: UserError where `out` holds other files, the tokenizer does not fit, or the family has no room for
+    Memory: one of our tensors and a piece of it. An earlier export at `output_folder` is replaced when the new one is
+    complete; anything else there is left alone. `tokenizer` is a tokenizer.json with the special token `eos_token`.
+    Raises: UserError where `output_folder` holds other files, the tokenizer does not fit, or the family has no room for
     muP.
     """
-    out, table = Path(out), TABLES[model.family]
-    _check_replaceable(out)
-    end = _token_id(eos_token, tokenizer, model.vocab) if tokenizer else None
-    config = _config(model, mup, end, max_seq_len, dtype)
-    with appearing(out) as folder:
+    output_folder, family = Path(output_folder), FAMILY_MODULES[model.family]
+    _check_replaceable(output_folder)
+    eos_id = _special_token_id(eos_token, tokenizer, model.vocab_size) if tokenizer else None
+    config = _build_hf_config(model, mup, eos_id, max_seq_len, dtype)
+    with atomic_folder(output_folder) as folder:
         write_json(folder / "config.json", config)
-        write_json(folder / "generation_config.json", _ends("bos", "eos", "pad", end=end) if tokenizer else {})
-        for code in table.CODE:
+        write_json(
+            folder / "generation_config.json",
+            _special_token_ids("bos", "eos", "pad", eos_id=eos_id) if tokenizer else {},
+        )
+        for code in family.CODE_FILES:
             shutil.copyfile(Path(__file__).parent / code, folder / code)
         if tokenizer:
             _write_tokenizer(folder, tokenizer, eos_token, max_seq_len)
-        _write_weights(folder, read, model, dtype, shard_bytes)
+        _write_weights(folder, read_tensor, model, dtype, shard_bytes)
 
 
-def load(folder: Path) -> tuple[StableLM | BTLM, Mup | None, Read]:
+def open_folder(folder: Path) -> tuple[StableLMConfig | BTLMConfig, MupConfig | None, TensorReader]:
     """The model of a Hugging Face folder, its muP section, and a reader of its tensors by our names.
 
     Names, shapes and dtypes of all tensors are checked here; values are read, as stored, when asked for.
     Raises: UserError for a folder that is damaged, incomplete, or not of one of the two families.
     """
     folder = Path(folder)
-    given = read_json(folder / "config.json")
-    model, mup = _section(folder, given)
-    table = TABLES[model.family]
-    files, defaults = open_weights(folder), table.defaults(model)
-    if model.tied_head and table.HEAD in files:
-        _check_tied(folder, files.pop(table.HEAD), files, table)
-    changed = [name for name, value in defaults.items() if name in files and not _is(files[name], name, value)]
-    if isinstance(model, StableLM):
+    hf_config = read_json(folder / "config.json")
+    model, mup = _parse_hf_config(folder, hf_config)
+    table = FAMILY_MODULES[model.family]
+    files, defaults = open_tensor_files(folder), table.default_tensors(model)
+    if model.tie_word_embeddings and table.HEAD_NAME in files:
+        _check_tied_head(folder, files.pop(table.HEAD_NAME), files, table)
+    changed = [name for name, value in defaults.items() if name in files and not _is_close(files[name], name, value)]
+    if isinstance(model, StableLMConfig):
         model = dataclasses.replace(model, norm_bias=model.norm_bias or bool(changed))
     elif changed:
-        raise UserError(f"{folder}: {changed[0]} are not ALiBi's for {model.heads} heads; choose another folder")
-    rows = {row.ours: row for row in table.rows(model)}
-    _check_names(folder, rows.values(), files, defaults)
+        raise UserError(f"{folder}: {changed[0]} are not ALiBi's for {model.num_heads} heads; choose another folder")
+    rows = {row.name: row for row in table.tensor_mappings(model)}
+    _check_tensors(folder, rows.values(), files, defaults)
 
-    def fetch(theirs: str) -> torch.Tensor:
+    def read_hf_tensor(theirs: str) -> torch.Tensor:
         found: torch.Tensor = files[theirs].get_tensor(theirs) if theirs in files else defaults[theirs]
         return found
 
-    return model, mup, lambda ours: join(rows[ours], fetch)
+    return model, mup, lambda ours: from_hf_tensors(rows[ours], read_hf_tensor)
 
 
-def text_facts(folder: Path) -> tuple[str | None, int | None]:
+def read_text_settings(folder: Path) -> tuple[str | None, int | None]:
     """The token that ends a document, and the longest row, as far as the folder says."""
-    given, settings = read_json(folder / "config.json"), folder / "tokenizer_config.json"
-    end = read_json(settings).get("eos_token") if settings.is_file() else None
-    longest = given.get(TABLES[given["model_type"]].MAX_SEQ_LEN)
-    return end["content"] if isinstance(end, dict) else end, longest
+    hf_config, settings = read_json(folder / "config.json"), folder / "tokenizer_config.json"
+    eos_token = read_json(settings).get("eos_token") if settings.is_file() else None
+    max_seq_len = hf_config.get(FAMILY_MODULES[hf_config["model_type"]].MAX_SEQ_LEN_FIELD)
+    return eos_token["content"] if isinstance(eos_token, dict) else eos_token, max_seq_len
 
 
-def _config(
-    model: StableLM | BTLM, mup: Mup | None, end: int | None, max_seq_len: int, dtype: torch.dtype
+def _build_hf_config(
+    model: StableLMConfig | BTLMConfig, mup: MupConfig | None, eos_id: int | None, max_seq_len: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """config.json. No pad token: the class would give its row of the embedding no gradient, and it is also the end's."""
     name = str(dtype).removeprefix("torch.")
     return {
-        **TABLES[model.family].fields(model, mup, max_seq_len),
-        **_ends("bos", "eos", end=end),
+        **FAMILY_MODULES[model.family].to_hf_config(model, mup, max_seq_len),
+        **_special_token_ids("bos", "eos", eos_id=eos_id),
         "dtype": name,
         "torch_dtype": name,
-        MARK: {field: getattr(model, field) for field in ONLY_HERE},
+        EXTRA_FIELDS_KEY: {field: getattr(model, field) for field in EXTRA_FIELD_DEFAULTS},
     }
 
 
-def _ends(*roles: str, end: int | None) -> dict[str, int | None]:
-    return {f"{role}_token_id": end for role in roles}
+def _special_token_ids(*roles: str, eos_id: int | None) -> dict[str, int | None]:
+    return {f"{role}_token_id": eos_id for role in roles}
 
 
-def _write_weights(folder: Path, read: Read, model: StableLM | BTLM, dtype: torch.dtype, shard_bytes: int) -> None:
-    table = TABLES[model.family]
-    rows = list(table.rows(model))
-    mapped = {piece.theirs for row in rows for piece in row.pieces}
-    fixed = {name: value for name, value in table.defaults(model, dtype).items() if name not in mapped}
+def _write_weights(
+    folder: Path, read_tensor: TensorReader, model: StableLMConfig | BTLMConfig, dtype: torch.dtype, shard_bytes: int
+) -> None:
+    table = FAMILY_MODULES[model.family]
+    rows = list(table.tensor_mappings(model))
+    mapped_names = {piece.hf_name for row in rows for piece in row.hf_tensors}
+    defaults = {name: value for name, value in table.default_tensors(model, dtype).items() if name not in mapped_names}
     # These come first: in a 16-bit export the slopes are wider than the rest.
-    rows = [whole(name, name, *value.shape) for name, value in fixed.items()] + rows
-    dtypes = {row.ours: fixed[row.ours].dtype if row.ours in fixed else dtype for row in rows}
-    write_weights(folder, lambda name: fixed[name] if name in fixed else read(name), rows, dtypes, shard_bytes)
+    rows = [identity_mapping(name, name, *value.shape) for name, value in defaults.items()] + rows
+    dtypes = {row.name: defaults[row.name].dtype if row.name in defaults else dtype for row in rows}
+    write_weights(
+        folder, lambda name: defaults[name] if name in defaults else read_tensor(name), rows, dtypes, shard_bytes
+    )
 
 
 def _write_tokenizer(folder: Path, tokenizer: Path, eos_token: str, max_seq_len: int) -> None:
@@ -151,53 +158,63 @@ def _write_tokenizer(folder: Path, tokenizer: Path, eos_token: str, max_seq_len:
     write_json(folder / "special_tokens_map.json", special)
 
 
-def _token_id(token: str, tokenizer: Path, vocab: int) -> int:
+def _special_token_id(token: str, tokenizer: Path, vocab_size: int) -> int:
     tree = read_json(Path(tokenizer))
     added = {entry["content"]: entry["id"] for entry in tree.get("added_tokens") or []}
     words = tree.get("model", {}).get("vocab", {})
     largest = max([*added.values(), *(words.values() if isinstance(words, dict) else [len(words) - 1])])
     if token not in added:
         raise UserError(f"{tokenizer}: has no special token {token}; documents end with it; add it")
-    if largest >= vocab:
+    if largest >= vocab_size:
         raise UserError(
-            f"{tokenizer}: has token id {largest}; model.vocab is {vocab}; name the tokenizer of the run's corpus"
+            f"{tokenizer}: has token id {largest}; model.vocab_size is {vocab_size}; name the tokenizer of the run's corpus"
         )
     return int(added[token])
 
 
-def _check_replaceable(out: Path) -> None:
-    if not out.exists():
+def _check_replaceable(output_folder: Path) -> None:
+    if not output_folder.exists():
         return
-    known = {"config.json", "generation_config.json", WEIGHTS, INDEX, *TOKENIZER_FILES, *btlm.CODE}
-    if out.is_dir():
-        names = {path.name for path in out.iterdir()}
-        others = {name for name in names - known if not re.fullmatch(SHARD, name)}
-        if not names or (not others and "config.json" in names and MARK in read_json(out / "config.json")):
+    known = {"config.json", "generation_config.json", WEIGHTS_FILE, INDEX_FILE, *TOKENIZER_FILES, *btlm.CODE_FILES}
+    if output_folder.is_dir():
+        names = {path.name for path in output_folder.iterdir()}
+        others = {name for name in names - known if not re.fullmatch(SHARD_FILE_PATTERN, name)}
+        if not names or (
+            not others and "config.json" in names and EXTRA_FIELDS_KEY in read_json(output_folder / "config.json")
+        ):
             return
-    raise UserError(f"{out}: holds files that no export wrote; nothing is overwritten; name a new folder")
+    raise UserError(f"{output_folder}: holds files that no export wrote; nothing is overwritten; name a new folder")
 
 
-def _section(folder: Path, given: dict[str, Any]) -> tuple[StableLM | BTLM, Mup | None]:
-    where, family = f"{folder}/config.json", given.get("model_type")
-    if family not in TABLES:
-        raise UserError(f"{where}: model_type {family!r}; must be one of {', '.join(TABLES)}; name another folder")
+def _parse_hf_config(folder: Path, hf_config: dict[str, Any]) -> tuple[StableLMConfig | BTLMConfig, MupConfig | None]:
+    config_path, family = f"{folder}/config.json", hf_config.get("model_type")
+    if family not in FAMILY_MODULES:
+        raise UserError(
+            f"{config_path}: model_type {family!r}; must be one of {', '.join(FAMILY_MODULES)}; name another folder"
+        )
     try:
-        model_tree, mup_tree = TABLES[family].section(given)
-        model = section_from(FAMILIES[family], model_tree | ONLY_HERE | given.get(MARK, {}), where)
-        mup = section_from(Mup, mup_tree, where) if mup_tree else None
-        if model.width % model.heads or model.heads % model.kv_heads:
-            raise UserError(f"{where}: {model.heads} heads do not divide width {model.width}; correct it")
+        model_tree, mup_tree = FAMILY_MODULES[family].from_hf_config(hf_config)
+        model = parse_dataclass(
+            MODEL_CONFIGS[family], model_tree | EXTRA_FIELD_DEFAULTS | hf_config.get(EXTRA_FIELDS_KEY, {}), config_path
+        )
+        mup = parse_dataclass(MupConfig, mup_tree, config_path) if mup_tree else None
+        if model.hidden_size % model.num_heads or model.num_heads % model.num_kv_heads:
+            raise UserError(
+                f"{config_path}: {model.num_heads} heads do not divide width {model.hidden_size}; correct it"
+            )
     except UserError:
         raise
     except KeyError as error:
-        raise UserError(f"{where}: {error.args[0]} is missing; the model needs it; add it") from None
+        raise UserError(f"{config_path}: {error.args[0]} is missing; the model needs it; add it") from None
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{where}: {error}; a field has an impossible value; correct it") from None
+        raise UserError(f"{config_path}: {error}; a field has an impossible value; correct it") from None
     return model, mup
 
 
-def _check_names(folder: Path, rows: Iterable[Row], files: dict[str, Any], defaults: dict[str, torch.Tensor]) -> None:
-    expected = {piece.theirs: piece.shape for row in rows for piece in row.pieces}
+def _check_tensors(
+    folder: Path, rows: Iterable[TensorMapping], files: dict[str, Any], defaults: dict[str, torch.Tensor]
+) -> None:
+    expected = {piece.hf_name: piece.shape for row in rows for piece in row.hf_tensors}
     for name, shape in expected.items():
         if name not in files and name not in defaults:
             raise UserError(f"{folder}: {name} is missing; config.json asks for it; complete the folder")
@@ -206,25 +223,25 @@ def _check_names(folder: Path, rows: Iterable[Row], files: dict[str, Any], defau
         found, dtype = tuple(files[name].get_slice(name).get_shape()), files[name].get_slice(name).get_dtype()
         if found != shape:
             raise UserError(f"{folder}: {name} has shape {found}; config.json makes it {shape}; correct one of them")
-        if dtype not in DTYPES:
+        if dtype not in SUPPORTED_DTYPES:
             raise UserError(
-                f"{folder}: {name} is {dtype}; weights are read from {', '.join(DTYPES)}; convert the folder"
+                f"{folder}: {name} is {dtype}; weights are read from {', '.join(SUPPORTED_DTYPES)}; convert the folder"
             )
     for name in files:
-        if name not in expected and name not in defaults and not name.endswith(IGNORED):
+        if name not in expected and name not in defaults and not name.endswith(IGNORED_SUFFIXES):
             raise UserError(f"{folder}: {name} is no tensor of the model in config.json; correct config.json")
 
 
-def _check_tied(folder: Path, head: Any, files: dict[str, Any], table: Any) -> None:
-    embedding = files[table.EMBEDDING].get_tensor(table.EMBEDDING) if table.EMBEDDING in files else None
-    if embedding is not None and not torch.equal(head.get_tensor(table.HEAD), embedding):
+def _check_tied_head(folder: Path, head: Any, files: dict[str, Any], table: Any) -> None:
+    embedding = files[table.EMBEDDING_NAME].get_tensor(table.EMBEDDING_NAME) if table.EMBEDDING_NAME in files else None
+    if embedding is not None and not torch.equal(head.get_tensor(table.HEAD_NAME), embedding):
         raise UserError(
-            f"{folder}: {table.HEAD} differs from the embedding; config.json ties them; set "
+            f"{folder}: {table.HEAD_NAME} differs from the embedding; config.json ties them; set "
             "tie_word_embeddings to false"
         )
 
 
-def _is(file: Any, name: str, value: torch.Tensor) -> bool:
+def _is_close(file: Any, name: str, value: torch.Tensor) -> bool:
     """Whether the file's tensor is `value`, to the rounding of 16-bit storage."""
     found = file.get_tensor(name).float().flatten()
     return found.numel() == value.numel() and torch.allclose(found, value.flatten(), rtol=2**-8, atol=0.0)

@@ -18,18 +18,18 @@ from transformers.utils import can_return_tuple
 
 from .configuration_btlm import BTLMConfig
 
-QUERY_BLOCK = 512
+QUERY_BLOCK_SIZE = 512
 
 
-def alibi_slopes(heads: int) -> torch.Tensor:
+def alibi_slopes(num_heads: int) -> torch.Tensor:
     """[heads, 1]: a geometric series; beyond a power of two, every other slope of the next power."""
-    below = 1 << (heads.bit_length() - 1)
+    below = 1 << (num_heads.bit_length() - 1)
     slopes = [2.0 ** (-8 * (head + 1) / below) for head in range(below)]
-    slopes += [2.0 ** (-4 * (2 * head + 1) / below) for head in range(heads - below)]
+    slopes += [2.0 ** (-4 * (2 * head + 1) / below) for head in range(num_heads - below)]
     return torch.tensor(slopes).unsqueeze(-1)
 
 
-def attend(query, key, value, slopes, visible, scale):
+def alibi_attention(query, key, value, slopes, visible, scale):
     """[rows, heads, queries, head_dim]; queries end where keys end; `visible` [rows, keys] hides padding.
 
     `slopes` is [heads, 1], or [rows, heads, 1] where rows differ.
@@ -38,8 +38,8 @@ def attend(query, key, value, slopes, visible, scale):
     key_position = torch.arange(key.shape[2], device=key.device)
     dtype = torch.promote_types(query.dtype, torch.float32)
     mixed = []
-    for start in range(0, query.shape[2], QUERY_BLOCK):
-        block = query[:, :, start : start + QUERY_BLOCK]
+    for start in range(0, query.shape[2], QUERY_BLOCK_SIZE):
+        block = query[:, :, start : start + QUERY_BLOCK_SIZE]
         position = torch.arange(block.shape[2], device=key.device) + cached + start
         distance = position[:, None] - key_position
         seen = distance >= 0
@@ -98,7 +98,7 @@ class BTLMAttention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_index)
-        mixed = attend(query, key, value, slopes, visible, self.scale)
+        mixed = alibi_attention(query, key, value, slopes, visible, self.scale)
         return self.c_proj(mixed.transpose(1, 2).reshape(rows, length, width))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def pretrained(folder: Path) -> nn.Module:
+def load_pretrained(folder: Path) -> nn.Module:
     """The folder's model in fp32, by transformers and, for BTLM, the code shipped in the folder; nothing is downloaded."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

@@ -14,100 +14,116 @@ from typing import Any
 
 import torch
 
-from tandem.trainer.config import Phase, flops
+from tandem.trainer.config import PhaseConfig, flops
 from tandem.trainer.data.loader import Batch
-from tandem.trainer.distributed.coordination import Agreement
-from tandem.trainer.distributed.mesh import Mesh, gather_to_all
-from tandem.trainer.metrics.console import short
+from tandem.trainer.distributed.coordination import Coordinator
+from tandem.trainer.distributed.mesh import Mesh, all_gather_objects
+from tandem.trainer.metrics.console import format_number
 from tandem.trainer.metrics.records import StepRecord
 from tandem.trainer.metrics.throughput import Throughput, throughput
-from tandem.trainer.run_folder import environment
-from tandem.trainer.run_state import Stepper
-from tandem.trainer.tools.bench.part_timing import instrumented
-from tandem.trainer.tools.bench.plan import INSTRUMENTED_STEPS, Plan
-from tandem.trainer.tools.bench.step_profile import profiled
-from tandem.trainer.tools.bench.synthetic_batch import drawn
-from tandem.trainer.train import timed_step
+from tandem.trainer.run_folder import describe_environment
+from tandem.trainer.run_state import StepContext
+from tandem.trainer.tools.bench.part_timing import run_instrumented_step
+from tandem.trainer.tools.bench.plan import NUM_INSTRUMENTED_STEPS, PhasePlan
+from tandem.trainer.tools.bench.step_profile import profile_step
+from tandem.trainer.tools.bench.synthetic_batch import draw_batch
+from tandem.trainer.train import timed_train_step
 
 log = logging.getLogger(__name__)
 
 
-def measure(stepper: Stepper, plan: Plan, matmul_flops: float, agreement: Agreement) -> dict[str, Any]:
+def measure_phase(
+    context: StepContext, plan: PhasePlan, matmul_flops: float, coordinator: Coordinator
+) -> dict[str, Any]:
     """The plan's steps are made; returns their line."""
     phase, first = plan.span.phase, plan.span.first_step
-    steps = range(first, first + plan.total_steps)
+    steps = range(first, first + plan.num_steps)
     # Drawn before the clock starts: a run reads ahead in the background.
-    batches = unless_stopped([drawn(stepper.config, phase, step, stepper.mesh) for step in steps], agreement)
+    batches = stop_on_signal([draw_batch(context.config, phase, step, context.mesh) for step in steps], coordinator)
     numbers = iter(steps)
-    forget_memory(stepper.mesh)
-    say_what(stepper, plan)
-    for _ in range(plan.warmup_steps):
-        made(stepper, batches, next(numbers), "warm-up")
-    records = [made(stepper, batches, next(numbers), "timed") for _ in range(plan.timed_steps)]
-    memory = peak_memory(stepper.mesh)
-    watched = [instrumented(stepper, batches, next(numbers)) for _ in range(INSTRUMENTED_STEPS)]
+    reset_peak_memory(context.mesh)
+    log_plan(context, plan)
+    for _ in range(plan.num_warmup_steps):
+        run_step(context, batches, next(numbers), "warm-up")
+    records = [run_step(context, batches, next(numbers), "timed") for _ in range(plan.num_timed_steps)]
+    memory = peak_memory(context.mesh)
+    instrumented_steps = [run_instrumented_step(context, batches, next(numbers)) for _ in range(NUM_INSTRUMENTED_STEPS)]
     kinds = None
-    if plan.profile is not None:
-        kinds = profiled(lambda: timed_step(stepper, batches, next(numbers)), plan.profile, stepper.mesh)
-    watched_seconds, parts = sorted(watched, key=lambda one: one[0])[INSTRUMENTED_STEPS // 2]
+    if plan.trace_path is not None:
+        kinds = profile_step(lambda: timed_train_step(context, batches, next(numbers)), plan.trace_path, context.mesh)
+    instrumented_seconds, part_seconds = sorted(instrumented_steps, key=lambda one: one[0])[NUM_INSTRUMENTED_STEPS // 2]
     return {
-        **setting(stepper, plan),
-        **speed(stepper, phase, records, matmul_flops),
+        **config_fields(context, plan),
+        **throughput_fields(context, phase, records, matmul_flops),
         **memory,
-        "part_seconds": parts,
-        "instrumented_steps": INSTRUMENTED_STEPS,
-        "instrumented_step_seconds": watched_seconds,
+        "part_seconds": part_seconds,
+        "num_instrumented_steps": NUM_INSTRUMENTED_STEPS,
+        "instrumented_step_seconds": instrumented_seconds,
         "kind_seconds": kinds,
-        "derived": at_full_batch(stepper, plan, records, parts),
+        "derived": full_batch_fields(context, plan, records, part_seconds),
         "first_loss": records[0].loss,
         "last_loss": records[-1].loss,
-        **machine(stepper.mesh),
+        **environment_fields(context.mesh),
     }
 
 
-def unless_stopped(batches: Iterable[Batch], agreement: Agreement) -> Iterator[Batch]:
+def stop_on_signal(batches: Iterable[Batch], coordinator: Coordinator) -> Iterator[Batch]:
     """The batches, until a rank is told to stop."""
     for batch in batches:
-        agreement.any_rank(False)
+        coordinator.any_rank(False)
         yield batch
 
 
-def made(stepper: Stepper, batches: Iterator[Batch], step: int, kind: str) -> StepRecord:
+def run_step(context: StepContext, batches: Iterator[Batch], step: int, label: str) -> StepRecord:
     """The record of update number `step`, which is shown."""
-    done = timed_step(stepper, batches, step)
-    assert done, "synthetic rows do not end"
-    record = done.record
+    result = timed_train_step(context, batches, step)
+    assert result, "synthetic rows do not end"
+    record = result.record
     log.info(
         "%s, %s step %d: loss %.4f, %.3f s, %s tokens/s, mfu %.1f%%",
-        record.phase, kind, record.step, record.loss, record.step_seconds, short(record.tokens_per_second), 100 * record.mfu,
-    )  # fmt: skip
+        record.phase,
+        label,
+        record.step,
+        record.loss,
+        record.step_seconds,
+        format_number(record.tokens_per_second),
+        100 * record.mfu,
+    )
     return record
 
 
-def say_what(stepper: Stepper, plan: Plan) -> None:
-    mesh, phase, model = stepper.mesh, plan.span.phase, stepper.config.model
+def log_plan(context: StepContext, plan: PhasePlan) -> None:
+    mesh, phase, model = context.mesh, plan.span.phase, context.config.model
     log.info(
         "%s, %d of %d layers, %s parameters, phase %s: %d rows of %d tokens a step, tp %d x dp %d on %s",
-        stepper.config.run.name, model.depth, plan.recipe_depth, short(flops.parameters(model)), phase.name, phase.rows,
-        phase.seq_len, mesh.tp_size, mesh.dp_size, device_name(mesh),
-    )  # fmt: skip
+        context.config.run.name,
+        model.num_layers,
+        plan.recipe_num_layers,
+        format_number(flops.num_parameters(model)),
+        phase.name,
+        phase.global_batch_size,
+        phase.seq_len,
+        mesh.tp_size,
+        mesh.dp_size,
+        device_name(mesh),
+    )
 
 
-def setting(stepper: Stepper, plan: Plan) -> dict[str, Any]:
+def config_fields(context: StepContext, plan: PhasePlan) -> dict[str, Any]:
     """What was trained, and how."""
-    config, mesh, phase = stepper.config, stepper.mesh, plan.span.phase
+    config, mesh, phase = context.config, context.mesh, plan.span.phase
     return {
         "config": config.run.name,
         "overrides": plan.overrides,
         "family": config.model.family,
-        "depth": config.model.depth,
-        "recipe_depth": plan.recipe_depth,
-        "parameters": flops.parameters(config.model),
+        "num_layers": config.model.num_layers,
+        "recipe_num_layers": plan.recipe_num_layers,
+        "num_parameters": flops.num_parameters(config.model),
         "phase": phase.name,
         "seq_len": phase.seq_len,
-        "rows": phase.rows,
-        "micro_rows": phase.micro_rows,
-        "micro_batches": phase.rows // (mesh.dp_size * phase.micro_rows),
+        "global_batch_size": phase.global_batch_size,
+        "micro_batch_size": phase.micro_batch_size,
+        "num_micro_batches": phase.global_batch_size // (mesh.dp_size * phase.micro_batch_size),
         "document_masking": config.model.document_masking,
         "tp_size": mesh.tp_size,
         "dp_size": mesh.dp_size,
@@ -116,33 +132,35 @@ def setting(stepper: Stepper, plan: Plan) -> dict[str, Any]:
         "recompute": config.parallel.recompute,
         "deterministic": config.debug.deterministic,
         "immediate_gradients": config.debug.immediate_gradients,
-        "warmup_steps": plan.warmup_steps,
-        "steps": plan.timed_steps,
+        "num_warmup_steps": plan.num_warmup_steps,
+        "num_timed_steps": plan.num_timed_steps,
     }
 
 
-def speed(stepper: Stepper, phase: Phase, records: list[StepRecord], matmul_flops: float) -> dict[str, Any]:
+def throughput_fields(
+    context: StepContext, phase: PhaseConfig, records: list[StepRecord], matmul_flops: float
+) -> dict[str, Any]:
     """Of all devices together where the name does not say otherwise; percentiles over the timed steps."""
     seconds = [record.step_seconds for record in records]
-    low, _, _, high = quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds * 4
-    middle = median(seconds)
-    devices = stepper.mesh.world_size
-    peak = rate(stepper, phase, middle, stepper.peak_flops)
-    matmul = rate(stepper, phase, middle, matmul_flops)
-    hardware = stepper.config.hardware
+    p20_seconds, _, _, p80_seconds = quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds * 4
+    median_seconds = median(seconds)
+    num_devices = context.mesh.world_size
+    peak = step_throughput(context, phase, median_seconds, context.peak_flops)
+    matmul = step_throughput(context, phase, median_seconds, matmul_flops)
+    hardware = context.config.hardware
     return {
-        "step_tokens": phase.batch_tokens,
-        "step_seconds": middle,
-        "step_seconds_p20": low,
-        "step_seconds_p80": high,
+        "tokens_per_step": phase.tokens_per_step,
+        "step_seconds": median_seconds,
+        "step_seconds_p20": p20_seconds,
+        "step_seconds_p80": p80_seconds,
         "tokens_per_second": peak.tokens_per_second,
-        "tokens_per_second_p20": phase.batch_tokens / high,
-        "tokens_per_second_p80": phase.batch_tokens / low,
-        "tokens_per_second_per_device": peak.tokens_per_second / devices,
-        "model_tflops_per_second_per_device": peak.mfu * stepper.peak_flops / 1e12,
-        "causal_model_tflops_per_second_per_device": peak.mfu_causal * stepper.peak_flops / 1e12,
+        "tokens_per_second_p20": phase.tokens_per_step / p80_seconds,
+        "tokens_per_second_p80": phase.tokens_per_step / p20_seconds,
+        "tokens_per_second_per_device": peak.tokens_per_second / num_devices,
+        "model_tflops_per_second_per_device": peak.mfu * context.peak_flops / 1e12,
+        "causal_model_tflops_per_second_per_device": peak.mfu_causal * context.peak_flops / 1e12,
         "hardware": hardware.name if hardware else None,
-        "peak_flops": stepper.peak_flops,
+        "peak_flops": context.peak_flops,
         "mfu": peak.mfu,
         "mfu_causal": peak.mfu_causal,
         "matmul_flops": matmul_flops,
@@ -151,41 +169,43 @@ def speed(stepper: Stepper, phase: Phase, records: list[StepRecord], matmul_flop
     }
 
 
-def rate(stepper: Stepper, phase: Phase, step_seconds: float, peak_flops: float) -> Throughput:
+def step_throughput(context: StepContext, phase: PhaseConfig, step_seconds: float, peak_flops: float) -> Throughput:
     """Throughput of a step of the phase that takes so long, counted as the training loop counts it."""
-    model = stepper.config.model
+    model = context.config.model
     return throughput(
-        phase.batch_tokens, step_seconds,
+        phase.tokens_per_step, step_seconds,
         flops_per_token=flops.flops_per_token(model, phase.seq_len, causal=False),
         causal_flops_per_token=flops.flops_per_token(model, phase.seq_len, causal=True),
-        devices=stepper.mesh.world_size, peak_flops=peak_flops,
+        num_devices=context.mesh.world_size, peak_flops=peak_flops,
     )  # fmt: skip
 
 
-def at_full_batch(stepper: Stepper, plan: Plan, records: list[StepRecord], parts: dict[str, float]) -> dict[str, Any]:
+def full_batch_fields(
+    context: StepContext, plan: PhasePlan, records: list[StepRecord], parts: dict[str, float]
+) -> dict[str, Any]:
     """What a step of the recipe's own rows would take on these ranks: computed, not measured.
 
     Accumulation grows with the rows, the update does not; its share is that of the instrumented step.
     """
     phase = plan.span.phase
-    whole = replace(phase, rows=plan.recipe_rows)
+    full_phase = replace(phase, global_batch_size=plan.recipe_global_batch_size)
     step_seconds = median([record.step_seconds for record in records])
     update_seconds = parts["update"] + parts["other"]
     accumulation_seconds = step_seconds - update_seconds
-    seconds = plan.recipe_rows / phase.rows * accumulation_seconds + update_seconds
-    found = rate(stepper, whole, seconds, stepper.peak_flops)
+    seconds = plan.recipe_global_batch_size / phase.global_batch_size * accumulation_seconds + update_seconds
+    full_throughput = step_throughput(context, full_phase, seconds, context.peak_flops)
     return {
-        "rows_at_full_batch": plan.recipe_rows,
+        "full_global_batch_size": plan.recipe_global_batch_size,
         "accumulation_seconds": accumulation_seconds,
         "update_seconds": update_seconds,
         "step_seconds_at_full_batch": seconds,
-        "tokens_per_second_at_full_batch": found.tokens_per_second,
-        "mfu_at_full_batch": found.mfu,
-        "mfu_causal_at_full_batch": found.mfu_causal,
+        "tokens_per_second_at_full_batch": full_throughput.tokens_per_second,
+        "mfu_at_full_batch": full_throughput.mfu,
+        "mfu_causal_at_full_batch": full_throughput.mfu_causal,
     }
 
 
-def forget_memory(mesh: Mesh) -> None:
+def reset_peak_memory(mesh: Mesh) -> None:
     """The next peaks are of what comes."""
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -193,18 +213,18 @@ def forget_memory(mesh: Mesh) -> None:
 
 
 def peak_memory(mesh: Mesh) -> dict[str, float | None]:
-    """Largest of any rank: on a device since `forget_memory`, on a CPU since the process began."""
+    """Largest of any rank: on a device since `reset_peak_memory`, on a CPU since the process began."""
     if mesh.device.type == "cuda":
-        mine = [torch.cuda.max_memory_allocated(mesh.device), torch.cuda.max_memory_reserved(mesh.device)]
-        allocated, reserved = (max(column) / 2**30 for column in zip(*gather_to_all(mine), strict=True))
+        local_bytes = [torch.cuda.max_memory_allocated(mesh.device), torch.cuda.max_memory_reserved(mesh.device)]
+        allocated, reserved = (max(column) / 2**30 for column in zip(*all_gather_objects(local_bytes), strict=True))
         return {"peak_allocated_gib": allocated, "peak_reserved_gib": reserved, "peak_resident_gib": None}
-    kib = max(gather_to_all(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    kib = max(all_gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
     return {"peak_allocated_gib": None, "peak_reserved_gib": None, "peak_resident_gib": kib / 2**20}
 
 
-def machine(mesh: Mesh) -> dict[str, Any]:
+def environment_fields(mesh: Mesh) -> dict[str, Any]:
     """What it ran on, and which code."""
-    found = environment()
+    found = describe_environment()
     packages = {name: found["packages"][name] for name in ("torch", "triton", "deepspeed")}
     return {
         "device": device_name(mesh),

@@ -13,81 +13,81 @@ from torch import Tensor
 
 from tandem.trainer.data.loader import Batch
 from tandem.trainer.distributed.deepspeed_engine import Engine
-from tandem.trainer.run_state import Stepper
-from tandem.trainer.train import timed_step
+from tandem.trainer.run_state import StepContext
+from tandem.trainer.train import timed_train_step
 
-PARTS = ("data", "forward", "backward", "update", "other")
+STEP_PARTS = ("data", "forward", "backward", "update", "other")
 """data: rows to the device; backward: with the sum of micro-batches in fp32; update: data-parallel reduction, clipping, AdamW
 and the gathering of weights."""
 
 
-class Clock:
+class PartTimer:
     """Seconds by part, between marks."""
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.part_seconds = dict.fromkeys(STEP_PARTS, 0.0)
         self._device = device
-        self._last = self._now()
+        self._last_time = self._read_clock()
 
-    def mark(self, part: str) -> None:
+    def end_part(self, part: str) -> None:
         """What has passed since the last mark was this part."""
-        now = self._now()
-        self.seconds[part] += now - self._last
-        self._last = now
+        now = self._read_clock()
+        self.part_seconds[part] += now - self._last_time
+        self._last_time = now
 
-    def _now(self) -> float:
+    def _read_clock(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
 
-class WatchedEngine(Engine):
+class InstrumentedEngine(Engine):
     """An engine, the same weights and state, that marks the end of every part."""
 
-    def __init__(self, engine: Engine, mark: Callable[[str], None]) -> None:
+    def __init__(self, engine: Engine, end_part: Callable[[str], None]) -> None:
         vars(self).update(vars(engine))
-        self._mark = mark
+        self._end_part = end_part
 
     def __call__(self, *arguments: Tensor) -> Tensor:
-        self._mark("data")
+        self._end_part("data")
         losses = super().__call__(*arguments)
-        self._mark("forward")
+        self._end_part("forward")
         return losses
 
-    def accumulate(self, loss: Tensor, *, last: bool) -> None:
-        """As in the engine, whose call ends with the reduction over data-parallel ranks if it is the `last`."""
-        self._mark("forward")
-        reduce = self._inner.allreduce_gradients
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """As in the engine, whose call ends with the reduction over data-parallel ranks if it is the last."""
+        self._end_part("forward")
+        reduce = self._deepspeed_engine.allreduce_gradients
 
-        def reduce_marked() -> None:
-            self._mark("backward")
+        def timed_reduce() -> None:
+            self._end_part("backward")
             reduce()
-            self._mark("update")
+            self._end_part("update")
 
-        self._inner.allreduce_gradients = reduce_marked
+        self._deepspeed_engine.allreduce_gradients = timed_reduce
         try:
-            super().accumulate(loss, last=last)
+            super().backward(loss, is_last=is_last)
         finally:
-            del self._inner.allreduce_gradients  # the class's own is seen again
-        self._mark("backward")
+            del self._deepspeed_engine.allreduce_gradients  # the class's own is seen again
+        self._end_part("backward")
 
-    def gradient_norm(self) -> Tensor:
-        self._mark("other")
-        norm = super().gradient_norm()
-        self._mark("update")
+    def grad_norm(self) -> Tensor:
+        self._end_part("other")
+        norm = super().grad_norm()
+        self._end_part("update")
         return norm
 
-    def update(self, lr: float, norm: float | None = None) -> None:
-        self._mark("other")
-        super().update(lr, norm)
-        self._mark("update")
+    def update(self, lr: float, grad_norm: float | None = None) -> None:
+        self._end_part("other")
+        super().update(lr, grad_norm)
+        self._end_part("update")
 
 
-def instrumented(stepper: Stepper, batches: Iterator[Batch], step: int) -> tuple[float, dict[str, float]]:
+def run_instrumented_step(context: StepContext, batches: Iterator[Batch], step: int) -> tuple[float, dict[str, float]]:
     """Update number `step` is made; returns the seconds it took by the training loop's clock, and those of its parts."""
-    clock = Clock(stepper.mesh.device)
-    watched = replace(stepper, engine=WatchedEngine(stepper.engine, clock.mark))
-    made = timed_step(watched, batches, step)
-    assert made, "synthetic rows do not end"
-    clock.mark("other")
-    return made.record.step_seconds, clock.seconds
+    timer = PartTimer(context.mesh.device)
+    instrumented_context = replace(context, engine=InstrumentedEngine(context.engine, timer.end_part))
+    result = timed_train_step(instrumented_context, batches, step)
+    assert result, "synthetic rows do not end"
+    timer.end_part("other")
+    return result.record.step_seconds, timer.part_seconds

@@ -7,84 +7,94 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tandem.trainer.config import Phase, RunConfig, UserError, check_world
+from tandem.trainer.config import PhaseConfig, TrainConfig, UserError, check_world_size
 from tandem.trainer.config.schedule import PhaseSpan, Timeline
 
-EVERY_PHASE = "all"
-MICRO_BATCHES = 4
-"""Forward passes on a replica in one step, where `--rows` does not say."""
-INSTRUMENTED_STEPS = 3
+ALL_PHASES = "all"
+DEFAULT_NUM_MICRO_BATCHES = 4
+"""Forward passes on a replica in one step, where `--global-batch-size` does not say."""
+NUM_INSTRUMENTED_STEPS = 3
 """Steps after the timed ones in which the device is waited for between the parts."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class PhasePlan:
     """The steps of one phase, from its first on: warm-up, timed, instrumented, and with a file one under the profiler."""
 
     span: PhaseSpan
     """Of the config that is trained."""
-    recipe_depth: int
-    recipe_rows: int
+    recipe_num_layers: int
+    recipe_global_batch_size: int
     """What the given config has."""
-    warmup_steps: int
-    timed_steps: int
-    profile: Path | None
+    num_warmup_steps: int
+    num_timed_steps: int
+    trace_path: Path | None
     overrides: tuple[str, ...] = ()
     """As they were given, and the rows if others than the recipe's were asked for."""
 
     @property
-    def total_steps(self) -> int:
-        return self.warmup_steps + self.timed_steps + INSTRUMENTED_STEPS + (self.profile is not None)
+    def num_steps(self) -> int:
+        return self.num_warmup_steps + self.num_timed_steps + NUM_INSTRUMENTED_STEPS + (self.trace_path is not None)
 
 
-def planned(config: RunConfig, arguments: argparse.Namespace, world_size: int) -> tuple[RunConfig, list[Plan]]:
+def build_plans(
+    config: TrainConfig, arguments: argparse.Namespace, world_size: int
+) -> tuple[TrainConfig, list[PhasePlan]]:
     """The given config with the layers and rows that were asked for, and a plan for each phase that was.
 
     Raises: UserError for what config, options and number of ranks do not allow together.
     """
     check_options(config, arguments)
-    replicas = max(1, world_size // config.parallel.tp_size)
+    dp_size = max(1, world_size // config.parallel.tp_size)
     phases = config.schedule.phases
-    chosen = [index for index, phase in enumerate(phases) if phase.name in chosen_names(config, arguments.phase)]
-    resized = {index: resize(phases[index], arguments, replicas) for index in chosen}
-    check_world(replace(config, schedule=replace(config.schedule, phases=list(resized.values()))), world_size)
-    benched = replace(
+    phase_indices = [
+        index for index, phase in enumerate(phases) if phase.name in select_phase_names(config, arguments.phase)
+    ]
+    resized = {index: resize_phase(phases[index], arguments, dp_size) for index in phase_indices}
+    check_world_size(replace(config, schedule=replace(config.schedule, phases=list(resized.values()))), world_size)
+    bench_config = replace(
         config,
-        model=replace(config.model, depth=arguments.depth or config.model.depth),
+        model=replace(config.model, num_layers=arguments.num_layers or config.model.num_layers),
         schedule=replace(
             config.schedule,
-            batch_tokens=None,
+            tokens_per_step=None,
             phases=[resized.get(index, phase) for index, phase in enumerate(phases)],
         ),
     )
-    spans = Timeline(benched.schedule).spans
-    resizes = {"--rows": arguments.rows, "--micro-rows": arguments.micro_rows}
+    spans = Timeline(bench_config.schedule).phase_spans
+    resizes = {"--global-batch-size": arguments.global_batch_size, "--micro-batch-size": arguments.micro_batch_size}
     overrides = (*arguments.overrides, *(f"{option} {count}" for option, count in resizes.items() if count))
     plans = [
-        Plan(
-            spans[index], config.model.depth, phases[index].rows, arguments.warmup_steps, arguments.steps,
-            profile_file(arguments.profile, phases[index].name if len(chosen) > 1 else None), overrides,
+        PhasePlan(
+            spans[index], config.model.num_layers, phases[index].global_batch_size, arguments.warmup_steps, arguments.steps,
+            phase_trace_path(arguments.profile, phases[index].name if len(phase_indices) > 1 else None), overrides,
         )
-        for index in chosen
+        for index in phase_indices
     ]  # fmt: skip
     for plan in plans:
-        if plan.total_steps > plan.span.phase.steps:
+        if plan.num_steps > plan.span.phase.num_steps:
             raise UserError(
-                f"--steps: {arguments.steps} makes {plan.total_steps} with warm-up and instrumented steps; phase "
-                f"{plan.span.phase.name!r} has {plan.span.phase.steps}; ask for fewer"
+                f"--steps: {arguments.steps} makes {plan.num_steps} with warm-up and instrumented steps; phase "
+                f"{plan.span.phase.name!r} has {plan.span.phase.num_steps}; ask for fewer"
             )
-    return benched, plans
+    return bench_config, plans
 
 
-def check_options(config: RunConfig, arguments: argparse.Namespace) -> None:
+def check_options(config: TrainConfig, arguments: argparse.Namespace) -> None:
     """Raises UserError for an option that is wrong by itself."""
-    for name, least in (("depth", 1), ("rows", 1), ("micro_rows", 1), ("warmup_steps", 0), ("steps", 1)):
-        given = getattr(arguments, name)
-        if given is not None and given < least:
-            raise UserError(f"--{name.replace('_', '-')}: {given}; must be at least {least}; change it")
-    if arguments.depth and arguments.depth > config.model.depth:
+    for name, minimum in (
+        ("num_layers", 1),
+        ("global_batch_size", 1),
+        ("micro_batch_size", 1),
+        ("warmup_steps", 0),
+        ("steps", 1),
+    ):
+        value = getattr(arguments, name)
+        if value is not None and value < minimum:
+            raise UserError(f"--{name.replace('_', '-')}: {value}; must be at least {minimum}; change it")
+    if arguments.num_layers and arguments.num_layers > config.model.num_layers:
         raise UserError(
-            f"--depth: {arguments.depth}; the config has {config.model.depth} layers; ask for at most these"
+            f"--num-layers: {arguments.num_layers}; the config has {config.model.num_layers} layers; ask for at most these"
         )
     if arguments.profile is None:
         return
@@ -92,32 +102,40 @@ def check_options(config: RunConfig, arguments: argparse.Namespace) -> None:
         raise UserError(f"--profile: {arguments.profile}; is no file in a folder that exists; name another")
 
 
-def chosen_names(config: RunConfig, asked: str | None) -> list[str]:
+def select_phase_names(config: TrainConfig, requested: str | None) -> list[str]:
     """Names of the phases to time. Raises: UserError for a name that no phase has."""
     names = [phase.name for phase in config.schedule.phases]
-    if asked is None:
+    if requested is None:
         return names[:1]
-    if asked not in (*names, EVERY_PHASE):
-        raise UserError(f"--phase: {asked!r}; the config has {', '.join(names)}; name one of them, or {EVERY_PHASE}")
-    return names if asked == EVERY_PHASE else [asked]
+    if requested not in (*names, ALL_PHASES):
+        raise UserError(f"--phase: {requested!r}; the config has {', '.join(names)}; name one of them, or {ALL_PHASES}")
+    return names if requested == ALL_PHASES else [requested]
 
 
-def profile_file(given: Path | None, phase: str | None) -> Path | None:
+def phase_trace_path(path: Path | None, phase: str | None) -> Path | None:
     """File of one phase's trace: the given one, with the phase's name before its suffixes if there are several phases."""
-    if given is None or phase is None:
-        return given
-    stem, dot, suffixes = given.name.partition(".")
-    return given.with_name(f"{stem}-{phase}{dot}{suffixes}")
+    if path is None or phase is None:
+        return path
+    stem, dot, suffixes = path.name.partition(".")
+    return path.with_name(f"{stem}-{phase}{dot}{suffixes}")
 
 
-def resize(phase: Phase, arguments: argparse.Namespace, replicas: int) -> Phase:
+def resize_phase(phase: PhaseConfig, arguments: argparse.Namespace, dp_size: int) -> PhaseConfig:
     """The phase with the rows asked for and its own number of steps. Raises: UserError where they do not divide."""
-    micro_rows = arguments.micro_rows or phase.micro_rows
-    together = replicas * micro_rows
-    rows = arguments.rows or together * max(1, min(MICRO_BATCHES, phase.rows // together))
-    if rows % together:
+    micro_batch_size = arguments.micro_batch_size or phase.micro_batch_size
+    rows_per_forward = dp_size * micro_batch_size
+    global_batch_size = arguments.global_batch_size or rows_per_forward * max(
+        1, min(DEFAULT_NUM_MICRO_BATCHES, phase.global_batch_size // rows_per_forward)
+    )
+    if global_batch_size % rows_per_forward:
         raise UserError(
-            f"--rows: {rows}; phase {phase.name!r} reads {micro_rows} in one forward pass on each of {replicas} replicas; "
-            f"choose a multiple of {together}, or other --micro-rows"
+            f"--global-batch-size: {global_batch_size}; phase {phase.name!r} reads {micro_batch_size} in one "
+            f"forward pass on each of {dp_size} replicas; "
+            f"choose a multiple of {rows_per_forward}, or other --micro-batch-size"
         )
-    return replace(phase, rows=rows, micro_rows=micro_rows, tokens=phase.steps * rows * phase.seq_len)
+    return replace(
+        phase,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        tokens=phase.num_steps * global_batch_size * phase.seq_len,
+    )

@@ -16,62 +16,71 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tandem.trainer.config import UserError, load
-from tandem.trainer.metrics.history import read
+from tandem.trainer.config import UserError, load_config
+from tandem.trainer.metrics.history import read_history
 
-FIXED = ("run.stop_step={step}", "evaluate.every_steps=0", "checkpoint.every_steps=0", "checkpoint.keep=1")
-STEP, WHOLE = "step", "command to end of step"
+BENCH_OVERRIDES = (
+    "run.stop_step={step}",
+    "evaluate.every_steps=0",
+    "checkpoint.every_steps=0",
+    "checkpoint.keep_last=1",
+)
+STEP_PART, TOTAL_PART = "step", "command to end of step"
 
 
-def seconds_of(command: list[str], folder: Path) -> dict[str, float]:
+def time_command(command: list[str], folder: Path) -> dict[str, float]:
     """Parts of the start that the command makes, in their order, its first step, and all of it from the command on."""
-    began = time.time()
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise UserError(f"{' '.join(command[3:])}: {done.stderr.strip().splitlines()[-1]}")
-    history = read(folder)
+    start_time = time.time()
+    process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if process.returncode:
+        raise UserError(f"{' '.join(command[3:])}: {process.stderr.strip().splitlines()[-1]}")
+    history = read_history(folder)
     step = history.steps[-1]
-    return {**history.starts[-1]["start_seconds"], STEP: step["step_seconds"], WHOLE: step["time"] - began}
+    return {
+        **history.starts[-1]["start_seconds"],
+        STEP_PART: step["step_seconds"],
+        TOTAL_PART: step["time"] - start_time,
+    }
 
 
-def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The commands have been run; returns their line."""
     load_before = os.getloadavg()[0]
-    config = load(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides)
     folder = arguments.folder / config.run.name
     rows: dict[str, list[dict[str, float]]] = {"fresh": [], "resume": []}
     num_bytes = 0
     for _ in range(arguments.times):
         shutil.rmtree(folder, ignore_errors=True)
         for step, (kind, found) in enumerate(rows.items(), start=1):
-            found.append(seconds_of(command_of(arguments, step), folder))
-            say(f"{kind}: {found[-1][WHOLE]:.1f} s")
-        num_bytes = read(folder).checkpoints[-1]["bytes"]
+            found.append(time_command(train_command(arguments, step), folder))
+            print_stderr(f"{kind}: {found[-1][TOTAL_PART]:.1f} s")
+        num_bytes = read_history(folder).checkpoints[-1]["bytes"]
     shutil.rmtree(folder)
     medians = {kind: {part: median([row[part] for row in found]) for part in found[0]} for kind, found in rows.items()}
-    checked_seconds = medians["resume"].get("checkpoint checked", 0.0)
+    check_seconds = medians["resume"].get("checkpoint checked", 0.0)
     return {
         "config": config.run.name,
-        "ranks": arguments.ranks or config.parallel.tp_size,
-        "times": arguments.times,
+        "world_size": arguments.ranks or config.parallel.tp_size,
+        "num_starts": arguments.times,
         "seconds": medians,
         "checkpoint_bytes": num_bytes,
-        "checked_bytes_per_second": num_bytes / checked_seconds if checked_seconds else None,
+        "check_bytes_per_second": num_bytes / check_seconds if check_seconds else None,
         "load_average": [load_before, os.getloadavg()[0]],
     }
 
 
-def command_of(arguments: argparse.Namespace, step: int) -> list[str]:
+def train_command(arguments: argparse.Namespace, step: int) -> list[str]:
     """`tandem train` up to that step."""
     ranks = ["--ranks", str(arguments.ranks)] if arguments.ranks else []
-    fixed = [field.format(step=step) for field in FIXED]
-    words = [str(arguments.config), *arguments.overrides, f"run.root={arguments.folder}", *fixed, *ranks]
+    bench_overrides = [field.format(step=step) for field in BENCH_OVERRIDES]
+    words = [str(arguments.config), *arguments.overrides, f"run.root={arguments.folder}", *bench_overrides, *ranks]
     return [sys.executable, "-m", "tandem.trainer", "train", *words]
 
 
-def table(line: dict[str, Any]) -> str:
+def format_table(result: dict[str, Any]) -> str:
     """The medians, a row for each part."""
-    seconds = line["seconds"]
+    seconds = result["seconds"]
     parts = list(dict.fromkeys(part for kind in seconds.values() for part in kind))
     rows = [
         f"| {part} | " + " | ".join(f"{kind.get(part, 0):.2f}" for kind in seconds.values()) + " |" for part in parts
@@ -79,11 +88,11 @@ def table(line: dict[str, Any]) -> str:
     return "\n".join([f"| seconds | {' | '.join(seconds)} |", "| --- |" + " ---: |" * len(seconds), *rows])
 
 
-def say(text: str) -> None:
+def print_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def parsed(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "tandem.trainer.tools.bench.startup_time", description="How long a start and a resume take."
     )
@@ -98,15 +107,15 @@ def parsed(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Prints one JSON line on standard output and a table on standard error; 2 for a mistake of the user's."""
-    arguments = parsed(argv)
+    arguments = parse_arguments(argv)
     try:
         if arguments.times < 1:
             raise UserError(f"--times: {arguments.times}; must be at least 1; change it")
-        line = measured(arguments)
+        line = measure(arguments)
     except UserError as error:
-        say(f"tandem.trainer.tools.bench.startup_time: {error}")
+        print_stderr(f"tandem.trainer.tools.bench.startup_time: {error}")
         return 2
-    say(table(line))
+    print_stderr(format_table(line))
     print(json.dumps(line, allow_nan=False), flush=True)
     return 0
 

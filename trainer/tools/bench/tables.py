@@ -16,7 +16,7 @@ from tandem.trainer.config import UserError
 
 Line = dict[str, Any]
 
-STEP_MARKS: dict[tuple[str, str], tuple[str, float, float]] = {
+STEP_TARGETS: dict[tuple[str, str], tuple[str, float, float]] = {
     ("btlm-3b-8k", "2k"): ("tokens_per_second", 24_500.0, 33_200.0),
     ("btlm-3b-8k", "8k"): ("tokens_per_second", 17_500.0, 26_000.0),
     ("stablelm-2-12b", "4k"): ("mfu_at_full_batch", 0.50, 0.62),
@@ -25,14 +25,14 @@ STEP_MARKS: dict[tuple[str, str], tuple[str, float, float]] = {
 
 BTLM's four micro-batches are what a replica of the recipe makes on 15 nodes, so its step is judged as it is. The update of a
 sixth of the 12B's layers with a whole embedding weighs more than the recipe's, so its slice is judged at the recipe's batch."""
-SHOWN_VARIANTS = 2
+MAX_SHOWN_VARIANTS = 2
 STEP_PREDICTIONS: dict[tuple[str, str], str] = {
     ("btlm-3b-8k", "2k"): "27,900 tokens/s, MFU 50 / 47 %",
     ("btlm-3b-8k", "8k"): "21,800 tokens/s, MFU 53 / 44 %",
     ("stablelm-2-12b", "4k"): "MFU 52 / 49 %",
 }
 """What was computed beforehand from each part's bytes and operations, for the batch of the recipe."""
-KERNEL_MARKS: dict[tuple[str, str, str], tuple[str, float]] = {
+KERNEL_TARGETS: dict[tuple[str, str, str], tuple[str, float]] = {
     ("swiglu", "", ""): ("fraction", 0.93),
     ("qkv", "", ""): ("fraction", 0.93),
     ("residual_norm", "", ""): ("fraction", 0.93),
@@ -45,28 +45,28 @@ KERNEL_MARKS: dict[tuple[str, str, str], tuple[str, float]] = {
 """Operation, shape and direction, empty for any -> field of our row and the least it should reach."""
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print the tables of a folder; returns 0, or 2 with one line on standard error if there is nothing to print."""
     parser = argparse.ArgumentParser(
         "tandem.trainer.tools.bench.tables", description="Tables of what launch/bench.sh measured."
     )
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args(arguments).folder
+    folder = parser.parse_args(argv).folder
     try:
-        found = [*tables(folder)]
+        tables = [*format_tables(folder)]
     except UserError as error:
-        print(f"figures: {error}", file=sys.stderr)
+        print(f"tandem.trainer.tools.bench.tables: {error}", file=sys.stderr)
         return 2
-    print("\n\n".join(found))
+    print("\n\n".join(tables))
     return 0
 
 
-def tables(folder: Path) -> Iterator[str]:
+def format_tables(folder: Path) -> Iterator[str]:
     """One table for each kind of line the folder has. Raises: UserError if it has none, or a line is not JSON."""
-    lines = {name: read(folder / f"{name}.jsonl") for name in ("steps", "kernels", "errors", "sweep")}
+    lines = {name: read_lines(folder / f"{name}.jsonl") for name in ("steps", "kernels", "errors", "sweep")}
     if not any(lines.values()):
         raise UserError(f"{folder}: no line of a measurement in it; name the folder that launch/bench.sh filled")
-    yield from surroundings([line for found in lines.values() for line in found])
+    yield from format_environment([line for found in lines.values() for line in found])
     for name, make in (
         ("kernels", kernel_table),
         ("errors", error_table),
@@ -77,21 +77,21 @@ def tables(folder: Path) -> Iterator[str]:
             yield make(lines[name])
 
 
-def read(file: Path) -> list[Line]:
+def read_lines(file: Path) -> list[Line]:
     """The file's JSON lines; none if there is no file. A last line that a kill has cut is left out."""
     try:
-        return list(journal.records(file, strict=True))
+        return list(journal.read_records(file, strict=True))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: {error.msg}: not a line of launch/bench.sh; remove the file") from error
 
 
-def surroundings(lines: list[Line]) -> Iterator[str]:
+def format_environment(lines: list[Line]) -> Iterator[str]:
     """Card, versions and commits of the lines, and the ceilings of each process."""
     facts = {
         name: dict.fromkeys(str(line[name]) for line in lines if line.get(name))
         for name in ("torch", "triton", "commit")
     }
-    cards = dict.fromkeys(str(line.get("card") or line.get("device")) for line in lines)
+    cards = dict.fromkeys(str(line["device"]) for line in lines)
     yield "; ".join([", ".join(cards), *(f"{name} {', '.join(found)}" for name, found in facts.items())])
     ceilings = [line for line in lines if line.get("op") == "ceilings"]
     if ceilings:
@@ -105,35 +105,39 @@ def step_table(lines: list[Line]) -> str:
     rows = []
     for line in lines:
         key = line["config"], line["phase"]
-        layers = f"{line['depth']} of {line['recipe_depth']}" if line["depth"] < line["recipe_depth"] else line["depth"]
+        layers = (
+            f"{line['num_layers']} of {line['recipe_num_layers']}"
+            if line["num_layers"] < line["recipe_num_layers"]
+            else line["num_layers"]
+        )
         rows.append([
-            *key, layers, f"{line['micro_batches']} x {line['micro_rows']}", changed(line),
+            *key, layers, f"{line['num_micro_batches']} x {line['micro_batch_size']}", format_overrides(line),
             f"{1e3 * line['step_seconds']:,.1f}", f"{line['tokens_per_second']:,.0f}",
             f"{100 * line['mfu']:.1f} / {100 * line['mfu_causal']:.1f}",
-            f"{100 * line['derived']['mfu_at_full_batch']:.1f}", gib(line["peak_allocated_gib"]),
+            f"{100 * line['derived']['mfu_at_full_batch']:.1f}", format_gib(line["peak_allocated_gib"]),
             *(f"{1e3 * line['part_seconds'][part]:,.1f}" for part in ("forward", "backward", "update")),
-            *((judged(line | line["derived"], *STEP_MARKS[key][:2]), STEP_PREDICTIONS[key])
-              if key in STEP_MARKS and not changed(line) else ("", "")),
+            *((format_target(line | line["derived"], *STEP_TARGETS[key][:2]), STEP_PREDICTIONS[key])
+              if key in STEP_TARGETS and not format_overrides(line) else ("", "")),
         ])  # fmt: skip
     head = [
         "config", "phase", "layers", "micro-batches", "overrides", "step ms", "tokens/s", "MFU full / causal %",
-        "MFU at full batch %", "peak GiB", "forward ms", "backward ms", "update ms", "mark", "predicted",
+        "MFU at full batch %", "peak GiB", "forward ms", "backward ms", "update ms", "target", "predicted",
     ]  # fmt: skip
-    return "\n\n".join([markdown(head, rows), *(kind_table(line) for line in lines if line.get("kind_seconds"))])
+    return "\n\n".join([markdown_table(head, rows), *(kind_table(line) for line in lines if line.get("kind_seconds"))])
 
 
-def changed(line: Line) -> str:
+def format_overrides(line: Line) -> str:
     """The overrides of the config, without the one that every line of one GPU has."""
     return " ".join(word for word in line["overrides"] if word != "parallel.tp_size=1")
 
 
 def kind_table(line: Line) -> str:
     """Where the device's time of the profiled step went."""
-    whole = line["kind_seconds"]["step"]
+    step_seconds = line["kind_seconds"]["step"]
     kinds = sorted(((name, s) for name, s in line["kind_seconds"].items() if name != "step"), key=lambda kind: -kind[1])
-    rows = [[name, f"{1e3 * seconds:,.1f}", f"{100 * seconds / whole:.1f}"] for name, seconds in kinds]
-    rows.append(["the step", f"{1e3 * whole:,.1f}", ""])
-    return markdown([f"{line['config']} {line['phase']}", "ms", "% of the step"], rows)
+    rows = [[name, f"{1e3 * seconds:,.1f}", f"{100 * seconds / step_seconds:.1f}"] for name, seconds in kinds]
+    rows.append(["the step", f"{1e3 * step_seconds:,.1f}", ""])
+    return markdown_table([f"{line['config']} {line['phase']}", "ms", "% of the step"], rows)
 
 
 def kernel_table(lines: list[Line]) -> str:
@@ -142,7 +146,7 @@ def kernel_table(lines: list[Line]) -> str:
         if line["op"] == "ceilings" or line["direction"] == "forward+backward":  # the sum of two other rows
             continue
         key = line["op"], line["shape"], line["rival"], line["direction"]
-        if line["time_us_50"] is None:
+        if line["time_p50_us"] is None:
             rows.append([*key, "", "", "", "", "", line["note"][:60]])
             continue
         rate = (
@@ -150,17 +154,17 @@ def kernel_table(lines: list[Line]) -> str:
             if line["ceiling"] == "matmul"
             else f"{line['gb_per_second']:,.0f} GB"
         )
-        spread = (line["time_us_80"] - line["time_us_20"]) / line["time_us_50"]
-        mark = next((mark for pattern, mark in KERNEL_MARKS.items() if fits(pattern, line)), None)
+        spread = (line["time_p80_us"] - line["time_p20_us"]) / line["time_p50_us"]
+        target = next((mark for pattern, mark in KERNEL_TARGETS.items() if matches_pattern(pattern, line)), None)
         rows.append([
-            *key, f"{line['time_us_50']:,.1f}", f"{100 * spread:.1f}", rate, f"{100 * line['fraction']:.1f}",
-            judged(line, *mark) if mark and line["rival"] == "ours" else "", line["note"],
+            *key, f"{line['time_p50_us']:,.1f}", f"{100 * spread:.1f}", rate, f"{100 * line['fraction']:.1f}",
+            format_target(line, *target) if target and line["rival"] == "ours" else "", line["note"],
         ])  # fmt: skip
-    head = ["op", "shape", "rival", "direction", "median us", "spread %", "a second", "% of ceiling", "mark", "note"]
-    return markdown(head, rows)
+    head = ["op", "shape", "rival", "direction", "median us", "spread %", "a second", "% of ceiling", "target", "note"]
+    return markdown_table(head, rows)
 
 
-def fits(pattern: tuple[str, str, str], line: Line) -> bool:
+def matches_pattern(pattern: tuple[str, str, str], line: Line) -> bool:
     """Whether the pattern's operation, shape and direction are the line's; an empty one is any."""
     return all(given in ("", line[name]) for given, name in zip(pattern, ("op", "shape", "direction"), strict=True))
 
@@ -177,37 +181,37 @@ def error_table(lines: list[Line]) -> str:
         ]
         for line in lines
     ]
-    return markdown(["op", "shape", "result", "error of ours", "of plain torch", "ratio (mark: 1.1)"], rows)
+    return markdown_table(["op", "shape", "result", "error of ours", "of plain torch", "ratio (mark: 1.1)"], rows)
 
 
 def sweep_table(lines: list[Line]) -> str:
     """The quickest variants of each kernel at each shape, and the one that has the kernel's own sizes."""
     rows = []
     for kernel, shape in dict.fromkeys((line["kernel"], line["shape"]) for line in lines):
-        alike = [line for line in lines if (line["kernel"], line["shape"]) == (kernel, shape)]
-        timed = sorted((line for line in alike if line["time_us_50"]), key=lambda line: line["time_us_50"])
-        for rank, line in enumerate(timed):
-            if rank < SHOWN_VARIANTS or line["own"]:
-                spread = (line["time_us_80"] - line["time_us_20"]) / line["time_us_50"]
+        kernel_lines = [line for line in lines if (line["kernel"], line["shape"]) == (kernel, shape)]
+        timed = sorted((line for line in kernel_lines if line["time_p50_us"]), key=lambda line: line["time_p50_us"])
+        for place, line in enumerate(timed):
+            if place < MAX_SHOWN_VARIANTS or line["own"]:
+                spread = (line["time_p80_us"] - line["time_p20_us"]) / line["time_p50_us"]
                 rows.append([
-                    kernel, shape, line["candidate"], f"{line['time_us_50']:,.1f}", f"{100 * spread:.1f}",
+                    kernel, shape, line["candidate"], f"{line['time_p50_us']:,.1f}", f"{100 * spread:.1f}",
                     f"{line['executed_tflops_per_second']:,.0f}", "its own sizes" if line["own"] else "",
                 ])  # fmt: skip
-    return markdown(["kernel", "shape", "variant", "median us", "spread %", "executed TFLOP/s", "note"], rows)
+    return markdown_table(["kernel", "shape", "variant", "median us", "spread %", "executed TFLOP/s", "note"], rows)
 
 
-def judged(line: Line, field: str, least: float) -> str:
+def format_target(line: Line, field: str, target: float) -> str:
     """The mark, and whether the line reaches it."""
-    share = field in ("mfu_at_full_batch", "fraction")
-    said = f"{100 * least:g} %" if share else f"{least:,g}"
-    return f"{said}: {'reached' if line[field] >= least else 'missed'}"
+    is_fraction = field in ("mfu_at_full_batch", "fraction")
+    target_text = f"{100 * target:g} %" if is_fraction else f"{target:,g}"
+    return f"{target_text}: {'reached' if line[field] >= target else 'missed'}"
 
 
-def gib(value: float | None) -> str:
+def format_gib(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def markdown(head: list[str], rows: Iterable[list[Any]]) -> str:
+def markdown_table(head: list[str], rows: Iterable[list[Any]]) -> str:
     """A table whose columns are as wide as they need to be, without those that are empty in every row."""
     cells = [head, *([str(cell) for cell in row] for row in rows)]
     used = [index for index in range(len(head)) if any(row[index] for row in cells[1:])] or list(range(len(head)))

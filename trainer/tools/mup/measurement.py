@@ -9,53 +9,55 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Finding:
+class Measurement:
     """One number that a law allows an interval for."""
 
     check: str
     """coordinates, transfer or decay."""
-    what: str
+    quantity: str
     """The quantity; one row of the table."""
     case: str
     """Under which conditions; one column of the table."""
     value: float
     low: float
     high: float
-    symptom_of: str
+    likely_cause: str
     """The rule that is most likely broken where the value lies outside and nothing before it does."""
 
     @property
-    def holds(self) -> bool:
+    def is_within_bounds(self) -> bool:
         return self.low <= self.value <= self.high  # false for what is not a number
 
-    def sentence(self) -> str:
+    def failure_message(self) -> str:
         """What is wrong, in one line."""
-        allowed = f"allowed {interval(self)}"
-        return f"{self.check}: {self.what} ({self.case}) is {self.value:+.3g}; {allowed}; symptom of: {self.symptom_of}"
+        allowed = f"allowed {format_interval(self)}"
+        return f"{self.check}: {self.quantity} ({self.case}) is {self.value:+.3g}; {allowed}; symptom of: {self.likely_cause}"
 
 
-def first_failure(findings: Iterable[Finding]) -> Finding | None:
+def first_failure(measurements: Iterable[Measurement]) -> Measurement | None:
     """The failure that names the broken rule best: checks put causes before consequences."""
-    return next((finding for finding in findings if not finding.holds), None)
+    return next((finding for finding in measurements if not finding.is_within_bounds), None)
 
 
-def as_json(findings: list[Finding]) -> list[dict[str, Any]]:
+def measurements_to_json(measurements: list[Measurement]) -> list[dict[str, Any]]:
     """Plain data, infinite ends as null."""
-    rows = [{**asdict(finding), "holds": finding.holds} for finding in findings]
+    rows = [{**asdict(finding), "is_within_bounds": finding.is_within_bounds} for finding in measurements]
     return [
         {key: None if value in (inf, -inf) or value != value else value for key, value in row.items()} for row in rows
     ]
 
 
-def table(findings: list[Finding]) -> str:
+def format_table(measurements: list[Measurement]) -> str:
     """One row for each quantity, one column for each case; what lies outside is marked."""
-    cases = list(dict.fromkeys(finding.case for finding in findings))
-    rows: dict[str, dict[str, Finding]] = {}
-    for finding in findings:
-        rows.setdefault(finding.what, {})[finding.case] = finding
+    cases = list(dict.fromkeys(finding.case for finding in measurements))
+    rows: dict[str, dict[str, Measurement]] = {}
+    for finding in measurements:
+        rows.setdefault(finding.quantity, {})[finding.case] = finding
     lines = [["", "allowed", *cases]]
     for what, row in rows.items():
-        lines.append([what, interval(next(iter(row.values()))), *(_cell(row.get(case)) for case in cases)])
+        lines.append(
+            [what, format_interval(next(iter(row.values()))), *(_format_cell(row.get(case)) for case in cases)]
+        )
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
@@ -65,14 +67,14 @@ def table(findings: list[Finding]) -> str:
     )
 
 
-def interval(finding: Finding) -> str:
+def format_interval(measurement: Measurement) -> str:
     """The allowed interval as people read it."""
-    if finding.high == inf:
-        return f"at least {finding.low:g}"
-    return f"{finding.low:+.4g} to {finding.high:+.4g}"
+    if measurement.high == inf:
+        return f"at least {measurement.low:g}"
+    return f"{measurement.low:+.4g} to {measurement.high:+.4g}"
 
 
-def _cell(finding: Finding | None) -> str:
-    if finding is None:
+def _format_cell(measurement: Measurement | None) -> str:
+    if measurement is None:
         return ""
-    return f"{finding.value:+.3g}" if finding.holds else f"{finding.value:+.3g} !"
+    return f"{measurement.value:+.3g}" if measurement.is_within_bounds else f"{measurement.value:+.3g} !"

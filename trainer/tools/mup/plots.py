@@ -11,76 +11,76 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from tandem.trainer.metrics.console import short
-from tandem.trainer.tools.mup.coordinates import LAWS, Record, curve
-from tandem.trainer.tools.mup.lr_transfer import Losses, optimum
-from tandem.trainer.tools.report.plots import GREY, RED, STYLE, save
+from tandem.trainer.metrics.console import format_number
+from tandem.trainer.tools.mup.coordinates import EXPECTED_EXPONENTS, CoordinateRecord, coordinate_curve
+from tandem.trainer.tools.mup.lr_transfer import Losses, best_lr
+from tandem.trainer.tools.report.plots import GREY, PLOT_STYLE, RED, save_figure
 
-OURS = STYLE | {"savefig.dpi": 100, "font.size": 9}
-SHADES = ("#b9d2ec", "#8ab3dd", "#5a94cd", "#2f6fb5", "#1d4f87", "#0f3159")
+MUP_PLOT_STYLE = PLOT_STYLE | {"savefig.dpi": 100, "font.size": 9}
+COLORS = ("#b9d2ec", "#8ab3dd", "#5a94cd", "#2f6fb5", "#1d4f87", "#0f3159")
 """Light to dark: early to late, narrow to wide."""
 
 
-def draw_coordinates(records: list[Record], folder: Path) -> list[Path]:
+def draw_coordinates(records: list[CoordinateRecord], folder: Path) -> list[Path]:
     """One PNG for each case: size at the start and change after each update, against width."""
     cases = dict.fromkeys((record["tp_size"], record["precision"]) for record in records)
     found = []
     for tp_size, precision in cases:
-        with matplotlib.rc_context(OURS):
-            figure = _coordinates(records, tp_size, precision)
-            found.append(save(figure, folder / f"coordinates-tp{tp_size}-{precision}.png"))
+        with matplotlib.rc_context(MUP_PLOT_STYLE):
+            figure = _draw_coordinates(records, tp_size, precision)
+            found.append(save_figure(figure, folder / f"coordinates-tp{tp_size}-{precision}.png"))
     return found
 
 
 def draw_transfer(losses: Losses, folder: Path) -> Path:
     """Loss against learning rate, one curve for each width, one panel for each parametrisation."""
-    with matplotlib.rc_context(OURS):
+    with matplotlib.rc_context(MUP_PLOT_STYLE):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         panels = figure.subplots(1, len(losses), sharey=True)
         finite = [
             loss for by_width in losses.values() for by_lr in by_width.values() for loss in by_lr.values() if loss < inf
         ]
         for axes, (name, by_width) in zip(panels, losses.items(), strict=True):
-            _transfer(axes, by_width)
+            _draw_transfer_panel(axes, by_width)
             axes.set_title(name, loc="left")
             if finite:
                 axes.set_ylim(min(finite) - 0.1, min(max(finite), min(finite) + 2.5) + 0.1)
         panels[0].set_ylabel("training loss at the end (nats per token)")
         figure.legend(*panels[0].get_legend_handles_labels(), title="width", loc="outside right upper")
-        return save(figure, folder / "transfer.png")
+        return save_figure(figure, folder / "transfer.png")
 
 
-def _transfer(axes: Axes, by_width: dict[int, dict[float, float]]) -> None:
-    for color, (width, by_lr) in zip(_shades(len(by_width)), by_width.items(), strict=True):
-        reached = {lr: loss for lr, loss in by_lr.items() if isfinite(loss)}
-        axes.plot(list(reached), list(reached.values()), "o-", color=color, ms=4, label=str(width))
-        if reached:
-            best = optimum(reached)
-            axes.plot([best], [reached[best]], "o", color=color, ms=10, mfc="none", mew=1.5)
+def _draw_transfer_panel(axes: Axes, losses_by_size: dict[int, dict[float, float]]) -> None:
+    for color, (width, by_lr) in zip(_pick_colors(len(losses_by_size)), losses_by_size.items(), strict=True):
+        finite_losses = {lr: loss for lr, loss in by_lr.items() if isfinite(loss)}
+        axes.plot(list(finite_losses), list(finite_losses.values()), "o-", color=color, ms=4, label=str(width))
+        if finite_losses:
+            best = best_lr(finite_losses)
+            axes.plot([best], [finite_losses[best]], "o", color=color, ms=10, mfc="none", mew=1.5)
     axes.set_xscale("log", base=2)
-    peaks = list(next(iter(by_width.values())))
+    peaks = list(next(iter(losses_by_size.values())))
     axes.set_xticks(peaks, [f"{peak:.2g}" for peak in peaks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("peak learning rate; the ring is the best of a width")
 
 
-def _coordinates(records: list[Record], tp_size: int, precision: str) -> Figure:
+def _draw_coordinates(records: list[CoordinateRecord], tp_size: int, precision: str) -> Figure:
     """Top row the changes, one line for each update; bottom row the sizes at the start."""
     figure = Figure(figsize=(12, 5), layout="constrained")
-    panels = figure.subplots(2, len(LAWS))
+    panels = figure.subplots(2, len(EXPECTED_EXPONENTS))
     widths, last_step = sorted({record["width"] for record in records}), max(record["step"] for record in records)
-    for column, coordinate in enumerate(LAWS):
+    for column, coordinate in enumerate(EXPECTED_EXPONENTS):
         change, size = panels[0][column], panels[1][column]
-        for color, step in zip(_shades(last_step), range(1, last_step + 1), strict=True):
-            points = _layers(records, tp_size, precision, "change", coordinate, step)
+        for color, step in zip(_pick_colors(last_step), range(1, last_step + 1), strict=True):
+            points = _curve_over_layers(records, tp_size, precision, "change", coordinate, step)
             change.plot(*points, "o-", color=color, ms=3, label=str(step))
-        _, sizes = _layers(records, tp_size, precision, "size", coordinate, 0)
+        _, sizes = _curve_over_layers(records, tp_size, precision, "size", coordinate, 0)
         size.plot(widths, sizes, "o-", color=GREY, ms=3)
-        law = [sizes[0] * (width / widths[0]) ** LAWS[coordinate][0] for width in widths]
+        law = [sizes[0] * (width / widths[0]) ** EXPECTED_EXPONENTS[coordinate][0] for width in widths]
         size.plot(widths, law, ":", color=RED, label="law")
         change.set_title(coordinate, loc="left")
         for axes in (change, size):
-            _log_log(axes, widths)
+            _set_log_axes(axes, widths)
         size.set_xlabel("width")
     panels[0][0].set_ylabel("change since the start")
     panels[1][0].set_ylabel("size at the start")
@@ -92,17 +92,17 @@ def _coordinates(records: list[Record], tp_size: int, precision: str) -> Figure:
     return figure
 
 
-def _layers(
-    records: list[Record], tp_size: int, precision: str, kind: str, coordinate: str, step: int
+def _curve_over_layers(
+    records: list[CoordinateRecord], tp_size: int, precision: str, kind: str, coordinate: str, step: int
 ) -> tuple[list[int], list[float]]:
-    """`coordinates.curve` of all layers together."""
+    """`coordinates.coordinate_curve` of all layers together."""
     names = [name for name in records[0][kind] if name.split()[0] == coordinate]
-    curves = [curve(records, tp_size, precision, kind, name, step) for name in names]
+    curves = [coordinate_curve(records, tp_size, precision, kind, name, step) for name in names]
     together = zip(*(values for _, values in curves), strict=True)
     return curves[0][0], [sqrt(sum(value**2 for value in values) / len(values)) for values in together]
 
 
-def _log_log(axes: Axes, widths: list[int]) -> None:
+def _set_log_axes(axes: Axes, widths: list[int]) -> None:
     """Both axes logarithmic, at least a decade of y, so that what is flat looks flat."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -114,9 +114,9 @@ def _log_log(axes: Axes, widths: list[int]) -> None:
         axes.set_ylim(middle / sqrt(20), middle * sqrt(20))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
 
 
-def _shades(count: int) -> Sequence[str]:
+def _pick_colors(count: int) -> Sequence[str]:
     """`count` of the shades, spread from light to dark."""
-    return [SHADES[round(index * (len(SHADES) - 1) / max(1, count - 1))] for index in range(count)]
+    return [COLORS[round(index * (len(COLORS) - 1) / max(1, count - 1))] for index in range(count)]

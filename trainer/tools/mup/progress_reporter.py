@@ -11,35 +11,35 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import Progress as Bar
 
-from tandem.trainer.metrics.console import duration
-from tandem.trainer.metrics.progress import across
+from tandem.trainer.metrics.console import format_duration
+from tandem.trainer.metrics.progress import start_wide_bar
 
 
-class Progress:
+class ProgressReporter:
     """A context in which `advance` shows what was done."""
 
-    def __init__(self, name: str, total: float, *, shown: bool = True) -> None:
-        self._name, self._total, self._done, self._began = name, total, 0.0, time.monotonic()
-        self._screen = Console(stderr=True, quiet=not shown)
+    def __init__(self, name: str, total_work: float, *, enabled: bool = True) -> None:
+        self._name, self._total_work, self._done_work, self._start_time = name, total_work, 0.0, time.monotonic()
+        self._console = Console(stderr=True, quiet=not enabled)
         self._bar: Bar | None = None
 
-    def __enter__(self) -> Progress:
-        if self._screen.is_interactive and self._total:
-            self._bar = across(self._screen, self._name, self._total)
+    def __enter__(self) -> ProgressReporter:
+        if self._console.is_interactive and self._total_work:
+            self._bar = start_wide_bar(self._console, self._name, self._total_work)
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._bar:
             self._bar.stop()
 
     def advance(self, work: float, text: str) -> None:
         """`work` of the total is done; `text` says what."""
-        self._done += work
-        left = (time.monotonic() - self._began) * (self._total / self._done - 1)
-        line = f"{text} | {100 * self._done / self._total:.0f}%, {duration(left)} left"
+        self._done_work += work
+        left_seconds = (time.monotonic() - self._start_time) * (self._total_work / self._done_work - 1)
+        line = f"{text} | {100 * self._done_work / self._total_work:.0f}%, {format_duration(left_seconds)} left"
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=self._done, words=line)
+            self._bar.update(self._bar.task_ids[0], completed=self._done_work, words=line)
         else:
-            self._screen.print(f"{self._name}: {line}", markup=False, highlight=False, soft_wrap=True)
+            self._console.print(f"{self._name}: {line}", markup=False, highlight=False, soft_wrap=True)

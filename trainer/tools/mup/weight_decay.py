@@ -14,86 +14,93 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tandem.trainer.config import RunConfig, UserError
-from tandem.trainer.data.loader import unpacked
+from tandem.trainer.config import TrainConfig, UserError
+from tandem.trainer.data.loader import unpack_batch
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.layers import role_of
 from tandem.trainer.distributed.mesh import Mesh, to_device
 from tandem.trainer.startup import build_engine
-from tandem.trainer.tools.mup.measurement import Finding
-from tandem.trainer.tools.mup.proxies import loader_of, mup_of, proxy
-from tandem.trainer.train import accumulate
+from tandem.trainer.tools.mup.measurement import Measurement
+from tandem.trainer.tools.mup.proxies import build_loader, proxy_config, require_mup
+from tandem.trainer.train import forward_backward
 
-LR_LAW = {"hidden": -1, "residual_output": -1, "embedding": 0, "head": 0, "norm": 0, "bias": 0}
+LR_EXPONENTS = {"hidden": -1, "residual_output": -1, "embedding": 0, "head": 0, "norm": 0, "bias": 0}
 """Role -> exponent of the width multiplier in its learning rate."""
-DECAYING = ("hidden", "residual_output", "embedding", "head")
+DECAYED_ROLES = ("hidden", "residual_output", "embedding", "head")
 """Roles whose weights an update shrinks by lr * weight_decay, the learning rate being theirs."""
 
-BOUND = 1e-3
+RELATIVE_TOLERANCE = 1e-3
 """Relative; a weight of 1 that changes by a hundredth does so with an fp32 rounding error of 1e-5 of the change."""
 
-LR = 0.01
+CHECK_LR = 0.01
 """Learning rate at which a role's movement is measured: large enough to show beside weights of 1, whatever the config's."""
 
-SHRINK = 0.1
+CHECK_DECAY = 0.1
 """Share of a weight that the decay check's update takes where the law has no factor: the learning rate is chosen for it."""
 
 
-def refuse(config: RunConfig) -> None:
+def require_weight_decay(config: TrainConfig) -> None:
     """Raises UserError for a config that has no decay."""
     if not config.optim.weight_decay:
         raise UserError("optim.weight_decay: 0; there is no decay to check; set it, or leave decay out of --checks")
 
 
-def measure(config: RunConfig, widths: list[int], mesh: Mesh) -> list[Finding]:
+def measure(config: TrainConfig, widths: list[int], mesh: Mesh) -> list[Measurement]:
     """Each role's learning rate and decay over their law: 1, or 0 for the decay of what must not decay."""
     rates, decays = [], []
     for width in widths:
-        found, multiplier = proxy(config, width, tp_size=mesh.tp_size), width / mup_of(config).base_width
-        for role, moved in movements(found, mesh).items():
-            unit = LR * multiplier ** LR_LAW[role]
-            rates.append(_finding("learning rate", role, width, moved, unit, 1.0))
-        for role, shares in shrinks(found, mesh).items():
-            unit = SHRINK * multiplier ** LR_LAW[role]
-            decays.append(_finding("decay", role, width, shares, unit, float(role in DECAYING)))
+        found, multiplier = (
+            proxy_config(config, width, tp_size=mesh.tp_size),
+            width / require_mup(config).base_hidden_size,
+        )
+        for role, movements_of_role in max_movement_by_role(found, mesh).items():
+            unit = CHECK_LR * multiplier ** LR_EXPONENTS[role]
+            rates.append(_build_measurement("learning rate", role, width, movements_of_role, unit, 1.0))
+        for role, decay_fractions in decay_by_role(found, mesh).items():
+            unit = CHECK_DECAY * multiplier ** LR_EXPONENTS[role]
+            decays.append(_build_measurement("decay", role, width, decay_fractions, unit, float(role in DECAYED_ROLES)))
     return rates + decays
 
 
-def movements(config: RunConfig, mesh: Mesh) -> dict[str, list[float]]:
-    """Role -> of each of its tensors, the farthest that the first update at `LR` moves a weight, decay aside.
+def max_movement_by_role(config: TrainConfig, mesh: Mesh) -> dict[str, list[float]]:
+    """Role -> of each of its tensors, the farthest that the first update at `CHECK_LR` moves a weight, decay aside.
 
     Source: with one gradient behind it, Adam's quotient of moments is the gradient's sign.
     """
     config = replace(config, optim=replace(config.optim, weight_decay=0.0))
-    engine, batch = build_engine(config, mesh, None), next(loader_of(config).batches(0, None))
-    before = {fragment.name: fragment.master.clone() for fragment in engine.fragments()}
-    accumulate(engine, batch, config.schedule.phases[0].micro_rows, mesh)
-    engine.update(LR)
-    return _by_role(engine, lambda name, master: float((master - before[name]).abs().max()))
+    engine, batch = build_engine(config, mesh, None), next(build_loader(config).batches(0, None))
+    before = {fragment.name: fragment.master.clone() for fragment in engine.optimizer_fragments()}
+    forward_backward(engine, batch, config.schedule.phases[0].micro_batch_size, mesh)
+    engine.update(CHECK_LR)
+    return _group_by_role(engine, lambda name, master: float((master - before[name]).abs().max()))
 
 
-def shrinks(config: RunConfig, mesh: Mesh) -> dict[str, list[float]]:
+def decay_by_role(config: TrainConfig, mesh: Mesh) -> dict[str, list[float]]:
     """Role -> of each of its tensors, the share of a weight that an update without gradients takes."""
-    engine, batch = build_engine(config, mesh, None), next(loader_of(config).batches(0, None))
-    rows = to_device(batch.packed[:, : config.schedule.phases[0].micro_rows], mesh)
-    losses = engine(*unpacked(rows))
-    engine.accumulate(0.0 * torch.mean(losses), last=True)
-    for fragment in engine.fragments():
+    engine, batch = build_engine(config, mesh, None), next(build_loader(config).batches(0, None))
+    rows = to_device(batch.packed[:, : config.schedule.phases[0].micro_batch_size], mesh)
+    losses = engine(*unpack_batch(rows))
+    engine.backward(0.0 * torch.mean(losses), is_last=True)
+    for fragment in engine.optimizer_fragments():
         fragment.master.fill_(1.0)
-    engine.update(SHRINK / config.optim.weight_decay)
-    return _by_role(engine, lambda name, master: 1.0 - float(master.min()))
+    engine.update(CHECK_DECAY / config.optim.weight_decay)
+    return _group_by_role(engine, lambda name, master: 1.0 - float(master.min()))
 
 
-def _by_role(engine: Engine, of: Callable[[str, Tensor], float]) -> dict[str, list[float]]:
+def _group_by_role(engine: Engine, measure_tensor: Callable[[str, Tensor], float]) -> dict[str, list[float]]:
     """Role -> what a function of name and master weights gives for each of its tensors."""
     parameters, found = dict(engine.model.named_parameters()), dict[str, list[float]]()
-    for fragment in engine.fragments():
-        found.setdefault(role_of(parameters[fragment.name]), []).append(of(fragment.name, fragment.master))
-    return {role: found[role] for role in LR_LAW if role in found}
+    for fragment in engine.optimizer_fragments():
+        found.setdefault(role_of(parameters[fragment.name]), []).append(measure_tensor(fragment.name, fragment.master))
+    return {role: found[role] for role in LR_EXPONENTS if role in found}
 
 
-def _finding(what: str, role: str, width: int, values: list[float], unit: float, expected: float) -> Finding:
+def _build_measurement(
+    quantity: str, role: str, width: int, values: list[float], expected_unit: float, expected: float
+) -> Measurement:
     """Of the tensor that is farthest from the law."""
-    worst = max((value / unit for value in values), key=lambda value: abs(value - expected))
-    low, high = expected - BOUND, expected + BOUND
-    return Finding("decay", f"{what} of {role}", f"width {width}", worst, low, high, f"the {what} of role {role}")
+    worst = max((value / expected_unit for value in values), key=lambda value: abs(value - expected))
+    low, high = expected - RELATIVE_TOLERANCE, expected + RELATIVE_TOLERANCE
+    return Measurement(
+        "decay", f"{quantity} of {role}", f"width {width}", worst, low, high, f"the {quantity} of role {role}"
+    )

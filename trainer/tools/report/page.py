@@ -9,7 +9,7 @@ import base64
 from html import escape
 from pathlib import Path
 
-STYLE = """
+STYLESHEET = """
 :root { color-scheme: light dark;
   --ground: #fff; --ink: #20262e; --soft: #66707c; --line: #e1e5ea; --panel: #f7f8fa; }
 @media (prefers-color-scheme: dark) {
@@ -36,11 +36,11 @@ summary { cursor: pointer; margin-top: 2.4rem; font-size: 1.1rem; font-weight: 6
 """
 
 
-def document(title: str, subtitle: str, sections: list[str]) -> str:
+def html_page(title: str, subtitle: str, sections: list[str]) -> str:
     return "\n".join([
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
+        f"<title>{escape(title)}</title>\n<style>{STYLESHEET}</style>\n</head>\n<body>",
         f"<h1>{escape(title)}</h1>\n<p>{escape(subtitle)}</p>",
         *sections,
         "</body>\n</html>\n",
@@ -53,21 +53,21 @@ def picture(title: str, caption: str, file: Path) -> str:
     return f"<h2>{escape(title)}</h2>\n<p>{escape(caption)}</p>\n{image}"
 
 
-def table(title: str, values: dict[str, str]) -> str:
+def key_value_table(title: str, values: dict[str, str]) -> str:
     body = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>\n" for k, v in values.items())
     return f"<h2>{escape(title)}</h2>\n<table>\n{body}</table>"
 
 
-def rows(title: str, head: list[str], body: list[list[str]]) -> str:
+def data_table(title: str, head: list[str], body: list[list[str]]) -> str:
     if not body:
         return f"<h2>{escape(title)}</h2>\n<p>None.</p>"
-    lines = [_row("th", head), *(_row("td", cells) for cells in body)]
+    lines = [_table_row("th", head), *(_table_row("td", cells) for cells in body)]
     return f"<h2>{escape(title)}</h2>\n<table>\n" + "\n".join(lines) + "\n</table>"
 
 
-def source(title: str, text: str) -> str:
+def collapsible_text(title: str, text: str) -> str:
     return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
 
 
-def _row(tag: str, cells: list[str]) -> str:
+def _table_row(tag: str, cells: list[str]) -> str:
     return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"

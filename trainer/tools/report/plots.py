@@ -1,4 +1,4 @@
-"""The pictures of a report: each function draws one figure from the history; `draw` writes them all.
+"""The pictures of a report: each function draws one figure from the history; `draw_all` writes them all.
 
 The door to matplotlib. Every picture shares one x axis, tokens seen, with the phases as bands, restarts and
 rollbacks as ticks at its foot, so that they can be read above one another.
@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
-from tandem.trainer.config import RunConfig
-from tandem.trainer.metrics.console import short
-from tandem.trainer.metrics.history import History
+from tandem.trainer.config import TrainConfig
+from tandem.trainer.metrics.console import format_number
+from tandem.trainer.metrics.history import RunHistory
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6fb5", "#d9822b", "#3a8f5c", "#c0392b", "#6b7280"
-BANDS = ("#f3f5f8", "#e6eaf0")
-STYLE: dict[Any, Any] = {
+PHASE_BAND_COLORS = ("#f3f5f8", "#e6eaf0")
+PLOT_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -42,73 +42,73 @@ STYLE: dict[Any, Any] = {
     "savefig.dpi": 150,
 }
 
-Column = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 Picture = tuple[str, str, Path]
 """Title, caption, PNG file."""
 
 
-def column(records: list[dict[str, Any]], name: str) -> Column:
+def column(records: list[dict[str, Any]], name: str) -> FloatArray:
     """One field of the records; null is not a number."""
     return np.array([record[name] for record in records], dtype=np.float64)
 
 
-def mean(values: Column) -> float:
+def finite_mean(values: FloatArray) -> float:
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else float("nan")
 
 
-def median(values: Column) -> float:
+def finite_median(values: FloatArray) -> float:
     finite = values[np.isfinite(values)]
     return float(np.median(finite)) if len(finite) else float("nan")
 
 
-def smoothed(steps: list[dict[str, Any]], values: Column) -> tuple[Column, Column]:
+def running_median(steps: list[dict[str, Any]], values: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Tokens and running median over a fiftieth of the run, of what is finite; lines break between phases.
 
     The median, not the mean: a single stalled step must not look like a slow hour. At most 500 points each.
     """
-    tokens, places, medians, first = column(steps, "tokens"), [], [], 0
+    tokens, token_positions, medians, first = column(steps, "tokens"), [], [], 0
     half = max(1, len(steps) // 100)
     for _, group in groupby(steps, key=lambda record: record["phase"]):
         size = len(list(group))
         for index in np.unique(np.linspace(0, size - 1, min(size, 500)).round().astype(int)):
-            reach = max(min(half, index, size - 1 - index), min(half, 5))  # shorter towards the ends
-            low, high = max(0, index - reach), min(size, index + reach + 1)
-            places.append(tokens[first + index])
-            medians.append(median(values[first + low : first + high]))
-        places.append(np.nan)
+            half_window = max(min(half, index, size - 1 - index), min(half, 5))  # shorter towards the ends
+            low, high = max(0, index - half_window), min(size, index + half_window + 1)
+            token_positions.append(tokens[first + index])
+            medians.append(finite_median(values[first + low : first + high]))
+        token_positions.append(np.nan)
         medians.append(np.nan)
         first += size
-    return np.array(places), np.array(medians)
+    return np.array(token_positions), np.array(medians)
 
 
-def draw(history: History, config: RunConfig, folder: Path) -> list[Picture]:
+def draw_all(history: RunHistory, config: TrainConfig, folder: Path) -> list[Picture]:
     """The folder holds a PNG for every picture that the history has numbers for."""
     pictures = []
     if not history.steps:
         return []
     for title, (name, caption, function) in PICTURES.items():
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(PLOT_STYLE):
             figure = function(history, config)
             if figure is not None:
-                pictures.append((title, caption, save(figure, folder / f"{name}.png")))
+                pictures.append((title, caption, save_figure(figure, folder / f"{name}.png")))
     return pictures
 
 
-def save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
 
 
-def frame(history: History, label: str) -> tuple[Figure, Axes]:
+def token_axes(history: RunHistory, label: str) -> tuple[Figure, Axes]:
     """An empty picture over tokens with bands, restarts, rollbacks and labels."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel("tokens seen")
     axes.set_ylabel(label)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    _bands(axes, history)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
+    _draw_phase_bands(axes, history)
     foot: dict[str, Any] = {"clip_on": False, "transform": axes.get_xaxis_transform(), "ls": ""}
     for records, marker, color, label in (
         (history.restarts, "^", RED, "restart"),
@@ -120,23 +120,23 @@ def frame(history: History, label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _bands(axes: Axes, history: History) -> None:
+def _draw_phase_bands(axes: Axes, history: RunHistory) -> None:
     left = 0.0
     for index, (name, steps) in enumerate(groupby(history.steps, key=lambda record: record["phase"])):
         right = float(list(steps)[-1]["tokens"])
-        axes.axvspan(left, right, color=BANDS[index % 2], lw=0, zorder=0)
+        axes.axvspan(left, right, color=PHASE_BAND_COLORS[index % 2], lw=0, zorder=0)
         axes.text(left, 1.01, f" {name}", transform=axes.get_xaxis_transform(), color=GREY, size=9, va="bottom")
         left = right
     axes.set_xlim(0, left)
 
 
-def finish(figure: Figure, axes: Axes) -> Figure:
+def add_legend(figure: Figure, axes: Axes) -> Figure:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1.06), ncols=4, fontsize=9, borderaxespad=0.1)
     return figure
 
 
-def _log_if_wide(axes: Axes, values: Column, ratio: float | int) -> None:
+def _set_log_scale_if_wide(axes: Axes, values: FloatArray, ratio: float | int) -> None:
     """Logarithmic where the largest is `ratio` times the smallest; ticks stay round numbers."""
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > ratio * values.min():
@@ -144,64 +144,64 @@ def _log_if_wide(axes: Axes, values: Column, ratio: float | int) -> None:
         if values.max() < 30 * values.min():
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7)))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
 
 
-def _raw_and_smooth(axes: Axes, history: History, values: Column, color: str, label: str) -> None:
+def _draw_raw_and_median(axes: Axes, history: RunHistory, values: FloatArray, color: str, label: str) -> None:
     axes.plot(column(history.steps, "tokens"), values, color=color, alpha=0.3, lw=0.8)
-    axes.plot(*smoothed(history.steps, values), color=color, label=f"{label}: running median, faint: each step")
+    axes.plot(*running_median(history.steps, values), color=color, label=f"{label}: running median, faint: each step")
 
 
-def _skipped(axes: Axes, history: History, name: str) -> None:
+def _draw_skipped_steps(axes: Axes, history: RunHistory, name: str) -> None:
     """Crosses at the steps that made no update, at the upper edge where there is no number to draw or it lies above."""
-    if not history.skipped:
+    if not history.skipped_steps:
         return
-    values, top = column(history.skipped, name), axes.get_ylim()[1]
+    values, top = column(history.skipped_steps, name), axes.get_ylim()[1]
     outside = ~(values <= top)
-    tokens = column(history.skipped, "tokens")
+    tokens = column(history.skipped_steps, "tokens")
     look: dict[str, Any] = {"color": RED, "ms": 7, "mew": 1.6, "ls": "", "marker": "x", "zorder": 4}
     axes.plot(tokens[outside], np.ones(outside.sum()), transform=axes.get_xaxis_transform(), clip_on=False, **look)
     axes.plot(tokens[~outside], values[~outside], label="update left out", **look)
 
 
-def loss(history: History, config: RunConfig) -> Figure:
-    figure, axes, values = _loss(history)
-    _log_if_wide(axes, values, 2.5)
-    _skipped(axes, history, "loss")
-    return finish(figure, axes)
+def draw_loss(history: RunHistory, config: TrainConfig) -> Figure:
+    figure, axes, values = _loss_axes(history)
+    _set_log_scale_if_wide(axes, values, 2.5)
+    _draw_skipped_steps(axes, history, "loss")
+    return add_legend(figure, axes)
 
 
-def loss_late(history: History, config: RunConfig) -> Figure:
-    figure, axes, values = _loss(history)
+def draw_late_loss(history: RunHistory, config: TrainConfig) -> Figure:
+    figure, axes, values = _loss_axes(history)
     late = np.concatenate([values[len(values) // 10 :], column(history.validations, "loss")])
     late = late[np.isfinite(late)]
     if len(late):
         low, high = np.percentile(late, (0.1, 99.5))
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
-    _skipped(axes, history, "loss")
-    return finish(figure, axes)
+    _draw_skipped_steps(axes, history, "loss")
+    return add_legend(figure, axes)
 
 
-def _loss(history: History) -> tuple[Figure, Axes, Column]:
-    figure, axes = frame(history, "loss (nats per token)")
+def _loss_axes(history: RunHistory) -> tuple[Figure, Axes, FloatArray]:
+    figure, axes = token_axes(history, "loss (nats per token)")
     values = column(history.steps, "loss")
-    _raw_and_smooth(axes, history, values, BLUE, "training")
+    _draw_raw_and_median(axes, history, values, BLUE, "training")
     if history.validations:
         tokens, held_out = column(history.validations, "tokens"), column(history.validations, "loss")
         axes.plot(tokens, held_out, "o", color=ORANGE, ms=5, mec="white", mew=0.8, label="validation", zorder=3)
     return figure, axes, values
 
 
-def learning_rate(history: History, config: RunConfig) -> Figure:
-    figure, axes = frame(history, "learning rate")
+def draw_learning_rate(history: RunHistory, config: TrainConfig) -> Figure:
+    figure, axes = token_axes(history, "learning rate")
     axes.plot(column(history.steps, "tokens"), column(history.steps, "lr"), color=BLUE)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    return finish(figure, axes)
+    return add_legend(figure, axes)
 
 
-def seq_len(history: History, config: RunConfig) -> Figure:
-    figure, axes = frame(history, "seq_len (tokens per row)")
+def draw_seq_len(history: RunHistory, config: TrainConfig) -> Figure:
+    figure, axes = token_axes(history, "seq_len (tokens per row)")
     values = column(history.steps, "seq_len")
     axes.plot(column(history.steps, "tokens"), values, color=BLUE, drawstyle="steps-pre")
     lengths = sorted(set(values))
@@ -209,77 +209,77 @@ def seq_len(history: History, config: RunConfig) -> Figure:
     axes.set_yticks(lengths, [f"{int(length):,}" for length in lengths])
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(lengths[0] / 2, lengths[-1] * 2)
-    return finish(figure, axes)
+    return add_legend(figure, axes)
 
 
-def gradient_norm(history: History, config: RunConfig) -> Figure:
-    figure, axes = frame(history, "gradient norm before clipping")
-    values = column(history.steps, "gradient_norm")
-    _raw_and_smooth(axes, history, values, BLUE, "norm")
-    clip = config.optim.clip_norm
-    if clip > 0:
-        axes.axhline(clip, color=RED, lw=1, ls="--", label=f"clipped above {clip:g}")
-    _log_if_wide(axes, np.append(values, clip or np.nan), 5)
-    _skipped(axes, history, "gradient_norm")
-    return finish(figure, axes)
+def draw_grad_norm(history: RunHistory, config: TrainConfig) -> Figure:
+    figure, axes = token_axes(history, "gradient norm before clipping")
+    values = column(history.steps, "grad_norm")
+    _draw_raw_and_median(axes, history, values, BLUE, "norm")
+    max_grad_norm = config.optim.max_grad_norm
+    if max_grad_norm > 0:
+        axes.axhline(max_grad_norm, color=RED, lw=1, ls="--", label=f"clipped above {max_grad_norm:g}")
+    _set_log_scale_if_wide(axes, np.append(values, max_grad_norm or np.nan), 5)
+    _draw_skipped_steps(axes, history, "grad_norm")
+    return add_legend(figure, axes)
 
 
-def throughput(history: History, config: RunConfig) -> Figure:
-    figure, axes = frame(history, "tokens/s")
-    _raw_and_smooth(axes, history, column(history.steps, "tokens_per_second"), BLUE, "speed")
+def draw_throughput(history: RunHistory, config: TrainConfig) -> Figure:
+    figure, axes = token_axes(history, "tokens/s")
+    _draw_raw_and_median(axes, history, column(history.steps, "tokens_per_second"), BLUE, "speed")
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    return finish(figure, axes)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
+    return add_legend(figure, axes)
 
 
-def mfu(history: History, config: RunConfig) -> Figure:
-    figure, axes = frame(history, "share of peak FLOPs (%)")
+def draw_mfu(history: RunHistory, config: TrainConfig) -> Figure:
+    figure, axes = token_axes(history, "share of peak FLOPs (%)")
     for name, color, label in (("mfu", BLUE, "full attention"), ("mfu_causal", GREEN, "causal half")):
-        _raw_and_smooth(axes, history, 100 * column(history.steps, name), color, label)
+        _draw_raw_and_median(axes, history, 100 * column(history.steps, name), color, label)
     axes.set_ylim(bottom=0)
-    return finish(figure, axes)
+    return add_legend(figure, axes)
 
 
-def data_wait(history: History, config: RunConfig) -> Figure:
-    figure, axes = frame(history, "waiting for data (% of step)")
+def draw_data_wait(history: RunHistory, config: TrainConfig) -> Figure:
+    figure, axes = token_axes(history, "waiting for data (% of step)")
     share = 100 * column(history.steps, "data_seconds") / column(history.steps, "step_seconds")
-    _raw_and_smooth(axes, history, share, ORANGE, "share")
+    _draw_raw_and_median(axes, history, share, ORANGE, "share")
     axes.set_ylim(0, max(5.0, float(np.nanmax(share, initial=0)) * 1.1))
-    return finish(figure, axes)
+    return add_legend(figure, axes)
 
 
-def step_time(history: History, config: RunConfig) -> Figure:
-    figure, axes = frame(history, "step (seconds)")
+def draw_step_time(history: RunHistory, config: TrainConfig) -> Figure:
+    figure, axes = token_axes(history, "step (seconds)")
     values = column(history.steps, "step_seconds")
-    _raw_and_smooth(axes, history, values, BLUE, "step")
-    _log_if_wide(axes, values, 10)
+    _draw_raw_and_median(axes, history, values, BLUE, "step")
+    _set_log_scale_if_wide(axes, values, 10)
     if axes.get_yscale() == "linear":
         axes.set_ylim(bottom=0)
-    return finish(figure, axes)
+    return add_legend(figure, axes)
 
 
-def memory(history: History, config: RunConfig) -> Figure | None:
+def draw_memory(history: RunHistory, config: TrainConfig) -> Figure | None:
     values = column(history.steps, "memory_gib")
     if not np.isfinite(values).any():
         return None
-    figure, axes = frame(history, "memory of a device (GiB)")
+    figure, axes = token_axes(history, "memory of a device (GiB)")
     axes.plot(column(history.steps, "tokens"), values, color=BLUE, label="largest allocation")
     if config.hardware:
         axes.axhline(config.hardware.memory_gib, color=RED, lw=1, ls="--", label=config.hardware.name)
     axes.set_ylim(bottom=0)
-    return finish(figure, axes)
+    return add_legend(figure, axes)
 
 
-PICTURES: dict[str, tuple[str, str, Callable[[History, RunConfig], Figure | None]]] = {
-    "Loss": ("loss", "Mean cross-entropy of each step's tokens; points: held-out rows.", loss),
-    "Loss, late": ("loss_late", "The same without the first tenth of the steps, to scale.", loss_late),
-    "Learning rate": ("learning_rate", "One line over all phases.", learning_rate),
-    "Sequence length": ("seq_len", "Tokens in a row, by phase.", seq_len),
-    "Gradient norm": ("gradient_norm", "Global norm over all parameters.", gradient_norm),
-    "Throughput": ("throughput", "All devices together, from step times.", throughput),
-    "MFU": ("mfu", "Model FLOPs of a step over the devices' dense peak, under both conventions.", mfu),
-    "Waiting for data": ("data_wait", "Part of each step spent until its batch was there.", data_wait),
-    "Step time": ("step_time", "Wall time from step to step.", step_time),
-    "Memory": ("memory", "Largest allocation on a device so far.", memory),
+PICTURES: dict[str, tuple[str, str, Callable[[RunHistory, TrainConfig], Figure | None]]] = {
+    "Loss": ("loss", "Mean cross-entropy of each step's tokens; points: held-out rows.", draw_loss),
+    "Loss, late": ("loss_late", "The same without the first tenth of the steps, to scale.", draw_late_loss),
+    "Learning rate": ("learning_rate", "One line over all phases.", draw_learning_rate),
+    "Sequence length": ("seq_len", "Tokens in a row, by phase.", draw_seq_len),
+    "Gradient norm": ("grad_norm", "Global norm over all parameters.", draw_grad_norm),
+    "Throughput": ("throughput", "All devices together, from step times.", draw_throughput),
+    "MFU": ("mfu", "Model FLOPs of a step over the devices' dense peak, under both conventions.", draw_mfu),
+    "Waiting for data": ("data_wait", "Part of each step spent until its batch was there.", draw_data_wait),
+    "Step time": ("step_time", "Wall time from step to step.", draw_step_time),
+    "Memory": ("memory", "Largest allocation on a device so far.", draw_memory),
 }
 """Title: name of the PNG, caption, the function that draws it (null: the history has no numbers for it)."""

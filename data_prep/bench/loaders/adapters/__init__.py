@@ -1,6 +1,6 @@
 """Who is compared, in the order of the table."""
 
-from tandem.data_prep.bench.loaders.adapter import Contestant
+from tandem.data_prep.bench.loaders.adapter import LoaderAdapter
 from tandem.data_prep.bench.loaders.adapters import (
     hf_datasets,
     litdata,
@@ -11,10 +11,17 @@ from tandem.data_prep.bench.loaders.adapters import (
     webdataset,
 )
 
-CONTESTANTS: dict[str, Contestant] = {
+ADAPTERS: dict[str, LoaderAdapter] = {
     one.name: one
     for one in (
-        tandem.OURS, tandem.FINE, memmap.MEMMAP, webdataset.MANY, webdataset.SINGLE, litdata.LITDATA, hf_datasets.MAPPED,
-        megatron.MEGATRON, streaming.STREAMING,
+        tandem.TANDEM,
+        tandem.TANDEM_ROW_BLOCKS,
+        memmap.MEMMAP,
+        webdataset.WEBDATASET_MULTI_ROW,
+        webdataset.WEBDATASET_SINGLE_ROW,
+        litdata.LITDATA,
+        hf_datasets.HF_DATASETS,
+        megatron.MEGATRON,
+        streaming.STREAMING,
     )
-}  # fmt: skip
+}

@@ -7,15 +7,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.data_prep.bench.loaders.adapter import Contestant, Opened, Reading, flat_rows, index_batches, rows_taken
-from tandem.data_prep.bench.loaders.synthetic_corpus import ROW_TOKENS, Corpus
+from tandem.data_prep.bench.loaders.adapter import (
+    BatchStream,
+    LoaderAdapter,
+    PassConfig,
+    flat_rows,
+    index_batches,
+    state_after_batches,
+)
+from tandem.data_prep.bench.loaders.synthetic_corpus import ROW_TOKENS, SyntheticCorpus
 
 
 def _imports() -> None:
     import datasets  # noqa: F401
 
 
-def _write(corpus: Corpus, folder: Path) -> None:
+def _write(corpus: SyntheticCorpus, folder: Path) -> None:
     import pyarrow
     from datasets import Dataset, Features, List, Value
 
@@ -25,19 +32,23 @@ def _write(corpus: Corpus, folder: Path) -> None:
     Dataset(pyarrow.table({"tokens": column}, schema=features.arrow_schema)).save_to_disk(folder)
 
 
-def _open(reading: Reading, state: Any) -> Opened:
+def _open(reading: PassConfig, state: Any) -> BatchStream:
     from datasets import load_from_disk
     from torch.utils.data import DataLoader
 
     dataset = load_from_disk(str(reading.folder)).with_format("numpy")
     batches = [indices.tolist() for indices in index_batches(len(dataset), reading, state)]
-    collate: Any = _collated  # torch's types know no batch that is a dict
-    loader = DataLoader(dataset, sampler=batches, batch_size=None, num_workers=int(reading.worker), collate_fn=collate)
-    return Opened(iter(loader), rows_taken(reading, state))
+    collate: Any = _collate  # torch's types know no batch that is a dict
+    loader = DataLoader(
+        dataset, sampler=batches, batch_size=None, num_workers=int(reading.has_worker), collate_fn=collate
+    )
+    return BatchStream(iter(loader), state_after_batches(reading, state))
 
 
-def _collated(batch: dict[str, Any]) -> Tensor:
+def _collate(batch: dict[str, Any]) -> Tensor:
     return torch.from_numpy(batch["tokens"].astype(np.int64))
 
 
-MAPPED = Contestant("HF datasets, map style", _imports, _write, _open, elastic=True, note="with the bench's sampler")
+HF_DATASETS = LoaderAdapter(
+    "HF datasets, map style", _imports, _write, _open, is_elastic=True, note="with the bench's sampler"
+)

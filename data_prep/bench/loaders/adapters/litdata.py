@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.data_prep.bench.loaders.adapter import ROWS, Contestant, Opened, Reading, flat_rows
-from tandem.data_prep.bench.loaders.synthetic_corpus import ROW_TOKENS, Corpus
+from tandem.data_prep.bench.loaders.adapter import MICRO_BATCH_SIZE, BatchStream, LoaderAdapter, PassConfig, flat_rows
+from tandem.data_prep.bench.loaders.synthetic_corpus import ROW_TOKENS, SyntheticCorpus
 
 CHUNK_ROWS = 4_096
 
@@ -18,7 +18,7 @@ def _imports() -> None:
     import litdata  # noqa: F401
 
 
-def _write(corpus: Corpus, folder: Path) -> None:
+def _write(corpus: SyntheticCorpus, folder: Path) -> None:
     from litdata import TokensLoader, optimize
 
     # Whole rows in a chunk: what is left of one at its end is never read.
@@ -28,21 +28,23 @@ def _write(corpus: Corpus, folder: Path) -> None:
     )  # fmt: skip
 
 
-def _chunk(corpus: Corpus, index: int) -> Iterator[Tensor]:
+def _chunk(corpus: SyntheticCorpus, index: int) -> Iterator[Tensor]:
     rows = flat_rows(corpus)[index * CHUNK_ROWS : (index + 1) * CHUNK_ROWS]
     yield torch.from_numpy(rows.reshape(-1).copy())
 
 
-def _open(reading: Reading, state: Any) -> Opened:
+def _open(reading: PassConfig, state: Any) -> BatchStream:
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
 
     dataset = StreamingDataset(
         str(reading.folder), item_loader=TokensLoader(ROW_TOKENS), shuffle=True, seed=reading.seed, drop_last=True
     )
-    loader = StreamingDataLoader(dataset, batch_size=ROWS, num_workers=int(reading.worker), drop_last=True)
+    loader = StreamingDataLoader(
+        dataset, batch_size=MICRO_BATCH_SIZE, num_workers=int(reading.has_worker), drop_last=True
+    )
     if state is not None:
         loader.load_state_dict(state)
-    return Opened((batch.long() for batch in loader), lambda count: loader.state_dict())
+    return BatchStream((batch.long() for batch in loader), lambda count: loader.state_dict())
 
 
-LITDATA = Contestant("litdata", _imports, _write, _open)
+LITDATA = LoaderAdapter("litdata", _imports, _write, _open)

@@ -8,41 +8,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.data_prep.bench.loaders.adapter import Contestant, Opened, Reading, index_batches, rows_taken
-from tandem.data_prep.bench.loaders.synthetic_corpus import EOS_ID, ROW_TOKENS, VOCAB, Corpus
+from tandem.data_prep.bench.loaders.adapter import (
+    BatchStream,
+    LoaderAdapter,
+    PassConfig,
+    index_batches,
+    state_after_batches,
+)
+from tandem.data_prep.bench.loaders.synthetic_corpus import EOS_ID, ROW_TOKENS, VOCAB_SIZE, SyntheticCorpus
 
-PREFIX = "corpus"
+FILE_PREFIX = "corpus"
 
 
 def _imports() -> None:
     from megatron.core.datasets import gpt_dataset, indexed_dataset  # noqa: F401
 
 
-def _write(corpus: Corpus, folder: Path) -> None:
+def _write(corpus: SyntheticCorpus, folder: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builder = IndexedDatasetBuilder(str(folder / f"{PREFIX}.bin"), np.uint16)
-    for document in corpus.documents():
+    builder = IndexedDatasetBuilder(str(folder / f"{FILE_PREFIX}.bin"), np.uint16)
+    for document in corpus.iterate_documents():
         builder.add_document(document, [len(document)])
-    builder.finalize(str(folder / f"{PREFIX}.idx"))
+    builder.finalize(str(folder / f"{FILE_PREFIX}.idx"))
 
 
-def _open(reading: Reading, state: Any) -> Opened:
+def _open(reading: PassConfig, state: Any) -> BatchStream:
     from torch.utils.data import DataLoader
 
     dataset = _dataset(reading)
     batches = [indices.tolist() for indices in index_batches(len(dataset), reading, state, shuffled=False)]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=int(reading.worker), collate_fn=_collated)
-    return Opened(iter(loader), rows_taken(reading, state))
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=int(reading.has_worker), collate_fn=_collate)
+    return BatchStream(iter(loader), state_after_batches(reading, state))
 
 
-def _dataset(reading: Reading) -> Any:
+def _dataset(reading: PassConfig) -> Any:
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
-    prefix = str(reading.folder / PREFIX)
-    tokenizer = SimpleNamespace(eod=EOS_ID, pad=EOS_ID, vocab_size=VOCAB, unique_identifiers={"class": "none"})
+    prefix = str(reading.folder / FILE_PREFIX)
+    tokenizer = SimpleNamespace(eod=EOS_ID, pad=EOS_ID, vocab_size=VOCAB_SIZE, unique_identifiers={"class": "none"})
     settings = GPTDatasetConfig(
         random_seed=reading.seed, sequence_length=ROW_TOKENS - 1, path_to_cache=str(reading.folder / "indices"),
         tokenizer=tokenizer, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
@@ -52,11 +58,11 @@ def _dataset(reading: Reading) -> Any:
     return GPTDataset(indexed, prefix, np.arange(len(indexed), dtype=np.int32), None, Split.train, settings)
 
 
-def _collated(samples: list[dict[str, Tensor]]) -> Tensor:
+def _collate(samples: list[dict[str, Tensor]]) -> Tensor:
     return torch.stack([torch.cat((sample["tokens"], sample["labels"][-1:])) for sample in samples])
 
 
-MEGATRON = Contestant(
-    "Megatron-Core GPTDataset", _imports, _write, _open, same_rows=False, elastic=True,
+MEGATRON = LoaderAdapter(
+    "Megatron-Core GPTDataset", _imports, _write, _open, reads_flat_rows=False, is_elastic=True,
     note="with the bench's sampler; its samples also have masks and positions",
 )  # fmt: skip

@@ -10,28 +10,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.data_prep.bench.loaders.adapter import Contestant, Opened, Reading, flat_rows, index_batches, rows_taken
-from tandem.data_prep.bench.loaders.synthetic_corpus import FLAT, Corpus
+from tandem.data_prep.bench.loaders.adapter import (
+    BatchStream,
+    LoaderAdapter,
+    PassConfig,
+    flat_rows,
+    index_batches,
+    state_after_batches,
+)
+from tandem.data_prep.bench.loaders.synthetic_corpus import FLAT_FILE, SyntheticCorpus
 
-READ_AHEAD = 2
+PREFETCH_BATCHES = 2
 
 
-def _write(corpus: Corpus, folder: Path) -> None:
-    folder.joinpath(FLAT).hardlink_to(corpus.folder / FLAT)
+def _write(corpus: SyntheticCorpus, folder: Path) -> None:
+    folder.joinpath(FLAT_FILE).hardlink_to(corpus.folder / FLAT_FILE)
 
 
-def _open(reading: Reading, state: Any) -> Opened:
+def _open(reading: PassConfig, state: Any) -> BatchStream:
     rows = flat_rows(reading.corpus)
 
     def read() -> Iterator[Tensor]:
         for indices in index_batches(len(rows), reading, state):
             yield torch.from_numpy(rows[indices].astype(np.int64))
 
-    return Opened(_in_thread(read()) if reading.worker else read(), rows_taken(reading, state))
+    return BatchStream(_read_in_thread(read()) if reading.has_worker else read(), state_after_batches(reading, state))
 
 
-def _in_thread(batches: Iterator[Tensor]) -> Iterator[Tensor]:
-    queue: Queue[Tensor | None] = Queue(READ_AHEAD)
+def _read_in_thread(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    queue: Queue[Tensor | None] = Queue(PREFETCH_BATCHES)
 
     def put() -> None:
         for batch in batches:
@@ -43,6 +50,11 @@ def _in_thread(batches: Iterator[Tensor]) -> Iterator[Tensor]:
         yield batch
 
 
-MEMMAP = Contestant(
-    "numpy memmap", lambda: None, _write, _open, elastic=True, note="the limit: one flat file; the worker is a thread"
+MEMMAP = LoaderAdapter(
+    "numpy memmap",
+    lambda: None,
+    _write,
+    _open,
+    is_elastic=True,
+    note="the limit: one flat file; the worker is a thread",
 )

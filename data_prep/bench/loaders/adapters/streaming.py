@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from tandem.data_prep.bench.loaders.adapter import ROWS, Contestant, Opened, Reading, flat_rows
-from tandem.data_prep.bench.loaders.synthetic_corpus import ROW_TOKENS, Corpus
+from tandem.data_prep.bench.loaders.adapter import MICRO_BATCH_SIZE, BatchStream, LoaderAdapter, PassConfig, flat_rows
+from tandem.data_prep.bench.loaders.synthetic_corpus import ROW_TOKENS, SyntheticCorpus
 
 
 def _imports() -> None:
     import streaming  # noqa: F401
 
 
-def _write(corpus: Corpus, folder: Path) -> None:
+def _write(corpus: SyntheticCorpus, folder: Path) -> None:
     from streaming import MDSWriter
 
     with MDSWriter(out=str(folder), columns={"tokens": f"ndarray:uint16:{ROW_TOKENS}"}, exist_ok=True) as out:
@@ -19,23 +19,29 @@ def _write(corpus: Corpus, folder: Path) -> None:
             out.write({"tokens": row})
 
 
-def _open(reading: Reading, state: Any) -> Opened:
+def _open(reading: PassConfig, state: Any) -> BatchStream:
     from streaming import StreamingDataLoader, StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
     # Left by a process that was killed, they stop the next one.
     clean_stale_shared_memory()
     dataset = StreamingDataset(
-        local=str(reading.folder), shuffle=True, shuffle_seed=reading.seed, batch_size=ROWS, num_canonical_nodes=1
+        local=str(reading.folder),
+        shuffle=True,
+        shuffle_seed=reading.seed,
+        batch_size=MICRO_BATCH_SIZE,
+        num_canonical_nodes=1,
     )
-    loader = StreamingDataLoader(dataset, batch_size=ROWS, num_workers=int(reading.worker), drop_last=True)
+    loader = StreamingDataLoader(
+        dataset, batch_size=MICRO_BATCH_SIZE, num_workers=int(reading.has_worker), drop_last=True
+    )
     if state is not None:
         loader.load_state_dict(state)
-    return Opened((batch["tokens"].long() for batch in loader), lambda count: loader.state_dict())
+    return BatchStream((batch["tokens"].long() for batch in loader), lambda count: loader.state_dict())
 
 
-STREAMING = Contestant(
+STREAMING = LoaderAdapter(
     "mosaicml-streaming", _imports, _write, _open,
     # Its pins (numpy below 2.2, transformers below 5) cannot be met together with ours.
-    install="pip install --no-deps mosaicml-streaming, and what it then asks for",
+    install_hint="pip install --no-deps mosaicml-streaming, and what it then asks for",
 )  # fmt: skip

@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tandem.data_prep.bench.loaders.adapter import Contestant, Opened, Reading
-from tandem.data_prep.bench.loaders.synthetic_corpus import OURS as FOLDER
-from tandem.data_prep.bench.loaders.synthetic_corpus import ROW_TOKENS, VOCAB, Corpus
+from tandem.data_prep.bench.loaders.adapter import BatchStream, LoaderAdapter, PassConfig
+from tandem.data_prep.bench.loaders.synthetic_corpus import ROW_TOKENS, VOCAB_SIZE, SyntheticCorpus
+from tandem.data_prep.bench.loaders.synthetic_corpus import SHARDS_FOLDER as FOLDER
 
 SEQ_LEN = ROW_TOKENS - 1
 
@@ -16,41 +16,45 @@ def _imports() -> None:
     import tandem.trainer.data.loader  # noqa: F401
 
 
-def _write(corpus: Corpus, folder: Path) -> None:
+def _write(corpus: SyntheticCorpus, folder: Path) -> None:
     """It is there: what the others' forms are made from."""
 
 
-def _open(reading: Reading, state: Any, changes: dict[str, Any]) -> Opened:
+def _open(reading: PassConfig, state: Any, data_overrides: dict[str, Any]) -> BatchStream:
     from tandem.trainer import config
     from tandem.trainer.data.loader import Loader
 
-    step_tokens = reading.rows * reading.ranks * SEQ_LEN
+    step_tokens = reading.micro_batch_size * reading.dp_size * SEQ_LEN
     tokens = reading.corpus.num_tokens // step_tokens * step_tokens
-    phase = config.Phase("pass", tokens, SEQ_LEN, reading.rows * reading.ranks, reading.rows, {"corpus": 1.0})
-    lr = config.Linear("linear", 1e-4, 1e-5, 0, None)
-    data = config.Data({"corpus": str(reading.corpus.folder / FOLDER)}, **changes)
-    if not reading.worker:
-        data = replace(data, workers=0, prefetch_steps=0)
+    phase = config.PhaseConfig(
+        "pass", tokens, SEQ_LEN, reading.micro_batch_size * reading.dp_size, reading.micro_batch_size, {"corpus": 1.0}
+    )
+    lr = config.LinearLRConfig("linear", 1e-4, 1e-5, 0, None)
+    data = config.DataConfig({"corpus": str(reading.corpus.folder / FOLDER)}, **data_overrides)
+    if not reading.has_worker:
+        data = replace(data, num_workers=0, prefetch_steps=0)
     loader = Loader(
         data,
-        config.Schedule(None, [phase], lr),
+        config.ScheduleConfig(None, [phase], lr),
         seed=reading.seed,
-        vocab=VOCAB,
-        dp_rank=reading.rank,
-        dp_size=reading.ranks,
+        vocab_size=VOCAB_SIZE,
+        dp_rank=reading.dp_rank,
+        dp_size=reading.dp_size,
     )
-    taken = (state or 0) // step_tokens
-    batches = loader.batches(taken, None if state is None else {"corpus": state})
-    return Opened((batch.tokens for batch in batches), lambda count: (state or 0) + count * step_tokens)
+    num_steps_read = (state or 0) // step_tokens
+    batches = loader.batches(num_steps_read, None if state is None else {"corpus": state})
+    return BatchStream((batch.tokens for batch in batches), lambda count: (state or 0) + count * step_tokens)
 
 
-def _contestant(name: str, note: str, **changes: Any) -> Contestant:
+def _make_adapter(name: str, note: str, **changes: Any) -> LoaderAdapter:
     """Our loader with these fields of the config's `data` section, the others at their defaults."""
-    return Contestant(
+    return LoaderAdapter(
         name, _imports, _write, lambda reading, state: _open(reading, state, changes),
-        note=note, same_rows=False, is_ours=True, elastic=True,
+        note=note, reads_flat_rows=False, is_ours=True, is_elastic=True,
     )  # fmt: skip
 
 
-OURS = _contestant("ours", "tokens, targets, documents and evidence of 8 x 2,048; the worker is a thread")
-FINE = _contestant("ours, a block a row", "as fine a shuffle as that of the others", block_tokens=SEQ_LEN)
+TANDEM = _make_adapter("ours", "tokens, targets, documents and evidence of 8 x 2,048; the worker is a thread")
+TANDEM_ROW_BLOCKS = _make_adapter(
+    "ours, a block a row", "as fine a shuffle as that of the others", shuffle_block_tokens=SEQ_LEN
+)

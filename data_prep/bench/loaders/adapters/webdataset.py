@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.data_prep.bench.loaders.adapter import ROWS, Contestant, Opened, Reading, flat_rows
-from tandem.data_prep.bench.loaders.synthetic_corpus import ROW_TOKENS, Corpus
+from tandem.data_prep.bench.loaders.adapter import MICRO_BATCH_SIZE, BatchStream, LoaderAdapter, PassConfig, flat_rows
+from tandem.data_prep.bench.loaders.synthetic_corpus import ROW_TOKENS, SyntheticCorpus
 
 SHARD_ROWS = 1 << 14
-SHUFFLED_ROWS = 4_096
+SHUFFLE_BUFFER_ROWS = 4_096
 """In the buffer that samples are shuffled in."""
 
 
@@ -23,7 +23,7 @@ def _imports() -> None:
     import webdataset  # noqa: F401
 
 
-def _write(corpus: Corpus, folder: Path, *, sample_rows: int) -> None:
+def _write(corpus: SyntheticCorpus, folder: Path, *, sample_rows: int) -> None:
     from webdataset import TarWriter
 
     rows = flat_rows(corpus)
@@ -34,7 +34,7 @@ def _write(corpus: Corpus, folder: Path, *, sample_rows: int) -> None:
                 tar.write({"__key__": f"{start:08d}", "u16": data})
 
 
-def _open(reading: Reading, state: Any, *, sample_rows: int) -> Opened:
+def _open(reading: PassConfig, state: Any, *, sample_rows: int) -> BatchStream:
     import webdataset
     from torch.utils.data import DataLoader
 
@@ -42,36 +42,40 @@ def _open(reading: Reading, state: Any, *, sample_rows: int) -> Opened:
     dataset = webdataset.WebDataset(
         shards, shardshuffle=len(shards), detshuffle=True, seed=reading.seed, empty_check=False
     )
-    size = SHUFFLED_ROWS // sample_rows
+    size = SHUFFLE_BUFFER_ROWS // sample_rows
     dataset = dataset.shuffle(size, initial=size, rng=random.Random(reading.seed))
-    dataset = dataset.compose(partial(_single if sample_rows == 1 else _many, seed=reading.seed))
-    batches = iter(DataLoader(dataset, batch_size=None, num_workers=int(reading.worker)))
+    dataset = dataset.compose(
+        partial(_batches_across_samples if sample_rows == 1 else _batches_within_sample, seed=reading.seed)
+    )
+    batches = iter(DataLoader(dataset, batch_size=None, num_workers=int(reading.has_worker)))
     # It has no state: what was read is read again.
-    return Opened(islice(batches, state or 0, None), lambda count: (state or 0) + count)
+    return BatchStream(islice(batches, state or 0, None), lambda count: (state or 0) + count)
 
 
-def _rows(sample: dict[str, Any]) -> np.ndarray:
+def _read_rows(sample: dict[str, Any]) -> np.ndarray:
     return np.frombuffer(sample["u16"], np.uint16).reshape(-1, ROW_TOKENS)
 
 
-def _many(samples: Iterator[dict[str, Any]], *, seed: int) -> Iterator[Tensor]:
+def _batches_within_sample(samples: Iterator[dict[str, Any]], *, seed: int) -> Iterator[Tensor]:
     rng = np.random.default_rng(seed)
     for sample in samples:
-        rows = _rows(sample)
+        rows = _read_rows(sample)
         order = rng.permutation(len(rows))
-        for first in range(0, len(rows) - ROWS + 1, ROWS):
-            yield torch.from_numpy(rows[order[first : first + ROWS]].astype(np.int64))
+        for first in range(0, len(rows) - MICRO_BATCH_SIZE + 1, MICRO_BATCH_SIZE):
+            yield torch.from_numpy(rows[order[first : first + MICRO_BATCH_SIZE]].astype(np.int64))
 
 
-def _single(samples: Iterator[dict[str, Any]], *, seed: int) -> Iterator[Tensor]:
-    while len(rows := [_rows(sample) for sample in islice(samples, ROWS)]) == ROWS:
+def _batches_across_samples(samples: Iterator[dict[str, Any]], *, seed: int) -> Iterator[Tensor]:
+    while len(rows := [_read_rows(sample) for sample in islice(samples, MICRO_BATCH_SIZE)]) == MICRO_BATCH_SIZE:
         yield torch.from_numpy(np.concatenate(rows).astype(np.int64))
 
 
-def _contestant(name: str, sample_rows: int, note: str) -> Contestant:
-    write: Callable[[Corpus, Path], None] = partial(_write, sample_rows=sample_rows)
-    return Contestant(name, _imports, write, partial(_open, sample_rows=sample_rows), note=note)
+def _make_adapter(name: str, sample_rows: int, note: str) -> LoaderAdapter:
+    write: Callable[[SyntheticCorpus, Path], None] = partial(_write, sample_rows=sample_rows)
+    return LoaderAdapter(name, _imports, write, partial(_open, sample_rows=sample_rows), note=note)
 
 
-MANY = _contestant("webdataset, 64 rows", 64, "eight batches of one sample; no state: a resume reads all again")
-SINGLE = _contestant("webdataset, 1 row", 1, "no state: a resume reads all again")
+WEBDATASET_MULTI_ROW = _make_adapter(
+    "webdataset, 64 rows", 64, "eight batches of one sample; no state: a resume reads all again"
+)
+WEBDATASET_SINGLE_ROW = _make_adapter("webdataset, 1 row", 1, "no state: a resume reads all again")

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tandem.trainer.checkpoint.hf import convert
-from tandem.trainer.checkpoint.hf.folder import appearing
-from tandem.trainer.checkpoint.hf.tensor_mapping import cut
-from tandem.trainer.config import Mup, UserError
+from tandem.trainer.checkpoint.hf.folder import atomic_folder
+from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
+from tandem.trainer.config import MupConfig, UserError
 from tests.promises.test_hf import export, write_tokenizer
 from tests.reference.variants import VARIANTS
 
@@ -28,8 +28,8 @@ def edit(path: Path, **fields: object) -> None:
 
 def change(folder: Path, **tensors: torch.Tensor | None) -> None:
     """Tensors of a one-file folder replaced, added, or (None) removed."""
-    held = load_file(folder / convert.WEIGHTS) | tensors
-    save_file({name: value for name, value in held.items() if value is not None}, folder / convert.WEIGHTS)
+    held = load_file(folder / convert.WEIGHTS_FILE) | tensors
+    save_file({name: value for name, value in held.items() if value is not None}, folder / convert.WEIGHTS_FILE)
 
 
 def cut_short(path: Path) -> None:
@@ -63,8 +63,8 @@ def shard(folder: Path) -> Path:
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", alibi_scaling={}), "alibi_scaling"),
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", tandem=3), "impossible value"),
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", output_logits_scale=0.2), "an older revision"),
-        ("btlm_mup", 10**9, lambda f: (f / convert.WEIGHTS).unlink(), "has neither"),
-        ("btlm_mup", 10**9, lambda f: cut_short(f / convert.WEIGHTS), "copy the file again"),
+        ("btlm_mup", 10**9, lambda f: (f / convert.WEIGHTS_FILE).unlink(), "has neither"),
+        ("btlm_mup", 10**9, lambda f: cut_short(f / convert.WEIGHTS_FILE), "copy the file again"),
         ("btlm_mup", 10**9, lambda f: change(f, **{"transformer.ln_f.bias": None}), "ln_f.bias is missing"),
         (
             "btlm_mup",
@@ -82,13 +82,13 @@ def shard(folder: Path) -> Path:
         (
             "stablelm_12b",
             10**9,
-            lambda f: change(f, **{QUERY: load_file(f / convert.WEIGHTS)[QUERY].double()}),
+            lambda f: change(f, **{QUERY: load_file(f / convert.WEIGHTS_FILE)[QUERY].double()}),
             f"{QUERY} is F64; .* F32, BF16, F16; convert",
         ),
         (
             "stablelm_12b",
             10**9,
-            lambda f: change(f, **{QUERY: load_file(f / convert.WEIGHTS)[QUERY].to(torch.int8)}),
+            lambda f: change(f, **{QUERY: load_file(f / convert.WEIGHTS_FILE)[QUERY].to(torch.int8)}),
             f"{QUERY} is I8",
         ),
         ("stablelm_12b", 10**9, lambda f: edit(f / "config.json", hidden_act="gelu"), "hidden_act"),
@@ -98,10 +98,10 @@ def shard(folder: Path) -> Path:
             lambda f: edit(f / "config.json", rope_parameters={"rope_type": "linear", "factor": 2.0}),
             "rope_type",
         ),
-        ("stablelm_12b", 30_000, lambda f: (f / convert.INDEX).unlink(), "has neither"),
-        ("stablelm_12b", 30_000, lambda f: (f / convert.INDEX).write_text("[]"), "must be a JSON object"),
-        ("stablelm_12b", 30_000, lambda f: edit(f / convert.INDEX, weight_map={}), "has no weight_map"),
-        ("stablelm_12b", 30_000, lambda f: edit(f / convert.INDEX, weight_map={"a": 3}), "has no weight_map"),
+        ("stablelm_12b", 30_000, lambda f: (f / convert.INDEX_FILE).unlink(), "has neither"),
+        ("stablelm_12b", 30_000, lambda f: (f / convert.INDEX_FILE).write_text("[]"), "must be a JSON object"),
+        ("stablelm_12b", 30_000, lambda f: edit(f / convert.INDEX_FILE, weight_map={}), "has no weight_map"),
+        ("stablelm_12b", 30_000, lambda f: edit(f / convert.INDEX_FILE, weight_map={"a": 3}), "has no weight_map"),
         ("stablelm_12b", 30_000, lambda f: shard(f).unlink(), "copy the file again"),
         ("stablelm_12b", 30_000, lambda f: cut_short(shard(f)), "copy the file again"),
         (
@@ -118,14 +118,14 @@ def test_a_bad_folder_is_refused_in_one_line(
     export(variant, tmp_path / "out", shard_bytes=shard_bytes)
     damage(tmp_path / "out")
     with pytest.raises(UserError, match=message) as caught:
-        convert.load(tmp_path / "out")
+        convert.open_folder(tmp_path / "out")
     assert "\n" not in str(caught.value)
 
 
 def test_a_published_folders_extras_are_accepted(tmp_path: Path) -> None:
     """Causal-mask buffers, a tied head written out, slopes in 16 bits and flat, or absent."""
     tensors = export("btlm_6_heads", tmp_path / "out")
-    held = load_file(tmp_path / "out" / convert.WEIGHTS)
+    held = load_file(tmp_path / "out" / convert.WEIGHTS_FILE)
     change(
         tmp_path / "out",
         **{
@@ -136,27 +136,31 @@ def test_a_published_folders_extras_are_accepted(tmp_path: Path) -> None:
         },
     )
     edit(tmp_path / "out" / "config.json", tie_word_embeddings="drop")
-    model, mup, read = convert.load(tmp_path / "out")
+    model, mup, read = convert.open_folder(tmp_path / "out")
     assert (model, mup) == VARIANTS["btlm_6_heads"]
     assert all(torch.equal(read(name), tensor) for name, tensor in tensors.items())
     change(tmp_path / "out", **{"transformer.relative_pe.slopes": None})
-    assert convert.load(tmp_path / "out")[0] == model
+    assert convert.open_folder(tmp_path / "out")[0] == model
 
 
 def test_a_tensor_of_pieces_in_several_dtypes_is_not_rounded(tmp_path: Path) -> None:
     """The first piece is narrower than the others, and neither of the two 16-bit formats holds the other."""
     tensors = export("stablelm_12b", tmp_path / "out")
-    held, name = load_file(tmp_path / "out" / convert.WEIGHTS), "layers.0.attention.qkv.weight"
+    held, name = load_file(tmp_path / "out" / convert.WEIGHTS_FILE), "layers.0.attention.qkv.weight"
     for changed in ({QUERY: torch.bfloat16}, {QUERY: torch.bfloat16, QUERY.replace("q_", "k_"): torch.float16}):
         given = {key: held[key].to(dtype) for key, dtype in changed.items()}
         change(tmp_path / "out", **held | given)
         found = {key: value.float() for key, value in given.items()}
-        read = convert.load(tmp_path / "out")[2]
-        row = next(row for row in convert.TABLES["stablelm"].rows(VARIANTS["stablelm_12b"][0]) if row.ours == name)
+        read = convert.open_folder(tmp_path / "out")[2]
+        row = next(
+            row
+            for row in convert.FAMILY_MODULES["stablelm"].tensor_mappings(VARIANTS["stablelm_12b"][0])
+            if row.name == name
+        )
         assert read(name).dtype == torch.float32
-        for piece in row.pieces:
-            wanted = found.get(piece.theirs, held[piece.theirs])
-            assert torch.equal(cut(row, piece, read(name)), wanted), piece.theirs
+        for piece in row.hf_tensors:
+            wanted = found.get(piece.hf_name, held[piece.hf_name])
+            assert torch.equal(to_hf_tensor(row, piece, read(name)), wanted), piece.hf_name
     assert not torch.equal(read(name), tensors[name])
 
 
@@ -165,18 +169,18 @@ def test_earlier_names_of_fields_are_read(tmp_path: Path) -> None:
     export("stablelm_1_6b", tmp_path / "out")
     config, (wanted, _) = tmp_path / "out" / "config.json", VARIANTS["stablelm_1_6b"]
     edit(config, rope_parameters="drop")
-    assert convert.load(tmp_path / "out")[0] == wanted
-    edit(config, partial_rotary_factor="drop", rope_pct=0.5, layer_norm_eps="drop", norm_eps=wanted.norm_epsilon)
-    assert convert.load(tmp_path / "out")[0] == wanted
+    assert convert.open_folder(tmp_path / "out")[0] == wanted
+    edit(config, partial_rotary_factor="drop", rope_pct=0.5, layer_norm_eps="drop", norm_eps=wanted.norm_eps)
+    assert convert.open_folder(tmp_path / "out")[0] == wanted
 
 
 def test_absent_norm_biases_are_zero_and_one_that_is_not_zero_decides(tmp_path: Path) -> None:
     export("stablelm_12b", tmp_path / "out")
     change(tmp_path / "out", **{f"model.layers.{index}.input_layernorm.bias": None for index in range(2)})
-    model, _, _ = convert.load(tmp_path / "out")
+    model, _, _ = convert.open_folder(tmp_path / "out")
     assert not model.norm_bias
     change(tmp_path / "out", **{"model.norm.bias": torch.arange(96.0)})
-    model, _, read = convert.load(tmp_path / "out")
+    model, _, read = convert.open_folder(tmp_path / "out")
     assert model.norm_bias
     assert torch.equal(read("final_norm.bias"), torch.arange(96.0))
     assert torch.equal(read("layers.1.attention_norm.bias"), torch.zeros(96))
@@ -192,15 +196,15 @@ def test_the_published_fields_of_btlm_are_read() -> None:
         "mup_scale_qk_dot_by_d": True, "position_embedding_type": "alibi", "resid_pdrop": 0.0,
         "vocab_size": 50257,
     }  # fmt: skip
-    model, mup = convert._section(Path("folder"), published)
-    assert (model.width, model.depth, model.ffn_width, model.vocab) == (2560, 32, 6826, 50_257)
-    assert model.tied_head
-    assert mup == Mup(256, 14.6, 2.2200000000000003)
+    model, mup = convert._parse_hf_config(Path("folder"), published)
+    assert (model.hidden_size, model.num_layers, model.ffn_hidden_size, model.vocab_size) == (2560, 32, 6826, 50_257)
+    assert model.tie_word_embeddings
+    assert mup == MupConfig(256, 14.6, 2.2200000000000003)
 
 
 def test_no_shard_is_larger_than_asked_and_the_index_is_complete(tmp_path: Path) -> None:
     export("stablelm_12b", tmp_path / "out", shard_bytes=80_000)
-    index = json.loads((tmp_path / "out" / convert.INDEX).read_text())
+    index = json.loads((tmp_path / "out" / convert.INDEX_FILE).read_text())
     sizes = {}
     for path in (tmp_path / "out").glob("model-*"):
         held = load_file(path)
@@ -219,14 +223,14 @@ def test_weights_are_read_once_and_one_at_a_time(tmp_path: Path) -> None:
         asked.append(name)
         return tensors[name]
 
-    convert.export(read, model, mup, tmp_path / "out", tokenizer=None, max_seq_len=64, dtype=torch.bfloat16)
+    convert.export_folder(read, model, mup, tmp_path / "out", tokenizer=None, max_seq_len=64, dtype=torch.bfloat16)
     assert sorted(asked) == sorted(tensors)
 
 
 def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     export("stablelm_12b", tmp_path / "out", shard_bytes=30_000)
     export("btlm_mup", tmp_path / "out")
-    assert convert.load(tmp_path / "out")[0].family == "btlm"
+    assert convert.open_folder(tmp_path / "out")[0].family == "btlm"
     assert not list((tmp_path / "out").glob("model-*"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -259,9 +263,11 @@ def test_a_failed_export_leaves_what_was_there(tmp_path: Path) -> None:
 
     for out in ("out", "new"):
         with pytest.raises(OSError, match="the disk is gone"):
-            convert.export(read, model, mup, tmp_path / out, tokenizer=None, max_seq_len=64, dtype=torch.bfloat16)
+            convert.export_folder(
+                read, model, mup, tmp_path / out, tokenizer=None, max_seq_len=64, dtype=torch.bfloat16
+            )
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert torch.equal(convert.load(tmp_path / "out")[2]("embedding.weight"), tensors["embedding.weight"])
+    assert torch.equal(convert.open_folder(tmp_path / "out")[2]("embedding.weight"), tensors["embedding.weight"])
 
 
 @pytest.mark.parametrize("out", [".", "/proc"])
@@ -273,7 +279,7 @@ def test_what_cannot_be_replaced_is_refused_before_anything_is_written(
     monkeypatch.chdir(tmp_path / "here")
     with (
         pytest.raises(UserError, match=r"is (the current folder|a mount point); .*; name a new folder$"),
-        appearing(Path(out)),
+        atomic_folder(Path(out)),
     ):
         raise AssertionError("something can be written")
     assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
@@ -286,27 +292,27 @@ def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(tmp_
     kept = [f".out.{os.getppid()}.partial", f".other.{gone.pid}.partial", f".out.{gone.pid}.old", ".out.notes.partial"]
     for name in left + kept:
         (tmp_path / name).mkdir()
-        (tmp_path / name / convert.WEIGHTS).touch()
-    with appearing(tmp_path / "out") as folder:
+        (tmp_path / name / convert.WEIGHTS_FILE).touch()
+    with atomic_folder(tmp_path / "out") as folder:
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, folder.name])
         assert not list(folder.iterdir())
-    with appearing(tmp_path / "out"):
+    with atomic_folder(tmp_path / "out"):
         assert not (tmp_path / f".out.{gone.pid}.old").exists()
 
 
 def test_a_folder_that_cannot_take_its_place_leaves_the_earlier_one_there(tmp_path: Path) -> None:
     export("btlm_mup", tmp_path / "out")
-    with pytest.raises(FileNotFoundError), appearing(tmp_path / "out") as folder:
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "out") as folder:
         shutil.rmtree(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert convert.load(tmp_path / "out")[0].family == "btlm"
+    assert convert.open_folder(tmp_path / "out")[0].family == "btlm"
 
 
 def test_stablelm_with_mup_is_not_published(tmp_path: Path) -> None:
     model, _ = VARIANTS["stablelm_12b"]
     with pytest.raises(UserError, match="mup: is set"):
-        convert.export(
-            lambda name: torch.zeros(0), model, Mup(16, 1.0, 1.0), tmp_path / "out",
+        convert.export_folder(
+            lambda name: torch.zeros(0), model, MupConfig(16, 1.0, 1.0), tmp_path / "out",
             tokenizer=None, max_seq_len=64, dtype=torch.float32,
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
@@ -314,15 +320,15 @@ def test_stablelm_with_mup_is_not_published(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("vocab", "special", "message"),
-    [(97, "<end>", "has no special token"), (200, "<|endoftext|>", "model.vocab is 20")],
+    [(97, "<end>", "has no special token"), (200, "<|endoftext|>", "model.vocab_size is 20")],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused(vocab: int, special: str, message: str, tmp_path: Path) -> None:
     import dataclasses
 
-    model = dataclasses.replace(VARIANTS["btlm_mup"][0], vocab=20)
+    model = dataclasses.replace(VARIANTS["btlm_mup"][0], vocab_size=20)
     write_tokenizer(tmp_path / "tokenizer.json", vocab, special)
     with pytest.raises(UserError, match=message):
-        convert.export(
+        convert.export_folder(
             lambda name: torch.zeros(0), model, None, tmp_path / "out",
             tokenizer=tmp_path / "tokenizer.json", max_seq_len=64, dtype=torch.float32,
         )  # fmt: skip

@@ -4,20 +4,20 @@ import pytest
 import torch
 
 from tandem.trainer.checkpoint.hf import btlm, modeling_btlm
-from tandem.trainer.checkpoint.hf.configuration_btlm import ONLY, BTLMConfig
+from tandem.trainer.checkpoint.hf.configuration_btlm import SUPPORTED_VALUES, BTLMConfig
 from tandem.trainer.checkpoint.hf.modeling_btlm import BTLMLMHeadModel
-from tests.reference.variants import VARIANTS, in_double, reference, tokens
+from tests.reference.variants import VARIANTS, random_tokens, reference_module, to_fp64
 
 
 def made(variant: str = "btlm_6_heads", **changes) -> BTLMLMHeadModel:
     model, mup = VARIANTS[variant]
     torch.manual_seed(2)
-    fields = btlm.fields(model, mup, 64) | {"bos_token_id": None, "eos_token_id": None} | changes
+    fields = btlm.to_hf_config(model, mup, 64) | {"bos_token_id": None, "eos_token_id": None} | changes
     return BTLMLMHeadModel(BTLMConfig(**fields)).eval()
 
 
 def test_the_shipped_config_and_the_table_agree_on_what_is_fixed() -> None:
-    assert ONLY == btlm.FIXED
+    assert SUPPORTED_VALUES == btlm.FIXED_FIELDS
 
 
 @pytest.mark.parametrize(("name", "value"), [("scale_attn_weights", False), ("attn_pdrop", 0.1)])
@@ -49,7 +49,7 @@ def test_a_mistaken_interpolation_is_refused(scaling: object, message: str) -> N
 
 
 def test_loss_with_labels_is_the_mean_over_predicted_tokens() -> None:
-    theirs, batch = made(), tokens(VARIANTS["btlm_6_heads"][0])
+    theirs, batch = made(), random_tokens(VARIANTS["btlm_6_heads"][0])
     labels = batch.clone()
     labels[0, :9] = -100
     logits = theirs(batch).logits[:, :-1].flatten(0, 1)
@@ -61,7 +61,7 @@ def test_loss_with_labels_is_the_mean_over_predicted_tokens() -> None:
 @pytest.mark.parametrize("variant", ["btlm_6_heads", "btlm_dynamic"])
 def test_padding_is_invisible(variant: str, side: str) -> None:
     """Not counted either, where the slopes depend on the length of a row."""
-    theirs, batch = made(variant).double(), tokens(VARIANTS[variant][0])
+    theirs, batch = made(variant).double(), random_tokens(VARIANTS[variant][0])
     inside = slice(7, None) if side == "left" else slice(None, -7)
     mask = torch.zeros_like(batch)
     mask[:, inside] = 1
@@ -72,9 +72,9 @@ def test_padding_is_invisible(variant: str, side: str) -> None:
 
 
 def test_blocks_of_queries_are_invisible(monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs, batch = made().double(), tokens(VARIANTS["btlm_6_heads"][0])
+    theirs, batch = made().double(), random_tokens(VARIANTS["btlm_6_heads"][0])
     whole = theirs(batch).logits
-    monkeypatch.setattr(modeling_btlm, "QUERY_BLOCK", 7)
+    monkeypatch.setattr(modeling_btlm, "QUERY_BLOCK_SIZE", 7)
     assert (theirs(batch).logits - whole).abs().max() < 1e-12
 
 
@@ -85,11 +85,11 @@ def test_slopes_stay_exact_and_frozen_when_the_model_is_cast() -> None:
     found = theirs.to(torch.bfloat16).transformer.relative_pe.slopes
     assert torch.equal(found, exact)
     assert not found.requires_grad
-    assert theirs(tokens(VARIANTS["btlm_untied"][0])).logits.dtype == torch.bfloat16
+    assert theirs(random_tokens(VARIANTS["btlm_untied"][0])).logits.dtype == torch.bfloat16
 
 
 def test_gradients_are_the_same_with_checkpointing() -> None:
-    batch, gradients = tokens(VARIANTS["btlm_mup"][0]), []
+    batch, gradients = random_tokens(VARIANTS["btlm_mup"][0]), []
     for checkpointing in (False, True):
         theirs = made("btlm_mup").train()
         if checkpointing:
@@ -114,7 +114,7 @@ def test_fresh_weights_have_the_published_standard_deviations() -> None:
 
 
 def test_hidden_states_and_kept_logits_are_those_asked_for() -> None:
-    theirs, batch = made(), tokens(VARIANTS["btlm_6_heads"][0])
+    theirs, batch = made(), random_tokens(VARIANTS["btlm_6_heads"][0])
     output = theirs(batch, output_hidden_states=True, logits_to_keep=3)
     assert len(output.hidden_states) == theirs.config.n_layer + 1
     assert output.logits.shape[1] == 3
@@ -122,7 +122,7 @@ def test_hidden_states_and_kept_logits_are_those_asked_for() -> None:
 
 
 def test_embeddings_can_be_given_instead_of_tokens() -> None:
-    theirs, batch = made(), tokens(VARIANTS["btlm_6_heads"][0])
+    theirs, batch = made(), random_tokens(VARIANTS["btlm_6_heads"][0])
     given = theirs(inputs_embeds=theirs.get_input_embeddings()(batch)).logits
     assert torch.equal(given, theirs(batch).logits)
 
@@ -130,8 +130,8 @@ def test_embeddings_can_be_given_instead_of_tokens() -> None:
 def test_reference_and_shipped_code_disagree_when_the_scale_is_the_root() -> None:
     """The comparison's own teeth: 1 / sqrt(head_dim) under muP is far outside any tolerance used here."""
     model, mup = VARIANTS["btlm_mup"]
-    tensors, batch = in_double(reference(model).random_tensors(model, seed=3)), tokens(model)
-    with_mup = reference(model).logits(tensors.__getitem__, model, mup, batch)
+    tensors, batch = to_fp64(reference_module(model).random_tensors(model, seed=3)), random_tokens(model)
+    with_mup = reference_module(model).logits(tensors.__getitem__, model, mup, batch)
     theirs = made("btlm_mup", mup_scale_qk_dot_by_d=False)
     assert theirs.transformer.h[0].attn.scale != 1 / model.head_dim
-    assert (with_mup - reference(model).logits(tensors.__getitem__, model, None, batch)).abs().max() > 0.1
+    assert (with_mup - reference_module(model).logits(tensors.__getitem__, model, None, batch)).abs().max() > 0.1

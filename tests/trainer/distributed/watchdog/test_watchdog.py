@@ -18,20 +18,20 @@ import torch.distributed as dist
 from jaxtyping import config
 
 import tandem.trainer.distributed.watchdog as watchdogs
-from tandem.trainer.config import Watchdog as Settings
-from tandem.trainer.distributed.mesh import collectives, flight_record, shared_store
+from tandem.trainer.config import WatchdogConfig as Settings
+from tandem.trainer.distributed.mesh import count_collectives, create_shared_store, dump_flight_record
 from tandem.trainer.distributed.watchdog import (
-    FOLDER,
-    Place,
-    Report,
+    HANGS_FOLDER,
+    HangReport,
+    RankProcess,
     Watchdog,
-    connection_lost,
-    here,
+    current_process,
+    is_connection_lost,
     newest_verdict,
     verdict,
 )
 from tandem.trainer.distributed.watchdog import report as reporting
-from tandem.trainer.distributed.watchdog.report import state
+from tandem.trainer.distributed.watchdog.report import process_state
 from tandem.trainer.runtime import REQUEUE_EXIT_CODE
 from tests import ranks
 
@@ -42,21 +42,29 @@ LIMIT_SECONDS = 3.0
 def train(folder, break_as, steps=5, start_seconds=20.0, data_seconds=0.0, sleep_seconds=0.0):
     """A loop in the trainer's phases, of which rank 1 makes something else in BROKEN_STEP."""
     rank, second = dist.get_rank(), dist.new_group()
-    places = [None] * dist.get_world_size()
-    dist.all_gather_object(places, here())
-    settings = Settings(step_seconds=LIMIT_SECONDS, start_seconds=start_seconds)
-    watchdogs.ANSWER_SECONDS = 3.0  # so that a rank which does not answer in time is soon seen to be taken for dead
+    processes = [None] * dist.get_world_size()
+    dist.all_gather_object(processes, current_process())
+    settings = Settings(step_timeout_seconds=LIMIT_SECONDS, start_timeout_seconds=start_seconds)
+    watchdogs.REPORT_WAIT_SECONDS = (
+        3.0  # so that a rank which does not answer in time is soon seen to be taken for dead
+    )
     with Watchdog(
-        settings, folder, places, rank, collectives, flight_record=flight_record, data_seconds=data_seconds
+        settings,
+        folder,
+        processes,
+        rank,
+        count_collectives,
+        flight_record=dump_flight_record,
+        data_timeout_seconds=data_seconds,
     ) as watchdog:
         for step in range(1, steps + 1):
             broken = break_as if rank == 1 and step == BROKEN_STEP else ""
-            watchdog.at("data", step)
+            watchdog.enter_phase("data", step)
             if broken == "data":
                 time.sleep(sleep_seconds)
             if not break_as:
                 time.sleep(LIMIT_SECONDS / 3)
-            watchdog.at("forward and backward", step)
+            watchdog.enter_phase("forward and backward", step)
             if broken == "loop":
                 while True:
                     pass
@@ -65,27 +73,27 @@ def train(folder, break_as, steps=5, start_seconds=20.0, data_seconds=0.0, sleep
             if broken in ("STOP", "KILL"):
                 os.kill(os.getpid(), getattr(signal, f"SIG{broken}"))
             dist.all_reduce(torch.ones(2))
-            watchdog.at("update", step)
+            watchdog.enter_phase("update", step)
             if broken != "skip":
                 dist.all_reduce(torch.ones(2), group=second)
-            watchdog.finished(0.01)
-    return watchdog._limit
+            watchdog.finish_step(0.01)
+    return watchdog._timeout_seconds
 
 
 def save(folder):
     """Rank 0 waits in the store for rank 1's file, which never comes: that one is killed."""
-    rank, store = dist.get_rank(), shared_store("test")
-    places = [None] * dist.get_world_size()
-    dist.all_gather_object(places, here())
-    watchdogs.GONE_SECONDS = LIMIT_SECONDS
-    with Watchdog(Settings(), folder, places, rank, collectives) as watchdog:
-        watchdog.finished(0.01)
-        watchdog.at("save", BROKEN_STEP)
-        watchdog.patient()
+    rank, store = dist.get_rank(), create_shared_store("test")
+    processes = [None] * dist.get_world_size()
+    dist.all_gather_object(processes, current_process())
+    watchdogs.GONE_PEER_TIMEOUT_SECONDS = LIMIT_SECONDS
+    with Watchdog(Settings(), folder, processes, rank, count_collectives) as watchdog:
+        watchdog.finish_step(0.01)
+        watchdog.enter_phase("save", BROKEN_STEP)
+        watchdog.use_start_timeout()
         if rank == 1:
             time.sleep(2 * LIMIT_SECONDS)
             os.kill(os.getpid(), signal.SIGKILL)
-        with watchdog.in_store():
+        with watchdog.store_wait():
             store.get("file")
 
 
@@ -93,7 +101,7 @@ def failed(break_as, folder, **how) -> tuple[str, str, str]:
     """Of a world that the watchdog has ended: how its ranks ended, the verdict, the name of its step's folder."""
     with pytest.raises(AssertionError) as failure:
         ranks.run(train, 3, folder, folder, break_as, *how.values())
-    [file] = (folder / FOLDER).glob("step-*/verdict.txt")
+    [file] = (folder / HANGS_FOLDER).glob("step-*/verdict.txt")
     return str(failure.value), file.read_text(), file.parent.name
 
 
@@ -106,21 +114,21 @@ def test_a_rank_that_waits_for_its_data_is_named(tmp_path):
     assert all(ended_with_code(words, rank) for rank in range(3))
     assert folder == "step-00000003"
     assert said.startswith(
-        f"step 3: no progress for {LIMIT_SECONDS:g} s: rank 1 on {here().host} is still in data, while"
+        f"step 3: no progress for {LIMIT_SECONDS:g} s: rank 1 on {current_process().host} is still in data, while"
     )
     assert "the others wait in all_reduce" in said
-    assert "time.sleep(sleep_seconds)" in (tmp_path / FOLDER / folder / "rank-00001.txt").read_text()
-    report = json.loads((tmp_path / FOLDER / folder / "rank-00000.json").read_text())
+    assert "time.sleep(sleep_seconds)" in (tmp_path / HANGS_FOLDER / folder / "rank-00001.txt").read_text()
+    report = json.loads((tmp_path / HANGS_FOLDER / folder / "rank-00000.json").read_text())
     assert (report["phase"], report["collective"]) == ("forward and backward", "all_reduce")
 
 
 def test_what_torch_has_recorded_of_collectives_is_left_too(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "50")
     _, _, step = failed("data", tmp_path, steps=5, start=20.0, data=0.0, sleep=60.0)
-    files = sorted(path.name for path in (tmp_path / FOLDER / step).glob("flight-*"))
+    files = sorted(path.name for path in (tmp_path / HANGS_FOLDER / step).glob("flight-*"))
     assert files == ["flight-0", "flight-1", "flight-2"]
     # What torchfrtrace reads; on gloo the tool of torch 2.13 itself stumbles over a group without a name.
-    entries = pickle.loads((tmp_path / FOLDER / step / "flight-0").read_bytes())["entries"]
+    entries = pickle.loads((tmp_path / HANGS_FOLDER / step / "flight-0").read_bytes())["entries"]
     assert {entry["profiling_name"] for entry in entries} >= {"gloo:all_reduce"}
 
 
@@ -129,14 +137,17 @@ def test_a_rank_whose_store_is_slow_is_waited_for(tmp_path):
     began = time.monotonic()
     ranks.run(train, 3, tmp_path, tmp_path, "data", 5, 20.0, 30.0, 3 * LIMIT_SECONDS)
     assert time.monotonic() - began > 3 * LIMIT_SECONDS
-    assert not (tmp_path / FOLDER).exists()
+    assert not (tmp_path / HANGS_FOLDER).exists()
 
 
 def test_a_frozen_rank_is_named_and_killed(tmp_path):
     words, said, step = failed("STOP", tmp_path)
-    since_verdict = time.time() - (tmp_path / FOLDER / step / "verdict.txt").stat().st_mtime
+    since_verdict = time.time() - (tmp_path / HANGS_FOLDER / step / "verdict.txt").stat().st_mtime
     assert since_verdict < ranks.GRACE_SECONDS, "killed by the test, not by the other ranks"
-    assert f"rank 1 on {here().host} is silent: stopped by a signal, while the others wait in all_reduce" in said
+    assert (
+        f"rank 1 on {current_process().host} is silent: stopped by a signal, while the others wait in all_reduce"
+        in said
+    )
     assert f"rank 1 gave no result (exit code {-signal.SIGKILL}" in words
     assert ended_with_code(words, 0)
     assert ended_with_code(words, 2)
@@ -145,7 +156,7 @@ def test_a_frozen_rank_is_named_and_killed(tmp_path):
 def test_a_killed_rank_is_named_by_those_whose_connection_broke(tmp_path):
     words, said, _ = failed("KILL", tmp_path)
     assert said.startswith(
-        f"step 3: a connection was lost: rank 1 on {here().host} is gone: killed, or ended without a word"
+        f"step 3: a connection was lost: rank 1 on {current_process().host} is gone: killed, or ended without a word"
     )
     assert words.count(f"SystemExit: {REQUEUE_EXIT_CODE}") == 2
 
@@ -156,25 +167,27 @@ def test_a_rank_that_waits_in_the_store_for_a_killed_one_is_ended_without_patien
     assert ended_with_code(str(failure.value), 0)
     said = newest_verdict(tmp_path, 0.0)
     seconds, who = re.fullmatch(r"step 3: no progress for ([\d.]+) s: (.*)\n?", said, re.DOTALL).groups()
-    assert who.startswith(f"rank 1 on {here().host} is gone: killed, or ended without a word")
+    assert who.startswith(f"rank 1 on {current_process().host} is gone: killed, or ended without a word")
     assert 3 * LIMIT_SECONDS <= float(seconds) < 20, "from when it was seen, and the whole of it is said"
 
 
 def test_a_rank_in_an_endless_loop_is_named_with_its_line(tmp_path):
     words, said, _ = failed("loop", tmp_path)
-    assert f"rank 1 on {here().host} is in no collective (forward and backward, {Path(__file__).name}:" in said
+    assert (
+        f"rank 1 on {current_process().host} is in no collective (forward and backward, {Path(__file__).name}:" in said
+    )
     assert f"in {train.__name__}), while the others wait in all_reduce" in said
     assert all(ended_with_code(words, rank) for rank in range(3))
 
 
 def test_a_rank_that_left_a_collective_out_is_named(tmp_path):
     _, said, _ = failed("skip", tmp_path)
-    assert f"rank 1 on {here().host} is in forward and backward and left out a collective" in said
+    assert f"rank 1 on {current_process().host} is in forward and backward and left out a collective" in said
 
 
 def test_a_rank_that_crashed_keeps_its_error_and_is_named_by_the_others(tmp_path):
     words, said, _ = failed("crash", tmp_path)
-    assert f"rank 1 on {here().host} crashed with ValueError: row 7 is not a row" in said
+    assert f"rank 1 on {current_process().host} crashed with ValueError: row 7 is not a row" in said
     assert "ValueError: row 7\nis not a row" in words
     assert words.count(f"SystemExit: {REQUEUE_EXIT_CODE}") == 2
 
@@ -182,7 +195,7 @@ def test_a_rank_that_crashed_keeps_its_error_and_is_named_by_the_others(tmp_path
 def test_a_healthy_run_is_left_alone_and_leaves_nothing(tmp_path):
     """It takes longer than the limit, and no step does."""
     assert ranks.run(train, 3, tmp_path, tmp_path, "") == [LIMIT_SECONDS] * 3
-    assert not (tmp_path / FOLDER).exists()
+    assert not (tmp_path / HANGS_FOLDER).exists()
 
 
 def freeze(folder):
@@ -193,11 +206,11 @@ def freeze(folder):
         time.sleep(6.5)
         os.kill(os.getppid(), signal.SIGCONT)
         os._exit(0)
-    with Watchdog(Settings(start_seconds=3.0), folder, [here()], 0, collectives) as watchdog:
-        watchdog.at("data", 1)
+    with Watchdog(Settings(start_timeout_seconds=3.0), folder, [current_process()], 0, count_collectives) as watchdog:
+        watchdog.enter_phase("data", 1)
         os.waitpid(child, 0)
         time.sleep(0.5)
-        assert watchdog._waited < 2
+        assert watchdog._waited_seconds < 2
     return True
 
 
@@ -206,8 +219,8 @@ def test_time_in_which_this_process_was_stopped_does_not_count(tmp_path):
 
 
 def alone(folder):
-    with Watchdog(Settings(start_seconds=1.0), folder, [here()], 0, collectives) as watchdog:
-        watchdog.at("forward and backward", 1)
+    with Watchdog(Settings(start_timeout_seconds=1.0), folder, [current_process()], 0, count_collectives) as watchdog:
+        watchdog.enter_phase("forward and backward", 1)
         time.sleep(30)
 
 
@@ -216,7 +229,7 @@ def test_a_start_that_takes_too_long_is_ended(tmp_path):
         ranks.run(alone, 1, tmp_path, tmp_path)
     said = newest_verdict(tmp_path, since=0.0)
     assert (
-        f"step 1: no progress for 1 s: rank 0 on {here().host} stays in forward and backward, {Path(__file__).name}:"
+        f"step 1: no progress for 1 s: rank 0 on {current_process().host} stays in forward and backward, {Path(__file__).name}:"
         in said
     )
     assert newest_verdict(tmp_path, since=time.time() + 60) is None
@@ -224,8 +237,8 @@ def test_a_start_that_takes_too_long_is_ended(tmp_path):
 
 def blocked(folder):
     """A report that cannot be read stands for a file system that has stopped; seconds until the end are what is tested."""
-    watchdogs.DEADLINE_SECONDS = 2.0
-    file = reporting.file_of(folder / FOLDER, 1, 1)
+    watchdogs.EXIT_DEADLINE_SECONDS = 2.0
+    file = reporting.report_path(folder / HANGS_FOLDER, 1, 1)
     file.parent.mkdir(parents=True)
     os.mkfifo(file)
     alone(folder)
@@ -239,12 +252,12 @@ def test_the_process_ends_even_where_the_file_system_hangs(tmp_path):
 
 def out_at_last(folder):
     """This rank is over its limit, and gets out while another says that it still has time."""
-    places = [here(), Place(here().host, here().machine, 1, 7)]
-    patient = report(1, place=places[1], step=1, limit_seconds=90.0, over=False)
-    reporting.write(reporting.file_of(folder / FOLDER, 1, 1), patient, "")
-    with Watchdog(Settings(start_seconds=1.0), folder, places, 0, collectives) as watchdog:
-        watchdog.at("update", 1)
-        file, own = reporting.file_of(folder / FOLDER, 1, 0), {"over": False}
+    processes = [current_process(), RankProcess(current_process().host, current_process().machine_id, 1, 7)]
+    patient = report(1, process=processes[1], step=1, timeout_seconds=90.0, timed_out=False)
+    reporting.write_report(reporting.report_path(folder / HANGS_FOLDER, 1, 1), patient, "")
+    with Watchdog(Settings(start_timeout_seconds=1.0), folder, processes, 0, count_collectives) as watchdog:
+        watchdog.enter_phase("update", 1)
+        file, own = reporting.report_path(folder / HANGS_FOLDER, 1, 0), {"over": False}
         while not own["over"]:
             time.sleep(0.01)
             with suppress(FileNotFoundError):
@@ -254,55 +267,57 @@ def out_at_last(folder):
 
 def test_a_rank_that_gets_out_in_the_end_is_left_alone(tmp_path):
     assert ranks.run(out_at_last, 1, tmp_path, tmp_path) == [(True, [])]
-    assert sorted(file.name for file in tmp_path.glob(f"{FOLDER}/*/*")) == ["rank-00001.json", "rank-00001.txt"]
+    assert sorted(file.name for file in tmp_path.glob(f"{HANGS_FOLDER}/*/*")) == ["rank-00001.json", "rank-00001.txt"]
 
 
 def test_a_process_is_running_stopped_or_gone_also_where_nobody_has_asked_how_it_ended():
     with subprocess.Popen(["sleep", "60"]) as child:
-        place = Place(here().host, here().machine, child.pid, reporting._stat(child.pid)[1])
-        assert state(place) == "running"
-        assert state(dataclasses.replace(place, started=place.started - 1)) == "gone"
+        place = RankProcess(
+            current_process().host, current_process().machine_id, child.pid, reporting._process_stat(child.pid)[1]
+        )
+        assert process_state(place) == "running"
+        assert process_state(dataclasses.replace(place, start_ticks=place.start_ticks - 1)) == "gone"
         child.send_signal(signal.SIGSTOP)
         assert eventually(place, "stopped")
         child.kill()
         assert eventually(place, "gone")
-    assert state(place) == "gone"
+    assert process_state(place) == "gone"
 
 
-def eventually(place: Place, expected: str) -> bool:
+def eventually(place: RankProcess, expected: str) -> bool:
     deadline = time.monotonic() + 10
-    while state(place) != expected and time.monotonic() < deadline:
+    while process_state(place) != expected and time.monotonic() < deadline:
         time.sleep(0.01)
-    return state(place) == expected
+    return process_state(place) == expected
 
 
 def test_of_a_rank_on_another_machine_with_the_same_name_nothing_is_said(tmp_path):
     """Containers, and hosts that nobody has named: its number is nobody's here, and that says nothing."""
-    other = dataclasses.replace(here(), machine="another", pid=2**22, started=1)
-    assert state(other) == "gone"
-    watchdog = Watchdog(Settings(), tmp_path, [here(), other], 0, collectives)
-    watchdog._leave(over=True)
-    [file] = (tmp_path / FOLDER).glob("step-*/rank-00000.json")
-    assert json.loads(file.read_text())["neighbours"] == {}
+    other = dataclasses.replace(current_process(), machine_id="another", pid=2**22, start_ticks=1)
+    assert process_state(other) == "gone"
+    watchdog = Watchdog(Settings(), tmp_path, [current_process(), other], 0, count_collectives)
+    watchdog._write_report(timed_out=True)
+    [file] = (tmp_path / HANGS_FOLDER).glob("step-*/rank-00000.json")
+    assert json.loads(file.read_text())["local_peer_states"] == {}
 
 
 def test_reports_of_an_earlier_start_do_not_count(tmp_path):
-    places = [here(), here()]
-    for rank, started in enumerate((here().started, here().started - 1)):
-        given = report(rank, place=dataclasses.replace(here(), started=started))
-        reporting.write(reporting.file_of(tmp_path, 12, rank), given, "")
-    reporting.file_of(tmp_path, 12, 1).with_name("rank-00002.json").write_text('{"torn')
-    assert list(reporting.read(tmp_path, places, {})) == [0]
+    processes = [current_process(), current_process()]
+    for rank, started in enumerate((current_process().start_ticks, current_process().start_ticks - 1)):
+        given = report(rank, process=dataclasses.replace(current_process(), start_ticks=started))
+        reporting.write_report(reporting.report_path(tmp_path, 12, rank), given, "")
+    reporting.report_path(tmp_path, 12, 1).with_name("rank-00002.json").write_text('{"torn')
+    assert list(reporting.read_reports(tmp_path, processes, {})) == [0]
 
 
 def test_a_report_that_is_written_anew_or_withdrawn_is_read_so(tmp_path):
-    hangs, seen = tmp_path / FOLDER, {}
-    file = reporting.file_of(hangs, 12, 0)
+    hangs, seen = tmp_path / HANGS_FOLDER, {}
+    file = reporting.report_path(hangs, 12, 0)
     for over in (False, True):
-        reporting.write(file, report(0, place=here(), over=over), "")
-        assert reporting.read(hangs, [here()], seen)[0].over is over
-    reporting.remove(file)
-    assert reporting.read(hangs, [here()], seen) == {}
+        reporting.write_report(file, report(0, process=current_process(), timed_out=over), "")
+        assert reporting.read_reports(hangs, [current_process()], seen)[0].timed_out is over
+    reporting.remove_report(file)
+    assert reporting.read_reports(hangs, [current_process()], seen) == {}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -313,27 +328,27 @@ def test_a_report_that_is_written_anew_or_withdrawn_is_read_so(tmp_path):
         (Settings(), [0.1], 60),
         (Settings(), [500.0] + [20.0] * 32, 200),
         (Settings(), [500.0] * 100 + [30.0] * 17, 300),
-        (Settings(step_seconds=7.0), [20.0], 7),
-        (Settings(step_seconds=0.0, start_seconds=5.0), [], 5),
-        (Settings(step_seconds=0.0, start_seconds=5.0), [20.0], float("inf")),
-        (Settings(start_seconds=0.0), [], float("inf")),
+        (Settings(step_timeout_seconds=7.0), [20.0], 7),
+        (Settings(step_timeout_seconds=0.0, start_timeout_seconds=5.0), [], 5),
+        (Settings(step_timeout_seconds=0.0, start_timeout_seconds=5.0), [20.0], float("inf")),
+        (Settings(start_timeout_seconds=0.0), [], float("inf")),
     ],
 )
 def test_the_limit_follows_the_median_of_the_last_steps(tmp_path, settings, steps, limit):
-    watchdog = Watchdog(settings, tmp_path, [here()], 0, dict)
+    watchdog = Watchdog(settings, tmp_path, [current_process()], 0, dict)
     for seconds in steps:
-        watchdog.finished(seconds)
-    assert watchdog._own_limit("update") == limit
-    assert watchdog._own_limit("data") == max(limit, 660)
+        watchdog.finish_step(seconds)
+    assert watchdog._phase_timeout_seconds("update") == limit
+    assert watchdog._phase_timeout_seconds("data") == max(limit, 660)
 
 
 def test_moving_costs_next_to_nothing(tmp_path):
-    watchdog, calls = Watchdog(Settings(), tmp_path, [here()], 0, dict), 100_000
+    watchdog, calls = Watchdog(Settings(), tmp_path, [current_process()], 0, dict), 100_000
     config.update("jaxtyping_disable", True)  # as in a command
     try:
         began = time.perf_counter()
         for step in range(calls):
-            watchdog.at("data", step)
+            watchdog.enter_phase("data", step)
         seconds = time.perf_counter() - began
     finally:
         config.update("jaxtyping_disable", False)
@@ -354,19 +369,20 @@ def test_moving_costs_next_to_nothing(tmp_path):
     ],
 )  # fmt: skip
 def test_only_what_a_collective_says_of_a_peer_is_a_lost_connection(error, lost):
-    assert connection_lost(error) is lost
+    assert is_connection_lost(error) is lost
 
 
-PLACES = [Place(f"host-{'abcdefg'[rank // 2]}", "", 100 + rank, 5) for rank in range(14)]
+PLACES = [RankProcess(f"host-{'abcdefg'[rank // 2]}", "", 100 + rank, 5) for rank in range(14)]
 
 
-def report(rank: int, place: Place | None = None, **fields) -> Report:
+def report(rank: int, process: RankProcess | None = None, **fields) -> HangReport:
     """Of a rank that waits with all others in the 9th collective of one group."""
     given = {
-        "phase": "update", "step": 12, "moves": 40, "seconds": 60.0, "limit_seconds": 60.0, "over": True,
-        "line": "engine.py:88 in update", "collective": "all_reduce", "group": "0", "numbers": {"0": 9}, "neighbours": {},
+        "phase": "update", "step": 12, "num_phases": 40, "waited_seconds": 60.0, "timeout_seconds": 60.0, "timed_out": True,
+        "location": "engine.py:88 in update", "collective": "all_reduce", "group_name": "0", "num_collectives": {"0": 9},
+        "local_peer_states": {},
     }  # fmt: skip
-    return Report(rank=rank, place=place or PLACES[rank], **(given | fields))
+    return HangReport(rank=rank, process=process or PLACES[rank], **(given | fields))
 
 
 def said(num_ranks: int, **changed: dict | None) -> str:
@@ -381,39 +397,40 @@ def said(num_ranks: int, **changed: dict | None) -> str:
 
 
 WAIT = ", while the others wait in all_reduce 9"
-NONE = {"collective": None, "group": None, "numbers": {"0": 8}}
+NONE = {"collective": None, "group_name": None, "num_collectives": {"0": 8}}
 
 
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
         ({"r3": None}, f"rank 3 on host-b is silent: frozen, dead or cut off{WAIT}"),
-        ({"r3": None, "r2": {"neighbours": {"3": "running"}}}, f"rank 3 on host-b is silent: alive but frozen{WAIT}"),
+        ({"r3": None, "r2": {"local_peer_states": {"3": "running"}}}, f"rank 3 on host-b is silent: alive but frozen{WAIT}"),
         ({"r3": None, "r2": None}, f"ranks 2, 3 on host-b are silent: frozen, dead or cut off{WAIT}"),
-        ({"r3": None, "r0": None, "r2": {"neighbours": {"3": "gone"}}},
+        ({"r3": None, "r0": None, "r2": {"local_peer_states": {"3": "gone"}}},
          f"rank 3 on host-b is gone: killed, or ended without a word{WAIT}"),
-        ({"r3": None, "r1": {"moves": 39}}, f"rank 3 on host-b is silent: frozen, dead or cut off{WAIT}"),
-        ({"r1": {"crashed": "KeyError: 1"}, "r3": None}, f"rank 1 on host-a crashed with KeyError: 1{WAIT}"),
-        ({"r1": {"moves": 39, "phase": "data", **NONE}}, f"rank 1 on host-a is still in data{WAIT}"),
-        ({"r0": {"moves": 39, "phase": "data", "numbers": {"0": 7}},
-          "r1": {"moves": 39, "phase": "data", "collective": None, "numbers": {"0": 6}}},
+        ({"r3": None, "r1": {"num_phases": 39}}, f"rank 3 on host-b is silent: frozen, dead or cut off{WAIT}"),
+        ({"r1": {"crash_error": "KeyError: 1"}, "r3": None}, f"rank 1 on host-a crashed with KeyError: 1{WAIT}"),
+        ({"r1": {"num_phases": 39, "phase": "data", **NONE}}, f"rank 1 on host-a is still in data{WAIT}"),
+        ({"r0": {"num_phases": 39, "phase": "data", "num_collectives": {"0": 7}},
+          "r1": {"num_phases": 39, "phase": "data", "collective": None, "num_collectives": {"0": 6}}},
          f"rank 1 on host-a is still in data{WAIT}"),
-        ({"r2": {"line": "model.py:5 in spin", **NONE}},
+        ({"r2": {"location": "model.py:5 in spin", **NONE}},
          f"rank 2 on host-b is in no collective (update, model.py:5 in spin){WAIT}"),
-        ({"r2": {"line": "model.py:5 in spin", **NONE, "numbers": {}}},
+        ({"r2": {"location": "model.py:5 in spin", **NONE, "num_collectives": {}}},
          f"rank 2 on host-b is in no collective (update, model.py:5 in spin){WAIT}"),
-        ({"r2": {"collective": "barrier", "numbers": {"0": 8}}},
+        ({"r2": {"collective": "barrier", "num_collectives": {"0": 8}}},
          f"rank 2 on host-b is in barrier (update, engine.py:88 in update){WAIT}"),
         # Tensor-parallel pairs: 0 waits for 1, 2 waits for 0, 3 waits for 1.
-        ({"r0": {"numbers": {"tp": 5, "dp": 2}}, "r1": {"collective": None, "numbers": {"tp": 4, "dp2": 2}},
-          "r2": {"group": "dp", "numbers": {"dp": 3, "tp2": 5}}, "r3": {"group": "dp2", "numbers": {"dp2": 3, "tp2": 5}}},
+        ({"r0": {"num_collectives": {"tp": 5, "dp": 2}}, "r1": {"collective": None, "num_collectives": {"tp": 4, "dp2": 2}},
+          "r2": {"group_name": "dp", "num_collectives": {"dp": 3, "tp2": 5}}, 
+          "r3": {"group_name": "dp2", "num_collectives": {"dp2": 3, "tp2": 5}}},
          "rank 1 on host-a is in no collective (update, engine.py:88 in update), "
          "while the others wait in all_reduce 3"),
-        ({"r1": {"moves": 41, "phase": "save", "collective": "barrier"}},
+        ({"r1": {"num_phases": 41, "phase": "save", "collective": "barrier"}},
          f"rank 1 on host-a is in save and left out a collective{WAIT}"),
-        ({"r1": {"lost": "gone"}, "r3": None, "r2": {"neighbours": {"3": "gone"}}},
+        ({"r1": {"connection_error": "gone"}, "r3": None, "r2": {"local_peer_states": {"3": "gone"}}},
          f"LOST rank 3 on host-b is gone: killed, or ended without a word{WAIT}"),
-        ({"r1": {"lost": "Broken pipe"}, "r3": None, "r2": {"neighbours": {"3": "running"}}},
+        ({"r1": {"connection_error": "Broken pipe"}, "r3": None, "r2": {"local_peer_states": {"3": "running"}}},
          "LOST all ranks are alive: the network between hosts host-a, host-b: Broken pipe"),
         ({f"r{rank}": {"collective": None} for rank in range(4)},
          "all have arrived (update, engine.py:88 in update) and none got out: the network between hosts host-a, host-b"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.tools.audit.runs import make_corpus, run_all
+from tests.trainer.tools.audit.runs import make_corpus, write_full_run
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,7 @@ def sources(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, sources) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    run_all(folder, sources)
+    write_full_run(folder, sources)
     return folder
 
 

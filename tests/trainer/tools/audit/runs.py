@@ -13,26 +13,26 @@ import numpy as np
 import xxhash
 
 from tandem.data_prep.shard_writer import write_split
-from tandem.trainer.config import Data, Linear, Phase, Schedule
+from tandem.trainer.config import DataConfig, LinearLRConfig, PhaseConfig, ScheduleConfig
 from tandem.trainer.data import manifest
-from tandem.trainer.data.ledger import FILE, Ledger, copy_manifests, halves, joined, manifest_copy
+from tandem.trainer.data.ledger import LEDGER_FILE, Ledger, copy_manifests, manifest_copy_path, pack_u64, unpack_u64
 from tandem.trainer.data.loader import Loader
-from tandem.trainer.data.manifest import Manifest, Split
+from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit
 from tandem.trainer.data.mixture import row_sources
-from tandem.trainer.data.shuffle import Order
-from tandem.trainer.disk import write_whole
+from tandem.trainer.data.shuffle import BlockShuffle
+from tandem.trainer.disk import atomic_write
 from tandem.trainer.tools import audit
 from tandem.trainer.tools.audit import replay
-from tandem.trainer.tools.audit.ledger_history import History
-from tandem.trainer.tools.audit.result import Finding, Verdict
+from tandem.trainer.tools.audit.ledger_history import LedgerHistory
+from tandem.trainer.tools.audit.result import AuditResult, Finding
 
-SEED, BLOCK, WINDOW = 3, 64, 320
-SHORT = Phase("short", 6 * 12 * 32, 32, 12, 1, {"a": 0.7, "b": 0.3})
-LONG = Phase("long", 6 * 6 * 128, 128, 6, 1, {"a": 0.4, "b": 0.6})
-ADDED = Phase("edited", 4 * 6 * 64, 64, 6, 1, {"a": 0.25, "b": 0.25, "c": 0.5})
-EDITED = [SHORT, dataclasses.replace(LONG, tokens=3 * 6 * 128), ADDED]
+SEED, BLOCK_TOKENS, WINDOW_TOKENS = 3, 64, 320
+SHORT_PHASE = PhaseConfig("short", 6 * 12 * 32, 32, 12, 1, {"a": 0.7, "b": 0.3})
+LONG_PHASE = PhaseConfig("long", 6 * 6 * 128, 128, 6, 1, {"a": 0.4, "b": 0.6})
+ADDED_PHASE = PhaseConfig("edited", 4 * 6 * 64, 64, 6, 1, {"a": 0.25, "b": 0.25, "c": 0.5})
+EDITED_PHASES = [SHORT_PHASE, dataclasses.replace(LONG_PHASE, tokens=3 * 6 * 128), ADDED_PHASE]
 """The schedule after a person has cut the second phase short and added a third, with a new source."""
-STEPS = 13
+NUM_STEPS = 13
 
 
 def make_corpus(folder: Path, seed: int, documents: int) -> str:
@@ -41,144 +41,164 @@ def make_corpus(folder: Path, seed: int, documents: int) -> str:
     draw = np.random.default_rng(seed)
     texts = (np.append(draw.integers(1, 500, draw.integers(0, 90)), 0).astype(np.uint16) for _ in range(documents))
     train = write_split(folder, "train", texts, sample_tokens=512, shard_tokens=600)
-    written = Manifest("uint16", 512, 500, "<eos>", 0, "one", 0.0, {}, {}, train=train, validation=Split(0, 0, []))
-    write_whole(folder / manifest.FILE, manifest.dump(written))
+    written = CorpusManifest(
+        "uint16", 512, 500, "<eos>", 0, "one", 0.0, {}, {}, train=train, validation=CorpusSplit(0, 0, [])
+    )
+    atomic_write(folder / manifest.MANIFEST_FILE, manifest.dump_manifest(written))
     return str(folder)
 
 
-def loaders(sources: dict[str, str], phases: list[Phase], dp_size: int) -> list[Loader]:
-    schedule = Schedule(None, phases, Linear("linear", 1.0, 0.0, 1, None))
-    data = Data(sources, block_tokens=BLOCK, window_tokens=WINDOW, workers=0)
-    return [Loader(data, schedule, seed=SEED, vocab=512, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
+def loaders(sources: dict[str, str], phases: list[PhaseConfig], dp_size: int) -> list[Loader]:
+    schedule = ScheduleConfig(None, phases, LinearLRConfig("linear", 1.0, 0.0, 1, None))
+    data = DataConfig(sources, shuffle_block_tokens=BLOCK_TOKENS, shuffle_window_tokens=WINDOW_TOKENS, num_workers=0)
+    return [Loader(data, schedule, seed=SEED, vocab_size=512, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
 
 
-class Saved(NamedTuple):
+class SavedState(NamedTuple):
     """What a checkpoint keeps for the next start."""
 
     step: int = 0
     cursor: dict[str, int] = {}  # noqa: RUF012
-    after: int = 0
+    num_ledger_lines: int = 0
     skipped: dict[str, list[str]] = {}  # noqa: RUF012
 
 
-NOTHING = Saved()
+FRESH_STATE = SavedState()
 
 
-def train(
-    folder: Path, sources: dict, phases: list[Phase], saved: Saved, until: int, dp_size: int, skip=None, bad=None, over=None,
+def write_ledger(
+    folder: Path,
+    sources: dict,
+    phases: list[PhaseConfig],
+    saved: SavedState,
+    end_step: int,
+    dp_size: int,
+    skip=None,
+    bad=None,
+    skip_cursor=None,
     rollback=False,
-) -> Saved:  # fmt: skip
-    """The ledger has what a run of these ranks writes from a checkpoint up to step `until`; returns the checkpoint there.
+) -> SavedState:
+    """The ledger has what a run of these ranks writes from a checkpoint up to step `end_step`; returns the checkpoint there.
 
-    `bad` are decisions by step, `over` is the cursor from which a run goes on that passes over rows.
+    `bad` are actions by step, `skip_cursor` is the cursor from which a run goes on that passes over rows.
     """
-    ranks, cursor = loaders(sources, phases, dp_size), over or saved.cursor
-    passed = {source: (saved.cursor.get(source, 0), end) for source, end in (over or {}).items()}
+    ranks, cursor = loaders(sources, phases, dp_size), skip_cursor or saved.cursor
+    passed = {source: (saved.cursor.get(source, 0), end) for source, end in (skip_cursor or {}).items()}
     for loader in ranks:
         for each in [(source, file) for source, files in saved.skipped.items() for file in files]:
-            loader.skip(*each)
+            loader.skip_shard(*each)
     ledger = Ledger(folder)
     fingerprints = ranks[0].fingerprints
-    ledger.start(
-        saved.step, cursor, order=ranks[0].order, phases=[dataclasses.asdict(phase) for phase in phases],
-        fingerprints=fingerprints, skipped=ranks[0].skipped, dp_size=dp_size, after=saved.after, passed=passed,
-        rollback=rollback,
-    )  # fmt: skip
+    ledger.write_start(
+        saved.step,
+        cursor,
+        shuffle_settings=ranks[0].shuffle_settings,
+        phases=[dataclasses.asdict(phase) for phase in phases],
+        fingerprints=fingerprints,
+        skipped_shards=ranks[0].skipped_shards,
+        dp_size=dp_size,
+        num_ledger_lines=saved.num_ledger_lines,
+        skipped_ranges=passed,
+        is_rollback=rollback,
+    )
     if skip:
-        ledger.skip(saved.step + 1, *skip)
+        ledger.write_skipped_shard(saved.step + 1, *skip)
         for loader in ranks:
-            loader.skip(*skip)
+            loader.skip_shard(*skip)
     readers = [loader.batches(saved.step, cursor or None) for loader in ranks]
-    for step in range(saved.step, until):
+    for step in range(saved.step, end_step):
         batches = [next(reader) for reader in readers]
-        summed = [sum(parts) for parts in zip(*(halves(batch.evidence) for batch in batches), strict=True)]
+        summed = [sum(parts) for parts in zip(*(pack_u64(batch.digests) for batch in batches), strict=True)]
         cursor = batches[0].cursor
-        ledger.step(step + 1, cursor, joined(summed, tp_size=1))
+        ledger.write_step(step + 1, cursor, unpack_u64(summed, tp_size=1))
         if bad and step + 1 in bad:
-            ledger.bad(step + 1, float("nan"), 7.5, f"loss of step {step + 1} is not finite", bad[step + 1])
+            ledger.write_bad_step(step + 1, float("nan"), 7.5, f"loss of step {step + 1} is not finite", bad[step + 1])
     for reader in readers:
         reader.close()
     after = ledger.num_lines
     ledger.close()
     copy_manifests(folder, ranks[0].manifests)
-    return Saved(until, cursor, after, ranks[0].skipped)
+    return SavedState(end_step, cursor, after, ranks[0].skipped_shards)
 
 
-def saved_at(folder: Path, step: int) -> Saved:
+def state_at(folder: Path, step: int) -> SavedState:
     """The checkpoint that the last process to make this step can have made after it."""
-    lines, cursor = lines_of(folder), {}
+    lines, cursor = read_lines(folder), {}
     after = max(n for n, line in enumerate(lines, 1) if line["step"] == step and line["kind"] in ("step", "bad"))
     skipped: dict[str, list[str]] = {}
     for line in lines[:after]:
         if line["kind"] == "start":
-            cursor, skipped = dict(line["cursor"]), {source: list(files) for source, files in line["skipped"].items()}
+            cursor, skipped = (
+                dict(line["cursor"]),
+                {source: list(files) for source, files in line["skipped_shards"].items()},
+            )
         elif line["kind"] == "skip":
             skipped.setdefault(line["source"], []).append(line["shard"])
         elif line["kind"] == "step":
-            cursor |= {source: end for source, (_, end) in line["taken"].items()}
-    return Saved(step, cursor, after, skipped)
+            cursor |= {source: end for source, (_, end) in line["read_ranges"].items()}
+    return SavedState(step, cursor, after, skipped)
 
 
-def run_all(folder: Path, sources: dict) -> None:
+def write_full_run(folder: Path, sources: dict) -> None:
     """A run with everything in it: dp 1, 2 and 3, a rollback, phases, an end of an epoch, a mixture edit, a new source."""
     two = {name: sources[name] for name in "ab"}
     folder.mkdir()
-    at_3 = train(folder, two, [SHORT, LONG], NOTHING, 3, 1)
-    train(folder, two, [SHORT, LONG], at_3, 5, 1)
-    at_7 = train(folder, two, [SHORT, LONG], at_3, 7, 2)
-    train(folder, sources, EDITED, at_7, STEPS, 3)
+    at_3 = write_ledger(folder, two, [SHORT_PHASE, LONG_PHASE], FRESH_STATE, 3, 1)
+    write_ledger(folder, two, [SHORT_PHASE, LONG_PHASE], at_3, 5, 1)
+    at_7 = write_ledger(folder, two, [SHORT_PHASE, LONG_PHASE], at_3, 7, 2)
+    write_ledger(folder, sources, EDITED_PHASES, at_7, NUM_STEPS, 3)
 
 
-def audited(folder: Path, tokens=None) -> Verdict:
-    history = History(folder)
-    manifests = audit.copies(folder, history)
-    corpora = audit.corpora_of(history, manifests)
+def run_audit(folder: Path, tokens=None) -> AuditResult:
+    history = LedgerHistory(folder)
+    manifests = audit.load_manifest_copies(folder, history)
+    corpora = audit.build_sources(history, manifests)
     fingerprints = {source: corpus.fingerprint for source, corpus in manifests.items()}
-    return replay.Replay(history, corpora, fingerprints, tokens and tokens(manifests, history.left_out)).run()
+    return replay.Replay(history, corpora, fingerprints, tokens and tokens(manifests, history.skipped_shards)).run()
 
 
-def lines_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+def read_lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / LEDGER_FILE).read_text().splitlines()]
 
 
-def write(folder: Path, lines: list[dict]) -> None:
-    (folder / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+def write_lines(folder: Path, lines: list[dict]) -> None:
+    (folder / LEDGER_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def line_of(lines: list[dict], step: int) -> dict:
+def step_line(lines: list[dict], step: int) -> dict:
     """The last one of the step."""
     return next(line for line in reversed(lines) if line["kind"] == "step" and line["step"] == step)
 
 
 def findings(folder: Path) -> list[Finding]:
-    return audited(folder).findings
+    return run_audit(folder).findings
 
 
-class Reading:
+class ExpectedStep:
     """What the rows of a step are to read, said once more and slowly: token by token."""
 
     def __init__(self, folder: Path, step: int):
         self.step, self._folder = step, folder
-        lines = lines_of(folder)
-        self.line = line_of(lines, step)
+        lines = read_lines(folder)
+        self.line = step_line(lines, step)
         start = [line for line in lines if line["kind"] == "start"][-1]
         first = 1
-        for phase in (Phase(**phase) for phase in start["phases"]):
-            if step < first + phase.steps:
+        for phase in (PhaseConfig(**phase) for phase in start["phases"]):
+            if step < first + phase.num_steps:
                 break
-            first += phase.steps
+            first += phase.num_steps
         self.phase = phase
-        self.sources = row_sources(phase, (step - first) * phase.rows, phase.rows)
-        self.positions, at = [], {source: before for source, (before, _) in self.line["taken"].items()}
+        self.sources = row_sources(phase, (step - first) * phase.global_batch_size, phase.global_batch_size)
+        self.positions, at = [], {source: before for source, (before, _) in self.line["read_ranges"].items()}
         for source in self.sources:
             self.positions.append(at[source])
             at[source] += phase.seq_len
 
     def pieces(self, row: int) -> list[tuple[int, int, int]]:
-        return pieces_of(self._folder, self.sources[row], self.positions[row], self.phase.seq_len)
+        return position_pieces(self._folder, self.sources[row], self.positions[row], self.phase.seq_len)
 
     def shards(self, row: int) -> list[str]:
-        files = [shard.file for shard in split_of(self._folder, self.sources[row]).shards]
+        files = [shard.file for shard in train_split(self._folder, self.sources[row]).shards]
         return [f"{files[shard]}:{first}+{tokens}" for shard, first, tokens in self.pieces(row)]
 
     def hash(self, number: int, row: int) -> int:
@@ -187,20 +207,24 @@ class Reading:
         return xxhash.xxh3_64(struct.pack("<q", number) + self.sources[row].encode() + b"\0" + packed).intdigest()
 
 
-def split_of(folder: Path, source: str) -> Split:
-    path = manifest_copy(folder, source)
-    return manifest.parsed(path.read_bytes(), path).train
+def train_split(folder: Path, source: str) -> CorpusSplit:
+    path = manifest_copy_path(folder, source)
+    return manifest.parse_manifest(path.read_bytes(), path).train
 
 
-def pieces_of(folder: Path, source: str, position: int, count: int) -> list[tuple[int, int, int]]:
-    split = split_of(folder, source)
-    order = Order(split.tokens, block_tokens=BLOCK, window_tokens=WINDOW, name=source, seed=SEED)
+def position_pieces(folder: Path, source: str, position: int, count: int) -> list[tuple[int, int, int]]:
+    split = train_split(folder, source)
+    order = BlockShuffle(
+        split.tokens, shuffle_block_tokens=BLOCK_TOKENS, shuffle_window_tokens=WINDOW_TOKENS, source=source, seed=SEED
+    )
     return shard_pieces(
-        split, source, [start + place for start, taken in order.runs(position, count) for place in range(taken)]
+        split,
+        source,
+        [start + place for start, taken in order.stream_ranges(position, count) for place in range(taken)],
     )
 
 
-def shard_pieces(split: Split, source: str, stream: list[int]) -> list[tuple[int, int, int]]:
+def shard_pieces(split: CorpusSplit, source: str, stream: list[int]) -> list[tuple[int, int, int]]:
     found: list[tuple[int, int, int]] = []
     for token in stream:
         epoch, offset = divmod(token, split.tokens)
@@ -218,19 +242,19 @@ def shard_pieces(split: Split, source: str, stream: list[int]) -> list[tuple[int
     return found
 
 
-def rows_of_source(reading: Reading, source: str) -> list[int]:
+def rows_of_source(reading: ExpectedStep, source: str) -> list[int]:
     return [row for row, name in enumerate(reading.sources) if name == source]
 
 
-def reader_over(sources):
-    from tandem.trainer.config import Cache as Settings
-    from tandem.trainer.data.shard_cache import Cache
+def tar_reader(sources):
+    from tandem.trainer.config import ShardCacheConfig as Settings
+    from tandem.trainer.data.shard_cache import ShardCache
     from tandem.trainer.tools.audit.tar_reader import TarReader
 
-    return lambda manifests, left_out: TarReader(sources, manifests, Cache(Settings()), left_out)
+    return lambda manifests, left_out: TarReader(sources, manifests, ShardCache(Settings()), left_out)
 
 
-def command(folder: Path, *words: str) -> int:
+def run_audit_command(folder: Path, *words: str) -> int:
     import argparse
 
     parser = argparse.ArgumentParser()

@@ -5,45 +5,53 @@ import json
 import pytest
 
 from tandem.trainer.config import UserError
-from tandem.trainer.data.ledger import FILE, manifest_copy
+from tandem.trainer.data.ledger import LEDGER_FILE, manifest_copy_path
 from tandem.trainer.tools.audit import step_checks
-from tests.trainer.tools.audit.runs import STEPS, Reading, audited, command, line_of, lines_of, write
+from tests.trainer.tools.audit.runs import (
+    NUM_STEPS,
+    ExpectedStep,
+    read_lines,
+    run_audit,
+    run_audit_command,
+    step_line,
+    write_lines,
+)
 
 
 def test_findings_are_counted_where_they_are_too_many_and_searches_too(folder, monkeypatch):
-    monkeypatch.setattr("tandem.trainer.tools.audit.result.MOST_FINDINGS", 3)
-    monkeypatch.setattr(step_checks, "MOST_SEARCHES", 1)
-    lines = lines_of(folder)
+    monkeypatch.setattr("tandem.trainer.tools.audit.result.MAX_FINDINGS", 3)
+    monkeypatch.setattr(step_checks, "MAX_SEARCHES", 1)
+    lines = read_lines(folder)
     for line in lines:
         if line["kind"] == "step":
-            line["ranges"] = "0" * 16
-    write(folder, lines)
-    verdict = audited(folder)
-    assert (len(verdict.findings), verdict.num_findings) == (3, STEPS)
+            line["ranges_digest"] = "0" * 16
+    write_lines(folder, lines)
+    verdict = run_audit(folder)
+    assert (len(verdict.findings), verdict.num_findings) == (3, NUM_STEPS)
 
 
 def test_the_command_says_proven_with_0_and_what_is_wrong_with_1(folder, capsys):
-    assert command(folder) == 0
+    assert run_audit_command(folder) == 0
     assert "proven: each step once, each token once" in capsys.readouterr().out
-    assert command(folder, "--json") == 0
+    assert run_audit_command(folder, "--json") == 0
     said = json.loads(capsys.readouterr().out)
-    assert (said["proven"], said["steps"], said["sources"]["a"]["lost_tokens"]) == (True, STEPS, 0)
-    lines = lines_of(folder)
-    lines.remove(line_of(lines, 10))
-    write(folder, lines)
-    assert command(folder) == 1
+    assert (said["proven"], said["num_steps"], said["sources"]["a"]["lost_tokens"]) == (True, NUM_STEPS, 0)
+    lines = read_lines(folder)
+    lines.remove(step_line(lines, 10))
+    write_lines(folder, lines)
+    assert run_audit_command(folder) == 1
     assert "NOT proven" in (said := capsys.readouterr().out)
     assert "step 10 is not in the ledger" in said
 
 
 def test_the_command_prints_what_the_rows_of_a_step_were_fed(folder, capsys):
-    step = Reading(folder, 8)
-    assert command(folder, "--step", "8", "--json") == 0
+    step = ExpectedStep(folder, 8)
+    assert run_audit_command(folder, "--step", "8", "--json") == 0
     said = json.loads(capsys.readouterr().out)
     assert [(row["row"], row["source"], row["shards"]) for row in said] == [
         (row, step.sources[row], step.shards(row)) for row in range(6)
     ]
-    assert command(folder, "--step", "8") == 0
+    assert run_audit_command(folder, "--step", "8") == 0
     words = capsys.readouterr().out.splitlines()
     assert len(words) == sum(len(step.shards(row)) for row in range(6))
     file, tokens = step.shards(0)[0].split(":")
@@ -52,12 +60,12 @@ def test_the_command_prints_what_the_rows_of_a_step_were_fed(folder, capsys):
 
 def test_what_cannot_be_audited_is_the_user_s_mistake(folder, tmp_path):
     with pytest.raises(UserError, match=r"--step: 99; .*no such step"):
-        command(folder, "--step", "99")
+        run_audit_command(folder, "--step", "99")
     with pytest.raises(UserError, match=r"nowhere: no such folder"):
-        command(tmp_path / "nowhere")
-    manifest_copy(folder, "a").unlink()
+        run_audit_command(tmp_path / "nowhere")
+    manifest_copy_path(folder, "a").unlink()
     with pytest.raises(UserError, match=r"manifests/a.json: no such file; an audit compares"):
-        command(folder)
-    (folder / FILE).write_text("{}\n")
+        run_audit_command(folder)
+    (folder / LEDGER_FILE).write_text("{}\n")
     with pytest.raises(UserError, match=r"has no start"):
-        command(folder)
+        run_audit_command(folder)

@@ -12,14 +12,26 @@ from tandem.trainer.tools.bench import tables
 
 ROOT = Path(__file__).parents[4]
 STEP = {
-    "config": "stablelm-2-12b", "phase": "4k", "depth": 6, "recipe_depth": 40, "micro_batches": 4, "micro_rows": 1,
+    "config": "stablelm-2-12b",
+    "phase": "4k",
+    "num_layers": 6,
+    "recipe_num_layers": 40,
+    "num_micro_batches": 4,
+    "micro_batch_size": 1,
     "overrides": ["parallel.tp_size=1"],
-    "step_seconds": 0.5, "tokens_per_second": 32_768.0, "mfu": 0.505, "mfu_causal": 0.47,
-    "derived": {"mfu_at_full_batch": 0.5001}, "peak_allocated_gib": 59.25,
+    "step_seconds": 0.5,
+    "tokens_per_second": 32_768.0,
+    "mfu": 0.505,
+    "mfu_causal": 0.47,
+    "derived": {"mfu_at_full_batch": 0.5001},
+    "peak_allocated_gib": 59.25,
     "part_seconds": {"data": 0.0, "forward": 0.1, "backward": 0.3, "update": 0.1, "other": 0.0},
-    "kind_seconds": {"step": 0.5, "matmul": 0.25, "attention": 0.05}, "device": "a card", "torch": "2", "triton": "3",
+    "kind_seconds": {"step": 0.5, "matmul": 0.25, "attention": 0.05},
+    "device": "a card",
+    "torch": "2",
+    "triton": "3",
     "commit": "0123abc",
-}  # fmt: skip
+}
 
 
 def cells(table: str, first: str) -> list[str]:
@@ -29,7 +41,7 @@ def cells(table: str, first: str) -> list[str]:
 
 def test_a_step_stands_beside_its_mark_and_its_prediction(tmp_path):
     (tmp_path / "steps.jsonl").write_text(json.dumps(STEP) + "\n")
-    header, steps = tables.tables(tmp_path)
+    header, steps = tables.format_tables(tmp_path)
     assert header == "a card; torch 2; triton 3; commit 0123abc"
     whole, kinds = steps.split("\n\n")
     assert cells(whole, "stablelm-2-12b") == [
@@ -42,14 +54,14 @@ def test_a_step_stands_beside_its_mark_and_its_prediction(tmp_path):
 @pytest.mark.parametrize(("mfu", "said"), [(0.4999, "50 %: missed"), (0.5, "50 %: reached")])
 def test_a_mark_is_reached_or_missed(tmp_path, mfu, said):
     (tmp_path / "steps.jsonl").write_text(json.dumps(STEP | {"derived": {"mfu_at_full_batch": mfu}}) + "\n")
-    assert said in [*tables.tables(tmp_path)][1]
+    assert said in [*tables.format_tables(tmp_path)][1]
 
 
 def test_a_changed_step_is_held_to_no_mark(tmp_path):
-    changed = ["parallel.tp_size=1", "parallel.recompute=full", "--rows 8"]
+    changed = ["parallel.tp_size=1", "parallel.recompute=full", "--global-batch-size 8"]
     (tmp_path / "steps.jsonl").write_text(json.dumps(STEP | {"overrides": changed}) + "\n")
-    assert " parallel.recompute=full --rows 8 " in [*tables.tables(tmp_path)][1]
-    assert "50 %:" not in [*tables.tables(tmp_path)][1]
+    assert " parallel.recompute=full --global-batch-size 8 " in [*tables.format_tables(tmp_path)][1]
+    assert "50 %:" not in [*tables.format_tables(tmp_path)][1]
 
 
 def test_an_error_stands_beside_that_of_plain_torch(tmp_path):
@@ -66,18 +78,18 @@ def test_an_error_stands_beside_that_of_plain_torch(tmp_path):
 
 def test_variants_stand_by_their_times_with_the_kernels_own(tmp_path):
     line = {
-        "kernel": "keys", "shape": "a shape", "time_us_20": 1.0, "time_us_80": 2.0, "executed_tflops_per_second": 400.4,
-        "own": False, "card": "a card", "torch": "2", "triton": "3", "commit": "0123abc",
+        "kernel": "keys", "shape": "a shape", "time_p20_us": 1.0, "time_p80_us": 2.0, "executed_tflops_per_second": 400.4,
+        "own": False, "device": "a card", "torch": "2", "triton": "3", "commit": "0123abc",
     }  # fmt: skip
     times = {"slowest": 30.0, "mine": 20.0, "third": 10.0, "second": 5.0, "first": 2.0, "failed": None}
-    found = [line | {"candidate": name, "own": name == "mine", "time_us_50": time} for name, time in times.items()]
+    found = [line | {"candidate": name, "own": name == "mine", "time_p50_us": time} for name, time in times.items()]
     (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
-    _, table = tables.tables(tmp_path)
+    _, table = tables.format_tables(tmp_path)
     assert [row.split(" | ")[2].strip() for row in table.splitlines()[2:]] == ["first", "second", "mine"]
 
 
 def test_columns_without_a_figure_are_left_out():
-    table = tables.markdown(["a", "b", "c"], [["1", "", "3"], ["2", "", ""]])
+    table = tables.markdown_table(["a", "b", "c"], [["1", "", "3"], ["2", "", ""]])
     assert table == "| a | c |\n| - | - |\n| 1 | 3 |\n| 2 |   |"
 
 

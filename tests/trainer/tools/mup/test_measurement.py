@@ -5,51 +5,53 @@ from math import inf, nan
 
 import pytest
 
-from tandem.trainer.models.mup import rules
+from tandem.trainer.models.mup import parameter_rules
 from tandem.trainer.tools.mup import coordinates
-from tandem.trainer.tools.mup.coordinates import LAWS, judge, slope
-from tandem.trainer.tools.mup.measurement import Finding, as_json, first_failure, table
-from tandem.trainer.tools.mup.weight_decay import LR_LAW
+from tandem.trainer.tools.mup.coordinates import EXPECTED_EXPONENTS, fit_exponent, judge
+from tandem.trainer.tools.mup.measurement import Measurement, first_failure, format_table, measurements_to_json
+from tandem.trainer.tools.mup.weight_decay import LR_EXPONENTS
 from tests import tiny_configs
 
 
-def finding(value: float, what: str = "size of logits", case: str = "tp 1 fp32", high: float = 0.15) -> Finding:
-    return Finding("coordinates", what, case, value, -0.15, high, "the output multiplier")
+def finding(value: float, what: str = "size of logits", case: str = "tp 1 fp32", high: float = 0.15) -> Measurement:
+    return Measurement("coordinates", what, case, value, -0.15, high, "the output multiplier")
 
 
 @pytest.mark.parametrize("exponent", [-1.0, -0.5, 0.0, 0.5, 1.0])
 def test_the_slope_is_the_exponent_of_the_width(exponent):
     widths = [64, 128, 256, 512]
-    assert slope(widths, [3.7 * width**exponent for width in widths]) == pytest.approx(exponent, abs=1e-12)
+    assert fit_exponent(widths, [3.7 * width**exponent for width in widths]) == pytest.approx(exponent, abs=1e-12)
 
 
 def test_what_is_not_a_number_does_not_hold():
-    assert not finding(nan).holds
-    assert not finding(0.2).holds
-    assert finding(0.1).holds
+    assert not finding(nan).is_within_bounds
+    assert not finding(0.2).is_within_bounds
+    assert finding(0.1).is_within_bounds
     assert first_failure([finding(0.1), finding(nan), finding(0.3)]).value != 0.3
 
 
 def test_a_failure_names_quantity_value_interval_and_rule_in_one_line():
-    sentence = finding(0.5).sentence()
+    sentence = finding(0.5).failure_message()
     assert "\n" not in sentence
     for part in ("coordinates", "size of logits", "tp 1 fp32", "+0.5", "-0.15 to +0.15", "the output multiplier"):
         assert part in sentence
 
 
 def test_the_table_has_a_row_for_each_quantity_and_marks_what_fails():
-    lines = table([finding(0.0), finding(0.5, case="tp 2 fp32"), finding(0.1, what="size of scores")]).splitlines()
+    lines = format_table(
+        [finding(0.0), finding(0.5, case="tp 2 fp32"), finding(0.1, what="size of scores")]
+    ).splitlines()
     assert len(lines) == 3
     assert lines[1].split()[-3:] == ["+0", "+0.5", "!"]
     assert "!" not in lines[2]
 
 
 def test_the_json_is_plain():
-    (row,) = json.loads(json.dumps(as_json([finding(0.3, high=inf)]), allow_nan=False))
-    assert (row["value"], row["high"], row["holds"]) == (0.3, None, True)
+    (row,) = json.loads(json.dumps(measurements_to_json([finding(0.3, high=inf)]), allow_nan=False))
+    assert (row["value"], row["high"], row["is_within_bounds"]) == (0.3, None, True)
 
 
-def records(exponents: dict[str, float]) -> list[coordinates.Record]:
+def records(exponents: dict[str, float]) -> list[coordinates.CoordinateRecord]:
     """What a proxy would record whose coordinates follow these exponents, changes as sizes."""
     return [
         {"tp_size": 1, "precision": "fp32", "width": width, "seed": 1, "step": step,
@@ -60,21 +62,25 @@ def records(exponents: dict[str, float]) -> list[coordinates.Record]:
 
 
 def test_records_that_follow_the_laws_pass_and_those_that_grow_fail():
-    lawful = {name: size for name, (size, _, _) in LAWS.items()}
+    lawful = {name: size for name, (size, _, _) in EXPECTED_EXPONENTS.items()}
     assert first_failure(judge(records(lawful))) is None
-    for name in LAWS:
+    for name in EXPECTED_EXPONENTS:
         failure = first_failure(judge(records(lawful | {name: lawful[name] + 0.5})))
         assert failure is not None
-        assert failure.what == f"size of {name}"
+        assert failure.quantity == f"size of {name}"
 
 
 def test_sizes_are_judged_before_changes():
     """Lower layers and the start come first: what is broken there shows again in all that follows."""
-    found = [finding.what for finding in judge(records(dict.fromkeys(LAWS, 0.0)))]
-    assert found == [f"size of {name}" for name in LAWS] + [f"change of {name}" for name in LAWS]
+    found = [finding.quantity for finding in judge(records(dict.fromkeys(EXPECTED_EXPONENTS, 0.0)))]
+    assert found == [f"size of {name}" for name in EXPECTED_EXPONENTS] + [
+        f"change of {name}" for name in EXPECTED_EXPONENTS
+    ]
 
 
 def test_laws_name_every_role_and_coordinate_of_the_table():
-    config = tiny_configs.config("btlm")
-    assert LR_LAW.keys() == rules(config.model, config.mup).keys()
-    assert {(kind, name) for kind in ("size", "change") for name in LAWS} == coordinates.SYMPTOMS.keys()
+    config = tiny_configs.make_config("btlm")
+    assert LR_EXPONENTS.keys() == parameter_rules(config.model, config.mup).keys()
+    assert {
+        (kind, name) for kind in ("size", "change") for name in EXPECTED_EXPONENTS
+    } == coordinates.LIKELY_CAUSES.keys()

@@ -12,8 +12,8 @@ from matplotlib.image import imread
 
 from tandem.trainer import config as configuration
 from tandem.trainer.config import UserError
-from tandem.trainer.metrics.history import read
-from tandem.trainer.metrics.records import FILE, open_sinks
+from tandem.trainer.metrics.history import read_history
+from tandem.trainer.metrics.records import METRICS_FILE, open_sinks
 from tandem.trainer.tools import report
 from tandem.trainer.tools.report import compare, plots
 from tests.trainer.metrics.test_records import demo_config, record, write_rollback, write_run
@@ -51,13 +51,13 @@ def test_every_picture_is_in_the_page_and_in_the_folder(
 
 
 def test_the_page_fetches_nothing(killed_and_resumed: Path) -> None:
-    page = report.write(killed_and_resumed).read_text()
+    page = report.write_report(killed_and_resumed).read_text()
     assert not re.search(r"https?://|<script|<link|@import|url\(", page)
     assert all(source.startswith("data:") for source in re.findall(r'(?:src|href)="([^"]*)"', page))
 
 
 def test_the_page_has_the_tables(killed_and_resumed: Path) -> None:
-    page = report.write(killed_and_resumed).read_text()
+    page = report.write_report(killed_and_resumed).read_text()
     cells = re.findall(r"<td>(.*?)</td>", page)
     assert "12" in cells[0]
     for text in (
@@ -70,36 +70,36 @@ def test_the_page_has_the_tables(killed_and_resumed: Path) -> None:
     ):
         assert text in cells, text
     assert "ended: schedule finished" in page
-    assert "ffn_width: 341" in page  # config.yaml, whole
+    assert "ffn_hidden_size: 341" in page  # config.yaml, whole
 
 
 def test_memory_is_left_out_where_there_is_none(tmp_path: Path) -> None:
     write_run(tmp_path)
-    page = report.write(tmp_path).read_text()
+    page = report.write_report(tmp_path).read_text()
     assert not (tmp_path / "report" / "memory.png").exists()
     assert page.count("<img") == len(NAMES) - 1
 
 
 def test_a_run_that_was_killed_in_the_middle_of_a_line_has_a_report(tmp_path: Path) -> None:
     write_run(tmp_path, to=7, end=False)
-    os.truncate(tmp_path / FILE, (tmp_path / FILE).stat().st_size - 30)
-    page = report.write(tmp_path).read_text()
+    os.truncate(tmp_path / METRICS_FILE, (tmp_path / METRICS_FILE).stat().st_size - 30)
+    page = report.write_report(tmp_path).read_text()
     assert "step 6 of 12" in page
     assert "still going, or killed" in page
 
 
 def test_a_run_before_its_first_step_has_a_report(tmp_path: Path) -> None:
     write_run(tmp_path, to=0, end=False)
-    assert "none finished yet" in report.write(tmp_path).read_text()
+    assert "none finished yet" in report.write_report(tmp_path).read_text()
 
 
 def test_a_run_that_diverged_has_a_report(tmp_path: Path) -> None:
-    write_run(tmp_path, loss=math.nan, gradient_norm=math.inf)
-    assert report.write(tmp_path).read_text().count("<img") == len(NAMES) - 1
+    write_run(tmp_path, loss=math.nan, grad_norm=math.inf)
+    assert report.write_report(tmp_path).read_text().count("<img") == len(NAMES) - 1
 
 
 def test_restarts_and_phases_are_drawn(killed_and_resumed: Path) -> None:
-    _, axes = plots.frame(read(killed_and_resumed), "loss")
+    _, axes = plots.token_axes(read_history(killed_and_resumed), "loss")
     assert [text.get_text().strip() for text in axes.texts] == ["short", "long"]
     ticks = [line for line in axes.lines if line.get_label() == "restart"]
     assert list(ticks[0].get_xdata()) == [8 * 2048]
@@ -107,38 +107,38 @@ def test_restarts_and_phases_are_drawn(killed_and_resumed: Path) -> None:
 
 def test_rollbacks_and_steps_left_out_are_drawn_and_in_the_tables(tmp_path: Path) -> None:
     write_rollback(tmp_path)
-    history, config = read(tmp_path), configuration.load(tmp_path / "config.yaml")
-    marks = {line.get_label(): line for line in plots.loss(history, config).axes[0].lines}
+    history, config = read_history(tmp_path), configuration.load_config(tmp_path / "config.yaml")
+    marks = {line.get_label(): line for line in plots.draw_loss(history, config).axes[0].lines}
     assert list(marks["rollback"].get_xdata()) == [8 * 2048]
     assert list(marks["update left out"].get_xdata()) == [3 * 2048]
     assert list(marks["update left out"].get_ydata()) == [9.0]
     assert "restart" not in marks
-    cells = re.findall(r"<td>(.*?)</td>", report.write(tmp_path).read_text())
+    cells = re.findall(r"<td>(.*?)</td>", report.write_report(tmp_path).read_text())
     for text in ("loss nan", "9.0000", "8.8 s: imports 5.2, kernels 3.5", "0.1 s"):
         assert text in cells, text
-    result = report.result(history)
+    result = report.headline_numbers(history)
     assert (result["steps done again after rollbacks"], result["steps without an update"]) == ("2", "1")
 
 
 def test_a_step_left_out_without_a_number_is_a_cross_at_the_upper_edge(tmp_path: Path) -> None:
     write_run(tmp_path, to=6)
-    sinks = open_sinks(tmp_path, demo_config(), rank=0, resumed_step=6)
-    sinks.start(tokens=6 * 2048, world_size=4, tp_size=2, dp_size=2, total_steps=12, total_tokens=12 * 2048)
-    sinks.step(record(7, loss=math.nan, gradient_norm=math.inf, skipped=True))
+    sinks = open_sinks(tmp_path, demo_config(), rank=0, start_step=6)
+    sinks.write_start(tokens=6 * 2048, world_size=4, tp_size=2, dp_size=2, total_steps=12, total_tokens=12 * 2048)
+    sinks.write_step(record(7, loss=math.nan, grad_norm=math.inf, skipped=True))
     sinks.close()
-    config = configuration.load(tmp_path / "config.yaml")
-    for picture in (plots.loss, plots.loss_late, plots.gradient_norm):
-        axes = picture(read(tmp_path), config).axes[0]
+    config = configuration.load_config(tmp_path / "config.yaml")
+    for picture in (plots.draw_loss, plots.draw_late_loss, plots.draw_grad_norm):
+        axes = picture(read_history(tmp_path), config).axes[0]
         [cross] = [line for line in axes.lines if line.get_marker() == "x" and len(line.get_xdata())]
         assert (list(cross.get_xdata()), list(cross.get_ydata())) == ([7 * 2048], [1.0])
         assert cross.get_transform() == axes.get_xaxis_transform()
 
 
 def test_smoothing_forgets_single_steps_and_stops_at_phases(killed_and_resumed: Path) -> None:
-    steps = read(killed_and_resumed).steps
+    steps = read_history(killed_and_resumed).steps
     values = np.array([3.0] * 8 + [7.0] * 4)
     values[2], values[5] = np.nan, 1000.0
-    tokens, medians = plots.smoothed(steps, values)
+    tokens, medians = plots.running_median(steps, values)
     np.testing.assert_array_equal(medians, [3.0] * 8 + [np.nan] + [7.0] * 4 + [np.nan])
     np.testing.assert_array_equal(tokens[:8], [2048 * step for step in range(1, 9)])
 
@@ -149,7 +149,7 @@ def test_equal_runs_compare_as_identical(tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     tandem_report("--compare", tmp_path / "a", tmp_path / "b")
     verdict, path = capsys.readouterr().out.splitlines()
-    assert verdict == "loss identical in 6 common steps; gradient_norm identical in 6 common steps"
+    assert verdict == "loss identical in 6 common steps; grad_norm identical in 6 common steps"
     page = Path(path).read_text()
     assert page.count('src="data:image/png;base64,') == 2
     assert not re.search(r"https?://", page)
@@ -157,17 +157,17 @@ def test_equal_runs_compare_as_identical(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_the_last_bit_of_one_step_is_found(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
-    config = demo_config("optim.clip_norm=0.5")
+    config = demo_config("optim.max_grad_norm=0.5")
     write_run(tmp_path / "b", to=6, end=False, config=config)
-    sinks = open_sinks(tmp_path / "b", config, rank=0, resumed_step=6)
-    sinks.start(tokens=6 * 2048, world_size=4, tp_size=2, dp_size=2, total_steps=12, total_tokens=12 * 2048)
-    sinks.step(record(7, loss=float(np.nextafter(record(7).loss, 9))))
+    sinks = open_sinks(tmp_path / "b", config, rank=0, start_step=6)
+    sinks.write_start(tokens=6 * 2048, world_size=4, tp_size=2, dp_size=2, total_steps=12, total_tokens=12 * 2048)
+    sinks.write_step(record(7, loss=float(np.nextafter(record(7).loss, 9))))
     sinks.close()
-    verdict, path = compare.write(tmp_path / "a", tmp_path / "b")
+    verdict, path = compare.write_comparison(tmp_path / "a", tmp_path / "b")
     assert verdict.startswith("loss differs first at step 7 (")
     assert "in 1 of 7 common steps, by at most 4.44e-16" in verdict
-    assert verdict.endswith("gradient_norm identical in 7 common steps")
-    assert "+  clip_norm: 0.5" in path.read_text()
+    assert verdict.endswith("grad_norm identical in 7 common steps")
+    assert "+  max_grad_norm: 0.5" in path.read_text()
 
 
 @pytest.mark.parametrize(
@@ -188,12 +188,12 @@ def test_runs_without_a_common_step_are_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "a", to=2)
     write_run(tmp_path / "b", resumed_step=4, to=6)
     with pytest.raises(UserError, match="no step in common"):
-        compare.write(tmp_path / "a", tmp_path / "b")
+        compare.write_comparison(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_report_needs_the_runs_config(tmp_path: Path) -> None:
     write_run(tmp_path)
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"config\.yaml: no such config file"):
-        report.write(tmp_path)
+        report.write_report(tmp_path)
     assert configuration.UserError is UserError
