@@ -12,7 +12,8 @@ from tandem.trainer.checkpoint.async_save import CheckpointSaver
 from tandem.trainer.config import TrainConfig
 from tandem.trainer.config.flops import flops_per_token
 from tandem.trainer.config.schedule import Timeline
-from tandem.trainer.data.ledger import Ledger, StepDigests
+from tandem.trainer.data.digests import StepDigests
+from tandem.trainer.data.ledger import Ledger
 from tandem.trainer.data.loader import Loader
 from tandem.trainer.distributed.coordination import Coordinator
 from tandem.trainer.distributed.deepspeed_engine import Engine

@@ -20,7 +20,7 @@ from tandem.trainer.checkpointing import is_due, roll_back, save_final_checkpoin
 from tandem.trainer.config import TrainConfig, UserError, check_world_size
 from tandem.trainer.crash_loop import record_start
 from tandem.trainer.data.damaged_shards import close_prefetch
-from tandem.trainer.data.ledger import StepDigests, pack_u64, unpack_u64
+from tandem.trainer.data.digests import StepDigests, pack_u64, unpack_u64
 from tandem.trainer.data.loader import Batch, Loader, unpack_batch
 from tandem.trainer.distributed.coordination import Coordinator, broadcast_stop
 from tandem.trainer.distributed.deepspeed_engine import Engine

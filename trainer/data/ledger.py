@@ -2,7 +2,7 @@
 
     start  where a process took the run up, or went back to a checkpoint, and everything that fixes which tokens come next
     skip   from this step on a damaged shard is left out
-    step   how far each source was read, and two sums of hashes of what was really read (`data.rows.BatchDigests`)
+    step   how far each source was read, and two sums of hashes of what was really read (`data.digests`)
     bad    the update of the step before it was left out, and what became of the run
 
 The one idea: the file only grows, and is never ahead of what it tells nor behind a committed checkpoint. A checkpoint knows
@@ -20,31 +20,21 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 from tandem.trainer import journal
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
+from tandem.trainer.data.digests import StepDigests
 from tandem.trainer.data.manifest import CorpusManifest
 from tandem.trainer.disk import atomic_write, sync_folder
 
-if TYPE_CHECKING:
-    from tandem.trainer.data.rows import BatchDigests
-
 LEDGER_FILE = "ledger.jsonl"
 MANIFESTS_FOLDER = "manifests"
-HALF_BITS = 32
 
 BadStepAction = Literal["skip", "rollback", "stop"]
 """What becomes of a run at a bad step, whose update is left out: it goes on, goes back to its last checkpoint, or ends."""
-
-
-class StepDigests(NamedTuple):
-    """Evidence of one step, summed over all its rows, modulo 2^64."""
-
-    ranges_digest: int
-    tokens_digest: int
 
 
 class RollbackHistory(NamedTuple):
@@ -179,28 +169,6 @@ def copy_manifests(folder: Path, manifests: Mapping[str, CorpusManifest]) -> Non
 def manifest_copy_path(folder: Path, source: str) -> Path:
     """Where the run folder keeps the manifest of a source."""
     return folder / MANIFESTS_FOLDER / f"{quote(source, safe=' ')}.json"
-
-
-def pack_u64(batch_digests: BatchDigests | None) -> list[float]:
-    """The evidence of one rank's rows in numbers that fp64 adds up over ranks without rounding; none for none."""
-    sums = (batch_digests.ranges_digest, batch_digests.tokens_digest) if batch_digests else ()
-    return [float(half) for value in sums for half in divmod(value, 1 << HALF_BITS)]
-
-
-def unpack_u64(summed: Sequence[float], tp_size: int) -> StepDigests | None:
-    """The evidence of the step from `pack_u64` summed over all ranks.
-
-    Raises: RuntimeError where the tensor-parallel ranks of one replica cannot have read the same rows.
-    """
-    if not summed:
-        return None
-    quotients, remainders = zip(*(divmod(int(half), tp_size) for half in summed), strict=True)
-    if any(remainders):
-        raise RuntimeError(
-            f"evidence {list(summed)} does not divide by tp_size {tp_size}: the ranks of a replica have not read the same rows"
-        )
-    sums = [(high << HALF_BITS) + low for high, low in zip(quotients[::2], quotients[1::2], strict=True)]
-    return StepDigests(*(value % (1 << 64) for value in sums))
 
 
 def _count_lines(path: Path) -> int:

@@ -22,8 +22,9 @@ from tandem.trainer import config
 from tandem.trainer.config import UserError
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data import manifest, mixture
+from tandem.trainer.data.digests import BatchDigests
 from tandem.trainer.data.manifest import DamagedShard
-from tandem.trainer.data.rows import Batch, BatchDigests, BatchPlan, RowRun, SourceReader, build_batch, unpack_batch
+from tandem.trainer.data.rows import Batch, BatchPlan, RowRun, SourceReader, build_batch, unpack_batch
 from tandem.trainer.data.shard_cache import ShardCache
 from tandem.trainer.data.shuffle import BlockShuffle
 from tandem.trainer.data.token_stream import TokenStream

@@ -17,22 +17,13 @@ from jaxtyping import Int32, Int64
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
+from tandem.trainer.data.digests import BatchDigests
 from tandem.trainer.data.shuffle import BlockShuffle
 from tandem.trainer.data.token_stream import ShardRange, TokenStream
 
 ROW_INDEX_STRUCT, SHARD_RANGE_STRUCT = Struct("<q"), Struct("<qqq")
 HASH_MODULUS = 1 << 64
 """Hashes of rows are added modulo this."""
-
-
-@dataclass(frozen=True)
-class BatchDigests:
-    """Sums, over this rank's rows of a step, of a hash of each; added over all ranks they are a fact of the run."""
-
-    ranges_digest: int
-    """Of what was read: the row's index in the global step, its source, and the pieces of shards it came from."""
-    tokens_digest: int
-    """Of what is fed: the row's index in the global step and its tokens, in the type they are stored in."""
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,16 @@ import random
 import pytest
 
 from tandem.trainer.data import manifest
+from tandem.trainer.data.digests import BatchDigests, StepDigests, pack_u64, unpack_u64
 from tandem.trainer.data.ledger import (
     LEDGER_FILE,
     Ledger,
     RollbackHistory,
-    StepDigests,
     copy_manifests,
     manifest_copy_path,
-    pack_u64,
     read_rollbacks,
-    unpack_u64,
 )
 from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit, Shard
-from tandem.trainer.data.rows import BatchDigests
 
 START = {
     "shuffle_settings": {"run.seed": 7, "data.shuffle_block_tokens": 64, "data.shuffle_window_tokens": 320},

@@ -15,7 +15,8 @@ import xxhash
 from tandem.data_prep.shard_writer import write_split
 from tandem.trainer.config import DataConfig, LinearLRConfig, PhaseConfig, ScheduleConfig
 from tandem.trainer.data import manifest
-from tandem.trainer.data.ledger import LEDGER_FILE, Ledger, copy_manifests, manifest_copy_path, pack_u64, unpack_u64
+from tandem.trainer.data.digests import pack_u64, unpack_u64
+from tandem.trainer.data.ledger import LEDGER_FILE, Ledger, copy_manifests, manifest_copy_path
 from tandem.trainer.data.loader import Loader
 from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit
 from tandem.trainer.data.mixture import row_sources
