@@ -317,7 +317,9 @@ def test_two_installations_are_one_that_is_then_kept_and_mended(copy, with_cpu_t
 
     for name in COMMANDS.values():
         assert (copy / ".venv/bin" / name).is_file()
-    assert subprocess.run([copy / ".venv/bin/python", "-c", "import trainer"], cwd="/", check=False).returncode == 0
+    assert (
+        subprocess.run([copy / ".venv/bin/python", "-c", "import tandem.trainer"], cwd="/", check=False).returncode == 0
+    )
     link = copy.parent / "link"
     link.symlink_to(copy)
     for place in (copy, link):

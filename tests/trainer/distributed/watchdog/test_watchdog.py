@@ -257,12 +257,12 @@ def out_at_last(folder):
     reporting.write_report(reporting.report_path(folder / HANGS_FOLDER, 1, 1), patient, "")
     with Watchdog(Settings(start_timeout_seconds=1.0), folder, processes, 0, count_collectives) as watchdog:
         watchdog.enter_phase("update", 1)
-        file, own = reporting.report_path(folder / HANGS_FOLDER, 1, 0), {"over": False}
-        while not own["over"]:
+        file, own = reporting.report_path(folder / HANGS_FOLDER, 1, 0), {"timed_out": False}
+        while not own["timed_out"]:
             time.sleep(0.01)
             with suppress(FileNotFoundError):
                 own = json.loads(file.read_text())
-    return own["over"], [thread.name for thread in threading.enumerate() if thread.name == "watchdog"]
+    return own["timed_out"], [thread.name for thread in threading.enumerate() if thread.name == "watchdog"]
 
 
 def test_a_rank_that_gets_out_in_the_end_is_left_alone(tmp_path):

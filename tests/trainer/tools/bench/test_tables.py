@@ -102,7 +102,7 @@ def test_nothing_to_print_is_one_line(tmp_path, capsys, content, said):
         (tmp_path / "kernels.jsonl").write_text(content)
     assert tables.main([str(tmp_path)]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("figures: ")
+    assert line.startswith("tandem.trainer.tools.bench.tables: ")
     assert said in line
 
 
