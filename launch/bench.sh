@@ -57,7 +57,9 @@ print(*(name for name in needed.split() if not find_spec(name)))') || fail "pyth
 [[ $rehearse ]] || python3 -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || fail "$no_gpu"
 mkdir -p "$folder"
 out=$(cd "$folder" && pwd)
-if ! python3 -c 'import tandem.trainer' 2>/dev/null; then
+# Neither an installation of another checkout nor none must be what is measured.
+imported=$(python3 -c 'import tandem.trainer; print(tandem.trainer.__path__[0])' 2>/dev/null) || imported=
+if [[ ! $imported -ef trainer ]]; then
     links=$(mktemp -d)
     trap 'rm -rf "$links"' EXIT
     launch/links.sh "$links"
