@@ -15,7 +15,7 @@
 #
 # Each stage has a time limit and leaves what it has; one that fails or is cut does not stop the others. The folder gets at
 # most eight files: log.txt.gz, *.jsonl (a line is added when its figure is there) and traces. One table is printed last;
-# `python3 -m tandem.trainer.tools.bench.tables FOLDER` prints it again. Exit code 1 if a stage failed or was cut.
+# `python3 -m tests.rivals.tables FOLDER` prints it again. Exit code 1 if a stage failed or was cut.
 #
 # Uses .venv if launch/install.sh has made it, else the Python on the path, and installs nothing. A copy without git says its
 # commit in TANDEM_COMMIT.
@@ -172,6 +172,6 @@ rm -f "$out/.stage"
 gzip --stdout "$out/log.txt" >>"$out/log.txt.gz" # behind that of an earlier visit
 rm "$out/log.txt"
 printf '\n'
-python3 -m tandem.trainer.tools.bench.tables "$out" || failed+=(table)
+python3 -m tests.rivals.tables "$out" || failed+=(table)
 [[ -z $interrupted ]] || { echo "bench: interrupted in $stage" >&2 && exit 130; }
 [[ ${#failed[@]} -eq 0 ]] || { echo "bench: failed or cut: ${failed[*]}" >&2 && exit 1; }

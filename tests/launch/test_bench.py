@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.trainer.tools.bench import tables
+from tests.rivals import tables
 
 ROOT = Path(__file__).parents[2]
 ABSENT = (

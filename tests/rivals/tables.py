@@ -1,4 +1,4 @@
-"""The raw lines that launch/bench.sh leaves, as tables for a person: `python -m tandem.trainer.tools.bench.tables FOLDER`.
+"""The raw lines that launch/bench.sh leaves, as tables for a person: `python -m tests.rivals.tables FOLDER`.
 
 Tables are Markdown, so that they can be pasted into a README with the card and commit above them. Beside a figure stand the
 mark it is held to and what was predicted for it before any GPU had run it. Needs no torch.
@@ -48,14 +48,14 @@ KERNEL_TARGETS: dict[tuple[str, str, str], tuple[str, float]] = {
 def main(argv: list[str] | None = None) -> int:
     """Print the tables of a folder; returns 0, or 2 with one line on standard error if there is nothing to print."""
     parser = argparse.ArgumentParser(
-        "tandem.trainer.tools.bench.tables", description="Tables of what launch/bench.sh measured."
+        "tests.rivals.tables", description="Tables of what launch/bench.sh measured."
     )
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(argv).folder
     try:
         tables = [*format_tables(folder)]
     except UserError as error:
-        print(f"tandem.trainer.tools.bench.tables: {error}", file=sys.stderr)
+        print(f"tests.rivals.tables: {error}", file=sys.stderr)
         return 2
     print("\n\n".join(tables))
     return 0

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tandem.kernels.bench.__main__ import main as kernels_bench
-from tandem.trainer.tools.bench import tables
+from tests.rivals import tables
 
-ROOT = Path(__file__).parents[4]
+ROOT = Path(__file__).parents[2]
 STEP = {
     "config": "stablelm-2-12b",
     "phase": "4k",
@@ -102,13 +102,13 @@ def test_nothing_to_print_is_one_line(tmp_path, capsys, content, said):
         (tmp_path / "kernels.jsonl").write_text(content)
     assert tables.main([str(tmp_path)]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("tandem.trainer.tools.bench.tables: ")
+    assert line.startswith("tests.rivals.tables: ")
     assert said in line
 
 
 def test_the_tables_need_no_torch(tmp_path):
     (tmp_path / "steps.jsonl").write_text(json.dumps(STEP) + "\n")
     program = "import sys; sys.modules['torch'] = None; "
-    program += "from tandem.trainer.tools.bench.tables import main; sys.exit(main(sys.argv[1:]))"
+    program += "from tests.rivals.tables import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

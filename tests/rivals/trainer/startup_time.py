@@ -1,4 +1,4 @@
-"""`python -m tandem.trainer.tools.bench.startup_time CONFIG`: seconds of `tandem train` to its first step, anew or resumed.
+"""`python -m tests.rivals.trainer.startup_time CONFIG`: seconds of `tandem train` to its first step, anew or resumed.
 
 Real commands, in processes of their own, each start followed by a resume of the same run. The parts are those that the run
 itself puts into the start record of metrics.jsonl; the step that follows is counted too, for a first step warms up what later
@@ -94,7 +94,7 @@ def print_stderr(text: str) -> None:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "tandem.trainer.tools.bench.startup_time", description="How long a start and a resume take."
+        "tests.rivals.trainer.startup_time", description="How long a start and a resume take."
     )
     add = parser.add_argument
     add("config", type=Path, help="YAML file of a run; its corpus has to be there")
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--times: {arguments.times}; must be at least 1; change it")
         line = measure(arguments)
     except UserError as error:
-        print_stderr(f"tandem.trainer.tools.bench.startup_time: {error}")
+        print_stderr(f"tests.rivals.trainer.startup_time: {error}")
         return 2
     print_stderr(format_table(line))
     print(json.dumps(line, allow_nan=False), flush=True)

@@ -1,4 +1,4 @@
-"""`python -m tandem.trainer.tools.bench.checkpoint_save CONFIG`: what a save costs, beside torch.distributed.checkpoint.
+"""`python -m tests.rivals.trainer.checkpoint_save CONFIG`: what a save costs, beside torch.distributed.checkpoint.
 
 One run on synthetic rows, by the trainer's own steps, saves every so many of them, each time in the next way in turn: so all
 ways meet the same machine. The one idea: a save costs what the loop stands still for (its stall) and what the steps beside it
@@ -339,7 +339,7 @@ def build_config(config: TrainConfig, arguments: argparse.Namespace, world_size:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "tandem.trainer.tools.bench.checkpoint_save", description="What a save costs the training."
+        "tests.rivals.trainer.checkpoint_save", description="What a save costs the training."
     )
     add = parser.add_argument
     add("config", type=Path, help="YAML file of a run; its corpus is not needed")
@@ -379,7 +379,7 @@ def main(argv: list[str]) -> int:
         if world_size > 1 and not launched:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.ranks}"]
             os.execv(
-                sys.executable, [sys.executable, *launcher, "-m", "tandem.trainer.tools.bench.checkpoint_save", *argv]
+                sys.executable, [sys.executable, *launcher, "-m", "tests.rivals.trainer.checkpoint_save", *argv]
             )
         runtime.set_parent_death_signal()
         with mesh_context(config.parallel.tp_size) as mesh:
@@ -391,7 +391,7 @@ def main(argv: list[str]) -> int:
             if mesh.rank == 0:
                 print(json.dumps(result, allow_nan=False), flush=True)
     except UserError as error:
-        print(f"tandem.trainer.tools.bench.checkpoint_save: {error}", file=sys.stderr)
+        print(f"tests.rivals.trainer.checkpoint_save: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -15,8 +15,8 @@ from tandem.trainer.checkpoint.layout import rank_file_name, step_folder_name
 from tandem.trainer.checkpoint.write import model_metadata
 from tandem.trainer.distributed.mesh import mesh_context
 from tandem.trainer.startup import build_engine
-from tandem.trainer.tools.bench import checkpoint_save
-from tandem.trainer.tools.bench.checkpoint_save import (
+from tests.rivals.trainer import checkpoint_save
+from tests.rivals.trainer.checkpoint_save import (
     METHOD_NAMES,
     HostMemorySampler,
     SaveMethod,
@@ -26,7 +26,7 @@ from tandem.trainer.tools.bench.checkpoint_save import (
 )
 from tests import ranks, tiny_configs
 
-CONFIG = str(Path(__file__).parents[4] / "configs" / "demo-btlm.yaml")
+CONFIG = str(Path(__file__).parents[3] / "configs" / "demo-btlm.yaml")
 SMALL = [
     CONFIG,
     "parallel.tp_size=1",
@@ -157,5 +157,5 @@ def test_a_save_costs_its_call_its_waits_and_its_memory(tmp_path):
 def test_a_mistake_is_one_line(words, said, capfd):
     assert checkpoint_save.main([CONFIG, "parallel.tp_size=1", *words]) == 2
     [one] = capfd.readouterr().err.splitlines()
-    assert one.startswith("tandem.trainer.tools.bench.checkpoint_save: ")
+    assert one.startswith("tests.rivals.trainer.checkpoint_save: ")
     assert [part for part in said if part not in one] == []
