@@ -170,7 +170,16 @@ def test_progress_and_the_profile_go_to_standard_error(said, place):
     assert said.stderr.count("warm-up step") == 2
     assert said.stderr.count("timed step") == 3
     table = said.stderr[said.stderr.index("one step under the profiler") :]
-    for kind in ("matmul", "attention", "swiglu", "cross-entropy", "norm", "optimizer", "elementwise", "between them"):
+    for kind in (
+        "matmul",
+        "attention",
+        "swiglu",
+        "cross-entropy",
+        "norm",
+        "optimizer",
+        "elementwise",
+        "outside operations",
+    ):
         assert f"\n{kind} " in table, kind
     trace = json.loads((place / "trace.json").read_text())
     assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])

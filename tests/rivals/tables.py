@@ -47,9 +47,7 @@ KERNEL_TARGETS: dict[tuple[str, str, str], tuple[str, float]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Print the tables of a folder; returns 0, or 2 with one line on standard error if there is nothing to print."""
-    parser = argparse.ArgumentParser(
-        "tests.rivals.tables", description="Tables of what launch/bench.sh measured."
-    )
+    parser = argparse.ArgumentParser("tests.rivals.tables", description="Tables of what launch/bench.sh measured.")
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(argv).folder
     try:

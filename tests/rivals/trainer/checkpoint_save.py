@@ -41,7 +41,7 @@ from tandem.trainer.run_state import StepContext
 from tandem.trainer.runtime import launch_world_size
 from tandem.trainer.startup import build_engine
 from tandem.trainer.tools.bench.measure import run_step
-from tandem.trainer.tools.bench.plan import resize_phase
+from tandem.trainer.tools.bench.plan import check_minimums, resize_phase
 from tandem.trainer.tools.bench.synthetic_batch import draw_batch
 
 log = logging.getLogger(__name__)
@@ -321,10 +321,8 @@ def build_config(config: TrainConfig, arguments: argparse.Namespace, world_size:
 
     Raises: UserError for options that cannot be.
     """
-    for name in ("parameters", "saves", "every", "warmup_steps", "global_batch_size", "micro_batch_size", "ranks"):
-        given = getattr(arguments, name)
-        if given is not None and given < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {given}; must be at least 1; change it")
+    options = ("parameters", "saves", "every", "warmup_steps", "global_batch_size", "micro_batch_size", "ranks")
+    check_minimums(arguments, dict.fromkeys(options, 1))
     model = config.model
     if arguments.parameters:
         one, two = (flops.num_parameters(replace(model, num_layers=depth)) for depth in (1, 2))
@@ -378,9 +376,7 @@ def main(argv: list[str]) -> int:
         config = build_config(load_config(arguments.config, arguments.overrides), arguments, world_size)
         if world_size > 1 and not launched:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.ranks}"]
-            os.execv(
-                sys.executable, [sys.executable, *launcher, "-m", "tests.rivals.trainer.checkpoint_save", *argv]
-            )
+            os.execv(sys.executable, [sys.executable, *launcher, "-m", "tests.rivals.trainer.checkpoint_save", *argv])
         runtime.set_parent_death_signal()
         with mesh_context(config.parallel.tp_size) as mesh:
             runtime.start_logging(mesh.rank)

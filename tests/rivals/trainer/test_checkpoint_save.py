@@ -15,6 +15,7 @@ from tandem.trainer.checkpoint.layout import rank_file_name, step_folder_name
 from tandem.trainer.checkpoint.write import model_metadata
 from tandem.trainer.distributed.mesh import mesh_context
 from tandem.trainer.startup import build_engine
+from tests import ranks, tiny_configs
 from tests.rivals.trainer import checkpoint_save
 from tests.rivals.trainer.checkpoint_save import (
     METHOD_NAMES,
@@ -24,7 +25,6 @@ from tests.rivals.trainer.checkpoint_save import (
     measure_save,
     state_tensors,
 )
-from tests import ranks, tiny_configs
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "demo-btlm.yaml")
 SMALL = [
@@ -149,7 +149,7 @@ def test_a_save_costs_its_call_its_waits_and_its_memory(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--saves", "0"], ["--saves: 0", "at least 1"]),
+        (["--saves", "0"], ["--saves: 0 is less than 1", "use 1 or more"]),
         (["--global-batch-size", "12"], ["--global-batch-size: 12", "a multiple of 8"]),
         (["model.num_heads=3"], ["model.num_heads"]),
     ],

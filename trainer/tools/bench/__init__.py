@@ -1,9 +1,8 @@
-"""`tandem bench`: how fast a config trains here, by the run's own steps on synthetic rows: no corpus, no run folder.
+"""`tandem bench`: measure how fast a config trains on this machine. It needs no corpus and writes no run folder.
 
-Every step is `train.timed_train_step` on the engine that `startup.build_engine` makes: accumulation, reduction, clipping,
-ZeRO and AdamW at the schedule's learning rate, timed as `tandem train` times it. `plan` says which steps,
-`synthetic_batch` what they read, `measure` makes them and one line of them; `part_timing` and `step_profile` say where the
-time goes, in steps of their own.
+Every step is the run's own, `train.timed_train_step` on an engine from `startup.build_engine`; only its rows are synthetic.
+`plan` decides which steps to run, `synthetic_batch` draws their rows, `measure` runs them and builds one JSON line per phase.
+`part_timing` and `step_profile` run additional steps that show where the time goes.
 """
 
 import argparse
@@ -17,40 +16,39 @@ from tandem.trainer.tools.bench.plan import ALL_PHASES, DEFAULT_NUM_MICRO_BATCHE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `tandem bench`."""
-    parser.add_argument("config", type=Path, help="YAML file of a run; its corpus is not needed")
-    parser.add_argument("overrides", nargs="*", help="section.field=value")
-    parser.add_argument("--phase", metavar="NAME", help=f"phase to time, or {ALL_PHASES} (default: the first)")
-    parser.add_argument("--num-layers", type=int, help="layers, at the config's width (default: the config's)")
-    parser.add_argument(
-        "--global-batch-size",
-        type=int,
-        help=f"rows of a global step (default: {DEFAULT_NUM_MICRO_BATCHES} forward passes on every replica)",
-    )
-    parser.add_argument("--micro-batch-size", type=int, help="rows in one forward pass (default: the phase's)")
-    parser.add_argument("--warmup-steps", type=int, default=3, help="steps before those that count (default 3)")
-    parser.add_argument("--steps", type=int, default=10, help="steps that count (default 10)")
-    parser.add_argument(
+    """Add the arguments of `tandem bench`."""
+    add = parser.add_argument
+    rows_default = f"{DEFAULT_NUM_MICRO_BATCHES} micro-batches on every replica"
+    add("config", type=Path, help="YAML file of a run; its corpus is not read")
+    add("overrides", nargs="*", help="section.field=value")
+    add("--phase", metavar="NAME", help=f"phase to measure, or {ALL_PHASES} (default: the first)")
+    add("--num-layers", type=int, help="number of layers, at the config's width (default: the config's)")
+    add("--global-batch-size", type=int, help=f"rows of a global step (default: {rows_default})")
+    add("--micro-batch-size", type=int, help="rows of a micro-batch (default: the phase's)")
+    add("--warmup-steps", type=int, default=3, help="steps before the timed ones (default: 3)")
+    add("--steps", type=int, default=10, help="timed steps (default: 10)")
+    add(
         "--profile", type=Path, metavar="FILE",
-        help="make one more step under torch.profiler: its trace in FILE (small if it ends in .json.gz; with --phase all one "
-        "for each phase, FILE-PHASE), a table by kind of operation on standard error, and kind_seconds in the JSON line",
+        help="run one more step under torch.profiler; write its trace to FILE (compressed if it ends in .json.gz; with "
+        "--phase all one file per phase, FILE-PHASE), a table by kind of operation to standard error, and kind_seconds to "
+        "the JSON line",
     )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints one JSON line for each phase on standard output, on rank 0; progress goes to standard error."""
-    # Here, so that --help, which measures nothing, needs no torch.
+    """Print one JSON line per phase on rank 0's standard output, and progress on standard error."""
+    # These need torch, and `tandem bench --help` does not.
     from tandem.trainer import runtime
     from tandem.trainer.config.schedule import Timeline
     from tandem.trainer.distributed.coordination import Coordinator
     from tandem.trainer.distributed.mesh import mesh_context
     from tandem.trainer.guard import Guard
     from tandem.trainer.run_state import StepContext
-    from tandem.trainer.runtime import launch_world_size
     from tandem.trainer.startup import build_engine
     from tandem.trainer.tools.bench.measure import measure_phase
 
-    config, plans = build_plans(load_config(arguments.config, arguments.overrides), arguments, launch_world_size())
+    world_size = runtime.launch_world_size()
+    config, plans = build_plans(load_config(arguments.config, arguments.overrides), arguments, world_size)
     runtime.set_parent_death_signal()
     with closing(runtime.StopSignal()) as stop_signal, mesh_context(config.parallel.tp_size) as mesh:
         stop_signal.mark_rendezvous_done()

@@ -1,7 +1,7 @@
-"""The steps of a plan, made one after the other, and the figures of one JSON line.
+"""Run the steps of a plan and build its JSON line.
 
-Whole steps are timed first, undisturbed, with the clock of the training loop; then come a few instrumented ones. The figures of
-a step are the median's of the timed ones. Nothing is extrapolated but what stands under `derived`.
+Timed steps run first, undisturbed, under the training loop's own clock; instrumented steps follow. The figures of a step are
+those of the median timed step. Only the fields in `derived` are extrapolated.
 """
 
 import logging
@@ -35,78 +35,60 @@ log = logging.getLogger(__name__)
 def measure_phase(
     context: StepContext, plan: PhasePlan, matmul_flops: float, coordinator: Coordinator
 ) -> dict[str, Any]:
-    """The plan's steps are made; returns their line."""
-    phase, first = plan.span.phase, plan.span.first_step
+    """Run the plan's steps and return its JSON line."""
+    config, mesh, phase, first = context.config, context.mesh, plan.span.phase, plan.span.first_step
     steps = range(first, first + plan.num_steps)
-    # Drawn before the clock starts: a run reads ahead in the background.
-    batches = stop_on_signal([draw_batch(context.config, phase, step, context.mesh) for step in steps], coordinator)
+    # Drawn before the clock starts, because a real run prefetches its batches in the background.
+    batches = stop_on_signal([draw_batch(config, phase, step, mesh) for step in steps], coordinator)
     numbers = iter(steps)
-    reset_peak_memory(context.mesh)
-    log_plan(context, plan)
+    reset_peak_memory(mesh)
+    log.info(
+        f"{config.run.name}, {config.model.num_layers} of {plan.recipe_num_layers} layers, "
+        f"{format_number(flops.num_parameters(config.model))} parameters, phase {phase.name}: {phase.global_batch_size} rows "
+        f"of {phase.seq_len} tokens a step, tp {mesh.tp_size} x dp {mesh.dp_size} on {device_name(mesh)}"
+    )
     for _ in range(plan.num_warmup_steps):
         run_step(context, batches, next(numbers), "warm-up")
     records = [run_step(context, batches, next(numbers), "timed") for _ in range(plan.num_timed_steps)]
-    memory = peak_memory(context.mesh)
+    memory = peak_memory(mesh)
     instrumented_steps = [run_instrumented_step(context, batches, next(numbers)) for _ in range(NUM_INSTRUMENTED_STEPS)]
     kinds = None
     if plan.trace_path is not None:
-        kinds = profile_step(lambda: timed_train_step(context, batches, next(numbers)), plan.trace_path, context.mesh)
+        kinds = profile_step(lambda: timed_train_step(context, batches, next(numbers)), plan.trace_path, mesh)
     instrumented_seconds, part_seconds = sorted(instrumented_steps, key=lambda one: one[0])[NUM_INSTRUMENTED_STEPS // 2]
+    step_seconds = [record.step_seconds for record in records]
     return {
         **config_fields(context, plan),
-        **throughput_fields(context, phase, records, matmul_flops),
+        **throughput_fields(context, phase, step_seconds, matmul_flops),
         **memory,
         "part_seconds": part_seconds,
         "num_instrumented_steps": NUM_INSTRUMENTED_STEPS,
         "instrumented_step_seconds": instrumented_seconds,
         "kind_seconds": kinds,
-        "derived": full_batch_fields(context, plan, records, part_seconds),
+        "derived": full_batch_fields(context, plan, median(step_seconds), part_seconds),
         "first_loss": records[0].loss,
         "last_loss": records[-1].loss,
-        **environment_fields(context.mesh),
+        **environment_fields(mesh),
     }
 
 
 def stop_on_signal(batches: Iterable[Batch], coordinator: Coordinator) -> Iterator[Batch]:
-    """The batches, until a rank is told to stop."""
+    """Yield the batches until any rank receives a stop signal."""
     for batch in batches:
         coordinator.any_rank(False)
         yield batch
 
 
 def run_step(context: StepContext, batches: Iterator[Batch], step: int, label: str) -> StepRecord:
-    """The record of update number `step`, which is shown."""
+    """Run update number `step`, log it and return its record."""
     result = timed_train_step(context, batches, step)
     assert result, "synthetic rows do not end"
     record = result.record
     log.info(
-        "%s, %s step %d: loss %.4f, %.3f s, %s tokens/s, mfu %.1f%%",
-        record.phase,
-        label,
-        record.step,
-        record.loss,
-        record.step_seconds,
-        format_number(record.tokens_per_second),
-        100 * record.mfu,
+        f"{record.phase}, {label} step {record.step}: loss {record.loss:.4f}, {record.step_seconds:.3f} s, "
+        f"{format_number(record.tokens_per_second)} tokens/s, mfu {100 * record.mfu:.1f}%"
     )
     return record
-
-
-def log_plan(context: StepContext, plan: PhasePlan) -> None:
-    mesh, phase, model = context.mesh, plan.span.phase, context.config.model
-    log.info(
-        "%s, %d of %d layers, %s parameters, phase %s: %d rows of %d tokens a step, tp %d x dp %d on %s",
-        context.config.run.name,
-        model.num_layers,
-        plan.recipe_num_layers,
-        format_number(flops.num_parameters(model)),
-        phase.name,
-        phase.global_batch_size,
-        phase.seq_len,
-        mesh.tp_size,
-        mesh.dp_size,
-        device_name(mesh),
-    )
 
 
 def config_fields(context: StepContext, plan: PhasePlan) -> dict[str, Any]:
@@ -138,82 +120,75 @@ def config_fields(context: StepContext, plan: PhasePlan) -> dict[str, Any]:
 
 
 def throughput_fields(
-    context: StepContext, phase: PhaseConfig, records: list[StepRecord], matmul_flops: float
+    context: StepContext, phase: PhaseConfig, seconds: list[float], matmul_flops: float
 ) -> dict[str, Any]:
-    """Of all devices together where the name does not say otherwise; percentiles over the timed steps."""
-    seconds = [record.step_seconds for record in records]
+    """Figures of all devices together unless the name ends in `_per_device`; percentiles over the timed steps."""
     p20_seconds, _, _, p80_seconds = quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds * 4
-    median_seconds = median(seconds)
-    num_devices = context.mesh.world_size
-    peak = step_throughput(context, phase, median_seconds, context.peak_flops)
-    matmul = step_throughput(context, phase, median_seconds, matmul_flops)
-    hardware = context.config.hardware
+    speed, hardware = step_throughput(context, phase, median(seconds)), context.config.hardware
+    flops_per_second, causal_flops_per_second = speed.mfu * context.peak_flops, speed.mfu_causal * context.peak_flops
     return {
         "tokens_per_step": phase.tokens_per_step,
-        "step_seconds": median_seconds,
+        "step_seconds": median(seconds),
         "step_seconds_p20": p20_seconds,
         "step_seconds_p80": p80_seconds,
-        "tokens_per_second": peak.tokens_per_second,
+        "tokens_per_second": speed.tokens_per_second,
         "tokens_per_second_p20": phase.tokens_per_step / p80_seconds,
         "tokens_per_second_p80": phase.tokens_per_step / p20_seconds,
-        "tokens_per_second_per_device": peak.tokens_per_second / num_devices,
-        "model_tflops_per_second_per_device": peak.mfu * context.peak_flops / 1e12,
-        "causal_model_tflops_per_second_per_device": peak.mfu_causal * context.peak_flops / 1e12,
+        "tokens_per_second_per_device": speed.tokens_per_second / context.mesh.world_size,
+        "model_tflops_per_second_per_device": flops_per_second / 1e12,
+        "causal_model_tflops_per_second_per_device": causal_flops_per_second / 1e12,
         "hardware": hardware.name if hardware else None,
         "peak_flops": context.peak_flops,
-        "mfu": peak.mfu,
-        "mfu_causal": peak.mfu_causal,
+        "mfu": speed.mfu,
+        "mfu_causal": speed.mfu_causal,
         "matmul_flops": matmul_flops,
-        "share_of_matmul": matmul.mfu,
-        "share_of_matmul_causal": matmul.mfu_causal,
+        "share_of_matmul": flops_per_second / matmul_flops,
+        "share_of_matmul_causal": causal_flops_per_second / matmul_flops,
     }
 
 
-def step_throughput(context: StepContext, phase: PhaseConfig, step_seconds: float, peak_flops: float) -> Throughput:
-    """Throughput of a step of the phase that takes so long, counted as the training loop counts it."""
+def step_throughput(context: StepContext, phase: PhaseConfig, step_seconds: float) -> Throughput:
+    """Throughput of a step of the phase, counted as the training loop counts it."""
     model = context.config.model
     return throughput(
         phase.tokens_per_step, step_seconds,
         flops_per_token=flops.flops_per_token(model, phase.seq_len, causal=False),
         causal_flops_per_token=flops.flops_per_token(model, phase.seq_len, causal=True),
-        num_devices=context.mesh.world_size, peak_flops=peak_flops,
+        num_devices=context.mesh.world_size, peak_flops=context.peak_flops,
     )  # fmt: skip
 
 
 def full_batch_fields(
-    context: StepContext, plan: PhasePlan, records: list[StepRecord], parts: dict[str, float]
+    context: StepContext, plan: PhasePlan, step_seconds: float, parts: dict[str, float]
 ) -> dict[str, Any]:
-    """What a step of the recipe's own rows would take on these ranks: computed, not measured.
+    """Extrapolate a step to the recipe's global batch on these ranks.
 
-    Accumulation grows with the rows, the update does not; its share is that of the instrumented step.
+    Accumulation grows with the rows, the update does not. The update's seconds are those of the instrumented step.
     """
-    phase = plan.span.phase
-    full_phase = replace(phase, global_batch_size=plan.recipe_global_batch_size)
-    step_seconds = median([record.step_seconds for record in records])
+    phase, full_rows = plan.span.phase, plan.recipe_global_batch_size
     update_seconds = parts["update"] + parts["other"]
     accumulation_seconds = step_seconds - update_seconds
-    seconds = plan.recipe_global_batch_size / phase.global_batch_size * accumulation_seconds + update_seconds
-    full_throughput = step_throughput(context, full_phase, seconds, context.peak_flops)
+    seconds = full_rows / phase.global_batch_size * accumulation_seconds + update_seconds
+    speed = step_throughput(context, replace(phase, global_batch_size=full_rows), seconds)
     return {
-        "full_global_batch_size": plan.recipe_global_batch_size,
+        "full_global_batch_size": full_rows,
         "accumulation_seconds": accumulation_seconds,
         "update_seconds": update_seconds,
         "step_seconds_at_full_batch": seconds,
-        "tokens_per_second_at_full_batch": full_throughput.tokens_per_second,
-        "mfu_at_full_batch": full_throughput.mfu,
-        "mfu_causal_at_full_batch": full_throughput.mfu_causal,
+        "tokens_per_second_at_full_batch": speed.tokens_per_second,
+        "mfu_at_full_batch": speed.mfu,
+        "mfu_causal_at_full_batch": speed.mfu_causal,
     }
 
 
 def reset_peak_memory(mesh: Mesh) -> None:
-    """The next peaks are of what comes."""
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(mesh.device)
 
 
 def peak_memory(mesh: Mesh) -> dict[str, float | None]:
-    """Largest of any rank: on a device since `reset_peak_memory`, on a CPU since the process began."""
+    """The largest peak of any rank: on a GPU since `reset_peak_memory`, on a CPU since the process began."""
     if mesh.device.type == "cuda":
         local_bytes = [torch.cuda.max_memory_allocated(mesh.device), torch.cuda.max_memory_reserved(mesh.device)]
         allocated, reserved = (max(column) / 2**30 for column in zip(*all_gather_objects(local_bytes), strict=True))
@@ -223,15 +198,11 @@ def peak_memory(mesh: Mesh) -> dict[str, float | None]:
 
 
 def environment_fields(mesh: Mesh) -> dict[str, Any]:
-    """What it ran on, and which code."""
+    """Device, versions and commit."""
     found = describe_environment()
     packages = {name: found["packages"][name] for name in ("torch", "triton", "deepspeed")}
-    return {
-        "device": device_name(mesh),
-        **packages,
-        "commit": found["commit"],
-        "uncommitted": bool(found["uncommitted"]),
-    }
+    commit = {"commit": found["commit"], "uncommitted": bool(found["uncommitted"])}
+    return {"device": device_name(mesh), **packages, **commit}
 
 
 def device_name(mesh: Mesh) -> str:

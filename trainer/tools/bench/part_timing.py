@@ -1,7 +1,7 @@
-"""Where the time of a step goes, in a step of its own: the device is waited for wherever one part gives way to the next.
+"""Time the parts of a step in a separate step that synchronizes with the device at the end of each part.
 
-The step is the trainer's; only its engine is replaced, by one that reads the clock around what it is asked for. Waiting costs
-time, so such a step is a little longer than a timed one, the more so where the device works in many small pieces.
+The step is the trainer's; only its engine is replaced, by one that reads the clock between its calls. Synchronizing makes the
+step a little longer than a timed one, most of all if the device works in many small pieces.
 """
 
 import time
@@ -17,12 +17,12 @@ from tandem.trainer.run_state import StepContext
 from tandem.trainer.train import timed_train_step
 
 STEP_PARTS = ("data", "forward", "backward", "update", "other")
-"""data: rows to the device; backward: with the sum of micro-batches in fp32; update: data-parallel reduction, clipping, AdamW
-and the gathering of weights."""
+"""data: copy of the rows to the device; backward: includes the fp32 sum over micro-batches; update: data-parallel reduction,
+clipping, AdamW and the all-gather of the weights."""
 
 
 class PartTimer:
-    """Seconds by part, between marks."""
+    """Adds the seconds between two calls of `end_part` to the part that ends."""
 
     def __init__(self, device: torch.device) -> None:
         self.part_seconds = dict.fromkeys(STEP_PARTS, 0.0)
@@ -30,7 +30,6 @@ class PartTimer:
         self._last_time = self._read_clock()
 
     def end_part(self, part: str) -> None:
-        """What has passed since the last mark was this part."""
         now = self._read_clock()
         self.part_seconds[part] += now - self._last_time
         self._last_time = now
@@ -42,7 +41,7 @@ class PartTimer:
 
 
 class InstrumentedEngine(Engine):
-    """An engine, the same weights and state, that marks the end of every part."""
+    """An engine with the weights and state of another one that calls `end_part` at the end of every part."""
 
     def __init__(self, engine: Engine, end_part: Callable[[str], None]) -> None:
         vars(self).update(vars(engine))
@@ -55,7 +54,7 @@ class InstrumentedEngine(Engine):
         return losses
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """As in the engine, whose call ends with the reduction over data-parallel ranks if it is the last."""
+        """Run the engine's backward, whose last call ends with the data-parallel reduction."""
         self._end_part("forward")
         reduce = self._deepspeed_engine.allreduce_gradients
 
@@ -68,7 +67,7 @@ class InstrumentedEngine(Engine):
         try:
             super().backward(loss, is_last=is_last)
         finally:
-            del self._deepspeed_engine.allreduce_gradients  # the class's own is seen again
+            del self._deepspeed_engine.allreduce_gradients  # uncovers the class's method
         self._end_part("backward")
 
     def grad_norm(self) -> Tensor:
@@ -84,7 +83,7 @@ class InstrumentedEngine(Engine):
 
 
 def run_instrumented_step(context: StepContext, batches: Iterator[Batch], step: int) -> tuple[float, dict[str, float]]:
-    """Update number `step` is made; returns the seconds it took by the training loop's clock, and those of its parts."""
+    """Run update number `step`; return its seconds by the training loop's clock, and the seconds of its parts."""
     timer = PartTimer(context.mesh.device)
     instrumented_context = replace(context, engine=InstrumentedEngine(context.engine, timer.end_part))
     result = timed_train_step(instrumented_context, batches, step)

@@ -1,7 +1,7 @@
-"""One step under torch.profiler: a trace in a file, and the time of its operations by kind, from the names alone.
+"""Run one step under torch.profiler, write its trace to a file, and sum the time of its operations by kind, from their names.
 
-On a GPU the kernels are counted, on a CPU the operations, each without what it calls. Kernels have such names as `_forward`, so
-besides its own name the names of the operations around it are looked at, from the inside out.
+On a GPU the kernels count; on a CPU the operations, each without the operations it calls. Many kernels have names such as
+`_forward`, so the names of the enclosing operations are matched too, from the inside out.
 """
 
 import logging
@@ -33,14 +33,14 @@ SPECIFIC_PATTERNS = {
     "optimizer": r"[Aa]dam|Optimizer\.step|multi_tensor|_foreach_",
     "embedding": r"embedding|index_?[Ss]elect",
 }
-"""Kind -> what a name of it contains, the first that fits: names that tell the kind wherever they are found. Attention comes
-before matmul, for FlashAttention's kernels are named after CUTLASS too; a product inside another operation is a product."""
+"""Kind -> pattern of names that determine it, also as the name of an enclosing operation. The first match wins: attention comes
+before matmul because the names of FlashAttention's kernels contain CUTLASS too. A matmul in another operation is a matmul."""
 GENERIC_PATTERNS = {
     "memcpy": r"[Mm]em(cpy|set)|aten::(copy_|_to_copy|clone|contiguous|cat)$|CatArray|direct_copy",
     "elementwise": r"elementwise|[Rr]educe|softmax|triton_(poi|red|per)|"
     r"aten::\w*(add|sub|mul|div|neg|exp|log|sqrt|pow|fill|zero|ones|sum|mean|norm|max|min|where|clamp|sigmoid|lerp|cumsum)\w*$",
 }
-"""The same for names that do not say what they are done for: they count where nothing around them does."""
+"""The same for names that do not reveal their purpose. They count only if no enclosing operation matches a specific pattern."""
 OTHER_KIND = "other"
 MAX_SHOWN_NAMES, MAX_SHOWN_OTHER_NAMES = 4, 20
 
@@ -56,9 +56,9 @@ class OperationTotal:
 
 
 def profile_step(step: Callable[[], Any], trace_path: Path, mesh: Mesh) -> dict[str, float]:
-    """Make the step; rank 0 writes its Chrome trace to the file and its time by kind to standard error.
+    """Run the step; rank 0 writes its Chrome trace to the file and logs its time by kind.
 
-    Returns the seconds of each kind, and of the whole step as `step`; nothing on other ranks.
+    Returns the seconds of each kind, and of the whole step as `step`; an empty dict on other ranks.
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (mesh.device.type == "cuda")
     with profile(activities=activities) if mesh.rank == 0 else nullcontext() as profiler:
@@ -71,16 +71,12 @@ def profile_step(step: Callable[[], Any], trace_path: Path, mesh: Mesh) -> dict[
         return {}
     profiler.export_chrome_trace(str(trace_path))
     totals = total_operations(profiler.events())
-    log.info("one step under the profiler, its trace in %s\n%s", trace_path, format_table(totals, seconds))
-    seconds_by_kind = {
-        kind: sum(one.seconds for one in totals if one.kind == kind)
-        for kind in dict.fromkeys(one.kind for one in totals)
-    }
-    return {"step": seconds, **seconds_by_kind}
+    log.info(f"one step under the profiler, trace in {trace_path}\n{format_table(totals, seconds)}")
+    return {"step": seconds, **{kind: sum_seconds(of_kind) for kind, of_kind in group_by_kind(totals).items()}}
 
 
 def classify_operation(names: list[str]) -> str:
-    """Kind of an operation, given its own name and those around it from the inside out."""
+    """Return the kind of an operation, given its own name and those of the enclosing operations from the inside out."""
     for patterns in (SPECIFIC_PATTERNS, GENERIC_PATTERNS):
         for name in names:
             for kind, pattern in patterns.items():
@@ -90,28 +86,24 @@ def classify_operation(names: list[str]) -> str:
 
 
 def total_operations(events: list[FunctionEvent]) -> list[OperationTotal]:
-    """Seconds of every operation without what it calls, or of every kernel where there are kernels; the longest first."""
-    totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
+    """Sum the time of every kernel, or of every operation if there are no kernels; the longest first."""
+    totals: dict[tuple[str, str], list[float]] = defaultdict(list)
     on_device = any(event.device_type != DeviceType.CPU for event in events)
     for names, microseconds in device_kernels(events) if on_device else cpu_operations(events):
-        total = totals[classify_operation(names), names[0]]
-        total[0] += microseconds / 1e6
-        total[1] += 1
-    operation_totals = [
-        OperationTotal(kind, name, seconds, int(calls)) for (kind, name), (seconds, calls) in totals.items()
-    ]
-    return sorted(operation_totals, key=lambda spent: -spent.seconds)
+        totals[classify_operation(names), names[0]].append(microseconds)
+    found = [OperationTotal(*key, sum(times) / 1e6, len(times)) for key, times in totals.items()]
+    return sorted(found, key=lambda total: -total.seconds)
 
 
 def cpu_operations(events: list[FunctionEvent]) -> Iterator[tuple[list[str], float]]:
-    """Names of each operation and of those around it, and its own microseconds."""
+    """Yield the names and the own microseconds of each operation."""
     for event in events:
         yield call_stack_names(event), event.self_cpu_time_total
 
 
 def device_kernels(events: list[FunctionEvent]) -> Iterator[tuple[list[str], float]]:
-    """Names of each kernel and of the operations that launched it, if any did, and its microseconds."""
-    # What record_function marks on the device is no work.
+    """Yield the microseconds of each kernel, with its name and those of the operations that launched it, if any did."""
+    # record_function's ranges on the device are not work.
     on_device = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
     unmatched = Counter((event.name, event.time_range.elapsed_us()) for event in on_device)
     for event in events:
@@ -123,37 +115,36 @@ def device_kernels(events: list[FunctionEvent]) -> Iterator[tuple[list[str], flo
         yield [name], microseconds
 
 
-def call_stack_names(event: FunctionEvent) -> list[str]:
-    """Names of the event and of those that called it, from the inside out."""
-    names: list[str] = []
-    current: FunctionEvent | None = event
-    while current is not None:
-        names.append(current.name)
-        current = current.cpu_parent
+def call_stack_names(event: FunctionEvent | None) -> list[str]:
+    """Names of the event and of its callers, from the inside out."""
+    names = []
+    while event is not None:
+        names.append(event.name)
+        event = event.cpu_parent
     return names
 
 
+def group_by_kind(totals: list[OperationTotal]) -> dict[str, list[OperationTotal]]:
+    by_kind: dict[str, list[OperationTotal]] = defaultdict(list)
+    for total in totals:
+        by_kind[total.kind].append(total)
+    return by_kind
+
+
+def sum_seconds(totals: list[OperationTotal]) -> float:
+    return sum(total.seconds for total in totals)
+
+
 def format_table(totals: list[OperationTotal], step_seconds: float) -> str:
-    """Kinds by their share of the step, the longest names of each below it; what no pattern fits is shown by name."""
-    totals_by_kind: dict[str, list[OperationTotal]] = defaultdict(list)
-    for one in totals:
-        totals_by_kind[one.kind].append(one)
+    """List the kinds by their share of the step, each with its longest names, and more names of the kind `other`."""
+
+    def row(name: str, seconds: float, num_calls: int) -> str:
+        numbers = f"{100 * seconds / step_seconds:>6.1f}%{1000 * seconds:>11.2f}{num_calls:>8}"
+        return f"{'':<24}{numbers} {name}" if name.startswith(" ") else f"{name:<24}{numbers}"
+
     lines = [f"{'kind':<24}{'share':>7}{'ms':>11}{'calls':>8}   of a step of {1000 * step_seconds:.1f} ms"]
-    for kind in sorted(totals_by_kind, key=lambda kind: -sum(one.seconds for one in totals_by_kind[kind])):
-        lines.append(
-            format_row(
-                kind,
-                sum(one.seconds for one in totals_by_kind[kind]),
-                sum(one.num_calls for one in totals_by_kind[kind]),
-                step_seconds,
-            )
-        )
-        for one in totals_by_kind[kind][: MAX_SHOWN_OTHER_NAMES if kind == OTHER_KIND else MAX_SHOWN_NAMES]:
-            lines.append(format_row(f"  {one.name[:90]}", one.seconds, one.num_calls, step_seconds))
-    busy_seconds = sum(one.seconds for one in totals)
-    return "\n".join([*lines, format_row("between them", max(0.0, step_seconds - busy_seconds), 0, step_seconds)])
-
-
-def format_row(name: str, seconds: float, num_calls: int, step_seconds: float) -> str:
-    numbers = f"{100 * seconds / step_seconds:>6.1f}%{1000 * seconds:>11.2f}{num_calls:>8}"
-    return f"{name:<24}{numbers}" if not name.startswith(" ") else f"{'':<24}{numbers} {name}"
+    for kind, of_kind in sorted(group_by_kind(totals).items(), key=lambda item: -sum_seconds(item[1])):
+        lines.append(row(kind, sum_seconds(of_kind), sum(total.num_calls for total in of_kind)))
+        shown = of_kind[: MAX_SHOWN_OTHER_NAMES if kind == OTHER_KIND else MAX_SHOWN_NAMES]
+        lines += [row(f"  {total.name[:90]}", total.seconds, total.num_calls) for total in shown]
+    return "\n".join([*lines, row("outside operations", max(0.0, step_seconds - sum_seconds(totals)), 0)])

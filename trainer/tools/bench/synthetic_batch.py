@@ -1,7 +1,7 @@
-"""Synthetic rows: a function of seed, names and step, of which each data-parallel rank takes its slice, as with a corpus.
+"""Draw synthetic rows from seed, names and step. As with a corpus, each data-parallel rank gets its slice of them.
 
-Token ids are uniform over the whole vocabulary, so no gradient row of the embedding is left out. Where the model masks
-documents their lengths are drawn too, since attention costs what they make it cost; elsewhere a row is one document.
+Token ids are uniform over the whole vocabulary, so every row of the embedding gets a gradient. If the model masks documents,
+their lengths are drawn too, because the cost of attention depends on them; otherwise a row is one document.
 """
 
 import hashlib
@@ -16,39 +16,31 @@ from tandem.trainer.data.loader import Batch
 from tandem.trainer.distributed.mesh import Mesh
 
 MEDIAN_DOCUMENT_TOKENS, DOCUMENT_LENGTH_SIGMA = 450, 1.3
-"""Log-normal lengths of documents: many short, a few of many rows, 1,050 tokens on average, as web text has it (choice)."""
+"""Log-normal document lengths, as in web text: mostly short, some of many rows, 1,050 tokens on average (choice)."""
 
 
 def draw_batch(config: TrainConfig, phase: PhaseConfig, step: int, mesh: Mesh) -> Batch:
-    """This rank's rows of global step `step` of the phase."""
+    """Draw this rank's rows of global step `step`."""
     digest = hashlib.sha256(f"{config.run.seed}/bench/{config.run.name}/{phase.name}/{step}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    token_ids = torch.randint(
-        config.model.vocab_size, (phase.global_batch_size, phase.seq_len + 1), generator=generator
-    )
-    documents = torch.zeros(phase.global_batch_size, phase.seq_len, dtype=torch.int32)
+    rows, seq_len = phase.global_batch_size, phase.seq_len
+    token_ids = torch.randint(config.model.vocab_size, (rows, seq_len + 1), generator=generator).int()
+    documents = torch.zeros(rows, seq_len, dtype=torch.int32)
     if config.model.document_masking:
-        documents = draw_document_indices(phase.global_batch_size, phase.seq_len, generator)
-    num_local_rows = phase.global_batch_size // mesh.dp_size
-    local_rows = slice(mesh.dp_rank * num_local_rows, (mesh.dp_rank + 1) * num_local_rows)
-    return Batch(
-        torch.stack((token_ids[local_rows, :-1].int(), token_ids[local_rows, 1:].int(), documents[local_rows])), {}
-    )
+        documents = draw_document_indices(rows, seq_len, generator)
+    local_rows = slice(mesh.dp_rank * rows // mesh.dp_size, (mesh.dp_rank + 1) * rows // mesh.dp_size)
+    return Batch(torch.stack((token_ids[:, :-1], token_ids[:, 1:], documents))[:, local_rows].contiguous(), {})
 
 
 def draw_document_indices(num_rows: int, seq_len: int, generator: torch.Generator) -> Int32[Tensor, "rows seq"]:
-    """Index of the document within its row; documents follow one another through the rows as through a corpus."""
-    tokens = num_rows * seq_len
-    num_lengths = 16 + 4 * tokens // MEDIAN_DOCUMENT_TOKENS  # on average nine times too many
-    lengths = (
-        (math.log(MEDIAN_DOCUMENT_TOKENS) + DOCUMENT_LENGTH_SIGMA * torch.randn(num_lengths, generator=generator))
-        .exp()
-        .long()
-        .clamp(min=1)
-    )
+    """Return each token's document index within its row. Documents continue from one row to the next, as in a corpus."""
+    num_tokens = num_rows * seq_len
+    num_lengths = 16 + 4 * num_tokens // MEDIAN_DOCUMENT_TOKENS  # on average nine times as many as needed
+    normal = torch.randn(num_lengths, generator=generator)
+    lengths = (math.log(MEDIAN_DOCUMENT_TOKENS) + DOCUMENT_LENGTH_SIGMA * normal).exp().long().clamp(min=1)
     ends = lengths.cumsum(0)
-    is_document_start = torch.zeros(tokens, dtype=torch.int32)
-    is_document_start[ends[ends < tokens]] = 1
-    is_document_start = is_document_start.view(num_rows, seq_len)
-    is_document_start[:, 0] = 0
-    return is_document_start.cumsum(1, dtype=torch.int32)
+    is_start = torch.zeros(num_tokens, dtype=torch.int32)
+    is_start[ends[ends < num_tokens]] = 1
+    is_start = is_start.view(num_rows, seq_len)
+    is_start[:, 0] = 0
+    return is_start.cumsum(1, dtype=torch.int32)

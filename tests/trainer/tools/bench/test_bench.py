@@ -110,17 +110,20 @@ def test_each_phase_has_a_profile_of_its_own():
 
 MISTAKES = {
     "phase": ("--phase medium", ["--phase: 'medium'", "short, long", "or all"]),
-    "no layers": ("--num-layers 0", ["--num-layers: 0", "at least 1"]),
-    "num_layers": ("--num-layers 5", ["--num-layers: 5", "has 4 layers"]),
+    "no layers": ("--num-layers 0", ["--num-layers: 0 is less than 1", "use 1 or more"]),
+    "num_layers": ("--num-layers 5", ["--num-layers: 5 is more than the config's 4", "use no more"]),
     "rows": (
         "--global-batch-size 12",
-        ["--global-batch-size: 12", "reads 8 in one forward pass on each of 1 replicas", "a multiple of 8"],
+        ["--global-batch-size: 12", "micro-batches of 8 on 1 replicas", "phase 'short'", "use a multiple of 8"],
     ),
-    "micro rows": ("--global-batch-size 8 --micro-batch-size 3", ["--global-batch-size: 8", "a multiple of 3"]),
-    "no steps": ("--steps 0", ["--steps: 0", "at least 1"]),
-    "warm-up": ("--warmup-steps -1", ["--warmup-steps: -1", "at least 0"]),
-    "more steps than the phase has": ("--steps 295", ["--steps: 295 makes 301", "'short' has 300", "ask for fewer"]),
-    "profile nowhere": ("--profile none/t.json", ["--profile: none/t.json", "name another"]),
+    "micro rows": ("--global-batch-size 8 --micro-batch-size 3", ["--global-batch-size: 8", "use a multiple of 3"]),
+    "no steps": ("--steps 0", ["--steps: 0 is less than 1", "use 1 or more"]),
+    "warm-up": ("--warmup-steps -1", ["--warmup-steps: -1 is less than 0", "use 0 or more"]),
+    "more steps than the phase has": ("--steps 295", ["--steps: 295 makes 301", "'short' has 300", "use fewer"]),
+    "profile nowhere": (
+        "--profile none/t.json",
+        ["--profile: none/t.json", "not a file in an existing folder", "name another"],
+    ),
     "a field": ("optim.clip_nrom=1", ["optim.clip_nrom: 1", "max_grad_norm"]),
 }
 
@@ -254,4 +257,4 @@ def test_the_table_shows_shares_and_unknown_names():
     lines = step_profile.format_table(spent, 0.1).splitlines()
     assert lines[1].split() == ["matmul", "60.0%", "60.00", "3"]
     assert lines[4].split()[-1] == "mystery"
-    assert lines[-1].split() == ["between", "them", "30.0%", "30.00", "0"]
+    assert lines[-1].split() == ["outside", "operations", "30.0%", "30.00", "0"]
