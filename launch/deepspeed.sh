@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One machine with DeepSpeed's launcher instead of torchrun: launch/deepspeed.sh RANKS CONFIG [section.field=value...]
 #
-# The exit code is that of the first rank that failed. Signals end its ranks without a wait: prefer local.sh where that
-# matters. The ranks meet at MASTER_PORT (29500): a second run on the machine needs another.
+# The exit code is that of the first rank that failed. Signals end the ranks without waiting for a save; if that matters, use
+# local.sh. The ranks meet at MASTER_PORT (default 29500); a second run on the machine needs another port.
 set -euo pipefail
 [[ $# -ge 2 ]] || { echo "usage: launch/deepspeed.sh RANKS CONFIG [section.field=value...]" >&2; exit 2; }
 CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,8 +10,8 @@ CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 export RANKS_PER_NODE=$1
 # shellcheck source=launch/env.sh
 source launch/env.sh
-# Without GPUs DeepSpeed takes this for the number of devices; with them it counts for itself.
+# DeepSpeed reads this as the number of devices if there are no GPUs; otherwise it counts them.
 export LOCAL_SIZE=$RANKS_PER_NODE
-# --no_local_rank: our command line has no --local_rank; the ranks read LOCAL_RANK.
+# --no_local_rank, because our command line has no --local_rank; the ranks read LOCAL_RANK.
 exec deepspeed --num_gpus "$RANKS_PER_NODE" --no_local_rank \
     --master_port "${MASTER_PORT:-29500}" --module tandem.trainer train "${@:2}"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything Tandem does, on this machine, in a few minutes, from nothing: launch/demo.sh
+# Show everything Tandem does, on this machine, in a few minutes, from nothing: launch/demo.sh
 #
-# Installs into .venv, prepares a corpus from Python's own source, trains a small Stable LM (tensor parallel 2 x ZeRO-1) that is
-# killed and resumed, and a small BTLM (data parallel 2), each through two lengths of rows; then evaluates, exports to Hugging
-# Face, reloads the export, generates text and writes a report. Nothing is downloaded but packages. What it makes lies in
-# data/demo, runs/demo-* and exports/demo-*; a second call makes the runs anew.
+# 1. Install into .venv. 2. Prepare a corpus from Python's own source. 3. Train a small Stable LM (tensor parallel 2 x ZeRO-1), kill it
+# and resume it. 4. Train a small BTLM (data parallel 2). Both change their row length. 5. Evaluate, export to Hugging Face, reload the
+# export, generate text and write a report. It downloads only packages. The results are in data/demo, runs/demo-* and
+# exports/demo-*; a second call trains again.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 launch/install.sh
@@ -12,7 +12,7 @@ export RANKS_PER_NODE=2 WANDB_SILENT=true
 # shellcheck source=launch/env.sh
 source launch/env.sh
 
-# With fewer than two GPUs the two ranks train on the CPU.
+# With fewer than two GPUs, both ranks train on the CPU.
 if [[ $(nvidia-smi --list-gpus 2>/dev/null | wc -l) -lt 2 ]]; then export CUDA_VISIBLE_DEVICES=; fi
 
 say() { printf '\n=== %4d s  %s\n' "$SECONDS" "$1"; }
@@ -30,11 +30,11 @@ tandem verify $corpus
 
 rm -rf runs/demo-stablelm runs/demo-btlm exports/demo-stablelm exports/demo-btlm
 
-say "training demo-stablelm: tensor parallel 2 x ZeRO-1; it will be killed after step 110"
+say "training demo-stablelm: tensor parallel 2 x ZeRO-1; this script kills it after step 110"
 launch/local.sh 2 configs/demo-stablelm.yaml &
 training=$!
-# torchrun gives every rank a session of its own, so they are found by their command line, and by this folder, since another
-# copy may run the same. Read from /proc: a bare system has no pkill.
+# torchrun gives every rank its own session, so find the ranks by their command line, and by this folder because another checkout
+# may run the same. Read /proc, because a minimal system has no pkill.
 kill_training() {
     local process
     for process in /proc/[0-9]*; do
@@ -50,7 +50,7 @@ done
 kill_training
 wait $training 2>/dev/null || true
 trap - EXIT
-say "killed with SIGKILL; the same command again continues from the last checkpoint"
+say "killed with SIGKILL; the same command continues from the last checkpoint"
 launch/local.sh 2 configs/demo-stablelm.yaml
 
 grep '"kind": "start"' runs/demo-stablelm/metrics.jsonl | tail -n 1 | grep -q '"step": 100,' || fail "it did not continue at step 100"

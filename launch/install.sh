@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes .venv: Tandem (editable) and what it needs, at the versions of constraints.txt. Does nothing if that is done already.
+# Make .venv with Tandem (editable) and its dependencies, at the versions of constraints.txt. Do nothing if .venv is up to date.
 #
 #   PYTHON=python3.12     the Python to make .venv with; later calls keep it. Else python3, or the newest that fits.
 #   TORCH_BUILD=cpu|cuda  the build of torch. Else the CPU build if this machine has no GPU and the index offers one.
 #
-# pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, PIP_NO_INDEX, ...) say where packages come from.
+# pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, PIP_NO_INDEX, ...) set where packages come from.
 # pip writes to .venv/install.log. After a failure the next call continues. After a change of the versions it installs the new
 # ones into the same .venv. It makes .venv again only if Python, the build of torch or the place of this folder has changed.
 #
@@ -164,7 +164,7 @@ explain() {
     elif unreachable "$said"; then
         echo "the package index does not answer; check the network, HTTPS_PROXY and PIP_INDEX_URL"
     elif [[ -n $missing && -n ${PIP_NO_INDEX:-} ]]; then
-        echo "PIP_FIND_LINKS=${PIP_FIND_LINKS:-} has no file for $missing; add it (launch/README.md says how to fill such a folder)"
+        echo "PIP_FIND_LINKS=${PIP_FIND_LINKS:-} has no file for $missing; add it (see "Installing" in launch/README.md)"
     elif [[ -n $missing ]]; then
         echo "the index has no file of $missing for this Python and machine; use one that has all of constraints.txt, or another PYTHON"
     elif grep -qE 'ResolutionImpossible|conflicting dependencies' <<<"$said"; then
@@ -233,7 +233,7 @@ install_torch() {
         fi
         [[ ${TORCH_BUILD:-} != cpu ]] ||
             fail "TORCH_BUILD=cpu: the index has no torch==$(torch_pin)+cpu; name PyTorch's CPU index in PIP_EXTRA_INDEX_URL, or unset TORCH_BUILD"
-        say "none to be had: taking the CUDA build, which also runs on CPUs (PyTorch's CPU index in PIP_EXTRA_INDEX_URL would save 3 GB of disk and 2.4 of download)"
+        say "the index has none: using the CUDA build, which also runs on CPUs (PyTorch's CPU index in PIP_EXTRA_INDEX_URL would save 3 GB of disk and 2.4 of download)"
     fi
     needs_space "$cuda_fetched" "$cuda_unpacked"
     say "fetching torch with CUDA's libraries, then the rest: about $cuda_fetched GB, $cuda_unpacked GB on disk"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes FOLDER/tandem, with a link to each of our folders: launch/links.sh FOLDER. A program with FOLDER on its path (PYTHONPATH,
-# MYPYPATH) imports tandem.trainer, tandem.kernels and tandem.data_prep from this checkout without installing it.
+# Make FOLDER/tandem with a link to each package of this checkout: launch/links.sh FOLDER. With FOLDER on PYTHONPATH or MYPYPATH,
+# a program imports tandem.trainer, tandem.kernels and tandem.data_prep from this checkout without an installation.
 set -euo pipefail
-[[ $# -eq 1 ]] || { echo "links: name one folder for the links: launch/links.sh FOLDER" >&2 && exit 2; }
+[[ $# -eq 1 ]] || { echo "links: give one folder for the links: launch/links.sh FOLDER" >&2 && exit 2; }
 mkdir -p "$1/tandem"
 folder=$(CDPATH='' cd -- "$1/tandem" && pwd)
 CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # One machine, through torchrun: launch/local.sh RANKS CONFIG [section.field=value...]
 #
-# One rank for each GPU, or any small number on CPU. A mistake in the config ends here, in one line and exit code 2. SIGTERM
-# and SIGUSR1 save the run: torchrun hands them to the ranks, waits for the save, and exits with 1 whatever code they left
-# with. Ranks that fail are started again, MAX_RESTARTS times (100), and the run goes on from its last checkpoint.
+# Use one rank per GPU, or any small number on a CPU. A mistake in the config ends with one line and exit code 2. SIGTERM and SIGUSR1
+# save the run: torchrun passes them to the ranks, waits for the save, and exits with 1 whatever the ranks returned. torchrun
+# restarts failed ranks up to MAX_RESTARTS times (default 100), and the run continues from its last checkpoint.
 set -euo pipefail
 [[ $# -ge 2 ]] || { echo "usage: launch/local.sh RANKS CONFIG [section.field=value...]" >&2; exit 2; }
 CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."

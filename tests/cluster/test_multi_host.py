@@ -70,12 +70,12 @@ def test_two_hosts_train_like_one(pair: tuple[Host, Host], config: Path, tmp_pat
         ({"NODES": "2:3"}, "is not divisible by data-parallel size 3", 2),
         ({"NODES": "3:2"}, "NODE=0 NODES=3:2: must be 0 <= NODE < MOST >= FEWEST > 0", 2),
         ({"NODE": "2"}, "NODE=2 NODES=2: must be", 2),
-        ({"NODE": "first"}, "NODE=first: must be a number", 2),
-        ({"NODE": "08"}, "NODE=08: must be a number", 2),
+        ({"NODE": "first"}, "NODE=first: must be a whole number", 2),
+        ({"NODE": "08"}, "NODE=08: must be a whole number", 2),
         ({"NODES": "2:"}, "NODES=2:: not address:port", 2),
-        ({"JOIN_SECONDS": "0"}, "JOIN_SECONDS=0: must be a number from 1 on", 2),
-        ({"LOST_SECONDS": "1m"}, "LOST_SECONDS=1m: must be a number", 2),
-        ({"RANKS_PER_NODE": "auto"}, "RANKS_PER_NODE=auto: ranks on each machine; must be a number", 2),
+        ({"JOIN_SECONDS": "0"}, "JOIN_SECONDS=0: must be a whole number of at least 1", 2),
+        ({"LOST_SECONDS": "1m"}, "LOST_SECONDS=1m: must be a whole number", 2),
+        ({"RANKS_PER_NODE": "auto"}, "RANKS_PER_NODE=auto: ranks on each machine; must be a whole number", 2),
     ],
 )
 def test_a_mistake_is_one_line_before_any_rank_is_started(variables, said, code, config):

@@ -129,7 +129,7 @@ ABSENT, BACK, REFUSED = 'echo "Unable to contact slurm controller" >&2; exit 1',
 @pytest.mark.parametrize(
     ("tries", "requeue", "code", "said"),
     [
-        ([ABSENT, ABSENT, BACK], "1", 0, "back into the queue"),
+        ([ABSENT, ABSENT, BACK], "1", 0, "requeueing the job"),
         ([REFUSED], "0", USER_ERROR_EXIT_CODE, "Slurm refuses"),
         ([ABSENT] * 100, "1", runtime.REQUEUE_EXIT_CODE, "submit the same again"),
     ],

@@ -173,7 +173,7 @@ def test_a_killed_rank_is_a_new_start_and_scancel_a_save_and_the_end(slurm: Slur
     for rank in ranks_on(slurm, "n2"):
         os.kill(rank, signal.SIGKILL)
     job.until(lambda: job.says("Restarts") == "2")
-    assert "the run failed (exit code 137); back into the queue" in job.log.read_text()
+    assert "the run failed (exit code 137); requeueing the job" in job.log.read_text()
 
     job.until_step(job.step() + 10)
     job.signal()

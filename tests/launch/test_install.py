@@ -365,7 +365,7 @@ def test_constraints_of_the_machine_are_named_if_they_exclude_a_pin_and_else_cha
     """With a constraint on torch, whichever, pip calls a build that no index offers a contradiction."""
     (tmp_path / "machine.txt").write_text("torch<9\norjson<3\n")
     done = install(copy, wheelhouse, PIP_CONSTRAINT=str(tmp_path / "machine.txt"))
-    assert "none to be had: taking the CUDA build" in done.stdout
+    assert "the index has none: using the CUDA build" in done.stdout
     said = one_line(done, 1)
     assert "versions contradict each other" in said
     assert "orjson<3" in said
@@ -404,7 +404,7 @@ def test_a_setting_in_a_file_that_leads_pip_elsewhere_is_refused(copy, wheelhous
     empty.mkdir()
     remedied = install(copy, empty, PIP_CONFIG_FILE="/dev/null")
     assert "continuing the installation into .venv" in remedied.stdout
-    assert "none to be had: taking the CUDA build" in remedied.stdout, "it came past the settings"
+    assert "the index has none: using the CUDA build" in remedied.stdout, "it came past the settings"
 
 
 def test_a_link_to_another_disk_is_kept(copy, wheelhouse, tmp_path):
