@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What one GPU can show, in few minutes: launch/bench.sh FOLDER [rehearse] [first|second|third|STAGE...]
+# Measure one GPU in a few minutes: launch/bench.sh FOLDER [rehearse] [first|second|third|STAGE...]
 #
-#   first      tests     what is marked gpu: kernels against their meaning, whole small models
+#   first      tests     tests marked gpu: kernels against their definition, whole small models
 #              kernels   our kernels at the shapes of the two recipes
 #              errors    error of each of our operations against fp64, beside plain torch's
 #              btlm      BTLM-3B-8K whole, rows of 2,048 and of 8,192 tokens
@@ -9,16 +9,16 @@
 #   second     rivals    the same operations beside cuDNN, FlexAttention, Liger, torch.compile in one process
 #              sweep     variants of the attention kernels
 #              profile   BTLM's steps by kind of operation
-#   third      states    each change of the step that can be switched off, on and off
+#   third      states    each optional optimization of the step, on and off
 #              memory    other micro-batches and recomputation
 #   rehearse   the named stages, or all, on a CPU, at tiny shapes, in Triton's interpreter
 #
-# Each stage has a time limit and leaves what it has; one that fails or is cut does not stop the others. The folder gets at
-# most eight files: log.txt.gz, *.jsonl (a line is added when its figure is there) and traces. One table is printed last;
-# `python3 -m tests.rivals.tables FOLDER` prints it again. Exit code 1 if a stage failed or was cut.
+# Each stage has a time limit and keeps what it has measured; a stage that fails or is cut short does not stop the others. The folder
+# gets at most eight files: log.txt.gz, *.jsonl (one line per figure, written at once) and traces. The last output is a table;
+# `python3 -m tests.rivals.tables FOLDER` prints it again. The exit code is 1 if a stage failed or was cut short.
 #
-# Uses .venv if launch/install.sh has made it, else the Python on the path, and installs nothing. A copy without git says its
-# commit in TANDEM_COMMIT.
+# It uses .venv if launch/install.sh has made it, otherwise the Python on the path, and installs nothing. In a copy without git, set
+# TANDEM_COMMIT.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,10 +27,10 @@ second=(rivals sweep profile)
 third=(states memory)
 
 fail() { echo "bench: $1" >&2 && exit 2; }
-[[ $# -gt 0 ]] || fail "name a folder for the results: launch/bench.sh FOLDER [rehearse] [first|second|third|STAGE...]"
+[[ $# -gt 0 ]] || fail "give a folder for the results: launch/bench.sh FOLDER [rehearse] [first|second|third|STAGE...]"
 folder=$1
 shift
-[[ $# -gt 0 ]] || fail "name what to measure: launch/bench.sh $folder [rehearse] [first|second|third|STAGE...]"
+[[ $# -gt 0 ]] || fail "give the stages to run: launch/bench.sh $folder [rehearse] [first|second|third|STAGE...]"
 stages=()
 rehearse=
 for word in "$@"; do
@@ -43,13 +43,13 @@ for word in "$@"; do
 done
 [[ ${#stages[@]} -gt 0 ]] || stages=("${first[@]}" "${second[@]}" "${third[@]}")
 
-no_gpu="no CUDA device here: these are measurements of a GPU; launch/bench.sh FOLDER rehearse needs none"
+no_gpu="this machine has no CUDA device, which these measurements need; launch/bench.sh FOLDER rehearse runs without one"
 has_device_file() { compgen -G '/dev/nvidia*' >/dev/null || [[ -e /dev/dxg || -e /proc/driver/nvidia ]]; }
 [[ $rehearse ]] || has_device_file || fail "$no_gpu"
 RANKS_PER_NODE=1
 # shellcheck source=launch/env.sh
 source launch/env.sh
-# Nothing is installed here: a machine that is lent for minutes has none to spare.
+# Install nothing: on a machine that is borrowed for minutes there is no time.
 missing=$(python3 -c 'from importlib.util import find_spec
 needed = "torch triton deepspeed megatron omegaconf orjson jaxtyping beartype pytest xdist pytest_timeout"
 print(*(name for name in needed.split() if not find_spec(name)))') || fail "python3 does not start; name one on the PATH"
@@ -57,7 +57,7 @@ print(*(name for name in needed.split() if not find_spec(name)))') || fail "pyth
 [[ $rehearse ]] || python3 -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || fail "$no_gpu"
 mkdir -p "$folder"
 out=$(cd "$folder" && pwd)
-# Neither an installation of another checkout nor none must be what is measured.
+# Measure this checkout, even if another one is installed or none.
 imported=$(python3 -c 'import tandem.trainer; print(tandem.trainer.__path__[0])' 2>/dev/null) || imported=
 if [[ ! $imported -ef trainer ]]; then
     links=$(mktemp -d)
@@ -85,16 +85,16 @@ if [[ $rehearse ]]; then
     short=("${counted[@]}")
     order=(true false)
     kernel_options=(--device cpu --tokens 8 --production)
-    error_options=(--device cpu --tokens 8 --shape demo-stablelm) # fp64 at full width takes gigabytes and minutes
+    error_options=(--device cpu --tokens 8 --shape demo-stablelm) # fp64 at full width needs gigabytes and minutes
     own_seconds=8 rival_seconds=8 sweep_seconds=6
     sweep_options=(--device cpu --tokens 64)
     workers=0
-    : "${VISIT_SECONDS:=3600}" # a CPU's speed is not what is rehearsed
+    : "${VISIT_SECONDS:=3600}" # a rehearsal on a CPU is slow
 fi
 : "${VISIT_SECONDS:=420}"
 
-# Seconds of each stage at most: 420 in the first visit, 300 in the second, 250 in the third. All stages of a call together have
-# VISIT_SECONDS, and one has no more than what the others have left.
+# The time limit of each stage in seconds: together 420 in the first visit, 300 in the second, 250 in the third. All stages of a call
+# share VISIT_SECONDS, so a late stage may get less than its limit.
 declare -A limits=(
     [tests]=100 [kernels]=70 [errors]=50 [btlm]=110 [stablelm]=90
     [rivals]=150 [sweep]=80 [profile]=70
@@ -105,7 +105,7 @@ if [[ $rehearse ]]; then for stage in "${!limits[@]}"; do limits[$stage]=$VISIT_
 # --- the stages
 
 tests() {
-    # Foreign libraries warn about themselves in ways that no list of ours foresees.
+    # -W default: on a new machine, libraries raise warnings that our list of exceptions does not have.
     python3 -m pytest tests/kernels tests/promises/test_kernels.py tests/promises/test_step.py \
         -m gpu -W default -n "$workers" -p no:cacheprovider -q --tb=short --maxfail=30
 }
@@ -113,26 +113,26 @@ kernels() { python3 -m tandem.kernels.bench --rival ours "${kernel_options[@]}" 
 errors() { python3 -m tandem.kernels.bench --errors "${error_options[@]}" --json "$out/errors.jsonl"; }
 btlm() { steps "$btlm_config" --phase all "${counted[@]}"; }
 stablelm() { steps "$stablelm_config" "${slice[@]}" "${counted[@]}" --profile "$out/stablelm.trace.json.gz"; }
-rivals() { # what matters most first
+rivals() { # the most important first
     python3 -m tandem.kernels.bench attention linear_cross_entropy swiglu qkv residual_norm cross_entropy swiglu_linear \
         "${kernel_options[@]}" --seconds "$rival_seconds" --json "$out/kernels.jsonl"
 }
 sweep() { python3 -m tandem.kernels.bench.attention_sweep --seconds "$sweep_seconds" "${sweep_options[@]}" --json "$out/sweep.jsonl"; }
 profile() { steps "$btlm_config" --phase all "${short[@]}" --profile "$out/btlm.trace.json.gz"; }
-states() { # with both states in one log, as cards and days differ
+states() { # both states in one log, because cards and days differ
     local state
     for state in "${order[@]}"; do
         steps "$stablelm_config" debug.immediate_gradients="$state" "${slice[@]}" "${short[@]}"
     done
 }
-memory() { # what recomputation and larger micro-batches cost and bring
+memory() { # cost and gain of recomputation and of larger micro-batches
     steps "$stablelm_config" parallel.recompute=selective "${slice[@]}" "${short[@]}"
     steps "$stablelm_config" "${slice[@]}" "${short[@]}" --micro-batch-size 2 --global-batch-size 8
 }
 
 steps() { python3 -m tandem.trainer bench "$1" parallel.tp_size=1 "${@:2}" >>"$out/steps.jsonl"; }
 
-run_limited() { # NAME SECONDS: in a shell of its own, so that its whole process group can be ended
+run_limited() { # NAME SECONDS: in a separate shell, so that its whole process group can be ended
     export -f "${1?}" steps
     local settings
     settings=$(declare -p out btlm_config stablelm_config slice counted short order workers kernel_options error_options \
@@ -141,7 +141,7 @@ run_limited() { # NAME SECONDS: in a shell of its own, so that its whole process
     exec timeout --signal=INT --kill-after=10 "$2" bash -euo pipefail -c "$settings; $1"
 }
 
-# timeout has a process group of its own, which Ctrl-C does not reach; it passes on what it gets itself.
+# timeout runs in its own process group, which Ctrl-C does not reach; it forwards the signals that it receives.
 interrupted=
 stop() {
     interrupted=yes
@@ -169,7 +169,7 @@ for stage in "${stages[@]}"; do
     [[ -z $interrupted ]] || break
 done
 rm -f "$out/.stage"
-gzip --stdout "$out/log.txt" >>"$out/log.txt.gz" # behind that of an earlier visit
+gzip --stdout "$out/log.txt" >>"$out/log.txt.gz" # append to the log of an earlier visit
 rm "$out/log.txt"
 printf '\n'
 python3 -m tests.rivals.tables "$out" || failed+=(table)

@@ -1,13 +1,13 @@
 """Check constraints.txt and pyproject.toml against the public package index: python launch/pins.py [constraints.txt]
 
 uv resolves them for every Python and machine that Tandem supports, from the metadata of the public wheels. It ignores the
-Python that runs it, what is installed here, and every wheel, link or index that this machine has been given. So a pin that
-breaks one Python is found on a machine where pip would not notice. What must hold:
+running Python, the installed packages, and every wheel, link or index that is configured on this machine. So it finds a pin
+that breaks one Python, on a machine where pip would not notice. It checks that
 
-* For each Python and machine the pins have a solution of which every package is pinned and has a wheel.
-* The pins leave room for all extras at once.
-* Each torch of pyproject.toml's range has a solution, with the triton that it asks for.
-* No pin is left over, and launch/install.sh states the sizes that this finds.
+* for each Python and machine the pins have a solution in which every package is pinned and has a wheel;
+* the pins leave room for all extras together;
+* each torch in pyproject.toml's range has a solution, with the triton that it requires;
+* no pin is unused, and launch/install.sh states the sizes that the resolutions give.
 """
 
 import os
@@ -27,7 +27,7 @@ GLIBC = "manylinux_2_28"
 NO_WHEEL = ("deepspeed",)
 """Packages that exist as source only. They contain Python alone, so that no compiler is needed."""
 UNREACHABLE = r"error sending request|operation timed out"
-"""What uv says if the index does not answer or its certificate is not trusted; not if it answers that it lacks a file."""
+"""uv's message if the index does not answer or its certificate is not trusted. An answer that a file is missing does not match."""
 SIZE_TOLERANCE = 0.15
 """launch/install.sh states two digits, and the Pythons' wheels differ by a few percent."""
 
@@ -59,7 +59,7 @@ def resolve(python: str, machine: str, *options: str) -> list[dict]:
 def resolve_each(targets: list[tuple[str, str]], options: list[str]) -> dict[tuple[str, str], list[dict] | str]:
     """For each Python and machine its packages, or the reason why there are none.
 
-    The first asks the index for everything anew. The others find almost all of it in uv's cache, and ask if they do not.
+    The first resolution queries the index. The others find almost everything in uv's cache, and query if they do not.
     """
     found = {}
     for target in targets:
@@ -76,9 +76,9 @@ def resolve_each(targets: list[tuple[str, str]], options: list[str]) -> dict[tup
 
 
 def public(environment: dict[str, str]) -> dict[str, str]:
-    """The environment without the settings that could give uv another index, or files of this machine.
+    """Return the environment without the settings that could give uv another index or local files.
 
-    What says how to reach an index (proxy, certificates, time limits, cache) stays.
+    Settings for reaching an index (proxy, certificates, time limits, cache) stay.
     """
     kept = ("UV_CACHE_DIR", "UV_HTTP_TIMEOUT", "UV_HTTP_RETRIES", "UV_NATIVE_TLS", "UV_SYSTEM_CERTS")
     authorities = {"SSL_CERT_FILE": environment["PIP_CERT"]} if environment.get("PIP_CERT") else {}
@@ -88,13 +88,13 @@ def public(environment: dict[str, str]) -> dict[str, str]:
 
 
 def supported_pythons(project: dict) -> list[str]:
-    """Every minor version that requires-python admits, oldest first."""
+    """Return every minor version that requires-python admits, oldest first."""
     first, end = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", project["requires-python"]).groups()
     return [f"3.{minor}" for minor in range(int(first), int(end))]
 
 
 def supported_torches(project: dict) -> list[str]:
-    """Every minor version of torch that the dependencies admit, oldest first."""
+    """Return every minor version of torch that the dependencies admit, oldest first."""
     (requirement,) = (line for line in project["dependencies"] if line.startswith("torch>"))
     first, end = re.fullmatch(r"torch>=2\.(\d+),<2\.(\d+)", requirement).groups()
     return [f"2.{minor}" for minor in range(int(first), int(end))]
@@ -105,20 +105,20 @@ def read_pins(constraints: Path) -> set[str]:
 
 
 def fetched_gb(packages: list[dict], *, cuda: bool) -> float:
-    """What an installation downloads, in 10^9 bytes; without CUDA: all but torch and the libraries that only it needs."""
+    """Return the download size of an installation in 10^9 bytes; without CUDA: all but torch and the libraries that only torch needs."""
     with_torch = ("torch", "nvidia-", "cuda-")
     chosen = [package for package in packages if cuda or not package["name"].startswith(with_torch)]
     return sum(min(file["size"] for file in package.get("wheels") or [package["sdist"]]) for package in chosen) / 1e9
 
 
 def stated_gb() -> dict[str, float]:
-    """The sizes that launch/install.sh tells its user and that the public index can confirm, in 10^9 bytes."""
+    """Return the sizes in launch/install.sh that the public index can confirm, in 10^9 bytes."""
     stated = re.findall(r"^(cuda_fetched|rest_fetched)=([\d.]+)", INSTALL.read_text(), re.MULTILINE)
     return {name: float(gb) for name, gb in stated}
 
 
 def check(constraints: Path) -> list[str]:
-    """Print a line for each resolution; return what does not hold, one sentence each.
+    """Print a line for each resolution; return one sentence for each check that fails.
 
     Raises:
         UnreachableError: the index does not answer.
@@ -155,12 +155,12 @@ def check(constraints: Path) -> list[str]:
 
 
 def chosen(packages: list[dict]) -> set[str]:
-    """The packages as lines of constraints.txt."""
+    """Return the packages as lines of constraints.txt."""
     return {f"{package['name']}=={package['version']}" for package in packages}
 
 
 def wrong_sizes(title: str, packages: list[dict]) -> list[str]:
-    """A sentence for each size that launch/install.sh states wrongly."""
+    """Return a sentence for each wrong size in launch/install.sh."""
     found = {"cuda_fetched": fetched_gb(packages, cuda=True), "rest_fetched": fetched_gb(packages, cuda=False)}
     return [
         f"{title}: {name} is {gb:.2f} GB, {INSTALL.name} states {stated_gb()[name]}"
@@ -173,7 +173,7 @@ def main(constraints: str = str(ROOT / "constraints.txt")) -> int:
     try:
         problems = check(Path(constraints))
     except UnreachableError as error:
-        remedy = "on a machine that cannot reach it, PIP_NO_INDEX=1 launch/test.sh leaves this check out"
+        remedy = "on a machine without access to it, PIP_NO_INDEX=1 launch/test.sh skips this check"
         print(f"pins: not checked, the public index does not answer; {remedy}: {error}", file=sys.stderr)
         return 1
     for problem in problems:

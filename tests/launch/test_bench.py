@@ -64,9 +64,9 @@ def bench(environment: dict[str, str], *arguments: str | Path) -> subprocess.Com
     ("arguments", "said"),
     [
         ((), "name a folder"),
-        (("{folder}",), "name what to measure"),
+        (("{folder}",), "give the stages to run"),
         (("{folder}", "kernel"), "unknown stage kernel"),
-        (("{folder}", "first"), "no CUDA device here"),
+        (("{folder}", "first"), "this machine has no CUDA device"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, said, tmp_path):
