@@ -27,7 +27,7 @@ GLIBC = "manylinux_2_28"
 NO_WHEEL = ("deepspeed",)
 """Packages that exist as source only. They contain Python alone, so that no compiler is needed."""
 UNREACHABLE = r"error sending request|operation timed out"
-"""uv's message if the index does not answer or its certificate is not trusted. An answer that a file is missing does not match."""
+"""uv's message if the index does not answer or its certificate is not trusted. A missing file does not match."""
 SIZE_TOLERANCE = 0.15
 """launch/install.sh states two digits, and the Pythons' wheels differ by a few percent."""
 
@@ -105,7 +105,7 @@ def read_pins(constraints: Path) -> set[str]:
 
 
 def fetched_gb(packages: list[dict], *, cuda: bool) -> float:
-    """Return the download size of an installation in 10^9 bytes; without CUDA: all but torch and the libraries that only torch needs."""
+    """Return the download size of an installation in 10^9 bytes; without CUDA: without torch and its own libraries."""
     with_torch = ("torch", "nvidia-", "cuda-")
     chosen = [package for package in packages if cuda or not package["name"].startswith(with_torch)]
     return sum(min(file["size"] for file in package.get("wheels") or [package["sdist"]]) for package in chosen) / 1e9
