@@ -1,4 +1,4 @@
-"""The global batches of a run, read by all ranks alike, without the shards that any rank finds damaged."""
+"""The global batches of a run, without the shards that any rank finds damaged. All ranks read them in step."""
 
 import logging
 from collections.abc import Generator
@@ -14,8 +14,10 @@ log = logging.getLogger(__name__)
 
 
 def iterate_batches(context: RunContext, progress: Progress) -> Generator[Batch, None, None]:
-    """The loader's batches from here on, each of them there on all ranks; where `data.damaged_shards` says skip, without the
-    shards that any rank finds damaged. Asking for one raises StopRequested on all ranks where one has been told to stop.
+    """Yield the loader's batches from here on, each as soon as every rank has its own.
+
+    If `data.damaged_shards` is skip, all ranks leave out each shard that any rank finds damaged.
+    Raises: StopRequested on all ranks if one received a signal.
     """
     return batches_skipping_damaged(
         context.loader, progress.step, progress.cursor, partial(gather_damaged, context.coordinator),
@@ -25,19 +27,17 @@ def iterate_batches(context: RunContext, progress: Progress) -> Generator[Batch,
 
 
 def gather_damaged(coordinator: Coordinator, shard_id: DamagedShardId | None) -> list[DamagedShardId]:
-    """The damaged shards that ranks have met, the same on every rank. Raises: StopRequested as `Coordinator.any_rank`."""
-    return (
-        sorted({each for each in all_gather_objects(shard_id) if each})
-        if coordinator.any_rank(shard_id is not None)
-        else []
-    )
+    """Return the damaged shards that all ranks report, the same list on each. Raises: StopRequested as `any_rank`."""
+    if not coordinator.any_rank(shard_id is not None):
+        return []
+    return sorted({each for each in all_gather_objects(shard_id) if each})
 
 
 def skip_damaged_shard(context: RunContext, step: int, shard_id: DamagedShardId) -> None:
-    """From the update number `step` on no row is cut from the shard, and that is on record."""
+    """Log and record that no row comes from this shard from update number `step` (from 0) on, and skip it."""
     source, file = shard_id
     if context.mesh.rank == 0:
-        log.warning("data.sources.%s: shard %s is damaged; it is left out from step %d on", source, file, step + 1)
+        log.warning("data.sources.%s: shard %s is damaged; it is skipped from step %d on", source, file, step + 1)
     if context.ledger:
         context.ledger.write_skipped_shard(step + 1, source, file)
     context.loader.skip_shard(source, file)

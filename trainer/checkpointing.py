@@ -1,7 +1,7 @@
-"""The checkpoints of a run: when one is due, what it says besides tensors, how a save has ended, and going back to the last.
+"""When a run saves, how it finishes a save, and how it rolls back to its last checkpoint.
 
-The one idea: all ranks begin saves at the same steps, and a save goes on while steps are made; so how one has ended is asked
-for later, and what has to be the same on all ranks is agreed on with the next batch.
+All ranks start a save after the same step, and writing it overlaps the steps that follow. The result is therefore read later. A
+failed save is retried at a step that all ranks agree on when they fetch the next batch.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from tandem.trainer.run_state import Progress, RunContext, StepResult
 
 log = logging.getLogger(__name__)
 RETRY_DIVISOR = 10
-"""After a save that failed the next one is tried when this part of checkpoint.every_steps has passed."""
+"""A failed save is retried after checkpoint.every_steps divided by this."""
 
 
 def save_if_due(context: RunContext, progress: Progress) -> None:
-    """A save is under way where one is due. After a bad step it waits for a good one: what it would save is under suspicion."""
+    """Start a save if one is due. After a bad step, wait for the next good one, because the weights may be damaged."""
     if context.saver.is_save_finished:
         finish_pending_save(context, progress)
     progress.is_save_due |= (
@@ -36,7 +36,7 @@ def save_if_due(context: RunContext, progress: Progress) -> None:
 
 
 def save_final_checkpoint(context: RunContext, progress: Progress) -> None:
-    """The newest checkpoint is of this step and committed. Raises: UserError where it cannot be written."""
+    """Save a checkpoint of this step and wait until it is committed. Raises: UserError if it cannot be written."""
     context.enter_phase("save", progress.step)
     finish_pending_save(context, progress, "now: the run ends, and saves once more")
     if progress.step != progress.saved_step:
@@ -44,17 +44,17 @@ def save_final_checkpoint(context: RunContext, progress: Progress) -> None:
         result = wait_for_pending_save(context)
         if result and result.error:
             raise UserError(save_error_message(context.folder / "checkpoints", result, RESTART_HINT))
-    barrier()  # rank 0 may hold the store in which the others read how the save has ended
+    barrier()  # rank 0 may host the store from which the other ranks read the result
 
 
 def start_save(context: RunContext, progress: Progress) -> None:
-    """A checkpoint of this moment is under way."""
-    config, engine = context.config, context.engine
-    ledger = context.ledger  # rank 0's; its facts are those that are saved
+    """Start a checkpoint of this step in the background."""
+    config, engine, loader = context.config, context.engine, context.loader
+    ledger = context.ledger  # rank 0's, and rank 0's metadata is what is saved
     context.enter_phase("save", progress.step)
     finish_pending_save(context, progress)  # one at a time
     if not engine.num_updates:
-        engine.allocate_moments(0)  # a checkpoint of nothing learned is one all the same
+        engine.allocate_moments(0)  # a checkpoint holds AdamW's moments even before the first update
     metadata = {
         **model_metadata(config.model, config.mup),
         "tokens": context.timeline.tokens_before(progress.step),
@@ -62,10 +62,10 @@ def start_save(context: RunContext, progress: Progress) -> None:
         "cursor": progress.cursor,
         "num_ledger_lines": ledger.num_lines if ledger else 0,
         "guard": context.guard.state_dict(),
-        "fingerprints": context.loader.fingerprints,
-        "eos_token": context.loader.eos_token,
-        "shuffle_settings": context.loader.shuffle_settings,
-        "skipped_shards": context.loader.skipped_shards,
+        "fingerprints": loader.fingerprints,
+        "eos_token": loader.eos_token,
+        "shuffle_settings": loader.shuffle_settings,
+        "skipped_shards": loader.skipped_shards,
         "phases": [dataclasses.asdict(phase) for phase in config.schedule.phases],
     }
     context.saver.start_save(progress.step, engine, metadata, before_commit=ledger.sync if ledger else lambda: None)
@@ -73,22 +73,23 @@ def start_save(context: RunContext, progress: Progress) -> None:
 
 
 def finish_pending_save(context: RunContext, progress: Progress, consequence: str | None = None) -> None:
-    """How the save that was under way, if any, has ended is on record. One that failed is tried again some steps later;
-    `consequence` says what else is done.
+    """Wait for the pending save, if there is one. If it failed, log the error and schedule a retry.
+
+    The message ends with `consequence`, by default with the step of the retry.
     """
     result = wait_for_pending_save(context)
     if result and result.error:
         progress.saved_step = None
         if context.mesh.rank == 0:
             progress.save_retry_step = progress.step + max(1, context.config.checkpoint.every_steps // RETRY_DIVISOR)
-            default_consequence = f"before the run saves again, by step {progress.save_retry_step} or when it ends"
-            log.error(
-                "%s", save_error_message(context.folder / "checkpoints", result, consequence or default_consequence)
+            consequence = (
+                consequence or f"before the run saves again, by step {progress.save_retry_step} or when it ends"
             )
+            log.error("%s", save_error_message(context.folder / "checkpoints", result, consequence))
 
 
 def wait_for_pending_save(context: RunContext) -> SaveResult | None:
-    """How the save that was under way, if any, has ended; a checkpoint is on record."""
+    """Wait for the pending save, if there is one, and record the checkpoint if it was committed."""
     if not context.saver.has_pending_save:
         return None
     context.saver.wait_until_written()
@@ -103,51 +104,42 @@ def wait_for_pending_save(context: RunContext) -> SaveResult | None:
 
 
 def roll_back(context: RunContext, progress: Progress, result: StepResult) -> Progress:
-    """The run stands at its last checkpoint, behind the rows that it has read since; that is on record.
+    """Restore the last checkpoint, keep the read position so that the rows read since are skipped, and record both.
 
-    Raises: UserError where there is none, or the run has come back to it too often.
+    Raises: UserError if there is no checkpoint, or the run has rolled back to it `guard.max_rollbacks` times already.
     """
     context.enter_phase("rollback", progress.step)
-    config, guard, reason = context.config, context.guard, result.judgement.reason
+    config, guard, ledger, reason = context.config, context.guard, context.ledger, result.judgement.reason
     finish_pending_save(context, progress, "before the next save")
     checkpoint = open_newest(context.folder / "checkpoints", context.mesh)
     num_rollbacks = guard.num_rollbacks_to(checkpoint.step) if checkpoint else 0
     must_stop = checkpoint is None or num_rollbacks >= config.guard.max_rollbacks
-    if context.ledger:
+    if ledger:
         action: BadStepAction = "stop" if must_stop else "rollback"
-        context.ledger.write_bad_step(progress.step, result.record.loss, result.record.grad_norm, reason, action)
-    bad_step_message = (
-        f"step {progress.step}: {reason}, the last of {guard.num_consecutive_bad_steps} bad steps in a row"
-    )
+        ledger.write_bad_step(progress.step, result.record.loss, result.record.grad_norm, reason, action)
+    bad_steps = f"step {progress.step}: {reason}, the last of {guard.num_consecutive_bad_steps} bad steps in a row"
     if must_stop or checkpoint is None:
-        rollback_status = (
-            f"gone back to step {checkpoint.step} {num_rollbacks} times"
+        obstacle = (
+            f"the run has gone back to step {checkpoint.step} {num_rollbacks} times already"
             if checkpoint
-            else "no checkpoint to go back to"
+            else "the run has no checkpoint to go back to"
         )
         raise UserError(
-            f"{bad_step_message}; the run has {rollback_status}; look at these steps with tandem audit "
-            f"{context.folder} --step {progress.step}, lower "
-            "schedule.lr.peak, or raise guard.max_rollbacks"
+            f"{bad_steps}; {obstacle}; look at these steps with tandem audit {context.folder} --step {progress.step}, "
+            "lower schedule.lr.peak, or raise guard.max_rollbacks"
         )
     run_on_rank_0(lambda: reject_later(checkpoint.folder), context.mesh)
     restore_state(context.engine, checkpoint, context.mesh)
     manifest = checkpoint.manifest
     guard.roll_back(checkpoint.step, manifest.get("guard"))
     if context.mesh.rank == 0:
-        log.warning("%s; back to step %d, and past the rows read since", bad_step_message, checkpoint.step)
-    if context.ledger:
+        log.warning("%s; rolling back to step %d and skipping the rows read since", bad_steps, checkpoint.step)
+    if ledger:
         write_ledger_start(
-            context.ledger,
-            config,
-            context.loader,
-            context.mesh.dp_size,
-            checkpoint.step,
-            progress.cursor,
+            ledger, config, context.loader, context.mesh.dp_size, checkpoint.step, progress.cursor,
             num_ledger_lines=manifest["num_ledger_lines"],
-            skipped_ranges=skipped_ranges(manifest["cursor"], progress.cursor),
-            is_rollback=True,
-        )
+            skipped_ranges=skipped_ranges(manifest["cursor"], progress.cursor), is_rollback=True,
+        )  # fmt: skip
     context.sinks.write_rollback(checkpoint.step, progress.step, reason)
     checkpoint.close()
     return Progress(checkpoint.step, progress.cursor, checkpoint.step, validated_step=checkpoint.step)
@@ -157,27 +149,21 @@ def write_ledger_start(
     ledger: Ledger, config: TrainConfig, loader: Loader, dp_size: int, step: int, cursor: dict[str, int], *,
     num_ledger_lines: int, skipped_ranges: dict[str, tuple[int, int]], is_rollback: bool = False,
 ) -> None:  # fmt: skip
-    """It is on record that the run goes on after `step`; see `Ledger.write_start`."""
+    """Write the ledger line of a start or rollback, see `Ledger.write_start`."""
     ledger.write_start(
-        step,
-        cursor,
-        shuffle_settings=loader.shuffle_settings,
-        phases=[dataclasses.asdict(phase) for phase in config.schedule.phases],
-        fingerprints=loader.fingerprints,
-        skipped_shards=loader.skipped_shards,
-        dp_size=dp_size,
-        num_ledger_lines=num_ledger_lines,
-        skipped_ranges=skipped_ranges,
-        is_rollback=is_rollback,
-    )
+        step, cursor, shuffle_settings=loader.shuffle_settings,
+        phases=[dataclasses.asdict(phase) for phase in config.schedule.phases], fingerprints=loader.fingerprints,
+        skipped_shards=loader.skipped_shards, dp_size=dp_size, num_ledger_lines=num_ledger_lines,
+        skipped_ranges=skipped_ranges, is_rollback=is_rollback,
+    )  # fmt: skip
 
 
 def skipped_ranges(start_cursor: dict[str, int], end_cursor: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """The places of each source between two cursors."""
+    """Return the range of positions of each source between two cursors."""
     ranges = {source: (start_cursor.get(source, 0), end) for source, end in end_cursor.items()}
     return {source: (first, last) for source, (first, last) in ranges.items() if first != last}
 
 
 def is_due(step: int, every_steps: int) -> bool:
-    """Whether something done every so many steps is to be done after `step`; 0 is never."""
+    """Whether something that happens every `every_steps` steps happens after `step`; 0 means never."""
     return every_steps > 0 and step % every_steps == 0

@@ -1,7 +1,7 @@
-"""Starts of a run that fail again and again at the same step come to an end, so that a queue does not start it for ever.
+"""Refuses to start a run that keeps failing at the same step, so that a job queue does not restart it forever.
 
-The one idea: each start says in `attempts.jsonl` how far the run was when it came, and a start that ends in order says that
-too. What leaves no end has failed, whatever ended it; and what the next start finds is how far it got.
+Each start appends a line to `attempts.jsonl` with the last recorded step, and a second line when it ends cleanly. A start
+without the second line has failed, whatever ended its process. The step in the next start's line shows how far it got.
 """
 
 from __future__ import annotations
@@ -18,41 +18,37 @@ from tandem.trainer import journal
 from tandem.trainer.config import UserError
 from tandem.trainer.distributed.watchdog import newest_verdict
 from tandem.trainer.metrics.records import METRICS_FILE
-from tandem.trainer.run_folder import LOCK_FILE
+from tandem.trainer.run_folder import LOCK_FILE, create_run_folder
 
 STARTS_FILE = "attempts.jsonl"
-CLEAN_EXIT_CODES = (None, 0, 2)
+CLEAN_EXIT_CODES = (0, 2)
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def record_start(folder: Path, max_repeat_failures: int) -> Iterator[None]:
-    """This start of the run is on record, and so is its end unless it fails. Entered by rank 0 alone.
+    """Record this start of the run, and its end unless it fails. Only rank 0 enters this.
 
-    Raises: UserError where the last `max_repeat_failures` starts have failed at one step; 0 refuses none, and forgets them.
+    Raises: UserError if the last `max_repeat_failures` starts failed at one step. 0 refuses nothing and forgets the failures.
     """
     created_folders = [each for each in (folder, *folder.parents) if not each.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror
-        raise UserError(f"run.root: {folder} cannot be made ({reason}); name a folder you can write to") from None
+    create_run_folder(folder)
     last_step = _last_recorded_step(folder)
     if max_repeat_failures:
         _check_repeat_failures(folder, last_step, max_repeat_failures)
-    start_id = secrets.token_hex(4)  # another launch may try the same folder meanwhile
+    start_id = secrets.token_hex(4)  # another launch may use the folder at the same time
+    start = {"kind": "start", "id": start_id, "time": time.time(), "reached": last_step}
     try:
-        _append_record(
-            folder, kind="start", id=start_id, time=time.time(), reached=last_step, forgets=not max_repeat_failures
-        )
+        _append_record(folder, **start, forgets=not max_repeat_failures)
     except OSError as error:
         raise UserError(
-            f"{folder / STARTS_FILE}: cannot be written ({error.strerror}); make room or mend its rights"
+            f"{folder / STARTS_FILE}: cannot be written ({error.strerror}); free disk space or correct the permissions"
         ) from None
-    code: Any = 0
+    code: Any = None  # stays None if the start fails
     try:
         yield
+        code = 0
     except UserError:
         code = 2
         raise
@@ -64,9 +60,6 @@ def record_start(folder: Path, max_repeat_failures: int) -> Iterator[None]:
         if code not in CLEAN_EXIT_CODES:
             code = None
         raise
-    except BaseException:
-        code = None
-        raise
     finally:
         if code is not None:
             _record_end(folder, start_id, code)
@@ -75,13 +68,13 @@ def record_start(folder: Path, max_repeat_failures: int) -> Iterator[None]:
 
 
 def _remove_new_folders(folder: Path, created_folders: list[Path]) -> None:
-    """A mistake that was found before there was a run leaves no folder of one."""
+    """Remove the folders that this start created, if a mistake ended it before it wrote anything else."""
     files = list(folder.iterdir())
     if {path.name for path in files} <= {STARTS_FILE, LOCK_FILE}:
         for path in files:
             path.unlink()
         for each in created_folders:
-            with suppress(OSError):  # another run may have begun below it
+            with suppress(OSError):  # another run may use it by now
                 each.rmdir()
 
 
@@ -109,16 +102,16 @@ def _check_repeat_failures(folder: Path, last_step: int, max_repeat_failures: in
     ):
         return
     verdict = newest_verdict(folder, since=recent_starts[-1]["time"])
-    cause = f"the last hang said: {verdict}" if verdict else "the log says why"
+    cause = f"the verdict on the last hang is: {verdict}" if verdict else "see the log for the cause"
     subject = f"{max_repeat_failures} starts in a row have" if max_repeat_failures > 1 else "the last start has"
     raise UserError(
         f"run.max_repeat_failures: {subject} failed in step {last_step + 1} of {folder}; {cause}; "
-        "mend the cause, then start once with run.max_repeat_failures=0"
+        "correct it, then start once with run.max_repeat_failures=0"
     )
 
 
 def _last_recorded_step(folder: Path) -> int:
-    """The step of the last record of a step, which is not the highest one where the run went back."""
+    """Return the step of the last step record. After a rollback this is not the highest step."""
     for record in journal.read_records_backwards(folder / METRICS_FILE):
         if record.get("kind") == "step":
             return record["step"]

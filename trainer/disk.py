@@ -1,4 +1,4 @@
-"""What is on disk stays there: files that appear whole or not at all, and folders that keep their names."""
+"""Atomic, durable writes: a file appears complete or not at all, and survives a power cut."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY_SUFFIX = ".tmp"
-"""Ends the name of a file that is being written."""
+"""Suffix of a file that is being written."""
 TEMPORARY_PATTERN = f"*.{'[0-9a-f]' * 8}{TEMPORARY_SUFFIX}"
-"""Pattern of such names: what a kill has left may be removed, another program's files may not."""
+"""Matches the names of such files, so that leftovers of a killed process can be removed and other programs' files cannot."""
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when the block ends without error, its content then on disk; else nothing is left."""
-    # A scheduler that has lost sight of a task starts it again elsewhere: both write, and neither into the other's file.
+    """Yield a temporary file. Rename it to `path` and sync it if the block succeeds; delete it if the block raises."""
+    # A scheduler that loses contact with a task may start it again elsewhere. The random name keeps the two writers apart.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         with temporary.open("wb") as file:
@@ -33,13 +33,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """The file holds all of the content, on disk; or, after an error, what it held before."""
+    """Replace the file's content. After an error the file still has its old content."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync_folder(folder: Path) -> None:
-    """Renames and new files in `folder` survive a power cut."""
+    """Make renames and new files in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

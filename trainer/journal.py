@@ -1,9 +1,9 @@
-"""Files that grow by one JSON object a line, and what a kill leaves of the last line.
+"""Append-only files with one JSON record per line that survive a kill.
 
-A record is added in one write to a file without a buffer, so a kill leaves it whole, torn, or not there. The one idea: nobody
-takes bytes away. The next process that opens the file ends a torn line, which stays as a line that is no record, and readers
-pass over it. So a record whose newline alone was lost still counts, and two processes that append to one file do not harm
-each other's lines. A file whose lines are counted is opened with `cut`: there the torn line goes. Nothing here imports torch.
+Each record is appended in one unbuffered write, so a kill leaves it complete, torn or absent. The next process that opens the
+file ends a torn line with a newline and never deletes it. Readers skip lines that are not records. A record that lost only its
+newline therefore still counts, and two processes that append to one file do not damage each other's lines. The exception is a
+file whose lines are counted: it is opened with `cut`, which removes a torn last line. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 TAIL_CHUNK_BYTES = 1 << 16
-"""Read at once on the way from the end of a file to its beginning."""
+"""Bytes per read while reading a file backwards."""
 
 
 def open_journal(path: Path, *, cut: bool = False) -> FileIO:
-    """The file, made if it is not there, open for `append_record`; a torn last line is ended, or removed if `cut`."""
+    """Open or create a file for `append_record`. End a torn last line with a newline, or remove it if `cut` is set."""
     torn = next(_reversed_lines(path), b"")
     if torn:
         with path.open("ab", buffering=0) as file:
@@ -34,9 +34,10 @@ def open_journal(path: Path, *, cut: bool = False) -> FileIO:
 
 
 def append_record(file: RawIOBase, record: dict[str, Any], *, compact: bool = False, sync: bool = False) -> None:
-    """The record is a line at the end of the file that `open_journal` gave, and with `sync` it is on disk.
+    """Append the record as one line to a file from `open_journal`, and sync the file if `sync` is set.
 
-    Raises: OSError, also where only a part of the line has room. ValueError for a number that is not finite, which JSON lacks.
+    Raises: OSError, also if the disk has room for only a part of the line. ValueError for a number that is not finite, which
+    JSON cannot represent.
     """
     line = json.dumps(record, allow_nan=False, separators=(",", ":") if compact else None).encode() + b"\n"
     if file.write(line) != len(line):
@@ -46,10 +47,9 @@ def append_record(file: RawIOBase, record: dict[str, Any], *, compact: bool = Fa
 
 
 def read_records(path: Path, *, strict: bool = False) -> Iterator[dict[str, Any]]:
-    """The records of the file in their order, none if there is no file. Lines that are no record are passed over; if `strict`,
-    only a torn last line is.
+    """Yield the records of the file, none if it does not exist. Skip lines that are not records.
 
-    Raises: ValueError, if `strict`, for another line that is not JSON.
+    Raises: ValueError if `strict` is set and a line other than a torn last one is not JSON.
     """
     if not path.exists():
         return
@@ -62,12 +62,12 @@ def read_records(path: Path, *, strict: bool = False) -> Iterator[dict[str, Any]
 
 
 def read_records_backwards(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of the file, the last one first, none if there is no file; only as much is read as is asked for."""
+    """Yield the records of the file from the last to the first, reading only as much as the caller consumes."""
     return filter(None, map(parse_record, _reversed_lines(path)))
 
 
 def parse_record(line: bytes) -> dict[str, Any]:
-    """The record in a line; an empty one if there is none, as in a line that a kill tore."""
+    """Return the record in a line, or an empty dict if the line is torn or not a record."""
     try:
         found = json.loads(line)
     except ValueError:
@@ -76,7 +76,7 @@ def parse_record(line: bytes) -> dict[str, Any]:
 
 
 def _reversed_lines(path: Path) -> Iterator[bytes]:
-    """Without their newlines; the first is what stands behind the last newline."""
+    """Yield the lines backwards without newlines. The first is whatever follows the last newline: a torn line or nothing."""
     if not path.exists():
         return
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time trains there, and it holds the config, machine, versions and command of each start."""
+"""The run folder: its lock, and the config, machine, versions and command of each start."""
 
 import fcntl
 import json
@@ -20,31 +20,36 @@ from tandem.trainer.disk import TEMPORARY_PATTERN, atomic_write
 log = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".held"
-"""File in a run folder that the run which trains there has locked."""
+"""File in the run folder that the running process locks."""
 LOCK_TIMEOUT_SECONDS = 20.0
 REPORTED_PACKAGES = ("deepspeed", "megatron-core", "triton", "omegaconf", "wandb", "transformers", "tokenizers")
 
 
-@contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Within the block no other run trains in the folder, as far as its file system can tell.
-
-    Waits some seconds first, for ranks that are still on their way out.
-    Raises: UserError when another run keeps the folder.
-    """
+def create_run_folder(folder: Path) -> None:
+    """Create the folder and its parents. Raises: UserError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = error.strerror
-        raise UserError(f"run.root: {folder} cannot be made ({reason}); name a folder you can write to") from None
+        raise UserError(f"run.root: {folder} cannot be created ({reason}); name a folder you can write to") from None
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder within the block, if its file system has locks.
+
+    Waits LOCK_TIMEOUT_SECONDS first, because ranks of the last run may still be exiting.
+    Raises: UserError if another run keeps the lock.
+    """
+    create_run_folder(folder)
     with open(folder / LOCK_FILE, "a+") as file:
         deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
         while not _try_lock(file):
             file.seek(0)
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"{folder}: {file.read() or 'another process'} is training there; a run folder has one run at a time; "
-                    "stop that one or change run.name"
+                    f"{folder}: {file.read() or 'another process'} is training there; only one run at a time can use a run "
+                    "folder; stop that one or change run.name"
                 )
             time.sleep(0.5)
         file.truncate(0)
@@ -59,14 +64,12 @@ def _try_lock(file: TextIO) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        log.warning(
-            "%s: this file system has no locks (%s): nothing keeps a second run away", file.name, error.strerror
-        )
+        log.warning("%s: this file system has no locks (%s); a second run is not kept out", file.name, error.strerror)
     return True
 
 
 def open_run_folder(folder: Path, config_yaml: str) -> None:
-    """The folder holds this start's config and environment; those of earlier starts stay beside them when they differ."""
+    """Write this start's config and environment. Keep the last start's config next to it if they differ."""
     folder.mkdir(parents=True, exist_ok=True)
     for temporary_file in [*folder.glob(TEMPORARY_PATTERN), *folder.glob(f"*/{TEMPORARY_PATTERN}")]:
         temporary_file.unlink(missing_ok=True)
@@ -80,14 +83,13 @@ def open_run_folder(folder: Path, config_yaml: str) -> None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, machine, command and commit of this process: what someone needs to explain or repeat the run.
+    """Return the versions, machine, command and commit of this process, which explain or reproduce a run.
 
-    Where git is absent or this is no checkout, the commit is the variable TANDEM_COMMIT, or None.
+    Without git or a checkout, the commit is the environment variable TANDEM_COMMIT, or None.
     """
     import torch
 
-    # With torch's build, +cu130 for example, which the package's version may lack.
-    versions = {"torch": str(torch.__version__)}
+    versions = {"torch": str(torch.__version__)}  # names the build, for example +cu130, which package metadata may not
     for package in REPORTED_PACKAGES:
         try:
             versions[package] = metadata.version(package)

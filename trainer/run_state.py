@@ -1,4 +1,4 @@
-"""What a run is made of, and how far it is."""
+"""The objects that make up a run, its progress, and the result of one step."""
 
 import time
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from tandem.trainer.metrics.throughput import throughput
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a step needs; nothing in it changes but the engine's weights and what the guard remembers."""
+    """Everything a step needs. Only the engine's weights and the guard's history change."""
 
     config: TrainConfig
     mesh: Mesh
@@ -35,12 +35,12 @@ class StepContext:
     peak_flops: float
     guard: Guard
     enter_phase: Callable[[str, int], object] = field(default=lambda phase, step: None, kw_only=True)
-    """Told of every part of the work on a step, counted from 1, as it begins."""
+    """Called with the name of each phase of a step and the step's number, from 1, when the phase begins."""
 
 
 @dataclass(frozen=True)
 class RunContext(StepContext):
-    """What a run needs besides: where its rows come from, where records and checkpoints go."""
+    """Everything a run needs besides: the source of its rows and the destinations of records and checkpoints."""
 
     folder: Path
     loader: Loader
@@ -49,33 +49,31 @@ class RunContext(StepContext):
     coordinator: Coordinator
     watchdog: Watchdog
     ledger: Ledger | None
-    """Rank 0's."""
+    """None on all ranks but rank 0."""
 
 
 @dataclass
 class Progress:
-    """How far the run is: what a checkpoint of this moment says."""
+    """How far the run is."""
 
     step: int
     cursor: dict[str, int]
     saved_step: int | None
-    """The step of the newest checkpoint; None: there is none, or it could not be written."""
+    """Step of the newest checkpoint; None if there is none or its save failed."""
     validated_step: int | None = None
-    """The step of the newest validation."""
+    """Step of the newest validation."""
     is_save_due: bool = False
     save_retry_step: int | None = None
-    """On rank 0: when a save that has failed is tried again."""
+    """On rank 0: the step at which to retry a failed save."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step."""
-
     record: StepRecord
     cursor: dict[str, int]
-    """After its rows."""
+    """The read position of each source after the step's rows."""
     digests: StepDigests | None
-    """Evidence of what was read, if batches carry it."""
+    """Digests of the rows that were read; None if the batch carries none."""
     judgement: Judgement
 
 
@@ -83,7 +81,7 @@ def build_step_record(
     context: StepContext, step: int, loss: float, grad_norm: float, step_seconds: float, data_seconds: float,
     judgement: Judgement,
 ) -> StepRecord:  # fmt: skip
-    """The record of the step that was just finished, the `step`-th."""
+    """Build the record of the step that just finished, which is number `step`, counted from 1."""
     config, mesh, timeline = context.config, context.mesh, context.timeline
     phase = timeline.phase_span_at(step - 1).phase
     step_throughput = throughput(
@@ -94,20 +92,9 @@ def build_step_record(
     )  # fmt: skip
     peak_memory_gib: Any = torch.cuda.max_memory_allocated() / 2**30 if mesh.device.type == "cuda" else None
     return StepRecord(
-        step=step,
-        tokens=timeline.tokens_before(step),
-        phase=phase.name,
-        seq_len=phase.seq_len,
-        global_batch_size=phase.global_batch_size,
-        loss=loss,
-        lr=timeline.lr_at(step - 1),
-        grad_norm=grad_norm,
-        skipped=judgement.decision != "update",
-        step_seconds=step_seconds,
-        data_seconds=data_seconds,
-        tokens_per_second=step_throughput.tokens_per_second,
-        mfu=step_throughput.mfu,
-        mfu_causal=step_throughput.mfu_causal,
-        memory_gib=peak_memory_gib,
-        time=time.time(),
-    )
+        step=step, tokens=timeline.tokens_before(step), phase=phase.name, seq_len=phase.seq_len,
+        global_batch_size=phase.global_batch_size, loss=loss, lr=timeline.lr_at(step - 1), grad_norm=grad_norm,
+        skipped=judgement.decision != "update", step_seconds=step_seconds, data_seconds=data_seconds,
+        tokens_per_second=step_throughput.tokens_per_second, mfu=step_throughput.mfu,
+        mfu_causal=step_throughput.mfu_causal, memory_gib=peak_memory_gib, time=time.time(),
+    )  # fmt: skip

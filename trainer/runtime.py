@@ -1,7 +1,6 @@
-"""The process and its run folder: logging by rank, determinism, signals, what machine and code this was.
+"""The process: launch environment, GPUs, logging by rank, determinism and signals. Nothing here knows what is trained.
 
-Nothing here knows what is being trained. The one idea: a signal only sets a flag, and the loop decides between two steps,
-on all ranks alike, what to do about it.
+A signal only sets a flag. Between two steps all ranks agree on whether to stop.
 """
 
 import ctypes
@@ -22,15 +21,15 @@ from types import FrameType
 from typing import NoReturn, TypeVar
 
 REQUEUE_EXIT_CODE = 85
-"""The run saved on a signal and wants to be started again with the same command."""
+"""A signal or a hang stopped the run. The same command continues it."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SIGNAL_DEBOUNCE_SECONDS = 5.0
-"""Signals that follow one another this closely count as one."""
+"""Signals within this time of one another count as one."""
 RENDEZVOUS_TIMEOUT_SECONDS = 15.0
-"""How long after a signal ranks may still take to meet."""
+"""Time that the ranks still have to connect after a signal."""
 REMOTE_STOP_SIGNAL = signal.SIGURG
-"""What a process sends itself when another rank was told to stop; ignored where nobody listens."""
+"""A process sends itself this signal if another rank received a stop signal. Its default action is to be ignored."""
 REMOTE_STOP_NAME = "a signal to another rank"
 
 PR_SET_PDEATHSIG = 1
@@ -41,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class CurrentStderr:
-    """Writes to whatever sys.stderr is at that moment, so that a progress bar that has taken it over stays whole."""
+    """Looks up sys.stderr at each write, because a progress bar may have replaced it."""
 
     def write(self, text: str) -> None:
         sys.stderr.write(text)
@@ -51,29 +50,29 @@ class CurrentStderr:
 
 
 def start_logging(rank: int) -> None:
-    """Rank 0 logs from INFO on, other ranks from WARNING on; all to stderr."""
+    """Log to stderr, from INFO up on rank 0 and from WARNING up on other ranks."""
     level = logging.INFO if rank == 0 else logging.WARNING
     handler = logging.StreamHandler(CurrentStderr())
-    faulthandler.enable(2)  # so that a fault of memory or disk, which is no exception, says where it met us
+    faulthandler.enable(2)  # print a traceback on a segmentation fault or bus error
     logging.basicConfig(level=level, format=f"[rank {rank}] %(message)s", handlers=[handler], force=True)
     for noisy in ("megatron", "torch.distributed", "wandb", "DeepSpeed", "deepspeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def silence_library_warnings() -> None:
-    """Libraries imported from here on do not warn about extras they can do without, nor about one another's deprecations."""
+    """Suppress warnings about optional packages and deprecations from libraries that are imported after this call."""
     warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch)\b.*")
     if not num_gpus():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
-        # A CUDA build of torch warns on a machine that has CUDA's compiler and no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it falls back to the CPU
+        # A CUDA build of torch warns on a machine with a CUDA compiler but no GPU.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def num_gpus(root: Path = Path("/")) -> int:
-    """NVIDIA GPUs of this machine that are not hidden, by their files below `root`, without importing torch.
+    """Count this machine's visible NVIDIA GPUs by their files below `root`, without importing torch.
 
-    A GPU whose file a container forbids to open is counted.
-    Some sandboxes have device files and nothing in /proc; Windows' Linux has /dev/dxg alone, for all GPUs, counted as one.
+    GPUs that a container does not allow to open are counted too. Some sandboxes have device files but nothing in /proc. WSL has
+    a single /dev/dxg for all GPUs, which counts as one.
     """
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         names = [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
@@ -85,13 +84,13 @@ def num_gpus(root: Path = Path("/")) -> int:
 
 
 def make_deterministic() -> None:
-    """From here on torch refuses operations whose result may differ between two identical runs."""
+    """Make torch raise for operations whose result may differ between two identical runs."""
     import torch
 
-    # cuBLAS reads this when its handle is made: torch documents it as the price of reproducible matrix products.
+    # cuBLAS reads this when its handle is created. torch requires it for deterministic matrix products.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # The mode also writes to all fresh memory, to expose reads of it; that costs more than a small model's step.
+    # The mode also fills new memory, to expose reads of uninitialized values. For a small model that costs more than a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
@@ -101,17 +100,17 @@ def is_launched() -> bool:
 
 
 def launch_world_size() -> int:
-    """Ranks of this launch, from torchrun, deepspeed or srun; 1 when started by hand."""
+    """Return the number of ranks that torchrun, deepspeed or srun launched, or 1 without a launcher."""
     return launch_environment()["world_size"]
 
 
 def launch_rank() -> int:
-    """This process's rank in the launch; 0 when started by hand."""
+    """Return this process's rank, or 0 without a launcher."""
     return launch_environment()["rank"]
 
 
 def launch_environment() -> dict[str, int]:
-    """rank, world_size and local_rank of this process, from torchrun, deepspeed or srun; 0, 1 and 0 when started by hand."""
+    """Return rank, world_size and local_rank from torchrun, deepspeed or srun, or 0, 1 and 0 without a launcher."""
     names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
         names = {"rank": "SLURM_PROCID", "world_size": "SLURM_STEP_NUM_TASKS", "local_rank": "SLURM_LOCALID"}
@@ -120,7 +119,7 @@ def launch_environment() -> dict[str, int]:
 
 
 def max_local_world_size() -> int:
-    """How many ranks of this launch share a machine, at most."""
+    """Return the largest number of ranks that this launch has on one machine."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):  # torchrun, deepspeed, srun
         if given := os.environ.get(name):
             return max(int(nodes.split("(")[0]) for nodes in given.split(","))  # Slurm writes 8(x2),4
@@ -128,7 +127,7 @@ def max_local_world_size() -> int:
 
 
 def set_parent_death_signal() -> None:
-    """Where a launcher started this rank, its death is a SIGTERM to the rank from here on: no rank trains on without it."""
+    """Send this rank SIGTERM if the launcher that started it dies, so that no rank outlives its launcher."""
     if "RANK" in os.environ and sys.platform == "linux":
         launcher = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -137,31 +136,31 @@ def set_parent_death_signal() -> None:
 
 
 class StopRequested(BaseException):
-    """The run stops here, on this rank and on all others, because one of them was told to.
+    """The run stops on all ranks, because one of them received a signal.
 
-    As KeyboardInterrupt is no Exception: a signal raises it inside of whatever library then runs, and many take any Exception
-    for an error of their own.
+    Not an Exception, like KeyboardInterrupt: a signal may raise it inside a library that catches every Exception.
     """
 
 
 class StopSignal:
-    """Remembers SIGTERM, SIGUSR1 or Ctrl-C; another one after a few seconds ends the process at once.
+    """Records SIGTERM, SIGUSR1 or Ctrl-C. A second signal ends the process immediately.
 
-    Not at once after the first: a signal to a whole process group arrives twice, directly and passed on by torchrun.
-    Where the ranks do not meet soon after a signal the process ends too, with REQUEUE_EXIT_CODE: nothing has been done yet.
+    A signal to a whole process group arrives twice, directly and forwarded by torchrun, so signals that arrive within
+    SIGNAL_DEBOUNCE_SECONDS count as one. If the ranks have not connected RENDEZVOUS_TIMEOUT_SECONDS after the first signal, the
+    process exits with REQUEUE_EXIT_CODE, because there is nothing to save yet.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self.has_arrived = False
-        """Whether one has come, also while the main thread is in a collective and has not seen to it."""
+        """Whether a signal has arrived, even if the main thread is in a collective and cannot run the handler."""
         self._last_signal_time: float | None = None
         self._is_interruptible = False
         self._rendezvous_done = threading.Event()
         self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         self._previous_handlers[REMOTE_STOP_SIGNAL] = signal.signal(REMOTE_STOP_SIGNAL, self._on_remote_stop)
-        # Python runs a handler between two instructions of the main thread, which may hang in a collective for ever; what the
-        # interpreter writes here when a signal arrives is read by a thread, so that the second one ends the process even then.
+        # Python runs a handler between two instructions of the main thread, which may hang in a collective forever. On a signal
+        # the interpreter also writes to this socket. A thread reads it, so a second signal ends even a hanging process.
         receiver, sender = socket.socketpair()
         sender.setblocking(False)
         self._wakeup_sender = sender
@@ -169,19 +168,19 @@ class StopSignal:
         threading.Thread(target=self._watch_signals, args=(receiver,), name="signals", daemon=True).start()
 
     def mark_rendezvous_done(self) -> None:
-        """All ranks are there: from now on they agree on what to do about a signal."""
+        """Note that all ranks are connected, so they can agree on when to stop."""
         self._rendezvous_done.set()
 
     def close(self) -> None:
-        """Signals do what they did before."""
+        """Restore the previous signal handlers."""
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
-        self._wakeup_sender.close()  # which ends the thread
+        self._wakeup_sender.close()  # ends the thread
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within the block, in the main thread, a signal that has come or comes raises StopRequested at once."""
+        """Raise StopRequested within the block once a signal arrives, immediately if one has. For the main thread."""
         self._is_interruptible = True
         try:
             if self.signal_name is not None:
@@ -191,7 +190,7 @@ class StopSignal:
             self._is_interruptible = False
 
     def iterate_until_stop(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, until a signal comes, which also interrupts the wait for the next one."""
+        """Yield the items until a signal arrives, which also interrupts the wait for the next item."""
         iterator = iter(items)
         with suppress(StopRequested):
             while True:
@@ -203,7 +202,7 @@ class StopSignal:
                 yield item
 
     def trigger_remote_stop(self) -> None:
-        """Another rank was told to stop, so this one is; the first signal of its own does not end it yet. From any thread."""
+        """Stop, because another rank received a signal. A signal to this rank still counts as its first. Thread-safe."""
         signal.pthread_kill(threading.main_thread().ident or 0, REMOTE_STOP_SIGNAL)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -221,13 +220,13 @@ class StopSignal:
 
     def _raise_if_interruptible(self) -> None:
         if self._is_interruptible:
-            self._is_interruptible = False  # once: another signal must not raise while this is being caught
+            self._is_interruptible = False  # raise once: the handling of StopRequested must not be interrupted
             raise StopRequested
 
     def _watch_signals(self, receiver: socket.socket) -> None:
-        """Ends the process on a second signal that its main thread has not seen to, and on the first where it meets nobody.
+        """End the process on a second signal that the main thread does not handle, or after one if the ranks do not connect.
 
-        Starts no thread for that: from Python 3.12 on a process that ends refuses new ones, with a traceback.
+        This starts no further threads, because from Python 3.12 on an exiting process raises for each new one.
         """
         first_signal_time = None
         with receiver:
@@ -251,12 +250,12 @@ class StopSignal:
                 if first_signal_time is None:
                     first_signal_time, self.has_arrived = time.monotonic(), True
                 elif time.monotonic() - first_signal_time >= SIGNAL_DEBOUNCE_SECONDS:
-                    time.sleep(1)  # the handler ends the process by the signal itself, where it runs
+                    time.sleep(1)  # give the handler time to end the process by the signal itself
                     os._exit(128 + number[0])
 
 
 def force_exit(exit_code: int) -> NoReturn:
-    """The process ends, whatever its threads wait for: one that fetches from a store that does not answer takes minutes."""
+    """Exit without waiting for other threads. A thread that reads from an unreachable store would take minutes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

@@ -1,10 +1,13 @@
-"""What a run starts with: model and optimizer with their values, the ledger, the tokenizer; checks that come before a step."""
+"""The start of a run: its weights, optimizer, data and records, from the newest checkpoint if there is one.
+
+The checks that must pass before the first step are here too.
+"""
 
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,26 +45,29 @@ from tandem.trainer.runtime import StopRequested
 
 log = logging.getLogger(__name__)
 CHANGEABLE_MODEL_FIELDS = ("init_std", "init_truncation_sigmas", "document_masking", "alibi_scaling")
-"""Fields of the model that whoever trains given weights further may set anew."""
+"""Fields of the model that may differ from those of the checkpoint in `run.init_from`."""
 WARNED_MODEL_FIELDS = ("document_masking", "alibi_scaling")
-"""Those of them with which the weights compute something else."""
+"""Those of them that change what the weights compute."""
 
 
 class StartupTimer:
-    """Seconds of the parts of a start, from the birth of the process on."""
+    """Measures the parts of a start in seconds, from the creation of the process."""
 
     def __init__(self) -> None:
         self.part_seconds = {"imports": time.time() - _process_start_time()}
         self._part_start = time.perf_counter()
 
     def end_part(self, part: str) -> None:
-        """What was done since the part before is called so."""
+        """Record the time since the end of the previous part under this name."""
         end_time = time.perf_counter()
         self.part_seconds[part], self._part_start = end_time - self._part_start, end_time
 
 
 def _process_start_time() -> float:
-    """Unix time at which this process began; now, where the system does not say. Source: proc(5), stat and uptime."""
+    """Return the Unix time at which this process was created, or now if the system does not provide it.
+
+    Source: proc(5), stat and uptime.
+    """
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         age_seconds = float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
@@ -70,19 +76,39 @@ def _process_start_time() -> float:
     return time.time() - age_seconds
 
 
+@contextmanager
+def open_record_stack(watchdog: Watchdog) -> Iterator[ExitStack]:
+    """Yield a stack that closes the records after the block, once the ranks have exchanged how the block ended.
+
+    After a UserError the watchdog is in the phase "end", which allows the time that a slow server takes.
+    """
+    with ExitStack() as records:
+        try:
+            yield records
+        except UserError:
+            watchdog.enter_phase("end")
+            raise
+
+
+def open_loader(config: TrainConfig, mesh: Mesh) -> Loader:
+    """Open the sources of the config. Raises: UserError also if validation needs more held-out tokens than there are."""
+    loader = Loader(
+        config.data, config.schedule, seed=config.run.seed, vocab_size=config.model.vocab_size,
+        dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,
+    )  # fmt: skip
+    for phase in config.schedule.phases if config.evaluate.every_steps else []:
+        loader.validation_batches(phase, config.evaluate.tokens)
+    return loader
+
+
 def start_run(
-    folder: Path,
-    config: TrainConfig,
-    mesh: Mesh,
-    loader: Loader,
-    coordinator: Coordinator,
-    watchdog: Watchdog,
-    records: ExitStack,
-    startup_timer: StartupTimer,
-) -> tuple[RunContext, Progress]:
+    folder: Path, config: TrainConfig, mesh: Mesh, loader: Loader, coordinator: Coordinator, watchdog: Watchdog,
+    records: ExitStack, startup_timer: StartupTimer,
+) -> tuple[RunContext, Progress]:  # fmt: skip
     """Build everything a run needs, from its newest valid checkpoint if it has one, and open its records.
 
-    `records` closes the records. Raises: StopRequested on all ranks if one was told to stop; UserError as the checks below.
+    `records` closes the records.
+    Raises: StopRequested on all ranks if one received a signal; UserError for the mistakes that the checks below name.
     """
     watchdog.enter_phase("checkpoint")
     has_checkpoint = broadcast_from_rank_0(bool(list_committed(folder / "checkpoints")))
@@ -95,7 +121,7 @@ def start_run(
         skip_shards(loader, checkpoint.manifest.get("skipped_shards", {}))
     watchdog.enter_phase("tokenizer")
     run_on_rank_0(partial(open_folder, folder, config, checkpoint, coordinator), mesh)
-    coordinator.any_rank(False)  # before the seconds that a model takes
+    coordinator.any_rank(False)  # stop here, before building a model takes seconds
     startup_timer.end_part("run folder")
     watchdog.enter_phase("model")
     engine = build_engine(config, mesh, checkpoint, initial_checkpoint)
@@ -103,65 +129,46 @@ def start_run(
         if source:
             source.close()
     startup_timer.end_part("model")
-    progress, guard, passed = restore_progress(folder, config, loader, mesh, checkpoint)
+    progress, guard, ranges_to_skip = restore_progress(folder, config, loader, mesh, checkpoint)
     coordinator.any_rank(False)
     watchdog.enter_phase("records")
-    sinks, ledger = run_on_rank_0(partial(open_records, folder, config, loader, progress.step), mesh) or (
-        Sinks([], progress.step),
-        None,
-    )
+    opened_records = run_on_rank_0(partial(open_records, folder, config, loader, progress.step), mesh)
+    sinks, ledger = opened_records or (Sinks([], progress.step), None)
     records.callback(sinks.close)
     if ledger:
         records.callback(ledger.close)
-        after = checkpoint.manifest["num_ledger_lines"] if checkpoint else 0
         write_ledger_start(
-            ledger,
-            config,
-            loader,
-            mesh.dp_size,
-            progress.step,
-            progress.cursor,
-            num_ledger_lines=after,
-            skipped_ranges=passed,
-        )
+            ledger, config, loader, mesh.dp_size, progress.step, progress.cursor,
+            num_ledger_lines=checkpoint.manifest["num_ledger_lines"] if checkpoint else 0, skipped_ranges=ranges_to_skip,
+        )  # fmt: skip
     peak_flops = config.hardware.peak_flops if config.hardware else measure_peak_flops(mesh.device)
+    saver = CheckpointSaver(folder / "checkpoints", mesh, config.checkpoint.keep_last)
+    timeline = Timeline(config.schedule)
     context = RunContext(
-        config,
-        mesh,
-        Timeline(config.schedule),
-        engine,
-        peak_flops,
-        guard,
-        folder,
-        loader,
-        sinks,
-        CheckpointSaver(folder / "checkpoints", mesh, config.checkpoint.keep_last),
-        coordinator,
-        watchdog,
-        ledger,
+        config, mesh, timeline, engine, peak_flops, guard, folder, loader, sinks, saver, coordinator, watchdog, ledger,
         enter_phase=watchdog.enter_phase,
-    )
+    )  # fmt: skip
     startup_timer.end_part("records")
     sinks.write_start(
-        tokens=context.timeline.tokens_before(progress.step), world_size=mesh.world_size, tp_size=mesh.tp_size,
-        dp_size=mesh.dp_size, total_steps=context.timeline.total_steps, total_tokens=context.timeline.total_tokens,
+        tokens=timeline.tokens_before(progress.step), world_size=mesh.world_size, tp_size=mesh.tp_size,
+        dp_size=mesh.dp_size, total_steps=timeline.total_steps, total_tokens=timeline.total_tokens,
         start_seconds=startup_timer.part_seconds,
     )  # fmt: skip
     return context, progress
 
 
 def open_folder(folder: Path, config: TrainConfig, checkpoint: Checkpoint | None, coordinator: Coordinator) -> None:
-    """Write this start's config, environment and tokenizer; only the checkpoints up to this one count. Called by rank 0.
+    """Write this start's config, environment and tokenizer, and reject checkpoints newer than this one. Rank 0 only.
 
-    Raises: UserError for a run of a version with other names, which ended before its first checkpoint.
+    Raises: UserError if a version with other field names wrote the folder and no checkpoint.
     """
     if checkpoint:
         reject_later(checkpoint.folder)
-        prune(checkpoint.folder, config.checkpoint.keep_last)  # what a kill has left of older ones
+        prune(checkpoint.folder, config.checkpoint.keep_last)  # a kill may have interrupted the last prune
     else:
         check_same_names(folder / CONFIG_FILE)
     open_run_folder(folder, dump_config(config))
-    with suppress(StopRequested), coordinator.stop_signal.interruptible():  # a store that does not answer takes minutes
+    with suppress(StopRequested), coordinator.stop_signal.interruptible():  # an unreachable store blocks for minutes
         copy_tokenizer(folder, config.data)
 
 
@@ -172,12 +179,12 @@ def check_same_names(config_file: Path) -> None:
             load_config(config_file)
     except UserError as error:
         raise UserError(
-            f"{config_file}: does not load in this version ({error}); use the one that wrote it, or choose another run.name"
+            f"{config_file}: does not load in this version ({error}); use the version that wrote it, or choose another run.name"
         ) from None
 
 
 def open_records(folder: Path, config: TrainConfig, loader: Loader, step: int) -> tuple[Sinks, Ledger]:
-    """Open the sinks of metrics and the ledger, beside which lie copies of the manifests. Called by rank 0."""
+    """Open the sinks and the ledger, and copy the corpora's manifests next to them. Rank 0 only."""
     sinks = open_sinks(folder, config, rank=0, start_step=step)
     copy_manifests(folder, loader.manifests)
     return sinks, Ledger(folder)
@@ -186,32 +193,30 @@ def open_records(folder: Path, config: TrainConfig, loader: Loader, step: int) -
 def restore_progress(
     folder: Path, config: TrainConfig, loader: Loader, mesh: Mesh, checkpoint: Checkpoint | None
 ) -> tuple[Progress, Guard, dict[str, tuple[int, int]]]:
-    """Where the run goes on, how the guard stands there, and the rows of each source that a rollback passed over.
+    """Return where the run continues, the guard at that step, and the rows of each source that a rollback skipped.
 
-    A process that was ended after a rollback goes on behind the rows that the rollback passed over.
+    A process that was killed after a rollback continues after the rows that the rollback skipped.
     """
     manifest: dict[str, Any] = checkpoint.manifest if checkpoint else {"cursor": {}, "num_ledger_lines": 0}
     step, cursor = checkpoint.step if checkpoint else 0, manifest["cursor"]
     rollback_history = broadcast_from_rank_0(
         read_rollbacks(folder, step, manifest["num_ledger_lines"]) if mesh.rank == 0 and checkpoint else None
     )
-    guard = Guard(
-        config.guard, manifest.get("guard"), {step: rollback_history.num_rollbacks} if rollback_history else {}
-    )
+    num_rollbacks = {step: rollback_history.num_rollbacks} if rollback_history else {}
+    guard = Guard(config.guard, manifest.get("guard"), num_rollbacks)
     ranges = {}
     if rollback_history and rollback_history.cursor:
         ranges = skipped_ranges(cursor, rollback_history.cursor)
         cursor = rollback_history.cursor
         skip_shards(loader, rollback_history.skipped_shards)
-    # A signal may have come between a save and the validation of its step.
-    validated_step = (
-        step if broadcast_from_rank_0(mesh.rank == 0 and (not step or has_validation(folder, step))) else None
-    )
-    return Progress(step, dict(cursor), step if checkpoint else None, validated_step), guard, ranges
+    # A signal may have ended the last process between the save and the validation of this step.
+    is_validated = broadcast_from_rank_0(mesh.rank == 0 and (not step or has_validation(folder, step)))
+    saved_step, validated_step = step if checkpoint else None, step if is_validated else None
+    return Progress(step, dict(cursor), saved_step, validated_step), guard, ranges
 
 
 def skip_shards(loader: Loader, skipped: Mapping[str, Sequence[str]]) -> None:
-    """From here on the loader cuts no row from the files, by source."""
+    """Stop reading from these files, which are listed by source."""
     for source, files in skipped.items():
         for file in files:
             loader.skip_shard(source, file)
@@ -220,19 +225,13 @@ def skip_shards(loader: Loader, skipped: Mapping[str, Sequence[str]]) -> None:
 def build_engine(
     config: TrainConfig, mesh: Mesh, checkpoint: Checkpoint | None, initial_checkpoint: Checkpoint | None = None
 ) -> Engine:
-    """Model and optimizer with the checkpoint's state, or the weights of the initial one, or initial values."""
+    """Build model and optimizer, with the checkpoint's state, the weights of the initial one, or initial values."""
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     mup_rules = parameter_rules(config.model, config.mup)
     with mesh.device:
         model = models.build_model(config.model, config.mup, mesh, dtype=dtype, recompute=config.parallel.recompute)
-    engine = Engine(
-        config,
-        model,
-        param_groups.build_adamw(
-            param_groups.build_param_groups(model, mup_rules, config.optim), config.optim, mesh.device
-        ),
-        mesh,
-    )
+    groups = param_groups.build_param_groups(model, mup_rules, config.optim)
+    engine = Engine(config, model, param_groups.build_adamw(groups, config.optim, mesh.device), mesh)
     if checkpoint:
         restore_state(engine, checkpoint, mesh)
         log.info("continuing from %s", checkpoint.folder)
@@ -240,47 +239,43 @@ def build_engine(
         load_master_weights(engine, initial_checkpoint.read_weight, mesh)
     else:
         sigmas = config.model.init_truncation_sigmas
-        load_master_weights(
-            engine, initial_values(model, mup_rules, seed=config.run.seed, truncation_sigmas=sigmas), mesh
-        )
+        values = initial_values(model, mup_rules, seed=config.run.seed, truncation_sigmas=sigmas)
+        load_master_weights(engine, values, mesh)
     return engine
 
 
 def copy_tokenizer(folder: Path, data: DataConfig) -> None:
-    """The run folder holds the tokenizer of the corpora: with it, exports need nothing but the run."""
+    """Copy the corpora's tokenizer into the run folder, so that an export needs no corpus."""
     address = remote_files.join_address(next(iter(data.sources.values())), TOKENIZER_FILE)
     try:
         content = remote_files.read_bytes(address, data.cache)
     except OSError as error:
-        log.warning("%s: cannot be read (%s); the run trains without it, its exports have no tokenizer", address, error)
+        log.warning(
+            "%s: cannot be read (%s); the run trains without it, but its exports lack a tokenizer", address, error
+        )
     else:
         atomic_write(folder / TOKENIZER_FILE, content)
 
 
-def check_held_out_tokens(config: TrainConfig, loader: Loader) -> None:
-    """Raises UserError when validation would need more held-out tokens than there are, before a step is made."""
-    for phase in config.schedule.phases if config.evaluate.every_steps else []:
-        loader.validation_batches(phase, config.evaluate.tokens)
-
-
 def open_initial_weights(config: TrainConfig, mesh: Mesh) -> Checkpoint | None:
-    """The checkpoint that `run.init_from` names, if it names one.
+    """Open the checkpoint that `run.init_from` names, if it names one.
 
-    Fields of `CHANGEABLE_MODEL_FIELDS` may differ from the checkpoint's; a warning names those that change what its weights
+    Fields of `CHANGEABLE_MODEL_FIELDS` may differ from the checkpoint's. A warning names those that change what its weights
     compute.
-
-    Raises: UserError when any other field of model or mup differs.
+    Raises: UserError if any other field of model or mup differs.
     """
     if config.run.init_from is None:
         return None
     checkpoint = open_checkpoint(Path(config.run.init_from), mesh)
-    remedy = "the weights are made for that; take their value or other weights"
+    remedy = "its weights need that value; use it, or choose other weights"
     check_same_model(
         config, checkpoint, f"run.init_from {checkpoint.folder}", remedy, ignored_fields=CHANGEABLE_MODEL_FIELDS
     )
     requested, saved = model_metadata(config.model, config.mup)["model"], checkpoint.manifest["model"]
     differing = [name for name in WARNED_MODEL_FIELDS if requested.get(name) != saved.get(name)]
     if differing and mesh.rank == 0:
-        differences = ", ".join(f"model.{name} {requested.get(name)} (there {saved.get(name)})" for name in differing)
-        log.warning("training does not go on as run.init_from %s was made: %s", checkpoint.folder, differences)
+        values = [f"model.{name} is {requested.get(name)} here and {saved.get(name)} there" for name in differing]
+        log.warning(
+            "run.init_from %s: its weights were trained with other settings: %s", checkpoint.folder, ", ".join(values)
+        )
     return checkpoint

@@ -1,14 +1,14 @@
-"""The run, from config to last checkpoint: read this first.
+"""A training run from its config to its last checkpoint. Start reading here.
 
-`run` sets everything up, resumes if it can, and `train_loop` is the list of verbs: read, compute, judge, update, record, save,
-evaluate. What varies with time comes from the Timeline as a pure function of the step, and where the data stands rides in the
-batch; so all that a checkpoint adds to the config is tensors, a cursor and what the guard remembers.
+`run` sets everything up. `train_loop` makes the steps: read a batch, compute, judge, update, record, save, validate.
+The learning rate, the batch size and the data mixture are pure functions of the step (`Timeline`), and each batch carries the
+read position after it (its `cursor`). A checkpoint therefore holds only tensors, a cursor and the guard's state.
 """
 
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -17,11 +17,11 @@ from torch import Tensor
 from tandem.trainer import runtime
 from tandem.trainer.batches import iterate_batches
 from tandem.trainer.checkpointing import is_due, roll_back, save_final_checkpoint, save_if_due
-from tandem.trainer.config import TrainConfig, UserError, check_world_size
+from tandem.trainer.config import TrainConfig, check_world_size
 from tandem.trainer.crash_loop import record_start
 from tandem.trainer.data.damaged_shards import close_prefetch
 from tandem.trainer.data.digests import StepDigests, pack_u64, unpack_u64
-from tandem.trainer.data.loader import Batch, Loader, unpack_batch
+from tandem.trainer.data.loader import Batch, unpack_batch
 from tandem.trainer.distributed.coordination import Coordinator, broadcast_stop
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import (
@@ -40,17 +40,18 @@ from tandem.trainer.guard import Judgement
 from tandem.trainer.run_folder import run_lock
 from tandem.trainer.run_state import Progress, RunContext, StepContext, StepResult, build_step_record
 from tandem.trainer.runtime import StopRequested, StopSignal
-from tandem.trainer.startup import StartupTimer, check_held_out_tokens, start_run
+from tandem.trainer.startup import StartupTimer, open_loader, open_record_stack, start_run
 from tandem.trainer.validation import validate
 
 log = logging.getLogger(__name__)
 
 
 def run(config: TrainConfig, stop_signal: StopSignal | None = None) -> int:
-    """The run is as far as it was asked to go and its last checkpoint is committed.
+    """Train from the newest checkpoint, or from step 0, and commit a last checkpoint.
 
-    Returns the exit code: 0 finished, REQUEUE_EXIT_CODE saved on a signal, to be started again with the same command.
-    Raises: UserError for what a person has to mend.
+    Returns the exit code: 0 if the run is complete, REQUEUE_EXIT_CODE if a signal stopped it. In the second case the same
+    command continues the run.
+    Raises: UserError for a mistake that the user must correct.
     """
     startup_timer = StartupTimer()
     check_world_size(config, runtime.launch_world_size())
@@ -73,12 +74,9 @@ def run(config: TrainConfig, stop_signal: StopSignal | None = None) -> int:
             stack.enter_context(broadcast_stop(stop_signal, mesh))
             coordinator = Coordinator(mesh, stop_signal, watchdog.enter_phase)
             watchdog.enter_phase("corpora")
-            with suppress(StopRequested), stop_signal.interruptible():  # a store that does not answer takes minutes
-                loader = Loader(
-                    config.data, config.schedule, seed=config.run.seed, vocab_size=config.model.vocab_size,
-                    dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,
-                )  # fmt: skip
-                check_held_out_tokens(config, loader)
+            # An unreachable store blocks for minutes, so a signal may interrupt this. `any_rank` then stops all ranks.
+            with suppress(StopRequested), stop_signal.interruptible():
+                loader = open_loader(config, mesh)
             startup_timer.end_part("corpora")
             try:
                 coordinator.any_rank(False)
@@ -88,125 +86,109 @@ def run(config: TrainConfig, stop_signal: StopSignal | None = None) -> int:
                 )
                 with context.saver:
                     return train_loop(context, progress)
-            except StopRequested:  # before anything was done that could be lost
+            except StopRequested:  # during the start: there is nothing to save
                 return runtime.REQUEUE_EXIT_CODE
 
 
-@contextmanager
-def open_record_stack(watchdog: Watchdog) -> Iterator[ExitStack]:
-    """What is entered in the stack is closed after the block, when the ranks have told one another how it has ended; where that
-    is in order, in the time that a slow server takes.
-    """
-    with ExitStack() as records:
-        try:
-            yield records
-        except UserError:
-            watchdog.enter_phase("end")
-            raise
-
-
 def train_loop(context: RunContext, progress: Progress) -> int:
-    """Steps until the schedule, its sources, `run.stop_step` or a signal end them; returns the exit code."""
-    reason = None
-    batches, final_step = iterate_batches(context, progress), last_step(context, progress)
+    """Train until the schedule, a source, `run.stop_step` or a signal ends the run. Return the exit code."""
+    config, watchdog, reason = context.config, context.watchdog, None
+    batches, final_step = iterate_batches(context, progress), find_final_step(context, progress)
     try:
-        if is_due(progress.step, context.config.evaluate.every_steps) and progress.step != progress.validated_step:
-            validate(context, progress)
         while progress.step < final_step:
+            if is_due(progress.step, config.evaluate.every_steps) and progress.step != progress.validated_step:
+                validate(context, progress)
             if progress.step == context.timeline.phase_span_at(progress.step).first_step:
-                context.watchdog.use_start_timeout()
-            if (result := timed_train_step(context, batches, progress.step)) is None:
-                final_step = progress.step  # a shard left out just now was to feed this step
+                watchdog.use_start_timeout()
+            result = timed_train_step(context, batches, progress.step)
+            if result is None:  # damaged shards were skipped, and the rest of a source cannot feed this step
                 break
             progress.step, progress.cursor = progress.step + 1, result.cursor
             log_step(context, progress, result)
-            context.watchdog.finish_step(result.record.step_seconds)
+            watchdog.finish_step(result.record.step_seconds)
             if result.judgement.decision == "rollback":
                 progress = roll_back(context, progress, result)
                 close_prefetch(batches, context.coordinator.stop_signal.interruptible)
-                batches, final_step = iterate_batches(context, progress), last_step(context, progress)
+                batches, final_step = iterate_batches(context, progress), find_final_step(context, progress)
                 continue
-            if is_due(progress.step, context.config.debug.compare_replicas_every_steps):
+            if is_due(progress.step, config.debug.compare_replicas_every_steps):
                 check_replicas(context.engine.model, context.mesh, progress.step)
             save_if_due(context, progress)
-            if is_due(progress.step, context.config.evaluate.every_steps) and progress.step < final_step:
-                validate(context, progress)
         if progress.step:
-            save_final_checkpoint(context, progress)  # first: whatever held-out rows do, the steps are not lost
-        if context.config.evaluate.every_steps and progress.step != progress.validated_step:
+            save_final_checkpoint(context, progress)  # before the validation, which may fail
+        if config.evaluate.every_steps and progress.step != progress.validated_step:
             validate(context, progress)
         reason = end_reason(context, progress)
     except StopRequested as stopped:
         with suppress(StopRequested):
-            batches.throw(stopped)  # what is read ahead is not waited for, wherever the signal came
+            batches.throw(stopped)  # end the prefetch without waiting for it
         save_final_checkpoint(context, progress)
     context.enter_phase("end", progress.step)
-    context.sinks.write_end(
-        progress.step, reason or f"stopped by {context.coordinator.stop_signal.signal_name or runtime.REMOTE_STOP_NAME}"
-    )
+    signal_name = context.coordinator.stop_signal.signal_name or runtime.REMOTE_STOP_NAME
+    context.sinks.write_end(progress.step, reason or f"stopped by {signal_name}")
     return 0 if reason else runtime.REQUEUE_EXIT_CODE
 
 
-def last_step(context: RunContext, progress: Progress) -> int:
-    """The step that the run ends with, if nothing happens to it."""
+def find_final_step(context: RunContext, progress: Progress) -> int:
+    """Return the step that the run ends with, unless a signal or damage ends it first."""
     end, _ = context.loader.find_end(progress.step, progress.cursor)
     return min(end, context.config.run.stop_step or end)
 
 
 def end_reason(context: RunContext, progress: Progress) -> str:
-    """Why the run ends here, of all that can end it but a signal."""
-    end, source = context.loader.find_end(progress.step, progress.cursor)
+    """Return why the run ends at this step, if no signal ended it."""
     if progress.step == context.timeline.total_steps:
         return "finished"
-    return (
-        f"data.max_epochs.{source}"
-        if source and progress.step >= end
-        else f"run.stop_step {context.config.run.stop_step}"
-    )
+    end, source = context.loader.find_end(progress.step, progress.cursor)
+    if source and progress.step >= end:
+        return f"data.max_epochs.{source}"
+    return f"run.stop_step {context.config.run.stop_step}"
 
 
 def timed_train_step(context: StepContext, batches: Iterator[Batch], step: int) -> StepResult | None:
-    """Update number `step`, on the next batch; None, with nothing done, where there is no next batch."""
+    """Make update number `step`, counted from 0, on the next batch. Return None if there is no next batch."""
     start_time = time.perf_counter()
     context.enter_phase("data", step + 1)
     if (batch := next(batches, None)) is None:
         return None
     data_seconds = time.perf_counter() - start_time
     loss, grad_norm, digests, judgement = train_step(context, batch, step)
-    # The device is not waited for. What is left of the update counts in what follows, as a rule the next step, whose own update
-    # then counts later in turn: no second is counted twice, none is left out.
+    # The device may still be updating the weights. That time counts in whatever waits for the device next, usually the next
+    # step, so each second counts exactly once.
     step_seconds = time.perf_counter() - start_time
     record = build_step_record(context, step + 1, loss, grad_norm, step_seconds, data_seconds, judgement)
     return StepResult(record, batch.cursor, digests, judgement)
 
 
 def train_step(context: StepContext, batch: Batch, step: int) -> tuple[float, float, StepDigests | None, Judgement]:
-    """One update on one global batch, unless the guard finds it bad. Returns its mean loss in nats, the gradient norm before
-    clipping, the evidence of all its rows, and what the guard said.
+    """Compute the gradient of one global batch and update the weights, unless the guard rejects the step.
+
+    Returns the mean loss in nats, the gradient norm before clipping, the digests of all rows and the guard's judgement. All are
+    the same on every rank.
     """
     mesh, engine, phase = context.mesh, context.engine, context.timeline.phase_span_at(step).phase
     context.enter_phase("forward and backward", step + 1)
     local_loss = forward_backward(engine, batch, phase.micro_batch_size, mesh)
     context.enter_phase("update", step + 1)
-    # Rank 0's norm goes to all in the sum, so that all decide on the same bits; and one that is not finite on any rank.
+    # Only rank 0 contributes its gradient norm, so all ranks decide on the same bits. Other ranks contribute norm * 0, which is
+    # NaN if their norm is not finite.
     values = torch.stack((local_loss, engine.grad_norm() * float(mesh.rank == 0)))
     if batch.digests:
-        values = torch.cat(
-            (values.double(), to_device(torch.tensor(pack_u64(batch.digests), dtype=torch.float64), mesh))
-        )
-    # The one time in a step that the host waits for the device: what is left is decided by numbers that it has.
-    loss_sum, grad_norm, *digest_halves = sum_over_ranks_on_device(values)
+        digest_halves = torch.tensor(pack_u64(batch.digests), dtype=torch.float64)
+        values = torch.cat((values.double(), to_device(digest_halves, mesh)))
+    # The only point in a step at which the host waits for the device: the guard needs the numbers.
+    loss_sum, grad_norm, *digest_sums = sum_over_ranks_on_device(values)
     mean_loss = loss_sum / mesh.world_size
     judgement = context.guard.judge(phase, mean_loss, grad_norm)
     if judgement.decision == "update":
         engine.update(context.timeline.lr_at(step), grad_norm)
     else:
         engine.zero_grad()
-    return mean_loss, grad_norm, unpack_u64(digest_halves, mesh.tp_size), judgement
+    return mean_loss, grad_norm, unpack_u64(digest_sums, mesh.tp_size), judgement
 
 
 def forward_backward(engine: Engine, batch: Batch, micro_batch_size: int, mesh: Mesh) -> Tensor:
-    """The gradient of the batch's mean loss is ready for the update; returns that loss, of this rank's rows, in nats."""
+    """Accumulate the gradient of the batch's mean loss over its micro-batches. Return this rank's mean loss in nats."""
     rows = to_device(batch.packed, mesh)
     starts = range(0, rows.shape[1], micro_batch_size)
     total_loss = torch.zeros((), device=mesh.device)
@@ -218,13 +200,13 @@ def forward_backward(engine: Engine, batch: Batch, micro_batch_size: int, mesh: 
 
 
 def log_step(context: RunContext, progress: Progress, result: StepResult) -> None:
-    """The step, and what the guard said of it, are on record."""
+    """Write the step to metrics and ledger, and log a step that the guard rejected."""
     context.enter_phase("records", progress.step)
-    context.sinks.write_step(result.record)
+    record, decision, reason = result.record, result.judgement.decision, result.judgement.reason
+    context.sinks.write_step(record)
     if context.ledger and result.digests:
         context.ledger.write_step(progress.step, progress.cursor, result.digests)
-    decision, reason = result.judgement.decision, result.judgement.reason
     if context.mesh.rank == 0 and decision != "update":
-        log.warning("step %d: %s; its update is left out", progress.step, reason)
+        log.warning("step %d: %s; its update is skipped", progress.step, reason)
     if context.ledger and decision == "skip":
-        context.ledger.write_bad_step(progress.step, result.record.loss, result.record.grad_norm, reason, decision)
+        context.ledger.write_bad_step(progress.step, record.loss, record.grad_norm, reason, decision)

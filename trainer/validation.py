@@ -1,4 +1,4 @@
-"""The validation of a run: the mean loss of held-out rows, which leaves weights and gradients as they are."""
+"""The validation loss: the mean over held-out rows. Validation changes neither weights nor gradients."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 def validate(context: RunContext, progress: Progress) -> None:
-    """The validation loss of the weights is on record, unless damage has left no held-out row to take it of."""
-    step, coordinator = progress.step, context.coordinator
+    """Record the validation loss of the weights, or log that damage has left no held-out row to compute it on."""
+    step, coordinator, loader = progress.step, context.coordinator, context.loader
     phase = context.timeline.phase_span_at(step - 1).phase
-    validation_batches = partial(context.loader.validation_batches, phase, context.config.evaluate.tokens)
+    validation_batches = partial(loader.validation_batches, phase, context.config.evaluate.tokens)
     until_stop = coordinator.stop_signal.iterate_until_stop
     context.enter_phase("data", step)
     batches: Iterable[Batch] | None = validation_batches()
@@ -46,19 +46,19 @@ def validate(context: RunContext, progress: Progress) -> None:
     if loss is not None:
         context.sinks.write_validation(step, context.timeline.tokens_before(step), loss)
     elif context.mesh.rank == 0:
-        files = ", ".join(
-            f"{source}/{file}" for source, files in context.loader.skipped_shards.items() for file in files
+        shards = ", ".join(f"{source}/{file}" for source, files in loader.skipped_shards.items() for file in files)
+        log.warning(
+            "step %d: no validation loss: no held-out row is left after skipping damaged shards %s", step, shards
         )
-        log.warning("step %d: no validation loss: left out as damaged are %s, and no held-out row is left", step, files)
 
 
 def validation_loss(
     model: nn.Module, next_batch: Callable[[], Batch | None], mesh: Mesh, any_rank: Callable[[bool], bool]
 ) -> float | None:
-    """Mean cross-entropy in nats over all ranks' rows, weights and gradients untouched; the same on every rank.
+    """Return the mean cross-entropy in nats over the rows of all ranks, or None if no rank has a row.
 
-    None where no rank has a row. `next_batch` gives this rank's next batch, `any_rank` says whether any rank has one; all
-    ranks call both alike, and the latter may raise to end the validation.
+    `next_batch` returns this rank's next batch. `any_rank` returns whether any rank has a batch, and may raise to end the
+    validation. All ranks call both equally often.
     """
     total_loss, num_tokens = 0.0, 0
     with torch.no_grad():
@@ -68,12 +68,12 @@ def validation_loss(
             losses = token_losses(model, batch, mesh)
             total_loss += float(losses.double().sum())
             num_tokens += losses.numel()
-    # Tensor-parallel ranks add the same numbers, which leaves the ratio as it is.
-    loss_sum, counted = sum_over_ranks([total_loss, float(num_tokens)])
-    return loss_sum / counted if counted else None
+    # Tensor-parallel ranks add the same numbers, which cancels in the ratio.
+    loss_sum, token_sum = sum_over_ranks([total_loss, float(num_tokens)])
+    return loss_sum / token_sum if token_sum else None
 
 
 def token_losses(model: nn.Module, batch: Batch, mesh: Mesh) -> Tensor:
-    """Cross-entropy of every token of the batch, [rows, seq], in nats."""
+    """Return the cross-entropy of every token of the batch, [rows, seq], in nats."""
     losses: Tensor = model(*unpack_batch(to_device(batch.packed, mesh)))
     return losses

@@ -246,8 +246,8 @@ def test_what_the_weights_compute_otherwise_than_in_the_import_is_told_once(fold
     masking, scaling = CASES["btlm_mup"][0].document_masking, AlibiScalingConfig("linear", factor=2.0)
     asked(folder, "btlm_mup", document_masking=not masking, alibi_scaling=scaling)
     (said,) = caplog.messages
-    assert f"model.document_masking {not masking} (there {masking})" in said
-    assert f"model.alibi_scaling {dataclasses.asdict(scaling)} (there None)" in said
+    assert f"model.document_masking is {not masking} here and {masking} there" in said
+    assert f"model.alibi_scaling is {dataclasses.asdict(scaling)} here and None there" in said
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_what_the_weights_compute_otherwise_than_in_the_import_is_told_once(fold
 )
 def test_what_changes_what_the_weights_compute_is_refused(folder, name, changes):
     field = next(iter(changes))
-    with pytest.raises(UserError, match=rf"^{'mup' if field == 'mup' else f'model.{field}'}.*run.init_from.*take"):
+    with pytest.raises(UserError, match=rf"^{'mup' if field == 'mup' else f'model.{field}'}.*run.init_from.*use it"):
         asked(folder, name, **changes)
 
 

@@ -135,7 +135,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         ["model.hidden_size: 32", "has 64", "run.init_from"],
     ),
     "weights that are none": ("train {config} run.init_from={root}/empty", ["empty: no committed checkpoint"]),
-    "root is a file": ("train {config} run.root={config}", ["run.root: ", "config.yaml", "cannot be made"]),
+    "root is a file": ("train {config} run.root={config}", ["run.root: ", "config.yaml", "cannot be created"]),
     "evaluate another tokenizer": (
         "evaluate {run} --data {other}", ["--data: ", "600 ids", "the weights know 500", "tokenizer of the weights"],
     ),

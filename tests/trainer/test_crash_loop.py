@@ -53,8 +53,8 @@ def test_three_starts_that_fail_in_one_step_are_enough(tmp_path):
         fail(tmp_path)
         reach(tmp_path, 40, 41)
     assert refused(tmp_path) == (
-        f"run.max_repeat_failures: 3 starts in a row have failed in step 42 of {tmp_path}; the log says why; "
-        "mend the cause, then start once with run.max_repeat_failures=0"
+        f"run.max_repeat_failures: 3 starts in a row have failed in step 42 of {tmp_path}; see the log for the cause; "
+        "correct it, then start once with run.max_repeat_failures=0"
     )
     assert [record["reached"] for record in records(tmp_path)] == [0, 41, 41]
 
@@ -160,9 +160,11 @@ def test_the_verdict_of_the_last_hang_is_told_and_no_older_one(tmp_path):
     verdict.write_text("step 1: rank 1 on host-b is still in data\n")
     os.utime(verdict, (1, 1))
     fail(tmp_path, 1)
-    assert "the log says why" in refused(tmp_path, 1)
+    assert "see the log for the cause" in refused(tmp_path, 1)
     os.utime(verdict, 2 * (time.time(),))  # by the clock that runs are timed by
-    assert "; the last hang said: step 1: rank 1 on host-b is still in data; mend the cause" in refused(tmp_path, 1)
+    assert "; the verdict on the last hang is: step 1: rank 1 on host-b is still in data; correct it" in refused(
+        tmp_path, 1
+    )
 
 
 def test_two_launches_in_one_folder_do_not_end_one_another(tmp_path):
@@ -177,7 +179,7 @@ def test_two_launches_in_one_folder_do_not_end_one_another(tmp_path):
 def test_a_folder_that_cannot_be_is_a_mistake(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(
-        UserError, match=r"^run.root: .* cannot be made \(Not a directory\); name a folder you can write to$"
+        UserError, match=r"^run.root: .* cannot be created \(Not a directory\); name a folder you can write to$"
     ):
         record_start(tmp_path / "file" / "run", 3).__enter__()
     (tmp_path / STARTS_FILE).mkdir()

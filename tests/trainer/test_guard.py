@@ -38,7 +38,7 @@ def test_so_many_are_skipped_then_the_run_goes_back_and_that_is_counted():
     assert (guard.num_rollbacks_to(7), guard.num_rollbacks_to(8)) == (2, 0)
 
 
-@pytest.mark.parametrize(("loss", "norm", "named"), [(4.5, 1.0, "loss 4.5 lies "), (3.0, 2.0, "gradient norm 2 lies ")])
+@pytest.mark.parametrize(("loss", "norm", "named"), [(4.5, 1.0, "loss 4.5 is "), (3.0, 2.0, "gradient norm 2 is ")])
 def test_a_spike_of_either_is_bad_and_named(loss, norm, named):
     guard = Guard(Settings(spike_sigmas=6.0, window_steps=32))
     assert set(judged(guard, steady(32))) == {"update"}
