@@ -110,14 +110,14 @@ tests() {
         -m gpu -W default -n "$workers" -p no:cacheprovider -q --tb=short --maxfail=30
 }
 kernels() { python3 -m tandem.kernels.bench --rival ours "${kernel_options[@]}" --seconds "$own_seconds" --json "$out/kernels.jsonl"; }
-errors() { python3 -m tandem.kernels.bench --errors "${error_options[@]}" --json "$out/errors.jsonl"; }
+errors() { python3 -m tests.rivals.kernels --errors "${error_options[@]}" --json "$out/errors.jsonl"; }
 btlm() { steps "$btlm_config" --phase all "${counted[@]}"; }
 stablelm() { steps "$stablelm_config" "${slice[@]}" "${counted[@]}" --profile "$out/stablelm.trace.json.gz"; }
 rivals() { # the most important first
-    python3 -m tandem.kernels.bench attention linear_cross_entropy swiglu qkv residual_norm cross_entropy swiglu_linear \
+    python3 -m tests.rivals.kernels attention linear_cross_entropy swiglu qkv residual_norm cross_entropy swiglu_linear \
         "${kernel_options[@]}" --seconds "$rival_seconds" --json "$out/kernels.jsonl"
 }
-sweep() { python3 -m tandem.kernels.bench.attention_sweep --seconds "$sweep_seconds" "${sweep_options[@]}" --json "$out/sweep.jsonl"; }
+sweep() { python3 -m tests.rivals.kernels.attention_sweep --seconds "$sweep_seconds" "${sweep_options[@]}" --json "$out/sweep.jsonl"; }
 profile() { steps "$btlm_config" --phase all "${short[@]}" --profile "$out/btlm.trace.json.gz"; }
 states() { # both states in one log, because cards and days differ
     local state

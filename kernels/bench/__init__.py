@@ -1,6 +1,6 @@
-"""How fast the operations are beside their rivals, and what kernels ask of a multiprocessor: `python -m tandem.kernels.bench`.
+"""How fast the operations run at the shapes of the shipped configs, next to plain torch: `python -m tandem.kernels.bench`.
 
-`shapes` says at which sizes, `ops` what is measured against whom, `measure` how time and memory are read, `compare` puts the
-three together into rows, `resources` compiles without a GPU. Rivals are imported by the functions that call them and need not
-be installed.
+`shapes` lists the sizes, `ops` has the inputs, the work and the implementations of each operation, `measure` reads time and
+memory, and `compare` makes a row of each measurement. Comparisons with other projects' kernels are not part of the package:
+`tests/rivals/kernels/` extends this one.
 """

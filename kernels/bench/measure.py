@@ -1,9 +1,9 @@
-"""Time and memory of a call, and the two ceilings of a device that they are held against.
+"""The time and memory of a call, and the two ceilings of a device.
 
-A call is timed alone: on a GPU by events around it, behind a wait on the device that gives the host a head start. Where the
-call's kernels are in the queue by then, what is read is the device's time and not Python's. Calls go round several sets of the
-same values, together larger than the L2 cache, so none finds its inputs there. What is compared takes turns, so that a clock
-which drifts does so for all. Elsewhere the host's clock is read, which shows that the harness works and nothing about speed.
+On a GPU, CUDA events around each call read the device's time. The device first waits for about a millisecond, so that the host
+has queued the call's kernels when the first one starts. Calls rotate through copies of the inputs that together exceed the L2
+cache, so that no call finds its inputs there. Rivals take turns, so that a drifting clock affects all of them alike. On a CPU
+the host's clock is read, which shows that the harness works and nothing about speed.
 """
 
 import itertools
@@ -19,11 +19,11 @@ from torch import Tensor
 L2_CACHE_BYTES = 50 * 2**20
 """Of an H100 and an H200. Source: NVIDIA H100 whitepaper, table 3."""
 HEAD_START_CYCLES = 2_000_000
-"""Of the device's clock, about a millisecond: Python launches some dozen kernels meanwhile. Of a call that launches more, and
-is not slower itself than its launches, some of Python's time is read too."""
+"""About a millisecond of the device's clock, in which Python launches some dozen kernels. If a call launches more, and the
+launches take longer than the kernels, its time includes some of Python's."""
 MAX_INPUT_SETS = 32
 MAX_STEADY_SPREAD = 0.02
-"""Between the 20th and the 80th percentile, relative to the median: below it more repetitions tell nothing new."""
+"""From the 20th to the 80th percentile, relative to the median. More repetitions add nothing to a smaller spread."""
 
 PassTimes = dict[str, list[float]]
 """Microseconds of each call, by what was timed."""
@@ -31,7 +31,7 @@ PassTimes = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class TimingStats:
-    """Of one call, in microseconds."""
+    """Percentiles of the time of one call, in microseconds."""
 
     p20_us: float
     p50_us: float
@@ -45,15 +45,15 @@ class TimingStats:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device reaches in this process: no operation moves or computes faster."""
+    """What the device reaches in this process."""
 
     copy_bytes_per_second: float
-    """Bytes read and written by a copy much larger than the L2 cache."""
+    """Bytes read plus bytes written by a copy much larger than the L2 cache."""
     matmul_flops_per_second: float
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """Of a copy of 2 GiB and the bf16 product of two matrices of 8,192 x 8,192 on a GPU, of small ones elsewhere."""
+    """Time a copy of 2 GiB and the bf16 product of two 8,192 x 8,192 matrices; small ones on a CPU."""
     elements, side = (2**30, 8_192) if device.type == "cuda" else (2**22, 256)
     source = torch.randn(elements, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
@@ -68,10 +68,10 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 
 
 def time_interleaved(turns: Sequence[Callable[[], PassTimes]], device: torch.device) -> list[dict[str, TimingStats]]:
-    """What each of `turns` timed, taken in rounds: each once, then each once more.
+    """Call all `turns` in rounds and return the statistics of what each one timed.
 
-    The first round is not counted: memory is reserved in it. Rounds end when everything has been called often enough and is
-    steady or has had its time. A turn that returns nothing is never taken again, and what it timed is nothing.
+    The first round does not count, because it reserves memory. Rounds end once every call has enough repetitions and is either
+    steady or out of time. A turn that returns nothing has failed: it is not called again and its statistics are empty.
     """
     min_repetitions, seconds = (10, 0.15) if device.type == "cuda" else (3, 0.02)
     passes: list[list[PassTimes]] = [[] for _ in turns]
@@ -105,18 +105,18 @@ def time_calls(call: Callable[[Any], object], arguments: Sequence[Any], device: 
 
 
 def num_input_sets(inputs: Iterable[Tensor]) -> int:
-    """As many as together are twice the L2 cache; at least two."""
-    size = sum(tensor.nbytes for tensor in inputs)
-    return (
-        min(max(2, math.ceil(2 * L2_CACHE_BYTES / size)), MAX_INPUT_SETS)
-        if any(tensor.is_cuda for tensor in inputs)
-        else 2
-    )
+    """How many copies of the inputs are twice the size of the L2 cache; at least two."""
+    tensors = list(inputs)
+    if not any(tensor.is_cuda for tensor in tensors):
+        return 2
+    size = sum(tensor.nbytes for tensor in tensors)
+    return min(max(2, math.ceil(2 * L2_CACHE_BYTES / size)), MAX_INPUT_SETS)
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Most bytes allocated during the call, its result included, beyond those before it; None where nobody counts."""
+    """The most memory allocated during the call, including its result, beyond what was allocated before; None on a CPU."""
     if device.type != "cuda":
+        call()
         return None
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -127,7 +127,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
 
 
 def _timing_stats(passes: list[PassTimes]) -> dict[str, TimingStats]:
-    """Of all passes together."""
+    """The statistics of all passes together."""
     found = {}
     for name in passes[0] if passes else ():
         calls = torch.tensor([*itertools.chain.from_iterable(each[name] for each in passes)], dtype=torch.float64)

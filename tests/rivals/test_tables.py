@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tandem.kernels.bench.__main__ import main as kernels_bench
 from tests.rivals import tables
+from tests.rivals.kernels.__main__ import main as kernel_rivals
 
 ROOT = Path(__file__).parents[2]
 STEP = {
@@ -65,10 +65,10 @@ def test_a_changed_step_is_held_to_no_mark(tmp_path):
 
 
 def test_an_error_stands_beside_that_of_plain_torch(tmp_path):
-    """A line as tandem.kernels.bench writes it."""
+    """A line as `python -m tests.rivals.kernels --errors` writes it."""
     file = tmp_path / "errors.jsonl"
     command = ["swiglu", "--errors", "--device", "cpu", "--tokens", "8", "--shape", "demo-stablelm tp1"]
-    assert kernels_bench([*command, "--json", str(file)]) == 0
+    assert kernel_rivals([*command, "--json", str(file)]) == 0
     line = json.loads(file.read_text().splitlines()[0])
     table = tables.error_table([line])
     assert cells(table, "swiglu") == [

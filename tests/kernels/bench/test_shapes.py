@@ -13,11 +13,11 @@ from tandem.kernels.bench.shapes import (
     attention_shapes,
     feed_forward_shapes,
     logits_shapes,
-    residual_shapes,
 )
 from tandem.trainer.config import StableLMConfig, load_config
 from tandem.trainer.config.padding import padded_size
 from tandem.trainer.models.mup import forward_scales
+from tests.rivals.kernels.shapes import residual_shapes
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 TABLE = {model.name: model for model in (*MODELS, *SMALL_MODELS)}

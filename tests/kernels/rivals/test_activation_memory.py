@@ -15,7 +15,7 @@ def kept(tmp_path_factory) -> dict[str, dict[str, dict[str, float]]]:
     """Bytes by model, kit and part, counted in a process where Triton compiles."""
     file = tmp_path_factory.mktemp("kept") / "kept.jsonl"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tandem.kernels.bench", "--activations", "--json", file]
+    command = [sys.executable, "-m", "tests.rivals.kernels", "--activations", "--json", file]
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert len(told.stdout.splitlines()) == 2 + 4 * len(MODELS)
     assert "FP_FUSION" not in told.stderr

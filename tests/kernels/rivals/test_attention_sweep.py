@@ -1,4 +1,4 @@
-"""python -m tandem.kernels.bench.attention_sweep."""
+"""The command `python -m tests.rivals.kernels.attention_sweep`."""
 
 import json
 import os
@@ -9,11 +9,11 @@ import pytest
 import torch
 import triton
 
-from tandem.kernels.bench import attention_candidates as table
-from tandem.kernels.bench import attention_sweep
-from tandem.kernels.bench.attention_candidates import ATTENTION_KERNELS, CANDIDATE_CONFIGS, candidate_configs
-from tandem.kernels.bench.attention_sweep import SWEPT_KERNELS, main
 from tandem.kernels.bench.shapes import attention_shapes
+from tests.rivals.kernels import attention_candidates as table
+from tests.rivals.kernels import attention_sweep
+from tests.rivals.kernels.attention_candidates import ATTENTION_KERNELS, CANDIDATE_CONFIGS, candidate_configs
+from tests.rivals.kernels.attention_sweep import SWEPT_KERNELS, main
 
 ALL_SHAPES = {shape.name: shape for shape in attention_shapes(tp_sizes=(1, 2))}
 SPILLS = "128x64, 8 warps, 3 stages, 128 registers"
@@ -109,7 +109,7 @@ def test_where_inputs_cannot_be_made_the_next_shape_is_measured(small, tmp_path,
 
 
 def test_when_time_is_over_nothing_is_begun(small, tmp_path):
-    assert {row["note"] for row in swept(tmp_path, "--seconds", "0")} == {"not measured: time was over"}
+    assert {row["note"] for row in swept(tmp_path, "--seconds", "0")} == {"not measured: out of time"}
 
 
 def test_what_its_own_sizes_are_comes_first_and_nothing_twice():
@@ -134,7 +134,7 @@ def test_grouped_heads_are_measured_together_and_apart():
 @pytest.mark.parametrize(
     ("command", "named"),
     [
-        ("--tokens 0 --device cpu", ["--tokens 0", "at least 1"]),
+        ("--tokens 0 --device cpu", ["--tokens 0", "must be at least 1"]),
         ("--json no/such/rows.jsonl --device cpu", ["--json no/such/rows.jsonl", "folder"]),
         ("--resources", ["--resources", "TRITON_INTERPRET"]),
         ("--device cpu", ["--device cpu", "TRITON_INTERPRET"]),
@@ -155,17 +155,9 @@ def test_what_cannot_be_is_refused_in_one_line(command, named, capsys, monkeypat
 def test_every_candidate_compiles_and_none_but_one_spills(tmp_path):
     """By processes that do not interpret; those of one shape and the other share what is compiled."""
     without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        "-m",
-        "tandem.kernels.bench.attention_sweep",
-        "--resources",
-        "--json",
-        tmp_path / "rows.jsonl",
-    ]
-    subprocess.run(
-        command, env=without | {"TRITON_CACHE_DIR": str(tmp_path)}, check=True, capture_output=True, timeout=500
-    )
+    file, environment = tmp_path / "rows.jsonl", without | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.rivals.kernels.attention_sweep", "--resources", "--json", file]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=500)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     expected = {
         (kernel, shape, candidate)

@@ -1,9 +1,9 @@
-"""What one token leaves in one layer for backward: ours, plain torch and Liger, counted at real widths without a GPU.
+"""The bytes per token that one layer keeps for backward: ours, plain torch's and Liger's, at real widths without a GPU.
 
 A layer is built from interchangeable operations and run on the meta device, where tensors have sizes and no values. Hooks
-count every distinct storage that autograd keeps, for the part of the layer that kept it first: not weights, and not what all
-layers read (angles, slopes, where documents begin). Liger's launchers compile as they would for a Hopper GPU and launch
-nothing (`tandem.kernels.device.offline_compile`).
+count every distinct storage that autograd keeps, for the first part of the layer that keeps it. Weights do not count, nor does
+what all layers share: angles, slopes, and the starts of documents. Liger's launchers compile as they would for a Hopper GPU and
+launch nothing (`offline_compile`).
 """
 
 from collections.abc import Callable
@@ -16,25 +16,25 @@ from torch import Tensor
 
 from tandem.kernels.attention import attention
 from tandem.kernels.bench.shapes import MODELS, ModelShape
-from tandem.kernels.device.offline_compile import compile_for_sm90
 from tandem.kernels.layer_norm import layer_norm
 from tandem.kernels.qkv import split_and_rotate_qkv, split_qkv
 from tandem.kernels.swiglu import swiglu, swiglu_linear
+from tests.rivals.kernels.offline_compile import compile_for_sm90
 
 NUM_TOKENS = 256
-"""Bytes per token do not depend on their number, but where scores are written out: those are left to whoever runs that."""
+"""Bytes per token do not depend on the number of tokens, unless scores are written out, which is not done here."""
 NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class LayerImplementation:
-    """Operations between the matrix products of a layer."""
+    """The operations between the matrix products of a layer."""
 
     norm: Callable[[Tensor, Tensor, Tensor], Tensor]
     split_heads: Callable[[Tensor, "Layer"], tuple[Tensor, Tensor, Tensor]]
-    """Queries, keys and values, normalised and rotated where the model does that."""
+    """Returns queries, keys and values, normalized and rotated if the model does that."""
     down_projection: Callable[[Tensor, Tensor], Tensor]
-    """SwiGLU and the product with the matrix behind it."""
+    """SwiGLU and the product with the matrix that follows."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Layer:
 
 
 def bytes_per_token(model: ModelShape, implementation: LayerImplementation) -> dict[str, float]:
-    """By part of the layer; together they are the layer's. The layer's own input is the first norm's."""
+    """Return the bytes by part of the layer. The layer's input counts for the first norm."""
     layer = _layer(model)
     found: dict[int, tuple[str, Tensor]] = {}
     shared = (*layer.weights.values(), layer.cos, layer.sin, layer.document_starts, layer.alibi_slopes)
@@ -62,7 +62,7 @@ def bytes_per_token(model: ModelShape, implementation: LayerImplementation) -> d
     def record_storage(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in shared_storages:
-            # The tensor is held, or a later storage might get the number of one that is gone.
+            # Hold the tensor: a later storage could otherwise get the address of a freed one.
             found.setdefault(storage._cdata, (part, tensor))
         return tensor
 
@@ -92,9 +92,9 @@ def bytes_per_token(model: ModelShape, implementation: LayerImplementation) -> d
 
 
 def layer_implementations() -> dict[str, LayerImplementation]:
-    """Ours, with parallel.recompute none; ours with the feed-forward network of selective; the rivals'.
+    """Return ours with `parallel.recompute: none`, ours with the feed-forward network of `selective`, torch's and Liger's.
 
-    Attention is ours in each: what it keeps, any fused attention does.
+    All use our attention, because every fused attention keeps the same tensors.
     """
     return {
         "ours": LayerImplementation(_our_norm, _our_heads, lambda gate_up, weight: F.linear(swiglu(gate_up), weight)),
@@ -105,20 +105,20 @@ def layer_implementations() -> dict[str, LayerImplementation]:
 
 
 def activation_memory_table() -> list[dict[str, Any]]:
-    """A row for every model and kit: bytes per token and layer, by part and together.
+    """Return a row for every model and implementation: bytes per token and layer, by part and in total.
 
-    Raises: RuntimeError where Triton interprets.
+    Raises: RuntimeError if Triton interprets.
     """
     with compile_for_sm90():
         return [
             {
                 "model": model.name,
                 "implementation": name,
-                **(kept := bytes_per_token(model, kit)),
+                **(kept := bytes_per_token(model, implementation)),
                 "total": sum(kept.values()),
             }
             for model in MODELS
-            for name, kit in layer_implementations().items()
+            for name, implementation in layer_implementations().items()
         ]
 
 
@@ -169,15 +169,13 @@ def _torch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _torch_heads(qkv: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
-    """In bf16 throughout, which keeps least: the one that is timed in `ops.qkv` norms and turns in fp32, as ours does."""
+    """All in bf16, which keeps the least. The one timed in `ops.qkv` normalizes and rotates in fp32, as ours does."""
     model, w = layer.model, layer.weights
     grouped = qkv.transpose(0, 1).unflatten(-1, (-1, layer.num_queries_per_kv + 2, model.head_dim))
     query, key, value = (x.flatten(2, 3) for x in grouped.split((layer.num_queries_per_kv, 1, 1), dim=3))
     if model.qk_layernorm:
-        query, key = (
-            F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * weight
-            for x, weight in ((query, w["query_norm"]), (key, w["key_norm"]))
-        )
+        pairs = (query, w["query_norm"]), (key, w["key_norm"])
+        query, key = (F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * weight for x, weight in pairs)
     if model.rotary_dims:
         query, key = (_torch_rotary(x, layer.cos.bfloat16(), layer.sin.bfloat16()) for x in (query, key))
     return query, key, value
@@ -204,6 +202,6 @@ def _liger_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _liger_down_projection(gate_up: Tensor, weight: Tensor) -> Tensor:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-    # It reads rows of one length: halves of a fused buffer are copied first.
+    # Liger's kernel needs contiguous rows, so the halves of a fused buffer are copied first.
     gate, up = (half.contiguous() for half in gate_up.unbind(-2))
     return F.linear(LigerSiLUMulFunction.apply(gate, up), weight)

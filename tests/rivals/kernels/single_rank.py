@@ -1,4 +1,4 @@
-"""A world of one, for rivals that reduce over ranks whether or not there are others."""
+"""A process group of one rank, for rivals that always reduce over ranks."""
 
 import functools
 
@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 @functools.cache
 def tensor_parallel_group(device_type: str) -> dist.ProcessGroup:
-    """Megatron's group of one rank, on torch.distributed started for it."""
+    """Return Megatron's tensor-parallel group of one rank; start torch.distributed if needed."""
     from megatron.core import parallel_state
 
     if not dist.is_initialized():
@@ -19,7 +19,7 @@ def tensor_parallel_group(device_type: str) -> dist.ProcessGroup:
 
 
 def destroy_group() -> None:
-    """Nothing of it is left."""
+    """Undo `tensor_parallel_group`, if it was called."""
     if tensor_parallel_group.cache_info().currsize:
         from megatron.core import parallel_state
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 import triton
 
-import tandem.kernels.bench.__main__ as command_line
-from tandem.kernels.bench.__main__ import main
-from tandem.kernels.bench.errors import MAX_ERROR_RATIO, ErrorMeasurement, measure_errors
-from tandem.kernels.bench.ops import OPERATIONS
+import tests.rivals.kernels.__main__ as command_line
+from tests.rivals.kernels.__main__ import main
+from tests.rivals.kernels.errors import MAX_ERROR_RATIO, PRECISIONS, ErrorMeasurement, measure_errors
+from tests.rivals.kernels.ops import OPERATIONS
 from tests.triton_interpreter import run_kernels_on_cpu
 
 CPU = torch.device("cpu")
-OURS = {name: op for name, op in OPERATIONS.items() if op.precision is not None}
+OURS = {name: OPERATIONS[name] for name in PRECISIONS}
 SMALL = {"qkv": "demo-stablelm 128 tp1", "attention": "demo-stablelm 128 tp1"}
 TOKENS = 20
 KERNELS = {
@@ -43,7 +43,7 @@ def test_kernels_are_within_the_mark_of_plain_torch(name, monkeypatch):
     ran = run_kernels_on_cpu(monkeypatch)
     found = list(measure_errors(OURS[name], small(name), CPU))
     assert ran == KERNELS[name]
-    assert [row.result for row in found] == list(OURS[name].precision.result_names)
+    assert [row.result for row in found] == list(PRECISIONS[name].result_names)
     for row in found:
         exact_in_any_way = name == "qkv" and row.result == "value"
         assert (row.ours == row.plain == 0) if exact_in_any_way else (0 < row.ours <= MAX_ERROR_RATIO * row.plain), row
@@ -69,11 +69,11 @@ def test_biases_of_plain_torch_are_not_rounded_to_bf16():
     first = nothing.index_fill(1, torch.tensor([0]), 1)
 
     def off(make):
-        exact = op.precision.make_plain(shape)(*(x.double() for x in (nothing, nothing, first)))
+        exact = PRECISIONS["attention"].make_plain(shape)(*(x.double() for x in (nothing, nothing, first)))
         return float(((make(shape)(nothing, nothing, first).double() - exact) / exact).abs().max())
 
     rounded = next(rival for rival in op.rivals if rival.name == "sdpa, mask written out").make_function
-    assert off(op.precision.make_plain) <= 2**-8
+    assert off(PRECISIONS["attention"].make_plain) <= 2**-8
     assert off(rounded) > 2**-7
 
 
@@ -98,23 +98,11 @@ def failing(shape):
     ids=["ours", "too far off", "failing"],
 )
 def test_the_command_tells_who_is_too_far_off(ours, code, said, tmp_path, monkeypatch, capsys):
-    op = OURS["swiglu"]
-    precision = op.precision if ours is None else replace(op.precision, make_ours=ours)
-    monkeypatch.setitem(command_line.OPERATIONS, "swiglu", replace(op, precision=precision))
+    if ours is not None:
+        monkeypatch.setitem(PRECISIONS, "swiglu", replace(PRECISIONS["swiglu"], make_ours=ours))
     file = tmp_path / "errors.jsonl"
-    command = [
-        "swiglu",
-        "--errors",
-        "--device",
-        "cpu",
-        "--tokens",
-        "20",
-        "--shape",
-        "demo-stablelm tp1",
-        "--json",
-        str(file),
-    ]
-    assert main(command) == code
+    command = ["swiglu", "--errors", "--device", "cpu", "--tokens", "20", "--shape", "demo-stablelm tp1"]
+    assert main([*command, "--json", str(file)]) == code
     told = capsys.readouterr().out
     assert said in told
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -137,7 +125,7 @@ def test_without_a_shape_they_are_those_of_production(monkeypatch):
 
 def test_time_that_is_over_is_no_success(capsys):
     assert main(["swiglu", "--errors", "--device", "cpu", "--seconds", "1e-9"]) == 1
-    assert capsys.readouterr().out.count("not measured: left out, time was over") == 2
+    assert capsys.readouterr().out.count("not measured: out of time") == 2
 
 
 def test_a_plain_result_that_is_exact_leaves_ours_no_error():

@@ -1,7 +1,7 @@
-"""Other sizes for the kernels of attention than those they have, measured against them by `attention_sweep`.
+"""Tile sizes for the attention kernels other than their own, which `attention_sweep` compares.
 
-All compile for sm_90 under triton 3.6 and 3.7.1 with asynchronous products, and all but the one that says so without a spill:
-`python -m tandem.kernels.bench.attention_sweep --resources`.
+All compile for sm_90 under triton 3.6 and 3.7.1 with asynchronous products, and without spilling except the one that is marked:
+`python -m tests.rivals.kernels.attention_sweep --resources`.
 """
 
 from typing import Any
@@ -11,9 +11,9 @@ from tandem.kernels.device.attention_tiling import TILE_CONFIGS, num_heads_per_p
 from tandem.kernels.device.launch import num_blocks
 
 ATTENTION_KERNELS = ("forward", "queries", "keys")
-"""The result; the gradient of queries; the gradients of keys and values."""
+"""They compute the result, the gradient of queries, and the gradients of keys and values."""
 ONE_HEAD_IN_L2 = {"heads_in_l2": 1}
-"""Programs of one head after those of another."""
+"""All programs of one head run before those of the next."""
 ALL_HEADS_IN_L2 = {"heads_in_l2": 1_000}
 
 
@@ -81,15 +81,15 @@ CANDIDATE_CONFIGS: dict[str, dict[int, list[dict[str, int]]]] = {
         ],
     },
 }
-"""By kernel and head; what a candidate does not say is as in TILE_CONFIGS, or follows its rule."""
+"""By kernel and head dim. A candidate overrides the kernel's own configuration in TILE_CONFIGS."""
 
 
 def candidate_configs(kernel: str, shape: AttentionShape) -> list[tuple[str, dict[str, int]]]:
-    """Names and sizes at a shape, the kernel's own first; none twice."""
+    """Return the distinct names and configurations for a shape, the kernel's own first."""
     current_config = next(sizes for widest, sizes in TILE_CONFIGS[kernel].items() if shape.head_dim <= widest)
     found: dict[str, dict[str, int]] = {}
     for change in [{}, *CANDIDATE_CONFIGS[kernel][shape.head_dim]]:
-        # A tile of its own does not keep the limit of registers of the other.
+        # A candidate with a tile of its own does not inherit the register limit of the other tile.
         sizes = dict(change) if "QUERIES" in change else current_config | change
         group = shape.num_heads // shape.num_kv_heads
         if kernel == "keys" and group > 1 and "HEADS_PER_PROGRAM" not in sizes:
@@ -102,7 +102,7 @@ def candidate_configs(kernel: str, shape: AttentionShape) -> list[tuple[str, dic
 
 
 def describe_config(tile_config: dict[str, int]) -> str:
-    """The sizes in words: queries by keys of a tile, warps, stages and what else there is."""
+    """Describe a configuration: queries x keys of a tile, warps, stages and the rest."""
     more: dict[str, Any] = {
         "maxnreg": "{} registers", "HEADS_PER_PROGRAM": "{} heads a program", "heads_in_l2": "{} heads in L2",
     }  # fmt: skip

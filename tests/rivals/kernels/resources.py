@@ -1,4 +1,4 @@
-"""What every kernel asks of a Hopper multiprocessor at every shape, compiled without one."""
+"""The registers and shared memory that every kernel takes on a Hopper GPU at every shape, found by compiling only."""
 
 import functools
 import sys
@@ -8,21 +8,22 @@ from dataclasses import dataclass
 from triton.runtime.jit import JITFunction
 
 from tandem.kernels.bench.operation import Operation
-from tandem.kernels.device.offline_compile import CompiledKernel, compile_for_sm90
+from tests.rivals.kernels.launches import LAUNCHES
+from tests.rivals.kernels.offline_compile import CompiledKernel, compile_for_sm90
 
 REGISTERS_PER_SM = 65_536
 REGISTER_ALLOCATION_UNIT = 256
-"""Registers are given to whole warps, in these units."""
+"""Registers are allocated to whole warps in this unit."""
 SHARED_BYTES_PER_SM = 228 * 1024
 RESERVED_SHARED_BYTES_PER_BLOCK = 1024
-"""Of shared memory, for each block."""
+"""Shared memory that the system takes for each block."""
 MAX_THREADS_PER_SM = 2_048
 MAX_BLOCKS_PER_SM = 32
 """Of one multiprocessor of compute capability 9.0. Source: CUDA C++ programming guide, technical specifications."""
 KNOWN_SPILLS: dict[tuple[str, str, str], int] = {}
-"""Bytes for each thread that are let pass, by operation, model and kernel, each with its reason; there are none."""
+"""Spilled bytes per thread that are accepted, by operation, model and kernel, each with its reason; none today."""
 COMPILED_DEVICE = "sm_90, compiled"
-"""The card of rows that were measured on none."""
+"""The device in rows that only compiled."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,15 @@ class KernelResources:
 
 
 def kernel_resources(operations: Iterable[Operation], shape_filter: str = "") -> Iterator[KernelResources]:
-    """Of each kernel that each operation launches at each shape whose name contains `shape_filter`.
+    """Compile each kernel of each operation at each shape whose name contains `shape_filter`.
 
-    Raises: RuntimeError where Triton interprets.
+    Raises: RuntimeError if Triton interprets.
     """
     for op in operations:
-        for shape in op.shapes + op.extra_shapes if op.launch_kernels is not None else ():
+        for shape in op.shapes + op.extra_shapes if op.name in LAUNCHES else ():
             if shape_filter not in shape.name:
                 continue
-            assert op.launch_kernels is not None
-            for kernel in compile_launched(functools.partial(op.launch_kernels, shape)):
+            for kernel in compile_launched(functools.partial(LAUNCHES[op.name], shape)):
                 yield KernelResources(
                     op.name, shape.name, kernel.name, kernel.registers, kernel.spilled_bytes, kernel.shared_bytes,
                     kernel.num_warps, blocks_per_multiprocessor(kernel),
@@ -55,7 +55,7 @@ def kernel_resources(operations: Iterable[Operation], shape_filter: str = "") ->
 
 
 def describe_spills(found: Iterable[KernelResources]) -> list[tuple[str, bool]]:
-    """A sentence for each kernel and number of bytes it spills, with its shapes, and whether that is known."""
+    """Return a sentence for each kernel and number of spilled bytes, with its shapes, and whether the spill is known."""
     shapes: dict[tuple[str, str, int, bool], list[str]] = {}
     for one in found:
         if one.spilled_bytes > 0:
@@ -68,7 +68,7 @@ def describe_spills(found: Iterable[KernelResources]) -> list[tuple[str, bool]]:
 
 
 def blocks_per_multiprocessor(kernel: CompiledKernel) -> int:
-    """That fit at once, by registers, shared memory, threads and the limit of blocks."""
+    """How many blocks fit at once, by registers, shared memory, threads and the limit of blocks."""
     threads = 32 * kernel.num_warps
     registers_per_warp = -(-kernel.registers * 32 // REGISTER_ALLOCATION_UNIT) * REGISTER_ALLOCATION_UNIT
     by_registers = REGISTERS_PER_SM // registers_per_warp // kernel.num_warps
@@ -81,9 +81,9 @@ def blocks_per_multiprocessor(kernel: CompiledKernel) -> int:
 
 
 def compile_launched(launch: Callable[[], object]) -> list[CompiledKernel]:
-    """Kernels that the call would launch, compiled.
+    """Compile the kernels that the call would launch.
 
-    Raises: RuntimeError where Triton interprets; of the compiler, whatever it raises.
+    Raises: RuntimeError if Triton interprets; any exception of the compiler.
     """
     with compile_for_sm90() as compiled:
         try:
@@ -94,7 +94,7 @@ def compile_launched(launch: Callable[[], object]) -> list[CompiledKernel]:
 
 
 def _clear_kernel_caches() -> None:
-    """Kernels are loaded once more for the next launch, which so names them; Triton's folder of binaries spares compiling."""
+    """Make the next launch load its kernels again, so that it is noticed. Triton's cache of binaries avoids compiling again."""
     for kernel in _triton_kernels():
         kernel.device_caches.clear()
 

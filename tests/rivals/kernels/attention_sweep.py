@@ -1,8 +1,8 @@
-"""The command line: `python -m tandem.kernels.bench.attention_sweep`, the kernels of attention at other sizes than theirs.
+"""The command `python -m tests.rivals.kernels.attention_sweep`: measure the attention kernels with other tile sizes.
 
-At the heads of both published models, forward, the gradient of queries and the gradients of keys and values are each measured
-alone, with every candidate of `attention_candidates` in turn. All variants are compiled first, by processes that need no
-GPU and leave them in Triton's folder of binaries. A candidate whose result is not that of the kernel's own sizes is not timed.
+At the heads of both published models, it measures forward, the gradient of queries and the gradients of keys and values
+separately, with every candidate of `attention_candidates` in turn. Worker processes first compile all variants, for which they
+need no GPU, into Triton's cache. A candidate whose result differs from that of the kernel's own sizes is not timed.
 """
 
 import argparse
@@ -23,13 +23,12 @@ import torch
 import triton
 from torch import Tensor
 
-from tandem.kernels.bench.attention_candidates import ATTENTION_KERNELS, candidate_configs
 from tandem.kernels.bench.compare import check_agreement, device_name, environment, one_line_reason, seeded_example
-from tandem.kernels.bench.documents import document_starts
 from tandem.kernels.bench.measure import PassTimes, num_input_sets, time_calls, time_interleaved
-from tandem.kernels.bench.ops.attention import ATTENTION
-from tandem.kernels.bench.resources import COMPILED_DEVICE, blocks_per_multiprocessor, compile_launched
+from tandem.kernels.bench.ops.attention import ATTENTION, document_starts, slopes_of
 from tandem.kernels.bench.shapes import AttentionShape, attention_shapes
+from tests.rivals.kernels.attention_candidates import ATTENTION_KERNELS, candidate_configs
+from tests.rivals.kernels.resources import COMPILED_DEVICE, blocks_per_multiprocessor, compile_launched
 
 SWEPT_KERNELS: dict[str, tuple[str, ...]] = {
     "btlm-3b-8k 2048 tp1": ATTENTION_KERNELS,
@@ -37,24 +36,25 @@ SWEPT_KERNELS: dict[str, tuple[str, ...]] = {
     "stablelm-2-12b 4096 tp1": ATTENTION_KERNELS,
     "stablelm-2-12b 4096 tp2": ("keys",),
 }
-"""What is measured at them: over two ranks there are fewer key heads, and so other groups."""
+"""By shape. With two ranks there are fewer key heads, and so other groups of query heads."""
 NUM_MATMULS = {"forward": 2, "queries": 3, "keys": 4}
-"""Matrix products of a pair of query and key that each kernel computes; backward as a whole is counted as four."""
+"""Matrix products that each kernel computes for a pair of query and key. Backward as a whole counts as four."""
+PROGRAM = "tests.rivals.kernels.attention_sweep"
 NO_GPU = (
-    "tandem.kernels.bench.attention_sweep measures a GPU and there is none; without one --resources compiles the candidates "
-    "for sm_90, and --device cpu --tokens N runs the sweep itself in the interpreter (TRITON_INTERPRET=1)"
+    "there is no GPU to measure; without one, --resources compiles the candidates for sm_90, and --device cpu --tokens N runs "
+    "the sweep itself in the interpreter (TRITON_INTERPRET=1)"
 )
 
 
 @dataclass
 class SweepCase:
-    """A candidate at a shape, and what became of it."""
+    """A candidate at a shape, with its figures."""
 
     kernel: str
     shape: str
     candidate: str
     own: bool
-    """The kernel's own sizes."""
+    """Has the kernel's own sizes."""
     tile_config: dict[str, int]
     registers: int | None = None
     spilled_bytes: int | None = None
@@ -67,12 +67,12 @@ class SweepCase:
     executed_tflops_per_second: float | None = None
     best: bool = False
     note: str = ""
-    """Why there is no time."""
+    """Why it was not measured."""
 
 
 @dataclass(frozen=True)
 class KernelInputs:
-    """What kernels of one shape are called with."""
+    """The arguments of the kernels at one shape."""
 
     out_gradient: Tensor
     query: Tensor
@@ -86,11 +86,11 @@ class KernelInputs:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0; 2 if what is asked for cannot be, with one line that says why."""
+    """Returns 0; 2, with one line on standard error, for bad usage or without a GPU."""
     begun = time.monotonic()
     options = _parse_arguments(arguments)
     if refusal := _usage_error(options):
-        print(f"tandem.kernels.bench.attention_sweep: {refusal}", file=sys.stderr)
+        print(f"{PROGRAM}: {refusal}", file=sys.stderr)
         return 2
     deadline = begun + options.seconds
     shapes = {shape.name: shape for shape in attention_shapes(tp_sizes=(1, 2)) if shape.name in SWEPT_KERNELS}
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compile_all(cases: list[SweepCase], shapes: dict[str, AttentionShape], deadline: float = math.inf) -> None:
-    """Compile every variant once, in as many processes as there are processors; cases learn what theirs asks for."""
+    """Compile every variant once, in one process per processor, and write the resources it needs into its cases."""
     variants: dict[Any, list[SweepCase]] = {}
     for case in cases:
         constants = tuple((name, value) for name, value in case.tile_config.items() if name != "heads_in_l2")
@@ -132,9 +132,9 @@ def compile_all(cases: list[SweepCase], shapes: dict[str, AttentionShape], deadl
 
 
 def compile_case(kernel: str, shape: AttentionShape, tile_config: dict[str, int]) -> dict[str, int]:
-    """What the kernel asks of a multiprocessor. Triton keeps the binary for whoever launches it.
+    """Return the resources that the kernel needs. Triton's cache keeps the binary for later launches.
 
-    Raises: RuntimeError if Triton interprets; of the compiler, whatever it raises.
+    Raises: RuntimeError if Triton interprets; any exception of the compiler.
     """
     one, *_ = compile_launched(lambda: run_kernel(kernel, _kernel_inputs(shape, torch.device("meta")), tile_config))
     return {
@@ -144,7 +144,7 @@ def compile_case(kernel: str, shape: AttentionShape, tile_config: dict[str, int]
 
 
 def run_kernel(kernel: str, values: KernelInputs, tile_config: dict[str, int]) -> tuple[Tensor, ...]:
-    """The results of the one kernel."""
+    """Return the results of one kernel."""
     from tandem.kernels.device import attention as device
 
     inputs, settings = (values.query, values.key, values.value), values.settings
@@ -160,37 +160,38 @@ def run_kernel(kernel: str, values: KernelInputs, tile_config: dict[str, int]) -
 
 
 def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "tandem.kernels.bench.attention_sweep", description="Attention's kernels at other sizes than theirs."
+    parser = argparse.ArgumentParser(PROGRAM, description="Measure the attention kernels with other tile sizes.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line per candidate to this file")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no candidate after this time")
+    parser.add_argument(
+        "--resources", action="store_true", help="only compile for sm_90 and print each candidate's resources"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file that every candidate is added to, a line each")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no candidate is begun")
-    parser.add_argument("--resources", action="store_true", help="only compile for sm_90 and print what candidates use")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tokens", type=int, help="in one row of one key head and its queries, instead of the models'")
+    parser.add_argument(
+        "--tokens", type=int, help="measure one row of so many tokens, with one key head and its query heads"
+    )
     return parser.parse_args(arguments)
 
 
 def _usage_error(options: argparse.Namespace) -> str:
-    """Why nothing can be done; empty if it can."""
+    """Why the options cannot be honoured; empty if they can."""
     if options.tokens is not None and options.tokens < 1:
-        return f"--tokens {options.tokens}: at least 1"
+        return f"--tokens {options.tokens}: must be at least 1"
     if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
-        return f"--json {options.json}: a file in a folder that exists"
+        return f"--json {options.json}: must be a file in a folder that exists"
     if options.resources:
-        interpreting = "--resources: TRITON_INTERPRET is set, so that nothing would be compiled; unset it"
+        interpreting = "--resources: TRITON_INTERPRET is set, so nothing would be compiled; unset it"
         return interpreting if triton.knobs.runtime.interpret else ""
     if options.device == "cuda":
         return "" if torch.cuda.is_available() else NO_GPU
+    is_interpreting = triton.knobs.runtime.interpret
     return (
-        ""
-        if triton.knobs.runtime.interpret
-        else "--device cpu: set TRITON_INTERPRET=1, kernels run on a CPU in no other way"
+        "" if is_interpreting else "--device cpu: set TRITON_INTERPRET=1; kernels run on a CPU only in the interpreter"
     )
 
 
 def _shrink_shape(shape: AttentionShape, tokens: int) -> AttentionShape:
-    """For the interpreter, which takes a second for what a GPU does in a microsecond, and multiplies no bf16."""
+    """Shrink a shape for the interpreter, which is a million times slower than a GPU and cannot multiply bf16."""
     heads = shape.num_heads // shape.num_kv_heads
     return replace(shape, tokens=tokens, batch_size=1, num_heads=heads, num_kv_heads=1, dtype=torch.float32)
 
@@ -205,23 +206,21 @@ def _sweep_cases(shapes: dict[str, AttentionShape]) -> list[SweepCase]:
 
 
 def _compile_result(future: "Future[dict[str, int]]", deadline: float) -> tuple[dict[str, int], str]:
-    """What was found, or the reason why nothing was."""
+    """Return the resources, or the reason why there are none."""
     try:
         return future.result(None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())), ""
     except TimeoutError:
-        return {}, "not compiled: time was over"
+        return {}, "not compiled: out of time"
     except BrokenProcessPool:
-        # Another variant may have ended the process. Whoever launches this one compiles it then, and hears why it fails.
+        # Another variant may have killed the process. The launch of this one compiles it again and reports why it fails.
         return {}, ""
-    # Of any kind: a compiler raises what it likes, and a variant that fails is one line.
+    # The compiler may raise anything; a variant that fails is one line.
     except Exception as reason:
         return {}, f"not compiled: {one_line_reason(reason)}"
 
 
 def _kernel_inputs(shape: AttentionShape, device: torch.device) -> KernelInputs:
-    """Those of the benchmark, and with them the results of the kernels' own sizes."""
-    from tandem.kernels.attention import alibi_slopes
-
+    """The inputs of the benchmark, and the results of the kernels' own sizes on them."""
     if device.type == "meta":
 
         def empty(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
@@ -238,25 +237,18 @@ def _kernel_inputs(shape: AttentionShape, device: torch.device) -> KernelInputs:
         return KernelInputs(query, query, key, key, (shape.attention_scale, slopes, begin), out, lse, lse)
     example = seeded_example(ATTENTION.make_example, shape, device)
     query, key, value = (tensor.detach() for tensor in example.inputs)
-    slopes = alibi_slopes(shape.num_heads).to(device) if shape.has_alibi else None
-    values = KernelInputs(
-        example.out_gradients[0],
-        query,
-        key,
-        value,
-        (shape.attention_scale, slopes, document_starts(shape, device)),
-        *[query] * 3,
-    )
+    settings = shape.attention_scale, slopes_of(shape, device), document_starts(shape, device)
+    values = KernelInputs(example.out_gradients[0], query, key, value, settings, *[query] * 3)
     out, lse = run_kernel("forward", values, candidate_configs("forward", shape)[0][1])
     values = replace(values, out=out, lse=lse)
     return replace(values, delta=run_kernel("queries", values, candidate_configs("queries", shape)[0][1])[1])
 
 
 def _input_sets(values: KernelInputs) -> list[KernelInputs]:
-    """The same values in memory of their own, together larger than the L2 cache."""
+    """Copies of the values that together exceed the L2 cache."""
     tensors = {name: tensor for name, tensor in vars(values).items() if isinstance(tensor, Tensor)}
     copies = num_input_sets(tensors.values()) - 1
-    # With its strides: tokens are outermost in `out`.
+    # clone() keeps strides: tokens are outermost in `out`.
     return [values] + [
         KernelInputs(settings=values.settings, **{name: x.clone() for name, x in tensors.items()})
         for _ in range(copies)
@@ -268,7 +260,7 @@ def _measure_shape(
 ) -> None:  # fmt: skip
     try:
         sets = _input_sets(_kernel_inputs(shape, device)) if time.monotonic() < deadline else []
-        reason = "not measured: time was over"
+        reason = "not measured: out of time"
     except Exception as failure:
         sets, reason = [], f"not measured: the kernels' own sizes fail here: {one_line_reason(failure)}"
     for kernel in dict.fromkeys(case.kernel for case in cases):
@@ -288,13 +280,13 @@ def _measure_kernel(
     running = []
     for case in cases:
         if time.monotonic() >= deadline:
-            case.note = case.note or "not measured: time was over"
+            case.note = case.note or "not measured: out of time"
         if case.note:
             continue
         try:
             found = [*run_kernel(case.kernel, sets[0], case.tile_config)]
             check_agreement(expected, found)
-        # Of any kind: a variant that fails is one line.
+        # A variant may raise anything; one that fails is one line.
         except Exception as reason:
             case.note = f"not measured: {one_line_reason(reason)}"
             continue
@@ -306,17 +298,12 @@ def _measure_kernel(
             case.note = "not measured: nothing to compare its results with"
         return
     flops = ATTENTION.forward_work(shape, shape.dtype.itemsize).flops * NUM_MATMULS[cases[0].kernel] / 2
-    for case, times in zip(
-        running, time_interleaved([_timed_turn(case, sets, device) for case in running], device), strict=True
-    ):
+    found_times = time_interleaved([_timed_turn(case, sets, device) for case in running], device)
+    for case, times in zip(running, found_times, strict=True):
         if not times:
             continue
         timing = times[""]
-        case.time_p20_us, case.time_p50_us, case.time_p80_us = (
-            timing.p20_us,
-            timing.p50_us,
-            timing.p80_us,
-        )
+        case.time_p20_us, case.time_p50_us, case.time_p80_us = timing.p20_us, timing.p50_us, timing.p80_us
         case.num_repetitions, case.executed_tflops_per_second = timing.num_repetitions, flops / timing.p50_us / 1e6
     measured = [case for case in running if case.time_p50_us is not None]
     if measured:
@@ -339,7 +326,7 @@ def _median_us(case: SweepCase) -> float:
 
 
 def _report_cases(cases: list[SweepCase], file: Path | None, device: str) -> None:
-    """A line for each, with a star for the best and "own" for the kernel's own sizes."""
+    """Print a line for each case, with a star for the best and "own" for the kernel's own sizes."""
     for case in cases:
         resource_numbers = case.registers, case.spilled_bytes, case.shared_bytes, case.programs_per_multiprocessor
         timing_numbers = case.time_p20_us, case.time_p50_us, case.time_p80_us, case.executed_tflops_per_second
@@ -358,7 +345,7 @@ def _report_cases(cases: list[SweepCase], file: Path | None, device: str) -> Non
 
 
 def _report_best(cases: list[SweepCase], shapes: dict[str, AttentionShape]) -> None:
-    """For every kernel and shape the best beside its own sizes; for both directions the rate by the products counted there."""
+    """Print the best candidate of every kernel and shape next to its own sizes, and the rates of both directions."""
     print("best of each")
     for name, shape in shapes.items():
         of_shape = [case for case in cases if case.shape == name]

@@ -1,8 +1,8 @@
-"""Kernels compiled for a Hopper GPU that need not be there, by the launchers that would launch them.
+"""Compile kernels for a Hopper GPU without one, through the launchers that would launch them.
 
-Triton asks its driver what to compile for, loads what was compiled and launches it. The driver here says "sm_90", notes what
-it is given to load and launches nothing, so a launcher called with tensors on the meta device compiles just what it would
-run at those shapes. Triton must not be interpreting.
+Triton asks its driver for the target, loads what it has compiled and launches it. The driver here answers "sm_90", records what
+it is given to load and launches nothing. A launcher called with tensors on the meta device therefore compiles exactly what it
+would run at those shapes. Triton must not be interpreting.
 """
 
 import re
@@ -20,14 +20,12 @@ from triton.backends.nvidia.driver import ty_to_cpp
 from triton.runtime.driver import driver
 
 SM_90_SHARED_BYTES = 232_448
-"""Of one block at most. Source: CUDA C++ programming guide, technical specifications, compute capability 9.0."""
+"""The limit of one block. Source: CUDA C++ programming guide, technical specifications, compute capability 9.0."""
 SM_90_MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What a kernel asks of a multiprocessor."""
-
     name: str
     registers: int
     """Per thread."""
@@ -39,9 +37,9 @@ class CompiledKernel:
 
 @contextmanager
 def compile_for_sm90() -> Iterator[list[CompiledKernel]]:
-    """Within the block launches compile for sm_90 and run nothing; the list names each kernel as it is compiled.
+    """Make launches within the block compile for sm_90 and run nothing; yield the list of kernels, which grows as they compile.
 
-    Raises: RuntimeError where Triton interprets.
+    Raises: RuntimeError if Triton interprets.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled")
@@ -55,14 +53,14 @@ def compile_for_sm90() -> Iterator[list[CompiledKernel]]:
 
 
 class _CompileOnlyDriver:
-    """As much of triton.backends.driver.DriverBase as a launch touches; triton 3.6 to 3.7."""
+    """The part of triton.backends.driver.DriverBase that a launch uses; triton 3.6 to 3.7."""
 
     def __init__(self) -> None:
         self.compiled_kernels: list[CompiledKernel] = []
         self.utils = self
 
     def get_current_device(self) -> int:
-        # Of no real device, or launches on that one would find what was compiled here, and launch nothing.
+        # No real device: launches on one would otherwise find the kernels compiled here, which launch nothing.
         return -1
 
     def get_current_stream(self, device: int) -> int:
@@ -93,7 +91,7 @@ class _CompileOnlyDriver:
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory of each thread."""
+    """Registers and bytes of local memory per thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -1,4 +1,4 @@
-"""Rivals on the meta device, where Triton compiles and nothing runs: a process of its own."""
+"""Rivals on the meta device, where Triton compiles and nothing runs. Needs a process in which Triton does not interpret."""
 
 import json
 import sys
@@ -7,14 +7,14 @@ import torch
 
 from tandem.kernels.bench.compare import seeded_example
 from tandem.kernels.bench.operation import Rival
-from tandem.kernels.bench.ops import OPERATIONS
-from tandem.kernels.device.offline_compile import compile_for_sm90
+from tests.rivals.kernels.offline_compile import compile_for_sm90
+from tests.rivals.kernels.ops import OPERATIONS
 
 
 def print_rival_shapes() -> None:
-    """Prints a line for each rival named in the arguments behind a number of tokens, at each operation that has it.
+    """Print a line for each rival named in the arguments, after a number of tokens, at each operation that has it.
 
-    Without the losses, whose rivals read values on the host; Triton's interpreter runs those.
+    The losses are left out: their rivals read values on the host, and Triton's interpreter can run them.
     """
     tokens, *names = sys.argv[1:]
     for op in OPERATIONS.values():
@@ -24,7 +24,7 @@ def print_rival_shapes() -> None:
 
 
 def _rival_shapes(op, rival: Rival, tokens: int) -> dict:
-    """Of results and gradients, as found and as the example has them; and how many kernels were compiled."""
+    """Shapes of results and gradients, as found and as expected, and the number of compiled kernels."""
     shape = op.shapes[0].with_tokens(tokens)
     example = seeded_example(rival.make_example or op.make_example, shape, torch.device("cpu"))
     inputs = [x.detach().to("meta").requires_grad_(x.requires_grad) for x in example.inputs]
