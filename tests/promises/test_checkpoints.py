@@ -207,12 +207,12 @@ def test_verify_names_a_flipped_bit_a_short_file_and_a_changed_manifest(copy, ca
     assert code == 1
     file = data_file(flipped).name
     assert [each["damage"] for each in said["checkpoints"]] == [
-        [f"{file} has other contents than were saved"],
+        [f"{file} has changed since it was saved"],
         [f"{file} is missing or has another size"],
         ["manifest.json is not the one that was committed"],
     ]
     lines = words(capsys, "verify", copy).splitlines()
-    assert lines[0] == f"{flipped}: damaged: {file} has other contents than were saved"
+    assert lines[0] == f"{flipped}: damaged: {file} has changed since it was saved"
 
 
 def test_verify_names_all_the_files_with_other_contents(root, tmp_path, capsys):
@@ -418,7 +418,7 @@ def test_other_shapes_and_names_are_a_difference_and_no_crash(root, tmp_path, co
         ("diff {root}/one@5 {root}/one", ["{root}/one@5: 5; {root}/one has kept checkpoints of steps 4, 8, 12"]),
         ("diff {root}/one@last {root}/one", ["{root}/one@last: no such folder"]),
         ("diff {root}/one {torn}", ["{torn}: no committed checkpoint there"]),
-        ("diff {root}/one {flipped}", ["{flipped}: is damaged", "has other contents", "name another checkpoint"]),
+        ("diff {root}/one {flipped}", ["{flipped}: is damaged", "has changed", "name another checkpoint"]),
         ("diff {root}/one", ["checkpoint diff: ", "B", "--help"]),
         ("show {root}/one", ["checkpoint: ", "'show'", "verify", "--help"]),
     ],

@@ -393,5 +393,5 @@ def test_a_run_needs_no_corpus_to_be_exported_and_one_without_tokenizer_tells_wh
 def test_a_step_that_was_not_kept_is_refused(world, runs, tmp_path, capsys):
     run = Path(runs["stablelm", 1].run.root) / "stablelm-tp1"
     assert main(["export-hf", str(run), str(tmp_path / "out"), "--step", "7"]) == 2
-    assert f"--step: 7; {run} has kept checkpoints of steps 1; name one of them" in capsys.readouterr().err
+    assert f"--step: 7; {run} has checkpoints of steps 1; name one of them" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

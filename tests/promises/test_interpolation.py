@@ -151,7 +151,11 @@ def test_a_folder_with_a_mistaken_interpolation_is_not_imported(scaling, message
 @pytest.mark.parametrize(
     ("variant", "given", "message"),
     [
-        ("stablelm_12b", "factor=4.0", "--alibi-scaling: factor=4.0; the weights are of stablelm, without ALiBi"),
+        (
+            "stablelm_12b",
+            "factor=4.0",
+            "--alibi-scaling: factor=4.0; these weights are of stablelm, which has no ALiBi",
+        ),
         ("btlm_mup", "factor=1", "--alibi-scaling.factor: 1.0; must be a number above 1"),
         ("btlm_mup", "train_seq_len=8.5", "--alibi-scaling.train_seq_len: 8.5 is float; must be int"),
         ("btlm_mup", "train_seq_len", "--alibi-scaling.train_seq_len: '' is str; must be int"),

@@ -152,10 +152,10 @@ def test_whoever_edits_the_mixture_of_the_phase_a_run_is_in_is_told_which_two_ph
     schedule = config("btlm", corpus, root, 1).schedule
     short, long = schedule.phases
     edited = dataclasses.replace(long, mixture={"corpus": 0.5, "other": 0.5})
-    message = r"schedule.phases\[1\].mixture: .* two phases, 'long' as it was with tokens: 512, "
+    message = r"schedule.phases\[1\].mixture: .* two phases: 'long' as before with tokens: 512, "
     with pytest.raises(UserError, match=message) as said:
         check_past_phases(Timeline(dataclasses.replace(schedule, phases=[short, edited])), snapshot)
-    assert str(said.value).endswith("one of another name with tokens: 1024")
+    assert str(said.value).endswith("a phase of another name with tokens: 1024")
     assert "\n" not in str(said.value)
     two = [dataclasses.replace(long, tokens=512), dataclasses.replace(edited, name="edited", tokens=1024)]
     followed = Timeline(dataclasses.replace(schedule, phases=[short, *two]))
@@ -176,8 +176,8 @@ def test_a_torn_or_damaged_checkpoint_is_passed_over_with_its_name(root, tmp_pat
     found = open_newest(folder)
     assert found is not None
     assert found.step == 4
-    assert f"{names[1]} is damaged ({file.name} has other contents" in caplog.text
-    with pytest.raises(UserError, match="has other contents"):
+    assert f"{names[1]} is damaged ({file.name} has changed" in caplog.text
+    with pytest.raises(UserError, match="has changed"):
         open_checkpoint(folder / names[1])
 
 

@@ -1,1 +1,1 @@
-"""State of a run in global names and offsets: written by all ranks, committed by a marker, read back at any tp and dp."""
+"""Checkpoints: state saved under global names and offsets, committed by a marker, readable at any tp and dp."""

@@ -1,9 +1,8 @@
-"""From what a run begins: which weights and which checkpoint may go on under a config, and which may not.
+"""Which checkpoints a config may resume from or take weights from.
 
-The one idea: a run keeps its model, its corpora and its past; what lies ahead may change.
+A run's model, its corpora and the steps it has made are fixed. The rest of its schedule may change.
 """
 
-import logging
 from collections.abc import Collection
 
 from tandem.trainer.checkpoint.read import Checkpoint
@@ -13,80 +12,65 @@ from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.loader import Loader
 from tandem.trainer.data.manifest import check_fingerprints
 
-log = logging.getLogger(__name__)
+REMEDY = "restore the value or choose another run.name"
 
 
 def check_resumable(config: TrainConfig, checkpoint: Checkpoint, loader: Loader) -> None:
-    """Raises UserError unless the checkpoint is of this model and these corpora."""
-    remedy = "a run keeps its model; restore the value or choose another run.name"
-    check_same_model(config, checkpoint, f"checkpoint {checkpoint.folder}", remedy)
+    """Raises: UserError if the checkpoint has another model, other corpora, or past steps that the schedule changes."""
+    check_same_model(config, checkpoint, f"checkpoint {checkpoint.folder}", f"a run keeps its model; {REMEDY}")
     check_fingerprints(checkpoint.manifest["fingerprints"], loader.fingerprints)
     check_past_phases(Timeline(config.schedule), checkpoint)
     for field, saved in checkpoint.manifest["shuffle_settings"].items():
         if loader.shuffle_settings[field] != saved:
             raise UserError(
-                f"{field}: {loader.shuffle_settings[field]} but the run was saved with {saved}; it fixes the "
-                f"order of the data; "
-                "restore the value or choose another run.name"
+                f"{field}: {loader.shuffle_settings[field]} but the run was saved with {saved}; it determines the order of the "
+                f"data; {REMEDY}"
             )
 
 
 def check_past_phases(timeline: Timeline, checkpoint: Checkpoint) -> None:
-    """Raises UserError when the schedule gives the steps already made another shape; what lies ahead may change.
+    """Raises: UserError if the schedule changes the steps already made.
 
-    Of a phase that the run is in, it says which two phases let the rest of it change.
+    If the changed phase is still running, the message names the two phases to write instead, so that only its rest changes.
     """
     first_step = 0
-    for index, saved_phase in enumerate(checkpoint.manifest["phases"]):
+    for index, saved in enumerate(checkpoint.manifest["phases"]):
         if first_step >= checkpoint.step:
             return
-        end_step = first_step + saved_phase["tokens"] // (saved_phase["global_batch_size"] * saved_phase["seq_len"])
+        tokens_per_step = saved["global_batch_size"] * saved["seq_len"]
+        end_step = first_step + saved["tokens"] // tokens_per_step
         key = f"schedule.phases[{index}]"
         if index >= len(timeline.phase_spans):
-            raise UserError(f"{key}: missing; the run has made steps of phase {saved_phase['name']!r}; restore it")
+            raise UserError(f"{key}: missing; the run has already made steps of phase {saved['name']!r}; restore it")
         span = timeline.phase_spans[index]
-        changed = [
-            name
-            for name in ("seq_len", "global_batch_size", "mixture")
-            if getattr(span.phase, name) != saved_phase[name]
-        ]
+        phase = span.phase
+        fields = ("seq_len", "global_batch_size", "mixture")
+        changed = [name for name in fields if getattr(phase, name) != saved[name]]
         if min(span.end_step, checkpoint.step) != min(end_step, checkpoint.step):
             changed.append("tokens")
         if changed:
-            remedy = "restore the value or choose another run.name"
+            remedy = REMEDY
             if checkpoint.step < end_step:
-                done_tokens = (checkpoint.step - first_step) * saved_phase["global_batch_size"] * saved_phase["seq_len"]
-                remaining_tokens = (
-                    max(1, round((span.phase.tokens - done_tokens) / span.phase.tokens_per_step))
-                    * span.phase.tokens_per_step
-                )
+                done_tokens = (checkpoint.step - first_step) * tokens_per_step
+                remaining_steps = max(1, round((phase.tokens - done_tokens) / phase.tokens_per_step))
                 remedy = (
-                    f"to change the rest of it write two phases, {saved_phase['name']!r} as it was with tokens: "
-                    f"{done_tokens}, and after "
-                    f"it one of another name with tokens: {remaining_tokens}"
+                    f"to change its remaining steps, write two phases: {saved['name']!r} as before with tokens: {done_tokens}, "
+                    f"then a phase of another name with tokens: {remaining_steps * phase.tokens_per_step}"
                 )
             raise UserError(
-                f"{key}.{changed[0]}: {getattr(span.phase, changed[0])} but the run made its steps with "
-                f"{saved_phase[changed[0]]}; the past of a run is fixed; {remedy}"
+                f"{key}.{changed[0]}: {getattr(phase, changed[0])} but the run made its steps with {saved[changed[0]]}; "
+                f"past steps are fixed; {remedy}"
             )
         first_step = end_step
 
 
 def check_same_model(
-    config: TrainConfig,
-    checkpoint: Checkpoint,
-    checkpoint_label: str,
-    remedy: str,
-    *,
-    ignored_fields: Collection[str] = (),
+    config: TrainConfig, checkpoint: Checkpoint, label: str, remedy: str, *, ignored_fields: Collection[str] = ()
 ) -> None:
-    """Raises UserError for the first field of model or mup, but the `ignored_fields` ones, that differs from the saved one."""
-    saved, requested = checkpoint.manifest, model_metadata(config.model, config.mup)
+    """Raises: UserError for the first field of model or mup that differs from the saved one, except `ignored_fields`."""
+    requested = model_metadata(config.model, config.mup)
     for section in ("model", "mup"):
-        requested_fields, saved_fields = requested[section] or {}, saved[section] or {}
-        for name in sorted((requested_fields.keys() | saved_fields.keys()) - set(ignored_fields)):
-            if requested_fields.get(name) != saved_fields.get(name):
-                raise UserError(
-                    f"{section}.{name}: {requested_fields.get(name)} but the {checkpoint_label} has "
-                    f"{saved_fields.get(name)}; {remedy}"
-                )
+        now, saved = requested[section] or {}, checkpoint.manifest[section] or {}
+        for name in sorted((now.keys() | saved.keys()) - set(ignored_fields)):
+            if now.get(name) != saved.get(name):
+                raise UserError(f"{section}.{name}: {now.get(name)} but the {label} has {saved.get(name)}; {remedy}")

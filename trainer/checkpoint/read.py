@@ -1,4 +1,7 @@
-"""Reading: true global tensors by name, whatever layout wrote them, and a run put back to where one was saved."""
+"""Read checkpoints: global tensors by name from any tp and dp layout, and the state of a run into an engine.
+
+A *box* is one tensor-parallel rank's share of the padded global tensor; a *flat range* is a contiguous range of its elements.
+"""
 
 import logging
 import math
@@ -30,9 +33,9 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoint:
-    """One committed checkpoint, opened lazily: tensors are read when asked for.
+    """One committed checkpoint, opened lazily: each call reads only the tensors it needs.
 
-    Raises: UserError for a checkpoint of a version with other names.
+    Raises: UserError if the checkpoint has another format version.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,8 +43,8 @@ class Checkpoint:
         self.manifest = read_manifest(folder)
         if (found := self.manifest.get("format")) != FORMAT_VERSION:
             raise UserError(
-                f"{folder}: checkpoint format {found}; this version reads {FORMAT_VERSION}, and there is no converter; use the "
-                "version that wrote it, begin a run of another run.name, or make an import again with tandem import-hf"
+                f"{folder}: checkpoint format {found}; this version reads {FORMAT_VERSION} and cannot convert; use the version "
+                "that wrote it, start a run with another run.name, or repeat the import with tandem import-hf"
             )
         self._fragments_by_name: dict[str, list[dict[str, Any]]] = {}
         for fragment in self.manifest["fragments"]:
@@ -57,17 +60,17 @@ class Checkpoint:
         return list(self._fragments_by_name)
 
     def has_state(self, kind: str) -> bool:
-        """Whether every tensor was saved with this kind of state."""
+        """Whether this kind of state was saved for every tensor."""
         return all(kind in fragment["kinds"] for fragment in self.manifest["fragments"])
 
     def read_weight(self, name: str) -> Tensor:
-        """The true global fp32 weights of `name`."""
+        """Return the unpadded global fp32 weights of `name`."""
         return self.read_tensor("master", name)
 
     def read_tensor(self, kind: str, name: str) -> Tensor:
-        """The true global fp32 tensor of one kind of state (master, exp_avg, exp_avg_sq) of `name`.
+        """Return the unpadded global fp32 tensor of one kind of state (master, exp_avg, exp_avg_sq).
 
-        Memory: the tensor and, where the divided dim is not the first, one rank's box.
+        Memory: the tensor and, unless the first dim is the sharded one, one rank's box.
         """
         shard, _ = self._saved_sharding(name)
         found = torch.empty(shard.global_shape)
@@ -81,8 +84,10 @@ class Checkpoint:
     def read_local(
         self, target: Tensor, kind: str, name: str, sharding: TensorSharding, tp_rank: int, tp_size: int, start: int
     ) -> None:
-        """`target`, flat, is the run from element `start` on of a rank's box in a layout of `tp_size` that cuts the tensor as
-        `sharding` says; zeros where that has padding. Of the files little more is read than the run.
+        """Fill the flat `target` with the range of a rank's box that begins at element `start`, with zeros for padding.
+
+        The box is that of `tp_rank` under `sharding` and `tp_size`, which may differ from the saved layout. Reads little more
+        than the range from the files.
         """
         saved, _ = self._saved_sharding(name)
         assert (saved.global_shape, saved.sharded_dim) == (sharding.global_shape, sharding.sharded_dim), (
@@ -91,39 +96,37 @@ class Checkpoint:
         if sharding.sharded_dim is None:
             self._read_flat(target, kind, name, 0, start)
             return
-        share, inner = (
-            sharding.local_shape(tp_size)[sharding.sharded_dim],
-            math.prod(sharding.global_shape[sharding.sharded_dim + 1 :]),
-        )
+        share = sharding.local_shape(tp_size)[sharding.sharded_dim]
+        inner = math.prod(sharding.global_shape[sharding.sharded_dim + 1 :])
         row, end = share * inner, start + target.numel()
         first, last = start // row, (end - 1) // row
         low, high = 0, share
-        if first == last:  # of one row only the places that the run meets are read
+        if first == last:  # within one row, read only the indices that the range covers
             low, high = (start - first * row) // inner, -(-(end - first * row) // inner)
         read = torch.zeros(last - first + 1, high - low, inner)
         self._read_sharded_slice(read, kind, name, first, tp_rank * share + low)
         target.copy_(read.view(-1).narrow(0, start - first * row - low * inner, target.numel()))
 
     def model_configs(self) -> tuple[StableLMConfig | BTLMConfig, MupConfig | None]:
-        """The model and its parametrisation as they were saved."""
-        tree = self.manifest["model"]
+        """Return the saved model and muP sections."""
+        tree, mup = self.manifest["model"], self.manifest["mup"]
         model = parse_dataclass(MODEL_CONFIGS[tree["family"]], tree, "model")
-        mup = self.manifest["mup"]
         return model, parse_dataclass(MupConfig, mup, "mup") if mup else None
 
     def close(self) -> None:
-        """The files are let go; they would else stay mapped, and their space in use after they are removed."""
+        """Unmap the files; otherwise they would keep using disk space after they are removed."""
         self._files.clear()
 
     def _saved_sharding(self, name: str) -> tuple[TensorSharding, int]:
-        """How the tensor was cut when it was saved, and over how many ranks."""
+        """Return the sharding of the saved tensor and the number of its boxes."""
         place = self._fragments_by_name[name][0]["sharding"]
         shard = TensorSharding(tuple(place["shape"]), place["dim"], place["padded_size"])
         return shard, self.manifest["tp_size"] if shard.sharded_dim is not None else 1
 
     def _read_sharded_slice(self, read: Tensor, kind: str, name: str, first_row: int, first_index: int) -> None:
-        """`read_tensor`, [rows, places, inner], holds what was saved from that row and that place of the divided dim on,
-        true places only: its last ones may be padding, and are left alone.
+        """Fill `read`, [rows, indices, inner], from `first_row` and from `first_index` of the sharded dim on.
+
+        Indices past the unpadded size are not written.
         """
         saved, tp_size = self._saved_sharding(name)
         assert saved.sharded_dim is not None
@@ -136,15 +139,15 @@ class Checkpoint:
             low = next_index - tp_rank * share
             if len(read) == 1:
                 self._read_flat(target.view(-1), kind, name, tp_rank, (first_row * share + low) * inner)
-            else:  # the rows of a box lie one after the other: all places of the first to the last are a run
+            else:  # the rows of a box are adjacent, so whole rows are one flat range
                 full_rows = torch.empty(len(read), share, inner)
                 self._read_flat(full_rows.view(-1), kind, name, tp_rank, first_row * share * inner)
                 target.copy_(full_rows.narrow(1, low, stop - next_index))
-                del full_rows  # before the next is made
+                del full_rows  # free it before the next allocation
             next_index = stop
 
     def _read_flat(self, target: Tensor, kind: str, name: str, tp_rank: int, start: int) -> None:
-        """`target` is the run from element `start` on of a saved box."""
+        """Fill `target` with the range of a saved box that begins at element `start`."""
         end, read = start + target.numel(), 0
         for fragment in self._fragments_by_name[name]:
             low, high = max(start, fragment["start"]), min(end, fragment["start"] + fragment["numel"])
@@ -162,58 +165,59 @@ class Checkpoint:
 
 
 def open_newest(root: Path, mesh: Mesh | None = None) -> Checkpoint | None:
-    """The newest committed checkpoint below `root` that is whole; damaged ones are named in a warning and passed over.
+    """Open the newest undamaged committed checkpoint in `root`, or return None; warn about each damaged one.
 
-    With a mesh all ranks call this together, share the hashing and come to one answer.
+    With a mesh, all ranks must call this; they share the hashing and get the same answer.
 
-    Raises: UserError when there are committed checkpoints and none is whole.
+    Raises: UserError if all committed checkpoints are damaged.
     """
     folders = broadcast_from_rank_0(list_committed(root)) if mesh else list_committed(root)
     for folder in reversed(folders):
-        damage_found = _find_damage_on_all_ranks(folder, mesh) if mesh else find_damage(folder)
-        if damage_found is None:
+        damage = _find_damage(folder, mesh)
+        if damage is None:
             return Checkpoint(folder)
         if mesh is None or mesh.rank == 0:
-            log.warning("%s is damaged (%s); trying the one before", folder, damage_found)
+            log.warning("%s is damaged (%s); trying the previous checkpoint", folder, damage)
     if folders:
         raise UserError(
-            f"{root}: none of its {len(folders)} checkpoints is whole; a run continues from a whole one or starts anew; "
-            "move the folder away or choose another run.name"
+            f"{root}: all {len(folders)} checkpoints are damaged; a run needs an undamaged one to continue; move the folder "
+            "away or choose another run.name"
         )
     return None
 
 
-def _find_damage_on_all_ranks(folder: Path, mesh: Mesh) -> str | None:
+def _find_damage(folder: Path, mesh: Mesh | None) -> str | None:
+    if mesh is None:
+        return find_damage(folder)
     files = list_data_files(folder)[mesh.rank :: mesh.world_size]
     return next((found for found in all_gather_objects(find_damage(folder, files)) if found), None)
 
 
 def open_checkpoint(folder: Path, mesh: Mesh | None = None) -> Checkpoint:
-    """The newest whole checkpoint of a run folder, an import's folder, or a checkpoint folder itself.
+    """Open a checkpoint folder, or the newest undamaged checkpoint of a run folder or an import's folder.
 
-    With a mesh all ranks call this together and share the hashing.
+    With a mesh, all ranks must call this; they share the hashing.
 
-    Raises: UserError when there is none.
+    Raises: UserError if there is none.
     """
     roots = [folder / "checkpoints", folder]
     checkpoint = next((found for root in roots if (found := open_newest(root, mesh))), None)
-    if checkpoint is None and (folder / COMMIT_MARKER).is_file():
-        damage_found = _find_damage_on_all_ranks(folder, mesh) if mesh else find_damage(folder)
-        if damage_found:
-            raise UserError(f"{folder}: is damaged ({damage_found}); name another checkpoint or the run's folder")
-        checkpoint = Checkpoint(folder)
-    if checkpoint is None:
+    if checkpoint:
+        return checkpoint
+    if not (folder / COMMIT_MARKER).is_file():
         raise UserError(
-            f"{folder}: no committed checkpoint there; give a run folder that has saved one, or an import's folder"
+            f"{folder}: no committed checkpoint there; name a run folder that has one, or an import's folder"
         )
-    return checkpoint
+    if damage := _find_damage(folder, mesh):
+        raise UserError(f"{folder}: is damaged ({damage}); name another checkpoint or the run's folder")
+    return Checkpoint(folder)
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, read_tensor: Callable[[str], Tensor], mesh: Mesh) -> None:
-    """Every parameter holds its rank's part of the tensor of its name.
+    """Load this rank's shard of every parameter from `read_tensor(name)`.
 
-    Of each tensor one replica reads or draws, in turn, and hands it to the others: a cluster reads a model once.
+    The replicas take turns: one calls `read_tensor` and broadcasts to the others, so a cluster reads the model once.
     """
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if index % mesh.dp_size == mesh.dp_rank:
@@ -223,7 +227,7 @@ def load_weights(model: nn.Module, read_tensor: Callable[[str], Tensor], mesh: M
 
 @torch.no_grad()
 def restore_state(engine: Engine, checkpoint: Checkpoint, mesh: Mesh) -> None:
-    """Weights, masters, moments and the number of updates are the saved ones; learning rates and decay stay the config's."""
+    """Restore weights, masters, moments and the number of updates; learning rates and decay stay those of the config."""
     for index, (name, parameter) in enumerate(engine.model.named_parameters()):
         if index % mesh.dp_size == mesh.dp_rank:
             box = torch.empty(parameter.numel())
@@ -240,9 +244,9 @@ def restore_state(engine: Engine, checkpoint: Checkpoint, mesh: Mesh) -> None:
 
 @torch.no_grad()
 def load_master_weights(engine: Engine, read_tensor: Callable[[str], Tensor], mesh: Mesh) -> None:
-    """`load_weights` for a model in training: this rank's fp32 masters hold the tensors unrounded.
+    """Load weights like `load_weights`, and also load the fp32 masters, unrounded.
 
-    Each tensor is read or drawn once, by one replica. Memory on the device: one rank's part of the largest, in fp32.
+    Memory on the device: one rank's shard of the largest tensor, in fp32.
     """
     fragments = {fragment.name: fragment for fragment in engine.optimizer_fragments()}
     for index, (name, parameter) in enumerate(engine.model.named_parameters()):

@@ -1,7 +1,7 @@
-"""A safetensors file, written one tensor at a time; reading is the library's.
+"""Write a safetensors file one tensor at a time. Reading uses the safetensors library.
 
-The library writes a file from all of its tensors at once. The format does not ask for that: eight bytes of length and a JSON
-table of names, dtypes and shapes, all known beforehand, then the tensors' bytes in the order of the table, without holes.
+The library needs all tensors of a file in memory to write it. The format does not require that. It is: eight bytes of header
+length, a JSON header with names, dtypes and shapes, then the bytes of the tensors in the header's order, without gaps.
 """
 
 import json
@@ -21,7 +21,7 @@ CHUNK_BYTES = 1 << 24
 
 
 class TensorSpec(NamedTuple):
-    """What the table says of a tensor."""
+    """A tensor's entry in the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -38,15 +38,17 @@ def write_safetensors(
     *,
     on_chunk: Callable[[memoryview], object] = lambda chunk: None,
 ) -> int:
-    """The new file holds `tensors`, named and described by `specs` in the same order, and is synced; returns its size in bytes.
+    """Write `tensors` to a new file, sync it, and return its size in bytes. `specs` has their names, in the same order.
 
-    Each tensor is asked for when the one before has been written and let go. `on_chunk` is shown every byte, in order: the
-    `update` of a hash.
-    Note: wider dtypes come first, so that every tensor is aligned.
+    Takes each tensor from the iterable after the previous one is written and released. Calls `on_chunk` with all bytes in order
+    (the `update` of a hash, for example).
+    Note: wider dtypes must come first, so that every tensor is aligned.
     """
-    assert sys.byteorder == "little", "the format is little-endian, and bytes are written as they lie in memory"
+    assert sys.byteorder == "little", "the format is little-endian, and bytes are written in memory order"
     tensor_iterator = iter(tensors)
-    with open(path, "xb") as file:  # a process that was long asleep must not write into what others have made since
+    with open(
+        path, "xb"
+    ) as file:  # fails if the file exists: a process that was suspended must not overwrite newer files
         _write_chunks(file, memoryview(_header(specs)), on_chunk)
         for name, spec in specs.items():
             _write_chunks(file, _tensor_bytes(name, spec, next(tensor_iterator)), on_chunk)
@@ -57,7 +59,7 @@ def write_safetensors(
 
 
 def group_by_bytes(items: Iterable[T], num_bytes: Callable[[T], int], max_bytes: int) -> list[list[T]]:
-    """The items in order, in runs of at most `max_bytes` bytes; a larger item is alone."""
+    """Split the items, in order, into groups of at most `max_bytes` bytes. A larger item forms its own group."""
     groups: list[list[T]] = [[]]
     group_bytes = 0
     for item in items:
@@ -79,7 +81,7 @@ def _header(specs: Mapping[str, TensorSpec]) -> bytes:
         assert start % spec.dtype.itemsize == 0, f"{name} would not be aligned"
         header[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
     header_bytes = json.dumps(header, separators=(",", ":")).encode()
-    header_bytes += b" " * (-len(header_bytes) % 8)  # the data begins on eight bytes
+    header_bytes += b" " * (-len(header_bytes) % 8)  # the data starts at a multiple of eight bytes
     return len(header_bytes).to_bytes(8, "little") + header_bytes
 
 

@@ -1,4 +1,4 @@
-"""Weights from wherever a user points: a run folder, an import's folder, a checkpoint, or a Hugging Face folder."""
+"""Open weights for a command: from a run folder, an import's folder, a checkpoint, or a Hugging Face folder."""
 
 import argparse
 from collections.abc import Callable
@@ -33,21 +33,21 @@ class WeightSource:
     model: StableLMConfig | BTLMConfig
     mup: MupConfig | None
     read_tensor: Callable[[str], Tensor]
-    """Name -> true global tensor."""
+    """Name -> unpadded global tensor."""
     tokenizer_file: Path | None
-    """tokenizer.json, where one is known."""
+    """tokenizer.json; None if there is none."""
     eos_token: str
-    """What ends a document."""
+    """The token at the end of a document."""
     max_seq_len: int | None
-    """Longest row it was trained on, where that is known."""
+    """Longest row the model was trained on; None if unknown."""
     missing_tokenizer_file: Path | None = None
-    """Where a run keeps it, if it is not there."""
+    """The path where a run's tokenizer.json should be, if it is missing."""
 
 
 def open_weight_source(path: Path, step: int | None = None) -> WeightSource:
-    """What lies at `path`, of a run the checkpoint of `step` or the newest, opened lazily.
+    """Open the weights at `path` lazily; for a run, those of `step` (default: the newest checkpoint).
 
-    Raises: UserError when nothing there can be read.
+    Raises: UserError if there are none.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; name a run folder or a Hugging Face folder")
@@ -61,7 +61,7 @@ def open_weight_source(path: Path, step: int | None = None) -> WeightSource:
 
 
 def load_model(weight_source: WeightSource, mesh: Mesh, dtype: torch.dtype | None = None) -> models.Decoder:
-    """The model with the source's weights, by default in fp32 on a CPU and bf16 on a GPU."""
+    """Build the model and load its weights. The default dtype is fp32 on a CPU and bf16 on a GPU."""
     dtype = dtype or (torch.bfloat16 if mesh.device.type == "cuda" else torch.float32)
     with mesh.device:
         model = models.build_model(weight_source.model, weight_source.mup, mesh, dtype=dtype)
@@ -70,24 +70,24 @@ def load_model(weight_source: WeightSource, mesh: Mesh, dtype: torch.dtype | Non
 
 
 def add_alibi_scaling_argument(parser: argparse.ArgumentParser) -> None:
-    """The option that `override_alibi_scaling` understands."""
+    """Add the option that `override_alibi_scaling` parses."""
     parser.add_argument(
         "--alibi-scaling", metavar="KEY=NUMBER",
-        help="interpolate positions (BTLM): factor=4.0 for all rows, train_seq_len=8192 for rows longer than that, or none; "
-        "default: as the model was trained",
+        help="position interpolation (BTLM): factor=4.0 for all rows, train_seq_len=8192 for rows longer than that, or none; "
+        "default: as in training",
     )  # fmt: skip
 
 
 def override_alibi_scaling(weight_source: WeightSource, option: str | None) -> WeightSource:
-    """The source with another position interpolation, which no weight depends on.
+    """Return the source with the position interpolation of `option`; the weights do not depend on it.
 
-    Raises: UserError where it says nothing valid, or the family has no ALiBi.
+    Raises: UserError if the option is not valid or the model has no ALiBi.
     """
     if option is None:
         return weight_source
     if not isinstance(weight_source.model, BTLMConfig):
         raise UserError(
-            f"--alibi-scaling: {option}; the weights are of {weight_source.model.family}, without ALiBi; leave it out"
+            f"--alibi-scaling: {option}; these weights are of {weight_source.model.family}, which has no ALiBi; omit the option"
         )
     scaling = None
     if option != "none":
@@ -103,15 +103,12 @@ def _from_checkpoint(path: Path) -> WeightSource:
     run_folder = checkpoint.folder.absolute().parent
     if run_folder.name == "checkpoints":
         run_folder = run_folder.parent
-    metadata = checkpoint.manifest
-    tokenizer, max_seq_len, missing_tokenizer_file = run_folder / TOKENIZER_FILE, metadata.get("max_seq_len"), None
+    metadata, tokenizer, missing_tokenizer = checkpoint.manifest, _existing_file(run_folder / TOKENIZER_FILE), None
+    max_seq_len, eos_token = metadata.get("max_seq_len"), metadata.get("eos_token") or DEFAULT_EOS_TOKEN
     if "phases" in metadata:  # a run, not an import
         max_seq_len = max(phase["seq_len"] for phase in metadata["phases"])
-        missing_tokenizer_file = None if tokenizer.is_file() else tokenizer
-    eos_token = metadata.get("eos_token") or DEFAULT_EOS_TOKEN
-    return WeightSource(
-        model, mup, checkpoint.read_weight, _existing_file(tokenizer), eos_token, max_seq_len, missing_tokenizer_file
-    )
+        missing_tokenizer = None if tokenizer else run_folder / TOKENIZER_FILE
+    return WeightSource(model, mup, checkpoint.read_weight, tokenizer, eos_token, max_seq_len, missing_tokenizer)
 
 
 def _find_step_folder(path: Path, step: int) -> Path:
@@ -120,7 +117,7 @@ def _find_step_folder(path: Path, step: int) -> Path:
     if (folder / COMMIT_MARKER).is_file():
         return folder
     kept = ", ".join(str(int(found.name.removeprefix("step-"))) for found in list_committed(root)) or "none"
-    raise UserError(f"--step: {step}; {path} has kept checkpoints of steps {kept}; name one of them")
+    raise UserError(f"--step: {step}; {path} has checkpoints of steps {kept}; name one of them")
 
 
 def _existing_file(path: Path) -> Path | None:

@@ -1,7 +1,7 @@
-"""What is on disk of a save: every rank writes the fragments it owns, one commits the table of all.
+"""Write checkpoints to disk: every rank writes the fragments it owns, and one commits the manifest of all files.
 
-Order is the whole point: data files are synced before the manifest names them, the manifest before the marker vouches for
-it, and only then are older checkpoints removed. A kill anywhere leaves the last committed folder as it was.
+The order makes a save safe: first the data files are synced, then the manifest, then the commit marker, and only then are older
+checkpoints removed. A kill at any point leaves the last committed checkpoint intact.
 """
 
 import dataclasses
@@ -39,18 +39,18 @@ from tandem.trainer.distributed.sharding import TensorSharding
 
 log = logging.getLogger(__name__)
 RankFragments = list[tuple[dict[str, Any], list[Tensor]]]
-"""Entries of the table of fragments, each with its tensors in the order of its kinds."""
+"""Manifest entries of fragments, each with its tensors in the order of its kinds."""
 WrittenFile = dict[str, Any]
-"""What a rank has written: its file, size and hash, and the entries in it."""
+"""A data file: its name, its size and hash, and its manifest entries."""
 MAX_IMPORT_FILE_BYTES = 1_000_000_000
-"""Largest file of an import: the ranks of a run share the hashing of them, file by file."""
+"""Largest file of an import. The ranks of a run share the hashing file by file, so there must be several."""
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder, empty, and remove what earlier saves beside it left without committing it.
+    """Create an empty folder for a save, and remove the uncommitted folders of earlier saves beside it.
 
-    A kill leaves such folders, and so does a save that fails while the disk takes no removals. They would take the room of
-    every save to come. Raises: OSError, but not if only what an earlier save left cannot be removed.
+    A killed save leaves such a folder, as does a failed save on a disk that allows no removals. They would use up disk space.
+    Raises: OSError, but not for an earlier save's folder that cannot be removed.
     """
     for torn in list_checkpoints(folder.parent):
         if torn != folder and not (torn / COMMIT_MARKER).exists() and not (torn / REJECTED_MARKER).exists():
@@ -65,30 +65,25 @@ def prepare_folder(folder: Path) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """The folder is gone. Raises: OSError; what is left does not count as a checkpoint, unless nothing could be removed."""
-    # The marker goes first, so that a kill in the middle leaves no folder that looks whole.
+    """Remove a checkpoint folder. Raises: OSError."""
+    # The marker is removed first, so that an interrupted removal leaves no folder that counts as committed.
     (folder / COMMIT_MARKER).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
 def write_rank_file(folder: Path, rank: int, fragments: RankFragments) -> WrittenFile:
-    """The rank's file holds its share of the state and is on disk."""
+    """Write the rank's file, if it owns any fragments, and sync it."""
     specs = {_entry_key(entry, kind): _flat_spec(entry["numel"]) for entry, _ in fragments for kind in entry["kinds"]}
     tensors = (tensor for _, kinds in fragments for tensor in kinds)
-    file = rank_file_name(rank)
-    file_info = _write_file(folder / file, specs, tensors) if specs else None
-    return {"file": file, "file_info": file_info, "entries": [entry for entry, _ in fragments]}
+    return _write_file(folder, rank, specs, tensors, [entry for entry, _ in fragments])
 
 
 def save_imported_weights(
-    root: Path,
-    read_tensor: Callable[[str], Tensor],
-    shapes: dict[str, tuple[int, ...]],
-    *,
-    metadata: dict[str, Any],
+    root: Path, read_tensor: Callable[[str], Tensor], shapes: dict[str, tuple[int, ...]], *, metadata: dict[str, Any]
 ) -> int:
-    """A committed checkpoint of step 0 with weights only, read one tensor at a time: what an import leaves behind. Returns its
-    size in bytes.
+    """Write an import: a committed checkpoint of step 0 with weights only. Return its size in bytes.
+
+    Reads one tensor at a time.
     """
     folder = root / step_folder_name(0)
     folder.mkdir(parents=True)
@@ -97,31 +92,29 @@ def save_imported_weights(
         for name, shape in shapes.items()
     ]
     written_files: list[WrittenFile] = []
-    for index, file_entries in enumerate(
-        safetensors_writer.group_by_bytes(entries, _master_bytes, MAX_IMPORT_FILE_BYTES)
-    ):
+    groups = safetensors_writer.group_by_bytes(
+        entries, lambda entry: _flat_spec(entry["numel"]).num_bytes, MAX_IMPORT_FILE_BYTES
+    )
+    for index, file_entries in enumerate(groups):
         specs = {_entry_key(entry, "master"): _flat_spec(entry["numel"]) for entry in file_entries}
         tensors = (read_tensor(entry["name"]).float().reshape(-1) for entry in file_entries)
-        file = rank_file_name(index)
-        written_files.append(
-            {"file": file, "file_info": _write_file(folder / file, specs, tensors), "entries": file_entries}
-        )
+        written_files.append(_write_file(folder, index, specs, tensors, file_entries))
     commit(folder, written_files, {"step": 0, "tp_size": 1, "dp_size": 1, **metadata})
     return total_bytes(written_files)
 
 
 def total_bytes(written_files: Iterable[WrittenFile]) -> int:
-    """Size of all files of a checkpoint."""
+    """Return the total size of the files."""
     return sum(table["file_info"]["bytes"] for table in written_files if table["file_info"])
 
 
 def model_metadata(model: StableLMConfig | BTLMConfig, mup: MupConfig | None) -> dict[str, Any]:
-    """What a reader needs to build the model again."""
+    """Return the manifest's sections `model` and `mup`, from which a reader rebuilds the model."""
     return {"model": dataclasses.asdict(model), "mup": dataclasses.asdict(mup) if mup else None}
 
 
 def rank_fragments(engine: Engine, mesh: Mesh) -> RankFragments:
-    """What this rank saves, as it is at this moment on the device."""
+    """List the fragments that this rank saves. The tensors are views of the live state on the device."""
     parameters = dict(engine.model.named_parameters())
     if engine.has_full_optimizer_state() and mesh.dp_rank:
         return []
@@ -129,7 +122,7 @@ def rank_fragments(engine: Engine, mesh: Mesh) -> RankFragments:
     for fragment in engine.optimizer_fragments():
         shard = sharding_of(parameters[fragment.name])
         if shard.sharded_dim is None and mesh.tp_rank:
-            continue  # replicated over tensor-parallel ranks: the first one saves it
+            continue  # replicated over tensor-parallel ranks; the first one saves it
         kinds = {"master": fragment.master, **fragment.moments}
         numel = fragment.master.numel()
         entry = _fragment_entry(fragment.name, shard, mesh.tp_rank, fragment.start, numel, list(kinds))
@@ -148,22 +141,22 @@ def _entry_key(entry: dict[str, Any], kind: str) -> str:
     return fragment_key(kind, entry["name"], entry["start"])
 
 
-def _master_bytes(entry: dict[str, Any]) -> int:
-    return _flat_spec(entry["numel"]).num_bytes
-
-
 def _flat_spec(numel: int) -> TensorSpec:
     return TensorSpec(torch.float32, (numel,))
 
 
-def _write_file(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[Tensor]) -> dict[str, Any]:
-    digest = sha256()
-    size = safetensors_writer.write_safetensors(path, specs, tensors, on_chunk=digest.update)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+def _write_file(
+    folder: Path, index: int, specs: Mapping[str, TensorSpec], tensors: Iterable[Tensor], entries: list[dict[str, Any]]
+) -> WrittenFile:
+    file, info, digest = rank_file_name(index), None, sha256()
+    if specs:
+        size = safetensors_writer.write_safetensors(folder / file, specs, tensors, on_chunk=digest.update)
+        info = {"bytes": size, "sha256": digest.hexdigest()}
+    return {"file": file, "file_info": info, "entries": entries}
 
 
 def commit(folder: Path, written_files: Iterable[WrittenFile], metadata: dict[str, Any]) -> None:
-    """The folder counts: what all ranks have written into it is one checkpoint."""
+    """Commit the folder: write the manifest of all ranks' files, then the commit marker."""
     files = {table["file"]: table["file_info"] for table in written_files if table["file_info"]}
     fragments = [{**entry, "file": table["file"]} for table in written_files for entry in table["entries"]]
     text = json.dumps({"format": FORMAT_VERSION, **metadata, "files": files, "fragments": fragments})
@@ -174,8 +167,10 @@ def commit(folder: Path, written_files: Iterable[WrittenFile], metadata: dict[st
 
 
 def reject_later(chosen: Path) -> None:
-    """Checkpoints later than the one that a run goes on from are damaged: they do not count any longer, whole ones are not
-    removed for their sake, and a person may look at them until the run gets there.
+    """Mark the checkpoints after `chosen`, which are damaged, as rejected.
+
+    They no longer count, so pruning does not remove good checkpoints to keep them. They stay on disk for inspection until the
+    run passes their step.
     """
     for folder in list_checkpoints(chosen.parent):
         if folder > chosen and (folder / COMMIT_MARKER).is_file():
@@ -187,9 +182,7 @@ def reject_later(chosen: Path) -> None:
 
 
 def prune(newest: Path, keep_last: int) -> None:
-    """Up to `newest`, just committed or gone on from, `keep_last` committed folders are left (0: all of them) and nothing
-    else.
-    """
+    """Remove all checkpoint folders up to `newest`, except the last `keep_last` committed ones (0: all committed ones)."""
     folders = [folder for folder in list_checkpoints(newest.parent) if folder <= newest]
     kept = [folder for folder in folders if (folder / COMMIT_MARKER).is_file()][-keep_last:]
     for folder in folders:
