@@ -1,8 +1,8 @@
-"""A run that does not move is ended, with one sentence that says who did not arrive.
+"""End a run that hangs, and report which rank did not arrive.
 
-The one idea: all ranks of a step hang together, so each notices by its own clock and leaves a report in the run folder, which
-all hosts share. When every rank that gives a sign has waited for its limit, each reads all reports and comes to the same
-verdict. No network is needed, which may be what hangs. `hangs/step-00000012/` keeps reports, stacks and the verdict.
+If the main thread of a rank stays in one phase for longer than the limit, the rank writes a report to `hangs/step-00000012/` in
+the run folder, which all hosts share. Once every rank that responds has reached its limit, each rank reads all reports and
+computes the same verdict; all exit with REQUEUE_EXIT_CODE. This uses only the file system, because the network may be down.
 """
 
 import faulthandler
@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from tandem.trainer.config import RANK_WAIT_TIMEOUT_SECONDS, UserError
 from tandem.trainer.config import WatchdogConfig as Settings
@@ -31,49 +32,50 @@ from tandem.trainer.distributed.watchdog.verdict import peer_states, verdict
 from tandem.trainer.runtime import REQUEUE_EXIT_CODE
 
 __all__ = [
-    "HANGS_FOLDER",
-    "HangReport",
-    "RankProcess",
-    "Watchdog",
-    "current_process",
-    "is_connection_lost",
-    "newest_verdict",
-    "verdict",
-]
+    "HANGS_FOLDER", "HangReport", "RankProcess", "Watchdog",
+    "current_process", "is_connection_lost", "newest_verdict", "verdict",
+]  # fmt: skip
 
 HANGS_FOLDER = "hangs"
 VERDICT_FILE = "verdict.txt"
 POLL_SECONDS = 0.25
 SUSPENDED_SECONDS = 5.0
-"""A tick that comes so late says that this process was stopped: no time in which the others did not move."""
+"""If a poll is this late, this process was suspended. That time is not counted, because other ranks may have made progress."""
 MEDIAN_WINDOW_STEPS = 32
 TIMEOUT_MEDIANS = 10
 MIN_TIMEOUT_SECONDS = 60.0
 REPORT_FRACTION = 0.8
-"""Reports are left at this share of the limit: ranks are up to a step apart, and no living one may be missing at the end."""
+"""Ranks write a first report at this fraction of the limit: they are up to a step apart, and every live rank must have one."""
 DATA_TIMEOUT_SECONDS = RANK_WAIT_TIMEOUT_SECONDS + 60
-"""A slow store has its own patience, which ends in a message of its own (`data.cache`)."""
+"""Limit while waiting for data. A slow remote store has its own, shorter limit (`data.cache`) and its own error."""
 DISK_PHASES = ("save", "rollback", "end")
-"""In these a disk or a server is waited for, which is no hang for as long as a start may take."""
+"""Phases that wait for a disk or a server. They may take as long as a start."""
 GONE_PEER_TIMEOUT_SECONDS = 30.0
-"""So long a rank waits on in the store once it sees that another of its machine is gone."""
+"""Limit for a wait in the store after another rank of this machine is seen to be gone."""
 REPORT_WAIT_SECONDS = 10.0
 EXIT_DEADLINE_SECONDS = 25.0
-"""So long after the limit the process ends even where the file system hangs as well."""
+"""Time after the limit at which the process exits even if the file system hangs too."""
 CONNECTION_LOST_PATTERN = re.compile(
     r"gloo/transport|Connection (closed|reset|refused|was likely closed)|Broken pipe|Socket (closed|Timeout)"
     r"|nccl(Remote|System)Error|[Tt]imed? ?out|aborted"
 )
-"""What torch says when a peer has gone or does not answer."""
+"""torch's errors if a peer is gone or does not answer."""
 
 log = logging.getLogger(__name__)
 
 
-class Watchdog:
-    """Within the block a run that does not move is ended with REQUEUE_EXIT_CODE, on all ranks, with a verdict on record.
+class _Phase(NamedTuple):
+    name: str
+    step: int
+    index: int
+    """Number of phases entered before it."""
 
-    So is one that has lost the connection to a rank: the block then raises SystemExit. A rank that fails by itself leaves a
-    report for the others, and its error goes on up.
+
+class Watchdog:
+    """Ends a run that hangs inside the `with` block: all ranks exit with REQUEUE_EXIT_CODE and leave a verdict.
+
+    If this rank loses the connection to another one, the block raises SystemExit with the same code. If this rank fails with an
+    error, it leaves a report for the others, and the error propagates.
     """
 
     def __init__(
@@ -88,55 +90,42 @@ class Watchdog:
         data_timeout_seconds: float = DATA_TIMEOUT_SECONDS,
     ) -> None:
         self._settings, self._processes, self._rank, self._collectives = settings, processes, rank, collectives
-        self._hangs_folder, self._data_timeout_seconds, self._flight_record = (
-            folder / HANGS_FOLDER,
-            data_timeout_seconds,
-            flight_record,
-        )
+        self._hangs_folder, self._flight_record = folder / HANGS_FOLDER, flight_record
+        self._data_timeout_seconds = data_timeout_seconds
+        machine_id = processes[rank].machine_id
         self._local_peers = [
-            (other, process)
-            for other, process in enumerate(processes)
-            if other != rank and process.machine_id == processes[rank].machine_id
-        ]
-        self._current_phase, self._waits_in_store, self._gone_peer_timeout_seconds = ("start", 0, 0), False, inf
+            (other, process) for other, process in enumerate(processes) if other != rank and process.machine_id == machine_id
+        ]  # fmt: skip
+        self._phase, self._waits_in_store, self._gone_peer_timeout_seconds = _Phase("start", 0, 0), False, inf
         self._recent_step_seconds: deque[float] = deque(maxlen=MEDIAN_WINDOW_STEPS)
         self._timeout_seconds = settings.start_timeout_seconds or inf
         self._waited_seconds = 0.0
         self._report_file: Path | None = None
-        self._exit_deadline = (self._current_phase, inf)
-        self._stop, self._exited, self._lock, self._timed_out = (
-            threading.Event(),
-            threading.Event(),
-            threading.Lock(),
-            False,
-        )
+        self._exit_deadline = (self._phase, inf)
+        self._stop, self._exited = threading.Event(), threading.Event()
+        self._lock, self._timed_out = threading.Lock(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def enter_phase(self, phase: str, step: int | None = None) -> None:
-        """The main thread enters a phase of the work on step number `step`, None: the last one named. All ranks enter the same
-        phases in one order.
-        """
-        self._current_phase = (phase, self._current_phase[1] if step is None else step, self._current_phase[2] + 1)
+        """Record that the main thread enters a phase of `step` (None: the same step). All ranks must enter the same phases."""
+        self._phase = _Phase(phase, self._phase.step if step is None else step, self._phase.index + 1)
 
     def use_start_timeout(self) -> None:
-        """The next step may take as long as a first one: kernels are compiled for rows of another shape."""
+        """Allow the next step as much time as the first: kernels are compiled for rows of another shape."""
         self._timeout_seconds = max(self._timeout_seconds, self._settings.start_timeout_seconds or inf)
 
     def finish_step(self, step_seconds: float) -> None:
-        """A step is made, and took so long."""
+        """Record the duration of a finished step, and set the limit for the next."""
         self._recent_step_seconds.append(step_seconds)
         if self._settings.step_timeout_seconds is None:
-            self._timeout_seconds = max(
-                MIN_TIMEOUT_SECONDS, TIMEOUT_MEDIANS * statistics.median(self._recent_step_seconds)
-            )
+            median_seconds = statistics.median(self._recent_step_seconds)
+            self._timeout_seconds = max(MIN_TIMEOUT_SECONDS, TIMEOUT_MEDIANS * median_seconds)
         else:
             self._timeout_seconds = self._settings.step_timeout_seconds or inf
 
     @contextmanager
     def store_wait(self) -> Iterator[None]:
-        """Within the block this rank has done its part and waits for all others through the store: there, unlike in a
-        connection, nobody hears that one has gone.
-        """
+        """Mark a wait for the other ranks through the store, which, unlike a connection, does not fail if a rank is gone."""
         self._waits_in_store = True
         try:
             yield
@@ -156,10 +145,8 @@ class Watchdog:
             self._stop.set()
             timed_out = self._timed_out
         if not is_lost:
-            self.enter_phase(*self._current_phase[:2])  # a verdict in the making is void: this rank got out
-        elif (
-            timed_out
-        ):  # another rank's end has thrown this one out of its collective; the thread is about to end it too
+            self.enter_phase(self._phase.name)  # cancels a verdict in progress: this rank is not stuck
+        elif timed_out:  # another rank's exit broke this one's collective; the thread is about to end the process too
             self._thread.join(EXIT_DEADLINE_SECONDS)
         self._thread.join(SUSPENDED_SECONDS)
         if is_lost and error:
@@ -172,22 +159,22 @@ class Watchdog:
         self._exited.set()
 
     def _watch(self) -> None:
-        current_phase, phase_seconds, since_start, last_poll = self._current_phase, 0.0, 0.0, time.monotonic()
+        phase, phase_seconds, since_start, last_poll = self._phase, 0.0, 0.0, time.monotonic()
         while not self._stop.wait(POLL_SECONDS):
             gap, last_poll = time.monotonic() - last_poll, time.monotonic()
             awake_seconds = gap if gap < SUSPENDED_SECONDS else POLL_SECONDS
-            if self._current_phase is not current_phase:
+            if self._phase is not phase:
                 self._remove_report()
-                current_phase, phase_seconds = self._current_phase, 0.0
+                phase, phase_seconds = self._phase, 0.0
             phase_seconds, since_start = phase_seconds + awake_seconds, since_start + awake_seconds
             self._waited_seconds = phase_seconds if self._recent_step_seconds else since_start
             if not (self._waits_in_store and any(process_state(process) == "gone" for _, process in self._local_peers)):
                 self._gone_peer_timeout_seconds = inf
             elif self._gone_peer_timeout_seconds == inf:
                 self._gone_peer_timeout_seconds = round(self._waited_seconds + GONE_PEER_TIMEOUT_SECONDS, 1)
-            timeout_seconds = self._phase_timeout_seconds(current_phase[0])
+            timeout_seconds = self._phase_timeout_seconds(phase.name)
             if self._waited_seconds >= timeout_seconds:
-                self._end_on_timeout(current_phase)
+                self._end_on_timeout(phase)
             elif self._waited_seconds >= REPORT_FRACTION * self._timeout_seconds and not self._report_file:
                 self._set_exit_deadline(timeout_seconds - self._waited_seconds + EXIT_DEADLINE_SECONDS)
                 self._write_report(timed_out=False)
@@ -198,8 +185,8 @@ class Watchdog:
             return min(timeout_seconds, self._gone_peer_timeout_seconds) if timeout_seconds < inf else inf
         return max(self._timeout_seconds, self._data_timeout_seconds) if phase == "data" else self._timeout_seconds
 
-    def _end_on_timeout(self, current_phase: tuple[str, int, int]) -> None:
-        """Ends the process once all who give a sign have waited for their limit; returns if the main thread moves first."""
+    def _end_on_timeout(self, phase: _Phase) -> None:
+        """End the process once all ranks that respond have reached their limits; return if the main thread moves first."""
         with self._lock:
             if self._stop.is_set():
                 return
@@ -209,24 +196,20 @@ class Watchdog:
         report_cache: reporting.ReportCache = {}
         report_deadlines: dict[int, float] = {}
         quiet_since = time.monotonic()
-        while self._current_phase is current_phase:
-            all_reports, current_time = (
-                reporting.read_reports(self._hangs_folder, self._processes, report_cache),
-                time.monotonic(),
-            )
+        while self._phase is phase:
+            all_reports = reporting.read_reports(self._hangs_folder, self._processes, report_cache)
+            current_time = time.monotonic()
             reports = {}
             for rank, report in all_reports.items():
-                remaining_seconds = report.timeout_seconds - report.waited_seconds + REPORT_WAIT_SECONDS
-                if report.timed_out or current_time < report_deadlines.setdefault(
-                    rank, current_time + remaining_seconds
-                ):
+                deadline = current_time + report.timeout_seconds - report.waited_seconds + REPORT_WAIT_SECONDS
+                if report.timed_out or current_time < report_deadlines.setdefault(rank, deadline):
                     reports[rank] = report
             if not all(report.timed_out for report in reports.values()):
                 quiet_since = current_time
                 self._set_exit_deadline(EXIT_DEADLINE_SECONDS)
             elif self._all_ranks_known(reports) or current_time - quiet_since > REPORT_WAIT_SECONDS:
                 self._write_verdict(reports)
-                if self._rank in reports:  # else it is the file system that keeps silent
+                if self._rank in reports:  # otherwise the file system hangs, and the peers may be well
                     self._kill_silent_peers(reports)
                 sys.stderr.flush()
                 os._exit(REQUEUE_EXIT_CODE)
@@ -234,9 +217,9 @@ class Watchdog:
         self._timed_out = False
 
     def _end_on_lost_connection(self, error: BaseException) -> None:
-        """Raises SystemExit once the verdict is on record."""
+        """Write the verdict, then raise SystemExit."""
         self._set_exit_deadline(EXIT_DEADLINE_SECONDS)
-        time.sleep(2 * POLL_SECONDS)  # the kernel closes a dying process's connections a moment before it is gone
+        time.sleep(2 * POLL_SECONDS)  # the kernel closes a dying process's connections shortly before it is gone
         self._write_report(timed_out=True, connection_error=_format_error(error), error=error)
         start_time, reports = time.monotonic(), dict[int, HangReport]()
         report_cache: reporting.ReportCache = {}
@@ -244,7 +227,7 @@ class Watchdog:
             time.sleep(POLL_SECONDS)
             reports = reporting.read_reports(self._hangs_folder, self._processes, report_cache)
         self._write_verdict(reports)
-        self._set_exit_deadline(EXIT_DEADLINE_SECONDS)  # what tears groups down may wait for the lost rank once more
+        self._set_exit_deadline(EXIT_DEADLINE_SECONDS)  # destroying the groups may wait for the lost rank again
         raise SystemExit(REQUEUE_EXIT_CODE) from error
 
     def _write_report(
@@ -255,40 +238,23 @@ class Watchdog:
         crash_error: str | None = None,
         error: BaseException | None = None,
     ) -> None:
-        """This rank's report and stacks lie in the run folder, if it can be written to."""
+        """Write this rank's report and stacks to the run folder; warn if that fails."""
         frames = reporting.thread_frames()
         location, stacks = reporting.format_location(next(iter(frames.values()))), reporting.format_stacks(frames)
         if error:
-            last, number = list(traceback.walk_tb(error.__traceback__))[-1]
-            location, stacks = (
-                reporting.format_location(last, number),
-                "".join(traceback.format_exception(error)) + "\n" + stacks,
-            )
-        (phase, step, num_phases), timeout_seconds = (
-            self._current_phase,
-            self._phase_timeout_seconds(self._current_phase[0]),
-        )
+            location = reporting.format_location(*list(traceback.walk_tb(error.__traceback__))[-1])
+            stacks = "".join(traceback.format_exception(error)) + "\n" + stacks
+        phase, num_collectives = self._phase, self._collectives()
         collective, group_name = reporting.find_collective(frames)
-        num_collectives = self._collectives()
-        local_peer_states = {str(rank): process_state(process) for rank, process in self._local_peers}
         report = HangReport(
-            self._rank,
-            self._processes[self._rank],
-            phase,
-            step,
-            num_phases,
-            round(self._waited_seconds, 1),
-            timeout_seconds,
-            timed_out,
-            location,
-            collective,
-            group_name or next(iter(num_collectives), None),
-            num_collectives,
-            local_peer_states,
-            connection_error,
-            crash_error,
-        )
-        self._report_file = reporting.report_path(self._hangs_folder, step, self._rank)
+            rank=self._rank, process=self._processes[self._rank], phase=phase.name, step=phase.step, num_phases=phase.index,
+            waited_seconds=round(self._waited_seconds, 1), timeout_seconds=self._phase_timeout_seconds(phase.name),
+            timed_out=timed_out, location=location, collective=collective,
+            group_name=group_name or next(iter(num_collectives), None), num_collectives=num_collectives,
+            local_peer_states={str(rank): process_state(process) for rank, process in self._local_peers},
+            connection_error=connection_error, crash_error=crash_error,
+        )  # fmt: skip
+        self._report_file = reporting.report_path(self._hangs_folder, phase.step, self._rank)
         try:
             reporting.write_report(self._report_file, report, stacks, self._flight_record())
         except OSError as refused:
@@ -301,21 +267,17 @@ class Watchdog:
             self._report_file = None
 
     def _all_ranks_known(self, reports: dict[int, HangReport]) -> bool:
-        """Each rank has left a report or is known, on its host, to be unable to; or one has said why it crashed."""
-        states_by_rank = peer_states(reports) | {rank: process_state(process) for rank, process in self._local_peers}
-        silent_ranks = {rank for rank, found in states_by_rank.items() if found in ("gone", "stopped")}
-        return any(report.crash_error for report in reports.values()) or len(silent_ranks | set(reports)) == len(
-            self._processes
-        )
+        """Whether a rank has reported a crash, or every rank has a report or is known on its host to be unable to write one."""
+        states = peer_states(reports) | {rank: process_state(process) for rank, process in self._local_peers}
+        silent_ranks = {rank for rank, state in states.items() if state in ("gone", "stopped")}
+        has_crash = any(report.crash_error for report in reports.values())
+        return has_crash or len(silent_ranks | set(reports)) == len(self._processes)
 
     def _write_verdict(self, reports: dict[int, HangReport]) -> None:
-        """The verdict is in the run folder, and logged once on each host."""
-        if not reports:  # the file system takes nothing
-            log.error(
-                "step %d: no progress or a connection was lost, and no report can be read in %s",
-                self._current_phase[1],
-                self._hangs_folder,
-            )
+        """Write the verdict to the run folder, once, and log it, once on each host."""
+        if not reports:  # the file system does not work
+            message = "step %d: no progress or a lost connection, and no reports can be read in %s"
+            log.error(message, self._phase.step, self._hangs_folder)
             return
         folder = reporting.step_folder(self._hangs_folder, min(report.step for report in reports.values()))
         words = verdict(reports, self._processes, folder)
@@ -335,23 +297,21 @@ class Watchdog:
                     os.kill(process.pid, signal.SIGKILL)
 
     def _set_exit_deadline(self, seconds: float) -> None:
-        """The process ends after `seconds`, unless the main thread moves or this is called again."""
-        self._exit_deadline = (self._current_phase, time.monotonic() + seconds)
+        """End the process after `seconds`, unless the main thread enters another phase or this is called again."""
+        self._exit_deadline = (self._phase, time.monotonic() + seconds)
 
     def _enforce_exit_deadline(self) -> None:
         armed, last_poll = False, time.monotonic()
         while not self._exited.wait(1):
             gap, last_poll = time.monotonic() - last_poll, time.monotonic()
-            deadline_phase, deadline = self._exit_deadline
-            if (
-                gap >= SUSPENDED_SECONDS and deadline < inf
-            ):  # the thread that is to tell the verdict has stood still as well
+            phase, deadline = self._exit_deadline
+            if gap >= SUSPENDED_SECONDS and deadline < inf:  # the thread that writes the verdict was suspended too
                 deadline += gap
-                self._exit_deadline = (deadline_phase, deadline)
-            if self._current_phase is deadline_phase and deadline < inf:
+                self._exit_deadline = (phase, deadline)
+            if self._phase is phase and deadline < inf:
                 if time.monotonic() > deadline:
                     os._exit(REQUEUE_EXIT_CODE)
-                # Ends it, with code 1, also where something holds the interpreter from here on.
+                # Exits with code 1, even if another thread never releases the interpreter lock.
                 faulthandler.dump_traceback_later(deadline - time.monotonic() + 4, exit=True, file=2)
                 armed = True
             elif armed:
@@ -362,18 +322,17 @@ class Watchdog:
 
 
 def is_connection_lost(error: BaseException) -> bool:
-    """Whether a rank has left, or did not answer, while this one was in a collective."""
+    """Whether the error means that another rank exited or did not answer while this one was in a collective."""
     if not isinstance(error, RuntimeError) or not CONNECTION_LOST_PATTERN.search(str(error)):
         return False
     in_collective = any(reporting.is_collective_frame(frame) for frame, _ in traceback.walk_tb(error.__traceback__))
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    return (
-        in_collective or "DistError" in kinds or "gloo/transport" in str(error)
-    )  # the last: one begun before, waited for
+    is_dist_error = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    # A wait for a collective that was started earlier has no frame of torch.distributed, only gloo's message.
+    return in_collective or is_dist_error or "gloo/transport" in str(error)
 
 
 def newest_verdict(folder: Path, since: float) -> str | None:
-    """The last verdict in a run folder, if it was written after the Unix time `since`."""
+    """Read the newest verdict in a run folder; None if it is older than the Unix time `since`."""
     found = [(path.stat().st_mtime, path) for path in (folder / HANGS_FOLDER).glob(f"step-*/{VERDICT_FILE}")]
     if not found or max(found)[0] < since:
         return None

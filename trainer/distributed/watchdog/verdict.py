@@ -1,7 +1,12 @@
-"""Who did not arrive, from the reports of all ranks: a pure function, so that every rank that reads them says the same.
+"""Determine from all reports which rank did not arrive. A pure function, so every rank reaches the same verdict.
 
-The one idea is an order of guilt. A rank that crashed or gives no sign explains all that others do; else the one that is behind
-in its phases; else, within a phase, the one that others wait for and that waits for nobody.
+The first of these that applies is the cause:
+
+1. a rank that crashed,
+2. a rank without a report,
+3. a rank in a later phase that skipped a collective in which the others wait,
+4. a rank in an earlier phase than the others,
+5. within one phase, a rank that others wait for and that waits for no other.
 """
 
 import statistics
@@ -15,22 +20,24 @@ MAX_LISTED_HOSTS = 4
 
 
 def verdict(reports: dict[int, HangReport], processes: list[RankProcess], folder: Path) -> str:
-    """One sentence: the step, the limit, who did not arrive, what the others wait in, where the stacks are."""
+    """Return one sentence: step, limit, missing rank, the others' collective, and the folder of the stacks."""
     culprit_ranks, words = _find_culprit(reports, processes)
     others = [report for rank, report in sorted(reports.items()) if rank not in culprit_ranks]
     step = max(report.step for report in others or reports.values())
-    limits = [
-        report.timeout_seconds for report in reports.values() if not (report.connection_error or report.crash_error)
-    ]
-    lost_connection = any(report.connection_error for report in reports.values()) or not limits
-    cause = "a connection was lost" if lost_connection else f"no progress for {min(limits):g} s"
+    hung = [report for report in reports.values() if not (report.connection_error or report.crash_error)]
+    lost_connection = any(report.connection_error for report in reports.values()) or not hung
+    cause = (
+        "a connection was lost"
+        if lost_connection
+        else f"no progress for {min(report.timeout_seconds for report in hung):g} s"
+    )
     waiting = _common_collective(others)
     while_waiting = f", while the others wait in {waiting}" if culprit_ranks and waiting else ""
     return f"step {step}: {cause}: {words}{while_waiting}; stacks: {folder}"
 
 
 def peer_states(reports: dict[int, HangReport]) -> dict[int, str]:
-    """What ranks say of others on their hosts."""
+    """Return the states of ranks as reported by other ranks of the same machine."""
     return {int(rank): state for report in reports.values() for rank, state in report.local_peer_states.items()}
 
 
@@ -49,51 +56,42 @@ def _format_hosts(ranks: Iterable[int], processes: list[RankProcess]) -> str:
 
 
 def _find_culprit(reports: dict[int, HangReport], processes: list[RankProcess]) -> tuple[list[int], str]:
-    """The ranks that did not arrive, none where all have; and what is known of them."""
+    """Return the ranks that did not arrive (none if all did), and a clause about them or about the network."""
     if crashed := [rank for rank, report in sorted(reports.items()) if report.crash_error]:
         return crashed, f"{format_ranks(crashed, processes)} crashed with {reports[crashed[0]].crash_error}"
     if silent := _find_silent_ranks(reports, processes):
         return silent
     min_phases = min(report.num_phases for report in reports.values())
     behind = {rank: report for rank, report in reports.items() if report.num_phases == min_phases}
-    if ranks_ahead := _find_ranks_past_collective(reports, behind):
-        return (
-            ranks_ahead,
-            f"{_format_subject(ranks_ahead, processes)} in {reports[ranks_ahead[0]].phase} and left out a collective",
-        )
-    late_ranks = _find_late_ranks(behind)
+    if ahead := _find_ranks_past_collective(reports, behind):
+        return ahead, f"{_format_subject(ahead, processes)} in {reports[ahead[0]].phase} and skipped a collective"
+    late = _find_late_ranks(behind)
     if len(behind) < len(reports):
-        return late_ranks or list(
-            behind
-        ), f"{_format_subject(late_ranks or behind, processes)} still in {next(iter(behind.values())).phase}"
-    if late_ranks:
-        first_report = behind[late_ranks[0]]
-        return (
-            late_ranks,
-            f"{_format_subject(late_ranks, processes)} in {first_report.collective or 'no collective'} "
-            f"({first_report.phase}, {first_report.location})",
-        )
+        late = late or list(behind)
+        return late, f"{_format_subject(late, processes)} still in {next(iter(behind.values())).phase}"
+    first = reports[late[0]] if late else next(iter(reports.values()))
+    place = f"{first.phase}, {first.location}"
+    if late:
+        return late, f"{_format_subject(late, processes)} in {first.collective or 'no collective'} ({place})"
     hosts = _format_hosts(range(len(processes)), processes)
     network = f"the network between {hosts}" if hosts.startswith("hosts ") else f"the connections on {hosts}"
     if connection_errors := [report.connection_error for report in reports.values() if report.connection_error]:
-        return [], f"all ranks are alive: {network}: {connection_errors[0]}"
-    first_report = next(iter(reports.values()))
+        return [], f"all ranks are alive: check {network} ({connection_errors[0]})"
     if len(processes) == 1:
-        return [], f"{format_ranks(reports, processes)} stays in {first_report.phase}, {first_report.location}"
-    waiting = _common_collective(list(reports.values()))
-    location = f"in {waiting}" if waiting else f"({first_report.phase}, {first_report.location})"
-    return [], f"all have arrived {location} and none got out: {network}"
+        return [], f"{format_ranks(reports, processes)} is still in {place}"
+    waiting = _common_collective(list(reports.values())) or place
+    return [], f"all ranks are stuck in {waiting}: check {network}"
 
 
 def _find_silent_ranks(reports: dict[int, HangReport], processes: list[RankProcess]) -> tuple[list[int], str] | None:
     descriptions = {
-        "gone": "gone: killed, or ended without a word",
+        "gone": "gone: killed, or exited without an error",
         "stopped": "silent: stopped by a signal",
-        "unknown": "silent: frozen, dead or cut off",
+        "unknown": "silent: frozen, dead or disconnected",
         "running": "silent: alive but frozen",
     }
     if any(report.connection_error for report in reports.values()):
-        del descriptions["running"]  # has not met the loss yet
+        del descriptions["running"]  # it has not noticed the lost connection yet
     states_by_rank = peer_states(reports)
     missing = [rank for rank in range(len(processes)) if rank not in reports]
     for state, words in descriptions.items():
@@ -103,7 +101,7 @@ def _find_silent_ranks(reports: dict[int, HangReport], processes: list[RankProce
 
 
 def _find_ranks_past_collective(reports: dict[int, HangReport], behind: dict[int, HangReport]) -> list[int]:
-    """Ranks that are ahead of those `behind`, who wait for them in a collective that they have not begun."""
+    """Find ranks in a later phase than `behind` that have not started a collective in which those wait."""
     awaited_collectives: dict[str, int] = {}
     for report in behind.values():
         for key in report.group_keys:
@@ -118,7 +116,7 @@ def _find_ranks_past_collective(reports: dict[int, HangReport], behind: dict[int
 
 
 def _find_late_ranks(reports: dict[int, HangReport]) -> list[int]:
-    """Ranks, of those in one phase, that others wait for and that wait for nobody."""
+    """Among ranks in one phase, find those that others wait for and that wait for no other."""
     counts_by_group: dict[str, list[int]] = {}
     for report in reports.values():
         for key, number in report.num_collectives.items():
@@ -134,14 +132,12 @@ def _find_late_ranks(reports: dict[int, HangReport]) -> list[int]:
 
 
 def _common_collective(reports: list[HangReport]) -> str:
-    """The collective that most of them stand in, with its number."""
-    collectives = [
-        f"{report.collective} {report.num_collectives[report.group_keys[0]]}"
-        if len(report.group_keys) == 1
-        else report.collective
-        for report in reports
-        if report.collective
-    ]
+    """Return the collective that most ranks are in, with its number; "" if there is none."""
+    collectives = []
+    for report in reports:
+        if report.collective:
+            number = f" {report.num_collectives[report.group_keys[0]]}" if len(report.group_keys) == 1 else ""
+            collectives.append(report.collective + number)
     return statistics.mode(collectives) if collectives else ""
 
 

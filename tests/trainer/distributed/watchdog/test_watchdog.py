@@ -1,4 +1,4 @@
-"""Runs that do not move are ended, with the right rank named; runs that do move are left alone."""
+"""The watchdog ends runs that hang and names the right rank; it does not disturb other runs."""
 
 import dataclasses
 import json
@@ -40,23 +40,16 @@ LIMIT_SECONDS = 3.0
 
 
 def train(folder, break_as, steps=5, start_seconds=20.0, data_seconds=0.0, sleep_seconds=0.0):
-    """A loop in the trainer's phases, of which rank 1 makes something else in BROKEN_STEP."""
+    """Run a loop with the trainer's phases. In BROKEN_STEP, rank 1 misbehaves as `break_as` describes."""
     rank, second = dist.get_rank(), dist.new_group()
     processes = [None] * dist.get_world_size()
     dist.all_gather_object(processes, current_process())
     settings = Settings(step_timeout_seconds=LIMIT_SECONDS, start_timeout_seconds=start_seconds)
-    watchdogs.REPORT_WAIT_SECONDS = (
-        3.0  # so that a rank which does not answer in time is soon seen to be taken for dead
-    )
+    watchdogs.REPORT_WAIT_SECONDS = 3.0  # a test of a rank that does not answer need not wait longer
     with Watchdog(
-        settings,
-        folder,
-        processes,
-        rank,
-        count_collectives,
-        flight_record=dump_flight_record,
-        data_timeout_seconds=data_seconds,
-    ) as watchdog:
+        settings, folder, processes, rank, count_collectives,
+        flight_record=dump_flight_record, data_timeout_seconds=data_seconds,
+    ) as watchdog:  # fmt: skip
         for step in range(1, steps + 1):
             broken = break_as if rank == 1 and step == BROKEN_STEP else ""
             watchdog.enter_phase("data", step)
@@ -81,7 +74,7 @@ def train(folder, break_as, steps=5, start_seconds=20.0, data_seconds=0.0, sleep
 
 
 def save(folder):
-    """Rank 0 waits in the store for rank 1's file, which never comes: that one is killed."""
+    """Rank 0 waits in the store for rank 1, which is killed."""
     rank, store = dist.get_rank(), create_shared_store("test")
     processes = [None] * dist.get_world_size()
     dist.all_gather_object(processes, current_process())
@@ -98,7 +91,7 @@ def save(folder):
 
 
 def failed(break_as, folder, **how) -> tuple[str, str, str]:
-    """Of a world that the watchdog has ended: how its ranks ended, the verdict, the name of its step's folder."""
+    """Run a world that the watchdog ends; return the ranks' failures, the verdict, and the name of the step's folder."""
     with pytest.raises(AssertionError) as failure:
         ranks.run(train, 3, folder, folder, break_as, *how.values())
     [file] = (folder / HANGS_FOLDER).glob("step-*/verdict.txt")
@@ -109,8 +102,17 @@ def ended_with_code(words: str, rank: int) -> bool:
     return f"rank {rank} gave no result (exit code {REQUEUE_EXIT_CODE}" in words
 
 
-def test_a_rank_that_waits_for_its_data_is_named(tmp_path):
-    words, said, folder = failed("data", tmp_path, steps=5, start=20.0, data=0.0, sleep=60.0)
+@pytest.fixture(scope="module")
+def data_hang(tmp_path_factory) -> tuple[Path, str, str, str]:
+    """Run a world that hangs in rank 1's wait for data and keeps flight records; return its folder and `failed`'s results."""
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_FR_BUFFER_SIZE", "50")
+        return folder, *failed("data", folder, steps=5, start=20.0, data=0.0, sleep=60.0)
+
+
+def test_a_rank_that_waits_for_its_data_is_named(data_hang):
+    tmp_path, words, said, folder = data_hang
     assert all(ended_with_code(words, rank) for rank in range(3))
     assert folder == "step-00000003"
     assert said.startswith(
@@ -122,18 +124,17 @@ def test_a_rank_that_waits_for_its_data_is_named(tmp_path):
     assert (report["phase"], report["collective"]) == ("forward and backward", "all_reduce")
 
 
-def test_what_torch_has_recorded_of_collectives_is_left_too(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "50")
-    _, _, step = failed("data", tmp_path, steps=5, start=20.0, data=0.0, sleep=60.0)
+def test_torchs_flight_record_is_kept_too(data_hang):
+    tmp_path, _, _, step = data_hang
     files = sorted(path.name for path in (tmp_path / HANGS_FOLDER / step).glob("flight-*"))
     assert files == ["flight-0", "flight-1", "flight-2"]
-    # What torchfrtrace reads; on gloo the tool of torch 2.13 itself stumbles over a group without a name.
+    # Read what torchfrtrace reads; on gloo, the tool of torch 2.13 itself fails on a group without a name.
     entries = pickle.loads((tmp_path / HANGS_FOLDER / step / "flight-0").read_bytes())["entries"]
     assert {entry["profiling_name"] for entry in entries} >= {"gloo:all_reduce"}
 
 
 def test_a_rank_whose_store_is_slow_is_waited_for(tmp_path):
-    """Longer than the others' limit, and they are told so."""
+    """The other ranks exceed their limit, but rank 1's report shows that its own limit, for data, has not passed."""
     began = time.monotonic()
     ranks.run(train, 3, tmp_path, tmp_path, "data", 5, 20.0, 30.0, 3 * LIMIT_SECONDS)
     assert time.monotonic() - began > 3 * LIMIT_SECONDS
@@ -143,7 +144,7 @@ def test_a_rank_whose_store_is_slow_is_waited_for(tmp_path):
 def test_a_frozen_rank_is_named_and_killed(tmp_path):
     words, said, step = failed("STOP", tmp_path)
     since_verdict = time.time() - (tmp_path / HANGS_FOLDER / step / "verdict.txt").stat().st_mtime
-    assert since_verdict < ranks.GRACE_SECONDS, "killed by the test, not by the other ranks"
+    assert since_verdict < ranks.GRACE_SECONDS, "the test killed the rank; the other ranks should have"
     assert (
         f"rank 1 on {current_process().host} is silent: stopped by a signal, while the others wait in all_reduce"
         in said
@@ -156,7 +157,7 @@ def test_a_frozen_rank_is_named_and_killed(tmp_path):
 def test_a_killed_rank_is_named_by_those_whose_connection_broke(tmp_path):
     words, said, _ = failed("KILL", tmp_path)
     assert said.startswith(
-        f"step 3: a connection was lost: rank 1 on {current_process().host} is gone: killed, or ended without a word"
+        f"step 3: a connection was lost: rank 1 on {current_process().host} is gone: killed, or exited without an error"
     )
     assert words.count(f"SystemExit: {REQUEUE_EXIT_CODE}") == 2
 
@@ -167,8 +168,8 @@ def test_a_rank_that_waits_in_the_store_for_a_killed_one_is_ended_without_patien
     assert ended_with_code(str(failure.value), 0)
     said = newest_verdict(tmp_path, 0.0)
     seconds, who = re.fullmatch(r"step 3: no progress for ([\d.]+) s: (.*)\n?", said, re.DOTALL).groups()
-    assert who.startswith(f"rank 1 on {current_process().host} is gone: killed, or ended without a word")
-    assert 3 * LIMIT_SECONDS <= float(seconds) < 20, "from when it was seen, and the whole of it is said"
+    assert who.startswith(f"rank 1 on {current_process().host} is gone: killed, or exited without an error")
+    assert 3 * LIMIT_SECONDS <= float(seconds) < 20, "the message contains the whole wait"
 
 
 def test_a_rank_in_an_endless_loop_is_named_with_its_line(tmp_path):
@@ -182,7 +183,7 @@ def test_a_rank_in_an_endless_loop_is_named_with_its_line(tmp_path):
 
 def test_a_rank_that_left_a_collective_out_is_named(tmp_path):
     _, said, _ = failed("skip", tmp_path)
-    assert f"rank 1 on {current_process().host} is in forward and backward and left out a collective" in said
+    assert f"rank 1 on {current_process().host} is in forward and backward and skipped a collective" in said
 
 
 def test_a_rank_that_crashed_keeps_its_error_and_is_named_by_the_others(tmp_path):
@@ -193,13 +194,13 @@ def test_a_rank_that_crashed_keeps_its_error_and_is_named_by_the_others(tmp_path
 
 
 def test_a_healthy_run_is_left_alone_and_leaves_nothing(tmp_path):
-    """It takes longer than the limit, and no step does."""
+    """The run takes longer than the limit, but no step does."""
     assert ranks.run(train, 3, tmp_path, tmp_path, "") == [LIMIT_SECONDS] * 3
     assert not (tmp_path / HANGS_FOLDER).exists()
 
 
 def freeze(folder):
-    """Stopped for longer than its limit, from outside, a rank by itself goes on afterwards."""
+    """Suspend the only rank for longer than its limit; it must continue afterwards."""
     if not (child := os.fork()):
         time.sleep(0.5)
         os.kill(os.getppid(), signal.SIGSTOP)
@@ -228,15 +229,13 @@ def test_a_start_that_takes_too_long_is_ended(tmp_path):
     with pytest.raises(AssertionError, match=f"exit code {REQUEUE_EXIT_CODE}"):
         ranks.run(alone, 1, tmp_path, tmp_path)
     said = newest_verdict(tmp_path, since=0.0)
-    assert (
-        f"step 1: no progress for 1 s: rank 0 on {current_process().host} stays in forward and backward, {Path(__file__).name}:"
-        in said
-    )
+    assert f"step 1: no progress for 1 s: rank 0 on {current_process().host} is still in forward and backward, " in said
+    assert f" is still in forward and backward, {Path(__file__).name}:" in said
     assert newest_verdict(tmp_path, since=time.time() + 60) is None
 
 
 def blocked(folder):
-    """A report that cannot be read stands for a file system that has stopped; seconds until the end are what is tested."""
+    """Hang on a report that can never be read, as on a dead file system; the exit deadline must end the process."""
     watchdogs.EXIT_DEADLINE_SECONDS = 2.0
     file = reporting.report_path(folder / HANGS_FOLDER, 1, 1)
     file.parent.mkdir(parents=True)
@@ -251,7 +250,7 @@ def test_the_process_ends_even_where_the_file_system_hangs(tmp_path):
 
 
 def out_at_last(folder):
-    """This rank is over its limit, and gets out while another says that it still has time."""
+    """Exceed the limit, but move again while another rank's report says that its limit has not passed."""
     processes = [current_process(), RankProcess(current_process().host, current_process().machine_id, 1, 7)]
     patient = report(1, process=processes[1], step=1, timeout_seconds=90.0, timed_out=False)
     reporting.write_report(reporting.report_path(folder / HANGS_FOLDER, 1, 1), patient, "")
@@ -292,7 +291,7 @@ def eventually(place: RankProcess, expected: str) -> bool:
 
 
 def test_of_a_rank_on_another_machine_with_the_same_name_nothing_is_said(tmp_path):
-    """Containers, and hosts that nobody has named: its number is nobody's here, and that says nothing."""
+    """As with containers or hosts of equal names: the process ID is not used here, which proves nothing."""
     other = dataclasses.replace(current_process(), machine_id="another", pid=2**22, start_ticks=1)
     assert process_state(other) == "gone"
     watchdog = Watchdog(Settings(), tmp_path, [current_process(), other], 0, count_collectives)
@@ -352,7 +351,7 @@ def test_moving_costs_next_to_nothing(tmp_path):
         seconds = time.perf_counter() - began
     finally:
         config.update("jaxtyping_disable", False)
-    assert seconds / calls < 10e-6  # a busy machine's microseconds; more would still be seen by nobody
+    assert seconds / calls < 10e-6  # generous for a busy machine; even more would not be noticeable
 
 
 @pytest.mark.parametrize(
@@ -376,7 +375,7 @@ PLACES = [RankProcess(f"host-{'abcdefg'[rank // 2]}", "", 100 + rank, 5) for ran
 
 
 def report(rank: int, process: RankProcess | None = None, **fields) -> HangReport:
-    """Of a rank that waits with all others in the 9th collective of one group."""
+    """Make the report of a rank that waits with all others in the ninth collective of one group."""
     given = {
         "phase": "update", "step": 12, "num_phases": 40, "waited_seconds": 60.0, "timeout_seconds": 60.0, "timed_out": True,
         "location": "engine.py:88 in update", "collective": "all_reduce", "group_name": "0", "num_collectives": {"0": 9},
@@ -386,7 +385,7 @@ def report(rank: int, process: RankProcess | None = None, **fields) -> HangRepor
 
 
 def said(num_ranks: int, **changed: dict | None) -> str:
-    """The verdict on so many ranks, all like `report`; r3=None has left none, r3={...} differs there."""
+    """Return the verdict on `num_ranks` equal reports. r3=None: rank 3 has none; r3={...}: rank 3's differs."""
     reports = {rank: report(rank) for rank in range(num_ranks)}
     for name, fields in changed.items():
         rank = int(name[1:])
@@ -403,12 +402,12 @@ NONE = {"collective": None, "group_name": None, "num_collectives": {"0": 8}}
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"r3": None}, f"rank 3 on host-b is silent: frozen, dead or cut off{WAIT}"),
+        ({"r3": None}, f"rank 3 on host-b is silent: frozen, dead or disconnected{WAIT}"),
         ({"r3": None, "r2": {"local_peer_states": {"3": "running"}}}, f"rank 3 on host-b is silent: alive but frozen{WAIT}"),
-        ({"r3": None, "r2": None}, f"ranks 2, 3 on host-b are silent: frozen, dead or cut off{WAIT}"),
+        ({"r3": None, "r2": None}, f"ranks 2, 3 on host-b are silent: frozen, dead or disconnected{WAIT}"),
         ({"r3": None, "r0": None, "r2": {"local_peer_states": {"3": "gone"}}},
-         f"rank 3 on host-b is gone: killed, or ended without a word{WAIT}"),
-        ({"r3": None, "r1": {"num_phases": 39}}, f"rank 3 on host-b is silent: frozen, dead or cut off{WAIT}"),
+         f"rank 3 on host-b is gone: killed, or exited without an error{WAIT}"),
+        ({"r3": None, "r1": {"num_phases": 39}}, f"rank 3 on host-b is silent: frozen, dead or disconnected{WAIT}"),
         ({"r1": {"crash_error": "KeyError: 1"}, "r3": None}, f"rank 1 on host-a crashed with KeyError: 1{WAIT}"),
         ({"r1": {"num_phases": 39, "phase": "data", **NONE}}, f"rank 1 on host-a is still in data{WAIT}"),
         ({"r0": {"num_phases": 39, "phase": "data", "num_collectives": {"0": 7}},
@@ -427,14 +426,14 @@ NONE = {"collective": None, "group_name": None, "num_collectives": {"0": 8}}
          "rank 1 on host-a is in no collective (update, engine.py:88 in update), "
          "while the others wait in all_reduce 3"),
         ({"r1": {"num_phases": 41, "phase": "save", "collective": "barrier"}},
-         f"rank 1 on host-a is in save and left out a collective{WAIT}"),
+         f"rank 1 on host-a is in save and skipped a collective{WAIT}"),
         ({"r1": {"connection_error": "gone"}, "r3": None, "r2": {"local_peer_states": {"3": "gone"}}},
-         f"LOST rank 3 on host-b is gone: killed, or ended without a word{WAIT}"),
+         f"LOST rank 3 on host-b is gone: killed, or exited without an error{WAIT}"),
         ({"r1": {"connection_error": "Broken pipe"}, "r3": None, "r2": {"local_peer_states": {"3": "running"}}},
-         "LOST all ranks are alive: the network between hosts host-a, host-b: Broken pipe"),
+         "LOST all ranks are alive: check the network between hosts host-a, host-b (Broken pipe)"),
         ({f"r{rank}": {"collective": None} for rank in range(4)},
-         "all have arrived (update, engine.py:88 in update) and none got out: the network between hosts host-a, host-b"),
-        ({}, "all have arrived in all_reduce 9 and none got out: the network between hosts host-a, host-b"),
+         "all ranks are stuck in update, engine.py:88 in update: check the network between hosts host-a, host-b"),
+        ({}, "all ranks are stuck in all_reduce 9: check the network between hosts host-a, host-b"),
     ],
 )  # fmt: skip
 def test_the_verdict_names_who_did_not_arrive(changed, expected):
