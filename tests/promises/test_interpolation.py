@@ -131,10 +131,13 @@ def test_a_run_keeps_its_interpolation(run, capsys):
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        (4.0, "config.json: alibi_scaling: 4.0; must be a section"),
-        ({"type": "linear"}, "config.json: alibi_scaling: factor None, train_seq_len None; exactly one"),
-        ({"type": "dynamic", "factor": 2.0}, "config.json: alibi_scaling.type: 'dynamic'; must be one of linear"),
-        ({"type": "linear", "factor": 0.5}, "config.json: alibi_scaling.factor: 0.5; must be a number above 1"),
+        (4.0, "config.json: alibi_scaling: 4.0 is not a section"),
+        ({"type": "linear"}, "config.json: alibi_scaling: factor None, train_seq_len None; set exactly one"),
+        (
+            {"type": "dynamic", "factor": 2.0},
+            "config.json: alibi_scaling.type: 'dynamic' is not valid; it must be one of linear",
+        ),
+        ({"type": "linear", "factor": 0.5}, "config.json: alibi_scaling.factor: 0.5 is not a finite number above 1"),
         ({"type": "linear", "factor": 2.0, "power": 2}, "config.json: alibi_scaling.power: 2; no such field"),
     ],
 )
@@ -156,9 +159,9 @@ def test_a_folder_with_a_mistaken_interpolation_is_not_imported(scaling, message
             "factor=4.0",
             "--alibi-scaling: factor=4.0; these weights are of stablelm, which has no ALiBi",
         ),
-        ("btlm_mup", "factor=1", "--alibi-scaling.factor: 1.0; must be a number above 1"),
-        ("btlm_mup", "train_seq_len=8.5", "--alibi-scaling.train_seq_len: 8.5 is float; must be int"),
-        ("btlm_mup", "train_seq_len", "--alibi-scaling.train_seq_len: '' is str; must be int"),
+        ("btlm_mup", "factor=1", "--alibi-scaling.factor: 1.0 is not a finite number above 1"),
+        ("btlm_mup", "train_seq_len=8.5", "--alibi-scaling.train_seq_len: 8.5 is float but must be int"),
+        ("btlm_mup", "train_seq_len", "--alibi-scaling.train_seq_len: '' is str but must be int"),
         ("btlm_mup", "dynamic", "--alibi-scaling.dynamic: ''; no such field; known: type, factor, train_seq_len"),
     ],
 )

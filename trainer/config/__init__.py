@@ -1,7 +1,7 @@
-"""The YAML of a run, read once, checked whole and never written back; runtime facts live in `distributed.mesh.Mesh`.
+"""The config of a run: one YAML file, read once and checked completely. Facts about the launch are in `distributed.mesh.Mesh`.
 
-`sections` says what there is, `parsing` and `rules` what is allowed, `loading` reads and writes it. Only the standard
-library and omegaconf are imported, so that commands which merely look at a config answer at once.
+`sections` defines the fields, `parsing` checks keys and types, `rules` checks values, and `loading` reads and writes the file.
+The package imports only the standard library and omegaconf, so that commands that just read a config start fast.
 """
 
 from tandem.trainer.config.loading import dump_config, load_config
@@ -38,38 +38,10 @@ from tandem.trainer.config.sections import (
 )
 
 __all__ = [
-    "LR_CONFIGS",
-    "MODEL_CONFIGS",
-    "RANK_WAIT_TIMEOUT_SECONDS",
-    "AlibiScalingConfig",
-    "BTLMConfig",
-    "CheckpointConfig",
-    "CosineLRConfig",
-    "DataConfig",
-    "DebugConfig",
-    "EvaluateConfig",
-    "GuardConfig",
-    "HardwareConfig",
-    "HybridLRConfig",
-    "LRConfig",
-    "LinearLRConfig",
-    "LogConfig",
-    "ModelConfig",
-    "MupConfig",
-    "OptimConfig",
-    "ParallelConfig",
-    "PhaseConfig",
-    "RunConfig",
-    "ScheduleConfig",
-    "ShardCacheConfig",
-    "StableLMConfig",
-    "TrainConfig",
-    "UserError",
-    "WatchdogConfig",
-    "check_alibi_scaling",
-    "check_config",
-    "check_world_size",
-    "dump_config",
-    "load_config",
-    "parse_dataclass",
-]
+    "LR_CONFIGS", "MODEL_CONFIGS", "RANK_WAIT_TIMEOUT_SECONDS", "AlibiScalingConfig", "BTLMConfig",
+    "CheckpointConfig", "CosineLRConfig", "DataConfig", "DebugConfig", "EvaluateConfig", "GuardConfig",
+    "HardwareConfig", "HybridLRConfig", "LRConfig", "LinearLRConfig", "LogConfig", "ModelConfig", "MupConfig",
+    "OptimConfig", "ParallelConfig", "PhaseConfig", "RunConfig", "ScheduleConfig", "ShardCacheConfig",
+    "StableLMConfig", "TrainConfig", "UserError", "WatchdogConfig", "check_alibi_scaling", "check_config",
+    "check_world_size", "dump_config", "load_config", "parse_dataclass",
+]  # fmt: skip

@@ -1,8 +1,7 @@
-"""What a model costs, from its config section alone: parameters and floating-point operations.
+"""Count the parameters and FLOPs of a model from its config section, with unpadded sizes.
 
-Pure arithmetic on true (unpadded) sizes, shared by all who report or plan, so that no number has two
-formulas. Two conventions meet in FLOPs: most published MFU counts every query against every key, although a
-causal model needs half of that. Both are offered; whoever prints one says which.
+All reports and plans use these formulas. Most published MFU counts attention of every query to every key, although a causal
+model needs half of that. `flops_per_token` offers both; a caller that prints one must name the convention.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ from tandem.trainer.config import BTLMConfig, StableLMConfig
 
 
 def num_parameters(model: StableLMConfig | BTLMConfig) -> int:
-    """Number of unique parameters: a tied head counts once, and tensors copied to several ranks count once.
+    """Count unique parameters: a tied head and a tensor replicated on several ranks count once.
 
-    Note: the model cards of Stable LM 2 count norms in another way; configs/README.md works it out.
+    Note: the model cards of Stable LM 2 count norms differently; configs/README.md explains how.
     """
     return sum(num_parameters_by_part(model).values())
 
 
 def num_parameters_by_part(model: StableLMConfig | BTLMConfig) -> dict[str, int]:
-    """Unique parameters by part; together they are the whole model."""
+    """Count unique parameters by part of the model."""
     num_norms, num_norm_vectors = _norm_counts(model)
     return {
         "embedding": model.vocab_size * model.hidden_size,
@@ -32,16 +31,14 @@ def num_parameters_by_part(model: StableLMConfig | BTLMConfig) -> dict[str, int]
 
 
 def flops_per_token(model: StableLMConfig | BTLMConfig, seq_len: int, causal: bool) -> int:
-    """Floating-point operations of forward and backward for one token, recomputation not counted.
+    """Count the FLOPs of forward and backward for one token, without recomputation.
 
-    6 per weight of a matrix product (the head is one also where it is tied) and 12 * depth * width * seq_len
-    for attention over the whole row, half of it with `causal`. Document masks, norms and biases do not count.
+    6 per weight of a matrix product (a tied head counts too), plus 12 * num_layers * hidden_size * seq_len for attention over
+    the whole row, or half of that if `causal`. Ignores document masks, norms and biases.
     Source: PaLM (arXiv 2204.02311), appendix B.
     """
-    num_matrix_weights = (
-        model.num_layers * (_num_attention_weights(model) + _num_ffn_weights(model))
-        + model.vocab_size * model.hidden_size
-    )
+    layer_weights = _num_attention_weights(model) + _num_ffn_weights(model)
+    num_matrix_weights = model.num_layers * layer_weights + model.vocab_size * model.hidden_size
     attention_flops = 12 * model.num_layers * model.hidden_size * seq_len
     return 6 * num_matrix_weights + (attention_flops // 2 if causal else attention_flops)
 
@@ -64,14 +61,14 @@ def _num_qk_layernorm_weights(model: StableLMConfig | BTLMConfig) -> int:
 
 
 def _norm_counts(model: StableLMConfig | BTLMConfig) -> tuple[int, int]:
-    """Number of norms over the width, and of vectors in each (weight, bias)."""
+    """Return the number of norms over hidden_size, and the vectors in each (weight, bias)."""
     if isinstance(model, BTLMConfig):
         return 2 * model.num_layers + 1, 2
     return (1 if model.parallel_residual else 2) * model.num_layers + 1, 2 if model.norm_bias else 1
 
 
 def _num_layer_biases(model: StableLMConfig | BTLMConfig) -> int:
-    """Biases of one layer's matrices; those of norms are counted with the norms."""
+    """Count the biases of one layer's matrices. Those of norms count as norms."""
     if isinstance(model, BTLMConfig):
         return _qkv_projection_size(model) + model.hidden_size + 2 * model.ffn_hidden_size + model.hidden_size
     return _qkv_projection_size(model) if model.qkv_bias else 0

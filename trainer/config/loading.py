@@ -1,4 +1,4 @@
-"""The YAML file in and out: `load_config` is the one way to read a config. The one door to omegaconf."""
+"""Read and write the YAML file. Only this module uses omegaconf."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tandem.trainer.config.sections import TrainConfig, UserError
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
-    """The checked config of the file with dotted overrides (`optim.max_grad_norm=0.5`) applied.
+    """Read a config file, apply dotted overrides (`optim.max_grad_norm=0.5`) in order, and check the result.
 
-    Raises: UserError, one line naming field, value, rule and remedy.
+    Raises: UserError, one line that names field, value, rule and remedy.
     """
     path = Path(path)
     if not path.is_file():
@@ -27,13 +27,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         for override in overrides or []:
             key, equals, value = override.partition("=")
             if not key or not equals:
-                raise UserError(
-                    f"override {override!r}: must read section.field=value; for example optim.max_grad_norm=0.5"
-                )
+                example = "write section.field=value, for example optim.max_grad_norm=0.5"
+                raise UserError(f"override {override!r}: has no field or no value; {example}")
             try:
                 OmegaConf.update(node, key, OmegaConf.from_dotlist([f"value={value}"])["value"])
             except (IndexError, TypeError, ValueError) as error:
-                raise UserError(f"override {override!r}: {_one_line(error)}; name a field of the config") from None
+                raise UserError(f"override {override!r}: {_one_line(error)}; name an existing field") from None
         tree = OmegaConf.to_container(node, resolve=True)
     except (OmegaConfBaseException, OSError) as error:
         raise UserError(f"{path}: cannot be read: {_one_line(error)}; correct the file or the override") from None
@@ -43,7 +42,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}; correct the file") from None
     if not isinstance(tree, dict):
         raise UserError(
-            f"{path}: holds {type(tree).__name__}; a config is a mapping of sections; start from a shipped one"
+            f"{path}: contains a {type(tree).__name__}, not a mapping of sections; start from a file in configs/"
         )
     if isinstance(tree.get("hardware"), str):
         tree["hardware"] = _load_hardware(path.parent / "hardware", tree["hardware"])
@@ -53,7 +52,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
 
 
 def dump_config(config: TrainConfig) -> str:
-    """The YAML that `load_config` reads back into the same config."""
+    """Format the config as YAML that `load_config` reads back into an equal config."""
     return str(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
 
 
@@ -61,7 +60,7 @@ def _load_hardware(folder: Path, name: str) -> Any:
     hardware_path = folder / f"{name}.yaml"
     if not hardware_path.is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "none"
-        raise UserError(f"hardware: {name!r} has no file in {folder}; known there: {known}; name one of them or null")
+        raise UserError(f"hardware: {name!r} has no file in {folder}, which has {known}; name one of them, or use null")
     try:
         return OmegaConf.to_container(OmegaConf.load(hardware_path))
     except Exception as error:  # PyYAML's errors share no base class with omegaconf's

@@ -1,10 +1,10 @@
-"""Sizes inside the model: feed-forward width and vocabulary are padded for tensor cores and tensor-parallel ranks."""
+"""Padding of the feed-forward width and the vocabulary for tensor cores and tensor-parallel ranks."""
 
 PADDING_MULTIPLE = 128
-"""Feed-forward width and vocabulary are rounded up to a multiple of this times tp_size inside the model, never outside."""
+"""Inside the model, both sizes are rounded up to a multiple of this times tp_size. Config and checkpoints are unpadded."""
 
 
 def padded_size(size: int, tp_size: int) -> int:
-    """`size` rounded up so that each of `tp_size` ranks holds a multiple of PADDING_MULTIPLE."""
+    """Round `size` up so that each of `tp_size` ranks holds a multiple of PADDING_MULTIPLE."""
     multiple = PADDING_MULTIPLE * tp_size
     return -(-size // multiple) * multiple

@@ -1,4 +1,4 @@
-"""What the fields of a config owe one another: the rules that no type can say, each refused in one line."""
+"""Rules between the values of a config that types cannot express. A broken rule is a UserError of one line."""
 
 from __future__ import annotations
 
@@ -16,236 +16,232 @@ from tandem.trainer.config.sections import (
 )
 
 RANK_WAIT_TIMEOUT_SECONDS = 600.0
-"""How long ranks wait for one that does not arrive, before all fail."""
+"""How long the ranks wait for a missing one before they all fail."""
 MIN_GUARD_WINDOW_STEPS = 8
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raises UserError for the first rule between fields that the config breaks."""
-    model, schedule = config.model, config.schedule
-    _check_model(model)
+    """Raises: UserError for the first broken rule."""
+    schedule, data, run = config.schedule, config.data, config.run
+    _check_model(config.model)
     if config.mup is not None:
         _check_positive(config.mup, "mup", "base_hidden_size", "embedding_multiplier", "output_multiplier")
-    if not schedule.phases:
-        raise UserError("schedule.phases: is empty; a run has at least one phase; add one")
+    _require(bool(schedule.phases), "schedule.phases: the list is empty; add at least one phase")
     for index, phase in enumerate(schedule.phases):
         _check_phase(config, f"schedule.phases[{index}]", phase)
     names = [phase.name for phase in schedule.phases]
-    if len(set(names)) != len(names):
-        raise UserError(f"schedule.phases: names {names}; each phase has its own name; rename one")
+    _require(len(set(names)) == len(names), f"schedule.phases: the names {names} are not unique; rename a phase")
     _check_learning_rate(config)
     _check_positive(config.optim, "optim", "eps")
     for name in ("beta1", "beta2"):
         value = getattr(config.optim, name)
-        if not 0 <= value < 1:
-            raise UserError(f"optim.{name}: {value}; must be at least 0 and below 1; the recipes use 0.9 and 0.95")
+        _require(0 <= value < 1, f"optim.{name}: {value} is not at least 0 and below 1; the recipes use 0.9 and 0.95")
     for section, name in (
         (config.optim, "weight_decay"), (config.optim, "max_grad_norm"), (config.evaluate, "every_steps"),
-        (config.checkpoint, "every_steps"), (config.checkpoint, "keep_last"), (config.data, "prefetch_steps"),
-        (config.data, "num_workers"), (config.data, "shuffle_block_tokens"), (config.run, "max_repeat_failures"),
+        (config.checkpoint, "every_steps"), (config.checkpoint, "keep_last"), (data, "prefetch_steps"),
+        (data, "num_workers"), (data, "shuffle_block_tokens"), (run, "max_repeat_failures"),
         (config.guard, "spike_sigmas"), (config.guard, "max_skips"), (config.guard, "max_rollbacks"),
-        (config.watchdog, "start_timeout_seconds"), (config.debug, "compare_replicas_every_steps"),
+        (config.watchdog, "step_timeout_seconds"), (config.watchdog, "start_timeout_seconds"),
+        (config.debug, "compare_replicas_every_steps"),
     ):  # fmt: skip
-        if not 0 <= getattr(section, name) < math.inf:
-            section_name, rule = (
-                type(section).__name__.removesuffix("Config").lower(),
-                "must not be negative nor infinite",
-            )
-            raise UserError(f"{section_name}.{name}: {getattr(section, name)}; {rule}; 0 turns it off")
-    _check_positive(config.data, "data", "shuffle_window_tokens")
-    _check_positive(config.data.cache, "data.cache", "max_size_gib", "max_attempts", "timeout_seconds")
-    cache = config.data.cache
+        key_path = f"{type(section).__name__.removesuffix('Config').lower()}.{name}"
+        value = getattr(section, name)
+        in_range = value is None or 0 <= value < math.inf
+        _require(in_range, f"{key_path}: {value} is negative or not finite; use 0 or more; 0 turns it off")
+    _check_positive(data, "data", "shuffle_window_tokens")
+    cache = data.cache
+    _check_positive(cache, "data.cache", "max_size_gib", "max_attempts", "timeout_seconds")
     total_pause_seconds = sum(map(cache.retry_delay_seconds, range(1, cache.max_attempts)))
     max_fetch_seconds = cache.max_attempts * cache.timeout_seconds + total_pause_seconds
-    if max_fetch_seconds > RANK_WAIT_TIMEOUT_SECONDS:
-        raise UserError(
-            f"data.cache.max_attempts: {cache.max_attempts} tries of timeout_seconds {cache.timeout_seconds:g} may take "
-            f"{max_fetch_seconds:g} s; ranks wait {RANK_WAIT_TIMEOUT_SECONDS:g} s for one another; lower one of them"
+    _require(
+        max_fetch_seconds <= RANK_WAIT_TIMEOUT_SECONDS,
+        f"data.cache.max_attempts: {cache.max_attempts} attempts with timeout_seconds {cache.timeout_seconds:g} can take "
+        f"{max_fetch_seconds:g} s, but ranks wait only {RANK_WAIT_TIMEOUT_SECONDS:g} s for one another; lower one of them",
+    )
+    for name, max_epochs in data.max_epochs.items():
+        _require(
+            name in data.sources and 0 < max_epochs < math.inf,
+            f"data.max_epochs.{name}: {max_epochs} is not valid; use a name in data.sources and a positive finite number, or "
+            "leave it out for no limit",
         )
-    for name, max_epochs in config.data.max_epochs.items():
-        if name not in config.data.sources or not 0 < max_epochs < math.inf:
-            raise UserError(
-                f"data.max_epochs.{name}: {max_epochs}; must be a positive finite number for a name in "
-                f"data.sources; correct it, "
-                "or leave it out for no limit"
-            )
     _check_positive(config.parallel, "parallel", "tp_size", "bucket_elements")
-    if config.guard.window_steps < MIN_GUARD_WINDOW_STEPS:
-        raise UserError(
-            f"guard.window_steps: {config.guard.window_steps}; must be at least {MIN_GUARD_WINDOW_STEPS}, for a spread to mean "
-            "something; raise it"
-        )
-    step_seconds = config.watchdog.step_timeout_seconds
-    if step_seconds is not None and not 0 <= step_seconds < math.inf:
-        raise UserError(
-            f"watchdog.step_timeout_seconds: {step_seconds}; must not be negative nor infinite; 0 turns it off"
-        )
+    window_steps = config.guard.window_steps
+    _require(
+        window_steps >= MIN_GUARD_WINDOW_STEPS,
+        f"guard.window_steps: {window_steps} steps are too few to estimate a spread; use at least {MIN_GUARD_WINDOW_STEPS}",
+    )
     _check_positive(config.log, "log", "every_steps")
-    if config.parallel.zero_stage == 0 and config.run.precision == "bf16":
-        # The gradients of a second micro-batch would be added in bf16.
-        raise UserError(
-            "parallel.zero_stage: 0 with run.precision bf16; gradients are accumulated in fp32, which DeepSpeed does "
-            "from stage 1 on; set zero_stage to 1 or precision to fp32"
-        )
-    if "/" in config.run.name or config.run.name in ("", ".", ".."):
-        raise UserError(f"run.name: {config.run.name!r}; is the name of one folder; leave out slashes")
-    if config.run.stop_step is not None and config.run.stop_step < 1:
-        raise UserError(f"run.stop_step: {config.run.stop_step}; must be at least 1; null runs the schedule to its end")
+    # At stage 0 in bf16, DeepSpeed would add the gradients of the second micro-batch in bf16.
+    _require(
+        config.parallel.zero_stage != 0 or run.precision != "bf16",
+        "parallel.zero_stage: 0 does not work with run.precision bf16, because DeepSpeed accumulates gradients in fp32 only "
+        "from stage 1 on; set zero_stage to 1 or precision to fp32",
+    )
+    is_folder_name = "/" not in run.name and run.name not in ("", ".", "..")
+    _require(is_folder_name, f"run.name: {run.name!r} is not the name of one folder; use a name without slashes")
+    _require(
+        run.stop_step is None or run.stop_step >= 1,
+        f"run.stop_step: {run.stop_step} is below 1; use 1 or more, or null to run the whole schedule",
+    )
 
 
 def check_world_size(config: TrainConfig, world_size: int) -> None:
-    """Raises UserError where model or phases do not divide over `world_size` ranks."""
+    """Raises: UserError if the model or a phase cannot be divided over `world_size` ranks."""
     tp_size, model = config.parallel.tp_size, config.model
-    if world_size % tp_size:
-        raise UserError(
-            f"parallel.tp_size: {tp_size} does not divide the {world_size} ranks of this launch; "
-            "start a multiple of tp_size ranks or change tp_size"
-        )
+    _require(
+        world_size % tp_size == 0,
+        f"parallel.tp_size: {tp_size} does not divide the {world_size} ranks of this launch; start a multiple of tp_size ranks "
+        "or change tp_size",
+    )
     dp_size = world_size // tp_size
-    for name, value in (("num_heads", model.num_heads), ("num_kv_heads", model.num_kv_heads)):
-        if value % tp_size:
-            raise UserError(f"model.{name}: {value} is not divisible by parallel.tp_size {tp_size}; lower tp_size")
+    for name in ("num_heads", "num_kv_heads"):
+        value = getattr(model, name)
+        _require(
+            value % tp_size == 0, f"model.{name}: {value} is not divisible by parallel.tp_size {tp_size}; lower tp_size"
+        )
     for index, phase in enumerate(config.schedule.phases):
-        if phase.global_batch_size % (dp_size * phase.micro_batch_size):
-            raise UserError(
-                f"schedule.phases[{index}].global_batch_size: {phase.global_batch_size} is not divisible by "
-                f"data-parallel size {dp_size} "
-                f"({world_size} ranks / tp_size {tp_size}) times micro_batch_size {phase.micro_batch_size}; "
-                "change the number of ranks or micro_batch_size"
-            )
+        _require(
+            phase.global_batch_size % (dp_size * phase.micro_batch_size) == 0,
+            f"schedule.phases[{index}].global_batch_size: {phase.global_batch_size} is not divisible by data-parallel size "
+            f"{dp_size} ({world_size} ranks / tp_size {tp_size}) times micro_batch_size {phase.micro_batch_size}; change the "
+            "number of ranks or micro_batch_size",
+        )
 
 
 def check_alibi_scaling(scaling: AlibiScalingConfig, key_path: str) -> None:
-    """Raises UserError unless exactly one of the two numbers is given and lies above 1; `key_path` is the section's path."""
+    """Raises: UserError unless exactly one of the two numbers is set and is above 1. `key_path` names the section."""
     factor, train_seq_len = scaling.factor, scaling.train_seq_len
-    if (factor is None) == (train_seq_len is None):
-        raise UserError(
-            f"{key_path}: factor {factor}, train_seq_len {train_seq_len}; exactly one of them is given; write factor to "
-            "interpolate by a fixed number, train_seq_len to interpolate rows longer than that"
-        )
-    if factor is not None and not 1 < factor < math.inf:
-        raise UserError(f"{key_path}.factor: {factor}; must be a number above 1; for none set {key_path} to null")
-    if train_seq_len is not None and train_seq_len <= 1:
-        raise UserError(
-            f"{key_path}.train_seq_len: {train_seq_len}; must be above 1; give the length of the rows the model was trained on"
-        )
+    _require(
+        (factor is None) != (train_seq_len is None),
+        f"{key_path}: factor {factor}, train_seq_len {train_seq_len}; set exactly one: factor to interpolate all rows, "
+        "train_seq_len to interpolate rows longer than that",
+    )
+    _require(
+        factor is None or 1 < factor < math.inf,
+        f"{key_path}.factor: {factor} is not a finite number above 1; for no interpolation set {key_path} to null",
+    )
+    _require(
+        train_seq_len is None or train_seq_len > 1,
+        f"{key_path}.train_seq_len: {train_seq_len} is not above 1; use the length of the rows that the model was trained on",
+    )
 
 
 def _check_model(model: StableLMConfig | BTLMConfig) -> None:
-    _check_positive(
-        model,
-        "model",
-        "hidden_size",
-        "num_layers",
-        "num_heads",
-        "ffn_hidden_size",
-        "vocab_size",
-        "norm_eps",
-        "init_std",
+    sizes = ("hidden_size", "num_layers", "num_heads", "ffn_hidden_size", "vocab_size")
+    _check_positive(model, "model", *sizes, "norm_eps", "init_std")
+    _require(
+        model.hidden_size % model.num_heads == 0,
+        f"model.hidden_size: {model.hidden_size} is not divisible by model.num_heads {model.num_heads}; head_dim is "
+        "hidden_size / num_heads; change one of them",
     )
-    if model.hidden_size % model.num_heads:
-        raise UserError(
-            f"model.hidden_size: {model.hidden_size} is not divisible by model.num_heads {model.num_heads}; "
-            "head_dim is width / heads; change one of them"
-        )
-    if model.init_truncation_sigmas and not 0.1 <= model.init_truncation_sigmas < math.inf:
-        raise UserError(
-            f"model.init_truncation_sigmas: {model.init_truncation_sigmas}; must be 0, which does not cut, or at least 0.1: "
-            "values are drawn until they lie within"
-        )
+    sigmas = model.init_truncation_sigmas
+    _require(
+        sigmas == 0 or 0.1 <= sigmas < math.inf,
+        f"model.init_truncation_sigmas: {sigmas} is neither 0 (no truncation) nor finite and at least 0.1; change it (values "
+        "are redrawn until they are within the bound, which takes too long below 0.1)",
+    )
     if isinstance(model, BTLMConfig):
         if model.alibi_scaling is not None:
             check_alibi_scaling(model.alibi_scaling, "model.alibi_scaling")
         return
     _check_positive(model, "model", "num_kv_heads", "rotary_base")
-    if model.num_heads % model.num_kv_heads:
-        raise UserError(
-            f"model.num_kv_heads: {model.num_kv_heads} does not divide model.num_heads {model.num_heads}; "
-            "each key head serves the same number of query heads; change one of them"
-        )
-    rotary_dim = model.partial_rotary_factor * model.head_dim
-    if not 0 < model.partial_rotary_factor <= 1 or rotary_dim != int(rotary_dim) or int(rotary_dim) % 2:
-        raise UserError(
-            f"model.partial_rotary_factor: {model.partial_rotary_factor} of head_dim {model.head_dim} is {rotary_dim:g}; "
-            "must be an even whole number of dimensions; change the fraction"
-        )
+    _require(
+        model.num_heads % model.num_kv_heads == 0,
+        f"model.num_kv_heads: {model.num_kv_heads} does not divide model.num_heads {model.num_heads}; each key head serves the "
+        "same number of query heads; change one of them",
+    )
+    factor, rotary_dim = model.partial_rotary_factor, model.partial_rotary_factor * model.head_dim
+    _require(
+        0 < factor <= 1 and rotary_dim % 2 == 0,
+        f"model.partial_rotary_factor: {factor} of head_dim {model.head_dim} is {rotary_dim:g} dimensions; it must be an even "
+        "whole number up to head_dim; change the factor",
+    )
 
 
 def _check_phase(config: TrainConfig, key_path: str, phase: PhaseConfig) -> None:
     _check_positive(phase, key_path, "tokens", "seq_len", "global_batch_size", "micro_batch_size")
-    tokens_per_step = config.schedule.tokens_per_step
-    if tokens_per_step is not None and phase.tokens_per_step != tokens_per_step:
-        raise UserError(
-            f"{key_path}.global_batch_size: {phase.global_batch_size} rows of {phase.seq_len} tokens are "
-            f"{phase.tokens_per_step}; "
-            f"schedule.tokens_per_step says {tokens_per_step} in every phase; change global_batch_size, or set "
-            f"tokens_per_step to null"
-        )
-    if phase.tokens % phase.tokens_per_step:
-        nearest_tokens = max(1, round(phase.tokens / phase.tokens_per_step)) * phase.tokens_per_step
-        raise UserError(
-            f"{key_path}.tokens: {phase.tokens} is not a multiple of global_batch_size * seq_len = {phase.tokens_per_step}; "
-            f"a phase is a whole number of steps; the nearest is {nearest_tokens}"
-        )
-    if phase.global_batch_size % phase.micro_batch_size:
-        raise UserError(
-            f"{key_path}.micro_batch_size: {phase.micro_batch_size} does not divide global_batch_size "
-            f"{phase.global_batch_size}; choose a divisor"
-        )
+    tokens_per_step = phase.tokens_per_step
+    _require(
+        config.schedule.tokens_per_step in (None, tokens_per_step),
+        f"{key_path}.global_batch_size: {phase.global_batch_size} rows of {phase.seq_len} tokens are {tokens_per_step} tokens, "
+        f"but schedule.tokens_per_step is {config.schedule.tokens_per_step}; change global_batch_size, or set "
+        "tokens_per_step to null",
+    )
+    nearest_tokens = max(1, round(phase.tokens / tokens_per_step)) * tokens_per_step
+    _require(
+        phase.tokens % tokens_per_step == 0,
+        f"{key_path}.tokens: {phase.tokens} is not a multiple of global_batch_size * seq_len = {tokens_per_step}; a phase is a "
+        f"whole number of steps; the nearest is {nearest_tokens}",
+    )
+    _require(
+        phase.global_batch_size % phase.micro_batch_size == 0,
+        f"{key_path}.micro_batch_size: {phase.micro_batch_size} does not divide global_batch_size {phase.global_batch_size}; "
+        "choose a divisor",
+    )
+    sources = ", ".join(config.data.sources) or "none"
     for name, share in phase.mixture.items():
-        if name not in config.data.sources:
-            known = ", ".join(config.data.sources) or "none"
-            raise UserError(
-                f"{key_path}.mixture: {name!r} is not a source; data.sources has {known}; add it or correct the name"
-            )
-        if not 0 <= share <= 1:
-            raise UserError(
-                f"{key_path}.mixture.{name}: {share}; a share lies between 0 and 1; leave the source out for none"
-            )
+        _require(
+            name in config.data.sources,
+            f"{key_path}.mixture: {name!r} is not a source; data.sources has {sources}; add it or correct the name",
+        )
+        _require(
+            0 <= share <= 1,
+            f"{key_path}.mixture.{name}: {share} is not between 0 and 1; leave the source out to read nothing from it",
+        )
     share_sum = sum(phase.mixture.values())
-    if abs(share_sum - 1) > 1e-6:
-        raise UserError(
-            f"{key_path}.mixture: shares sum to {share_sum:g}; must sum to 1; for one source write {{name: 1.0}}"
-        )
-    if config.evaluate.every_steps and (config.evaluate.tokens < 1 or config.evaluate.tokens % phase.seq_len):
-        raise UserError(
-            f"evaluate.tokens: {config.evaluate.tokens} is not a multiple of {key_path}.seq_len {phase.seq_len}; "
-            "validation rows are whole; change it"
-        )
+    _require(
+        abs(share_sum - 1) <= 1e-6,
+        f"{key_path}.mixture: the shares sum to {share_sum:g} but must sum to 1; for one source write {{name: 1.0}}",
+    )
+    evaluate = config.evaluate
+    _require(
+        not evaluate.every_steps or (evaluate.tokens >= 1 and evaluate.tokens % phase.seq_len == 0),
+        f"evaluate.tokens: {evaluate.tokens} is not a multiple of {key_path}.seq_len {phase.seq_len}; validation reads whole "
+        "rows; change it",
+    )
 
 
 def _check_learning_rate(config: TrainConfig) -> None:
     lr, total_steps = config.schedule.lr, sum(phase.num_steps for phase in config.schedule.phases)
     _check_positive(lr, "schedule.lr", "peak")
-    if not 0 <= lr.final <= lr.peak:
-        raise UserError(f"schedule.lr.final: {lr.final}; must lie between 0 and peak {lr.peak}; change one of them")
-    if not 0 <= lr.warmup_steps < total_steps:
-        raise UserError(
-            f"schedule.lr.warmup_steps: {lr.warmup_steps}; must be below the {total_steps} steps of the run; lower it"
-        )
-    if lr.decay_steps is not None and lr.decay_steps < 1:
-        raise UserError(
-            f"schedule.lr.decay_steps: {lr.decay_steps}; must be at least 1; null decays to the end of the run"
-        )
+    _require(
+        0 <= lr.final <= lr.peak,
+        f"schedule.lr.final: {lr.final} is not between 0 and peak {lr.peak}; change one of them",
+    )
+    _require(
+        0 <= lr.warmup_steps < total_steps,
+        f"schedule.lr.warmup_steps: {lr.warmup_steps} is not from 0 to below the {total_steps} steps of the run; change it",
+    )
+    _require(
+        lr.decay_steps is None or lr.decay_steps >= 1,
+        f"schedule.lr.decay_steps: {lr.decay_steps} is below 1; use 1 or more, or null to decay to the end of the run",
+    )
     if not isinstance(lr, HybridLRConfig):
         return
-    if not 0 < lr.switch_fraction < 0.5:
-        raise UserError(
-            f"schedule.lr.switch_fraction: {lr.switch_fraction}; must lie between 0 and 0.5, where the cosine falls; "
-            "Stable LM 2 uses 0.25"
-        )
-    if lr.offset_steps < 0 or lr.offset_steps > lr.warmup_steps:
-        raise UserError(
-            f"schedule.lr.offset_steps: {lr.offset_steps}; must lie between 0 and warmup_steps {lr.warmup_steps}; change it"
-        )
-    if lr.cooldown_start_step is not None and (lr.cooldown_steps < 1 or lr.cooldown_start_step < lr.warmup_steps):
-        raise UserError(
-            f"schedule.lr.cooldown_steps: {lr.cooldown_steps} from step {lr.cooldown_start_step}; a cooldown follows the "
-            "warm-up and has at least 1 step; change them, or set cooldown_start_step to null"
-        )
+    _require(
+        0 < lr.switch_fraction < 0.5,
+        f"schedule.lr.switch_fraction: {lr.switch_fraction} is not between 0 and 0.5, where the cosine falls; Stable LM 2 uses "
+        "0.25",
+    )
+    _require(
+        0 <= lr.offset_steps <= lr.warmup_steps,
+        f"schedule.lr.offset_steps: {lr.offset_steps} is not between 0 and warmup_steps {lr.warmup_steps}; change it",
+    )
+    start_step = lr.cooldown_start_step
+    _require(
+        start_step is None or (lr.cooldown_steps >= 1 and start_step >= lr.warmup_steps),
+        f"schedule.lr.cooldown_steps: {lr.cooldown_steps} from step {start_step}; a cooldown has at least 1 step and follows "
+        "the warm-up; change them, or set cooldown_start_step to null",
+    )
 
 
 def _check_positive(section: Any, key_path: str, *names: str) -> None:
     for name in names:
-        if not 0 < getattr(section, name) < math.inf:  # nan lies nowhere
-            raise UserError(f"{key_path}.{name}: {getattr(section, name)}; must be positive and finite; change it")
+        value = getattr(section, name)
+        _require(0 < value < math.inf, f"{key_path}.{name}: {value} is not positive and finite; use a number above 0")
+
+
+def _require(condition: bool, message: str) -> None:
+    """Raises: UserError with the message unless the condition holds. A comparison with nan never holds."""
+    if not condition:
+        raise UserError(message)

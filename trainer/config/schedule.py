@@ -1,9 +1,8 @@
-"""What varies with time, as pure functions of the step: the phase, the tokens seen, the learning rate.
+"""Phase, tokens seen and learning rate as pure functions of the step. Nothing here is stored in a checkpoint.
 
-Nothing is stored in a checkpoint and any step can be asked about before the run begins. Nothing here knows of
-tensors or ranks. The convention, stated once: updates are numbered from 0 and update number `step` uses
-`lr_at(step)`. A warm-up starts from 0 at step 0: the first update moves nothing, as in Cerebras and NeoX; a
-decay to the end of the run has its end value at `total_steps`, after the last update: it is never used.
+Updates are numbered from 0, and update number `step` uses `lr_at(step)`. A warm-up starts from 0 at step 0, so the first update
+changes nothing, as in Cerebras and NeoX. A decay to the end of the run reaches its final value at `total_steps`, after the last
+update, so that value is never used.
 """
 
 from __future__ import annotations
@@ -11,14 +10,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 
 from tandem.trainer.config import HybridLRConfig, LinearLRConfig, LRConfig, PhaseConfig, ScheduleConfig
 
 
 @dataclass(frozen=True)
 class PhaseSpan:
-    """A phase and where it lies in the run: steps `first_step` to `end_step - 1`."""
+    """A phase with its position in the run: steps `first_step` to `end_step - 1`."""
 
     phase: PhaseConfig
     index: int
@@ -32,22 +30,15 @@ class PhaseSpan:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The schedule, asked by step."""
-
     schedule: ScheduleConfig
 
     @cached_property
     def phase_spans(self) -> list[PhaseSpan]:
-        """Every phase with its borders, in order."""
-        phases = self.schedule.phases
-        first_steps = accumulate((phase.num_steps for phase in phases), initial=0)
-        first_tokens = accumulate((phase.tokens for phase in phases), initial=0)
-        return [
-            PhaseSpan(phase, index, first_step, first_token)
-            for index, (phase, first_step, first_token) in enumerate(
-                zip(phases, first_steps, first_tokens, strict=False)  # the sums have one entry more: the run's end
-            )
-        ]
+        spans, first_step, first_token = [], 0, 0
+        for index, phase in enumerate(self.schedule.phases):
+            spans.append(PhaseSpan(phase, index, first_step, first_token))
+            first_step, first_token = first_step + phase.num_steps, first_token + phase.tokens
+        return spans
 
     @cached_property
     def total_steps(self) -> int:
@@ -58,22 +49,22 @@ class Timeline:
         return self.tokens_before(self.total_steps)
 
     def phase_span_at(self, step: int) -> PhaseSpan:
-        """The phase that update number `step` belongs to."""
+        """Return the phase of update number `step`."""
         assert 0 <= step < self.total_steps, f"step {step} is outside the run's {self.total_steps} steps"
         return next(span for span in self.phase_spans if step < span.end_step)
 
     def tokens_before(self, step: int) -> int:
-        """Tokens seen by the updates 0 to `step - 1`; at `total_steps`, by the whole run."""
+        """Count the tokens seen by updates 0 to `step - 1`; at `total_steps`, by the whole run."""
         span = self.phase_spans[-1] if step == self.total_steps else self.phase_span_at(step)
         return span.first_token + (step - span.first_step) * span.phase.tokens_per_step
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of update number `step`, before factors of parameter groups; defined past the end."""
+        """Return the learning rate of update number `step`, before factors of parameter groups. Defined past the end."""
         return learning_rate(self.schedule.lr, step, self.total_steps)
 
 
 def learning_rate(lr: LRConfig, step: int, total_steps: int) -> float:
-    """The warm-up, which reaches `peak` at `warmup_steps`, then the decay that `kind` names."""
+    """Compute the warm-up, which reaches `peak` at `warmup_steps`, or the decay of the schedule's kind."""
     if lr.warmup_steps and step <= lr.warmup_steps:
         return lr.peak * (step / lr.warmup_steps)
     if isinstance(lr, HybridLRConfig):
@@ -85,13 +76,12 @@ def learning_rate(lr: LRConfig, step: int, total_steps: int) -> float:
 
 
 def _hybrid_learning_rate(lr: HybridLRConfig, step: int, total_steps: int) -> float:
-    """Cosine, inverse square root, cooldown.
+    """Compute the cosine, inverse square root or cooldown at `step`.
 
-    Source: Stable LM 2 technical report (arXiv 2402.17834) and Stability's configs for the shape. The cosine
-    has its whole period in `decay_steps`. After the switch the value is alpha / sqrt(i + beta); equal value V
-    and slope S at the switch i_s demand alpha = V * sqrt(i_s + beta) and i_s + beta = -V / (2 * S), here
-    `scale_steps`.
-    Note: with offset_steps 0 the cosine has already fallen a little when the warm-up ends at the peak.
+    The period of the cosine is `decay_steps`. After the switch at step i_s the value is alpha / sqrt(i + beta). Equal value V
+    and slope S at i_s require alpha = V * sqrt(i_s + beta) and i_s + beta = -V / (2 * S), here `scale_steps`.
+    Source: Stable LM 2 technical report (arXiv 2402.17834); Stability's configs for the shape.
+    Note: with offset_steps 0, the cosine is already slightly below the peak at the end of the warm-up.
     """
     if lr.cooldown_start_step is not None and step > lr.cooldown_start_step:
         start = learning_rate(replace(lr, cooldown_start_step=None), lr.cooldown_start_step, total_steps)

@@ -1,6 +1,6 @@
-"""Every section of the YAML as a frozen dataclass, in the order of the file.
+"""The sections of the YAML as frozen dataclasses, in the order of the file.
 
-A line under a field is its documentation: meaning, unit, what zero or null means. Derived numbers are functions elsewhere.
+The text under a field gives its meaning, its unit and what 0 or null means. Derived numbers are computed elsewhere.
 """
 
 from __future__ import annotations
@@ -10,51 +10,51 @@ from typing import Literal
 
 
 class UserError(ValueError):
-    """A user's mistake in one line: the field or file, its value, the rule, the remedy. Commands exit with 2 on it."""
+    """A user's mistake, in one line: field or file, value, rule, remedy. Commands print it and exit with code 2."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
     name: str
-    """Name of the run: its folder below `root`, its wandb run."""
+    """Name of the run, of its folder in `root` and of its wandb run."""
     seed: int
-    """Every random draw is keyed by this number and a name."""
+    """Seed of all random numbers; each draw also depends on its own name."""
     root: str = "runs"
-    """Folder that holds the run folders."""
+    """Folder that contains the run folders."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: bf16 weights and activations, fp32 master weights, gradient accumulation and reduction. fp32: all in fp32."""
+    """bf16: weights and activations in bf16; master weights, gradient accumulation and reduction in fp32. fp32: all in fp32."""
     init_from: str | None = None
-    """Folder written by `tandem import-hf` whose weights start the run; null draws them from `seed`."""
+    """Folder with the initial weights, written by `tandem import-hf`; null initialises them from `seed`."""
     stop_step: int | None = None
-    """Save and end after this many steps although the schedule goes on; null runs the schedule to its end."""
+    """Save and exit after this many steps, before the end of the schedule; null runs the whole schedule."""
     max_repeat_failures: int = 3
-    """Starts, one after another, that may fail at the same step; the next one is refused. 0 refuses none."""
+    """Consecutive starts that may fail at the same step; the next start is refused. 0 never refuses."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What both families have."""
+    """Fields of both families."""
 
     family: str
     """stablelm or btlm."""
     hidden_size: int
-    """Size of the residual stream."""
+    """Width of the residual stream."""
     num_layers: int
     """Number of layers."""
     num_heads: int
     """Number of query heads; head_dim is hidden_size / num_heads."""
     ffn_hidden_size: int
-    """Inner size of the gated feed-forward network (true, unpadded)."""
+    """Inner width of the gated feed-forward network, without padding."""
     vocab_size: int
-    """Number of token ids the model can read and predict (true, unpadded); at least the tokenizer's."""
+    """Number of token ids, without padding; at least that of the tokenizer."""
     norm_eps: float
-    """Added to the variance in every LayerNorm."""
+    """Epsilon added to the variance in every LayerNorm."""
     init_std: float
-    """Standard deviation of the initial embedding; of every matrix where muP is off."""
+    """Standard deviation of the initial embedding and, without muP, of every initial matrix."""
     init_truncation_sigmas: float
-    """Initial normals are cut at this many standard deviations; 0 does not cut."""
+    """Initial normal values are truncated at this many standard deviations; 0 does not truncate."""
     document_masking: bool
-    """Tokens attend only within their own document, and rotary positions restart with it."""
+    """Whether attention stays within a document and rotary positions restart at each document."""
 
     @property
     def head_dim(self) -> int:
@@ -66,39 +66,42 @@ class StableLMConfig(ModelConfig):
     num_kv_heads: int
     """Number of key and value heads; divides num_heads."""
     partial_rotary_factor: float
-    """Leading share of head_dim that is rotated."""
+    """Fraction of head_dim that is rotated, from its start."""
     rotary_base: float
     """Base of the rotary frequencies."""
     parallel_residual: bool
-    """true: x + attention(norm(x)) + ffn(norm(x)) with one shared norm. false: one after the other, two norms."""
+    """true: x + attention(norm(x)) + ffn(norm(x)) with one shared norm. false: attention, then ffn, with two norms."""
     qk_layernorm: bool
-    """LayerNorm without bias over head_dim on queries and keys before rotation, one weight vector for every head."""
+    """LayerNorm without bias over head_dim of queries and keys, before rotation; each head has its own weights."""
     qkv_bias: bool
     """Bias on the query, key and value projections."""
     norm_bias: bool
-    """Bias on block and final norms."""
+    """Bias on the norms of the layers and the final norm."""
     tie_word_embeddings: bool
-    """The output head is the embedding matrix."""
+    """Whether the output head shares the embedding matrix."""
 
 
 @dataclass(frozen=True)
 class AlibiScalingConfig:
-    """Position interpolation: ALiBi's slopes are divided by one number. The keys are those of the published config.json."""
+    """Position interpolation: ALiBi's slopes are divided by one number. The keys are those of the published config.json.
+
+    Set either `factor` or `train_seq_len`.
+    """
 
     type: Literal["linear"]
-    """linear, the one kind there is."""
+    """linear, the only type."""
     factor: float | None = None
-    """Fixed: the divisor, above 1. To fine-tune on longer rows, their length / the length of the rows before."""
+    """Fixed divisor, above 1. To fine-tune on longer rows, use new row length / old row length."""
     train_seq_len: int | None = None
-    """Dynamic: the divisor is a row's length / this number in rows that are longer, else 1."""
+    """Row length of the training. The divisor is row length / this number for longer rows, and 1 for others."""
 
 
 @dataclass(frozen=True)
 class BTLMConfig(ModelConfig):
     tie_word_embeddings: bool
-    """The output head is the embedding matrix."""
+    """Whether the output head shares the embedding matrix."""
     alibi_scaling: AlibiScalingConfig | None = None
-    """Position interpolation, with factor or train_seq_len; null reads distances as they are. No weight depends on it."""
+    """Position interpolation; null has none. No weight depends on it."""
 
     @property
     def num_kv_heads(self) -> int:
@@ -110,19 +113,19 @@ class MupConfig:
     """Maximal update parametrisation; the rules are one table in `models/mup.py`."""
 
     base_hidden_size: int
-    """Width at which the hyperparameters were tuned; the width multiplier is model.hidden_size / base_hidden_size."""
+    """Width at which the hyperparameters were tuned. The width multiplier is model.hidden_size / base_hidden_size."""
     embedding_multiplier: float
-    """Factor on the embedding's output."""
+    """Factor applied to the output of the embedding."""
     output_multiplier: float
-    """Factor on the logits before they are divided by the width multiplier."""
+    """Factor applied to the logits, which are also divided by the width multiplier."""
 
 
 @dataclass(frozen=True)
 class PhaseConfig:
     name: str
-    """Shown in progress, metrics and plots."""
+    """Name in progress lines, metrics and plots; unique."""
     tokens: int
-    """Length of the phase in tokens: a multiple of global_batch_size * seq_len."""
+    """Length of the phase in tokens, a multiple of global_batch_size * seq_len."""
     seq_len: int
     """Tokens in a row."""
     global_batch_size: int
@@ -130,7 +133,7 @@ class PhaseConfig:
     micro_batch_size: int
     """Rows in one forward pass on one data-parallel rank."""
     mixture: dict[str, float]
-    """Share of the rows from each source of `data.sources`; sums to 1."""
+    """Source in `data.sources` -> its fraction of the rows. The fractions sum to 1."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -148,35 +151,35 @@ class LRConfig:
     peak: float
     """Learning rate at the end of the warm-up."""
     final: float
-    """Learning rate at the end of the decay (hybrid: the minimum of its cosine, which it does not reach)."""
+    """Learning rate at the end of the decay. For hybrid: the minimum of its cosine, which it does not reach."""
     warmup_steps: int
-    """Linear from 0 at step 0 to peak at this step."""
+    """Steps of the linear warm-up from 0 to peak; 0 has none."""
     decay_steps: int | None
-    """Linear and cosine: steps from the end of the warm-up to `final`; null decays to the last step of the run."""
+    """Steps from the end of the warm-up to `final` (hybrid: full period of the cosine); null ends at the run's last step."""
 
 
 @dataclass(frozen=True)
 class LinearLRConfig(LRConfig):
-    """peak to final on a straight line."""
+    """A straight line from peak to final."""
 
 
 @dataclass(frozen=True)
 class CosineLRConfig(LRConfig):
-    """peak to final on half a cosine."""
+    """Half a cosine from peak to final."""
 
 
 @dataclass(frozen=True)
 class HybridLRConfig(LRConfig):
-    """Cosine, then inverse square root with value and slope continuous at the switch, then an optional linear cooldown."""
+    """Cosine, then inverse square root (value and slope continuous at the switch), then an optional linear cooldown."""
 
     switch_fraction: float
-    """The cosine gives way after this share of decay_steps (which is the cosine's full period here)."""
+    """Fraction of decay_steps after which the cosine ends."""
     offset_steps: int
-    """Steps subtracted from the step before the formula is applied: 0 counts the warm-up in, warmup_steps leaves it out."""
+    """Steps subtracted before the formula is applied: 0 includes the warm-up, warmup_steps excludes it."""
     cooldown_start_step: int | None
-    """First step of the cooldown, which starts from the learning rate of that step; null has none."""
+    """First step of the cooldown, which starts from the learning rate of that step; null has no cooldown."""
     cooldown_steps: int
-    """Length of the cooldown."""
+    """Length of the cooldown in steps."""
     cooldown_final: float
     """Learning rate at the end of the cooldown."""
 
@@ -184,11 +187,11 @@ class HybridLRConfig(LRConfig):
 @dataclass(frozen=True)
 class ScheduleConfig:
     tokens_per_step: int | None
-    """Tokens in a global batch, the same in every phase; null lets phases differ."""
+    """Tokens in a global batch, checked in every phase; null lets phases differ."""
     phases: list[PhaseConfig]
-    """In order; the run ends with the last."""
+    """Phases in order; the run ends with the last."""
     lr: LRConfig
-    """One line over all phases."""
+    """Learning rate, one schedule over all phases."""
 
 
 @dataclass(frozen=True)
@@ -198,46 +201,42 @@ class OptimConfig:
     beta2: float
     """AdamW: decay of the second moment."""
     eps: float
-    """AdamW: added to the root of the second moment."""
+    """AdamW: added to the square root of the second moment."""
     weight_decay: float
-    """Decoupled decay of matrices and embeddings; norms and biases have none."""
+    """Decoupled weight decay of matrices and embeddings; norms and biases have none."""
     max_grad_norm: float
-    """Largest global gradient norm; 0 does not clip."""
+    """The global gradient norm is clipped to this value; 0 does not clip."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     tp_size: int
-    """Ranks that share one replica of the model; data-parallel size is the number of ranks / tp_size."""
+    """Tensor-parallel ranks per replica of the model. The data-parallel size is number of ranks / tp_size."""
     zero_stage: Literal[0, 1]
-    """1: optimizer state is divided over data-parallel ranks. 0: every rank holds all of it; fp32 only."""
+    """1: optimizer state is sharded over data-parallel ranks. 0: every rank holds all of it; fp32 only."""
     recompute: Literal["none", "selective", "full"]
-    """Activations computed again in backward: none, the attention and feed-forward products, or whole layers."""
+    """Activations recomputed in backward: none, those of attention and feed-forward products, or whole layers."""
     bucket_elements: int = 500_000_000
-    """Largest number of gradient elements reduced, or weights gathered, in one call."""
+    """Maximum number of gradient elements reduced, or weights gathered, in one call."""
 
 
 @dataclass(frozen=True)
 class ShardCacheConfig:
-    """Copies of shards that lie elsewhere (s3://, gs://, https://), shared by the ranks of a node."""
+    """Local copies of remote shards (s3://, gs://, https://), shared by the ranks of a node."""
 
     folder: str = "~/.cache/tandem/shards"
     """Local folder of the copies."""
     max_size_gib: float = 64.0
-    """Room for the copies; the shards not read for longest are removed to stay within it.
-
-    Up to a quarter more is on disk while removed copies are still read.
-    """
+    """Maximum size; the least recently read copies are removed. Removed copies that are still read may use a quarter more."""
     max_attempts: int = 8
-    """Tries to fetch a shard, a growing pause between them, before the run stops."""
+    """Attempts to download a shard, with growing delays, before the run stops."""
     timeout_seconds: float = 30.0
-    """Longest wait for the next bytes of a shard before a try counts as failed."""
+    """Longest wait for the next bytes of a shard before an attempt fails."""
 
     def retry_delay_seconds(self, num_failures: int) -> float:
-        """Between the try that was the `num_failures`-th to fail, from 1, and the next: each twice the one before, up to a
-        timeout.
+        """Return the delay after the `num_failures`-th failure, from 1: it doubles each time, up to the timeout.
 
-        There is no chance in them, so that a run's log can be read against the settings.
+        It is not random, so a log can be compared with the settings.
         """
         return min(2.0 ** (num_failures - 1) / 64, 1) * self.timeout_seconds
 
@@ -245,38 +244,39 @@ class ShardCacheConfig:
 @dataclass(frozen=True)
 class DataConfig:
     sources: dict[str, str]
-    """Name of each source and the folder, or remote address, of the corpus `tandem prepare` wrote for it. A source that the
-    run has read stays here under its name, also when later phases give it no share.
+    """Source -> folder or remote address of a corpus written by `tandem prepare`.
+
+    A source that the run has read must stay here, even if no later phase uses it.
     """
     tokenizer: str | None = None
-    """tokenizer.json that the corpora must have been prepared with; null trusts the manifests."""
+    """tokenizer.json with which the corpora must have been prepared; null trusts the manifests."""
     num_workers: int = 1
-    """Threads that read ahead; 0 reads when asked. The rows do not depend on it."""
+    """Threads that prefetch batches; 0 does not prefetch. Does not change the rows."""
     prefetch_steps: int = 2
-    """Global batches read ahead by the workers; 0 reads when asked."""
+    """Global batches to prefetch; 0 does not prefetch."""
     shuffle_block_tokens: int = 8_192
-    """Neighbouring tokens that stay together when the corpus is shuffled; best the longest seq_len. 0 reads it in order."""
+    """Adjacent tokens that stay together in the shuffle; use the longest seq_len. 0 does not shuffle."""
     shuffle_window_tokens: int = 33_554_432
-    """Blocks are shuffled within runs of this many tokens, so that a step reads from few shards."""
+    """Blocks are shuffled within windows of this many tokens, so that a step reads from few shards."""
     max_epochs: dict[str, float] = field(default_factory=dict)
-    """How often a source may be read, at most; a source that is left out may be read without end."""
+    """Source -> maximum number of times it is read; a source not listed has no limit."""
     at_end: Literal["refuse", "stop"] = "refuse"
-    """When max_epochs cannot feed the whole schedule: refuse the run, or stop it after the last step that can be fed."""
+    """If max_epochs is too low for the schedule: refuse to start, or stop after the last step that has data."""
     damaged_shards: Literal["stop", "skip"] = "stop"
-    """A shard that is missing, truncated or altered stops the run, or is left out from then on, on record.
+    """If a shard is missing, truncated or altered: stop, or skip it from then on and write that to the ledger.
 
-    One that cannot be reached always stops the run.
+    A shard that cannot be reached always stops the run.
     """
     cache: ShardCacheConfig = ShardCacheConfig()
-    """Where copies of remote shards are kept."""
+    """Local cache of remote shards."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     every_steps: int
-    """Steps between validation losses; 0 never validates."""
+    """Steps between validations; 0 never validates."""
     tokens: int
-    """Held-out tokens per validation: a multiple of every phase's seq_len."""
+    """Held-out tokens per validation, a multiple of every phase's seq_len."""
 
 
 @dataclass(frozen=True)
@@ -284,72 +284,62 @@ class CheckpointConfig:
     every_steps: int
     """Steps between saves; 0 saves only at the end and on a signal."""
     keep_last: int
-    """Newest checkpoints kept; older ones are removed after a newer one is committed. 0 keeps all."""
+    """Number of newest checkpoints to keep; 0 keeps all. Old ones are removed after a newer one is committed."""
 
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """What becomes of a step whose loss or gradient is bad. Decided before the update, once for all ranks."""
+    """How the run handles a step with a bad loss or gradient norm. All ranks decide the same, before the update."""
 
     spike_sigmas: float = 0.0
-    """A loss or gradient norm that lies so many robust standard deviations above the median of the last good steps is bad.
-    0: only what is not finite is.
-    """
+    """Robust standard deviations above the median of the last good steps from which a step is bad; 0: only if not finite."""
     window_steps: int = 128
-    """Good steps that a step is compared with; none is seen as a spike before there are so many, of its sequence length, rows
-    and mixture.
-    """
+    """Last good steps to compare with. Detection starts after this many steps of one seq_len, batch size and mixture."""
     max_skips: int = 3
-    """Bad steps in a row whose update is left out. With the next one the run goes back to its last checkpoint and passes over
-    the rows read since.
-    """
+    """Consecutive bad steps whose update is skipped. One more rolls back to the last checkpoint and skips the rows since."""
     max_rollbacks: int = 2
-    """Times that the run goes back to the same checkpoint; after that a bad step ends it."""
+    """Rollbacks to the same checkpoint; after that, a bad step ends the run."""
 
 
 @dataclass(frozen=True)
 class WatchdogConfig:
-    """When a run that does not move is ended, to be started again."""
+    """When to end a run that hangs, so that it can be restarted."""
 
     step_timeout_seconds: float | None = None
-    """Longest that a part of a step or a batch of a validation may take; null: ten times the median of the last steps, at least
-    a minute. 0 waits for ever.
-    """
+    """Limit for a part of a step or a validation batch; null: ten times the median step, at least 60 s. 0 has no limit."""
     start_timeout_seconds: float = 1_800.0
-    """Longest from the start to the end of the first step, compilation included, and longest wait for a save, for a rollback
-    and for the last records of a run. 0 waits for ever.
-    """
+    """Limit from the start to the end of the first step, and for a save, a rollback or the end of a run. 0 has no limit."""
 
 
 @dataclass(frozen=True)
 class LogConfig:
     every_steps: int = 10
-    """Steps between lines of progress where the output is not a terminal. metrics.jsonl has every step."""
+    """Steps between progress lines if the output is not a terminal. metrics.jsonl has every step."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online with an API key, else offline into the run folder."""
+    """auto: online if there is an API key, otherwise offline, into the run folder."""
     wandb_project: str = "tandem"
-    """Project the run is shown under."""
+    """wandb project."""
 
 
 @dataclass(frozen=True)
 class DebugConfig:
     deterministic: bool = True
-    """Same config, same machine: same bits. false allows faster kernels that do not promise that."""
+    """true: the same config on the same machine gives the same bits. false allows faster kernels without this guarantee."""
     compare_replicas_every_steps: int = 0
-    """Steps between comparisons of the weights of all data-parallel replicas, bit by bit; 0 never compares."""
+    """Steps between bitwise comparisons of the weights of all data-parallel replicas; 0 never compares."""
     immediate_gradients: bool = True
-    """bf16: a weight's gradient is added to the step's fp32 sum and freed as soon as backward has made it. false adds all of
-    them after backward: the same bits, two bytes more for each parameter, for comparing speed and memory."""
+    """bf16: add each gradient to the fp32 sum and free it during backward. false adds them after backward: the same bits, two
+    more bytes per parameter; only for comparisons of speed and memory."""
 
 
 @dataclass(frozen=True)
 class HardwareConfig:
-    """One kind of accelerator, from configs/hardware/."""
+    """An accelerator, from configs/hardware/."""
 
     name: str
-    """As people call it."""
+    """Display name."""
     peak_flops: float
-    """Dense bf16 floating-point operations per second of one device, the denominator of MFU."""
+    """Peak dense bf16 FLOP/s of one device, the denominator of MFU."""
     memory_gib: float
     """Memory of one device."""
     memory_bytes_per_second: float
@@ -374,7 +364,7 @@ class TrainConfig:
     log: LogConfig
     debug: DebugConfig
     hardware: HardwareConfig | None
-    """Name of a file in hardware/ beside the config; null measures a matmul at the start and takes that for the peak."""
+    """Name of a file in hardware/ beside the config; null measures a matrix product at the start and uses that as the peak."""
 
 
 MODEL_CONFIGS: dict[str, type[StableLMConfig] | type[BTLMConfig]] = {"stablelm": StableLMConfig, "btlm": BTLMConfig}

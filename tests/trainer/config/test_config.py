@@ -1,4 +1,4 @@
-"""Mistakes in a config end in one line that names the field, the value, the rule and the remedy."""
+"""A mistake in a config is one line that names the field, the value, the rule and the remedy."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ DEMO_BTLM = CONFIGS / "demo-btlm.yaml"
 
 
 def mistake(*overrides: str, path: Path = DEMO) -> str:
-    """The message of the error that loading with `overrides` ends in; always one line."""
+    """Load a config with `overrides`, which must fail with one line, and return that line."""
     with pytest.raises(UserError) as caught:
         config.load_config(path, list(overrides))
     message = str(caught.value)
@@ -37,19 +37,19 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
         ("run.precision=fp16", ["run.precision", "'fp16'", "must be one of bf16, fp32"]),
         ("model.family=llama", ["model.family", "'llama'", "stablelm, btlm"]),
         ("schedule.lr.kind=step", ["schedule.lr.kind", "'step'", "linear, cosine, hybrid"]),
-        ("hardware=abacus", ["hardware", "'abacus'", "known there: h100_sxm"]),
-        ("run.name=a/b", ["run.name", "'a/b'", "one folder", "leave out slashes"]),
-        ("optim.max_grad_norm=-1", ["optim.max_grad_norm", "-1", "must not be negative", "0 turns it off"]),
-        ("model.init_truncation_sigmas=-1", ["model.init_truncation_sigmas", "-1", "must be 0, which does not cut"]),
+        ("hardware=abacus", ["hardware", "'abacus'", "which has h100_sxm"]),
+        ("run.name=a/b", ["run.name", "'a/b'", "one folder", "without slashes"]),
+        ("optim.max_grad_norm=-1", ["optim.max_grad_norm", "-1", "is negative or not finite", "0 turns it off"]),
+        ("model.init_truncation_sigmas=-1", ["model.init_truncation_sigmas", "-1", "neither 0 (no truncation)"]),
         ("model.init_truncation_sigmas=0.09", ["model.init_truncation_sigmas", "0.09", "at least 0.1"]),
-        ("model.init_truncation_sigmas=.inf", ["model.init_truncation_sigmas", "inf", "must be 0, which does not cut"]),
+        ("model.init_truncation_sigmas=.inf", ["model.init_truncation_sigmas", "inf", "neither 0 (no truncation)"]),
         ("model.num_heads=5", ["model.hidden_size", "128", "not divisible by model.num_heads 5", "change one"]),
         ("model.num_kv_heads=3", ["model.num_kv_heads", "3", "does not divide model.num_heads 4", "change one"]),
         ("model.partial_rotary_factor=0.2", ["model.partial_rotary_factor", "0.2", "6.4", "even whole number"]),
         ("evaluate.tokens=1000", ["evaluate.tokens", "1000", "multiple of", "seq_len"]),
         (
             "schedule.lr.warmup_steps=450",
-            ["schedule.lr.warmup_steps", "450", "below the 450 steps", "lower it"],
+            ["schedule.lr.warmup_steps", "450", "below the 450 steps", "change it"],
         ),
         ("schedule.lr.switch_fraction=0.6", ["schedule.lr.switch_fraction", "0.6", "between 0 and 0.5"]),
         ("schedule.lr.final=1.0", ["schedule.lr.final", "1.0", "between 0 and peak"]),
@@ -59,7 +59,7 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
         ),
         (
             "schedule.phases[0].global_batch_size=8",
-            ["schedule.phases[0].global_batch_size", "1024", "tokens_per_step says 2048", "change global_batch_size"],
+            ["schedule.phases[0].global_batch_size", "1024", "tokens_per_step is 2048", "change global_batch_size"],
         ),
         (
             "schedule.phases[1].micro_batch_size=3",
@@ -72,20 +72,26 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
         ("schedule.phases[0].mixture.corpus=0.5", ["phases[0].mixture", "0.5", "must sum to 1"]),
         ("data.max_epochs={corpus: .inf}", ["data.max_epochs.corpus", "inf", "positive finite", "leave it out"]),
         ("data.max_epochs={corpus: .nan}", ["data.max_epochs.corpus", "nan", "positive finite"]),
-        ("data.cache.max_size_gib=.inf", ["data.cache.max_size_gib", "inf", "positive and finite", "change it"]),
+        ("data.cache.max_size_gib=.inf", ["data.cache.max_size_gib", "inf", "positive and finite", "above 0"]),
         ("data.cache.max_size_gib=.nan", ["data.cache.max_size_gib", "nan", "positive and finite"]),
-        ("run.max_repeat_failures=-1", ["run.max_repeat_failures", "-1", "must not be negative", "0 turns it off"]),
-        ("guard.spike_sigmas=-2", ["guard.spike_sigmas", "-2", "must not be negative"]),
-        ("guard.window_steps=3", ["guard.window_steps", "3", "at least 8", "raise it"]),
+        (
+            "run.max_repeat_failures=-1",
+            ["run.max_repeat_failures", "-1", "is negative or not finite", "0 turns it off"],
+        ),
+        ("guard.spike_sigmas=-2", ["guard.spike_sigmas", "-2", "is negative or not finite"]),
+        ("guard.window_steps=3", ["guard.window_steps", "3", "too few", "at least 8"]),
         (
             "watchdog.step_timeout_seconds=-1",
-            ["watchdog.step_timeout_seconds", "-1", "must not be negative nor infinite"],
+            ["watchdog.step_timeout_seconds", "-1", "negative or not finite"],
         ),
-        ("watchdog.start_timeout_seconds=.inf", ["watchdog.start_timeout_seconds", "inf", "nor infinite"]),
+        ("watchdog.start_timeout_seconds=.inf", ["watchdog.start_timeout_seconds", "inf", "negative or not finite"]),
         ("data.cache.timeout_seconds=.inf", ["data.cache.timeout_seconds", "inf", "positive and finite"]),
-        ("data.cache.max_attempts=18", ["data.cache.max_attempts", "18 tries", "899.531 s", "wait 600 s", "lower one"]),
+        (
+            "data.cache.max_attempts=18",
+            ["data.cache.max_attempts", "18 attempts", "899.531 s", "wait only 600 s", "lower one"],
+        ),
         ("schedule.lr.peak=.nan", ["schedule.lr.peak", "nan", "positive and finite"]),
-        ("optim.weight_decay=.nan", ["optim.weight_decay", "nan", "must not be negative"]),
+        ("optim.weight_decay=.nan", ["optim.weight_decay", "nan", "is negative or not finite"]),
         ("schedule.phases[0].mixture.corpus=.nan", ["phases[0].mixture.corpus", "nan", "between 0 and 1"]),
         ("schedule.phases[0].mixture.corpus=.inf", ["phases[0].mixture.corpus", "inf", "between 0 and 1"]),
         ("schedule.phases[0].mixture.corpus=-1", ["phases[0].mixture.corpus", "-1.0", "between 0 and 1"]),
@@ -101,7 +107,7 @@ def test_a_mistake_is_one_line_with_field_value_rule_and_remedy(override: str, p
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("={type: linear}", ["factor None, train_seq_len None", "exactly one", "write factor"]),
+        ("={type: linear}", ["factor None, train_seq_len None", "exactly one", "factor to interpolate all rows"]),
         ("={type: linear, factor: 4.0, train_seq_len: 2}", ["factor 4.0, train_seq_len 2", "exactly one"]),
         ("={type: dynamic, factor: 4.0}", [".type: 'dynamic'", "must be one of linear"]),
         ("={type: linear, factor: 1.0}", [".factor: 1.0", "above 1", "to null"]),
@@ -112,7 +118,7 @@ def test_a_mistake_is_one_line_with_field_value_rule_and_remedy(override: str, p
         ("={type: linear, train_seq_len: 8192.0}", [".train_seq_len: 8192.0 is float", "must be int"]),
         ("={type: linear, factr: 4.0}", [".factr: 4.0", "did you mean factor?"]),
         (".factor=4.0", [".type: missing", "add model.alibi_scaling.type"]),
-        ("=4.0", [": 4.0", "must be a section with fields"]),
+        ("=4.0", [": 4.0", "is not a section with fields"]),
     ],
 )
 def test_a_mistaken_interpolation_is_named(override: str, parts: list[str]) -> None:
@@ -194,7 +200,7 @@ def test_ranks_that_do_not_divide_are_refused(world_size: int, override: str, pa
 
 
 def test_looking_at_a_config_needs_no_torch() -> None:
-    """In a fresh interpreter: this one has imported torch long ago."""
+    """Check a new interpreter, because this one has imported torch."""
     program = "import sys; from tandem.trainer.config import flops, schedule; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=CONFIGS.parent).returncode == 0
 
