@@ -1,15 +1,15 @@
-"""One unit of the inputs encoded: its documents read, cleaned, turned into ids and laid out for the shuffle.
+"""Encode one unit of the inputs: read and clean its documents, turn them into ids, and write them as spills.
 
-A unit leaves some spills (`spill`), the signatures of its documents where duplicates are looked for, and, last,
-a record of what it counted. A unit with a record is finished; anything else of it is of a killed worker and is written
-again, the same.
+A unit leaves its spills (`spill`), the signatures of its documents if duplicates are looked for, and last a record of its
+counts. A unit with a record is finished. Without one, its files are those of a killed worker and are written again,
+byte for byte the same.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from struct import pack
@@ -24,53 +24,46 @@ from tandem.data_prep.input_files import content_hash
 from tandem.data_prep.readers import Document
 from tandem.data_prep.settings import PrepareSettings
 from tandem.data_prep.spill import Spill
-from tandem.data_prep.tokenizers.encoding import DocumentEncoder
+from tandem.data_prep.tokenizers.encoding import EncoderSpec
 from tandem.data_prep.work_units import WorkUnit
 from tandem.trainer.config import UserError
+from tandem.trainer.data.manifest import token_dtype
 from tandem.trainer.disk import atomic_write
 
 BATCH_CHARACTERS = 1 << 20
+BATCH_TOKENS = 1 << 18
 MAX_SPILL_BYTES = 256 << 20
-"""Of ids held by a worker before they are written: the greater part of its memory."""
+"""Ids that a worker holds before it writes them: most of its memory."""
 MAX_SPILL_DOCUMENTS = 1 << 20
-"""Documents held, at most: of very short ones the signatures outweigh the ids."""
+"""Documents that a worker holds at most; the signatures of very short ones are larger than their ids."""
 NO_GROUP = ""
 
 
 def is_finished(work_folder: Path, unit: WorkUnit) -> bool:
-    """Whether the unit was encoded, now or before."""
     return spill.record_path(work_folder, unit.name).exists()
 
 
 def bands_path(source_spill: Spill) -> Path:
-    """Signatures of the spill's documents, as `duplicates` wants them."""
+    """The file of the signatures of the spill's documents, which `duplicates` reads."""
     return source_spill.index_path.with_suffix(".bands.npy")
 
 
 def encode_unit(
-    settings: PrepareSettings,
-    encode_texts: DocumentEncoder,
-    work_folder: Path,
-    unit: WorkUnit,
-    advance: ProgressCallback,
+    settings: PrepareSettings, encoder_spec: EncoderSpec, work_folder: Path, unit: WorkUnit, advance: ProgressCallback
 ) -> None:
-    """The unit's spills and its record are on disk.
+    """Write the unit's spills and its record.
 
-    Raises: UserError naming the file, and line or row, that cannot be read or lacks the text.
+    Raises: UserError naming the file, and the line, row or member that cannot be read or lacks the text.
     """
     counts: Counter[str] = Counter()
     groups: dict[str, int] = {}
     buffer, num_spills, num_encoded = _SpillBuffer(), 0, 0
-    for batch in _batch_documents(documents_to_encode(settings, unit, counts, advance)):
-        texts = [document.text for document in batch]
-        tokens, lengths = encode_texts(texts, [document.location for document in batch])
-        buffer.tokens.append(tokens)
-        buffer.lengths.append(lengths)
-        buffer.entries.append(_index_entries(settings, batch, buffer.num_documents, groups))
-        if settings.deduplicate:
-            buffer.signatures.append(minhash.signatures(texts))
-        buffer.num_documents += len(batch)
-        buffer.num_bytes += tokens.nbytes
+    if settings.tokens is None:
+        batches = _encode_texts(settings, encoder_spec, unit, groups, counts, advance)
+    else:
+        batches = _adopt_tokens(settings, encoder_spec, unit, counts, advance)
+    for batch in batches:
+        buffer.add(batch)
         if buffer.num_bytes >= MAX_SPILL_BYTES or buffer.num_documents >= MAX_SPILL_DOCUMENTS:
             buffer.write(Spill(work_folder, unit.name, num_spills))
             num_encoded, num_spills, buffer = num_encoded + buffer.num_documents, num_spills + 1, _SpillBuffer()
@@ -88,56 +81,157 @@ def encode_unit(
 
 
 @dataclass
-class _SpillBuffer:
-    """Encoded batches of a unit that are not written yet."""
+class _EncodedBatch:
+    tokens: np.ndarray
+    lengths: np.ndarray
+    entries: np.ndarray
+    """Complete except for `document` and `end`."""
+    signatures: np.ndarray | None = None
 
-    tokens: list[np.ndarray] = field(default_factory=list)
-    lengths: list[np.ndarray] = field(default_factory=list)
-    entries: list[np.ndarray] = field(default_factory=list)
-    signatures: list[np.ndarray] = field(default_factory=list)
+
+@dataclass
+class _SpillBuffer:
+    """Encoded batches of a unit that are not yet written."""
+
+    batches: list[_EncodedBatch] = field(default_factory=list)
     num_documents: int = 0
     num_bytes: int = 0
 
+    def add(self, batch: _EncodedBatch) -> None:
+        num_documents = len(batch.lengths)
+        batch.entries["document"] = np.arange(self.num_documents, self.num_documents + num_documents)
+        self.batches.append(batch)
+        self.num_documents += num_documents
+        self.num_bytes += batch.tokens.nbytes
+
     def write(self, target: Spill) -> None:
-        if self.signatures:
-            duplicates.write_bands(bands_path(target), np.concatenate(self.signatures))
-        target.write(self.tokens, np.concatenate(self.lengths), np.concatenate(self.entries))
+        signatures = [batch.signatures for batch in self.batches if batch.signatures is not None]
+        if signatures:
+            duplicates.write_bands(bands_path(target), np.concatenate(signatures))
+        lengths, entries = (np.concatenate([getattr(one, of) for one in self.batches]) for of in ("lengths", "entries"))
+        target.write([batch.tokens for batch in self.batches], lengths, entries)
 
 
-def shuffle_key(seed: int, document: Document) -> int:
-    """The document's place in the global shuffle, 64 bits that depend on seed, place and text alone."""
-    place = document.location.encode(errors="surrogateescape")  # names of files need not be UTF-8
-    return xxh3_64_intdigest(document.text.encode() + b"\0" + place + pack("<q", seed))
+def _encode_texts(
+    settings: PrepareSettings,
+    encoder_spec: EncoderSpec,
+    unit: WorkUnit,
+    groups: dict[str, int],
+    counts: Counter[str],
+    advance: ProgressCallback,
+) -> Iterator[_EncodedBatch]:
+    encode_texts = encoder_spec.load()
+    for batch in _batch_documents(documents_to_encode(settings, unit, counts, advance)):
+        texts, locations = [document.text for document in batch], [document.location for document in batch]
+        tokens, lengths = encode_texts(texts, locations)
+        entries = _index_entries(settings.seed, [text.encode() for text in texts], locations)
+        if settings.held_out:
+            entries["held_out"] = [clean.uniform_hash(text) < settings.held_out for text in texts]
+        if settings.group_field:
+            entries["group"] = _group_indices(batch, settings.group_field, groups)
+        signatures = minhash.signatures(texts) if settings.deduplicate else None
+        yield _EncodedBatch(tokens, lengths, entries, signatures)
 
 
-def _index_entries(
-    settings: PrepareSettings, batch: list[Document], first_document: int, groups: dict[str, int]
-) -> np.ndarray:
-    entries = np.zeros(len(batch), spill.ENTRY_DTYPE)
-    entries["shuffle_key"] = [shuffle_key(settings.seed, document) for document in batch]
-    entries["document"] = np.arange(first_document, first_document + len(batch))
+def _adopt_tokens(
+    settings: PrepareSettings,
+    encoder_spec: EncoderSpec,
+    unit: WorkUnit,
+    counts: Counter[str],
+    advance: ProgressCallback,
+) -> Iterator[_EncodedBatch]:
+    """Yield the documents of a tokenised corpus: each sample without its padding, cut after each EOS.
+
+    A last document without EOS gets one, because samples are shuffled: what follows belongs to another text.
+    """
+    assert settings.tokens is not None
+    dtype, eos_id = np.dtype(token_dtype(encoder_spec.vocab_size)), encoder_spec.eos_id
+    documents: list[np.ndarray] = []
+    locations: list[str] = []
+    batch_tokens = 0
+    for part in unit.parts:
+        for number, (member, ids) in enumerate(readers.read_token_samples(part, settings.tokens, advance, counts)):
+            kept = ids[: len(ids) - _padding_length(ids, settings.padding_id, eos_id)]
+            counts["samples"] += 1
+            counts["padding_tokens"] += len(ids) - len(kept)
+            _check_ids(kept, encoder_spec.vocab_size, f"{part.file.address}: {member}")
+            tokens = kept.astype(dtype)
+            if len(tokens) and tokens[-1] != eos_id:
+                tokens = np.append(tokens, dtype.type(eos_id))
+                counts["added_eos_tokens"] += 1
+            ends = np.flatnonzero(tokens == eos_id) + 1
+            documents += np.split(tokens, ends[:-1]) if len(tokens) else []
+            locations += [f"{part.file.name}:{number}:{end}" for end in ends]
+            batch_tokens += len(tokens)
+            if batch_tokens >= BATCH_TOKENS:
+                yield _adopted_batch(settings, documents, locations)
+                documents, locations, batch_tokens = [], [], 0
+        counts["files"] += 1
+    if documents:
+        yield _adopted_batch(settings, documents, locations)
+
+
+def _padding_length(ids: np.ndarray, padding_id: int | None, eos_id: int) -> int:
+    """The number of padding ids at the end of a sample: those after an EOS, or all if nothing else is there.
+
+    Note: the id may also be a token of text (50256, which open_lm pads GPT-NeoX with, is one of spaces), but padding
+    begins after a whole document.
+    """
+    if padding_id is None:
+        return 0
+    others = np.flatnonzero(ids != padding_id)
+    num_kept = int(others[-1]) + 1 if len(others) else 0
+    return len(ids) - num_kept if num_kept == 0 or ids[num_kept - 1] == eos_id else 0
+
+
+def _check_ids(ids: np.ndarray, vocab_size: int, place: str) -> None:
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(wrong):
+        raise UserError(
+            f"{place}: has id {wrong[0]}, but --tokenizer has ids 0 to {vocab_size - 1}; "
+            "name the tokenizer of these ids, or the id that pads them with --padding-id"
+        )
+
+
+def _adopted_batch(settings: PrepareSettings, documents: list[np.ndarray], locations: list[str]) -> _EncodedBatch:
+    contents = [document.tobytes() for document in documents]
+    entries = _index_entries(settings.seed, contents, locations)
     if settings.held_out:
-        entries["held_out"] = [clean.uniform_hash(document.text) < settings.held_out for document in batch]
-    if settings.group_field:
-        names = [_field_value(document, settings.group_field) for document in batch]
-        group_indices = [groups.setdefault(name, len(groups)) for name in names]
-        if len(groups) > spill.MAX_GROUPS:
-            raise UserError(
-                f"--group-field: {settings.group_field} has more than {spill.MAX_GROUPS:,} values by {batch[-1].location}; "
-                "must be a field of few values; name another"
-            )
-        entries["group"] = group_indices
+        entries["held_out"] = [xxh3_64_intdigest(content) / 2**64 < settings.held_out for content in contents]
+    lengths = np.array([len(document) for document in documents], np.int64)
+    return _EncodedBatch(np.concatenate(documents), lengths, entries)
+
+
+def _index_entries(seed: int, contents: Sequence[bytes], locations: Sequence[str]) -> np.ndarray:
+    """Index entries with the shuffle keys: 64 bits that depend on the content, the place and the seed alone."""
+    entries = np.zeros(len(contents), spill.ENTRY_DTYPE)
+    places = (location.encode(errors="surrogateescape") for location in locations)  # file names need not be UTF-8
+    packed_seed = pack("<q", seed)
+    entries["shuffle_key"] = [
+        xxh3_64_intdigest(content + b"\0" + place + packed_seed)
+        for content, place in zip(contents, places, strict=True)
+    ]
     return entries
+
+
+def _group_indices(batch: list[Document], group_field: str, groups: dict[str, int]) -> list[int]:
+    indices = [groups.setdefault(_field_value(document, group_field), len(groups)) for document in batch]
+    if len(groups) > spill.MAX_GROUPS:
+        raise UserError(
+            f"--group-field: {group_field} has more than {spill.MAX_GROUPS:,} values by {batch[-1].location}; "
+            "must be a field of few values; name another"
+        )
+    return indices
 
 
 def documents_to_encode(
     settings: PrepareSettings, unit: WorkUnit, counts: Counter[str], advance: ProgressCallback
 ) -> Iterator[Document]:
-    """The unit's documents that are to be encoded, as they are to be encoded."""
+    """Yield the unit's documents that pass the filters, with their cleaned text."""
     field_names = [name.split(".")[0] for name in (settings.group_field, settings.where and settings.where[0]) if name]
     for part in unit.parts:
         try:
-            for document in readers.read_documents(part, settings.text_field, field_names, advance):
+            for document in readers.read_documents(part, settings.text_field, field_names, advance, counts):
                 if not document.text:
                     counts["empty_documents"] += 1
                 elif settings.where and _field_value(document, settings.where[0]) != settings.where[1]:
@@ -153,7 +247,7 @@ def documents_to_encode(
 
 
 def _field_value(document: Document, field_name: str) -> str:
-    """The value of a dotted field as text; NO_GROUP where there is none."""
+    """The value of a dotted field as text; NO_GROUP if the document has no such field."""
     value: Any = document.fields
     for name in field_name.split("."):
         value = value.get(name) if isinstance(value, dict) else None

@@ -1,11 +1,12 @@
-"""Which files the named paths mean, in a fixed order, and whether they still are what they were.
+"""The input files that the given paths name, in a fixed order, and checks that they have not changed since.
 
-A file is cut into parts where readers can start inside. What is read of a part: `readers.py`.
+A file is cut into parts if readers can start inside it. `readers.py` reads the parts.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 from urllib.parse import unquote, urlsplit
+
+from braceexpand import braceexpand
 
 from tandem.trainer.config import UserError
 from tandem.trainer.data import remote_files
@@ -24,47 +27,48 @@ _SUFFIXES = """
 .clj .ex .exs .erl .sh .bash .zsh .sql .proto .cmake .toml .yaml .yml .ini .cfg
 """
 TEXT_SUFFIXES = frozenset(_SUFFIXES.split())
-JSON_LINES_COMPRESSION = {".jsonl": None, ".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
+TAR_COMPRESSION = {".tar": None, ".tar.gz": "gzip", ".tgz": "gzip"}
+RECORD_COMPRESSION = {
+    ".jsonl": None, ".jsonl.gz": "gzip", ".jsonl.zst": "zstd", ".parquet": None, **TAR_COMPRESSION
+}  # fmt: skip
+"""Suffixes of files that hold several documents, each with the compression of the whole file."""
+SAMPLE_MANIFEST_FILE = "manifest.jsonl"
+"""Lists the tars of a tokenised webdataset corpus, as open_lm and DCLM write it: a shard and its samples per line."""
 TYPICAL_COMPRESSION_RATIO = 3
-"""Bytes of text in a byte of a compressed file, about; only the size of units depends on it."""
+"""Approximate bytes of text per compressed byte; affects only the sizes of units."""
 READ_BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class InputFile:
     name: str
-    """The path below its --input, after that input's number; order, shuffle and the way to read depend on this alone."""
+    """The path below its --input, after that input's number; determines the order, the shuffle and the format."""
     address: str
     size_bytes: int
     version: str
-    """Changes when the content does: time of the last change, or the server's tag."""
+    """Changes with the content: time of the last change, or the server's tag."""
+    num_samples: int | None = None
+    """Samples of a tar according to its manifest.jsonl, if it has one."""
 
     @property
-    def estimated_text_bytes(self) -> int:
-        """About how much text the file holds."""
-        return (
-            self.size_bytes
-            if self.compression is None and not self.is_parquet
-            else self.size_bytes * TYPICAL_COMPRESSION_RATIO
-        )
-
-    @property
-    def is_parquet(self) -> bool:
-        return self.name.endswith(".parquet")
-
-    @property
-    def is_json_lines(self) -> bool:
-        """Whether it has a JSON record in each line."""
-        return self.name.endswith(tuple(JSON_LINES_COMPRESSION))
+    def suffix(self) -> str:
+        """The suffix of a file of several documents; empty for text."""
+        return max((suffix for suffix in RECORD_COMPRESSION if self.name.endswith(suffix)), key=len, default="")
 
     @property
     def compression(self) -> str | None:
-        """What the lines of records are compressed with."""
-        return next((codec for suffix, codec in JSON_LINES_COMPRESSION.items() if self.name.endswith(suffix)), None)
+        """The compression of the whole file."""
+        return RECORD_COMPRESSION.get(self.suffix)
+
+    @property
+    def estimated_text_bytes(self) -> int:
+        """The approximate size of the file's text."""
+        ratio = TYPICAL_COMPRESSION_RATIO if self.compression or self.suffix == ".parquet" else 1
+        return self.size_bytes * ratio
 
     def split_into_parts(self, part_bytes: int) -> list[FilePart]:
-        """The whole file, or, where readers can start inside, about `part_bytes` of text each."""
-        divisible = self.is_parquet or (self.is_json_lines and self.compression is None)
+        """Cut the file into parts of about `part_bytes` of text; return it whole if readers cannot start inside."""
+        divisible = self.suffix in (".jsonl", ".parquet")
         count = max(1, self.estimated_text_bytes // part_bytes) if divisible else 1
         return [FilePart(self, number, count) for number in range(count)]
 
@@ -79,7 +83,7 @@ class FilePart:
 
     @property
     def byte_range(self) -> tuple[int, int]:
-        """First byte, and the one behind the last; a line belongs to the part it begins in."""
+        """The half-open range of bytes; a line belongs to the part it begins in."""
         whole = self.file.size_bytes
         return whole * self.index // self.num_parts, whole * (self.index + 1) // self.num_parts
 
@@ -89,57 +93,124 @@ class FilePart:
         return end - start
 
 
-def list_input_files(paths: list[str], glob: str | None, output: Path, option: str = "--input") -> list[InputFile]:
-    """Every file to read, sorted within each path; a file reached twice is read once, hidden ones and
-    `output` never. `option` is what the user calls the paths.
+@dataclass(frozen=True)
+class _Selection:
+    """Which files to take: those that match the glob, or those with a known suffix."""
 
-    Raises: UserError for a path that does not exist or cannot be read, or where there is nothing to read.
+    glob: str | None
+    option: str
+    only_tars: bool
+
+    def wants(self, name: str) -> bool:
+        """Whether to take this file of a folder; hidden files are never taken."""
+        parts = PurePosixPath(name).parts
+        if any(part.startswith(".") for part in parts):
+            return False
+        return _matches(parts, ("**", *PurePosixPath(self.glob).parts)) if self.glob else self._knows(name)
+
+    def check_named(self, name: str, given_path: str) -> None:
+        """Refuse a file of unknown format: a .json file of records must not become one long text."""
+        if self._knows(name) or (self.glob and not self.only_tars):
+            return
+        if self.only_tars:
+            raise UserError(
+                f"{self.option}: {given_path} is no webdataset tar, which --tokens reads; name .tar files or a folder"
+            )
+        records = ", ".join(RECORD_COMPRESSION)
+        remedy = "rename it" + (", or give --glob to read it as one text" if self.option == "--input" else "")
+        raise UserError(
+            f"{self.option}: {given_path} has no known suffix; records are in {records}, text in .txt; {remedy}"
+        )
+
+    def _knows(self, name: str) -> bool:
+        if self.only_tars:
+            return name.endswith(tuple(TAR_COMPRESSION))
+        return PurePosixPath(name).suffix in TEXT_SUFFIXES or name.endswith(tuple(RECORD_COMPRESSION))
+
+
+def list_input_files(
+    paths: list[str], glob: str | None, output: Path, option: str = "--input", *, only_tars: bool = False
+) -> list[InputFile]:
+    """List every file to read, sorted within each path. A file that is reached twice is listed once; hidden files
+    and files in `output` are left out. Braces in a path are expanded as in bash.
+
+    Raises: UserError if a path does not exist or cannot be read, or if there is nothing to read.
     """
     if glob and glob.startswith("/"):
         raise UserError(f"--glob: {glob}; must be a pattern of names below --input; for example 'src/**/*.py'")
+    selection = _Selection(glob, option, only_tars)
     found: dict[str, InputFile] = {}
-    for number, given_path in enumerate(paths):
-        if not given_path:
-            raise UserError(
-                f"{option}: an empty path; must name a folder or a file; leave it out, or write . for this one"
-            )
-        files = (
-            _list_remote(given_path, glob, option)
-            if remote_files.is_remote(given_path)
-            else _list_local(given_path, glob, output, option)
-        )
+    expanded = [(path, samples) for given in paths for path, samples in _expand(given, option, only_tars)]
+    for number, (path, num_samples) in enumerate(expanded):
+        is_remote = remote_files.is_remote(path)
+        files = _list_remote(path, selection) if is_remote else _list_local(path, output, selection)
         for identity, file in files:
-            found.setdefault(identity, InputFile(f"{number}/{file.name}", file.address, file.size_bytes, file.version))
+            name = f"{number}/{file.name}"
+            found.setdefault(identity, InputFile(name, file.address, file.size_bytes, file.version, num_samples))
     output_path = output.resolve()
     local_paths = [Path(given).resolve() for given in paths if not remote_files.is_remote(given)]
     if not found and any(output_path in (path, *path.parents) for path in local_paths):
-        raise UserError(f"{option}: {', '.join(paths)} lies in --output {output}; its files are not read; name another")
+        raise UserError(f"{option}: {', '.join(paths)} is in --output {output}, whose files are not read; name another")
     if not found:
         remedy = f"--glob {glob}; give another" if glob else "a known suffix; give --glob or another path"
         raise UserError(f"{option}: {', '.join(paths)} has no file with {remedy}")
     return list(found.values())
 
 
-def _list_remote(given_path: str, glob: str | None, option: str) -> Iterator[tuple[str, RemoteFile]]:
+def _expand(given_path: str, option: str, only_tars: bool) -> Iterator[tuple[str, int | None]]:
+    """The paths that a given path stands for, and the number of samples of each if a manifest states it."""
+    if not given_path:
+        raise UserError(f"{option}: an empty path; must name a folder or a file; leave it out, or write . for this one")
+    if only_tars and PurePosixPath(given_path).name == SAMPLE_MANIFEST_FILE:
+        yield from _read_sample_manifest(given_path)
+        return
+    is_literal = "{" not in given_path or (not remote_files.is_remote(given_path) and Path(given_path).exists())
+    try:
+        expanded = [given_path] if is_literal else list(braceexpand(given_path, escape=False))
+    except ValueError:
+        raise UserError(f"{option}: {given_path} has unbalanced braces; write for example {{000..012}}") from None
+    yield from ((path, None) for path in expanded)
+
+
+def _read_sample_manifest(path: str) -> Iterator[tuple[str, int | None]]:
+    folder = path.rpartition("/")[0] or "."
+    try:
+        for line in remote_files.read_bytes(path).splitlines():
+            if line.strip():
+                record = json.loads(line)
+                count = record.get("num_sequences")
+                if not isinstance(record["shard"], str) or not (count is None or type(count) is int):
+                    raise ValueError("shard must be text, num_sequences a whole number")
+                yield remote_files.join_address(folder, f"{record['shard']}.tar"), count
+    except OSError as error:
+        raise unreadable_error(path, error) from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f'{path}: is no manifest of shards ({error}); must have {{"shard": "NAME", "num_sequences": N}} '
+            "in each line; name the tars instead"
+        ) from None
+
+
+def _list_remote(given_path: str, selection: _Selection) -> Iterator[tuple[str, RemoteFile]]:
     for file in remote_files.list_files(given_path):
         if file.address != given_path:
-            if _is_wanted(file.name, glob):
+            if selection.wants(file.name):
                 yield file.address, file
             continue
-        # What follows the path of a link to one file is often a signature, which is another one every day.
+        # The query of a link to one file is often a signature that changes every day.
         name = unquote(PurePosixPath(urlsplit(given_path).path).name) if given_path.startswith("http") else file.name
-        _check_suffix(name, given_path, glob, option)
+        selection.check_named(name, given_path)
         yield file.address, replace(file, name=name)
 
 
-def _list_local(given_path: str, glob: str | None, output: Path, option: str) -> Iterator[tuple[str, RemoteFile]]:
+def _list_local(given_path: str, output: Path, selection: _Selection) -> Iterator[tuple[str, RemoteFile]]:
     root, output_path = Path(given_path), output.resolve()
     try:
         if not root.exists():
-            raise UserError(f"{option}: {given_path} does not exist; name a folder or a file")
+            raise UserError(f"{selection.option}: {given_path} does not exist; name a folder or a file")
         if not root.is_dir():
-            _check_suffix(root.name, given_path, glob, option)
-        for path in sorted(_walk(root, glob)) if root.is_dir() else [root]:
+            selection.check_named(root.name, given_path)
+        for path in sorted(_walk(root, selection)) if root.is_dir() else [root]:
             real = path.resolve()
             if output_path not in real.parents:
                 name = path.relative_to(root).as_posix() if root.is_dir() else path.name
@@ -148,8 +219,8 @@ def _list_local(given_path: str, glob: str | None, output: Path, option: str) ->
         raise unreadable_error(str(error.filename or given_path), error) from None
 
 
-def _walk(root: Path, glob: str | None) -> Iterator[Path]:
-    """The wanted files; folders behind links too, each once, because a link may lead back up."""
+def _walk(root: Path, selection: _Selection) -> Iterator[Path]:
+    """The wanted files. Links to folders are followed, each folder once, because a link may lead back up."""
     seen: set[Path] = set()
     for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
         folder_path = Path(folder)
@@ -159,8 +230,8 @@ def _walk(root: Path, glob: str | None) -> Iterator[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (folder_path / name for name in names):
-            # A link to nothing is a file that is missing, and says so when it is looked at.
-            if _is_wanted(path.relative_to(root).as_posix(), glob) and (path.is_file() or not path.exists()):
+            # A dangling link is kept: the file is missing, and reading its size reports that.
+            if selection.wants(path.relative_to(root).as_posix()) and (path.is_file() or not path.exists()):
                 yield path
 
 
@@ -168,32 +239,13 @@ def _raise(error: OSError) -> NoReturn:
     raise error
 
 
-def _is_wanted(name: str, glob: str | None) -> bool:
-    parts = PurePosixPath(name).parts
-    if any(part.startswith(".") for part in parts):
-        return False
-    return _matches(parts, ("**", *PurePosixPath(glob).parts)) if glob else _has_known_suffix(name)
-
-
 def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether the path fits; ** stands for any number of folders."""
+    """Whether the path matches; ** stands for any number of folders."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
         return any(_matches(parts[first:], pattern[1:]) for first in range(len(parts) + 1))
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
-
-
-def _has_known_suffix(name: str) -> bool:
-    return PurePosixPath(name).suffix in TEXT_SUFFIXES or name.endswith((".parquet", *JSON_LINES_COMPRESSION))
-
-
-def _check_suffix(name: str, given_path: str, glob: str | None, option: str) -> None:
-    """Records must not become one long text because their file is called .json."""
-    if not glob and not _has_known_suffix(name):
-        records = ", ".join((*JSON_LINES_COMPRESSION, ".parquet"))
-        remedy = "rename it, or give --glob to read it as one text" if option == "--input" else "rename it"
-        raise UserError(f"{option}: {given_path} has no known suffix; records are in {records}, text in .txt; {remedy}")
 
 
 def _size_and_version(path: Path) -> tuple[int, str]:
@@ -202,7 +254,7 @@ def _size_and_version(path: Path) -> tuple[int, str]:
 
 
 def check_unchanged(part: FilePart) -> None:
-    """Raises: UserError where the part's file is not the one any more that was listed, or cannot be looked at."""
+    """Raises: UserError if the part's file has changed since it was listed, or cannot be examined."""
     file = part.file
     if remote_files.is_remote(file.address):
         current = [(found.size_bytes, found.version) for found in remote_files.list_files(file.address)]
@@ -216,7 +268,7 @@ def check_unchanged(part: FilePart) -> None:
 
 
 def content_hash(part: FilePart) -> str:
-    """SHA-256 of the part's bytes where the file is local, else the version its server gives it."""
+    """The SHA-256 of the part's bytes if the file is local, else the version that its server gives it."""
     if remote_files.is_remote(part.file.address):
         return part.file.version
     digest = hashlib.sha256()

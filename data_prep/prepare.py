@@ -35,6 +35,8 @@ from tandem.trainer.metrics import progress
 DEFAULT_VOCAB_SIZE = 16_384
 DEFAULT_NUM_TASKS = 64
 MAX_PRINTED_FAILURES = 5
+TEXT_OPTIONS = ("group_field", "where", "nfc", "min_characters", "deduplicate", "decontaminate", "skip_undecodable")
+"""What cannot be asked of inputs that are already token ids."""
 SEED_LIMIT = 1 << 63
 """On each side of zero."""
 
@@ -54,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     libraries = "what encodes; it does not show in the result (default %(default)s: the fastest that is exact)"
     add("--tokenizer-library", choices=encoding.LIBRARIES, default="auto", help=libraries)
     add("--eos", default="<|endoftext|>", metavar="TOKEN", help="ends each document (default %(default)s)")
+    add(
+        "--tokens",
+        choices=readers.TOKEN_EXTENSIONS,
+        help="adopt webdataset tars of token ids in members of this extension",
+    )
+    add("--padding-id", type=int, metavar="ID", help="with --tokens: remove this id from the ends of samples")
     add("--text-field", default="text", metavar="NAME", help="of jsonl and parquet (default %(default)s)")
     add("--group-field", metavar="NAME", help="count documents and tokens by this field: meta.redpajama_set_name")
     add("--where", metavar="NAME=VALUE", help="take only documents with this value of a field")
@@ -96,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _prepare_or_submit(args: argparse.Namespace, output: Path, tokenizer_json: str | None, console: Console) -> None:
-    inputs = list_input_files(args.input, args.glob, output)
+    inputs = list_input_files(args.input, args.glob, output, only_tars=args.tokens is not None)
     settings = _settings(args, tokenizer_json)
     if output_folder.is_finished(output, settings.to_dict(), inputs):
         print(f"{output}: already prepared with these settings; nothing to do")
@@ -178,6 +186,8 @@ def _settings(args: argparse.Namespace, tokenizer_json: str | None) -> PrepareSe
         skip_undecodable=args.skip_undecodable,
         cleaning=CleaningRules(nfc=args.nfc, min_characters=args.min_characters, contaminant_keys=contaminants),
         deduplicate=args.deduplicate,
+        tokens=args.tokens,
+        padding_id=args.padding_id,
         tokenizer=f"bpe of {_vocab_size(args)}"
         if tokenizer_json is None
         else hashlib.sha256(tokenizer_json.encode()).hexdigest(),
@@ -212,6 +222,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.min_characters < 0:
         raise UserError(f"--min-characters: {args.min_characters}; must not be negative; 0 leaves none out")
     _check_executor(args)
+    _check_tokens(args)
     if not -SEED_LIMIT <= args.seed < SEED_LIMIT:
         raise UserError(f"--seed: {args.seed}; must be a number of 64 bits with its sign; choose a smaller one")
     _check_fields(args)
@@ -228,6 +239,20 @@ def _check_fields(args: argparse.Namespace) -> None:
     for option, field in (("--where", name), ("--group-field", args.group_field or "")):
         if field.split(".")[0] == args.text_field:
             raise UserError(f"{option}: {field} is the text itself; must be another field of the record; name that")
+
+
+def _check_tokens(args: argparse.Namespace) -> None:
+    if args.tokens is None:
+        if args.padding_id is not None:
+            raise UserError(
+                "--padding-id: is for --tokens; leave it out, or give the extension of the members with ids"
+            )
+        return
+    if args.tokenizer is None:
+        raise UserError("--tokens: needs --tokenizer, for the vocabulary and EOS; name the tokenizer of these ids")
+    for name in TEXT_OPTIONS:
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')}: works on text, and --tokens reads ids; leave one of them out")
 
 
 def _check_executor(args: argparse.Namespace) -> None:

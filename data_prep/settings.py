@@ -1,7 +1,6 @@
-"""What a preparation was asked for: everything the bytes of its result depend on, and nothing else.
+"""The settings of a preparation: everything that the bytes of the result depend on, and nothing else.
 
-`PrepareSettings` is what a corpus says it was made with, what a second run over the same folder must agree with, and what
-travels to every worker on every machine.
+The manifest records them, a second run over the same folder must agree with them, and every worker receives them.
 """
 
 from __future__ import annotations
@@ -17,15 +16,19 @@ from tandem.data_prep.clean import CleaningRules
 class PrepareSettings:
     text_field: str
     group_field: str | None
-    """Field whose values are counted apart, dotted: meta.redpajama_set_name."""
+    """Field whose values are counted separately, dotted: meta.redpajama_set_name."""
     where: tuple[str, str] | None
     """Field and value of the documents to keep; None keeps all."""
     skip_undecodable: bool
     cleaning: CleaningRules
     deduplicate: bool
-    """Whether one of documents that are nearly the same is kept."""
+    """Whether to keep only one of several documents that are nearly equal."""
+    tokens: str | None
+    """Extension of the members of a tokenised webdataset corpus; None for text."""
+    padding_id: int | None
+    """Id that pads the samples of a tokenised corpus; it is removed."""
     tokenizer: str
-    """The hash of the given tokenizer, or the size of the one to be trained."""
+    """The hash of the given tokenizer, or the size of the one to train."""
     eos: str
     held_out: float
     """Share of documents kept for validation."""
@@ -34,13 +37,11 @@ class PrepareSettings:
     shard_tokens: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as values that JSON gives back unchanged."""
-        values = asdict(self)
+        """Return the settings as values that survive a round trip through JSON."""
         rules = self.cleaning
-        contaminants = (
-            hashlib.sha256(b"".join(sorted(rules.contaminant_keys))).hexdigest() if rules.contaminant_keys else None
-        )
-        return values | {
+        keys = b"".join(sorted(rules.contaminant_keys))
+        contaminants = hashlib.sha256(keys).hexdigest() if keys else None
+        return asdict(self) | {
             "where": self.where and "=".join(self.where),
             "cleaning": {"nfc": rules.nfc, "min_characters": rules.min_characters, "contaminants_sha256": contaminants},
         }

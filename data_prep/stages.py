@@ -37,7 +37,7 @@ CHECK_SAMPLE_DOCUMENTS, CHECK_SAMPLE_CHARACTERS = 200, 1 << 20
 TOKENIZER_TRAINING_BYTES = 1 << 30
 """Text that a tokenizer is trained on, about, where there is more."""
 DROPPED_COUNT_NAMES = (
-    "empty_documents", "filtered_documents", "undecodable_files",
+    "empty_documents", "filtered_documents", "undecodable_files", readers.OTHER_MEMBERS,
     "short_documents", "contaminated_documents", "duplicate_documents",
 )  # fmt: skip
 
@@ -98,7 +98,7 @@ def create_preparation(
 def _sample_texts(settings: PrepareSettings, inputs: list[InputFile]) -> list[str]:
     """The first texts there are, whatever becomes of them."""
     texts: list[str] = []
-    for file in inputs:
+    for file in inputs if settings.tokens is None else ():
         with suppress(readers.UndecodableText):  # said, or counted, when it is encoded
             for document in readers.read_documents(FilePart(file, 0, 1), settings.text_field, [], lambda count: None):
                 texts.append(document.text)
@@ -196,7 +196,7 @@ def _is_encoded(preparation: Preparation, unit: WorkUnit) -> bool:
 
 
 def _make_encode_unit(preparation: Preparation) -> ItemFunction:
-    return partial(encode.encode_unit, preparation.settings, preparation.encoder_spec.load(), preparation.work_folder)
+    return partial(encode.encode_unit, preparation.settings, preparation.encoder_spec, preparation.work_folder)
 
 
 def _band_ranges(preparation: Preparation) -> list[duplicates.BandRange]:

@@ -279,6 +279,6 @@ def test_what_an_address_needs_is_not_called_damage_of_what_lies_there():
         provenance.load("ftp://host/inputs.json")
 
 
-def test_inputs_that_lie_in_the_output_are_said_to(folder, tmp_path):
-    with pytest.raises(UserError, match=r"--input: .*texts lies in --output .*; its files are not read"):
+def test_inputs_in_the_output_are_refused(folder, tmp_path):
+    with pytest.raises(UserError, match=r"--input: .*texts is in --output .*, whose files are not read"):
         input_files.list_input_files([str(folder)], None, tmp_path)
