@@ -18,7 +18,7 @@ from tandem.trainer.models import btlm, param_groups
 from tandem.trainer.models.mup import ForwardScales, ParameterRule, forward_scales, parameter_rules, width_multiplier
 from tandem.trainer.models.param_groups import build_param_groups
 from tandem.trainer.tools.mup import coordinates, lr_transfer, weight_decay
-from tandem.trainer.tools.mup.measurement import Measurement, first_failure, format_interval
+from tandem.trainer.tools.mup.measurement import Measurement, first_failure
 from tandem.trainer.tools.mup.proxies import proxy_config
 from tests import tiny_configs
 from tests.promises.conftest import VOCAB_SIZE, run_tandem
@@ -202,7 +202,7 @@ def test_a_broken_rule_is_noticed_and_named(rule, config, mesh, monkeypatch):
     monkeypatch.setattr(broken.place, broken.name, broken.stands_in)
     failure = first_failure(judged(config, mesh))
     assert failure is not None, "not noticed"
-    print(f"figures | {rule} | {failure.quantity} | {failure.value:+.3g} | {format_interval(failure)} |")
+    print(f"figures | {rule} | {failure.quantity} | {failure.value:+.3g} | {failure.interval} |")
     assert f"{failure.check}: {failure.quantity}".startswith(broken.seen_in)
 
 
@@ -261,14 +261,14 @@ def test_a_check_that_fails_is_named_and_ends_with_code_1(tmp_path, corpus):
 @pytest.mark.parametrize(
     ("overrides", "options", "line"),
     [
-        (["mup=null"], [], "mup: null"),
+        (["mup=null"], [], "mup: null has no width rules"),
         ([], ["--widths=30,64"], "--widths 30: model.hidden_size: 30"),
-        ([], ["--widths=64"], "--widths: 64; "),
+        ([], ["--widths=64"], "--widths: 64 is one width"),
         ([], ["--widths=64,wide"], "--widths: '64,wide'"),
         ([], ["--checks=decay,init"], "--checks: 'init'"),
         ([], ["--checks=coordinates", "--tp-sizes=3"], "parallel.tp_size 3"),
         ([], ["--seeds=0"], "--seeds: 0"),
-        ([], ["--checks=coordinates", "--updates=9999"], "--updates: 9999; the schedule has"),
+        ([], ["--checks=coordinates", "--updates=9999"], "--updates: 9999 is more than the schedule's"),
         (["optim.weight_decay=0.0"], ["--checks=decay"], "optim.weight_decay: 0"),
     ],
 )
@@ -285,7 +285,7 @@ def test_ranks_of_a_launcher_are_refused(tmp_path, capsys, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     assert main(["mup-check", str(CONFIG), f"--output={tmp_path / 'out'}", "--checks=decay"]) == 2
-    assert "ranks: 2; tandem mup-check is one process" in capsys.readouterr().err
+    assert "ranks: 2 were launched, but tandem mup-check is one process" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

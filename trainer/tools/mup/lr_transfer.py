@@ -1,18 +1,15 @@
-"""The learning-rate transfer check: the best learning rate of every width, under muP and without its width rules.
+"""The transfer check: find the best learning rate of every width, under muP and without its width rules.
 
-Every trial is a whole run of the config's schedule at another width and peak. Trials take minutes to hours, so each is written
-down when it is done, under a key of all that decides its loss: a sweep that was killed goes on where it stopped.
-At the base width both parametrisations are the same config, and the same trial.
+A trial is a whole run of the config's schedule at another width and peak learning rate. Trials take minutes to hours, so each
+result is stored as soon as it exists, under a key of everything that determines the loss, and a sweep that was killed resumes.
+At the base width both parametrisations are the same config, and therefore the same trial.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from dataclasses import dataclass
-from math import inf, nan
+from math import inf, isfinite, log2, nan
 from pathlib import Path
 
 import torch
@@ -31,10 +28,9 @@ from tandem.trainer.tools.mup.proxies import build_loader, proxy_config, train_s
 
 MUP, WITHOUT_WIDTH_RULES = "muP", "without width rules"
 TAIL_FRACTION = 1 / 8
-"""The loss of a trial is the mean of this last share of its steps."""
+"""The loss of a trial is the mean over this last share of its steps."""
 MAX_SPREAD_OCTAVES = 1.0
-"""Grid steps of 2x that the optimum may move under muP."""
-LIKELY_CAUSE = "the width rules as a whole; the other checks say which"
+"""How many grid steps of 2x the optimum may move under muP."""
 
 
 @dataclass(frozen=True)
@@ -47,39 +43,46 @@ class Trial:
     def width(self) -> int:
         return self.config.model.hidden_size
 
+    @property
+    def flops(self) -> float:
+        schedule, model = self.config.schedule, self.config.model
+        return float(Timeline(schedule).total_tokens * flops_per_token(model, schedule.phases[0].seq_len, causal=False))
+
 
 Losses = dict[str, dict[int, dict[float, float]]]
-"""Parametrisation -> width -> peak learning rate -> loss in nats, infinite where the run diverged."""
+"""Parametrisation -> width -> peak learning rate -> loss in nats, infinite if the run diverged."""
 
 
 def build_trials(config: TrainConfig, widths: list[int], octaves: int) -> list[Trial]:
-    """All runs of the sweep: peaks from the config's / 2^octaves to the config's * 2^octaves, narrow models first."""
+    """List all runs of the sweep, with peaks from the config's / 2^octaves to the config's * 2^octaves; narrow models first."""
     peaks = [config.schedule.lr.peak * 2.0**step for step in range(-octaves, octaves + 1)]
-    found = []
+    trials = []
     for width in widths:
         under_mup = proxy_config(config, width)
         for name, base in ((MUP, under_mup), (WITHOUT_WIDTH_RULES, without_width_rules(under_mup))):
-            found += [Trial(name, lr, with_peak_lr(base, lr)) for lr in peaks]
-    return found
+            trials += [Trial(name, lr, with_peak_lr(base, lr)) for lr in peaks]
+    return trials
 
 
 def run_sweep(trials: list[Trial], results_file: Path, mesh: Mesh) -> Losses:
-    """The loss of every trial, run now or read from the ledger."""
-    code, losses_by_key = _code_digest(), _read_results(results_file)
+    """Run every trial whose result is not in the file yet, append the new results to it, and return all losses."""
+    code = _code_digest()
+    stored = {record["key"]: record["loss"] for record in journal.read_records(results_file)}
+    losses_by_key = {key: inf if loss is None else loss for key, loss in stored.items()}
     keys = [_trial_key(trial.config, code) for trial in trials]
     missing: dict[str, Trial] = {}
     for key, trial in zip(keys, trials, strict=True):
         if key not in losses_by_key:
             missing.setdefault(key, trial)
-    with ProgressReporter("transfer", sum(map(_trial_flops, missing.values()))) as progress:
+    with ProgressReporter("transfer", sum(trial.flops for trial in missing.values())) as progress:
         for key, trial in missing.items():
-            start_time, losses_of_steps = time.perf_counter(), train_proxy(trial.config, mesh)
-            loss = tail_mean(losses_of_steps, Timeline(trial.config.schedule).total_steps)
+            start_time = time.perf_counter()
+            loss = tail_mean(train_proxy(trial.config, mesh), Timeline(trial.config.schedule).total_steps)
             seconds = time.perf_counter() - start_time
             _append_result(results_file, key, trial, loss, seconds)
             losses_by_key[key] = loss
-            what = f"width {trial.width}, lr {trial.lr:.3g}, {trial.parametrisation}"
-            progress.advance(_trial_flops(trial), f"{what}: loss {loss:.4f}, {seconds:.0f} s")
+            description = f"width {trial.width}, lr {trial.lr:.3g}, {trial.parametrisation}"
+            progress.advance(trial.flops, f"{description}: loss {loss:.4f}, {seconds:.0f} s")
     losses: Losses = {}
     for key, trial in zip(keys, trials, strict=True):
         losses.setdefault(trial.parametrisation, {}).setdefault(trial.width, {})[trial.lr] = losses_by_key[key]
@@ -87,79 +90,63 @@ def run_sweep(trials: list[Trial], results_file: Path, mesh: Mesh) -> Losses:
 
 
 def train_proxy(config: TrainConfig, mesh: Mesh) -> list[float]:
-    """The loss of every step of the config's run, up to the first that is not finite."""
+    """Train the proxy and return the loss of every step, up to the first that is not finite."""
     losses = []
     for loss in train_steps(config, build_engine(config, mesh, None), mesh):
         losses.append(loss)
-        if not math.isfinite(loss):
+        if not isfinite(loss):
             break
     return losses
 
 
 def tail_mean(losses: list[float], total_steps: int) -> float:
-    """Mean of the last steps; infinite for a run that did not reach its end."""
-    if len(losses) < total_steps or not math.isfinite(losses[-1]):
+    """Return the mean of the last steps, or infinity if the run diverged."""
+    if len(losses) < total_steps or not isfinite(losses[-1]):
         return inf
     tail = losses[-max(1, round(total_steps * TAIL_FRACTION)) :]
     return sum(tail) / len(tail)
 
 
 def best_lr(losses_by_lr: dict[float, float]) -> float:
-    """The learning rate of the grid with the least loss; not a number where every run diverged."""
+    """Return the learning rate with the lowest loss, or NaN if every run diverged."""
     best = min(losses_by_lr, key=lambda lr: losses_by_lr[lr])
-    return best if math.isfinite(losses_by_lr[best]) else nan
+    return best if isfinite(losses_by_lr[best]) else nan
 
 
-def best_lr_spread_octaves(losses_by_size: dict[int, dict[float, float]]) -> float:
-    """Between which two widths the optimum differs most, in grid steps of 2x."""
-    log2_best_lrs = [math.log2(best_lr(by_lr)) for by_lr in losses_by_size.values()]
-    return max(log2_best_lrs) - min(log2_best_lrs) if all(map(math.isfinite, log2_best_lrs)) else nan
+def log2_best_lrs(losses_by_width: dict[int, dict[float, float]]) -> list[float]:
+    return [log2(best_lr(by_lr)) for by_lr in losses_by_width.values()]
 
 
-def best_lr_drop_octaves(losses_by_size: dict[int, dict[float, float]]) -> float:
-    """How many grid steps of 2x lower the optimum of the widest is than that of the narrowest."""
-    log2_best_lrs = [math.log2(best_lr(by_lr)) for by_lr in losses_by_size.values()]
-    return log2_best_lrs[0] - log2_best_lrs[-1]
+def best_lr_spread_octaves(losses_by_width: dict[int, dict[float, float]]) -> float:
+    """Return the distance between the lowest and the highest optimum in grid steps of 2x, or NaN if a width has none."""
+    optima = log2_best_lrs(losses_by_width)
+    return max(optima) - min(optima) if all(map(isfinite, optima)) else nan
 
 
 def judge(losses: Losses) -> list[Measurement]:
-    """How far the optimum moves in grid steps of 2x: at most one under muP; without it must fall further from the narrowest
-    to the widest, or the sweep has shown nothing.
+    """Compare how far the optimum moves, in grid steps of 2x, with what is allowed.
+
+    Under muP it may move one step. Without width rules it must fall further than that from the narrowest to the widest model;
+    otherwise the sweep has shown nothing.
     """
     widths = list(losses[MUP])
-    case = f"widths {widths[0]} to {widths[-1]}"
-    mup_spread, drop_without_rules = (
-        best_lr_spread_octaves(losses[MUP]),
-        best_lr_drop_octaves(losses[WITHOUT_WIDTH_RULES]),
-    )
+    case, spread = f"widths {widths[0]} to {widths[-1]}", best_lr_spread_octaves(losses[MUP])
+    optima = log2_best_lrs(losses[WITHOUT_WIDTH_RULES])
     is_inside_grid = [min(by_lr) < best_lr(by_lr) < max(by_lr) for by_lr in losses[MUP].values()]
+    inside, in_grid = sum(is_inside_grid) / len(is_inside_grid), "share of muP optima inside the grid"
+    wrong_grid = "a grid that does not contain the optimum; move schedule.lr.peak or raise --octaves"
+    width_rules = "the width rules as a whole; the other checks show which"
+    moves, fall = f"moves of the optimum, {MUP}", f"fall of the optimum, {WITHOUT_WIDTH_RULES}"
+    too_short = "a sweep that is too short or narrow to show a difference"
     return [
-        Measurement(
-            "transfer",
-            "share of muP optima inside the grid",
-            case,
-            sum(is_inside_grid) / len(is_inside_grid),
-            1.0,
-            1.0,
-            "a grid that does not hold the optimum: move schedule.lr.peak or raise --octaves",
-        ),
-        Measurement(
-            "transfer", f"moves of the optimum, {MUP}", case, mup_spread, 0.0, MAX_SPREAD_OCTAVES, LIKELY_CAUSE
-        ),
-        Measurement(
-            "transfer",
-            f"fall of the optimum, {WITHOUT_WIDTH_RULES}",
-            case,
-            drop_without_rules,
-            mup_spread + 1,
-            inf,
-            "a sweep too short or narrow to tell",
-        ),
+        Measurement("transfer", in_grid, case, inside, 1.0, 1.0, wrong_grid),
+        Measurement("transfer", moves, case, spread, 0.0, MAX_SPREAD_OCTAVES, width_rules),
+        Measurement("transfer", fall, case, optima[0] - optima[-1], spread + 1, inf, too_short),
     ]
 
 
 def format_table(losses: Losses) -> str:
-    """Loss by learning rate and width; the best of each column is marked."""
+    """Loss by learning rate and width; `*` marks the best of each column."""
     lines = []
     for name, by_width in losses.items():
         lines.append("  ".join([f"{name:<22}", *(f"{f'width {width}':>11}" for width in by_width)]))
@@ -169,37 +156,24 @@ def format_table(losses: Losses) -> str:
     return "\n".join(lines)
 
 
-def _trial_flops(trial: Trial) -> float:
-    tokens = Timeline(trial.config.schedule).total_tokens
-    return float(tokens * flops_per_token(trial.config.model, trial.config.schedule.phases[0].seq_len, causal=False))
-
-
 def _trial_key(config: TrainConfig, code: str) -> str:
-    """What decides the loss: the whole config, the corpora themselves, the code that trains, and what it runs on."""
+    """Hash everything that determines the loss: the whole config, the corpora, the code that trains, and the machine."""
     corpora = json.dumps(build_loader(config).fingerprints, sort_keys=True)
     machine = f"{torch.__version__} {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}"
     return hashlib.sha256("\n".join([dump_config(config), corpora, code, machine]).encode()).hexdigest()[:16]
 
 
 def _code_digest() -> str:
-    """Changes with every source file of the trainer and the kernels."""
-    files = [
-        file
-        for package in (tandem.kernels, tandem.trainer)
-        for file in Path(str(package.__file__)).parent.rglob("*.py")
-    ]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
-
-
-def _read_results(results_file: Path) -> dict[str, float]:
-    found = journal.read_records(results_file)
-    return {record["key"]: inf if record["loss"] is None else record["loss"] for record in found}
+    """Hash every source file of the trainer and the kernels."""
+    folders = [Path(str(package.__file__)).parent for package in (tandem.kernels, tandem.trainer)]
+    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _append_result(results_file: Path, key: str, trial: Trial, loss: float, seconds: float) -> None:
     record = {
         "key": key, "parametrisation": trial.parametrisation, "width": trial.width, "lr": trial.lr,
-        "seed": trial.config.run.seed, "loss": loss if math.isfinite(loss) else None, "seconds": round(seconds, 1),
+        "seed": trial.config.run.seed, "loss": loss if isfinite(loss) else None, "seconds": round(seconds, 1),
     }  # fmt: skip
     with journal.open_journal(results_file) as file:
         journal.append_record(file, record)

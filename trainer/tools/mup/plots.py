@@ -1,10 +1,9 @@
-"""The two figures of the kit, in the style of the reports: coordinates against width, loss against learning rate."""
-
-from __future__ import annotations
+"""Draw the two figures of the checks in the style of the reports: coordinates against width, loss against learning rate."""
 
 from collections.abc import Sequence
-from math import inf, isfinite, sqrt
+from math import isfinite, sqrt
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -18,54 +17,48 @@ from tandem.trainer.tools.report.plots import GREY, PLOT_STYLE, RED, save_figure
 
 MUP_PLOT_STYLE = PLOT_STYLE | {"savefig.dpi": 100, "font.size": 9}
 COLORS = ("#b9d2ec", "#8ab3dd", "#5a94cd", "#2f6fb5", "#1d4f87", "#0f3159")
-"""Light to dark: early to late, narrow to wide."""
+"""Light to dark for early to late and for narrow to wide."""
 
 
-def draw_coordinates(records: list[CoordinateRecord], folder: Path) -> list[Path]:
-    """One PNG for each case: size at the start and change after each update, against width."""
-    cases = dict.fromkeys((record["tp_size"], record["precision"]) for record in records)
-    found = []
-    for tp_size, precision in cases:
+def draw_coordinates(records: list[CoordinateRecord], folder: Path) -> None:
+    """Write one PNG for each case: change after each update and size at the start, against width."""
+    for tp_size, precision in dict.fromkeys((record["tp_size"], record["precision"]) for record in records):
         with matplotlib.rc_context(MUP_PLOT_STYLE):
             figure = _draw_coordinates(records, tp_size, precision)
-            found.append(save_figure(figure, folder / f"coordinates-tp{tp_size}-{precision}.png"))
-    return found
+            save_figure(figure, folder / f"coordinates-tp{tp_size}-{precision}.png")
 
 
 def draw_transfer(losses: Losses, folder: Path) -> Path:
-    """Loss against learning rate, one curve for each width, one panel for each parametrisation."""
+    """Draw loss against learning rate, one panel for each parametrisation and one curve for each width."""
     with matplotlib.rc_context(MUP_PLOT_STYLE):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         panels = figure.subplots(1, len(losses), sharey=True)
-        finite = [
-            loss for by_width in losses.values() for by_lr in by_width.values() for loss in by_lr.values() if loss < inf
-        ]
+        by_lrs = [by_lr for by_width in losses.values() for by_lr in by_width.values()]
+        finite = [loss for by_lr in by_lrs for loss in by_lr.values() if isfinite(loss)]
         for axes, (name, by_width) in zip(panels, losses.items(), strict=True):
             _draw_transfer_panel(axes, by_width)
             axes.set_title(name, loc="left")
             if finite:
                 axes.set_ylim(min(finite) - 0.1, min(max(finite), min(finite) + 2.5) + 0.1)
-        panels[0].set_ylabel("training loss at the end (nats per token)")
+        panels[0].set_ylabel("final training loss (nats per token)")
         figure.legend(*panels[0].get_legend_handles_labels(), title="width", loc="outside right upper")
         return save_figure(figure, folder / "transfer.png")
 
 
-def _draw_transfer_panel(axes: Axes, losses_by_size: dict[int, dict[float, float]]) -> None:
-    for color, (width, by_lr) in zip(_pick_colors(len(losses_by_size)), losses_by_size.items(), strict=True):
-        finite_losses = {lr: loss for lr, loss in by_lr.items() if isfinite(loss)}
-        axes.plot(list(finite_losses), list(finite_losses.values()), "o-", color=color, ms=4, label=str(width))
-        if finite_losses:
-            best = best_lr(finite_losses)
-            axes.plot([best], [finite_losses[best]], "o", color=color, ms=10, mfc="none", mew=1.5)
-    axes.set_xscale("log", base=2)
-    peaks = list(next(iter(losses_by_size.values())))
-    axes.set_xticks(peaks, [f"{peak:.2g}" for peak in peaks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("peak learning rate; the ring is the best of a width")
+def _draw_transfer_panel(axes: Axes, losses_by_width: dict[int, dict[float, float]]) -> None:
+    for color, (width, by_lr) in zip(_pick_colors(len(losses_by_width)), losses_by_width.items(), strict=True):
+        finite = {lr: loss for lr, loss in by_lr.items() if isfinite(loss)}
+        axes.plot(list(finite), list(finite.values()), "o-", color=color, ms=4, label=str(width))
+        if finite:
+            best = best_lr(finite)
+            axes.plot([best], [finite[best]], "o", color=color, ms=10, mfc="none", mew=1.5)
+    peaks = list(next(iter(losses_by_width.values())))
+    _set_log2_xaxis(axes, peaks, [f"{peak:.2g}" for peak in peaks])
+    axes.set_xlabel("peak learning rate (ring: best of each width)")
 
 
 def _draw_coordinates(records: list[CoordinateRecord], tp_size: int, precision: str) -> Figure:
-    """Top row the changes, one line for each update; bottom row the sizes at the start."""
+    """Draw the changes in the top row, one line for each update, and the sizes at the start in the bottom row."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     panels = figure.subplots(2, len(EXPECTED_EXPONENTS))
     widths, last_step = sorted({record["width"] for record in records}), max(record["step"] for record in records)
@@ -81,33 +74,36 @@ def _draw_coordinates(records: list[CoordinateRecord], tp_size: int, precision: 
         change.set_title(coordinate, loc="left")
         for axes in (change, size):
             _set_log_axes(axes, widths)
-        size.set_xlabel("width")
-    panels[0][0].set_ylabel("change since the start")
-    panels[1][0].set_ylabel("size at the start")
+        size.set_xlabel("width (hidden_size)")
+    panels[0][0].set_ylabel("change since the start (RMS)")
+    panels[1][0].set_ylabel("size at the start (RMS)")
     figure.legend(*panels[0][0].get_legend_handles_labels(), title="updates", loc="outside right upper")
     figure.legend(*panels[1][0].get_legend_handles_labels(), loc="outside right lower")
-    figure.suptitle(
-        f"root mean square over rows, layers and seeds; tensor parallel {tp_size}, {precision}", x=0.01, ha="left"
-    )
+    conditions = f"tensor parallel {tp_size}, {precision}"
+    figure.suptitle(f"Root mean square over rows, layers and seeds; {conditions}", x=0.01, ha="left")
     return figure
 
 
 def _curve_over_layers(
     records: list[CoordinateRecord], tp_size: int, precision: str, kind: str, coordinate: str, step: int
 ) -> tuple[list[int], list[float]]:
-    """`coordinates.coordinate_curve` of all layers together."""
+    """Like `coordinates.coordinate_curve`, as the root mean square over all layers."""
     names = [name for name in records[0][kind] if name.split()[0] == coordinate]
     curves = [coordinate_curve(records, tp_size, precision, kind, name, step) for name in names]
-    together = zip(*(values for _, values in curves), strict=True)
-    return curves[0][0], [sqrt(sum(value**2 for value in values) / len(values)) for values in together]
+    by_width = zip(*(values for _, values in curves), strict=True)
+    return curves[0][0], [sqrt(fmean(value**2 for value in values)) for values in by_width]
+
+
+def _set_log2_xaxis(axes: Axes, ticks: Sequence[float], labels: list[str]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, labels)
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _set_log_axes(axes: Axes, widths: list[int]) -> None:
-    """Both axes logarithmic, at least a decade of y, so that what is flat looks flat."""
-    axes.set_xscale("log", base=2)
+    """Make both axes logarithmic, with at least a decade of y so that a flat curve looks flat."""
+    _set_log2_xaxis(axes, widths, [str(width) for width in widths])
     axes.set_yscale("log")
-    axes.set_xticks(widths, [str(width) for width in widths])
-    axes.xaxis.set_minor_locator(NullLocator())
     low, high = axes.get_ylim()
     if high < 20 * low:
         middle = sqrt(low * high)
@@ -117,6 +113,6 @@ def _set_log_axes(axes: Axes, widths: list[int]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
 
 
-def _pick_colors(count: int) -> Sequence[str]:
-    """`count` of the shades, spread from light to dark."""
+def _pick_colors(count: int) -> list[str]:
+    """Pick `count` shades from light to dark."""
     return [COLORS[round(index * (len(COLORS) - 1) / max(1, count - 1))] for index in range(count)]
