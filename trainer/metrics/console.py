@@ -1,10 +1,8 @@
-"""Progress on standard error: a live bar where that is a terminal, plain lines where it is a file or a pipe.
+"""Show a run's records on standard error: a live bar on a terminal, plain lines in a file or a pipe.
 
-Reads the same dicts that go to `metrics.jsonl`; formats numbers for people (`format_number`, `format_duration`). The time
-left is the tokens left at the pace of the last steps by the clock, so validation and checkpoints count.
+`format_number` and `format_duration` format numbers for people. The time left is the remaining tokens at the wall-clock pace of
+the last steps, so it includes validations and checkpoints.
 """
-
-from __future__ import annotations
 
 import math
 from collections import deque
@@ -16,11 +14,11 @@ from rich.progress import Progress
 from tandem.trainer.metrics import progress
 
 ETA_WINDOW_STEPS = 50
-"""Steps the pace is taken over."""
+"""Number of steps that determine the pace."""
 
 
 def format_number(value: float | int) -> str:
-    """Three significant digits with k, M, B (10^9) or T (10^12)."""
+    """Format with three significant digits and k, M, B (10^9) or T (10^12)."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * size:
             return f"{value / size:.3g}{unit}" if abs(value) < 999.5 * size else f"{value / size:.0f}{unit}"
@@ -28,7 +26,7 @@ def format_number(value: float | int) -> str:
 
 
 def format_duration(seconds: float | int | None) -> str:
-    """Days, hours, minutes, seconds; a dash for null or what is not finite."""
+    """Format as days, hours, minutes and seconds, or as a dash if there is no finite number."""
     if seconds is None or not math.isfinite(seconds):
         return "-"
     minutes, rest = divmod(round(seconds), 60)
@@ -44,38 +42,34 @@ class ConsoleSink:
         self._eta_window: deque[tuple[float, int]] = deque(maxlen=ETA_WINDOW_STEPS)
         self._last_step_record: dict[str, Any] | None = None
         self._consumed_tokens_by_step: dict[int, int] = {}
-        """Behind the run after each step from the last checkpoint on, to which it may go back."""
+        """Tokens consumed after each step since the last checkpoint, to which the run may roll back."""
         self._last_printed_step = -1
         self._progress_bar: Progress | None = None
         self._totals = {"total_steps": 0, "total_tokens": 0}
 
     def write(self, record: dict[str, Any]) -> None:
-        kind = record["kind"]
-        if kind == "start":
-            self._show_start(record)
-        elif kind == "step":
-            self._show_step(record)
-        elif kind == "validation":
-            losses = f"loss {record['loss']:.4f}, perplexity {record['perplexity']:.4g}"
-            self._print(f"validation at step {record['step']}: {losses}")
-        elif kind == "checkpoint":
-            self._consumed_tokens_by_step = {
-                step: tokens for step, tokens in self._consumed_tokens_by_step.items() if step >= record["step"]
-            }
-            self._print(
-                f"checkpoint at step {record['step']}: {format_number(record['bytes'])}B in {record['seconds']:.1f} s, "
-                f"training waited {record['stall_seconds']:.1f} s"
-            )
-        elif kind == "rollback":
-            self._show_rollback(record)
-        elif kind == "end":
-            if (
-                self._last_step_record
-                and self._eta_window
-                and self._last_printed_step != self._last_step_record["step"]
-            ):
-                self._print_step(self._last_step_record)
-            self._print(f"end at step {record['step']}: {record['reason']}")
+        match record["kind"]:
+            case "start":
+                self._show_start(record)
+            case "step":
+                self._show_step(record)
+            case "validation":
+                losses = f"loss {record['loss']:.4f}, perplexity {record['perplexity']:.4g}"
+                self._print(f"validation at step {record['step']}: {losses}")
+            case "checkpoint":
+                tokens_by_step = self._consumed_tokens_by_step.items()
+                self._consumed_tokens_by_step = {s: tokens for s, tokens in tokens_by_step if s >= record["step"]}
+                self._print(
+                    f"checkpoint at step {record['step']}: {format_number(record['bytes'])}B in "
+                    f"{record['seconds']:.1f} s, training waited {record['stall_seconds']:.1f} s"
+                )
+            case "rollback":
+                self._show_rollback(record)
+            case "end":
+                last = self._last_step_record
+                if last and self._eta_window and self._last_printed_step != last["step"]:
+                    self._print_step(last)
+                self._print(f"end at step {record['step']}: {record['reason']}")
 
     def close(self) -> None:
         if self._progress_bar:
@@ -93,20 +87,19 @@ class ConsoleSink:
         if parts := record["start_seconds"]:
             listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
             self._print(f"ready after {sum(parts.values()):.1f} s: {listed}")
-        if not self._console.is_interactive:
-            return
-        total, tokens = record["total_tokens"], record["tokens"]
-        self._progress_bar = progress.start_wide_bar(self._console, "", total, completed=tokens, words="first step …")
+        if self._console.is_interactive:
+            total, tokens = record["total_tokens"], record["tokens"]
+            self._progress_bar = progress.start_wide_bar(
+                self._console, "", total, completed=tokens, words="first step …"
+            )
 
     def _show_rollback(self, record: dict[str, Any]) -> None:
         self._print(f"rollback to step {record['step']} from step {record['from_step']}: {record['reason']}")
         self._eta_window.clear()
         self._last_printed_step = -1
-        if self._progress_bar:
-            tokens = self._consumed_tokens_by_step.get(record["step"], 0)
-            self._progress_bar.update(
-                self._progress_bar.task_ids[0], completed=tokens, words=f"back at step {record['step']}"
-            )
+        self._update_bar(
+            completed=self._consumed_tokens_by_step.get(record["step"], 0), words=f"back at step {record['step']}"
+        )
 
     def _show_step(self, record: dict[str, Any]) -> None:
         new_phase = self._last_step_record is None or self._last_step_record["phase"] != record["phase"]
@@ -114,15 +107,17 @@ class ConsoleSink:
         self._consumed_tokens_by_step[record["step"]] = record["tokens"]
         self._eta_window.append((record["time"], record["tokens"]))
         if new_phase:
-            self._print(
-                f"phase {record['phase']}: {record['global_batch_size']} rows of {record['seq_len']} tokens a step"
-            )
-        if self._progress_bar:
-            words, [task] = "  ".join(self._format_step(record)), self._progress_bar.task_ids
-            self._progress_bar.update(task, completed=record["tokens"], description=record["phase"], words=words)
+            rows = f"{record['global_batch_size']} rows of {record['seq_len']} tokens a step"
+            self._print(f"phase {record['phase']}: {rows}")
+        words = "  ".join(self._format_step(record))
+        self._update_bar(completed=record["tokens"], description=record["phase"], words=words)
         is_due = new_phase or record["step"] % self._every_steps == 0 or record["step"] == self._totals["total_steps"]
         if record["skipped"] or (is_due and not self._progress_bar):
             self._print_step(record)
+
+    def _update_bar(self, **fields: Any) -> None:
+        if self._progress_bar:
+            self._progress_bar.update(self._progress_bar.task_ids[0], **fields)
 
     def _print_step(self, record: dict[str, Any]) -> None:
         self._last_printed_step = record["step"]
@@ -142,12 +137,10 @@ class ConsoleSink:
 
     def _remaining_seconds(self, record: dict[str, Any]) -> float | None:
         (first_time, first_tokens), (last_time, last_tokens) = self._eta_window[0], self._eta_window[-1]
-        tokens_per_second = (
-            (last_tokens - first_tokens) / (last_time - first_time)
-            if last_time > first_time
-            else record["tokens_per_second"]
-        )
-        return (self._totals["total_tokens"] - record["tokens"]) / tokens_per_second if tokens_per_second > 0 else None
+        pace = record["tokens_per_second"]
+        if last_time > first_time:
+            pace = (last_tokens - first_tokens) / (last_time - first_time)
+        return (self._totals["total_tokens"] - record["tokens"]) / pace if pace > 0 else None
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,4 @@
-"""A run folder's metrics.jsonl read back, without what later starts and rollbacks took back."""
-
-from __future__ import annotations
+"""Read a run folder's metrics.jsonl, without the records that later starts and rollbacks undid."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,22 +12,22 @@ from tandem.trainer.metrics.records import METRICS_FILE
 RECORD_DEFAULTS: dict[str, dict[str, Any]] = {
     "start": {"start_seconds": {}}, "step": {"skipped": False}, "checkpoint": {"stall_seconds": None},
 }  # fmt: skip
-"""What records of runs made before these fields existed are read as."""
+"""Values of fields that records of older runs lack, by kind of record."""
 
 
 @dataclass(frozen=True)
 class RunHistory:
-    """What a run folder tells, in order of steps, without what a later start or rollback took back."""
+    """The records of a run, in order of steps, without those that a later start or rollback undid."""
 
     steps: list[dict[str, Any]]
     validations: list[dict[str, Any]]
     checkpoints: list[dict[str, Any]]
     starts: list[dict[str, Any]]
-    """Every start; each has `repeated_steps`, the finished steps that it took back."""
+    """Every start. `repeated_steps` is the number of finished steps that it undid."""
     rollbacks: list[dict[str, Any]]
-    """Every time the run went back by itself; with `repeated_steps` as a start, and `tokens` behind the run at its step."""
+    """Every rollback, also with `repeated_steps`, and with `tokens`, the tokens consumed up to its step."""
     end_record: dict[str, Any] | None
-    """null: still running, or crashed."""
+    """None if the run is still going or crashed."""
 
     @property
     def restarts(self) -> list[dict[str, Any]]:
@@ -37,29 +35,29 @@ class RunHistory:
 
     @property
     def skipped_steps(self) -> list[dict[str, Any]]:
-        """The steps whose update was left out and that no rollback took back."""
+        """The steps whose update was skipped and that no rollback undid."""
         return [record for record in self.steps if record["skipped"]]
 
 
 def has_validation(folder: Path, step: int) -> bool:
-    """Whether the folder has a validation of `step` on record."""
+    """Whether the run has validated after `step` and has not gone back before it since."""
     path, found = folder / METRICS_FILE, False
     for record in _read_records(path) if path.is_file() else []:
         if record["kind"] == "validation" and record["step"] == step:
             found = True
         elif record["kind"] in ("start", "rollback") and record["step"] < step:
-            found = False  # taken back
+            found = False
     return found
 
 
 def read_history(folder: Path) -> RunHistory:
-    """The history in the folder's metrics.jsonl, also of a run that is going or was killed.
+    """Read the history of a run, which may still be going or have been killed.
 
-    Raises: UserError where there is no run, or none that has started.
+    Raises: UserError if the folder has no run, or one that never started.
     """
     path = folder / METRICS_FILE
     if not path.is_file():
-        problem = f"has no {METRICS_FILE}; a run folder has" if folder.is_dir() else "no such folder"
+        problem = f"has no {METRICS_FILE}" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: {problem}; name the folder of a run that has started")
     records_by_kind: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "validation": {}, "checkpoint": {}}
     starts: list[dict[str, Any]] = []
@@ -69,9 +67,9 @@ def read_history(folder: Path) -> RunHistory:
         kind, step = record["kind"], record["step"]
         if kind in ("start", "rollback"):
             record["repeated_steps"] = sum(late > step for late in records_by_kind["step"])
-            records_by_kind = {
-                name: {s: old for s, old in by.items() if s <= step} for name, by in records_by_kind.items()
-            }
+            for kept in records_by_kind.values():
+                for undone in [later for later in kept if later > step]:
+                    del kept[undone]
             end = None
             if kind == "start":
                 starts.append(record)
@@ -81,18 +79,18 @@ def read_history(folder: Path) -> RunHistory:
             end = record
         elif kind == "step" and "grad_norm" not in record:
             raise UserError(
-                f"{path}: has records of a version with other names; read it with the version that wrote it"
+                f"{path}: was written by a version with other field names; read it with the version that wrote it"
             )
         else:
             records_by_kind[kind][step] = record
     if not starts:
-        raise UserError(f"{path}: has no start record; the run died before its first step; see its log")
+        raise UserError(f"{path}: has no start record because the run ended before its first step; see its log")
     steps, validations, checkpoints = ([by[step] for step in sorted(by)] for by in records_by_kind.values())
     return RunHistory(steps, validations, checkpoints, starts, rollbacks, end)
 
 
 def _consumed_tokens_at(step: int, steps: dict[int, dict[str, Any]], starts: list[dict[str, Any]]) -> int:
-    """Behind the run after `step`, which it has made or was started from."""
+    """The tokens consumed up to `step`, which the run has finished or was started from."""
     tokens = (record["tokens"] for record in (steps.get(step), *reversed(starts)) if record and record["step"] == step)
     return next(tokens, 0)
 

@@ -1,13 +1,10 @@
-"""What a run says about itself: the fields of its records, and `Sinks` that write them.
+"""The records of a run, and `Sinks` that write them.
 
-`metrics.jsonl` in the run folder is the record; wandb and the console are views of the same stream of small
-dicts, each with a `kind`: start, step, validation, checkpoint, rollback, end. The one idea: the file only grows.
-After a crash, and when the run goes back to its last checkpoint by itself, the steps since then are written again,
-and `history.read_history` lets each start and rollback cut away what it takes back. A checkpoint's record is written when it is
-committed, some steps after its own.
+A record is a small dict with a `kind`: start, step, validation, checkpoint, rollback or end. `metrics.jsonl` in the run folder
+has all records; wandb and the console show the same stream. The file only grows: steps that are repeated after a crash or a
+rollback are written again, and `history.read_history` drops the records that a start or rollback undid. The record of a
+checkpoint is written when it is committed, some steps after its own.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import math
@@ -27,12 +24,12 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One finished step; the fields of a `step` line."""
+    """One finished step: the fields of a `step` record."""
 
     step: int
-    """Finished steps, from 1."""
+    """Number of finished steps, this one included."""
     tokens: int
-    """Trained on so far, in the whole run."""
+    """Tokens consumed so far, in the whole run."""
     phase: str
     seq_len: int
     global_batch_size: int
@@ -40,22 +37,22 @@ class StepRecord:
     """Mean over the tokens of the step, in nats."""
     lr: float
     grad_norm: float
-    """Global, before clipping."""
+    """Norm over all parameters, before clipping."""
     skipped: bool = field(default=False, kw_only=True)
-    """The update was left out: the guard found the step bad."""
+    """Whether the guard found the step bad, so that its update was skipped."""
     step_seconds: float
-    """From asking for the batch until the update is handed to the device, data_seconds included; validations and saves are not
-    in it. The device ends the update while what follows begins, and its rest counts there, so in the next step as a rule."""
+    """From the request for the batch until the update is queued on the device, data_seconds included; without validations and
+    saves. The device finishes the update later; that time counts for the next step, usually."""
     data_seconds: float
-    """Of these, waiting for the batch, and for the other ranks to have theirs; the device may be at work on the last update."""
+    """Wait for this rank's batch and for the other ranks' batches. The device may still be busy with the previous update."""
     tokens_per_second: float
-    """Of the whole run, all devices together."""
+    """All devices together."""
     mfu: float
-    """Share of the devices' peak, attention counted in full."""
+    """Share of the devices' peak, with attention counted in full."""
     mfu_causal: float
-    """The same with attention counted at the causal half."""
+    """The same with attention counted at its causal half."""
     memory_gib: float | None
-    """Largest allocation on a device so far; null where there is none to ask."""
+    """Peak allocation on a device so far; null on a CPU."""
     time: float
     """Unix time at the end of the step."""
 
@@ -67,7 +64,7 @@ class Sink(Protocol):
 
 
 class Sinks:
-    """The places a run reports to; without any (every rank but 0) each method does nothing."""
+    """The destinations of a run's records. On ranks other than 0 there are none and each method does nothing."""
 
     def __init__(self, sinks: list[Sink], start_step: int) -> None:
         self._sinks = sinks
@@ -84,13 +81,11 @@ class Sinks:
         total_tokens: int,
         start_seconds: Mapping[str, float] = {},
     ) -> None:
-        """`tokens` are those behind the run at the step it resumes from, 0 for a new run; `start_seconds` the parts of the time
-        from the start of the process to here.
-        """
-        sizes = {"world_size": world_size, "tp_size": tp_size, "dp_size": dp_size}
-        totals = {"total_steps": total_steps, "total_tokens": total_tokens}
-        seconds = dict(start_seconds)
-        self._write("start", step=self._start_step, tokens=tokens, **sizes, **totals, start_seconds=seconds)
+        """Record a start. `tokens` have been consumed up to its step; `start_seconds` has the parts of the start-up time."""
+        self._write(
+            "start", step=self._start_step, tokens=tokens, world_size=world_size, tp_size=tp_size, dp_size=dp_size,
+            total_steps=total_steps, total_tokens=total_tokens, start_seconds=dict(start_seconds),
+        )  # fmt: skip
 
     def write_step(self, record: StepRecord) -> None:
         self._write("step", **dataclasses.asdict(record))
@@ -100,11 +95,11 @@ class Sinks:
         self._write("validation", step=step, tokens=tokens, loss=loss, perplexity=perplexity)
 
     def write_checkpoint(self, step: int, seconds: float, num_bytes: int, *, stall_seconds: float = 0.0) -> None:
-        """The checkpoint of `step` is committed, `seconds` after that was decided; training waited `stall_seconds`."""
+        """Record that the checkpoint of `step` was committed after `seconds`, of which training waited `stall_seconds`."""
         self._write("checkpoint", step=step, seconds=seconds, stall_seconds=stall_seconds, bytes=num_bytes)
 
     def write_rollback(self, step: int, from_step: int, reason: str) -> None:
-        """The run goes on after `step`, where its last checkpoint is; the steps up to `from_step` are taken back."""
+        """Record that the run continues from its checkpoint of `step` and has undone the steps up to `from_step`."""
         self._write("rollback", step=step, from_step=from_step, reason=reason)
 
     def write_end(self, step: int, reason: str) -> None:
@@ -121,7 +116,7 @@ class Sinks:
 
 
 def open_sinks(folder: Path, config: TrainConfig, *, rank: int, start_step: int) -> Sinks:
-    """Sinks into the run folder, wandb and the console on rank 0; sinks that do nothing on the others."""
+    """Open the run folder's file, the console and wandb on rank 0; other ranks write nothing."""
     if rank != 0:
         return Sinks([], start_step)
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,20 +127,20 @@ def open_sinks(folder: Path, config: TrainConfig, *, rank: int, start_step: int)
 
 
 class JsonLinesSink:
-    """Appends each record as one line, in one write, so that a kill loses at most the line being written."""
+    """Appends each record as one line in one write, so that a kill loses at most the line being written."""
 
     def __init__(self, path: Path) -> None:
         self._file = journal.open_journal(path)
 
     def write(self, record: dict[str, Any]) -> None:
-        # JSON has no NaN and no infinity; readers take null for "not a number".
+        # JSON has no NaN and no infinity; readers treat null as NaN.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
             journal.append_record(self._file, finite)
         except OSError as error:
             raise UserError(
-                f"{self._file.name}: a record cannot be written ({error.strerror}); make room and start again: the run goes on "
-                "from its last checkpoint"
+                f"{self._file.name}: a record cannot be written ({error.strerror}); make room and start again: the run "
+                "continues from its last checkpoint"
             ) from None
 
     def close(self) -> None:

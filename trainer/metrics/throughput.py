@@ -1,4 +1,4 @@
-"""Speed in tokens and as a share of the devices' peak (MFU)."""
+"""Throughput in tokens per second and as a share of the devices' peak (MFU)."""
 
 import time
 from typing import Any, NamedTuple
@@ -19,18 +19,15 @@ def throughput(
     num_devices: int,
     peak_flops: float,
 ) -> Throughput:
-    """Speed of all devices on `tokens`, and as a share of their peak; `peak_flops` is one device's."""
-    tokens_per_second = num_tokens / seconds
-    peak = num_devices * peak_flops
-    return Throughput(
-        tokens_per_second, tokens_per_second * flops_per_token / peak, tokens_per_second * causal_flops_per_token / peak
-    )
+    """Throughput of all devices together; `peak_flops` is that of one device."""
+    rate, peak = num_tokens / seconds, num_devices * peak_flops
+    return Throughput(rate, rate * flops_per_token / peak, rate * causal_flops_per_token / peak)
 
 
 def measure_peak_flops(device: Any) -> float:
-    """Floating-point operations per second of one large matrix product on this process's share of the machine.
+    """Measure the FLOP/s of one large matrix product on this process's device, in bf16 on a GPU and fp32 on a CPU.
 
-    The denominator of MFU where no hardware is configured: bf16 on a GPU, fp32 on a CPU.
+    MFU is relative to this if the config names no hardware.
     """
     import torch
 
@@ -40,6 +37,6 @@ def measure_peak_flops(device: Any) -> float:
     for _ in range(8):
         start_time = time.perf_counter()
         result = matrix @ matrix
-        float(result[0, 0])  # waits for the device
+        float(result[0, 0])  # synchronizes with the device
         seconds.append(time.perf_counter() - start_time)
     return 2 * size**3 / min(seconds)

@@ -1,12 +1,9 @@
-"""The run's curves in wandb; the only door to it.
+"""Send the run's curves to wandb.
 
-One wandb run per run folder: its id is kept there, so a resumed run continues the curve, and every curve is
-drawn over our own step, so steps that are written again, after a crash or a rollback, are no trouble: wandb's
-own counter goes on, both rows are kept, and where a chart gathers them it draws the last and shades the range.
-Training outlives wandb: when its service dies, a warning says so once and the run goes on.
+A run folder has one wandb run, whose id it stores, so a resumed run continues its curves. All curves are drawn over our own
+step instead of wandb's counter. So steps can be repeated after a crash or a rollback: wandb keeps both rows, and a chart that
+aggregates them draws the last and shades the range. If wandb's service dies, training logs one warning and continues.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import logging
@@ -41,14 +38,14 @@ CURVE_NAMES = {
     },
     "rollback": {"from_step": "train/rollback_from_step"},
 }
-"""Name in wandb of each field that is a curve, by kind of record."""
+"""Kind of record -> field -> name of its curve in wandb."""
 
 log = logging.getLogger(__name__)
 
 
 class WandbSink:
     def __init__(self, folder: Path, config: TrainConfig) -> None:
-        """Raises: UserError for a malformed key, or where log.wandb is online and the server is not there."""
+        """Raises: UserError if the key is malformed, or if log.wandb is online and the server does not answer."""
         # wandb 0.31 sends telemetry in offline mode too, unless this is set before it is imported.
         os.environ["WANDB_ERROR_REPORTING"] = "false"
         import wandb
@@ -59,17 +56,18 @@ class WandbSink:
         try:
             wandb.setup(settings=wandb.Settings(silent=True))
             if mode == "auto":
-                # False without a key, and where WANDB_MODE says offline, as on a node without a way out.
+                # False without a key, and if WANDB_MODE is offline, as on a node without internet access.
                 mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
             self._run = _init_run(mode, folder, config)
         except Exception as error:
             reason = _format_error(error)
             if config.log.wandb != "auto" or mode != "online":
-                online = "check key and network or set log.wandb=offline"
-                remedy = online if mode == "online" else "set log.wandb=disabled"
+                remedy = (
+                    "check key and network, or set log.wandb=offline" if mode == "online" else "set log.wandb=disabled"
+                )
                 raise UserError(f"log.wandb: {mode}: {reason}; {remedy}") from None
-            log.warning("wandb: %s; offline into the run folder instead", reason)
-            wandb.teardown()  # its service holds on to the id of the run that failed
+            log.warning("wandb: %s; writing offline into the run folder instead", reason)
+            wandb.teardown()  # its service reserves the id of the failed run
             mode, self._run = "offline", _init_run("offline", folder, config)
         self._run.define_metric("step")
         for name in (name for names in CURVE_NAMES.values() for name in names.values()):
@@ -80,11 +78,9 @@ class WandbSink:
     def write(self, record: dict[str, Any]) -> None:
         self._has_ended |= record["kind"] == "end"
         names = CURVE_NAMES.get(record["kind"], {})
-        # wandb draws numbers; a bool is none to it.
-        values = {
-            name: int(value) if isinstance(value := record[field], bool) else value for field, name in names.items()
-        }
-        curves = {name: value for name, value in values.items() if value is not None}
+        # wandb draws numbers, and a bool is not a number to it.
+        values = {name: record[field] for field, name in names.items() if record[field] is not None}
+        curves = {name: int(value) if isinstance(value, bool) else value for name, value in values.items()}
         if curves and self._run:
             try:
                 self._run.log({"step": record["step"], **curves})
@@ -92,7 +88,7 @@ class WandbSink:
                 self._disable(error)
 
     def close(self) -> None:
-        """What was written is in wandb's file or on its server. Without an `end` record wandb shows the run as crashed."""
+        """Flush all curves to wandb's file or server. Without an `end` record wandb shows the run as crashed."""
         import wandb
 
         if self._run:
@@ -100,16 +96,16 @@ class WandbSink:
                 self._run.finish(exit_code=0 if self._has_ended else 1)
             except Exception as error:
                 self._disable(error)
-        # What is finished is not yet on disk, and a process that leaves for a requeue waits for nobody.
+        # A finished run is not on disk yet, and a process that exits to be requeued does not wait for wandb's service.
         try:
             wandb.teardown()
-        except (Exception, SystemExit) as error:  # it ends the process with the code of its service
+        except (Exception, SystemExit) as error:  # teardown exits with the code of the service
             if self._run:
                 self._disable(error)
 
     def _disable(self, error: BaseException) -> None:
-        """Whatever went wrong: what wandb raises when its service is gone is of many kinds, some of them internal."""
-        log.warning("wandb: lost (%s); the run goes on, metrics.jsonl has every step", _format_error(error))
+        """Stop writing to wandb after any error: a dead service raises many kinds of exceptions, some of them internal."""
+        log.warning("wandb: lost (%s); training continues, and metrics.jsonl has every step", _format_error(error))
         self._run = None
 
 

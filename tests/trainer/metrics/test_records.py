@@ -390,5 +390,7 @@ def test_records_of_a_version_with_other_names_are_refused(tmp_path: Path) -> No
     write_run(tmp_path)
     file = tmp_path / METRICS_FILE
     file.write_text(file.read_text().replace('"grad_norm"', '"gradient_norm"'))
-    with pytest.raises(UserError, match=r"metrics.jsonl: has records of a version with other names; read it with"):
+    with pytest.raises(
+        UserError, match=r"metrics.jsonl: was written by a version with other field names; read it with"
+    ):
         read_history(tmp_path)

@@ -67,7 +67,7 @@ def test_a_wandb_server_that_is_down_stops_no_run(tmp_path: Path) -> None:
         port = server.getsockname()[1]  # free again, and nobody there, when the run starts
     done = run_with_wandb(tmp_path / "run", port, WANDB_API_KEY="a" * 40, WANDB_INIT_TIMEOUT="1")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("offline into the run folder instead") == 2
+    assert done.stderr.count("writing offline into the run folder instead") == 2
     assert len(wandb_files(tmp_path / "run")) == 2
 
 

@@ -1,15 +1,14 @@
-"""`tandem report`: one HTML page about a run, or about the difference between two, from the run folder alone.
+"""`tandem report`: write one HTML page about a run, or about the difference between two, from the run folder alone.
 
-`plots` draws, `page` writes HTML, `compare` puts two runs side by side; here are the verb and the page of one
-run. The page carries its pictures inside and needs no network and no script, so it can be mailed. It is made
-from what is there: a run that is still going or was killed has a report too.
+This module has the command and the page of one run; `plots` draws, `page` builds HTML, `compare` compares two runs. A page
+contains its pictures and needs neither network nor scripts, so it can be mailed. Runs that are still going or were killed have
+reports too.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,18 @@ from tandem.trainer.metrics.history import RunHistory, read_history
 from tandem.trainer.tools.report import page, plots
 
 MAX_LISTED_STEPS = 200
-"""Rows of the table of steps without an update at most; the result counts them all."""
+"""Most rows in the table of skipped steps. The result counts all of them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `tandem report`."""
     parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="run folder; writes RUN/report.html")
-    compared = "two run folders side by side: where they first differ; writes B/compare-A.html"
-    parser.add_argument("--compare", metavar=("A", "B"), nargs=2, type=Path, help=compared)
+    compare_help = "compare two run folders and find where they first differ; writes B/compare-A.html"
+    parser.add_argument("--compare", metavar=("A", "B"), nargs=2, type=Path, help=compare_help)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Every page asked for is written and its path printed. Raises: UserError for a folder that is no run."""
+    """Write the requested pages and print their paths. Raises: UserError if a folder is not a run."""
     from tandem.trainer.tools.report import compare
 
     if not args.runs and not args.compare:
@@ -39,41 +39,39 @@ def run(args: argparse.Namespace) -> None:
     for folder in args.runs:
         print(write_report(folder))
     if args.compare:
-        summary, path = compare.write_comparison(*args.compare)
-        print(summary)
-        print(path)
+        print(*compare.write_comparison(*args.compare), sep="\n")
 
 
 def write_report(folder: Path) -> Path:
-    """RUN/report.html and RUN/report/*.png tell the run as far as its metrics go."""
+    """Write RUN/report.html and RUN/report/*.png from the metrics so far."""
     history = read_history(folder)
     config = configuration.load_config(folder / "config.yaml")
-    pictures = plots.draw_all(history, config, folder / "report")
+    environment = folder / "environment.json"
     sections = [
         page.key_value_table("Result", headline_numbers(history)),
-        *(page.picture(title, caption, file) for title, caption, file in pictures),
+        *(page.picture(*picture) for picture in plots.draw_all(history, config, folder / "report")),
         page.key_value_table("Run", config_summary(config)),
-        page.data_table("Starts", *_start_rows(history)),
-        page.data_table("Rollbacks", *_rollback_rows(history)),
-        page.data_table("Steps without an update", *_skipped_step_rows(history)),
-        page.data_table("Checkpoints", *_checkpoint_rows(history)),
-        page.key_value_table("Environment", _environment_fields(folder)),
+        page.data_table("Starts", START_COLUMNS, history.starts),
+        page.data_table("Rollbacks", ROLLBACK_COLUMNS, history.rollbacks),
+        page.data_table("Skipped steps", SKIPPED_STEP_COLUMNS, history.skipped_steps[:MAX_LISTED_STEPS]),
+        page.data_table("Checkpoints", CHECKPOINT_COLUMNS, history.checkpoints),
+        page.key_value_table("Environment", _flatten(json.loads(environment.read_text()))
+                             if environment.is_file() else {"environment.json": "not written"}),
         page.collapsible_text("config.yaml", (folder / "config.yaml").read_text()),
-    ]
+    ]  # fmt: skip
     path = folder / "report.html"
     atomic_write(path, page.html_page(config.run.name, status(history), sections))
     return path
 
 
 def status(history: RunHistory) -> str:
-    """One line: how far the run is and how it ended."""
-    first, total = history.starts[0], history.starts[-1]["total_steps"]
-    finished_steps = history.steps[-1]["step"] if history.steps else first["step"]
-    last_time = history.end_record["time"] if history.end_record else (history.steps or history.starts)[-1]["time"]
-    end_state = (
-        f"ended: {history.end_record['reason']}" if history.end_record else "no end on record: still going, or killed"
-    )
-    return f"step {finished_steps} of {total} · {end_state} · last written {_format_time(last_time)}"
+    """Describe in one line how far the run is and how it ended."""
+    end = history.end_record
+    finished_steps = history.steps[-1]["step"] if history.steps else history.starts[0]["step"]
+    last = end or (history.steps or history.starts)[-1]
+    end_state = f"ended: {end['reason']}" if end else "no end recorded: still running, or killed"
+    steps = f"step {finished_steps} of {history.starts[-1]['total_steps']}"
+    return f"{steps} · {end_state} · last written {_format_time(last)}"
 
 
 def headline_numbers(history: RunHistory) -> dict[str, str]:
@@ -81,9 +79,11 @@ def headline_numbers(history: RunHistory) -> dict[str, str]:
     if not history.steps:
         return {"steps": "none finished yet"}
     steps, last = history.steps, history.steps[-1]
-    columns = {name: plots.column(steps, name) for name in ("loss", "tokens_per_second", "mfu", "mfu_causal")}
-    last_losses = columns["loss"][-max(1, len(steps) // 50) :]
-    seconds = plots.column(steps, "step_seconds").sum()
+    last_losses = plots.column(steps, "loss")[-max(1, len(steps) // 50) :]
+    seconds, data_seconds = (plots.column(steps, name).sum() for name in ("step_seconds", "data_seconds"))
+    speed, mfu, mfu_causal = (
+        plots.finite_median(plots.column(steps, name)) for name in ("tokens_per_second", "mfu", "mfu_causal")
+    )
     numbers = {
         "steps": f"{last['step']:,}",
         "tokens": f"{last['tokens']:,}",
@@ -91,112 +91,87 @@ def headline_numbers(history: RunHistory) -> dict[str, str]:
     }
     if history.validations:
         best = min(history.validations, key=lambda record: float("inf") if record["loss"] is None else record["loss"])
-        for name, record in (
-            ("last validation loss", history.validations[-1]),
-            ("best validation loss", best),
-        ):
-            numbers[name] = f"{_format_number(record['loss'], '.4f')} at step {record['step']:,}"
+        for name, record in (("last validation loss", history.validations[-1]), ("best validation loss", best)):
+            numbers[name] = f"{_format_number(record['loss'], '.4f')} nats at step {record['step']:,}"
     return numbers | {
-        "speed": f"{format_number(plots.finite_median(columns['tokens_per_second']))} tokens/s, median",
-        "mfu": f"{100 * plots.finite_median(columns['mfu']):.1f} % with full attention counted, "
-        f"{100 * plots.finite_median(columns['mfu_causal']):.1f} % with its causal half, medians",
+        "throughput": f"{format_number(speed)} tokens/s, median",
+        "MFU": f"{100 * mfu:.1f} % with full attention, {100 * mfu_causal:.1f} % with its causal half, medians",
         "time in steps": format_duration(seconds),
-        "waiting for data": f"{100 * plots.column(steps, 'data_seconds').sum() / seconds:.2f} % of that",
-        "steps done again after restarts": f"{sum(start['repeated_steps'] for start in history.restarts):,}",
-        "steps done again after rollbacks": f"{sum(back['repeated_steps'] for back in history.rollbacks):,}",
-        "steps without an update": f"{len(history.skipped_steps):,}",
+        "waiting for data": f"{100 * data_seconds / seconds:.2f} % of the time in steps",
+        "steps repeated after restarts": f"{sum(start['repeated_steps'] for start in history.restarts):,}",
+        "steps repeated after rollbacks": f"{sum(rollback['repeated_steps'] for rollback in history.rollbacks):,}",
+        "skipped steps": f"{len(history.skipped_steps):,}",
     }
 
 
 def config_summary(config: TrainConfig) -> dict[str, str]:
-    """The config in a few lines, for the head of a page; the whole file stands below."""
-    model, schedule, lr = config.model, config.schedule, config.schedule.lr
-    phases = "; ".join(
-        f"{p.name}: {format_number(p.tokens)} tokens as {p.global_batch_size} rows of {p.seq_len:,}"
-        for p in schedule.phases
-    )
+    """The config in a few lines; the page has the whole file too."""
+    model, optim, parallel, lr = config.model, config.optim, config.parallel, config.schedule.lr
+    sizes = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size")
     return {
-        "model": f"{model.family}: num_layers {model.num_layers}, hidden_size {model.hidden_size:,}, "
-        f"num_heads {model.num_heads}, num_kv_heads {model.num_kv_heads}, "
-        f"ffn_hidden_size {model.ffn_hidden_size:,}, vocab_size {model.vocab_size:,}",
-        "phases": phases,
+        "model": f"{model.family}: " + ", ".join(f"{name} {getattr(model, name):,}" for name in sizes),
+        "phases": "; ".join(
+            f"{phase.name}: {format_number(phase.tokens)} tokens, {phase.global_batch_size} rows of {phase.seq_len:,} a step"
+            for phase in config.schedule.phases
+        ),
         "learning rate": f"{lr.kind}, peak {lr.peak:g}, warm-up {lr.warmup_steps:,} steps",
-        "optimizer": f"AdamW, beta {config.optim.beta1:g} / {config.optim.beta2:g}, weight decay "
-        f"{config.optim.weight_decay:g}, clip {config.optim.max_grad_norm:g}",
+        "optimizer": f"AdamW, beta {optim.beta1:g} / {optim.beta2:g}, weight decay {optim.weight_decay:g}, "
+        f"clip {optim.max_grad_norm:g}",
         "muP": f"base width {config.mup.base_hidden_size}" if config.mup else "off",
         "precision": config.run.precision,
-        "parallel": f"tp_size {config.parallel.tp_size}, ZeRO stage {config.parallel.zero_stage}, "
-        f"recompute {config.parallel.recompute}",
-        "hardware": config.hardware.name if config.hardware else "not named",
+        "parallel": f"tp_size {parallel.tp_size}, ZeRO stage {parallel.zero_stage}, recompute {parallel.recompute}",
+        "hardware": config.hardware.name if config.hardware else "not configured",
         "seed": str(config.run.seed),
     }
 
 
-def _start_rows(history: RunHistory) -> tuple[list[str], list[list[str]]]:
-    head = ["when", "from step", "from token", "ranks", "tp_size", "dp_size", "ready after", "steps done again"]
-    names = ("step", "tokens", "world_size", "tp_size", "dp_size")
-    body = [
-        [
-            _format_time(start["time"]), *(f"{start[name]:,}" for name in names),
-            _format_startup_seconds(start["start_seconds"]),
-            f"{start['repeated_steps']:,}",
-        ]
-        for start in history.starts
-    ]  # fmt: skip
-    return head, body
+Record = dict[str, Any]
 
 
-def _format_startup_seconds(start_seconds: dict[str, float]) -> str:
-    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in start_seconds.items())
-    return f"{sum(start_seconds.values()):.1f} s: {parts}" if parts else "-"
+def _count(name: str) -> Callable[[Record], str]:
+    return lambda record: f"{record[name]:,}"
 
 
-def _rollback_rows(history: RunHistory) -> tuple[list[str], list[list[str]]]:
-    head = ["when", "to step", "from step", "reason", "steps done again"]
-    body = [
-        [
-            _format_time(back["time"]),
-            f"{back['step']:,}",
-            f"{back['from_step']:,}",
-            back["reason"],
-            f"{back['repeated_steps']:,}",
-        ]
-        for back in history.rollbacks
-    ]
-    return head, body
+def _number(name: str, form: str) -> Callable[[Record], str]:
+    return lambda record: _format_number(record[name], form)
 
 
-def _skipped_step_rows(history: RunHistory) -> tuple[list[str], list[list[str]]]:
-    body = [
-        [
-            _format_time(s["time"]),
-            f"{s['step']:,}",
-            _format_number(s["loss"], ".4f"),
-            _format_number(s["grad_norm"], ".4g"),
-        ]
-        for s in history.skipped_steps[:MAX_LISTED_STEPS]
-    ]
-    return ["when", "step", "loss", "gradient norm"], body
+def _format_number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
 
 
-def _checkpoint_rows(history: RunHistory) -> tuple[list[str], list[list[str]]]:
-    head = ["when", "step", "seconds", "training waited", "size"]
-    body = [
-        [
-            _format_time(c["time"]), f"{c['step']:,}", f"{c['seconds']:.1f}",
-            "-" if c["stall_seconds"] is None else f"{c['stall_seconds']:.1f} s", f"{format_number(c['bytes'])}B",
-        ]
-        for c in history.checkpoints
-    ]  # fmt: skip
-    return head, body
+def _format_time(record: Record) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["time"]))
 
 
-def _environment_fields(folder: Path) -> dict[str, str]:
-    path = folder / "environment.json"
-    return _flatten(json.loads(path.read_text())) if path.is_file() else {"environment.json": "not written"}
+def _format_startup_seconds(start: Record) -> str:
+    parts = start["start_seconds"]
+    listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+    return f"{sum(parts.values()):.1f} s: {listed}" if parts else "-"
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+START_COLUMNS = {
+    "time": _format_time, "from step": _count("step"), "from token": _count("tokens"), "ranks": _count("world_size"),
+    "tp_size": _count("tp_size"), "dp_size": _count("dp_size"), "start-up time": _format_startup_seconds,
+    "repeated steps": _count("repeated_steps"),
+}  # fmt: skip
+ROLLBACK_COLUMNS = {
+    "time": _format_time, "to step": _count("step"), "from step": _count("from_step"),
+    "reason": lambda record: record["reason"], "repeated steps": _count("repeated_steps"),
+}  # fmt: skip
+SKIPPED_STEP_COLUMNS = {
+    "time": _format_time, "step": _count("step"), "loss (nats per token)": _number("loss", ".4f"),
+    "gradient norm": _number("grad_norm", ".4g"),
+}  # fmt: skip
+CHECKPOINT_COLUMNS = {
+    "time": _format_time, "step": _count("step"), "save time (s)": _number("seconds", ".1f"),
+    "training stalled": lambda record: "-" if record["stall_seconds"] is None else f"{record['stall_seconds']:.1f} s",
+    "size": lambda record: f"{format_number(record['bytes'])}B",
+}  # fmt: skip
+"""Heading -> cell of a record."""
+
+
+def _flatten(tree: Record, prefix: str = "") -> dict[str, str]:
     rows: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -206,11 +181,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             rows[prefix + key] = "-" if value is None else str(value)
     return rows
-
-
-def _format_number(value: float | None, form: str) -> str:
-    return "not finite" if value is None else format(value, form)
-
-
-def _format_time(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -1,9 +1,7 @@
-"""Two runs side by side: where losses and gradient norms first differ, by how much, and the configs.
+"""Compare two runs: where losses and gradient norms first differ and by how much, and how the configs differ.
 
-The proof of a refactor is "identical" here: numbers are compared as written, to the last bit.
+Numbers are compared as written, to the last bit, so "identical" proves that a refactoring changed nothing.
 """
-
-from __future__ import annotations
 
 import difflib
 from pathlib import Path
@@ -19,87 +17,79 @@ from tandem.trainer.tools.report import page, plots
 
 COMPARED_METRICS = {"loss": "loss (nats per token)", "grad_norm": "gradient norm before clipping"}
 MAX_LISTED_STEPS = 200
-"""Rows of the table of differences at most; the verdict counts them all."""
+"""Most rows in the table of differing steps. The verdict counts all of them."""
+
+StepPair = tuple[dict[str, Any], dict[str, Any]]
+"""The records of one step in both runs."""
 
 
 def write_comparison(a: Path, b: Path) -> tuple[str, Path]:
-    """The verdict in one line, and the page B/compare-A.html that shows it."""
+    """Write the page B/compare-A.html; return the verdict in one line and the page's path."""
     histories = read_history(a), read_history(b)
     pairs = common_steps(*histories)
     if not pairs:
         raise UserError(f"--compare: {a} and {b} have no step in common; name two runs that both finished a step")
     summary = "; ".join(first_difference(pairs, name) for name in COMPARED_METRICS)
-    folder = b / "report"
-    pictures = [
-        page.picture(
-            label, f"{a} and {b}", _draw_overlay(histories, (a, b), name, folder / f"compare-{a.name}-{name}.png")
-        )
-        for name, label in COMPARED_METRICS.items()
+    names = list(COMPARED_METRICS)
+    files = [_draw_overlay(histories, (a, b), name, b / "report" / f"compare-{a.name}-{name}.png") for name in names]
+    differing = [pair for pair in pairs if any(pair[0][name] != pair[1][name] for name in names)]
+    sections = [
+        *(page.picture(COMPARED_METRICS[name], f"{a} and {b}", file) for name, file in zip(names, files, strict=True)),
+        page.data_table("Steps that differ", _difference_columns(), differing[:MAX_LISTED_STEPS]),
+        _config_diff(a, b),
     ]
-    sections = [*pictures, page.data_table("Steps that differ", *_difference_rows(pairs)), _config_diff(a, b)]
     path = b / f"compare-{a.name}.html"
     atomic_write(path, page.html_page(f"{a} and {b}", summary, sections))
     return summary, path
 
 
-def common_steps(a: RunHistory, b: RunHistory) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The records of the steps that both have, in order."""
+def common_steps(a: RunHistory, b: RunHistory) -> list[StepPair]:
+    """Return the records of the steps that both runs have, in order."""
     of_b = {record["step"]: record for record in b.steps}
     return [(record, of_b[record["step"]]) for record in a.steps if record["step"] in of_b]
 
 
-def first_difference(pairs: list[tuple[dict[str, Any], dict[str, Any]]], name: str) -> str:
-    """`identical`, or the first step that differs and the largest difference, in words."""
+def first_difference(pairs: list[StepPair], name: str) -> str:
+    """Describe the first step that differs and the largest difference, or report that the metric is identical."""
     differing = [(one, other) for one, other in pairs if one[name] != other[name]]
     if not differing:
         return f"{name} identical in {len(pairs)} common steps"
     one, other = differing[0]
-    sides = [[pair[side] for pair in differing] for side in (0, 1)]
-    largest = np.nanmax(np.abs(plots.column(sides[0], name) - plots.column(sides[1], name)), initial=0.0)
+    of_a, of_b = (plots.column([pair[side] for pair in differing], name) for side in (0, 1))
     return (
         f"{name} differs first at step {one['step']} ({one[name]} and {other[name]}), "
-        f"in {len(differing)} of {len(pairs)} common steps, by at most {largest:.3g}"
+        f"in {len(differing)} of {len(pairs)} common steps, by at most {np.nanmax(np.abs(of_a - of_b), initial=0.0):.3g}"
     )
 
 
 def _draw_overlay(histories: tuple[RunHistory, RunHistory], folders: tuple[Path, Path], name: str, path: Path) -> Path:
+    looks: list[dict[str, Any]] = [{"color": plots.BLUE, "lw": 3, "alpha": 0.5}, {"color": plots.ORANGE, "lw": 1.2}]
     with matplotlib.rc_context(plots.PLOT_STYLE):
         longer = max(histories, key=lambda history: history.steps[-1]["tokens"])
         figure, axes = plots.token_axes(longer, COMPARED_METRICS[name])
-        looks: tuple[dict[str, Any], ...] = (
-            {"color": plots.BLUE, "lw": 3, "alpha": 0.5},
-            {"color": plots.ORANGE, "lw": 1.2},
-        )
         for history, folder, look in zip(histories, folders, looks, strict=True):
-            axes.plot(
-                plots.column(history.steps, "tokens"),
-                plots.column(history.steps, name),
-                label=str(folder),
-                **look,
-            )
-        return plots.save_figure(plots.add_legend(figure, axes), path)
+            tokens, values = plots.column(history.steps, "tokens"), plots.column(history.steps, name)
+            axes.plot(tokens, values, label=str(folder), **look)
+        plots.add_legend(axes)
+        return plots.save_figure(figure, path)
 
 
-def _difference_rows(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:
-    head = ["step", *(f"{name} {side}" for name in COMPARED_METRICS for side in ("of A", "of B", "B - A"))]
-    body = []
-    for one, other in pairs:
-        if any(one[name] != other[name] for name in COMPARED_METRICS):
-            body.append(
-                [
-                    str(one["step"]),
-                    *(cell for name in COMPARED_METRICS for cell in _difference_cells(one[name], other[name])),
-                ]
-            )
-    return head, body[:MAX_LISTED_STEPS]
+def _difference_columns() -> dict[str, Any]:
+    columns: dict[str, Any] = {"step": lambda pair: str(pair[0]["step"])}
+    for name in COMPARED_METRICS:
+        columns |= {
+            f"{name} of A": lambda pair, name=name: str(pair[0][name]),
+            f"{name} of B": lambda pair, name=name: str(pair[1][name]),
+            f"{name} B - A": lambda pair, name=name: _format_gap(pair[0][name], pair[1][name]),
+        }
+    return columns
 
 
-def _difference_cells(one: float | None, other: float | None) -> list[str]:
-    gap = "-" if one is None or other is None else f"{other - one:+.3g}"
-    return [str(one), str(other), gap]
+def _format_gap(one: float | None, other: float | None) -> str:
+    return "-" if one is None or other is None else f"{other - one:+.3g}"
 
 
 def _config_diff(a: Path, b: Path) -> str:
     before, after = ((folder / "config.yaml").read_text().splitlines() for folder in (a, b))
-    lines = list(difflib.unified_diff(before, after, str(a), str(b), lineterm="", n=1))
-    return page.collapsible_text("config.yaml, A against B", "\n".join(lines) or "the same")
+    lines = difflib.unified_diff(before, after, str(a), str(b), lineterm="", n=1)
+    return page.collapsible_text("config.yaml, A against B", "\n".join(lines) or "no difference")

@@ -1,13 +1,13 @@
-"""HTML of the reports: tables, pictures as data URIs, one stylesheet for light and dark screens.
+"""Build the HTML of the reports: tables, pictures as data URIs, and one stylesheet for light and dark screens.
 
-Nothing on a page is fetched and nothing runs: no link, no font, no script.
+A page loads nothing and runs nothing: it has no links, fonts or scripts.
 """
 
-from __future__ import annotations
-
 import base64
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 STYLESHEET = """
 :root { color-scheme: light dark;
@@ -54,20 +54,21 @@ def picture(title: str, caption: str, file: Path) -> str:
 
 
 def key_value_table(title: str, values: dict[str, str]) -> str:
-    body = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>\n" for k, v in values.items())
-    return f"<h2>{escape(title)}</h2>\n<table>\n{body}</table>"
+    return _table(title, [f"<th>{escape(key)}</th><td>{escape(value)}</td>" for key, value in values.items()])
 
 
-def data_table(title: str, head: list[str], body: list[list[str]]) -> str:
-    if not body:
+def data_table(title: str, columns: dict[str, Callable[[Any], str]], records: Sequence[Any]) -> str:
+    """One row per record. A column has a heading and a function that formats its cell of a record."""
+    if not records:
         return f"<h2>{escape(title)}</h2>\n<p>None.</p>"
-    lines = [_table_row("th", head), *(_table_row("td", cells) for cells in body)]
-    return f"<h2>{escape(title)}</h2>\n<table>\n" + "\n".join(lines) + "\n</table>"
+    heading = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    cells = ["".join(f"<td>{escape(cell(record))}</td>" for cell in columns.values()) for record in records]
+    return _table(title, [heading, *cells])
 
 
 def collapsible_text(title: str, text: str) -> str:
     return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
 
 
-def _table_row(tag: str, cells: list[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+def _table(title: str, rows: list[str]) -> str:
+    return f"<h2>{escape(title)}</h2>\n<table>\n" + "\n".join(f"<tr>{row}</tr>" for row in rows) + "\n</table>"

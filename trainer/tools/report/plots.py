@@ -1,12 +1,11 @@
-"""The pictures of a report: each function draws one figure from the history; `draw_all` writes them all.
+"""Draw the pictures of a report. `PICTURES` lists them with the functions that draw them; `draw_all` writes them all.
 
-The door to matplotlib. Every picture shares one x axis, tokens seen, with the phases as bands, restarts and
-rollbacks as ticks at its foot, so that they can be read above one another.
+All pictures have the same x axis, so that they can be compared one above the other: tokens seen, with a band for each phase and
+marks for restarts and rollbacks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -43,12 +42,10 @@ PLOT_STYLE: dict[Any, Any] = {
 }
 
 FloatArray = NDArray[np.float64]
-Picture = tuple[str, str, Path]
-"""Title, caption, PNG file."""
 
 
 def column(records: list[dict[str, Any]], name: str) -> FloatArray:
-    """One field of the records; null is not a number."""
+    """Return one field of the records, with NaN for null."""
     return np.array([record[name] for record in records], dtype=np.float64)
 
 
@@ -63,9 +60,9 @@ def finite_median(values: FloatArray) -> float:
 
 
 def running_median(steps: list[dict[str, Any]], values: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Tokens and running median over a fiftieth of the run, of what is finite; lines break between phases.
+    """Return tokens and the running median over a fiftieth of the run, ignoring NaN; the line breaks between phases.
 
-    The median, not the mean: a single stalled step must not look like a slow hour. At most 500 points each.
+    A mean would make a single stalled step look like a slow hour. Each phase has at most 500 points.
     """
     tokens, token_positions, medians, first = column(steps, "tokens"), [], [], 0
     half = max(1, len(steps) // 100)
@@ -82,27 +79,43 @@ def running_median(steps: list[dict[str, Any]], values: FloatArray) -> tuple[Flo
     return np.array(token_positions), np.array(medians)
 
 
-def draw_all(history: RunHistory, config: TrainConfig, folder: Path) -> list[Picture]:
-    """The folder holds a PNG for every picture that the history has numbers for."""
-    pictures = []
+def draw_all(history: RunHistory, config: TrainConfig, folder: Path) -> list[tuple[str, str, Path]]:
+    """Write a PNG for every picture that the history has numbers for; return their titles, captions and files."""
     if not history.steps:
         return []
-    for title, (name, caption, function) in PICTURES.items():
-        with matplotlib.rc_context(PLOT_STYLE):
-            figure = function(history, config)
-            if figure is not None:
-                pictures.append((title, caption, save_figure(figure, folder / f"{name}.png")))
-    return pictures
+    has_memory = np.isfinite(column(history.steps, "memory_gib")).any()
+    drawn = {title: picture for title, picture in PICTURES.items() if picture.name != "memory" or has_memory}
+    with matplotlib.rc_context(PLOT_STYLE):
+        return [
+            (title, picture.caption, save_figure(picture.figure(history, config), folder / f"{picture.name}.png"))
+            for title, picture in drawn.items()
+        ]
+
+
+@dataclass(frozen=True)
+class Picture:
+    name: str
+    """Name of the PNG."""
+    y_label: str
+    caption: str
+    draw: Callable[[Axes, RunHistory, TrainConfig], None]
+
+    def figure(self, history: RunHistory, config: TrainConfig) -> Figure:
+        figure, axes = token_axes(history, self.y_label)
+        self.draw(axes, history, config)
+        add_legend(axes)
+        return figure
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
+    """Write the figure; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
 
 
 def token_axes(history: RunHistory, label: str) -> tuple[Figure, Axes]:
-    """An empty picture over tokens with bands, restarts, rollbacks and labels."""
+    """Create an empty picture over tokens with phases, restarts, rollbacks and labels."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel("tokens seen")
@@ -130,14 +143,13 @@ def _draw_phase_bands(axes: Axes, history: RunHistory) -> None:
     axes.set_xlim(0, left)
 
 
-def add_legend(figure: Figure, axes: Axes) -> Figure:
+def add_legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1.06), ncols=4, fontsize=9, borderaxespad=0.1)
-    return figure
 
 
 def _set_log_scale_if_wide(axes: Axes, values: FloatArray, ratio: float | int) -> None:
-    """Logarithmic where the largest is `ratio` times the smallest; ticks stay round numbers."""
+    """Use a logarithmic y axis with round ticks if the largest value exceeds `ratio` times the smallest."""
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > ratio * values.min():
         axes.set_yscale("log")
@@ -149,11 +161,11 @@ def _set_log_scale_if_wide(axes: Axes, values: FloatArray, ratio: float | int) -
 
 def _draw_raw_and_median(axes: Axes, history: RunHistory, values: FloatArray, color: str, label: str) -> None:
     axes.plot(column(history.steps, "tokens"), values, color=color, alpha=0.3, lw=0.8)
-    axes.plot(*running_median(history.steps, values), color=color, label=f"{label}: running median, faint: each step")
+    axes.plot(*running_median(history.steps, values), color=color, label=f"{label}: running median (faint: each step)")
 
 
 def _draw_skipped_steps(axes: Axes, history: RunHistory, name: str) -> None:
-    """Crosses at the steps that made no update, at the upper edge where there is no number to draw or it lies above."""
+    """Mark the skipped steps with crosses, at the upper edge if the value is not finite or above the axis."""
     if not history.skipped_steps:
         return
     values, top = column(history.skipped_steps, name), axes.get_ylim()[1]
@@ -161,47 +173,41 @@ def _draw_skipped_steps(axes: Axes, history: RunHistory, name: str) -> None:
     tokens = column(history.skipped_steps, "tokens")
     look: dict[str, Any] = {"color": RED, "ms": 7, "mew": 1.6, "ls": "", "marker": "x", "zorder": 4}
     axes.plot(tokens[outside], np.ones(outside.sum()), transform=axes.get_xaxis_transform(), clip_on=False, **look)
-    axes.plot(tokens[~outside], values[~outside], label="update left out", **look)
+    axes.plot(tokens[~outside], values[~outside], label="skipped step", **look)
 
 
-def draw_loss(history: RunHistory, config: TrainConfig) -> Figure:
-    figure, axes, values = _loss_axes(history)
-    _set_log_scale_if_wide(axes, values, 2.5)
+def draw_loss(axes: Axes, history: RunHistory, config: TrainConfig) -> None:
+    _set_log_scale_if_wide(axes, _draw_losses(axes, history), 2.5)
     _draw_skipped_steps(axes, history, "loss")
-    return add_legend(figure, axes)
 
 
-def draw_late_loss(history: RunHistory, config: TrainConfig) -> Figure:
-    figure, axes, values = _loss_axes(history)
+def draw_late_loss(axes: Axes, history: RunHistory, config: TrainConfig) -> None:
+    values = _draw_losses(axes, history)
     late = np.concatenate([values[len(values) // 10 :], column(history.validations, "loss")])
     late = late[np.isfinite(late)]
     if len(late):
         low, high = np.percentile(late, (0.1, 99.5))
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
     _draw_skipped_steps(axes, history, "loss")
-    return add_legend(figure, axes)
 
 
-def _loss_axes(history: RunHistory) -> tuple[Figure, Axes, FloatArray]:
-    figure, axes = token_axes(history, "loss (nats per token)")
+def _draw_losses(axes: Axes, history: RunHistory) -> FloatArray:
+    """Draw training and validation losses; return the training losses."""
     values = column(history.steps, "loss")
     _draw_raw_and_median(axes, history, values, BLUE, "training")
     if history.validations:
         tokens, held_out = column(history.validations, "tokens"), column(history.validations, "loss")
         axes.plot(tokens, held_out, "o", color=ORANGE, ms=5, mec="white", mew=0.8, label="validation", zorder=3)
-    return figure, axes, values
+    return values
 
 
-def draw_learning_rate(history: RunHistory, config: TrainConfig) -> Figure:
-    figure, axes = token_axes(history, "learning rate")
+def draw_learning_rate(axes: Axes, history: RunHistory, config: TrainConfig) -> None:
     axes.plot(column(history.steps, "tokens"), column(history.steps, "lr"), color=BLUE)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    return add_legend(figure, axes)
 
 
-def draw_seq_len(history: RunHistory, config: TrainConfig) -> Figure:
-    figure, axes = token_axes(history, "seq_len (tokens per row)")
+def draw_seq_len(axes: Axes, history: RunHistory, config: TrainConfig) -> None:
     values = column(history.steps, "seq_len")
     axes.plot(column(history.steps, "tokens"), values, color=BLUE, drawstyle="steps-pre")
     lengths = sorted(set(values))
@@ -209,77 +215,65 @@ def draw_seq_len(history: RunHistory, config: TrainConfig) -> Figure:
     axes.set_yticks(lengths, [f"{int(length):,}" for length in lengths])
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(lengths[0] / 2, lengths[-1] * 2)
-    return add_legend(figure, axes)
 
 
-def draw_grad_norm(history: RunHistory, config: TrainConfig) -> Figure:
-    figure, axes = token_axes(history, "gradient norm before clipping")
-    values = column(history.steps, "grad_norm")
+def draw_grad_norm(axes: Axes, history: RunHistory, config: TrainConfig) -> None:
+    values, max_grad_norm = column(history.steps, "grad_norm"), config.optim.max_grad_norm
     _draw_raw_and_median(axes, history, values, BLUE, "norm")
-    max_grad_norm = config.optim.max_grad_norm
     if max_grad_norm > 0:
         axes.axhline(max_grad_norm, color=RED, lw=1, ls="--", label=f"clipped above {max_grad_norm:g}")
     _set_log_scale_if_wide(axes, np.append(values, max_grad_norm or np.nan), 5)
     _draw_skipped_steps(axes, history, "grad_norm")
-    return add_legend(figure, axes)
 
 
-def draw_throughput(history: RunHistory, config: TrainConfig) -> Figure:
-    figure, axes = token_axes(history, "tokens/s")
-    _draw_raw_and_median(axes, history, column(history.steps, "tokens_per_second"), BLUE, "speed")
+def draw_throughput(axes: Axes, history: RunHistory, config: TrainConfig) -> None:
+    _draw_raw_and_median(axes, history, column(history.steps, "tokens_per_second"), BLUE, "throughput")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
-    return add_legend(figure, axes)
 
 
-def draw_mfu(history: RunHistory, config: TrainConfig) -> Figure:
-    figure, axes = token_axes(history, "share of peak FLOPs (%)")
+def draw_mfu(axes: Axes, history: RunHistory, config: TrainConfig) -> None:
     for name, color, label in (("mfu", BLUE, "full attention"), ("mfu_causal", GREEN, "causal half")):
         _draw_raw_and_median(axes, history, 100 * column(history.steps, name), color, label)
     axes.set_ylim(bottom=0)
-    return add_legend(figure, axes)
 
 
-def draw_data_wait(history: RunHistory, config: TrainConfig) -> Figure:
-    figure, axes = token_axes(history, "waiting for data (% of step)")
+def draw_data_wait(axes: Axes, history: RunHistory, config: TrainConfig) -> None:
     share = 100 * column(history.steps, "data_seconds") / column(history.steps, "step_seconds")
     _draw_raw_and_median(axes, history, share, ORANGE, "share")
     axes.set_ylim(0, max(5.0, float(np.nanmax(share, initial=0)) * 1.1))
-    return add_legend(figure, axes)
 
 
-def draw_step_time(history: RunHistory, config: TrainConfig) -> Figure:
-    figure, axes = token_axes(history, "step (seconds)")
+def draw_step_time(axes: Axes, history: RunHistory, config: TrainConfig) -> None:
     values = column(history.steps, "step_seconds")
     _draw_raw_and_median(axes, history, values, BLUE, "step")
     _set_log_scale_if_wide(axes, values, 10)
     if axes.get_yscale() == "linear":
         axes.set_ylim(bottom=0)
-    return add_legend(figure, axes)
 
 
-def draw_memory(history: RunHistory, config: TrainConfig) -> Figure | None:
+def draw_memory(axes: Axes, history: RunHistory, config: TrainConfig) -> None:
     values = column(history.steps, "memory_gib")
-    if not np.isfinite(values).any():
-        return None
-    figure, axes = token_axes(history, "memory of a device (GiB)")
-    axes.plot(column(history.steps, "tokens"), values, color=BLUE, label="largest allocation")
+    axes.plot(column(history.steps, "tokens"), values, color=BLUE, label="peak allocation")
     if config.hardware:
         axes.axhline(config.hardware.memory_gib, color=RED, lw=1, ls="--", label=config.hardware.name)
     axes.set_ylim(bottom=0)
-    return add_legend(figure, axes)
 
 
-PICTURES: dict[str, tuple[str, str, Callable[[RunHistory, TrainConfig], Figure | None]]] = {
-    "Loss": ("loss", "Mean cross-entropy of each step's tokens; points: held-out rows.", draw_loss),
-    "Loss, late": ("loss_late", "The same without the first tenth of the steps, to scale.", draw_late_loss),
-    "Learning rate": ("learning_rate", "One line over all phases.", draw_learning_rate),
-    "Sequence length": ("seq_len", "Tokens in a row, by phase.", draw_seq_len),
-    "Gradient norm": ("grad_norm", "Global norm over all parameters.", draw_grad_norm),
-    "Throughput": ("throughput", "All devices together, from step times.", draw_throughput),
-    "MFU": ("mfu", "Model FLOPs of a step over the devices' dense peak, under both conventions.", draw_mfu),
-    "Waiting for data": ("data_wait", "Part of each step spent until its batch was there.", draw_data_wait),
-    "Step time": ("step_time", "Wall time from step to step.", draw_step_time),
-    "Memory": ("memory", "Largest allocation on a device so far.", draw_memory),
-}
-"""Title: name of the PNG, caption, the function that draws it (null: the history has no numbers for it)."""
+LOSS_LABEL = "loss (nats per token)"
+MFU_CAPTION = (
+    "Model FLOPs of a step over the devices' dense peak, with attention counted in full and at its causal half."
+)
+PICTURES = {
+    "Loss": Picture("loss", LOSS_LABEL, "Mean cross-entropy of each step. Points: held-out rows.", draw_loss),
+    "Late loss": Picture("loss_late", LOSS_LABEL, "The same, scaled to all but the first tenth of the steps.", draw_late_loss),
+    "Learning rate": Picture("learning_rate", "learning rate", "The schedule over all phases.", draw_learning_rate),
+    "Sequence length": Picture("seq_len", "tokens per row", "Tokens per row in each phase.", draw_seq_len),
+    "Gradient norm": Picture("grad_norm", "norm before clipping", "Global norm over all parameters.", draw_grad_norm),
+    "Throughput": Picture("throughput", "tokens per second", "All devices together.", draw_throughput),
+    "MFU": Picture("mfu", "MFU (% of peak FLOP/s)", MFU_CAPTION, draw_mfu),
+    "Waiting for data": Picture("data_wait", "% of the step", "Part of each step spent waiting for its batch.", draw_data_wait),
+    "Step time": Picture("step_time", "step time (s)", "Wall-clock time, without validations and saves.", draw_step_time),
+    "Memory": Picture("memory", "device memory (GiB)", "Peak allocation on a device so far.", draw_memory),
+}  # fmt: skip
+"""Title -> picture."""

@@ -4,6 +4,8 @@ import argparse
 import math
 import os
 import re
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from tandem.trainer.tools import report
 from tandem.trainer.tools.report import compare, plots
 from tests.trainer.metrics.test_records import demo_config, record, write_rollback, write_run
 
-NAMES = {name for name, _, _ in plots.PICTURES.values()}
+NAMES = {picture.name for picture in plots.PICTURES.values()}
 
 
 def tandem_report(*arguments: object) -> None:
@@ -27,37 +29,39 @@ def tandem_report(*arguments: object) -> None:
     report.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
-@pytest.fixture
-def killed_and_resumed(tmp_path: Path) -> Path:
-    folder = tmp_path / "night"
+@pytest.fixture(scope="module")
+def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with its report."""
+    folder = tmp_path_factory.mktemp("runs") / "night"
     write_run(folder, to=10, end=False)
     write_run(folder, resumed_step=8, memory_gib=1.5)
     (folder / "environment.json").write_text('{"packages": {"torch": "2.13"}, "command": ["tandem", "<train>"]}')
+    with redirect_stdout(StringIO()) as output:
+        tandem_report(folder)
+    assert output.getvalue() == f"{folder / 'report.html'}\n"
     return folder
 
 
-def test_every_picture_is_in_the_page_and_in_the_folder(
-    killed_and_resumed: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tandem_report(killed_and_resumed)
-    page = (killed_and_resumed / "report.html").read_text()
+@pytest.fixture(scope="module")
+def page(killed_and_resumed: Path) -> str:
+    return (killed_and_resumed / "report.html").read_text()
+
+
+def test_every_picture_is_in_the_page_and_in_the_folder(killed_and_resumed: Path, page: str) -> None:
     assert {path.stem for path in (killed_and_resumed / "report").iterdir()} == NAMES
     assert page.count('src="data:image/png;base64,') == len(NAMES)
     for path in (killed_and_resumed / "report").iterdir():
         pixels = imread(path)
         assert pixels.shape == (510, 1500, 4)
         assert len(np.unique(pixels[..., 0])) > 20, f"{path.name} is empty"
-    assert capsys.readouterr().out == f"{killed_and_resumed / 'report.html'}\n"
 
 
-def test_the_page_fetches_nothing(killed_and_resumed: Path) -> None:
-    page = report.write_report(killed_and_resumed).read_text()
+def test_the_page_fetches_nothing(page: str) -> None:
     assert not re.search(r"https?://|<script|<link|@import|url\(", page)
     assert all(source.startswith("data:") for source in re.findall(r'(?:src|href)="([^"]*)"', page))
 
 
-def test_the_page_has_the_tables(killed_and_resumed: Path) -> None:
-    page = report.write_report(killed_and_resumed).read_text()
+def test_the_page_has_the_tables(page: str) -> None:
     cells = re.findall(r"<td>(.*?)</td>", page)
     assert "12" in cells[0]
     for text in (
@@ -73,19 +77,14 @@ def test_the_page_has_the_tables(killed_and_resumed: Path) -> None:
     assert "ffn_hidden_size: 341" in page  # config.yaml, whole
 
 
-def test_memory_is_left_out_where_there_is_none(tmp_path: Path) -> None:
-    write_run(tmp_path)
-    page = report.write_report(tmp_path).read_text()
-    assert not (tmp_path / "report" / "memory.png").exists()
-    assert page.count("<img") == len(NAMES) - 1
-
-
-def test_a_run_that_was_killed_in_the_middle_of_a_line_has_a_report(tmp_path: Path) -> None:
+def test_a_run_without_memory_figures_that_was_killed_within_a_line_has_a_report(tmp_path: Path) -> None:
     write_run(tmp_path, to=7, end=False)
     os.truncate(tmp_path / METRICS_FILE, (tmp_path / METRICS_FILE).stat().st_size - 30)
     page = report.write_report(tmp_path).read_text()
     assert "step 6 of 12" in page
-    assert "still going, or killed" in page
+    assert "still running, or killed" in page
+    assert not (tmp_path / "report" / "memory.png").exists()
+    assert page.count("<img") == len(NAMES) - 1
 
 
 def test_a_run_before_its_first_step_has_a_report(tmp_path: Path) -> None:
@@ -108,16 +107,16 @@ def test_restarts_and_phases_are_drawn(killed_and_resumed: Path) -> None:
 def test_rollbacks_and_steps_left_out_are_drawn_and_in_the_tables(tmp_path: Path) -> None:
     write_rollback(tmp_path)
     history, config = read_history(tmp_path), configuration.load_config(tmp_path / "config.yaml")
-    marks = {line.get_label(): line for line in plots.draw_loss(history, config).axes[0].lines}
+    marks = {line.get_label(): line for line in plots.PICTURES["Loss"].figure(history, config).axes[0].lines}
     assert list(marks["rollback"].get_xdata()) == [8 * 2048]
-    assert list(marks["update left out"].get_xdata()) == [3 * 2048]
-    assert list(marks["update left out"].get_ydata()) == [9.0]
+    assert list(marks["skipped step"].get_xdata()) == [3 * 2048]
+    assert list(marks["skipped step"].get_ydata()) == [9.0]
     assert "restart" not in marks
     cells = re.findall(r"<td>(.*?)</td>", report.write_report(tmp_path).read_text())
     for text in ("loss nan", "9.0000", "8.8 s: imports 5.2, kernels 3.5", "0.1 s"):
         assert text in cells, text
     result = report.headline_numbers(history)
-    assert (result["steps done again after rollbacks"], result["steps without an update"]) == ("2", "1")
+    assert (result["steps repeated after rollbacks"], result["skipped steps"]) == ("2", "1")
 
 
 def test_a_step_left_out_without_a_number_is_a_cross_at_the_upper_edge(tmp_path: Path) -> None:
@@ -127,8 +126,8 @@ def test_a_step_left_out_without_a_number_is_a_cross_at_the_upper_edge(tmp_path:
     sinks.write_step(record(7, loss=math.nan, grad_norm=math.inf, skipped=True))
     sinks.close()
     config = configuration.load_config(tmp_path / "config.yaml")
-    for picture in (plots.draw_loss, plots.draw_late_loss, plots.draw_grad_norm):
-        axes = picture(read_history(tmp_path), config).axes[0]
+    for title in ("Loss", "Late loss", "Gradient norm"):
+        axes = plots.PICTURES[title].figure(read_history(tmp_path), config).axes[0]
         [cross] = [line for line in axes.lines if line.get_marker() == "x" and len(line.get_xdata())]
         assert (list(cross.get_xdata()), list(cross.get_ydata())) == ([7 * 2048], [1.0])
         assert cross.get_transform() == axes.get_xaxis_transform()
