@@ -4,8 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
-import subprocess
-from contextlib import closing, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ from tandem.trainer.tools.bench.plan import PhasePlan, build_plans
 from tandem.trainer.tools.bench.synthetic_batch import draw_batch
 from tandem.trainer.train import train_loop
 from tests import ranks, tiny_configs
-from tests.promises.conftest import run_tandem
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 PEAK_FLOPS = 2e11
@@ -74,19 +72,24 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def said(place) -> subprocess.CompletedProcess[str]:
-    """One layer of two, the second phase, a quarter of its rows, one step more under the profiler."""
-    done = run_tandem(
-        "bench", place / "config.yaml", f"run.root={place}/runs", *TWICE, "--profile", place / "trace.json",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done
+def run_bench(*words: str) -> tuple[str, str]:
+    """Run `tandem bench` in this process; return its standard output and standard error."""
+    with redirect_stdout(StringIO()) as output, redirect_stderr(StringIO()) as errors:
+        assert main(["bench", *words]) == 0
+    return output.getvalue(), errors.getvalue()
 
 
 @pytest.fixture(scope="module")
-def line(said) -> dict[str, Any]:
-    [only] = said.stdout.splitlines()
+def printed(place, tmp_path_factory) -> tuple[str, str]:
+    """One of two layers, the second phase, half of its rows, and one more step under the profiler."""
+    options = [f"run.root={place}/runs", *TWICE, "--profile", str(place / "trace.json")]
+    [printed] = ranks.run(run_bench, 1, tmp_path_factory.mktemp("one"), str(place / "config.yaml"), *options)
+    return printed
+
+
+@pytest.fixture(scope="module")
+def line(printed) -> dict[str, Any]:
+    [only] = printed[0].splitlines()
     found: dict[str, Any] = json.loads(only)
     return found
 
@@ -165,11 +168,12 @@ def test_the_recipes_own_batch_is_derived_by_its_rows(line):
     assert derived["mfu_at_full_batch"] / line["mfu"] == pytest.approx(rate / line["tokens_per_second"])
 
 
-def test_progress_and_the_profile_go_to_standard_error(said, place):
-    assert "tiny, 1 of 2 layers" in said.stderr
-    assert said.stderr.count("warm-up step") == 2
-    assert said.stderr.count("timed step") == 3
-    table = said.stderr[said.stderr.index("one step under the profiler") :]
+def test_progress_and_the_profile_go_to_standard_error(printed, place):
+    _, errors = printed
+    assert "tiny, 1 of 2 layers" in errors
+    assert errors.count("warm-up step") == 2
+    assert errors.count("timed step") == 3
+    table = errors[errors.index("one step under the profiler") :]
     for kind in (
         "matmul",
         "attention",
@@ -185,7 +189,7 @@ def test_progress_and_the_profile_go_to_standard_error(said, place):
     assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
 
 
-def test_nothing_is_left_of_a_run(said, place):
+def test_nothing_is_left_of_a_run(printed, place):
     assert sorted(path.name for path in place.iterdir()) == ["config.yaml", "trace.json"]
 
 
@@ -240,9 +244,7 @@ def on_two_ranks(folder: Path, config_file: Path) -> tuple[dict[str, str], dict[
     """
     said = {}
     for name, words in {"tp2": ["parallel.tp_size=2", "run.precision=fp32", *TWICE], "dp2": FEW.split()}.items():
-        with redirect_stdout(StringIO()) as output:
-            assert main(["bench", str(config_file), *words]) == 0
-        said[name] = output.getvalue()
+        said[name], _ = run_bench(str(config_file), *words)
     return said, benched_and_trained(folder)
 
 

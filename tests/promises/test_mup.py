@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from io import StringIO
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from tandem.trainer.models.param_groups import build_param_groups
 from tandem.trainer.tools.mup import coordinates, lr_transfer, weight_decay
 from tandem.trainer.tools.mup.measurement import Measurement, first_failure
 from tandem.trainer.tools.mup.proxies import proxy_config
-from tests import tiny_configs
+from tests import ranks, tiny_configs
 from tests.promises.conftest import VOCAB_SIZE, run_tandem
 
 CONFIG = Path(__file__).parents[2] / "configs" / "mup-check.yaml"
@@ -49,12 +51,17 @@ def config(corpus) -> TrainConfig:
     return load_config(CONFIG, overrides(corpus))
 
 
-def judged(config: TrainConfig, mesh: Mesh, *, num_seeds: int = 1) -> list[Measurement]:
-    """What the kit finds on one rank in fp32: coordinates first, then decay."""
+def judge_coordinates(config: TrainConfig, mesh: Mesh, *, num_seeds: int = 1) -> list[Measurement]:
+    """Run the coordinate check on one rank in fp32."""
     seeds = range(config.run.seed, config.run.seed + num_seeds)
-    measured = [proxy_config(config, width, seed=seed) for width in WIDTHS for seed in seeds]
-    records = [record for one in measured for record in coordinates.measure_proxy(one, UPDATES, mesh)]
-    return coordinates.judge(records) + weight_decay.measure(config, WIDTHS, mesh)
+    proxies = [proxy_config(config, width, seed=seed) for width in WIDTHS for seed in seeds]
+    return coordinates.judge(
+        [record for proxy in proxies for record in coordinates.measure_proxy(proxy, UPDATES, mesh)]
+    )
+
+
+def judge_decay(config: TrainConfig, mesh: Mesh) -> list[Measurement]:
+    return weight_decay.measure(config, WIDTHS, mesh)
 
 
 Section = StableLMConfig | BTLMConfig
@@ -176,7 +183,7 @@ def test_the_shipped_rules_pass_with_room(config, mesh):
     With six seeds: from seed to seed the exponents of scores have a deviation of 0.04 (24 seeds) around -0.55, so that three
     seeds can come to -0.60, which is too near the bound.
     """
-    findings = judged(config, mesh, num_seeds=6)
+    findings = judge_coordinates(config, mesh, num_seeds=6) + judge_decay(config, mesh)
     assert first_failure(findings) is None
     for finding in findings:
         spare = (
@@ -191,7 +198,8 @@ def test_the_shipped_rules_pass_with_room(config, mesh):
 def test_stable_lm_passes_under_mup_too(config, mesh):
     """Parallel residual, norms of heads, grouped keys, an untied head: other coordinates, the same laws."""
     model = tiny_configs.make_config("stablelm", model={"vocab_size": VOCAB_SIZE}).model
-    findings = judged(replace(config, model=model), mesh)
+    config = replace(config, model=model)
+    findings = judge_coordinates(config, mesh) + judge_decay(config, mesh)
     assert first_failure(findings) is None
     assert {"learning rate of head", "decay of head"} <= {finding.quantity for finding in findings}
 
@@ -200,7 +208,8 @@ def test_stable_lm_passes_under_mup_too(config, mesh):
 def test_a_broken_rule_is_noticed_and_named(rule, config, mesh, monkeypatch):
     broken = BROKEN[rule]
     monkeypatch.setattr(broken.place, broken.name, broken.stands_in)
-    failure = first_failure(judged(config, mesh))
+    # The command reports the first failure, and coordinates come before decay.
+    failure = first_failure(judge_coordinates(config, mesh)) or first_failure(judge_decay(config, mesh))
     assert failure is not None, "not noticed"
     print(f"figures | {rule} | {failure.quantity} | {failure.value:+.3g} | {failure.interval} |")
     assert f"{failure.check}: {failure.quantity}".startswith(broken.seen_in)
@@ -247,13 +256,22 @@ def test_the_command_measures_on_two_ranks_what_it_measures_on_one(tmp_path, cor
         assert (tmp_path / f"coordinates-{case}.png").stat().st_size > 10_000
 
 
+def run_command(words: list[str]) -> tuple[int, str]:
+    """Run `tandem` in this process; return its exit code and standard output."""
+    with redirect_stdout(StringIO()) as output:
+        exit_code = main(words)
+    return exit_code, output.getvalue()
+
+
+@pytest.mark.dist
 @pytest.mark.slow
 def test_a_check_that_fails_is_named_and_ends_with_code_1(tmp_path, corpus):
     """Four updates are best made at the highest rate there is: the sweep does not hold its optimum."""
     options = ["--widths=32,64", "--octaves=1", "--checks=transfer", f"--output={tmp_path}"]
-    done = run_tandem("mup-check", CONFIG, *overrides(corpus), *options)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "FAILED transfer: share of muP optima inside the grid" in done.stdout
+    command = ["mup-check", str(CONFIG), *overrides(corpus), *options]
+    [(exit_code, output)] = ranks.run(run_command, 1, tmp_path, command)
+    assert exit_code == 1, output
+    assert "FAILED transfer: share of muP optima inside the grid" in output
     assert not json.loads((tmp_path / "result.json").read_text())["passed"]
     assert (tmp_path / "transfer.png").stat().st_size > 10_000
 

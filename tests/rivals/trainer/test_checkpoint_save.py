@@ -2,6 +2,8 @@
 
 import json
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +87,22 @@ def test_all_ways_save_the_same_tensors_of_two_ranks(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory) -> dict[str, Any]:
-    [said] = ranks.run(printed, 1, tmp_path_factory.mktemp("saves"), tmp_path_factory.mktemp("saved"))
-    found: dict[str, Any] = json.loads(said)
-    return found
+def one_rank(tmp_path_factory) -> tuple[dict[str, Any], tuple[checkpoint_save.SaveCost, checkpoint_save.SaveCost]]:
+    """The command's line, and the costs of the two saves of `measure_known_saves`."""
+    [(output, costs)] = ranks.run(on_one_rank, 1, tmp_path_factory.mktemp("saves"), tmp_path_factory.mktemp("saved"))
+    return json.loads(output), costs
 
 
-def printed(folder: Path) -> str:
-    """What the command says on standard output."""
-    import contextlib
-    import io
+@pytest.fixture(scope="module")
+def line(one_rank) -> dict[str, Any]:
+    return one_rank[0]
 
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+
+def on_one_rank(folder: Path) -> tuple[str, tuple[checkpoint_save.SaveCost, checkpoint_save.SaveCost]]:
+    costs = measure_known_saves()
+    with redirect_stdout(StringIO()) as output:
         assert checkpoint_save.main([*SMALL, "--folder", str(folder)]) == 0
-    return out.getvalue()
+    return output.getvalue(), costs
 
 
 def test_a_line_says_what_every_way_costs(line):
@@ -119,9 +123,10 @@ def test_every_step_is_beside_a_save_or_alone(line):
     assert line["undisturbed_steps"] + beside == len(METHOD_NAMES) * line["num_saves"] * line["every_steps"]
 
 
-def costed(tmp_path: Path) -> tuple[checkpoint_save.SaveCost, checkpoint_save.SaveCost]:
-    """Of a save that keeps 64 MiB, calls for 50 ms, is beside two steps that wait 0.25 s each and is waited for 30 ms, and of
-    one that never ends by itself.
+def measure_known_saves() -> tuple[checkpoint_save.SaveCost, checkpoint_save.SaveCost]:
+    """Measure a save that keeps 64 MiB and one that never ends.
+
+    The call of the first takes 50 ms, every step waits 0.25 s for it, it ends after two steps, and the next save waits 30 ms.
     """
     kept: list[numpy.ndarray] = []
     asked = iter([False, False, True])
@@ -138,8 +143,8 @@ def costed(tmp_path: Path) -> tuple[checkpoint_save.SaveCost, checkpoint_save.Sa
     return ending, endless
 
 
-def test_a_save_costs_its_call_its_waits_and_its_memory(tmp_path):
-    [(ending, endless)] = ranks.run(costed, 1, tmp_path, tmp_path)
+def test_a_save_costs_its_call_its_waits_and_its_memory(one_rank):
+    _, (ending, endless) = one_rank
     assert (ending.overlapping_step_seconds, ending.undisturbed_step_seconds) == ([0.75, 0.75], [0.75, 0.75, 0.75])
     assert 0.05 + 5 * 0.25 + 0.03 <= ending.stall_seconds < 5
     assert 1 << 26 <= ending.extra_bytes < 5 << 24, "64 MiB, and no more than a quarter for whatever else Python did"
