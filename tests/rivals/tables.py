@@ -1,7 +1,7 @@
-"""The raw lines that launch/bench.sh leaves, as tables for a person: `python -m tests.rivals.tables FOLDER`.
+"""`python -m tests.rivals.tables FOLDER`: print the JSON lines that launch/bench.sh wrote as Markdown tables.
 
-Tables are Markdown, so that they can be pasted into a README with the card and commit above them. Beside a figure stand the
-mark it is held to and what was predicted for it before any GPU had run it. Needs no torch.
+The first line names card, versions and commit, so that the tables can be pasted into a README. Figures are shown with their
+targets and with predictions made before any GPU run. Needs no torch.
 """
 
 import argparse
@@ -21,17 +21,17 @@ STEP_TARGETS: dict[tuple[str, str], tuple[str, float, float]] = {
     ("btlm-3b-8k", "8k"): ("tokens_per_second", 17_500.0, 26_000.0),
     ("stablelm-2-12b", "4k"): ("mfu_at_full_batch", 0.50, 0.62),
 }
-"""Config and phase -> field of a step's line, what a first visit has to reach, and the aim; on one H100 or H200.
+"""Config and phase -> field of a step's line, target of a first visit, and goal, on one H100 or H200.
 
-BTLM's four micro-batches are what a replica of the recipe makes on 15 nodes, so its step is judged as it is. The update of a
-sixth of the 12B's layers with a whole embedding weighs more than the recipe's, so its slice is judged at the recipe's batch."""
+On 15 nodes a replica of the BTLM recipe has four micro-batches, so its step is judged as measured. In the slice of the 12B, a
+sixth of the layers with a whole embedding, the update weighs more than in the recipe, so it is judged at the recipe's batch."""
 MAX_SHOWN_VARIANTS = 2
 STEP_PREDICTIONS: dict[tuple[str, str], str] = {
     ("btlm-3b-8k", "2k"): "27,900 tokens/s, MFU 50 / 47 %",
     ("btlm-3b-8k", "8k"): "21,800 tokens/s, MFU 53 / 44 %",
     ("stablelm-2-12b", "4k"): "MFU 52 / 49 %",
 }
-"""What was computed beforehand from each part's bytes and operations, for the batch of the recipe."""
+"""Predictions from the bytes and operations of each part, at the recipe's batch."""
 KERNEL_TARGETS: dict[tuple[str, str, str], tuple[str, float]] = {
     ("swiglu", "", ""): ("fraction", 0.93),
     ("qkv", "", ""): ("fraction", 0.93),
@@ -42,12 +42,14 @@ KERNEL_TARGETS: dict[tuple[str, str, str], tuple[str, float]] = {
     ("attention", "btlm-3b-8k 8192 tp1", "forward"): ("tflops_per_second", 450.0),
     ("attention", "btlm-3b-8k 8192 tp1", "backward"): ("tflops_per_second", 350.0),
 }
-"""Operation, shape and direction, empty for any -> field of our row and the least it should reach."""
+"""Operation, shape and direction, empty for any -> field of our row, and its target."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the tables of a folder; returns 0, or 2 with one line on standard error if there is nothing to print."""
-    parser = argparse.ArgumentParser("tests.rivals.tables", description="Tables of what launch/bench.sh measured.")
+    """Print the tables of a folder. Returns 2, with one line on standard error, if there is nothing to print."""
+    parser = argparse.ArgumentParser(
+        "tests.rivals.tables", description="Print the tables of a folder that launch/bench.sh filled."
+    )
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(argv).folder
     try:
@@ -60,10 +62,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def format_tables(folder: Path) -> Iterator[str]:
-    """One table for each kind of line the folder has. Raises: UserError if it has none, or a line is not JSON."""
+    """Yield one table per kind of line in the folder. Raises: UserError if it has none, or if a line is not JSON."""
     lines = {name: read_lines(folder / f"{name}.jsonl") for name in ("steps", "kernels", "errors", "sweep")}
     if not any(lines.values()):
-        raise UserError(f"{folder}: no line of a measurement in it; name the folder that launch/bench.sh filled")
+        raise UserError(f"{folder}: has no line of a measurement; name a folder that launch/bench.sh filled")
     yield from format_environment([line for found in lines.values() for line in found])
     for name, make in (
         ("kernels", kernel_table),
@@ -76,15 +78,15 @@ def format_tables(folder: Path) -> Iterator[str]:
 
 
 def read_lines(file: Path) -> list[Line]:
-    """The file's JSON lines; none if there is no file. A last line that a kill has cut is left out."""
+    """Return the file's JSON lines, without a last line that was cut by a kill. A missing file has none."""
     try:
         return list(journal.read_records(file, strict=True))
     except json.JSONDecodeError as error:
-        raise UserError(f"{file}: {error.msg}: not a line of launch/bench.sh; remove the file") from error
+        raise UserError(f"{file}: {error.msg}, so it is not from launch/bench.sh; remove the file") from error
 
 
 def format_environment(lines: list[Line]) -> Iterator[str]:
-    """Card, versions and commits of the lines, and the ceilings of each process."""
+    """Yield card, versions and commits of the lines, and the ceilings of each process."""
     facts = {
         name: dict.fromkeys(str(line[name]) for line in lines if line.get(name))
         for name in ("torch", "triton", "commit")
@@ -125,12 +127,12 @@ def step_table(lines: list[Line]) -> str:
 
 
 def format_overrides(line: Line) -> str:
-    """The overrides of the config, without the one that every line of one GPU has."""
+    """The config's overrides, without the one that every single-GPU line has."""
     return " ".join(word for word in line["overrides"] if word != "parallel.tp_size=1")
 
 
 def kind_table(line: Line) -> str:
-    """Where the device's time of the profiled step went."""
+    """The profiled step's time by kind of operation."""
     step_seconds = line["kind_seconds"]["step"]
     kinds = sorted(((name, s) for name, s in line["kind_seconds"].items() if name != "step"), key=lambda kind: -kind[1])
     rows = [[name, f"{1e3 * seconds:,.1f}", f"{100 * seconds / step_seconds:.1f}"] for name, seconds in kinds]
@@ -141,7 +143,7 @@ def kind_table(line: Line) -> str:
 def kernel_table(lines: list[Line]) -> str:
     rows = []
     for line in lines:
-        if line["op"] == "ceilings" or line["direction"] == "forward+backward":  # the sum of two other rows
+        if line["op"] == "ceilings" or line["direction"] == "forward+backward":  # a sum of other rows
             continue
         key = line["op"], line["shape"], line["rival"], line["direction"]
         if line["time_p50_us"] is None:
@@ -158,12 +160,23 @@ def kernel_table(lines: list[Line]) -> str:
             *key, f"{line['time_p50_us']:,.1f}", f"{100 * spread:.1f}", rate, f"{100 * line['fraction']:.1f}",
             format_target(line, *target) if target and line["rival"] == "ours" else "", line["note"],
         ])  # fmt: skip
-    head = ["op", "shape", "rival", "direction", "median us", "spread %", "a second", "% of ceiling", "target", "note"]
+    head = [
+        "op",
+        "shape",
+        "rival",
+        "direction",
+        "median us",
+        "spread %",
+        "per second",
+        "% of ceiling",
+        "target",
+        "note",
+    ]
     return markdown_table(head, rows)
 
 
 def matches_pattern(pattern: tuple[str, str, str], line: Line) -> bool:
-    """Whether the pattern's operation, shape and direction are the line's; an empty one is any."""
+    """Whether operation, shape and direction match; empty fields match anything."""
     return all(given in ("", line[name]) for given, name in zip(pattern, ("op", "shape", "direction"), strict=True))
 
 
@@ -179,11 +192,11 @@ def error_table(lines: list[Line]) -> str:
         ]
         for line in lines
     ]
-    return markdown_table(["op", "shape", "result", "error of ours", "of plain torch", "ratio (mark: 1.1)"], rows)
+    return markdown_table(["op", "shape", "result", "our error", "plain torch's", "ratio (target: 1.1)"], rows)
 
 
 def sweep_table(lines: list[Line]) -> str:
-    """The quickest variants of each kernel at each shape, and the one that has the kernel's own sizes."""
+    """The fastest variants of each kernel at each shape, and the variant with the shipped sizes."""
     rows = []
     for kernel, shape in dict.fromkeys((line["kernel"], line["shape"]) for line in lines):
         kernel_lines = [line for line in lines if (line["kernel"], line["shape"]) == (kernel, shape)]
@@ -193,13 +206,13 @@ def sweep_table(lines: list[Line]) -> str:
                 spread = (line["time_p80_us"] - line["time_p20_us"]) / line["time_p50_us"]
                 rows.append([
                     kernel, shape, line["candidate"], f"{line['time_p50_us']:,.1f}", f"{100 * spread:.1f}",
-                    f"{line['executed_tflops_per_second']:,.0f}", "its own sizes" if line["own"] else "",
+                    f"{line['executed_tflops_per_second']:,.0f}", "shipped sizes" if line["own"] else "",
                 ])  # fmt: skip
     return markdown_table(["kernel", "shape", "variant", "median us", "spread %", "executed TFLOP/s", "note"], rows)
 
 
 def format_target(line: Line, field: str, target: float) -> str:
-    """The mark, and whether the line reaches it."""
+    """Format the target and whether the line reaches it."""
     is_fraction = field in ("mfu_at_full_batch", "fraction")
     target_text = f"{100 * target:g} %" if is_fraction else f"{target:,g}"
     return f"{target_text}: {'reached' if line[field] >= target else 'missed'}"
@@ -210,7 +223,7 @@ def format_gib(value: float | None) -> str:
 
 
 def markdown_table(head: list[str], rows: Iterable[list[Any]]) -> str:
-    """A table whose columns are as wide as they need to be, without those that are empty in every row."""
+    """Format an aligned table without the columns that are empty in every row."""
     cells = [head, *([str(cell) for cell in row] for row in rows)]
     used = [index for index in range(len(head)) if any(row[index] for row in cells[1:])] or list(range(len(head)))
     widths = [max(len(row[index]) for row in cells) for index in used]

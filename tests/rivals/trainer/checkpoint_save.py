@@ -1,8 +1,9 @@
-"""`python -m tests.rivals.trainer.checkpoint_save CONFIG`: what a save costs, beside torch.distributed.checkpoint.
+"""`python -m tests.rivals.trainer.checkpoint_save CONFIG`: what a save costs, compared with torch.distributed.checkpoint.
 
-One run on synthetic rows, by the trainer's own steps, saves every so many of them, each time in the next way in turn: so all
-ways meet the same machine. The one idea: a save costs what the loop stands still for (its stall) and what the steps beside it
-take longer (hidden); whatever moves one into the other is seen. Needs Linux, for /proc.
+One run trains on synthetic rows with the trainer's own steps and saves at regular intervals. The ways to save take turns, so
+that all of them meet the same machine. The cost of a save has two parts: the time during which the loop stands still (stall),
+and the time that the steps beside the save lose (hidden). Measuring both shows work that only moves from one to the other.
+Needs Linux, for /proc.
 """
 
 import argparse
@@ -51,36 +52,36 @@ SAMPLE_INTERVAL_SECONDS = 0.005
 
 @dataclass(frozen=True)
 class SaveMethod:
-    """One way to save. All ranks call it alike, and `wait_for_save` before the next `start_save`."""
+    """One way to save. All ranks call the same functions, and `wait_for_save` before the next `start_save`."""
 
     start_save: Callable[[int], object]
-    """The call that the loop makes after a step; what it takes is stall."""
+    """Starts the save of a step. Its duration is stall."""
     is_save_finished: Callable[[], bool]
-    """Whether `wait_for_save` would not wait."""
+    """Whether `wait_for_save` would return at once."""
     wait_for_save: Callable[[], object]
     """Returns once the checkpoint is on disk."""
     pop_stall_seconds: Callable[[], float] = lambda: 0.0
-    """What updates have waited for the save since this was last asked."""
+    """Returns how long updates have waited for the save since the last call."""
     remove_previous: Callable[[], object] = lambda: None
-    """Removes the checkpoint before; not counted."""
+    """Removes the previous checkpoint; not counted."""
 
 
 @dataclass
 class SaveCost:
-    """Of one save, on one rank."""
+    """The cost of one save on one rank."""
 
     stall_seconds: float
-    """The call, updates that waited for the copy, and the wait of the next save for this one."""
+    """The call, the wait of updates for the copy, and the wait of the next save for this one."""
     extra_bytes: int
-    """Host memory beyond what was there before the save and what a step needs for itself."""
+    """Host memory above the level before the save and above what a step itself needs."""
     overlapping_step_seconds: list[float] = field(default_factory=list)
-    """The steps that began while it was written, without their waiting."""
+    """The steps that began while the save was written, without their stalls."""
     undisturbed_step_seconds: list[float] = field(default_factory=list)
     """The steps after them."""
 
 
 class HostMemorySampler:
-    """Anonymous and shared memory of this process, sampled by a thread until closed. The page cache is not in it."""
+    """Samples anonymous and shared memory of this process in a thread until closed. The page cache does not count."""
 
     def __init__(self) -> None:
         self.peak_bytes = self.process_peak_bytes = resident_bytes()
@@ -89,7 +90,7 @@ class HostMemorySampler:
         self._thread.start()
 
     def reset_peak(self) -> None:
-        """The next peak is of what comes."""
+        """Start a new peak."""
         self.peak_bytes = resident_bytes()
 
     def close(self) -> None:
@@ -106,26 +107,26 @@ class HostMemorySampler:
 
 
 def resident_bytes() -> int:
-    """Source: proc(5), status; tensors in shared memory count too, mapped files do not."""
+    """Return anonymous and shared memory, without mapped files. Source: proc(5), status."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * sum(int(lines[name].split()[0]) for name in ("RssAnon", "RssShmem"))
 
 
 def build_save_methods(engine: Engine, mesh: Mesh, folder: Path, facts: dict[str, Any]) -> dict[str, SaveMethod]:
-    """By name: ours behind the training, ours with the training waiting, and torch's two, each on the same tensors."""
+    """Return ours in the background, ours with training waiting, and torch's two ways, all on the same tensors."""
     saver = CheckpointSaver(folder / "ours", mesh, keep_last=1)
-    group = dist.new_group(backend="gloo")  # a thread's collectives must not get among those of the training
+    group = dist.new_group(backend="gloo")  # keeps a thread's collectives apart from the training's
     pending: list[Future[Any]] = []
 
     def start_ours(step: int) -> None:
         saver.start_save(step, engine, facts)
-        saver.pop_stall_seconds()  # the call is timed by whoever calls
+        saver.pop_stall_seconds()  # the caller times the call
 
     def wait_for_ours() -> None:
         outcome = saver.wait_for_result()
         saver.pop_stall_seconds()
         if outcome.error:
-            raise UserError(f"--folder: {folder} cannot be written ({outcome.error}); name another")
+            raise UserError(f"--folder: {folder} cannot be written ({outcome.error}); use another")
 
     def save_ours_blocking(step: int) -> None:
         start_ours(step)
@@ -133,7 +134,7 @@ def build_save_methods(engine: Engine, mesh: Mesh, folder: Path, facts: dict[str
 
     def start_torch_async(step: int) -> None:
         place = folder / "torch-async" / step_folder_name(step)
-        pending.append(torchs.async_save(state_tensors(engine, mesh), checkpoint_id=place, process_group=group))  # type: ignore[arg-type]  # a Future without a stager of one's own
+        pending.append(torchs.async_save(state_tensors(engine, mesh), checkpoint_id=place, process_group=group))
 
     def save_torch(step: int) -> None:
         torchs.save(
@@ -161,7 +162,7 @@ def build_save_methods(engine: Engine, mesh: Mesh, folder: Path, facts: dict[str
 
 
 def state_tensors(engine: Engine, mesh: Mesh) -> dict[str, Tensor]:
-    """What our checkpoint holds of this rank, by the names that it has there."""
+    """Return the tensors that our checkpoint stores for this rank, by their names there."""
     return {
         fragment_key(kind, entry["name"], entry["start"]): tensor
         for entry, tensors in write.rank_fragments(engine, mesh)
@@ -177,7 +178,7 @@ def measure_save(
     sampler: HostMemorySampler,
     transient_step_bytes: int,
 ) -> SaveCost:
-    """The save is made, and so many steps after it; `transient_step_bytes` is what a step needs for a while."""
+    """Make a save and `every_steps` steps after it. `transient_step_bytes` is the memory that a step allocates and frees."""
     method.remove_previous()
     barrier()
     baseline_bytes = resident_bytes() + transient_step_bytes
@@ -202,7 +203,7 @@ def measure_save(
 
 
 def measure(context: StepContext, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All saves are made, in turns; returns their line."""
+    """Make all saves in turns and return the JSON line."""
     config, mesh = context.config, context.mesh
     phase, load_before = config.schedule.phases[0], os.getloadavg()
     total_steps = count_steps(arguments)
@@ -230,7 +231,7 @@ def measure(context: StepContext, arguments: argparse.Namespace, folder: Path) -
             )
             saved[name].append(cost)
             log.info(
-                "%s: stood still %.3f s, %d steps beside, %.2f GB more",
+                "%s: stalled %.3f s, %d steps beside the save, %.2f GB more",
                 name, cost.stall_seconds, len(cost.overlapping_step_seconds), cost.extra_bytes / 1e9,
             )  # fmt: skip
     sampler.close()
@@ -250,7 +251,7 @@ def measure(context: StepContext, arguments: argparse.Namespace, folder: Path) -
         for seconds in cost.undisturbed_step_seconds
     ]
     if not undisturbed_step_seconds:
-        raise UserError(f"--every: {arguments.every}; each step was beside a save that was being written; raise it")
+        raise UserError(f"--every: {arguments.every} leaves no step without a save beside it; use more")
     undisturbed_seconds = median(undisturbed_step_seconds)
     return {
         "config": config.run.name,
@@ -278,7 +279,7 @@ def measure(context: StepContext, arguments: argparse.Namespace, folder: Path) -
 def summarize_costs(
     costs_by_rank: list[list[SaveCost]], ranks: list[dict[str, Any]], undisturbed_seconds: float
 ) -> dict[str, Any]:
-    """One way's saves: of each the rank that it cost most, then the middle and the worst of them."""
+    """Summarise one way's saves: take the slowest rank of each save, then the median and the 99th percentile."""
     stall_seconds = [
         max(costs, key=lambda cost: cost.stall_seconds).stall_seconds for costs in zip(*costs_by_rank, strict=True)
     ]
@@ -317,9 +318,9 @@ def count_steps(arguments: argparse.Namespace) -> int:
 
 
 def build_config(config: TrainConfig, arguments: argparse.Namespace, world_size: int) -> TrainConfig:
-    """The config with as many layers as come nearest the parameters asked for, its first phase and the steps that are made.
+    """Return the config with the depth that comes nearest to `--parameters`, its first phase, and as many steps as are made.
 
-    Raises: UserError for options that cannot be.
+    Raises: UserError if an option is invalid.
     """
     options = ("parameters", "saves", "every", "warmup_steps", "global_batch_size", "micro_batch_size", "ranks")
     check_minimums(arguments, dict.fromkeys(options, 1))
@@ -337,38 +338,38 @@ def build_config(config: TrainConfig, arguments: argparse.Namespace, world_size:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "tests.rivals.trainer.checkpoint_save", description="What a save costs the training."
+        "tests.rivals.trainer.checkpoint_save", description="Measure what a save costs the training."
     )
     add = parser.add_argument
-    add("config", type=Path, help="YAML file of a run; its corpus is not needed")
+    add("config", type=Path, help="YAML file of a run; its corpus is not read")
     add("overrides", nargs="*", help="section.field=value")
-    add("--parameters", type=int, metavar="N", help="of the model, by its depth (default: the config's)")
-    add("--every", type=int, default=10, metavar="STEPS", help="from one save to the next (default 10)")
-    add("--saves", type=int, default=10, metavar="N", help="in each way (default 10)")
+    add("--parameters", type=int, metavar="N", help="parameters of the model, set by its depth (default: the config's)")
+    add("--every", type=int, default=10, metavar="STEPS", help="steps from one save to the next (default: 10)")
+    add("--saves", type=int, default=10, metavar="N", help="saves in each way (default: 10)")
     add(
         "--ways",
         nargs="+",
         default=list(METHOD_NAMES),
         choices=METHOD_NAMES,
         metavar="WAY",
-        help=f"of {'; '.join(METHOD_NAMES)}",
+        help=f"some of {'; '.join(METHOD_NAMES)} (default: all)",
     )
-    add("--warmup-steps", type=int, default=3, metavar="N", help="steps before the first save (default 3)")
-    add("--global-batch-size", type=int, help="rows of a global step (default: four forward passes on every replica)")
-    add("--micro-batch-size", type=int, help="rows in one forward pass (default: the phase's)")
-    add("--ranks", type=int, default=1, metavar="N", help="ranks to start on this machine (default 1)")
+    add("--warmup-steps", type=int, default=3, metavar="N", help="steps before the first save (default: 3)")
+    add("--global-batch-size", type=int, help="rows of a global step (default: 4 micro-batches on every replica)")
+    add("--micro-batch-size", type=int, help="rows of a micro-batch (default: the phase's)")
+    add("--ranks", type=int, default=1, metavar="N", help="ranks to start on this machine (default: 1)")
     add(
         "--folder",
         type=Path,
         default=Path("runs/bench-saves"),
         metavar="DIR",
-        help="where it saves; the newest of each way stays",
+        help="folder of the saves; the newest of each way stays",
     )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
-    """Prints one JSON line on standard output, on rank 0; progress goes to standard error. 2 for a mistake of the user's."""
+    """Print one JSON line on rank 0's standard output, and progress on standard error. Returns 2 if the user made a mistake."""
     arguments = parse_arguments(argv)
     try:
         launched = "RANK" in os.environ

@@ -1,8 +1,7 @@
-"""`python -m tests.rivals.trainer.startup_time CONFIG`: seconds of `tandem train` to its first step, anew or resumed.
+"""`python -m tests.rivals.trainer.startup_time CONFIG`: how long `tandem train` takes to its first step, new and resumed.
 
-Real commands, in processes of their own, each start followed by a resume of the same run. The parts are those that the run
-itself puts into the start record of metrics.jsonl; the step that follows is counted too, for a first step warms up what later
-ones find warm.
+Runs real commands; each start is followed by a resume of the same run. The parts are those in the start record of
+metrics.jsonl. The first step counts too, because it does one-time work.
 """
 
 import argparse
@@ -29,7 +28,7 @@ STEP_PART, TOTAL_PART = "step", "command to end of step"
 
 
 def time_command(command: list[str], folder: Path) -> dict[str, float]:
-    """Parts of the start that the command makes, in their order, its first step, and all of it from the command on."""
+    """Run the command; return the parts of its start in order, its first step, and the total."""
     start_time = time.time()
     process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if process.returncode:
@@ -44,7 +43,7 @@ def time_command(command: list[str], folder: Path) -> dict[str, float]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The commands have been run; returns their line."""
+    """Run the commands and return the JSON line."""
     load_before = os.getloadavg()[0]
     config = load_config(arguments.config, arguments.overrides)
     folder = arguments.folder / config.run.name
@@ -71,7 +70,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_command(arguments: argparse.Namespace, step: int) -> list[str]:
-    """`tandem train` up to that step."""
+    """The `tandem train` command that ends at this step."""
     ranks = ["--ranks", str(arguments.ranks)] if arguments.ranks else []
     bench_overrides = [field.format(step=step) for field in BENCH_OVERRIDES]
     words = [str(arguments.config), *arguments.overrides, f"run.root={arguments.folder}", *bench_overrides, *ranks]
@@ -79,7 +78,7 @@ def train_command(arguments: argparse.Namespace, step: int) -> list[str]:
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """The medians, a row for each part."""
+    """Format the medians, one row per part."""
     seconds = result["seconds"]
     parts = list(dict.fromkeys(part for kind in seconds.values() for part in kind))
     rows = [
@@ -94,23 +93,29 @@ def print_stderr(text: str) -> None:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "tests.rivals.trainer.startup_time", description="How long a start and a resume take."
+        "tests.rivals.trainer.startup_time", description="Measure how long a start and a resume take."
     )
     add = parser.add_argument
-    add("config", type=Path, help="YAML file of a run; its corpus has to be there")
+    add("config", type=Path, help="YAML file of a run; its corpus must exist")
     add("overrides", nargs="*", help="section.field=value")
-    add("--times", type=int, default=5, metavar="N", help="starts, and as many resumes (default 5)")
+    add("--times", type=int, default=5, metavar="N", help="number of starts, each with a resume (default: 5)")
     add("--ranks", type=int, metavar="N", help="ranks to start on this machine (default: as tandem train)")
-    add("--folder", type=Path, default=Path("runs/bench-starts"), metavar="DIR", help="of the runs, which are removed")
+    add(
+        "--folder",
+        type=Path,
+        default=Path("runs/bench-starts"),
+        metavar="DIR",
+        help="folder of the runs, which are removed",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
-    """Prints one JSON line on standard output and a table on standard error; 2 for a mistake of the user's."""
+    """Print one JSON line on standard output and a table on standard error. Returns 2 if the user made a mistake."""
     arguments = parse_arguments(argv)
     try:
         if arguments.times < 1:
-            raise UserError(f"--times: {arguments.times}; must be at least 1; change it")
+            raise UserError(f"--times: {arguments.times} is less than 1; use 1 or more")
         line = measure(arguments)
     except UserError as error:
         print_stderr(f"tests.rivals.trainer.startup_time: {error}")
