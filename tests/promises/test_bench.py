@@ -1,4 +1,4 @@
-"""`tandem bench` makes the trainer's own steps, and the figures of its line are consistent with one another."""
+"""`tandem bench` runs the trainer's own steps, and the figures of its line are consistent."""
 
 import argparse
 import dataclasses
@@ -38,16 +38,16 @@ from tests import ranks, tiny_configs
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 PEAK_FLOPS = 2e11
 TWICE = ["--phase", "long", "--num-layers", "1", "--global-batch-size", "4", "--steps", "3", "--warmup-steps", "2"]
-"""Asked of one rank, and of two that share the layers."""
+"""Options for one rank, and for two tensor-parallel ranks."""
 FEW = "--global-batch-size 8 --warmup-steps 1 --steps 3"
-"""Asked of two replicas."""
+"""Options for two replicas."""
 CARD = {
     "name": "card", "peak_flops": PEAK_FLOPS, "memory_gib": 1.0, "memory_bytes_per_second": 1e9, "devices_per_node": 1,
 }  # fmt: skip
 
 
 def tree(**sections: dict) -> dict:
-    """Grouped keys, document masks, bf16 over fp32 masters, gradients that are always clipped; a corpus that does not exist."""
+    """A config with grouped keys, document masks, bf16 with fp32 masters, gradients that are always clipped, and no corpus."""
     run = {"name": "tiny", "seed": 1, "precision": "bf16", "root": "runs"}
     lr = {"kind": "linear", "peak": 1e-2, "final": 1e-4, "warmup_steps": 2, "decay_steps": None}
     phases = [
@@ -94,7 +94,7 @@ def line(printed) -> dict[str, Any]:
     return found
 
 
-def test_the_line_says_what_was_measured(line, place):
+def test_the_line_names_what_was_measured(line, place):
     expected = {
         "overrides": [f"run.root={place}/runs", "--global-batch-size 4"],
         "config": "tiny",
@@ -122,7 +122,7 @@ def test_the_line_says_what_was_measured(line, place):
     }
     assert {name: line[name] for name in expected} == expected
     assert line["num_parameters"] == flops.num_parameters(one_layer())
-    assert 0.1 < line["peak_resident_gib"] < 16, "a process that holds torch and a model of nothing"
+    assert 0.1 < line["peak_resident_gib"] < 16, "the size of a process with torch and a tiny model"
     assert line["device"]
     assert line["deepspeed"]
     assert line["triton"]
@@ -151,7 +151,7 @@ def test_parts_are_the_step(line):
     parts = line["part_seconds"]
     assert list(parts) == ["data", "forward", "backward", "update", "other"]
     assert min(parts.values()) > 0
-    # Their clock starts just before the loop's and stops just after it: what is too much is in the first or the last part.
+    # Their clock starts just before the loop's and stops just after it, so any excess is in the first or the last part.
     too_much = sum(parts.values()) - line["instrumented_step_seconds"]
     assert 0 <= too_much <= parts["data"] + parts["other"]
 
@@ -194,7 +194,7 @@ def test_nothing_is_left_of_a_run(printed, place):
 
 
 class Rows(Loader):
-    """A run's loader, of the bench's rows."""
+    """A run's loader that yields the synthetic rows of the bench."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh) -> None:
         self._of, self.fingerprints, self.shuffle_settings, self.skipped_shards = (config, mesh), {}, {}, {}
@@ -219,7 +219,7 @@ class Kept:
             self.losses[record["step"]] = record["loss"]
 
     def close(self) -> None:
-        """Nothing was opened."""
+        pass
 
 
 def plan_of(words: str, world_size: int) -> tuple[TrainConfig, list[PhasePlan]]:
@@ -230,7 +230,7 @@ def plan_of(words: str, world_size: int) -> tuple[TrainConfig, list[PhasePlan]]:
 
 
 def state(engine: Engine) -> list[dict[str, Tensor]]:
-    """Every rank's weights, and the masters and moments it owns."""
+    """Return every rank's weights, and the masters and moments it owns."""
     found = {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
     for fragment in engine.optimizer_fragments():
         owned = {"master": fragment.master, **fragment.moments}
@@ -239,17 +239,15 @@ def state(engine: Engine) -> list[dict[str, Tensor]]:
 
 
 def on_two_ranks(folder: Path, config_file: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """What the command says on this rank, as one of two that share the layers and as one of two replicas; then
-    `benched_and_trained`.
-    """
-    said = {}
+    """Return the command's output as one of two tensor-parallel ranks and of two replicas, and `benched_and_trained`."""
+    lines = {}
     for name, words in {"tp2": ["parallel.tp_size=2", "run.precision=fp32", *TWICE], "dp2": FEW.split()}.items():
-        said[name], _ = run_bench(str(config_file), *words)
-    return said, benched_and_trained(folder)
+        lines[name], _ = run_bench(str(config_file), *words)
+    return lines, benched_and_trained(folder)
 
 
 def benched_and_trained(folder: Path) -> dict[str, Any]:
-    """Losses and states after the bench's steps, after `train.train_loop` over the same rows, and after loops that differ."""
+    """Return losses and states after the bench's steps, after `train.train_loop` on the same rows, and after other loops."""
     config, [plan] = plan_of(FEW, 2)
     total = plan.num_steps
     others = {
@@ -296,18 +294,18 @@ def with_peak(config: TrainConfig, peak: float) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, place) -> list[tuple[dict[str, str], dict[str, Any]]]:
-    """Facts by rank, of one world."""
+    """The results of both ranks."""
     folder = tmp_path_factory.mktemp("steps")
     return ranks.run(on_two_ranks, 2, folder, folder, place / "config.yaml")
 
 
 @pytest.fixture(scope="module")
 def both(two) -> dict[str, Any]:
-    """As two replicas, which divide masters and moments between them."""
+    """The results of two replicas, which divide masters and moments between them."""
     return two[0][1]
 
 
-def test_of_two_tensor_parallel_ranks_the_first_says_the_line(two, line):
+def test_of_two_tensor_parallel_ranks_the_first_prints_the_line(two, line):
     assert two[1][0] == {"tp2": "", "dp2": ""}
     [only] = two[0][0]["tp2"].splitlines()
     found = json.loads(only)
@@ -315,12 +313,12 @@ def test_of_two_tensor_parallel_ranks_the_first_says_the_line(two, line):
     assert found["tokens_per_second_per_device"] == pytest.approx(found["tokens_per_second"] / 2)
     achieved = flops.flops_per_token(one_layer(), 64, causal=False) * found["tokens_per_second"]
     assert found["mfu"] == pytest.approx(achieved / (2 * PEAK_FLOPS))
-    # The same rows and weights in another layout and precision: bf16 keeps eight bits of numbers like the loss's log(500).
+    # Same rows and weights, other layout and precision: bf16 has eight significant bits for a loss near log(500).
     assert found["first_loss"] == pytest.approx(line["first_loss"], rel=2**-8)
 
 
 def test_its_steps_are_those_of_the_training_loop(both):
-    """Bit for bit: losses of measured steps, and after the instrumented ones the weights, fp32 masters and both moments."""
+    """Losses of the timed steps, and after the instrumented ones weights, fp32 masters and both moments, are bitwise equal."""
     *losses, benched = both["benched"]
     *expected, trained = both["trained"]
     assert losses == expected
@@ -337,9 +335,9 @@ def test_its_steps_are_those_of_the_training_loop(both):
 
 
 def test_the_commands_losses_are_those_of_the_training_loop(two):
-    """The engine too is the trainer's: the command has built its own."""
-    said, found = two[0]
-    line = json.loads(said["dp2"])
+    """The command builds its own engine, and it is the trainer's too."""
+    lines, found = two[0]
+    line = json.loads(lines["dp2"])
     assert (line["tp_size"], line["dp_size"], line["precision"]) == (1, 2, "bf16")
     assert (line["first_loss"], line["last_loss"]) == found["trained"][:2]
 

@@ -1,8 +1,8 @@
-"""Weights go in and out one tensor at a time: memory is bounded by the largest tensor, whatever the model or the shard holds.
+"""Import and export hold one tensor at a time: the largest tensor bounds their memory, whatever the size of model or shard.
 
-What counts is RssAnon of the process: the memory it has for itself alone. Files that are read through the page cache are in
-VmHWM and ru_maxrss, which therefore cannot tell a stream from a hoard; limits (RLIMIT_AS, RLIMIT_DATA) count address space.
-Somebody else looks, every two milliseconds, because a thread inside would wait for the interpreter with the rest.
+The tests measure RssAnon, the memory that belongs to the process alone. VmHWM and ru_maxrss also count files read through the
+page cache, so they cannot distinguish a stream from a full copy. RLIMIT_AS and RLIMIT_DATA limit address space. Another process
+samples every two milliseconds, because a thread inside would have to wait for the interpreter lock.
 """
 
 import contextlib
@@ -45,10 +45,10 @@ MODEL = BTLMConfig(
     document_masking=False,
     tie_word_embeddings=True,
 )
-"""84 million parameters, of which the embedding, the largest tensor, has 13."""
+"""84 million parameters, 13 million of them in the embedding, the largest tensor."""
 OVERHEAD = 16 * MIB
-"""Objects of Python, buffers of files, and what the allocator keeps; measured 4 to 7 MiB. Two copies
-of the largest tensor, 98 MiB, are above the limit."""
+"""Python objects, file buffers and memory that the allocator keeps; measured 4 to 7 MiB. Two copies of the largest tensor, 98
+MiB, exceed the limit."""
 COMMANDS = """
 import json, sys
 from tandem.trainer.__main__ import main
@@ -62,7 +62,7 @@ sys.exit(any(main(command) for command in json.loads(sys.argv[1])))
 
 
 def anonymous_bytes(process: subprocess.Popen) -> int:
-    """RssAnon; 0 when the process is gone."""
+    """Return RssAnon, or 0 if the process has ended."""
     try:
         status = Path(f"/proc/{process.pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -72,7 +72,7 @@ def anonymous_bytes(process: subprocess.Popen) -> int:
 
 
 def peak_bytes(process: subprocess.Popen) -> int:
-    """The largest RssAnon until the process ends, which it must do well."""
+    """Return the peak RssAnon until the process ends; it must end with exit code 0."""
     peak = 0
     while process.poll() is None:
         peak = max(peak, anonymous_bytes(process))
@@ -82,8 +82,8 @@ def peak_bytes(process: subprocess.Popen) -> int:
 
 
 def peak_of(*commands: list[object]) -> tuple[int, str]:
-    """The largest RssAnon that the commands add to that of the imported modules, and what they say."""
-    with begun("-c", COMMANDS, json.dumps([list(map(str, command)) for command in commands])) as process:
+    """Return the peak RssAnon of the commands above that of the imported modules, and their output."""
+    with start_python("-c", COMMANDS, json.dumps([list(map(str, command)) for command in commands])) as process:
         assert process.stdout.readline() == "imported modules\n"
         modules = anonymous_bytes(process)
         process.stdin.write("\n")
@@ -91,21 +91,21 @@ def peak_of(*commands: list[object]) -> tuple[int, str]:
         return peak_bytes(process) - modules, process.stdout.read()
 
 
-def begun(*arguments: object) -> subprocess.Popen:
+def start_python(*arguments: object) -> subprocess.Popen:
     command = [sys.executable, *map(str, arguments)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=clean_environment(), **pipes)
 
 
 def ascending(shape: tuple[int, ...], name: str) -> Tensor:
-    """No two rows or columns are alike, as far as bf16 tells numbers apart."""
+    """A tensor whose rows and columns all differ, as far as bf16 can represent."""
     return torch.arange(math.prod(shape), dtype=torch.float32).remainder(251.0).reshape(shape) + len(name)
 
 
-def written(
+def write_export(
     model: BTLMConfig, mup: MupConfig | None, values: Callable[[tuple[int, ...], str], Tensor], out: Path
 ) -> int:
-    """A folder in bf16, as released ones are; returns the bytes of the largest tensor in fp32."""
+    """Write a bf16 export, like released ones; return the bytes of the largest tensor in fp32."""
     rows = {row.name: row for row in convert.FAMILY_MODULES["btlm"].tensor_mappings(model)}
     convert.export_folder(
         lambda name: values(rows[name].shape, name),
@@ -119,9 +119,9 @@ def written(
     return max(4 * math.prod(row.shape) for row in rows.values())
 
 
-def divided(between: Path, folder: Path) -> None:
-    """The checkpoint as two tensor-parallel ranks save it: runs of the embedding (whose vocabulary is padded) and of vectors,
-    boxes inside the other matrices, each box in two fragments.
+def divide_checkpoint(between: Path, folder: Path) -> None:
+    """Write the checkpoint as two tensor-parallel ranks save it: runs of the embedding (whose vocabulary is padded) and of
+    vectors, boxes of the other matrices, and each box in two fragments.
     """
     with contextlib.closing(open_checkpoint(between)) as snapshot:
         shards = {}
@@ -151,21 +151,21 @@ def divided(between: Path, folder: Path) -> None:
 
 
 def test_import_and_export_hold_one_tensor(tmp_path: Path) -> None:
-    """At most one in fp32 and, while it is cast, one in bf16; all of it is seven in fp32, and one shard of it as many."""
+    """At most one tensor in fp32 and, during the cast, one in bf16. The whole model, as each shard, is seven times as large."""
     source, between, out = (tmp_path / name for name in ("source", "between", "out"))
-    largest = written(MODEL, None, ascending, source)
-    peak, said = peak_of(["import-hf", source, between], ["export-hf", between, out])
+    largest = write_export(MODEL, None, ascending, source)
+    peak, output = peak_of(["import-hf", source, between], ["export-hf", between, out])
     assert (between / "step-00000000").is_dir()
-    said_of_each = [
+    expected_lines = [
         rf"imported btlm of .* into {between}: 0.337 GB in \d+\.\d s",
         rf"exported {between} to {out}: 0.168 GB .*",
     ]
-    assert re.fullmatch("\n".join([*said_of_each, ""]), said), said
+    assert re.fullmatch("\n".join([*expected_lines, ""]), output), output
     assert filecmp.cmp(source / convert.WEIGHTS_FILE, out / convert.WEIGHTS_FILE, shallow=False)
     print(f"figures: largest tensor {largest / MIB:.0f} MiB, peak {peak / MIB:.0f} MiB")
     assert largest <= peak <= 1.5 * largest + OVERHEAD
-    divided(between, tmp_path / "step-00000001")
-    peak, said = peak_of(["export-hf", tmp_path / "step-00000001", tmp_path / "again"])
+    divide_checkpoint(between, tmp_path / "step-00000001")
+    peak, output = peak_of(["export-hf", tmp_path / "step-00000001", tmp_path / "again"])
     assert filecmp.cmp(source / convert.WEIGHTS_FILE, tmp_path / "again" / convert.WEIGHTS_FILE, shallow=False)
     print(f"figures: of two ranks, peak {peak / MIB:.0f} MiB")
     assert largest <= peak <= 1.5 * largest + OVERHEAD
@@ -174,22 +174,22 @@ def test_import_and_export_hold_one_tensor(tmp_path: Path) -> None:
 @pytest.mark.full_size
 @pytest.mark.timeout(1800)
 def test_full_size_btlm_goes_in_and_out_within_3_gib(tmp_path: Path) -> None:
-    """2.65 billion parameters as released, in bf16, by the commands of the README. Needs 22 GB of disk."""
+    """2.65 billion parameters in bf16, as released, with the commands of the README. Needs 22 GB of disk."""
     config = load_config(Path(__file__).parents[2] / "configs" / "btlm-3b-8k.yaml")
     model, mup = config.model, config.mup
     assert isinstance(model, BTLMConfig)
     table = parameter_rules(model, mup)
 
     def drawn(shape: tuple[int, ...], name: str) -> Tensor:
-        """Of the sizes that training begins with; biases and norms are not their constants."""
+        """Values as large as at the start of training; biases and norms are not constant."""
         role = "embedding" if name == "embedding.weight" else "hidden"
         return initial_value(name, shape, table[role], seed=1, truncation_sigmas=model.init_truncation_sigmas)
 
     source, between, out = (tmp_path / name for name in ("source", "between", "out"))
     try:
-        written(model, mup, drawn, source)
+        write_export(model, mup, drawn, source)
         for verb in (["import-hf", source, between], ["export-hf", between, out]):
-            with begun("-m", "tandem.trainer", *verb) as process:
+            with start_python("-m", "tandem.trainer", *verb) as process:
                 peak = peak_bytes(process)
                 print(f"figures: {process.stdout.read().strip()}, peak {peak / GIB:.2f} GiB")
                 assert peak <= 3 * GIB

@@ -1,4 +1,4 @@
-"""The kit of `tandem mup-check` passes the shipped parametrisation and notices every rule of it that is broken."""
+"""`tandem mup-check` passes the shipped parametrisation and notices every broken rule."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ def mesh() -> Iterator[Mesh]:
 
 
 def overrides(corpus: Path) -> list[str]:
-    """The shipped config, smaller: what a test can wait for."""
+    """Make the shipped config small enough for a test."""
     return [
         f"data.sources.corpus={corpus}", f"model.vocab_size={VOCAB_SIZE}", "schedule.tokens_per_step=512",
         f"schedule.phases=[{PHASE}]", "schedule.lr.warmup_steps=1",
@@ -70,17 +70,17 @@ Change = Callable[[ParameterRule, float], ParameterRule]
 
 @dataclass(frozen=True)
 class Broken:
-    """A broken rule, and where the kit must see it."""
+    """A broken rule, and where the checks must notice it."""
 
     place: Any
     name: str
     stands_in: Callable[..., Any]
     seen_in: str | tuple[str, ...]
-    """How check and quantity of the first finding that fails begin."""
+    """Beginning of check and quantity of the first failure."""
 
 
 def in_table(roles: tuple[str, ...], change: Change, seen_in: str | tuple[str, ...]) -> Broken:
-    """The table as `train` reads it, with the rules of some roles changed by a function of rule and width multiplier."""
+    """Change the rules of some roles in the table that `train` reads, by a function of rule and width multiplier."""
 
     def table(model: Section, mup: MupConfig | None) -> dict[str, ParameterRule]:
         found, multiplier = parameter_rules(model, mup), width_multiplier(model, mup)
@@ -90,7 +90,7 @@ def in_table(roles: tuple[str, ...], change: Change, seen_in: str | tuple[str, .
 
 
 def in_forward(change: Callable[[ForwardScales, float, Section], ForwardScales], seen_in: str) -> Broken:
-    """The factors of the forward pass as `models.build` reads them."""
+    """Change the factors of the forward pass that `models.build` reads."""
 
     def scales(model: Section, mup: MupConfig | None) -> ForwardScales:
         return change(forward_scales(model, mup), width_multiplier(model, mup), model)
@@ -114,21 +114,21 @@ def root(multiplier: float) -> float:
     return multiplier**0.5
 
 
-def decay_of_its_own(model: Any, table: dict[str, ParameterRule], section: Any) -> list[dict[str, Any]]:
-    """Groups whose decay does not follow their learning rate: what one update takes is the same at every width."""
+def decay_that_ignores_lr(model: Any, table: dict[str, ParameterRule], section: Any) -> list[dict[str, Any]]:
+    """Build groups whose decay does not follow their learning rate: one update removes the same share at every width."""
     found = build_param_groups(model, table, section)
     return [group | {"weight_decay": group["weight_decay"] / group["lr_scale"]} for group in found]
 
 
 def one_matrix_undecayed(model: Any, table: dict[str, ParameterRule], section: Any) -> list[dict[str, Any]]:
-    """Groups in which a single hidden matrix has left the others for one of its own, without decay."""
+    """Build groups in which one hidden matrix has a separate group without decay."""
     found, matrix = build_param_groups(model, table, section), model.layers[1].attention.qkv.weight
     (home,) = (group for group in found if any(parameter is matrix for parameter in group["params"]))
     home["params"] = [parameter for parameter in home["params"] if parameter is not matrix]
     return [*found, home | {"params": [matrix], "weight_decay": 0.0}]
 
 
-def of_its_own_scale(query: Any, key: Any, value: Any, *, scale: float, **rest: Any) -> Any:
+def attention_that_ignores_scale(query: Any, key: Any, value: Any, *, scale: float, **rest: Any) -> Any:
     return attention(query, key, value, scale=query.shape[-1] ** -0.5, **rest)
 
 
@@ -166,9 +166,9 @@ BROKEN = {
     "attention 1 / sqrt(head_dim)":
         in_forward(lambda s, m, model: replace(s, attention=model.head_dim**-0.5), SIZE + "scores 0"),
     "attention kernel that takes 1 / sqrt(head_dim) whatever scale it is given":
-        Broken(btlm, "attention", of_its_own_scale, SIZE + "scores 0"),
+        Broken(btlm, "attention", attention_that_ignores_scale, SIZE + "scores 0"),
     "decay of hidden matrices not following their learning rate":
-        Broken(param_groups, "build_param_groups", decay_of_its_own, DECAY + "hidden"),
+        Broken(param_groups, "build_param_groups", decay_that_ignores_lr, DECAY + "hidden"),
     "one hidden matrix not decayed":
         Broken(param_groups, "build_param_groups", one_matrix_undecayed, DECAY + "hidden"),
     "embedding not decayed": in_table(("embedding",), with_decay(False), DECAY + "embedding"),
@@ -178,10 +178,10 @@ BROKEN = {
 
 
 def test_the_shipped_rules_pass_with_room(config, mesh):
-    """Within two thirds of the bound outside their law: a bound that correct rules just meet would cry wolf.
+    """Values stay within two thirds of the bound: a bound that correct rules just meet raises false alarms.
 
-    With six seeds: from seed to seed the exponents of scores have a deviation of 0.04 (24 seeds) around -0.55, so that three
-    seeds can come to -0.60, which is too near the bound.
+    Six seeds, because the exponents of scores vary from seed to seed with a standard deviation of 0.04 (24 seeds) around -0.55:
+    three seeds can average -0.60, which is too near the bound.
     """
     findings = judge_coordinates(config, mesh, num_seeds=6) + judge_decay(config, mesh)
     assert first_failure(findings) is None
@@ -196,7 +196,7 @@ def test_the_shipped_rules_pass_with_room(config, mesh):
 
 
 def test_stable_lm_passes_under_mup_too(config, mesh):
-    """Parallel residual, norms of heads, grouped keys, an untied head: other coordinates, the same laws."""
+    """Parallel residual, head norms, grouped keys and an untied head have other coordinates and the same laws."""
     model = tiny_configs.make_config("stablelm", model={"vocab_size": VOCAB_SIZE}).model
     config = replace(config, model=model)
     findings = judge_coordinates(config, mesh) + judge_decay(config, mesh)
@@ -216,7 +216,7 @@ def test_a_broken_rule_is_noticed_and_named(rule, config, mesh, monkeypatch):
 
 
 def test_a_sweep_that_was_killed_runs_only_what_is_missing(config, mesh, tmp_path):
-    """The ledger's last line is cut, as by a kill; the narrow width is the base width, where both parametrisations are one."""
+    """A kill cuts the last line of the results. The narrow width is the base width, where both parametrisations are one."""
     wanted = lr_transfer.build_trials(
         replace(config, mup=replace(config.mup, base_hidden_size=32)), [32, 64], octaves=1
     )
@@ -230,13 +230,13 @@ def test_a_sweep_that_was_killed_runs_only_what_is_missing(config, mesh, tmp_pat
     assert [record["key"] for record in again] == [json.loads(line)["key"] for line in lines]
     other = lr_transfer.build_trials(replace(config, optim=replace(config.optim, beta2=0.99)), [32], octaves=1)
     lr_transfer.run_sweep(other[:1], ledger, mesh)
-    assert len(ledger.read_text().splitlines()) == len(again) + 2, "another config is another trial"
+    assert len(ledger.read_text().splitlines()) == len(again) + 2, "another config makes another trial"
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 def test_the_command_measures_on_two_ranks_what_it_measures_on_one(tmp_path, corpus):
-    """Result, plots, exit code 0; the same figures at tp 1 and 2 to the rounding that Adam makes of fp32's."""
+    """It writes result and plots and ends with 0. Figures at tp 1 and 2 agree to Adam's amplification of fp32 rounding."""
     options = ["--widths=64,256", "--seeds=1", "--updates=2", "--checks=coordinates,decay", f"--output={tmp_path}"]
     done = run_tandem("mup-check", CONFIG, *overrides(corpus), *options)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -266,7 +266,7 @@ def run_command(words: list[str]) -> tuple[int, str]:
 @pytest.mark.dist
 @pytest.mark.slow
 def test_a_check_that_fails_is_named_and_ends_with_code_1(tmp_path, corpus):
-    """Four updates are best made at the highest rate there is: the sweep does not hold its optimum."""
+    """Four updates do best at the highest rate, so the sweep does not contain the optimum."""
     options = ["--widths=32,64", "--octaves=1", "--checks=transfer", f"--output={tmp_path}"]
     command = ["mup-check", str(CONFIG), *overrides(corpus), *options]
     [(exit_code, output)] = ranks.run(run_command, 1, tmp_path, command)
@@ -292,14 +292,14 @@ def test_a_check_that_fails_is_named_and_ends_with_code_1(tmp_path, corpus):
 )
 def test_a_mistake_is_one_line_before_anything_is_made(overrides, options, line, tmp_path, capsys):
     assert main(["mup-check", str(CONFIG), *overrides, f"--output={tmp_path / 'out'}", *options]) == 2
-    said = capsys.readouterr().err
-    assert line in said
-    assert said.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert line in errors
+    assert errors.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_ranks_of_a_launcher_are_refused(tmp_path, capsys, monkeypatch):
-    """They would all write one folder."""
+    """All of them would write to the same folder."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     assert main(["mup-check", str(CONFIG), f"--output={tmp_path / 'out'}", "--checks=decay"]) == 2
@@ -308,6 +308,6 @@ def test_ranks_of_a_launcher_are_refused(tmp_path, capsys, monkeypatch):
 
 
 def test_what_never_changes_has_no_exponent():
-    """A frozen model's changes are 0, which is no power of anything."""
+    """A frozen model's changes are 0, which is not a power of the width."""
     assert isnan(coordinates.fit_exponent([64, 128], [0.0, 0.0]))
     assert coordinates.fit_exponent([64, 128], [1.0, 0.5]) == pytest.approx(-1)

@@ -1,4 +1,4 @@
-"""The tables of raw lines, and what is said if there are none."""
+"""The tables of JSON lines, and the message if there are none."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def cells(table: str, first: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-def test_a_step_stands_beside_its_mark_and_its_prediction(tmp_path):
+def test_a_step_has_its_target_and_its_prediction(tmp_path):
     (tmp_path / "steps.jsonl").write_text(json.dumps(STEP) + "\n")
     header, steps = tables.format_tables(tmp_path)
     assert header == "a card; torch 2; triton 3; commit 0123abc"
@@ -51,20 +51,20 @@ def test_a_step_stands_beside_its_mark_and_its_prediction(tmp_path):
     assert cells(kinds, "matmul") == ["matmul", "250.0", "50.0"]
 
 
-@pytest.mark.parametrize(("mfu", "said"), [(0.4999, "50 %: missed"), (0.5, "50 %: reached")])
-def test_a_mark_is_reached_or_missed(tmp_path, mfu, said):
+@pytest.mark.parametrize(("mfu", "expected"), [(0.4999, "50 %: missed"), (0.5, "50 %: reached")])
+def test_a_target_is_reached_or_missed(tmp_path, mfu, expected):
     (tmp_path / "steps.jsonl").write_text(json.dumps(STEP | {"derived": {"mfu_at_full_batch": mfu}}) + "\n")
-    assert said in [*tables.format_tables(tmp_path)][1]
+    assert expected in [*tables.format_tables(tmp_path)][1]
 
 
-def test_a_changed_step_is_held_to_no_mark(tmp_path):
+def test_a_changed_step_has_no_target(tmp_path):
     changed = ["parallel.tp_size=1", "parallel.recompute=full", "--global-batch-size 8"]
     (tmp_path / "steps.jsonl").write_text(json.dumps(STEP | {"overrides": changed}) + "\n")
     assert " parallel.recompute=full --global-batch-size 8 " in [*tables.format_tables(tmp_path)][1]
     assert "50 %:" not in [*tables.format_tables(tmp_path)][1]
 
 
-def test_an_error_stands_beside_that_of_plain_torch(tmp_path):
+def test_an_error_is_next_to_that_of_plain_torch(tmp_path):
     """A line as `python -m tests.rivals.kernels --errors` writes it."""
     file = tmp_path / "errors.jsonl"
     command = ["swiglu", "--errors", "--device", "cpu", "--tokens", "8", "--shape", "demo-stablelm tp1"]
@@ -76,7 +76,7 @@ def test_an_error_stands_beside_that_of_plain_torch(tmp_path):
     ]  # fmt: skip
 
 
-def test_variants_stand_by_their_times_with_the_kernels_own(tmp_path):
+def test_variants_are_sorted_by_time_and_include_the_shipped_one(tmp_path):
     line = {
         "kernel": "keys", "shape": "a shape", "time_p20_us": 1.0, "time_p80_us": 2.0, "executed_tflops_per_second": 400.4,
         "own": False, "device": "a card", "torch": "2", "triton": "3", "commit": "0123abc",
@@ -94,16 +94,16 @@ def test_columns_without_a_figure_are_left_out():
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [(None, "no line of a measurement"), ("{}}\n", "kernels.jsonl: Extra data"), ('{"op": "to', "no line")],
 )
-def test_nothing_to_print_is_one_line(tmp_path, capsys, content, said):
+def test_nothing_to_print_is_one_line(tmp_path, capsys, content, expected):
     if content is not None:
         (tmp_path / "kernels.jsonl").write_text(content)
     assert tables.main([str(tmp_path)]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("tests.rivals.tables: ")
-    assert said in line
+    assert expected in line
 
 
 def test_the_tables_need_no_torch(tmp_path):

@@ -1,4 +1,4 @@
-"""That the ways to save that are measured beside one another save the same, and what of a save is counted where."""
+"""All compared ways to save write the same tensors, and each part of a save's cost is counted in its place."""
 
 import json
 import time
@@ -51,7 +51,7 @@ STEP = 7
 
 
 def saved_in_all_ways(folder: Path) -> dict[str, list[str]]:
-    """By way: the tensors of this rank that are not on disk as they were in memory."""
+    """Return for each way the names of this rank's tensors that differ on disk from those in memory."""
     config = tiny_configs.make_config("btlm")
     with mesh_context(1) as mesh:
         engine = build_engine(config, mesh, None)
@@ -75,7 +75,7 @@ def saved_in_all_ways(folder: Path) -> dict[str, list[str]]:
             else:
                 kept = folder / ("torch-async" if "async" in name else "torch") / step_folder_name(STEP)
                 torchs.load(read, checkpoint_id=kept)
-            torch.distributed.barrier()  # the next way may write where this one has
+            torch.distributed.barrier()  # the next way may overwrite these files
             wrong = [key for key in wanted if not torch.equal(wanted[key], read[key])]
             differing[name] = wrong if set(read) == set(wanted) else sorted(set(read) ^ set(wanted))
     return differing
@@ -105,7 +105,7 @@ def on_one_rank(folder: Path) -> tuple[str, tuple[checkpoint_save.SaveCost, chec
     return output.getvalue(), costs
 
 
-def test_a_line_says_what_every_way_costs(line):
+def test_a_line_has_the_cost_of_every_way(line):
     assert list(line["methods"]) == list(METHOD_NAMES)
     assert abs(line["num_parameters"] - 400_000) < 25_000, "half a layer"
     assert line["state_bytes"] >= 12 * line["num_parameters"]
@@ -152,15 +152,15 @@ def test_a_save_costs_its_call_its_waits_and_its_memory(one_rank):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (["--saves", "0"], ["--saves: 0 is less than 1", "use 1 or more"]),
         (["--global-batch-size", "12"], ["--global-batch-size: 12", "a multiple of 8"]),
         (["model.num_heads=3"], ["model.num_heads"]),
     ],
 )
-def test_a_mistake_is_one_line(words, said, capfd):
+def test_a_mistake_is_one_line(words, expected, capfd):
     assert checkpoint_save.main([CONFIG, "parallel.tp_size=1", *words]) == 2
     [one] = capfd.readouterr().err.splitlines()
     assert one.startswith("tests.rivals.trainer.checkpoint_save: ")
-    assert [part for part in said if part not in one] == []
+    assert [part for part in expected if part not in one] == []

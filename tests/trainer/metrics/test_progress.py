@@ -1,4 +1,4 @@
-"""Bars show on a terminal and nowhere else."""
+"""Progress bars appear on a terminal and nowhere else."""
 
 import contextlib
 import io
@@ -13,28 +13,28 @@ from tandem.trainer.metrics import progress
 
 @contextlib.contextmanager
 def terminal(monkeypatch):
-    """Standard error is a terminal while the block runs; what is yielded has then what was written to it."""
+    """Make standard error a terminal while the block runs; the yielded list then has the text written to it."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "140")
     ours, theirs = pty.openpty()
-    said = []
+    written = []
     with open(theirs, "w") as screen:
         monkeypatch.setattr(sys, "stderr", screen)
-        yield said
+        yield written
         monkeypatch.undo()
     with open(ours, "rb", buffering=0) as end, contextlib.suppress(OSError):  # Linux ends a terminal with EIO
         while part := end.read(1 << 16):
-            said.append(part.decode())
+            written.append(part.decode())
 
 
 @pytest.mark.parametrize(
     ("unit", "words"), [("bytes", ["3.0/3.0 MB"]), ("steps", ["3000000/3000000", "steps"]), ("share", ["100%"])]
 )
 def test_a_terminal_gets_a_bar_that_moves_and_goes(unit, words, monkeypatch):
-    with terminal(monkeypatch) as said, progress.progress_bar("reading", 3_000_000, unit) as advance:
+    with terminal(monkeypatch) as written, progress.progress_bar("reading", 3_000_000, unit) as advance:
         advance(1_000_000)
         advance(2_000_000)
-    last = "".join(said).rpartition("reading")[2]
+    last = "".join(written).rpartition("reading")[2]
     assert [word for word in words if word not in last] == []
     assert last.endswith("\x1b[1A\x1b[2K"), "its line is empty again"
 
@@ -46,11 +46,11 @@ def test_what_cannot_show_a_bar_gets_nothing(term, monkeypatch, capfd):
             advance(3)
         assert capfd.readouterr() == ("", "")
         return
-    with terminal(monkeypatch) as said:
+    with terminal(monkeypatch) as written:
         monkeypatch.setenv("TERM", term)
         with progress.progress_bar("reading", 3, "bytes") as advance:
             advance(3)
-    assert said == []
+    assert written == []
 
 
 def test_bars_that_stay_are_in_a_file_once_when_all_is_done():

@@ -1,4 +1,4 @@
-"""The record of a run: what is written survives kills and resumes, and what is read is one history."""
+"""Records of a run survive kills and resumes, and are read back as one history."""
 
 import contextlib
 import io
@@ -34,7 +34,7 @@ def demo_config(*overrides: str) -> TrainConfig:
 
 
 def record(step: int, **fields: object) -> StepRecord:
-    """A plausible step of a run whose second phase, from step 9 on, has longer rows."""
+    """A plausible step of a run whose second phase, from step 9, has longer rows."""
     phase, seq_len, rows = ("short", 128, 16) if step <= 8 else ("long", 512, 4)
     values = {
         "step": step, "tokens": step * 2048, "phase": phase, "seq_len": seq_len, "global_batch_size": rows,
@@ -54,7 +54,7 @@ def write_run(
     config: TrainConfig | None = None,
     **fields: object,
 ) -> None:
-    """One start as the loop reports it; validation and checkpoint at every fourth step; no end is a kill."""
+    """Write one start as the training loop does, with validation and checkpoint every fourth step; `end=False` is a kill."""
     config = config or demo_config()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(configuration.dump_config(config))
@@ -87,8 +87,8 @@ def test_a_steps_record_comes_back_as_written(tmp_path: Path) -> None:
     assert history.restarts == []
 
 
-def test_a_restart_takes_back_the_steps_after_its_checkpoint(tmp_path: Path) -> None:
-    """Also those that the new start has not reached again, and what was validated and saved at them."""
+def test_a_restart_undoes_the_steps_after_its_checkpoint(tmp_path: Path) -> None:
+    """Also the steps that the new start has not reached yet, and their validations and checkpoints."""
     write_run(tmp_path, to=11, end=False, loss=9.0)
     write_run(tmp_path, resumed_step=4, to=6, end=False, loss=1.0)
     history = read_history(tmp_path)
@@ -101,8 +101,8 @@ def test_a_restart_takes_back_the_steps_after_its_checkpoint(tmp_path: Path) -> 
 
 
 def write_rollback(folder: Path, config: TrainConfig | None = None) -> None:
-    """Steps 1 to 10, of which 3 and 10 are bad; the checkpoint of step 8 is committed after step 9, and from 10 the run goes
-    back to it; then it goes on to the end.
+    """Write steps 1 to 10, of which 3 and 10 are bad, a rollback from 10 to 8, and steps 9 to 12. Step 8's checkpoint is
+    committed after step 9.
     """
     config = config or demo_config()
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,12 +122,12 @@ def write_rollback(folder: Path, config: TrainConfig | None = None) -> None:
     sinks.close()
 
 
-def test_a_rollback_takes_back_what_comes_after_its_checkpoint(tmp_path: Path) -> None:
+def test_a_rollback_undoes_the_steps_after_its_checkpoint(tmp_path: Path) -> None:
     write_rollback(tmp_path)
     history = read_history(tmp_path)
     assert [r["step"] for r in history.steps] == list(range(1, 13))
     assert {r["step"]: r["loss"] for r in history.steps} == {n: 9.0 if n <= 8 else 1.0 for n in range(1, 13)}
-    assert [r["step"] for r in history.skipped_steps] == [3], "step 10 was made again, and well"
+    assert [r["step"] for r in history.skipped_steps] == [3], "step 10 was repeated successfully"
     [back] = history.rollbacks
     assert [back[name] for name in ("step", "from_step", "reason", "tokens", "repeated_steps")] == [
         8, 10, "loss nan", 8 * 2048, 2,
@@ -138,7 +138,7 @@ def test_a_rollback_takes_back_what_comes_after_its_checkpoint(tmp_path: Path) -
 
 
 def test_a_rollback_to_where_its_process_began_has_the_tokens_of_that_start(tmp_path: Path) -> None:
-    """It is to the very checkpoint that the process came from, whose step it has not made itself."""
+    """The rollback goes to the checkpoint that the process resumed from, whose step it has not run itself."""
     sinks = open_sinks(tmp_path, demo_config(), rank=0, start_step=4)
     sinks.write_start(tokens=4 * 2048, world_size=1, tp_size=1, dp_size=1, **TOTAL)
     sinks.write_step(record(5))
@@ -148,8 +148,8 @@ def test_a_rollback_to_where_its_process_began_has_the_tokens_of_that_start(tmp_
     assert read_history(tmp_path).steps == []
 
 
-def test_a_validation_counts_as_made_until_the_run_goes_back_behind_its_step(tmp_path: Path) -> None:
-    """Or a start from the checkpoint of that step would never make it."""
+def test_a_validation_counts_until_the_run_goes_back_before_its_step(tmp_path: Path) -> None:
+    """Otherwise a start from the checkpoint of that step would skip the validation."""
     write_run(tmp_path, to=8, end=False)
     assert [has_validation(tmp_path, step) for step in (3, 4, 8)] == [False, True, True]
     write_run(tmp_path, resumed_step=4, to=6, end=False)
@@ -164,7 +164,7 @@ def test_a_validation_counts_as_made_until_the_run_goes_back_behind_its_step(tmp
     assert not has_validation(tmp_path / "none", 0)
 
 
-def test_records_of_before_there_was_a_guard_are_read(tmp_path: Path) -> None:
+def test_records_of_runs_without_a_guard_are_read(tmp_path: Path) -> None:
     write_run(tmp_path, to=4)
     records = [json.loads(line) for line in lines(tmp_path)]
     new = ("start_seconds", "skipped", "stall_seconds")
@@ -194,7 +194,7 @@ def test_a_torn_last_line_costs_only_itself(tmp_path: Path, lost_bytes: int) -> 
 
 
 def test_a_record_that_only_a_part_of_has_room_ends_the_run_in_one_line(tmp_path: Path) -> None:
-    """Else the next one, which has room again, would continue its line, and both were lost."""
+    """Otherwise the next record, once there is room again, would continue its line, and both would be lost."""
     sinks = open_sinks(tmp_path, demo_config(), rank=0, start_step=0)
     sinks.write_step(record(1))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -253,7 +253,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert capfd.readouterr() == ("", "")
 
 
-def test_reading_what_is_no_run_says_so_in_one_line(tmp_path: Path) -> None:
+def test_reading_a_folder_without_a_run_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such folder; name the folder of a run"):
         read_history(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"has no metrics\.jsonl"):
@@ -264,7 +264,7 @@ def test_reading_what_is_no_run_says_so_in_one_line(tmp_path: Path) -> None:
 
 
 def test_throughput_counts_tokens_and_flops() -> None:
-    """1,000 tokens in 2 s at 6 and 4 FLOPs each, on two devices of 10,000 FLOPs a second."""
+    """1,000 tokens in 2 s at 6 and 4 FLOPs each, on two devices of 10,000 FLOP/s."""
     speed = throughput(1000, 2.0, flops_per_token=6.0, causal_flops_per_token=4.0, num_devices=2, peak_flops=10_000.0)
     assert speed == (500.0, 0.15, 0.1)
 
@@ -289,7 +289,7 @@ def test_a_pipe_gets_a_line_per_interval_and_event(tmp_path: Path, capfd: pytest
     assert [line for line in capfd.readouterr().err.splitlines() if "| step 12/12 |" in line]
 
 
-def test_a_pipe_gets_a_line_for_each_step_left_out_each_rollback_and_the_parts_of_the_start(
+def test_a_pipe_gets_a_line_for_each_skipped_step_each_rollback_and_the_parts_of_the_start(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_rollback(tmp_path, demo_config("log.every_steps=100"))
@@ -318,18 +318,18 @@ def test_time_left_is_the_tokens_left_at_the_pace_of_the_clock() -> None:
     screen = rich.console.Console(file=io.StringIO())
     sink = ConsoleSink(1, screen)
     sink.write(START)
-    for step in (1, 2, 3):  # 2,048 tokens each 100 s by the clock, whatever the step itself says
+    for step in (1, 2, 3):  # 2,048 tokens every 100 s by the clock, whatever tokens_per_second is
         sink.write({"kind": "step", **vars(record(step, time=100.0 * step, tokens_per_second=1e9))})
     assert f"eta {format_duration(900)}" in screen.file.getvalue().splitlines()[-1]
 
 
-def said_on(terminal: int) -> str:
-    """All that was written to the other end of `terminal`, which is closed: one read gives what has arrived so far."""
-    said = b""
+def read_terminal(terminal: int) -> str:
+    """Read everything from the terminal, whose other end is closed; one read returns only part of it."""
+    text = b""
     with open(terminal, "rb", buffering=0) as end, contextlib.suppress(OSError):  # Linux ends a terminal with EIO
         while part := end.read(1 << 16):
-            said += part
-    return said.decode()
+            text += part
+    return text.decode()
 
 
 def test_a_terminal_gets_a_live_bar() -> None:
@@ -341,13 +341,13 @@ def test_a_terminal_gets_a_live_bar() -> None:
         for step in (1, 2):
             sink.write({"kind": "step", **vars(record(step))})
         sink.close()
-    shown = said_on(ours)
+    shown = read_terminal(ours)
     assert "\x1b[" in shown
     assert "step 2/12" in shown
     assert "mfu 41.0%" in shown
 
 
-def test_a_live_bar_goes_back_with_the_run_and_a_step_left_out_is_a_line_above_it() -> None:
+def test_a_live_bar_goes_back_with_the_run_and_a_skipped_step_is_a_line_above_it() -> None:
     ours, theirs = pty.openpty()
     with open(theirs, "w") as terminal:
         screen = rich.console.Console(file=terminal, width=140, _environ={"TERM": "xterm"})
@@ -363,7 +363,7 @@ def test_a_live_bar_goes_back_with_the_run_and_a_step_left_out_is_a_line_above_i
         sink.write({"kind": "step", **vars(record(3))})
         assert sink._progress_bar.tasks[0].completed == 3 * 2048
         sink.close()
-    shown = said_on(ours)
+    shown = read_terminal(ours)
     assert "step 4/12 skipped |" in shown
     assert "rollback to step 2 from step 4: loss nan" in shown
 

@@ -1,4 +1,4 @@
-"""wandb's view of a run: all of its curves, whatever becomes of wandb, and a run that does not notice."""
+"""wandb gets all curves of a run, and a run continues whatever happens to wandb."""
 
 import json
 import math
@@ -20,8 +20,8 @@ from tests.timeouts import TEST_TIMEOUT_SECONDS
 from tests.trainer.metrics.test_records import ROOT, demo_config, write_rollback
 
 
-def run_with_wandb(folder: Path, port: int, **said: str) -> subprocess.CompletedProcess[str]:
-    """Two starts of one run with log.wandb=auto in a process that knows of wandb only what is `said`."""
+def run_with_wandb(folder: Path, port: int, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Start one run twice with log.wandb=auto, in a process without wandb settings other than `settings`."""
     script = (
         "import sys, time; from pathlib import Path; from tests.trainer.metrics.test_records import *\n"
         "config = demo_config('log.wandb=auto')\n"
@@ -32,7 +32,7 @@ def run_with_wandb(folder: Path, port: int, **said: str) -> subprocess.Completed
     nowhere = str(folder.parent / "none")
     home = {"HOME": str(folder.parent), "NETRC": nowhere, "WANDB_CONFIG_DIR": nowhere}
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment = clean | home | {"WANDB_BASE_URL": f"http://127.0.0.1:{port}"} | said
+    environment = clean | home | {"WANDB_BASE_URL": f"http://127.0.0.1:{port}"} | settings
     command = [sys.executable, "-c", script, str(folder)]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TEST_TIMEOUT_SECONDS
@@ -40,7 +40,7 @@ def run_with_wandb(folder: Path, port: int, **said: str) -> subprocess.Completed
 
 
 def wandb_files(folder: Path) -> list[Path]:
-    """One file per start, all of one run id, each with its curves."""
+    """Check that each start has a file with its curves, all with the same run id; return the files."""
     run_id = (folder / "wandb" / "run_id").read_text().strip()
     files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
     assert {file.name for file in files} == {f"run-{run_id}.wandb"}
@@ -50,10 +50,12 @@ def wandb_files(folder: Path) -> list[Path]:
     return files
 
 
-@pytest.mark.parametrize("said", [{}, {"WANDB_API_KEY": "a" * 40, "WANDB_MODE": "offline"}], ids=["no key", "said"])
-def test_wandb_offline_is_one_run_that_calls_nobody(tmp_path: Path, said: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "settings", [{}, {"WANDB_API_KEY": "a" * 40, "WANDB_MODE": "offline"}], ids=["no key", "WANDB_MODE"]
+)
+def test_wandb_offline_is_one_run_that_calls_nobody(tmp_path: Path, settings: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        done = run_with_wandb(tmp_path / "run", server.getsockname()[1], **said)
+        done = run_with_wandb(tmp_path / "run", server.getsockname()[1], **settings)
         assert done.returncode == 0, done.stderr
         server.settimeout(0.2)
         with pytest.raises(TimeoutError):
@@ -64,7 +66,7 @@ def test_wandb_offline_is_one_run_that_calls_nobody(tmp_path: Path, said: dict[s
 
 def test_a_wandb_server_that_is_down_stops_no_run(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]  # free again, and nobody there, when the run starts
+        port = server.getsockname()[1]  # free again when the run starts, with no server on it
     done = run_with_wandb(tmp_path / "run", port, WANDB_API_KEY="a" * 40, WANDB_INIT_TIMEOUT="1")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("writing offline into the run folder instead") == 2
@@ -73,7 +75,7 @@ def test_a_wandb_server_that_is_down_stops_no_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["between two steps", "finish", "teardown"])
 def test_a_run_outlives_wandb(tmp_path: Path, moment: str) -> None:
-    """Its service is killed: one line says so, the run ends as it would have, and every step is in its own record."""
+    """Its service is killed: the log has one line about it, the run ends normally, and metrics.jsonl has every step."""
     script = (
         "import sys; from pathlib import Path; import psutil, threading, wandb\n"
         "from tests.trainer.metrics.test_records import *\n"
@@ -95,8 +97,8 @@ def test_a_run_outlives_wandb(tmp_path: Path, moment: str) -> None:
     assert [r["step"] for r in read_history(tmp_path).steps] == list(range(1, 9))
 
 
-def logged(file: Path) -> list[dict[str, Any]]:
-    """The rows that a wandb file holds, by names of curves. Source: LevelDB's log format, in blocks of 32 KiB."""
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a wandb file, by names of curves. Source: LevelDB's log format, in blocks of 32 KiB."""
     from wandb.proto import wandb_internal_pb2
 
     content, at, message, rows = file.read_bytes(), 7, b"", []
@@ -118,11 +120,11 @@ def logged(file: Path) -> list[dict[str, Any]]:
 def test_wandb_keeps_both_passes_of_a_step_in_one_curve_over_our_own_step(tmp_path: Path) -> None:
     write_rollback(tmp_path, demo_config("log.wandb=offline"))
     [file] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    rows = logged(file)
-    assert [row["_step"] for row in rows] == list(range(len(rows))), "wandb's own counter drops what does not grow"
+    rows = read_rows(file)
+    assert [row["_step"] for row in rows] == list(range(len(rows))), "wandb drops rows unless its counter grows"
     losses = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
     assert [step for step, _ in losses] == [*range(1, 11), *range(9, 13)]
-    assert [loss for step, loss in losses if step == 9] == [9.0, 1.0], "the last one is the one that counts"
+    assert [loss for step, loss in losses if step == 9] == [9.0, 1.0], "the last one counts"
     assert [row["step"] for row in rows if row.get("train/skipped") == 1] == [3, 10]
     assert [(row["step"], row["train/rollback_from_step"]) for row in rows if "train/rollback_from_step" in row] == [
         (8, 10)

@@ -1,4 +1,4 @@
-"""What `tandem bench` plans, draws and counts, without a step being made; its steps are in tests/promises/test_bench.py."""
+"""Plans, synthetic rows and profile tables of `tandem bench`. tests/promises/test_bench.py runs its steps."""
 
 import argparse
 import dataclasses
@@ -34,7 +34,7 @@ CONFIGS = ROOT / "configs"
 
 
 def plans(command: str, world_size: int = 1) -> tuple[TrainConfig, TrainConfig, list[PhasePlan]]:
-    """The config that the words of `tandem bench` name, the one that is trained, and the plans."""
+    """Return the config that the command names, the config that is trained, and the plans."""
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     arguments = parser.parse_args(command.split())
@@ -98,7 +98,7 @@ def test_rows_follow_the_replicas():
     _, _, [plan] = plans("stablelm-2-12b.yaml", world_size=16)
     assert (plan.span.phase.global_batch_size, plan.span.phase.micro_batch_size) == (4 * 8, 1)
     _, _, [plan] = plans("demo-btlm.yaml --phase long", world_size=4)
-    assert plan.span.phase.global_batch_size == 4, "the phase's own, where it has fewer than four forward passes"
+    assert plan.span.phase.global_batch_size == 4, "the phase's own batch, which has fewer than four micro-batches"
 
 
 def test_each_phase_has_a_profile_of_its_own():
@@ -130,13 +130,13 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line(name, capfd):
-    words, said = MISTAKES[name]
+    words, expected = MISTAKES[name]
     overrides = [word for word in words.split() if "=" in word]
     options = [word for word in words.split() if "=" not in word]
     assert main(["bench", str(CONFIGS / "demo-btlm.yaml"), "parallel.tp_size=1", *overrides, *options]) == 2
     [line] = capfd.readouterr().err.splitlines()
     assert line.startswith("tandem: ")
-    assert [part for part in said if part not in line] == []
+    assert [part for part in expected if part not in line] == []
 
 
 def test_ranks_that_tp_size_does_not_divide_are_refused(capfd):
@@ -167,7 +167,7 @@ def test_rows_are_of_the_whole_vocabulary_and_targets_follow():
     batch = draw_batch(config, phase, 0, on(0, 1))
     assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
     assert batch.tokens.unique().tolist() == list(range(config.model.vocab_size))
-    assert not batch.document_ids.any(), "one document a row where none is masked"
+    assert not batch.document_ids.any(), "one document a row if the model masks none"
 
 
 def test_documents_have_lengths_of_web_text(generator):
@@ -176,11 +176,11 @@ def test_documents_have_lengths_of_web_text(generator):
     assert set(documents.diff(dim=1).unique().tolist()) == {0, 1}
     begun = int((documents.diff(dim=1) == 1).sum())
     mean = MEDIAN_DOCUMENT_TOKENS * math.exp(DOCUMENT_LENGTH_SIGMA**2 / 2)
-    # Lengths spread by sqrt(exp(sigma^2) - 1) of their mean; three standard errors of the mean of so many.
+    # The standard deviation of a length is sqrt(exp(sigma^2) - 1) means; allow three standard errors of the mean.
     error = 3 * math.sqrt(math.exp(DOCUMENT_LENGTH_SIGMA**2) - 1) / math.sqrt(begun)
     assert 64 * 4_096 / begun == pytest.approx(mean, rel=error)
     assert torch.equal(draw_document_indices(2, 3, generator)[:, 0], torch.zeros(2, dtype=torch.int32)), (
-        "rows of few tokens"
+        "rows of very few tokens work too"
     )
 
 
@@ -198,7 +198,7 @@ KINDS = {
     "Memcpy HtoD (Pageable -> Device)": "memcpy",
     "_forward": "other",
 }
-"""Kernels of the libraries, as an H100's traces name them."""
+"""Names of library kernels in traces of an H100, and their kinds."""
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -206,7 +206,7 @@ def test_a_kernel_is_known_by_its_name(name):
     assert step_profile.classify_operation([name]) == KINDS[name]
 
 
-def test_a_name_that_says_nothing_takes_the_kind_of_what_is_around_it():
+def test_a_generic_name_takes_the_kind_of_the_enclosing_operation():
     assert step_profile.classify_operation(["_forward", "tandem::swiglu", "aten::sum"]) == "swiglu"
     assert step_profile.classify_operation(["aten::mul", "tandem::cross_entropy", "X"]) == "cross-entropy"
     assert step_profile.classify_operation(["aten::mm", "tandem::swiglu_linear"]) == "matmul"
@@ -214,7 +214,7 @@ def test_a_name_that_says_nothing_takes_the_kind_of_what_is_around_it():
 
 
 def test_every_operation_of_ours_has_a_kind():
-    """A Triton kernel says `_forward`; only the operation around it tells what it is."""
+    """A Triton kernel is called `_forward`; only the enclosing operation identifies it."""
     for file in (ROOT / "kernels").glob("[!_]*.py"):
         import_module(f"tandem.kernels.{file.stem}")
     ours = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("tandem::")]
@@ -223,7 +223,7 @@ def test_every_operation_of_ours_has_a_kind():
 
 
 def event(name: str, start: int, end: int, device: DeviceType, *, annotation: bool = False) -> FunctionEvent:
-    """As torch makes it of a trace; microseconds."""
+    """Build an event as torch does from a trace, in microseconds."""
     return FunctionEvent(0, name, 1, start, end, device_type=device, is_user_annotation=annotation, use_device="cuda")
 
 

@@ -1,4 +1,4 @@
-"""What the sweep concludes from losses, and which runs it is made of."""
+"""The trials of a learning-rate sweep and the conclusions from their losses."""
 
 from math import inf, isnan
 
@@ -20,7 +20,7 @@ GRID = [0.001 * 2**step for step in range(7)]
 
 
 def valley(best: int) -> dict[float, float]:
-    """Losses by learning rate with their least at one place of the grid."""
+    """Losses by learning rate with their minimum at one index of the grid."""
     return {lr: 5.0 + 0.1 * abs(place - best) for place, lr in enumerate(GRID)}
 
 

@@ -1,4 +1,4 @@
-"""Numbers against intervals, exponents, and what is said of them."""
+"""Fitted exponents, numbers and their intervals, and the messages about them."""
 
 import json
 from math import inf, nan
@@ -23,7 +23,7 @@ def test_the_slope_is_the_exponent_of_the_width(exponent):
     assert fit_exponent(widths, [3.7 * width**exponent for width in widths]) == pytest.approx(exponent, abs=1e-12)
 
 
-def test_what_is_not_a_number_does_not_hold():
+def test_nan_is_out_of_bounds():
     assert not finding(nan).is_within_bounds
     assert not finding(0.2).is_within_bounds
     assert finding(0.1).is_within_bounds
@@ -52,7 +52,7 @@ def test_the_json_is_plain():
 
 
 def records(exponents: dict[str, float]) -> list[coordinates.CoordinateRecord]:
-    """What a proxy would record whose coordinates follow these exponents, changes as sizes."""
+    """Records of proxies whose sizes and changes follow these exponents."""
     return [
         {"tp_size": 1, "precision": "fp32", "width": width, "seed": 1, "step": step,
          "size": {name: width**e for name, e in exponents.items()},
@@ -71,7 +71,7 @@ def test_records_that_follow_the_laws_pass_and_those_that_grow_fail():
 
 
 def test_sizes_are_judged_before_changes():
-    """Lower layers and the start come first: what is broken there shows again in all that follows."""
+    """Lower layers and the start come first, because a fault there affects everything after it."""
     found = [finding.quantity for finding in judge(records(dict.fromkeys(EXPECTED_EXPONENTS, 0.0)))]
     assert found == [f"size of {name}" for name in EXPECTED_EXPONENTS] + [
         f"change of {name}" for name in EXPECTED_EXPONENTS

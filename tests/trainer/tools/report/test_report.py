@@ -1,4 +1,4 @@
-"""The report: complete, self-contained, and there for runs in every condition."""
+"""A report is complete and self-contained, and works for runs in every condition."""
 
 import argparse
 import math
@@ -74,7 +74,7 @@ def test_the_page_has_the_tables(page: str) -> None:
     ):
         assert text in cells, text
     assert "ended: schedule finished" in page
-    assert "ffn_hidden_size: 341" in page  # config.yaml, whole
+    assert "ffn_hidden_size: 341" in page  # the whole config.yaml
 
 
 def test_a_run_without_memory_figures_that_was_killed_within_a_line_has_a_report(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_restarts_and_phases_are_drawn(killed_and_resumed: Path) -> None:
     assert list(ticks[0].get_xdata()) == [8 * 2048]
 
 
-def test_rollbacks_and_steps_left_out_are_drawn_and_in_the_tables(tmp_path: Path) -> None:
+def test_rollbacks_and_skipped_steps_are_drawn_and_in_the_tables(tmp_path: Path) -> None:
     write_rollback(tmp_path)
     history, config = read_history(tmp_path), configuration.load_config(tmp_path / "config.yaml")
     marks = {line.get_label(): line for line in plots.PICTURES["Loss"].figure(history, config).axes[0].lines}
@@ -119,7 +119,7 @@ def test_rollbacks_and_steps_left_out_are_drawn_and_in_the_tables(tmp_path: Path
     assert (result["steps repeated after rollbacks"], result["skipped steps"]) == ("2", "1")
 
 
-def test_a_step_left_out_without_a_number_is_a_cross_at_the_upper_edge(tmp_path: Path) -> None:
+def test_a_skipped_step_without_a_number_is_a_cross_at_the_upper_edge(tmp_path: Path) -> None:
     write_run(tmp_path, to=6)
     sinks = open_sinks(tmp_path, demo_config(), rank=0, start_step=6)
     sinks.write_start(tokens=6 * 2048, world_size=4, tp_size=2, dp_size=2, total_steps=12, total_tokens=12 * 2048)
