@@ -1,8 +1,8 @@
 """`tandem audit`: what a run was fed, proven from its ledger and the copies of its manifests alone.
 
 `ledger_lines` and `ledger_history` read the ledger as it counts, `reading_order` turns positions into ranges of shards,
-`replay` and `step_checks` check, `misread_search` and `diagnosis` say which row it was, `tar_reader` reads the shards again,
-`step_rows` looks at a single step. Neither checkpoints nor the loader are asked. The verdict is a list of what was lost,
+`replay` and `step_checks` check, `misread_search` and `diagnosis` say which row it was, `webdataset_reader` reads the shards
+again, `step_rows` looks at a single step. Neither checkpoints nor the loader are asked. The verdict is a list of what was lost,
 repeated or read out of order; an empty list is the proof.
 """
 
@@ -28,14 +28,18 @@ from tandem.trainer.tools.audit.replay import Replay
 from tandem.trainer.tools.audit.result import AuditResult, format_shard_ranges
 from tandem.trainer.tools.audit.sources import Sources
 from tandem.trainer.tools.audit.step_rows import find_step_rows, format_inspect_commands
-from tandem.trainer.tools.audit.tar_reader import TarReader
+from tandem.trainer.tools.audit.webdataset_reader import WebdatasetReader
 
 MAX_SHOWN_FINDINGS = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", type=Path, help="run folder")
-    parser.add_argument("--tokens", action="store_true", help="read the shards again and compare what they hold")
+    parser.add_argument(
+        "--tokens",
+        action="store_true",
+        help="read the shards again through webdataset and compare their tokens with those that were fed",
+    )
     parser.add_argument(
         "--step",
         metavar="N",
@@ -106,7 +110,7 @@ def build_sources(history: LedgerHistory, manifests: Mapping[str, CorpusManifest
 
 def build_reader(
     folder: Path, manifests: Mapping[str, CorpusManifest], skipped_shards: Collection[tuple[str, str]]
-) -> TarReader:
+) -> WebdatasetReader:
     """A reader of the corpora that config.yaml names, which must be those of the ledger, but for shards left out."""
     data = configuration.load_config(folder / "config.yaml").data
     for source, corpus in manifests.items():
@@ -118,7 +122,7 @@ def build_reader(
             raise UserError(
                 f"{data.sources[source]}: is not the corpus that the run read as {source}; restore it, or leave out --tokens"
             )
-    return TarReader(data.sources, manifests, ShardCache(data.cache), skipped_shards)
+    return WebdatasetReader(data.sources, manifests, ShardCache(data.cache), skipped_shards)
 
 
 def result_to_json(result: AuditResult) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def diagnose(suspect: SuspectStep, sources: Sources) -> Finding | None:
 
 def unexplained_finding(step: StepLine, sources: Sources) -> Finding:
     """That the step did not read what its cursors say, and where that is."""
-    shards = [words for source, ends in step.read_ranges.items() for words in sources.shard_range_names(source, *ends)]
+    shards = sources.step_range_names(step.read_ranges)
     single_source = next(iter(step.read_ranges)) if len(step.read_ranges) == 1 else None
     return Finding(
         "unlike", f"step {step.step} did not read the ranges of {', '.join(step.read_ranges)} that its cursors "

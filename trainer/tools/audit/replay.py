@@ -16,7 +16,7 @@ from tandem.trainer.tools.audit.ledger_lines import Attempt, BadStepLine, SkipLi
 from tandem.trainer.tools.audit.result import AuditResult, Finding, SourceResult, format_shard_ranges, format_steps
 from tandem.trainer.tools.audit.sources import Sources
 from tandem.trainer.tools.audit.step_checks import StepChecker
-from tandem.trainer.tools.audit.tar_reader import TarReader
+from tandem.trainer.tools.audit.webdataset_reader import WebdatasetReader
 
 CHUNK_ROWS = 1 << 14
 HALT_DESCRIPTIONS = {"rollback": "go back", "stop": "end"}
@@ -27,7 +27,11 @@ class Replay:
     """Goes through the history once."""
 
     def __init__(
-        self, history: LedgerHistory, sources: Sources, fingerprints: Mapping[str, str], reader: TarReader | None = None
+        self,
+        history: LedgerHistory,
+        sources: Sources,
+        fingerprints: Mapping[str, str],
+        reader: WebdatasetReader | None = None,
     ):
         source_results = {source: SourceResult(each.epoch_tokens) for source, each in sources.reading_orders.items()}
         self._result = AuditResult(source_results, reader is not None)

@@ -45,6 +45,10 @@ class Sources:
             self.reading_orders[source].shard_ranges(start, min(end, start + MAX_SHOWN_TOKENS))
         )
 
+    def step_range_names(self, read_ranges: Mapping[str, tuple[int, int]]) -> list[str]:
+        """Name what a step read of each source, as FILE:FIRST+TOKENS; the first few ranges of each."""
+        return [name for source, ends in read_ranges.items() for name in self.shard_range_names(source, *ends)]
+
     def cut_rows(self, source: str, start: int, end: int, seq_len: int) -> tuple[ShardRanges, IntArray]:
         """What is read at places [start, end), cut into rows, see `reading_order.cut_rows`."""
         return cut_rows(self.shard_ranges(source, start, end)[0], seq_len)

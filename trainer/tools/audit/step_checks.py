@@ -19,7 +19,7 @@ from tandem.trainer.tools.audit.misread_search import hash_rows
 from tandem.trainer.tools.audit.reading_order import IntArray, ShardRanges, cut_rows
 from tandem.trainer.tools.audit.result import AuditResult, Finding, format_shard_ranges
 from tandem.trainer.tools.audit.sources import Sources, row_contents
-from tandem.trainer.tools.audit.tar_reader import TarReader
+from tandem.trainer.tools.audit.webdataset_reader import WebdatasetReader
 
 MAX_SEARCHES, MAX_FAILED_SEARCHES = 32, 4
 """Steps whose mistake is searched for, and those that nothing was found for; a search among 1,000 rows takes some seconds."""
@@ -30,7 +30,7 @@ SHARE_TOLERANCE = 1e-5
 class StepChecker:
     """Checks chunks, one after the other, and keeps what has been taken of each source."""
 
-    def __init__(self, sources: Sources, result: AuditResult, reader: TarReader | None):
+    def __init__(self, sources: Sources, result: AuditResult, reader: WebdatasetReader | None):
         self._sources, self._result, self._reader = sources, result, reader
         self._coverage = {source: Coverage(each) for source, each in sources.reading_orders.items()}
         self._num_searches = self._num_failed_searches = 0
@@ -97,7 +97,13 @@ class StepChecker:
                         step, source, lost_tokens=expected_tokens - coverage.tokens,
                     )
                 )  # fmt: skip
-        for (source, file), tokens in self._reader.unreadable_tokens.items() if self._reader else []:
+        if not self._reader:
+            return
+        for (source, file), (found, listed) in sorted(self._reader.miscounted_shards.items()):
+            name = f"{file}:{min(found, listed)}+{abs(found - listed)}"
+            message = f"webdataset reads {found} tokens from {file} of {source}; the manifest lists {listed}: {name}"
+            self._result.add_finding(Finding("unlike", message, None, source, shard_ranges=[name]))
+        for (source, file), tokens in self._reader.unreadable_tokens.items():
             self._result.notes.append(
                 f"{source} leaves out {file}; its {tokens} tokens taken before cannot be read again, and the bytes of "
                 "the steps that took them are not compared"
@@ -214,14 +220,15 @@ class StepChecker:
         self._result.add_finding(found or unexplained_finding(suspect.step, self._sources))
 
     def _report_wrong_tokens(self, step: StepLine) -> None:
-        shards = [
-            words
-            for source, ends in step.read_ranges.items()
-            for words in self._sources.shard_range_names(source, *ends)
-        ]
-        self._result.add_finding(
-            Finding(
-                "unlike", f"step {step.step} was fed other tokens than its ranges hold: {format_shard_ranges(shards)}",
-                step.step, shard_ranges=shards,
-            )
-        )  # fmt: skip
+        """Name the ranges that webdataset and the loader's byte offsets read differently, or all ranges if they agree now."""
+        assert self._reader
+        names, explanation = [], " (webdataset and the loader's byte offsets read these differently)"
+        for source, ends in step.read_ranges.items():
+            ranges = self._reader.ranges_loader_reads_differently(source, self._sources.shard_ranges(source, *ends)[0])
+            names += self._sources.reading_orders[source].shard_range_names(ranges)
+        if not names:
+            names, explanation = self._sources.step_range_names(step.read_ranges), ""
+        message = (
+            f"step {step.step} was fed other tokens than its ranges hold: {format_shard_ranges(names)}{explanation}"
+        )
+        self._result.add_finding(Finding("unlike", message, step.step, shard_ranges=names))

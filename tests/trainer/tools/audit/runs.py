@@ -13,19 +13,21 @@ import numpy as np
 import xxhash
 
 from tandem.data_prep.shard_writer import write_split
-from tandem.trainer.config import DataConfig, LinearLRConfig, PhaseConfig, ScheduleConfig
+from tandem.trainer.config import DataConfig, LinearLRConfig, PhaseConfig, ScheduleConfig, ShardCacheConfig
 from tandem.trainer.data import manifest
 from tandem.trainer.data.digests import pack_u64, unpack_u64
 from tandem.trainer.data.ledger import LEDGER_FILE, Ledger, copy_manifests, manifest_copy_path
 from tandem.trainer.data.loader import Loader
 from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit
 from tandem.trainer.data.mixture import row_sources
+from tandem.trainer.data.shard_cache import ShardCache
 from tandem.trainer.data.shuffle import BlockShuffle
 from tandem.trainer.disk import atomic_write
 from tandem.trainer.tools import audit
 from tandem.trainer.tools.audit import replay
 from tandem.trainer.tools.audit.ledger_history import LedgerHistory
 from tandem.trainer.tools.audit.result import AuditResult, Finding
+from tandem.trainer.tools.audit.webdataset_reader import WebdatasetReader
 
 SEED, BLOCK_TOKENS, WINDOW_TOKENS = 3, 64, 320
 SHORT_PHASE = PhaseConfig("short", 6 * 12 * 32, 32, 12, 1, {"a": 0.7, "b": 0.3})
@@ -247,12 +249,10 @@ def rows_of_source(reading: ExpectedStep, source: str) -> list[int]:
     return [row for row, name in enumerate(reading.sources) if name == source]
 
 
-def tar_reader(sources):
-    from tandem.trainer.config import ShardCacheConfig as Settings
-    from tandem.trainer.data.shard_cache import ShardCache
-    from tandem.trainer.tools.audit.tar_reader import TarReader
-
-    return lambda manifests, left_out: TarReader(sources, manifests, ShardCache(Settings()), left_out)
+def webdataset_reader(sources, cache_folder: Path | None = None):
+    """What `run_audit` takes to read the shards of these folders or addresses again."""
+    cache = ShardCache(ShardCacheConfig(**{"folder": str(cache_folder)} if cache_folder else {}))
+    return lambda manifests, skipped_shards: WebdatasetReader(sources, manifests, cache, skipped_shards)
 
 
 def run_audit_command(folder: Path, *words: str) -> int:

@@ -23,8 +23,8 @@ from tests.trainer.tools.audit.runs import (
     read_lines,
     run_audit,
     step_line,
-    tar_reader,
     train_split,
+    webdataset_reader,
     write_full_run,
     write_ledger,
     write_lines,
@@ -57,7 +57,7 @@ def next_token(folder: Path, source: str, position: int) -> str:
 
 
 def test_the_bytes_of_the_shards_are_compared_by_a_reader_of_its_own(whole, sources, monkeypatch, tmp_path):
-    reader = tar_reader(sources)
+    reader = webdataset_reader(sources)
     verdict = run_audit(whole, reader)
     assert verdict.findings == []
     assert verdict.tokens_checked
@@ -167,13 +167,13 @@ def test_a_damaged_shard_that_was_left_out_later_is_no_hindrance_to_comparing_th
             damaged.truncate(700)
         if name == "a":
             with pytest.raises(DamagedShard, match=file):
-                run_audit(run, tar_reader(mine))
+                run_audit(run, webdataset_reader(mine))
             shutil.copy(f"{sources[name]}/{file}", f"{mine[name]}/{file}")
-    verdict = run_audit(run, tar_reader(mine))
+    verdict = run_audit(run, webdataset_reader(mine))
     assert verdict.findings == []
     [note] = [note for note in verdict.notes if "cannot be read again" in note]
     assert f"b leaves out {file}; its {tokens} tokens taken before" in note
     lines = read_lines(run)
     step_line(lines, 12)["tokens_digest"] = "0" * 16
     write_lines(run, lines)
-    assert [found.step for found in run_audit(run, tar_reader(mine)).findings] == [12]
+    assert [found.step for found in run_audit(run, webdataset_reader(mine)).findings] == [12]

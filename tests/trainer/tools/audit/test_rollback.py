@@ -18,7 +18,7 @@ from tests.trainer.tools.audit.runs import (
     run_audit_command,
     state_at,
     step_line,
-    tar_reader,
+    webdataset_reader,
     write_ledger,
     write_lines,
 )
@@ -63,7 +63,7 @@ def back(tmp_path, sources) -> Path:
 
 
 def test_rows_passed_over_are_known_and_neither_lost_nor_taken(back, sources):
-    verdict = run_audit(back, tar_reader(sources))
+    verdict = run_audit(back, webdataset_reader(sources))
     assert verdict.findings == []
     assert (verdict.num_steps, verdict.num_skipped_updates) == (12, 2)
     passed = start_of(read_lines(back), is_rollback=True)["skipped_ranges"]
