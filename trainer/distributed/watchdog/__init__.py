@@ -67,7 +67,7 @@ log = logging.getLogger(__name__)
 class _Phase(NamedTuple):
     name: str
     step: int
-    index: int
+    number: int
     """Number of phases entered before it."""
 
 
@@ -108,7 +108,7 @@ class Watchdog:
 
     def enter_phase(self, phase: str, step: int | None = None) -> None:
         """Record that the main thread enters a phase of `step` (None: the same step). All ranks must enter the same phases."""
-        self._phase = _Phase(phase, self._phase.step if step is None else step, self._phase.index + 1)
+        self._phase = _Phase(phase, self._phase.step if step is None else step, self._phase.number + 1)
 
     def use_start_timeout(self) -> None:
         """Allow the next step as much time as the first: kernels are compiled for rows of another shape."""
@@ -247,7 +247,7 @@ class Watchdog:
         phase, num_collectives = self._phase, self._collectives()
         collective, group_name = reporting.find_collective(frames)
         report = HangReport(
-            rank=self._rank, process=self._processes[self._rank], phase=phase.name, step=phase.step, num_phases=phase.index,
+            rank=self._rank, process=self._processes[self._rank], phase=phase.name, step=phase.step, num_phases=phase.number,
             waited_seconds=round(self._waited_seconds, 1), timeout_seconds=self._phase_timeout_seconds(phase.name),
             timed_out=timed_out, location=location, collective=collective,
             group_name=group_name or next(iter(num_collectives), None), num_collectives=num_collectives,
