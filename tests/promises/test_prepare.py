@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import webdataset
 
 from tandem.data_prep import work_units
 from tandem.trainer.__main__ import main
 from tests import ranks
+from tests.data_prep.corpus_writer import small_tokenizer
 
 KILLS = 50
+ADOPTING_KILLS = 6
 SEED = 5
 UNIT_BYTES = 16_000
 MOST_FINISHED = 13
@@ -50,19 +53,36 @@ class Kill:
     seconds: float
 
 
-def killed(command: list[object], whole: Path, folder: Path) -> list[int]:
-    """What was finished of `folder` at each kill, once it is whole again and holds what `whole` does.
+@pytest.fixture
+def adopting_command(tmp_path):
+    """A preparation of several units and shards that adopts token ids in open_lm's form."""
+    (tmp_path / "tokenizer.json").write_text(small_tokenizer().to_str())
+    rng = random.Random(SEED)
+    with webdataset.ShardWriter(str(tmp_path / "%06d.tar"), maxcount=30, verbose=0) as sink:
+        for number in range(150):
+            ids = rng.choices(range(small_tokenizer().get_vocab_size()), k=65)
+            sink.write({"__key__": f"{number:06}", "json.gz": json.dumps(ids)})
+    return ["prepare", "--input", tmp_path / "{000000..000004}.tar", "--tokens", "json.gz", "--held-out", 0.1,
+            "--tokenizer", tmp_path / "tokenizer.json", "--sample-tokens", 512, "--shard-tokens", 1200,
+            "--workers", 1]  # fmt: skip
 
-    In a process of its own, whose forks the preparations are: what they import takes longer than all that they do.
+
+def killed(command: list[object], whole: Path, folder: Path, kills: int) -> list[int]:
+    """Kill preparations of `folder` until it has been killed so often, check that it then becomes what `whole` is, and
+    return how much was finished at each kill.
+
+    This runs in a separate process and forks the preparations, because their imports take longer than their work.
     """
+    import webdataset.tariterators  # noqa: F401
+
     import tandem.data_prep.prepare  # noqa: F401
 
     work_units.MIN_UNIT_BYTES = UNIT_BYTES
     assert not _ended(command, whole)
     expected, rng, after = content(whole), random.Random(SEED), list[int]()
     assert sum(name.endswith(".tar") for name in expected) > 5
-    while len(after) < KILLS:
-        moment = Kill(folder, MOST_FINISHED * len(after) // KILLS, rng.uniform(0, MOMENT_SECONDS))
+    while len(after) < kills:
+        moment = Kill(folder, MOST_FINISHED * len(after) // kills, rng.uniform(0, MOMENT_SECONDS))
         if _ended(command, folder, moment):
             after.append(finished(folder))
         else:
@@ -112,5 +132,12 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_killed_at_fifty_random_moments_the_corpus_is_the_same_bytes(command, tmp_path):
     """Killed again and again in one folder, work goes on from what is finished; a finished folder makes way for a new one."""
-    (after,) = ranks.run(killed, 1, tmp_path, command, tmp_path / "whole", tmp_path / "killed", timeout_seconds=400)
+    folders = tmp_path / "whole", tmp_path / "killed"
+    (after,) = ranks.run(killed, 1, tmp_path, command, *folders, KILLS, timeout_seconds=400)
     assert len(set(after)) > 4, "the moments must lie all over the work"
+
+
+def test_killed_while_it_adopts_token_ids_the_corpus_is_the_same_bytes(adopting_command, tmp_path):
+    folders = tmp_path / "whole", tmp_path / "killed"
+    (after,) = ranks.run(killed, 1, tmp_path, adopting_command, *folders, ADOPTING_KILLS, timeout_seconds=400)
+    assert len(set(after)) > 2
