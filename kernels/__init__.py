@@ -1,4 +1,4 @@
-"""The operations worth a kernel of their own, each a pure function of tensors with one meaning everywhere.
+"""Operations that are worth a kernel, each a pure function of tensors that computes the same on every device.
 
-Nothing here knows of configs, meshes or models. The table of operations is in README.md.
+Nothing here depends on configs, meshes or models. README.md has the table of operations.
 """

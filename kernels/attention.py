@@ -1,14 +1,14 @@
-"""Causal attention with grouped keys, linear biases (ALiBi) and documents kept apart.
+"""Causal attention with grouped keys, linear biases (ALiBi) and separate documents.
 
     forward   p = softmax(scale * q k^T - slope * (i - j)) over the keys j of i's document up to i itself,  y = p v
     backward  dv = p^T dy,  ds = p * (dy v^T - rowsum(dy * y)),  dq = scale * ds k,  dk = scale * ds^T q
 
-Backward keeps q, k, v, y and the logarithm of each softmax's denominator, and makes p from them once more. With a GPU a kernel
-of our own never holds the matrix of scores; elsewhere it is written out for a block of queries at a time. Attention with
-neither biases nor documents takes SDPA's causal path on any device.
+Backward keeps q, k, v, y and the logarithm of each softmax's denominator, and computes p from them again. On a GPU our kernel
+never holds the matrix of scores; on a CPU the scores of a block of queries are written out at a time. Attention with neither
+biases nor documents uses SDPA's causal path on any device.
 
-Fewer queries than keys are the last positions, whose keys and values a cache had no need to make again. They are few, so
-their scores are written out on a GPU too.
+If there are fewer queries than keys, the queries are the last positions and the other keys come from a cache. Such queries are
+few, so their scores are written out on a GPU too.
 """
 
 import math
@@ -22,11 +22,11 @@ from torch import Tensor
 from tandem.kernels.device.shared import like
 
 MAX_HEAD_DIM = 256
-"""For which the kernel has tiles; wider heads are written out on a GPU too."""
+"""The widest heads that the kernel has tiles for. Scores of wider heads are written out on a GPU too."""
 FP32_HEAD_DIMS = (16, 32, 64)
-"""For which the kernel has registers in fp32. Others would be kept in memory by the compiler, up to 13 KB a thread at 160."""
+"""The fp32 heads that fit in the kernel's registers. Others would spill, up to 13 KB per thread at 160 dims."""
 QUERY_BLOCK_SIZE = 128
-"""Where scores are written out: memory grows with the row and not with its square."""
+"""Queries whose scores are written out at a time: memory grows with the row and not with its square."""
 
 
 def attention(
@@ -38,20 +38,22 @@ def attention(
     slopes: Float32[Tensor, " num_heads"] | Float32[Tensor, "rows num_heads"] | None,
     document_starts: Int32[Tensor, "rows keys"] | None,
 ) -> Float[Tensor, "rows queries num_heads head_dim"]:
-    """Every token's attention to itself and the earlier ones of its document; fp32 inside (fp64 for fp64), query's dtype out.
+    """Let every token attend to itself and the earlier tokens of its document; fp32 inside (fp64 for fp64), query's dtype out.
 
-    Queries are the last of the keys' positions. Query head h reads key head h // (heads // num_kv_heads). The bias joins
-    the scaled scores, itself unscaled; each row may have its own slopes, which get no gradient. Token i sees keys starts[i]
-    to i: `tandem.kernels.documents.document_starts`. Without `slopes` there is no bias, without `document_starts` a row is
-    one document.
+    Queries are the last of the keys' positions. Query head h reads key head h // (heads // num_kv_heads). The bias is added to
+    the scaled scores and is not scaled itself. Each row may have its own slopes, which get no gradient; without `slopes` there
+    is no bias. Token i sees keys starts[i] to i (`tandem.kernels.documents.document_starts`); without `document_starts` a row
+    is one document.
 
-    Raises: ValueError for more queries than keys, or a scale that is not positive.
+    Raises: ValueError if there are more queries than keys, or the scale is not positive.
     Source: Press et al. 2022, "Train Short, Test Long", section 3; Ainslie et al. 2023, "GQA"; backward: Dao et al. 2022,
     "FlashAttention", appendix B.
     """
     queries, keys = query.shape[1], key.shape[1]
     if queries > keys:
-        raise ValueError(f"{queries} queries of {keys} keys: queries are the last of the keys' positions")
+        raise ValueError(
+            f"{queries} queries of {keys} keys: queries are the last of the keys' positions; pass at most {keys}"
+        )
     if not scale > 0:
         raise ValueError(f"scale {scale}: must be positive")
     if slopes is None and document_starts is None and queries == keys:
@@ -62,11 +64,10 @@ def attention(
 
 
 def alibi_slopes(num_heads: int) -> Float32[Tensor, " num_heads"]:
-    """The slope of every head: 2^(-8/n), 2^(-16/n), ... for n heads, a power of two.
+    """Return the slope of every head: 2^(-8/n), 2^(-16/n), ... for n heads, if n is a power of two.
 
-    For other numbers, those of the power of two below, then every second one of the power of two above.
-    Source: Press et al. 2022, section 3; for other numbers the authors' code, and Cerebras modelzoo
-    `AlibiPositionEmbeddingLayer.py`.
+    For other n: the slopes of the power of two below, then every second slope of the power of two above.
+    Source: Press et al. 2022, section 3; for other n the authors' code, and Cerebras modelzoo `AlibiPositionEmbeddingLayer.py`.
     """
     power = 2 ** math.floor(math.log2(num_heads))
 
@@ -79,14 +80,14 @@ def alibi_slopes(num_heads: int) -> Float32[Tensor, " num_heads"]:
 def _eager_attention_forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, slopes: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The result, and of every query the logarithm of the sum of exponentials [rows, heads, queries]."""
+    """Return the result, and the logarithm of each query's sum of exponentials [rows, heads, queries]."""
     out, lse = like(query), _empty_lse(query)
     num_kv_heads = key.shape[2]
     q, k, v = (_group_by_kv_head(x, num_kv_heads) for x in (query, key, value))
     for block, visible_keys in _query_blocks(query, key):
         scores = _scores(q[:, :, block], k[:, 0, visible_keys], scale, lse, slopes, starts)
         weights = scores.softmax(-1)
-        # The largest weight is e to the largest score over the sum, and never small.
+        # The largest weight is exp(largest score) / sum, and never small.
         lse[:, :, block] = scores.amax(-1).sub_(weights.amax(-1).log_())
         mixed = torch.bmm(weights.view(len(k), -1, visible_keys.stop), v[:, 0, visible_keys])
         out[:, block] = mixed.view(*scores.shape[:-1], -1).transpose(1, 2)
@@ -118,7 +119,7 @@ def _eager_attention_backward(
     out_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     scale: float, slopes: Tensor | None, starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key and value."""
+    """Return the gradients of query, key and value."""
     q, k, v, dy, y = (_group_by_kv_head(x, key.shape[2]) for x in (query, key, value, out_gradient, out))
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     gradients = like(query), like(key), like(value)
@@ -178,7 +179,7 @@ _attention.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 def _needs_eager_attention(query: Tensor, key: Tensor) -> bool:
-    """What the kernel is not for: few queries, for each number of which it would walk all tiles, fp64, and heads too wide."""
+    """Whether the kernel does not apply: a few queries, for which it would walk all tiles, fp64, or heads that are too wide."""
     few_queries, head_dim = query.shape[1] < key.shape[1], query.shape[-1]
     if query.dtype == torch.float32:
         return few_queries or head_dim not in FP32_HEAD_DIMS
@@ -191,21 +192,21 @@ def _empty_lse(query: Tensor) -> Tensor:
 
 
 def _group_by_kv_head(x: Tensor, num_kv_heads: int) -> Tensor:
-    """[rows * num_kv_heads, group, tokens, head_dim], wide."""
+    """Reshape to [rows * num_kv_heads, group, tokens, head_dim], in fp32 or fp64."""
     rows, tokens, heads, head_dim = x.shape
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return wide.transpose(1, 2).reshape(rows * num_kv_heads, heads // num_kv_heads, tokens, head_dim)
 
 
 def _query_blocks(query: Tensor, key: Tensor) -> list[tuple[slice, slice]]:
-    """Blocks of queries, each with the keys up to its last one."""
+    """Return slices of the queries, each with the slice of the keys up to its last query."""
     queries, earlier = query.shape[1], key.shape[1] - query.shape[1]
     ends = [min(first + QUERY_BLOCK_SIZE, queries) for first in range(0, queries, QUERY_BLOCK_SIZE)]
     return [(slice(index * QUERY_BLOCK_SIZE, end), slice(0, earlier + end)) for index, end in enumerate(ends)]
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, lse: Tensor, slopes: Tensor | None, starts: Tensor | None) -> Tensor:
-    """[rows, heads, queries of the block, keys]: scaled, biased, minus infinity where a query does not see the key."""
+    """Return the scaled and biased scores [rows, heads, queries, keys]; minus infinity if the query does not see the key."""
     queries, keys = q.shape[2], k.shape[1]
     scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2)).mul_(scale).view(*lse.shape[:2], queries, keys)
     key_positions = torch.arange(keys, dtype=scores.dtype, device=k.device)

@@ -1,14 +1,14 @@
-"""Cross-entropy over logits that are at hand, as the three numbers per token that it is made of.
+"""Cross-entropy over given logits, as the three numbers per token that make up the loss.
 
     forward   maximum = max of z,  total = sum of exp(z - maximum),  target_logit = z[target],   z = scale * logit
     backward  dlogit = scale * (dtotal * exp(z - maximum) + dtarget_logit * (column == target))
-    loss      maximum + log(total) - target_logit, which the maximum leaves as it is: to autograd it is a constant
+    loss      maximum + log(total) - target_logit; the loss does not depend on the maximum, which is a constant to autograd
 
-The three stay apart because a block of logits may be a part of the vocabulary only: parts that lie on other ranks are put
-together by the caller, parts that come one after the other (`linear_cross_entropy`) by the two operations on a block below.
-And because maximum + log(total) is rounded to the last place of a large number: in backward its exponential would have that
-error in all columns alike, where a sum over them cancels nothing. Logits are read once in each direction and replaced by
-their gradient in backward, so there is never a second tensor of their size.
+There are two reasons to return three numbers. A block of logits may be only a part of the vocabulary: the caller combines
+parts on other ranks, and the two block operations below combine parts that come one after another (`linear_cross_entropy`). And
+maximum + log(total) is rounded at the precision of a large number: its exponential would carry that error into all columns of
+the gradient alike, where a sum over them does not cancel it. Each direction reads the logits once, and backward replaces them
+by their gradient, so there is never a second tensor of their size.
 """
 
 from typing import Any
@@ -27,18 +27,20 @@ def cross_entropy(
     num_valid_columns: int,
     scale: float,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
-    """Maximum, total and target_logit over the first `num_valid_columns`, in fp32 (fp64 for fp64); the columns behind are
-    padding.
+    """Return maximum, total and target_logit over the first `num_valid_columns`, in fp32 (fp64 for fp64); the rest is padding.
 
-    A target outside 0..columns - 1 is in another part of the vocabulary: 0. Without columns the maximum is LOWEST, the total 0.
+    If a target is outside these columns, it is in another part of the vocabulary and its target_logit is 0. Without columns the
+    maximum is LOWEST and the total 0.
 
-    Note: gives the logits up, the only kept tensor that an operation of ours writes to. Backward writes their gradient over
-    them, so whatever else backward would read them for, a second backward too, raises RuntimeError.
-    Raises: ValueError for logits whose columns are not neighbours in memory, or whose rows overlap there, and for a leaf that
-    is to have a gradient.
+    Note: backward writes the gradient over the logits. Any other use of them in backward, also a second backward, raises
+    RuntimeError. No other operation here writes to a kept tensor.
+    Raises: ValueError if the columns of a row are not contiguous, if rows overlap in memory, or if the logits are a leaf that
+    requires a gradient.
     """
     if torch.is_grad_enabled() and logits.is_leaf and logits.requires_grad:
-        raise ValueError("logits are a leaf with a gradient of its own, which backward would write over them")
+        raise ValueError(
+            "logits are a leaf that requires a gradient, which backward would overwrite: pass a computed tensor"
+        )
     tokens, width = logits.shape
     if (width > 1 and logits.stride(1) != 1) or (tokens > 1 and logits.stride(0) < width):
         raise ValueError(f"logits of shape {tokens} x {width} have strides {logits.stride()}: make them contiguous")
@@ -47,7 +49,7 @@ def cross_entropy(
 
 
 def initial_statistics(logits: Tensor, targets: Tensor) -> Tensor:
-    """Maximum, total and target_logit before the first block, [3, tokens]."""
+    """Return maximum, total and target_logit before the first block, [3, tokens]."""
     statistics = torch.zeros((3, len(targets)), dtype=compute_dtype(logits.dtype), device=logits.device)
     statistics[0].fill_(LOWEST)
     return statistics
@@ -60,7 +62,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @torch.library.custom_op("tandem::cross_entropy_add", mutates_args=("statistics",), device_types="cpu")
 def _add_block(logits: Tensor, targets: Tensor, statistics: Tensor, *, first: int, columns: int, scale: float) -> None:
-    """Adds a block to the statistics: its first column has the id `first`, and `num_valid_columns` of it are true."""
+    """Add a block to the statistics. Its first column has the id `first`; `columns` of its columns are not padding."""
     if columns == 0:
         return
     maximum, total, target_logit = statistics
@@ -90,7 +92,7 @@ def _write_block_gradient(
     logits: Tensor, targets: Tensor, maximum: Tensor, total_gradient: Tensor, target_logit_gradient: Tensor,
     *, first: int, columns: int, scale: float,
 ) -> None:  # fmt: skip
-    """Writes the gradient of a block of logits over them: zero in the columns behind `num_valid_columns`."""
+    """Write the gradient of a block of logits over them: zero in the padding after `columns`."""
     valid_logits = logits[:, :columns]
     z = valid_logits.to(maximum.dtype) * scale
     total_term = total_gradient[:, None] * (z - maximum[:, None]).exp()
@@ -138,7 +140,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
     kept, targets, statistics = ctx.saved_tensors
-    logits = kept.detach()  # whose writes count as the kept tensor's: autograd refuses to read that again
+    logits = kept.detach()  # shares its version counter, so autograd refuses to read the kept tensor again
     torch.ops.tandem.cross_entropy_gradient(
         logits, targets, statistics[0], gradient[1], gradient[2], first=0, columns=ctx.columns, scale=ctx.scale
     )

@@ -12,11 +12,11 @@ def layer_norm(
     bias: Float[Tensor, " hidden_size"] | None,
     eps: float,
 ) -> Float[Tensor, "*batch hidden_size"]:
-    """(x - mean) / sqrt(variance + epsilon) * weight + bias, biased variance; fp32 inside, x's dtype out.
+    """Return (x - mean) / sqrt(variance + eps) * weight + bias with biased variance; fp32 inside, x's dtype out.
 
     Source: Ba et al. 2016, arXiv 1607.06450, equation 4.
-    Note: torch 2.13 sums the gradients of weight and bias in bf16 on the CPU, which over 4,096 positions is 7 % off; so there
-    the whole runs in fp32. On CUDA its kernel sums in fp32.
+    Note: on a CPU, torch 2.13 sums the gradients of weight and bias in bf16, which is 7 % off over 4,096 positions. There
+    everything runs in fp32. On CUDA torch's kernel sums in fp32.
     """
     compute_dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
     bias = None if bias is None else bias.to(compute_dtype)

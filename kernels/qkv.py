@@ -1,11 +1,11 @@
-"""A fused projection taken apart into queries, keys and values, with or without what happens to them on the way to attention.
+"""Split a fused projection into queries, keys and values, with or without their norms and rotation.
 
     forward   y  = R(w * n),  n = (x - mean) * r,  r = 1 / sqrt(variance + epsilon),  over the dims of each head
     backward  g  = w * R'(dy),  dx = r * (g - mean(g) - n * mean(g * n)),  dw = sum of R'(dy) * n over all tokens
 
-R turns the pairs (i, i + half) of the leading dims, x1, x2 -> x1 cos - x2 sin, x2 cos + x1 sin; R' is R with the sine negated.
-Without weights y = R(x) and dx = R'(dy), for which nothing of the projection need be kept. The buffer is [seq, rows, ...],
-heads grouped by key head: its queries, then its key, then its value; what comes out is [rows, seq, heads, head_dim].
+R rotates the pairs (i, i + half) of the leading dims, x1, x2 -> x1 cos - x2 sin, x2 cos + x1 sin; R' is R with the sine
+negated. Without weights y = R(x) and dx = R'(dy), so backward keeps nothing of the projection. The buffer is [seq, rows, ...]
+with heads grouped by key head: its queries, its key, its value. Results are [rows, seq, heads, head_dim].
 """
 
 from typing import Any
@@ -22,13 +22,12 @@ QueryKeyValue = tuple[
 
 
 def split_qkv(qkv: Float[Tensor, "seq rows qkv_local"], *, head_dim: int, num_queries_per_kv: int) -> QueryKeyValue:
-    """Queries, of which each key head has so many, keys and values: views, except for queries that share a key.
+    """Return queries, keys and values; all are views, except queries that share a key.
 
-    Note: autograd joins the three gradients in one buffer; of slices it would add up three buffers full of zeros.
+    Note: for `split` autograd joins the three gradients in one buffer; for slices it would add three buffers full of zeros.
     """
-    query, key, value = qkv.unflatten(-1, (-1, num_queries_per_kv + 2, head_dim)).split(
-        (num_queries_per_kv, 1, 1), dim=-2
-    )
+    grouped = qkv.unflatten(-1, (-1, num_queries_per_kv + 2, head_dim))
+    query, key, value = grouped.split((num_queries_per_kv, 1, 1), dim=-2)
     query, key, value = (heads.flatten(2, 3).transpose(0, 1) for heads in (query, key, value))
     return query, key, value
 
@@ -44,10 +43,10 @@ def split_and_rotate_qkv(
     key_norm: Float[Tensor, "num_kv_heads_local head_dim"] | None = None,
     norm_eps: float = 0.0,
 ) -> QueryKeyValue:
-    """Queries, of which each key head has so many, and keys, rotated, and values as they are; each contiguous.
+    """Return rotated queries and keys, and values as they are; each contiguous. fp32 inside (fp64 for fp64), rounded once.
 
-    Given weights, queries and keys are normalised first, every head over its own dims with its own weight, biased variance,
-    no bias. Of each head the first 2 * rotary_half dims are rotated. fp32 inside (fp64 for fp64), rounded once.
+    With weights, queries and keys are first normalized: every head over its own dims, with its own weight, biased variance and
+    no bias. The first 2 * rotary_half dims of each head are rotated.
 
     Source: Su et al. 2021, "RoFormer", section 3.2.2; query and key norms of Stable LM 2 12B.
     """
@@ -68,7 +67,7 @@ def _split_and_rotate(
         if weight is not None:
             wide = _normalize(wide, epsilon)[0] * _upcast(weight)
         rotated.append(_apply_rotary(wide, cos, sin).to(qkv.dtype).contiguous())
-    # What an op returns must not be a view of what it was given.
+    # The result of a custom op must not be a view of its input.
     return rotated[0], rotated[1], value.clone(memory_format=torch.contiguous_format)
 
 
@@ -89,9 +88,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     seq, rows, width = qkv.shape
     num_kv_heads = width // head_dim // (queries + 2)
-    query, key, value = (
-        qkv.new_empty(rows, seq, heads, head_dim) for heads in (num_kv_heads * queries, num_kv_heads, num_kv_heads)
-    )
+    counts = num_kv_heads * queries, num_kv_heads, num_kv_heads
+    query, key, value = (qkv.new_empty(rows, seq, heads, head_dim) for heads in counts)
     return query, key, value
 
 
@@ -100,17 +98,17 @@ def _split_and_rotate_backward(
     query: Tensor, key: Tensor, value: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor,
     query_norm: Tensor | None, key_norm: Tensor | None, epsilon: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """From the gradients of queries, keys and values that of the fused buffer; and of the norms' weights, those of the
-    queries first, in the dtype of the arithmetic, empty where there are none.
+    """Return the gradients of the fused buffer and of the norms' weights, given those of queries, keys and values.
+
+    The latter are in the dtype of the arithmetic, the query norm's first, and empty without norms.
     """
     rows, seq, num_kv_heads, head_dim = key.shape
     queries = query.shape[2] // num_kv_heads
     heads = [_apply_rotary(_upcast(gradient), cos, -sin) for gradient in (query, key)]
     sums = key.new_empty(0, dtype=heads[0].dtype)
     if qkv is not None and query_norm is not None and key_norm is not None:
-        normals = [
-            _normalize(_upcast(x), epsilon) for x in split_qkv(qkv, head_dim=head_dim, num_queries_per_kv=queries)[:2]
-        ]
+        inputs = split_qkv(qkv, head_dim=head_dim, num_queries_per_kv=queries)[:2]
+        normals = [_normalize(_upcast(x), epsilon) for x in inputs]
         sums = torch.cat([(dy * n).sum((0, 1)) for dy, (n, _) in zip(heads, normals, strict=True)])
         heads = [dy * _upcast(weight) for dy, weight in zip(heads, (query_norm, key_norm), strict=True)]
         heads = [
@@ -149,7 +147,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd_backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...]:
-    kept = ctx.saved_tensors  # once: a recomputed tensor is given out no second time
+    kept = ctx.saved_tensors  # read once: under recomputation a second read fails
     gradient, sums = torch.ops.tandem.split_and_rotate_qkv_backward(query, key, value, *kept, ctx.epsilon)
     norms = [None, None]
     if len(sums):
@@ -166,7 +164,7 @@ def _upcast(x: Tensor) -> Tensor:
 
 
 def _normalize(heads: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Heads of mean 0 and variance 1, and one over the standard deviation they had."""
+    """Return heads with mean 0 and variance 1, and the reciprocal of their standard deviation."""
     normal, _, scale = torch.native_layer_norm(heads, heads.shape[-1:], None, None, epsilon)
     return normal, scale
 

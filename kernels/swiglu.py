@@ -1,11 +1,11 @@
-"""The gated activation of the feed-forward network, alone and before the product with the matrix that follows.
+"""The gated activation of the feed-forward network, alone and with the matrix product that follows.
 
     forward   y  = silu(g) * u                      silu(g) = g * s,  s = sigmoid(g)
     backward  dg = dy * u * s * (1 + g * (1 - s)),  du = dy * silu(g)
 
-Written as one operation so that backward keeps nothing but the input: left to autograd, bf16 training would keep three fp32
-copies of the widest activation of the model. The product with the next matrix would keep y besides; `swiglu_linear` makes y
-once more in backward, in the pass that reads g and u anyway.
+It is one operation so that backward keeps only the input: with autograd alone, bf16 training would keep three fp32 copies of
+the model's widest activation. The next matrix product would also keep y. `swiglu_linear` computes y again in backward instead,
+in the pass that reads g and u anyway.
 """
 
 from typing import Any
@@ -18,8 +18,7 @@ from torch import Tensor
 def swiglu(
     gate_up: Float[Tensor, "*batch 2 ffn_hidden_size"], *, gate_index: int = 0
 ) -> Float[Tensor, "*batch ffn_hidden_size"]:
-    """silu(gate) * up; `gate_index` is the index of the gate, the other is up. fp32 inside (fp64 for fp64), the input's
-    dtype out.
+    """Return silu(gate) * up, gate at `gate_index`, up at the other index; fp32 inside (fp64 for fp64), the input's dtype out.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", section 2, without biases.
     """
@@ -32,7 +31,7 @@ def swiglu_linear(
     *,
     gate_index: int = 0,
 ) -> Float[Tensor, "*batch hidden_size"]:
-    """swiglu(gate_up) times the transposed weight, keeping these two for backward and not the widest tensor between them."""
+    """Return swiglu(gate_up) times the transposed weight; keep only these two for backward."""
     return torch.ops.tandem.swiglu_linear(gate_up, weight, gate_index)
 
 
@@ -57,7 +56,7 @@ def _(gate_up: Tensor, gate: int) -> Tensor:
 
 @torch.library.custom_op("tandem::swiglu_backward", mutates_args=(), device_types="cpu")
 def _swiglu_backward(out_gradient: Tensor, gate_up: Tensor, gate: int, with_product: bool) -> tuple[Tensor, Tensor]:
-    """Gradient of gate_up, and the forward result, which is empty unless asked for."""
+    """Return the gradient of gate_up, and the forward result if `with_product`, else an empty tensor."""
     wide, dy = _upcast(gate_up), _upcast(out_gradient)
     g, u = wide.select(-2, gate), wide.select(-2, 1 - gate)
     sigmoid = g.sigmoid()

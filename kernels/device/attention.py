@@ -1,19 +1,21 @@
 """Attention in tiles of queries by keys, whose scores never leave the multiprocessor.
 
-A head is multiplied in two parts, 80 = 64 + 16 and 160 = 128 + 32: a tile is a power of two wide, and of one of 128 or 256
-three eighths would be zeros. Each program walks the tiles of one block of queries in three stretches: tiles in which documents
-begin, whole tiles, tiles on the diagonal; whole tiles need no mask. For dk and dv it walks those of a block of keys in one.
-Tiles above the diagonal or of other documents are not walked. Programs with the longest walk start first; those of several
-heads are interleaved, block by block, for as many heads as fit in the L2 cache. If there are few key heads, several programs
-sum dk and dv over the query heads of one, each writes its sums in fp32, and another kernel adds these in the heads' order.
-
     forward   m = max(m, s),  l = l * 2^(m_old - m) + rowsum(2^(s - m)),  y likewise;  lse = log of the sum, kept for backward
-    backward  p = 2^(s - lse);  one kernel for dq, one for dk and dv, which both make p and dp: seven products of a tile instead
-              of five, but no two programs add to one number, so that neither atomics nor their order come into it
+    backward  p = 2^(s - lse);  one kernel for dq, one for dk and dv. Both compute p and dp: seven products of a tile instead of
+              five, but no two programs add to the same number, so there are no atomics whose order could change bits
 
-The bias of key j within a tile is slope * (j - first of the tile), small and different in each column, plus
-slope * (first of the tile - i), one number for a query: added to its maximum instead of its scores, it costs nothing there.
-Each of the two is rounded no more coarsely than slope * (j - i) itself.
+* A head is multiplied in two parts, 80 = 64 + 16 and 160 = 128 + 32. A tile's width is a power of two, and three eighths of a
+  tile of 128 or 256 would be zeros.
+* A program walks the tiles of one block of queries in three stretches: tiles in which documents begin, whole tiles, tiles on
+  the diagonal. Whole tiles need no mask. For dk and dv it walks the tiles of one block of keys in a single loop. Tiles above
+  the diagonal or of other documents are skipped.
+* The programs with the longest walk start first. Programs of several heads are interleaved, block by block, for as many heads
+  as fit in the L2 cache.
+* If there are few key heads, several programs share the query heads of one. Each writes its sums of dk and dv in fp32, and
+  another kernel adds these in the order of the heads.
+* The bias of key j is slope * (j - first key of the tile), small and different in each column, plus slope * (first key - i),
+  one number per query. The latter is added to the query's maximum instead of its scores, which costs nothing. Neither is
+  rounded more coarsely than slope * (j - i) itself.
 """
 
 from typing import Any
@@ -38,22 +40,22 @@ from tandem.kernels.device.tiles import (
 )
 
 LOWEST = tl.constexpr(-1e30)
-"""Below any score, yet finite: the difference of two is 0 and not NaN."""
+"""Below any score but finite, so the difference of two is 0 and not NaN."""
 HEADS_PER_SUM_PROGRAM = 16
-"""Of one token or several, by one program."""
+"""Heads, of one token or several, that one program sums."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _program_indices(heads):
-    """Block, row and head of this program of `_grid`."""
+    """Return block, row and head of this program of `_grid`."""
     pair = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     return tl.program_id(1), (pair // heads).to(tl.int64), pair % heads
 
 
 @triton.jit
 def _load_slope(slopes, slopes_row, row, head, scale, ALIBI: tl.constexpr):
-    """Of the scores before they are scaled."""
+    """Return the slope relative to unscaled scores."""
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + row * slopes_row + head) / scale
@@ -62,7 +64,7 @@ def _load_slope(slopes, slopes_row, row, head, scale, ALIBI: tl.constexpr):
 
 @triton.jit
 def _key_loop_bounds(starts, first, seq, DOCUMENTS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """Where the walk over keys begins, has whole tiles from, meets the diagonal, and ends."""
+    """Return where the walk over keys begins, where whole tiles begin, where it reaches the diagonal, and where it ends."""
     diagonal = first // KEYS * KEYS
     begin, whole = 0, 0
     if DOCUMENTS:
@@ -137,7 +139,7 @@ def _backward_queries(
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, RAGGED: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Also leaves rowsum(dy * y) in `delta`."""
+    """Also write rowsum(dy * y) to `delta`."""
     along = tl.cdiv(seq, QUERIES)
     block, row, head = _program_indices(heads)
     first = (along - 1 - block) * QUERIES
@@ -196,9 +198,10 @@ def _backward_keys(
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, RAGGED: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Sums over `HEADS_PER_PROGRAM` query heads. If a key head has more, the gradients have room for the sums of each program.
+    """Sum over `HEADS_PER_PROGRAM` query heads. If a key head has more, the gradients have a slot for the sums of each program.
 
-    `ends` [rows, 2, blocks of keys]: queries that see the block's first key and no later document; any of its keys.
+    `ends` [rows, 2, blocks of keys]: the end of the queries that see the block's first key, and of those that see any of its
+    keys.
     """
     along = tl.cdiv(seq, KEYS)
     block, row, part = _program_indices(num_kv_heads * (GROUP // HEADS_PER_PROGRAM))
@@ -223,11 +226,11 @@ def _backward_keys(
     walk_whole = tl.minimum(tl.cdiv(first + KEYS, QUERIES) * QUERIES, walk_end)
     walk_mixed = tl.maximum(whole_until // QUERIES * QUERIES, walk_whole)
     steps = tl.cdiv(walk_end - walk_begin, QUERIES)
-    # One loop over all tiles of all its heads. With several in a row the ptxas of triton 3.6 makes every product wait
-    # for the one before (its note C7515); one around it would fill registers with what it keeps for each start.
+    # One loop over all tiles of all its heads. With several loops in a row the ptxas of triton 3.6 makes every product wait
+    # for the previous one (its note C7515); an outer loop would fill registers with the values it keeps for each start.
     for step in tl.range(0, HEADS_PER_PROGRAM * steps):
         place, head = walk_begin + step * QUERIES, part
-        if GROUP > 1:  # of one head too: it would keep more outside of the loop than there are registers for
+        if GROUP > 1:  # with one head per program too: otherwise more values live outside the loop than registers hold
             place, head = walk_begin + step % steps * QUERIES, part * HEADS_PER_PROGRAM + step // steps
         q_base = query + row * q_row + head * q_head
         do_base = out_gradient + row * do_row + head * do_head
@@ -264,7 +267,7 @@ def _sum_parts(
     key_parts, value_parts, key_gradient, value_gradient, count,
     PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Each of `count` heads of all tokens is the sum of its parts, which lie side by side, added from the first on."""
+    """Sum the parts of each of `count` heads of all tokens, which are side by side, from the first on."""
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     for gradient in tl.static_range(0, 2):
         parts = key_parts if gradient == 0 else value_parts
@@ -280,29 +283,19 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, slopes: Tensor | None, document_starts: Tensor | None,
     *, tile_config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Result [rows, seq, heads, head_dim], tokens outermost in memory; log of the sums of exponentials [rows, heads, seq]."""
+    """Return the result [rows, seq, heads, head_dim], tokens outermost in memory, and each sum's log [rows, heads, seq]."""
     rows, seq, heads, _ = query.shape
     query, key, value = _contiguous_head_dim(query), _contiguous_head_dim(key), _contiguous_head_dim(value)
     out, lse = like(query), query.new_empty((rows, heads, seq), dtype=torch.float32)
     tile_config = tile_config or select_tile_config("forward", query)
+    max_interleaved = num_heads_in_l2(key, heads // key.shape[2])
     launch(
-        _forward,
-        _grid(
-            rows * heads, cover(seq, tile_config["QUERIES"]), num_heads_in_l2(key, heads // key.shape[2]), tile_config
-        ),
-        *_with_strides(query),
-        *_with_strides(key),
-        *_with_strides(value),
-        *_with_strides(out),
-        lse,
-        *_slopes_with_stride(slopes, lse),
-        lse if document_starts is None else document_starts.contiguous(),
-        seq,
-        heads,
-        scale,
-        **_shape_constants(query, key, slopes, document_starts),
-        **_compile_constants(seq, tile_config),
-    )
+        _forward, _grid(rows * heads, cover(seq, tile_config["QUERIES"]), max_interleaved, tile_config),
+        *_with_strides(query, key, value, out), lse,
+        *_slopes_with_stride(slopes, lse), lse if document_starts is None else document_starts.contiguous(),
+        seq, heads, scale,
+        **_shape_constants(query, key, slopes, document_starts), **_compile_constants(seq, tile_config),
+    )  # fmt: skip
     return out, lse
 
 
@@ -311,7 +304,7 @@ def backward(
     scale: float, slopes: Tensor | None, document_starts: Tensor | None,
     *, query_tile_config: dict[str, int] | None = None, key_tile_config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key and value, tokens outermost in memory."""
+    """Return the gradients of query, key and value, tokens outermost in memory."""
     inputs, settings = (out_gradient, query, key, value), (scale, slopes, document_starts)
     query_gradient, delta = backward_query(*inputs, out, lse, *settings, tile_config=query_tile_config)
     return query_gradient, *backward_key_value(*inputs, lse, delta, *settings, tile_config=key_tile_config)
@@ -321,32 +314,19 @@ def backward_query(
     out_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     scale: float, slopes: Tensor | None, document_starts: Tensor | None, *, tile_config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradient of query, and rowsum(dy * y) [rows, heads, seq]."""
+    """Return the gradient of query, and rowsum(dy * y) [rows, heads, seq]."""
     rows, seq, heads, _ = query.shape
     query, key, value, out_gradient = (_contiguous_head_dim(x) for x in (query, key, value, out_gradient))
     gradient, delta = like(query), torch.empty_like(lse)
     tile_config = tile_config or select_tile_config("queries", query)
+    max_interleaved = num_heads_in_l2(key, heads // key.shape[2])
     launch(
-        _backward_queries,
-        _grid(
-            rows * heads, cover(seq, tile_config["QUERIES"]), num_heads_in_l2(key, heads // key.shape[2]), tile_config
-        ),
-        *_with_strides(query),
-        *_with_strides(key),
-        *_with_strides(value),
-        *_with_strides(out),
-        *_with_strides(out_gradient),
-        *_with_strides(gradient),
-        lse,
-        delta,
-        *_slopes_with_stride(slopes, lse),
-        lse if document_starts is None else document_starts.contiguous(),
-        seq,
-        heads,
-        scale,
-        **_shape_constants(query, key, slopes, document_starts),
-        **_compile_constants(seq, tile_config),
-    )
+        _backward_queries, _grid(rows * heads, cover(seq, tile_config["QUERIES"]), max_interleaved, tile_config),
+        *_with_strides(query, key, value, out, out_gradient, gradient), lse, delta,
+        *_slopes_with_stride(slopes, lse), lse if document_starts is None else document_starts.contiguous(),
+        seq, heads, scale,
+        **_shape_constants(query, key, slopes, document_starts), **_compile_constants(seq, tile_config),
+    )  # fmt: skip
     return gradient, delta
 
 
@@ -354,18 +334,17 @@ def backward_key_value(
     out_gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor,
     scale: float, slopes: Tensor | None, document_starts: Tensor | None, *, tile_config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of key and value; `delta` is that of `backward_query`.
+    """Return the gradients of key and value, given `delta` from `backward_query`.
 
-    If several programs sum over the query heads of a key head, their sums take 8 * head_dim bytes for each token and program.
+    If several programs share the query heads of a key head, their sums take 8 * head_dim bytes per token and program.
     """
     rows, seq, heads, _ = query.shape
     num_kv_heads = key.shape[2]
     query, key, value, out_gradient = (_contiguous_head_dim(x) for x in (query, key, value, out_gradient))
     tile_config = tile_config or select_tile_config("keys", query)
     blocks = cover(seq, tile_config["KEYS"])
-    tile_config = {
-        "HEADS_PER_PROGRAM": num_heads_per_program(blocks * rows * num_kv_heads, heads // num_kv_heads)
-    } | tile_config
+    heads_per_program = num_heads_per_program(blocks * rows * num_kv_heads, heads // num_kv_heads)
+    tile_config = {"HEADS_PER_PROGRAM": heads_per_program} | tile_config
     gradients = like(key), like(value)
     num_part_heads = heads // tile_config["HEADS_PER_PROGRAM"]
     parts = gradients
@@ -375,42 +354,23 @@ def backward_key_value(
     ends = lse if document_starts is None else _visible_query_ends(starts_or_placeholder, tile_config["KEYS"])
     constants = _shape_constants(query, key, slopes, document_starts)
     launch(
-        _backward_keys,
-        _grid(rows * num_part_heads, blocks, num_heads_in_l2(query), tile_config),
-        *_with_strides(query),
-        *_with_strides(key),
-        *_with_strides(value),
-        *_with_strides(out_gradient),
-        *_with_strides(parts[0]),
-        *_with_strides(parts[1]),
-        lse,
-        delta,
-        *_slopes_with_stride(slopes, lse),
-        starts_or_placeholder,
-        ends,
-        seq,
-        num_kv_heads,
-        scale,
-        **constants,
-        **_compile_constants(seq, tile_config),
-    )
+        _backward_keys, _grid(rows * num_part_heads, blocks, num_heads_in_l2(query), tile_config),
+        *_with_strides(query, key, value, out_gradient, *parts), lse, delta,
+        *_slopes_with_stride(slopes, lse), starts_or_placeholder, ends, seq, num_kv_heads, scale,
+        **constants, **_compile_constants(seq, tile_config),
+    )  # fmt: skip
     if num_part_heads > num_kv_heads:
         count = rows * seq * num_kv_heads
+        head_constants = {name: constants[name] for name in ("HEAD_DIM", "MAIN", "TAIL")}
         launch(
-            _sum_parts,
-            (cover(count, HEADS_PER_SUM_PROGRAM),),
-            *parts,
-            *gradients,
-            count,
-            PARTS=num_part_heads // num_kv_heads,
-            **{name: constants[name] for name in ("HEAD_DIM", "MAIN", "TAIL")},
-            HEADS=HEADS_PER_SUM_PROGRAM,
-        )
+            _sum_parts, (cover(count, HEADS_PER_SUM_PROGRAM),), *parts, *gradients, count,
+            PARTS=num_part_heads // num_kv_heads, HEADS=HEADS_PER_SUM_PROGRAM, **head_constants,
+        )  # fmt: skip
     return gradients
 
 
 def _visible_query_ends(document_starts: Tensor, key_block_size: int) -> Tensor:
-    """For every block of keys how many queries begin no later than its first key, and than its last."""
+    """Return, for every block of keys, how many queries' documents start no later than its first key, and than its last."""
     rows, seq = document_starts.shape
     first = torch.arange(0, seq, key_block_size, dtype=document_starts.dtype, device=document_starts.device)
     bounds = torch.cat((first, first + (key_block_size - 1)))
@@ -421,10 +381,10 @@ def _visible_query_ends(document_starts: Tensor, key_block_size: int) -> Tensor:
 def _grid(
     num_row_heads: int, num_blocks_per_head: int, max_interleaved: int, tile_config: dict[str, int]
 ) -> tuple[int, int, int]:
-    """Return the grid, in which programs start: block by block those of some pairs of row and head, then those of the next.
+    """Return the grid. Programs start block by block for a group of (row, head) pairs, then for the next group.
 
-    At a time it takes the most pairs that divide all of them and are at most `max_interleaved`, or at most what
-    `tile_config` says.
+    A group has the most pairs that divide all pairs evenly and are at most `heads_in_l2` of `tile_config`, or
+    `max_interleaved`.
     """
     max_interleaved = min(tile_config.get("heads_in_l2", max_interleaved), num_row_heads)
     num_interleaved = next((count for count in range(max_interleaved, 1, -1) if num_row_heads % count == 0), 1)
@@ -432,7 +392,6 @@ def _grid(
 
 
 def _compile_constants(seq: int, tile_config: dict[str, int]) -> dict[str, Any]:
-    """What kernels are compiled for."""
     constants = {name: value for name, value in tile_config.items() if name != "heads_in_l2"}
     return {"RAGGED": seq % max(tile_config["QUERIES"], tile_config["KEYS"]) > 0, **constants}
 
@@ -450,24 +409,24 @@ def _shape_constants(
 
 
 def _empty_fp32_parts(x: Tensor, num_heads: int) -> Tensor:
-    """Room for as many tokens of so many heads, tokens outermost in memory."""
+    """Return an empty fp32 tensor with `num_heads` heads, tokens outermost in memory."""
     rows, seq, _, head_dim = x.shape
     return x.new_empty((seq, rows, num_heads, head_dim), dtype=torch.float32).transpose(0, 1)
 
 
 def _slopes_with_stride(slopes: Tensor | None, placeholder: Tensor) -> tuple[Tensor, int]:
-    """Slopes and the elements from row to row."""
+    """Return slopes and the stride of their rows."""
     if slopes is None:
         return placeholder, 0
     slopes = slopes.contiguous()
     return slopes, slopes.stride(0) if slopes.dim() == 2 else 0
 
 
-def _with_strides(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """A tensor and its elements from row to row, token to token, head to head."""
-    return x, x.stride(0), x.stride(1), x.stride(2)
+def _with_strides(*tensors: Tensor) -> list[Tensor | int]:
+    """Return each tensor, followed by its strides of rows, tokens and heads."""
+    return [item for x in tensors for item in (x, x.stride(0), x.stride(1), x.stride(2))]
 
 
 def _contiguous_head_dim(x: Tensor) -> Tensor:
-    """With neighbouring head dims; a view unless they lie apart."""
+    """Return x with contiguous head dims, without a copy if it has them."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,9 +1,9 @@
-"""Cross-entropy by rows: one program for a token in forward, for a run of a token's columns in backward.
+"""Cross-entropy by rows: in forward one program per token, in backward one per block of a token's columns.
 
-Forward keeps a maximum and a sum for every lane, which is one thread's load of neighbouring columns, and brings lanes
-together only behind the last block: within the loop no thread waits for another, and an element costs one exponential and an
-eighth. Loads are masked by the columns that exist and not by those that are true, whose number divides by nothing and would
-make them loads of single elements.
+A lane is one thread's load of neighbouring columns. Forward keeps a maximum and a sum for every lane and combines the lanes
+only after the last block, so within the loop no thread waits for another, and an element costs 1 1/8 exponentials. Loads are
+masked by the columns that exist, padding included. The number of columns without padding may be odd, and masking by it would
+split the loads into single elements.
 """
 
 import triton
@@ -14,10 +14,10 @@ from tandem.kernels.device.launch import launch, num_blocks
 from tandem.kernels.device.shared import LOWEST
 
 LANE_BYTES = 16
-"""The widest load of a thread."""
+"""The widest load of one thread."""
 MAX_LANES = 512
 LANES_PER_WARP = 64
-"""Two loads per thread are in flight at once, and a multiprocessor holds enough threads for 64 KiB of them."""
+"""So each thread has two loads in flight, and a multiprocessor holds enough threads for 64 KiB of loads."""
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _add(
 
 @triton.jit
 def _merge(maximum_before, total_before, maximum, total):
-    """The lanes' maxima and sums come to those of earlier blocks."""
+    """Combine the lanes' maxima and sums with those of earlier blocks."""
     before = tl.load(maximum_before).to(tl.float32)
     largest = tl.maximum(before, tl.max(maximum, 0))
     merged = tl.sum(total * tl.exp(maximum - largest), 0)
@@ -75,7 +75,7 @@ def _gradient(
 
 
 def add_block(logits: Tensor, targets: Tensor, statistics: Tensor, *, first: int, columns: int, scale: float) -> None:
-    """Adds a block of logits to the statistics of each token."""
+    """Add a block of logits to the statistics of each token."""
     tokens, width = logits.shape
     lane_config = _lane_config(logits)
     launch(
@@ -88,7 +88,7 @@ def write_block_gradient(
     logits: Tensor, targets: Tensor, maximum: Tensor, total_gradient: Tensor, target_logit_gradient: Tensor,
     *, first: int, columns: int, scale: float,
 ) -> None:  # fmt: skip
-    """Writes the gradient of a block of logits over them."""
+    """Write the gradient of a block of logits over them."""
     tokens, width = logits.shape
     lane_config = _lane_config(logits)
     per_token = (x.contiguous() for x in (targets, maximum, total_gradient, target_logit_gradient))
@@ -99,7 +99,7 @@ def write_block_gradient(
 
 
 def _lane_config(logits: Tensor) -> dict[str, int]:
-    """A whole row in one block where it is short enough: no more threads than it has loads."""
+    """Return the lanes of a block. A short row is one block, with no more threads than it has loads."""
     lane = LANE_BYTES // logits.element_size()
     lanes = min(MAX_LANES, triton.next_power_of_2(num_blocks(logits.shape[1], lane)))
     return {"LANES": lanes, "LANE": lane, "num_warps": max(1, lanes // LANES_PER_WARP)}

@@ -1,4 +1,4 @@
-"""One way to launch a kernel."""
+"""The launch of a kernel."""
 
 from typing import Any
 
@@ -7,22 +7,22 @@ import triton
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """The kernel runs once for each program of the grid, on the device of the first argument, a tensor.
+    """Run the kernel once for each program of the grid, on the device of the first argument, a tensor.
 
-    `constants` are the kernel's compile-time arguments and Triton's own, num_warps and num_stages. Nothing runs where there
-    is no program.
+    An empty grid runs nothing. `constants` are the kernel's compile-time arguments and Triton's own, such as num_warps and
+    num_stages.
 
-    Raises: ValueError for fp64, in which no kernel computes.
+    Raises: ValueError for fp64, which no kernel computes.
     """
     if arguments[0].dtype == torch.float64:
-        raise ValueError("a tensor in fp64: kernels of a GPU compute in fp32; operations have their fp64 on the CPU")
+        raise ValueError("a tensor is fp64, and GPU kernels compute in fp32: use the CPU for fp64")
     if 0 in grid:
         return
     with torch.cuda.device_of(arguments[0]):
-        # Fused multiply-adds: the default until triton 3.9, which warns where nobody says so.
+        # Fused multiply-adds are the default before triton 3.9, which warns if this is not set.
         kernel[grid](*arguments, enable_fp_fusion=True, **constants)
 
 
 def num_blocks(size: int, block_size: int) -> int:
-    """Blocks that cover `size`."""
+    """Return how many blocks cover `size`."""
     return triton.cdiv(size, block_size)

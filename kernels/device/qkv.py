@@ -1,9 +1,9 @@
-"""Heads of a fused projection, normalised and rotated; each program one head of some neighbouring tokens.
+"""Normalize and rotate the heads of a fused projection; each program computes one head of some neighbouring tokens.
 
-A head is a tuple of parts: the first half of its rotated dims, the second, and the rest in pieces of 32 columns. The dims of
-a pair then meet in one thread, no dim is read twice, and head_dim 160 = 20 + 20 + 4 * 30 leaves 17 % of the lanes idle, where
-a block of 256 columns would leave 37 % and read partners a second time. Four threads hold the same tokens of every part, so
-that only they exchange anything for a mean.
+A head is a tuple of parts: the first half of its rotated dims, the second half, and the rest in pieces of 32 columns. Both dims
+of a pair are then in one thread, and no dim is read twice. head_dim 160 = 20 + 20 + 4 * 30 leaves 17 % of the lanes idle; a
+block of 256 columns would leave 37 % idle and read partners twice. Four threads hold the same tokens of every part, so a mean
+needs an exchange among these only.
 """
 
 import torch
@@ -15,20 +15,20 @@ from tandem.kernels.device.launch import launch, num_blocks
 
 REST_BLOCK_SIZE = tl.constexpr(32)
 BLOCK_PAIRS = 1024
-"""In a block of tokens: eight per thread, hence sixteen bytes of every part that is aligned to them; halves of 20 dims are to
-eight."""
+"""Pairs in a block of tokens: eight per thread. A thread's load is then 16 bytes of every part that is so aligned; halves of
+20 dims are aligned to 8."""
 NORM_BACKWARD_BLOCK_PAIRS = 512
-"""Eight bytes of every part: three heads are held at once, and sixteen would take 234 registers instead of 128, for half the
-warps and the same bytes in flight."""
+"""A thread's load is 8 bytes of every part. Three heads are held at once, so 16 bytes would take 234 registers instead of 128,
+for half the warps and the same bytes in flight."""
 PARTIAL_SUM_TOKENS = 128
-"""Tokens of one partial sum of the weights' gradients, which then adds 1 % to the bytes that backward moves. A block has no
-more, lest the rest of the heads take more than 64 registers."""
+"""Tokens in one partial sum of the weights' gradients, which adds 1 % to the bytes that backward moves. A block has no more
+tokens than this: otherwise the rest of the heads would take more than 64 registers."""
 NUM_WARPS = 4
 
 
 @triton.jit
 def _part_columns(index: tl.constexpr, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Of a part of a head, and which of them exist."""
+    """Return the columns of a part of a head, and which of them exist."""
     if index < 2:
         column = index * HALF + tl.arange(0, triton.next_power_of_2(HALF))[None, :]
         exists = column < (index + 1) * HALF
@@ -46,7 +46,7 @@ def _append(parts, part):
 
 @triton.jit
 def _load_head(source, exists, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """The heads that begin at `source` [tokens, 1], in fp32; zero where there is nothing."""
+    """Load the heads at `source` [tokens, 1] in fp32; zero if masked."""
     head = ()
     for index in tl.static_range(2 + triton.cdiv(HEAD_DIM - 2 * HALF, REST_BLOCK_SIZE)):
         column, inside = _part_columns(index, HALF, HEAD_DIM)
@@ -79,7 +79,7 @@ def _add(head, sums):
 
 @triton.jit
 def _head_mean(head, HEAD_DIM: tl.constexpr):
-    """Over all dims, [tokens, 1]."""
+    """Return the mean over all dims, [tokens, 1]."""
     total = tl.sum(head[0] + head[1], axis=1)
     if len(head) > 2:
         rest = head[2]
@@ -91,7 +91,7 @@ def _head_mean(head, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _normalize(head, epsilon, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Heads of mean 0 and variance 1, and one over the standard deviation they had."""
+    """Return heads with mean 0 and variance 1, and the reciprocal of their standard deviation."""
     mean = _head_mean(head, HEAD_DIM)
     centred = ()
     for index in tl.static_range(len(head)):
@@ -106,7 +106,7 @@ def _normalize(head, epsilon, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _normalize_backward(gradient, normal, scale, HEAD_DIM: tl.constexpr):
-    """Of what was normalised: its own mean and what lies along the normalised head taken out."""
+    """Return the gradient of the norm's input: remove the mean of the gradient and its component along the normalized head."""
     mean, along = _head_mean(gradient, HEAD_DIM), _head_mean(_multiply(gradient, normal), HEAD_DIM)
     result = ()
     for index in tl.static_range(len(gradient)):
@@ -130,7 +130,7 @@ def _load_cos_sin(cos, sin, row, exists, HALF: tl.constexpr):
 
 @triton.jit
 def _token_indices(block, rows, seq, table_tokens, TOKENS: tl.constexpr):
-    """Of a block's tokens [TOKENS, 1]: their place in [rows, seq], in [seq, rows] and in the table; whether they exist."""
+    """Return the indices of a block's tokens [TOKENS, 1] in [rows, seq], in [seq, rows] and in the table, and which exist."""
     token = (block * TOKENS + tl.arange(0, TOKENS))[:, None]
     fused = token % seq * rows + token // seq
     return token.to(tl.int64), fused.to(tl.int64), token % table_tokens, token < rows * seq
@@ -161,7 +161,7 @@ def _forward(
     head = _load_head(qkv + (fused * SLOTS + slot) * HEAD_DIM, exists, HALF, HEAD_DIM)
     if member <= QUERIES:
         if NORMED:
-            # One address for all tokens, yet a block of them: so it comes in the layout of the heads.
+            # The same address for every token, written as a block, so that the weight has the layout of the heads.
             weight = tl.where(member < QUERIES, query_norm, key_norm) + number * HEAD_DIM + 0 * angle
             head, _ = _normalize(head, epsilon, HALF, HEAD_DIM)
             head = _multiply(head, _load_head(weight, exists, HALF, HEAD_DIM))
@@ -211,7 +211,7 @@ def forward(
     qkv: Tensor, cos: Tensor, sin: Tensor, query_norm: Tensor | None, key_norm: Tensor | None,
     norm_eps: float, head_dim: int, num_queries_per_kv: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Queries and keys, normalised where there are weights, then rotated, and values; each contiguous."""
+    """Return queries and keys, normalized if there are weights and then rotated, and values; each contiguous."""
     seq, rows, width = qkv.shape
     num_kv_heads, tokens = width // head_dim // (num_queries_per_kv + 2), _tokens_per_block(BLOCK_PAIRS, cos)
     query = qkv.new_empty(rows, seq, num_kv_heads * num_queries_per_kv, head_dim)
@@ -229,8 +229,9 @@ def backward(
     query: Tensor, key: Tensor, value: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor,
     query_norm: Tensor | None, key_norm: Tensor | None, norm_eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """From the gradients of queries, keys and values that of the fused buffer, contiguous; and of the norms' weights, those
-    of the queries first, fp32, empty where there are none.
+    """Return the gradients of the fused buffer and of the norms' weights, given those of queries, keys and values.
+
+    The former is contiguous. The latter are fp32, the query norm's first, and empty without norms.
     """
     rows, seq, num_kv_heads, head_dim = key.shape
     num_queries_per_kv = query.shape[2] // num_kv_heads

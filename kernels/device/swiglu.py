@@ -1,8 +1,8 @@
 """SwiGLU in units of 128 columns.
 
-A unit is 128 neighbouring columns of one row: 256 bytes of bf16, so that any ffn_hidden_size of whole units, however odd (54,
-27 or 14 of them for BTLM over 1, 2 and 4 ranks), leaves no idle thread and no ragged last block. Gate and up are read in place
-from the buffer that holds both.
+A unit is 128 neighbouring columns of one row: 256 bytes of bf16. Any ffn_hidden_size of whole units (54, 27 or 14 of them for
+BTLM on 1, 2 and 4 ranks) leaves no idle thread and no ragged last block. Gate and up are read in place from the buffer with
+both.
 """
 
 import torch
@@ -15,13 +15,13 @@ from tandem.kernels.device.launch import launch, num_blocks
 UNIT_COLUMNS = 128
 FORWARD_CONFIG = {"UNITS": 16, "num_warps": 4}
 BACKWARD_CONFIG = {"UNITS": 8, "num_warps": 4}
-"""Sixteen bytes per thread and tensor are in flight at once, twice in forward, which reads fewer tensors."""
+"""Each thread has 16 bytes per tensor in flight, and 32 in forward, which reads fewer tensors."""
 
 
 @triton.jit
 def _unit_indices(row_units, UNITS: tl.constexpr, UNIT: tl.constexpr):
-    """Row of each unit and columns of its elements."""
-    # Units are counted in 32 bits, in which a division costs a third of one in 64; only offsets of rows need more.
+    """Return the row of each unit and the columns of its elements."""
+    # Units are counted in 32 bits, because a 64-bit division costs three times as much. Only row offsets need 64.
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     row = unit // row_units
     column = (unit - row * row_units)[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
@@ -62,49 +62,32 @@ def _backward(
 
 
 def forward(gate_up: Tensor, gate_index: int) -> Tensor:
-    """silu(gate) * up, contiguous."""
+    """Return silu(gate) * up, contiguous."""
     halves, out = _flatten_gate_up(gate_up), _empty_output(gate_up)
     sizes = _layout(halves)
     programs = (num_blocks(sizes[0] * sizes[2], FORWARD_CONFIG["UNITS"]),)
-    launch(
-        _forward,
-        programs,
-        halves[:, gate_index],
-        halves[:, 1 - gate_index],
-        out,
-        *sizes,
-        UNIT=UNIT_COLUMNS,
-        **FORWARD_CONFIG,
-    )
+    gate, up = halves[:, gate_index], halves[:, 1 - gate_index]
+    launch(_forward, programs, gate, up, out, *sizes, UNIT=UNIT_COLUMNS, **FORWARD_CONFIG)
     return out
 
 
 def backward(out_gradient: Tensor, gate_up: Tensor, gate_index: int, *, with_product: bool) -> tuple[Tensor, Tensor]:
-    """Gradient of gate_up, contiguous; and the forward result once more, which is empty unless asked for."""
+    """Return the gradient of gate_up, contiguous, and the forward result if `with_product`, else an empty tensor."""
     halves = _flatten_gate_up(gate_up)
     gradient = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     product = _empty_output(gate_up) if with_product else gate_up.new_empty(0)
     wide, sizes = gradient.view(halves.shape), _layout(halves)
     programs = (num_blocks(sizes[0] * sizes[2], BACKWARD_CONFIG["UNITS"]),)
+    gate, up, gate_gradient, up_gradient = (x[:, i] for x in (halves, wide) for i in (gate_index, 1 - gate_index))
     launch(
-        _backward,
-        programs,
-        out_gradient.contiguous(),
-        halves[:, gate_index],
-        halves[:, 1 - gate_index],
-        wide[:, gate_index],
-        wide[:, 1 - gate_index],
-        product,
-        *sizes,
-        WITH_PRODUCT=with_product,
-        UNIT=UNIT_COLUMNS,
-        **BACKWARD_CONFIG,
-    )
+        _backward, programs, out_gradient.contiguous(), gate, up, gate_gradient, up_gradient, product, *sizes,
+        WITH_PRODUCT=with_product, UNIT=UNIT_COLUMNS, **BACKWARD_CONFIG,
+    )  # fmt: skip
     return gradient, product
 
 
 def _flatten_gate_up(gate_up: Tensor) -> Tensor:
-    """[rows, 2, columns] with neighbouring columns; a view unless the leading dims lie in memory like no single one."""
+    """Reshape to [rows, 2, columns] with contiguous columns; a view if the leading dims can be joined into one."""
     halves = gate_up.reshape(-1, 2, gate_up.shape[-1])
     return halves if halves.stride(-1) == 1 else halves.contiguous()
 
@@ -114,7 +97,7 @@ def _empty_output(gate_up: Tensor) -> Tensor:
 
 
 def _layout(halves: Tensor) -> tuple[int, int, int, int]:
-    """Rows, columns, units in a row, elements from row to row."""
+    """Return rows, columns, units in a row, and the stride of rows."""
     rows, _, columns = halves.shape
     assert rows * num_blocks(columns, UNIT_COLUMNS) < 2**31
     return rows, columns, num_blocks(columns, UNIT_COLUMNS), halves.stride(0)

@@ -1,6 +1,6 @@
-"""Tiles of tokens by the dims of a head, in two parts: the largest power of two in the head, and a tail of 16 dims or more.
+"""Tiles of tokens by head dims, in two parts: the largest power of two in the head, and a tail of at least 16 dims.
 
-Both parts go to the tensor cores as they are. Rows lie apart by any stride, dims are neighbours.
+Tensor cores multiply each part directly. Tokens may have any stride; dims are contiguous.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 def _load_part(
     base, token, stride, seq, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr
 ):
-    """Tokens by `WIDTH` dims; zeros beyond the head and, if `RAGGED`, beyond the row."""
+    """Load tokens by `WIDTH` dims; zeros after the head and, if `RAGGED`, after the row."""
     dim = FIRST + tl.arange(0, WIDTH)
     place = base + token.to(tl.int64)[:, None] * stride + dim[None, :]
     if RAGGED:
@@ -28,7 +28,7 @@ def load_tile(
     base, token, stride, seq,
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Both parts of the head; without a tail the second is a stand-in."""
+    """Load both parts of the head. Without a tail the second is a placeholder."""
     main = _load_part(base, token, stride, seq, 0, MAIN, HEAD_DIM, RAGGED)
     tail = main
     if TAIL > 0:
@@ -38,7 +38,7 @@ def load_tile(
 
 @triton.jit
 def load_per_token(base, token, seq, RAGGED: tl.constexpr):
-    """One number for each token; zeros beyond the row."""
+    """Load one number for each token; zeros after the row if `RAGGED`."""
     return tl.load(base + token, mask=token < seq, other=0) if RAGGED else tl.load(base + token)
 
 
@@ -57,7 +57,7 @@ def store_tile(
 
 @triton.jit
 def dot_transposed(a_main, a_tail, b_main, b_tail, TAIL: tl.constexpr):
-    """a b^T over the dims of the head."""
+    """Return a b^T over the head dims."""
     sums = tl.dot(a_main, tl.trans(b_main), input_precision="tf32x3")
     if TAIL > 0:
         sums = tl.dot(a_tail, tl.trans(b_tail), sums, input_precision="tf32x3")
@@ -66,7 +66,7 @@ def dot_transposed(a_main, a_tail, b_main, b_tail, TAIL: tl.constexpr):
 
 @triton.jit
 def accumulate(main, tail, weights, b_main, b_tail, TAIL: tl.constexpr):
-    """The sums plus weights b."""
+    """Return the sums plus weights b."""
     main = tl.dot(weights, b_main, main, input_precision="tf32x3")
     if TAIL > 0:
         tail = tl.dot(weights, b_tail, tail, input_precision="tf32x3")
@@ -75,13 +75,13 @@ def accumulate(main, tail, weights, b_main, b_tail, TAIL: tl.constexpr):
 
 @triton.jit
 def add_bias(score, slope, column):
-    """Plus slope * column; a fused multiply-add, of which nothing is left for the compiler to keep in registers."""
+    """Add slope * column by a fused multiply-add, which leaves no intermediate value for the compiler to keep in registers."""
     return tl.fma(tl.zeros_like(score) + slope, tl.broadcast_to(column, score.shape), score)
 
 
 @triton.jit
 def mask_scores(score, to, source, begin, DOCUMENTS: tl.constexpr):
-    """Scores of what a query does not see are minus infinity. Places are broadcast against the tile."""
+    """Set the scores of keys that a query does not see to minus infinity. Positions are broadcast against the tile."""
     seen = source <= to.to(tl.float32)
     if DOCUMENTS:
         seen = seen & (source >= begin.to(tl.float32))
