@@ -1,4 +1,4 @@
-"""Every operation is to torch what it says it is: registered in full, the same compiled and recomputed, known without data."""
+"""Every operation is fully registered with torch: schema, fakes, autograd, and the same bits compiled and recomputed."""
 
 import pkgutil
 from importlib import import_module
@@ -22,7 +22,7 @@ QKV, NORMS, HEADS = (5, 2, 64), [(4, 8), (2, 8)], [(2, 5, 4, 8), (2, 5, 2, 8), (
 ANGLES = (torch.arange(5.0)[:, None] / torch.arange(1, 3))[None]
 TABLE = [ANGLES.cos(), ANGLES.sin()]
 TARGETS = torch.tensor([7, 0, 8, -2])
-"""Of four tokens: the last of eight columns, the first, and none on either side."""
+"""For four tokens: the last of eight columns, the first, and one past each end."""
 BLOCK = {"first": 0, "columns": 8, "scale": 0.7}
 BIASED = [0.25, alibi_slopes(4), torch.tensor([[0, 0, 2, 2, 2], [0, 0, 0, 3, 4]], dtype=torch.int32)]
 
@@ -46,7 +46,7 @@ INSIDE = {
     "cross_entropy_gradient": [(4, 9), TARGETS, (4,), (4,), (4,), BLOCK],
     "linear_cross_entropy_backward": [(4, 3), (130, 3), TARGETS, (3, 4), (3, 4), 129, 0.7],
 }
-"""Arguments of every operation, a shape standing for random numbers. Those inside others have no gradient of their own."""
+"""Arguments of every operation; a shape is replaced by random numbers. Operations called inside others have no gradient."""
 LAYOUTS = {
     "packed": lambda x: x,
     "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
@@ -60,7 +60,7 @@ def operation(name: str) -> Any:
 
 
 def tensors_of(results: Tensor | tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-    if results is None:  # of an operation on a block, which writes to it
+    if results is None:  # an operation on a block, which writes to it
         return ()
     return results if isinstance(results, tuple) else (results,)
 
@@ -80,7 +80,7 @@ def example(name: str, layout: str, generator: torch.Generator) -> tuple[list[An
 @LAID_OUT
 @ALL
 def test_its_registration_holds_what_it_says(name, layout, generator):
-    """Schema, what is written to, autograd, results on fake tensors down to their strides, and under a compiler's tracing."""
+    """opcheck: schema, mutated arguments, autograd, fake results down to their strides, and tracing by a compiler."""
     torch.library.opcheck(operation(name), *example(name, layout, generator))
 
 
@@ -98,12 +98,12 @@ def test_results_on_meta_have_the_shape_dtype_and_strides_of_those_with_data(nam
 
 @pytest.mark.parametrize("name", FORWARD)
 def test_compiled_and_recomputed_it_has_the_same_bits(name, generator):
-    """The operation itself: the annotations that tests check are nothing a compiler could follow."""
+    """Calls the operation directly, because a compiler cannot follow the annotation checks of tests."""
     arguments, _ = example(name, "packed", generator)
     leaves = [x for x in arguments if torch.is_tensor(x) and x.requires_grad]
 
     def result(*arguments: Any) -> Tensor:
-        # Of results, as in a model: an operation may own the memory of what it is given.
+        # Pass computed tensors, as a model does: an operation may overwrite its input.
         given = [2 * x if torch.is_tensor(x) and x.requires_grad else x for x in arguments]
         return sum(x.square().sum() for x in tensors_of(operation(name)(*given)) if x.requires_grad)
 

@@ -1,7 +1,7 @@
-"""Both models' forward and backward on a device that has no data: what a GPU would meet of tensors left on the CPU.
+"""Both models' forward and backward on a device without data: finds tensors left on the CPU and waits for the device.
 
-The device is torch's "meta". On it every operation of ours runs its fake implementation, and a value that the host would wait
-for does not exist. Fake tensors on "cuda" would show no more: without CUDA, torch refuses to slice them.
+The device is torch's "meta". Our operations run their fake implementation on it, and a value that the host would wait for does
+not exist. Fake tensors on "cuda" would show no more: without CUDA, torch refuses to slice them.
 """
 
 from collections.abc import Iterator

@@ -15,7 +15,7 @@ from tandem.kernels.bench.measure import Ceilings
 SMALL = ["swiglu", "--device", "cpu", "--tokens", "4", "--shape", "mup-check tp1", "--rival", "ours"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what to do without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a GPU")
 def test_without_a_gpu_one_line_names_what_works(capsys):
     assert main([]) == 2
     told = capsys.readouterr().err
@@ -57,7 +57,7 @@ def test_bad_usage_is_one_line(command, named, capsys):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """asked(command): the shapes and rivals that would be measured, none of which is."""
+    """asked(command) returns the shapes and rivals that would be measured, and measures none."""
     found = []
     monkeypatch.setattr(command_line, "measure_ceilings", lambda device: Ceilings(1e9, 1e12))
 
@@ -106,7 +106,7 @@ def test_help_names_operations_and_no_empty_list(capsys):
 
 @pytest.fixture
 def fresh_commit():
-    """What is asked for once in a process is asked for again, in the test and after it."""
+    """Forget the cached commit for the test and after it."""
     git_commit.cache_clear()
     yield
     git_commit.cache_clear()

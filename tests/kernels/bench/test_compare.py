@@ -77,7 +77,7 @@ def test_bytes_are_those_of_all_inputs_and_results_read_or_written_once(op):
         "linear_cross_entropy": 4 * TOKENS,
     }
     given, made = nbytes(example.inputs) + between.get(op.name, 0), nbytes(outputs)
-    loss = made if "cross_entropy" in op.name else 0  # the mean is the harness's, not the operation's
+    loss = made if "cross_entropy" in op.name else 0  # the mean belongs to the harness
     assert op.forward_work(shape, 2).bytes == given + made - loss
     read = given + nbytes(example.out_gradients) - loss
     if op.name == "attention":
@@ -124,7 +124,7 @@ def squares(rivals: list[Rival]) -> Operation:
 
 
 class Greedy(torch.autograd.Function):
-    """The square, whose gradient is written over the input."""
+    """The square; backward writes the gradient over the input."""
 
     @staticmethod
     def forward(ctx, x):
@@ -178,7 +178,7 @@ def test_rivals_take_turns_and_who_fails_in_one_leaves_the_others_theirs(monkeyp
 
         return Rival(name, lambda shape: square, needs_gpu=False)
 
-    monkeypatch.setattr(measure, "MAX_STEADY_SPREAD", -1.0)  # nobody is, so that all have their time
+    monkeypatch.setattr(measure, "MAX_STEADY_SPREAD", -1.0)  # none is steady, so all use their full time
     op = squares([noted("a"), noted("b", failing_at=6), noted("c")])
     found = list(measure_rivals(op, op.shapes[0], CPU, CEILINGS))
     assert [(row.rival, row.direction) for row in found] == [
@@ -187,7 +187,7 @@ def test_rivals_take_turns_and_who_fails_in_one_leaves_the_others_theirs(monkeyp
         *(("c", direction) for direction in DIRECTIONS),
     ]
     assert found[3].note == "not measured: MemoryError: as much as there is"
-    # Each is checked, has a round that is not counted and one that is; b fails in the next; last comes the count of memory.
+    # Each is checked, then has an uncounted and a counted round; b fails in the next; last comes the memory count.
     told = re.fullmatch("abcaabbccaabbccaabcc((?:aacc)*)aacc", "".join(called))
     assert told is not None, called
     assert found[0].num_repetitions == found[4].num_repetitions == 2 + 2 + len(told[1]) // 2
@@ -209,7 +209,7 @@ def test_both_directions_are_the_sum_for_each_set(monkeypatch):
 
 
 def test_nothing_is_begun_after_the_deadline(monkeypatch):
-    """A shape whose turn comes too late is one row, a rival that is late keeps its row, and who has begun is measured."""
+    """A late shape gets one row, a late rival gets its row, and what has started is measured."""
     op = squares([Rival(name, lambda shape: torch.square, needs_gpu=False) for name in ("a", "b", "c")])
     late = list(measure_rivals(op, op.shapes[0], CPU, CEILINGS, deadline=time.monotonic()))
     assert [(row.rival, row.direction, row.note) for row in late] == [("all", "all", "not measured: out of time")]

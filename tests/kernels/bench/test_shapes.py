@@ -1,4 +1,4 @@
-"""The table of shapes is what the shipped configs say."""
+"""The table of shapes matches the shipped configs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a layer keeps for backward, per token: ours by its formulas, and no more than plain torch and Liger keep."""
+"""The bytes per token that a layer keeps for backward: ours match a formula, and plain torch and Liger keep no less."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from tandem.kernels.bench.shapes import MODELS, ModelShape
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory) -> dict[str, dict[str, dict[str, float]]]:
-    """Bytes by model, kit and part, counted in a process where Triton compiles."""
+    """Bytes by model, implementation and part, counted in a process where Triton compiles."""
     file = tmp_path_factory.mktemp("kept") / "kept.jsonl"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.rivals.kernels", "--activations", "--json", file]
@@ -28,10 +28,10 @@ def kept(tmp_path_factory) -> dict[str, dict[str, dict[str, float]]]:
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_the_widest_activation_is_kept_twice_where_torch_keeps_it_four_times(model: ModelShape, kept) -> None:
-    """Gate and up; Liger's third and torch's are their product, torch's fourth silu of the gate. And the network's input."""
+    """Gate and up, plus their product (ours, Liger, torch), plus silu of the gate (torch), plus the network's input."""
     for kit, times in (("ours, product made again", 2), ("ours", 3), ("liger", 3), ("torch", 4)):
         found = kept[model.name][kit]["feed-forward"]
-        # BTLM's network has a norm of its own; where the residual is parallel, attention's has given that input already.
+        # BTLM's network has its own norm. With a parallel residual, attention's norm already keeps that input.
         inputs = model.hidden_size if model.rotary_dims == 0 else 0
         assert found == 2 * (times * model.ffn_hidden_sizes_local[0] + inputs), kit
 
@@ -40,9 +40,9 @@ def test_the_widest_activation_is_kept_twice_where_torch_keeps_it_four_times(mod
 def test_heads_and_attention_keep_what_backward_reads(model: ModelShape, kept) -> None:
     found = kept[model.name]["ours"]
     fused = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    # The projection, where the norms' backward reads it.
+    # The projection, if the norms' backward reads it.
     assert found["heads"] == 2 * fused * model.qk_layernorm
-    # Queries, keys, values, result; for each head a logarithm in fp32.
+    # Queries, keys, values and result; one fp32 logarithm per head.
     assert found["attention"] == 2 * (fused + model.num_heads * model.head_dim) + 4 * model.num_heads
 
 

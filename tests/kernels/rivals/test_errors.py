@@ -1,4 +1,4 @@
-"""The table of errors, on the CPU: kernels run in Triton's interpreter, and who is too far off is told."""
+"""The table of errors on the CPU: kernels run in Triton's interpreter, and errors above the limit are reported."""
 
 import json
 from dataclasses import replace
@@ -31,10 +31,10 @@ for module in ("attention", "cross_entropy", "linear_cross_entropy", "qkv", "swi
 
 
 def small(name: str):
-    op = OURS[name]
-    return next(shape for shape in op.extra_shapes if shape.name == SMALL.get(name, "demo-stablelm tp1")).with_tokens(
-        TOKENS
-    )
+    wanted = SMALL.get(name, "demo-stablelm tp1")
+    shape = next(shape for shape in OURS[name].extra_shapes if shape.name == wanted).with_tokens(TOKENS)
+    # Four chunks of 128 columns, the last with padding: a program of the interpreter takes milliseconds.
+    return replace(shape, padded_vocab_size=512, vocab_size=500) if name == "linear_cross_entropy" else shape
 
 
 @pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="runs the kernels where there is no GPU")
