@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs kernels where there is no GPU, rounds as a GPU does once this is imported."""
+"""Make Triton's interpreter, which runs kernels without a GPU, round as a GPU does. Importing this module is enough."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     _original_convert_float = interpreter._convert_float
 
     def _convert_round_to_nearest(source, source_type, target_type, rounding_mode):
-        """triton 3.6 to 3.7 interprets a conversion from fp32 to bf16 by cutting bits off; a GPU rounds to nearest, even."""
+        """triton 3.6 to 3.7 truncates in an interpreted conversion from fp32 to bf16. A GPU rounds to nearest, even."""
         if (source_type, target_type) != (tl.float32, tl.bfloat16):
             return _original_convert_float(source, source_type, target_type, rounding_mode)
         bits = np.ascontiguousarray(source).view(np.uint32)
@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
     _original_create_dot = interpreter.InterpreterBuilder.create_dot
 
     def _create_bf16_dot(self, first, second, *rest):
-        """triton 3.6 to 3.7 interprets a product of bf16 tiles as one of the integers that hold their bits."""
+        """triton 3.6 to 3.7 interprets a product of bf16 tiles as a product of the integers that hold their bits."""
         wide = (
             interpreter.TensorHandle((tile.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
             if tile.dtype.scalar == tl.bfloat16 else tile
@@ -36,7 +36,7 @@ if not torch.cuda.is_available():
 
 
 def run_kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """From here on operations on the CPU take the way they take on a GPU. Returns the names of those that run, once they do."""
+    """Make operations on the CPU run their GPU kernels from now on. The returned set collects the names that run."""
     ran = set()
     for name, operation in OPDEFS.items():
         namespace, name = name.split("::")

@@ -52,7 +52,7 @@ def with_gradients(function, tensors, settings, output_gradient):
 
 
 def close(found, true):
-    """Off by no more than sixteen roundings to fp32 of the largest number."""
+    """Allow an error of sixteen fp32 roundings of the largest number."""
     found, true = ([x.detach().double() for x in many] for many in (found, true))
     limit = 16 * 2**-24 * max(float(exact.abs().max()) for exact in true)
     torch.testing.assert_close(found, true, rtol=0, atol=limit)
@@ -113,13 +113,13 @@ def test_bf16_error_is_one_rounding_of_the_weights_and_one_of_the_result(biased,
 
 
 def test_bf16_queries_still_tell_far_distances_apart():
-    """Two keys 999 and 1,000 away that match alike: a bias in bf16 would give them equal weight."""
+    """Two keys at distances 999 and 1,000 have equal scores; a bias in bf16 would give them equal weights."""
     seq, slope = 1_001, 0.840896
     query = torch.ones(1, seq, 1, 2, dtype=torch.bfloat16)
     key, value = torch.zeros_like(query), torch.zeros_like(query)
     key[:, :2], value[:, 1] = 1_024, 1
     mixed = attention(query, key, value, scale=1.0, slopes=torch.tensor([slope]), document_starts=None)
-    # 2^-8 for the result's own bits, as much for the weights'.
+    # 2^-8 for the result's rounding, and as much for that of the weights.
     assert mixed[0, -1, 0, 0].item() == pytest.approx(1 / (1 + math.exp(-slope)), rel=2**-7)
 
 
@@ -145,7 +145,7 @@ def test_inputs_are_unchanged_and_the_bits_repeat(generator):
 
 
 def test_backward_keeps_no_scores(generator):
-    """Query, key, value, result, one number for each query and head, and what names slopes and documents."""
+    """Keeps query, key, value, result, one number per query and head, slopes and document starts."""
     tensors, settings = example((2, 33, 4, 2, 20), generator, biased=True, masked=True, dtype=torch.bfloat16)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):

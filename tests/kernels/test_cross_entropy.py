@@ -6,13 +6,13 @@ import torch
 from tandem.kernels.cross_entropy import LOWEST, cross_entropy, initial_statistics
 
 SHAPES = [(1, 1, 1), (5, 7, 7), (4, 40, 37), (3, 130, 1)]
-"""Tokens, columns that exist, columns that are true."""
+"""Tokens, columns, columns without padding."""
 SCALE = 0.7
 OPS = torch.ops.tandem
 
 
 def example(tokens, width, columns, generator, dtype=torch.float64):
-    """Padded columns that would show; targets in the first and last true column, and on either side of them."""
+    """Padding that would change results, and targets in the first and last valid column and outside both ends."""
     logits = 3 * torch.randn(tokens, width, generator=generator, dtype=torch.float64)
     logits[:, columns:] = 90.0
     targets = torch.tensor([columns - 1, 0, columns, -2, columns // 2])[:tokens]
@@ -20,20 +20,20 @@ def example(tokens, width, columns, generator, dtype=torch.float64):
 
 
 def definition(logits, targets, columns, scale=SCALE):
-    """log_sum_exp and the target's logit in fp64."""
+    """Return log_sum_exp and the target's logit in fp64."""
     z = scale * logits.double()[:, :columns]
     here = (targets >= 0) & (targets < columns)
     return z.exp().sum(1).log(), torch.where(here, z.gather(1, (targets * here)[:, None])[:, 0], 0.0)
 
 
 def found_in(logits, targets, columns, scale=SCALE):
-    """The same two, from the three."""
+    """Return log_sum_exp and the target's logit, computed by the operation."""
     maximum, total, target_logit = cross_entropy(logits, targets, num_valid_columns=columns, scale=scale)
     return maximum + total.log(), target_logit
 
 
 def gradient(function, logits, generator):
-    """Of both results together, with a different weight for each number."""
+    """Gradient of a sum of both results with a different weight for each number."""
     pair = function(logits)
     weights = [torch.randn(len(logits), generator=generator).to(x.dtype) for x in pair]
     return torch.autograd.grad(pair, logits, weights)[0]
@@ -65,7 +65,7 @@ def test_bf16_logits_give_fp32_results_and_a_gradient_rounded_once(generator):
     true = gradient(lambda x: definition(x, targets, 277), leaf.double().detach().requires_grad_(), generator)
     generator.set_state(state)
     found = gradient(lambda x: found_in(x * 1.0, targets, 277), leaf, generator)
-    # Half a unit in the last place, and a fiftieth of that for the fp32 arithmetic before it.
+    # Half a unit in the last place, and a fiftieth of that for the fp32 arithmetic.
     torch.testing.assert_close(found.double(), true, rtol=0.51 * 2**-7, atol=0)
 
 
@@ -89,7 +89,7 @@ def test_a_second_backward_is_refused(generator):
 def test_whoever_reads_the_logits_in_backward_later_is_refused(generator):
     logits, targets = example(4, 9, 8, generator)
     given = logits.requires_grad_() * 1.0
-    squares = (given * given).sum()  # older, so that its backward comes after
+    squares = (given * given).sum()  # created earlier, so its backward runs later
     log_sum_exp, target_logit = found_in(given, targets, 8)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         ((log_sum_exp - target_logit).sum() + squares).backward()
@@ -110,7 +110,7 @@ def test_forward_changes_nothing_keeps_the_logits_and_repeats_its_bits(generator
 def test_blocks_one_after_the_other_are_the_whole(generator):
     logits, targets = example(5, 12, 9, generator)
     statistics = initial_statistics(logits, targets)
-    for first in (8, 0, 4):  # the last block holds one true column
+    for first in (8, 0, 4):  # the last block has one valid column
         true = min(9 - first, 4)
         OPS.cross_entropy_add(logits[:, first : first + 4], targets, statistics, first=first, columns=true, scale=SCALE)
     torch.testing.assert_close(tuple(statistics), cross_entropy(logits, targets, num_valid_columns=9, scale=SCALE))
@@ -133,13 +133,13 @@ def test_large_logits_neither_overflow_nor_vanish_wrongly():
     expected = torch.logsumexp(logits.double(), 1)
     torch.testing.assert_close(log_sum_exp.double(), expected, rtol=2**-23, atol=0)
     log_sum_exp.sum().backward()
-    # A few roundings: the size of the logits has no part in it, as it had in the exponential of a rounded log_sum_exp.
+    # A few roundings, whatever the size of the logits. The exponential of a rounded log_sum_exp would depend on it.
     close = {"rtol": 2**-21, "atol": torch.finfo(torch.float32).tiny}
     torch.testing.assert_close(logits.grad.double(), torch.softmax(logits.double(), 1), **close)
 
 
 def test_a_leaf_with_a_gradient_is_refused(generator):
-    """It would hold its own gradient after backward. Where there is no backward it is as good as any."""
+    """A leaf would hold its own gradient after backward. Without a backward it is accepted."""
     logits, targets = example(4, 9, 8, generator)
     with pytest.raises(ValueError, match="logits are a leaf"):
         cross_entropy(logits.requires_grad_(), targets, num_valid_columns=8, scale=SCALE)

@@ -1,4 +1,4 @@
-"""The norm of the stream against torch's in fp64."""
+"""LayerNorm against torch's in fp64."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ EPSILON = 1e-5
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_of_the_stream_and_every_gradient_round_once(biased, dtype, generator):
-    """The weight's and bias's too, which are sums over all positions: 4,096 here, which bf16 could not add up."""
+    """Includes the gradients of weight and bias: sums over 4,096 positions, which bf16 could not add up."""
     leaves = [torch.randn(shape, generator=generator).to(dtype) for shape in ((4_096, 96), (96,), (96,))[: 2 + biased]]
     upstream = torch.randn(4_096, 96, generator=generator).to(dtype)
 

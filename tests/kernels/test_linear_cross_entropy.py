@@ -1,4 +1,4 @@
-"""Product and cross-entropy by chunks against both at once."""
+"""The chunked projection and cross-entropy against an unchunked one."""
 
 import pytest
 import torch
@@ -14,14 +14,14 @@ from tandem.kernels.linear_cross_entropy import (
 )
 
 SHAPES = [(1, 1, 1, 1), (5, 6, 300, 271), (4, 3, 300, 100), (3, 4, 256, 0), (3, 5, 130, 130)]
-"""Tokens, width, vocabulary that exists, vocabulary that is true. Chunks of these are 128 columns."""
+"""Tokens, width, padded vocabulary, vocabulary. Their chunks have 128 columns."""
 SCALE = 0.7
 PRODUCTION = [(8192, 2560, 50_304, 50_257, 0.5), (4096, 5120, 100_352, 100_352, 1.0)]
-"""BTLM's and Stable LM 2 12B's: tokens, width, vocabulary that exists and that is true, scale."""
+"""BTLM and Stable LM 2 12B: tokens, width, padded vocabulary, vocabulary, scale."""
 
 
 def example(tokens, width, vocab, columns, generator, dtype=torch.float64):
-    """Targets at both ends, in every chunk, and outside; rows of padding that would show."""
+    """Targets at both ends, in every chunk and outside; rows of padding that would change results."""
     hidden = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
     weight = 2 * torch.randn(vocab, width, generator=generator, dtype=torch.float64) / width**0.5
     weight[columns:] = 9.0
@@ -30,16 +30,16 @@ def example(tokens, width, vocab, columns, generator, dtype=torch.float64):
 
 
 def definition(hidden, weight, targets, columns, scale=SCALE):
-    """Both results from all logits, which keep the dtype of the factors; what follows is in fp32, of fp64 in fp64."""
+    """Both results from all logits at once. Logits have the dtype of the factors, the rest is fp32 (fp64 for fp64)."""
     logits = linear(hidden, weight[:columns])
     z = scale * logits.to(torch.promote_types(logits.dtype, torch.float32))
     here = (targets >= 0) & (targets < columns)
-    padded = torch.nn.functional.pad(z, (0, 1))  # so that there is a column to gather from
+    padded = torch.nn.functional.pad(z, (0, 1))  # a column for targets outside
     return z.logsumexp(1), torch.where(here, padded.gather(1, (targets * here)[:, None])[:, 0], 0.0)
 
 
 def found_in(hidden, weight, targets, columns, scale=SCALE):
-    """The same two, from the three."""
+    """Return log_sum_exp and the target's logit, computed by the operation."""
     maximum, total, target_logit = linear_cross_entropy(hidden, weight, targets, num_valid_columns=columns, scale=scale)
     return maximum + total.log(), target_logit
 
@@ -66,7 +66,7 @@ def test_gradients_are_the_differences_quotients(generator):
 
 
 def test_bf16_error_is_at_most_a_tenth_above_that_of_plain_torch_in_bf16(generator):
-    """From fp64 on the same factors. Its logits are rounded as ours are, so this leaves room for the order of sums only."""
+    """The difference from fp64 on the same factors. Logits are rounded like ours, so only the order of sums may differ."""
     hidden, weight, _ = example(96, 64, 1000, 977, generator, torch.bfloat16)
     targets = torch.randint(977, (96,), generator=generator)
     assert_at_most_a_tenth_above_plain_torchs_error(hidden, weight, targets, 977, SCALE)
@@ -87,7 +87,7 @@ def assert_at_most_a_tenth_above_plain_torchs_error(hidden, weight, targets, col
 
 
 class Allocated(TorchDispatchMode):
-    """The most bytes that tensors made within the block held at one time, and the products among them."""
+    """Record the peak bytes of tensors made within the block, and the matrix products."""
 
     def __init__(self):
         super().__init__()
@@ -107,7 +107,7 @@ class Allocated(TorchDispatchMode):
 
 
 class Held:
-    """A storage, without keeping it."""
+    """Refers to a storage without keeping it alive."""
 
     def __init__(self, storage):
         self.reference, self.num_bytes = torch.multiprocessing.reductions.StorageWeakRef(storage), storage.nbytes()
@@ -117,7 +117,7 @@ class Held:
 
 
 def test_no_more_than_a_tenth_of_the_logits_is_held_beside_the_results(generator):
-    """Of the loop over chunks, whose operations on one chunk hold nothing where they are kernels."""
+    """Counts the loop over chunks. Operations on one chunk allocate nothing if they are kernels."""
     tokens, width, vocab = 64, 8, 4096
     hidden = torch.randn(tokens, width, generator=generator)
     weight = torch.randn(vocab, width, generator=generator)
@@ -128,7 +128,7 @@ def test_no_more_than_a_tenth_of_the_logits_is_held_beside_the_results(generator
     assert logits_bytes / 20 < forward.peak - statistics.nbytes < logits_bytes / 10
     with Allocated() as backward:
         results = chunked_gradients(hidden, weight, targets, statistics, torch.ones(3, tokens), vocab, SCALE)
-    # In fp32 the sum that becomes the gradient of hidden is that gradient.
+    # In fp32 the sum is already the gradient of hidden, without a rounded copy.
     assert logits_bytes / 20 < backward.peak - sum(x.nbytes for x in results) < logits_bytes / 10
 
 
@@ -137,7 +137,7 @@ def test_no_more_than_a_tenth_of_the_logits_is_held_beside_the_results(generator
 )
 @pytest.mark.parametrize(("width", "vocab"), [(2_560, 50_304), (5_120, 100_352)], ids=["btlm", "stablelm"])
 def test_bf16_backward_holds_less_than_a_tenth_of_the_fp32_logits_beside_its_results(width, vocab):
-    """Of real sizes, so on the meta device: a chunk, the fp32 sum that hidden's gradient is rounded from, statistics."""
+    """At real sizes on the meta device: a chunk, the fp32 sum of hidden's gradient, and the statistics."""
     tokens = 4_096
     with torch.device("meta"):
         hidden, weight = (torch.empty(size, width, dtype=torch.bfloat16) for size in (tokens, vocab))
@@ -196,8 +196,8 @@ def test_bf16_error_is_at_most_a_tenth_above_that_of_plain_torch_at_production_s
 @pytest.mark.gpu
 @pytest.mark.parametrize(("tokens", "width", "vocab", "columns", "scale"), PRODUCTION)
 def test_memory_stays_below_a_tenth_of_the_fp32_logits_on_a_gpu(tokens, width, vocab, columns, scale):
-    """Beside inputs and gradients; forward, which has no sum, below a tenth of the bf16 logits."""
-    found_in(*on_gpu(128, 64, 128, 128), 128)[0].sum().backward()  # cuBLAS keeps a workspace for each thread
+    """Memory beyond inputs and gradients. Forward has no sum and stays below a tenth of the bf16 logits."""
+    found_in(*on_gpu(128, 64, 128, 128), 128)[0].sum().backward()  # warm-up: cuBLAS keeps a workspace for each thread
     hidden, weight, targets = on_gpu(tokens, width, vocab, columns)
     logits_bytes = 2 * tokens * vocab
     before, _ = torch.cuda.memory_allocated(), torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Queries, keys and values against their definition in fp64, where pairs are complex numbers."""
+"""Queries, keys and values against a definition in fp64 that rotates pairs as complex numbers."""
 
 import inspect
 
@@ -12,7 +12,7 @@ from tandem.kernels.rope import rotary_table
 
 BASE, EPSILON = 10_000.0, 1e-5
 TABLE = 2**-25 * 4_096**0.5
-"""An entry of the table is fp32, half a unit off; a sum of so many such products, each of order one, is not further off."""
+"""Entries of the table are fp32, off by half a unit. A sum of so many products of order one is off by no more than this."""
 SHAPES = pytest.mark.parametrize(
     ("head_dim", "rotary_dims", "queries", "num_kv_heads"),
     [(2, 2, 1, 2), (7, 4, 2, 3), (40, 40, 1, 1), (160, 40, 4, 1)],
@@ -21,7 +21,7 @@ NORMED = pytest.mark.parametrize("normed", [False, True])
 
 
 def definition(qkv, place, rotary_dims, head_dim, queries, norms):
-    """Group by group: so many queries, the key, the value."""
+    """Each group has its queries, a key and a value."""
     seq, rows, _ = qkv.shape
     groups = qkv.double().reshape(seq, rows, -1, queries + 2, head_dim).transpose(0, 1)
     half = rotary_dims // 2
@@ -50,7 +50,7 @@ def example(head_dim, queries, num_kv_heads, normed, generator, dtype=torch.floa
 
 
 def evaluated(function, qkv, norms, generator):
-    """Results and gradients by one upstream for each, all in fp64."""
+    """Return results and gradients in fp64."""
     results = function()
     seeds = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(qkv.dtype) for x in results]
     leaves = [x for x in (qkv, *norms) if x is not None]
@@ -114,7 +114,7 @@ def test_scores_depend_on_the_distance_alone(generator):
         query, key = (rotated(qkv, torch.tensor([[p]]), 20, 20, 1, (None, None)) for p in (to, source))
         return (query[0] * key[1]).sum().item()
 
-    # The table is fp32: each of twenty products carries its rounding.
+    # The table is fp32, so each of twenty products carries its rounding.
     assert score(5, 2) == pytest.approx(score(4_005, 4_002), abs=20 * torch.finfo(torch.float32).eps * 10)
     assert abs(score(5, 2) - score(5, 3)) > 0.01
 
@@ -168,7 +168,7 @@ def test_the_plain_split_is_the_definition(queries, generator):
 
 
 class Allocations(TorchDispatchMode):
-    """Elements of every tensor that an operation makes, views left out."""
+    """Count the elements of every tensor that an operation makes, without views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def test_the_plain_split_may_be_computed_again_and_compiled(generator):
     def function(split=split_qkv) -> tuple[torch.Tensor, ...]:
         return tuple(x.sin() for x in split(qkv, head_dim=4, num_queries_per_kv=1))
 
-    # Annotations, which only tests check, cannot be checked where nothing but traces passes.
+    # Annotation checks, which only tests have, cannot run on traced tensors.
     compiled = torch.compile(lambda: function(inspect.unwrap(split_qkv)), backend="aot_eager")
     ways = [function, lambda: checkpoint(function, use_reentrant=False), compiled]
     plain, *others = (evaluated(way, qkv, norms, generator.clone_state()) for way in ways)

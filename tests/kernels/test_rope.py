@@ -1,4 +1,4 @@
-"""The angles of rotary positions; the rotation itself is in test_qkv."""
+"""The angles of rotary positions. test_qkv tests the rotation."""
 
 import math
 

@@ -8,7 +8,7 @@ from tandem.kernels.swiglu import swiglu, swiglu_linear
 
 SHAPES = [(2, 1), (3, 2, 7), (2, 5, 2, 33)]
 ONE_ROUNDING = {"rtol": 0.51 * torch.finfo(torch.bfloat16).eps, "atol": 0}
-"""Half a unit in the last place, and a little for the fp32 arithmetic before it."""
+"""Half a unit in the last place, and a little for the fp32 arithmetic."""
 
 
 def definition(gate_up: torch.Tensor, gate: int = 0) -> torch.Tensor:

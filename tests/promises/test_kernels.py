@@ -75,7 +75,7 @@ def assert_at_most_a_tenth_above(found: dict[str, Tensor], meant: list[dict[str,
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 @pytest.mark.parametrize("variant", tiny_configs.VARIANTS)
 def test_losses_and_gradients_are_those_of_the_meaning(variant, recompute, mesh, on_kernels):
-    """With recomputation one row is enough: that kernels tell rows apart shows without it."""
+    """The runs without recomputation have two rows. With it, one row is enough."""
     decoder, rows = built(variant, mesh, torch.float32, recompute), 2 if recompute == "none" else 1
     meant = losses_and_gradients(decoder, rows)
     ran = on_kernels()

@@ -1,4 +1,4 @@
-"""Where the kernels of a test run: on the GPU, or on the CPU in Triton's interpreter."""
+"""The device of kernel tests: a GPU, or the CPU with Triton's interpreter."""
 
 import pytest
 import torch

@@ -24,7 +24,7 @@ def documents(seq):
 
 
 def example(shape, generator, device, *, biased, masked, dtype=torch.float32):
-    """Query, key, value, gradient of the result; scale, slopes of each row and starts. Rows are as long as LENGTHS at most."""
+    """Return query, key, value, out gradient; and scale, slopes of each row, starts. LENGTHS limits the length of rows."""
     seq, heads, num_kv_heads, head_dim = shape
     tensors = [
         torch.randn(2, seq, count, head_dim, generator=generator).to(device, dtype)
@@ -36,7 +36,7 @@ def example(shape, generator, device, *, biased, masked, dtype=torch.float32):
 
 
 def masked_scores(seq, slopes, begun, device):
-    """[rows, heads, queries, keys] or of one row and head: the bias, minus infinity for what is not seen."""
+    """Return the bias [rows or 1, heads or 1, queries, keys]; minus infinity for keys that are not seen."""
     place = torch.arange(seq, device=device)
     bias = torch.zeros(1, 1, seq, seq, dtype=torch.float64, device=device)
     if slopes is not None:
@@ -48,7 +48,7 @@ def masked_scores(seq, slopes, begun, device):
 
 
 def of_torch(tensors, settings, dtype):
-    """Result and gradients of attention written out in plain torch: products in that dtype, bias and softmax in fp32 (fp64)."""
+    """Return result and gradients of plain torch: products in that dtype, bias and softmax in fp32 (fp64 for fp64)."""
     scale, slopes, begun = settings
     *inputs, out_gradient = (x.detach().to(dtype) for x in tensors)
     inputs = [x.requires_grad_() for x in inputs]
@@ -73,7 +73,7 @@ def of_kernels(tensors, settings, tile, *, heads_in_l2=2, HEADS_PER_PROGRAM=1):
 
 
 def close(found, true):
-    """Off by no more than sixteen roundings of the largest number, which a GPU's products of three in tf32 make of 2^-21."""
+    """Allow sixteen roundings of the largest number: 2^-24 each, or 2^-21 with a GPU's three tf32 products."""
     limit = 16 * (2**-21 if found[0].is_cuda else 2**-24) * max(float(exact.abs().max()) for exact in true)
     for mine, exact in zip(found, true, strict=True):
         torch.testing.assert_close(mine.double(), exact, rtol=0, atol=limit)
@@ -112,7 +112,7 @@ def test_a_key_heads_gradients_are_sums_over_however_many_programs(generator, de
 
 
 def test_parts_are_added_from_the_first_head_on(generator, device):
-    """Each query head alone with its own copy of the key head, then the sum, head after head: the same roundings."""
+    """Compute each query head with its own copy of the key head, then add head after head: the roundings are the same."""
     (query, key, value, dy), settings = example((18, 3, 1, 20), generator, device, biased=False, masked=True)
     apart = key.expand_as(query).contiguous(), value.expand_as(query).contiguous()
     alone = of_kernels([query, *apart, dy], settings, (16, 16))[2:]
@@ -120,7 +120,7 @@ def test_parts_are_added_from_the_first_head_on(generator, device):
     found = [x[:, :, 0] for x in of_kernels([query, key, value, dy], settings, (16, 16), HEADS_PER_PROGRAM=1)[2:]]
     if device.type == "cpu":
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    else:  # two compilations, which may fuse other products with their sums
+    else:  # two compilations may fuse different products with their sums
         close(found, [x.double() for x in expected])
 
 
@@ -166,7 +166,7 @@ def test_parts_of_one_buffer_are_read_where_they_lie(generator, device):
 
 
 def test_far_tokens_are_as_far_as_the_definition_says(device):
-    """Two keys that match alike, 299 and 300 away: their weights differ by e to the slope."""
+    """Two keys with equal scores at distances 299 and 300: their weights differ by a factor of e^slope."""
     seq, slope = 301, 0.840896
     query = torch.ones(1, seq, 1, 16, device=device)
     key, value = torch.zeros_like(query), torch.zeros_like(query)
@@ -178,7 +178,7 @@ def test_far_tokens_are_as_far_as_the_definition_says(device):
 
 
 def test_nothing_reaches_a_token_from_its_future_or_from_other_documents(generator, device):
-    """Of the third document of the first row, all; of its first ten tokens, nothing from those after them."""
+    """Change everything around the third document of the first row, then everything after its first ten tokens."""
     tensors, settings = example((33, 1, 1, 16), generator, device, biased=True, masked=True)
     before = of_kernels(tensors, settings, (16, 16))
     for x in tensors:
@@ -207,9 +207,9 @@ def test_bf16_errors_are_at_most_a_tenth_above_those_of_torch(generator, device)
 
 
 def at_most_a_tenth_above(found, tensors, settings):
-    """Root of the mean squared error against fp64, beside that of torch with bf16 products but a bias in fp32.
+    """Compare the norm of our error against fp64 with that of torch with bf16 products and a bias in fp32.
 
-    A bias rounded to bf16, as SDPA wants a mask of its inputs' dtype, would be torch's largest error and a handicap.
+    SDPA wants a mask in its inputs' dtype. A bias rounded to bf16 would be torch's largest error, so the limit would be lax.
     """
     torch_bf16, exact = of_torch(tensors, settings, torch.bfloat16), of_torch(tensors, settings, torch.float64)
     for mine, theirs, true in zip(found, torch_bf16, exact, strict=True):
@@ -257,7 +257,7 @@ def test_other_heads_are_the_kernels(head_dim, dtype, generator, device, monkeyp
     ids=["btlm", "12b", "12b with biases", "1.6b"],
 )
 def test_gpu_errors_are_at_most_a_tenth_above_those_of_torch(shape, biased, masked, generator):
-    """All heads by the kernels; three groups, with the steepest, a middle and the flattest bias, beside torch and fp64."""
+    """Run all heads in the kernels. Compare three groups: the steepest, a middle and the flattest bias."""
     seq, heads, num_kv_heads, head_dim = shape
     *tensors, out_gradient = [
         torch.randn(1, seq, count, head_dim, generator=generator).to("cuda", torch.bfloat16)

@@ -1,4 +1,4 @@
-"""How attention is cut into programs at the sizes of the shipped models."""
+"""How attention is divided into programs at the sizes of the shipped models."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tandem.kernels.device.attention_tiling import num_heads_in_l2, num_heads_pe
     ids=["12b", "12b tp2", "12b tp4", "many key heads"],
 )
 def test_query_heads_are_walked_together_unless_programs_would_be_few(num_kv_heads, heads_together):
-    """Groups of four in a row of 4,096 tokens, 32 blocks of keys."""
+    """Groups of four query heads in a row of 4,096 tokens: 32 blocks of keys."""
     assert num_heads_per_program(32 * num_kv_heads, 4) == heads_together
 
 

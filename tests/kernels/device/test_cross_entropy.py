@@ -1,4 +1,4 @@
-"""The kernels of cross-entropy against their meaning in fp64."""
+"""The cross-entropy kernels against their meaning in fp64."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tandem.kernels.cross_entropy import LOWEST, initial_statistics
 from tandem.kernels.device import cross_entropy as kernels
 
 SHAPES = [(1, 1, 1), (3, 8, 8), (5, 130, 97), (2, 256, 256), (3, 77, 1), (2, 5_000, 4_999), (2, 4_112, 4_096)]
-"""Tokens, columns that exist, columns that are true; rows of several blocks, and one whose last block is padding alone."""
+"""Tokens, columns, columns without padding. Some rows have several blocks, and one has a last block of only padding."""
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 SCALE = 0.7
 ROUNDING = {torch.float32: 2**-18, torch.bfloat16: 0.51 * 2**-7}
@@ -17,7 +17,7 @@ of two to 2^-20: errors of their exponential, and an eighth of that for the prod
 
 
 def example(tokens, width, columns, dtype, generator, device):
-    """Padding that would show, and targets at both ends and outside."""
+    """Padding that would change results, and targets at both ends and outside."""
     logits = 3 * torch.randn(tokens, width, generator=generator)
     logits[:, columns:] = float("nan")
     targets = torch.tensor([columns - 1, 0, columns, -2, columns // 2])[:tokens]
@@ -26,7 +26,7 @@ def example(tokens, width, columns, dtype, generator, device):
 
 
 def exact(logits, targets, gradients, columns, first=0):
-    """log_sum_exp, the target's logit, and the gradient of the true columns in fp64, by autograd from the definition."""
+    """Return log_sum_exp, the target's logit, and the gradient of the valid columns in fp64, by autograd of the definition."""
     true = logits[:, :columns].detach().cpu().double().requires_grad_()
     column = targets.cpu() - first
     here = (column >= 0) & (column < columns)
@@ -48,7 +48,7 @@ def pair_of(statistics):
 
 
 def of_token(statistics, gradients):
-    """What the gradient of logits is made of, from that of log_sum_exp and of the target's logit."""
+    """Return the arguments of the gradient kernel, given the gradients of log_sum_exp and of the target's logit."""
     return statistics[0], gradients[0] / statistics[1], gradients[1]
 
 
@@ -56,7 +56,7 @@ def of_token(statistics, gradients):
 @pytest.mark.parametrize(("tokens", "width", "columns"), SHAPES)
 def test_results_and_gradient_are_the_meaning(tokens, width, columns, dtype, generator, device):
     logits, targets, gradients = example(tokens, width, columns, dtype, generator, device)
-    targets += 1_000  # of a block that begins there
+    targets += 1_000  # ids of a block that begins there
     expected, gradient = exact(logits, targets, gradients, columns, first=1_000)
     before, statistics = logits.clone(), statistics_of(logits, targets, columns, first=1_000)
     torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
@@ -121,13 +121,13 @@ def test_large_logits_neither_overflow_nor_vanish_wrongly(device):
     log_sum_exp, _ = pair_of(statistics)
     torch.testing.assert_close(log_sum_exp.cpu().double(), expected[0], rtol=2**-22, atol=0)
     kernels.write_block_gradient(logits, targets, *of_token(statistics, gradients), first=0, columns=4, scale=SCALE)
-    # z is 14,000 rounded once: half of 2**-10, which is a relative error of its exponential, twice for the maximum's.
+    # z is 14,000, rounded by half of 2**-10, which becomes a relative error of its exponential; the maximum's doubles it.
     close = {"rtol": 2**-10, "atol": torch.finfo(torch.float32).tiny}
     torch.testing.assert_close(logits.cpu().double(), gradient, **close)
 
 
 def test_what_is_no_number_stays_none(generator, device):
-    """Training looks for it in the loss."""
+    """Training detects it in the loss."""
     logits, targets, _ = example(3, 40, 40, torch.bfloat16, generator, device)
     logits[1, 17] = float("nan")
     _, total, _ = statistics_of(logits, targets, 40)

@@ -1,4 +1,4 @@
-"""The kernels that take a fused projection apart, against their meaning in fp64."""
+"""The kernels that split a fused projection, against their meaning in fp64."""
 
 import pytest
 import torch
@@ -17,13 +17,13 @@ CASES = [
     (21, 2, 1, 1, 44, 20, False, 2),
 ]
 ROUNDING = {torch.float32: 16 * 2**-24, torch.bfloat16: 0.51 * 2**-7}
-"""Relative: a dozen fp32 operations one after the other; or one rounding to bf16, half a unit in the last place."""
+"""Relative: a dozen fp32 operations in sequence; or one rounding to bf16, half a unit in the last place."""
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 PRODUCTION = [(4_096, 2, 4, 8, 160, 20, True), (4_096, 2, 1, 32, 64, 8, False)]
 
 
 def example(seq, rows, queries, num_kv_heads, head_dim, half, normed, rows_of_table, generator, device, dtype):
-    """The fused buffer, the norms' weights or None, the table, and gradients of queries, keys and values."""
+    """Return the fused buffer, the norms' weights or None, the table, and gradients of queries, keys and values."""
 
     def random(*shape):
         return torch.randn(shape, generator=generator)
@@ -38,7 +38,7 @@ def example(seq, rows, queries, num_kv_heads, head_dim, half, normed, rows_of_ta
 
 
 def exact(qkv, query_norm, key_norm, cos, sin, gradients):
-    """Results and gradients in fp64 by the meaning, which tests/kernels/test_qkv.py holds to its definition."""
+    """Return results and gradients of the meaning in fp64, which tests/kernels/test_qkv.py compares with a definition."""
     qkv, query_norm, key_norm, cos, sin, *gradients = (
         None if x is None else x.cpu().double() for x in (qkv, query_norm, key_norm, cos, sin, *gradients)
     )
@@ -63,7 +63,7 @@ def found(qkv, query_norm, key_norm, cos, sin, gradients):
 def test_results_and_gradients_are_the_meaning_rounded_once(case, dtype, generator, device):
     tensors = example(*case, generator, device, dtype)
     pairs = list(zip(found(*tensors), exact(*tensors), strict=True))
-    # Pairs, heads and sums over tokens cancel: what is left is off by a few roundings of the largest number.
+    # Sums over pairs, heads and tokens cancel, so the rest may be off by a few roundings of the largest number.
     atol = 4 * 2**-24 * max(float(true.abs().max()) for _, true in pairs if true.numel())
     for mine, true in pairs:
         torch.testing.assert_close(mine.cpu().double(), true, rtol=ROUNDING[mine.dtype], atol=atol)
@@ -89,7 +89,7 @@ def test_inputs_are_unchanged_and_the_bits_repeat(normed, generator, device):
 
 
 def plain(qkv, query_norm, key_norm, cos, sin, gradients):
-    """The same by torch in the dtype of its inputs, norm and rotation each rounded: what a model without kernels does."""
+    """The same in plain torch, in the inputs' dtype, norm and rotation each rounded, as a model without kernels would."""
     query_gradient, key_gradient, value_gradient = gradients
     num_kv_heads, head_dim = value_gradient.shape[2:]
     leaves = [x.detach().requires_grad_() for x in (qkv, query_norm, key_norm) if x is not None]
@@ -112,7 +112,7 @@ def plain(qkv, query_norm, key_norm, cos, sin, gradients):
 
 
 def errors(tensors):
-    """Of the kernels and of plain torch, relative to plain torch in fp64, for each result and gradient."""
+    """Yield the errors of the kernels and of plain torch, relative to plain torch in fp64, for each result and gradient."""
     *inputs, gradients = tensors
     wide = plain(*(x if x is None else x.double() for x in inputs), [x.double() for x in gradients])
     for mine, theirs, true in zip(found(*tensors), plain(*tensors), wide, strict=True):

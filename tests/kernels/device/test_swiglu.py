@@ -1,4 +1,4 @@
-"""The kernels of SwiGLU against their meaning in fp64."""
+"""The SwiGLU kernels against their meaning in fp64."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def example(shape, dtype, generator, device):
 
 
 def exact(gate_up, out_gradient, gate=0):
-    """Result and gradient in fp64 by autograd from the definition, and how far fp32 arithmetic may be off in each.
+    """Return result and gradient in fp64 by autograd of the definition, each with the largest error of fp32 arithmetic.
 
     The exponential of g, in powers of two, is off by g roundings; the handful of other operations by one each. In the gradient
     of g the two terms cancel, so that the error is one of their sizes.
@@ -34,7 +34,7 @@ def exact(gate_up, out_gradient, gate=0):
 
 
 def close(found, exact):
-    """Results in bf16 are rounded once more, by half a unit in the last place. What fp32 has no number for may be 0."""
+    """bf16 results are rounded once more, by half a unit in the last place. Numbers too small for fp32 may be 0."""
     true, limit = exact
     last = 2**-8 * true.abs() if found.dtype == torch.bfloat16 else 0
     underflow = 1_000 * torch.finfo(torch.float32).tiny
@@ -57,7 +57,7 @@ def test_result_and_gradient_are_the_meaning_rounded_once(shape, gate, dtype, ge
 
 
 def test_halves_of_a_wider_buffer_are_read_where_they_lie(generator, device):
-    """Rows far apart, and a projection [rows, seq, 2 * ffn_hidden_size] seen as two halves; other layouts are copied first."""
+    """Strided rows, and a projection [rows, seq, 2 * ffn_hidden_size] viewed as two halves. Other layouts are copied."""
     buffer = torch.randn(4, 3, 400, generator=generator).to(device)
     inside = buffer[..., 8:208].unflatten(-1, (2, 100))
     transposed = torch.randn(2, 100, 7, generator=generator).to(device).permute(2, 0, 1)

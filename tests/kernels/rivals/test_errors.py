@@ -27,7 +27,7 @@ KERNELS = {
     "attention": {"attention", "attention_backward"},
 }
 for module in ("attention", "cross_entropy", "linear_cross_entropy", "qkv", "swiglu"):
-    import_module(f"tandem.kernels.{module}")  # registers what runs on the CPU then
+    import_module(f"tandem.kernels.{module}")  # registers its operations before a test replaces their CPU versions
 
 
 def small(name: str):
@@ -47,7 +47,7 @@ def test_kernels_are_within_the_mark_of_plain_torch(name, monkeypatch):
     for row in found:
         exact_in_any_way = name == "qkv" and row.result == "value"
         assert (row.ours == row.plain == 0) if exact_in_any_way else (0 < row.ours <= MAX_ERROR_RATIO * row.plain), row
-        # Nothing is off by more than the dtype: a few roundings to bf16, or to fp32 for losses.
+        # No error exceeds a few roundings of the dtype: bf16, or fp32 for losses.
         assert row.plain < 2**-6
 
 
@@ -58,7 +58,7 @@ def test_heads_without_norms_have_no_gradients_of_norms():
 
 
 def test_biases_of_plain_torch_are_not_rounded_to_bf16():
-    """As SDPA takes them, which would make plain torch worse and ours look better. Scores are biases alone here.
+    """SDPA rounds biases to bf16, which would make plain torch worse and ours look better. Scores here are biases only.
 
     A weight and the result are rounded once each, by half a unit of bf16; the bias of a thousand tokens is off by four.
     """

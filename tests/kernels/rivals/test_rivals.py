@@ -43,7 +43,7 @@ ARGUMENTS_IN_PYTHON = {"liger", "liger, halves apart", "torch, liger norm", "lig
 
 @pytest.fixture
 def eager():
-    """What is compiled runs as it was written; who wants ranks gets one."""
+    """Run compiled functions eagerly, and remove the process group that some rivals create."""
     with torch.compiler.set_stance("force_eager"):
         yield
     single_rank.destroy_group()
@@ -51,14 +51,14 @@ def eager():
 
 @EVERY_OPERATION
 def test_every_rival_computes_the_same_as_ours(op, eager):
-    """In Triton's interpreter, so that no figure is lost on a GPU to a wrong argument; but for the names above."""
+    """Runs in Triton's interpreter, so that no wrong argument loses a figure on a GPU. The names above are left out."""
     shape, reference = smallest(op), None
     example = seeded_example(op.make_example, shape, CPU)
     for rival in op.rivals:
         if rival.name in UNMEASURABLE or (rival.name in ARGUMENTS_IN_PYTHON and "cross_entropy" not in op.name):
             continue
         if rival.needs_gpu and not triton.knobs.runtime.interpret:
-            continue  # beside a GPU kernels are compiled, and tensors on the CPU are not for them
+            continue  # with a GPU kernels are compiled and take no CPU tensors
         if "liger" in rival.name and find_spec("liger_kernel") is None:
             continue
         if rival.substitute_shape(shape) == shape:
@@ -82,7 +82,7 @@ def test_flex_is_given_the_biases_and_documents_that_ours_is(documented, eager):
 
 @pytest.mark.parametrize("model", ["stablelm-2-12b", "stablelm-2-1_6b"])
 def test_varlen_takes_documents_of_grouped_and_other_heads(model):
-    """On the meta device: arguments, and the shapes of results and gradients."""
+    """Checks arguments and the shapes of results and gradients on the meta device."""
     op = OPERATIONS["attention"]
     shape = next(shape for shape in op.shapes if shape.name == f"{model} 4096 tp1")
     rival = next(rival for rival in op.rivals if rival.name == "varlen_attn")
@@ -120,7 +120,7 @@ def test_varlen_is_for_documents_alone():
 
 @pytest.mark.skipif(find_spec("liger_kernel") is None, reason="Liger is not installed")
 def test_what_cannot_be_interpreted_takes_its_arguments_and_compiles():
-    """In a process where Triton compiles: shapes of results and gradients, on the meta device."""
+    """Checks shapes of results and gradients on the meta device, in a process where Triton compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     program = "from tests.kernels.rivals.meta_device import print_rival_shapes; print_rival_shapes()"
     command = [sys.executable, "-W", "ignore", "-c", program, str(TOKENS), *sorted(ARGUMENTS_IN_PYTHON)]
@@ -130,7 +130,7 @@ def test_what_cannot_be_interpreted_takes_its_arguments_and_compiles():
     assert {line["op"] for line in lines} == {"swiglu", "swiglu_linear", "residual_norm"}
     for line in lines:
         assert line["found"] == line["expected"], line
-    assert sum(line["kernels"] for line in lines) >= 2 * 3  # both directions of both swiglus and the norm, each once
+    assert sum(line["kernels"] for line in lines) >= 2 * 3  # both directions of both swiglus and of the norm
 
 
 def test_a_kernel_of_ours_is_not_named_where_none_runs():
