@@ -1,8 +1,7 @@
-"""A prepared corpus, open: its manifest, its vocabulary, the tokens of its shards and the documents in any range of them.
+"""Read a prepared corpus: manifest, vocabulary, tokens of shards, and the documents in any range of tokens.
 
-Shards are opened through the trainer's cache, so a corpus may lie at a remote address, and what is seen here are the
-bytes the manifest was written for. The one idea: where documents end is read from the tokens, whole shards at a time,
-which is faster than any index of them would be to fetch.
+Shards are opened through the trainer's cache, so a corpus may be at a remote address, and their hashes are checked. The
+ends of documents are found in the tokens of whole shards, which is faster than fetching an index would be.
 """
 
 from __future__ import annotations
@@ -21,28 +20,28 @@ from tandem.trainer.data.shard_cache import ShardCache
 
 @dataclass(frozen=True)
 class DocumentSlice:
-    """The part of one document that lies in a range."""
+    """The part of a document inside a range."""
 
     document_index: int
-    """Its number in the split, from 0."""
+    """Index in the split, from 0."""
     shard_file: str
     start_token: int
-    """Token of the shard at which the piece begins."""
+    """Index in the shard of the first token of the slice."""
     tokens: np.ndarray
     num_tokens_before: int
-    """Tokens of the document before the piece."""
+    """Tokens of the document before the slice."""
     num_tokens_after: int
-    """Tokens of the document after the piece."""
+    """Tokens of the document after the slice."""
 
     @property
     def num_document_tokens(self) -> int:
-        """Tokens of the whole document, EOS counted."""
+        """Tokens of the whole document, EOS included."""
         return self.num_tokens_before + len(self.tokens) + self.num_tokens_after
 
 
 class CorpusReader:
     def __init__(self, folder: str):
-        """Raises: UserError where there is no corpus, or its tokenizer is not its own."""
+        """Raises: UserError if there is no corpus, or the tokenizer does not match the manifest."""
         self.folder, self.manifest = folder, manifest.load_manifest(folder)
         tokenizer = remote_files.join_address(folder, manifest.TOKENIZER_FILE)
         manifest.check_tokenizer(tokenizer, self.manifest, folder)
@@ -54,10 +53,7 @@ class CorpusReader:
         return [*self.manifest.train.shards, *self.manifest.validation.shards]
 
     def read_samples(self, shard: Shard) -> Iterator[np.ndarray]:
-        """The tokens of a shard, in the arrays they are stored in, not copied.
-
-        Raises: DamagedShard.
-        """
+        """Yield the tokens of each sample of a shard, without a copy.  Raises: DamagedShard."""
         corpus_manifest = self.manifest
         dtype = np.dtype(corpus_manifest.dtype).newbyteorder("<")
         with self._shard_cache.open_shard(self.folder, shard) as file:
@@ -68,14 +64,11 @@ class CorpusReader:
             yield tar[offset : offset + size_bytes].view(dtype)
 
     def read_shard_tokens(self, shard: Shard) -> np.ndarray:
-        """All tokens of a shard.  Raises: DamagedShard."""
+        """Return all tokens of a shard.  Raises: DamagedShard."""
         return np.concatenate(list(self.read_samples(shard)))
 
     def document_slices(self, split: CorpusSplit, start_token: int, num_tokens: int) -> Iterator[DocumentSlice]:
-        """The documents in tokens [start, start + count) of a split in the order it is stored in.
-
-        Raises: DamagedShard.
-        """
+        """Yield the documents in tokens [start, start + count) of a split, in stored order.  Raises: DamagedShard."""
         first_token = first_document = 0
         for shard in split.shards:
             low, high = max(start_token - first_token, 0), min(start_token + num_tokens - first_token, shard.tokens)
@@ -92,11 +85,11 @@ class CorpusReader:
         for index in range(ends.searchsorted(start_token, "right"), begins.searchsorted(end_token, "left")):
             begin, end = int(begins[index]), int(ends[index])
             left, right = max(begin, start_token), min(end, end_token)
-            piece = tokens[left:right]
-            yield DocumentSlice(first_document_index + index, shard.file, left, piece, left - begin, end - right)
+            document = first_document_index + index
+            yield DocumentSlice(document, shard.file, left, tokens[left:right], left - begin, end - right)
 
     def document_range(self, split: CorpusSplit, document_index: int) -> tuple[int, int]:
-        """The first token in the split, and the tokens, of a document by its number.  Raises: DamagedShard."""
+        """Return the index in the split of a document's first token, and its length.  Raises: DamagedShard."""
         first_token = 0
         for shard in split.shards:
             if document_index < shard.documents:
@@ -104,4 +97,4 @@ class CorpusReader:
                 begin = int(ends[document_index - 1]) if document_index else 0
                 return first_token + begin, int(ends[document_index]) - begin
             first_token, document_index = first_token + shard.tokens, document_index - shard.documents
-        raise AssertionError("the split has the document")
+        raise AssertionError(f"document_index is {document_index} beyond the split")

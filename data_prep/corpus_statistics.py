@@ -1,7 +1,7 @@
-"""What a corpus is made of: what its manifest says, and how long its documents are.
+"""Statistics of a corpus: the facts of its manifest and the lengths of its documents.
 
-Lengths are counted from the tokens. Documents are shuffled over shards, so some shards speak for all. Everything is
-first a dict, `collect_statistics`, which is what `--json` prints; `print_statistics` draws it.
+Lengths are counted from tokens. Documents are shuffled over shards, so a few shards represent all. `collect_statistics`
+returns a dict, which `--json` prints; `print_statistics` draws it.
 """
 
 from __future__ import annotations
@@ -24,31 +24,28 @@ from tandem.data_prep.corpus_reader import CorpusReader
 from tandem.trainer.data.manifest import Shard
 
 NON_DROP_COUNT_NAMES = {"documents", "tokens", "files", "normalized_documents"}
-"""Counts of the manifest that are not of documents or files which were left out."""
+"""Counts of the manifest that do not count dropped documents or files."""
 QUARTILES = {"quarter": 0.25, "median": 0.5, "three_quarters": 0.75}
 
 
 @dataclass(frozen=True)
 class ShardScan:
-    """What the tokens of some shards say."""
+    """Results of reading the tokens of some shards."""
 
     length_counts: Counter[int]
-    """How many documents have so many tokens, EOS counted."""
+    """Number of documents of each length in tokens, EOS included."""
     text_bytes: int | None
-    """UTF-8 bytes of the text of all of them; None where the tokenizer does not tell."""
+    """UTF-8 bytes of their text; None if the tokenizer is not byte-level."""
 
 
 def sample_shards(shards: Sequence[Shard], num_shards: int) -> list[Shard]:
-    """So many of the shards, from everywhere in the list; all of them where there are fewer."""
+    """Return `num_shards` evenly spaced shards, or all if there are fewer."""
     num_shards = min(num_shards, len(shards))
     return [shards[index * len(shards) // num_shards] for index in range(num_shards)]
 
 
 def scan_shards(corpus: CorpusReader, shards: Sequence[Shard], advance: Callable[[int], None]) -> ShardScan:
-    """Every token of the shards read, by as many threads as there are cores.
-
-    Raises: DamagedShard.
-    """
+    """Read every token of the shards, in one thread per core.  Raises: DamagedShard."""
     lengths: Counter[int] = Counter()
     text_bytes = 0
     thread_pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
@@ -77,7 +74,7 @@ def _scan_shard(corpus: CorpusReader, shard: Shard) -> tuple[Counter[int], int]:
 
 
 def collect_statistics(corpus: CorpusReader, scanned_shards: Sequence[Shard], shard_scan: ShardScan) -> dict[str, Any]:
-    """All that is known of the corpus, as JSON has it."""
+    """Return all facts of the corpus as a dict that JSON can hold."""
     manifest, vocabulary = corpus.manifest, corpus.vocabulary
     tokens, lengths = manifest.train.tokens + manifest.validation.tokens, _summarize_lengths(shard_scan.length_counts)
     splits = {name: getattr(manifest, name) for name in ("train", "validation")}
@@ -118,34 +115,26 @@ def _summarize_lengths(length_counts: Counter[int]) -> dict[str, Any]:
     lengths = np.array(sorted(length_counts), np.int64)
     documents = np.array([length_counts[int(length)] for length in lengths], np.int64)
     below, total = documents.cumsum(), int(documents.sum())
-    quartiles = {
-        name: int(lengths[below.searchsorted(share * (total - 1), "right")]) for name, share in QUARTILES.items()
-    }
+    indices = {name: below.searchsorted(share * (total - 1), "right") for name, share in QUARTILES.items()}
+    quartiles = {name: int(lengths[index]) for name, index in indices.items()}
     powers = np.log2(lengths).astype(np.int64)
     bins = [
         {
-            "from": 1 << power,
-            "to": (2 << power) - 1,
-            "documents": int(documents[powers == power].sum()),
+            "from": 1 << power, "to": (2 << power) - 1, "documents": int(documents[powers == power].sum()),
             "tokens": int((documents * lengths)[powers == power].sum()),
         }
         for power in range(int(powers[0]), int(powers[-1]) + 1)
-    ]
+    ]  # fmt: skip
     return {
-        "documents": total,
-        "tokens": int((documents * lengths).sum()),
-        "shortest": int(lengths[0]),
-        **quartiles,
-        "longest": int(lengths[-1]),
-        "bins": bins,
-    }
+        "documents": total, "tokens": int((documents * lengths).sum()),
+        "shortest": int(lengths[0]), **quartiles, "longest": int(lengths[-1]), "bins": bins,
+    }  # fmt: skip
 
 
 def print_statistics(statistics: dict[str, Any], console: Console) -> None:
-    """The facts stand on the console."""
-    console.print(
-        f"{statistics['corpus']}: {_format_counts(statistics)}, vocab {statistics['vocab']:,}", soft_wrap=True
-    )
+    """Print the dict of `collect_statistics` as tables."""
+    counts = _format_counts(statistics)
+    console.print(f"{statistics['corpus']}: {counts}, vocab {statistics['vocab']:,}", soft_wrap=True)
     table = Table.grid(padding=(0, 2))
     for name, line in _summary_lines(statistics):
         table.add_row(f"  {name}", Text(line, overflow="fold"))
@@ -158,29 +147,28 @@ def print_statistics(statistics: dict[str, Any], console: Console) -> None:
 def _summary_lines(statistics: dict[str, Any]) -> list[tuple[str, str]]:
     tokenizer, eos = statistics["tokenizer"], statistics["eos"]
     kind = f"{tokenizer['model']}{' of bytes' if tokenizer['byte_level'] else ''}"
+    overhead = f"{statistics['overhead']:.2%} more than their tokens"
     lines = [
         ("tokenizer", f"{kind}, sha256 {tokenizer['sha256'][:12]}; documents end with {eos['token']}, id {eos['id']}"),
-        (
-            "shards",
-            f"{statistics['shards']:,}, {statistics['bytes']:,} bytes: {statistics['overhead']:.2%} more than their tokens",
-        ),
+        ("shards", f"{statistics['shards']:,}, {statistics['bytes']:,} bytes: {overhead}"),
         ("samples", f"of {statistics['sample_tokens']:,} tokens, {statistics['dtype']}"),
     ]
     for name, split in statistics["splits"].items():
         lines.append((name, f"{_format_counts(split)}, {split['shards']:,} shards"))
     if statistics["text_bytes_per_token"]:
         lines.append(("text", f"{statistics['text_bytes_per_token']:.3f} bytes a token"))
-    lines.append(("entropy", f"{statistics['unigram_entropy_nats']:.4f} nats, of how often each training token occurs"))
+    lines.append(
+        ("entropy", f"{statistics['unigram_entropy_nats']:.4f} nats, of the frequencies of the training tokens")
+    )
     if statistics["left_out"]:
-        lines.append(
-            ("left out", ", ".join(f"{count:,} {_spaced_name(name)}" for name, count in statistics["left_out"].items()))
-        )
+        counts = (f"{count:,} {_spaced_name(name)}" for name, count in statistics["left_out"].items())
+        lines.append(("left out", ", ".join(counts)))
     lines.append(("settings", ", ".join(_describe_settings(statistics["settings"]))))
     return [*lines, ("fingerprint", statistics["fingerprint"][:12])]
 
 
 def _describe_settings(settings: dict[str, Any]) -> Iterator[str]:
-    """Those that ask for something."""
+    """Describe the settings that are not off, zero or empty."""
     for name, value in settings.items():
         if isinstance(value, dict):
             yield from _describe_settings(value)
@@ -200,7 +188,7 @@ def _lengths_table(statistics: dict[str, Any]) -> Table:
     lengths = statistics["lengths"]
     table = _new_table("tokens", "documents", "share", "of tokens")
     table.title = (
-        f"lengths of the documents in {statistics['scanned_shards']:,} of {statistics['shards']:,} shards, EOS counted\n"
+        f"lengths of the documents in {statistics['scanned_shards']:,} of {statistics['shards']:,} shards, EOS included\n"
         f"quartiles {', '.join(format(lengths[name], ',') for name in QUARTILES)}; longest {lengths['longest']:,}"
     )
     table.add_column("", ratio=1)

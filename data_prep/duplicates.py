@@ -1,21 +1,21 @@
-"""Near duplicates over a whole corpus: from the signatures of each spill to a mask of its documents to drop.
+"""Find near duplicates in a whole corpus: from the signatures of each spill to a mask of its documents to drop.
 
-Documents that agree in a band (minhash.py) are linked, links are followed (A like B, B like C: one cluster), and of
-a cluster the first document in reading order stays. The answer depends on the signatures and the reading order
-alone: not on spills, workers, or the order in which links are found. A pair of texts is not looked at again, as in
-SlimPajama, which keeps whichever document its graph library names first.
+Documents that agree in a band (minhash.py) are linked. Linked documents form a cluster (A like B, B like C), and the first
+of a cluster in reading order stays. The result depends only on the signatures and the reading order, not on spills, workers
+or the order in which links are found. As in SlimPajama, linked texts are not compared again; SlimPajama keeps the document
+that its graph library names first.
 
-In a pipeline; all files appear whole, and a killed step goes on with those that are missing:
+Three steps. Files appear whole, so a killed step continues with the missing ones:
 
-    write_bands(bands, signatures)                  # in the worker, once a spill: minhash.signatures of its documents
-    write_links(all_bands, band_range)              # for each of plan_band_ranges(all_bands, folder), by anybody, in any order
-    write_masks(all_bands, masks, band_ranges)      # once, over all spills in reading order
-    np.load(mask)[index]                            # True: drop this document of the spill
+    write_bands(bands, signatures)              # once per spill, in its worker: minhash.signatures of its documents
+    write_links(all_bands, band_range)          # for each of plan_band_ranges(all_bands, folder), in any process and order
+    write_masks(all_bands, masks, band_ranges)  # once, over all spills in reading order
+    np.load(mask)[index]                        # True: drop this document of the spill
 
-The folder and the masks belong to one set of spills: clear them when inputs or settings change. A part holds
-RECORDS_PER_RANGE records, 0.3 GiB, and some more if the corpus has few spills and one document in most of them; following links
-holds 4 MB per million documents (8 above 2^32 documents) in one process. On disk: 108 bytes a document, and
-16 bytes for each band in which a document has an earlier like.
+The folder and the masks belong to one set of spills: clear them when inputs or settings change. Memory: a range holds
+RECORDS_PER_RANGE records, 0.3 GiB, and somewhat more if the corpus has few spills and most of them contain the same
+document; `write_masks` holds 4 MB per million documents (8 MB above 2^32 documents). Disk: 108 bytes per document and 16
+bytes for each band in which a document has an earlier match.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ _RECORD_DTYPE = np.dtype([("hash", "<u8"), ("document", "<u4")])
 
 @dataclass(frozen=True)
 class BandRange:
-    """The hashes of one band between two bounds: all equal ones are together."""
+    """The hashes of one band between two bounds. Equal hashes are in the same range."""
 
     band_index: int
     low_hash: int
     high_hash: int
     links_path: Path
-    """Its links: pairs of little-endian 64-bit numbers, a document and the first one that is like it."""
+    """Its links: pairs of little-endian 64-bit numbers, a document and the first document it matches."""
 
 
 def write_bands(path: Path, signatures: np.ndarray) -> None:
-    """The signatures [documents, bands] of a unit, each band sorted, so that parts read only what is theirs."""
+    """Write the signatures [documents, bands] of a spill with each band sorted, so that a range reads only its part."""
     order = signatures.argsort(axis=0, kind="stable")
     records = np.empty(signatures.T.shape, _RECORD_DTYPE)
     records["hash"] = np.take_along_axis(signatures, order, axis=0).T
@@ -59,7 +59,7 @@ def write_bands(path: Path, signatures: np.ndarray) -> None:
 def plan_band_ranges(
     band_paths: Sequence[Path], folder: Path, records_per_range: int = RECORDS_PER_RANGE
 ) -> list[BandRange]:
-    """The parts of this corpus, which any processes may do in any order."""
+    """Return the ranges of this corpus. Any process may do them, in any order."""
     num_bands = len(np.load(band_paths[0], mmap_mode="r")) if band_paths else 0
     num_ranges = max(1, -(-sum(_document_counts(band_paths)) // records_per_range))
     bounds = [(number << 64) // num_ranges for number in range(num_ranges + 1)]
@@ -70,7 +70,7 @@ def plan_band_ranges(
 
 
 def write_links(band_paths: Sequence[Path], band_range: BandRange) -> None:
-    """The links of a part are in its file."""
+    """Write the links of a range to its file, unless it exists."""
     if not band_range.links_path.exists():
         with atomic_file(band_range.links_path) as file:
             for links in _find_links(band_paths, band_range):
@@ -78,20 +78,18 @@ def write_links(band_paths: Sequence[Path], band_range: BandRange) -> None:
 
 
 def _find_links(band_paths: Sequence[Path], band_range: BandRange) -> Iterator[np.ndarray]:
-    """First within each unit, so that of a text that is everywhere one record a unit is held at a time."""
+    """Link within each spill first, so that a text that is everywhere costs one record per spill in memory."""
     hashes, documents = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
     num_documents_before = 0
     for path in band_paths:
         records = np.load(path, mmap_mode="r")[band_range.band_index]
-        range_records = records[
-            _lower_bound(records, band_range.low_hash) : _lower_bound(records, band_range.high_hash)
-        ]
-        first, links = _link_to_first(
-            range_records["hash"], range_records["document"] + np.uint64(num_documents_before)
-        )
+        low, high = (_lower_bound(records, bound) for bound in (band_range.low_hash, band_range.high_hash))
+        spill_hashes = records["hash"][low:high]
+        spill_documents = records["document"][low:high] + np.uint64(num_documents_before)
+        first, links = _link_to_first(spill_hashes, spill_documents)
         yield links
-        hashes.append(range_records["hash"][first])
-        documents.append(range_records["document"][first] + np.uint64(num_documents_before))
+        hashes.append(spill_hashes[first])
+        documents.append(spill_documents[first])
         num_documents_before += len(records)
     together = np.concatenate(hashes)
     order = together.argsort(kind="stable")
@@ -103,7 +101,7 @@ def _lower_bound(records: np.ndarray, hash_bound: int) -> int:
 
 
 def _link_to_first(hashes: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of sorted hashes: whether each is the first of its value; and of the others [document, first document]."""
+    """For sorted hashes, return which are the first of their value, and [document, first document] of the others."""
     first = np.ones(len(hashes), bool)
     first[1:] = hashes[1:] != hashes[:-1]
     leaders = documents[first][np.cumsum(first) - 1]
@@ -111,7 +109,7 @@ def _link_to_first(hashes: np.ndarray, documents: np.ndarray) -> tuple[np.ndarra
 
 
 def write_masks(band_paths: Sequence[Path], mask_paths: Sequence[Path], band_ranges: Sequence[BandRange]) -> int:
-    """All links are followed and the masks written; how many documents they drop."""
+    """Follow all links and write the masks, unless they exist. Return the number of dropped documents."""
     if not all(path.exists() for path in mask_paths):
         lengths = _document_counts(band_paths)
         parents = np.arange(sum(lengths), dtype=np.uint32 if sum(lengths) <= 1 << 32 else np.uint64)
@@ -127,7 +125,7 @@ def write_masks(band_paths: Sequence[Path], mask_paths: Sequence[Path], band_ran
 
 
 def _union(parents: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-    """Each pair has one root, the first document of its cluster: a parent is never later than its child."""
+    """Merge the clusters of each pair. The root is the first document: a parent is never later than its child."""
     while len(left):
         left, right = _find_roots(parents, left), _find_roots(parents, right)
         is_separate = left != right

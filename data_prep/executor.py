@@ -1,6 +1,7 @@
-"""Items of work done by processes of this machine, in any order, each once, with progress.
+"""Do items of work in processes of this machine, in any order, each once, with progress.
 
-Not datatrove's local executor: it waits for ever for a worker that the system has killed, for memory say.
+Other pools were tried. datatrove's local executor waits forever for a worker that the system has killed. loky cannot pass the
+shared progress counter to its workers, takes the same CPU time, and still needs the code for Ctrl-C and for a killed parent.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from typing import Any
 from tandem.trainer.config import UserError
 
 POLL_SECONDS = 0.2
-"""How often the bar moves."""
+"""Interval between updates of the progress bar."""
 
 ProgressCallback = Callable[[int], None]
 ItemFunction = Callable[[Any, ProgressCallback], Any]
-"""Does one item, telling how much of it is done as it goes; may return something for `on_result`."""
+"""Does one item and reports its progress. Its result is passed to `on_result`."""
 
 
 class ItemCancelled(Exception):
-    """Raised by `ProgressCallback` inside an item, in a worker: nobody waits for it any longer."""
+    """Raised by `ProgressCallback` in a worker whose item is no longer needed."""
 
 
 def run(
@@ -39,11 +40,11 @@ def run(
     advance: ProgressCallback,
     on_result: Callable[[Any], None] | None = None,
 ) -> None:
-    """Every item is done. `make_item_function` is called once in each worker, and what it returns for each item there.
-    `on_result` is given, in this process, what that returns, in any order.
+    """Do all items. `make_item_function` is called once in each worker; the function it returns is called for each item.
+    `on_result` receives the results in this process, in any order.
 
-    Raises: whatever the first failing item raised, or KeyboardInterrupt, after which no further item is begun, and those
-    that were end with their next word of progress.
+    Raises: the error of the first item that fails, or KeyboardInterrupt. No further item then begins, and running items end
+    when they next report progress.
     """
     on_result = on_result or (lambda result: None)
     if not items:
@@ -54,7 +55,7 @@ def run(
             on_result(run_item(item, advance))
         return
     context = multiprocessing.get_context("spawn")
-    # Neither is read here under a lock: a killed worker may have held it.
+    # Read without a lock, which a killed worker may still hold.
     progress_counter, cancel_flag = context.Value("q", 0), context.RawValue("b", 0)
     try:
         with (
@@ -71,33 +72,36 @@ def run(
                 advance(total_done - reported_done)
                 reported_done = total_done
                 for future in finished:
-                    if not isinstance(future.exception(), ItemCancelled):  # else another has failed, and is waited for
+                    if not isinstance(
+                        future.exception(), ItemCancelled
+                    ):  # then another item has failed and is still to come
                         on_result(future.result())
     except BrokenProcessPool:
         raise UserError(
-            f"--workers: one of {workers} was killed, most likely for memory; "
-            "run the same command again, with fewer workers"
+            f"--workers: one of {workers} workers was killed, probably because memory ran out; "
+            "run the same command again with fewer workers"
         ) from None
 
 
 def _submit_items(pool: ProcessPoolExecutor, items: Sequence[Any]) -> set[Future[Any]]:
-    with _block_interrupt():  # a new process, which inherits that, would end in a traceback
+    with _block_interrupt():  # otherwise Ctrl-C would end a starting process with a traceback
         try:
             return {pool.submit(_run_item, item) for item in items}
-        # A worker was killed as another began: concurrent.futures has closed what that one needs, or memory is short.
+        # A worker was killed while another started, and concurrent.futures has closed its pipes; or memory is short.
         except (OSError, ValueError) as error:
             raise BrokenProcessPool(str(error)) from error
 
 
 @contextmanager
 def _catch_interrupt() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C within the block, which then ends with KeyboardInterrupt; what a second does is what it did
-    before.
+    """Yield an event that the first Ctrl-C sets. Raise KeyboardInterrupt at the end of the block. A second Ctrl-C acts as
+    usual.
 
-    An exception out of the blue would leave locks of concurrent.futures taken, which its thread then waits for for ever.
+    An exception raised at an arbitrary point could leave locks of concurrent.futures taken, and its thread would wait
+    forever.
     """
     interrupt_event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # nor is Ctrl-C told to this one
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives Ctrl-C
         yield interrupt_event
         return
     previous_handler = signal.getsignal(signal.SIGINT)
@@ -111,13 +115,13 @@ def _catch_interrupt() -> Iterator[threading.Event]:
         yield interrupt_event
     finally:
         signal.signal(signal.SIGINT, previous_handler)
-    if interrupt_event.is_set():  # while the last items ended
+    if interrupt_event.is_set():  # it came while the last items ended
         raise KeyboardInterrupt
 
 
 @contextmanager
 def _block_interrupt() -> Iterator[None]:
-    """Ctrl-C comes after the block."""
+    """Delay Ctrl-C until the end of the block."""
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -129,9 +133,8 @@ def _block_interrupt() -> Iterator[None]:
 def _worker_pool(
     context: Any, workers: int, make_item_function: Callable[[], ItemFunction], progress_counter: Any, cancel_flag: Any
 ) -> Iterator[ProcessPoolExecutor]:
-    # `make_item_function` in a file: what a new process is told goes through a pipe, and if that is full and the process
-    # is killed
-    # before it has read, multiprocessing waits for ever.
+    # `make_item_function` goes through a file. Arguments of a new process go through a pipe, and if the pipe is full and the
+    # process is killed before it reads, multiprocessing waits forever.
     with tempfile.NamedTemporaryFile() as function_file:
         function_file.write(pickle.dumps(make_item_function))
         function_file.flush()
@@ -140,7 +143,7 @@ def _worker_pool(
         try:
             yield pool
         except BrokenProcessPool:
-            # The pool has ended its workers, but overlooks one that began meanwhile, and waits for that for ever.
+            # The pool ends its workers but overlooks one that has just started, and would wait for it forever.
             for process in set(multiprocessing.active_children()) - existing_processes:
                 process.kill()
             raise
@@ -150,7 +153,7 @@ def _worker_pool(
 
 
 _worker_state: tuple[ItemFunction | Exception, Any, Any]
-"""What `make_item_function` returned in this process, or why it did not."""
+"""The item function of this process or the error that prevented it, the progress counter, the cancel flag."""
 
 
 def _init_worker(function_path: str, progress_counter: Any, cancel_flag: Any) -> None:
@@ -160,13 +163,15 @@ def _init_worker(function_path: str, progress_counter: Any, cancel_flag: Any) ->
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
         run_item = pickle.loads(Path(function_path).read_bytes())()
-    except Exception as error:  # told by the first item: of an error here the pool says only that a process is gone
+    except (
+        Exception
+    ) as error:  # raised by the first item, because the pool reports an error here only as a lost process
         run_item = error
     _worker_state = (run_item, progress_counter, cancel_flag)
 
 
 def _exit_with_parent() -> None:
-    # A killed parent cannot close the queue its workers wait on; they would wait for ever.
+    # A killed parent cannot close the queue its workers wait on, so they would wait forever.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

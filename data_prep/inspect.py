@@ -1,7 +1,7 @@
-"""`tandem inspect`: what a prepared corpus is, or the text of a row, of a range of a shard, of documents.
+"""`tandem inspect`: statistics of a prepared corpus, or the text of a row, a range of a shard, or documents.
 
-Rows are those of the stored order, shard after shard, each of a length that is asked for; a run reads the same tokens in
-an order of its own, and `tandem audit` says which range of which shard a step was fed.
+Rows are cut from the stored order, shard after shard. A training run reads the same tokens in another order; `tandem audit`
+shows which range of which shard a step read.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from tandem.trainer.data.manifest import CorpusSplit, Shard
 from tandem.trainer.metrics import progress
 
 EXCERPT_CHARACTERS = 200
-"""Shown of a document on either side of what was looked for."""
+"""Characters shown on either side of a match."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `tandem inspect`."""
+    """Add the options of `tandem inspect`."""
     add = parser.add_argument
     add("corpus", metavar="DIR", help="folder written by tandem prepare, or its address: s3://, gs://, https://")
     what = parser.add_mutually_exclusive_group()
@@ -37,19 +37,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--document", type=int, metavar="N", help="show a document of the stored order, counted from 0")
     what.add_argument("--shard", metavar="FILE", help="show a range of a shard; see --tokens")
     what.add_argument("--find", metavar="TEXT", help="show the first documents that contain the text")
-    add("--split", choices=("train", "validation"), default="train", help="of rows and documents (default %(default)s)")
+    add(
+        "--split",
+        choices=("train", "validation"),
+        default="train",
+        help="split of --row, --document and --find (default %(default)s)",
+    )
     add("--seq-len", type=int, default=2048, metavar="L", help="tokens in a row (default %(default)s)")
-    add("--tokens", metavar="FIRST:END", help="of --shard, or FIRST+COUNT (default: a row from its beginning)")
+    add("--tokens", metavar="FIRST:END", help="range of --shard, also FIRST+COUNT (default: its first row)")
     add("--limit", type=int, default=5, metavar="N", help="documents to find at most (default %(default)s)")
-    scanned = "shards to count lengths in, or all (default %(default)s: documents are shuffled, some speak for all)"
+    scanned = "shards to count lengths in, or all (default %(default)s: documents are shuffled, a few represent all)"
     add("--sample", default="16", metavar="N", help=scanned)
     add("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
-    """What was asked for is printed.
+    """Print the statistics, the range or the matches.
 
-    Raises: UserError where there is no such thing, or the corpus is damaged.
+    Raises: UserError if the range does not exist or the corpus is damaged.
     """
     _check_arguments(args)
     corpus = CorpusReader(args.corpus)
@@ -69,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _requested_range(args: argparse.Namespace, corpus: CorpusReader) -> tuple[str, str, int, int]:
-    """Title, split, first token and tokens of what was asked for."""
+    """Return title, split, first token and number of tokens of the requested range."""
     if args.shard is not None:
         return _shard_range(args, corpus)
     split: CorpusSplit = getattr(corpus.manifest, args.split)
@@ -93,7 +98,9 @@ def _shard_range(args: argparse.Namespace, corpus: CorpusReader) -> tuple[str, s
                 return f"{shard.file} tokens {first}:{end}", name, before + first, end - first
             before += shard.tokens
     names = [shard.file for shard in corpus.shards]
-    raise UserError(f"--shard: {args.shard}; {args.corpus} has {len(names):,}: {names[0]} to {names[-1]}; name one")
+    raise UserError(
+        f"--shard: {args.shard} is not one of the {len(names):,} shards of {args.corpus}; name one of {names[0]} to {names[-1]}"
+    )
 
 
 def _parse_token_range(args: argparse.Namespace, shard: Shard) -> tuple[int, int]:
@@ -105,16 +112,16 @@ def _parse_token_range(args: argparse.Namespace, shard: Shard) -> tuple[int, int
         end += first
     if not first < end <= shard.tokens:
         raise UserError(
-            f"--tokens: {args.tokens}; must be FIRST:END or FIRST+COUNT, not empty, within the {shard.tokens} tokens of "
-            f"{shard.file}; for example 0:{min(args.seq_len, shard.tokens)}"
+            f"--tokens: {args.tokens} is not a range of the {shard.tokens} tokens of {shard.file}; write FIRST:END or "
+            f"FIRST+COUNT, not empty; for example 0:{min(args.seq_len, shard.tokens)}"
         )
     return first, end
 
 
 def _check_index(option: str, value: int, num_items: int, availability: str) -> None:
     if not 0 <= value < num_items:
-        remedy = f"name one from 0 to {num_items - 1:,}" if num_items else "see the other --split"
-        raise UserError(f"{option}: {value}; {availability}; {remedy}")
+        remedy = f"use 0 to {num_items - 1:,}" if num_items else "use the other --split"
+        raise UserError(f"{option}: {value} does not exist; {availability}; {remedy}")
 
 
 def _print_slices(title: str, split: str, slices: list[DocumentSlice], corpus: CorpusReader, console: Console) -> None:
@@ -129,24 +136,21 @@ def _print_slices(title: str, split: str, slices: list[DocumentSlice], corpus: C
 
 
 def _describe_location(document_slice: DocumentSlice, split: str) -> str:
-    place = (
-        f"{document_slice.shard_file} "
-        f"{document_slice.start_token}:{document_slice.start_token + len(document_slice.tokens)}"
-    )
+    first = document_slice.start_token
     parts = [
         f"{split} document {document_slice.document_index}",
-        place,
+        f"{document_slice.shard_file} {first}:{first + len(document_slice.tokens)}",
         f"{document_slice.num_document_tokens:,} tokens",
     ]
     if document_slice.num_tokens_before:
-        parts.append(f"began {document_slice.num_tokens_before:,} before")
+        parts.append(f"starts {document_slice.num_tokens_before:,} earlier")
     if document_slice.num_tokens_after:
-        parts.append(f"goes on for {document_slice.num_tokens_after:,}")
+        parts.append(f"continues for {document_slice.num_tokens_after:,}")
     return ", ".join(parts)
 
 
 def _print_rule(title: str, console: Console) -> None:
-    # Not rich's own, which cuts a title that is too long.
+    # rich's own rule cuts a long title.
     line = f"── {title} " if title else ""
     console.print(Text(line.ljust(console.width, "─"), "dim"), soft_wrap=True)
 
@@ -166,7 +170,7 @@ def _slice_to_dict(document_slice: DocumentSlice, corpus: CorpusReader) -> dict[
 
 def _print_matches(args: argparse.Namespace, corpus: CorpusReader, console: Console) -> None:
     split: CorpusSplit = getattr(corpus.manifest, args.split)
-    with progress.progress_bar("looking", sum(shard.bytes for shard in split.shards), "bytes") as advance:
+    with progress.progress_bar("searching", sum(shard.bytes for shard in split.shards), "bytes") as advance:
         found = list(islice(_find_documents(args.find, corpus, split, advance), args.limit))
     if args.json:
         documents = [_slice_to_dict(piece, corpus) for piece, _ in found]
@@ -206,9 +210,8 @@ def _print_statistics(args: argparse.Namespace, corpus: CorpusReader, console: C
     shards = corpus.shards
     scanned_shards = corpus_statistics.sample_shards(shards, len(shards) if args.sample == "all" else int(args.sample))
     with progress.progress_bar("counting lengths", sum(shard.bytes for shard in scanned_shards), "bytes") as advance:
-        statistics = corpus_statistics.collect_statistics(
-            corpus, scanned_shards, corpus_statistics.scan_shards(corpus, scanned_shards, advance)
-        )
+        shard_scan = corpus_statistics.scan_shards(corpus, scanned_shards, advance)
+    statistics = corpus_statistics.collect_statistics(corpus, scanned_shards, shard_scan)
     if args.json:
         print(json.dumps(statistics))
     else:
@@ -218,10 +221,10 @@ def _print_statistics(args: argparse.Namespace, corpus: CorpusReader, console: C
 def _check_arguments(args: argparse.Namespace) -> None:
     for name in ("seq_len", "limit"):
         if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)}; must be positive; change it")
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)} is too small; use 1 or more")
     if args.tokens is not None and args.shard is None:
-        raise UserError(f"--tokens: {args.tokens}; is a range of a shard; name the shard with --shard FILE")
+        raise UserError(f"--tokens: {args.tokens} is a range of a shard; name the shard with --shard FILE")
     if args.find == "":
-        raise UserError("--find: is empty, which every document contains; give a text")
+        raise UserError("--find: the text is empty, which every document contains; give a text")
     if args.sample != "all" and not (args.sample.isdecimal() and int(args.sample)):
-        raise UserError(f"--sample: {args.sample}; must be a positive number of shards, or all; change it")
+        raise UserError(f"--sample: {args.sample} is not a number of shards; use 1 or more, or all")

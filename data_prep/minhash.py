@@ -1,22 +1,19 @@
-"""MinHash signatures: numbers per document that agree between documents with the same 13-grams. What becomes of
-documents that agree is in duplicates.py.
+"""MinHash signatures: numbers that agree between documents with similar 13-grams. duplicates.py uses them.
 
-The definition is SlimPajama's: the text in lower case, without ASCII punctuation, runs of whitespace as one space;
-its 13-grams of *characters* as a set; 9 bands of 13 minima. Two documents of Jaccard similarity s agree in at least
-one band with probability 1 - (1 - s^13)^9:
+The definition is SlimPajama's: lower-case text without ASCII punctuation, runs of whitespace as one space, its set of
+13-grams of *characters*, 9 bands of 13 minima. Two documents of Jaccard similarity s agree in at least one band with
+probability 1 - (1 - s^13)^9:
 
     s            0.5     0.6    0.7    0.75   0.8    0.85   0.9    0.95    0.98
     probability  0.001   0.012  0.084  0.195  0.399  0.689  0.930  0.9985  1.0000
 
-so "Jaccard 0.8" names the middle of a slope (9 x 13 is what datasketch gives for 0.8 and 128 permutations, the
-areas under both kinds of error being weighed alike). As there, agreement in a band is taken as it is, unverified.
+So "Jaccard 0.8" is the middle of a slope. datasketch gives 9 x 13 for 0.8 and 128 permutations if both kinds of error have
+equal weight. As in SlimPajama, documents that agree in a band are not compared again.
 
-The minima are over functions g_k = a + k b (mod 2^32) of two hashes a and b of the 13-gram, so any two g are
-independent, and the next is one addition, not a multiplication modulo a prime. Everything is exact integer
-arithmetic per document: the same on every machine, whatever else is in the batch.
-
-In a pipeline: `signatures(texts)` of a batch of kept documents, some hundred thousand characters at least (small
-batches cost more a character); rows of batches concatenated are those of a unit: `duplicates.write_bands`.
+The minima are over functions g_k = a + k b (mod 2^32) of two hashes a and b of the 13-gram. Any two g are independent, and
+the next one costs an addition, not a multiplication modulo a prime. All arithmetic is exact and per document, so the result
+is the same on every machine and in every batch. Batches of fewer than some hundred thousand characters cost more per
+character.
 """
 
 from __future__ import annotations
@@ -28,16 +25,16 @@ import numpy as np
 NGRAM_SIZE = 13
 NUM_BANDS, ROWS_PER_BAND = 9, 13
 BLOCK_NGRAMS = 1 << 15
-"""13-grams at a time: what is computed of them stays in a processor's second-level cache."""
+"""13-grams per block: their intermediate arrays fit in the second-level cache."""
 _HASH_MULTIPLIER = 0x9E3779B97F4A7C15
 _PUNCTUATION = string.punctuation.encode()
 
 
 def signatures(texts: list[str]) -> np.ndarray:
-    """[documents, bands] uint64: two documents agree in a band if all its minima do, and else by a chance of 2^-64.
+    """Return [documents, bands] uint64. Documents whose minima differ agree in a band with probability 2^-64.
 
-    A document of fewer than 13 characters is one gram, whole; one of punctuation alone is compared as it is, so
-    that only copies of it agree with it.
+    A document of fewer than 13 characters is one gram. A document of punctuation alone is compared unchanged, so that it
+    agrees only with its copies.
     """
     normalized_texts = [(_normalize_text(text) or text).ljust(NGRAM_SIZE, "\0") for text in texts]
     starts = np.cumsum([0, *map(len, normalized_texts)])
@@ -49,7 +46,7 @@ def signatures(texts: list[str]) -> np.ndarray:
 
 
 def _normalize_text(text: str) -> str:
-    # As bytes, for translate is four times as fast there; no byte of a longer character is below 128.
+    # bytes.translate is four times as fast as str.translate; no byte of a multi-byte character is below 128.
     kept = text.lower().encode("utf-8", "surrogatepass").translate(None, _PUNCTUATION)
     return " ".join(kept.decode("utf-8", "surrogatepass").split())
 
@@ -61,7 +58,7 @@ def _character_codes(text: str) -> np.ndarray:
 
 
 def _ngram_hashes(codes: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each 13 consecutive codes: a polynomial in them, by doubling, then mixed."""
+    """Hash each 13 consecutive codes to 64 bits: a polynomial, computed by doubling, then mixed."""
     single = powers = codes.astype(np.uint64)
     width = 1
     for digit in f"{NGRAM_SIZE:b}"[1:]:
@@ -78,7 +75,7 @@ def _multiplier_power(exponent: int) -> np.uint64:
 
 
 def _mix_bits(values: np.ndarray) -> np.ndarray:
-    """Each value with all its bits spread over all 64 (the finalizer of MurmurHash3), in place."""
+    """Mix the bits of each value in place (the finalizer of MurmurHash3)."""
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         values ^= values >> np.uint64(33)
         values *= np.uint64(factor)
@@ -87,18 +84,15 @@ def _mix_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _update_minima(minima: np.ndarray, starts: np.ndarray, first_ngram: int, hashes: np.ndarray) -> None:
-    """The minima [functions, documents], lowered by the grams that begin at codes `first_ngram` and following."""
+    """Lower the minima [functions, documents] by the grams that begin at code `first_ngram` and after it."""
     values, steps = (hashes >> np.uint64(32)).astype(np.uint32), hashes.astype(np.uint32)
-    first_document, end_document = (
-        starts.searchsorted(first_ngram, "right") - 1,
-        starts.searchsorted(first_ngram + len(hashes), "left"),
-    )
-    # A gram that runs on into the next document is none: it stays at the highest value.
-    crossing_ngrams = (
-        starts[first_document + 1 : end_document + 1, None] - np.arange(first_ngram + 1, first_ngram + NGRAM_SIZE)
-    ).ravel()
-    crossing_ngrams = crossing_ngrams[(crossing_ngrams >= 0) & (crossing_ngrams < len(hashes))]
-    values[crossing_ngrams], steps[crossing_ngrams] = np.iinfo(np.uint32).max, 0
+    first_document = starts.searchsorted(first_ngram, "right") - 1
+    end_document = starts.searchsorted(first_ngram + len(hashes), "left")
+    # A gram that crosses into the next document does not count: it gets the highest value.
+    ends = starts[first_document + 1 : end_document + 1, None]
+    crossing = (ends - np.arange(first_ngram + 1, first_ngram + NGRAM_SIZE)).ravel()
+    crossing = crossing[(crossing >= 0) & (crossing < len(hashes))]
+    values[crossing], steps[crossing] = np.iinfo(np.uint32).max, 0
     cuts = np.maximum(starts[first_document:end_document] - first_ngram, 0)
     for row in minima[:, first_document:end_document]:
         np.minimum(row, np.minimum.reduceat(values, cuts), out=row)

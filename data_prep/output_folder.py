@@ -1,7 +1,7 @@
-"""Whose the output folder is: a finished corpus, one being prepared, nobody's, or the user's to leave alone.
+"""Decide whether an output folder is a finished corpus, an unfinished one, free, or not ours to touch.
 
-While a preparation works, the folder holds a note of its settings and a folder of unfinished work. The note says that
-the folder is ours to fill; it goes when the manifest is there.
+During a preparation the folder contains a claim, a file with the settings, and a folder of unfinished work. The claim marks
+the folder as ours. It is removed after the manifest is written.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from tandem.trainer.disk import TEMPORARY_PATTERN, TEMPORARY_SUFFIX, atomic_writ
 CLAIM_FILE = "preparing.json"
 WORK_FOLDER = "work"
 INPUTS_FILE = "inputs.json"
-"""What `provenance` says of every file that was read."""
+"""The record of `provenance` about every input file."""
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""What a file system that takes nothing more says, which names no file."""
+"""Errors of a file system that accepts no more data. They name no file."""
 
 
 class UnusableSettings(UserError):
-    """A mistake in the settings that shows late: what was done with them helps nobody."""
+    """A mistake in the settings that is found late, so that the work done with them is useless."""
 
 
 def is_finished(output: Path, settings_dict: Mapping[str, Any], inputs: list[InputFile]) -> bool:
-    """Whether the folder already is the corpus of these settings and inputs, complete.
+    """Return whether the folder is the complete corpus of these settings and inputs.
 
-    Raises: UserError where it is one of others, or a damaged one.
+    Raises: UserError if it is a corpus of other settings or inputs, or a damaged one.
     """
     if not (output / manifest.MANIFEST_FILE).exists():
         return False
@@ -49,7 +49,7 @@ def is_finished(output: Path, settings_dict: Mapping[str, Any], inputs: list[Inp
         manifest.check_shard_files(output, corpus_manifest)
         recorded_inputs = provenance.load(output / INPUTS_FILE)
     except UserError as error:
-        raise UserError(f"{error}; for that, remove {output} first") from None
+        raise UserError(f"{error}; to do so, remove {output} first") from None
     _check_same_settings(output, corpus_manifest.settings, settings_dict)
     _check_same_inputs(output, recorded_inputs, inputs)
     _clear(output, keep=corpus_file_names(corpus_manifest))
@@ -57,7 +57,7 @@ def is_finished(output: Path, settings_dict: Mapping[str, Any], inputs: list[Inp
 
 
 def clear_if_finished(output: Path) -> bool:
-    """Whether the folder has its manifest; if so what was unfinished is gone after the call."""
+    """Return whether the folder has its manifest. If so, remove unfinished work."""
     if not (output / manifest.MANIFEST_FILE).exists():
         return False
     _clear(output, keep=corpus_file_names(manifest.load_manifest(output)))
@@ -65,7 +65,7 @@ def clear_if_finished(output: Path) -> bool:
 
 
 def corpus_file_names(corpus_manifest: CorpusManifest) -> set[str]:
-    """Names of the files a finished corpus has."""
+    """Return the names of the files of a finished corpus."""
     shards = {shard.file for split in (corpus_manifest.train, corpus_manifest.validation) for shard in split.shards}
     return shards | {manifest.MANIFEST_FILE, manifest.TOKENIZER_FILE, INPUTS_FILE}
 
@@ -74,11 +74,12 @@ def corpus_file_names(corpus_manifest: CorpusManifest) -> set[str]:
 def claim_output(
     output: Path, settings_dict: Mapping[str, Any], check_free: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """Inside the block the folder exists and is ours alone: it holds our note, and what of the work is finished.
+    """Create the folder, lock it and write our claim for the duration of the block.
 
-    Raises: UserError where the folder cannot be written or is not ours, and what `check_free` raises, which is asked when no
-    other process of this machine can begin any more. If the block raises UserError or OSError, everything is as it
-    was before, but finished units of work.
+    `check_free` is called with the lock held, when no other process of this machine can begin. If the block raises
+    UserError or OSError, everything except finished units of work is restored.
+
+    Raises: UserError if the folder cannot be written or is not ours, and the errors of `check_free`.
     """
     _check_claimable(output, settings_dict)
     missing_folders = [folder for folder in (output, *output.parents) if not folder.exists()]
@@ -93,11 +94,11 @@ def claim_output(
 
 def _hold_claim(output: Path, settings_dict: Mapping[str, Any], missing_folders: list[Path]) -> Iterator[None]:
     try:
-        if (output / manifest.MANIFEST_FILE).exists():  # finished by another process since we looked
+        if (output / manifest.MANIFEST_FILE).exists():  # another process finished it after our check
             yield
             return
         for path in [*output.glob(TEMPORARY_PATTERN), *(output / WORK_FOLDER).rglob(TEMPORARY_PATTERN)]:
-            path.unlink(missing_ok=True)  # of killed workers
+            path.unlink(missing_ok=True)  # left by killed workers
         atomic_write(output / CLAIM_FILE, json.dumps(settings_dict, indent=1))
         yield
     except (UserError, OSError) as error:
@@ -105,10 +106,10 @@ def _hold_claim(output: Path, settings_dict: Mapping[str, Any], missing_folders:
         if (output / manifest.MANIFEST_FILE).exists():
             raise user_error from None
         if not isinstance(error, UnusableSettings) and any((output / WORK_FOLDER).glob("[0-9a-f]*.json")):
-            raise UserError(f"{user_error}; finished work is kept in {output}, the same command goes on") from None
+            raise UserError(f"{user_error}; finished work is kept in {output}; the same command continues") from None
         if output.is_dir():
             _clear(output, keep=set())
-        # Folders made for this corpus go too, unless another has moved in meanwhile.
+        # Remove the folders made for this corpus, unless they contain something else by now.
         with suppress(OSError):
             for folder in missing_folders:
                 folder.rmdir()
@@ -116,7 +117,7 @@ def _hold_claim(output: Path, settings_dict: Mapping[str, Any], missing_folders:
 
 
 def summarize_inputs(units: list[WorkUnit], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the manifest says of the inputs."""
+    """Return the manifest's summary of the inputs."""
     return provenance.summarize(_input_entries(units, records))
 
 
@@ -127,18 +128,18 @@ def finish_corpus(
     tokenizer_json: str,
     corpus_manifest: CorpusManifest,
 ) -> None:
-    """The corpus is complete: its manifest is there, the last of its files, and nothing that is not of it."""
+    """Complete the corpus: write the manifest, as its last file, and remove everything else."""
     atomic_write(output / manifest.TOKENIZER_FILE, tokenizer_json)
     atomic_write(output / INPUTS_FILE, provenance.dump(_input_entries(units, records)))
     for path in [*output.glob("train-*.tar"), *output.glob("validation-*.tar")]:
         if path.name not in corpus_file_names(corpus_manifest):
-            path.unlink()  # of an earlier state of the inputs
+            path.unlink()  # left from an earlier state of the inputs
     atomic_write(output / manifest.MANIFEST_FILE, manifest.dump_manifest(corpus_manifest))
     _clear(output, keep=corpus_file_names(corpus_manifest))
 
 
 def _input_entries(units: list[WorkUnit], records: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """Name, bytes, version and hashes of the parts of each file, in order."""
+    """Return name, bytes, version and part hashes of each file, in order."""
     read_parts = [part for unit in units for part in unit.parts]
     hashes = [content for record in records for content in record["parts"]]
     found = []
@@ -148,24 +149,24 @@ def _input_entries(units: list[WorkUnit], records: Sequence[Mapping[str, Any]]) 
 
 
 def _check_same_inputs(output: Path, entries: list[provenance.InputEntry], inputs: list[InputFile]) -> None:
-    """A file whose time or tag has changed is read again, to see whether its content has."""
+    """Compare the inputs with the record. Read a file again if its time or tag has changed.  Raises: UserError."""
     recorded = {name: (size, version, hashes) for name, size, version, hashes in entries}
     sizes = {file.name: file.size_bytes for file in inputs}
     changed = [name for name in recorded.keys() | sizes.keys() if recorded.get(name, (None,))[0] != sizes.get(name)]
-    if not changed:  # else files may have been cut into other parts than they are now
+    if not changed:  # otherwise the files may be cut into different parts now
         for part in (part for unit in work_units.plan_units(inputs, {}) for part in unit.parts):
             _, version, hashes = recorded[part.file.name]
             if version != part.file.version and hashes[part.index] != content_hash(part):
                 changed.append(part.file.name)
     if changed:
         raise UserError(
-            f"--output: {output} was prepared from other inputs: {min(changed)} is not what it was "
-            f"({len(set(changed))} such); name another folder, or remove this one first"
+            f"--output: {output} was prepared from other inputs: {min(changed)} has changed "
+            f"({len(set(changed))} in all); name another folder, or remove this one first"
         )
 
 
 def _to_user_error(output: Path, error: OSError) -> UserError:
-    """In one line, whose fault it is: not every file that a preparation uses is of its output."""
+    """Convert an error to one line. It is about the output folder or about another file."""
     named = error.filename if isinstance(error.filename, str) else None
     if error.errno in DISK_FULL_ERRNOS or (named and output.absolute() in Path(named).absolute().parents):
         return _unwritable_error(output, error)
@@ -181,14 +182,14 @@ def _unwritable_error(output: Path, error: OSError) -> UserError:
 
 @contextmanager
 def _lock_folder(output: Path) -> Iterator[None]:
-    """No other preparation works in the folder meanwhile. The folder itself is locked: a file would be left behind."""
+    """Keep other preparations out of the folder. The folder itself is locked, because a lock file would be left behind."""
     handle = os.open(output, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"--output: {output} is being prepared by another process; a folder has one at a time; wait for it"
+                f"--output: {output} is being prepared by another process; only one may; wait for it"
             ) from None
         yield
     finally:
@@ -212,14 +213,12 @@ def _check_same_settings(output: Path, recorded: Mapping[str, Any], settings_dic
         )
     for name, old in _flatten({name: recorded.get(name) for name in settings_dict}).items():
         if old != (value := given.get(name)):
-            raise UserError(
-                f"--output: {output} was prepared with {name} {old}, not {value}; "
-                "name another folder, or remove this one first"
-            )
+            remedy = "name another folder, or remove this one first"
+            raise UserError(f"--output: {output} was prepared with {name} {old}, not {value}; {remedy}")
 
 
 def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of settings by their own names."""
+    """Flatten nested settings by their own names."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= _flatten(value) if isinstance(value, dict) else {name: value}
@@ -227,7 +226,7 @@ def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clear(output: Path, keep: set[str]) -> None:
-    """Removes what a preparation leaves besides these, nothing else; the note last, for a kill here."""
+    """Remove the files of a preparation except these. The claim goes last, so that a kill here is harmless."""
     shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
     patterns = ("train-*.tar", "validation-*.tar", manifest.TOKENIZER_FILE, INPUTS_FILE, TEMPORARY_PATTERN, CLAIM_FILE)
     for path in [path for pattern in patterns for path in output.glob(pattern)]:

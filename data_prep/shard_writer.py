@@ -1,9 +1,9 @@
-"""Shards as they are written.
+"""Write shards.
 
-A shard is a webdataset tar that the stock `webdataset.WebDataset` reads: one member per sample, its data the
-little-endian tokens. Headers carry no time, user or group, so equal tokens are equal bytes. A shard is closed
-at the end of a document, so that shards can be read in any order without cutting one. They are written by the
-standard library: importing webdataset imports torch, a second and 200 MB in every worker.
+A shard is a tar that `webdataset.WebDataset` reads: one member per sample, which contains little-endian tokens. Headers
+carry no time, user or group, so equal tokens give equal bytes. A shard ends at the end of a document, so that shards can be
+read in any order without cutting one. The standard library writes them, because importing webdataset imports torch: a
+second and 200 MB in every worker.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tandem.trainer.disk import atomic_file
 
 
 class _HashingFile:
-    """A file being written from its beginning, and the hashes of what was."""
+    """Writes to a file and hashes what is written."""
 
     def __init__(self, file: BinaryIO):
         self._file, self.hashes, self.size_bytes = file, (hashlib.sha256(), xxh3_128()), 0
@@ -34,12 +34,12 @@ class _HashingFile:
         self._file.write(data)
 
     def pad(self, block_bytes: int) -> None:
-        """Zeros up to a multiple of a block."""
+        """Write zeros up to a multiple of a block."""
         self.write(bytes(-self.size_bytes % block_bytes))
 
 
 def write_shard(folder: Path, file_stem: str, tokens: np.ndarray, num_documents: int, sample_tokens: int) -> Shard:
-    """The shard of these tokens, whole documents, is in the folder."""
+    """Write a shard of these tokens, which are whole documents."""
     extension = f"u{tokens.itemsize * 8}"
     path = folder / f"{file_stem}.tar"
     with atomic_file(path) as file:
@@ -51,7 +51,7 @@ def write_shard(folder: Path, file_stem: str, tokens: np.ndarray, num_documents:
             hashed.write(member.tobuf(tarfile.USTAR_FORMAT))
             hashed.write(sample.data)
             hashed.pad(tarfile.BLOCKSIZE)
-        hashed.write(bytes(2 * tarfile.BLOCKSIZE))  # how a tar ends
+        hashed.write(bytes(2 * tarfile.BLOCKSIZE))  # the end of a tar
         hashed.pad(tarfile.RECORDSIZE)
     hashes = (one.hexdigest() for one in hashed.hashes)
     return Shard(path.name, hashed.size_bytes, len(tokens), num_documents, *hashes)
@@ -60,7 +60,7 @@ def write_shard(folder: Path, file_stem: str, tokens: np.ndarray, num_documents:
 def write_split(
     folder: Path, split: str, documents: Iterable[np.ndarray], *, sample_tokens: int, shard_tokens: int
 ) -> CorpusSplit:
-    """The documents in shards of at least `shard_tokens` (but the last), in their order."""
+    """Write documents in their order, in shards of at least `shard_tokens` except the last."""
     shards: list[Shard] = []
     pending: list[np.ndarray] = []
     pending_tokens = 0

@@ -1,7 +1,7 @@
-"""The global shuffle: documents in the order of their ranks, cut into shards, each gathered from all spills.
+"""The global shuffle: sort documents by shuffle key and cut them into shards, each gathered from all spills.
 
-A shard is a range of ranks, so it can be written by anybody, at any time, without the others. The ranges follow from how
-many tokens lie at which rank, counted in bins: a shard ends with the first bin that makes it full.
+A shard is a range of keys, so any process can write it independently of the others. Tokens are counted in bins of keys, and a
+shard ends with the first bin that fills it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from tandem.trainer.data.manifest import Shard
 from tandem.trainer.disk import atomic_file, atomic_write
 
 BINS_PER_SHARD = 256
-"""A shard is larger than it must be by a bin at most."""
+"""A shard exceeds its target size by at most one bin."""
 MIN_NUM_BINS, MAX_NUM_BINS = 1 << 12, 1 << 24
 LoadDropMask = Callable[[Spill], np.ndarray | None]
-"""Of a spill: which of its documents, in the order read, are left out after all; None for none of them."""
+"""Returns which documents of a spill, in the order read, to drop; None drops none."""
 COUNT_CHUNK_TOKENS = 1 << 20
-"""Ids counted at a time: numpy widens them to 64 bits for it."""
+"""Ids per chunk: numpy widens ids to 64 bits to count them."""
 
 
 @dataclass(frozen=True)
 class ShardKeyRange:
-    """Documents of one shard: those of the split with ranks from `first_key` to `last_key`."""
+    """The documents of one shard: those of the split with shuffle keys from `first_key` to `last_key`."""
 
     split: str
     shard_index: int
@@ -43,9 +43,9 @@ class ShardKeyRange:
 
 
 def plan_shard_key_ranges(spills: list[Spill], load_drop_mask: LoadDropMask, shard_tokens: int) -> list[ShardKeyRange]:
-    """The ranges of all shards; every one holds a document.
+    """Return the ranges of all shards. Each contains at least one document.
 
-    Note: the result depends on the documents and `shard_tokens`, not on how documents are spread over spills.
+    Note: the result depends on the documents and `shard_tokens`, not on the distribution of documents over spills.
     """
     found: list[ShardKeyRange] = []
     for split in SPLITS:
@@ -53,8 +53,8 @@ def plan_shard_key_ranges(spills: list[Spill], load_drop_mask: LoadDropMask, sha
         bins = min(max(MIN_NUM_BINS, BINS_PER_SHARD * (total // shard_tokens + 1)), MAX_NUM_BINS)
         shift = np.uint64(64 - (bins - 1).bit_length())
         bin_tokens = np.zeros(1 << (64 - int(shift)), np.int64)
-        for ranks, lengths in _kept_keys_and_lengths(spills, split, load_drop_mask):
-            np.add.at(bin_tokens, (ranks >> shift).astype(np.int64), lengths)
+        for keys, lengths in _kept_keys_and_lengths(spills, split, load_drop_mask):
+            np.add.at(bin_tokens, (keys >> shift).astype(np.int64), lengths)
         found += _cut_ranges(split, bin_tokens, int(shift), shard_tokens)
     return found
 
@@ -62,7 +62,7 @@ def plan_shard_key_ranges(spills: list[Spill], load_drop_mask: LoadDropMask, sha
 def _kept_keys_and_lengths(
     spills: list[Spill], split: str, load_drop_mask: LoadDropMask
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ranks and lengths of the documents of each spill."""
+    """Yield shuffle keys and lengths of the kept documents of each spill."""
     for source_spill in spills:
         entries, start = source_spill.select_entries(split, 0, 2**64 - 1)
         keep = _keep_mask(source_spill, entries, load_drop_mask)
@@ -86,27 +86,20 @@ def _cut_ranges(split: str, bin_tokens: np.ndarray, shift: int, shard_tokens: in
 
 
 def shard_record_path(work_folder: Path, file_stem: str) -> Path:
-    """The file whose presence says that the shard is finished."""
+    """Return the path of the file that marks a shard as finished."""
     return work_folder / f"{file_stem}.json"
 
 
 def token_counts_path(work_folder: Path, file_stem: str) -> Path:
-    """How often each id occurs in the shard."""
+    """Return the path of the counts of each id in a shard."""
     return work_folder / f"{file_stem}.occurrences.npy"
 
 
 def gather_shard(
-    output: Path,
-    work_folder: Path,
-    spills: list[Spill],
-    load_drop_mask: LoadDropMask,
-    shard_range: ShardKeyRange,
-    *,
-    dtype: str,
-    vocab_size: int,
-    sample_tokens: int,
-) -> None:
-    """The shard lies in `output`, its record and its count of ids in `work_folder`."""
+    output: Path, work_folder: Path, spills: list[Spill], load_drop_mask: LoadDropMask, shard_range: ShardKeyRange, *,
+    dtype: str, vocab_size: int, sample_tokens: int,
+) -> None:  # fmt: skip
+    """Write the shard to `output`, its record and its counts of ids to `work_folder`."""
     documents: list[np.ndarray] = []
     shuffle_keys: list[np.ndarray] = []
     groups: dict[str, list[int]] = {}
@@ -120,15 +113,14 @@ def gather_shard(
         shuffle_keys.append(entries["shuffle_key"][keep])
         documents += [tokens[end - length : end] for end, length in zip(ends[keep], lengths[keep], strict=True)]
         _count_groups(groups, spill.group_names(one.work_folder, one.unit_name), entries["group"][keep], lengths[keep])
-    # Equal ranks stay in the order of the inputs, which is that of the spills.
+    # Equal keys keep the order of the inputs, which is the order of the spills.
     order = np.argsort(np.concatenate(shuffle_keys), kind="stable")
     tokens = np.concatenate([documents[document] for document in order])
     shard = write_shard(output, shard_range.file_stem, tokens, len(documents), sample_tokens)
     with atomic_file(token_counts_path(work_folder, shard_range.file_stem)) as file:
-        np.save(file, _count_tokens(tokens, vocab_size))
-    atomic_write(
-        shard_record_path(work_folder, shard_range.file_stem), json.dumps({"shard": asdict(shard), "groups": groups})
-    )
+        np.save(file, count_tokens(tokens, vocab_size))
+    record = json.dumps({"shard": asdict(shard), "groups": groups})
+    atomic_write(shard_record_path(work_folder, shard_range.file_stem), record)
 
 
 def _count_groups(counts: dict[str, list[int]], names: list[str], groups: np.ndarray, lengths: np.ndarray) -> None:
@@ -138,7 +130,8 @@ def _count_groups(counts: dict[str, list[int]], names: list[str], groups: np.nda
         counts[name] = [documents + int(is_in_group.sum()), tokens + int(lengths[is_in_group].sum())]
 
 
-def _count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Count the occurrences of each id."""
     counts = np.zeros(vocab_size, np.int64)
     for first in range(0, len(tokens), COUNT_CHUNK_TOKENS):
         counts += np.bincount(tokens[first : first + COUNT_CHUNK_TOKENS], minlength=vocab_size)
@@ -146,6 +139,6 @@ def _count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def load_shard_record(work_folder: Path, file_stem: str) -> tuple[Shard, dict[str, list[int]]]:
-    """What the manifest says of a finished shard, and documents and tokens of each group in it."""
+    """Load the manifest entry of a finished shard, and the documents and tokens of each group in it."""
     record = json.loads(shard_record_path(work_folder, file_stem).read_text(encoding="utf-8"))
     return Shard(**record["shard"]), record["groups"]

@@ -1,9 +1,8 @@
-"""Spills: the unfinished work of a preparation, from which the shards of the global shuffle are gathered.
+"""Spills: the intermediate files from which the shards of the global shuffle are gathered.
 
-A spill holds documents of one unit as two files: their ids one after the other, and an index of one entry a document.
-Documents lie in the order of their *shuffle key*, a random 64-bit number that belongs to each document, the training documents
-before the held-out ones. So a shard, which is a range of ranks, is one contiguous piece of every spill: as many reads as
-there are spills, whatever the number of documents.
+A spill holds documents of one unit in two files: their concatenated ids, and an index with one entry per document. Training
+documents come first, then held-out ones, each sorted by *shuffle key*, a random 64-bit number of the document. A shard is a
+range of keys, so it is one contiguous piece of every spill and costs one read per spill, however many documents there are.
 """
 
 from __future__ import annotations
@@ -21,18 +20,16 @@ from tandem.trainer.disk import atomic_file
 ENTRY_DTYPE = np.dtype(
     [("shuffle_key", "<u8"), ("end", "<u8"), ("document", "<u4"), ("group", "<u2"), ("held_out", "?")], align=True
 )
-"""Of a document: its rank, where its ids end in the spill, its number in the spill as read, its group in the unit's record.
-Aligned, or else a search in one field first copies that field of every document.
+"""A document: its shuffle key, where its ids end in the spill, its index in the spill as read, its group in the unit's
+record. Aligned, because otherwise a search in one field first copies that field of every document.
 """
 MAX_GROUPS = 1 << 16
-"""In a unit: what the field `group` can tell apart."""
+"""Groups in a unit: the range of the field `group`."""
 SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
 class Spill:
-    """One of them, by the folder of unfinished work, its unit and its number there."""
-
     work_folder: Path
     unit_name: str
     spill_index: int
@@ -46,7 +43,7 @@ class Spill:
         return self.work_folder / f"{self.unit_name}-{self.spill_index:03d}.npy"
 
     def write(self, tokens: list[np.ndarray], lengths: np.ndarray, entries: np.ndarray) -> None:
-        """Both files are on disk. `tokens` are the documents in the order read, `entries` theirs but for `end`."""
+        """Write both files. `tokens` are batches of documents in the order read; `entries` lack only `end`."""
         order = np.lexsort((entries["shuffle_key"], entries["held_out"]))
         flat_ends = np.cumsum(lengths)
         batch_ends = np.cumsum([len(batch) for batch in tokens])
@@ -62,47 +59,47 @@ class Spill:
             np.save(file, entries)
 
     def select_entries(self, split: str, first_key: int, last_key: int) -> tuple[np.ndarray, int]:
-        """Entries of the split's documents with ranks in [first, last], and where in the spill the first of them begins."""
+        """Return the split's entries with keys in [first, last], and the position of the first one's ids in the spill."""
         all_entries = np.load(self.index_path, mmap_mode="r")
         num_training = int(np.searchsorted(all_entries["held_out"], True))
         low, high = (0, num_training) if split == "train" else (num_training, len(all_entries))
         shuffle_keys = all_entries["shuffle_key"][low:high]
         start = low + int(np.searchsorted(shuffle_keys, np.uint64(first_key), "left"))
         stop = low + int(np.searchsorted(shuffle_keys, np.uint64(last_key), "right"))
-        # A copy: a map would keep its file open, and there may be more spills than files a process may have open.
+        # A copy, because a map keeps its file open and there may be more spills than a process may open files.
         return np.array(all_entries[start:stop]), int(all_entries["end"][start - 1]) if start else 0
 
     def read_tokens(self, start: int, num_tokens: int, dtype: str) -> np.ndarray:
-        """`num_tokens` ids from `start` on."""
+        """Read `num_tokens` ids from `start`."""
         tokens = np.fromfile(self.tokens_path, dtype, num_tokens, offset=start * np.dtype(dtype).itemsize)
         if len(tokens) != num_tokens:
-            raise OSError(f"{self.tokens_path} is shorter than its index says")
+            raise OSError(f"{self.tokens_path} is shorter than its index states")
         return tokens
 
 
 def document_lengths(entries: np.ndarray, start: int) -> np.ndarray:
-    """How many ids each of neighbouring documents has, the first of which begins at `start`."""
+    """Return the lengths of adjacent documents, the first of which begins at `start`."""
     return np.diff(entries["end"].astype(np.int64), prepend=start)
 
 
 def record_path(work_folder: Path, unit_name: str) -> Path:
-    """The file whose presence says that the unit is finished."""
+    """Return the path of the file that marks a unit as finished."""
     return work_folder / f"{unit_name}.json"
 
 
 @lru_cache(maxsize=1 << 16)
 def group_names(work_folder: Path, unit_name: str) -> list[str]:
-    """The names of the groups of a finished unit."""
+    """Return the group names of a finished unit."""
     names: list[str] = load_record(work_folder, unit_name)["groups"]
     return names
 
 
 def load_record(work_folder: Path, unit_name: str) -> dict[str, Any]:
-    """What a finished unit counted."""
+    """Load the counts of a finished unit."""
     found: dict[str, Any] = json.loads(record_path(work_folder, unit_name).read_text(encoding="utf-8"))
     return found
 
 
 def unit_spills(work_folder: Path, unit_name: str) -> list[Spill]:
-    """Those of a finished unit."""
+    """Return the spills of a finished unit."""
     return [Spill(work_folder, unit_name, number) for number in range(load_record(work_folder, unit_name)["spills"])]

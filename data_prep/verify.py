@@ -1,8 +1,8 @@
-"""`tandem verify`: a prepared corpus read again, byte by byte, against its manifest.
+"""`tandem verify`: read a prepared corpus again and check every byte against its manifest.
 
-Every claim of the manifest that a reader relies on is checked from the bytes: hashes, sizes, where each sample lies in its
-tar according to the tar itself, tokens within the vocabulary, documents counted by their EOS, how often each token occurs.
-Each shard is read once. What is wrong with a shard does not keep the others from being read, so one run finds all of it.
+It checks every claim that a reader relies on: hashes, sizes, the position of each sample in its tar, tokens within the
+vocabulary, the number of documents, the frequencies of tokens. Each shard is read once. A bad shard does not stop the
+others, so one run finds all bad shards.
 """
 
 from __future__ import annotations
@@ -20,39 +20,37 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
-from tandem.data_prep import executor, output_folder, provenance
+from tandem.data_prep import executor, output_folder, provenance, shuffle
 from tandem.data_prep.executor import ProgressCallback
 from tandem.data_prep.vocabulary import Vocabulary
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest, remote_files
-from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit, Shard
+from tandem.trainer.data.manifest import CorpusManifest, Shard
 from tandem.trainer.metrics import progress
 
-COUNT_CHUNK_TOKENS = 1 << 18
-"""Ids counted at a time: numpy widens them to 64 bits for it."""
 SINGLE_PROCESS_BYTES = 1 << 26
-"""A corpus up to this size is read sooner than processes start."""
+"""Up to this size, reading a corpus takes less time than starting processes."""
 ENTROPY_DECIMALS = 6
-"""Of the entropy in the manifest."""
+"""Precision of the entropy in the manifest."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `tandem verify`."""
+    """Add the options of `tandem verify`."""
     add = parser.add_argument
     add("corpus", metavar="DIR", help="folder written by tandem prepare, or its address: s3://, gs://, https://")
     cores = len(os.sched_getaffinity(0))
-    held = "processes, each holds a shard in memory (default: cores)"
-    add("--workers", type=int, default=cores, metavar="N", help=held)
+    add("--workers", type=int, default=cores, metavar="N",
+        help="processes, each holds a shard in memory (default: cores)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
-    """The corpus is what its manifest says.
+    """Check that the corpus matches its manifest.
 
-    Raises: UserError naming every file that is not.
-    Note: what else lies at a remote address is not looked for.
+    Raises: UserError that names every shard that does not match.
+    Note: extra files are not searched for at a remote address.
     """
     if args.workers < 1:
-        raise UserError(f"--workers: {args.workers}; must be positive; change it")
+        raise UserError(f"--workers: {args.workers} is too small; use 1 or more")
     start_time = time.monotonic()
     corpus_manifest = manifest.load_manifest(args.corpus)
     _check_manifest(args.corpus, corpus_manifest)
@@ -61,16 +59,16 @@ def run(args: argparse.Namespace) -> None:
     entropy_nats = _entropy_nats(_count_training_tokens(args.corpus, corpus_manifest, args.workers))
     if abs(entropy_nats - corpus_manifest.unigram_entropy_nats) > 2 * 10**-ENTROPY_DECIMALS:
         raise UserError(
-            f"{remote_files.join_address(args.corpus, manifest.MANIFEST_FILE)}: unigram_entropy_nats "
-            f"{corpus_manifest.unigram_entropy_nats}; "
-            f"the training tokens have {entropy_nats:.{ENTROPY_DECIMALS}f}; prepare the corpus again"
+            f"{remote_files.join_address(args.corpus, manifest.MANIFEST_FILE)}: unigram_entropy_nats is "
+            f"{corpus_manifest.unigram_entropy_nats}, but the training tokens have {entropy_nats:.{ENTROPY_DECIMALS}f}; "
+            "prepare the corpus again"
         )
     if not remote_files.is_remote(args.corpus):
         _check_no_extra_files(Path(args.corpus), corpus_manifest)
     shards, seconds = _all_shards(corpus_manifest), time.monotonic() - start_time
     read_bytes = sum(shard.bytes for shard in shards)
     print(
-        f"{args.corpus}: {corpus_manifest.counts['tokens']:,} tokens in {len(shards):,} shards are what the manifest says; "
+        f"{args.corpus}: {corpus_manifest.counts['tokens']:,} tokens in {len(shards):,} shards match the manifest; "
         f"{read_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {read_bytes / 1e6 / seconds:,.1f} MB/s"
     )
 
@@ -82,25 +80,22 @@ def _all_shards(corpus_manifest: CorpusManifest) -> list[Shard]:
 def _check_manifest(address: str, corpus_manifest: CorpusManifest) -> None:
     path = remote_files.join_address(address, manifest.MANIFEST_FILE)
     if remote_files.read_bytes(path) != manifest.dump_manifest(corpus_manifest).encode():
-        raise UserError(f"{path}: is not written as it was; it was changed or damaged; prepare the corpus again")
+        raise UserError(f"{path}: was changed or damaged after it was written; prepare the corpus again")
     splits = (corpus_manifest.train, corpus_manifest.validation)
     for count_name in ("tokens", "documents"):
-        totals = {count_name: sum(getattr(split, count_name) for split in splits)}
+        total = sum(getattr(split, count_name) for split in splits)
         for name, split in zip(("train", "validation"), splits, strict=True):
-            _check_sum(path, f"{count_name} of {name}", getattr(split, count_name), _sum_over_shards(split, count_name))
-        _check_sum(path, f"counts.{count_name}", corpus_manifest.counts.get(count_name), totals[count_name])
+            found = sum(getattr(shard, count_name) for shard in split.shards)
+            _check_sum(path, f"{count_name} of {name}", getattr(split, count_name), found)
+        _check_sum(path, f"counts.{count_name}", corpus_manifest.counts.get(count_name), total)
         if corpus_manifest.groups:
             of_groups = sum(group[count_name] for group in corpus_manifest.groups.values())
-            _check_sum(path, f"{count_name} of all groups", of_groups, totals[count_name])
-
-
-def _sum_over_shards(split: CorpusSplit, count_name: str) -> int:
-    return sum(getattr(shard, count_name) for shard in split.shards)
+            _check_sum(path, f"{count_name} of all groups", of_groups, total)
 
 
 def _check_sum(path: str, label: str, stated: int | None, expected: int) -> None:
     if stated != expected:
-        raise UserError(f"{path}: {label}: {stated}; the shards add up to {expected}; prepare the corpus again")
+        raise UserError(f"{path}: {label}: {stated}, but the shards add up to {expected}; prepare the corpus again")
 
 
 def _check_tokenizer(address: str, corpus_manifest: CorpusManifest) -> None:
@@ -111,7 +106,7 @@ def _check_tokenizer(address: str, corpus_manifest: CorpusManifest) -> None:
     found = (vocabulary.eos_id, vocabulary.vocab_size, manifest.token_dtype(vocabulary.vocab_size))
     if found != (corpus_manifest.eos_id, corpus_manifest.vocab, corpus_manifest.dtype):
         raise UserError(
-            f"{path}: EOS id, vocab and type are {found}; {manifest.MANIFEST_FILE} says otherwise; prepare again"
+            f"{path}: EOS id, vocab and dtype are {found}, unlike in {manifest.MANIFEST_FILE}; prepare the corpus again"
         )
 
 
@@ -120,8 +115,8 @@ def _check_inputs(address: str, corpus_manifest: CorpusManifest) -> None:
     for name, found in provenance.summarize(provenance.load(path)).items():
         if corpus_manifest.settings.get(name) != found:
             raise UserError(
-                f"{path}: {name} {found}; {manifest.MANIFEST_FILE} says {corpus_manifest.settings.get(name)}; "
-                f"restore it or prepare again"
+                f"{path}: {name} {found} is not {corpus_manifest.settings.get(name)}, as in {manifest.MANIFEST_FILE}; "
+                "restore the file or prepare the corpus again"
             )
 
 
@@ -132,7 +127,7 @@ def _check_no_extra_files(path: Path, corpus_manifest: CorpusManifest) -> None:
 
 
 def _count_training_tokens(address: str, corpus_manifest: CorpusManifest, workers: int) -> np.ndarray:
-    """How often each id occurs in the training tokens.  Raises: UserError naming every shard that is not right."""
+    """Count each id in the training tokens.  Raises: UserError that names every bad shard."""
     shards, training = _all_shards(corpus_manifest), {shard.file for shard in corpus_manifest.train.shards}
     token_counts = np.zeros(corpus_manifest.vocab, np.int64)
     errors: dict[str, str] = {}
@@ -168,27 +163,29 @@ def _make_check_shard(address: str, corpus_manifest: CorpusManifest) -> executor
 
 
 def _check_shard(path: str, corpus_manifest: CorpusManifest, shard: Shard) -> np.ndarray:
-    """How often each id occurs in the shard, which is what the manifest says.  Raises: UserError where it is not."""
+    """Count each id in the shard.  Raises: UserError if the shard does not match the manifest."""
     content = _read_shard(path, shard)
     tokens = np.concatenate([*_tar_samples(path, content, corpus_manifest, shard), np.empty(0, corpus_manifest.dtype)])
     if len(tokens) and tokens.max() >= corpus_manifest.vocab:
-        raise UserError(f"{path}: holds id {tokens.max()}; vocab is {corpus_manifest.vocab}; prepare the corpus again")
-    token_counts = np.zeros(corpus_manifest.vocab, np.int64)
-    for first in range(0, len(tokens), COUNT_CHUNK_TOKENS):
-        token_counts += np.bincount(tokens[first : first + COUNT_CHUNK_TOKENS], minlength=corpus_manifest.vocab)
+        raise UserError(
+            f"{path}: contains id {tokens.max()}, but vocab is {corpus_manifest.vocab}; prepare the corpus again"
+        )
+    token_counts = shuffle.count_tokens(tokens, corpus_manifest.vocab)
     found = (len(tokens), int(token_counts[corpus_manifest.eos_id]))
     if found != (shard.tokens, shard.documents):
         raise UserError(
-            f"{path}: holds {found} tokens and documents; {manifest.MANIFEST_FILE} says "
-            f"{(shard.tokens, shard.documents)}; prepare the corpus again"
+            f"{path}: contains {found} tokens and documents, not {(shard.tokens, shard.documents)}, as in "
+            f"{manifest.MANIFEST_FILE}; prepare the corpus again"
         )
     if len(tokens) and tokens[-1] != corpus_manifest.eos_id:
-        raise UserError(f"{path}: ends inside a document; a shard holds whole ones; prepare the corpus again")
+        raise UserError(
+            f"{path}: ends inside a document; a shard must contain whole documents; prepare the corpus again"
+        )
     return token_counts
 
 
 def _read_shard(path: str, shard: Shard) -> bytes:
-    """The bytes of the shard, which have its hash."""
+    """Read the shard and check its size and hashes."""
 
     def read() -> bytes:
         with remote_files.open_file(path) as file:
@@ -198,12 +195,13 @@ def _read_shard(path: str, shard: Shard) -> bytes:
     if len(content) != shard.bytes:
         size = f"has {len(content)} bytes" if len(content) < shard.bytes else f"has more than {shard.bytes} bytes"
         raise UserError(
-            f"{path}: {size}; {manifest.MANIFEST_FILE} says {shard.bytes}; restore it or prepare the corpus again"
+            f"{path}: {size}, not {shard.bytes}, as in {manifest.MANIFEST_FILE}; "
+            "restore the file or prepare the corpus again"
         )
     _check_hash(path, content, shard.sha256)
     if xxh3_128_hexdigest(content) != shard.xxh3_128:
         raise UserError(
-            f"{path}: xxh3_128 is not what {manifest.MANIFEST_FILE} says; sha256 is; prepare the corpus again"
+            f"{path}: sha256 matches {manifest.MANIFEST_FILE}, but xxh3_128 does not; prepare the corpus again"
         )
     return content
 
@@ -213,7 +211,7 @@ def _read_or_raise(path: str, read: Callable[[], bytes]) -> bytes:
         return read()
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({_format_error(error)}); restore it or prepare the corpus again"
+            f"{path}: cannot be read ({_format_error(error)}); restore the file or prepare the corpus again"
         ) from None
 
 
@@ -221,12 +219,13 @@ def _check_hash(path: str, content: bytes, expected: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise UserError(
-            f"{path}: sha256 {found[:12]}; {manifest.MANIFEST_FILE} says {expected[:12]}; it is damaged; restore it"
+            f"{path}: sha256 is {found[:12]}, not {expected[:12]}, as in {manifest.MANIFEST_FILE}; the file is damaged; "
+            "restore it"
         )
 
 
 def _tar_samples(path: str, content: bytes, corpus_manifest: CorpusManifest, shard: Shard) -> Iterator[np.ndarray]:
-    """The tokens of each sample, as the tar has them."""
+    """Yield the tokens of each sample in the tar."""
     stem, extension = shard.file.removesuffix(".tar"), f"u{8 * corpus_manifest.token_bytes}"
     try:
         with tarfile.open(fileobj=io.BytesIO(content)) as tar:

@@ -1,8 +1,8 @@
-"""Tokens back to text, exactly: what is cut, or is no text at all, can be seen.
+"""Decode tokens to text exactly, and make cut or hidden characters visible.
 
-The one idea: a token of a byte-level BPE is some bytes, so text is their concatenation, and a character that a border
-cuts in two is shown as the bytes that are there, where a tokenizer's own decoder has one mark for everything. Other
-tokenizers are asked to decode.
+A token of a byte-level BPE is a byte string, so text is their concatenation. A character that is cut in two is shown as its
+bytes; a tokenizer's own decoder shows one replacement character for everything. Other kinds of tokenizer decode with their
+own decoder.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ UNICODE_TO_BYTE = {character: value for value, character in BYTE_TO_UNICODE.item
 SPECIAL_TOKEN_STYLE = "bold cyan"
 _HEX_ERROR_HANDLER = "tandem.in_bytes"
 _INVISIBLE_CATEGORIES = {"Cc", "Cf", "Co", "Cn", "Zl", "Zp", "Zs"}
-"""Unicode's categories of characters that show nothing, or move what is around them."""
+"""Unicode categories of characters that are invisible or move the characters around them."""
 
 
 class Vocabulary:
-    """The tokens of a tokenizer.json."""
-
     def __init__(self, tokenizer_json: str, eos_token: str, error_prefix: str):
-        """Raises: UserError, starting with `error_prefix`, if it is no tokenizer.json, or has no EOS."""
+        """Raises: UserError that starts with `error_prefix` if this is not a tokenizer.json or it has no EOS."""
         try:
             self._tokenizer = Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # tokenizers raises nothing narrower
@@ -55,31 +53,31 @@ class Vocabulary:
         self.token_sizes_bytes = (
             np.array([len(token) for token in self._token_bytes], np.uint32) if self.is_byte_level else None
         )
-        """Bytes of text in each token; None where that is not known."""
+        """Bytes of text in each token; None if unknown."""
 
     def decode(self, tokens: np.ndarray, errors: str = "replace") -> str:
-        """The text of the tokens; of special ones, their names."""
+        """Return the text of the tokens. A special token becomes its name."""
         if not self.is_byte_level:
             decoded: str = self._tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
             return decoded
         return b"".join(map(self._token_bytes.__getitem__, tokens.tolist())).decode("utf-8", errors)
 
     def render(self, tokens: np.ndarray) -> Text:
-        """The text for the eye: special tokens in double brackets, hidden characters by sign or number, bytes of
-        characters that are not whole in angle brackets.
+        """Return text for display: special tokens in double brackets, hidden characters as signs or numbers, bytes of
+        incomplete characters in angle brackets.
         """
         text = Text()
         special_indices = np.flatnonzero(np.isin(tokens, list(self.special_tokens)))
         begin = 0
-        for place in special_indices.tolist():
-            text.append(make_visible(self.decode(tokens[begin:place], _HEX_ERROR_HANDLER)))
-            text.append(f"⟦{self.special_tokens[int(tokens[place])]}⟧", SPECIAL_TOKEN_STYLE)
-            begin = place + 1
+        for index in special_indices.tolist():
+            text.append(make_visible(self.decode(tokens[begin:index], _HEX_ERROR_HANDLER)))
+            text.append(f"⟦{self.special_tokens[int(tokens[index])]}⟧", SPECIAL_TOKEN_STYLE)
+            begin = index + 1
         return text.append(make_visible(self.decode(tokens[begin:], _HEX_ERROR_HANDLER)))
 
 
 def make_visible(text: str) -> str:
-    """The text with a sign for every character that cannot be seen; a line still ends after its sign."""
+    """Replace every invisible character by a sign. A newline is kept after its sign."""
     return "".join(map(_visible_character, text))
 
 
@@ -92,11 +90,11 @@ def _visible_character(character: str) -> str:
 
 
 _CONTROL_PICTURES = {chr(code): chr(0x2400 + code) for code in range(32)} | {"\x7f": "␡", "\n": "↵\n", "\t": "→\t"}
-"""ASCII's control characters as Unicode draws them."""
+"""Unicode's pictures of the ASCII control characters."""
 
 
 def _token_to_bytes(token: str) -> bytes:
-    # A token with a character outside the alphabet stands for itself, as in the decoder of tokenizers.
+    # As in the decoder of tokenizers, a token with a character outside the alphabet is plain text.
     return bytes(map(UNICODE_TO_BYTE.__getitem__, token)) if UNICODE_TO_BYTE.keys() >= set(token) else token.encode()
 
 

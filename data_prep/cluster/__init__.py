@@ -1,8 +1,8 @@
-"""A corpus larger than a machine: the stages of a preparation as jobs of Slurm or tasks of Ray.
+"""Run the stages of a preparation as Slurm jobs or Ray tasks, for a corpus larger than a machine.
 
-The one idea: what is finished is told by the files of the stages alone. So a task only needs to know which share of which
-stage is its own, may be killed and started again anywhere, and how many tasks there are cannot show in the result.
-`stage_job` and `submissions` are the standard library's; each scheduler's library has one door, named after it.
+Only the files of the stages record what is finished. A task needs to know only its stage and its share, it may be killed
+and restarted anywhere, and the number of tasks does not affect the result. `stage_job` and `submissions` need only the
+standard library; `slurm` and `ray` import the library of their scheduler.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ REQUIRED_LIBRARIES = {"slurm": "datatrove", "ray": "ray"}
 
 
 def executor_module(executor: str) -> ModuleType:
-    """The module of this executor.
-
-    Raises: UserError where the library that it stands on is not installed.
-    """
+    """Import the module of this executor.  Raises: UserError if its library is not installed."""
     try:
         return import_module(f"tandem.data_prep.cluster.{executor}")
     except ModuleNotFoundError as error:
@@ -27,5 +24,5 @@ def executor_module(executor: str) -> ModuleType:
         if (error.name or "").split(".")[0] != library:
             raise
         raise UserError(
-            f"--executor: {executor}; needs {library}, which is not installed; pip install 'tandem[{executor}]'"
+            f"--executor: {executor} needs {library}, which is not installed; pip install 'tandem[{executor}]'"
         ) from None

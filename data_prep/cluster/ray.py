@@ -1,7 +1,7 @@
-"""Tasks of Ray, one for each item of a stage; this process hands them out and waits.
+"""Run each item of a stage as a Ray task, and wait.
 
-Not datatrove's executor for Ray: it starts its tasks in a pool that waits for ever for a process that the system has
-killed, and says nothing to its caller of tasks that failed.
+datatrove's executor for Ray is not used: its pool waits forever for a process that the system has killed, and it does not
+report failed tasks to its caller.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tandem.data_prep.executor import ItemFunction, ProgressCallback
 from tandem.trainer.config import UserError
 
 MAX_RETRIES = 3
-"""Of an item whose process was killed."""
+"""Restarts of an item whose process was killed."""
 CANCEL_TIMEOUT_SECONDS = 10
 
 
@@ -29,16 +29,14 @@ def run(
     on_result: Callable[[Any], None] | None = None,
     workers: int | None = None,
 ) -> None:
-    """As `executor.run`, on the cluster that RAY_ADDRESS names, or on this machine; no more than `workers` items
-    at once.
-    """
+    """Like `executor.run`, on the cluster at RAY_ADDRESS or on this machine, with at most `workers` items at once."""
     if not ray.is_initialized():
         try:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
         except OSError as error:
             where = os.environ.get("RAY_ADDRESS", "this machine")
             raise UserError(
-                f"--executor: ray; none at {where} ({' '.join(str(error).split())}); see RAY_ADDRESS"
+                f"--executor: ray: there is no cluster at {where} ({' '.join(str(error).split())}); set RAY_ADDRESS"
             ) from None
     run_item = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_run_item)
     function_ref, remaining_items, pending = ray.put(make_item_function), list(reversed(items)), set[Any]()
@@ -57,8 +55,8 @@ def run(
         raise (error.cause if isinstance(error.cause, (UserError, OSError)) else error) from None
     except (OutOfMemoryError, WorkerCrashedError):
         raise UserError(
-            f"--executor: ray; a task was killed {MAX_RETRIES + 1} times, most likely for memory; "
-            "run the same command again, with fewer --workers"
+            f"--executor: ray: a task was killed {MAX_RETRIES + 1} times, probably because memory ran out; "
+            "run the same command again with fewer --workers"
         ) from None
     finally:
         for item in pending:
@@ -80,6 +78,6 @@ def _run_item(function_refs: list[Any], item: Any) -> tuple[int, Any]:
 
 @lru_cache(maxsize=1)
 def _load_item_function(function_ref: Any) -> ItemFunction:
-    """Once in each process and stage."""
+    """Make the item function once per process and stage."""
     do: ItemFunction = ray.get(function_ref)()
     return do

@@ -1,7 +1,6 @@
-"""Jobs of Slurm, by datatrove's executor: one array for each stage, each after the one before.
+"""Run each stage as a Slurm job array that starts after the previous one, with datatrove's executor.
 
-Of datatrove we take the script, its submission and the start of a task. Its job that adds up statistics is left out, and
-of sbatch's options all that nobody asked for.
+datatrove writes the script, submits it and starts the tasks. Its statistics job and its default sbatch options are left out.
 """
 
 from __future__ import annotations
@@ -31,32 +30,32 @@ USER_ERROR_EXIT_CODE = 2
 
 @dataclass(frozen=True)
 class TaskStep:
-    """What datatrove calls in every task."""
+    """The pipeline step that datatrove calls in every task."""
 
     job_path: Path
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
-        """The task's share is done; or the process ends with the one line that says why not, kept beside the logs."""
+        """Do the share of the task. If that fails, write the error line next to the logs and exit."""
         job = stage_job.load_job(self.job_path)
         try:
             job.run_task(rank, world_size)
         except (UserError, OSError) as error:
             line = str(error) if isinstance(error, UserError) else f"{job.request.output}: {error}"
             failed = self.job_path.with_name(f"{self.job_path.stem}-{rank:05d}{submissions.FAILED_SUFFIX}")
-            with suppress(OSError):  # a full disk is also a reason
+            with suppress(OSError):  # the disk may be full
                 failed.write_text(f"{line}\n", encoding="utf-8", errors="backslashreplace")
             print(f"tandem: {line}", file=sys.stderr, flush=True)
             raise SystemExit(USER_ERROR_EXIT_CODE) from None
 
 
 class JobArray(SlurmPipelineExecutor):
-    """A job array, and nothing beside it."""
+    """datatrove's executor without a statistics job and default options."""
 
     def launch_merge_stats(self) -> None:
-        """No statistics."""
+        """Submit nothing."""
 
     def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
-        """Those that have a value."""
+        """Return the options that have a value."""
         given: dict[str, Any] = super().get_sbatch_args(max_array)
         if {"mem", "mem-per-gpu"} & given.keys():
             del given["mem-per-cpu"]
@@ -64,9 +63,9 @@ class JobArray(SlurmPipelineExecutor):
 
 
 def submit(request: PreparationRequest, *, tasks: int, workers: int | None, options: Mapping[str, str]) -> Submission:
-    """All that is left to do is submitted, and the folder belongs to those jobs.
+    """Submit jobs for all unfinished work and record them as owners of the folder.
 
-    Raises: UserError where Slurm refuses a job; then none is left.
+    Raises: UserError if Slurm refuses a job. All jobs of the submission are then cancelled.
     """
     logger.disable("datatrove")
     (request.output / output_folder.WORK_FOLDER).mkdir(exist_ok=True)
@@ -82,14 +81,14 @@ def submit(request: PreparationRequest, *, tasks: int, workers: int | None, opti
             job_ids[job.name] = array.job_id
             Submission(str(logs), job_ids).save(request.output)
         except BaseException as error:
-            # A job that no note names would work in the folder beside those of the next submission.
+            # An unrecorded job would work in the folder at the same time as those of the next submission.
             if known := {*job_ids.values()} | {array.job_id} - {None, ""}:
                 subprocess.run(["scancel", *sorted(known)], check=False)
             submissions.discard_submission(request.output, logs)
             if not isinstance(error, (OSError, subprocess.CalledProcessError)):
                 raise
             why = " ".join((captured_stderr() or str(error)).split())
-            raise UserError(f"--executor: slurm; no job for {job.name} ({why}); see --slurm") from None
+            raise UserError(f"--executor: slurm refuses the job {job.name} ({why}); change --slurm") from None
     return Submission(str(logs), job_ids)
 
 
@@ -104,7 +103,7 @@ def _make_job_array(
         logging_dir=str(logs / job.name),
         skip_completed=False,
         depends_job_id=depends_on_job_id,
-        # A job whose predecessor has failed must not wait for ever.
+        # Otherwise a job whose predecessor has failed waits forever.
         sbatch_args={"kill-on-invalid-dep": "yes", **options},
         max_array_size=job.num_tasks,
         time=None,
@@ -115,13 +114,13 @@ def _make_job_array(
 
 
 def _environment_command() -> str:
-    """Tasks run this Python, and what is installed in it, wherever the command was typed."""
+    """Make tasks run this Python and its packages."""
     return f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
 
 
 @contextmanager
 def _capture_stderr() -> Iterator[Any]:
-    """What other programs print to standard error inside the block is held back; the function yielded returns it."""
+    """Capture what programs print to stderr inside the block. The yielded function returns it."""
     original_fd = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)

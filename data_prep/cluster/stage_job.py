@@ -1,8 +1,7 @@
-"""What one job does: its tasks share the items of a stage among themselves.
+"""One job: its tasks share the items of a stage.
 
-The items are the same list to all tasks, and a task takes every n-th of it, so no task needs to hear of the others; items
-that are finished are passed over. Datatrove's own marks of finished tasks are not used: they count tasks, and with
-another number of tasks documents would be left out.
+All tasks see the same list of items and take every n-th, so they need not communicate. Finished items are skipped.
+datatrove's record of finished tasks is not used: it counts tasks, so another number of tasks would skip documents.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from tandem.data_prep import output_folder, stages
-from tandem.data_prep.executor import ProgressCallback
 from tandem.data_prep.input_files import InputFile
 from tandem.data_prep.settings import PrepareSettings
 from tandem.data_prep.stages import Preparation, Stage
@@ -21,13 +19,13 @@ from tandem.trainer.config import UserError
 from tandem.trainer.disk import atomic_file
 
 TRAIN_TOKENIZER = "train-tokenizer"
-"""The job before all stages, where no tokenizer was given: it is as long as the text it is trained on."""
+"""The first job, if no tokenizer was given."""
 RETRY_HINT = "run the same command again"
 
 
 @dataclass(frozen=True)
 class PreparationRequest:
-    """A preparation as it was asked for: it begins anew in every task."""
+    """The arguments of a preparation, from which every task creates it."""
 
     output: Path
     settings: PrepareSettings
@@ -42,36 +40,29 @@ class PreparationRequest:
         return self.tokenizer_json is not None or stages.trained_tokenizer_path(work, self.inputs).exists()
 
     def create_preparation(self) -> Preparation:
-        """The preparation; trains the tokenizer if that is still to do."""
+        """Create the preparation. Train the tokenizer if that has not been done."""
         return stages.create_preparation(
-            self.output,
-            self.settings,
-            self.inputs,
-            self.tokenizer_json,
-            vocab_size=self.vocab_size,
-            tokenizer_library=self.tokenizer_library,
-            start_progress=_no_progress,
-        )
+            self.output, self.settings, self.inputs, self.tokenizer_json, vocab_size=self.vocab_size,
+            tokenizer_library=self.tokenizer_library, start_progress=lambda description, total: lambda count: None,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class StageJob:
-    """A stage, or the training before them, in so many tasks."""
+    """A stage, or the training of the tokenizer, in `num_tasks` tasks."""
 
     request: PreparationRequest
     name: str
     num_tasks: int
     items: list[Any] | None
-    """Those that were left when it was submitted; None where only the stage before says which there are."""
+    """The items that were unfinished at submission; None if they are known only after the previous stage."""
 
     def run_task(self, task_index: int, num_tasks: int) -> None:
-        """The items of this task are finished.
+        """Finish the items of this task.
 
-        Raises: UserError where an item does, or where the stage before is not finished.
+        Raises: UserError if an item raises it, or if the previous stage is not finished.
         """
-        if output_folder.clear_if_finished(
-            self.request.output
-        ):  # a job that Slurm has begun again, and which had ended
+        if output_folder.clear_if_finished(self.request.output):  # Slurm may restart a job that had ended
             return
         if self.name == TRAIN_TOKENIZER:
             self.request.create_preparation()
@@ -88,20 +79,20 @@ class StageJob:
                 do(item, lambda count: None)
 
     def save(self, path: Path) -> None:
-        """The job can be read from this file by every task."""
+        """Write the job to a file for its tasks."""
         with atomic_file(path) as file:
             pickle.dump(self, file)
 
 
 def load_job(path: Path) -> StageJob:
-    """The job that was written there."""
+    """Load a job from its file."""
     with path.open("rb") as file:
         job: StageJob = pickle.load(file)
     return job
 
 
 def plan_jobs(request: PreparationRequest, num_tasks: int) -> list[StageJob]:
-    """The jobs that make a corpus of what is there now, each to begin when the one before has ended well."""
+    """Return the jobs that complete the corpus. Each must start after the previous one has succeeded."""
     jobs = [] if request.has_tokenizer else [StageJob(request, TRAIN_TOKENIZER, 1, None)]
     preparation = None if jobs else request.create_preparation()
     for stage in stages.active_stages(request.settings):
@@ -114,18 +105,13 @@ def plan_jobs(request: PreparationRequest, num_tasks: int) -> list[StageJob]:
 
 
 def _find_ready_stage(preparation: Preparation, name: str) -> Stage:
-    """The stage of this name; those before it are finished."""
+    """Return the stage of this name.  Raises: UserError if the previous stage is not finished."""
     previous_stage = None
     for stage in stages.active_stages(preparation.settings):
         if stage.name == name:
             break
         previous_stage = stage
     if previous_stage and (missing := len(previous_stage.unfinished_items(preparation))):
-        raise UserError(
-            f"{name}: {missing} of {len(previous_stage.items(preparation))} items of {previous_stage.name} miss; {RETRY_HINT}"
-        )
+        total = len(previous_stage.items(preparation))
+        raise UserError(f"{name}: {missing} of {total} items of {previous_stage.name} are missing; {RETRY_HINT}")
     return stage
-
-
-def _no_progress(description: str, total: int) -> ProgressCallback:
-    return lambda count: None

@@ -1,7 +1,7 @@
-"""The jobs that a folder was given over to: which they are, whether they still wait or run, what they failed of.
+"""Record the jobs that prepare a folder, their states and their errors.
 
-The lock on a folder is of one process on one machine, and jobs outlive the command that submitted them; so while they are
-there a note in the folder of unfinished work says so. Logs lie beside the folder, not in it: a finished corpus holds
+A lock on a folder belongs to one process on one machine, but jobs outlive the command that submits them. A file in the
+folder of unfinished work therefore records them. Logs are next to the output folder, because a finished corpus contains
 nothing else.
 """
 
@@ -21,53 +21,48 @@ from tandem.trainer.disk import atomic_write
 
 SUBMISSION_FILE = "jobs.json"
 RESERVED_SBATCH_OPTIONS = ("array", "dependency", "export", "output", "error", "wrap")
-"""Options of sbatch that are not the user's."""
+"""Options of sbatch that the user must not set."""
 FAILED_SUFFIX = ".failed"
-"""Suffix of a file beside the logs that holds the line a task ended with."""
+"""Suffix of a file next to the logs that contains the error line of a task."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """Ids of the jobs that were submitted together, by stage, in their order; and the folder of their logs."""
+    """The jobs that were submitted together: ids by stage, in order, and the folder of their logs."""
 
     logs: str
     jobs: dict[str, str]
 
     def save(self, output: Path) -> None:
-        """The folder belongs to these jobs."""
+        """Record these jobs as the owners of the output folder."""
         atomic_write(_submission_path(output), json.dumps(asdict(self)))
 
     def failure_lines(self) -> list[str]:
-        """`stage-rank: line` of every task that ended with one."""
+        """Return `stage-rank: line` for every task that ended with an error line."""
         paths = sorted(Path(self.logs).glob(f"*{FAILED_SUFFIX}"))
         return [f"{path.stem}: {path.read_text(encoding='utf-8').strip()}" for path in paths]
 
 
 def load_submission(output: Path) -> Submission | None:
-    """The last submission for this folder, as long as it is unfinished."""
+    """Load the last submission for this folder, if the corpus is unfinished."""
     path = _submission_path(output)
     return Submission(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 def check_no_running_jobs(output: Path) -> None:
-    """Returns where no job works, or will work, in this folder.
-
-    Raises: UserError that says which do, and what they are doing.
-    """
+    """Check that no job runs or waits for this folder.  Raises: UserError with the states of those that do."""
     submission = load_submission(output)
     states = _job_states(output, submission) if submission else {}
     if submission and states:
-        job_descriptions = ", ".join(
-            f"{stage} ({job}) {states[job]}" for stage, job in submission.jobs.items() if job in states
-        )
+        jobs = ", ".join(f"{stage} ({job}) {states[job]}" for stage, job in submission.jobs.items() if job in states)
         raise UserError(
-            f"--output: {output} is being prepared by Slurm: {job_descriptions}; run the same command when they have ended, or "
+            f"--output: {output} is being prepared by Slurm: {jobs}; run the same command when the jobs have ended, or "
             f"scancel them; logs: {submission.logs}"
         )
 
 
 def create_logs_folder(output: Path) -> Path:
-    """A new folder for the logs of one submission, beside the output."""
+    """Create a new folder for the logs of one submission, next to the output."""
     root = output.with_name(f"{output.name}.jobs")
     root.mkdir(exist_ok=True)
     number = 1 + max((int(path.name) for path in root.iterdir() if path.name.isdigit()), default=0)
@@ -76,11 +71,11 @@ def create_logs_folder(output: Path) -> Path:
 
 
 def discard_submission(output: Path, logs: Path) -> None:
-    """The submission with these logs has never been."""
+    """Remove the record and the logs of a submission."""
     _submission_path(output).unlink(missing_ok=True)
     shutil.rmtree(logs)
     with suppress(OSError):
-        logs.parent.rmdir()  # unless there are others
+        logs.parent.rmdir()  # fails if there are others
 
 
 def _submission_path(output: Path) -> Path:
@@ -88,15 +83,15 @@ def _submission_path(output: Path) -> Path:
 
 
 def _job_states(output: Path, submission: Submission) -> dict[str, str]:
-    """Of each job that Slurm still has: how many of its tasks are in which state."""
-    note = f"if they have ended, remove {_submission_path(output)}"
+    """Return the number of tasks in each state for every job that Slurm still knows."""
+    note = f"if the jobs have ended, remove {_submission_path(output)}"
     jobs = ", ".join(submission.jobs.values())
     if shutil.which("squeue") is None:
-        raise UserError(f"--output: {output} was given to Slurm's jobs {jobs}, and there is no squeue to ask; {note}")
+        raise UserError(f"--output: {output} belongs to the Slurm jobs {jobs}, and squeue is not on PATH; {note}")
     asked = subprocess.run(["squeue", "--noheader", "--array", "--format=%F %T"], capture_output=True, text=True)
     if asked.returncode:
         why = " ".join(asked.stderr.split())
-        raise UserError(f"--output: {output} was given to Slurm's jobs {jobs}, and squeue fails ({why}); {note}")
+        raise UserError(f"--output: {output} belongs to the Slurm jobs {jobs}, and squeue fails ({why}); {note}")
     counted = Counter(line for line in asked.stdout.splitlines() if line.split()[0] in submission.jobs.values())
     states: dict[str, str] = {}
     for line, tasks in sorted(counted.items()):

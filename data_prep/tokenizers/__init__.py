@@ -1,12 +1,11 @@
 """The tokenizer of a corpus and the encoding of its documents.
 
-`build` gives the one form a tokenizer has here, the text of a tokenizer.json, from any of the forms it comes in;
-`encoding` turns documents into tokens with the fastest library that is exactly equal to the reference, `tokenizers`.
-The one idea: the library can never show in the bytes of a corpus, so it is free to change.
+`build` converts any kind of tokenizer to the text of a tokenizer.json. `encoding` encodes documents with the fastest
+library that agrees exactly with the reference, `tokenizers`, so the library does not affect the bytes of a corpus.
 
     text = build.read_tokenizer(path, kind)              # kind: None, or one of build.TIKTOKEN_KINDS
     text = build.train_bpe(texts, vocab_size, eos_token)
-    encoder = encoding.select_encoder(text, eos_token, error_prefix, sample_texts=texts)  # checked; says if it falls back
-    encode = encoder.load()                              # in each worker; the encoder itself is small and pickles
-    tokens, lengths = encode(texts, locations)           # uint16 or uint32; EOS ends each document and is counted
+    encoder = encoding.select_encoder(text, eos_token, error_prefix, sample_texts=texts)  # checks; prints a fallback
+    encode = encoder.load()                              # in each worker; `encoder` is small and can be pickled
+    tokens, lengths = encode(texts, locations)           # uint16 or uint32; lengths include the EOS of each document
 """

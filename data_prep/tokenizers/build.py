@@ -1,7 +1,7 @@
-"""The text of a tokenizer.json, from each of the forms a tokenizer comes in, or trained on text.
+"""Make the text of a tokenizer.json from any kind of tokenizer, or train one on text.
 
-That text is all the rest of the code knows: it ships in the corpus, and generation and exports read it. A tokenizer.json
-is taken as it is; of vocabulary files and ranks one is made that gives the same ids.
+The rest of the code knows only this text: it is part of the corpus, and generation and exports read it. A tokenizer.json is
+used unchanged. Vocabulary files and ranks files are converted to one that gives the same ids.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from tandem.data_prep.tokenizers.tiktoken_file import END_OF_TEXT, SCHEMES
 from tandem.trainer.config import UserError
 
 TIKTOKEN_KINDS = tuple(SCHEMES)
-"""What a ranks file may be of."""
+"""The kinds of ranks files."""
 TOKENIZER_FILE = "tokenizer.json"
 VOCAB_AND_MERGES_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-"""Names that GPT-2's vocabulary and merges go by."""
+"""File names of GPT-2's vocabulary and merges."""
 
 
 def read_tokenizer(path: str, kind: str | None = None) -> str:
-    """The tokenizer.json in, or made of, `path`: a tokenizer.json, a folder with one or with GPT-2's vocabulary files (or
-    one of these), or a ranks file of a kind that `kind` or its name says.
+    """Return the tokenizer.json at `path`, or make one from it.
 
-    Raises: UserError naming the file, and the line where one is malformed.
+    `path` is a tokenizer.json, one of GPT-2's vocabulary files, a ranks file, or a folder with any of these. `kind` states
+    the kind of a ranks file; the default is the kind that its name implies.
+
+    Raises: UserError naming the file and the malformed line.
     """
     given_path = Path(path)
     if kind is not None and kind not in TIKTOKEN_KINDS:
-        raise UserError(f"--tokenizer-kind: {kind}; must be one of {', '.join(TIKTOKEN_KINDS)}; change it")
+        raise UserError(f"--tokenizer-kind: {kind} is not known; use one of {', '.join(TIKTOKEN_KINDS)}")
     if given_path.is_dir():
         return _read_folder(given_path, kind)
     kind = kind or tiktoken_file.KIND_BY_FILE_NAME.get(given_path.name)
@@ -45,8 +47,8 @@ def read_tokenizer(path: str, kind: str | None = None) -> str:
             return read_vocab_and_merges(*(given_path.with_name(name) for name in names))
     if given_path.suffix == ".tiktoken":
         raise UserError(
-            f"--tokenizer: {path} is a ranks file, which does not say how text is split; "
-            f"say what it is of with --tokenizer-kind {'|'.join(TIKTOKEN_KINDS)}"
+            f"--tokenizer: {path} is a ranks file, which does not define how text is split; "
+            f"add --tokenizer-kind {'|'.join(TIKTOKEN_KINDS)}"
         )
     return _read_text(given_path)
 
@@ -60,13 +62,15 @@ def _read_folder(folder: Path, kind: str | None) -> str:
 
 
 def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> str:
-    """The tokenizer.json of GPT-2's two files: ids of tokens, and the pairs that are merged, in their order."""
+    """Make a tokenizer.json from GPT-2's two files: ids of tokens, and pairs to merge, in order."""
     try:
         ids = json.loads(_read_text(vocab_path))
         if not all(type(index) is int for index in ids.values()) or len(set(ids.values())) < len(ids):
-            raise ValueError("ids must be whole numbers, each of one token")
+            raise ValueError("ids must be integers, each of one token")
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{vocab_path}: is no vocabulary ({error}); must be a JSON object of tokens and ids") from None
+        raise UserError(
+            f"{vocab_path}: is not a vocabulary ({error}); it must be a JSON object of tokens and ids; get the file again"
+        ) from None
     absent = next((value for value, character in BYTE_TO_UNICODE.items() if character not in ids), None)
     if absent is not None:
         raise UserError(f"{vocab_path}: has no token for byte {absent}; every byte needs one; get the file again")
@@ -85,18 +89,18 @@ def _read_merges(path: Path, ids: dict[str, int]) -> list[tuple[str, str]]:
         pair = tuple(line.rstrip("\r").split(" "))
         if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys() or pair in pairs:
             raise UserError(
-                f"{path}: line {number} is {line[:60]!r}; must be two tokens of the vocabulary, parted by a space, "
-                "that make a third, and no line before; get the file again"
+                f"{path}: line {number} is {line[:60]!r}; it must be two tokens of the vocabulary, separated by a space, "
+                "that make a third, and it must not repeat an earlier line; get the file again"
             )
         pairs[pair] = number
     return list(pairs)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, eos_token: str) -> str:
-    """tokenizer.json of a byte-level BPE of at most `vocab_size` ids, every byte and EOS among them."""
+    """Train a byte-level BPE of at most `vocab_size` ids, which include every byte and EOS. Return its tokenizer.json."""
     if vocab_size <= NUM_BYTE_VALUES:
         raise UserError(
-            f"--vocab-size: {vocab_size}; must be above {NUM_BYTE_VALUES}, room for every byte and EOS; raise it"
+            f"--vocab-size: {vocab_size}; must be above {NUM_BYTE_VALUES}, since every byte and EOS need an id; raise it"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

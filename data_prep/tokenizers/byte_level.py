@@ -1,4 +1,4 @@
-"""How bytes are written in the vocabulary of a byte-level BPE: one printable character for each of the 256."""
+"""The 256 printable characters that represent bytes in the vocabulary of a byte-level BPE."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _UNPRINTABLE_BYTES = [value for value in range(NUM_BYTE_VALUES) if value not in 
 BYTE_TO_UNICODE = {value: chr(value) for value in _PRINTABLE_BYTES} | {
     value: chr(NUM_BYTE_VALUES + index) for index, value in enumerate(_UNPRINTABLE_BYTES)
 }
-"""The character of each byte value.  Source: GPT-2's encoder, whose vocabulary files are written in it."""
+"""The character of each byte value.  Source: GPT-2's encoder."""
 
 
 def to_byte_level(token: bytes) -> str:

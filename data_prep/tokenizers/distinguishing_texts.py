@@ -1,6 +1,6 @@
-"""Texts that tell tokenizers apart: what splits text, what bytes there can be, and a sweep over all code points.
+"""Texts on which tokenizers differ: what splits text, unusual bytes, and a sweep over all code points.
 
-Small, since the slow library encodes all of it each time a corpus is prepared, in a fraction of a second.
+They are small, because the slow library encodes all of them at the start of every preparation, in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from tandem.data_prep.tokenizers.unicode_differences import NUM_CODE_POINTS
 
 SURROGATES = range(0xD800, 0xE000)
 CODE_POINT_STEP = 127
-"""One code point in so many is tried: a prime, so no block of Unicode is met in the same places only. A new version
-of Unicode brings longer ranges than that."""
+"""One code point in this many is tried: a prime, which varies the position within blocks. Unicode adds longer ranges."""
 MAX_SAMPLE_CHARACTERS = 1 << 18
 MAX_EXCERPT_CHARACTERS = 1 << 14
 
@@ -41,14 +40,14 @@ def fixed_texts() -> Iterator[str]:
 
 
 def code_point_texts(codes: range, per_text: int = 64) -> Iterator[str]:
-    """Texts in which each code point stands between letters, and between an apostrophe and a digit."""
+    """Yield texts with each code point between letters, and between an apostrophe and a digit."""
     characters = [chr(code) for code in codes if code not in SURROGATES]
     for first in range(0, len(characters), per_text):
         yield "".join(f"a{c}a'{c}1" for c in characters[first : first + per_text])
 
 
 def sample_excerpts(sample: Sequence[str]) -> Iterator[str]:
-    """The beginnings of the documents of the sample, so many as a fraction of a second allows."""
+    """Yield the beginnings of sample documents, up to MAX_SAMPLE_CHARACTERS."""
     remaining_characters = MAX_SAMPLE_CHARACTERS
     for text in sample:
         if remaining_characters <= 0:

@@ -1,7 +1,7 @@
-"""Documents to tokens: by the fastest library that gives what the reference gives, each document ended by EOS.
+"""Encode documents with the fastest library that agrees with the reference, and end each with EOS.
 
-The one idea: the text of a document is only ever text. The characters of a special token inside it are encoded like
-any others, so the EOS id ends documents and occurs nowhere else, which is checked on every batch.
+The text of a document is always plain text: the characters of a special token inside it are encoded like any others. So the
+EOS id only ends documents. Every batch checks this.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ LIBRARY_OPTION = "--tokenizer-library"
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """All a worker needs to encode."""
+    """Everything a worker needs to encode."""
 
     tokenizer_json: str
-    """As given, but that EOS is marked as special."""
+    """The given text with EOS marked as special."""
     eos_token: str
     eos_id: int
     vocab_size: int
     """One more than the largest id."""
     library: str
-    """gigatoken or tokenizers; the tokens are the same."""
+    """gigatoken or tokenizers; both give the same tokens."""
 
     def load(self) -> DocumentEncoder:
-        """What encodes; made once in a process, which takes half a second, and not for several threads."""
+        """Return the encoder. The first call in a process takes half a second. It is not thread-safe."""
         return _load_encoder(self)
 
 
 class DocumentEncoder:
-    """Documents to tokens.  Batches of 1 to 8 MB of text are encoded fastest."""
+    """Encodes documents, fastest in batches of 1 to 8 MB of text."""
 
     def __init__(self, spec: EncoderSpec, reference: ReferenceEncoder):
         self._encode_texts: Callable[[Sequence[str]], EncodedTexts] = reference
@@ -54,9 +54,9 @@ class DocumentEncoder:
         self._eos_token, self._eos_id = spec.eos_token, spec.eos_id
 
     def __call__(self, texts: Sequence[str], locations: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of all documents, uint16 or uint32, EOS after each; and how many each has, EOS among them, int64.
+        """Return the tokens of all documents (uint16 or uint32), EOS after each, and the lengths with EOS (int64).
 
-        Raises: UserError naming by its place (or number) a document whose own text yields the EOS id.
+        Raises: UserError naming the location (or index) of a document whose text yields the EOS id.
         """
         flat, counts = self._encode_texts(texts)
         lengths = counts + 1
@@ -64,9 +64,9 @@ class DocumentEncoder:
         inside = np.flatnonzero(flat == self._eos_id)
         if len(inside):
             index = int(np.searchsorted(np.cumsum(counts), inside[0], side="right"))
-            place = locations[index] if locations is not None else f"document {index}"
+            location = locations[index] if locations is not None else f"document {index}"
             raise UserError(
-                f"{place}: its text yields the EOS id {self._eos_id}; EOS may only end documents; "
+                f"{location}: its text yields the EOS id {self._eos_id}; EOS may only end documents; "
                 "choose another --eos or tokenizer"
             )
         tokens = np.empty(len(flat) + len(counts), self._dtype)
@@ -83,15 +83,15 @@ def _load_encoder(spec: EncoderSpec) -> DocumentEncoder:
 
 
 class ReferenceEncoder:
-    """Ids by tokenizers, on the calling thread: what every library here is held against."""
+    """Encodes with tokenizers, on the calling thread: the reference for every other library."""
 
     def __init__(self, tokenizer_json: str):
         self.tokenizer_json = tokenizer_json
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Made when it is first needed, which with another library is seldom or never; it takes 100 MB and a second."""
-        # One thread: a worker is one core. tokenizers has no other switch than this.
+        """Load the tokenizer on first use, since it takes 100 MB and a second and is rarely needed with another library."""
+        # One thread, because a worker is one core. tokenizers has no other switch.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
         tokenizer.encode_special_tokens = True
@@ -113,21 +113,23 @@ def _reference_encoder(tokenizer_json: str) -> ReferenceEncoder:
 def select_encoder(
     tokenizer_json: str, eos_token: str, error_prefix: str, *, library: str = "auto", sample_texts: Sequence[str] = ()
 ) -> EncoderSpec:
-    """The encoder of a tokenizer.json, with the library asked for; `auto` is gigatoken where that gives the tokens of
-    tokenizers on the sample and on texts made to tell them apart, else tokenizers, and a line is printed that says why.
+    """Return the encoder of a tokenizer.json.
 
-    Raises: UserError, starting with `error_prefix`, if it is no tokenizer, has no EOS or makes EOS out of plain text; or if
-    gigatoken was asked for and cannot encode with it.
+    `auto` uses gigatoken if it agrees with tokenizers on the sample and on the distinguishing texts. Otherwise it prints
+    the reason and uses tokenizers.
+
+    Raises: UserError, starting with `error_prefix`, if this is not a tokenizer, has no EOS or makes EOS from plain text; or
+    if gigatoken is requested and cannot encode with it.
     """
     if library not in LIBRARIES:
-        raise UserError(f"{LIBRARY_OPTION}: {library}; must be one of {', '.join(LIBRARIES)}; change it")
+        raise UserError(f"{LIBRARY_OPTION}: {library} is not known; use one of {', '.join(LIBRARIES)}")
     tree = _parse_tokenizer_json(tokenizer_json, eos_token, error_prefix)
     text = orjson.dumps(tree).decode()
     reference = _reference_encoder(text)
     ids = _token_ids(reference, error_prefix)
     if eos_token not in ids:
         raise UserError(
-            f"{error_prefix}: has no token {eos_token!r}; documents end with it; name the tokenizer's with --eos"
+            f"{error_prefix}: has no token {eos_token!r}, which ends documents; name the EOS of the tokenizer with --eos"
         )
     reference_spec = EncoderSpec(text, eos_token, ids[eos_token], max(ids.values()) + 1, "tokenizers")
     reference_spec.load()([eos_token, f"a{eos_token}b {eos_token}"], [f"{error_prefix} ({eos_token!r} as text)"] * 2)
@@ -138,9 +140,9 @@ def select_encoder(
         return replace(reference_spec, library="gigatoken")
     if library == "gigatoken":
         raise UserError(
-            f"{LIBRARY_OPTION}: gigatoken cannot encode with {error_prefix}; {unsupported_reason}; leave the option away"
+            f"{LIBRARY_OPTION}: gigatoken cannot encode with {error_prefix}: {unsupported_reason}; remove the option"
         )
-    print(f"{LIBRARY_OPTION}: tokenizers, which is slower; not gigatoken with {error_prefix}: {unsupported_reason}")
+    print(f"{LIBRARY_OPTION}: uses tokenizers, which is slower than gigatoken; {error_prefix}: {unsupported_reason}")
     return reference_spec
 
 
@@ -148,7 +150,7 @@ def _parse_tokenizer_json(tokenizer_json: str, eos_token: str, error_prefix: str
     try:
         tree: dict[str, Any] = orjson.loads(tokenizer_json)
         for added in tree["added_tokens"]:
-            # Only tokens marked special can be switched off in text; an EOS that is not marked would be matched.
+            # Only special tokens can be turned off in text; an EOS without the mark would be matched.
             added["special"] = added["special"] or added["content"] == eos_token
     except (ValueError, KeyError, TypeError) as error:
         raise _invalid_tokenizer_error(error_prefix, error) from None
@@ -164,20 +166,20 @@ def _token_ids(reference: ReferenceEncoder, error_prefix: str) -> dict[str, int]
 
 def _invalid_tokenizer_error(error_prefix: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
-    return UserError(f"{error_prefix}: is not a tokenizer.json ({reason}); name one in the format of tokenizers")
+    return UserError(f"{error_prefix}: is not a tokenizer.json ({reason}); name a file in the format of tokenizers")
 
 
 def _find_difference(reference_spec: EncoderSpec, sample_texts: Sequence[str]) -> str | None:
-    """Of the tokens that gigatoken and tokenizers make of the sample and the traps; None where there is none."""
+    """Describe the first text that gigatoken and tokenizers encode differently; None if there is none."""
     texts = [*distinguishing_texts.fixed_texts(), *distinguishing_texts.sample_excerpts(sample_texts)]
     tokens, lengths = reference_spec.load()(texts)
     try:
         others, counts = replace(reference_spec, library="gigatoken").load()(texts)
-    except RuntimeError as error:  # what gigatoken raises for a tokenizer.json it cannot read
+    except RuntimeError as error:  # gigatoken cannot read the tokenizer.json
         return f"it cannot be read ({' '.join(str(error).split())[:200]})"
     starts, other_starts = np.cumsum(lengths) - lengths, np.cumsum(counts) - counts
     for index, text in enumerate(texts):
         own = tokens[starts[index] : starts[index] + lengths[index]]
         if not np.array_equal(own, others[other_starts[index] : other_starts[index] + counts[index]]):
-            return f"it makes other tokens of {text[:60]!a}"
+            return f"it gives other tokens for {text[:60]!a}"
     return None

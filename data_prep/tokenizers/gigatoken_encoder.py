@@ -1,8 +1,8 @@
-"""gigatoken: the fast library. What of a tokenizer.json it encodes as the reference does, and its memory.
+"""Encode with gigatoken, the fast library: which tokenizers it supports exactly, and its memory.
 
-Its reader skips over what it does not know, so only what was compared with the reference is let through, and what
-differs all the same (`unicode`) goes to the reference. Its caches of words grow without bound: the tokenizer is made
-anew when they have grown by `MAX_CACHE_BYTES`.
+gigatoken ignores parts of a tokenizer.json that it does not know, so only tokenizers like those compared with the reference
+are accepted. Documents with characters that still differ (`unicode_differences`) go to the reference. Its caches of words
+grow without bound, so the tokenizer is loaded again after they have grown by `MAX_CACHE_BYTES`.
 """
 
 from __future__ import annotations
@@ -24,35 +24,33 @@ if TYPE_CHECKING:
     from gigatoken import Tokenizer
 
 EncodedTexts = tuple[np.ndarray, np.ndarray]
-"""The ids of documents, one after the other, and how many each has."""
+"""The concatenated ids of documents, and the length of each."""
 MAX_CACHE_BYTES = 160 << 20
-"""Of words seen. Real text fills some 100 MB of it in a gigabyte; text of words that never come again, 10 bytes a byte."""
+"""Size of the word caches. A gigabyte of real text fills about 100 MB; text of unique words fills 10 bytes per byte."""
 STATM_PATH = Path("/proc/self/statm")
 SUPPORTED_SPLIT_PATTERNS = frozenset(scheme.split_pattern for scheme in SCHEMES.values() if scheme.split_pattern)
 
 
 def unsupported_reason(tree: Mapping[str, Any]) -> str | None:
-    """Why gigatoken is not to encode with this tokenizer.json; None if it may."""
+    """Return why gigatoken must not encode with this tokenizer.json; None if it may."""
     if find_spec("gigatoken") is None:
         return "gigatoken is not installed"
     if not STATM_PATH.exists():
-        return f"the memory it fills cannot be watched without {STATM_PATH}"
+        return f"its memory cannot be measured without {STATM_PATH}"
     model, added = tree["model"], tree.get("added_tokens") or []
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        return "gigatoken takes byte-level BPE only"
-    if (
-        set("".join(model["vocab"])) - set(BYTE_TO_UNICODE.values())
-        or set(BYTE_TO_UNICODE.values()) - model["vocab"].keys()
-    ):
+        return "gigatoken supports only byte-level BPE"
+    alphabet = set(BYTE_TO_UNICODE.values())
+    if set("".join(model["vocab"])) - alphabet or alphabet - model["vocab"].keys():
         return "its vocabulary is not that of a byte-level BPE"
     if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        return "its model has dropout, a prefix or a suffix, which gigatoken leaves out"
+        return "its model has dropout, a prefix or a suffix, which gigatoken ignores"
     if len({merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]}) < len(model["merges"]):
         return "it has a merge twice"
     if tree.get("normalizer") is not None:
         return "it normalizes text"
     if not _has_supported_split(tree.get("pre_tokenizer") or {}):
-        return "it splits text in a way not compared with gigatoken's"
+        return "its way to split text was not compared with gigatoken's"
     if not all(token["special"] for token in added):
         return f"{next(token['content'] for token in added if not token['special'])!r} is matched in text"
     return None
@@ -75,21 +73,21 @@ def _is_byte_level(split: Mapping[str, Any], use_regex: bool) -> bool:
 
 
 class GigatokenEncoder:
-    """Ids by gigatoken, on the calling thread, and by `reference` for the documents that need it."""
+    """Encodes with gigatoken, on the calling thread, and with `reference` the documents that need it."""
 
     def __init__(self, tokenizer_json: str, reference: Callable[[Sequence[str]], EncodedTexts]):
         tree = orjson.loads(tokenizer_json)
-        tree["added_tokens"] = []  # The text of a special token is text.
+        tree["added_tokens"] = []  # a special token in a document is plain text
         self._tokenizer_json = orjson.dumps(tree)
         self._reference = reference
         self._reload_tokenizer()
 
     def _reload_tokenizer(self) -> None:
-        # gigatoken imports it in its first call, and gives lists from then on where that fails: an interrupt is enough.
+        # gigatoken imports awkward in its first call. If that fails, by an interrupt say, it returns lists from then on.
         import awkward  # noqa: F401
         from gigatoken import Tokenizer
 
-        self._tokenizer: Tokenizer | None = None  # Frees the old one before the new one is made.
+        self._tokenizer: Tokenizer | None = None  # frees the old one before the new one is loaded
         self._tokenizer = Tokenizer.from_json(self._tokenizer_json)
         self._cache_bytes = 0
 
@@ -109,12 +107,12 @@ class GigatokenEncoder:
         return flat, lengths
 
     def _encode(self, utf8: list[bytes]) -> EncodedTexts:
-        """Ids of all documents, and where each starts among them, and the last ends."""
+        """Return the ids of all documents, the start of each, and the end of the last."""
         assert self._tokenizer is not None
         before = _resident_bytes()
         ragged = self._tokenizer.encode_batch(utf8, parallel=False).layout
         flat, starts = ragged.content.data, ragged.offsets.data
-        # What the process grew by in this call and does not hand back is cache.
+        # Memory that the process gained in this call, apart from the result, is cache.
         self._cache_bytes += max(0, _resident_bytes() - before - flat.nbytes)
         return flat, starts
 

@@ -1,10 +1,9 @@
-"""Tokenizers of tiktoken's kind: a file of ranks, and what is known of it by name: the pattern that splits text and the
-special tokens.
+"""tiktoken's tokenizers: a ranks file, plus the split pattern and special tokens of its kind.
 
-A ranks file lists tokens in the order in which they were learnt and says nothing of how: a tokenizer.json wants the
-pair each token was made of. The one idea: that pair is what the tokens before it make of the token's own bytes. Where
-they leave two parts of each token, merging by pairs gives the same ids as merging by ranks, on any bytes: when a
-token is made, nothing outside it was merged with anything inside it, so the inside went the way it goes alone.
+A ranks file lists tokens in the order in which they were learned. A tokenizer.json also needs the pair that each token was
+merged from. Encoding the token's bytes with the earlier tokens alone gives that pair. If this leaves exactly two parts for
+every token, merging by pairs gives the same ids as merging by ranks for any bytes: until a token is complete, nothing
+outside it has merged with anything inside it, so its inside merges as it does alone.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ STARCODER_TOKEN_NAMES = (
 
 @dataclass(frozen=True)
 class TiktokenScheme:
-    """What a ranks file does not say."""
+    """The properties that a ranks file does not contain."""
 
     num_tokens: int
     """Tokens in the file."""
     split_pattern: str | None
-    """Splits text before anything is merged; None: GPT-2's, which every library has built in."""
+    """Splits text before merges; None is GPT-2's, which every library has built in."""
     special_tokens: Mapping[str, int]
 
 
@@ -66,9 +65,10 @@ SCHEMES = {
         },
     ),
 }
-"""Source: tiktoken's openai_public (gpt2); Stability AI's tokenizer of Stable LM 2 (arcade100k): the ranks and, as first
-published, the pattern of cl100k, digits one by one, and 32 special ids, of which 100,256 is none. cl100k itself is left
-out: tiktoken's pattern of today keeps white space at a document's end in one piece, and would not be met exactly."""
+"""Source: tiktoken's openai_public (gpt2); Stability AI's tokenizer of Stable LM 2 (arcade100k), which has the ranks of
+cl100k, its first published pattern with single digits, and 32 special ids, not including 100,256. cl100k itself is not
+supported: tiktoken's current pattern keeps whitespace at the end of a document in one piece, which we would not reproduce
+exactly."""
 KIND_BY_FILE_NAME = {
     "arcade100k.tiktoken": "arcade100k",
     "gpt2.tiktoken": "gpt2",
@@ -77,9 +77,9 @@ KIND_BY_FILE_NAME = {
 
 
 def parse_ranks_file(content: bytes, error_prefix: str) -> list[bytes]:
-    """The tokens of a ranks file, in the order of their ranks: every byte among them, each rank once, none left out.
+    """Return the tokens of a ranks file in the order of their ranks. Every byte is a token, and no rank is missing.
 
-    Raises: UserError naming the line that is no token in base64 and its rank, or repeats one.
+    Raises: UserError naming the line that is malformed or repeats a token or rank.
     """
     tokens: dict[int, bytes] = {}
     seen: dict[bytes, int] = {}
@@ -92,13 +92,15 @@ def parse_ranks_file(content: bytes, error_prefix: str) -> list[bytes]:
         except ValueError:
             shown = line[:40].decode(errors="replace")
             raise UserError(
-                f"{error_prefix}: line {number} is {shown!r}; must be a token in base64, a space and its rank; "
-                f"get the file again"
+                f"{error_prefix}: line {number} is {shown!r}; it must be a token in base64, a space and its rank; "
+                "get the file again"
             ) from None
         if not token or token_id in tokens or token in seen:
             again = "is empty" if not token else f"repeats {'rank' if token_id in tokens else 'the token of rank'} "
             again += str(token_id if token_id in tokens else seen.get(token, ""))
-            raise UserError(f"{error_prefix}: line {number} {again}; ranks and tokens occur once; get the file again")
+            raise UserError(
+                f"{error_prefix}: line {number} {again}; ranks and tokens must be unique; get the file again"
+            )
         tokens[token_id], seen[token] = token, token_id
     return _order_tokens(tokens, seen, error_prefix)
 
@@ -106,7 +108,7 @@ def parse_ranks_file(content: bytes, error_prefix: str) -> list[bytes]:
 def _order_tokens(tokens: dict[int, bytes], seen: dict[bytes, int], error_prefix: str) -> list[bytes]:
     missing = next((rank for rank in range(len(tokens)) if rank not in tokens), None)
     if missing is not None:
-        raise UserError(f"{error_prefix}: has {len(tokens)} tokens and none of rank {missing}; get the file again")
+        raise UserError(f"{error_prefix}: has {len(tokens)} tokens but none of rank {missing}; get the file again")
     absent = next((value for value in range(NUM_BYTE_VALUES) if bytes([value]) not in seen), None)
     if absent is not None:
         raise UserError(f"{error_prefix}: has no token for byte {absent}; every byte needs one; get the file again")
@@ -114,9 +116,9 @@ def _order_tokens(tokens: dict[int, bytes], seen: dict[bytes, int], error_prefix
 
 
 def build_tokenizer_json(tokens: Sequence[bytes], scheme: TiktokenScheme, error_prefix: str) -> str:
-    """The tokenizer.json of these tokens: the same ids for every text as merging by ranks gives.
+    """Make a tokenizer.json from these tokens. It gives the same ids as merging by ranks.
 
-    Raises: UserError if the tokens are not those of the scheme, or one is not made of two that come before it.
+    Raises: UserError if the tokens are not those of the scheme, or one is not a pair of earlier tokens.
     """
     if len(tokens) != scheme.num_tokens:
         raise UserError(
@@ -125,18 +127,17 @@ def build_tokenizer_json(tokens: Sequence[bytes], scheme: TiktokenScheme, error_
     vocab = {to_byte_level(token): rank for rank, token in enumerate(tokens)}
     if taken := sorted(scheme.special_tokens.keys() & vocab.keys()):
         raise UserError(
-            f"{error_prefix}: has {taken[0]!r} as an ordinary token; it is a special one; name another file"
+            f"{error_prefix}: has {taken[0]!r} as an ordinary token, but it is a special token; name another file"
         )
-    # Special tokens are in the vocabulary too, where no merge leads: only so may ids between them be left out.
+    # Special tokens are also in the vocabulary, where no merge produces them. Otherwise their ids could not have gaps.
     vocab |= scheme.special_tokens
-    return json.dumps(
-        build_tokenizer_tree(vocab, find_merges(tokens, error_prefix), scheme.split_pattern, scheme.special_tokens),
-        ensure_ascii=False,
-    )
+    merges = find_merges(tokens, error_prefix)
+    tree = build_tokenizer_tree(vocab, merges, scheme.split_pattern, scheme.special_tokens)
+    return json.dumps(tree, ensure_ascii=False)
 
 
 def find_merges(tokens: Sequence[bytes], error_prefix: str) -> list[tuple[str, str]]:
-    """The pair that each token of more than a byte is made of, in the order of their ranks."""
+    """Return the pair that each token of more than one byte is merged from, in the order of ranks."""
     merge_ranks = {token: rank for rank, token in enumerate(tokens)}
     pairs = []
     for merge_rank, token in enumerate(tokens):
@@ -145,14 +146,14 @@ def find_merges(tokens: Sequence[bytes], error_prefix: str) -> list[tuple[str, s
         parts = _apply_earlier_merges(token, merge_rank, merge_ranks)
         if len(parts) != 2:
             raise UserError(
-                f"{error_prefix}: the token of rank {merge_rank} is not made of two before it; is this a BPE? name another file"
+                f"{error_prefix}: the token of rank {merge_rank} is not made of two earlier tokens; name the file of a BPE"
             )
         pairs.append((to_byte_level(parts[0]), to_byte_level(parts[1])))
     return pairs
 
 
 def _apply_earlier_merges(token: bytes, merge_rank: int, merge_ranks: Mapping[bytes, int]) -> list[bytes]:
-    """What the tokens before `merge_rank` make of these bytes: the first of the lowest rank is merged until none is left."""
+    """Encode these bytes with the tokens before `merge_rank`: merge the first pair of the lowest rank until none is left."""
     borders = list(range(len(token) + 1))
     pairs = [merge_ranks.get(token[start : start + 2], merge_rank) for start in borders[:-2]]
     while len(pairs) > 1 and (lowest := min(pairs)) < merge_rank:
@@ -170,7 +171,7 @@ def build_tokenizer_tree(
     split_pattern: str | None,
     special_tokens: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The content of the tokenizer.json of a byte-level BPE."""
+    """Return the tree of the tokenizer.json of a byte-level BPE."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     split: dict[str, Any] = byte_level | {"use_regex": True}

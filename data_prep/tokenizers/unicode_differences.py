@@ -1,9 +1,8 @@
-"""Characters that gigatoken and tokenizers put into different classes, so that they split text around them differently:
-those that came with Unicode 15.1 to 17, letters and digits to gigatoken and unknown to tokenizers.
+"""Characters that gigatoken and tokenizers classify differently, so that they split text around them differently.
 
-`DIFFERING_RANGES` is what a comparison of all code points gives (the test beside this package makes it again); a document
-that holds one of them is encoded by the reference. The one idea: all of them start with one of three bytes in UTF-8,
-which most texts do not hold.
+They were added by Unicode 15.1 to 17: letters and digits for gigatoken, unknown to tokenizers. The reference encodes
+documents that contain one. `DIFFERING_RANGES` is the result of a comparison of all code points, which its test repeats. In
+UTF-8 all of them start with one of three bytes, which most texts do not contain.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _FIRST_BYTES = sorted({chr(code).encode()[0] for code in np.flatnonzero(_IS_DIFF
 
 
 def find_differing_texts(texts: Sequence[str], utf8: Sequence[bytes]) -> list[int]:
-    """Indices of the texts that hold a differing character; `utf8` are the same texts encoded."""
+    """Return the indices of texts with a differing character. `utf8` are the same texts encoded."""
     return [
         index
         for index, (text, data) in enumerate(zip(texts, utf8, strict=True))

@@ -1,4 +1,4 @@
-"""A preparation in jobs: whatever the number of tasks, and whatever was killed, the bytes of one machine."""
+"""A preparation in jobs gives the bytes of one machine, whatever the number of tasks and whatever was killed."""
 
 import argparse
 import random
@@ -28,7 +28,7 @@ def _several_units(monkeypatch):
 
 @pytest.fixture
 def request_of(tmp_path, folder):
-    """request_of(name): the request that `tandem prepare` would submit for that output, which is claimed."""
+    """request_of(name): the request that `tandem prepare` would submit for that output."""
 
     def made(name: str) -> PreparationRequest:
         output = tmp_path / name
@@ -47,7 +47,7 @@ def request_of(tmp_path, folder):
 
 @pytest.fixture
 def expected(prepared, folder, content) -> dict[str, bytes]:
-    """The files that one machine makes of it."""
+    """The files that one machine writes."""
     return content(prepared("local", "--input", folder, *SETTINGS))
 
 
@@ -97,23 +97,23 @@ def test_after_failed_tasks_another_number_of_them_does_what_is_missing(expected
     assert content(request.output) == expected
 
 
-def test_a_job_that_begins_too_early_says_what_is_missing(request_of):
+def test_a_job_that_begins_too_early_reports_what_is_missing(request_of):
     train, encode, find_duplicates, plan_shards, *_ = stage_job.plan_jobs(request_of("jobs"), 2)
     with pytest.raises(UserError, match=r"^encode: the tokenizer is not trained; run the same command again$"):
         encode.run_task(0, 2)
     train.run_task(0, 1)
     encode.run_task(0, 2)
     with pytest.raises(
-        UserError, match=r"^find-duplicates: \d+ of \d+ items of encode miss; run the same command again$"
+        UserError, match=r"^find-duplicates: \d+ of \d+ items of encode are missing; run the same command again$"
     ):
         find_duplicates.run_task(0, 2)
     encode.run_task(1, 2)
     find_duplicates.run_task(0, 2)
-    with pytest.raises(UserError, match=r"^plan-shards: \d+ of \d+ items of find-duplicates miss"):
+    with pytest.raises(UserError, match=r"^plan-shards: \d+ of \d+ items of find-duplicates are missing"):
         plan_shards.run_task(0, 1)
 
 
-def test_what_a_task_failed_of_is_one_line_beside_the_logs(request_of, folder, tmp_path, capsys):
+def test_a_failed_task_writes_its_error_line_next_to_the_logs(request_of, folder, tmp_path, capsys):
     slurm = pytest.importorskip("tandem.data_prep.cluster.slurm", reason="datatrove is not installed")
     (folder / "1" / "bad.jsonl").write_text('{"body": "no text"}\n')
     job = stage_job.plan_jobs(request_of("jobs"), 1)[0]
@@ -140,26 +140,30 @@ def test_a_folder_that_jobs_work_in_is_left_alone(request_of, prepared, folder, 
         with pytest.raises(UserError, match=r"prepared by Slurm: encode \(12\) 2 pending and 1 running; run the same"):
             submissions.check_no_running_jobs(request.output)
         squeue.write_text("#!/bin/sh\necho no controller >&2; exit 1")
-        with pytest.raises(UserError, match=r"squeue fails \(no controller\); if they have ended, remove .*jobs.json"):
+        with pytest.raises(
+            UserError, match=r"squeue fails \(no controller\); if the jobs have ended, remove .*jobs.json"
+        ):
             submissions.check_no_running_jobs(request.output)
         squeue.write_text("#!/bin/sh")
         submissions.check_no_running_jobs(request.output)
         context.setenv("PATH", str(tmp_path))
-        with pytest.raises(UserError, match=r"given to Slurm's jobs 12, 13, and there is no squeue to ask"):
+        with pytest.raises(UserError, match=r"belongs to the Slurm jobs 12, 13, and squeue is not on PATH"):
             submissions.check_no_running_jobs(request.output)
     assert sorted(request.output.rglob("*")) == before
 
 
 def test_this_machine_does_not_begin_beside_jobs(prepared, folder, tmp_path, monkeypatch):
     with monkeypatch.context() as context:
-        context.setattr(work_units, "TARGET_NUM_UNITS", 0)  # a crash of ours, that leaves the folder unfinished
+        context.setattr(work_units, "TARGET_NUM_UNITS", 0)  # a crash that leaves the folder unfinished
         with pytest.raises(ZeroDivisionError):
             prepared("out", "--input", folder, *SETTINGS)
     output = tmp_path / "out"
     Submission("logs of them", {"encode": "12"}).save(output)
     before = sorted(output.rglob("*"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"given to Slurm's jobs 12, and there is no squeue to ask; if they have ended"):
+    with pytest.raises(
+        UserError, match=r"belongs to the Slurm jobs 12, and squeue is not on PATH; if the jobs have ended"
+    ):
         prepared("out", "--input", folder, *SETTINGS)
     assert sorted(output.rglob("*")) == before
 
@@ -202,7 +206,7 @@ def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch, ex
         executor_module(executor)
 
 
-def test_logs_lie_beside_the_folder_and_are_numbered(tmp_path):
+def test_logs_are_next_to_the_folder_and_numbered(tmp_path):
     output = tmp_path / "corpus"
     assert [submissions.create_logs_folder(output) for _ in range(2)] == [
         Path(f"{output}.jobs/1"),
@@ -212,7 +216,7 @@ def test_logs_lie_beside_the_folder_and_are_numbered(tmp_path):
     assert submissions.create_logs_folder(output).name == "2"
 
 
-def test_a_job_that_is_begun_again_after_the_end_changes_nothing(expected, request_of, content):
+def test_a_job_restarted_after_the_end_changes_nothing(expected, request_of, content):
     request = request_of("jobs")
     submitted = stage_job.plan_jobs(request, 2)
     for job in submitted:

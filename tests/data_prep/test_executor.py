@@ -1,4 +1,4 @@
-"""Processes of this machine: what a killed worker, a mistake and Ctrl-C leave behind."""
+"""Processes of this machine end cleanly after a killed worker, an error and Ctrl-C."""
 
 import multiprocessing
 import os
@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
 
 def failing(folder: Path) -> executor.ItemFunction:
-    """Item 0 waits for another to begin and is a mistake; the others would take a minute."""
+    """Item 0 waits until another has begun and fails; the others would take a minute."""
 
     def do(item: int, advance: executor.ProgressCallback) -> None:
         (folder / str(item)).touch()
@@ -82,7 +82,7 @@ def _command(process: int) -> str:
 
 @contextmanager
 def running(*command: object) -> Iterator[subprocess.Popen[str]]:
-    """The command, in a process group of its own, gone at the end with all that it has started."""
+    """Run the command in its own process group and end the group afterwards."""
     with subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, start_new_session=True, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -104,14 +104,15 @@ def test_a_mistake_in_one_worker_stops_the_others_soon(tmp_path):
 
 def test_a_killed_worker_ends_the_others_in_one_line(tmp_path):
     with pytest.raises(
-        UserError, match="--workers: one of 2 was killed, most likely for memory; run the same command again"
+        UserError,
+        match="--workers: one of 2 workers was killed, probably because memory ran out; run the same command again",
     ):
         executor.run(partial(dying, tmp_path), range(4), 2, lambda count: None)
 
 
 @pytest.mark.parametrize("error", [OSError("handle is closed"), ValueError("bad value(s) in fds_to_keep")])
 def test_a_worker_killed_while_another_begins_is_the_same(error, monkeypatch, tmp_path):
-    """concurrent.futures then raises these, some times in a thousand, from where it starts the other."""
+    """concurrent.futures raises these where it starts the other, a few times in a thousand."""
 
     class Torn(ProcessPoolExecutor):
         def submit(self, *call):
@@ -120,7 +121,7 @@ def test_a_worker_killed_while_another_begins_is_the_same(error, monkeypatch, tm
             return super().submit(*call)
 
     monkeypatch.setattr(executor, "ProcessPoolExecutor", Torn)
-    with pytest.raises(UserError, match="one of 2 was killed"):
+    with pytest.raises(UserError, match="one of 2 workers was killed"):
         executor.run(partial(failing, tmp_path), range(4), 2, lambda count: None)
     assert not multiprocessing.active_children()
 
@@ -138,7 +139,7 @@ def test_an_interrupt_leaves_no_process(tmp_path):
     wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), 5)
 
 
-def test_a_preparation_whose_worker_was_killed_goes_on_to_the_same_bytes(prepared, folder, content, tmp_path):
+def test_a_preparation_whose_worker_was_killed_continues_to_the_same_bytes(prepared, folder, content, tmp_path):
     small = ["--sample-tokens", 512, "--shard-tokens", 512, "--held-out", 0.1, "--vocab-size", 300]
     arguments = ["--input", folder, *small]
     expected = content(prepared("whole", *arguments))
@@ -148,7 +149,7 @@ def test_a_preparation_whose_worker_was_killed_goes_on_to_the_same_bytes(prepare
         os.kill(children(process.pid, "spawn_main")[0], signal.SIGKILL)
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 2
-    assert "one of 2 was killed" in said
+    assert "one of 2 workers was killed" in said
     assert len(said.splitlines()) == 1, said
     finished = {path: path.stat().st_mtime_ns for path in (output / "work").glob("*.json")}
     assert finished
@@ -161,7 +162,7 @@ def refusing() -> executor.ItemFunction:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_why_a_worker_cannot_begin_is_said(workers):
+def test_the_reason_that_a_worker_cannot_begin_is_raised(workers):
     with pytest.raises(UserError, match="tokenizer: is not there"):
         executor.run(refusing, range(4), workers, lambda count: None)
 
@@ -182,7 +183,7 @@ def test_an_interrupt_while_the_last_items_end_is_not_lost():
 
 
 @pytest.mark.parametrize("delay_seconds", [0.0, 0.02, 0.1])
-def test_an_interrupted_preparation_is_one_line_and_goes_on(prepared, folder, content, tmp_path, delay_seconds):
+def test_an_interrupted_preparation_is_one_line_and_continues(prepared, folder, content, tmp_path, delay_seconds):
     small = ["--sample-tokens", 512, "--shard-tokens", 512, "--held-out", 0.1, "--vocab-size", 300]
     arguments = ["--input", folder, *small]
     output = tmp_path / "interrupted"

@@ -1,4 +1,4 @@
-"""`tandem inspect` shows what was written, where it lies, and says in one line what is not there."""
+"""`tandem inspect` shows what was written and where it is, and reports in one line what does not exist."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def stream(texts):
 
 
 @pytest.mark.parametrize(("split", "texts"), [("train", TRAIN), ("validation", HELD_OUT)])
-def test_rows_cover_the_stored_order_and_say_which_part_of_which_document_they_hold(folder, shown, split, texts):
+def test_rows_cover_the_stored_order_and_name_the_part_of_each_document(folder, shown, split, texts):
     tokens, lengths = stream(texts), [len(corpus_writer.encode_document(text)) for text in texts]
     begins = np.cumsum([0, *lengths])
     rows = -(-len(tokens) // 100)
@@ -58,7 +58,9 @@ def test_rows_cover_the_stored_order_and_say_which_part_of_which_document_they_h
             assert (document["before"], document["length"]) == (place - begins[index], lengths[index])
             assert document["before"] + count + document["after"] == lengths[index]
             place += count
-    with pytest.raises(UserError, match=rf"--row: {rows}; {split} has {rows} rows of 100 tokens; name one from 0 to"):
+    with pytest.raises(
+        UserError, match=rf"--row: {rows} does not exist; {split} has {rows} rows of 100 tokens; use 0 to"
+    ):
         run_verb(inspect, folder, "--row", rows, "--seq-len", 100, "--split", split)
 
 
@@ -97,7 +99,7 @@ def test_borders_and_hidden_characters_can_be_seen_and_nothing_is_coloured(folde
     assert len(long) > 5
     assert max(map(len, long)) <= 80
     part = shown(folder, "--shard", "train-000000.tar", "--tokens", "9:30")
-    assert f"{strange} tokens, began 2 before, goes on for {strange - 23}" in part
+    assert f"{strange} tokens, starts 2 earlier, continues for {strange - 23}" in part
 
 
 def test_characters_that_a_border_cuts_are_shown_as_the_bytes_they_are(folder, shown):
@@ -173,16 +175,20 @@ def test_a_corpus_elsewhere_looks_the_same(folder, shown, address, tmp_path, mon
 def test_every_mistake_is_one_line(folder, tmp_path):
     mistakes = {
         "corpus/manifest.json: no such file": [tmp_path / "no" / "corpus"],
-        r"--shard: x.tar; .*corpus has \d+: train-000000.tar to validation-000000.tar": [folder, "--shard", "x.tar"],
-        "--tokens: 5:3; must be FIRST:END": [folder, "--shard", "train-000000.tar", "--tokens", "5:3"],
-        "--tokens: 0:99999; must be": [folder, "--shard", "train-000000.tar", "--tokens", "0:99999"],
-        "--tokens: 3; must be": [folder, "--shard", "train-000000.tar", "--tokens", "3"],
-        "--tokens: 0:3; is a range of a shard": [folder, "--tokens", "0:3"],
-        "--document: 2; validation has 2 documents": [folder, "--document", 2, "--split", "validation"],
-        "--row: -1; train has 2 rows": [folder, "--row", -1],
-        "--seq-len: 0; must be positive": [folder, "--row", 0, "--seq-len", 0],
-        "--sample: none; must be": [folder, "--sample", "none"],
-        "--find: is empty": [folder, "--find", ""],
+        r"--shard: x.tar is not one of the \d+ shards of .*corpus; name one of train-000000.tar to validation-000000.tar": [
+            folder,
+            "--shard",
+            "x.tar",
+        ],
+        "--tokens: 5:3 is not a range .*; write FIRST:END": [folder, "--shard", "train-000000.tar", "--tokens", "5:3"],
+        "--tokens: 0:99999 is not a range": [folder, "--shard", "train-000000.tar", "--tokens", "0:99999"],
+        "--tokens: 3 is not a range": [folder, "--shard", "train-000000.tar", "--tokens", "3"],
+        "--tokens: 0:3 is a range of a shard": [folder, "--tokens", "0:3"],
+        "--document: 2 does not exist; validation has 2 documents": [folder, "--document", 2, "--split", "validation"],
+        "--row: -1 does not exist; train has 2 rows": [folder, "--row", -1],
+        "--seq-len: 0 is too small; use 1 or more": [folder, "--row", 0, "--seq-len", 0],
+        "--sample: none is not a number of shards": [folder, "--sample", "none"],
+        "--find: the text is empty": [folder, "--find", ""],
     }
     for message, arguments in mistakes.items():
         with pytest.raises(UserError, match=message) as caught:
@@ -195,7 +201,9 @@ def test_every_mistake_is_one_line(folder, tmp_path):
 
 def test_a_split_without_documents_is_no_row_to_show(tmp_path):
     corpus_writer.write_corpus(tmp_path / "corpus", TRAIN[:3])
-    with pytest.raises(UserError, match="--row: 0; validation has 0 rows of 2,048 tokens; see the other --split"):
+    with pytest.raises(
+        UserError, match="--row: 0 does not exist; validation has 0 rows of 2,048 tokens; use the other --split"
+    ):
         run_verb(inspect, tmp_path / "corpus", "--row", 0, "--split", "validation")
 
 
@@ -212,7 +220,7 @@ def test_bytes_of_every_token_are_those_that_the_tokenizer_decodes():
         assert vocabulary.render(ids).plain == make_visible(text)
 
 
-def test_a_tokenizer_that_is_not_of_bytes_decodes_by_itself():
+def test_a_tokenizer_that_is_not_byte_level_decodes_with_its_own_decoder():
     vocab = {"some": 0, "words": 1, corpus_writer.EOS: 2}
     made = Tokenizer(models.WordLevel(vocab, unk_token="some"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece()

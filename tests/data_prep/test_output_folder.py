@@ -1,4 +1,4 @@
-"""Whose the output folder is: finished, begun, killed or given up, a preparation never costs it a corpus."""
+"""Whether finished, started, killed or abandoned, a preparation never damages a corpus in its output folder."""
 
 import errno
 import fcntl
@@ -56,7 +56,7 @@ def test_a_failed_preparation_leaves_a_finished_neighbour(tmp_path):
     assert (tmp_path / "data" / "two").is_dir()
 
 
-def test_an_error_of_another_file_is_not_blamed_on_the_output(tmp_path):
+def test_an_error_of_another_file_is_not_reported_as_one_of_the_output(tmp_path):
     def prepare(error):
         with output_folder.claim_output(tmp_path / "out", {}):
             raise error
@@ -91,7 +91,7 @@ def test_inputs_that_have_changed_are_refused_and_touched_ones_are_not(prepared,
     os.utime(file, (1, 1))
     prepared("out", "--input", folder)
     assert "already prepared" in capsys.readouterr().out
-    refusal = r"--output: .*out was prepared from other inputs: 0/0/0.py is not what it was \(1 such\)"
+    refusal = r"--output: .*out was prepared from other inputs: 0/0/0.py has changed \(1 in all\)"
     for changed in (b"x" * len(text), text + b"x"):
         file.write_bytes(changed)
         with pytest.raises(UserError, match=refusal):
@@ -114,7 +114,7 @@ p.add_arguments(a); p.run(a.parse_args())"
 
 
 def kill_at(output, moment, arguments):
-    """A preparation of `output` killed when `moment` was there and the manifest was not."""
+    """Prepare `output` and kill the command when `moment` exists and the manifest does not."""
     for _ in range(20):
         command = [sys.executable, "-c", COMMAND, *map(str, arguments), "--output", str(output)]
         running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -124,7 +124,7 @@ def kill_at(output, moment, arguments):
         running.wait()
         if not (output / manifest.MANIFEST_FILE).exists():
             return
-        shutil.rmtree(output)  # it was quicker than we are; try again
+        shutil.rmtree(output)  # it finished before the kill; try again
     raise AssertionError("never killed in time")
 
 
@@ -155,7 +155,7 @@ def test_an_unfinished_folder_of_other_settings_is_refused(prepared, folder, tmp
     assert [path.name for path in output.iterdir()] == ["preparing.json"]
 
 
-def test_after_a_mistake_finished_units_are_kept_and_the_corrected_inputs_go_on_from_them(
+def test_after_a_mistake_finished_units_are_kept_and_the_corrected_inputs_continue_from_them(
     prepared, folder, content, monkeypatch
 ):
     monkeypatch.setattr("tandem.data_prep.work_units.MIN_UNIT_BYTES", 3_000)
@@ -165,7 +165,7 @@ def test_after_a_mistake_finished_units_are_kept_and_the_corrected_inputs_go_on_
     given = ["--input", folder, "--tokenizer", folder.parent / "whole" / "tokenizer.json"]
     expected = content(prepared("given", *given))
     last.write_bytes(b"\xff" + text[1:])
-    with pytest.raises(UserError, match=r"is not UTF-8.*finished work is kept in .*out, the same command goes on"):
+    with pytest.raises(UserError, match=r"is not UTF-8.*finished work is kept in .*out; the same command continues"):
         prepared("out", *given)
     output = folder.parent / "out"
     finished = {path: path.stat().st_mtime_ns for path in (output / "work").glob("*.json")}
@@ -183,7 +183,7 @@ def test_after_a_mistake_finished_units_are_kept_and_the_corrected_inputs_go_on_
     assert kept == finished
 
 
-def test_which_input_has_changed_is_said_where_it_changes_how_the_others_are_cut(prepared, tmp_path, monkeypatch):
+def test_a_changed_input_is_named_even_if_it_changes_how_the_others_are_cut(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(work_units, "MIN_UNIT_BYTES", 1000)
     monkeypatch.setattr(work_units, "TARGET_NUM_UNITS", 4)
     folder = tmp_path / "records"
@@ -195,7 +195,7 @@ def test_which_input_has_changed_is_said_where_it_changes_how_the_others_are_cut
     prepared("out", *arguments)
     os.utime(folder / "kept.jsonl")
     (folder / "shrinking.jsonl").write_text(line)
-    with pytest.raises(UserError, match=r"from other inputs: 0/shrinking.jsonl is not what it was \(1 such\)"):
+    with pytest.raises(UserError, match=r"from other inputs: 0/shrinking.jsonl has changed \(1 in all\)"):
         prepared("out", *arguments)
 
 
@@ -207,12 +207,12 @@ def test_an_output_elsewhere_is_refused(address, folder, tmp_path, monkeypatch):
     assert not any(":" in path.name for path in tmp_path.iterdir())
 
 
-def test_what_is_refused_is_named_by_its_own_name_and_with_a_way_out(prepared, folder):
+def test_a_refusal_names_the_setting_and_the_remedy(prepared, folder):
     output = prepared("out", "--input", folder, "--min-characters", 2)
     with pytest.raises(UserError, match=r"was prepared with min_characters 2, not 3; name another folder, or remove"):
         prepared("out", "--input", folder, "--min-characters", 3)
     next(output.glob("train-*.tar")).unlink()
-    with pytest.raises(UserError, match=r"prepare the corpus again; for that, remove .*out first"):
+    with pytest.raises(UserError, match=r"prepare the corpus again; to do so, remove .*out first"):
         prepared("out", "--input", folder, "--min-characters", 2)
 
 

@@ -1,4 +1,4 @@
-"""`tandem verify` passes what was prepared, and nothing else."""
+"""`tandem verify` accepts prepared corpora and nothing else."""
 
 import io
 import random
@@ -38,16 +38,16 @@ def refused(folder, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_was_prepared_passes(prepared, folder, capsys):
+def test_a_prepared_corpus_passes(prepared, folder, capsys):
     run_verb(verify, prepared("out", "--input", folder), "--workers", 1)
-    assert re.search(r"[\d,]+ tokens in \d+ shards are what the manifest says; .* MB/s", capsys.readouterr().out)
+    assert re.search(r"[\d,]+ tokens in \d+ shards match the manifest; .* MB/s", capsys.readouterr().out)
 
 
 def test_several_processes_find_the_same(made, capsys, monkeypatch):
     folder, _ = made
     monkeypatch.setattr(verify, "SINGLE_PROCESS_BYTES", 0)
     run_verb(verify, folder, "--workers", 2)
-    assert "5,172 tokens in 3 shards are what" in capsys.readouterr().out
+    assert "5,172 tokens in 3 shards match" in capsys.readouterr().out
 
 
 def test_a_changed_byte_anywhere_in_any_file_is_found_and_the_file_named(tmp_path):
@@ -75,7 +75,7 @@ def test_white_space_between_the_words_of_a_manifest_is_part_of_it(made):
     path = folder / manifest.MANIFEST_FILE
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r", 1))
     manifest.load_manifest(folder)
-    refused(folder, r"manifest.json: is not written as it was")
+    refused(folder, r"manifest.json: was changed or damaged after it was written")
 
 
 def test_files_that_are_missing_truncated_or_strange_are_named(made):
@@ -96,7 +96,7 @@ def test_files_that_are_missing_truncated_or_strange_are_named(made):
         (folder / stranger).unlink()
     (folder / "notes.txt").touch()
     (folder / "train-000000.tar").unlink()
-    refused(folder, "train-000000.tar: cannot be read")  # first of all what is lost
+    refused(folder, "train-000000.tar: cannot be read")  # a lost shard is reported first
 
 
 def test_one_reading_names_every_damaged_shard(made):
@@ -107,7 +107,7 @@ def test_one_reading_names_every_damaged_shard(made):
     refused(folder, r"train-000001.tar: cannot be read .*and 1 more: validation-000000.tar")
 
 
-def test_a_manifest_that_tells_what_is_not_so_is_refused(made):
+def test_a_manifest_with_a_false_claim_is_refused(made):
     folder, corpus = made
     half = {"documents": 30, "tokens": corpus.counts["tokens"]}
     others = {
@@ -128,7 +128,7 @@ def test_a_manifest_that_tells_what_is_not_so_is_refused(made):
 
 
 def rewritten(folder, corpus, tokens=None, tar=None):
-    """The first shard is another, and the manifest has its hash."""
+    """Replace the first shard and put its hash into the manifest."""
     before = corpus.train.shards[0]
     if tar is None:
         made = write_shard(folder, "train-000000", tokens, before.documents, corpus_writer.SAMPLE_TOKENS)
@@ -151,8 +151,8 @@ def test_a_shard_with_its_hash_but_other_tokens_than_promised_is_refused(made):
     cut[-2:] = cut[-2:][::-1]
     swapped[words[3:5]] = 9
     for changed, message in (
-        (eos, r"train-000000.tar: holds \("),
-        (beyond, r"train-000000.tar: holds id \d+; vocab is"),
+        (eos, r"train-000000.tar: contains \("),
+        (beyond, r"train-000000.tar: contains id \d+, but vocab is"),
         (cut, r"train-000000.tar: ends inside a document"),
         (tokens[1:], r"train-000000.tar: sample \d is"),
         (swapped, "unigram_entropy_nats"),
@@ -190,7 +190,7 @@ def test_a_shard_with_its_hash_but_another_tar_than_readers_expect_is_refused(ma
     rewritten(folder, corpus, tar=b"no tar" * 1000)
     refused(folder, r"train-000000.tar: is not a tar")
     rewritten(folder, corpus, tar=whole[: corpus.sample_offset(1) - 512] + bytes(1024))
-    refused(folder, r"train-000000.tar: holds \(512,")
+    refused(folder, r"train-000000.tar: contains \(512,")
 
 
 def test_a_corpus_elsewhere_is_verified_over_the_network(made, address):

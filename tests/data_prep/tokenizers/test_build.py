@@ -133,18 +133,18 @@ def test_a_malformed_merge_is_one_line_that_says_where(line, message, trained, t
 @pytest.mark.parametrize("content", ["[1]", '{"a": 1, "b": 1}', '{"a": "1"}', '{"a": 1}', "{"])
 def test_a_malformed_vocabulary_names_its_file(content, tmp_path):
     (tmp_path / "vocab.json").write_text(content)
-    with pytest.raises(UserError, match=r"vocab.json: (is no vocabulary|has no token for byte)"):
+    with pytest.raises(UserError, match=r"vocab.json: (is not a vocabulary|has no token for byte)"):
         build.read_tokenizer(str(tmp_path))
 
 
-def test_what_cannot_be_told_is_asked_for(ranks_file, tmp_path):
+def test_an_unknown_kind_is_asked_for(ranks_file, tmp_path):
     path = tmp_path / "mine.tiktoken"
     path.write_bytes(ranks_file)
     with pytest.raises(UserError, match=r"--tokenizer-kind gpt2\|arcade100k"):
         build.read_tokenizer(str(path))
     with pytest.raises(UserError, match="must be 100,256"):
         build.read_tokenizer(str(path), "arcade100k")
-    with pytest.raises(UserError, match="--tokenizer-kind: llama; must be one of"):
+    with pytest.raises(UserError, match="--tokenizer-kind: llama is not known; use one of"):
         build.read_tokenizer(str(path), "llama")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"has none of tokenizer\.json"):

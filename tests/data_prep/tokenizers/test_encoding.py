@@ -113,9 +113,13 @@ NON_SPECIAL = {"id": 1200, "content": "rows", "special": False} | dict.fromkeys(
 )
 OBSTACLES = [
     ("normalizer", {"type": "Lowercase"}, "it normalizes text"),
-    ("pre_tokenizer", WHOLE, "it splits text in a way"),
-    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [DIGITS, WHOLE | {"use_regex": True}]}, "it splits text"),
-    ("pre_tokenizer.add_prefix_space", True, "it splits text in a way"),
+    ("pre_tokenizer", WHOLE, "its way to split text was not compared"),
+    (
+        "pre_tokenizer",
+        {"type": "Sequence", "pretokenizers": [DIGITS, WHOLE | {"use_regex": True}]},
+        "its way to split text",
+    ),
+    ("pre_tokenizer.add_prefix_space", True, "its way to split text was not compared"),
     ("model.dropout", 0.5, "its model has dropout"),
     ("model.merges.700", ["Ġ", "Ġ"], "it has a merge twice"),
     ("model.vocab.漢", 5_000, "its vocabulary is not that of a byte-level BPE"),
@@ -124,7 +128,7 @@ OBSTACLES = [
 
 
 @pytest.mark.parametrize(("path", "value", "reason"), OBSTACLES)
-def test_what_gigatoken_would_read_past_is_left_to_the_reference_which_a_line_says(
+def test_what_gigatoken_ignores_is_left_to_the_reference_and_a_line_gives_the_reason(
     path, value, reason, trained, capsys
 ):
     tree = json.loads(trained)
@@ -132,7 +136,7 @@ def test_what_gigatoken_would_read_past_is_left_to_the_reference_which_a_line_sa
     text = changed(json.dumps(tree), path, value)
     assert encoding.select_encoder(text, END_OF_TEXT, "mine.json").library == "tokenizers"
     line = capsys.readouterr().out
-    assert line.startswith("--tokenizer-library: tokenizers")
+    assert line.startswith("--tokenizer-library: uses tokenizers")
     assert reason in line
     assert line.count("\n") == 1
     with pytest.raises(UserError, match=r"--tokenizer-library: gigatoken cannot encode with mine.json") as error:
@@ -147,7 +151,7 @@ def test_the_check_on_a_sample_finds_what_gigatoken_encodes_otherwise(trained):
         text = changed(trained, "pre_tokenizer", pre_tokenizer)
         made = EncoderSpec(text, END_OF_TEXT, 0, 1_200, "tokenizers")
         found = encoding._find_difference(made, TEXTS)
-        assert (found is not None and "it makes other tokens of" in found) == differs
+        assert (found is not None and "it gives other tokens for" in found) == differs
 
 
 def test_a_tokenizer_that_fits_is_taken_without_a_word(trained, capsys):
@@ -164,13 +168,13 @@ def test_a_tokenizer_that_fits_is_taken_without_a_word(trained, capsys):
         ('{"added_tokens": []}', "is not a tokenizer"),
     ],
 )
-def test_what_is_no_tokenizer_is_one_line(text, message, trained):
+def test_an_invalid_tokenizer_is_one_line(text, message, trained):
     with pytest.raises(UserError, match=f"^mine.json: {message}") as error:
         encoding.select_encoder(text, END_OF_TEXT, "mine.json")
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"^mine.json: has no token '</s>'"):
         encoding.select_encoder(trained, "</s>", "mine.json")
-    with pytest.raises(UserError, match="--tokenizer-library: fastest; must be one of auto"):
+    with pytest.raises(UserError, match="--tokenizer-library: fastest is not known; use one of auto"):
         encoding.select_encoder(trained, END_OF_TEXT, "mine.json", library="fastest")
 
 
