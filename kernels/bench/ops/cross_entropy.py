@@ -103,10 +103,7 @@ def torch_linear_loss(shape: LogitsShape, reduction: str = "mean") -> Function:
 
 CROSS_ENTROPY = Operation(
     "cross_entropy", "copy", make_example, _forward_work, _backward_work,
-    rivals=[
-        Rival("ours", _mean_of(our_losses), needs_gpu=False),
-        Rival("torch", torch_loss, needs_gpu=False),
-    ],
+    rivals=[Rival("ours", _mean_of(our_losses), needs_gpu=False), Rival("torch", torch_loss, needs_gpu=False)],
     shapes=logits_shapes(tp_sizes=(1,)),
     extra_shapes=logits_shapes(tp_sizes=(2, 4)) + logits_shapes(SMALL_MODELS),
 )  # fmt: skip

@@ -107,10 +107,7 @@ def _rotary_shapes(shapes: list[AttentionShape]) -> list[AttentionShape]:
 
 QKV = Operation(
     "qkv", "copy", _make_example, _forward_work, _backward_work,
-    rivals=[
-        Rival("ours", our_qkv, needs_gpu=False),
-        Rival("torch", torch_qkv, needs_gpu=False),
-    ],
+    rivals=[Rival("ours", our_qkv, needs_gpu=False), Rival("torch", torch_qkv, needs_gpu=False)],
     shapes=_rotary_shapes(attention_shapes(tp_sizes=(1,))),
     extra_shapes=_rotary_shapes(attention_shapes(tp_sizes=(2, 4)) + attention_shapes(SMALL_MODELS)),
 )  # fmt: skip

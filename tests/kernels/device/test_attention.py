@@ -125,7 +125,7 @@ def test_parts_are_added_from_the_first_head_on(generator, device):
 
 
 def test_the_order_of_programs_changes_no_bit(generator, device):
-    tensors, settings = example((17, 6, 3, 16), generator, device, biased=True, masked=True)
+    tensors, settings = example((17, 3, 1, 16), generator, device, biased=True, masked=True)
     first, *others = (of_kernels(tensors, settings, (16, 16), heads_in_l2=count) for count in (1, 2, 3, 99))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
