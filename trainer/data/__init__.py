@@ -1,4 +1,5 @@
-"""Prepared corpora as the rows of a global step: manifest, remote_files, shard_download,
-shard_cache, token_stream, shuffle, mixture, rows, loader, damaged_shards, each with what stands before it. The ledger says what
-a run was fed.
+"""From prepared corpora to the rows of a step.
+
+Each module uses those before it: manifest, remote_files, shard_download, shard_cache, token_stream, shuffle, mixture, rows,
+loader, damaged_shards. The ledger records what a run has read.
 """

@@ -1,7 +1,7 @@
-"""Damaged shards left out by all ranks alike: a rank that meets one tells the others, and all read the step again.
+"""Skips damaged shards on all ranks: if one rank finds damage, all ranks skip that shard and read the step again.
 
-The one idea: which shards are left out is a fact of the run, like the cursor. Ranks agree on it before a step is used, so
-the rows stay the same for any number of ranks, whichever of them met the damage.
+The skipped shards belong to the state of the run, like the cursor. Ranks agree on them before a step uses its rows, so the rows
+are the same for any number of ranks and whichever of them found the damage.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ T = TypeVar("T")
 DamagedShardId = tuple[str, str]
 """Source and file of a damaged shard."""
 GatherDamaged = Callable[[DamagedShardId | None], list[DamagedShardId]]
-"""What any rank has met, the same on every rank; each calls it once for every read."""
+"""Collective: takes the damage that this rank found, and returns what all ranks found. Called once per read."""
 SkipShard = Callable[[int, DamagedShardId], None]
-"""Called on every rank, with the step from which on the shard is left out."""
+"""Called on every rank with a shard and the first step that skips it."""
 
 
 def read_skipping_damaged(
     read: Callable[[], T], gather_damaged: GatherDamaged, skip_shard: Callable[[DamagedShardId], None] | None
 ) -> T | None:
-    """What `read` returns once no rank meets damage in it; each shard met before has been handed to `skip_shard`, without which
-    damage is an error.
+    """Call `read` until no rank finds damage, and return its result. Pass each damaged shard to `skip_shard` first.
+
+    Raises: DamagedSourceShard if a shard is damaged and `skip_shard` is None.
     """
     while True:
         damaged, result = None, None
         try:
             result = read()
         except StopRequested:
-            pass  # the exchange tells the others, and ends the reading on all of them
+            pass  # the exchange below raises it on all ranks
         except DamagedSourceShard as damage:
             if skip_shard is None:
                 raise
@@ -50,7 +51,7 @@ def read_skipping_damaged(
 def close_prefetch(
     batches: Generator[Batch, None, None], wait_context: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    """They are closed, and what was being read ahead has come; where a signal comes first, that is not waited for."""
+    """Close the batches and wait for reads that are in progress, unless a signal arrives first."""
     try:
         with wait_context():
             batches.close()
@@ -60,36 +61,34 @@ def close_prefetch(
 
 
 def batches_skipping_damaged(
-    loader: Loader,
-    step: int,
-    cursor: dict[str, int] | None,
-    gather_damaged: GatherDamaged,
-    skip_shard: SkipShard | None,
+    loader: Loader, step: int, cursor: dict[str, int] | None, gather_damaged: GatherDamaged, skip_shard: SkipShard | None,
     wait_context: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Generator[Batch, None, None]:
-    """`Loader.batches`, ended early only where what is left cannot feed a step. Batches are waited for in `wait_context`."""
+) -> Generator[Batch, None, None]:  # fmt: skip
+    """Yield `Loader.batches` without damaged shards. End early if the remaining shards cannot feed a step.
+
+    Each wait for a batch happens inside a `wait_context`.
+    """
     batches = loader.batches(step, cursor)
 
     def read() -> Batch | None:
         with wait_context():
             return next(batches, None)
 
-    def skip_and_restart(met: DamagedShardId) -> None:
+    def skip_and_restart(shard_id: DamagedShardId) -> None:
         nonlocal batches
         assert skip_shard is not None
         close_prefetch(batches, wait_context)
-        skip_shard(step, met)
+        skip_shard(step, shard_id)
         batches = loader.batches(step, cursor)
 
     try:
-        while (
-            batch := read_skipping_damaged(read, gather_damaged, skip_and_restart if skip_shard else None)
-        ) is not None:
+        on_damage = skip_and_restart if skip_shard else None
+        while (batch := read_skipping_damaged(read, gather_damaged, on_damage)) is not None:
             step, cursor = step + 1, batch.cursor
             yield batch
     except StopRequested as stopped:
         with suppress(StopRequested):
-            batches.throw(stopped)  # closed, it would wait for what is being read ahead
+            batches.throw(stopped)  # `close` would wait for the prefetch
         raise
     finally:
         batches.close()

@@ -1,15 +1,15 @@
-"""What a run was fed, on record: one line for each start and each step in `ledger.jsonl`, written by rank 0.
+"""The ledger: rank 0 records in `ledger.jsonl` which data the run has read.
 
-    start  where a process took the run up, or went back to a checkpoint, and everything that fixes which tokens come next
-    skip   from this step on a damaged shard is left out
-    step   how far each source was read, and two sums of hashes of what was really read (`data.digests`)
-    bad    the update of the step before it was left out, and what became of the run
+    start  the step and cursor of a start or rollback, and everything that determines which tokens come next
+    skip   a damaged shard is skipped from this step on
+    step   how far each source has been read, and two digests of the rows that were read (`data.digests`)
+    bad    the step before it made no update, and what the run did then
 
-The one idea: the file only grows, and is never ahead of what it tells nor behind a committed checkpoint. A checkpoint knows
-how many lines there were when it was made, and a start from it says so: the lines between the two are of steps that the run
-took back, which stay as evidence of what was made and thrown away. Copies of the corpora's manifests lie beside it, so that
-`tandem audit` needs nothing else. A run reads one thing back, `read_rollbacks`: which rows it passed over when it went back
-to a checkpoint, so that a process killed after that passes over them too. Nothing here imports torch.
+The file only grows. A line is written after the event, and a checkpoint is committed after the lines of its steps are on disk.
+A checkpoint stores the number of lines at its step, and a start from it repeats that number. The lines in between belong to
+steps that the run discarded, and remain as evidence of them. Copies of the corpora's manifests are kept next to the file, so
+`tandem audit` needs nothing else. The run reads back only its rollbacks (`read_rollbacks`), so that a process that was killed
+after a rollback skips the same rows again. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ LEDGER_FILE = "ledger.jsonl"
 MANIFESTS_FOLDER = "manifests"
 
 BadStepAction = Literal["skip", "rollback", "stop"]
-"""What becomes of a run at a bad step, whose update is left out: it goes on, goes back to its last checkpoint, or ends."""
+"""What a run does after a bad step, which makes no update: continue, roll back to the last checkpoint, or end."""
 
 
 class RollbackHistory(NamedTuple):
-    """What the ledger tells of the times that a run went back to one checkpoint."""
+    """The rollbacks of a run to one checkpoint."""
 
     num_rollbacks: int
     cursor: dict[str, int] | None
-    """From where the last of them went on reading; None where there is none."""
+    """Where reading continued after the last rollback; None without a rollback."""
     skipped_shards: dict[str, list[str]]
-    """The shards that it left out."""
+    """The shards that the run skipped after the last rollback."""
 
 
 class Ledger:
-    """Appends to the ledger in a run folder; a line that a kill tore is cut away first, for a checkpoint counts lines."""
+    """Appends to the ledger of a run folder, after removing a torn last line, because checkpoints count lines."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / LEDGER_FILE
@@ -58,73 +58,52 @@ class Ledger:
         self._cursor: dict[str, int] = {}
 
     def write_start(
-        self,
-        step: int,
-        cursor: Mapping[str, int],
-        *,
-        shuffle_settings: Mapping[str, int],
-        phases: Sequence[Mapping[str, Any]],
-        fingerprints: Mapping[str, str],
-        skipped_shards: Mapping[str, Sequence[str]],
-        dp_size: int,
-        num_ledger_lines: int = 0,
-        skipped_ranges: Mapping[str, tuple[int, int]] = {},
-        is_rollback: bool = False,
-    ) -> None:
-        """The run goes on after `step` finished steps, from a checkpoint made when the ledger had `num_ledger_lines` lines; 0:
-        from none.
+        self, step: int, cursor: Mapping[str, int], *, shuffle_settings: Mapping[str, int],
+        phases: Sequence[Mapping[str, Any]], fingerprints: Mapping[str, str],
+        skipped_shards: Mapping[str, Sequence[str]], dp_size: int, num_ledger_lines: int = 0,
+        skipped_ranges: Mapping[str, tuple[int, int]] = {}, is_rollback: bool = False,
+    ) -> None:  # fmt: skip
+        """Record that the run continues after `step` finished steps, at `cursor`.
 
-        `shuffle_settings` are seed and block sizes under their names in the config. `skipped_ranges` are the rows that a
-        rollback passes over: of each source the cursor in the checkpoint, and in `cursor`, from where the run goes on.
-        `is_rollback` says that the process itself goes back, false that it has just begun.
+        `num_ledger_lines` is the number stored in the checkpoint of `step`, or 0 without a checkpoint. `shuffle_settings` are
+        the seed and block sizes under their names in the config. `skipped_ranges` holds the range of each source that a
+        rollback skips, from the checkpoint's cursor to `cursor`. `is_rollback` is true for a rollback and false for a new
+        process.
         """
         self._cursor = dict(cursor)
         self._append_record(
-            kind="start",
-            step=step,
-            num_ledger_lines=num_ledger_lines,
-            cursor=self._cursor,
-            **{name.split(".")[-1]: value for name, value in shuffle_settings.items()},
-            phases=phases,
-            fingerprints=fingerprints,
-            skipped_shards={name: list(files) for name, files in skipped_shards.items()},
-            dp_size=dp_size,
-            skipped_ranges={name: list(ends) for name, ends in skipped_ranges.items()},
-            is_rollback=is_rollback,
-            time=time.time(),
-        )
+            kind="start", step=step, num_ledger_lines=num_ledger_lines, cursor=self._cursor,
+            **{name.split(".")[-1]: value for name, value in shuffle_settings.items()}, phases=phases,
+            fingerprints=fingerprints, skipped_shards={name: list(files) for name, files in skipped_shards.items()},
+            dp_size=dp_size, skipped_ranges={name: list(ends) for name, ends in skipped_ranges.items()},
+            is_rollback=is_rollback, time=time.time(),
+        )  # fmt: skip
 
     def write_skipped_shard(self, step: int, source: str, shard: str) -> None:
-        """The shard is left out from the `step`-th step on."""
+        """Record that the shard is skipped from step number `step` (from 1) on."""
         self._append_record(kind="skip", step=step, source=source, shard=shard)
 
     def write_step(self, step: int, cursor: Mapping[str, int], digests: StepDigests) -> None:
-        """The `step`-th step is made, and read its sources up to `cursor`."""
+        """Record step number `step` (from 1), which read its sources up to `cursor`."""
         read_ranges = {name: [self._cursor.get(name, 0), end] for name, end in cursor.items()}
         read_ranges = {name: ends for name, ends in read_ranges.items() if ends[0] != ends[1]}
         self._cursor = dict(cursor)
-        self._append_record(
-            kind="step",
-            step=step,
-            read_ranges=read_ranges,
-            **{name: f"{sum:016x}" for name, sum in digests._asdict().items()},
-        )
+        digests_hex = {name: f"{digest:016x}" for name, digest in digests._asdict().items()}
+        self._append_record(kind="step", step=step, read_ranges=read_ranges, **digests_hex)
 
     def write_bad_step(self, step: int, loss: float, grad_norm: float, reason: str, action: BadStepAction) -> None:
-        """The `step`-th step, which was just written, made no update; `reason` says why in words."""
-        # JSON has no NaN and no infinity.
-        finite = [value if math.isfinite(value) else None for value in (loss, grad_norm)]
-        self._append_record(
-            kind="bad", step=step, loss=finite[0], grad_norm=finite[1], reason=reason, action=action,
-        )  # fmt: skip
+        """Record that the step written last made no update, and why."""
+        values = {"loss": loss, "grad_norm": grad_norm}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        self._append_record(kind="bad", step=step, **finite, reason=reason, action=action)
 
     @property
     def num_lines(self) -> int:
-        """In the file by now: what a checkpoint of the last step has to keep."""
+        """Number of lines so far, which a checkpoint of the last step must store."""
         return self._num_lines
 
     def sync(self) -> None:
-        """What was written survives a power cut: to be called, from any thread, before a checkpoint is committed."""
+        """Sync the file to disk. Call this before a checkpoint is committed, from any thread."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -135,15 +114,16 @@ class Ledger:
             journal.append_record(self._file, record, compact=True)
         except OSError as error:
             raise UserError(
-                f"{self._file.name}: a line cannot be written ({error.strerror}); a run without it cannot be proven; make room "
-                "and start again: it goes on from its last checkpoint"
+                f"{self._file.name}: a line cannot be written ({error.strerror}), and the audit needs every line; "
+                "free disk space and start again: the run continues from its last checkpoint"
             ) from None
         self._num_lines += 1
 
 
 def read_rollbacks(folder: Path, step: int, num_ledger_lines: int) -> RollbackHistory:
-    """How often the run went back to the checkpoint of `step` made when the ledger had `num_ledger_lines` lines, and from
-    where it went on reading the last time. A line that cannot be read counts as none; naming it is the audit's business.
+    """Return the rollbacks to the checkpoint of `step` that was saved when the ledger had `num_ledger_lines` lines.
+
+    Unreadable lines are ignored here. The audit reports them.
     """
     path, history = folder / LEDGER_FILE, RollbackHistory(0, None, {})
     if not path.exists():
@@ -159,7 +139,7 @@ def read_rollbacks(folder: Path, step: int, num_ledger_lines: int) -> RollbackHi
 
 
 def copy_manifests(folder: Path, manifests: Mapping[str, CorpusManifest]) -> None:
-    """The run folder holds a copy of the manifest of each source."""
+    """Copy the manifest of each source into the run folder."""
     (folder / MANIFESTS_FOLDER).mkdir(exist_ok=True)
     for source, corpus in manifests.items():
         atomic_write(manifest_copy_path(folder, source), manifest.dump_manifest(corpus))
@@ -167,7 +147,7 @@ def copy_manifests(folder: Path, manifests: Mapping[str, CorpusManifest]) -> Non
 
 
 def manifest_copy_path(folder: Path, source: str) -> Path:
-    """Where the run folder keeps the manifest of a source."""
+    """Return the path of the copy of a source's manifest in the run folder."""
     return folder / MANIFESTS_FOLDER / f"{quote(source, safe=' ')}.json"
 
 

@@ -1,19 +1,17 @@
-"""What a run reads: the sources of the config opened and checked, their rows of every global step for one
-data-parallel rank.
+"""The rows that one data-parallel rank reads at each step, from the sources of the config.
 
-The one idea: the rows of step n are a pure function of manifests, seed, phases and n, and a rank takes its
-slice of them, so any data-parallel size that divides the rows sees the same rows. Where rows lie is computed
-here, which costs nothing; reading them is left to any number of threads. The cursor travels in the batch it
-belongs to: how far has been read ahead is nobody's business, and a resume at the cursor of the last finished
-step is exact.
+The rows of step n are a pure function of manifests, seed, phases and n, and each rank takes its slice of them. Every
+data-parallel size that divides the rows therefore sees the same rows. The loader computes the positions of the rows, which is
+cheap, and threads read them. Each batch carries the cursor after it, so the prefetch depth does not affect a resume.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -34,28 +32,22 @@ __all__ = ["Batch", "BatchDigests", "Loader", "unpack_batch"]
 
 
 class Loader:
-    """Opens every source of `data`.
+    """Opens and checks every source of `data`.
 
-    Raises: UserError for a corpus that is incomplete, was prepared with another tokenizer, does not fit
-    `vocab_size`, or, unless `data` says otherwise, may not be read as often as the schedule asks.
+    Raises: UserError if a corpus is incomplete, was prepared with another tokenizer, or does not fit `vocab_size`. Also if the
+    schedule reads a source more often than `data.max_epochs` allows and `data.at_end` is refuse.
     """
 
     def __init__(
-        self,
-        data: config.DataConfig,
-        schedule: config.ScheduleConfig,
-        *,
-        seed: int,
-        vocab_size: int,
-        dp_rank: int,
-        dp_size: int,
-    ):
+        self, data: config.DataConfig, schedule: config.ScheduleConfig, *,
+        seed: int, vocab_size: int, dp_rank: int, dp_size: int,
+    ):  # fmt: skip
         self._data, self._schedule = data, schedule
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self.manifests: dict[str, manifest.CorpusManifest] = {
             source: manifest.load_manifest(folder, data.cache) for source, folder in data.sources.items()
         }
-        """Of every source of `data`."""
+        """The manifest of each source."""
         for source, corpus in self.manifests.items():
             if data.damaged_shards == "stop":
                 _check_shard_files(data.sources[source], corpus)
@@ -64,20 +56,20 @@ class Loader:
                 manifest.check_tokenizer(data.tokenizer, corpus, "data.tokenizer")
         _check_same_tokenizer(self.manifests)
         self.fingerprints: dict[str, str] = {name: corpus.fingerprint for name, corpus in self.manifests.items()}
-        """Hash of each source's manifest: what a resume must match, see `manifest.check_fingerprints`."""
+        """Hash of each source's manifest, which a resume must match, see `manifest.check_fingerprints`."""
         _check_distinct_corpora(self.fingerprints)
         first_manifest = next(iter(self.manifests.values()))
         self._eos_id = first_manifest.eos_id
         self.eos_token: str = first_manifest.eos_token
-        """What ends a document, in every source."""
+        """The token that ends each document, the same in all sources."""
         self.shuffle_settings: dict[str, int] = {
             "run.seed": seed,
             "data.shuffle_block_tokens": data.shuffle_block_tokens,
             "data.shuffle_window_tokens": data.shuffle_window_tokens,
         }
-        """What besides the corpora fixes which token comes when: for the life of a run."""
+        """With the corpora, these fix the order of all tokens. They must not change during a run."""
         self.skipped_shards: dict[str, list[str]] = {}
-        """Files of the shards of each source that are left out: what a resume must take up, see `skip_shard`."""
+        """Files of each source that are skipped, see `skip_shard`. A resume must restore this."""
         self._max_tokens_by_source = {
             name: int(epochs * self.manifests[name].train.tokens) for name, epochs in data.max_epochs.items()
         }
@@ -86,58 +78,47 @@ class Loader:
             self._train_readers[source] = self._build_reader(source, corpus, corpus.train, seed, cache)
             if corpus.validation.tokens:
                 self._validation_readers[source] = self._build_reader(source, corpus, corpus.validation, None, cache)
-        self.find_end(0, None)  # refuses what the schedule asks too much of
+        self.find_end(0, None)  # raises if the schedule exceeds data.max_epochs
 
     def batches(self, step: int, cursor: dict[str, int] | None) -> Generator[Batch, None, None]:
-        """This rank's batches of global steps `step`, `step` + 1, ... to the last that can be fed, see `find_end`.
+        """Return this rank's batches of the global steps from `step` to the last one that `find_end` allows.
 
-        `cursor` is that of the batch before `step`; None takes the one the schedule implies (nothing read at
-        step 0).
-        Raises: UserError, when a batch is asked for, naming a shard that is damaged.
+        `cursor` is that of the batch before `step`. None means the cursor that the schedule implies, which is empty at step 0.
+        The iterator raises DamagedSourceShard for a shard that is damaged.
         """
         start = mixture.cursor_at(self._schedule, step) if cursor is None else dict(cursor)
-        cuts = self._batch_plans(step, start)
+        plans = self._batch_plans(step, start)
         if self._data.num_workers and self._data.prefetch_steps:
-            return self._prefetch_batches(cuts)
-        return (build_batch(self._train_readers, cut, self._eos_id) for cut in cuts)
+            return self._prefetch_batches(plans)
+        return (build_batch(self._train_readers, plan, self._eos_id) for plan in plans)
 
     def find_end(self, step: int, cursor: dict[str, int] | None) -> tuple[int, str | None]:
-        """How many steps the run can make, given where it is, and the source that ends it before the schedule does, if any.
+        """Return the step at which the data ends, and the source that ends it, or None if the schedule ends first.
 
-        A source is at its end where `data.max_epochs` says; a pure function, the same on every rank.
-        Raises: UserError for such a source where `data.at_end` is refuse.
+        A source ends after the epochs in `data.max_epochs`. All ranks compute the same result.
+        Raises: UserError if a source ends first and `data.at_end` is refuse.
         """
         total_steps = Timeline(self._schedule).total_steps
         scheduled_cursor = mixture.cursor_at(self._schedule, step)
+        cursor = scheduled_cursor if cursor is None else cursor
         ends = [(total_steps, "")]
         for source, max_tokens in self._max_tokens_by_source.items():
-            reader, position = (
-                self._train_readers[source],
-                (scheduled_cursor if cursor is None else cursor).get(source, 0),
-            )
-            tokens = (
-                max_tokens
-                - reader.skipped_tokens_before(max_tokens)
-                - (position - reader.skipped_tokens_before(position))
-            )
-            tokens += scheduled_cursor.get(source, 0)
-            steps = range(step, total_steps + 1)
-            num_feedable_steps = bisect_left(
-                steps,
-                True,
-                key=lambda now, source=source, tokens=tokens: self._scheduled_tokens(now, source) > tokens,  # type: ignore[misc]
+            reader, position = self._train_readers[source], cursor.get(source, 0)
+            skipped_tokens = reader.skipped_tokens_before(max_tokens) - reader.skipped_tokens_before(position)
+            tokens = max_tokens - position - skipped_tokens + scheduled_cursor.get(source, 0)
+            num_feedable_steps = bisect_right(
+                range(step, total_steps + 1), tokens, key=partial(self._scheduled_tokens, source)
             )
             ends.append((max(step, step + num_feedable_steps - 1), source))
         last_step, source = min(ends)
         if source and self._data.at_end == "refuse":
-            position = (scheduled_cursor if cursor is None else cursor).get(source, 0)
-            raise UserError(self._max_epochs_message(source, total_steps, position))
+            raise UserError(self._max_epochs_message(source, total_steps, cursor.get(source, 0)))
         return last_step, source or None
 
     def skip_shard(self, source: str, file: str) -> None:
-        """From now on the shard is left out: rows are cut from what remains of its source behind the cursor.
+        """Cut no more rows from this shard. The rows after the cursor come from the source's other shards.
 
-        Iterators made before must be closed. Raises: UserError where nothing remains.
+        Close the iterators of earlier calls first. Raises: UserError if no training shard of the source is left.
         """
         files = self.skipped_shards.setdefault(source, [])
         if file not in files:
@@ -147,67 +128,54 @@ class Loader:
                 sources[source].stream.skip_shard(file)
         if source in self._train_readers and not self._train_readers[source].stream.kept_epoch_tokens:
             raise UserError(
-                f"data.sources.{source}: every training shard is damaged, {file} is the last; nothing is left to read; "
+                f"data.sources.{source}: every training shard is damaged, the last one is {file}; "
                 f"restore {self._data.sources[source]}"
             )
 
     def validation_batches(self, phase: config.PhaseConfig, tokens: int) -> Iterator[Batch]:
-        """This rank's held-out rows in chunks of at most phase.micro_batch_size: row r of all goes to rank r %
-        dp_size.
+        """Return this rank's held-out rows in batches of up to `phase.micro_batch_size`. Rank d takes rows d, d + dp_size, ...
 
-        The rows are the same at every call; their sources follow the phase's mixture. A batch's cursor is
-        empty. Where shards are left out they are the whole rows that remain, which may be none.
-        Raises: UserError, at the call, where a source holds fewer held-out tokens than its share of `tokens`.
+        Every call returns the same rows, whose sources follow the phase's mixture. The cursor of each batch is empty. If shards
+        are skipped, only the whole rows that remain are returned, which may be none.
+        Raises: UserError, at the call, if a source has fewer held-out tokens than its share of `tokens`.
         """
         sources = mixture.row_sources(phase, 0, tokens // phase.seq_len)
         for source, num_rows in Counter(sources).items():
-            needed_tokens, available_tokens = num_rows * phase.seq_len, 0
-            if source in self._validation_readers:
-                available_tokens = self._validation_readers[source].stream.epoch_tokens
+            needed_tokens, reader = num_rows * phase.seq_len, self._validation_readers.get(source)
+            available_tokens = reader.stream.epoch_tokens if reader else 0
             if needed_tokens > available_tokens:
                 raise UserError(
-                    f"evaluate.tokens: {tokens} takes {needed_tokens} held-out tokens of "
-                    f"{self._data.sources[source]}, which has "
-                    f"{available_tokens}; lower it, or prepare the corpus with a larger --held-out"
+                    f"evaluate.tokens: {tokens} needs {needed_tokens} held-out tokens of {self._data.sources[source]}, "
+                    f"which has {available_tokens}; lower it, or prepare the corpus with a larger --held-out"
                 )
         rows, cursor = [], dict.fromkeys(sources, 0)
         num_rows_left = {
             source: self._validation_readers[source].stream.kept_epoch_tokens // phase.seq_len for source in cursor
         }
         for source in sources:
-            if not num_rows_left[source]:
-                continue
-            num_rows_left[source] -= 1
-            rows.append((source, cursor[source]))
-            cursor[source] = self._validation_readers[source].advance(cursor[source], phase.seq_len)
+            if num_rows_left[source]:
+                num_rows_left[source] -= 1
+                rows.append((source, cursor[source]))
+                cursor[source] = self._validation_readers[source].advance(cursor[source], phase.seq_len)
         return self._read_validation_batches(rows[self._dp_rank :: self._dp_size], phase)
 
     def _build_reader(
-        self,
-        name: str,
-        corpus: manifest.CorpusManifest,
-        split: manifest.CorpusSplit,
-        seed: int | None,
-        cache: ShardCache,
-    ) -> SourceReader:
+        self, source: str, corpus: manifest.CorpusManifest, split: manifest.CorpusSplit, seed: int | None, cache: ShardCache
+    ) -> SourceReader:  # fmt: skip
+        data = self._data
         order = BlockShuffle(
-            split.tokens,
-            shuffle_block_tokens=self._data.shuffle_block_tokens,
-            shuffle_window_tokens=self._data.shuffle_window_tokens,
-            source=name,
-            seed=seed,
-        )
-        return SourceReader(
-            TokenStream(self._data.sources[name], corpus, split, source=name, seed=seed, cache=cache), order
-        )
+            split.tokens, shuffle_block_tokens=data.shuffle_block_tokens,
+            shuffle_window_tokens=data.shuffle_window_tokens, source=source, seed=seed,
+        )  # fmt: skip
+        stream = TokenStream(data.sources[source], corpus, split, source=source, seed=seed, cache=cache)
+        return SourceReader(stream, order)
 
     def _read_validation_batches(self, rows: list[tuple[str, int]], phase: config.PhaseConfig) -> Iterator[Batch]:
         for first in range(0, len(rows), phase.micro_batch_size):
             chunk = rows[first : first + phase.micro_batch_size]
-            spans = [RowRun(source, position, np.array([row])) for row, (source, position) in enumerate(chunk)]
-            yield build_batch(
-                self._validation_readers, BatchPlan(spans, len(chunk), phase.seq_len, {}, None), self._eos_id
-            )
+            runs = [RowRun(source, position, np.array([row])) for row, (source, position) in enumerate(chunk)]
+            plan = BatchPlan(runs, len(chunk), phase.seq_len, {}, None)
+            yield build_batch(self._validation_readers, plan, self._eos_id)
 
     def _batch_plans(self, step: int, cursor: dict[str, int]) -> Iterator[BatchPlan]:
         end = self.find_end(step, cursor)[0]
@@ -217,31 +185,31 @@ class Loader:
                 cursor = plan.cursor
 
     def _plan_batch(self, phase: config.PhaseConfig, step: int, cursor: dict[str, int]) -> BatchPlan:
-        """Where this rank's rows of the phase's step number `step` lie."""
+        """Compute the positions of this rank's rows in step `step` of the phase."""
         assert phase.global_batch_size % self._dp_size == 0, "checked by config.check_world_size"
         num_rows, seq_len = phase.global_batch_size // self._dp_size, phase.seq_len
         first_row_index = self._dp_rank * num_rows
         row_runs, next_cursor = [], dict(cursor)
-        for name, num_rows_taken, num_rows_before, row_indices in mixture.rows_by_source(
+        for source, num_rows_taken, num_rows_before, row_indices in mixture.rows_by_source(
             phase, step, first_row_index, first_row_index + num_rows
         ):
-            source, position = self._train_readers[name], cursor.get(name, 0)
+            reader, position = self._train_readers[source], cursor.get(source, 0)
             if len(row_indices):
-                row_runs.append(RowRun(name, source.advance(position, num_rows_before * seq_len), row_indices))
-            next_cursor[name] = source.advance(position, num_rows_taken * seq_len)
+                row_runs.append(RowRun(source, reader.advance(position, num_rows_before * seq_len), row_indices))
+            next_cursor[source] = reader.advance(position, num_rows_taken * seq_len)
         return BatchPlan(row_runs, num_rows, seq_len, next_cursor, first_row_index)
 
     def _prefetch_batches(self, plans: Iterator[BatchPlan]) -> Generator[Batch, None, None]:
-        """The batches in their order, at most `prefetch_steps` of them read ahead, by threads that end with this."""
+        """Yield the batches in order. Threads read up to `prefetch_steps` of them ahead, and end with the generator."""
         pool = ThreadPoolExecutor(self._data.num_workers, thread_name_prefix="data")
         pending: deque[Future[Batch]] = deque()
         waits_for_threads = True
 
         def submit(count: int) -> None:
-            for cut in islice(plans, count):
-                for span in cut.row_runs:
-                    self._train_readers[span.source].prefetch(span.position)
-                pending.append(pool.submit(build_batch, self._train_readers, cut, self._eos_id))
+            for plan in islice(plans, count):
+                for run in plan.row_runs:
+                    self._train_readers[run.source].prefetch(run.position)
+                pending.append(pool.submit(build_batch, self._train_readers, plan, self._eos_id))
 
         try:
             submit(self._data.prefetch_steps)
@@ -250,29 +218,24 @@ class Loader:
                 submit(1)
                 yield next_batch
         except StopRequested:
-            waits_for_threads = False  # a fetch from a store that does not answer takes minutes
+            waits_for_threads = False  # reading from an unreachable store takes minutes
             raise
         finally:
             pool.shutdown(waits_for_threads, cancel_futures=True)
 
-    def _scheduled_tokens(self, step: int, source: str) -> int:
+    def _scheduled_tokens(self, source: str, step: int) -> int:
         return mixture.cursor_at(self._schedule, step).get(source, 0)
 
     def _max_epochs_message(self, source: str, total_steps: int, position: int) -> str:
-        """Says that `total_steps` steps take more of the source than the run, which stands at `position`, may read."""
-        epochs, max_tokens, reader = (
-            self._data.max_epochs[source],
-            self._max_tokens_by_source[source],
-            self._train_readers[source],
-        )
+        """Explain that the schedule takes more of the source than the run, which is at `position`, may read."""
+        max_tokens, reader = self._max_tokens_by_source[source], self._train_readers[source]
         damaged_tokens = reader.skipped_tokens_before(max_tokens) - reader.skipped_tokens_before(position)
+        damage = f", of which {damaged_tokens} ahead are in damaged shards" if damaged_tokens else ""
         return (
-            f"data.max_epochs.{source}: the schedule takes {self._scheduled_tokens(total_steps, source)} "
-            f"tokens; {epochs:g} times the "
-            f"{self.manifests[source].train.tokens} of {self._data.sources[source]} are {max_tokens}"
-            f"{f', {damaged_tokens} of those ahead in damaged shards' if damaged_tokens else ''}; raise it, "
-            f"lower the source's share or the "
-            "phases' tokens, or set data.at_end to stop"
+            f"data.max_epochs.{source}: the schedule takes {self._scheduled_tokens(source, total_steps)} tokens; "
+            f"{self._data.max_epochs[source]:g} times the {self.manifests[source].train.tokens} of "
+            f"{self._data.sources[source]} are {max_tokens}{damage}; raise it, lower the source's share or the phases' tokens, "
+            "or set data.at_end to stop"
         )
 
 
@@ -280,7 +243,7 @@ def _check_shard_files(folder: str, corpus: manifest.CorpusManifest) -> None:
     try:
         manifest.check_shard_files(folder, corpus)
     except DamagedShard as error:
-        raise DamagedShard(error.file, f"{error}; or go on without it: data.damaged_shards skip") from None
+        raise DamagedShard(error.file, f"{error}; or set data.damaged_shards to skip to train without it") from None
 
 
 def _check_vocab(source: str, corpus: manifest.CorpusManifest, vocab_size: int) -> None:
@@ -291,8 +254,7 @@ def _check_vocab(source: str, corpus: manifest.CorpusManifest, vocab_size: int) 
         )
     if not 0 <= corpus.eos_id < corpus.vocab:
         raise UserError(
-            f"{key_path}: EOS {corpus.eos_token!r} has id {corpus.eos_id}, "
-            f"outside the tokenizer's {corpus.vocab} ids; "
+            f"{key_path}: EOS {corpus.eos_token!r} has id {corpus.eos_id}, outside the tokenizer's {corpus.vocab} ids; "
             "prepare the corpus with an --eos the tokenizer has"
         )
     if not corpus.train.tokens:
@@ -304,19 +266,19 @@ def _check_distinct_corpora(fingerprints: dict[str, str]) -> None:
     for name, fingerprint in fingerprints.items():
         if (other := first.setdefault(fingerprint, name)) != name:
             raise UserError(
-                f"data.sources.{name}: is the same corpus as {other}; its tokens would be read and counted under two names; "
-                f"leave {name} out and give {other} both shares"
+                f"data.sources.{name}: is the same corpus as {other}, so its tokens would count under two names; "
+                f"remove {name} and give {other} both shares"
             )
 
 
 def _check_same_tokenizer(corpora: dict[str, manifest.CorpusManifest]) -> None:
-    names = list(corpora)
-    for name in names[1:]:
-        one, other = corpora[names[0]], corpora[name]
-        if (one.tokenizer_sha256, one.eos_id) != (other.tokenizer_sha256, other.eos_id):
+    first_name, *other_names = corpora
+    first = corpora[first_name]
+    for name in other_names:
+        other = corpora[name]
+        if (first.tokenizer_sha256, first.eos_id) != (other.tokenizer_sha256, other.eos_id):
             raise UserError(
-                f"data.sources.{name}: prepared with tokenizer {other.tokenizer_sha256[:12]}, "
-                f"EOS {other.eos_token!r}; "
-                f"{names[0]} has {one.tokenizer_sha256[:12]}, {one.eos_token!r}; "
-                "sources of a run share one tokenizer; prepare one of them again"
+                f"data.sources.{name}: prepared with tokenizer {other.tokenizer_sha256[:12]}, EOS {other.eos_token!r}, but "
+                f"{first_name} with {first.tokenizer_sha256[:12]}, {first.eos_token!r}; "
+                "all sources of a run must share one tokenizer; prepare one of them again"
             )

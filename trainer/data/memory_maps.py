@@ -1,4 +1,4 @@
-"""Memory maps of shards that are kept for the next read."""
+"""A cache of memory-mapped shards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class MemoryMaps:
-    """Memory maps kept for the next read, but not more than so many, or of so many bytes; the last made always is."""
+    """Keeps up to `max_maps` maps of up to `max_bytes` in total, and always the newest one."""
 
     def __init__(self, max_maps: int, max_bytes: int = sys.maxsize):
         self._max_maps, self._max_bytes = max_maps, max_bytes
@@ -22,9 +22,7 @@ class MemoryMaps:
         return self._maps.get((folder, file))
 
     def add(self, folder: str, file: str, array: np.ndarray) -> None:
-        """The map, which lives as long as an array of it, is kept; the first made are forgotten, and close when nobody reads
-        from them any more.
-        """
+        """Keep the map and drop the oldest ones. A dropped map closes when the last array that uses it is freed."""
         with self._lock:
             self._maps[folder, file] = array
             kept_bytes = sum(mapped.nbytes for mapped in self._maps.values())

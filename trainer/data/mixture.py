@@ -1,10 +1,9 @@
-"""Which source each row of a phase comes from, and how far each source has been read after any step of the
-schedule.
+"""Which source each row of a phase comes from, and how far each source has been read after any step.
 
-The one idea: the rows of a phase follow a fixed repeating pattern in which, after any number of rows, every source has had
-its share to within less than one row. A window of rows or steps anywhere is then off by less than one row for two sources,
-and by less than two for more, where no order of rows stays within one in general, however freely steps are filled; where
-every share of a step is a whole number of rows, windows of steps are exact. Nothing here touches a file or torch.
+The rows of a phase follow a fixed, repeating pattern. After any number of rows from the start of the phase, each source is
+within one row of its share. A window of rows or steps is therefore off by less than one row with two sources, and by less than
+two rows with three or more. (With three or more, no order keeps every window within one row in general.) If every share of a
+step is a whole number of rows, windows of steps are exact. Nothing here touches a file or torch.
 """
 
 from __future__ import annotations
@@ -19,37 +18,37 @@ import numpy as np
 from tandem.trainer.config import PhaseConfig, ScheduleConfig
 
 MAX_PATTERN_ROWS = 100_000
-"""Shares that need a longer pattern are rounded to hundred-thousandths."""
+"""If the shares need a longer pattern, they are rounded to hundred-thousandths."""
 
 
 class SourceRows(NamedTuple):
-    """What a step takes from one source."""
+    """The rows of a step that come from one source."""
 
     source: str
     num_rows: int
-    """Rows of the whole step."""
+    """Number of rows in the whole step."""
     num_rows_before: int
-    """Those of them that stand before the rows asked for."""
+    """Number of these before the requested rows."""
     row_indices: np.ndarray
-    """Where this source's rows stand among the rows asked for."""
+    """Indices of this source's rows among the requested rows."""
 
 
 def row_sources(phase: PhaseConfig, first_row: int, num_rows: int) -> list[str]:
-    """The source of each of rows [first, first + count) of the phase, counted from the phase's first row."""
+    """Return the source of each row in [first_row, first_row + num_rows), counted from the phase's first row."""
     names, pattern = _source_pattern(tuple(phase.mixture.items()))
-    # Not take's mode wrap, which counts down by the length of the pattern.
+    # Not `take(mode="wrap")`, whose time grows with first_row / len(pattern).
     return [names[index] for index in pattern[np.arange(first_row, first_row + num_rows) % len(pattern)].tolist()]
 
 
 def rows_by_source(phase: PhaseConfig, step: int, start_row: int, stop_row: int) -> list[SourceRows]:
-    """What the phase's step number `step` takes from each source, and which of its rows [start, stop) they are."""
+    """Return the rows of each source in step `step` of the phase, with their places in rows [start_row, stop_row)."""
     mixture = tuple(phase.mixture.items())
     first = step * phase.global_batch_size % len(_source_pattern(mixture)[1])
     return _rows_by_source(mixture, first, phase.global_batch_size, start_row, stop_row)
 
 
 def cursor_at(schedule: ScheduleConfig, step: int) -> dict[str, int]:
-    """Tokens taken from each source before global step `step` by a run that began at step 0."""
+    """Return the tokens that a run from step 0 takes from each source before global step `step`."""
     cursor: dict[str, int] = {}
     for phase in schedule.phases:
         steps = min(step, phase.num_steps)
@@ -79,11 +78,11 @@ def _rows_by_source(
 
 @lru_cache(maxsize=64)
 def _source_pattern(mixture: tuple[tuple[str, float], ...]) -> tuple[list[str], np.ndarray]:
-    """Source names and one period of indices into them, whatever the order in which the mixture names them.
+    """Return the sorted source names and one period of indices into them.
 
-    Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980): of the sources that
-    are due by at least 1 / (2n - 2) of a row, the one that must come soonest; no source then strays by a
-    whole row.
+    Of the sources that are behind by at least 1 / (2n - 2) of a row, the one that needs a row soonest gets the next one. This
+    keeps each of the n sources within one row of its share.
+    Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980).
     """
     names = sorted(name for name, share in mixture if share > 0)
     rows_per_period = _rows_per_period([dict(mixture)[name] for name in names])
@@ -92,8 +91,8 @@ def _source_pattern(mixture: tuple[tuple[str, float], ...]) -> tuple[list[str], 
     pattern = np.zeros(period_rows, np.int16)
     for row in range(period_rows):
         row_deficits = [
-            quota * (row + 1) - period_rows * num_done
-            for quota, num_done in zip(rows_per_period, num_rows_given, strict=True)
+            quota * (row + 1) - period_rows * given
+            for quota, given in zip(rows_per_period, num_rows_given, strict=True)
         ]
         eligible = [index for index in range(len(names)) if row_deficits[index] * slack >= period_rows]
         source_index = min(
@@ -106,7 +105,7 @@ def _source_pattern(mixture: tuple[tuple[str, float], ...]) -> tuple[list[str], 
 
 
 def _rows_per_period(shares: list[float]) -> list[int]:
-    """Rows of each source in one period, the shortest period that keeps the shares."""
+    """Return the rows of each source in the shortest period that represents the shares."""
     ratios = [Fraction(share).limit_denominator(MAX_PATTERN_ROWS) for share in shares]
     period = math.lcm(*(ratio.denominator for ratio in ratios))
     quotas = [int(ratio * period) for ratio in ratios]

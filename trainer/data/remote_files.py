@@ -1,9 +1,8 @@
-"""Files by address, on this machine or over http(s), s3 and gs: what is there, how long it is, and its bytes.
+"""Lists and reads files by address: local paths, http(s), s3 and gs. Nothing is kept on disk here (see `shard_cache`).
 
-The one door to fsspec, which is imported when the first remote address is used. Nothing is kept on disk here
-(see `shard_cache`). The one idea: a remote file is a position. Whatever fails on the way (a timeout, an error of the
-server, a body that ends early) is a `RemoteError`, which `RetryPolicy` logs and waits for, and the file is then
-read on from where it broke; where a server knows no ranges, the bytes already had are read again and dropped.
+This is the only module that uses fsspec, and it imports fsspec when the first remote address is used. Every failure (a timeout,
+a server error, a response that ends early) becomes a `RemoteError`. `RetryPolicy` logs it and waits, and reading continues at
+the byte where it stopped. If a server does not support ranges, the bytes before that position are read again and dropped.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from urllib.parse import unquote
 from tandem.trainer.config import ShardCacheConfig, UserError
 
 PIP_REQUIREMENTS = {"http": "fsspec[http]", "https": "fsspec[http]", "s3": "tandem[s3]", "gs": "tandem[gs]"}
-"""What to install for the addresses that can be read."""
+"""Supported address schemes, and the package to install for each."""
 DEFAULT_SETTINGS = ShardCacheConfig()
-"""How patiently files are read that are not shards: the tries and the timeout of a config that names none."""
+"""Attempts and timeout for files that are not shards."""
 BLOCK_BYTES = 8 << 20
 VERSION_KEYS = ("ETag", "etag", "generation", "Last-Modified", "LastModified", "updated")
 
@@ -35,52 +34,46 @@ Result = TypeVar("Result")
 
 
 class RemoteError(OSError):
-    """The server or the network failed; it may not the next time."""
+    """The server or the network failed, perhaps temporarily."""
 
 
 class RemoteFileMissing(RemoteError):
-    """The server says that there is no such file: an answer, so asking again is no use."""
+    """The server reports that the file does not exist, so a retry is pointless."""
 
 
 class RangeNotSatisfiable(RemoteError):
-    """The server says that the file ends before the first byte that was asked for."""
+    """The server reports that the file ends before the first requested byte."""
 
 
 class AccessDenied(RemoteError):
-    """The server wants other credentials."""
+    """The server rejects the credentials."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
     name: str
-    """The path below the address that was asked for; the file's own name where that is the file."""
+    """The path below the requested address, or the file's own name if the address is the file."""
     address: str
     size_bytes: int
     version: str
-    """Another one where the content is another: ETag, generation or time of the last change."""
+    """Differs if the content differs: ETag, generation or time of the last change."""
 
 
 class RetryPolicy:
-    """Counts the failures of one fetch: each is logged and waited for, until there were too many or one is `fatal_errors`."""
+    """Retries one fetch: logs each failure and waits, up to `max_attempts`. Errors of the types `fatal_errors` end it."""
 
     def __init__(self, description: str, settings: ShardCacheConfig, fatal_errors: tuple[type[RemoteError], ...]):
         self.num_failures = 0
         self._description, self._settings, self._fatal_errors = description, settings, fatal_errors
 
     def wait_or_raise(self, error: RemoteError) -> None:
-        """Returns after the pause; raises the error where there is nothing left to wait for."""
+        """Wait before the next attempt, or raise the error if there is none."""
         self.num_failures += 1
         attempts, pause_seconds = self._settings.max_attempts, self._settings.retry_delay_seconds(self.num_failures)
         if self.num_failures >= attempts or isinstance(error, self._fatal_errors):
             raise error
-        log.warning(
-            "%s: try %d of %d: %s; again in %.3g s",
-            self._description,
-            self.num_failures,
-            attempts,
-            error,
-            pause_seconds,
-        )
+        counts = self.num_failures, attempts
+        log.warning("%s: try %d of %d: %s; again in %.3g s", self._description, *counts, error, pause_seconds)
         time.sleep(pause_seconds)
 
 
@@ -89,40 +82,37 @@ def is_remote(address: str | Path) -> bool:
 
 
 def join_address(folder: str | Path, name: str) -> str:
-    """The address of a file by its name in a folder."""
+    """Return the address of a file in a folder."""
     return f"{str(folder).rstrip('/')}/{name}" if is_remote(folder) else str(Path(folder) / name)
 
 
 def read_bytes(address: str | Path, settings: ShardCacheConfig = DEFAULT_SETTINGS) -> bytes:
-    """The bytes of a whole small file.
-
-    Raises: OSError, in one line.
-    """
+    """Read a whole small file. Raises: OSError with a one-line message."""
     if not is_remote(address):
         return Path(address).read_bytes()
     return _retry(str(address), settings, lambda: b"".join(read_blocks(str(address), 0, settings.timeout_seconds)))
 
 
 def list_files(address: str, settings: ShardCacheConfig = DEFAULT_SETTINGS) -> list[RemoteFile]:
-    """What a remote address names, sorted by name: a file, all files below a folder, or those that a pattern with *
-    matches. Over http a folder ends in /, and its server must show an index of it.
+    """List a file, all files below a folder, or all that match a pattern with *, sorted by name; may be empty.
 
-    Raises: UserError where it cannot be read; nothing is found where nothing is there.
+    Over http, a folder's address ends in /, and the server must offer an index of it.
+    Raises: UserError if the address cannot be read.
     """
     try:
         found = _retry(address, settings, lambda: _list_once(address, settings.timeout_seconds))
     except (OSError, ValueError) as error:  # a bad pattern is a ValueError
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{address}: cannot be read ({error}); correct it, or restore the way to it") from None
+        raise UserError(f"{address}: cannot be read ({error}); correct it, or restore the connection to it") from None
     return sorted(found, key=lambda file: file.name.split("/"))
 
 
 def open_file(address: str | Path, settings: ShardCacheConfig = DEFAULT_SETTINGS) -> BinaryIO:
-    """The file, open at its beginning. It can seek; a seek costs a request where the file is remote.
+    """Open a file at its beginning. It supports seek, which costs a request if the file is remote.
 
-    A remote file that fails is tried again, and must not change while it is read.
-    Raises: OSError, in one line, also from reading.
+    Failed reads of a remote file are retried. The file must not change while it is read.
+    Raises: OSError with a one-line message, also from reading.
     """
     if is_remote(address):
         return io.BufferedReader(_RemoteReader(str(address), settings), BLOCK_BYTES)
@@ -130,21 +120,15 @@ def open_file(address: str | Path, settings: ShardCacheConfig = DEFAULT_SETTINGS
 
 
 def read_blocks(address: str, start_byte: int, timeout_seconds: float) -> Generator[bytes, None, None]:
-    """The bytes of a remote file from `start_byte` on, over one connection, in blocks as they come.
-
-    Raises: RemoteError.
-    """
-    with (
-        suppress(RangeNotSatisfiable),
-        _translate_errors(),
-        _open_stream(address, start_byte, timeout_seconds) as stream,
-    ):
+    """Yield the bytes of a remote file from `start_byte` on in blocks, over one connection. Raises: RemoteError."""
+    stream_context = _open_stream(address, start_byte, timeout_seconds)
+    with suppress(RangeNotSatisfiable), _translate_errors(), stream_context as stream:
         while block := stream.read(BLOCK_BYTES):
             yield block
 
 
 class _RemoteReader(io.RawIOBase):
-    """A remote file at a position. The connection is opened by the first read, and again by one after a seek."""
+    """A remote file with a position. The first read, and the first after a seek, open a connection."""
 
     mode = "rb"
 
@@ -199,7 +183,7 @@ class _RemoteReader(io.RawIOBase):
     def _reconnect(self) -> None:
         address, timeout_seconds = self._file.address, self._settings.timeout_seconds
         if self._position and _stat(address, timeout_seconds) != self._file:
-            raise OSError(f"{address}: changed while it was read; read it again from its beginning")
+            raise OSError(f"{address}: changed while it was read; start again from its beginning")
         self._blocks = read_blocks(address, self._position, timeout_seconds)
 
 
@@ -228,20 +212,14 @@ def _open_filesystem(address: str, timeout_seconds: float) -> Any:
 
 def _filesystem_options(scheme: str, timeout_seconds: float) -> dict[str, Any]:
     if scheme == "s3":
-        single_attempt = {"total_max_attempts": 1}  # tries are counted, and logged, by `RetryPolicy`
-        return {
-            "config_kwargs": {
-                "connect_timeout": timeout_seconds,
-                "read_timeout": timeout_seconds,
-                "retries": single_attempt,
-            }
-        }
+        timeouts = {"connect_timeout": timeout_seconds, "read_timeout": timeout_seconds}
+        return {"config_kwargs": {**timeouts, "retries": {"total_max_attempts": 1}}}  # `RetryPolicy` retries
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_seconds, sock_read=timeout_seconds)
     if scheme == "gs":
         return {"requests_timeout": timeout}
-    # Bytes as they are stored: some servers call every .gz file an encoding, which aiohttp would undo.
+    # Request the stored bytes: some servers declare .gz files as gzip-encoded, and aiohttp would decompress them.
     client_settings = {"timeout": timeout, "auto_decompress": False, "trust_env": True, "read_bufsize": 1 << 20}
     return {"client_kwargs": client_settings, "headers": {"Accept-Encoding": "identity"}}
 
@@ -255,14 +233,14 @@ def _open_stream(address: str, start_byte: int, timeout_seconds: float) -> Itera
             yield stream
         return
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start_byte}-"} if start_byte else {})
-    # A size that is not zero spares a question; no block size gives the body of one response.
+    # A nonzero size avoids a request for it. With block_size 0, fsspec streams the body of one response.
     with system.open(address, "rb", block_size=0, size=1, headers=headers) as stream:
         content_range = re.match(r"bytes (\d+)-", stream.r.headers.get("Content-Range", ""))
         surplus_bytes = start_byte - (int(content_range[1]) if content_range else 0)
         while surplus_bytes > 0 and (block := stream.read(min(surplus_bytes, BLOCK_BYTES))):
             surplus_bytes -= len(block)
         if surplus_bytes:
-            raise RemoteError(f"asked for bytes from {start_byte} on, the server gave others")
+            raise RemoteError(f"the server did not return the bytes from {start_byte} on that were requested")
         yield stream
 
 
@@ -277,7 +255,7 @@ def _list_once(address: str, timeout_seconds: float) -> list[RemoteFile]:
         else:
             infos = system.find(address, detail=True)
         infos = {system.unstrip_protocol(name): info for name, info in infos.items() if info["type"] == "file"}
-        if address.startswith("http"):  # an index has names only
+        if address.startswith("http"):  # an index contains only names
             with ThreadPoolExecutor(8) as threads:
                 infos = dict(zip(infos, threads.map(lambda name: system.info(name), infos), strict=True))
     return [
@@ -294,14 +272,14 @@ def _stat(address: str, timeout_seconds: float) -> RemoteFile:
 
 def _remote_file(address: str, info: dict[str, Any], name: str) -> RemoteFile:
     if info["size"] is None:
-        raise OSError(f"{address}: the server does not say how long it is; copy it to a local folder")
+        raise OSError(f"{address}: the server does not report its size; copy it to a local folder")
     version = next((str(info[key]) for key in VERSION_KEYS if info.get(key)), str(info["size"]))
     return RemoteFile(name, address, info["size"], version)
 
 
 @contextmanager
 def _translate_errors() -> Iterator[None]:
-    """What the libraries raise for a server or a network that fails, as one of ours, in one line."""
+    """Convert the libraries' server and network errors to RemoteError with a one-line message."""
     try:
         yield
     except RemoteError:
@@ -310,7 +288,7 @@ def _translate_errors() -> Iterator[None]:
         reason: BaseException | None = error
         cause = error.__cause__
         if isinstance(error, FileNotFoundError) and isinstance(cause, (TimeoutError, *_loaded_error_types("aiohttp"))):
-            reason = cause  # whatever fails, fsspec 2026.9 over http says that the file is not found
+            reason = cause  # over http, fsspec 2026.9 raises FileNotFoundError for every failure
         status = getattr(reason, "status", None)
         text = " ".join(f"{type(reason).__name__}: {str(reason) or 'no bytes came in time'}".split())[:200]
         if status in (404, 410) or (status is None and isinstance(reason, FileNotFoundError)):
@@ -327,7 +305,7 @@ def _network_errors() -> tuple[type[Exception], ...]:
 
 
 def _loaded_error_types(*libraries: str) -> tuple[type[Exception], ...]:
-    """The errors of these libraries that are not of ours to import; one that is not loaded has raised none."""
+    """Return the error types of those libraries that are loaded. A library that is not loaded cannot have raised."""
     names = (
         ("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError"),
         ("google.auth.exceptions", "GoogleAuthError"), ("gcsfs.retry", "HttpError"), ("gcsfs.retry", "ChecksumError"),

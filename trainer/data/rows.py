@@ -1,9 +1,9 @@
-"""The rows of one global step cut from the streams of its sources, their tensors, and the evidence of what was read.
+"""Cuts the rows of a step from the streams of its sources, and builds their tensors and digests.
 
-A row of seq_len tokens takes seq_len tokens of its source in reading order; each token's target is the one after it in the
-stream, so a change of seq_len re-cuts the same order and neither loses nor repeats a token. The rows that a rank has of one
-source lie one after the other in its reading order: they are read as one span, since a call costs more than its tokens.
-Everything stays in the stored type until all tokens of a batch are widened at once, to the 32 bits that the device is sent.
+A row takes seq_len tokens of its source in reading order. The target of each token is the next token of the stream, so a change
+of seq_len neither loses nor repeats a token. A rank's rows of one source are consecutive in reading order and are read in one
+call, because a call costs more than its tokens. Tokens keep the stored type until a whole batch is widened to the 32 bits that
+are sent to the device.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from tandem.trainer.data.token_stream import ShardRange, TokenStream
 
 ROW_INDEX_STRUCT, SHARD_RANGE_STRUCT = Struct("<q"), Struct("<qqq")
 HASH_MODULUS = 1 << 64
-"""Hashes of rows are added modulo this."""
+"""The modulus of sums of row hashes."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Batch:
     """This data-parallel rank's rows of one global step."""
 
     packed: Int32[Tensor, "3 rows seq"]
-    """Tokens, targets and documents in one piece, as they go to the device; `unpack_batch` tells them apart."""
+    """Tokens, targets and document ids in one tensor, which is copied to the device at once; see `unpack_batch`."""
     cursor: dict[str, int]
-    """Where each source stands in its reading order after this step; a fact of the run, not of a rank."""
+    """The read position of each source after this step, the same on every rank."""
     digests: BatchDigests | None = None
-    """None for rows that nothing is learned from."""
+    """None for validation rows."""
 
     @property
     def tokens(self) -> Int64[Tensor, "rows seq"]:
@@ -43,70 +43,68 @@ class Batch:
 
     @property
     def targets(self) -> Int64[Tensor, "rows seq"]:
-        """Next token of the stream at each position, also across the end of a row or block."""
+        """The next token of the stream at each position, also at the end of a row or block."""
         return self.packed[1].long()
 
     @property
     def document_ids(self) -> Int32[Tensor, "rows seq"]:
-        """Index of the document within the row, from 0; EOS belongs to the document it ends."""
+        """Index of each token's document within the row, from 0. EOS belongs to the document that it ends."""
         return self.packed[2]
 
 
 def unpack_batch(
     packed: Int32[Tensor, "3 rows seq"],
 ) -> tuple[Int64[Tensor, "rows seq"], Int64[Tensor, "rows seq"], Int32[Tensor, "rows seq"]]:
-    """Tokens, targets and documents of these rows, as a model takes them, on the device of the rows."""
+    """Return tokens, targets and document ids as a model takes them, on the same device."""
     tokens, targets = packed[:2].long()
     return tokens, targets, packed[2]
 
 
 class RowRun(NamedTuple):
-    """Rows of one source that follow one another in its reading order."""
+    """Rows that are consecutive in the reading order of one source."""
 
     source: str
     position: int
     row_indices: np.ndarray
-    """Where they stand in the batch."""
+    """Their indices in the batch."""
 
 
 class BatchPlan(NamedTuple):
-    """What is to be read for a batch."""
+    """The rows to read for a batch."""
 
     row_runs: list[RowRun]
     num_rows: int
     seq_len: int
     cursor: dict[str, int]
     first_row_index: int | None
-    """Index of the batch's first row in the global step; None for rows that need no evidence."""
+    """Index of the batch's first row in the global step; None for rows without digests."""
 
 
 class RowRunTokens(NamedTuple):
-    """A span as it was read."""
+    """The tokens of a RowRun."""
 
     tokens_and_targets: np.ndarray
     """[2, rows, seq] tokens and their targets, in the stored type."""
     document_breaks: list[int]
-    """Of the tokens one after the other, where a run of the stream begins."""
+    """Indices into the flattened tokens at which a new range of the stream begins."""
     shard_ranges: list[ShardRange]
 
 
 class SourceReader:
-    """One split of a corpus, in the order a run reads it; what its stream leaves out is stepped over."""
+    """Reads one split of a corpus in shuffled order, without the skipped shards of its stream."""
 
     def __init__(self, stream: TokenStream, order: BlockShuffle):
         self.stream, self._shuffle = stream, order
         self._prefetched_window: int | None = None
 
     def advance(self, position: int, num_tokens: int) -> int:
-        """The position in reading order behind the `num_tokens` tokens from `position` on."""
-        return (
-            self._kept_ranges(position, num_tokens)[1]
-            if num_tokens and self.stream.skipped_shard_indices
-            else position + num_tokens
-        )
+        """Return the position in reading order after the next `num_tokens` tokens that are not skipped."""
+        if num_tokens and self.stream.skipped_shard_indices:
+            return self._kept_ranges(position, num_tokens)[1]
+        return position + num_tokens
 
     def skipped_tokens_before(self, position: int) -> int:
-        """How many of the positions before this one are left out."""
+        """Return how many positions before this one are skipped."""
         if not self.stream.skipped_shard_indices:
             return 0
         tokens, (window, _) = self.stream.epoch_tokens, self._shuffle.window_range(position)
@@ -116,14 +114,14 @@ class SourceReader:
         return position - num_epochs * self.stream.kept_epoch_tokens - kept_tokens
 
     def prefetch(self, position: int) -> None:
-        """The shards of the window behind the one around the position are made ready, once for each window."""
+        """Prefetch the shards of the next window, once per window."""
         first, tokens = self._shuffle.window_range(position)
         if first != self._prefetched_window:
             self._prefetched_window = first
             self.stream.prefetch(first + tokens, tokens)
 
     def read_rows(self, position: int, num_rows: int, seq_len: int) -> RowRunTokens:
-        """`rows` rows, the first of which begins at `position`."""
+        """Read consecutive rows. The first begins at `position`."""
         shard_ranges: list[ShardRange] = []
         tokens, targets, document_breaks, start = [], [], [], 0
         for first, count in self._kept_ranges(position, num_rows * seq_len)[0]:
@@ -139,7 +137,7 @@ class SourceReader:
         return RowRunTokens(pair.reshape(2, num_rows, seq_len), document_breaks, merge_shard_ranges(shard_ranges))
 
     def _kept_ranges(self, position: int, num_tokens: int) -> tuple[list[tuple[int, int]], int]:
-        """The runs of the stream that the next `num_tokens` tokens are, and the position behind them."""
+        """Return the stream ranges of the next `num_tokens` tokens that are not skipped, and the position after them."""
         if not self.stream.skipped_shard_indices:
             return self._shuffle.stream_ranges(position, num_tokens), position + num_tokens
         ranges: list[tuple[int, int]] = []
@@ -148,7 +146,7 @@ class SourceReader:
             for start, length in self._shuffle.stream_ranges(position, wanted_tokens):
                 for first, kept in self.stream.kept_ranges(start, length):
                     taken_tokens = min(kept, num_tokens)
-                    if ranges and sum(ranges[-1]) == first:  # asked for in two turns, or in two shards
+                    if ranges and sum(ranges[-1]) == first:  # split by this loop or by the end of a shard
                         ranges[-1] = (ranges[-1][0], ranges[-1][1] + taken_tokens)
                     else:
                         ranges.append((first, taken_tokens))
@@ -159,75 +157,68 @@ class SourceReader:
             wanted_tokens *= 2
 
 
-def build_batch(sources: Mapping[str, SourceReader], plan: BatchPlan, eos_id: int) -> Batch:
-    """The rows of the cut as tensors, and their evidence."""
-    row_run_tokens = [
-        sources[span.source].read_rows(span.position, len(span.row_indices), plan.seq_len) for span in plan.row_runs
-    ]
-    if len(row_run_tokens) == 1:
-        tokens_and_targets, document_breaks = row_run_tokens[0].tokens_and_targets, row_run_tokens[0].document_breaks
+def build_batch(readers: Mapping[str, SourceReader], plan: BatchPlan, eos_id: int) -> Batch:
+    """Read the rows of the plan, and build their tensors and digests."""
+    num_rows, seq_len = plan.num_rows, plan.seq_len
+    parts = [readers[run.source].read_rows(run.position, len(run.row_indices), seq_len) for run in plan.row_runs]
+    if len(parts) == 1:
+        tokens_and_targets, document_breaks = parts[0].tokens_and_targets, parts[0].document_breaks
     else:
-        tokens_and_targets, document_breaks = (
-            np.empty(
-                (2, plan.num_rows, plan.seq_len), np.result_type(*(read.tokens_and_targets for read in row_run_tokens))
-            ),
-            [],
-        )
-        for span, read in zip(plan.row_runs, row_run_tokens, strict=True):
-            tokens_and_targets[:, span.row_indices] = read.tokens_and_targets
-            document_breaks += [
-                int(span.row_indices[at // plan.seq_len]) * plan.seq_len + at % plan.seq_len
-                for at in read.document_breaks
-            ]
-    packed = np.empty((3, plan.num_rows, plan.seq_len), np.int32)
+        dtype = np.result_type(*(part.tokens_and_targets for part in parts))
+        tokens_and_targets, document_breaks = np.empty((2, num_rows, seq_len), dtype), []
+        for run, part in zip(plan.row_runs, parts, strict=True):
+            tokens_and_targets[:, run.row_indices] = part.tokens_and_targets
+            for index in part.document_breaks:
+                row, offset = divmod(index, seq_len)
+                document_breaks.append(int(run.row_indices[row]) * seq_len + offset)
+    packed = np.empty((3, num_rows, seq_len), np.int32)
     packed[:2] = tokens_and_targets
     packed[2] = document_ids_of(tokens_and_targets[0], document_breaks, eos_id)
-    digests = (
-        None if plan.first_row_index is None else compute_digests(plan, row_run_tokens, packed[0], plan.first_row_index)
-    )
+    digests = None
+    if plan.first_row_index is not None:
+        digests = compute_digests(plan, parts, packed[0], plan.first_row_index)
     return Batch(torch.from_numpy(packed), plan.cursor, digests)
 
 
 def document_ids_of(tokens: np.ndarray, document_breaks: list[int], eos_id: int) -> np.ndarray:
-    """The document of each token, counted in its row. What follows a break is another document, whatever stands before it."""
+    """Return the index of each token's document in its row. A new document begins after each EOS and at each break."""
     rows, seq_len = tokens.shape
     ends = tokens.reshape(-1) == eos_id
     ends[seq_len - 1 :: seq_len] = True
-    for at in document_breaks:
-        ends[at - 1] = True  # before the first of all: the last of all, which is an end
+    for index in document_breaks:
+        ends[index - 1] = True  # for index 0 this is the last token of all, which is an end anyway
     last_indices = ends.nonzero()[0]
     lengths = last_indices.copy()
     lengths[0] += 1
     lengths[1:] -= last_indices[:-1]
     first_documents = last_indices.searchsorted(np.arange(0, tokens.size, seq_len))
     document_ids = np.arange(len(last_indices)) - first_documents[last_indices // seq_len]
-    # Every document's number repeated: many times as fast as a running sum over the tokens.
+    # Repeating each document's index is many times faster than a cumulative sum over the tokens.
     return document_ids.astype(np.int32).repeat(lengths).reshape(rows, seq_len)
 
 
 def compute_digests(
-    plan: BatchPlan, row_run_tokens: list[RowRunTokens], tokens: np.ndarray, first_row_index: int
+    plan: BatchPlan, parts: list[RowRunTokens], tokens: np.ndarray, first_row_index: int
 ) -> BatchDigests:
-    """The sums for the batch's tokens, which are the very ones it is fed: a row put in the wrong place since it was read
-    is not the row that its place should have.
+    """Sum the hashes of the batch's rows.
+
+    `tokens` are those of the finished batch, so the digest also detects a row that was put in the wrong place after it was
+    read.
     """
-    tokens_by_dtype = {
-        dtype: tokens.astype(dtype) for dtype in {read.tokens_and_targets.dtype for read in row_run_tokens}
-    }
+    tokens_by_dtype = {dtype: tokens.astype(dtype) for dtype in {part.tokens_and_targets.dtype for part in parts}}
     ranges_digest = tokens_digest = 0
-    for span, read in zip(plan.row_runs, row_run_tokens, strict=True):
-        stored_tokens, name = tokens_by_dtype[read.tokens_and_targets.dtype], span.source.encode() + b"\0"
-        for row, pieces in zip(
-            span.row_indices.tolist(), pack_shard_ranges(read.shard_ranges, plan.seq_len), strict=True
-        ):
+    for run, part in zip(plan.row_runs, parts, strict=True):
+        stored_tokens, name = tokens_by_dtype[part.tokens_and_targets.dtype], run.source.encode() + b"\0"
+        packed_ranges = pack_shard_ranges(part.shard_ranges, plan.seq_len)
+        for row, row_ranges in zip(run.row_indices.tolist(), packed_ranges, strict=True):
             index = ROW_INDEX_STRUCT.pack(first_row_index + row)
-            ranges_digest += xxh3_64_intdigest(index + name + pieces)
+            ranges_digest += xxh3_64_intdigest(index + name + row_ranges)
             tokens_digest += xxh3_64_intdigest(index + stored_tokens[row].tobytes())
     return BatchDigests(ranges_digest % HASH_MODULUS, tokens_digest % HASH_MODULUS)
 
 
 def pack_shard_ranges(shard_ranges: list[ShardRange], seq_len: int) -> list[bytes]:
-    """The bytes of each row's pieces: these pieces, cut at the ends of rows."""
+    """Cut the ranges at the ends of rows, and return the bytes of each row's ranges."""
     rows: list[bytes] = []
     tokens_left = 0
     for shard, first, count in shard_ranges:
@@ -244,7 +235,7 @@ def pack_shard_ranges(shard_ranges: list[ShardRange], seq_len: int) -> list[byte
 
 
 def merge_shard_ranges(shard_ranges: list[ShardRange]) -> list[ShardRange]:
-    """The same tokens in the fewest pieces."""
+    """Merge adjacent ranges."""
     merged = shard_ranges[:1]
     for shard, first, count in shard_ranges[1:]:
         last_shard, last_first, last_count = merged[-1]

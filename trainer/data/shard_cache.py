@@ -1,11 +1,10 @@
-"""Shards by name: opened as local files that hold the bytes the manifest was written for.
+"""Opens shards as local files with verified content, and caches copies of remote shards.
 
-A shard of a local folder is its own file. One that lies elsewhere is copied into a folder which all processes of
-a node share. The one idea: a copy is named by the hash of its content, so it can be torn, removed and made again
-at any moment but never be mistaken for another; two runs share it, and a corpus that changes has other copies.
-Copies are made under a temporary name that its maker holds a lock on. The lock ends with its process, so a crash
-leaves nothing that blocks, and of the ranks that want one shard one fetches it. A shard is *damaged* where its
-place answers and has not its bytes; a place that does not answer says nothing of the shard, and stops the run.
+A shard in a local folder is opened in place. A remote shard is copied into a folder that all processes of a node share. A copy
+is named by the hash of its content, so it is never mistaken for another, two runs can share it, and a changed corpus gets new
+copies. Copies are written under a temporary name that the writer locks. The lock ends with its process, so a crash blocks
+nobody, and only one of the ranks that need a shard fetches it. A shard is *damaged* if its folder or server answers without the
+right bytes. If the server does not answer, the state of the shard is unknown and the run stops.
 """
 
 from __future__ import annotations
@@ -36,41 +35,40 @@ COPY_SUFFIX, PARTIAL_SUFFIX, LOCK_FILE = ".tar", ".part", ".lock"
 MAX_PREFETCH_THREADS = 2
 ROOM_POLL_SECONDS = 0.05
 MAX_MAPPED_COPIES = 128
-"""Most copies that a process keeps mapped: each takes a file descriptor, of which it may have a thousand or so."""
+"""Copies that a process keeps mapped at most. Each uses a file descriptor, and a process may have only about 1,000."""
 MAX_MAPPED_FRACTION = 1 / 4
-"""Of the room: what the processes of a node may keep mapped of copies, which stays on disk when a copy is removed."""
+"""Share of the cache's size that a node's processes may keep mapped. Mapped bytes stay on disk after a copy is removed."""
 
 log = logging.getLogger(__name__)
 
 
 class ShardCache:
-    """Its methods may be called by several threads; its folder may be used by several processes."""
+    """Thread-safe. Several processes can share its folder."""
 
     def __init__(self, settings: config.ShardCacheConfig):
         self._settings = settings
         self._folder = Path(settings.folder).expanduser()
         self._max_size_bytes = int(settings.max_size_gib * 2**30)
         self._verified_states: dict[str, tuple[int, int, int]] = {}
-        """The files whose bytes this process has hashed, see `_file_state`."""
+        """State of each file that this process has hashed, see `_file_state`."""
         self._damage_messages: dict[str, str] = {}
-        """What `open_shard` has said of the shards at these addresses."""
+        """The error of each damaged shard by its address."""
         self._lock = threading.Lock()
         self._shards_in_progress: dict[str, Future[None]] = {}
         self._prefetch_queue: dict[str, tuple[str, Shard]] = {}
         self._num_prefetch_threads = 0
-        # Of all sources together, so that what is mapped and no longer named does not grow with their number.
-        self.memory_maps = MemoryMaps(
-            MAX_MAPPED_COPIES, int(self._max_size_bytes * MAX_MAPPED_FRACTION / max_local_world_size())
-        )
-        """Of copies; what lies in a local folder takes no room here."""
+        # Shared by all sources, so that the mapped bytes of removed copies do not grow with the number of sources.
+        max_mapped_bytes = int(self._max_size_bytes * MAX_MAPPED_FRACTION / max_local_world_size())
+        self.memory_maps = MemoryMaps(MAX_MAPPED_COPIES, max_mapped_bytes)
+        """Maps of copies. Shards in local folders do not use the cache's space."""
 
     def open_shard(self, folder: str | Path, shard: Shard) -> BinaryIO:
-        """The open file of a shard, its bytes hashed; it lives as long as it is open or mapped.
+        """Open a shard and verify its hash. The content stays available as long as the file is open or mapped.
 
-        Bytes are hashed once per process, and again where the file is another one, has another size or, in a local
-        folder, another time of change. A file that is truncated while it is mapped ends the process with SIGBUS.
-        Raises: DamagedShard where it is missing, truncated or altered, from then on without another look: one that
-        comes back is seen by the next launch. UserError where it cannot be reached, or there is no room.
+        A process hashes each file once, and again if the inode, the size or (in a local folder) the modification time changes.
+        If a file is truncated while it is mapped, the process dies with SIGBUS.
+        Raises: DamagedShard if the shard is missing, truncated or altered. Later calls raise it without checking again, so only
+        the next launch sees a restored shard. UserError if the shard cannot be reached or the cache has no space.
         """
         address = remote_files.join_address(folder, shard.file)
         if message := self._damage_messages.get(address):
@@ -84,16 +82,14 @@ class ShardCache:
     def _open_shard(self, folder: str | Path, shard: Shard) -> BinaryIO:
         address = remote_files.join_address(folder, shard.file)
         with self._exclusive_access(address):
-            return (
-                self._open_copy(folder, shard)
-                if remote_files.is_remote(folder)
-                else self._open_local(Path(address), shard, folder)
-            )
+            if remote_files.is_remote(folder):
+                return self._open_copy(folder, shard)
+            return self._open_local(Path(address), shard, folder)
 
     def prefetch(self, folder: str | Path, shard: Shard) -> None:
-        """Returns at once; the shard is fetched and hashed in the background. What fails is logged: `open_shard` tries again.
+        """Fetch and hash the shard in the background. A failure is only logged, and `open_shard` tries again.
 
-        Copies that wait for that take up to half of the room, lest they push out each other.
+        Queued copies may take up to half of the cache's size, so that they do not evict each other.
         """
         address = remote_files.join_address(folder, shard.file)
         local_path = self._copy_path(shard) if remote_files.is_remote(folder) else address
@@ -122,11 +118,11 @@ class ShardCache:
             try:
                 self._open_shard(folder, shard).close()
             except UserError as error:
-                log.warning("%s; this was ahead of need: the reader of the shard tries again", error)
+                log.warning("%s; this was a prefetch, and the read of the shard will try again", error)
 
     @contextmanager
     def _exclusive_access(self, address: str) -> Iterator[None]:
-        """One thread at a time for a shard. The others wait: they need not hash it again, and share its failure."""
+        """Let one thread at a time open a shard. The others wait, do not hash it again, and raise the same error."""
         own_future: Future[None] = Future()
         while True:
             with self._lock:
@@ -150,22 +146,20 @@ class ShardCache:
         except FileNotFoundError:
             if not (Path(folder) / MANIFEST_FILE).exists():
                 raise UserError(
-                    f"{folder}: has no {MANIFEST_FILE} any more; restore the folder, or what is mounted there"
+                    f"{folder}: no longer has a {MANIFEST_FILE}; restore the folder or the file system mounted there"
                 ) from None
             raise DamagedShard(
                 shard.file, f"{path}: shard is missing; the manifest lists it; restore it or prepare the corpus again"
             ) from None
         except OSError as error:
-            raise UserError(
-                f"{path}: shard cannot be read ({error.strerror or error}); restore the way to it"
-            ) from None
+            reason = error.strerror or error
+            raise UserError(f"{path}: shard cannot be read ({reason}); restore the connection to it") from None
 
     def _open_verified(self, path: Path, shard: Shard, *, is_copy: bool = False) -> io.BufferedReader:
         with ExitStack() as on_error:
             file = on_error.enter_context(path.open("rb"))
             state = _file_state(file, is_copy=is_copy)
             if self._verified_states.get(str(path)) != state:
-                # Once for each shard, rank and launch.
                 check_shard_content(file, path, shard)
                 file.seek(0)
             self._verified_states[str(path)] = state
@@ -181,33 +175,33 @@ class ShardCache:
             self._folder.mkdir(parents=True, exist_ok=True)
             while (file := self._open_existing_copy(copy, shard)) is None:
                 self._fetch_copy(folder, shard, copy)
-            # When it was last used, by the clock of the process: the kernel's own stamps are the same for some milliseconds,
-            # and the time of access is not kept on every disk.
+            # Record the last use. The process's clock is finer than the kernel's time stamps, which are equal for some
+            # milliseconds, and not every disk keeps access times.
             now_ns = time.time_ns()
-            with suppress(PermissionError):  # of another user
+            with suppress(PermissionError):  # another user's copy
                 os.utime(file.fileno(), ns=(now_ns, now_ns))
             return file
         except OSError as error:
             raise UserError(
                 f"data.cache.folder: {self._folder}: {error.strerror or error}; must be a local folder with room for copies "
-                "of shards that this user may read; mend that, lower data.cache.max_size_gib, or name another folder"
+                "of shards, readable by this user; correct that, lower data.cache.max_size_gib, or name another folder"
             ) from None
 
     def _open_existing_copy(self, copy: Path, shard: Shard) -> io.BufferedReader | None:
-        """The copy, open; None where there is none, or there was one that the disk has altered."""
+        """Open the copy. Return None if there is none, and remove it first if its content is wrong."""
         try:
             return self._open_verified(copy, shard, is_copy=True)
         except FileNotFoundError:
             return None
         except (DamagedShard, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.EIO:
-                raise  # of this process: the copy may be good, and others use it
-            log.warning("%s; it is fetched again", error)
+                raise  # the error concerns this process: the copy may be good, and others use it
+            log.warning("%s; fetching it again", error)
             copy.unlink(missing_ok=True)
             return None
 
     def _fetch_copy(self, folder: str | Path, shard: Shard, copy: Path) -> None:
-        """There was a copy a moment ago, by this process or by the one that this waited for."""
+        """Fetch the copy, or wait until another process has fetched it. It may be gone again on return."""
         partial_path = copy.with_suffix(PARTIAL_SUFFIX)
         with os.fdopen(os.open(partial_path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -228,14 +222,14 @@ class ShardCache:
                     partial_path.unlink()
 
     def _reserve_space(self, partial_file: BinaryIO, shard: Shard) -> None:
-        """There is room for the shard and the part has it: copies not used for longest are gone.
+        """Allocate space for the shard in its partial file, and evict the least recently used copies if necessary.
 
-        Waits while others that are being fetched leave no room. Raises: UserError where there can be none.
+        Wait while other downloads use the space. Raises: UserError if the shard is larger than the cache.
         """
         if shard.bytes > self._max_size_bytes:
             raise UserError(
                 f"data.cache.max_size_gib: {self._settings.max_size_gib}; shard {shard.file} has {shard.bytes} bytes; "
-                "must be room for several shards; raise it"
+                "the cache needs room for several shards; raise it"
             )
         while True:
             with self._folder_lock():
@@ -246,20 +240,20 @@ class ShardCache:
 
     @contextmanager
     def _folder_lock(self) -> Iterator[None]:
-        """One process at a time counts and changes what is in the folder."""
+        """Let one process at a time count and change the files in the folder."""
         with (self._folder / LOCK_FILE).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _evict(self, needed_bytes: int) -> bool:
-        """Whether that many bytes fit, after removing as many copies as it takes."""
+        """Remove as many copies as necessary, and return whether `needed_bytes` fit then."""
         copies, used_bytes = [], needed_bytes
         for path in self._folder.iterdir():
             if path.suffix not in (COPY_SUFFIX, PARTIAL_SUFFIX) or (
                 path.suffix == PARTIAL_SUFFIX and _remove_if_abandoned(path)
             ):
                 continue
-            with suppress(FileNotFoundError):  # a failed part, or a bad copy, that its process has removed
+            with suppress(FileNotFoundError):  # its process may have removed a failed part or a bad copy
                 status = path.stat()
                 used_bytes += status.st_size
                 if path.suffix == COPY_SUFFIX:
@@ -274,13 +268,13 @@ class ShardCache:
 
 
 def _file_state(file: BinaryIO, *, is_copy: bool) -> tuple[int, int, int]:
-    """What is another where the file is: inode, size, and time of change, which of a copy is when it was last used."""
+    """Return inode, size and modification time of a file; 0 for the time of a copy, which records its last use."""
     status = os.fstat(file.fileno())
     return status.st_ino, status.st_size, 0 if is_copy else status.st_mtime_ns
 
 
 def _is_same_file(path: Path, file: BinaryIO) -> bool:
-    """Whether the path still leads to the open file."""
+    """Whether the path still names the open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -288,7 +282,7 @@ def _is_same_file(path: Path, file: BinaryIO) -> bool:
 
 
 def _remove_if_abandoned(partial_path: Path) -> bool:
-    """Whether nobody makes this part any more; if so it is gone after the call."""
+    """Remove a partial file whose writer has ended. Return whether it is gone."""
     try:
         with partial_path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""One shard over the network: tries that go on where the last one broke, until its bytes are there or hope is gone."""
+"""Downloads one shard. Each attempt continues where the last one stopped, until the shard is complete or cannot be."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tandem.trainer.data import remote_files
 from tandem.trainer.data.manifest import MANIFEST_FILE, DamagedShard, Shard
 
 PROGRESS_LOG_SECONDS = 60.0
-"""How often a fetch that goes on for long says how far it is."""
+"""How often a slow download logs its progress."""
 
 log = logging.getLogger(__name__)
 
 
 def fetch_shard(folder: str | Path, shard: Shard, partial_file: BinaryIO, settings: config.ShardCacheConfig) -> None:
-    """The file, empty before, has the bytes of the shard of the remote folder.
+    """Download the shard from the remote folder into an empty file.
 
-    Raises: DamagedShard where the place answers and has not its bytes, UserError where it does not answer, or has not
-    even the manifest any more: then it is the place that is gone.
+    Raises: DamagedShard if the server answers but does not have the shard's bytes. UserError if it does not answer, or if the
+    manifest is missing too, because then the whole folder is gone.
     """
     address, start_time = remote_files.join_address(folder, shard.file), time.monotonic()
     retry_policy = remote_files.RetryPolicy(address, settings, (remote_files.RemoteFileMissing, _RepeatedMismatch))
@@ -37,15 +37,14 @@ def fetch_shard(folder: str | Path, shard: Shard, partial_file: BinaryIO, settin
             try:
                 retry_policy.wait_or_raise(error)
             except remote_files.RemoteError:
-                tries = (
-                    f"tries: {retry_policy.num_failures} in {time.monotonic() - start_time:.3g} s, the last: {error}"
-                )
+                seconds = time.monotonic() - start_time
+                tries = f"tries: {retry_policy.num_failures} in {seconds:.3g} s, the last: {error}"
                 message = f"{address}: shard cannot be fetched; {tries}; restore"
                 if isinstance(error, remote_files.RemoteFileMissing):
                     _check_manifest_exists(folder, settings)
                 if isinstance(error, (remote_files.RemoteFileMissing, _ContentMismatch)):
                     raise DamagedShard(shard.file, f"{message} it") from None
-                raise UserError(f"{message} the way to it, and start again") from None
+                raise UserError(f"{message} the connection to it, and start again") from None
 
 
 def _check_manifest_exists(folder: str | Path, settings: config.ShardCacheConfig) -> None:
@@ -53,20 +52,20 @@ def _check_manifest_exists(folder: str | Path, settings: config.ShardCacheConfig
         remote_files.read_bytes(remote_files.join_address(folder, MANIFEST_FILE), settings)
     except OSError as error:
         raise UserError(
-            f"{folder}: has no {MANIFEST_FILE} any more ({error}); restore the folder, or the way to it"
+            f"{folder}: no longer has a {MANIFEST_FILE} ({error}); restore the folder or the connection to it"
         ) from None
 
 
 class _ContentMismatch(remote_files.RemoteError):
-    """The server answered in full, and what it has is not the shard."""
+    """The server returned a complete response that is not the shard."""
 
 
 class _RepeatedMismatch(_ContentMismatch):
-    """It says so for the second time."""
+    """The server returned the same wrong content twice."""
 
 
 class _ShardDownload:
-    """What of a shard has come, and its hash; a try goes on where the one before it broke."""
+    """The received part of a shard and its hash."""
 
     def __init__(self, address: str, shard: Shard, partial_file: BinaryIO):
         self._address, self._shard, self._partial_file = address, shard, partial_file
@@ -74,13 +73,13 @@ class _ShardDownload:
         self._restart()
 
     def resume(self, timeout_seconds: float) -> None:
-        """The part holds the shard. Raises: RemoteError."""
+        """Download the rest of the shard and check its hash. Raises: RemoteError."""
         last_log_time, size_bytes = time.monotonic(), self._shard.bytes
         with closing(remote_files.read_blocks(self._address, self._received_bytes, timeout_seconds)) as blocks:
             for block in blocks:
                 if self._received_bytes + len(block) > size_bytes:
                     self._restart()
-                    raise self._content_mismatch(f"longer than the {size_bytes} bytes that the manifest says")
+                    raise self._content_mismatch(f"longer than the {size_bytes} bytes in the manifest")
                 self._partial_file.write(block)
                 self._digest.update(block)
                 self._received_bytes += len(block)
@@ -91,7 +90,7 @@ class _ShardDownload:
             raise self._content_mismatch(f"ended at byte {self._received_bytes} of {size_bytes}")
         if (sha256 := self._digest.hexdigest()) != self._shard.sha256:
             self._restart()
-            raise self._content_mismatch(f"sha256 {sha256[:12]}; the manifest says {self._shard.sha256[:12]}")
+            raise self._content_mismatch(f"sha256 {sha256[:12]}, but the manifest has {self._shard.sha256[:12]}")
 
     def _restart(self) -> None:
         self._partial_file.seek(0)

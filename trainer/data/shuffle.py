@@ -1,9 +1,9 @@
 """The order in which a source's stream is read: blocks of neighbouring tokens, shuffled within windows.
 
-Rows cut one after the other from long documents would fill whole batches with one document. So each epoch of the stream is cut
-into blocks, runs of blocks form windows, and the blocks of a window are read in an order drawn from the seed. The order is a
-bijection of positions: nothing is lost or repeated, whatever rows are cut from it. A window bounds how far apart neighbours
-can be, so that a step still reads from few shards. Nothing here touches a file.
+Without a shuffle, one long document could fill a whole batch. Each epoch of the stream is therefore cut into blocks,
+consecutive blocks form windows, and the blocks of a window are read in an order drawn from the seed. The order is a bijection
+of positions, so no token is lost or repeated, whatever rows are cut from it. The window bounds the distance between the rows of
+a step, so that a step reads from few shards. Nothing here touches a file.
 
     stream    | block 0 | block 1 | block 2 | block 3 | tail      (one epoch; the tail is shorter than a block)
     order     | block 2 | block 0 | block 1 | block 3 | tail
@@ -18,7 +18,7 @@ import numpy as np
 
 
 class BlockShuffle:
-    """Positions in reading order to positions in the stream; `seed` None or 0 block tokens reads the stream as it is."""
+    """Maps positions in reading order to positions in the stream. A `seed` of None or a block size of 0 keeps the order."""
 
     def __init__(
         self, epoch_tokens: int, *, shuffle_block_tokens: int, shuffle_window_tokens: int, source: str, seed: int | None
@@ -32,15 +32,12 @@ class BlockShuffle:
             self._cached_window_permutation = lru_cache(maxsize=4)(self._window_permutation)
 
     def stream_ranges(self, position: int, num_tokens: int) -> list[tuple[int, int]]:
-        """The runs of the stream, as (position, tokens), that tokens [position, position + count) of the order are."""
+        """Return the ranges of the stream, as (position, tokens), that this range of the reading order consists of."""
         if not self._is_shuffled:
             return [(position, num_tokens)]
-        # Locals, for this is done for each block of a batch.
-        epoch_tokens, shuffle_block_tokens, window_blocks = (
-            self._epoch_tokens,
-            self._shuffle_block_tokens,
-            self._blocks_per_window,
-        )
+        # Local variables are faster, and the loop runs for each block of a batch.
+        epoch_tokens, shuffle_block_tokens = self._epoch_tokens, self._shuffle_block_tokens
+        window_blocks = self._blocks_per_window
         ranges: list[tuple[int, int]] = []
         end = -1
         while num_tokens > 0:
@@ -59,16 +56,17 @@ class BlockShuffle:
         return ranges
 
     def window_range(self, position: int) -> tuple[int, int]:
-        """The window around the position, as (first position, tokens): before and in it, reading order and stream hold the
-        same positions.
+        """Return the window that contains the position, as (first position, tokens).
+
+        A window, and everything before it, holds the same tokens in reading order and in the stream.
         """
         if not self._is_shuffled:
             return position, 0
         shuffle_window_tokens = self._blocks_per_window * self._shuffle_block_tokens
         offset = position % self._epoch_tokens
-        return position - offset % shuffle_window_tokens, min(
-            shuffle_window_tokens, self._epoch_tokens - offset // shuffle_window_tokens * shuffle_window_tokens
-        )
+        offset_in_window = offset % shuffle_window_tokens
+        tokens = min(shuffle_window_tokens, self._epoch_tokens - (offset - offset_in_window))
+        return position - offset_in_window, tokens
 
     def _window_permutation(self, epoch: int, window_index: int) -> np.ndarray:
         first_block = window_index * self._blocks_per_window
@@ -79,7 +77,7 @@ class BlockShuffle:
 
 
 def _splitmix64(values: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit integers that looks random; sorting by it shuffles, the same in every version of numpy.
+    """Hash 64-bit integers bijectively. Sorting by the result is a shuffle that is the same in every version of numpy.
 
     Source: the finalizer of SplitMix64, Steele, Lea and Flood 2014.
     """

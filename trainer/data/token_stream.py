@@ -1,11 +1,10 @@
-"""One split of one corpus as an endless, randomly readable sequence of tokens.
+"""One split of one corpus as an endless sequence of tokens with random access.
 
-The one idea: position p of the stream is a fact of (manifest, seed, p). An epoch is every shard once, in an
-order drawn from the seed, the source's name and the epoch; a shard holds whole documents, so no document is
-cut where shards meet. Shards are webdataset tars, read here through a memory map at the offsets the manifest
-implies, because position is then a token count and a resume reads nothing twice. The cache opens them, and
-has hashed their bytes before the first token is taken. A shard that is left out keeps its positions: readers
-step over them.
+The token at position p is a pure function of manifest, seed and p. An epoch reads every shard once, in an order drawn from the
+seed, the source's name and the epoch. Shards hold whole documents, so no document is cut between shards. Shards are webdataset
+tars. They are read through a memory map at the offsets that the manifest implies, so that a position is a token count and a
+resume reads nothing twice. The cache opens each shard and checks its hash first. A skipped shard keeps its positions, and
+readers step over them.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from tandem.trainer.data.memory_maps import MemoryMaps
 from tandem.trainer.data.shard_cache import ShardCache
 
 MAX_OPEN_SHARDS = 32
-"""Memory maps kept per stream of a local folder, a file descriptor each; rows of a step lie close together, so few are in
-use at a time. The streams of remote folders share those that the cache has room for."""
+"""Memory maps per stream of a local folder; each uses a file descriptor. The rows of a step are close together, so few are in
+use at a time. Streams of remote folders share the maps of the cache."""
 ShardRange = tuple[int, int, int]
-"""Neighbouring tokens of one shard: its index in the split, its first token taken, how many."""
+"""A range of tokens in one shard: the shard's index in the split, the first token, and the number of tokens."""
 
 
 class DamagedSourceShard(DamagedShard):
-    """The damaged shard of a source of this run."""
+    """A damaged shard, with the source that it belongs to."""
 
     def __init__(self, source: str, file: str, message: str):
         super().__init__(file, message)
@@ -41,18 +40,12 @@ class DamagedSourceShard(DamagedShard):
 
 
 class TokenStream:
-    """Reads of any window, from any thread. `seed` None keeps the shards in the manifest's order in every epoch."""
+    """Reads any range of tokens, from any thread. With `seed` None, every epoch has the manifest's shard order."""
 
     def __init__(
-        self,
-        folder: str | Path,
-        manifest: CorpusManifest,
-        split: CorpusSplit,
-        *,
-        source: str,
-        seed: int | None,
-        cache: ShardCache | None = None,
-    ):
+        self, folder: str | Path, manifest: CorpusManifest, split: CorpusSplit, *,
+        source: str, seed: int | None, cache: ShardCache | None = None,
+    ):  # fmt: skip
         assert split.tokens > 0, "an empty split has no stream"
         self.epoch_tokens, self.dtype = split.tokens, np.dtype(manifest.dtype).newbyteorder("<")
         self.skipped_shard_indices: set[int] = set()
@@ -65,7 +58,7 @@ class TokenStream:
         self._cached_epoch_order = lru_cache(maxsize=2)(self._epoch_order)
 
     def shard_ranges(self, position: int, num_tokens: int) -> list[ShardRange]:
-        """Where tokens [position, position + count) of the stream lie, across shards and epochs."""
+        """Return the shard ranges of tokens [position, position + num_tokens), which may span shards and epochs."""
         ranges: list[ShardRange] = []
         while num_tokens > 0:
             order, starts, order_index, offset = self._locate(position)
@@ -76,27 +69,27 @@ class TokenStream:
         return ranges
 
     def read_with_next_token(self, position: int, num_tokens: int) -> tuple[list[ShardRange], np.ndarray]:
-        """Where tokens [position, position + count) lie; and they and the token that follows them, `read_shard_ranges`."""
+        """Return the shard ranges of tokens [position, position + num_tokens), and these tokens with the one that follows."""
         order, starts, order_index, offset = self._locate(position)
         shard, shard_offset = order[order_index], offset - starts[order_index]
         sample, sample_offset = divmod(shard_offset, self._sample_tokens)
         if sample_offset + num_tokens < self._sample_tokens and shard_offset + num_tokens < self._shards[shard].tokens:
-            first = (sample + 1) * self._header_tokens + shard_offset  # all of it within one sample: nearly always
+            first = (sample + 1) * self._header_tokens + shard_offset  # the usual case: all within one sample
             return [(shard, shard_offset, num_tokens)], self._open_shard(shard)[first : first + num_tokens + 1]
         ranges = self.shard_ranges(position, num_tokens)
         return ranges, self.read_shard_ranges(self._append_next_token(ranges, position + num_tokens))
 
     def _append_next_token(self, ranges: list[ShardRange], position: int) -> list[ShardRange]:
-        """The pieces, which end before the position, and the token of the stream that follows them."""
+        """Extend ranges that end before `position` by the token of the stream that follows."""
         shard, first, count = ranges[-1]
         if first + count < self._shards[shard].tokens:
             return [*ranges[:-1], (shard, first, count + 1)]
         return ranges + self.shard_ranges(self.next_kept_position(position), 1)
 
     def read_shard_ranges(self, ranges: list[ShardRange]) -> np.ndarray:
-        """The tokens of the pieces, one after the other, in the stored type; where they lie together, no copy of them.
+        """Return the tokens of the ranges in the stored type. If they are contiguous in one file, this is a view.
 
-        Raises: DamagedSourceShard naming the shard that is missing or whose bytes are not the manifest's.
+        Raises: DamagedSourceShard if a shard is missing or its bytes do not match the manifest.
         """
         slices = []
         for shard, first, count in ranges:
@@ -104,16 +97,16 @@ class TokenStream:
         return slices[0] if len(slices) == 1 else np.concatenate(slices or [np.empty(0, self.dtype)])
 
     def read_tokens(self, position: int, num_tokens: int) -> np.ndarray:
-        """Tokens [position, position + count) of the stream: `read_shard_ranges` of its `shard_ranges`."""
+        """Return tokens [position, position + num_tokens) of the stream."""
         return self.read_shard_ranges(self.shard_ranges(position, num_tokens))
 
     def prefetch(self, position: int, num_tokens: int) -> None:
-        """The shards of [position, position + count) are fetched and hashed in the background."""
+        """Fetch and check the shards of [position, position + num_tokens) in the background."""
         for shard in {shard for shard, _, _ in self.shard_ranges(position, num_tokens)} - self.skipped_shard_indices:
             self._cache.prefetch(self._folder, self._shards[shard])
 
     def kept_ranges(self, position: int, num_tokens: int) -> list[tuple[int, int]]:
-        """What is not left out of [position, position + count), as runs of (position, tokens)."""
+        """Return the parts of [position, position + num_tokens) that are not skipped, as (position, tokens)."""
         if not self.skipped_shard_indices:
             return [(position, num_tokens)]
         ranges = []
@@ -124,7 +117,7 @@ class TokenStream:
         return ranges
 
     def next_kept_position(self, position: int) -> int:
-        """The first position from `position` on that is not left out."""
+        """Return the first position from `position` on that is not skipped."""
         while self.skipped_shard_indices:
             order, starts, place, offset = self._locate(position)
             if order[place] not in self.skipped_shard_indices:
@@ -133,28 +126,27 @@ class TokenStream:
         return position
 
     def skip_shard(self, file: str) -> None:
-        """From now on the shard is stepped over; nothing happens if there is none of that name."""
+        """Skip the shard from now on. Do nothing if there is no shard of that name."""
         self.skipped_shard_indices |= {index for index, shard in enumerate(self._shards) if shard.file == file}
 
     @property
     def kept_epoch_tokens(self) -> int:
-        """Tokens of an epoch that are not left out."""
+        """Tokens of an epoch that are not skipped."""
         return self.epoch_tokens - sum(self._shards[index].tokens for index in self.skipped_shard_indices)
 
     def _locate(self, position: int) -> tuple[list[int], list[int], int, int]:
-        """The order of the epoch at `position`, the place in it of the shard there, and the token within the epoch."""
+        """Return the epoch's shard order, the start of each shard, the place of this position's shard, and its epoch offset."""
         epoch, offset = divmod(position, self.epoch_tokens)
         order, starts = self._cached_epoch_order(epoch)
         return order, starts, bisect_right(starts, offset) - 1, offset
 
     def _epoch_order(self, epoch: int) -> tuple[list[int], list[int]]:
-        """Shard indices in the order of the epoch, and the token of the epoch at which each begins."""
+        """Return the shard indices in the order of the epoch, and the epoch offset at which each begins."""
         order = list(range(len(self._shards)))
         if self._seed is not None:
-            # Sorting by a hash, since no library promises the same permutation from a seed in every version.
-            order.sort(
-                key=lambda index: hashlib.sha256(f"{self._seed}/{self._source}/{epoch}/{index}".encode()).digest()
-            )
+            # Sort by a hash, because no library guarantees the same permutation for a seed in every version.
+            prefix = f"{self._seed}/{self._source}/{epoch}"
+            order.sort(key=lambda index: hashlib.sha256(f"{prefix}/{index}".encode()).digest())
         lengths = [self._shards[index].tokens for index in order]
         return order, [0, *accumulate(lengths)][:-1]
 
@@ -170,21 +162,20 @@ class TokenStream:
         return slices
 
     def _open_shard(self, shard_index: int) -> np.ndarray:
-        """The whole file as if it were tokens; a header is so many of them."""
+        """Return the whole tar file as an array of tokens, including its headers."""
         shard = self._shards[shard_index]
         mapped = self._memory_maps.find(self._folder, shard.file)
         return self._map_shard(shard) if mapped is None else mapped
 
     def _map_shard(self, shard: Shard) -> np.ndarray:
         try:
-            # Not under a lock: while one thread waits for a shard, others read or wait for theirs.
+            # No lock: while one thread waits for a shard, others read or wait for theirs.
             with self._cache.open_shard(self._folder, shard) as file:
                 try:
                     tar = mmap.mmap(file.fileno(), shard.bytes, access=mmap.ACCESS_READ)
-                except ValueError:  # shorter than that, by now
-                    raise DamagedShard(
-                        shard.file, f"{file.name}: has fewer than {shard.bytes} bytes; restore it"
-                    ) from None
+                except ValueError:  # it was truncated after the check
+                    message = f"{file.name}: has fewer than {shard.bytes} bytes; restore it"
+                    raise DamagedShard(shard.file, message) from None
         except DamagedShard as error:
             raise DamagedSourceShard(self._source, shard.file, str(error)) from None
         tokens = np.frombuffer(tar, self.dtype)

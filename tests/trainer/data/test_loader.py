@@ -305,7 +305,7 @@ def test_validation_tokens_are_held_out(sources):
 
 
 def test_more_validation_tokens_than_there_are_is_refused_at_the_call(sources):
-    with pytest.raises(UserError, match=r"evaluate.tokens: 99968 takes \d+ held-out tokens of .* lower it"):
+    with pytest.raises(UserError, match=r"evaluate.tokens: 99968 needs \d+ held-out tokens of .* lower it"):
         loader(sources).validation_batches(SHORT, 99_968)
 
 
@@ -332,20 +332,20 @@ def test_corpora_that_do_not_fit_are_refused_at_the_start(sources, make_corpus, 
 
 
 def test_one_corpus_under_two_names_is_refused_at_the_start_and_at_a_resume(sources):
-    with pytest.raises(UserError, match=r"^data.sources.again: is the same corpus as b; .*leave again out") as refused:
+    with pytest.raises(UserError, match=r"^data.sources.again: is the same corpus as b, .*remove again") as refused:
         loader({**sources, "again": sources["b"]})
     assert "\n" not in str(refused.value)
     saved = loader(sources).fingerprints
     only_a = make_schedule(dataclasses.replace(SHORT, mixture={"a": 1.0}))
     renamed = loader({"a": sources["a"], "again": sources["b"]}, schedule=only_a).fingerprints
-    with pytest.raises(UserError, match=r"^data.sources.again: is a corpus the run has read from under another name"):
+    with pytest.raises(UserError, match=r"^data.sources.again: the run has read this corpus under another name"):
         manifest.check_fingerprints(saved, renamed)
 
 
 def test_a_missing_shard_is_named_at_the_start(sources, tmp_path):
     (tmp_path / "a" / "train-000001.tar").unlink()
     with pytest.raises(
-        UserError, match=r"train-000001.tar: shard is missing.*; or go on without it: data.damaged_shards skip"
+        UserError, match=r"train-000001.tar: shard is missing.*; or set data.damaged_shards to skip"
     ):
         loader(sources)
 

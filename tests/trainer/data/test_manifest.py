@@ -38,7 +38,7 @@ def test_a_corpus_elsewhere_is_opened_as_one_in_a_folder(make_corpus, server, ca
         ("404 always", "no such file"),
         ("500 always", r"cannot be read \(.*500"),
         # One byte is another one; it depends on the manifest whether what stands there is JSON still.
-        ("wrong", "content does not match its fingerprint|is not a corpus manifest"),
+        ("wrong", "does not match its fingerprint|is not a corpus manifest"),
     ],
 )
 def test_a_corpus_elsewhere_that_cannot_be_opened_is_refused_in_one_line(make_corpus, server, fault, message):
@@ -55,7 +55,7 @@ def test_a_changed_number_in_the_manifest_is_found(make_corpus):
     tree = json.loads(path.read_text())
     tree["train"]["shards"][0]["tokens"] += 1
     path.write_text(json.dumps(tree))
-    with pytest.raises(UserError, match=r"manifest.json: content does not match its fingerprint"):
+    with pytest.raises(UserError, match=r"manifest.json: does not match its fingerprint"):
         manifest.load_manifest(folder)
 
 
@@ -82,7 +82,7 @@ def test_a_missing_or_short_shard_is_named(make_corpus):
     corpus = manifest.load_manifest(folder)
     path = folder / corpus.train.shards[1].file
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=rf"{path.name}: has \d+ bytes; manifest.json says \d+"):
+    with pytest.raises(UserError, match=rf"{path.name}: has \d+ bytes, but manifest.json has \d+"):
         manifest.check_shard_files(folder, corpus)
     path.unlink()
     with pytest.raises(UserError, match=rf"{path.name}: shard is missing"):

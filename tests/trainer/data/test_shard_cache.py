@@ -114,7 +114,7 @@ def test_a_copy_that_the_disk_altered_is_fetched_again(server, settings, shards,
         open_copy_path(ShardCache(settings()), f"{server.address}/a", shards[0]), tmp_path, shards[0]
     )
     assert server.num_requests(shard_url(shards[0])) == 2
-    assert "the shard is damaged; restore it; it is fetched again" in caplog.text
+    assert "the shard is damaged; restore it; fetching it again" in caplog.text
 
 
 def test_a_local_shard_is_its_own_file_and_never_mended(settings, shards, tmp_path):
@@ -139,7 +139,7 @@ def test_a_local_shard_that_cannot_be_reached_stops_the_run(settings, shards, tm
     assert not isinstance(error.value, DamagedShard)
     folder.rename(tmp_path / "away")
     folder.mkdir()
-    with pytest.raises(UserError, match=rf"{folder}: has no manifest.json any more; .*mounted there") as error:
+    with pytest.raises(UserError, match=rf"{folder}: no longer has a manifest.json; .*mounted there") as error:
         ShardCache(settings()).open_shard(folder, shards[1])
     assert not isinstance(error.value, DamagedShard)
 
@@ -313,7 +313,7 @@ def test_what_fails_ahead_is_logged_and_tried_again_when_it_is_asked_for(server,
     cache.prefetch(folder, shards[1])
     cache.prefetch(tmp_path / "a", shards[2])
     settle(server, 2)
-    assert len([record for record in caplog.records if "the reader of the shard tries again" in record.message]) == 3
+    assert len([record for record in caplog.records if "the read of the shard will try again" in record.message]) == 3
     (tmp_path / "away").rename(tmp_path / "a" / shards[2].file)
     for shard in shards[:2]:
         assert equals_original(open_copy_path(cache, folder, shard), tmp_path, shard)

@@ -70,7 +70,7 @@ def test_slow_is_no_failure_while_bytes_come(server, settings, shards, tmp_path,
     assert not caplog.records
 
 
-UNREACHABLE, DAMAGED = "restore the way to it, and start again", "restore it"
+UNREACHABLE, DAMAGED = "restore the connection to it, and start again", "restore it"
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ UNREACHABLE, DAMAGED = "restore the way to it, and start again", "restore it"
         ("silence", 4, "FSTimeoutError: no bytes came in time", UNREACHABLE),
         ("404", 1, "FileNotFoundError", DAMAGED),
         ("410", 1, "ClientResponseError: 410", DAMAGED),
-        ("wrong", 2, r"sha256 \w{12}; the manifest says \w{12}, twice the same", DAMAGED),
-        ("longer", 2, r"longer than the \d+ bytes that the manifest says, twice the same", DAMAGED),
+        ("wrong", 2, r"sha256 \w{12}, but the manifest has \w{12}, twice the same", DAMAGED),
+        ("longer", 2, r"longer than the \d+ bytes in the manifest, twice the same", DAMAGED),
     ],
 )
 def test_only_a_shard_whose_server_answers_without_it_is_damaged(
@@ -106,7 +106,7 @@ def test_only_a_shard_whose_server_answers_without_it_is_damaged(
 
 def test_a_place_that_has_vanished_as_a_whole_is_no_damage_of_its_shards(server, settings, shards, tmp_path):
     (tmp_path / "a").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"/a: has no manifest.json any more \(.*\); restore the folder") as error:
+    with pytest.raises(UserError, match=r"/a: no longer has a manifest.json \(.*\); restore the folder") as error:
         ShardCache(settings()).open_shard(f"{server.address}/a", shards[0])
     assert not isinstance(error.value, DamagedShard)
 
@@ -119,7 +119,7 @@ def test_a_shard_that_its_server_has_a_part_of_is_damaged(server, settings, shar
 
 
 def test_a_server_that_is_not_there_stops_the_run_after_the_tries(settings, shards, caplog):
-    with pytest.raises(UserError, match=r"tries: 3 in .* s, .*ClientConnectorError.*; restore the way to it") as error:
+    with pytest.raises(UserError, match=r"tries: 3 in .* s, .*ClientConnectorError.*; restore the connection to it") as error:
         ShardCache(settings(max_attempts=3)).open_shard("http://127.0.0.1:1/a", shards[0])
     assert not isinstance(error.value, DamagedShard)
     assert [record.message.split(" of ")[0][-1] for record in caplog.records] == ["1", "2"]
