@@ -11,6 +11,7 @@ from tandem.trainer.config.sections import (
     LR_CONFIGS,
     MODEL_CONFIGS,
     AlibiScalingConfig,
+    AnyModelConfig,
     BTLMConfig,
     CheckpointConfig,
     CosineLRConfig,
@@ -38,7 +39,7 @@ from tandem.trainer.config.sections import (
 )
 
 __all__ = [
-    "LR_CONFIGS", "MODEL_CONFIGS", "RANK_WAIT_TIMEOUT_SECONDS", "AlibiScalingConfig", "BTLMConfig",
+    "LR_CONFIGS", "MODEL_CONFIGS", "RANK_WAIT_TIMEOUT_SECONDS", "AlibiScalingConfig", "AnyModelConfig", "BTLMConfig",
     "CheckpointConfig", "CosineLRConfig", "DataConfig", "DebugConfig", "EvaluateConfig", "GuardConfig",
     "HardwareConfig", "HybridLRConfig", "LRConfig", "LinearLRConfig", "LogConfig", "ModelConfig", "MupConfig",
     "OptimConfig", "ParallelConfig", "PhaseConfig", "RunConfig", "ScheduleConfig", "ShardCacheConfig",

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tandem.trainer.config.sections import LR_CONFIGS, MODEL_CONFIGS, BTLMConfig, LRConfig, StableLMConfig, UserError
+from tandem.trainer.config.sections import LR_CONFIGS, MODEL_CONFIGS, AnyModelConfig, LRConfig, UserError
 
 
 def parse_dataclass(dataclass_type: Any, tree: Any, key_path: str) -> Any:
@@ -38,7 +38,7 @@ def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
     if type(None) in arguments:
         (present,) = (argument for argument in arguments if argument is not type(None))
         return None if value is None else _parse_value(present, value, key_path)
-    if annotation == StableLMConfig | BTLMConfig:
+    if annotation == AnyModelConfig:
         annotation = _select_class(MODEL_CONFIGS, value, key_path, "family")
     elif annotation is LRConfig:
         annotation = _select_class(LR_CONFIGS, value, key_path, "kind")

@@ -108,6 +108,10 @@ class BTLMConfig(ModelConfig):
         return self.num_heads
 
 
+AnyModelConfig = StableLMConfig | BTLMConfig
+"""The model section of a config: one class per family."""
+
+
 @dataclass(frozen=True)
 class MupConfig:
     """Maximal update parametrisation; the rules are one table in `models/mup.py`."""
@@ -351,7 +355,7 @@ class HardwareConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     run: RunConfig
-    model: StableLMConfig | BTLMConfig
+    model: AnyModelConfig
     mup: MupConfig | None
     schedule: ScheduleConfig
     optim: OptimConfig
@@ -367,5 +371,5 @@ class TrainConfig:
     """Name of a file in hardware/ beside the config; null measures a matrix product at the start and uses that as the peak."""
 
 
-MODEL_CONFIGS: dict[str, type[StableLMConfig] | type[BTLMConfig]] = {"stablelm": StableLMConfig, "btlm": BTLMConfig}
+MODEL_CONFIGS: dict[str, type[AnyModelConfig]] = {"stablelm": StableLMConfig, "btlm": BTLMConfig}
 LR_CONFIGS: dict[str, type[LRConfig]] = {"linear": LinearLRConfig, "cosine": CosineLRConfig, "hybrid": HybridLRConfig}

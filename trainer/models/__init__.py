@@ -1,22 +1,20 @@
-"""The two families as single-device-looking code; what is divided over ranks is decided by the layers they are built from."""
+"""The two model families. Their code looks like single-device code; the layers they use divide the weights over ranks."""
+
+from collections.abc import Callable
 
 import torch
 
-from tandem.trainer.config import BTLMConfig, MupConfig, StableLMConfig
+from tandem.trainer.config import AnyModelConfig, MupConfig
 from tandem.trainer.distributed.mesh import Mesh
 from tandem.trainer.models import btlm, stablelm
 from tandem.trainer.models.decoder import Decoder, RecomputeMode
 from tandem.trainer.models.mup import forward_scales
 
+FAMILIES: dict[str, Callable[..., Decoder]] = {"stablelm": stablelm.build, "btlm": btlm.build}
+
 
 def build_model(
-    config: StableLMConfig | BTLMConfig,
-    mup: MupConfig | None,
-    mesh: Mesh,
-    *,
-    dtype: torch.dtype,
-    recompute: RecomputeMode = "none",
+    config: AnyModelConfig, mup: MupConfig | None, mesh: Mesh, *, dtype: torch.dtype, recompute: RecomputeMode = "none"
 ) -> Decoder:
-    """The family's model with uninitialised weights, this rank's share, on the default device."""
-    family = stablelm if isinstance(config, StableLMConfig) else btlm
-    return family.build(config, forward_scales(config, mup), mesh, dtype, recompute)
+    """Build this rank's share of the model with uninitialized weights, on the default device."""
+    return FAMILIES[config.family](config, forward_scales(config, mup), mesh, dtype, recompute)

@@ -22,7 +22,6 @@ from tandem.trainer.models.decoder import (
     RecomputeMode,
     SequentialLayer,
     build_qkv_projection,
-    merge_heads,
 )
 from tandem.trainer.models.kv_cache import KVCache
 from tandem.trainer.models.mup import ForwardScales
@@ -31,14 +30,14 @@ from tandem.trainer.models.mup import ForwardScales
 @dataclass(frozen=True)
 class LayerContext:
     slopes: Float32[Tensor, " num_heads_local"] | Float32[Tensor, "rows num_heads_local"]
-    """Of the bias; one set for each row where rows differ."""
+    """ALiBi slopes, one set per row if rows differ."""
     document_starts: Int32[Tensor, "rows keys"] | None
-    """Of the documents, where attention stays within them."""
+    """Start of each key's document if attention stays within documents."""
     kv_cache: KVCache | None
 
 
 class Attention(PartialAttention):
-    """Attention with linear biases; returns this rank's partial sum, without the output bias."""
+    """Multi-head attention with linear biases."""
 
     def __init__(
         self, config: BTLMConfig, scale: float, mesh: Mesh, dtype: torch.dtype, *, recompute: RecomputeMode
@@ -49,13 +48,7 @@ class Attention(PartialAttention):
         self.out = RowParallel((config.hidden_size, config.hidden_size), config.hidden_size, mesh, dtype, bias=True)
         self.maybe_checkpoint = activation_checkpoint if recompute == "selective" else call_directly
 
-    def forward(
-        self, hidden_states: Float[Tensor, "seq rows hidden_size"], context: LayerContext
-    ) -> Float[Tensor, "seq rows hidden_size"]:
-        qkv = self.qkv(hidden_states)
-        return self.out(merge_heads(self.maybe_checkpoint(self._attend, qkv, context)))
-
-    def _attend(
+    def attend(
         self, qkv: Float[Tensor, "seq rows qkv_local"], context: LayerContext
     ) -> Float[Tensor, "rows seq num_heads_local head_dim"]:
         query, key, value = split_qkv(qkv, head_dim=self.config.head_dim, num_queries_per_kv=1)
@@ -74,16 +67,14 @@ class BTLMDecoder(Decoder):
         mesh: Mesh, dtype: torch.dtype, *, recompute: RecomputeMode,
     ) -> None:  # fmt: skip
         super().__init__(config, scales, layers, final_norm, mesh, dtype, recompute=recompute)
-        # Not a buffer: casting the module to bf16 would cast the slopes with it, and a bf16 slope bends the bias.
+        # Not a buffer, because casting the module to bf16 would round the slopes.
         self.slopes = alibi_slopes(config.num_heads).chunk(mesh.tp_size)[mesh.tp_rank].to(mesh.device)
 
     def layer_context(self, document_ids: Int32[Tensor, "rows seq"], kv_cache: KVCache | None) -> LayerContext:
-        # A fill rather than a copy from the host, which the device would wait for.
-        num_keys = (
-            torch.full((), document_ids.shape[1], device=document_ids.device)
-            if kv_cache is None
-            else kv_cache.row_lengths()
-        )
+        if kv_cache is None:  # `full`, because a copy from the host would make the device wait
+            num_keys = torch.full((), document_ids.shape[1], device=document_ids.device)
+        else:
+            num_keys = kv_cache.row_lengths()
         slopes = interpolate_slopes(self.slopes, self.config.alibi_scaling, num_keys)
         return LayerContext(slopes, self.document_starts(document_ids, kv_cache), kv_cache)
 
@@ -91,7 +82,7 @@ class BTLMDecoder(Decoder):
 def interpolate_slopes(
     slopes: Float32[Tensor, " num_heads_local"], scaling: AlibiScalingConfig | None, num_keys: Int64[Tensor, "*rows"]
 ) -> Float32[Tensor, "*rows_that_differ num_heads_local"]:
-    """The slopes for rows of so many keys: divided by the factor, or by how many times longer than trained a row is.
+    """Interpolate positions by dividing the slopes by a fixed factor, or by the row's length over the trained length.
 
     Source: arXiv 2310.13017; the model card of cerebras/btlm-3b-8k-base.
     """
@@ -106,7 +97,7 @@ def interpolate_slopes(
 def build(
     config: BTLMConfig, scales: ForwardScales, mesh: Mesh, dtype: torch.dtype, recompute: RecomputeMode
 ) -> Decoder:
-    """The model with uninitialised weights, this rank's share."""
+    """Build this rank's share of the model with uninitialized weights."""
 
     def norm() -> LayerNorm:
         return LayerNorm(config.hidden_size, config.norm_eps, dtype, bias=True)

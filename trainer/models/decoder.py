@@ -1,9 +1,10 @@
-"""What both families share: the gated feed-forward network, the fused projection to heads, the decoder around the layers.
+"""What both families share: feed-forward network, attention's projections, sequential layer, and the decoder around them.
 
-The one layout decision: the residual stream is [seq, rows, width], the order Megatron's layers work in; heads appear as
-[rows, seq, heads_local, head_dim] only between `tandem.kernels.qkv` and `merge_heads`.
+Layout: the residual stream is [seq, rows, hidden_size], as in Megatron's layers. Only between `tandem.kernels.qkv` and
+`merge_heads` are heads a dim: [rows, seq, num_heads_local, head_dim].
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from tandem.kernels.documents import document_starts
 from tandem.kernels.swiglu import swiglu, swiglu_linear
-from tandem.trainer.config import BTLMConfig, StableLMConfig
+from tandem.trainer.config import AnyModelConfig
 from tandem.trainer.config.padding import padded_size
 from tandem.trainer.distributed.layers import (
     ColumnParallel,
@@ -33,11 +34,11 @@ RecomputeMode = Literal["none", "selective", "full"]
 
 
 class FeedForward(nn.Module):
-    """down(silu(gate(x)) * up(x)), gate and up in one projection; returns this rank's partial sum, without the output bias."""
+    """down(silu(gate(x)) * up(x)), as this rank's partial sum without the output bias. One projection computes gate and up."""
 
     def __init__(
         self,
-        config: StableLMConfig | BTLMConfig,
+        config: AnyModelConfig,
         mesh: Mesh,
         dtype: torch.dtype,
         *,
@@ -58,34 +59,46 @@ class FeedForward(nn.Module):
         return self.down(swiglu(gate_up))
 
 
-def build_qkv_projection(
-    config: StableLMConfig | BTLMConfig, mesh: Mesh, dtype: torch.dtype, *, bias: bool
-) -> ColumnParallel:
-    """One projection to queries, keys and values, grouped by key head, so that a rank's share is a run of whole groups."""
+def build_qkv_projection(config: AnyModelConfig, mesh: Mesh, dtype: torch.dtype, *, bias: bool) -> ColumnParallel:
+    """Build one projection to queries, keys and values, grouped by key head so that each rank has whole groups."""
     group = config.num_heads // config.num_kv_heads + 2
     size = config.num_kv_heads * group * config.head_dim
     return ColumnParallel((size, config.hidden_size), 0, size, mesh, dtype, bias=bias)
 
 
 def merge_heads(heads: Float[Tensor, "rows seq num_heads_local head_dim"]) -> Float[Tensor, "seq rows width_local"]:
-    """Back to the residual stream's layout."""
+    """Return to the layout of the residual stream."""
     return heads.flatten(2).transpose(0, 1).contiguous()
 
 
 def add_residual(
-    hidden_states: Float[Tensor, "seq rows hidden_size"],
-    partial_sum: Float[Tensor, "seq rows hidden_size"],
+    hidden_states: Float[Tensor, "seq rows hidden_size"], partial_sum: Float[Tensor, "seq rows hidden_size"],
     bias: Tensor | None,
-) -> Float[Tensor, "seq rows hidden_size"]:
-    """stream plus the sum of all ranks' partial sums plus the output bias: one all-reduce."""
-    update = reduce_from_tp(partial_sum)  # of several ranks in fp32 still
+) -> Float[Tensor, "seq rows hidden_size"]:  # fmt: skip
+    """Add the sum of all ranks' partial sums and the output bias to the residual stream, with one all-reduce."""
+    update = reduce_from_tp(partial_sum)  # in fp32 if there are several ranks
     return (hidden_states + (update if bias is None else update + bias)).to(hidden_states.dtype)
 
 
 class PartialAttention(nn.Module):
-    """What a layer needs of its family's attention: this rank's partial sum, and the projection whose bias is added after."""
+    """Attention as this rank's partial sum. The layer adds the bias of `out` after the all-reduce.
 
+    A family builds the projections and implements `attend`.
+    """
+
+    qkv: ColumnParallel
     out: RowParallel
+    maybe_checkpoint: Callable[..., Any]
+
+    def forward(
+        self, hidden_states: Float[Tensor, "seq rows hidden_size"], context: Any
+    ) -> Float[Tensor, "seq rows hidden_size"]:
+        return self.out(merge_heads(self.maybe_checkpoint(self.attend, self.qkv(hidden_states), context)))
+
+    def attend(
+        self, qkv: Float[Tensor, "seq rows qkv_local"], context: Any
+    ) -> Float[Tensor, "rows seq num_heads_local head_dim"]:
+        raise NotImplementedError
 
 
 class SequentialLayer(nn.Module):
@@ -106,14 +119,12 @@ class SequentialLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm, head. A family adds its layers and its `layer_context`: what all its layers read
-    besides x.
-    """
+    """Embedding, layers, final norm and head. A family provides its layers and implements `layer_context`."""
 
-    config: StableLMConfig | BTLMConfig
+    config: AnyModelConfig
 
     def __init__(
-        self, config: StableLMConfig | BTLMConfig, scales: ForwardScales, layers: list[nn.Module], final_norm: LayerNorm,
+        self, config: AnyModelConfig, scales: ForwardScales, layers: list[nn.Module], final_norm: LayerNorm,
         mesh: Mesh, dtype: torch.dtype, *, recompute: RecomputeMode,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -130,45 +141,36 @@ class Decoder(nn.Module):
         self.maybe_checkpoint = activation_checkpoint if recompute == "full" else call_directly
 
     def layer_context(self, document_ids: Int32[Tensor, "rows seq"], kv_cache: KVCache | None) -> Any:
-        """What every layer of the family reads besides the stream; `document_ids` are of the tokens in the stream."""
+        """Return what every layer reads besides the residual stream, such as positions and document boundaries."""
         raise NotImplementedError
 
     def document_starts(
         self, document_ids: Int32[Tensor, "rows seq"], kv_cache: KVCache | None
     ) -> Int32[Tensor, "rows keys"] | None:
-        """Where the document of every key starts if attention stays within them; None where all tokens of a row are one."""
+        """Return the start of each key's document, or None if attention may cross all documents of a row."""
         if kv_cache is None:
             return document_starts(document_ids) if self.config.document_masking else None
         if not kv_cache.has_multiple_documents:
             return None
-        # Padding stays apart from text even where texts do not stay apart from one another.
-        return document_starts(
-            kv_cache.document_ids if self.config.document_masking else kv_cache.document_ids.clamp(max=0)
-        )
+        # Without document masking, all texts are document 0, but padding is still masked.
+        document_ids = kv_cache.document_ids
+        return document_starts(document_ids if self.config.document_masking else document_ids.clamp(max=0))
 
     def forward(
-        self,
-        tokens: Int64[Tensor, "rows seq"],
-        targets: Int64[Tensor, "rows seq"],
-        document_ids: Int32[Tensor, "rows seq"],
-    ) -> Float32[Tensor, "rows seq"]:
-        """Cross-entropy of each target in nats; the same on every tensor-parallel rank."""
+        self, tokens: Int64[Tensor, "rows seq"], targets: Int64[Tensor, "rows seq"], document_ids: Int32[Tensor, "rows seq"]
+    ) -> Float32[Tensor, "rows seq"]:  # fmt: skip
+        """Return the cross-entropy of each target in nats, the same on every tensor-parallel rank."""
         hidden_states, weight = self._logit_factors(tokens, self.layer_context(document_ids, None))
-        losses = parallel_cross_entropy(
-            hidden_states,
-            weight,
-            targets.t(),
-            vocab_size=self.config.vocab_size,
-            scale=self.scales.logits,
-            mesh=self.mesh,
-        )
-        return losses.t()
+        vocab_size, scale = self.config.vocab_size, self.scales.logits
+        return parallel_cross_entropy(
+            hidden_states, weight, targets.t(), vocab_size=vocab_size, scale=scale, mesh=self.mesh
+        ).t()
 
     @torch.no_grad()
     def logits(
         self, tokens: Int64[Tensor, "rows seq"], document_ids: Int32[Tensor, "rows seq"]
     ) -> Float32[Tensor, "rows seq vocab"]:
-        """Logits of the true vocabulary on every rank."""
+        """Return the logits of the vocabulary without padding, on every rank."""
         logits = gather_from_tp(self._logits_local(tokens, self.layer_context(document_ids, None)))
         return logits[..., : self.config.vocab_size].transpose(0, 1)
 
@@ -176,11 +178,11 @@ class Decoder(nn.Module):
     def next_token_logits(
         self, tokens: Int64[Tensor, "rows seq"], document_ids: Int32[Tensor, "rows seq"], kv_cache: KVCache
     ) -> Float32[Tensor, "rows vocab"]:
-        """Logits of what follows the last of the tokens, on every rank; the cache holds them behind those it held.
+        """Append the tokens to the cache, and return the logits of the next token on every rank.
 
-        The logits are those of `logits` for all tokens together, each row without its padding (negative documents,
-        before the first token). Note: not so with dynamic position interpolation, whose divisor grows with the row
-        while keys and values stay as they were made.
+        The result equals `logits` of all cached tokens, each row without its padding (negative document ids before the first
+        token). Note: With dynamic position interpolation it does not, because the divisor grows with the row but the keys and
+        values in the cache do not change.
         """
         kv_cache.append_document_ids(document_ids)
         logits = gather_from_tp(self._logits_local(tokens, self.layer_context(document_ids, kv_cache), num_last=1))
@@ -189,13 +191,13 @@ class Decoder(nn.Module):
     def _logits_local(
         self, tokens: Int64[Tensor, "rows seq"], context: Any, num_last: int = 0
     ) -> Float32[Tensor, "positions rows vocab_local"]:
-        """At the last so many positions; 0: at all."""
+        """Return the logits of the last `num_last` positions, or of all if it is 0."""
         return nn.functional.linear(*self._logit_factors(tokens, context, num_last)).float() * self.scales.logits
 
     def _logit_factors(
         self, tokens: Int64[Tensor, "rows seq"], context: Any, num_last: int = 0
     ) -> tuple[Float[Tensor, "positions rows hidden_size"], Float[Tensor, "vocab_local hidden_size"]]:
-        """Logits are the product of these, at the last so many positions, 0: at all. A tied matrix is the embedding's."""
+        """Return the hidden states of the last `num_last` positions (0: all) and the head, whose product is the logits."""
         hidden_states = self.embedding(tokens.t().contiguous()) * self.scales.embedding
         for layer in self.layers:
             hidden_states = self.maybe_checkpoint(layer, hidden_states, context)

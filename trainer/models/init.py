@@ -1,4 +1,4 @@
-"""Initial values, drawn at the true global shape from (seed, name) and then sliced, so that no parallel layout changes them."""
+"""Initial values. Each is drawn at its global shape from (seed, name), then sliced, so no parallel layout changes it."""
 
 import hashlib
 import math
@@ -15,19 +15,19 @@ from tandem.trainer.distributed.sharding import slice_local
 from tandem.trainer.models.mup import ParameterRule
 
 CHUNK_ELEMENTS = 1 << 19
-"""Pieces have generators of their own, so that threads draw several at a time; another size gives other values."""
+"""Each chunk has its own generator, so that threads can draw in parallel. Another size gives other values."""
 MAX_SERIAL_ELEMENTS = (1 << 15) - 1
-"""Torch starts threads of its own for more; then each of ours would have a team."""
+"""Above this, torch starts its own threads, and each of our threads would start several."""
 MIN_NORMAL_ELEMENTS = 16
-"""Torch draws fewer by another method, in the arithmetic of the C library."""
+"""Torch draws fewer by another method, which depends on the C library."""
 MAX_THREADS = 8
-"""Of one rank; a node has several."""
+"""Threads per rank; a node has several ranks."""
 
 
 def initial_values(
     model: nn.Module, rules: dict[str, ParameterRule], *, seed: int, truncation_sigmas: float
 ) -> Callable[[str], Tensor]:
-    """Name of a parameter -> its global initial value in fp32, drawn when asked for."""
+    """Return a function from a parameter's name to its global initial value in fp32, which is drawn when called."""
     shapes_and_roles = {
         name: (sharding_of(parameter).global_shape, role_of(parameter)) for name, parameter in model.named_parameters()
     }
@@ -41,7 +41,7 @@ def initial_values(
 
 @torch.no_grad()
 def load_parameter(parameter: nn.Parameter, global_tensor: Tensor, mesh: Mesh) -> None:
-    """The parameter holds its rank's part of the true global tensor, zeros in the padding."""
+    """Copy this rank's part of the global tensor into the parameter, with zeros in the padding."""
     local_tensor = slice_local(sharding_of(parameter), global_tensor, mesh.tp_rank, mesh.tp_size)
     parameter.copy_(local_tensor.reshape(parameter.shape))
 
@@ -49,12 +49,12 @@ def load_parameter(parameter: nn.Parameter, global_tensor: Tensor, mesh: Mesh) -
 def initial_value(
     name: str, shape: tuple[int, ...], rule: ParameterRule, *, seed: int, truncation_sigmas: float
 ) -> Tensor:
-    """The global initial value in fp32: a function of its arguments and nothing else.
+    """Draw the global initial value in fp32, which depends only on the arguments.
 
-    Note: the normal is cut at +-truncation_sigmas and not rescaled, so its realised deviation is smaller than the rule's
+    Note: The normal is truncated at +-truncation_sigmas and not rescaled, so its standard deviation is smaller than the rule's
     (0.88 of it at 2 sigma), as in the published BTLM run.
-    Note: the bits are those of x86 processors with AVX2 or AVX-512. On others torch's `normal_` takes logarithm and cosine
-    from elsewhere: values differ in their last bits, and one near the bound may be drawn again on one of the two only.
+    Note: The bits are those of x86 processors with AVX2 or AVX-512. On others, torch's `normal_` computes logarithm and cosine
+    differently. Values then differ in their last bits, and a value near the bound may be redrawn on only one of the two.
     """
     if not rule.init_std:
         return torch.full(shape, rule.init_value)
@@ -72,13 +72,13 @@ def initial_value(
 
 
 def first_chunk_seed(seed: int, name: str) -> int:
-    """Of the generator of a tensor's first piece; the others follow, one by one."""
+    """Return the seed of a tensor's first chunk. The seeds of the following chunks count up from it."""
     digest = hashlib.sha256(f"{seed}/init/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _fill_truncated_normal(chunk: Tensor, std: float, bound: float, seed: int) -> None:
-    """`chunk` holds the generator's normals; those outside of +-bound are drawn again until none is."""
+    """Fill the chunk with normal values, and redraw those outside +-bound until none is left."""
     generator = torch.Generator().manual_seed(seed)
     _fill_normal(chunk, std, generator)
     if bound == math.inf:

@@ -1,8 +1,7 @@
-"""What a decoder keeps of the tokens it has read, so that reading on does not begin from the first again.
+"""The keys and values of the tokens that a decoder has read, so that generation does not read them again.
 
-`Decoder.next_token_logits` announces tokens to it, and each attention extends it with their keys and values. Rows of
-different length are padded *before* their first token: padding has a negative document, and what is of another document is
-never seen.
+`Decoder.next_token_logits` appends the document ids of new tokens, and each attention layer their keys and values. Rows of
+different length are padded *before* their first token. Padding has a negative document id, so attention masks it.
 """
 
 import torch
@@ -11,17 +10,17 @@ from torch import Tensor, nn
 
 
 class KVCache:
-    """Documents of the tokens read so far, and in every layer their keys and values; room doubles when it runs out."""
+    """Document ids, and keys and values per layer. The capacity doubles if it is exceeded."""
 
     document_ids: Int32[Tensor, "rows keys"]
     has_multiple_documents: bool
-    """Whether a row holds more than one document; padding is one."""
+    """Whether any row has more than one document. Padding counts as one."""
 
     def __init__(self) -> None:
         self._keys_and_values: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def append_document_ids(self, document_ids: Int32[Tensor, "rows queries"]) -> None:
-        """The next tokens are announced; every layer will bring their keys and values."""
+        """Append the next tokens. Every layer must then call `update` with their keys and values."""
         self.document_ids = (
             torch.cat((self.document_ids, document_ids), dim=1) if self._keys_and_values else document_ids
         )
@@ -35,7 +34,7 @@ class KVCache:
     ) -> tuple[
         Float[Tensor, "rows keys num_kv_heads_local head_dim"], Float[Tensor, "rows keys num_kv_heads_local head_dim"]
     ]:
-        """Keys and values of all tokens in this layer, those given last."""
+        """Append keys and values of a layer, and return those of all its tokens."""
         end = self.document_ids.shape[1]
         start = end - key.shape[1]
         keys_and_values = self._keys_and_values.get(layer, (key[:, :0], value[:, :0]))
@@ -48,12 +47,12 @@ class KVCache:
         return keys_and_values[0][:, :end], keys_and_values[1][:, :end]
 
     def row_lengths(self) -> Int64[Tensor, " rows"]:
-        """Tokens of every row, padding left out."""
+        """Return the number of tokens in each row, without padding."""
         return (self.document_ids >= 0).sum(dim=1)
 
 
 def _grow(tensor: Tensor, num_used: int, capacity: int) -> Tensor:
-    """The first `num_used` positions, with room for `capacity`."""
+    """Copy the first `num_used` positions into a new tensor of the given capacity."""
     grown = tensor.new_empty((tensor.shape[0], capacity, *tensor.shape[2:]))
     grown[:, :num_used] = tensor[:, :num_used]
     return grown

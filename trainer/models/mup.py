@@ -1,30 +1,29 @@
-"""The one table of the parametrisation: role x width multiplier -> initial values, learning rate, decay, forward factors.
+"""The table of the parametrization: initial values, learning rate, decay and forward scales by role and width multiplier m.
 
-`models.init`, `models.param_groups` and the models' forward passes read it; no other file knows that muP exists. With
-`mup: null` the width multiplier is 1 and attention is scaled by 1/sqrt(head_dim): the standard parametrisation.
+`models.init`, `models.param_groups` and the forward passes read it, and no other file knows about muP. With `mup: null` the
+standard parametrization applies: m is 1 and attention is scaled by 1 / sqrt(head_dim).
 
 Source: Cerebras modelzoo, `convert_config_to_mup.py` and the BTLM configs (hidden matrices: std / sqrt(m), learning rate / m;
-residual outputs also / sqrt(2 * depth); logits * output_multiplier / m; attention 1 / head_dim); Stable LM 2 uses the same
-depth rule with m = 1. muP itself: Yang et al. 2022, arXiv 2203.03466, table 8.
+residual outputs also / sqrt(2 * depth); logits * output_multiplier / m; attention 1 / head_dim). Stable LM 2 uses the same
+depth rule with m = 1. muP: Yang et al. 2022, arXiv 2203.03466, table 8.
 """
 
 from dataclasses import dataclass
 from math import sqrt
 
-from tandem.trainer.config import BTLMConfig, MupConfig, StableLMConfig
+from tandem.trainer.config import AnyModelConfig, MupConfig
 
 
 @dataclass(frozen=True)
 class ParameterRule:
-    """What one role asks of everyone."""
+    """Initial values and optimizer settings of the parameters with one role."""
 
     init_std: float
-    """Standard deviation of the initial normal; 0 for parameters that start at `init_value`."""
+    """Standard deviation of the initial normal; 0 if the parameters start at `init_value`."""
     init_value: float
     lr_scale: float
     """Factor on the schedule's learning rate."""
     has_weight_decay: bool
-    """Whether weight decay applies."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,13 @@ class ForwardScales:
     attention: float
 
 
-def width_multiplier(model: StableLMConfig | BTLMConfig, mup: MupConfig | None) -> float:
-    """model.hidden_size relative to the width the hyperparameters were tuned at; 1 without muP."""
+def width_multiplier(model: AnyModelConfig, mup: MupConfig | None) -> float:
+    """Return model.hidden_size relative to the width at which the hyperparameters were tuned; 1 without muP."""
     return model.hidden_size / mup.base_hidden_size if mup else 1.0
 
 
-def parameter_rules(model: StableLMConfig | BTLMConfig, mup: MupConfig | None) -> dict[str, ParameterRule]:
-    """Role -> rule. Every parameter's role is set where the layer is built (`distributed.layers`)."""
+def parameter_rules(model: AnyModelConfig, mup: MupConfig | None) -> dict[str, ParameterRule]:
+    """Return the rule of each role. The layers set the role of each parameter (`distributed.layers`)."""
     multiplier = width_multiplier(model, mup)
     hidden_std = model.init_std / sqrt(multiplier)
     return {
@@ -53,8 +52,8 @@ def parameter_rules(model: StableLMConfig | BTLMConfig, mup: MupConfig | None) -
     }
 
 
-def forward_scales(model: StableLMConfig | BTLMConfig, mup: MupConfig | None) -> ForwardScales:
-    """Factors on the embedding's output, the logits, and the query-key product."""
+def forward_scales(model: AnyModelConfig, mup: MupConfig | None) -> ForwardScales:
+    """Return the factors on the embedding's output, the logits and the query-key product."""
     if mup is None:
         return ForwardScales(1.0, 1.0, 1.0 / sqrt(model.head_dim))
     return ForwardScales(

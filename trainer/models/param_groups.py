@@ -1,4 +1,4 @@
-"""Parameter roles to AdamW's parameter groups: one group for each (decay, learning-rate factor) that occurs."""
+"""AdamW and its parameter groups: one group for each combination of weight decay and learning-rate factor."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from tandem.trainer.models.mup import ParameterRule
 
 
 def build_param_groups(model: nn.Module, rules: dict[str, ParameterRule], config: OptimConfig) -> list[dict[str, Any]]:
-    """AdamW groups with two keys of ours: `name`, for people, and `lr_scale`, the factor on the schedule's learning rate."""
+    """Build AdamW groups. Their extra keys are `name` and `lr_scale`, the factor on the schedule's learning rate."""
     groups_by_key: dict[tuple[bool, float], dict[str, Any]] = {}
     for parameter in model.parameters():
         rule = rules[role_of(parameter)]
@@ -28,11 +28,6 @@ def build_param_groups(model: nn.Module, rules: dict[str, ParameterRule], config
 
 
 def build_adamw(param_groups: list[dict[str, Any]], config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over the groups; its learning rate is set before every update, so it starts at 0."""
-    return torch.optim.AdamW(
-        param_groups,
-        lr=0.0,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=device.type == "cuda",
-    )
+    """Build AdamW over the groups. Its learning rate is 0 here and is set before every update."""
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(param_groups, lr=0.0, betas=betas, eps=config.eps, fused=device.type == "cuda")

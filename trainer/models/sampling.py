@@ -1,8 +1,8 @@
-"""Token ids to more token ids: rows are read together through a cache, and each is drawn as if it were alone.
+"""Generates token ids from prompts. Rows are read in one batch, and each is sampled independently of the others.
 
-A row's draws are keyed by the seed and its prompt, and padding is never seen, so its text does not depend on the rows
-beside it, but for the rounding of sums that may settle a near tie (in bf16 now and then). A row is one document, as for
-transformers, whatever tokens it holds.
+The random numbers of a row depend only on the seed and its prompt, and padding is masked. A row's text therefore does not
+depend on the other rows, except that rounding may decide a near tie (in bf16 now and then). As in transformers, a row is one
+document, whatever tokens it contains.
 """
 
 import hashlib
@@ -17,32 +17,27 @@ from tandem.trainer.models.decoder import Decoder
 from tandem.trainer.models.kv_cache import KVCache
 
 PAD_TO_MULTIPLE_OF = 128
-"""Prompts are padded to a multiple of this on a GPU, whose compiled attention is made anew for every length."""
+"""On a GPU, prompts are padded to a multiple of this, because attention is compiled for each length."""
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     temperature: float = 0.0
-    """Divides the logits; 0 takes the likeliest token."""
+    """Divisor of the logits; 0 takes the likeliest token."""
     top_k: int = 0
-    """Only so many of the likeliest tokens; 0 has no limit."""
+    """Sample from this many of the likeliest tokens; 0 means no limit."""
     top_p: float = 1.0
-    """Only the likeliest tokens of this total probability."""
+    """Sample from the likeliest tokens with this total probability."""
     seed: int = 0
 
 
 def generate_tokens(
-    model: Decoder,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    sampling: SamplingConfig,
-    *,
-    eos_token_id: int | None,
-    use_cache: bool = True,
-) -> Iterator[list[int]]:
-    """The next token of every prompt, then the one after it, at most `max_new_tokens` times; until all rows have had EOS.
+    model: Decoder, prompts: list[list[int]], max_new_tokens: int, sampling: SamplingConfig, *,
+    eos_token_id: int | None, use_cache: bool = True,
+) -> Iterator[list[int]]:  # fmt: skip
+    """Yield the next token of every row, up to `max_new_tokens` times, until every row has had an EOS.
 
-    What a row gets after its EOS means nothing. Without `use_cache` all tokens are read again for every next one.
+    Ignore the tokens of a row after its EOS. Without `use_cache`, every step reads all tokens again.
     """
     rows, is_finished = [list(prompt) for prompt in prompts], [False] * len(prompts)
     generators = [_row_generator(prompts, index, sampling.seed) for index in range(len(prompts))]
@@ -70,7 +65,7 @@ def generate_tokens(
 def left_pad(
     rows: list[list[int]], pad_to_multiple_of: int
 ) -> tuple[Int64[Tensor, "rows seq"], Int32[Tensor, "rows seq"]]:
-    """Tokens and documents of rows that end together, the shorter ones padded in front."""
+    """Pad the rows in front to one length. Return tokens and document ids."""
     max_row_tokens = max(map(len, rows))
     seq_len = max_row_tokens + -max_row_tokens % pad_to_multiple_of
     tokens = torch.tensor([[0] * (seq_len - len(row)) + row for row in rows])
@@ -81,10 +76,10 @@ def left_pad(
 def sample_tokens(
     logits: Float[Tensor, "rows vocab"], sampling: SamplingConfig, generators: list[torch.Generator]
 ) -> list[int]:
-    """The next token of every row, each with its own generator."""
+    """Sample the next token of every row, each with its own generator."""
     if not sampling.temperature:
         return logits.argmax(-1).tolist()
-    # In fp64 from the largest, so that no temperature is 0 or overflows.
+    # Relative to the largest logit and in fp64, so that no temperature overflows or rounds to 0.
     probabilities = torch.softmax((logits - logits.amax(-1, keepdim=True)).double() / sampling.temperature, -1)
     if 0 < sampling.top_k < probabilities.shape[-1]:
         top = probabilities.topk(sampling.top_k)
@@ -99,7 +94,7 @@ def sample_tokens(
 
 
 def filter_top_p(probabilities: Float[Tensor, "rows vocab"], top_p: float) -> Float[Tensor, "rows vocab"]:
-    """The same probabilities with all but the likeliest of total top_p set to zero; at least one stays.
+    """Set all probabilities to zero except the likeliest with a total of top_p. At least one stays.
 
     Source: Holtzman et al. 2020, arXiv 1904.09751.
     """
@@ -109,7 +104,7 @@ def filter_top_p(probabilities: Float[Tensor, "rows vocab"], top_p: float) -> Fl
 
 
 def _row_generator(prompts: list[list[int]], index: int, seed: int) -> torch.Generator:
-    """Of a prompt's tokens, so that other prompts change nothing; a prompt given again is drawn anew."""
+    """Seed a generator from a prompt's tokens. A repeated prompt gets another generator."""
     num_earlier_duplicates = prompts[:index].count(prompts[index])
     digest = hashlib.sha256(f"{seed}/generate/{num_earlier_duplicates}/{prompts[index]}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -24,7 +24,6 @@ from tandem.trainer.models.decoder import (
     SequentialLayer,
     add_residual,
     build_qkv_projection,
-    merge_heads,
 )
 from tandem.trainer.models.kv_cache import KVCache
 from tandem.trainer.models.mup import ForwardScales
@@ -35,12 +34,12 @@ class LayerContext:
     cos: Float32[Tensor, "any_rows seq half"]
     sin: Float32[Tensor, "any_rows seq half"]
     document_starts: Int32[Tensor, "rows keys"] | None
-    """Of the documents, where attention stays within them."""
+    """Start of each key's document if attention stays within documents."""
     kv_cache: KVCache | None
 
 
 class HeadNorm(nn.Module):
-    """Of a LayerNorm over head_dim without bias the weights, one vector for every head; None where there is no norm."""
+    """The weights of a LayerNorm over head_dim, one vector per head without bias, or None without QK norm."""
 
     def __init__(self, num_heads: int, config: StableLMConfig, mesh: Mesh, dtype: torch.dtype) -> None:
         super().__init__()
@@ -50,7 +49,7 @@ class HeadNorm(nn.Module):
 
 
 class Attention(PartialAttention):
-    """Grouped-query attention; returns this rank's partial sum."""
+    """Grouped-query attention with rotary positions and optional QK norm."""
 
     def __init__(
         self, config: StableLMConfig, scale: float, mesh: Mesh, dtype: torch.dtype, *, recompute: RecomputeMode
@@ -63,13 +62,7 @@ class Attention(PartialAttention):
         self.out = RowParallel((config.hidden_size, config.hidden_size), config.hidden_size, mesh, dtype, bias=False)
         self.maybe_checkpoint = activation_checkpoint if recompute == "selective" else call_directly
 
-    def forward(
-        self, hidden_states: Float[Tensor, "seq rows hidden_size"], context: LayerContext
-    ) -> Float[Tensor, "seq rows hidden_size"]:
-        qkv = self.qkv(hidden_states)
-        return self.out(merge_heads(self.maybe_checkpoint(self._attend, qkv, context)))
-
-    def _attend(
+    def attend(
         self, qkv: Float[Tensor, "seq rows qkv_local"], context: LayerContext
     ) -> Float[Tensor, "rows seq num_heads_local head_dim"]:
         config = self.config
@@ -83,7 +76,7 @@ class Attention(PartialAttention):
 
 
 class ParallelLayer(nn.Module):
-    """x + attention(norm(x)) + ffn(norm(x)): one norm, one all-reduce forward and one backward."""
+    """x + attention(norm(x)) + ffn(norm(x)), with one norm, and one all-reduce each in forward and backward."""
 
     def __init__(self, attention: Attention, ffn: FeedForward, norm: LayerNorm) -> None:
         super().__init__()
@@ -114,7 +107,7 @@ class StableLMDecoder(Decoder):
 def build(
     config: StableLMConfig, scales: ForwardScales, mesh: Mesh, dtype: torch.dtype, recompute: RecomputeMode
 ) -> Decoder:
-    """The model with uninitialised weights, this rank's share."""
+    """Build this rank's share of the model with uninitialized weights."""
 
     def norm() -> LayerNorm:
         return LayerNorm(config.hidden_size, config.norm_eps, dtype, bias=config.norm_bias)
@@ -122,11 +115,9 @@ def build(
     def layer() -> nn.Module:
         attention = Attention(config, scales.attention, mesh, dtype, recompute=recompute)
         ffn = FeedForward(config, mesh, dtype, bias=False, recompute=recompute)
-        return (
-            ParallelLayer(attention, ffn, norm())
-            if config.parallel_residual
-            else SequentialLayer(attention, ffn, (norm(), norm()))
-        )
+        if config.parallel_residual:
+            return ParallelLayer(attention, ffn, norm())
+        return SequentialLayer(attention, ffn, (norm(), norm()))
 
     layers = [layer() for _ in range(config.num_layers)]
     return StableLMDecoder(config, scales, layers, norm(), mesh, dtype, recompute=recompute)

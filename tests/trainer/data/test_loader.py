@@ -146,8 +146,8 @@ def test_the_evidence_of_a_step_is_what_its_rows_were_read_from(sources):
     ("right", "wrong"),
     [
         (
-            "tokens_and_targets[:, span.row_indices] = read.tokens_and_targets",
-            "tokens_and_targets[:, span.row_indices] = read.tokens_and_targets[:, ::-1]",
+            "tokens_and_targets[:, run.row_indices] = part.tokens_and_targets",
+            "tokens_and_targets[:, run.row_indices] = part.tokens_and_targets[:, ::-1]",
         ),
         ("packed[:2] = tokens_and_targets", "packed[:2] = tokens_and_targets; packed[0, 0] = packed[0, -1]"),
     ],
