@@ -4,8 +4,6 @@ Each start appends a line to `attempts.jsonl` with the last recorded step, and a
 without the second line has failed, whatever ended its process. The step in the next start's line shows how far it got.
 """
 
-from __future__ import annotations
-
 import logging
 import secrets
 import time

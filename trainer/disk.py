@@ -1,7 +1,5 @@
 """Atomic, durable writes: a file appears complete or not at all, and survives a power cut."""
 
-from __future__ import annotations
-
 import os
 import secrets
 from collections.abc import Iterator

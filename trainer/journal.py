@@ -6,8 +6,6 @@ newline therefore still counts, and two processes that append to one file do not
 file whose lines are counted: it is opened with `cut`, which removes a torn last line. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -12,7 +12,7 @@ from tandem.trainer.checkpoint.async_save import CheckpointSaver
 from tandem.trainer.config import TrainConfig
 from tandem.trainer.config.flops import flops_per_token
 from tandem.trainer.config.schedule import Timeline
-from tandem.trainer.data.digests import StepDigests
+from tandem.trainer.data.digests import Digests
 from tandem.trainer.data.ledger import Ledger
 from tandem.trainer.data.loader import Loader
 from tandem.trainer.distributed.coordination import Coordinator
@@ -72,7 +72,7 @@ class StepResult:
     record: StepRecord
     cursor: dict[str, int]
     """The read position of each source after the step's rows."""
-    digests: StepDigests | None
+    digests: Digests | None
     """Digests of the rows that were read; None if the batch carries none."""
     judgement: Judgement
 

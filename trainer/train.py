@@ -20,7 +20,7 @@ from tandem.trainer.checkpointing import is_due, roll_back, save_final_checkpoin
 from tandem.trainer.config import TrainConfig, check_world_size
 from tandem.trainer.crash_loop import record_start
 from tandem.trainer.data.damaged_shards import close_prefetch
-from tandem.trainer.data.digests import StepDigests, pack_u64, unpack_u64
+from tandem.trainer.data.digests import Digests, pack_u64, unpack_u64
 from tandem.trainer.data.loader import Batch, unpack_batch
 from tandem.trainer.distributed.coordination import Coordinator, broadcast_stop
 from tandem.trainer.distributed.deepspeed_engine import Engine
@@ -160,7 +160,7 @@ def timed_train_step(context: StepContext, batches: Iterator[Batch], step: int) 
     return StepResult(record, batch.cursor, digests, judgement)
 
 
-def train_step(context: StepContext, batch: Batch, step: int) -> tuple[float, float, StepDigests | None, Judgement]:
+def train_step(context: StepContext, batch: Batch, step: int) -> tuple[float, float, Digests | None, Judgement]:
     """Compute the gradient of one global batch and update the weights, unless the guard rejects the step.
 
     Returns the mean loss in nats, the gradient norm before clipping, the digests of all rows and the guard's judgement. All are

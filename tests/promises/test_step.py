@@ -11,7 +11,8 @@ import torch
 
 from tandem.trainer import runtime
 from tandem.trainer.config.schedule import Timeline
-from tandem.trainer.data.loader import Batch, BatchDigests
+from tandem.trainer.data.digests import Digests
+from tandem.trainer.data.loader import Batch
 from tandem.trainer.distributed.coordination import Coordinator
 from tandem.trainer.distributed.mesh import mesh_context, sum_over_ranks_on_device
 from tandem.trainer.guard import Guard
@@ -32,7 +33,7 @@ def batches(stepper: StepContext, agreement: Coordinator) -> Iterator[Batch]:
     phase = stepper.timeline.phase_span_at(0).phase
     for step, batch in enumerate([draw_batch(stepper.config, phase, step, stepper.mesh) for step in range(BAD + 1)]):
         agreement.any_rank(False)
-        yield replace(batch, digests=BatchDigests(2**40 + stepper.mesh.dp_rank, 2**63 + step))
+        yield replace(batch, digests=Digests(2**40 + stepper.mesh.dp_rank, 2**63 + step))
 
 
 def steps(variant: str, tp_size: int) -> tuple[SyncRecord, SyncRecord]:

@@ -4,8 +4,6 @@ The skipped shards belong to the state of the run, like the cursor. Ranks agree 
 are the same for any number of ranks and whichever of them found the damage.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TypeVar

@@ -12,8 +12,6 @@ steps that the run discarded, and remain as evidence of them. Copies of the corp
 after a rollback skips the same rows again. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import time
@@ -26,7 +24,7 @@ from urllib.parse import quote
 from tandem.trainer import journal
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
-from tandem.trainer.data.digests import StepDigests
+from tandem.trainer.data.digests import Digests
 from tandem.trainer.data.manifest import CorpusManifest
 from tandem.trainer.disk import atomic_write, sync_folder
 
@@ -53,7 +51,9 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         path = folder / LEDGER_FILE
         self._file = journal.open_journal(path, cut=True)
-        self._num_lines = _count_lines(path)
+        with path.open("rb") as file:
+            self.num_lines = sum(1 for _ in file)
+        """Number of lines so far, which a checkpoint of the last step must store."""
         sync_folder(folder)
         self._cursor: dict[str, int] = {}
 
@@ -83,7 +83,7 @@ class Ledger:
         """Record that the shard is skipped from step number `step` (from 1) on."""
         self._append_record(kind="skip", step=step, source=source, shard=shard)
 
-    def write_step(self, step: int, cursor: Mapping[str, int], digests: StepDigests) -> None:
+    def write_step(self, step: int, cursor: Mapping[str, int], digests: Digests) -> None:
         """Record step number `step` (from 1), which read its sources up to `cursor`."""
         read_ranges = {name: [self._cursor.get(name, 0), end] for name, end in cursor.items()}
         read_ranges = {name: ends for name, ends in read_ranges.items() if ends[0] != ends[1]}
@@ -96,11 +96,6 @@ class Ledger:
         values = {"loss": loss, "grad_norm": grad_norm}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         self._append_record(kind="bad", step=step, **finite, reason=reason, action=action)
-
-    @property
-    def num_lines(self) -> int:
-        """Number of lines so far, which a checkpoint of the last step must store."""
-        return self._num_lines
 
     def sync(self) -> None:
         """Sync the file to disk. Call this before a checkpoint is committed, from any thread."""
@@ -117,7 +112,7 @@ class Ledger:
                 f"{self._file.name}: a line cannot be written ({error.strerror}), and the audit needs every line; "
                 "free disk space and start again: the run continues from its last checkpoint"
             ) from None
-        self._num_lines += 1
+        self.num_lines += 1
 
 
 def read_rollbacks(folder: Path, step: int, num_ledger_lines: int) -> RollbackHistory:
@@ -149,8 +144,3 @@ def copy_manifests(folder: Path, manifests: Mapping[str, CorpusManifest]) -> Non
 def manifest_copy_path(folder: Path, source: str) -> Path:
     """Return the path of the copy of a source's manifest in the run folder."""
     return folder / MANIFESTS_FOLDER / f"{quote(source, safe=' ')}.json"
-
-
-def _count_lines(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(1 for _ in file)

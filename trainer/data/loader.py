@@ -5,8 +5,6 @@ data-parallel size that divides the rows therefore sees the same rows. The loade
 cheap, and threads read them. Each batch carries the cursor after it, so the prefetch depth does not affect a resume.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
@@ -20,7 +18,6 @@ from tandem.trainer import config
 from tandem.trainer.config import UserError
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data import manifest, mixture
-from tandem.trainer.data.digests import BatchDigests
 from tandem.trainer.data.manifest import DamagedShard
 from tandem.trainer.data.rows import Batch, BatchPlan, RowRun, SourceReader, build_batch, unpack_batch
 from tandem.trainer.data.shard_cache import ShardCache
@@ -28,7 +25,7 @@ from tandem.trainer.data.shuffle import BlockShuffle
 from tandem.trainer.data.token_stream import TokenStream
 from tandem.trainer.runtime import StopRequested
 
-__all__ = ["Batch", "BatchDigests", "Loader", "unpack_batch"]
+__all__ = ["Batch", "Loader", "unpack_batch"]
 
 
 class Loader:

@@ -6,8 +6,6 @@ content: two corpora with the same fingerprint contain the same tokens in the sa
 here.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -6,8 +6,6 @@ two rows with three or more. (With three or more, no order keeps every window wi
 step is a whole number of rows, windows of steps are exact. Nothing here touches a file or torch.
 """
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 from functools import lru_cache

@@ -5,8 +5,6 @@ a server error, a response that ends early) becomes a `RemoteError`. `RetryPolic
 the byte where it stopped. If a server does not support ranges, the bytes before that position are read again and dropped.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import re

@@ -17,7 +17,7 @@ from jaxtyping import Int32, Int64
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
-from tandem.trainer.data.digests import BatchDigests
+from tandem.trainer.data.digests import Digests
 from tandem.trainer.data.shuffle import BlockShuffle
 from tandem.trainer.data.token_stream import ShardRange, TokenStream
 
@@ -34,7 +34,7 @@ class Batch:
     """Tokens, targets and document ids in one tensor, which is copied to the device at once; see `unpack_batch`."""
     cursor: dict[str, int]
     """The read position of each source after this step, the same on every rank."""
-    digests: BatchDigests | None = None
+    digests: Digests | None = None
     """None for validation rows."""
 
     @property
@@ -197,9 +197,7 @@ def document_ids_of(tokens: np.ndarray, document_breaks: list[int], eos_id: int)
     return document_ids.astype(np.int32).repeat(lengths).reshape(rows, seq_len)
 
 
-def compute_digests(
-    plan: BatchPlan, parts: list[RowRunTokens], tokens: np.ndarray, first_row_index: int
-) -> BatchDigests:
+def compute_digests(plan: BatchPlan, parts: list[RowRunTokens], tokens: np.ndarray, first_row_index: int) -> Digests:
     """Sum the hashes of the batch's rows.
 
     `tokens` are those of the finished batch, so the digest also detects a row that was put in the wrong place after it was
@@ -214,7 +212,7 @@ def compute_digests(
             index = ROW_INDEX_STRUCT.pack(first_row_index + row)
             ranges_digest += xxh3_64_intdigest(index + name + row_ranges)
             tokens_digest += xxh3_64_intdigest(index + stored_tokens[row].tobytes())
-    return BatchDigests(ranges_digest % HASH_MODULUS, tokens_digest % HASH_MODULUS)
+    return Digests(ranges_digest % HASH_MODULUS, tokens_digest % HASH_MODULUS)
 
 
 def pack_shard_ranges(shard_ranges: list[ShardRange], seq_len: int) -> list[bytes]:

@@ -7,8 +7,6 @@ nobody, and only one of the ranks that need a shard fetches it. A shard is *dama
 right bytes. If the server does not answer, the state of the shard is unknown and the run stops.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import io

@@ -1,7 +1,5 @@
 """Downloads one shard. Each attempt continues where the last one stopped, until the shard is complete or cannot be."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import time

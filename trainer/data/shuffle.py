@@ -9,8 +9,6 @@ a step, so that a step reads from few shards. Nothing here touches a file.
     order     | block 2 | block 0 | block 1 | block 3 | tail
 """
 
-from __future__ import annotations
-
 import hashlib
 from functools import lru_cache
 

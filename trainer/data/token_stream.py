@@ -7,8 +7,6 @@ resume reads nothing twice. The cache opens each shard and checks its hash first
 readers step over them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import mmap
 from bisect import bisect_right

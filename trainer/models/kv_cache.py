@@ -27,32 +27,22 @@ class KVCache:
         self.has_multiple_documents = bool((self.document_ids != self.document_ids[:, :1]).any())
 
     def update(
-        self,
-        layer: nn.Module,
-        key: Float[Tensor, "rows queries num_kv_heads_local head_dim"],
+        self, layer: nn.Module, key: Float[Tensor, "rows queries num_kv_heads_local head_dim"],
         value: Float[Tensor, "rows queries num_kv_heads_local head_dim"],
     ) -> tuple[
         Float[Tensor, "rows keys num_kv_heads_local head_dim"], Float[Tensor, "rows keys num_kv_heads_local head_dim"]
-    ]:
+    ]:  # fmt: skip
         """Append keys and values of a layer, and return those of all its tokens."""
         end = self.document_ids.shape[1]
         start = end - key.shape[1]
         keys_and_values = self._keys_and_values.get(layer, (key[:, :0], value[:, :0]))
         if keys_and_values[0].shape[1] < end:
-            keys_and_values = self._keys_and_values[layer] = (
-                _grow(keys_and_values[0], start, 2 * end),
-                _grow(keys_and_values[1], start, 2 * end),
-            )
+            padding = (0, 0, 0, 0, 0, 2 * end - start)  # of the last three dims; only the keys' dim grows
+            key_buffer, value_buffer = (nn.functional.pad(buffer[:, :start], padding) for buffer in keys_and_values)
+            keys_and_values = self._keys_and_values[layer] = key_buffer, value_buffer
         keys_and_values[0][:, start:end], keys_and_values[1][:, start:end] = key, value
         return keys_and_values[0][:, :end], keys_and_values[1][:, :end]
 
     def row_lengths(self) -> Int64[Tensor, " rows"]:
         """Return the number of tokens in each row, without padding."""
         return (self.document_ids >= 0).sum(dim=1)
-
-
-def _grow(tensor: Tensor, num_used: int, capacity: int) -> Tensor:
-    """Copy the first `num_used` positions into a new tensor of the given capacity."""
-    grown = tensor.new_empty((tensor.shape[0], capacity, *tensor.shape[2:]))
-    grown[:, :num_used] = tensor[:, :num_used]
-    return grown

@@ -129,7 +129,9 @@ def test_every_further_damage_is_left_out_too_and_none_left_is_refused(sources):
     corpus = manifest.load_manifest(sources["b"])
     for shard in corpus.train.shards:
         flipped(manifest.Path(sources["b"]) / shard.file)
-    with pytest.raises(UserError, match=r"data.sources.b: every training shard is damaged, the last one is .*; restore "):
+    with pytest.raises(
+        UserError, match=r"data.sources.b: every training shard is damaged, the last one is .*; restore "
+    ):
         skipping(make_loaders(sources, make_schedule(PHASE), 2, damaged_shards="skip", **BLOCKS))
 
 
@@ -272,9 +274,7 @@ def test_where_a_source_that_ends_is_to_be_refused_it_is_when_a_shard_left_out_m
     file = whole.files[whole.shard_position(needed - 1)[0]]
     lost = needed - cursor["b"] - len(whole.positions_outside(cursor["b"], needed, (file,)))
     one.skip_shard("b", file)
-    message = (
-        rf"^data.max_epochs.b: the schedule takes {needed} tokens; .* are {needed}, of which {lost} ahead are in damaged"
-    )
+    message = rf"^data.max_epochs.b: the schedule takes {needed} tokens; .* are {needed}, of which {lost} ahead are in damaged"
     for refused in (lambda: one.find_end(1, cursor), lambda: next(one.batches(1, cursor))):
         with pytest.raises(UserError, match=message) as said:
             refused()

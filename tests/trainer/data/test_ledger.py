@@ -9,7 +9,7 @@ import random
 import pytest
 
 from tandem.trainer.data import manifest
-from tandem.trainer.data.digests import BatchDigests, StepDigests, pack_u64, unpack_u64
+from tandem.trainer.data.digests import Digests, pack_u64, unpack_u64
 from tandem.trainer.data.ledger import (
     LEDGER_FILE,
     Ledger,
@@ -33,7 +33,7 @@ def write(folder, steps=2):
     ledger = Ledger(folder)
     ledger.write_start(5, {"a": 100}, **START)
     for step in range(6, 6 + steps):
-        ledger.write_step(step, {"a": 100 + 32 * (step - 5), "b": 64, "c": 0}, StepDigests(255, 2**64 - 1))
+        ledger.write_step(step, {"a": 100 + 32 * (step - 5), "b": 64, "c": 0}, Digests(255, 2**64 - 1))
     ledger.close()
 
 
@@ -71,7 +71,7 @@ def test_a_step_is_on_disk_at_once_and_the_file_only_grows(tmp_path):
     ledger = Ledger(tmp_path)
     ledger.write_start(5, {"a": 100}, **START)
     ledger.write_skipped_shard(6, "a", "train-000001.tar")
-    ledger.write_step(6, {"a": 132}, StepDigests(1, 2))
+    ledger.write_step(6, {"a": 132}, Digests(1, 2))
     content = (tmp_path / LEDGER_FILE).read_bytes()
     ledger.close()
     assert content.startswith(before)
@@ -91,7 +91,7 @@ def test_every_line_is_one_write(tmp_path, monkeypatch):
 
     ledger._file = Watched()
     ledger.write_start(0, {}, **START)
-    ledger.write_step(1, {"a": 32}, StepDigests(1, 2))
+    ledger.write_step(1, {"a": 32}, Digests(1, 2))
     file.close()
     assert len(sizes) == 2
     assert all(line.endswith(b"\n") and line.count(b"\n") == 1 for line in sizes)
@@ -150,7 +150,7 @@ def go_back(folder, step, after, cursor, rollback=True):
     ledger = Ledger(folder)
     passed = {source: (100, end) for source, end in cursor.items()}
     ledger.write_start(step, cursor, **START, num_ledger_lines=after, skipped_ranges=passed, is_rollback=rollback)
-    ledger.write_step(step + 1, {"a": cursor["a"] + 32}, StepDigests(1, 2))
+    ledger.write_step(step + 1, {"a": cursor["a"] + 32}, Digests(1, 2))
     ledger.close()
 
 
@@ -176,9 +176,9 @@ def test_a_run_that_goes_on_learns_how_often_it_went_back_to_its_checkpoint_and_
 def test_evidence_adds_up_over_ranks_without_rounding_and_modulo_2_to_the_64():
     draw = random.Random(0)
     for tp_size, dp_size in ((1, 1), (1, 6), (2, 3), (8, 384)):
-        parts = [BatchDigests(draw.getrandbits(64), draw.getrandbits(64)) for _ in range(dp_size)]
+        parts = [Digests(draw.getrandbits(64), draw.getrandbits(64)) for _ in range(dp_size)]
         summed = [tp_size * sum(values) for values in zip(*map(pack_u64, parts), strict=True)]
-        expected = StepDigests(
+        expected = Digests(
             sum(part.ranges_digest for part in parts) % 2**64, sum(part.tokens_digest for part in parts) % 2**64
         )
         assert unpack_u64([float(value) for value in summed], tp_size) == expected
@@ -187,7 +187,7 @@ def test_evidence_adds_up_over_ranks_without_rounding_and_modulo_2_to_the_64():
 
 
 def test_ranks_of_one_replica_that_read_other_rows_are_an_error():
-    one, other = pack_u64(BatchDigests(1, 1)), pack_u64(BatchDigests(2, 1))
+    one, other = pack_u64(Digests(1, 1)), pack_u64(Digests(2, 1))
     with pytest.raises(RuntimeError, match="not divisible by tp_size 2"):
         unpack_u64([first + second for first, second in zip(one, other, strict=True)], 2)
 

@@ -134,7 +134,9 @@ def test_a_local_shard_that_cannot_be_reached_stops_the_run(settings, shards, tm
     folder = tmp_path / "a"
     (folder / shards[0].file).unlink()
     (folder / shards[0].file).symlink_to(shards[0].file)  # a loop: it is there, and cannot be opened
-    with pytest.raises(UserError, match=rf"{shards[0].file}: shard cannot be read \(.*; restore the connection") as error:
+    with pytest.raises(
+        UserError, match=rf"{shards[0].file}: shard cannot be read \(.*; restore the connection"
+    ) as error:
         ShardCache(settings()).open_shard(folder, shards[0])
     assert not isinstance(error.value, DamagedShard)
     folder.rename(tmp_path / "away")

@@ -119,7 +119,9 @@ def test_a_shard_that_its_server_has_a_part_of_is_damaged(server, settings, shar
 
 
 def test_a_server_that_is_not_there_stops_the_run_after_the_tries(settings, shards, caplog):
-    with pytest.raises(UserError, match=r"tries: 3 in .* s, .*ClientConnectorError.*; restore the connection to it") as error:
+    with pytest.raises(
+        UserError, match=r"tries: 3 in .* s, .*ClientConnectorError.*; restore the connection to it"
+    ) as error:
         ShardCache(settings(max_attempts=3)).open_shard("http://127.0.0.1:1/a", shards[0])
     assert not isinstance(error.value, DamagedShard)
     assert [record.message.split(" of ")[0][-1] for record in caplog.records] == ["1", "2"]

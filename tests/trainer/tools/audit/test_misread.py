@@ -3,7 +3,7 @@
 import pytest
 
 from tandem.trainer.data import mixture
-from tandem.trainer.data.digests import BatchDigests, pack_u64, unpack_u64
+from tandem.trainer.data.digests import Digests, pack_u64, unpack_u64
 from tandem.trainer.data.shuffle import BlockShuffle
 from tests.trainer.tools.audit.runs import (
     FRESH_STATE,
@@ -152,7 +152,7 @@ def test_tensor_parallel_ranks_that_disagree_are_stopped_or_named(folder):
     own = [step.hash(row, row) for row in range(12)]
     for row, other in ((row, other) for row in range(12) for other in range(12) if row != other):
         misled = sum(own) - own[row] + step.hash(row, other)
-        ranks = [BatchDigests(sum(own) % 2**64, 0), BatchDigests(misled % 2**64, 0)]
+        ranks = [Digests(sum(own) % 2**64, 0), Digests(misled % 2**64, 0)]
         summed = [sum(parts) for parts in zip(*map(pack_u64, ranks), strict=True)]
         if any(half % 2 for half in summed):
             with pytest.raises(RuntimeError, match="does not divide by tp_size 2"):
