@@ -1,4 +1,4 @@
-"""Starts that fail at one step over and over are refused, and only those."""
+"""A start is refused only if the last ones failed at the same step."""
 
 import json
 import os
@@ -14,6 +14,19 @@ from tandem.trainer.config import UserError
 from tandem.trainer.crash_loop import STARTS_FILE, record_start
 from tandem.trainer.journal import TAIL_CHUNK_BYTES
 
+FORKS = """
+import os, signal, sys
+from pathlib import Path
+from tandem.trainer.crash_loop import record_start
+print("torch" in sys.modules)
+for name, ending in [argument.split("=", 1) for argument in sys.argv[2:]]:
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    with record_start(Path(sys.argv[1]) / name, 1):
+        exec(ending)
+"""
+"""Ends one forked process in each way, so that they share the seconds of imports."""
 ENDINGS = {
     "exit": "os._exit(0)",
     "kill": "os.kill(os.getpid(), signal.SIGKILL)",
@@ -23,7 +36,7 @@ ENDINGS = {
 
 
 def reach(folder: Path, *steps: int) -> None:
-    """Records of these steps stand in the run folder, after what is there."""
+    """Append records of these steps to the run folder."""
     with (folder / "metrics.jsonl").open("a") as file:
         for step in steps:
             file.write(json.dumps({"kind": "step", "step": step}) + "\n")
@@ -40,7 +53,7 @@ def records(folder: Path) -> list[dict]:
 
 
 def refused(folder: Path, max_repeat_failures: int = 3) -> str:
-    """The refusal, which leaves nothing on record."""
+    """Return the message of a refused start, which must record nothing."""
     before = (folder / STARTS_FILE).read_bytes()
     with pytest.raises(UserError) as refusal, record_start(folder, max_repeat_failures):
         raise AssertionError("entered")
@@ -59,15 +72,22 @@ def test_three_starts_that_fail_in_one_step_are_enough(tmp_path):
     assert [record["reached"] for record in records(tmp_path)] == [0, 41, 41]
 
 
-@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
-def test_whatever_ends_a_process_without_a_word_is_a_failure(tmp_path, ending):
-    code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom tandem.trainer.crash_loop import record_start\n"
-        f"with record_start(Path(sys.argv[1]), 1): {ending}"
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> tuple[Path, str]:
+    """A folder with a run per ending, and whether crash_loop imports torch."""
+    folder = tmp_path_factory.mktemp("ended")
+    endings = [f"{name}={ending}" for name, ending in ENDINGS.items()]
+    done = subprocess.run(
+        [sys.executable, "-uc", FORKS, folder, *endings], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
-    subprocess.run([sys.executable, "-c", code, tmp_path], check=False, capture_output=True)
-    assert [record["kind"] for record in records(tmp_path)] == ["start"]
-    assert "the last start has failed in step 1" in refused(tmp_path, 1)
+    return folder, done.stdout.decode()
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_whatever_ends_a_process_without_a_word_is_a_failure(ended, ending):
+    folder = ended[0] / ending
+    assert [record["kind"] for record in records(folder)] == ["start"]
+    assert "the last start has failed in step 1" in refused(folder, 1)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +133,7 @@ def test_zero_refuses_nothing_and_forgets_what_failed(tmp_path):
 
 
 def test_the_run_is_where_the_last_record_says_not_at_its_highest_step(tmp_path):
-    """A run that goes back to a checkpoint and fails on the way is not where it was."""
+    """A run that rolled back and failed before the old step is not at the old step."""
     fail(tmp_path, 2)
     reach(tmp_path, 40, 41)
     fail(tmp_path, 2)
@@ -161,7 +181,7 @@ def test_the_verdict_of_the_last_hang_is_told_and_no_older_one(tmp_path):
     os.utime(verdict, (1, 1))
     fail(tmp_path, 1)
     assert "see the log for the cause" in refused(tmp_path, 1)
-    os.utime(verdict, 2 * (time.time(),))  # by the clock that runs are timed by
+    os.utime(verdict, 2 * (time.time(),))  # the clock of time.time(), which the records use
     assert "; the verdict on the last hang is: step 1: rank 1 on host-b is still in data; correct it" in refused(
         tmp_path, 1
     )
@@ -187,6 +207,5 @@ def test_a_folder_that_cannot_be_is_a_mistake(tmp_path):
         record_start(tmp_path, 0).__enter__()
 
 
-def test_it_needs_no_torch():
-    code = "import sys, tandem.trainer.crash_loop; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_it_needs_no_torch(ended):
+    assert ended[1] == "False\n"

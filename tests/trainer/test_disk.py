@@ -1,4 +1,4 @@
-"""Files are whole or are what they were."""
+"""Files are written completely or keep their old content."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the guard says of a step, from nothing but numbers."""
+"""The guard's judgement of single steps."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ def judged(guard: Guard, values: list[tuple[float, float]], phase: PhaseConfig =
 
 
 def steady(num: int) -> list[tuple[float, float]]:
-    """Losses and gradient norms that vary by a few parts in a hundred."""
+    """Losses and gradient norms that vary by a few percent."""
     return [(3 + 0.1 * math.sin(step), 1 + 0.05 * math.cos(step)) for step in range(num)]
 
 
@@ -49,7 +49,7 @@ def test_a_spike_of_either_is_bad_and_named(loss, norm, named):
 
 
 def test_sigmas_are_those_of_a_normal_distribution():
-    """Of these 33 values the median deviation is 1, so 1.4826 is one sigma: 8 sigmas are 11.86 above the median."""
+    """One sigma is 1.4826 times the median deviation of the 33 values, so the limit is 8 times that above the median."""
     guard = Guard(Settings(spike_sigmas=8.0, window_steps=33))
     values = [10.0 + ((step % 3) - 1) * (1 + step / 100) for step in range(33)]
     middle, deviation = sorted(values)[16], sorted(abs(value - sorted(values)[16]) for value in values)[16]
@@ -61,7 +61,7 @@ def test_sigmas_are_those_of_a_normal_distribution():
 
 @pytest.mark.parametrize("changed", [{"seq_len": 128}, {"global_batch_size": 16}, {"mixture": {"other": 1.0}}])
 def test_what_other_rows_or_other_data_change_is_no_spike(changed):
-    """Also after a restart: the checkpoint keeps what the steps were that later ones are compared with."""
+    """This also holds after a restart, because the checkpoint keeps the comparison key of the earlier steps."""
     guard = Guard(Settings(spike_sigmas=6.0, window_steps=32))
     judged(guard, steady(32))
     again = Guard(Settings(spike_sigmas=6.0, window_steps=32), json.loads(json.dumps(guard.state_dict())))

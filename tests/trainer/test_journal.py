@@ -1,4 +1,4 @@
-"""Records come back whole and in order, whatever a kill has left of the last line."""
+"""Records are read back complete and in order, whatever a kill has left of the last line."""
 
 import json
 import resource
@@ -22,7 +22,7 @@ def write(path, *records, **how):
 
 
 def read(path):
-    """The records, which are the same from either end."""
+    """Return the records, which must be the same in both directions."""
     found = list(journal.read_records(path))
     assert list(journal.read_records_backwards(path)) == found[::-1]
     return found
@@ -89,7 +89,7 @@ def test_a_strict_reader_refuses_them(path):
 
 @pytest.mark.parametrize("past", range(-2, 12))
 def test_a_line_is_whole_from_the_end_wherever_the_file_is_cut_in_reading(path, past):
-    """The border of what is read at once goes through each place of the line before the last, and of its newlines."""
+    """The chunk boundary falls on each byte of the line before the last, and of its newlines."""
     before = b'{"n": 1}\n'
     last = json.dumps({"n": "x" * (journal.TAIL_CHUNK_BYTES - 10 - past)}).encode() + b"\n"
     path.write_bytes(before * 3 + last)
@@ -98,7 +98,7 @@ def test_a_line_is_whole_from_the_end_wherever_the_file_is_cut_in_reading(path, 
 
 
 def test_from_the_end_only_as_much_is_read_as_is_asked_for(path, monkeypatch):
-    write(path, *[{"n": n} for n in range(50_000)])
+    path.write_text("".join(f'{{"n": {n}}}\n' for n in range(50_000)))
     line_lengths = []
     parsed = journal.parse_record
     monkeypatch.setattr(journal, "parse_record", lambda line: line_lengths.append(len(line)) or parsed(line))

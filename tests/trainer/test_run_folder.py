@@ -1,4 +1,4 @@
-"""What a start finds in its run folder, and what it leaves there."""
+"""The files of a run folder before and after a start."""
 
 from tandem.trainer import run_folder
 from tandem.trainer.disk import atomic_write

@@ -1,4 +1,4 @@
-"""What a process knows of its launch, and what it does about signals."""
+"""The launch environment, GPU detection and signals."""
 
 import os
 import signal
@@ -79,7 +79,7 @@ def test_no_library_takes_a_signal_for_an_error_of_its_own():
 
 
 def test_a_signal_starts_no_thread(monkeypatch):
-    """From Python 3.12 on a process that ends refuses new threads, with a traceback, and a signal may come then."""
+    """From Python 3.12 on an exiting process raises if it starts a thread, and a signal may arrive then."""
     others, start, started = threading.enumerate(), threading.Thread.start, []
     stop = runtime.StopSignal()
     (listener,) = (thread for thread in threading.enumerate() if thread.name == "signals" and thread not in others)

@@ -1,4 +1,4 @@
-"""A start makes each weight once, in every layout, and gives it to the model and to the fp32 masters."""
+"""A start creates each weight once in every layout, and copies it to the model and the fp32 master weights."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ from tandem.trainer.startup import build_engine, open_folder
 from tests import ranks, tiny_configs
 
 LAYOUTS = [(1, 1), (1, 2), (2, 4)]
-"""Tensor-parallel size and number of ranks."""
+"""(tensor-parallel size, number of ranks)"""
 KINDS = {"zero0": ("fp32", 0), "zero1": ("fp32", 1), "bf16": ("bf16", 1)}
-"""DeepSpeed has another optimizer for each."""
+"""DeepSpeed uses a different optimizer for each."""
 IMPORTED_SEED = 77
 
 
@@ -40,7 +40,7 @@ def config(kind: str, tp_size: int, seed: int = 1) -> TrainConfig:
 
 @contextmanager
 def counted(owner: Any, function: str) -> Iterator[Counter[str]]:
-    """How often the function is called inside of the block, by the name of the tensor that it makes."""
+    """Count the calls of the function within the block, by the name of the tensor that it returns."""
     original = getattr(owner, function)
     calls: Counter[str] = Counter()
 
@@ -56,7 +56,7 @@ def counted(owner: Any, function: str) -> Iterator[Counter[str]]:
 
 
 def wrong(engine: Engine, given: TrainConfig, seed: int, mesh: Mesh) -> list[str]:
-    """Weights and masters that are not bit for bit this rank's part of the initial values of `seed`."""
+    """Return the weights and masters that are not bitwise this rank's part of the initial values of `seed`."""
     parameters, found = dict(engine.model.named_parameters()), []
     table, sigmas = parameter_rules(given.model, given.mup), given.model.init_truncation_sigmas
     value = initial_values(engine.model, table, seed=seed, truncation_sigmas=sigmas)
@@ -71,9 +71,9 @@ def wrong(engine: Engine, given: TrainConfig, seed: int, mesh: Mesh) -> list[str
 
 
 def starts(tp_size: int, folder: Path) -> dict[str, Any]:
-    """By kind of optimizer and source of the weights: names of wrong tensors, and what was made how often."""
+    """For each optimizer and source of weights, return the wrong tensors and how often each was created."""
     found: dict[str, Any] = {}
-    torch.use_deterministic_algorithms(True)  # new memory is nan: whatever a start leaves out is seen
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN, so that a weight that is never set is noticed
     with mesh_context(tp_size) as mesh:
         other = config("zero1", tp_size, IMPORTED_SEED)
         facts = model_metadata(other.model, other.mup)
@@ -94,7 +94,7 @@ def starts(tp_size: int, folder: Path) -> dict[str, Any]:
 @pytest.mark.dist
 @pytest.mark.parametrize(("tp_size", "num_ranks"), LAYOUTS)
 def test_a_start_makes_each_weight_once(tmp_path: Path, tp_size: int, num_ranks: int) -> None:
-    """Once in each column of replicas; masters are unrounded, weights their rounding, wherever they were made."""
+    """One replica creates each weight. Masters are unrounded and weights are rounded, on every rank."""
     world = ranks.run(starts, num_ranks, tmp_path, tp_size, tmp_path / "imported")
     names = world[0].pop("names")
     for case in world[0]:

@@ -1,4 +1,4 @@
-"""What a run keeps of its corpora before its first step."""
+"""The copy of the corpora's tokenizer in the run folder."""
 
 import pytest
 

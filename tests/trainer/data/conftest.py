@@ -1,7 +1,9 @@
-"""Corpora of known tokens, written by the real writer."""
+"""Fixtures: small corpora from the real writer, and an HTTP server for them."""
 
+import shutil
 import threading
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +19,13 @@ from tests.trainer.data.faulty_server import FaultyServer
 EOS = 0
 
 
-@pytest.fixture
-def make_corpus(tmp_path):
-    """make_corpus("a", seed=1): a folder of random documents in several shards; "
-    "`vocab` above 65,536 gives uint32."""
+@pytest.fixture(scope="session")
+def write_corpus(tmp_path_factory):
+    """Write a corpus, or return the folder of one that was written with the same arguments."""
 
-    def make(name: str, *, seed: int = 0, documents: int = 40, vocab: int = 500, tokenizer: str = "one") -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
+    @cache
+    def write(seed: int, documents: int, vocab: int, tokenizer: str) -> Path:
+        folder = tmp_path_factory.mktemp("corpus")
         rng = np.random.default_rng(seed)
         dtype = manifest.token_dtype(vocab)
 
@@ -42,12 +43,22 @@ def make_corpus(tmp_path):
         atomic_write(folder / manifest.MANIFEST_FILE, manifest.dump_manifest(written))
         return folder
 
+    return write
+
+
+@pytest.fixture
+def make_corpus(tmp_path, write_corpus):
+    """make_corpus("a", seed=1) makes a folder of random documents in several shards, as uint32 if `vocab` is above 65,536."""
+
+    def make(name: str, *, seed: int = 0, documents: int = 40, vocab: int = 500, tokenizer: str = "one") -> Path:
+        return shutil.copytree(write_corpus(seed, documents, vocab, tokenizer), tmp_path / name)
+
     return make
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch) -> Iterator[FaultyServer]:
-    """tmp_path over http."""
+    """Serve tmp_path over http."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with FaultyServer(tmp_path) as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -61,7 +72,7 @@ def server(tmp_path, monkeypatch) -> Iterator[FaultyServer]:
 
 @pytest.fixture
 def settings(tmp_path):
-    """settings(max_attempts=3): of a cache in an empty folder."""
+    """settings(max_attempts=3) returns the settings of a cache in an empty folder."""
 
     def make(**changes) -> config.ShardCacheConfig:
         return config.ShardCacheConfig(

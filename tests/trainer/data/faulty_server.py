@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback for the files of a folder, which fails as it is told."""
+"""A real HTTP server on loopback that serves a folder and fails on request."""
 
 import http.server
 import os
@@ -10,13 +10,13 @@ from collections import defaultdict, deque
 from pathlib import Path
 
 HANDLER_TIMEOUT_SECONDS = 30.0
-"""How long a handler that shall not answer waits for the end of the test."""
+"""How long a handler that must not answer waits for the end of the test."""
 
 
 class FaultyServer(http.server.ThreadingHTTPServer):
-    """`faults["/a/x.tar"].append("500")`: the next GET of that file fails so; "… always" is never used up.
+    """`faults["/a/x.tar"].append("500")`: the next GET of that file fails this way. "… always" applies to all GETs.
 
-    `requests` has (path, Range header or "") of every GET, `sent_bytes` the bytes of files that went out.
+    `requests` lists (path, Range header or "") of every GET. `sent_bytes` counts the bytes of files that were sent.
     """
 
     daemon_threads = True
@@ -34,7 +34,7 @@ class FaultyServer(http.server.ThreadingHTTPServer):
         return sum(path == asked for asked, _ in self.requests)
 
     def handle_error(self, request, client_address):
-        """A client that went away is what the tests are about."""
+        """Ignore clients that disconnect, because the tests cause this."""
 
 
 class FaultyHandler(http.server.SimpleHTTPRequestHandler):
@@ -67,7 +67,7 @@ class FaultyHandler(http.server.SimpleHTTPRequestHandler):
             return
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            os.close(self.connection.detach())  # at once, whoever else holds the socket
+            os.close(self.connection.detach())  # closes immediately, even if another object holds the socket
             self.close_connection = True
             return
         if fault == "held":
@@ -99,7 +99,7 @@ class FaultyHandler(http.server.SimpleHTTPRequestHandler):
             if fault == "stalled":
                 self.server.stalled.set()
                 self.server.test_over.wait(HANDLER_TIMEOUT_SECONDS)
-            time.sleep(0.3)  # so that the client has the half before it sees the end
+            time.sleep(0.3)  # so that the client reads the first half before the connection ends
             self.close_connection = True
         elif fault == "trickle":
             for first in range(0, len(content), len(content) // 8 + 1):

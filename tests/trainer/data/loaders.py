@@ -1,4 +1,4 @@
-"""Loaders over small corpora, and what they read put together from all data-parallel ranks."""
+"""Loaders over small corpora, and their batches merged over all data-parallel ranks."""
 
 import hashlib
 import threading
@@ -36,7 +36,7 @@ def digest(tensors) -> str:
 
 
 def merge_ranks(batches) -> tuple[str, tuple[int, int], dict[str, int]]:
-    """Of the batches that all ranks have of one step: a hash of all rows, the sums of evidence, and the cursor."""
+    """Merge all ranks' batches of one step. Return a hash of all rows, the summed digests and the cursor."""
     assert all(batch.cursor == batches[0].cursor for batch in batches)
     fields = (getattr(batch, name) for name in ("tokens", "targets", "document_ids") for batch in batches)
     sums = [[getattr(batch.digests, name) for batch in batches] for name in ("ranges_digest", "tokens_digest")]
@@ -44,13 +44,13 @@ def merge_ranks(batches) -> tuple[str, tuple[int, int], dict[str, int]]:
 
 
 def merged_steps(loaders, step=0, cursor=None) -> Iterator[tuple[str, tuple[int, int], dict[str, int]]]:
-    """`merge_ranks`, step by step."""
+    """Yield `merge_ranks` of each step."""
     for batches in zip(*(each.batches(step, cursor) for each in loaders), strict=True):
         yield merge_ranks(batches)
 
 
 def run_in_threads(num_ranks: int, function: Callable[[int, GatherDamaged], object]) -> list:
-    """What `function(rank, exchange)` returns on each of so many ranks, which are threads; fails where one waits in vain."""
+    """Run `function(rank, exchange)` on ranks that are threads, and return their results. Fail if one waits forever."""
     barrier, reported_ids, results = threading.Barrier(num_ranks, timeout=20), [None] * num_ranks, [None] * num_ranks
 
     def run(rank: int) -> None:
@@ -72,15 +72,15 @@ def run_in_threads(num_ranks: int, function: Callable[[int, GatherDamaged], obje
         thread.start()
     for thread in threads:
         thread.join(60)
-        assert not thread.is_alive(), "a rank waits for ever"
+        assert not thread.is_alive(), "a rank waits forever"
     errors = [result for result in results if isinstance(result, BaseException)]
     for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
-        raise error  # the cause before those who then waited in vain
+        raise error  # the cause before the broken barriers that follow from it
     return results
 
 
 class TokenReader:
-    """The training tokens of a source one at a time: at a position in reading order, which shard, place and id."""
+    """Reads the training tokens of a source one at a time, with the shard and offset of each."""
 
     def __init__(
         self, folder: Path | str, name: str, *, seed=0, shuffle_block_tokens=8_192, shuffle_window_tokens=33_554_432
@@ -104,12 +104,12 @@ class TokenReader:
         return shard, first
 
     def needed_shards(self, position: int) -> set[int]:
-        """The shards that the token and its target are read from."""
+        """Return the shards that the token and its target are read from."""
         [(start, _)] = self.order.stream_ranges(position, 1)
         return {shard for shard, _, _ in self.stream.shard_ranges(start, 2)}
 
     def positions_outside(self, first: int, last: int, left_out=()) -> list[int]:
-        """The positions of [first, last) that are not in one of these files."""
+        """Return the positions in [first, last) that are in none of these files."""
         return [p for p in range(first, last) if self.files[self.shard_position(p)[0]] not in left_out]
 
     def token_ids(self, positions) -> np.ndarray:

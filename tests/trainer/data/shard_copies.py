@@ -1,12 +1,12 @@
-"""Copies of shards, looked at."""
+"""Helpers that inspect copies of shards."""
 
 from pathlib import Path
 
 GIB = 2.0**30
 SHORT_TIMEOUT_SECONDS = 1.0
-"""The timeout where a test waits for it."""
+"""The timeout in tests that wait for it."""
 WAIT_TIMEOUT_SECONDS = 30.0
-"""How long a test waits for what shall happen, on a machine that does other things too."""
+"""How long a test waits for an expected event on a busy machine."""
 
 
 def shard_url(shard) -> str:

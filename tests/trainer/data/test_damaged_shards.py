@@ -1,4 +1,4 @@
-"""Shards that are left out, and sources that end: the same rows on every rank, whichever met it, and nobody waits for ever."""
+"""Skipped shards and sources that end: all ranks agree on the rows, whichever found the damage, and none waits forever."""
 
 import dataclasses
 import threading
@@ -46,7 +46,7 @@ DAMAGE = {"flipped": flipped, "truncated": truncated, "missing": lambda file: fi
 
 
 def skipping(loaders):
-    """What ranks read side by side: `merge_ranks` of each step, and of each rank what it met and what it left out when."""
+    """Read on several ranks. Return `merge_ranks` of each step, and the damage that each rank found and skipped, and when."""
 
     def read(rank, exchange):
         met, left_out = [], []
@@ -66,7 +66,7 @@ def skipping(loaders):
 
 
 def met_by_the_second_of_two(folder):
-    """A file of the source and the step that needs it first, of which only the second rank's rows do."""
+    """Return a file of the source that only the second rank needs at first, and the step that needs it."""
     tokens, position = TokenReader(folder, "a", **BLOCKS), 0
     known = set()
     for step in range(PHASE.num_steps):
@@ -136,7 +136,7 @@ def test_every_further_damage_is_left_out_too_and_none_left_is_refused(sources):
 
 
 def test_a_target_is_the_next_token_that_is_not_left_out(sources):
-    """The last token of a shard before one that is left out is followed by the first of the shard behind that."""
+    """The target of the last token before a skipped shard is the first token after that shard."""
     phase = PhaseConfig("p", 20 * 64, 64, 1, 1, {"a": 1.0})
     one = make_loader(sources, make_schedule(phase), shuffle_block_tokens=0, damaged_shards="skip")
     order, _ = one._train_readers["a"].stream._cached_epoch_order(0)
@@ -168,7 +168,7 @@ def test_positions_left_out_are_counted_as_if_one_by_one(sources):
 def test_held_out_rows_without_a_damaged_shard_are_the_same_on_all_ranks(sources):
     folder = manifest.Path(sources["a"])
     only_a = PhaseConfig("p", PHASE.tokens, 32, 8, 2, {"a": 1.0})
-    # The training split as the held-out one, which then has several shards.
+    # The training split is also the held-out split here, so that the latter has several shards.
     corpus = dataclasses.replace(manifest.load_manifest(folder), validation=manifest.load_manifest(folder).train)
     (folder / manifest.MANIFEST_FILE).write_text(manifest.dump_manifest(corpus))
     first, second, *_ = corpus.validation.shards
@@ -191,7 +191,7 @@ def test_held_out_rows_without_a_damaged_shard_are_the_same_on_all_ranks(sources
 
 @pytest.mark.parametrize("num_left", [1, 0])
 def test_held_out_rows_are_those_that_damage_leaves_or_none(sources, num_left):
-    """Asked for as many as there were, a run is not refused: it goes on with the whole rows of the last shard."""
+    """If evaluate.tokens needs all held-out rows, the run continues with the whole rows of the last shard."""
     folder, phase = manifest.Path(sources["a"]), dataclasses.replace(PHASE, mixture={"a": 1.0})
     corpus = manifest.load_manifest(folder)
     (folder / manifest.MANIFEST_FILE).write_text(
@@ -203,7 +203,7 @@ def test_held_out_rows_are_those_that_damage_leaves_or_none(sources, num_left):
     border = len(corpus.train.shards) - num_left
     kept = corpus.train.shards[border:]
     for shard in corpus.train.shards[:border]:
-        # Not Loader.skip_shard, which would leave the training shards of that name out too.
+        # Not Loader.skip_shard, which would also skip the training shards of that name.
         one._validation_readers["a"].stream.skip_shard(shard.file)
     rows = [batch.tokens.numpy() for batch in one.validation_batches(phase, asked)]
     assert sum(map(len, rows)) == sum(shard.tokens for shard in kept) // 32
@@ -233,7 +233,7 @@ def test_a_schedule_that_reads_a_source_too_often_is_refused_at_the_start(source
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_at_the_end_of_a_source_all_ranks_stop_after_the_same_last_whole_step(sources, workers):
-    """With 5.5 steps' worth of tokens of "b", 5 steps; a resume knows the same end."""
+    """The tokens of "b" last for 5.5 steps, so the run ends after 5, and so does a resumed run."""
     step_tokens = 2 * 32
     epochs = 5.5 * step_tokens / manifest.load_manifest(sources["b"]).train.tokens
     loaders = limited(sources, 2, epochs, at_end="stop", num_workers=workers)
@@ -247,7 +247,7 @@ def test_at_the_end_of_a_source_all_ranks_stop_after_the_same_last_whole_step(so
 
 
 def test_a_shard_left_out_takes_its_tokens_from_what_a_limited_source_can_feed(sources):
-    """Once each, and no token more often, although a shard is missing: met late, by one rank of two."""
+    """Each token is read once and no more, although one of two ranks finds a missing shard late in the run."""
     whole = TokenReader(sources["b"], "b", **BLOCKS)
     phase = PhaseConfig("p", 40 * 4 * 32, 32, 4, 1, {"b": 1.0})
     file = whole.files[whole.shard_position(whole.tokens * 2 // 3)[0]]
@@ -263,7 +263,7 @@ def test_a_shard_left_out_takes_its_tokens_from_what_a_limited_source_can_feed(s
 
 
 def test_where_a_source_that_ends_is_to_be_refused_it_is_when_a_shard_left_out_makes_it_end(sources):
-    """Not stopped early without a word: at the step that found the shard, and at each resume that has it left out."""
+    """The run raises at the step that found the shard, and at each resume that skips it. It does not end silently."""
     tokens = manifest.load_manifest(sources["b"]).train.tokens
     needed = PHASE.num_steps * 2 * 32
     [one] = limited(sources, epochs=(needed + 0.5) / tokens, at_end="refuse")

@@ -1,4 +1,4 @@
-"""The ledger holds whole lines only, one for each write, whatever ended the process that wrote it."""
+"""The ledger contains one complete line per write, however its process ended."""
 
 import io
 import json
@@ -80,7 +80,7 @@ def test_a_step_is_on_disk_at_once_and_the_file_only_grows(tmp_path):
 
 
 def test_every_line_is_one_write(tmp_path, monkeypatch):
-    """Else a kill could leave the beginning of a line that is followed by another one's end."""
+    """Otherwise a kill could leave the start of one line followed by the end of another."""
     ledger, sizes = Ledger(tmp_path), []
     file = ledger._file
 

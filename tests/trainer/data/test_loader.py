@@ -21,7 +21,7 @@ from tests.trainer.data.loaders import make_loader as loader_of
 
 @pytest.fixture
 def sources(make_corpus):
-    """Two corpora, the second so small that the run below passes several ends of its epoch."""
+    """Two corpora. The second is so small that the run below reads it several times."""
     return {"a": str(make_corpus("a", seed=1)), "b": str(make_corpus("b", seed=2, documents=12))}
 
 
@@ -40,7 +40,7 @@ def straight(sources, schedule=SCHEDULE, **settings):
 
 
 EVERY = (24, 4)
-"""Rows and steps of each phase below: every data-parallel size divides the rows."""
+"""Rows and steps of each phase below. Every data-parallel size divides the rows."""
 
 
 def phase_of(name, seq_len, mixture, *, rows=EVERY[0], num_steps=EVERY[1]):
@@ -52,7 +52,7 @@ EDITED = [
     FIRST, dataclasses.replace(SECOND, tokens=SECOND.tokens_per_step),
     phase_of("edited", 48, {"a": 0.2, "b": 0.3, "c": 0.5}, num_steps=3), phase_of("back", 32, {"b": 1.0}),
 ]  # fmt: skip
-"""After the first step of its second phase the run's mixture is edited: a source is added, then two are dropped."""
+"""After the first step of the second phase the mixture is edited: one source is added, then two are removed."""
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def three(sources, make_corpus):
     "blocks", [{}, {"shuffle_block_tokens": 64, "shuffle_window_tokens": 256}], ids=["large", "small"]
 )
 def test_rows_of_steps_are_those_of_one_rank_for_every_dp_size_number_of_workers_and_resume(three, blocks):
-    """Over phase changes, ends of epochs, an edit of the mixture, and a resume at another size after every fourth step."""
+    """The run includes phase changes, ends of epochs, an edit of the mixture, and resumes at other data-parallel sizes."""
     two = {name: three[name] for name in "ab"}
     before = straight(two, make_schedule(FIRST, SECOND), num_workers=0, **blocks)[:5]
     expected = [
@@ -93,7 +93,7 @@ def test_rows_of_steps_are_those_of_one_rank_for_every_dp_size_number_of_workers
 
 
 def test_an_edit_of_the_mixture_loses_and_repeats_no_token_of_any_source(three):
-    """The run goes on as two phases where its phase was; "c" comes in there, "a" and "c" are left and taken up again."""
+    """The second phase is split by the edit. "c" is added there; "a" and "c" are then removed and added again."""
     last = phase_of("again", 16, {"a": 0.3, "b": 0.2, "c": 0.5})
     phases = [*EDITED, last]
     cursor = list(merged_steps([loader(three, schedule=make_schedule(FIRST, SECOND))]))[4][2]
@@ -154,7 +154,7 @@ def test_the_evidence_of_a_step_is_what_its_rows_were_read_from(sources):
     ids=["rows of a source swapped", "a row fed twice"],
 )
 def test_the_evidence_tells_a_batch_put_together_wrongly(sources, monkeypatch, right, wrong):
-    """It is of the tokens that are fed, not of what was read for them."""
+    """The digest hashes the tokens in the batch, not the tokens that were read for it."""
     said = next(loader(sources, num_workers=0).batches(0, None))
     source = inspect.getsource(rows_module)
     assert source.count(right) == 1
@@ -259,7 +259,7 @@ def test_leaving_early_ends_the_threads(sources):
 
 
 def test_at_most_prefetch_steps_are_read_ahead(sources):
-    """Each step's batch refers to its cut; what has been cut is counted at the only place where it is."""
+    """The loader plans each step once, just before it is read, so the plans count the steps read so far."""
     one, cut = loader(sources, num_workers=1, prefetch_steps=3), []
     places = one._plan_batch
     one._plan_batch = lambda *place: cut.append(place) or places(*place)

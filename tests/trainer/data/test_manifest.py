@@ -37,7 +37,7 @@ def test_a_corpus_elsewhere_is_opened_as_one_in_a_folder(make_corpus, server, ca
     [
         ("404 always", "no such file"),
         ("500 always", r"cannot be read \(.*500"),
-        # One byte is another one; it depends on the manifest whether what stands there is JSON still.
+        # One byte is changed. Whether the file is still JSON depends on the byte.
         ("wrong", "does not match its fingerprint|is not a corpus manifest"),
     ],
 )

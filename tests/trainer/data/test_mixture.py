@@ -38,14 +38,14 @@ def test_two_sources_are_within_one_row_over_any_window(mixture):
     count = np.cumsum([0, *(source == "a" for source in row_sources(phase(mixture), 0, 2_000))])
     for length in range(1, 1_000):
         windows = count[length:] - count[:-length]
-        # Counts are whole, the share is a float: the bound of one row may be missed by the float's last bits.
+        # Shares are floats, so rounding may exceed the bound of one row in the last bits.
         assert np.abs(windows - mixture["a"] * length).max() < 1 + 1e-9
 
 
 @pytest.mark.parametrize("mixture", MIXTURES, ids=str)
 @pytest.mark.parametrize("rows", [1, 8, 12])
 def test_more_sources_are_within_two_rows_less_a_share_over_any_window_of_steps(mixture, rows):
-    """No prefix strays by more than 1 - 1 / (2n - 2) of a row, so no window by more than twice that."""
+    """No prefix is off by more than 1 - 1 / (2n - 2) of a row, so no window is off by more than twice that."""
     shares = {name: share for name, share in mixture.items() if share}
     bound = 2 - 1 / max(len(shares) - 1, 1) if len(shares) > 1 else 0
     sources = row_sources(phase(mixture), 0, rows * 1_000)
@@ -62,8 +62,9 @@ def test_where_each_share_of_a_step_is_whole_every_step_is_exact():
 
 
 def longest_within_one_row(shares, rows, num_steps):
-    """The most steps, up to `num_steps`, that can be filled with `rows` rows each, in any way at all, such that over every
-    window of them each source has its share to within one row; by trying all ways.
+    """Return the most steps of `rows` rows, up to `num_steps`, for which an order keeps every window within one row.
+
+    This tries all orders.
     """
     steps = [counts for counts in product(range(rows + 1), repeat=len(shares)) if sum(counts) == rows]
 
@@ -74,7 +75,7 @@ def longest_within_one_row(shares, rows, num_steps):
         for counts in steps:
             now = [error + count - share * rows for error, count, share in zip(errors, counts, shares, strict=True)]
             low, high = list(map(min, least, now)), list(map(max, most, now))
-            # The error of a window is the difference of those of two prefixes.
+            # The error of a window is the difference between the errors of two prefixes.
             if all(up - down <= 1 for down, up in zip(low, high, strict=True)):
                 reached = max(reached, filled(step + 1, now, low, high))
                 if reached == num_steps:
@@ -86,7 +87,7 @@ def longest_within_one_row(shares, rows, num_steps):
 
 
 def test_no_order_of_rows_at_all_keeps_three_sources_within_one_row_over_every_window_of_steps():
-    """Why the bound for more than two sources is not one row: for these shares, ten steps of one row or of twelve."""
+    """With more than two sources the bound is not one row: for these shares, no order achieves it over ten steps of 1 or 12."""
     shares = [Fraction(6, 11), Fraction(3, 11), Fraction(2, 11)]
     assert longest_within_one_row(shares, 1, 12) == 9
     assert longest_within_one_row(shares, 12, 12) == 9
@@ -95,7 +96,7 @@ def test_no_order_of_rows_at_all_keeps_three_sources_within_one_row_over_every_w
 
 @pytest.mark.parametrize("mixture", MIXTURES[1:], ids=str)
 def test_rows_do_not_depend_on_the_order_in_which_a_mixture_names_its_sources(mixture):
-    """A resume compares mixtures as what they say, not as they are written."""
+    """A resume compares the content of mixtures, not the order in which they are written."""
     rows = row_sources(phase(mixture), 0, 300)
     assert row_sources(phase(dict(reversed(mixture.items()))), 0, 300) == rows
     one, other = (rows_by_source(phase(each), 3, 1, 3) for each in (mixture, dict(reversed(mixture.items()))))

@@ -64,7 +64,7 @@ def test_what_is_read_through_failures_is_what_is_there(server, file, caplog):
     assert tries == [
         ("try 1 of 4", "ClientResponseError"), ("try 1 of 4", "ClientPayloadError"),
         ("try 1 of 4", "FSTimeoutError"), ("try 2 of 4", "ClientResponseError"),
-    ], "what brings bytes begins a new count"  # fmt: skip
+    ], "an attempt that returns bytes resets the count"  # fmt: skip
 
 
 def test_a_read_may_begin_anywhere(server, file):
@@ -107,7 +107,7 @@ def test_small_files_are_tried_again_unless_that_is_no_use(server, file, status,
 
 
 def test_a_compressed_file_comes_as_it_is_stored(server, tmp_path):
-    """Some servers call every .gz an encoding; undone in passing, its reader would find no gzip."""
+    """Some servers declare .gz files as gzip-encoded. If the client decompressed them, their reader would find no gzip."""
     (tmp_path / "x.gz").write_bytes(b"not really gzip")
     server.content_encoding = "gzip"
     assert remote_files.read_bytes(f"{server.address}/x.gz", QUICK) == b"not really gzip"

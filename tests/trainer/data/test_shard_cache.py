@@ -1,4 +1,4 @@
-"""Copies of shards that processes share: made once, never mistaken, within their room."""
+"""Shared copies of shards: each is made once, is never mistaken for another, and all fit the cache's size."""
 
 import os
 import resource
@@ -133,7 +133,7 @@ def test_a_local_shard_is_its_own_file_and_never_mended(settings, shards, tmp_pa
 def test_a_local_shard_that_cannot_be_reached_stops_the_run(settings, shards, tmp_path):
     folder = tmp_path / "a"
     (folder / shards[0].file).unlink()
-    (folder / shards[0].file).symlink_to(shards[0].file)  # a loop: it is there, and cannot be opened
+    (folder / shards[0].file).symlink_to(shards[0].file)  # a symlink loop exists but cannot be opened
     with pytest.raises(
         UserError, match=rf"{shards[0].file}: shard cannot be read \(.*; restore the connection"
     ) as error:
@@ -287,7 +287,7 @@ def test_what_a_crash_left_is_removed_by_the_next_fetch(server, settings, shards
 
 
 def settle(server, num_asked: int) -> None:
-    """Returns when that much was asked for, and nothing is fetched ahead any more."""
+    """Wait until the server has had this many requests and no prefetch is running."""
     deadline = time.monotonic() + WAIT_TIMEOUT_SECONDS
     while len(server.requests) < num_asked or any(thread.name == "shards-ahead" for thread in threading.enumerate()):
         assert time.monotonic() < deadline
@@ -332,7 +332,7 @@ def test_what_waits_to_be_fetched_ahead_takes_half_of_the_room(server, settings,
         server.faults[shard_url(shard)].append("held")
         cache.prefetch(folder, shard)
     deadline = time.monotonic() + WAIT_TIMEOUT_SECONDS
-    while len(server.requests) < 2:  # both threads are held: what is wanted now waits
+    while len(server.requests) < 2:  # both threads are blocked, so the next request waits
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert len(shards) >= 5
@@ -360,7 +360,7 @@ def test_a_run_fetches_the_shards_of_the_next_window_ahead(server, settings, mak
 
 
 def mapped_bytes(folder) -> int:
-    """Of the files of a folder that this process has mapped, named or not."""
+    """Return the files of a folder that this process has mapped, including removed ones."""
     found = 0
     for line in Path("/proc/self/maps").read_text().splitlines():
         if str(folder) in line:

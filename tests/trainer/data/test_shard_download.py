@@ -1,4 +1,4 @@
-"""One shard over a server that fails: fetched, or a stop that says why."""
+"""A shard from a failing server is fetched, or the run stops with the reason."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ from tests.trainer.data.shard_copies import (
     "fault", ["silence", "stalled", "500", "403", "reset", "truncated", "shorter", "longer", "wrong"]
 )
 def test_a_failure_is_logged_and_tried_again(server, settings, shards, tmp_path, caplog, fault):
-    # aiohttp asks once more by itself where a connection was reset.
+    # aiohttp retries once on its own if the connection was reset.
     faults = [fault] * (2 if fault == "reset" else 1)
     server.faults[shard_url(shards[0])] += faults
     timeout_seconds = SHORT_TIMEOUT_SECONDS if fault in ("silence", "stalled") else 5 * SHORT_TIMEOUT_SECONDS

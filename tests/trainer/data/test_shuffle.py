@@ -1,4 +1,4 @@
-"""The reading order is a shuffle that loses and repeats nothing."""
+"""The reading order is a permutation: no token is lost or repeated."""
 
 import pytest
 

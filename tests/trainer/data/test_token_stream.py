@@ -21,7 +21,7 @@ def open_stream(folder, *, name="a", seed=0):
 
 
 def shard_tokens(folder, corpus):
-    """The tokens of each training shard, by the tar library rather than by our offsets."""
+    """Yield the tokens of each training shard, read with tarfile instead of our offsets."""
     for shard in corpus.train.shards:
         with tarfile.open(folder / shard.file) as tar:
             data = b"".join(tar.extractfile(member).read() for member in tar)
@@ -32,7 +32,7 @@ def shard_tokens(folder, corpus):
 def test_an_epoch_is_every_shard_once_whole(make_corpus, vocab):
     folder = make_corpus("a", vocab=vocab, documents=500)
     stream, corpus = open_stream(folder)
-    assert len(corpus.train.shards) > MAX_OPEN_SHARDS, "the test shall close maps"
+    assert len(corpus.train.shards) > MAX_OPEN_SHARDS, "the test must exceed the limit of open maps"
     shards = [tokens.tobytes() for tokens in shard_tokens(folder, corpus)]
     orders = []
     for epoch in range(2):
@@ -89,7 +89,7 @@ def test_a_flipped_byte_stops_the_first_read_of_its_shard_and_no_other(make_corp
 
 
 class Cutting(ShardCache):
-    """What another program may do between the opening of a file and its map."""
+    """Another program may truncate the file between open and mmap."""
 
     def open_shard(self, folder, shard):
         file = super().open_shard(folder, shard)
@@ -106,7 +106,7 @@ def test_a_shard_cut_short_after_its_check_is_not_mapped(make_corpus):
 
 
 def held() -> tuple[int, int, int]:
-    """Open files, memory maps, and resident bytes of this process, its garbage collected."""
+    """Collect garbage, and return the open files, memory maps and resident bytes of this process."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return len(os.listdir("/proc/self/fd")), len(Path("/proc/self/maps").read_text().splitlines()), pages * 4096
@@ -114,8 +114,7 @@ def held() -> tuple[int, int, int]:
 
 SOAK_SHARDS = 2_000
 BOOKKEEPING_BYTES = 500
-"""Of a shard in memory once it is hashed and closed (its path, and by what its file is known): a hundred thousand times
-less than a full shard."""
+"""Memory per shard after it was hashed and closed, for its path and file state: 1/100,000 of a full shard."""
 
 
 def test_2000_shards_streamed_leave_no_file_open_no_map_and_no_memory(make_corpus):

@@ -1,4 +1,4 @@
-"""Any place in any world, in one process."""
+"""A fixture that pretends to be any rank of any world, in one process."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,7 +12,7 @@ from tandem.trainer.distributed.mesh import Mesh, mesh_context
 
 @pytest.fixture(scope="session")
 def pretended() -> Callable[[int, int], AbstractContextManager[Mesh]]:
-    """pretended(tp_rank, tp_size): the mesh of one rank, in a process group whose collectives do nothing."""
+    """pretended(tp_rank, tp_size) is the mesh of one rank, in a process group whose collectives do nothing."""
 
     @contextmanager
     def place(tp_rank: int, tp_size: int) -> Iterator[Mesh]:

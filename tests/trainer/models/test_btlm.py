@@ -1,4 +1,4 @@
-"""What of BTLM is easily got wrong, each by itself, against numbers worked out here.
+"""Details of BTLM that are easy to get wrong, each tested separately against numbers computed here.
 
 Sources: Cerebras modelzoo `params_btlm_2p7b_2k.yaml`, the released config.json and names of weights, and the model card.
 """
@@ -42,7 +42,7 @@ def mesh() -> Iterator[Mesh]:
 
 
 def small(shipped: TrainConfig) -> TrainConfig:
-    """The shipped model with one layer, two heads and few words; the same head_dim, the same multipliers of muP."""
+    """The shipped model with one layer, two heads and a small vocabulary, but the same head_dim and muP multipliers."""
     sizes = {
         "hidden_size": HEADS * HEAD_DIM,
         "num_heads": HEADS,
@@ -72,9 +72,9 @@ def some(config: TrainConfig) -> dict[str, Tensor]:
 
 
 def attended(config: TrainConfig, qkv: Tensor, x: Tensor, mesh: Mesh) -> Tensor:
-    """[seq, heads, head_dim]: what the layer's attention makes of x [seq, width], its own output matrix being 1.
+    """Return the output of the layer's attention for x [seq, width], as [seq, heads, head_dim].
 
-    `qkv` [heads, 3, head_dim, width]: the matrices of each head's query, key and value.
+    The output matrix is the identity. `qkv` [heads, 3, head_dim, width] are the query, key and value matrices of each head.
     """
     tensors = some(config) | {
         "layers.0.attention.qkv.weight": qkv.flatten(0, 2),
@@ -88,14 +88,14 @@ def attended(config: TrainConfig, qkv: Tensor, x: Tensor, mesh: Mesh) -> Tensor:
 
 
 def biases(length: int) -> Tensor:
-    """[heads, query, key] in fp64: minus slope times distance, minus infinity for later keys."""
+    """Return the biases [heads, query, key] in fp64: minus slope times distance, or minus infinity for later keys."""
     distance = torch.arange(length)[:, None] - torch.arange(length)
     bias = -torch.tensor(SLOPES, dtype=torch.float64)[:, None, None] * distance
     return bias.masked_fill(distance < 0, -torch.inf)
 
 
 def reads_itself() -> Tensor:
-    """Queries and keys are zero; the values of all heads together are x."""
+    """Queries and keys are zero, and the values of all heads together are x."""
     qkv = torch.zeros(HEADS, 3, HEAD_DIM, HEADS * HEAD_DIM)
     qkv[:, 2] = torch.eye(HEADS * HEAD_DIM).view(HEADS, HEAD_DIM, -1)
     return qkv
@@ -110,14 +110,14 @@ def test_scores_are_divided_by_the_size_of_a_head_and_not_by_its_root(shipped, m
 
 
 def test_the_bias_is_minus_slope_times_distance_and_not_scaled_with_the_scores(shipped, mesh, generator):
-    """Without queries it is all there is."""
+    """With zero queries, only the bias determines the weights."""
     x = torch.randn(100, HEADS * HEAD_DIM, generator=generator)
     exact = biases(100).softmax(-1) @ x.double().view(100, HEADS, HEAD_DIM).transpose(0, 1)
     assert (attended(small(shipped), reads_itself(), x, mesh) - exact.transpose(0, 1)).abs().max() <= 1e-5
 
 
 def test_the_bias_is_fp32_in_a_bf16_model(shipped, mesh):
-    """Values are 1 and -1 at distances that bf16, which knows even ones only beyond 256, would take for the same."""
+    """Values are 1 and -1 at distances that bf16 cannot distinguish, because above 256 it has only even numbers."""
     distance = torch.arange(600).flip(0)
     far = (distance >= 256) & (distance < 512)
     ones = torch.where(distance % 4 == 0, 1.0, torch.where(distance % 4 == 1, -1.0, 0.0)) * far
@@ -141,7 +141,7 @@ def test_the_bias_is_fp32_in_a_bf16_model(shipped, mesh):
 )
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_slopes_of_any_number_of_heads_on_any_rank(pretended, heads, slopes, tp_size):
-    """Geometric; beyond a power of two, every other one of the next. A rank has those of its own heads."""
+    """The slopes are geometric. Heads beyond a power of two use every other slope of the next. Each rank has its own heads'."""
     config = tiny_configs.make_config("btlm", model={"num_heads": heads, "hidden_size": 8 * heads})
     found = []
     for tp_rank in range(tp_size):
@@ -156,7 +156,7 @@ def test_slopes_of_any_number_of_heads_on_any_rank(pretended, heads, slopes, tp_
 
 
 def test_c_fc_is_the_value_and_c_fc2_the_gate(shipped, mesh, tmp_path, generator):
-    """Through a folder with the published names, whose matrices lie as [in, out]."""
+    """Load a folder with the published names, whose matrices are stored as [in, out]."""
     config = small(shipped)
     folder, width, ffn_hidden_size = tmp_path / "out", config.model.hidden_size, config.model.ffn_hidden_size
     tensors = some(config)
@@ -200,7 +200,7 @@ def test_c_attn_holds_all_queries_then_all_keys_then_all_values_as_in_out(shippe
 
 
 def test_logits_are_multiplied_by_0_222(shipped, mesh):
-    """Layers that add nothing leave the final norm and the tied head."""
+    """If the layers add nothing, only the final norm and the tied head remain."""
     config = small(shipped)
     silent = ("attention.out.weight", "attention.out.bias", "ffn.down.weight", "ffn.down.bias")
     tensors = some(config)
@@ -215,7 +215,7 @@ def test_logits_are_multiplied_by_0_222(shipped, mesh):
 
 
 def test_embeddings_are_multiplied_by_14_6(shipped, mesh):
-    """In the stream that the first layer reads, whose norm would hide it."""
+    """Look at the stream before the first layer, because that layer's norm would hide the factor."""
     config, found = small(shipped), []
     built = decoder(config, some(config), mesh)
     built.layers[0].register_forward_hook(lambda module, given, out: found.append(given[0]))
@@ -232,18 +232,18 @@ def test_embeddings_are_multiplied_by_14_6(shipped, mesh):
     [("embedding", 0.073), ("hidden", 0.073 / 10**0.5), ("residual_output", 0.073 / (10 * 2 * 32) ** 0.5)],
 )
 def test_initial_values_are_normals_cut_at_two_sigma(shipped, role, sigma):
-    """And not rescaled, so that their deviation is 0.8796 of sigma, as in the published run."""
+    """They are not rescaled, so their standard deviation is 0.8796 sigma, as in the published run."""
     assert shipped.model.init_truncation_sigmas == 2.0
     rule = parameter_rules(shipped.model, shipped.mup)[role]
     values = initial_value("a", (500, 400), rule, seed=1, truncation_sigmas=shipped.model.init_truncation_sigmas)
     assert 1.99 * sigma < float(values.abs().max()) <= 2 * sigma * (1 + 1e-6)
     assert float(values.std()) == pytest.approx(0.8796 * sigma, rel=5 / (2 * values.numel()) ** 0.5)
-    # A normal that is cut has 72 % within one sigma, a uniform one 50 %.
+    # A truncated normal has 72 % within one sigma, a uniform distribution 50 %.
     assert float((values.abs() < sigma).double().mean()) == pytest.approx(0.7152, abs=0.005)
 
 
 def test_each_tensor_has_its_published_learning_rate_and_decay(shipped, mesh):
-    """At the peak: hidden matrices 1.2e-3, all else 1.2e-2; matrices and the embedding decay by 0.1, the rest not at all."""
+    """At the peak: 1.2e-3 for hidden matrices and 1.2e-2 for the rest. Only matrices and the embedding decay, by 0.1."""
     meta = torch.device("meta")
     with meta:
         model = models.build_model(shipped.model, shipped.mup, replace(mesh, device=meta), dtype=torch.bfloat16)
@@ -264,6 +264,6 @@ def test_each_tensor_has_its_published_learning_rate_and_decay(shipped, mesh):
 
 
 def test_the_model_is_btlm(shipped):
-    """Else the numbers above would be of another."""
+    """The numbers above are valid only for the shipped config."""
     assert isinstance(shipped.model, BTLMConfig)
     assert (shipped.model.hidden_size, shipped.model.num_heads, shipped.model.head_dim) == (2_560, 32, 80)

@@ -1,4 +1,4 @@
-"""Every shipped model at its full size on the meta device: its parameters, and what each rank holds of them."""
+"""Every shipped model at full size on the meta device: its parameters, and each rank's share of them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +19,7 @@ PUBLISHED = {"stablelm-2-12b": 12_142_976_000, "btlm-3b-8k": 2_646_255_744}
 
 @pytest.fixture(scope="module")
 def built(pretended) -> Callable[[str, int], tuple[TrainConfig, Decoder]]:
-    """built(name, tp_size): the shipped config and the last rank's model on the meta device."""
+    """built(name, tp_size) returns the shipped config and the last rank's model on the meta device."""
     cache: dict[tuple[str, int], tuple[TrainConfig, Decoder]] = {}
 
     def build(name: str, tp_size: int) -> tuple[TrainConfig, Decoder]:
@@ -51,7 +51,7 @@ def test_names_and_true_shapes_are_the_references(built, name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_rank_holds_its_share_and_less_padding_than_one_multiple(built, name, tp_size):
     if load_config(CONFIGS[name]).model.num_kv_heads % tp_size:
-        pytest.skip("its key heads do not divide over so many ranks")
+        pytest.skip("its key heads are not divisible by this number of ranks")
     _, model = built(name, tp_size)
     for parameter in model.parameters():
         shard = parameter.sharding
@@ -68,7 +68,7 @@ def test_a_rank_holds_its_share_and_less_padding_than_one_multiple(built, name, 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_not_a_norm_or_an_output_bias_is_divided(built, name):
-    """A matrix that every rank held whole would train the same and cost the memory that tensor parallelism is for."""
+    """A replicated matrix would train correctly but waste the memory that tensor parallelism saves."""
     _, model = built(name, 2)
     for name, parameter in model.named_parameters():
         norm_of_the_stream = "norm." in name and len(parameter.sharding.global_shape) == 1

@@ -1,4 +1,4 @@
-"""Initial values are a function of seed, name and true shape; the layout only says where they lie."""
+"""Initial values are a function of seed, name and true shape, whatever the layout."""
 
 import hashlib
 import math
@@ -48,7 +48,7 @@ def test_same_arguments_same_bits_whatever_was_drawn_before():
     ],
 )
 def test_values_are_the_same_bits_with_every_torch(shape, sigmas, expected):
-    """The literals are from torch 2.13.0 on AVX-512; checked with 2.11.0 and 2.13.0, each on AVX2 and AVX-512."""
+    """The literals come from torch 2.13.0 on AVX-512. They were checked with 2.11.0 and 2.13.0, on AVX2 and AVX-512."""
     values = drawn(shape=shape, sigmas=sigmas)
     assert hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16] == expected
 
@@ -66,7 +66,7 @@ def test_values_are_the_same_bits_with_any_number_of_threads(monkeypatch):
 
 
 def test_pieces_of_a_tensor_are_uncorrelated():
-    """Within 5 standard errors of zero, though their generators' seeds are neighbours."""
+    """The correlation is within 5 standard errors of zero, although the generators' seeds are neighbours."""
     pieces = drawn(shape=(8, CHUNK_ELEMENTS))
     off_diagonal = torch.corrcoef(pieces).fill_diagonal_(0.0)
     assert float(off_diagonal.abs().max()) < 5 / CHUNK_ELEMENTS**0.5
@@ -74,7 +74,7 @@ def test_pieces_of_a_tensor_are_uncorrelated():
 
 @pytest.mark.parametrize("file", SHIPPED)
 def test_no_two_pieces_of_a_shipped_model_have_the_same_stream(file):
-    """Torch's generator on the CPU keeps 32 bits of a seed, of which a large model uses thousands."""
+    """torch's CPU generator keeps only 32 bits of a seed, and a large model uses thousands of seeds."""
     config = load_config(Path(__file__).parents[3] / "configs" / file)
     seeds = [
         (first_chunk_seed(config.run.seed, name) + piece) % 2**32
@@ -86,14 +86,14 @@ def test_no_two_pieces_of_a_shipped_model_have_the_same_stream(file):
 
 @pytest.mark.parametrize("other", [{"seed": 2}, {"name": "b"}])
 def test_every_seed_and_name_has_values_of_its_own(other):
-    """Not only other values but uncorrelated ones: within 5 standard errors of zero."""
+    """The values are also uncorrelated: within 5 standard errors of zero."""
     one, two = drawn().flatten(), drawn(**other).flatten()
     assert abs(float(torch.corrcoef(torch.stack([one, two]))[0, 1])) < 5 / one.numel() ** 0.5
 
 
 @pytest.mark.parametrize(("sigmas", "realised"), [(0.0, 1.0), (2.0, 0.8796), (3.0, 0.9866)])
 def test_deviation_and_cut_are_the_rules(sigmas, realised):
-    """A normal cut at k sigma and not rescaled has variance 1 - 2 k phi(k) / (2 Phi(k) - 1)."""
+    """A normal truncated at k sigma without rescaling has variance 1 - 2 k phi(k) / (2 Phi(k) - 1)."""
     values = drawn(sigmas=sigmas) / NORMAL.init_std
     assert float(values.std()) == pytest.approx(realised, rel=5 / (2 * values.numel()) ** 0.5)
     assert abs(float(values.mean())) < 5 / values.numel() ** 0.5
@@ -103,9 +103,9 @@ def test_deviation_and_cut_are_the_rules(sigmas, realised):
 
 @pytest.mark.parametrize("sigmas", [0.1, 0.5, 2.0, 3.0])
 def test_a_cut_normal_is_distributed_as_one(sigmas):
-    """Kolmogorov's distance to (Phi(x) - Phi(-k)) / (Phi(k) - Phi(-k)), which exceeds 2.7 / sqrt(n) once in a million.
+    """Kolmogorov's distance to (Phi(x) - Phi(-k)) / (Phi(k) - Phi(-k)) exceeds 2.7 / sqrt(n) with a chance of one in a million.
 
-    The limit is 0.003; a normal that is clamped at 2 sigma is 0.02 away.
+    The limit is 0.003. For a normal clamped at 2 sigma the distance is 0.02.
     """
     values = drawn(shape=(2, CHUNK_ELEMENTS - 3), sigmas=sigmas).flatten().double().sort().values / NORMAL.init_std
     inside = math.erf(sigmas / 2**0.5)
@@ -148,7 +148,7 @@ def test_every_parameter_starts_as_its_role_does(pretended, variant):
 
 @pytest.mark.parametrize(("variant", "tp_size"), [("btlm", 2), ("btlm", 4), ("stablelm", 2)])
 def test_ranks_hold_slices_of_what_one_rank_holds(pretended, variant, tp_size):
-    """Side by side they are the same bits, and behind them zeros only."""
+    """The concatenated slices have the same bits, followed only by zero padding."""
     with pretended(0, 1) as mesh:
         one = {name: joined(p.sharding, [p.detach()]) for name, p in filled(variant, mesh).items()}
     ranks = []

@@ -1,4 +1,4 @@
-"""The table of the parametrisation gives the numbers that were published for both models."""
+"""The table of the parametrization gives the numbers that were published for both models."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def stablelm() -> TrainConfig:
 
 
 def test_btlm_starts_as_published(btlm):
-    """Cerebras modelzoo: decoder std 0.073 / sqrt(10), residual outputs also / sqrt(64), each cut at 2 sigma."""
+    """Cerebras modelzoo: decoder std 0.073 / sqrt(10), residual outputs also / sqrt(64), each truncated at 2 sigma."""
     table = parameter_rules(btlm.model, btlm.mup)
     assert table["embedding"].init_std == 0.073
     assert table["hidden"].init_std == pytest.approx(0.0230846, rel=1e-5)
@@ -32,7 +32,7 @@ def test_btlm_starts_as_published(btlm):
 
 
 def test_btlm_learns_at_the_published_rates(btlm):
-    """A tenth of the learning rate for matrices, the whole for everything else; decay for matrices and embedding."""
+    """Matrices get a tenth of the learning rate, everything else all of it. Matrices and embedding decay."""
     settings = {
         role: (rule.lr_scale, rule.has_weight_decay) for role, rule in parameter_rules(btlm.model, btlm.mup).items()
     }

@@ -1,4 +1,4 @@
-"""Groups of the optimizer are the table's, and every parameter is in exactly one."""
+"""The optimizer's groups follow the table, and every parameter is in exactly one group."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ def mesh() -> Iterator[Mesh]:
 
 
 def groups(file: str, mesh: Mesh) -> tuple[TrainConfig, dict[str, dict], dict[str, str]]:
-    """The config, its groups by name, and each parameter's group."""
+    """Return the config, its groups by name, and each parameter's group."""
     config = load_config(CONFIGS / file, ["model.num_layers=2"])
     meta = torch.device("meta")
     with meta:
@@ -64,5 +64,5 @@ def test_adamw_takes_the_sections_numbers(mesh):
     for group in adamw.param_groups:
         assert group["betas"] == (config.optim.beta1, config.optim.beta2)
         assert group["eps"] == config.optim.eps
-        assert group["lr"] == 0.0  # until the schedule says otherwise
+        assert group["lr"] == 0.0  # until the schedule sets it
         assert not group["amsgrad"]
