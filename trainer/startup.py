@@ -160,27 +160,22 @@ def start_run(
 def open_folder(folder: Path, config: TrainConfig, checkpoint: Checkpoint | None, coordinator: Coordinator) -> None:
     """Write this start's config, environment and tokenizer, and reject checkpoints newer than this one. Rank 0 only.
 
-    Raises: UserError if a version with other field names wrote the folder and no checkpoint.
+    Raises: UserError if a version with other field names started the run and left no checkpoint.
     """
     if checkpoint:
         reject_later(checkpoint.folder)
         prune(checkpoint.folder, config.checkpoint.keep_last)  # a kill may have interrupted the last prune
-    else:
-        check_same_names(folder / CONFIG_FILE)
+    elif (config_file := folder / CONFIG_FILE).exists():
+        try:
+            load_config(config_file)
+        except UserError as error:
+            message = (
+                f"does not load in this version ({error}); use the version that wrote it, or choose another run.name"
+            )
+            raise UserError(f"{config_file}: {message}") from None
     open_run_folder(folder, dump_config(config))
     with suppress(StopRequested), coordinator.stop_signal.interruptible():  # an unreachable store blocks for minutes
         copy_tokenizer(folder, config.data)
-
-
-def check_same_names(config_file: Path) -> None:
-    """Raises UserError if an earlier start left a config with fields that this version does not know."""
-    try:
-        if config_file.exists():
-            load_config(config_file)
-    except UserError as error:
-        raise UserError(
-            f"{config_file}: does not load in this version ({error}); use the version that wrote it, or choose another run.name"
-        ) from None
 
 
 def open_records(folder: Path, config: TrainConfig, loader: Loader, step: int) -> tuple[Sinks, Ledger]:
