@@ -22,7 +22,7 @@ from tandem.trainer.checkpoint.layout import (
     list_data_files,
     read_manifest,
 )
-from tandem.trainer.config import MODEL_CONFIGS, BTLMConfig, MupConfig, StableLMConfig, UserError, parse_dataclass
+from tandem.trainer.config import MODEL_CONFIGS, AnyModelConfig, MupConfig, UserError, parse_dataclass
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.layers import sharding_of
 from tandem.trainer.distributed.mesh import Mesh, all_gather_objects, broadcast_from_rank_0, broadcast_from_replica
@@ -107,7 +107,7 @@ class Checkpoint:
         self._read_sharded_slice(read, kind, name, first, tp_rank * share + low)
         target.copy_(read.view(-1).narrow(0, start - first * row - low * inner, target.numel()))
 
-    def model_configs(self) -> tuple[StableLMConfig | BTLMConfig, MupConfig | None]:
+    def model_configs(self) -> tuple[AnyModelConfig, MupConfig | None]:
         """Return the saved model and muP sections."""
         tree, mup = self.manifest["model"], self.manifest["mup"]
         model = parse_dataclass(MODEL_CONFIGS[tree["family"]], tree, "model")

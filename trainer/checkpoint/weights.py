@@ -15,9 +15,9 @@ from tandem.trainer.checkpoint.layout import COMMIT_MARKER, list_committed, step
 from tandem.trainer.checkpoint.read import load_weights, open_checkpoint
 from tandem.trainer.config import (
     AlibiScalingConfig,
+    AnyModelConfig,
     BTLMConfig,
     MupConfig,
-    StableLMConfig,
     UserError,
     check_alibi_scaling,
     parse_dataclass,
@@ -30,7 +30,7 @@ DEFAULT_EOS_TOKEN = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class WeightSource:
-    model: StableLMConfig | BTLMConfig
+    model: AnyModelConfig
     mup: MupConfig | None
     read_tensor: Callable[[str], Tensor]
     """Name -> unpadded global tensor."""

@@ -30,7 +30,7 @@ from tandem.trainer.checkpoint.layout import (
     step_folder_name,
 )
 from tandem.trainer.checkpoint.safetensors_writer import TensorSpec
-from tandem.trainer.config import BTLMConfig, MupConfig, StableLMConfig
+from tandem.trainer.config import AnyModelConfig, MupConfig
 from tandem.trainer.disk import atomic_write, sync_folder
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.layers import sharding_of
@@ -108,7 +108,7 @@ def total_bytes(written_files: Iterable[WrittenFile]) -> int:
     return sum(table["file_info"]["bytes"] for table in written_files if table["file_info"])
 
 
-def model_metadata(model: StableLMConfig | BTLMConfig, mup: MupConfig | None) -> dict[str, Any]:
+def model_metadata(model: AnyModelConfig, mup: MupConfig | None) -> dict[str, Any]:
     """Return the manifest's sections `model` and `mup`, from which a reader rebuilds the model."""
     return {"model": dataclasses.asdict(model), "mup": dataclasses.asdict(mup) if mup else None}
 

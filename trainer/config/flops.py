@@ -6,10 +6,10 @@ model needs half of that. `flops_per_token` offers both; a caller that prints on
 
 from __future__ import annotations
 
-from tandem.trainer.config import BTLMConfig, StableLMConfig
+from tandem.trainer.config import AnyModelConfig, BTLMConfig, StableLMConfig
 
 
-def num_parameters(model: StableLMConfig | BTLMConfig) -> int:
+def num_parameters(model: AnyModelConfig) -> int:
     """Count unique parameters: a tied head and a tensor replicated on several ranks count once.
 
     Note: the model cards of Stable LM 2 count norms differently; configs/README.md explains how.
@@ -17,7 +17,7 @@ def num_parameters(model: StableLMConfig | BTLMConfig) -> int:
     return sum(num_parameters_by_part(model).values())
 
 
-def num_parameters_by_part(model: StableLMConfig | BTLMConfig) -> dict[str, int]:
+def num_parameters_by_part(model: AnyModelConfig) -> dict[str, int]:
     """Count unique parameters by part of the model."""
     num_norms, num_norm_vectors = _norm_counts(model)
     return {
@@ -30,7 +30,7 @@ def num_parameters_by_part(model: StableLMConfig | BTLMConfig) -> dict[str, int]
     }
 
 
-def flops_per_token(model: StableLMConfig | BTLMConfig, seq_len: int, causal: bool) -> int:
+def flops_per_token(model: AnyModelConfig, seq_len: int, causal: bool) -> int:
     """Count the FLOPs of forward and backward for one token, without recomputation.
 
     6 per weight of a matrix product (a tied head counts too), plus 12 * num_layers * hidden_size * seq_len for attention over
@@ -43,31 +43,31 @@ def flops_per_token(model: StableLMConfig | BTLMConfig, seq_len: int, causal: bo
     return 6 * num_matrix_weights + (attention_flops // 2 if causal else attention_flops)
 
 
-def _num_attention_weights(model: StableLMConfig | BTLMConfig) -> int:
+def _num_attention_weights(model: AnyModelConfig) -> int:
     return _qkv_projection_size(model) * model.hidden_size + model.hidden_size * model.hidden_size
 
 
-def _num_ffn_weights(model: StableLMConfig | BTLMConfig) -> int:
+def _num_ffn_weights(model: AnyModelConfig) -> int:
     return 3 * model.hidden_size * model.ffn_hidden_size
 
 
-def _qkv_projection_size(model: StableLMConfig | BTLMConfig) -> int:
+def _qkv_projection_size(model: AnyModelConfig) -> int:
     return (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
 
 
-def _num_qk_layernorm_weights(model: StableLMConfig | BTLMConfig) -> int:
+def _num_qk_layernorm_weights(model: AnyModelConfig) -> int:
     has_qk_layernorm = isinstance(model, StableLMConfig) and model.qk_layernorm
     return (model.num_heads + model.num_kv_heads) * model.head_dim if has_qk_layernorm else 0
 
 
-def _norm_counts(model: StableLMConfig | BTLMConfig) -> tuple[int, int]:
+def _norm_counts(model: AnyModelConfig) -> tuple[int, int]:
     """Return the number of norms over hidden_size, and the vectors in each (weight, bias)."""
     if isinstance(model, BTLMConfig):
         return 2 * model.num_layers + 1, 2
     return (1 if model.parallel_residual else 2) * model.num_layers + 1, 2 if model.norm_bias else 1
 
 
-def _num_layer_biases(model: StableLMConfig | BTLMConfig) -> int:
+def _num_layer_biases(model: AnyModelConfig) -> int:
     """Count the biases of one layer's matrices. Those of norms count as norms."""
     if isinstance(model, BTLMConfig):
         return _qkv_projection_size(model) + model.hidden_size + 2 * model.ffn_hidden_size + model.hidden_size

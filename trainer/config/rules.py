@@ -7,10 +7,10 @@ from typing import Any
 
 from tandem.trainer.config.sections import (
     AlibiScalingConfig,
+    AnyModelConfig,
     BTLMConfig,
     HybridLRConfig,
     PhaseConfig,
-    StableLMConfig,
     TrainConfig,
     UserError,
 )
@@ -126,7 +126,7 @@ def check_alibi_scaling(scaling: AlibiScalingConfig, key_path: str) -> None:
     )
 
 
-def _check_model(model: StableLMConfig | BTLMConfig) -> None:
+def _check_model(model: AnyModelConfig) -> None:
     sizes = ("hidden_size", "num_layers", "num_heads", "ffn_hidden_size", "vocab_size")
     _check_positive(model, "model", *sizes, "norm_eps", "init_std")
     _require(

@@ -25,7 +25,7 @@ from tandem.trainer.checkpoint.weights import (
     override_alibi_scaling,
 )
 from tandem.trainer.checkpoint.write import model_metadata, save_imported_weights
-from tandem.trainer.config import BTLMConfig, StableLMConfig, UserError
+from tandem.trainer.config import AnyModelConfig, UserError
 from tandem.trainer.data.manifest import TOKENIZER_FILE
 from tandem.trainer.distributed.mesh import mesh_context
 from tandem.trainer.metrics import progress
@@ -134,7 +134,7 @@ def with_progress(description: str, weight_source: WeightSource) -> Iterator[Ten
         yield read_tensor
 
 
-def tensor_shapes(model: StableLMConfig | BTLMConfig) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(model: AnyModelConfig) -> dict[str, tuple[int, ...]]:
     """Global name and true shape of every tensor of the model."""
     return {row.name: row.shape for row in convert.FAMILY_MODULES[model.family].tensor_mappings(model)}
 

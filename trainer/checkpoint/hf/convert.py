@@ -26,7 +26,7 @@ from tandem.trainer.checkpoint.hf.folder import (
     write_weights,
 )
 from tandem.trainer.checkpoint.hf.tensor_mapping import TensorMapping, TensorReader, from_hf_tensors, identity_mapping
-from tandem.trainer.config import MODEL_CONFIGS, BTLMConfig, MupConfig, StableLMConfig, UserError, parse_dataclass
+from tandem.trainer.config import MODEL_CONFIGS, AnyModelConfig, MupConfig, StableLMConfig, UserError, parse_dataclass
 
 FAMILY_MODULES: dict[str, Any] = {"stablelm": stablelm, "btlm": btlm}
 EXTRA_FIELDS_KEY = "tandem"
@@ -42,7 +42,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 def export_folder(
     read_tensor: TensorReader,
-    model: StableLMConfig | BTLMConfig,
+    model: AnyModelConfig,
     mup: MupConfig | None,
     output_folder: Path,
     *,
@@ -76,7 +76,7 @@ def export_folder(
         _write_weights(folder, read_tensor, model, dtype, shard_bytes)
 
 
-def open_folder(folder: Path) -> tuple[StableLMConfig | BTLMConfig, MupConfig | None, TensorReader]:
+def open_folder(folder: Path) -> tuple[AnyModelConfig, MupConfig | None, TensorReader]:
     """The model of a Hugging Face folder, its muP section, and a reader of its tensors by our names.
 
     Names, shapes and dtypes of all tensors are checked here; values are read, as stored, when asked for.
@@ -113,7 +113,7 @@ def read_text_settings(folder: Path) -> tuple[str | None, int | None]:
 
 
 def _build_hf_config(
-    model: StableLMConfig | BTLMConfig, mup: MupConfig | None, eos_id: int | None, max_seq_len: int, dtype: torch.dtype
+    model: AnyModelConfig, mup: MupConfig | None, eos_id: int | None, max_seq_len: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """config.json. No pad token: the class would give its row of the embedding no gradient, and it is also the end's."""
     name = str(dtype).removeprefix("torch.")
@@ -131,7 +131,7 @@ def _special_token_ids(*roles: str, eos_id: int | None) -> dict[str, int | None]
 
 
 def _write_weights(
-    folder: Path, read_tensor: TensorReader, model: StableLMConfig | BTLMConfig, dtype: torch.dtype, shard_bytes: int
+    folder: Path, read_tensor: TensorReader, model: AnyModelConfig, dtype: torch.dtype, shard_bytes: int
 ) -> None:
     table = FAMILY_MODULES[model.family]
     rows = list(table.tensor_mappings(model))
@@ -186,7 +186,7 @@ def _check_replaceable(output_folder: Path) -> None:
     raise UserError(f"{output_folder}: holds files that no export wrote; nothing is overwritten; name a new folder")
 
 
-def _parse_hf_config(folder: Path, hf_config: dict[str, Any]) -> tuple[StableLMConfig | BTLMConfig, MupConfig | None]:
+def _parse_hf_config(folder: Path, hf_config: dict[str, Any]) -> tuple[AnyModelConfig, MupConfig | None]:
     config_path, family = f"{folder}/config.json", hf_config.get("model_type")
     if family not in FAMILY_MODULES:
         raise UserError(
