@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class CorpusManifest:
     def token_bytes(self) -> int:
         return 2 if self.dtype == "uint16" else 4
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The hash of the whole content."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
