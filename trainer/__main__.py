@@ -1,4 +1,4 @@
-"""The verbs of `tandem`. Each imports what it runs and nothing else; mistakes of the user end in one line and exit code 2."""
+"""The verbs of `tandem`. A verb imports only the module that it runs. A user error prints one line and exits with code 2."""
 
 import argparse
 import os
@@ -24,40 +24,34 @@ from tandem.trainer.runtime import (
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
-"""What a shell reports of a command that Ctrl-C has ended."""
+"""The exit code that a shell reports after Ctrl-C."""
 CLOSED_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 
 VERBS = {
-    "prepare": ("tandem.data_prep.prepare", "text to tokenized shards and a manifest"),
-    "verify": ("tandem.data_prep.verify", "read a prepared corpus again and compare it with its manifest"),
-    "inspect": ("tandem.data_prep.inspect", "what a prepared corpus is, and the text of its rows and documents"),
-    "train": ("tandem.trainer.__main__", "train: on this machine, or as one rank of torchrun, deepspeed or srun"),
-    "evaluate": ("tandem.trainer.tools.evaluate", "loss on held-out rows, by position"),
+    "prepare": ("tandem.data_prep.prepare", "tokenize text into shards with a manifest"),
+    "verify": ("tandem.data_prep.verify", "check a prepared corpus against its manifest"),
+    "inspect": ("tandem.data_prep.inspect", "describe a prepared corpus, or print the text of its rows and documents"),
+    "train": ("tandem.trainer.__main__", "train on this machine, or as one rank of torchrun, deepspeed or srun"),
+    "evaluate": ("tandem.trainer.tools.evaluate", "measure the loss on held-out rows, by position"),
     "generate": ("tandem.trainer.tools.generate", "continue a prompt"),
-    "import-hf": ("tandem.trainer.tools.convert_hf", "a Hugging Face folder to weights a run can start from"),
-    "export-hf": ("tandem.trainer.tools.convert_hf", "a run's newest checkpoint to a Hugging Face folder"),
-    "audit": (
-        "tandem.trainer.tools.audit",
-        "prove from a run's ledger that no token was lost or repeated, or list what was",
+    "import-hf": (
+        "tandem.trainer.tools.convert_hf",
+        "import a Hugging Face folder as weights from which a run can start",
     ),
-    "checkpoint": (
-        "tandem.trainer.tools.checkpoints",
-        "what a run has saved: list it, verify it, compare two checkpoints",
-    ),
-    "report": ("tandem.trainer.tools.report", "one HTML page with the plots of a run"),
-    "bench": (
-        "tandem.trainer.tools.bench",
-        "speed, memory and time by part of the run's own training steps, on synthetic rows",
-    ),
+    "export-hf": ("tandem.trainer.tools.convert_hf", "export a checkpoint of a run to a Hugging Face folder"),
+    "audit": ("tandem.trainer.tools.audit", "prove from a run's ledger that no token was lost or repeated"),
+    "checkpoint": ("tandem.trainer.tools.checkpoints", "list and verify the checkpoints of a run, or compare two"),
+    "report": ("tandem.trainer.tools.report", "write an HTML page with the plots of a run"),
+    "bench": ("tandem.trainer.tools.bench", "measure speed, memory and time per part of a config's training steps"),
     "mup-check": (
         "tandem.trainer.tools.mup",
-        "whether a config's muP holds: coordinates, learning-rate transfer, weight decay",
+        "check a config's muP: coordinates, learning-rate transfer, weight decay",
     ),
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the command in one line, where argparse would print the usage first."""
+    """Reports a wrong command in one line, without the usage that argparse prints first."""
 
     def error(self, message: str) -> NoReturn:
         command = self.prog.removeprefix("tandem").strip() or "command"
@@ -65,35 +59,35 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0 done, 2 the user's mistake, 85 saved on a signal, 130 interrupted,
-    141 nobody reads the output any longer.
+    """Run one verb. Return the exit code: 0 done, 1 check failed, 2 user error, 85 saved on a signal, 130 interrupted, 141 the
+    reader of the output closed the pipe.
     """
     argv = sys.argv[1:] if argv is None else argv
-    # The deepspeed launcher adds its own flag in front of or behind ours; the rank comes from the environment.
+    # The deepspeed launcher adds its own flag; the rank comes from the environment.
     argv = [argument for argument in argv if not argument.startswith("--local_rank")]
     silence_library_warnings()
     try:
         return run_verb(argv)
     except UserError as error:
         if launch_rank():
-            # Rank 0 says the same, and the launcher then ends us; unless only this rank met it.
+            # Rank 0 usually prints the same, and the launcher then terminates this rank. Otherwise print it here, later.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(8)
         print(f"tandem: {error}", file=sys.stderr, flush=True)
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            os.kill(os.getppid(), signal.SIGTERM)  # torchrun would start all ranks again, to the same end
+            os.kill(os.getppid(), signal.SIGTERM)  # torchrun would restart all ranks, with the same error
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt as interrupt:
         print(f"tandem: interrupted{f'; {interrupt}' if str(interrupt) else ''}", file=sys.stderr, flush=True)
         return INTERRUPTED_EXIT_CODE
     except BrokenPipeError:
-        # Whoever read our output, `head` say, has enough; what Python still holds back must not raise again at exit.
+        # The reader, for example `head`, is done. Redirect stdout, or Python's flush at exit raises again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE_EXIT_CODE
 
 
 def run_verb(argv: list[str]) -> int:
-    """The verb's module gives its arguments and runs them."""
+    """Parse the arguments of one verb and run it."""
     top = Parser(prog="tandem", description="Distributed pretraining of BTLM and Stable LM 2.")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     chosen_verb = next((argument for argument in argv if not argument.startswith("-")), None)
@@ -108,7 +102,7 @@ def run_verb(argv: list[str]) -> int:
 
 
 def load_verb(name: str, module: str) -> tuple[Callable[..., None], Callable[..., int | None]]:
-    """`add_arguments` and `run` of the verb; where one module serves several verbs they carry the verb's name."""
+    """Return `add_arguments` and `run` of a verb. In a module with several verbs, their names contain the verb."""
     if name == "train":
         return add_train_arguments, run_train
     verb_module, suffix = import_module(module), name.replace("-", "_")
@@ -118,18 +112,15 @@ def load_verb(name: str, module: str) -> tuple[Callable[..., None], Callable[...
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", help="section.field=value")
-    parser.add_argument(
-        "--ranks",
-        type=int,
-        help="ranks that torchrun starts on this machine; default: its GPUs, or tp_size without one",
-    )
+    parser.add_argument("config", type=Path, help="YAML file that describes the run")
+    parser.add_argument("overrides", nargs="*", help="section.field=value, replaces a value of the file")
+    ranks_help = "ranks that torchrun starts on this machine (default: the number of GPUs, or tp_size without a GPU)"
+    parser.add_argument("--ranks", type=int, help=ranks_help)
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    """One rank of a launch; or the launcher of one local node, where it is more than a rank or --ranks asks for a launcher."""
-    set_parent_death_signal()  # first: the imports take seconds
+    """Train as one rank, or replace this process by torchrun if the run needs several ranks or --ranks is given."""
+    set_parent_death_signal()  # before the imports, which take seconds
     config = load_config(arguments.config, arguments.overrides)
     num_ranks = arguments.ranks or num_gpus() or config.parallel.tp_size
     if not arguments.ranks and (is_launched() or num_ranks == 1):
@@ -140,8 +131,8 @@ def run_train(arguments: argparse.Namespace) -> int:
         return force_exit(code) if code == REQUEUE_EXIT_CODE else code
     check_world_size(config, num_ranks)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    # Replaces this process, so that signals reach torchrun, which passes them on to the ranks.
     sys.stdout.flush()
+    # Replace this process, so that signals reach torchrun, which forwards them to the ranks.
     os.execv(sys.executable, [*launcher, "-m", "tandem.trainer", "train", str(arguments.config), *arguments.overrides])
 
 

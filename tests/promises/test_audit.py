@@ -1,4 +1,4 @@
-"""The audit proves what the trainer did, through a kill, a rollback, phases and moves to other ranks."""
+"""The audit proves what the trainer read, over a kill, a restart from an older checkpoint, phases and changes of ranks."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def go_on(trees: list[dict]) -> list[int]:
-    """Runs one after the other on this world's ranks; rank 0 sees to it that no checkpoint is ahead of a synced ledger."""
+    """Run several configs one after the other on this world's ranks. Check that no checkpoint is ahead of a synced ledger."""
     synced, sync, commit, unsynced = {}, os.fsync, write.commit, []
 
     def watched_sync(handle: int) -> None:
@@ -58,7 +58,7 @@ def go_on(trees: list[dict]) -> list[int]:
 
 
 def run_to_step_7(config: Path) -> None:
-    """In a fork: killed when that step is in the ledger."""
+    """Train in a fork, which is killed when step 7 is in the ledger."""
     write = Ledger.write_step
 
     def killed(ledger: Ledger, step: int, *read: Any) -> None:
@@ -72,7 +72,7 @@ def run_to_step_7(config: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, corpus) -> Path:
-    """A run killed on one rank, with a torn line left behind, that went on as two replicas and then as two halves of one."""
+    """A run that was killed on one rank, left a torn line, and continued with dp 2 and then with tp 2."""
     root = tmp_path_factory.mktemp("audit")
     found = root / "runs" / "tiny"
     (root / "config.yaml").write_text(yaml.safe_dump(tree(corpus, root / "runs")))

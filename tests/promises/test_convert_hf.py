@@ -385,7 +385,7 @@ def test_a_run_needs_no_corpus_to_be_exported_and_one_without_tokenizer_tells_wh
     (moved / "tokenizer.json").unlink()
     assert main(["export-hf", str(moved), str(tmp_path / "bare"), "--dtype", "fp32"]) == 0
     (said,) = caplog.messages
-    assert said.startswith(f"exported without a tokenizer: {moved / 'tokenizer.json'} is not there")
+    assert said.startswith(f"exported without a tokenizer: {moved / 'tokenizer.json'} is missing")
     assert not (tmp_path / "bare" / "tokenizer.json").exists()
 
 

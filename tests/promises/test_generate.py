@@ -336,7 +336,7 @@ def test_a_reader_who_has_enough_ends_the_command_quietly(folder):
         ("--prompt a --temperature nan", ["--temperature: nan; must not be negative"]),
         ("--prompt a --temperature 1 --top-p 0", ["--top-p: 0.0; must lie above 0"]),
         ("--prompt a --temperature 1 --top-k -2", ["--top-k: -2; must not be negative"]),
-        ("--prompt a --top-k 5", ["--temperature: 0 takes the likeliest", "raise it"]),
+        ("--prompt a --top-k 5", ["--temperature: 0 takes the most likely", "raise it"]),
         ("--prompt a --max-new-tokens 0", ["--max-new-tokens: 0; must be at least 1"]),
         ("--prompt a --alibi-scaling factor=1", ["--alibi-scaling.factor: 1.0; must be a number above 1"]),
         ("--prompt a --tokenizer {}/gap.txt", ["--tokenizer: ", "gap.txt cannot be read", "must be a tokenizer.json"]),

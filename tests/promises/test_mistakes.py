@@ -137,7 +137,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "weights that are none": ("train {config} run.init_from={root}/empty", ["empty: no committed checkpoint"]),
     "root is a file": ("train {config} run.root={config}", ["run.root: ", "config.yaml", "cannot be created"]),
     "evaluate another tokenizer": (
-        "evaluate {run} --data {other}", ["--data: ", "600 ids", "the weights know 500", "tokenizer of the weights"],
+        "evaluate {run} --data {other}", ["--data: ", "600 ids", "the weights have 500", "tokenizer of the weights"],
     ),
     "evaluate too many rows": (
         "evaluate {run} --data {corpus} --rows 9000", ["--rows: 9000", "held-out tokens", "at most"],
@@ -147,7 +147,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "evaluate nothing": ("evaluate {root}/none --data {corpus}", ["none: no such folder", "name a run folder"]),
     "empty prompt": ("generate {run} --prompt ''", ["--prompt: is empty", "give some text"]),
     "generate with another tokenizer": (
-        "generate {run} --prompt x --tokenizer {other}/tokenizer.json", ["--tokenizer: ", "has id 599", "know 500 ids"],
+        "generate {run} --prompt x --tokenizer {other}/tokenizer.json", ["--tokenizer: ", "has id 599", "have 500 ids"],
     ),
     "export over foreign files": ("export-hf {run} {root}/foreign", ["foreign: holds files", "name a new folder"]),
     "export nothing": ("export-hf {root}/empty {root}/out", ["empty: no committed checkpoint"]),

@@ -1,20 +1,16 @@
-"""Losses on held-out rows: the mean for the training loop, and `tandem evaluate`, the mean by token position."""
+"""`tandem evaluate`: loss on held-out rows, its mean and its mean by position in the row."""
 
 import argparse
 import json
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from tandem.trainer.checkpoint.weights import (
-    WeightSource,
-    add_alibi_scaling_argument,
-    load_model,
-    open_weight_source,
-    override_alibi_scaling,
-)
+from tandem.trainer.checkpoint import weights
+from tandem.trainer.checkpoint.weights import WeightSource
 from tandem.trainer.config import DataConfig, LRConfig, PhaseConfig, ScheduleConfig, UserError
 from tandem.trainer.data import manifest
 from tandem.trainer.data.loader import Batch, Loader
@@ -23,37 +19,35 @@ from tandem.trainer.validation import token_losses
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `tandem evaluate`."""
+    bins_help = "number of equal ranges of positions over which the loss is averaged (default 8)"
     parser.add_argument("source", type=Path, help="run folder, import folder or Hugging Face folder")
-    parser.add_argument("--data", required=True, help="prepared corpus; its held-out rows are read")
-    parser.add_argument("--seq-len", type=int, help="tokens in a row; default: the longest the run was trained on")
-    parser.add_argument("--rows", type=int, default=32, help="held-out rows to read (default 32)")
+    parser.add_argument("--data", required=True, help="prepared corpus with the held-out rows")
     parser.add_argument(
-        "--bins", type=int, default=8, help="positions are averaged in this many equal parts (default 8)"
+        "--seq-len", type=int, help="tokens in a row (default: the longest that the run was trained on)"
     )
+    parser.add_argument("--rows", type=int, default=32, help="number of held-out rows (default 32)")
+    parser.add_argument("--bins", type=int, default=8, help=bins_help)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    add_alibi_scaling_argument(parser)
+    weights.add_alibi_scaling_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints mean loss, perplexity, and loss by position in the row."""
-    weight_source = override_alibi_scaling(open_weight_source(arguments.source), arguments.alibi_scaling)
+    """Print mean loss, perplexity, and loss by position in the row."""
+    weight_source = weights.open_weight_source(arguments.source)
+    weight_source = weights.override_alibi_scaling(weight_source, arguments.alibi_scaling)
     seq_len = weight_source.max_seq_len if arguments.seq_len is None else arguments.seq_len
     if seq_len is None:
-        raise UserError(
-            f"--seq-len: missing; {arguments.source} does not say how long its rows were; give --seq-len TOKENS"
-        )
+        raise UserError(f"--seq-len: missing; {arguments.source} does not record it; give --seq-len TOKENS")
     check_corpus(arguments.data, weight_source, seq_len, arguments.rows)
     if arguments.bins < 1:
-        raise UserError(f"--bins: {arguments.bins}; must be at least 1; 1 prints the mean alone")
+        raise UserError(f"--bins: {arguments.bins}; must be at least 1; 1 prints only the mean")
     num_bins = min(arguments.bins, seq_len)
     with mesh_context(tp_size=1) as mesh, torch.no_grad():
-        model = load_model(weight_source, mesh)
+        model = weights.load_model(weight_source, mesh)
         loss_sums = torch.zeros(seq_len, dtype=torch.float64)
         for batch in held_out_batches(arguments.data, weight_source.model.vocab_size, seq_len, arguments.rows):
             loss_sums += token_losses(model, batch, mesh).double().sum(0).cpu()
         loss_sums /= arguments.rows
-    bin_losses = [float(part.mean()) for part in loss_sums.tensor_split(num_bins)]
     loss = float(loss_sums.mean())
     report = {
         "loss": loss,
@@ -61,35 +55,30 @@ def run(arguments: argparse.Namespace) -> None:
         "unigram_entropy": manifest.load_manifest(arguments.data).unigram_entropy_nats,
         "tokens": seq_len * arguments.rows,
         "seq_len": seq_len,
-        "loss_by_position": bin_losses,
+        "loss_by_position": [float(part.mean()) for part in loss_sums.tensor_split(num_bins)],
     }
     print(json.dumps(report) if arguments.json else _format_table(report))
 
 
 def check_corpus(data: str, weight_source: WeightSource, seq_len: int, num_rows: int) -> None:
-    """Raises UserError unless the corpus was made with the weights' tokenizer and has so many held-out rows."""
+    """Raise UserError unless the corpus was prepared with the weights' tokenizer and has `num_rows` held-out rows."""
     corpus = manifest.load_manifest(data)
     if corpus.vocab > weight_source.model.vocab_size:
-        raise UserError(
-            f"--data: {data} was prepared with a tokenizer of {corpus.vocab} ids; the weights know "
-            f"{weight_source.model.vocab_size}; "
-            "prepare it with the tokenizer of the weights"
-        )
+        sizes = f"a tokenizer of {corpus.vocab} ids, but the weights have {weight_source.model.vocab_size}"
+        raise UserError(f"--data: {data} was prepared with {sizes}; prepare it with the tokenizer of the weights")
     if weight_source.tokenizer_file:
         manifest.check_tokenizer(weight_source.tokenizer_file, corpus, f"--data {data}: the weights' tokenizer")
     if num_rows < 1 or seq_len < 1 or num_rows * seq_len > corpus.validation.tokens:
-        raise UserError(
-            f"--rows: {num_rows} of --seq-len {seq_len} tokens; {data} has {corpus.validation.tokens} held-out tokens; choose "
-            "positive numbers whose product is at most that"
-        )
+        requested = f"{num_rows} rows of --seq-len {seq_len} tokens"
+        rule = f"must be positive and their product at most the {corpus.validation.tokens} held-out tokens of {data}"
+        raise UserError(f"--rows: {requested}; {rule}; lower one of them")
 
 
 def held_out_batches(data: str, vocab_size: int, seq_len: int, num_rows: int) -> Iterable[Batch]:
-    """`num_rows` held-out rows of `seq_len` tokens, one at a time."""
-    name = "corpus"
-    phase = PhaseConfig("evaluation", num_rows * seq_len, seq_len, num_rows, 1, {name: 1.0})
+    """Return an iterable of held-out rows, one row per batch."""
+    phase = PhaseConfig("evaluation", num_rows * seq_len, seq_len, num_rows, 1, {"corpus": 1.0})
     schedule = ScheduleConfig(None, [phase], LRConfig("linear", 1.0, 0.0, 0, None))
-    loader = Loader(DataConfig({name: data}), schedule, seed=0, vocab_size=vocab_size, dp_rank=0, dp_size=1)
+    loader = Loader(DataConfig({"corpus": data}), schedule, seed=0, vocab_size=vocab_size, dp_rank=0, dp_size=1)
     return loader.validation_batches(phase, num_rows * seq_len)
 
 
@@ -97,9 +86,8 @@ def _format_table(report: dict[str, float | list[float]]) -> str:
     bin_losses, seq_len = report["loss_by_position"], int(report["seq_len"])  # type: ignore[arg-type]
     assert isinstance(bin_losses, list)
     edges = [round(index * seq_len / len(bin_losses)) for index in range(len(bin_losses) + 1)]
-    rows = [
-        f"{first:>8}-{last - 1:<8} {loss:8.4f}" for first, last, loss in zip(edges, edges[1:], bin_losses, strict=False)
-    ]
+    bins = zip(pairwise(edges), bin_losses, strict=True)
+    rows = [f"{first:>8}-{last - 1:<8} {loss:8.4f}" for (first, last), loss in bins]
     head = (f"loss {report['loss']:.4f} nats, perplexity {report['perplexity']:.2f}, {report['tokens']} tokens "
             f"(unigram entropy of the corpus: {report['unigram_entropy']:.4f} nats)")  # fmt: skip
     return "\n".join([head, "positions            loss", *rows])

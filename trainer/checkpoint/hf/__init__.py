@@ -1,1 +1,1 @@
-"""Weights in and out of Hugging Face folders; `convert` is the door, the tables say which tensor is which."""
+"""Import from and export to Hugging Face folders. Other packages use `convert`."""

@@ -1,7 +1,7 @@
-"""BTLM as cerebras/btlm-3b-8k-base publishes it: table of tensors and fields of config.json.
+"""BTLM in the format of cerebras/btlm-3b-8k-base: its tensors and the fields of config.json.
 
-Matrices lie as [in, out], query, key and value are one tensor in that order, `c_fc` is the value and `c_fc2`
-the gate. transformers has no such class; an export ships `modeling_btlm.py` and `configuration_btlm.py`.
+Matrices are stored [in, out]. Query, key and value are one tensor, in that order. `c_fc` is the value and `c_fc2` the gate of
+SwiGLU. transformers has no BTLM class, so an export includes `modeling_btlm.py` and `configuration_btlm.py`.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from tandem.trainer.config import (
 EMBEDDING_NAME, HEAD_NAME = "transformer.wte.weight", "lm_head.weight"
 MAX_SEQ_LEN_FIELD = "n_positions"
 CODE_FILES = ("configuration_btlm.py", "modeling_btlm.py")
-"""Files of code shipped in an export."""
+"""Code files copied into an export."""
 
 FIXED_FIELDS = {
     "activation_function": "swiglu",
@@ -36,11 +36,11 @@ FIXED_FIELDS = {
     "scale_attn_by_inverse_layer_idx": False,
     "scale_attn_weights": True,
 }
-"""Published fields that have one value."""
+"""Published fields that we support at one value."""
 
 
 def tensor_mappings(model: BTLMConfig) -> Iterator[TensorMapping]:
-    """The row of every tensor of the model, from the embedding to the head."""
+    """Map every tensor of the model, from the embedding to the head."""
     hidden_size, ffn_hidden_size = model.hidden_size, model.ffn_hidden_size
     yield identity_mapping("embedding.weight", EMBEDDING_NAME, model.vocab_size, hidden_size)
     for index in range(model.num_layers):
@@ -57,21 +57,22 @@ def tensor_mappings(model: BTLMConfig) -> Iterator[TensorMapping]:
 
 
 def default_tensors(model: BTLMConfig, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """What a folder holds although it is no parameter: the ALiBi slopes, in fp32 whatever the rest is in."""
+    """Return the tensors of a folder that are not parameters: the ALiBi slopes, always in fp32."""
     return {"transformer.relative_pe.slopes": alibi_slopes(model.num_heads).unsqueeze(-1)}
 
 
 def to_hf_config(model: BTLMConfig, mup: MupConfig | None, max_seq_len: int) -> dict[str, Any]:
-    """config.json: the published fields, and where transformers finds the classes."""
-    classes = {"AutoModel": "BTLMModel", "AutoModelForCausalLM": "BTLMLMHeadModel"}
+    """Build config.json, with the classes for transformers' Auto classes in `auto_map`."""
+    scaling = model.alibi_scaling
     return {
         "architectures": ["BTLMLMHeadModel"],
         "auto_map": {
             "AutoConfig": "configuration_btlm.BTLMConfig",
-            **{auto: f"modeling_btlm.{name}" for auto, name in classes.items()},
+            "AutoModel": "modeling_btlm.BTLMModel",
+            "AutoModelForCausalLM": "modeling_btlm.BTLMLMHeadModel",
         },
         "model_type": "btlm",
-        "alibi_scaling": _alibi_scaling_to_hf(model.alibi_scaling),
+        "alibi_scaling": scaling and {key: value for key, value in asdict(scaling).items() if value is not None},
         "initializer_range": model.init_std,
         "layer_norm_epsilon": model.norm_eps,
         "mup_embeddings_scale": mup.embedding_multiplier if mup else 1.0,
@@ -91,13 +92,13 @@ def to_hf_config(model: BTLMConfig, mup: MupConfig | None, max_seq_len: int) -> 
 
 
 OLD_MUP_FIELDS = ("embeddings_scale", "output_logits_scale", "scale_qk_dot_by_d", "width_scale")
-"""Names of the muP factors before they began with mup_."""
+"""Names of the muP fields in older revisions of the schema."""
 
 
 def from_hf_config(hf_config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The model and muP sections of a config.json, as plain trees without what the published schema lacks.
+    """Return the model and muP sections for a config.json, without the fields that the published schema lacks.
 
-    Raises: UserError for a variant the family does not have, KeyError where a required field is missing.
+    Raises: UserError for a variant that BTLM does not have. KeyError if a required field is missing.
     """
     for name, value in FIXED_FIELDS.items():
         if hf_config.get(name, value) != value:
@@ -105,9 +106,12 @@ def from_hf_config(hf_config: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     older = [name for name in OLD_MUP_FIELDS if name in hf_config]
     if older:
         raise UserError(
-            f"config.json: {older[0]} {hf_config[older[0]]!r}; is of an older revision of the schema, whose factors are not "
-            "read; take the newest revision of the folder"
+            f"config.json: {older[0]} {hf_config[older[0]]!r}; belongs to an older revision of the schema, which is not "
+            "supported; use the newest revision of the folder"
         )
+    scaling, field = hf_config.get("alibi_scaling"), "config.json: alibi_scaling"
+    if scaling is not None:
+        check_alibi_scaling(parse_dataclass(AlibiScalingConfig, scaling, field), field)
     model = {
         "family": "btlm",
         "hidden_size": hf_config["n_embd"],
@@ -118,21 +122,9 @@ def from_hf_config(hf_config: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
         "norm_eps": hf_config.get("layer_norm_epsilon", 1e-5),
         "init_std": hf_config.get("initializer_range", 0.02),
         "tie_word_embeddings": hf_config.get("tie_word_embeddings", True),
-        "alibi_scaling": _check_alibi_scaling(hf_config.get("alibi_scaling")),
+        "alibi_scaling": scaling,
     }
     return model, _mup_from_hf(hf_config)
-
-
-def _alibi_scaling_to_hf(scaling: AlibiScalingConfig | None) -> dict[str, Any] | None:
-    """The two keys of the published schema: type, and the number that is given."""
-    return {key: value for key, value in asdict(scaling).items() if value is not None} if scaling else None
-
-
-def _check_alibi_scaling(scaling: Any) -> Any:
-    where = "config.json: alibi_scaling"
-    if scaling is not None:
-        check_alibi_scaling(parse_dataclass(AlibiScalingConfig, scaling, where), where)
-    return scaling
 
 
 def _mup_from_hf(hf_config: dict[str, Any]) -> dict[str, Any] | None:
@@ -142,20 +134,17 @@ def _mup_from_hf(hf_config: dict[str, Any]) -> dict[str, Any] | None:
     if not hf_config.get("mup_scale_qk_dot_by_d", False):
         if scales != (1.0, 1.0, 1.0):
             raise UserError(
-                "config.json: mup_scale_qk_dot_by_d false with other muP scales than 1; muP is all on or all "
-                "off; choose another folder"
+                "config.json: mup_scale_qk_dot_by_d is false, but other muP scales are not 1; muP must be all on or all off; "
+                "choose another folder"
             )
         return None
     if base_hidden_size < 1 or abs(width_scale * hf_config["n_embd"] - base_hidden_size) > 1e-6 * base_hidden_size:
         raise UserError(
-            f"config.json: mup_width_scale {width_scale} of n_embd {hf_config['n_embd']}; must give a whole base "
-            "width; correct the field"
+            f"config.json: mup_width_scale {width_scale} times n_embd {hf_config['n_embd']} must be an integer base width; "
+            "correct the field"
         )
-    return {
-        "base_hidden_size": base_hidden_size,
-        "embedding_multiplier": embeddings_scale,
-        "output_multiplier": output_alpha,
-    }
+    multipliers = {"embedding_multiplier": embeddings_scale, "output_multiplier": output_alpha}
+    return {"base_hidden_size": base_hidden_size, **multipliers}
 
 
 def _norm_mappings(model: BTLMConfig, prefix: str, hf_prefix: str) -> Iterator[TensorMapping]:
@@ -164,38 +153,24 @@ def _norm_mappings(model: BTLMConfig, prefix: str, hf_prefix: str) -> Iterator[T
 
 
 def _linear_mappings(prefix: str, hf_prefix: str, outputs: int, inputs: int) -> Iterator[TensorMapping]:
-    shape = (outputs, inputs)
-    yield TensorMapping(
-        f"{prefix}.weight", shape, shape, (HFTensor(f"{hf_prefix}.weight", (inputs, outputs), is_transposed=True),)
-    )
+    shape, matrix = (outputs, inputs), HFTensor(f"{hf_prefix}.weight", (inputs, outputs), is_transposed=True)
+    yield TensorMapping(f"{prefix}.weight", shape, shape, (matrix,))
     yield identity_mapping(f"{prefix}.bias", f"{hf_prefix}.bias", outputs)
 
 
 def _qkv_mappings(model: BTLMConfig, prefix: str, hf_prefix: str) -> Iterator[TensorMapping]:
-    """Ours is grouped by head, theirs by query, key and value."""
-    hidden_size, view = model.hidden_size, (model.num_heads, 3, model.head_dim)
-    matrix = HFTensor(
-        f"{hf_prefix}.weight", (hidden_size, 3 * hidden_size), permutation=(1, 0, 2, 3), is_transposed=True
-    )
-    yield TensorMapping(f"{prefix}.weight", (3 * hidden_size, hidden_size), (*view, hidden_size), (matrix,))
-    yield TensorMapping(
-        f"{prefix}.bias",
-        (3 * hidden_size,),
-        view,
-        (HFTensor(f"{hf_prefix}.bias", (3 * hidden_size,), permutation=(1, 0, 2)),),
-    )
+    """Our tensor is grouped by head, the folder's by query, key and value."""
+    inputs, outputs, view = model.hidden_size, 3 * model.hidden_size, (model.num_heads, 3, model.head_dim)
+    matrix = HFTensor(f"{hf_prefix}.weight", (inputs, outputs), permutation=(1, 0, 2, 3), is_transposed=True)
+    yield TensorMapping(f"{prefix}.weight", (outputs, inputs), (*view, inputs), (matrix,))
+    bias = HFTensor(f"{hf_prefix}.bias", (outputs,), permutation=(1, 0, 2))
+    yield TensorMapping(f"{prefix}.bias", (outputs,), view, (bias,))
 
 
 def _gate_up_mappings(model: BTLMConfig, prefix: str, hf_prefix: str) -> Iterator[TensorMapping]:
-    hidden_size, ffn_hidden_size, hf_suffixes = model.hidden_size, model.ffn_hidden_size, ("c_fc2", "c_fc")
-    matrices = (
-        HFTensor(f"{hf_prefix}.{hf_suffix}.weight", (hidden_size, ffn_hidden_size), (part_index,), is_transposed=True)
-        for part_index, hf_suffix in enumerate(hf_suffixes)
-    )
-    yield TensorMapping(
-        f"{prefix}.weight", (2, ffn_hidden_size, hidden_size), (2, ffn_hidden_size, hidden_size), tuple(matrices)
-    )
-    biases = (
-        HFTensor(f"{hf_prefix}.{name}.bias", (ffn_hidden_size,), (which,)) for which, name in enumerate(hf_suffixes)
-    )
-    yield TensorMapping(f"{prefix}.bias", (2, ffn_hidden_size), (2, ffn_hidden_size), tuple(biases))
+    inputs, outputs = model.hidden_size, model.ffn_hidden_size
+    names = list(enumerate((f"{hf_prefix}.c_fc2", f"{hf_prefix}.c_fc")))
+    matrices = tuple(HFTensor(f"{name}.weight", (inputs, outputs), (part,), is_transposed=True) for part, name in names)
+    yield TensorMapping(f"{prefix}.weight", (2, outputs, inputs), (2, outputs, inputs), matrices)
+    biases = tuple(HFTensor(f"{name}.bias", (outputs,), (part,)) for part, name in names)
+    yield TensorMapping(f"{prefix}.bias", (2, outputs), (2, outputs), biases)

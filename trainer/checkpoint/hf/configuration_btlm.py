@@ -1,4 +1,4 @@
-"""Configuration of BTLM for transformers; shipped in every export, so it imports nothing of the trainer."""
+"""Configuration of BTLM for transformers. Copied into every export, so it does not import the trainer."""
 
 from transformers import PreTrainedConfig
 
@@ -12,31 +12,35 @@ SUPPORTED_VALUES = {
     "scale_attn_by_inverse_layer_idx": False,
     "scale_attn_weights": True,
 }
-"""Fields of the published schema that this implementation supports at one value."""
+"""Published fields that this implementation supports at one value."""
 
 
 def check_alibi_scaling(scaling) -> None:
-    """Raises ValueError unless it is None, or `type` "linear" beside a `factor` or a `train_seq_len` above 1."""
+    """Raise ValueError unless `scaling` is None, or has `type` "linear" and a `factor` or `train_seq_len` above 1."""
     if scaling is None:
         return
     number: dict[str, type[float] | type[int]] = {"factor": float, "train_seq_len": int}
     if not isinstance(scaling, dict) or len(scaling) != 2 or "type" not in scaling or not set(scaling) & set(number):
-        raise ValueError(f"alibi_scaling: {scaling!r}; has exactly two keys, type and one of factor and train_seq_len")
+        raise ValueError(
+            f"alibi_scaling: {scaling!r}; must have exactly two keys, type and either factor or train_seq_len"
+        )
     if scaling["type"] != "linear":
         raise ValueError(f"alibi_scaling: type {scaling['type']!r}; must be 'linear'")
     for key, kind in number.items():
         value = scaling.get(key, kind(2))
         if type(value) is not kind or not 1 < value < float("inf"):
-            raise ValueError(f"alibi_scaling: {key} {value!r}; must be {kind.__name__} and above 1")
+            raise ValueError(f"alibi_scaling: {key} {value!r}; must be of type {kind.__name__} and above 1")
 
 
 class BTLMConfig(PreTrainedConfig):
-    """Fields as published for cerebras/btlm-3b-8k-base, whose values are the defaults.
+    """The fields of cerebras/btlm-3b-8k-base, with its values as defaults.
 
-    Embeddings are multiplied by mup_embeddings_scale, logits by mup_output_alpha * mup_width_scale; with
-    mup_scale_qk_dot_by_d the attention's scale is 1 / head_dim instead of its root. `alibi_scaling` divides
-    ALiBi's slopes: {"type": "linear", "factor": 4.0} by 4, {"type": "linear", "train_seq_len": 8192} by
-    length / 8192 in rows that are longer than that; raise n_positions with it.
+    Embeddings are multiplied by `mup_embeddings_scale`, logits by `mup_output_alpha * mup_width_scale`. With
+    `mup_scale_qk_dot_by_d`, attention scores are multiplied by 1 / head_dim instead of 1 / sqrt(head_dim).
+
+    `alibi_scaling` divides the ALiBi slopes, to use rows longer than those of the training. Raise `n_positions` with it.
+    * {"type": "linear", "factor": 4.0} divides by 4.
+    * {"type": "linear", "train_seq_len": 8192} divides by length / 8192 in rows longer than 8192 tokens.
     """
 
     model_type = "btlm"
@@ -62,7 +66,7 @@ class BTLMConfig(PreTrainedConfig):
         mup_embeddings_scale: float = 1.0,
         mup_output_alpha: float = 1.0,
         mup_scale_qk_dot_by_d: bool = False,
-        alibi_scaling=None,  # what it must be is checked below
+        alibi_scaling=None,  # not annotated: check_alibi_scaling has the better message
         use_cache: bool = True,
         bos_token_id: int | None = 50_256,
         eos_token_id: int | None = 50_256,
@@ -70,21 +74,12 @@ class BTLMConfig(PreTrainedConfig):
         tie_word_embeddings: bool = True,
         **others,
     ) -> None:
-        self.vocab_size = vocab_size
-        self.n_positions = n_positions
-        self.n_embd = n_embd
-        self.n_layer = n_layer
-        self.n_head = n_head
-        self.n_inner = n_inner
-        self.layer_norm_epsilon = layer_norm_epsilon
-        self.initializer_range = initializer_range
-        self.mup_width_scale = mup_width_scale
-        self.mup_embeddings_scale = mup_embeddings_scale
-        self.mup_output_alpha = mup_output_alpha
-        self.mup_scale_qk_dot_by_d = mup_scale_qk_dot_by_d
-        self.alibi_scaling = alibi_scaling
         check_alibi_scaling(alibi_scaling)
-        self.use_cache = use_cache
+        self.vocab_size, self.n_positions, self.n_embd, self.n_inner = vocab_size, n_positions, n_embd, n_inner
+        self.n_layer, self.n_head, self.layer_norm_epsilon = n_layer, n_head, layer_norm_epsilon
+        self.initializer_range, self.alibi_scaling, self.use_cache = initializer_range, alibi_scaling, use_cache
+        self.mup_width_scale, self.mup_embeddings_scale = mup_width_scale, mup_embeddings_scale
+        self.mup_output_alpha, self.mup_scale_qk_dot_by_d = mup_output_alpha, mup_scale_qk_dot_by_d
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         self.tie_word_embeddings = tie_word_embeddings
         for name, value in SUPPORTED_VALUES.items():

@@ -1,7 +1,7 @@
-"""Models between `TensorReader` (our names, true shapes) and a Hugging Face folder, both ways, one tensor at a time.
+"""Export a model to a Hugging Face folder and open such a folder, one tensor at a time.
 
-The tables of `stablelm` and `btlm` say what is where, `folder` how it lies in files; here is what a folder is made of (config,
-tokenizer, weights, the shipped code), and what is refused.
+This module writes and checks the contents of a folder: config, tokenizer, weights and code. `stablelm` and `btlm` map the
+tensors and fields, `folder` reads and writes the files.
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ from tandem.trainer.config import MODEL_CONFIGS, AnyModelConfig, MupConfig, Stab
 
 FAMILY_MODULES: dict[str, Any] = {"stablelm": stablelm, "btlm": btlm}
 EXTRA_FIELDS_KEY = "tandem"
-"""Key in config.json of what the published schema lacks; it also tells an export of ours."""
+"""Key in config.json of the fields that the published schema lacks. It also identifies our exports."""
 EXTRA_FIELD_DEFAULTS = {"init_truncation_sigmas": 0.0, "document_masking": False}
-"""The fields below it, with the values of folders made elsewhere."""
+"""The fields under that key, with their values for a folder of another origin."""
 IGNORED_SUFFIXES = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-"""Endings of buffers in older folders: causal masks and rotary frequencies."""
+"""Suffixes of buffers in older folders: causal masks and rotary frequencies."""
 SUPPORTED_DTYPES = ("F32", "BF16", "F16")
-"""Of weights in a folder, as its files call them; fp32 holds each without loss."""
+"""Dtypes of imported weights, as safetensors names them. Each converts to fp32 without loss."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -52,12 +52,11 @@ def export_folder(
     dtype: torch.dtype,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
-    """`output_folder` is a folder that transformers loads offline (BTLM with `trust_remote_code=True`).
+    """Write a folder that transformers loads offline (BTLM with `trust_remote_code=True`).
 
-    Memory: one of our tensors and a piece of it. An earlier export at `output_folder` is replaced when the new one is
-    complete; anything else there is left alone. `tokenizer` is a tokenizer.json with the special token `eos_token`.
-    Raises: UserError where `output_folder` holds other files, the tokenizer does not fit, or the family has no room for
-    muP.
+    One of our tensors and a part of it are in memory at a time. An earlier export at `output_folder` is replaced when the new
+    one is complete. `tokenizer` is a tokenizer.json with the special token `eos_token`.
+    Raises: UserError if `output_folder` has other files, the tokenizer does not fit the model, or the format cannot store muP.
     """
     output_folder, family = Path(output_folder), FAMILY_MODULES[model.family]
     _check_replaceable(output_folder)
@@ -65,10 +64,8 @@ def export_folder(
     config = _build_hf_config(model, mup, eos_id, max_seq_len, dtype)
     with atomic_folder(output_folder) as folder:
         write_json(folder / "config.json", config)
-        write_json(
-            folder / "generation_config.json",
-            _special_token_ids("bos", "eos", "pad", eos_id=eos_id) if tokenizer else {},
-        )
+        token_ids = {f"{role}_token_id": eos_id for role in ("bos", "eos", "pad")} if tokenizer else {}
+        write_json(folder / "generation_config.json", token_ids)
         for code in family.CODE_FILES:
             shutil.copyfile(Path(__file__).parent / code, folder / code)
         if tokenizer:
@@ -77,10 +74,10 @@ def export_folder(
 
 
 def open_folder(folder: Path) -> tuple[AnyModelConfig, MupConfig | None, TensorReader]:
-    """The model of a Hugging Face folder, its muP section, and a reader of its tensors by our names.
+    """Open a Hugging Face folder. Return its model, its muP section, and a reader of its tensors by our names.
 
-    Names, shapes and dtypes of all tensors are checked here; values are read, as stored, when asked for.
-    Raises: UserError for a folder that is damaged, incomplete, or not of one of the two families.
+    Names, shapes and dtypes of all tensors are checked here. The reader returns values in the stored dtype.
+    Raises: UserError for a folder that is damaged, incomplete, or of another model family.
     """
     folder = Path(folder)
     hf_config = read_json(folder / "config.json")
@@ -105,7 +102,7 @@ def open_folder(folder: Path) -> tuple[AnyModelConfig, MupConfig | None, TensorR
 
 
 def read_text_settings(folder: Path) -> tuple[str | None, int | None]:
-    """The token that ends a document, and the longest row, as far as the folder says."""
+    """Return the token that ends a document and the longest row, or None if the folder does not state them."""
     hf_config, settings = read_json(folder / "config.json"), folder / "tokenizer_config.json"
     eos_token = read_json(settings).get("eos_token") if settings.is_file() else None
     max_seq_len = hf_config.get(FAMILY_MODULES[hf_config["model_type"]].MAX_SEQ_LEN_FIELD)
@@ -115,19 +112,11 @@ def read_text_settings(folder: Path) -> tuple[str | None, int | None]:
 def _build_hf_config(
     model: AnyModelConfig, mup: MupConfig | None, eos_id: int | None, max_seq_len: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """config.json. No pad token: the class would give its row of the embedding no gradient, and it is also the end's."""
-    name = str(dtype).removeprefix("torch.")
-    return {
-        **FAMILY_MODULES[model.family].to_hf_config(model, mup, max_seq_len),
-        **_special_token_ids("bos", "eos", eos_id=eos_id),
-        "dtype": name,
-        "torch_dtype": name,
-        EXTRA_FIELDS_KEY: {field: getattr(model, field) for field in EXTRA_FIELD_DEFAULTS},
-    }
-
-
-def _special_token_ids(*roles: str, eos_id: int | None) -> dict[str, int | None]:
-    return {f"{role}_token_id": eos_id for role in roles}
+    """Build config.json, without a pad token: it is also the EOS token, and the class gives its embedding row no gradient."""
+    name, config = str(dtype).removeprefix("torch."), FAMILY_MODULES[model.family].to_hf_config(model, mup, max_seq_len)
+    extra_fields = {field: getattr(model, field) for field in EXTRA_FIELD_DEFAULTS}
+    token_ids = {"bos_token_id": eos_id, "eos_token_id": eos_id}
+    return {**config, **token_ids, "dtype": name, "torch_dtype": name, EXTRA_FIELDS_KEY: extra_fields}
 
 
 def _write_weights(
@@ -137,24 +126,21 @@ def _write_weights(
     rows = list(table.tensor_mappings(model))
     mapped_names = {piece.hf_name for row in rows for piece in row.hf_tensors}
     defaults = {name: value for name, value in table.default_tensors(model, dtype).items() if name not in mapped_names}
-    # These come first: in a 16-bit export the slopes are wider than the rest.
+    # The defaults come first, because slopes are fp32 also in a 16-bit export.
     rows = [identity_mapping(name, name, *value.shape) for name, value in defaults.items()] + rows
     dtypes = {row.name: defaults[row.name].dtype if row.name in defaults else dtype for row in rows}
-    write_weights(
-        folder, lambda name: defaults[name] if name in defaults else read_tensor(name), rows, dtypes, shard_bytes
-    )
+
+    def read_any(name: str) -> torch.Tensor:
+        return defaults[name] if name in defaults else read_tensor(name)
+
+    write_weights(folder, read_any, rows, dtypes, shard_bytes)
 
 
 def _write_tokenizer(folder: Path, tokenizer: Path, eos_token: str, max_seq_len: int) -> None:
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     special = {f"{role}_token": eos_token for role in ("bos", "eos", "pad", "unk")}
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_seq_len,
-        "clean_up_tokenization_spaces": False,
-        **special,
-    }
-    write_json(folder / "tokenizer_config.json", settings)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    write_json(folder / "tokenizer_config.json", {**settings, "model_max_length": max_seq_len, **special})
     write_json(folder / "special_tokens_map.json", special)
 
 
@@ -164,11 +150,10 @@ def _special_token_id(token: str, tokenizer: Path, vocab_size: int) -> int:
     words = tree.get("model", {}).get("vocab", {})
     largest = max([*added.values(), *(words.values() if isinstance(words, dict) else [len(words) - 1])])
     if token not in added:
-        raise UserError(f"{tokenizer}: has no special token {token}; documents end with it; add it")
+        raise UserError(f"{tokenizer}: has no special token {token}, which ends documents; add it")
     if largest >= vocab_size:
-        raise UserError(
-            f"{tokenizer}: has token id {largest}; model.vocab_size is {vocab_size}; name the tokenizer of the run's corpus"
-        )
+        problem = f"has token id {largest}, but model.vocab_size is {vocab_size}"
+        raise UserError(f"{tokenizer}: {problem}; name the tokenizer of the run's corpus")
     return int(added[token])
 
 
@@ -179,33 +164,31 @@ def _check_replaceable(output_folder: Path) -> None:
     if output_folder.is_dir():
         names = {path.name for path in output_folder.iterdir()}
         others = {name for name in names - known if not re.fullmatch(SHARD_FILE_PATTERN, name)}
-        if not names or (
-            not others and "config.json" in names and EXTRA_FIELDS_KEY in read_json(output_folder / "config.json")
-        ):
+        is_known = not others and "config.json" in names
+        if not names or (is_known and EXTRA_FIELDS_KEY in read_json(output_folder / "config.json")):
             return
-    raise UserError(f"{output_folder}: holds files that no export wrote; nothing is overwritten; name a new folder")
+    raise UserError(
+        f"{output_folder}: holds files that no export wrote and that it will not overwrite; name a new folder"
+    )
 
 
 def _parse_hf_config(folder: Path, hf_config: dict[str, Any]) -> tuple[AnyModelConfig, MupConfig | None]:
     config_path, family = f"{folder}/config.json", hf_config.get("model_type")
     if family not in FAMILY_MODULES:
-        raise UserError(
-            f"{config_path}: model_type {family!r}; must be one of {', '.join(FAMILY_MODULES)}; name another folder"
-        )
+        families = ", ".join(FAMILY_MODULES)
+        raise UserError(f"{config_path}: model_type {family!r}; must be one of {families}; name another folder")
     try:
         model_tree, mup_tree = FAMILY_MODULES[family].from_hf_config(hf_config)
-        model = parse_dataclass(
-            MODEL_CONFIGS[family], model_tree | EXTRA_FIELD_DEFAULTS | hf_config.get(EXTRA_FIELDS_KEY, {}), config_path
-        )
+        model_tree |= EXTRA_FIELD_DEFAULTS | hf_config.get(EXTRA_FIELDS_KEY, {})
+        model = parse_dataclass(MODEL_CONFIGS[family], model_tree, config_path)
         mup = parse_dataclass(MupConfig, mup_tree, config_path) if mup_tree else None
         if model.hidden_size % model.num_heads or model.num_heads % model.num_kv_heads:
-            raise UserError(
-                f"{config_path}: {model.num_heads} heads do not divide width {model.hidden_size}; correct it"
-            )
+            heads = f"{model.num_heads} heads and {model.num_kv_heads} key-value heads"
+            raise UserError(f"{config_path}: {heads} do not divide width {model.hidden_size}; correct it")
     except UserError:
         raise
     except KeyError as error:
-        raise UserError(f"{config_path}: {error.args[0]} is missing; the model needs it; add it") from None
+        raise UserError(f"{config_path}: {error.args[0]} is missing; add it") from None
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{config_path}: {error}; a field has an impossible value; correct it") from None
     return model, mup
@@ -217,31 +200,28 @@ def _check_tensors(
     expected = {piece.hf_name: piece.shape for row in rows for piece in row.hf_tensors}
     for name, shape in expected.items():
         if name not in files and name not in defaults:
-            raise UserError(f"{folder}: {name} is missing; config.json asks for it; complete the folder")
+            raise UserError(f"{folder}: {name} is missing, which config.json requires; complete the folder")
         if name not in files:
             continue
         found, dtype = tuple(files[name].get_slice(name).get_shape()), files[name].get_slice(name).get_dtype()
         if found != shape:
-            raise UserError(f"{folder}: {name} has shape {found}; config.json makes it {shape}; correct one of them")
+            raise UserError(f"{folder}: {name} has shape {found}; config.json requires {shape}; correct one of them")
         if dtype not in SUPPORTED_DTYPES:
-            raise UserError(
-                f"{folder}: {name} is {dtype}; weights are read from {', '.join(SUPPORTED_DTYPES)}; convert the folder"
-            )
+            supported = ", ".join(SUPPORTED_DTYPES)
+            raise UserError(f"{folder}: {name} is {dtype}; must be one of {supported}; convert the folder")
     for name in files:
         if name not in expected and name not in defaults and not name.endswith(IGNORED_SUFFIXES):
-            raise UserError(f"{folder}: {name} is no tensor of the model in config.json; correct config.json")
+            raise UserError(f"{folder}: {name} is not a tensor of the model in config.json; correct config.json")
 
 
 def _check_tied_head(folder: Path, head: Any, files: dict[str, Any], table: Any) -> None:
     embedding = files[table.EMBEDDING_NAME].get_tensor(table.EMBEDDING_NAME) if table.EMBEDDING_NAME in files else None
     if embedding is not None and not torch.equal(head.get_tensor(table.HEAD_NAME), embedding):
-        raise UserError(
-            f"{folder}: {table.HEAD_NAME} differs from the embedding; config.json ties them; set "
-            "tie_word_embeddings to false"
-        )
+        problem = f"{table.HEAD_NAME} differs from the embedding, but config.json ties them"
+        raise UserError(f"{folder}: {problem}; set tie_word_embeddings to false")
 
 
 def _is_close(file: Any, name: str, value: torch.Tensor) -> bool:
-    """Whether the file's tensor is `value`, to the rounding of 16-bit storage."""
+    """Whether the file's tensor is `value`, up to rounding to 16 bits."""
     found = file.get_tensor(name).float().flatten()
     return found.numel() == value.numel() and torch.allclose(found, value.flatten(), rtol=2**-8, atol=0.0)

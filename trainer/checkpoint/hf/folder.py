@@ -1,5 +1,5 @@
-"""A Hugging Face folder as files: JSON, safetensors in shards with their index, and its coming into being, whole or not at
-all. Nothing here knows what a tensor means.
+"""Read and write the files of a Hugging Face folder: JSON, and safetensors in shards with an index. A folder is written
+atomically. The meaning of the tensors is in `convert`.
 """
 
 import contextlib
@@ -26,16 +26,13 @@ SHARD_FILE_PATTERN = r"model-\d{5}-of-\d{5}\.safetensors"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file.
-
-    Raises: UserError where there is none.
-    """
+    """Read a JSON object.  Raises: UserError if the file has none."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}; it must be a JSON file; add or correct it") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: holds {type(tree).__name__}; must be a JSON object; correct it")
+        raise UserError(f"{path}: contains a {type(tree).__name__}; must be a JSON object; correct it")
     return tree
 
 
@@ -45,20 +42,16 @@ def write_json(path: Path, tree: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(target_folder: Path) -> Iterator[Path]:
-    """A folder beside `target_folder` that takes its place at the end, or is gone after an error, `target_folder` being as
-    it was.
+    """Yield a new folder that replaces `target_folder` at the end. After an error it is removed, and the target is unchanged.
 
-    Raises: UserError where `target_folder` cannot be replaced, before anything is written.
+    Raises: UserError if `target_folder` cannot be replaced, before anything is written.
     """
     target_folder = target_folder.resolve()
     if os.path.ismount(target_folder) or target_folder == Path.cwd():
         what = "a mount point" if os.path.ismount(target_folder) else "the current folder"
-        raise UserError(
-            f"{target_folder}: is {what}; the output takes its place when it is complete; name a new folder"
-        )
-    folder, old = (
-        target_folder.with_name(f".{target_folder.name}.{os.getpid()}.{state}") for state in ("partial", "old")
-    )
+        raise UserError(f"{target_folder}: is {what}, which the complete output cannot replace; name a new folder")
+    temporary_name = f".{target_folder.name}.{os.getpid()}"
+    folder, old = (target_folder.with_name(f"{temporary_name}.{state}") for state in ("partial", "old"))
     target_folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(target_folder)
     folder.mkdir()
@@ -78,8 +71,9 @@ def atomic_folder(target_folder: Path) -> Iterator[Path]:
 def write_weights(
     folder: Path, read_tensor: TensorReader, mappings: list[TensorMapping], dtypes: dict[str, dtype], shard_bytes: int
 ) -> None:
-    """The rows' tensors, read one at a time by our names and stored in the dtype of that name, lie in shards of at most
-    `shard_bytes` with an index; one shard has none.
+    """Write tensors in shards of at most `shard_bytes`, with an index if there are several shards.
+
+    `dtypes` has the stored dtype by our name of each tensor. One tensor is in memory at a time.
     """
 
     def specs(row: TensorMapping) -> dict[str, TensorSpec]:
@@ -100,28 +94,24 @@ def write_weights(
         safetensors_writer.write_safetensors(folder / file, file_specs, tensors(shard))
         weight_map |= dict.fromkeys(file_specs, file)
     if len(shards) > 1:
-        write_json(
-            folder / INDEX_FILE, {"metadata": {"total_size": sum(map(num_bytes, mappings))}, "weight_map": weight_map}
-        )
+        metadata = {"total_size": sum(map(num_bytes, mappings))}
+        write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
 
 
 def open_tensor_files(folder: Path) -> dict[str, Any]:
-    """Every tensor's name in the folder, with the open file that holds it.
+    """Open the folder's files. Return the open file of each tensor by its name.
 
-    Raises: UserError where a file is missing or damaged, or does not hold what the index says.
+    Raises: UserError if a file is missing or damaged, or the index lists a tensor that its file does not hold.
     """
     if (folder / INDEX_FILE).is_file():
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values() or [None]):
-            raise UserError(
-                f"{folder / INDEX_FILE}: has no weight_map; it names the file of every tensor; copy it again"
-            )
+            raise UserError(f"{folder / INDEX_FILE}: has no weight_map with the file of every tensor; copy it again")
     elif (folder / WEIGHTS_FILE).is_file():
         weight_map = {}
     else:
-        raise UserError(
-            f"{folder}: has neither {WEIGHTS_FILE} nor {INDEX_FILE}; weights are read from safetensors; add them"
-        )
+        found = f"has neither {WEIGHTS_FILE} nor {INDEX_FILE}"
+        raise UserError(f"{folder}: {found}; weights are read from safetensors; add them")
     files_by_tensor: dict[str, Any] = {}
     for name in sorted(set(weight_map.values())) if weight_map else [WEIGHTS_FILE]:
         try:
@@ -129,20 +119,15 @@ def open_tensor_files(folder: Path) -> dict[str, Any]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder / name}: cannot be read: {error}; copy the file again") from None
         files_by_tensor |= dict.fromkeys(file.keys(), file)
-    missing_names = [name for name in weight_map if name not in files_by_tensor]
-    if missing_names:
-        raise UserError(
-            f"{folder / INDEX_FILE}: {missing_names[0]} is not in {weight_map[missing_names[0]]}; index and "
-            f"files differ; copy them again"
-        )
+    if missing := next((name for name in weight_map if name not in files_by_tensor), None):
+        found = f"lists {missing} in {weight_map[missing]}, which does not hold it"
+        raise UserError(f"{folder / INDEX_FILE}: {found}; copy the index and the files again")
     return files_by_tensor
 
 
 def _remove_stale(target_folder: Path) -> None:
-    """What killed processes left beside `target_folder` is gone; one with our own id is another's too: containers give ids
-    again.
-    """
-    # Without its successor in place, an old folder is all that is left of an earlier output.
+    """Remove the temporary folders of killed processes. One with our own process id is stale too: containers reuse ids."""
+    # If the target is missing, an old folder is the only copy of an earlier output.
     states = "partial|old" if target_folder.exists() else "partial"
     for path in target_folder.parent.iterdir():
         found = re.fullmatch(rf"\.{re.escape(target_folder.name)}\.(\d+)\.({states})", path.name)
@@ -156,7 +141,7 @@ def _is_running(process_id: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # it does, for somebody else
+        pass  # it runs as another user
     return True
 
 

@@ -1,10 +1,12 @@
-"""BTLM for transformers in plain torch; shipped inside every export, so it imports nothing of the trainer.
+"""BTLM for transformers in plain torch. Copied into every export, so it does not import the trainer.
 
-A GPT-2 skeleton (pre-norm, [in, out] matrices) with ALiBi instead of positions, SwiGLU, and muP's
-multipliers. The ALiBi bias and the softmax are fp32 whatever the weights are, and the bias is not multiplied
-by the attention's scale. `config.alibi_scaling` divides its slopes; where the divisor depends on a row's length,
-padding is not counted, and what is cached stays as it was made. Queries attend in blocks, so the memory of the
-scores grows with the sequence, not with its square.
+The model is GPT-2 (pre-norm, [in, out] matrices) with ALiBi instead of position embeddings, SwiGLU, and the multipliers of muP.
+
+* The ALiBi bias and the softmax are computed in fp32 for any dtype of the weights. The bias is not multiplied by the attention
+  scale.
+* `config.alibi_scaling` divides the slopes. If the divisor depends on the length of a row, padding does not count, and cached
+  keys and values keep the divisor they were computed with.
+* Attention is computed in blocks of queries, so its memory is linear in the sequence length.
 """
 
 import torch
@@ -22,7 +24,7 @@ QUERY_BLOCK_SIZE = 512
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:
-    """[heads, 1]: a geometric series; beyond a power of two, every other slope of the next power."""
+    """Return [heads, 1] slopes: a geometric series; heads beyond a power of two use every other slope of the next power."""
     below = 1 << (num_heads.bit_length() - 1)
     slopes = [2.0 ** (-8 * (head + 1) / below) for head in range(below)]
     slopes += [2.0 ** (-4 * (2 * head + 1) / below) for head in range(num_heads - below)]
@@ -30,9 +32,10 @@ def alibi_slopes(num_heads: int) -> torch.Tensor:
 
 
 def alibi_attention(query, key, value, slopes, visible, scale):
-    """[rows, heads, queries, head_dim]; queries end where keys end; `visible` [rows, keys] hides padding.
+    """Return causal attention with an ALiBi bias, [rows, heads, queries, head_dim].
 
-    `slopes` is [heads, 1], or [rows, heads, 1] where rows differ.
+    The last query belongs to the last key. `visible`, [rows, keys], is False for padding. `slopes` is [heads, 1], or
+    [rows, heads, 1] if rows have different slopes.
     """
     cached = key.shape[2] - query.shape[2]
     key_position = torch.arange(key.shape[2], device=key.device)
@@ -52,7 +55,7 @@ def alibi_attention(query, key, value, slopes, visible, scale):
 
 
 class BTLMAlibi(nn.Module):
-    """The slopes, stored as published, never trained; they stay fp32 when the model is cast."""
+    """The slopes: a buffer of the published checkpoint. They are not trained, and stay fp32 if the model is cast."""
 
     def __init__(self, config: BTLMConfig) -> None:
         super().__init__()
@@ -60,7 +63,7 @@ class BTLMAlibi(nn.Module):
         self.register_buffer("slopes", alibi_slopes(config.n_head))
 
     def forward(self, keys: int, visible, dtype: torch.dtype):
-        """The slopes for rows of so many keys: [heads, 1], or [rows, heads, 1] where rows differ in length."""
+        """Return the slopes for rows of `keys` tokens: [heads, 1], or [rows, heads, 1] if they depend on each row's length."""
         slopes = self.slopes.to(torch.promote_types(dtype, torch.float32))
         if self.scaling is None:
             return slopes
@@ -82,15 +85,11 @@ class BTLMAlibi(nn.Module):
 class BTLMAttention(nn.Module):
     def __init__(self, config: BTLMConfig, layer_index: int) -> None:
         super().__init__()
-        self.layer_index, self.heads, self.head_dim = (
-            layer_index,
-            config.n_head,
-            config.n_embd // config.n_head,
-        )
+        self.layer_index, self.heads, self.head_dim = layer_index, config.n_head, config.n_embd // config.n_head
         self.scale = 1 / self.head_dim if config.mup_scale_qk_dot_by_d else self.head_dim**-0.5
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
-        self.c_proj.ends_branch = True  # type: ignore[assignment]  # a mark for the initial values
+        self.c_proj.ends_branch = True  # type: ignore[assignment]  # for _init_weights
 
     def forward(self, hidden, slopes, visible, cache):
         rows, length, width = hidden.shape
@@ -108,7 +107,7 @@ class BTLMMLP(nn.Module):
         self.c_fc = Conv1D(config.n_inner, config.n_embd)
         self.c_fc2 = Conv1D(config.n_inner, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_inner)
-        self.c_proj.ends_branch = True  # type: ignore[assignment]  # a mark for the initial values
+        self.c_proj.ends_branch = True  # type: ignore[assignment]  # for _init_weights
 
     def forward(self, hidden):
         return self.c_proj(self.c_fc(hidden) * nn.functional.silu(self.c_fc2(hidden)))
@@ -138,7 +137,7 @@ class BTLMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module) -> None:
-        """Fresh weights: matrices by the width rule of muP, those that end a branch smaller by depth."""
+        """Initialize: muP scales the std of matrices by width; the last matrix of a residual branch is also scaled by depth."""
         if isinstance(module, Conv1D):
             std = self.config.initializer_range * self.config.mup_width_scale**0.5
             branches = 2 * self.config.n_layer if getattr(module, "ends_branch", False) else 1
@@ -181,13 +180,13 @@ class BTLMModel(BTLMPreTrainedModel):
         **_,
     ):
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError("give either input_ids or inputs_embeds")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask has {attention_mask.dim()} dims; BTLM takes [rows, keys], 1 = a token")
+            raise ValueError(f"attention_mask has {attention_mask.dim()} dims; must be [rows, keys] with 1 for tokens")
         hidden = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = hidden * self.config.mup_embeddings_scale
         visible = None if attention_mask is None else attention_mask.bool()
@@ -218,10 +217,13 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_mup_param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict]:
-        """Parameter groups of muP for torch.optim.AdamW: every parameter once, the frozen slopes in none.
+        """Return muP's parameter groups for torch.optim.AdamW. The slopes are in none.
 
-        Matrices of the layers learn at lr * mup_width_scale; embedding and head at lr; biases and norms at lr,
-        undecayed. Decay is decoupled, multiplied by a group's own rate. Published: betas (0.9, 0.95), eps 1e-8.
+        * Matrices of the layers: learning rate lr * mup_width_scale, weight decay.
+        * Embedding and head: learning rate lr, weight decay.
+        * Biases and norms: learning rate lr, no weight decay.
+
+        AdamW multiplies the weight decay by the learning rate of the group. Published: betas (0.9, 0.95), eps 1e-8.
         """
         groups = [
             {"params": [], "lr": lr * self.config.mup_width_scale, "weight_decay": weight_decay},
@@ -255,7 +257,7 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **others,
     ):
-        """`labels` are the same tokens as `input_ids` (shifted here); -100 is left out of the loss."""
+        """Return logits, and the loss if `labels` are given: the tokens of `input_ids`, not shifted; -100 is ignored."""
         output = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,4 +1,4 @@
-"""The one place that runs transformers: a folder loaded the way its users will load it."""
+"""Load an exported folder with transformers, as its users do. No other module runs transformers."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def load_pretrained(folder: Path) -> nn.Module:
-    """The folder's model in fp32, by transformers and, for BTLM, the code shipped in the folder; nothing is downloaded."""
+    """Load a folder's model in fp32, for BTLM with the code in the folder. Nothing is downloaded."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

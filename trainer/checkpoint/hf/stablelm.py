@@ -1,7 +1,7 @@
-"""Stable LM 2 as transformers' own `StableLmForCausalLM` has it: table of tensors and fields of config.json.
+"""Stable LM 2 in the format of transformers' `StableLmForCausalLM`: its tensors and the fields of config.json.
 
-Block and final norms always carry a bias there, so a model without norm biases is written with zeros; norms
-of single heads never do. Source: transformers 5.23 `models/stablelm/`, config.json of stablelm-2-12b.
+Block and final norms always have a bias there; a model without norm biases is written with zeros. Norms of single heads never
+have a bias. Source: transformers 5.23 `models/stablelm/`, config.json of stablelm-2-12b.
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from tandem.trainer.config import MupConfig, StableLMConfig, UserError
 EMBEDDING_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 MAX_SEQ_LEN_FIELD = "max_position_embeddings"
 CODE_FILES: tuple[str, ...] = ()
-"""Files of code shipped in an export: none, transformers has the class."""
+"""Code files copied into an export: none, because transformers has the class."""
 
 
 def tensor_mappings(model: StableLMConfig) -> Iterator[TensorMapping]:
-    """The row of every tensor of the model, from the embedding to the head."""
+    """Map every tensor of the model, from the embedding to the head."""
     hidden_size, ffn_hidden_size = model.hidden_size, model.ffn_hidden_size
     yield identity_mapping("embedding.weight", EMBEDDING_NAME, model.vocab_size, hidden_size)
     for index in range(model.num_layers):
@@ -29,43 +29,38 @@ def tensor_mappings(model: StableLMConfig) -> Iterator[TensorMapping]:
         if model.qkv_bias:
             yield _qkv_mapping(model, f"{prefix}.attention.qkv.bias", hf_prefix, "bias", ())
         if model.qk_layernorm:
-            yield _head_norm_mapping(
-                f"{prefix}.attention.query_norm.weight", f"{hf_prefix}.self_attn.q_layernorm", model.num_heads, model
-            )
-            yield _head_norm_mapping(
-                f"{prefix}.attention.key_norm.weight", f"{hf_prefix}.self_attn.k_layernorm", model.num_kv_heads, model
-            )
-        yield identity_mapping(
-            f"{prefix}.attention.out.weight", f"{hf_prefix}.self_attn.o_proj.weight", hidden_size, hidden_size
-        )
+            for ours, theirs, num_heads in (("query", "q", model.num_heads), ("key", "k", model.num_kv_heads)):
+                hf_norm = f"{hf_prefix}.self_attn.{theirs}_layernorm"
+                yield _head_norm_mapping(f"{prefix}.attention.{ours}_norm.weight", hf_norm, num_heads, model)
+        hf_out = f"{hf_prefix}.self_attn.o_proj.weight"
+        yield identity_mapping(f"{prefix}.attention.out.weight", hf_out, hidden_size, hidden_size)
         if not model.parallel_residual:
             yield from _norm_mappings(model, f"{prefix}.ffn_norm", f"{hf_prefix}.post_attention_layernorm")
         shape = (2, ffn_hidden_size, hidden_size)
-        hf_names = (f"{hf_prefix}.mlp.gate_proj.weight", f"{hf_prefix}.mlp.up_proj.weight")
-        pieces = tuple(HFTensor(name, (ffn_hidden_size, hidden_size), (which,)) for which, name in enumerate(hf_names))
-        yield TensorMapping(f"{prefix}.ffn.gate_up.weight", shape, shape, pieces)
-        yield identity_mapping(
-            f"{prefix}.ffn.down.weight", f"{hf_prefix}.mlp.down_proj.weight", hidden_size, ffn_hidden_size
-        )
+        names = enumerate((f"{hf_prefix}.mlp.gate_proj.weight", f"{hf_prefix}.mlp.up_proj.weight"))
+        parts = tuple(HFTensor(name, (ffn_hidden_size, hidden_size), (part,)) for part, name in names)
+        yield TensorMapping(f"{prefix}.ffn.gate_up.weight", shape, shape, parts)
+        hf_down = f"{hf_prefix}.mlp.down_proj.weight"
+        yield identity_mapping(f"{prefix}.ffn.down.weight", hf_down, hidden_size, ffn_hidden_size)
     yield from _norm_mappings(model, "final_norm", "model.norm")
     if not model.tie_word_embeddings:
         yield identity_mapping("head.weight", HEAD_NAME, model.vocab_size, hidden_size)
 
 
 def default_tensors(model: StableLMConfig, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """What the class has although the model need not: the biases of its block and final norms, zero."""
+    """Return the tensors that the class needs even if the model has none: zero biases of the block and final norms."""
     norms = ["input_layernorm"] if model.parallel_residual else ["input_layernorm", "post_attention_layernorm"]
     names = [f"model.layers.{index}.{norm}.bias" for index in range(model.num_layers) for norm in norms]
     return {name: torch.zeros(model.hidden_size, dtype=dtype) for name in [*names, "model.norm.bias"]}
 
 
 def to_hf_config(model: StableLMConfig, mup: MupConfig | None, max_seq_len: int) -> dict[str, Any]:
-    """config.json: the published fields, and the rotary ones a second time as transformers 5 spells them.
+    """Build config.json, with the rotary fields also in the form of transformers 5.
 
-    Raises: UserError where muP is on, for which the published class has no multipliers.
+    Raises: UserError if muP is on, because the published class has no multipliers.
     """
     if mup is not None:
-        raise UserError("mup: is set; a Stable LM folder has no place for its multipliers; export a run with mup: null")
+        raise UserError("mup: is set; a Stable LM folder cannot store its multipliers; export a run with mup: null")
     rotary = {"rope_theta": model.rotary_base, "partial_rotary_factor": model.partial_rotary_factor}
     return {
         "architectures": ["StableLmForCausalLM"],
@@ -92,12 +87,12 @@ def to_hf_config(model: StableLMConfig, mup: MupConfig | None, max_seq_len: int)
 
 
 def from_hf_config(hf_config: dict[str, Any]) -> tuple[dict[str, Any], None]:
-    """The model and muP sections of a config.json, as plain trees without what the published schema lacks.
+    """Return the model and muP sections for a config.json, without the fields that the published schema lacks.
 
-    Raises: UserError for rotary scaling and other activations, KeyError where a required field is missing.
+    Raises: UserError for rotary scaling and other activations. KeyError if a required field is missing.
     """
     rotary = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    fraction = hf_config.get("partial_rotary_factor", hf_config.get("rope_pct", 0.25))  # the second in early revisions
+    fraction = hf_config.get("partial_rotary_factor", hf_config.get("rope_pct", 0.25))  # rope_pct in early revisions
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     if kind != "default" or hf_config.get("hidden_act", "silu") != "silu":
         raise UserError(
@@ -134,20 +129,19 @@ def _norm_mappings(model: StableLMConfig, prefix: str, hf_prefix: str) -> Iterat
 def _qkv_mapping(
     model: StableLMConfig, name: str, hf_prefix: str, suffix: str, inputs: tuple[int, ...]
 ) -> TensorMapping:
-    """Ours is grouped by key head: its query heads, it, its value head. Theirs are three tensors."""
+    """Our tensor is grouped by key head: its query heads, the key head, its value head. The folder has three tensors."""
     group, head_dim = model.num_heads // model.num_kv_heads, model.head_dim
-    pieces = tuple(
-        HFTensor(
-            f"{hf_prefix}.self_attn.{projection}_proj.{suffix}", (heads * head_dim, *inputs), (slice(None), group_index)
-        )
-        for projection, heads, group_index in (
-            ("q", model.num_heads, slice(group)),
-            ("k", model.num_kv_heads, group),
-            ("v", model.num_kv_heads, group + 1),
-        )
+    projections = (
+        ("q", model.num_heads, slice(group)),
+        ("k", model.num_kv_heads, group),
+        ("v", model.num_kv_heads, group + 1),
+    )
+    parts = tuple(
+        HFTensor(f"{hf_prefix}.self_attn.{letter}_proj.{suffix}", (heads * head_dim, *inputs), (slice(None), index))
+        for letter, heads, index in projections
     )
     features = model.num_kv_heads * (group + 2) * head_dim
-    return TensorMapping(name, (features, *inputs), (model.num_kv_heads, group + 2, head_dim, *inputs), pieces)
+    return TensorMapping(name, (features, *inputs), (model.num_kv_heads, group + 2, head_dim, *inputs), parts)
 
 
 def _head_norm_mapping(name: str, hf_prefix: str, num_heads: int, model: StableLMConfig) -> TensorMapping:

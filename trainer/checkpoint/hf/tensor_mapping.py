@@ -1,7 +1,5 @@
-"""What a table of names says, and how it is read: each `TensorMapping` is one of our tensors, each `HFTensor`
-the tensor of a Hugging Face folder that holds a part of it. A mapping is pure data; `to_hf_tensor` reads it
-outwards and `from_hf_tensors` inwards, so export and import cannot disagree. Nothing here knows a family, a
-file, or torch beyond its tensors.
+"""Map our tensors to those of a Hugging Face folder. Export (`to_hf_tensor`) and import (`from_hf_tensors`) use the same table
+and therefore cannot disagree. The tables of the model families are in `btlm` and `stablelm`.
 """
 
 from collections.abc import Callable
@@ -11,23 +9,21 @@ from functools import reduce
 from torch import Tensor, promote_types
 
 TensorReader = Callable[[str], Tensor]
-"""Our name of a tensor -> the whole tensor at its true shape, on the CPU."""
+"""Our name of a tensor -> the whole tensor, without padding, on the CPU."""
 
 
 @dataclass(frozen=True)
 class HFTensor:
-    """One tensor of a folder."""
+    """One tensor of a folder, which holds one of our tensors or a part of it."""
 
     hf_name: str
-    """Its name there."""
     shape: tuple[int, ...]
-    """Its shape there."""
     index: tuple[int | slice, ...] = ()
-    """The part of our tensor, seen at `TensorMapping.view`, that it holds; () is all of it."""
+    """The part of our tensor, viewed as `TensorMapping.view`; () is the whole tensor."""
     permutation: tuple[int, ...] = ()
-    """The order of the part's dims there; () keeps ours."""
+    """The order of the part's dims in the folder; () keeps ours."""
     is_transposed: bool = False
-    """Stored [in, out]."""
+    """Whether the folder stores [in, out]."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +31,21 @@ class TensorMapping:
     """One of our tensors."""
 
     name: str
-    """Its global name."""
     shape: tuple[int, ...]
-    """Its true shape."""
+    """The shape without padding."""
     view: tuple[int, ...]
-    """The shape at which its pieces are simple selections."""
+    """The shape in which each part is a plain index."""
     hf_tensors: tuple[HFTensor, ...]
     """Together they hold every element once."""
 
 
 def identity_mapping(name: str, hf_name: str, *shape: int) -> TensorMapping:
-    """The row of a tensor that is the same on both sides."""
+    """Map a tensor that is the same on both sides."""
     return TensorMapping(name, shape, shape, (HFTensor(hf_name, shape),))
 
 
 def to_hf_tensor(mapping: TensorMapping, hf_tensor: HFTensor, tensor: Tensor) -> Tensor:
-    """The tensor `hf_tensor` of the folder, from our whole tensor."""
+    """Make one tensor of the folder from our whole tensor."""
     part = tensor.view(mapping.view)[hf_tensor.index]
     if hf_tensor.permutation:
         part = part.permute(hf_tensor.permutation)
@@ -58,7 +53,7 @@ def to_hf_tensor(mapping: TensorMapping, hf_tensor: HFTensor, tensor: Tensor) ->
 
 
 def from_hf_tensors(mapping: TensorMapping, read_hf_tensor: TensorReader) -> Tensor:
-    """Our whole tensor, from the folder's that `read_hf_tensor` finds by their names, in a dtype that rounds none of them."""
+    """Make our whole tensor from the folder's tensors, in a dtype that rounds none of them."""
     parts = [read_hf_tensor(piece.hf_name) for piece in mapping.hf_tensors]
     tensor = parts[0].new_empty(mapping.view, dtype=reduce(promote_types, (part.dtype for part in parts)))
     for piece, part in zip(mapping.hf_tensors, parts, strict=True):

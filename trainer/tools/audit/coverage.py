@@ -1,7 +1,7 @@
-"""Which tokens of a source have been taken, as intervals of its shards, so that a second time is noticed.
+"""The tokens of a source that were read, as intervals of its shards, to find tokens that were read twice.
 
-An interval is kept only while the ones beside it are missing: blocks are shuffled within windows, so what lies open is a
-window's worth, however long the run. A finished epoch is one interval.
+Adjacent intervals are merged. Blocks are shuffled within windows, so the number of open intervals depends on the window and not
+on the length of the run. A complete epoch is one interval.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import numpy as np
 from tandem.trainer.tools.audit.reading_order import IntArray, ReadingOrder, ShardRanges, concatenate_ranges
 
 MAX_PENDING_RANGES = 1 << 16
-"""Pieces gathered before they are sorted in."""
+"""Ranges collected before they are merged into the intervals."""
 
 
 class Coverage:
-    """What has been taken of one source, epoch by epoch."""
+    """The tokens of one source that were read in each epoch."""
 
     def __init__(self, reading_order: ReadingOrder):
         self._reading_order = reading_order
@@ -23,20 +23,20 @@ class Coverage:
         self._pending: list[ShardRanges] = []
         self._num_pending_ranges = 0
         self._intervals: dict[int, tuple[IntArray, IntArray]] = {}
-        """Epoch -> begins and ends of intervals, sorted, apart; tokens counted through the shards in the manifest's order."""
+        """Epoch -> starts and ends of disjoint, sorted intervals, in tokens counted through the shards in manifest order."""
 
     def add(self, ranges: ShardRanges) -> ShardRanges:
-        """The pieces are taken; returns those found to be taken twice, now or by a later call, positions those of epochs."""
+        """Add ranges that were read. Return ranges found to be read twice, now or in a later call; their positions are those of
+        epochs.
+        """
         self._pending.append(ranges)
         self._num_pending_ranges += len(ranges)
-        return (
-            self.flush()
-            if self._num_pending_ranges > MAX_PENDING_RANGES
-            else ranges.select(np.zeros(len(ranges), bool))
-        )
+        if self._num_pending_ranges > MAX_PENDING_RANGES:
+            return self.flush()
+        return ranges.select(np.zeros(len(ranges), bool))
 
     def flush(self) -> ShardRanges:
-        """All that was added is sorted in; returns what was taken twice."""
+        """Merge all pending ranges. Return the ranges that were read twice."""
         joined = concatenate_ranges(self._pending)
         epoch = joined.position // self._reading_order.epoch_tokens
         repeated = [self._merge(int(each), joined.select(epoch == each)) for each in np.unique(epoch)]
@@ -45,33 +45,28 @@ class Coverage:
 
     @property
     def tokens(self) -> int:
-        """Tokens taken, each counted once, of those sorted in."""
-        return sum(int((ends - begins).sum()) for begins, ends in self._intervals.values())
+        """Merged tokens, each counted once."""
+        return sum(int((ends - starts).sum()) for starts, ends in self._intervals.values())
 
     @property
     def num_intervals(self) -> int:
-        return sum(len(begins) for begins, _ in self._intervals.values())
+        return sum(len(starts) for starts, _ in self._intervals.values())
 
     def _merge(self, epoch: int, ranges: ShardRanges) -> ShardRanges:
-        begins = self._shard_starts[ranges.shard_index] + ranges.first_token
-        old_begins, old_ends = self._intervals.get(epoch, (begins[:0], begins[:0]))
-        begins, ends = np.concatenate([old_begins, begins]), np.concatenate([old_ends, begins + ranges.tokens])
-        order = np.argsort(begins, kind="stable")
-        begins, ends = begins[order], ends[order]
+        starts = self._shard_starts[ranges.shard_index] + ranges.first_token
+        old_starts, old_ends = self._intervals.get(epoch, (starts[:0], starts[:0]))
+        starts, ends = np.concatenate([old_starts, starts]), np.concatenate([old_ends, starts + ranges.tokens])
+        order = np.argsort(starts, kind="stable")
+        starts, ends = starts[order], ends[order]
         max_ends = np.maximum.accumulate(ends)
-        overlap_indices = np.flatnonzero(begins[1:] < max_ends[:-1]) + 1
-        repeated = self._to_shard_ranges(
-            epoch, begins[overlap_indices], np.minimum(ends[overlap_indices], max_ends[overlap_indices - 1])
-        )
-        starts = np.flatnonzero(np.concatenate([[True], begins[1:] > max_ends[:-1]])) if len(begins) else begins
-        self._intervals[epoch] = (begins[starts], np.maximum.reduceat(ends, starts) if len(starts) else ends)
+        overlaps = np.flatnonzero(starts[1:] < max_ends[:-1]) + 1
+        overlap_ends = np.minimum(ends[overlaps], max_ends[overlaps - 1])
+        repeated = self._to_shard_ranges(epoch, starts[overlaps], overlap_ends)
+        firsts = np.flatnonzero(np.concatenate([[True], starts[1:] > max_ends[:-1]])) if len(starts) else starts
+        self._intervals[epoch] = (starts[firsts], np.maximum.reduceat(ends, firsts) if len(firsts) else ends)
         return repeated
 
     def _to_shard_ranges(self, epoch: int, starts: IntArray, ends: IntArray) -> ShardRanges:
         shard = np.searchsorted(self._shard_starts, starts, "right") - 1
-        return ShardRanges(
-            np.full(len(starts), epoch * self._reading_order.epoch_tokens),
-            shard,
-            starts - self._shard_starts[shard],
-            ends - starts,
-        )
+        position = np.full(len(starts), epoch * self._reading_order.epoch_tokens)
+        return ShardRanges(position, shard, starts - self._shard_starts[shard], ends - starts)

@@ -1,161 +1,205 @@
-"""Which row it was: a step whose evidence is not that of its ranges, and the words for what was found."""
+"""Find the mistake that explains the ranges digest of a step, and describe it.
+
+The digest is a sum of one hash per row. A mistake therefore adds its own difference to the sum. The search covers one row that
+is left out, counted twice, replaced by another row or swapped with it, and rows of a source shifted by one row or by some
+tokens. It does not cover two mistakes in one step. The chance that a wrong mistake fits is about one in 10^12.
+"""
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from tandem.trainer.config import PhaseConfig
 from tandem.trainer.data.mixture import row_sources
 from tandem.trainer.tools.audit.ledger_lines import StepLine
-from tandem.trainer.tools.audit.misread_search import ExpectedRow, Misread, find_misread
 from tandem.trainer.tools.audit.result import Finding, format_shard_ranges
 from tandem.trainer.tools.audit.sources import Sources, row_contents
 
 MAX_OFFSET_TOKENS = 64
-"""Rows that begin at a wrong token are searched for within this distance."""
+"""Largest distance at which the search looks for rows that begin at a wrong token."""
 NUM_NEIGHBOUR_STEPS = 3
-"""Rows of neighbouring steps are numbered within so many steps."""
+"""Rows of a neighbouring step have an index in the message if the step is at most this far away."""
+TP_SIZES = (1, 2, 4, 8)
+"""If only one of n tensor-parallel ranks misreads, the averaged sum is off by 1/n of the difference."""
+MISREADS = {
+    "left out": ("lost", 1, 0, "{row} ({ranges}) was not read"),
+    "counted twice": ("repeated", 0, 1, "{row} ({ranges}) was read twice"),
+    "replaced": ("repeated", 1, 1, "{row} ({ranges}) was not read; {other} ({other_ranges}), which is also read elsewhere, was "
+                                   "read in its place"),
+    "swapped": ("swapped", 0, 0, "{row} ({ranges}) and {other} ({other_ranges}) were swapped"),
+    "dropped": ("lost", 1, 0, "{row} ({ranges}) was dropped: from it on, each row of {source} read the tokens of the next row"),
+    "doubled": ("repeated", 0, 1, "{row} ({ranges}) and later rows of {source} read the tokens of the row before, which was "
+                                  "read twice"),
+    "moved": ("unlike", 0, 0, "{row} ({ranges}) was read {distance}"),
+    "all moved": ("unlike", 0, 0, "step {step}: all rows of {source} were read {distance}, from row {row_index} ({ranges}) on"),
+}  # fmt: skip
+"""Mistake -> kind of finding, rows lost, rows repeated, message. "dropped" and "doubled" concern the row and all later rows of
+its source in the step, "all moved" all rows of its source."""
 
 
 @dataclass(frozen=True)
-class SuspectStep:
-    """A step, and the row of its phase that it begins with."""
+class ExpectedRow:
+    """What a row has to read."""
 
-    step: StepLine
-    phase: PhaseConfig
-    first_row: int
+    step: int
+    row_index: int
+    """Index in the step; -1 if unknown."""
+    source: str
+    content: bytes
+    """What the digest hashes after the row's index."""
 
 
-def diagnose(suspect: SuspectStep, sources: Sources) -> Finding | None:
-    """What the step read, if a single mistake explains its evidence."""
-    step, phase = suspect.step, suspect.phase
-    sources_by_row = row_sources(phase, suspect.first_row, phase.global_batch_size)
-    rows_by_source = {source: _neighbour_rows(suspect, sources, source, sources_by_row) for source in step.read_ranges}
-    rows: dict[int, ExpectedRow] = {row.row_index: row for _, mine, _ in rows_by_source.values() for row in mine}
+Candidates = Iterator[tuple[str, np.ndarray, Sequence[ExpectedRow], Sequence[ExpectedRow], int]]
+"""A mistake, what it adds to the sum by row or by row and other row, these rows, these other rows, and the offset in tokens."""
+
+
+def hash_rows(row_indices: Sequence[int] | np.ndarray, contents: Sequence[bytes]) -> np.ndarray:
+    """Hash rows with their indices in the step, as unsigned integers: sums are modulo 2^64."""
+    index_bytes = [struct.pack("<q", number) for number in range(max(row_indices, default=-1) + 1)]
+    pairs = zip(row_indices, contents, strict=True)
+    hashes = (xxh3_64_intdigest(index_bytes[number] + content) for number, content in pairs)
+    return np.fromiter(hashes, np.uint64, len(contents))
+
+
+def diagnose(step: StepLine, phase: PhaseConfig, first_row: int, sources: Sources) -> Finding | None:
+    """Describe the single mistake that explains the ranges digest of a step, or return None if there is none.
+
+    `first_row` is the index in the phase of the step's first row.
+    """
+    around = {source: _rows_around(step, phase, first_row, sources, source) for source in step.read_ranges}
+    rows = sorted((row for _, own, _ in around.values() for row in own), key=lambda row: row.row_index)
 
     def contents_at_offset(offset: int) -> list[bytes]:
-        found: dict[int, bytes] = {}
-        for source, (before, after) in step.read_ranges.items():
-            source_rows = rows_by_source[source][1]
-            read = _row_contents(sources, source, before + offset, after + offset, phase.seq_len)
-            found |= {
-                row.row_index: content
-                for row, content in zip(source_rows, read or [b""] * len(source_rows), strict=False)
-            }
-        return [found.get(number, b"") for number in range(phase.global_batch_size)]
+        contents = [b""] * len(rows)
+        for source, (start, end) in step.read_ranges.items():
+            found = _row_contents(sources, source, start + offset, end + offset, phase.seq_len)
+            for row, content in zip(around[source][1], found, strict=False):
+                contents[row.row_index] = content
+        return contents
 
-    offsets = [sign * offset for offset in range(1, MAX_OFFSET_TOKENS + 1) for sign in (1, -1)]
-    neighbours = {source: (before, after) for source, (before, _, after) in rows_by_source.items()}
-    misread = find_misread(
-        step.ranges_digest,
-        [rows[number] for number in range(phase.global_batch_size)],
-        neighbours,
-        contents_at_offset,
-        offsets,
-    )
-    return _describe_misread(misread, phase, sources) if misread else None
+    row_hashes = hash_rows(range(len(rows)), [row.content for row in rows])
+    delta = step.ranges_digest - int(row_hashes.sum())
+    for mistake, changes, firsts, others, offset in _candidates(row_hashes, rows, around, contents_at_offset):
+        for tp_size in TP_SIZES:
+            if len(hits := np.argwhere(changes == np.uint64(delta * tp_size % (1 << 64)))):
+                row, other = firsts[hits[0][0]], others[hits[0][1]] if len(others) else None
+                return _describe(mistake, row, other, offset, tp_size, phase.seq_len, sources)
+    return None
 
 
 def unexplained_finding(step: StepLine, sources: Sources) -> Finding:
-    """That the step did not read what its cursors say, and where that is."""
-    shards = sources.step_range_names(step.read_ranges)
+    """Report that a step did not read the ranges of its cursors."""
+    names = sources.step_range_names(step.read_ranges)
     single_source = next(iter(step.read_ranges)) if len(step.read_ranges) == 1 else None
-    return Finding(
-        "unlike", f"step {step.step} did not read the ranges of {', '.join(step.read_ranges)} that its cursors "
-        f"say, and no single "
-        f"row explains it: {format_shard_ranges(shards)}", step.step, single_source, shard_ranges=shards,
-    )  # fmt: skip
+    message = (
+        f"step {step.step} did not read the ranges of {', '.join(step.read_ranges)} that its cursors give, and no single row "
+        f"explains it: {format_shard_ranges(names)}"
+    )
+    return Finding("unlike", message, step.step, single_source, shard_ranges=names)
 
 
-def _neighbour_rows(
-    suspect: SuspectStep, sources: Sources, source: str, sources_by_row: list[str]
+def _rows_around(
+    step: StepLine, phase: PhaseConfig, first_row: int, sources: Sources, source: str
 ) -> tuple[list[ExpectedRow], list[ExpectedRow], list[ExpectedRow]]:
-    """Rows of the source before the step, of the step and after it: as many on each side as the step has."""
-    step, phase, first = suspect.step, suspect.phase, suspect.first_row
-    before, after = step.read_ranges[source]
-    count = sources_by_row.count(source)
-    margin = min(NUM_NEIGHBOUR_STEPS * phase.global_batch_size, first)
-    earlier = row_sources(phase, first - margin, margin)
-    earlier_indices = [first - margin + place for place, name in enumerate(earlier) if name == source]
-    num_rows_before = min(count, before // phase.seq_len)
-    later = row_sources(phase, first + phase.global_batch_size, NUM_NEIGHBOUR_STEPS * phase.global_batch_size)
-    later_indices = [first + phase.global_batch_size + place for place, name in enumerate(later) if name == source]
-    own_indices = [first + place for place, name in enumerate(sources_by_row) if name == source]
+    """Build the rows of the source before the step, in the step and after it, with as many on each side as in the step."""
+    start, end = step.read_ranges[source]
+    num_rows, margin = phase.global_batch_size, NUM_NEIGHBOUR_STEPS * phase.global_batch_size
+    first, end_row = max(first_row - margin, 0), first_row + num_rows
+    names = row_sources(phase, first, end_row + margin - first)
+    indices = [first + place for place, name in enumerate(names) if name == source]
+    earlier, later = [i for i in indices if i < first_row], [i for i in indices if i >= end_row]
+    own = indices[len(earlier) : len(indices) - len(later)]
+    unknown, num_before = [-1] * len(own), min(len(own), start // phase.seq_len)
 
-    def build_rows(start: int, end: int, numbers: list[int]) -> list[ExpectedRow]:
+    def build_rows(start: int, end: int, phase_indices: list[int]) -> list[ExpectedRow]:
         found = []
-        read = _row_contents(sources, source, start, end, phase.seq_len)
-        for place, (number, content) in enumerate(zip(numbers, read, strict=False)):
-            steps, row = (
-                divmod(number - first, phase.global_batch_size)
-                if 0 <= number < phase.num_steps * phase.global_batch_size
-                else (0, -1)
-            )
-            found.append(ExpectedRow(step.step + steps, row, source, start + place * phase.seq_len, content))
+        contents = _row_contents(sources, source, start, end, phase.seq_len)
+        for index, content in zip(phase_indices, contents, strict=False):
+            is_known = 0 <= index < phase.num_steps * num_rows
+            steps, row_index = divmod(index - first_row, num_rows) if is_known else (0, -1)
+            found.append(ExpectedRow(step.step + steps, row_index, source, content))
         return found
 
-    unknown = [-1] * count
+    before_indices = (unknown + earlier)[len(earlier) + len(own) - num_before :]
     return (
-        build_rows(
-            before - num_rows_before * phase.seq_len,
-            before,
-            (unknown + earlier_indices)[len(earlier_indices) + count - num_rows_before :],
-        ),
-        build_rows(before, after, own_indices),
-        build_rows(after, after + count * phase.seq_len, later_indices + unknown),
+        build_rows(start - num_before * phase.seq_len, start, before_indices),
+        build_rows(start, end, own),
+        build_rows(end, end + len(own) * phase.seq_len, later + unknown),
     )
 
 
 def _row_contents(sources: Sources, source: str, start: int, end: int, seq_len: int) -> list[bytes]:
-    """What the evidence hashes of the rows at these places; nothing where they are not whole rows."""
+    """Return what the digest hashes of the rows at [start, end), or nothing if these are not whole rows."""
     if start < 0 or end <= start:
         return []
-    pieces, starts = sources.cut_rows(source, start, end, seq_len)
-    return [] if pieces.tokens.sum() % seq_len else row_contents(source, pieces, starts)
+    ranges, row_starts = sources.cut_rows(source, start, end, seq_len)
+    return [] if ranges.tokens.sum() % seq_len else row_contents(source, ranges, row_starts)
 
 
-def _describe_misread(misread: Misread, phase: PhaseConfig, sources: Sources) -> Finding:
-    row, other, length = misread.row, misread.other_row, phase.seq_len
-    on_rank = "" if misread.tp_size == 1 else f", on one of {misread.tp_size} tensor-parallel ranks"
-    row_name = f"step {row.step}: row {row.row_index}"
-    kind, lost, repeated = {
-        "left out": ("lost", length, 0), "counted twice": ("repeated", 0, length), "replaced": ("repeated", length, length),
-        "swapped": ("swapped", 0, 0), "dropped": ("lost", length, 0), "doubled": ("repeated", 0, length),
-        "moved": ("unlike", 0, 0), "all moved": ("unlike", 0, 0),
-    }[misread.kind]  # fmt: skip
-    shard_ranges = _row_ranges(row, length, sources)
-    row_ranges = f"{row.source} {format_shard_ranges(shard_ranges)}"
-    other_ranges, other_name = "", ""
+def _candidates(
+    row_hashes: np.ndarray,
+    rows: Sequence[ExpectedRow],
+    around: Mapping[str, tuple[Sequence[ExpectedRow], Sequence[ExpectedRow], Sequence[ExpectedRow]]],
+    contents_at_offset: Callable[[int], Sequence[bytes]],
+) -> Candidates:
+    yield "left out", np.uint64(0) - row_hashes, rows, (), 0
+    yield "counted twice", row_hashes, rows, (), 0
+    others = [*rows, *(row for before, _, after in around.values() for row in (*before, *after))]
+    row_indices = np.repeat(np.arange(len(rows)), len(others))
+    other_hashes = hash_rows(row_indices, [row.content for row in others] * len(rows)).reshape(len(rows), len(others))
+    change = other_hashes - row_hashes[:, None]
+    yield "replaced", change, rows, others, 0
+    within = change[:, : len(rows)]
+    yield "swapped", within + within.T, rows, rows, 0
+    place_in_others = {id(row): place for place, row in enumerate(others)}
+    for before, own, after in around.values():
+        reading_order = np.array([place_in_others[id(row)] for row in (*before, *own, *after)])
+        places = np.arange(len(before), len(before) + len(own))
+        for mistake, shift in (("dropped", 1), ("doubled", -1)):
+            if len(own) and places[0] + shift >= 0 and places[-1] + shift < len(reading_order):
+                changes = change[reading_order[places], reading_order[places + shift]]
+                yield mistake, np.cumsum(changes[::-1])[::-1], own, (), 0
+    for offset in (sign * distance for distance in range(1, MAX_OFFSET_TOKENS + 1) for sign in (1, -1)):
+        changes = hash_rows(range(len(rows)), contents_at_offset(offset)) - row_hashes
+        yield "moved", changes, rows, (), offset
+        for _, own, _ in around.values():
+            if own:
+                yield "all moved", changes[[row.row_index for row in own]].sum(keepdims=True), own[:1], (), offset
+
+
+def _describe(
+    mistake: str, row: ExpectedRow, other: ExpectedRow | None, offset: int, tp_size: int, seq_len: int, sources: Sources
+) -> Finding:
+    ranges, other_ranges = _row_ranges(row, sources), _row_ranges(other, sources) if other else []
+    other_name = ""
     if other:
         other_name = f"row {other.row_index}" + (f" of step {other.step}" if other.step != row.step else "")
         if other.row_index < 0:
             other_name = "a row of a neighbouring phase"
-        other_shard_ranges = _row_ranges(other, length, sources)
-        other_ranges, shard_ranges = (
-            f"{other.source} {format_shard_ranges(other_shard_ranges)}",
-            [*shard_ranges, *other_shard_ranges],
-        )
-    distance = f"{abs(misread.offset_tokens)} tokens {'further on' if misread.offset_tokens > 0 else 'before'}"
-    messages = {
-        "left out": f"{row_name} ({row_ranges}) was not read",
-        "counted twice": f"{row_name} ({row_ranges}) was read twice",
-        "replaced": f"{row_name} ({row_ranges}) was not read; in its place {other_name} ({other_ranges}) was, "
-        f"which is read elsewhere too",
-        "swapped": f"{row_name} ({row_ranges}) and {other_name} ({other_ranges}) were swapped",
-        "dropped": f"{row_name} ({row_ranges}) was dropped: from it on each row of {row.source} read what the next one is for",
-        "doubled": f"{row_name} ({row_ranges}) and later ones of {row.source} read what the row before is for: "
-        f"that one was read twice",
-        "moved": f"{row_name} ({row_ranges}) was read {distance}",
-        "all moved": f"step {row.step}: all rows of {row.source} were read {distance}, from row {row.row_index} "
-        f"({row_ranges}) on",
-    }[misread.kind]
+    kind, lost, repeated, message = MISREADS[mistake]
+    message = message.format(
+        row=f"step {row.step}: row {row.row_index}",
+        ranges=f"{row.source} {format_shard_ranges(ranges)}",
+        other=other_name,
+        other_ranges=f"{other.source} {format_shard_ranges(other_ranges)}" if other else "",
+        source=row.source,
+        step=row.step,
+        row_index=row.row_index,
+        distance=f"{abs(offset)} tokens {'later' if offset > 0 else 'earlier'}",
+    )
+    if tp_size > 1:
+        message += f", on one of {tp_size} tensor-parallel ranks"
     rows = [(each.step, each.row_index) for each in (row, other) if each]
-    return Finding(kind, messages + on_rank, row.step, row.source, rows, shard_ranges, lost, repeated)
+    names = [*ranges, *other_ranges]
+    return Finding(kind, message, row.step, row.source, rows, names, lost * seq_len, repeated * seq_len)
 
 
-def _row_ranges(row: ExpectedRow, seq_len: int, sources: Sources) -> list[str]:
+def _row_ranges(row: ExpectedRow, sources: Sources) -> list[str]:
     fields = np.frombuffer(row.content, "<i8", offset=len(row.source.encode()) + 1).reshape(-1, 3)
     files = sources.reading_orders[row.source].shard_files
     return [f"{files[shard]}:{first}+{tokens}" for shard, first, tokens in fields]

@@ -1,8 +1,8 @@
-"""The ledger as it counts: the line of checkpoints that the last start comes from, and what was taken back beside it.
+"""Find the lines of a ledger that count: those that led to the checkpoint of the last start, and its own.
 
-Each start says after which line its checkpoint was made, so the run as it counts is followed back from the last one: the lines
-from a start up to the checkpoint that the next one goes on from, and so on to the start from nothing. Read twice, line by
-line, so that a long run takes no more memory than its starts and one number a line.
+Each start states after which line its checkpoint was made. The lines that count are found backwards from the last start: the
+lines from a start to the checkpoint of the next one, back to the start without a checkpoint. The file is read twice, line by
+line, so memory holds only the starts and one number per line.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from tandem.trainer.tools.audit.ledger_lines import Attempt, BadStepLine, Ledger
 
 
 class LedgerHistory:
-    """The ledger of a run folder. Raises: UserError where there is none, or none that tells of a start."""
+    """The ledger of a run folder.
+
+    Raises: UserError if there is none, or it has no start.
+    """
 
     def __init__(self, folder: Path):
         self.path = folder / LEDGER_FILE
@@ -29,42 +32,38 @@ class LedgerHistory:
             raise UserError(f"{folder}: {found}; name the folder of a run that has started")
         self.attempts: list[Attempt] = []
         self.unreadable_lines: list[int] = []
-        """Numbers of lines that are no ledger's, but for a torn last one."""
+        """Numbers of the lines that cannot be parsed, except a torn last line."""
         self.has_torn_last_line = False
-        """Whether the last line was torn by a kill, or is being written."""
+        """Whether the last line is incomplete: the run was killed, or is writing it."""
         self.num_step_lines = 0
-        """Lines of steps, whether they count or not."""
+        """Lines of steps, discarded ones included."""
         self.skipped_shards: set[tuple[str, str]] = set()
-        """Source and file of every shard that was left out at any time."""
+        """Source and file of every shard that was skipped at any time."""
         self.misplaced_attempts: list[Attempt] = []
-        """Starts from a checkpoint that cannot have been made where they say."""
+        """Starts whose checkpoint cannot have been made after the line that they state."""
         finished_steps = self._scan()
         if not self.attempts:
             raise UserError(
-                f"{self.path}: has no start; the run died before its first step, a version with other names wrote it, or "
-                "this is no ledger"
+                f"{self.path}: has no start; the run died before its first step, another version wrote the file, or it is not "
+                "a ledger; name the folder of a run that has started"
             )
         self._mark_effective_lines(finished_steps)
 
     def rollback_of(self, attempt: Attempt) -> Attempt | None:
-        """The rollback that passes over what a start passes over: itself, or the last one to its checkpoint before it. None for
-        a start that passes over nothing, and where there is none.
+        """Return the rollback whose rows a start passes over: the start itself, or the last rollback before it to the same
+        checkpoint. Return None if the start passes over nothing, or there is no such rollback.
         """
         if attempt.start.is_rollback:
             return attempt
         checkpoint = (attempt.step, attempt.start.num_ledger_lines)
-        before = (
-            each
-            for each in reversed(self.attempts)
-            if each.line_number < attempt.line_number and each.start.is_rollback
-        )
-        same = (each for each in before if (each.step, each.start.num_ledger_lines) == checkpoint)
-        return next(same, None) if attempt.start.skipped_ranges else None
+        for each in reversed(self.attempts) if attempt.start.skipped_ranges else ():
+            is_earlier_rollback = each.start.is_rollback and each.line_number < attempt.line_number
+            if is_earlier_rollback and (each.step, each.start.num_ledger_lines) == checkpoint:
+                return each
+        return None
 
     def effective_lines(self) -> Iterator[LedgerLine]:
-        """What counts, in the order of the file: every start, and the other lines that no later one took back. Steps that do
-        not count are added up in their attempt.
-        """
+        """Yield every start, and the other lines that count, in file order. Add up the discarded steps in their attempt."""
         attempts, attempt = iter(self.attempts), self.attempts[0]
         for number, found in self._numbered_lines():
             if isinstance(found, Attempt):
@@ -78,7 +77,7 @@ class LedgerHistory:
                 attempt.discard_step(found)
 
     def _scan(self) -> np.ndarray:
-        """Starts and what is odd are on record; returns how many steps were finished after each line, and before the first."""
+        """Collect the starts and unreadable lines. Return the finished steps before the first line and after each line."""
         finished_steps, step_line, previous = array("q", [0]), 0, None
         cursor: dict[str, int] = {}
         skipped_shards: set[tuple[str, str]] = set()
@@ -86,11 +85,8 @@ class LedgerHistory:
             step = finished_steps[-1]
             if isinstance(found, Attempt):
                 if found.start.is_rollback and _is_rollback_decision(previous, step, step_line):
-                    found.bad_step, found.bad_step_cursor, found.bad_step_skipped_shards = (
-                        previous,
-                        cursor,
-                        skipped_shards,
-                    )
+                    found.bad_step, found.bad_step_cursor = previous, cursor
+                    found.bad_step_skipped_shards = skipped_shards
                 self.attempts.append(found)
                 step, cursor, skipped_shards = found.step, dict(found.start.cursor), {*found.skipped_shards}
             elif isinstance(found, StepLine):
@@ -107,20 +103,19 @@ class LedgerHistory:
         return np.frombuffer(finished_steps, np.int64)
 
     def _mark_effective_lines(self, finished_steps: np.ndarray) -> None:
-        """Of each attempt it is known which of its lines count."""
+        """Set `last_effective_line` of each attempt."""
         start_lines = np.array([attempt.line_number for attempt in self.attempts])
-        checkpoint_lines = {
-            attempt.line_number: self._checkpoint_line(attempt, finished_steps) for attempt in self.attempts
-        }
+        checkpoint_lines = [self._checkpoint_line(attempt, finished_steps) for attempt in self.attempts]
         index, end = len(self.attempts) - 1, float("inf")
         while index >= 0:
-            attempt = self.attempts[index]
-            attempt.last_effective_line = end
-            end = checkpoint_lines[attempt.line_number]
+            self.attempts[index].last_effective_line = end
+            end = checkpoint_lines[index]
             index = int(np.searchsorted(start_lines, end, "right")) - 1
 
     def _checkpoint_line(self, attempt: Attempt, finished_steps: np.ndarray) -> int:
-        """The line that an attempt goes on after. Where lines are missing or edited it is the nearest that could be meant."""
+        """Return the line after which an attempt's checkpoint was made. If lines are missing or edited, return the nearest line
+        after which it can have been made.
+        """
         after, before = attempt.start.num_ledger_lines, finished_steps[: attempt.line_number]
         if after < len(before) and before[after] == attempt.step:
             return after
@@ -129,7 +124,7 @@ class LedgerHistory:
         return int(likely[np.abs(likely - after).argmin()]) if len(likely) else len(before) - 1
 
     def _numbered_lines(self) -> Iterator[tuple[int, LedgerLine | None]]:
-        """Lines by number; a torn last one is told of and passed over."""
+        """Yield line numbers and parsed lines. Leave out a torn last line and set `has_torn_last_line`."""
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 found = parse_line(number, line)
@@ -140,9 +135,7 @@ class LedgerHistory:
 
 
 def _is_rollback_decision(found: LedgerLine | None, step: int, line: int) -> TypeGuard[BadStepLine]:
-    """Whether it tells that the step, of the line before it, was one to go back from."""
-    return (
-        isinstance(found, BadStepLine)
-        and found.action == "rollback"
-        and (found.step, found.line_number) == (step, line + 1)
-    )
+    """Whether a line is the decision to roll back from the step on the line before it."""
+    if not isinstance(found, BadStepLine) or found.action != "rollback":
+        return False
+    return (found.step, found.line_number) == (step, line + 1)

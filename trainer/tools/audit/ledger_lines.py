@@ -1,6 +1,5 @@
-"""The lines of a ledger as records: strict about keys, types and sizes, so that nothing an edited line says comes further.
-
-The one idea: a line is exactly what the trainer writes, or it is unreadable; no reader after this one has to doubt a value.
+"""Parse the lines of a ledger. A line with keys, types or sizes that the trainer does not write is unreadable, so the other
+modules need not check values.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ from tandem.trainer.config import PhaseConfig, parse_dataclass
 from tandem.trainer.data.ledger import BadStepAction
 
 IMMUTABLE_SETTINGS = ("seed", "shuffle_block_tokens", "shuffle_window_tokens")
-"""Of a start: what no later start may change."""
+"""Settings of a start that no later start may change."""
 MAX_VALUE = 1 << 60
-"""Numbers in a ledger are smaller: sums of a few of them still fit into 64 bits."""
+"""Upper bound for numbers in a ledger: sums of a few of them still fit into 64 bits."""
 MAX_ROWS_PER_STEP = 1 << 20
-"""Rows in a step are fewer: lists of them still fit into memory."""
+"""Upper bound for the rows of a step: lists of them still fit into memory."""
 
 
 class StepLine(NamedTuple):
     line_number: int
     step: int
-    """Finished steps after it, from 1."""
+    """The step, from 1."""
     read_ranges: dict[str, tuple[int, int]]
     """Source -> cursor before and after."""
     ranges_digest: int
@@ -41,7 +40,7 @@ class SkipLine:
 
 @dataclass(frozen=True)
 class BadStepLine:
-    """A step that made no update."""
+    """A step whose update was skipped."""
 
     line_number: int
     step: int
@@ -53,11 +52,11 @@ class BadStepLine:
 
 @dataclass(frozen=True)
 class StartLine:
-    """The line, as the trainer writes it."""
+    """The fields of a start, as the trainer writes them."""
 
     step: int
     num_ledger_lines: int
-    """Lines that the ledger had when the checkpoint was made from which the run goes on; 0: from none."""
+    """Lines that the ledger had when the checkpoint was made from which the run continues; 0: no checkpoint."""
     cursor: dict[str, int]
     seed: int
     shuffle_block_tokens: int
@@ -68,33 +67,32 @@ class StartLine:
     dp_size: int
     time: float
     skipped_ranges: dict[str, list[int]] = field(default_factory=dict)
-    """Source -> cursor in the checkpoint, and from where the run goes on: what a rollback passes over."""
+    """Source -> cursor in the checkpoint and cursor from which the run continues: a rollback passes over the tokens between."""
     is_rollback: bool = False
-    """Whether the process before it went back itself."""
+    """Whether the process rolled back, instead of having just been started."""
 
 
 @dataclass
 class Attempt:
-    """One start of the run and what it made."""
+    """One start of the run and its steps."""
 
     line_number: int
     start: StartLine
     bad_step: BadStepLine | None = None
-    """Of a rollback: the bad step it goes back from, if the line before it tells of one."""
+    """For a rollback: the bad step on the line before it, if there is one."""
     bad_step_cursor: dict[str, int] = field(default_factory=dict)
-    """Of a rollback: the cursor after that step."""
+    """For a rollback: the cursor after that step."""
     bad_step_skipped_shards: set[tuple[str, str]] = field(default_factory=set)
-    """Of a rollback: source and file of the shards left out at that step."""
+    """For a rollback: source and file of the shards skipped at that step."""
     last_effective_line: float = 0
-    """Its lines up to this one count, itself among them; 0: the run as it counts does not come from it."""
+    """Its lines up to this one count, the start included; 0: a later start discarded all of them."""
     num_steps: int = 0
-    """Steps it made."""
     discarded_steps: list[int] = field(default_factory=list)
-    """First and last of its steps that do not count, how many they are and how many tokens they took; or empty."""
+    """Its steps that do not count: first, last, how many they are and how many tokens they read; or empty."""
 
     @property
     def is_effective(self) -> bool:
-        """Whether the run as it counts comes from it."""
+        """Whether no later start discarded it."""
         return self.last_effective_line > 0
 
     @property
@@ -107,12 +105,12 @@ class Attempt:
 
     @property
     def skipped_shards(self) -> list[tuple[str, str]]:
-        """Source and shard of what it leaves out from its first step on."""
+        """Source and file of the shards skipped from its first step on."""
         return [(source, file) for source, files in self.start.skipped_shards.items() for file in files]
 
     @cached_property
     def phase_spans(self) -> list[tuple[PhaseConfig, int, int]]:
-        """The phases, each with its first step and the one after its last, counted from 0."""
+        """Each phase with its first step and the step after its last, counted from 0."""
         found, first = [], 0
         for phase in self.start.phases:
             found.append((phase, first, first + phase.num_steps))
@@ -120,11 +118,11 @@ class Attempt:
         return found
 
     def phase_span_at(self, step: int) -> tuple[PhaseConfig, int, int] | None:
-        """The phase of the `line_number`-th step."""
+        """Return the phase of a step counted from 1."""
         return next((span for span in self.phase_spans if span[1] < step <= span[2]), None)
 
     def schedule_before(self, step: int) -> list[tuple[int, int, dict[str, float], int]]:
-        """What its schedule gave each of the first `step` steps: shapes of rows, mixture, and the step each ends with."""
+        """Return seq_len, batch size, mixture and last step of each phase of the first `step` steps."""
         return [
             (phase.seq_len, phase.global_batch_size, phase.mixture, min(end, step))
             for phase, first, end in self.phase_spans
@@ -141,7 +139,7 @@ LedgerLine = Attempt | SkipLine | StepLine | BadStepLine
 
 
 def parse_line(line_number: int, line: bytes) -> LedgerLine | None:
-    """The `line_number`-th line; None for one that no trainer writes."""
+    """Parse one line. Return None if the trainer does not write such a line."""
     try:
         tree = orjson.loads(line)
         return PARSERS[tree.pop("kind")](line_number, tree)
@@ -150,20 +148,15 @@ def parse_line(line_number: int, line: bytes) -> LedgerLine | None:
 
 
 def _parse_step(line_number: int, tree: dict[str, Any]) -> StepLine:
-    """By hand: `parse_dataclass` would take minutes for the steps of a long run."""
-    taken = {
-        name: (_parse_integer(before), _parse_integer(after, before))
-        for name, (before, after) in tree.pop("read_ranges").items()
-    }
-    found = StepLine(
-        line_number,
+    """Parse by hand: `parse_dataclass` would take minutes for the steps of a long run."""
+    ends = tree.pop("read_ranges").items()
+    read_ranges = {name: (_parse_integer(before), _parse_integer(after, before)) for name, (before, after) in ends}
+    step, digests = (
         _parse_integer(tree.pop("step"), 1),
-        taken,
-        _parse_digest(tree.pop("ranges_digest")),
-        _parse_digest(tree.pop("tokens_digest")),
+        [_parse_digest(tree.pop(f"{of}_digest")) for of in ("ranges", "tokens")],
     )
     _check(not tree)
-    return found
+    return StepLine(line_number, step, read_ranges, *digests)
 
 
 def _parse_skip(line_number: int, tree: dict[str, Any]) -> SkipLine:
@@ -181,13 +174,8 @@ def _parse_bad_step(line_number: int, tree: dict[str, Any]) -> BadStepLine:
 
 def _parse_start(line_number: int, tree: dict[str, Any]) -> Attempt:
     start: StartLine = parse_dataclass(StartLine, tree, "")
-    for value in (
-        start.step,
-        start.num_ledger_lines,
-        start.shuffle_block_tokens,
-        start.shuffle_window_tokens,
-        *start.cursor.values(),
-    ):
+    block_sizes = (start.shuffle_block_tokens, start.shuffle_window_tokens)
+    for value in (start.step, start.num_ledger_lines, *block_sizes, *start.cursor.values()):
         _parse_integer(value)
     for ends in start.skipped_ranges.values():
         _check(len(ends) == 2)
@@ -197,11 +185,8 @@ def _parse_start(line_number: int, tree: dict[str, Any]) -> Attempt:
         for value in (phase.tokens, phase.seq_len, phase.global_batch_size):
             _parse_integer(value, 1)
         shares = phase.mixture.values()
-        _check(
-            phase.global_batch_size < MAX_ROWS_PER_STEP
-            and all(share >= 0 for share in shares)
-            and abs(sum(shares) - 1) <= 1e-6
-        )
+        _check(phase.global_batch_size < MAX_ROWS_PER_STEP)
+        _check(all(share >= 0 for share in shares) and abs(sum(shares) - 1) <= 1e-6)
     _parse_integer(sum(phase.tokens for phase in start.phases))
     return Attempt(line_number, start)
 
@@ -215,11 +200,11 @@ def _parse_integer(value: Any, minimum: int = 0) -> int:
 
 
 def _parse_digest(value: Any) -> int:
-    """A sum of hashes, from its hexadecimal."""
+    """Parse a hexadecimal sum of hashes."""
     _check(len(value) == 16)
     return int.from_bytes(bytes.fromhex(value), "big")
 
 
 def _check(condition: bool) -> None:
     if not condition:
-        raise ValueError("no trainer writes this")
+        raise ValueError("not written by the trainer")

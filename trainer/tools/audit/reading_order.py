@@ -1,8 +1,7 @@
-"""Places in a source's reading order as ranges of tokens of its shards, for whole stretches at a time.
+"""Map positions in a source's reading order to token ranges of its shards, many positions at a time.
 
-This says a second time, on purpose, what `data.shuffle` and `data.token_stream` do one row at a time: an audit that
-asked the reader where it had read would find every mistake of the reader right. Only numpy arrays and a manifest are
-needed; no file is touched.
+This module implements the order of `data.shuffle` and `data.token_stream` a second time, on purpose: an audit that called the
+loader's code would repeat the loader's mistakes. It needs only a manifest and opens no file.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ IntArray = np.ndarray
 
 @dataclass(frozen=True)
 class ShardRanges:
-    """Runs of neighbouring tokens within one shard, in reading order; arrays of one length."""
+    """Contiguous tokens of one shard each, in reading order; arrays of equal length."""
 
     position: IntArray
-    """In the reading order, where the piece begins."""
+    """Position in the reading order at which the range begins."""
     shard_index: IntArray
     """Index in the manifest's split."""
     first_token: IntArray
-    """Its first token within the shard."""
+    """Index in the shard of the first token."""
     tokens: IntArray
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def select(self, selection: np.ndarray) -> ShardRanges:
-        """Those that a mask or indices choose."""
+        """Select ranges by a mask or by indices."""
         return ShardRanges(
-            self.position[selection], self.shard_index[selection], self.first_token[selection], self.tokens[selection]
+            *(each[selection] for each in (self.position, self.shard_index, self.first_token, self.tokens))
         )
 
 
@@ -58,22 +57,21 @@ class ReadingOrder:
         self._cached_block_order = lru_cache(maxsize=8)(self._block_order)
 
     def shard_ranges(self, start: int, end: int) -> ShardRanges:
-        """What places [start, end) are, across blocks, shards and epochs."""
+        """Map positions [start, end), across blocks, shards and epochs."""
         epochs = range(start // self.epoch_tokens, -(-end // self.epoch_tokens))
         return concatenate_ranges([self._epoch_ranges(epoch, start, end) for epoch in epochs if start < end])
 
     def shard_range_names(self, ranges: ShardRanges, limit: int = 8) -> list[str]:
-        """The pieces as FILE:FIRST+TOKENS, neighbours as one; `…` stands for those after the first `limit`."""
+        """Name ranges as FILE:FIRST+TOKENS, adjacent ones as one; `…` replaces those after the first `limit`."""
         merged = merge_adjacent(ranges)
         entries = zip(merged.shard_index[:limit], merged.first_token[:limit], merged.tokens[:limit], strict=True)
-        words = [f"{self.shard_files[shard]}:{first}+{tokens}" for shard, first, tokens in entries]
-        return words + ["…"] * (len(merged) > limit)
+        names = [f"{self.shard_files[shard]}:{first}+{tokens}" for shard, first, tokens in entries]
+        return names + ["…"] * (len(merged) > limit)
 
     def _epoch_ranges(self, epoch: int, start: int, end: int) -> ShardRanges:
         epoch_start = epoch * self.epoch_tokens
-        slice_starts, lengths, stream_starts = self._block_slices(
-            epoch, max(start - epoch_start, 0), min(end - epoch_start, self.epoch_tokens)
-        )
+        low, high = max(start - epoch_start, 0), min(end - epoch_start, self.epoch_tokens)
+        slice_starts, lengths, stream_starts = self._block_slices(epoch, low, high)
         order, shard_starts = self._cached_shard_order(epoch)
         order_index = np.searchsorted(shard_starts, stream_starts, "right") - 1
         count = np.searchsorted(shard_starts, stream_starts + lengths - 1, "right") - order_index
@@ -85,13 +83,16 @@ class ReadingOrder:
         return ShardRanges(position, order[order_index], first - shard_starts[order_index], tokens).select(tokens > 0)
 
     def _block_slices(self, epoch: int, low: int, high: int) -> tuple[IntArray, IntArray, IntArray]:
-        """Places [low, high) of an epoch cut at blocks: where each part begins, its tokens, where in the stream they are."""
+        """Cut positions [low, high) of an epoch at block borders.
+
+        Returns the start of each slice, its length, and the start in the unshuffled stream.
+        """
         size = self._shuffle_block_tokens or self.epoch_tokens
         slice_starts = np.arange(low // size * size, high, size, dtype=np.int64)
         slice_starts[0] = low
         lengths = np.diff(np.append(slice_starts, high))
         block, block_offset = np.divmod(slice_starts, size)
-        shuffled = np.flatnonzero(block < self._num_blocks)  # the tail of an epoch stays where it is
+        shuffled = np.flatnonzero(block < self._num_blocks)  # the incomplete last block is not shuffled
         window = block[shuffled] // self._window_blocks
         for in_window in np.split(shuffled, np.flatnonzero(np.diff(window)) + 1) if len(shuffled) else []:
             index = int(block[in_window[0]]) // self._window_blocks
@@ -100,7 +101,7 @@ class ReadingOrder:
         return slice_starts, lengths, block * size + block_offset
 
     def _shard_order(self, epoch: int) -> tuple[IntArray, IntArray]:
-        """Shards in the order of the epoch, and the token of the epoch where each begins, with the epoch's end."""
+        """Return the shards in the epoch's order, and the token of the epoch at which each begins, then the epoch's end."""
         digests = [self._digest(f"{epoch}/{index}") for index in range(len(self.shard_files))]
         order = np.array(sorted(range(len(self.shard_files)), key=digests.__getitem__), np.int64)
         return order, np.concatenate([[0], np.cumsum(self.shard_tokens[order])])
@@ -115,14 +116,15 @@ class ReadingOrder:
 
 
 def concatenate_ranges(parts: list[ShardRanges]) -> ShardRanges:
-    """All of them, in the order given."""
+    """Concatenate in the given order."""
     fields = zip(*((part.position, part.shard_index, part.first_token, part.tokens) for part in parts), strict=True)
     return ShardRanges(*map(np.concatenate, fields)) if parts else ShardRanges(*[np.empty(0, np.int64)] * 4)
 
 
 def cut_rows(ranges: ShardRanges, seq_len: int) -> tuple[ShardRanges, IntArray]:
-    """The pieces laid end to end, cut into rows and otherwise joined where they touch; and where each row's first piece is,
-    with the end. The last row may be short.
+    """Cut ranges into rows of `seq_len` tokens and merge adjacent ranges of a row. The last row can be short.
+
+    Returns the ranges, and the index of each row's first range, then the number of ranges.
     """
     range_ends = np.cumsum(ranges.tokens)
     range_starts, total = range_ends - ranges.tokens, int(ranges.tokens.sum())
@@ -130,15 +132,14 @@ def cut_rows(ranges: ShardRanges, seq_len: int) -> tuple[ShardRanges, IntArray]:
     parent = np.searchsorted(range_starts, bounds, "right") - 1
     offsets = bounds - range_starts[parent]
     cut = ranges.select(parent)
-    cut = ShardRanges(
-        cut.position + offsets, cut.shard_index, cut.first_token + offsets, np.diff(np.append(bounds, total))
-    )
+    tokens = np.diff(np.append(bounds, total))
+    cut = ShardRanges(cut.position + offsets, cut.shard_index, cut.first_token + offsets, tokens)
     row = bounds // seq_len
     return merge_adjacent(cut, row), _row_starts(cut, row)
 
 
 def merge_adjacent(ranges: ShardRanges, row_index: IntArray | None = None) -> ShardRanges:
-    """Pieces of the same shard, and the same row, that follow one another without a gap, as one."""
+    """Merge consecutive ranges that are adjacent in a shard and belong to the same row."""
     starts = np.flatnonzero(_is_range_start(ranges, row_index))
     tokens = np.add.reduceat(ranges.tokens, starts) if len(starts) else ranges.tokens
     return ShardRanges(ranges.position[starts], ranges.shard_index[starts], ranges.first_token[starts], tokens)
@@ -146,9 +147,8 @@ def merge_adjacent(ranges: ShardRanges, row_index: IntArray | None = None) -> Sh
 
 def _is_range_start(ranges: ShardRanges, row_index: IntArray | None) -> np.ndarray:
     is_start = np.ones(len(ranges), bool)
-    is_start[1:] = (ranges.shard_index[1:] != ranges.shard_index[:-1]) | (
-        ranges.first_token[1:] != ranges.first_token[:-1] + ranges.tokens[:-1]
-    )
+    is_gap = ranges.first_token[1:] != ranges.first_token[:-1] + ranges.tokens[:-1]
+    is_start[1:] = (ranges.shard_index[1:] != ranges.shard_index[:-1]) | is_gap
     if row_index is not None:
         is_start[1:] |= row_index[1:] != row_index[:-1]
     return is_start
@@ -160,7 +160,7 @@ def _row_starts(ranges: ShardRanges, row_index: IntArray) -> IntArray:
 
 
 def _splitmix64(values: np.ndarray) -> np.ndarray:
-    """Source: the finalizer of SplitMix64, Steele, Lea and Flood 2014; arithmetic modulo 2^64."""
+    """Hash integers. Source: the finalizer of SplitMix64, Steele, Lea and Flood 2014; arithmetic modulo 2^64."""
     for shift, factor in ((None, 0x9E3779B97F4A7C15), (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, None)):
         values = values if shift is None else values ^ (values >> np.uint64(shift))
         values = values if factor is None else values * np.uint64(factor)

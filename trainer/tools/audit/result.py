@@ -1,4 +1,4 @@
-"""What an audit finds, in words and numbers: what is wrong, what is only worth knowing, where each source stands."""
+"""The result of an audit: findings, notes and the totals of each source."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 MAX_FINDINGS = 1_000
-"""Kept; further ones are counted, so that what is wrong everywhere fits in memory."""
+"""Findings kept in memory; further ones are only counted."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it must be."""
+    """One difference between what the run read and what it had to read."""
 
     kind: str
-    """lost, repeated, swapped: of tokens. unlike: what was read is not what the cursors say. changed: what a run keeps for
-    life. ledger: lines are missing, there twice or unreadable.
+    """lost, repeated, swapped: tokens. unlike: a step read other tokens than its cursors give. changed: a setting that a run
+    must not change. ledger: a line is missing, duplicated or unreadable.
     """
     message: str
     step: int | None = None
     source: str | None = None
     rows: Sequence[tuple[int, int]] = ()
-    """Step, and row from 0, of the rows it is about."""
+    """Step and index (from 0) of each row concerned."""
     shard_ranges: Sequence[str] = ()
     """FILE:FIRST+TOKENS in the manifest's training split."""
     lost_tokens: int = 0
@@ -34,16 +34,16 @@ class SourceResult:
 
     epoch_tokens: int
     tokens: int = 0
-    """Taken by the steps that count."""
+    """Tokens read by the steps that count."""
     cursor: int = 0
     next_token: str = ""
-    """The token that comes next, as FILE:FIRST."""
+    """The next token to be read, as FILE:FIRST."""
     skipped_shard_tokens: dict[str, int] = field(default_factory=dict)
-    """Shard that is left out -> its tokens that were passed over."""
+    """Skipped shard -> number of its tokens that the run passed over."""
     rollback_tokens: int = 0
-    """Passed over by rollbacks: read for steps that were taken back, and taken by none that counts."""
+    """Tokens that rollbacks passed over: read for discarded steps, and by no step that counts."""
     rollback_ranges: list[str] = field(default_factory=list)
-    """The first few of these of each rollback, as FILE:FIRST+TOKENS."""
+    """The first few of these ranges of each rollback, as FILE:FIRST+TOKENS."""
     lost_tokens: int = 0
     repeated_tokens: int = 0
 
@@ -54,32 +54,26 @@ class AuditResult:
     tokens_checked: bool
     """Whether the shards were read again."""
     num_steps: int = 0
-    """The last step; without findings each up to it was made once."""
+    """The last step. Without findings, the run made each step up to it once."""
     num_skipped_updates: int = 0
-    """Of these: their rows were read, and the guard left the update out."""
+    """Steps that read their rows and made no update, by decision of the guard."""
     findings: list[Finding] = field(default_factory=list)
     num_findings: int = 0
     notes: list[str] = field(default_factory=list)
-    """Restarts, rollbacks, updates left out, changes of dp size, phase, mixture and sources."""
+    """Restarts, rollbacks, skipped updates, changes of dp size, phase, mixture and sources."""
 
     @property
     def proven(self) -> bool:
         return self.num_findings == 0
 
     def add_finding(self, finding: Finding) -> None:
-        """The finding is on record; one that shows an earlier one to be half of a swap takes its place."""
-        swap_half = next((old for old in self.findings[-8:] if is_swap(old, finding)), None)
-        if swap_half:
-            self._add_to_totals(swap_half, -1)
-            self.findings.remove(swap_half)
-            finding = Finding(
-                "swapped",
-                f"{swap_half.message}, and the other way round",
-                swap_half.step,
-                swap_half.source,
-                swap_half.rows,
-                [*swap_half.shard_ranges, *finding.shard_ranges],
-            )
+        """Add a finding. If it is the other half of a swap found earlier, replace both by one finding."""
+        half = next((old for old in self.findings[-8:] if is_swap(old, finding)), None)
+        if half:
+            self._add_to_totals(half, -1)
+            self.findings.remove(half)
+            message, ranges = f"{half.message}, and vice versa", [*half.shard_ranges, *finding.shard_ranges]
+            finding = Finding("swapped", message, half.step, half.source, half.rows, ranges)
         self._add_to_totals(finding, 1)
         if len(self.findings) < MAX_FINDINGS:
             self.findings.append(finding)
@@ -92,7 +86,7 @@ class AuditResult:
 
 
 def is_swap(one: Finding, other: Finding) -> bool:
-    """Whether a row read what another is for, and that one what the first is for."""
+    """Whether each of two rows read the tokens of the other."""
     return one.kind == other.kind == "repeated" and len(one.rows) == 2 and [*one.rows] == [*reversed(other.rows)]
 
 

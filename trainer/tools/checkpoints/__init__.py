@@ -1,7 +1,7 @@
-"""`tandem checkpoint`: what a run has saved (`ls`), whether it is what was written (`verify`), how two of them differ (`diff`).
+"""`tandem checkpoint`: list checkpoints (`ls`), check their files (`verify`), compare two checkpoints (`diff`).
 
-Nothing here writes, and a run may go on meanwhile: what it removes while we look is no damage. `ls` and `verify` know names,
-manifests and hashes, and never import torch; `diff` compares bits of true global tensors, so that layouts do not show.
+The commands only read, and the run can continue meanwhile: a checkpoint that it removes is not reported as damaged. `ls` and
+`verify` do not import torch. `diff` compares whole tensors without padding, so the layout of the ranks does not matter.
 """
 
 from __future__ import annotations
@@ -20,14 +20,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.filesize import decimal
 
-from tandem.trainer.checkpoint.layout import (
-    COMMIT_MARKER,
-    REJECTED_MARKER,
-    find_damage,
-    list_checkpoints,
-    list_data_files,
-    read_manifest,
-)
+from tandem.trainer.checkpoint import layout
+from tandem.trainer.checkpoint.layout import COMMIT_MARKER, REJECTED_MARKER, find_damage, list_checkpoints
 from tandem.trainer.config import UserError
 from tandem.trainer.metrics import progress
 from tandem.trainer.tools.checkpoints.compare import ProgressCallback, compare_checkpoints
@@ -35,34 +29,33 @@ from tandem.trainer.tools.checkpoints.compare import ProgressCallback, compare_c
 if TYPE_CHECKING:
     from tandem.trainer.checkpoint.read import Checkpoint
 
-REJECTED_REMARK = "damaged: a run has passed it over and gone on from an earlier one; it removes it when it gets there"
-TORN_REMARK = "torn: not committed; a save is under way, or a kill left it and the run removes it when it goes on"
+REJECTED_REMARK = "damaged: the run continued from an earlier checkpoint and will remove this one when it reaches its step"
+TORN_REMARK = "torn: not committed; a save is in progress, or the run was killed and will remove it when it continues"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `tandem checkpoint`, of each of its three commands."""
     commands = parser.add_subparsers(dest="command", required=True, metavar="ls|verify|diff")
-    folder_help = "run folder, an import's folder, a folder of checkpoints"
-    command_help = "one row for each checkpoint, oldest first"
+    folder_help = "run folder, import folder, folder of checkpoints"
+    command_help = "print one row per checkpoint, oldest first"
     listing = commands.add_parser("ls", help=command_help, description=command_help)
     listing.add_argument("folder", metavar="RUN", type=Path, help=folder_help)
-    command_help = "read every file of the committed checkpoints again and compare hashes"
+    command_help = "read every file of the committed checkpoints and compare its hash"
     verifying = commands.add_parser("verify", help=command_help, description=command_help)
-    verifying.add_argument("folder", metavar="RUN|CHECKPOINT", type=Path, help=f"{folder_help} or a checkpoint itself")
+    verifying.add_argument("folder", metavar="RUN|CHECKPOINT", type=Path, help=f"{folder_help}, or a checkpoint")
     verifying.add_argument("--step", metavar="N", type=int, help="only the checkpoint of this step")
-    command_help = "compare two checkpoints, facts and every bit of every tensor, whatever ranks wrote them"
+    command_help = "compare the facts and every bit of every tensor of two checkpoints, also of different layouts"
     differing = commands.add_parser("diff", help=command_help, description=command_help)
     for name in ("a", "b"):
-        side_help = "checkpoint, or a run's or import's folder: its newest whole one; RUN@STEP names one of a run"
+        side_help = "checkpoint, RUN@STEP, or a run or import folder for its newest undamaged checkpoint"
         differing.add_argument(name, metavar=name.upper(), help=side_help)
     for command in (listing, verifying, differing):
-        command.add_argument("--json", action="store_true", help="one JSON object, for machines")
+        command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """What was asked for is printed; returns 1 where `verify` found damage or `diff` a difference, else 0.
+    """Run one command. Return 1 if `verify` found damage or `diff` a difference, else 0.
 
-    Raises: UserError where there is no such checkpoint.
+    Raises: UserError if there is no such checkpoint.
     """
     return {"ls": _ls, "verify": _verify, "diff": _diff}[args.command](args)
 
@@ -104,48 +97,46 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that a run folder, an import's folder, a folder of checkpoints or a checkpoint has, oldest first, torn
-    ones too.
+    """Find the checkpoints, torn ones included, of a run folder, import folder, folder of checkpoints or checkpoint.
 
-    Raises: UserError when there is none.
+    Returns them oldest first.  Raises: UserError if there is none.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name a run folder, an import's folder or a checkpoint")
+        raise UserError(f"{folder}: no such folder; name a run folder, an import folder or a checkpoint")
     for root in (folder / "checkpoints", folder):
         if folders := list_checkpoints(root):
             return folders
     if (folder / COMMIT_MARKER).is_file() or folder in list_checkpoints(folder.parent):
         return [folder]
-    raise UserError(f"{folder}: no checkpoint there; give a run folder that has saved one, or an import's folder")
+    raise UserError(f"{folder}: has no checkpoint; name the folder of a run that has saved one, or an import folder")
 
 
 def find_committed(folder: Path, step: int | None = None, option: str = "--step") -> list[Path]:
-    """The committed ones of `find_checkpoints`, or the one of `step`; `option` is what the user has named it with.
+    """Find the committed checkpoints, or the one of `step`, which the user gave as `option`.
 
-    Raises: UserError when there is none.
+    Raises: UserError if there is none.
     """
     folders = [each for each in find_checkpoints(folder) if (each / COMMIT_MARKER).is_file()]
     if not folders:
-        raise UserError(
-            f"{folder}: no committed checkpoint there; give a run folder that has saved one, or an import's folder"
-        )
+        remedy = "name the folder of a run that has saved one, or an import folder"
+        raise UserError(f"{folder}: has no committed checkpoint; {remedy}")
     if step is None:
         return folders
     if chosen := [each for each in folders if _read_step(each) == step]:
         return chosen
     kept = ", ".join(str(_read_step(each)) for each in folders)
-    raise UserError(f"{option}: {step}; {folder} has kept checkpoints of steps {kept}; name one of them")
+    raise UserError(f"{option}: {step}; {folder} has checkpoints of steps {kept}; name one of them")
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The row of a checkpoint, from its manifest and the sizes of its files; None when it is gone.
+    """Describe a checkpoint from its manifest and file sizes. Return None if it was removed meanwhile.
 
-    Units: `time` is that of the commit, in seconds since 1970.
+    Units: `time` is the time of the commit in seconds since 1970.
     """
     row: dict[str, Any] = {"step": _read_step(folder), "folder": str(folder), "bytes": _folder_bytes(folder)}
     damage_found, manifest = find_damage(folder, files_to_hash=[]), _manifest_or_empty(folder)
     row |= {name: manifest.get(name) for name in ("tokens", "tp_size", "dp_size")}
-    try:  # last: a run that removes a checkpoint begins with its marker
+    try:  # read last, because a run that removes a checkpoint removes the marker first
         committed_time = (folder / COMMIT_MARKER).stat().st_mtime
     except FileNotFoundError:
         state = "rejected" if (folder / REJECTED_MARKER).is_file() else "torn"
@@ -154,19 +145,19 @@ def describe_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def verify_checkpoint(folder: Path, advance: ProgressCallback) -> dict[str, Any]:
-    """Whether every file of a committed checkpoint is what was written: `state` is whole, damaged or removed."""
-    files, size_bytes = list_data_files(folder), _folder_bytes(folder)
+    """Hash every file of a committed checkpoint. `state` of the result is whole, damaged or removed."""
+    files, size_bytes = layout.list_data_files(folder), _folder_bytes(folder)
     by_size = find_damage(folder, files_to_hash=[])
     damage_found = [by_size] if by_size else _find_changed_files(folder, files, advance)
     state = "damaged" if damage_found else "whole"
-    if not (folder / COMMIT_MARKER).is_file():  # with which a run begins to remove a checkpoint
+    if not (folder / COMMIT_MARKER).is_file():  # a run that removes a checkpoint removes the marker first
         state, damage_found = "removed", []
     facts = {"step": _read_step(folder), "folder": str(folder), "files": len(files), "bytes": size_bytes}
     return facts | {"state": state, "damage": damage_found}
 
 
 def format_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines with every column but the last aligned at its right."""
+    """Format a table. Every column except the last is right-aligned."""
     lines = [titles, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     widths[-1] = 0
@@ -175,7 +166,7 @@ def format_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
 
 
 def _open_checkpoint(text: str) -> Checkpoint:
-    """The whole checkpoint that a user has named, opened.  Raises: UserError when there is none."""
+    """Open the undamaged checkpoint that the user named.  Raises: UserError if there is none."""
     from tandem.trainer.checkpoint.read import open_checkpoint
 
     folder = Path(text)
@@ -202,9 +193,8 @@ def _find_changed_files(folder: Path, files: Sequence[str], advance: ProgressCal
 def _row_cells(row: Mapping[str, Any]) -> list[str]:
     committed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"])) if row["time"] else "-"
     layout = f"{row['tp_size']} x {row['dp_size']}" if row["tp_size"] else "-"
-    remark = {"torn": TORN_REMARK, "rejected": REJECTED_REMARK, "damaged": f"damaged: {row['damage']}"}.get(
-        row["state"], ""
-    )
+    remarks = {"torn": TORN_REMARK, "rejected": REJECTED_REMARK, "damaged": f"damaged: {row['damage']}"}
+    remark = remarks.get(row["state"], "")
     tokens = "-" if row["tokens"] is None else f"{row['tokens']:,}"
     return [str(row["step"]), tokens, decimal(row["bytes"]), committed, layout, remark]
 
@@ -229,7 +219,7 @@ def _format_comparison(comparison: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"other shape: {name}: {one} | {other}" for name, (one, other) in shapes.items())
     titles = ["kind", "tensors equal", "differing", "elements differing", "largest difference"]
     yield from format_table(titles, [_kind_cells(kind, found) for kind, found in comparison["kinds"].items()])
-    yield "the same facts and bits" if comparison["same"] else "different"
+    yield "same facts and bits" if comparison["same"] else "different"
 
 
 def _kind_cells(kind: str, comparison: Mapping[str, Any]) -> list[str]:
@@ -244,14 +234,14 @@ def _kind_cells(kind: str, comparison: Mapping[str, Any]) -> list[str]:
 def _read_step(folder: Path) -> int | None:
     if numbered := re.fullmatch(r"step-(\d+)", folder.absolute().name):
         return int(numbered[1])
-    step: int | None = _manifest_or_empty(folder).get("step")  # a folder that a person has renamed
+    step: int | None = _manifest_or_empty(folder).get("step")  # a user renamed the folder
     return step
 
 
 def _manifest_or_empty(folder: Path) -> dict[str, Any]:
-    """What the manifest says; nothing where it cannot be read."""
+    """Read the manifest. Return an empty one if it cannot be read."""
     try:
-        manifest = read_manifest(folder)
+        manifest = layout.read_manifest(folder)
     except (OSError, ValueError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
@@ -262,7 +252,7 @@ def _folder_bytes(folder: Path) -> int:
 
 
 def _file_bytes(path: Path) -> int:
-    """Nothing for a file that is not there: a run may have removed it just now."""
+    """Return the size of a file, or 0 if the run has just removed it."""
     try:
         return path.stat().st_size
     except FileNotFoundError:

@@ -1,10 +1,10 @@
-"""How two checkpoints differ: facts, names, and every bit of every tensor, one tensor of each in memory at a time."""
+"""Compare two checkpoints: facts, names, and every bit of every tensor, with one tensor of each in memory at a time."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -17,23 +17,14 @@ if TYPE_CHECKING:
     from tandem.trainer.checkpoint.read import Checkpoint
 
 COMPARED_KEYS = (
-    "step",
-    "num_updates",
-    "tokens",
-    "cursor",
-    "model",
-    "mup",
-    "fingerprints",
-    "eos_token",
-    "shuffle_settings",
-    "skipped_shards",
-    "phases",
-)
-"""What a checkpoint says besides its tensors. Not compared: what only tells which ranks wrote it and how often it was begun."""
+    "step", "num_updates", "tokens", "cursor", "model", "mup", "fingerprints", "eos_token", "shuffle_settings",
+    "skipped_shards", "phases",
+)  # fmt: skip
+"""Facts in the manifest. Not compared: the layout of the ranks that wrote it, and the number of starts."""
 COMPARE_CHUNK_ELEMENTS = 1 << 22
-"""Compared at a time: differences are taken in 64 bits, and would else be twice the tensors."""
+"""Elements compared at a time: differences in fp64 of whole tensors would need twice the memory of the tensors."""
 ABSENT = object()
-"""Stands for a fact that is not there; null is one."""
+"""A fact that is not in the manifest; null is a fact."""
 
 ProgressCallback = Callable[[int], None]
 
@@ -41,31 +32,25 @@ ProgressCallback = Callable[[int], None]
 def compare_checkpoints(
     one: Checkpoint, other: Checkpoint, advance: ProgressCallback = lambda num_bytes: None
 ) -> dict[str, Any]:
-    """How two checkpoints differ, by fact, name and kind of state; `same` is whether they do not.
-
-    Memory: a tensor of each.
-    """
-    first_manifest, second_manifest = one.manifest, other.manifest
-    facts = [
-        first_difference(fact, first_manifest.get(fact, ABSENT), second_manifest.get(fact, ABSENT))
-        for fact in COMPARED_KEYS
-    ]
+    """Return the differences of two checkpoints by fact, name and kind of state. `same` is True if there are none."""
+    values = {fact: [side.manifest.get(fact, ABSENT) for side in (one, other)] for fact in COMPARED_KEYS}
+    different = list(filter(None, (first_difference(fact, *pair) for fact, pair in values.items())))
+    names, other_names = set(one.parameter_names), set(other.parameter_names)
     one_sided_names = {
-        "only_in_a": _missing_names(one.parameter_names, other.parameter_names),
-        "only_in_b": _missing_names(other.parameter_names, one.parameter_names),
+        "only_in_a": [name for name in one.parameter_names if name not in other_names],
+        "only_in_b": [name for name in other.parameter_names if name not in names],
     }
-    shared = [name for name in one.parameter_names if name in set(other.parameter_names)]
+    shared = [name for name in one.parameter_names if name in other_names]
     kinds: dict[str, dict[str, Any]] = {}
     for kind in STATE_KINDS:
         saved_by = [side for side, checkpoint in (("a", one), ("b", other)) if checkpoint.has_state(kind)]
         if len(saved_by) == 2:
-            kinds[kind] = _compare_kind(
-                shared, partial(one.read_tensor, kind), partial(other.read_tensor, kind), advance
-            )
+            readers = partial(one.read_tensor, kind), partial(other.read_tensor, kind)
+            kinds[kind] = _compare_kind(shared, *readers, advance)
         elif saved_by:
             kinds[kind] = {"only_in": saved_by[0]}
-    different = [fact for fact in facts if fact]
-    same = not different and not any(one_sided_names.values()) and not any(map(_has_difference, kinds.values()))
+    kinds_differ = any("only_in" in kind or kind["tensors_differing"] for kind in kinds.values())
+    same = not different and not any(one_sided_names.values()) and not kinds_differ
     return {
         "same": same,
         "a": _checkpoint_identity(one),
@@ -77,7 +62,7 @@ def compare_checkpoints(
 
 
 def first_difference(key_path: str, one: Any, other: Any) -> str | None:
-    """The first field below `key_path` that differs, with both values, or None."""
+    """Describe the first field below `key_path` that differs, with both values, or return None."""
     if one is ABSENT or other is ABSENT:
         return None if one is other else f"{key_path}: only in {'A' if other is ABSENT else 'B'}"
     pairs: Iterator[str | None]
@@ -93,9 +78,9 @@ def first_difference(key_path: str, one: Any, other: Any) -> str | None:
 
 
 def compare_elements(one: Tensor, other: Tensor) -> tuple[int, float]:
-    """How many elements of two fp32 tensors of one shape are not the same bits, and how far apart they are at most.
+    """Return how many elements of two fp32 tensors differ in any bit, and the largest difference.
 
-    Infinite where one of them is no number or infinite; zero where only the sign of a zero differs.
+    The difference is infinite if an element is NaN or infinite, and zero if only the sign of a zero differs.
     """
     import torch
 
@@ -106,9 +91,8 @@ def compare_elements(one: Tensor, other: Tensor) -> tuple[int, float]:
     rows = max(1, COMPARE_CHUNK_ELEMENTS // max(1, math.prod(one.shape[1:])))
     for one_chunk, other_chunk in zip(one.split(rows), other.split(rows), strict=True):
         differ = one_chunk.view(bits) != other_chunk.view(bits)
-        distances = (
-            (one_chunk[differ].double() - other_chunk[differ].double()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
-        )
+        distances = (one_chunk[differ].double() - other_chunk[differ].double()).abs()
+        distances = distances.nan_to_num(nan=math.inf, posinf=math.inf)
         count += distances.numel()
         largest = max(largest, float(distances.max()) if distances.numel() else 0.0)
     return count, largest
@@ -135,23 +119,14 @@ def _compare_kind(
             different.append(name)
         if num_differing and (largest_in is None or max_difference > largest_difference):
             largest_difference, largest_in = max_difference, name
-        del one, other  # before the next are made
+        del one, other  # free them before the next two are read
     return {
         "tensors_equal": len(names) - len(different) - len(shapes), "tensors_differing": len(different) + len(shapes),
         "elements": num_elements, "elements_differing": num_differing_elements,
-        # JSON has no infinity: null beside elements that differ says that there is no number.
+        # JSON has no infinity: null if elements differ by more than any number.
         "largest_difference": largest_difference if math.isfinite(largest_difference) else None, "largest_in": largest_in,
         "differing": different, "other_shape": shapes,
     }  # fmt: skip
-
-
-def _has_difference(kind: Mapping[str, Any]) -> bool:
-    return "only_in" in kind or bool(kind["tensors_differing"])
-
-
-def _missing_names(names: Collection[str], other_names: Collection[str]) -> list[str]:
-    known = set(other_names)
-    return [name for name in names if name not in known]
 
 
 def _checkpoint_identity(checkpoint: Checkpoint) -> dict[str, Any]:

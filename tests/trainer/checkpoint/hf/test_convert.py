@@ -51,9 +51,9 @@ def shard(folder: Path) -> Path:
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_head=0), "impossible value"),
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_head=5), "do not divide"),
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_inner=55), "has shape"),
-        ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_layer=1), "is no tensor of the model"),
+        ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_layer=1), "is not a tensor of the model"),
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_layer=3), "is missing"),
-        ("btlm_mup", 10**9, lambda f: edit(f / "config.json", mup_width_scale=0.3), "whole base width"),
+        ("btlm_mup", 10**9, lambda f: edit(f / "config.json", mup_width_scale=0.3), "must be an integer base width"),
         (
             "btlm_mup",
             10**9,
@@ -108,7 +108,7 @@ def shard(folder: Path) -> Path:
             "stablelm_12b",
             30_000,
             lambda f: save_file({"x": torch.ones(1)}, shard(f)),
-            "index and files differ",
+            "which does not hold it",
         ),
     ],
 )

@@ -29,8 +29,8 @@ def test_a_config_that_asks_for_more_is_refused(name: str, value: object) -> Non
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        (4.0, "4.0; has exactly two keys"),
-        ({"type": "linear"}, "exactly two keys, type and one of factor and train_seq_len"),
+        (4.0, "4.0; must have exactly two keys"),
+        ({"type": "linear"}, "exactly two keys, type and either factor or train_seq_len"),
         ({"factor": 4.0, "train_seq_len": 8192}, "exactly two keys"),
         ({"type": "linear", "factor": 4.0, "train_seq_len": 8192}, "exactly two keys"),
         ({"type": "linear", "stretch": 4.0}, "exactly two keys"),

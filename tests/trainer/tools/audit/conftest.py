@@ -1,4 +1,4 @@
-"""One run with everything in it, for all tests of the audit."""
+"""One run with every kind of change, for all tests of the audit."""
 
 import shutil
 from pathlib import Path
@@ -26,6 +26,6 @@ def whole(tmp_path_factory, sources) -> Path:
 
 @pytest.fixture
 def folder(whole, tmp_path) -> Path:
-    """A copy of the run to be spoilt."""
+    """A copy of the run that a test can damage."""
     shutil.copytree(whole, tmp_path / "run")
     return tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Runs of real loaders whose ledgers are audited, and what their rows are to read, said once more."""
+"""Runs of real loaders whose ledgers the tests audit, and a slow second implementation of what their rows have to read."""
 
 import dataclasses
 import hashlib
@@ -34,12 +34,12 @@ SHORT_PHASE = PhaseConfig("short", 6 * 12 * 32, 32, 12, 1, {"a": 0.7, "b": 0.3})
 LONG_PHASE = PhaseConfig("long", 6 * 6 * 128, 128, 6, 1, {"a": 0.4, "b": 0.6})
 ADDED_PHASE = PhaseConfig("edited", 4 * 6 * 64, 64, 6, 1, {"a": 0.25, "b": 0.25, "c": 0.5})
 EDITED_PHASES = [SHORT_PHASE, dataclasses.replace(LONG_PHASE, tokens=3 * 6 * 128), ADDED_PHASE]
-"""The schedule after a person has cut the second phase short and added a third, with a new source."""
+"""The schedule after a user shortened the second phase and added a third one with a new source."""
 NUM_STEPS = 13
 
 
 def make_corpus(folder: Path, seed: int, documents: int) -> str:
-    """Random documents in small shards, by the real writer."""
+    """Write random documents in small shards, with the real writer."""
     folder.mkdir(parents=True)
     draw = np.random.default_rng(seed)
     texts = (np.append(draw.integers(1, 500, draw.integers(0, 90)), 0).astype(np.uint16) for _ in range(documents))
@@ -58,7 +58,7 @@ def loaders(sources: dict[str, str], phases: list[PhaseConfig], dp_size: int) ->
 
 
 class SavedState(NamedTuple):
-    """What a checkpoint keeps for the next start."""
+    """The part of a checkpoint that the next start needs."""
 
     step: int = 0
     cursor: dict[str, int] = {}  # noqa: RUF012
@@ -81,9 +81,9 @@ def write_ledger(
     skip_cursor=None,
     rollback=False,
 ) -> SavedState:
-    """The ledger has what a run of these ranks writes from a checkpoint up to step `end_step`; returns the checkpoint there.
+    """Write what a run of these ranks writes from a checkpoint up to step `end_step`. Return the checkpoint of that step.
 
-    `bad` are actions by step, `skip_cursor` is the cursor from which a run goes on that passes over rows.
+    `bad` has actions by step. `skip_cursor` is the cursor from which a run that passes over rows continues.
     """
     ranks, cursor = loaders(sources, phases, dp_size), skip_cursor or saved.cursor
     passed = {source: (saved.cursor.get(source, 0), end) for source, end in (skip_cursor or {}).items()}
@@ -125,7 +125,7 @@ def write_ledger(
 
 
 def state_at(folder: Path, step: int) -> SavedState:
-    """The checkpoint that the last process to make this step can have made after it."""
+    """Return the checkpoint that the last process to make this step could save after it."""
     lines, cursor = read_lines(folder), {}
     after = max(n for n, line in enumerate(lines, 1) if line["step"] == step and line["kind"] in ("step", "bad"))
     skipped: dict[str, list[str]] = {}
@@ -143,7 +143,7 @@ def state_at(folder: Path, step: int) -> SavedState:
 
 
 def write_full_run(folder: Path, sources: dict) -> None:
-    """A run with everything in it: dp 1, 2 and 3, a rollback, phases, an end of an epoch, a mixture edit, a new source."""
+    """Write a run with dp 1, 2 and 3, discarded steps, phases, an end of an epoch, a mixture edit and a new source."""
     two = {name: sources[name] for name in "ab"}
     folder.mkdir()
     at_3 = write_ledger(folder, two, [SHORT_PHASE, LONG_PHASE], FRESH_STATE, 3, 1)
@@ -169,7 +169,7 @@ def write_lines(folder: Path, lines: list[dict]) -> None:
 
 
 def step_line(lines: list[dict], step: int) -> dict:
-    """The last one of the step."""
+    """Return the last line of the step."""
     return next(line for line in reversed(lines) if line["kind"] == "step" and line["step"] == step)
 
 
@@ -178,7 +178,7 @@ def findings(folder: Path) -> list[Finding]:
 
 
 class ExpectedStep:
-    """What the rows of a step are to read, said once more and slowly: token by token."""
+    """What the rows of a step have to read, computed a second time, token by token."""
 
     def __init__(self, folder: Path, step: int):
         self.step, self._folder = step, folder
@@ -205,7 +205,7 @@ class ExpectedStep:
         return [f"{files[shard]}:{first}+{tokens}" for shard, first, tokens in self.pieces(row)]
 
     def hash(self, number: int, row: int) -> int:
-        """Of row `number` if it read what `row` is for."""
+        """Hash row `number` as if it had read the tokens of `row`."""
         packed = b"".join(struct.pack("<qqq", *piece) for piece in self.pieces(row))
         return xxhash.xxh3_64(struct.pack("<q", number) + self.sources[row].encode() + b"\0" + packed).intdigest()
 

@@ -1,4 +1,4 @@
-"""`tandem audit`: exit codes, words, and what cannot be audited."""
+"""`tandem audit`: exit codes, messages, and errors of the user."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What is wrong with the ledger is named, whatever of a line was changed."""
+"""Errors of the ledger are named, whichever field of a line was changed."""
 
 import random
 import shutil
@@ -181,7 +181,7 @@ def test_another_corpus_is_named(folder, sources):
 
 
 def test_what_was_thrown_away_may_be_anything_and_a_run_begun_anew_too(folder):
-    """Steps that no checkpoint kept are evidence, and no part of the run."""
+    """Steps after the checkpoint from which the run continued are not part of the run."""
     lines = read_lines(folder)
     old = next(line for line in lines if line["kind"] == "step" and line["step"] == 5)
     old["read_ranges"] = {"a": [0, 7]}
@@ -206,7 +206,7 @@ def test_a_ledger_that_begins_in_the_middle_proves_nothing_of_what_is_before(fol
     lines = read_lines(folder)
     write_lines(folder, [line for line in lines if line["step"] >= 7 and line is not step_line(lines, 7)])
     found = findings(folder)
-    assert "goes on from a checkpoint made after line 12, where other steps were made" in found[0].message
+    assert "continues from a checkpoint made after line 12, where other steps were made" in found[0].message
     assert "steps 1 to 7 are not in the ledger" in found[1].message
     assert {finding.source for finding in found if finding.lost_tokens} == {"a", "b"}
 
@@ -264,7 +264,7 @@ MATTERS = {
         "is_rollback",
     },
 }
-"""Fields of lines that are proven right; of a schedule it is what lies in the past, of thrown away lines nothing."""
+"""Fields of lines that the audit proves. Not proven: future phases of a schedule, and discarded lines."""
 STRANGE = (
     0, 1, -1, 7, 2**40, 10**12, 2**62, 2**63, 2**64, 2**70, 0.5, 1e300, True, None, "", "x", "a", "0" * 16, "f" * 15 + "-",
     [], {}, [[]], [0], [1, 2], ["a"], {"a": 1}, {"a": [0, 1]}, {"a": ["b"]}, {"x": "y"}, {"": {}},
@@ -273,7 +273,7 @@ STRANGE = (
 
 @pytest.fixture(scope="module")
 def skipping(tmp_path_factory, sources) -> Path:
-    """A run with every kind of line, each of which counts but for step 6, which was taken back."""
+    """A run with every kind of line. All of them count, except step 6, which was discarded."""
     folder = tmp_path_factory.mktemp("runs") / "skipping"
     folder.mkdir()
     two, file = {name: sources[name] for name in "ab"}, manifest.load_manifest(sources["b"]).train.shards[1].file
@@ -288,7 +288,7 @@ def skipping(tmp_path_factory, sources) -> Path:
 
 
 def mutated(tree, draw: random.Random) -> tuple[str, ...]:
-    """One value somewhere in the tree is another one; returns where."""
+    """Replace one value in the tree. Return its path."""
     keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
     key = draw.choice(keys)
     if isinstance(tree[key], dict | list) and tree[key] and draw.random() < 0.7:

@@ -1,4 +1,4 @@
-"""What is wrong with the reading: one function of the loader misleads it, and the ledger says what was really read."""
+"""Errors of the loader: a test replaces one of its functions, and the ledger records what the loader read."""
 
 import pytest
 
@@ -21,7 +21,7 @@ from tests.trainer.tools.audit.runs import (
 
 
 def read_elsewhere(monkeypatch, source: str, moves: list[tuple[int, int, int]]) -> None:
-    """From here on places [start, end) of the source are read as those from `target` on, for each (start, end, target)."""
+    """Make the loader read positions [start, end) of the source from `target` on, for each (start, end, target)."""
     right = BlockShuffle.stream_ranges
 
     def runs(self, position, count):
@@ -41,7 +41,7 @@ def read_elsewhere(monkeypatch, source: str, moves: list[tuple[int, int, int]]) 
 
 @pytest.fixture
 def misread(tmp_path, sources, monkeypatch):
-    """misread("a", moves): the findings about the run, read as `read_elsewhere` says."""
+    """misread("a", moves): the findings about a run that was read with `read_elsewhere`."""
 
     def make(source, moves):
         with monkeypatch.context() as patched:
@@ -108,7 +108,7 @@ def test_a_row_that_begins_at_a_wrong_token_is_named(whole, misread, tokens):
     [found] = misread("b", [(at, at + 32, at + tokens)])
     assert (found.kind, found.step, found.source, found.rows) == ("unlike", 4, "b", [(4, row)])
     assert found.shard_ranges == step.shards(row)
-    assert f"was read {abs(tokens)} tokens {'further on' if tokens > 0 else 'before'}" in found.message
+    assert f"was read {abs(tokens)} tokens {'later' if tokens > 0 else 'earlier'}" in found.message
 
 
 def test_a_source_that_is_read_elsewhere_in_a_step_is_named(whole, misread):
@@ -116,7 +116,7 @@ def test_a_source_that_is_read_elsewhere_in_a_step_is_named(whole, misread):
     at, end = step.line["read_ranges"]["b"]
     [found] = misread("b", [(at, end, at + 5)])
     assert (found.kind, found.step, found.source) == ("unlike", 9, "b")
-    assert "all rows of b were read 5 tokens further on" in found.message
+    assert "all rows of b were read 5 tokens later" in found.message
 
 
 def test_ranges_that_no_single_row_explains_are_named_by_step_and_shards(whole, misread):

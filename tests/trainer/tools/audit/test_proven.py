@@ -1,4 +1,4 @@
-"""An audit passes what real loaders wrote, and tells its history."""
+"""An audit proves what real loaders wrote, and reports the history of the run."""
 
 import shutil
 from pathlib import Path
@@ -127,7 +127,7 @@ def test_a_shard_is_read_again_after_a_rollback_to_before_it_was_left_out(tmp_pa
 
 
 def test_a_run_may_go_back_to_steps_that_it_had_taken_back(tmp_path, sources):
-    """The checkpoint of step 8 could not be read for a while."""
+    """The checkpoint of step 8 was unreadable for a while."""
     two = {name: sources[name] for name in "ab"}
     at_8 = write_ledger(tmp_path, two, [SHORT_PHASE, LONG_PHASE], FRESH_STATE, 8, 1)
     reached = {source: step_line(read_lines(tmp_path), 4)["read_ranges"][source][1] for source in two}

@@ -1,4 +1,4 @@
-"""Places of a stream as ranges of shards, and which of them were taken."""
+"""Positions of a stream as ranges of shards, and the ranges that were read."""
 
 import numpy as np
 import pytest

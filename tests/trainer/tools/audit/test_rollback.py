@@ -1,6 +1,7 @@
-"""What the guard of a run decides is in the ledger, and the audit proves it: updates left out, rows passed over."""
+"""The guard's decisions are in the ledger, and the audit checks them: skipped updates, rows passed over."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,14 +53,20 @@ def go_back_twice(folder: Path, sources: dict, until: int = 9) -> SavedState:
     )
 
 
-@pytest.fixture
-def back(tmp_path, sources) -> Path:
-    """`go_back_twice`, and a process that goes on from there to the end."""
-    folder = tmp_path / "back"
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, sources) -> Path:
+    """`go_back_twice`, and a process that continues from there to the end."""
+    folder = tmp_path_factory.mktemp("runs") / "back"
     folder.mkdir()
     at_9 = go_back_twice(folder, sources)
     write_ledger(folder, two(sources), PHASES, at_9, 12, 2)
     return folder
+
+
+@pytest.fixture
+def back(written, tmp_path) -> Path:
+    """A copy of the run that a test can change."""
+    return shutil.copytree(written, tmp_path / "back")
 
 
 def test_rows_passed_over_are_known_and_neither_lost_nor_taken(back, sources):
@@ -159,10 +166,10 @@ def test_a_run_that_begins_anew_after_a_rollback_to_its_start_passes_over_the_sa
         (
             lambda start: start["skipped_ranges"]["a"].__setitem__(0, start["skipped_ranges"]["a"][0] - 32),
             "changed",
-            "takes a up at",
+            "continues a at",
         ),
         (lambda start: start["cursor"].update(a=start["cursor"]["a"] + 32), "changed", "passes over a up to"),
-        (lambda start: start["skipped_ranges"].pop("a"), "changed", "takes a up at"),
+        (lambda start: start["skipped_ranges"].pop("a"), "changed", "continues a at"),
         (lambda start: start.update(is_rollback=False), "changed", "passes over a up to"),
         (lambda start: start["skipped_ranges"]["a"].reverse(), "ledger", "cannot be read"),
         (lambda start: start["skipped_ranges"]["a"].append(1), "ledger", "cannot be read"),
@@ -195,7 +202,7 @@ def test_a_rollback_without_the_bad_step_it_goes_back_from_is_named(back, edit):
             line["num_ledger_lines"] += len(lines) - size
     write_lines(back, lines)
     found = findings(back)
-    assert "no bad step that the run went back from stands before it" in found[0].message
+    assert "no bad step that the run went back from precedes it" in found[0].message
     assert {each.source for each in found if each.lost_tokens} == {"a", "b"}, "what it passed over is lost, then"
 
 
@@ -215,7 +222,7 @@ def test_a_bad_line_that_does_not_follow_its_step_is_named(back):
     write_lines(back, lines)
     verdict = run_audit(back)
     [found] = verdict.findings
-    assert "tells of step 3 as bad; the line before it is not that step's" in found.message
+    assert "marks step 3 as bad; the line before it is not that step's" in found.message
     assert verdict.num_skipped_updates == 1
 
 
