@@ -97,7 +97,7 @@ def test_nothing_was_lost_or_repeated(folder, capsys):
     assert said["tokens_checked"]
     assert said["sources"]["corpus"]["tokens"] == 12 * 256
     notes = "\n".join(said["notes"])
-    assert "step 4: restart, dp 2; takes back steps 5 to" in notes
+    assert "step 4: restart, dp 2; discards steps 5 to" in notes
     assert "step 9: restart, dp 1; dp was 2" in notes
     assert "step 7: phase long" in notes
     assert main(["audit", str(folder), "--step", "12"]) == 0

@@ -37,6 +37,18 @@ FIXED_FIELDS = {
     "scale_attn_weights": True,
 }
 """Published fields that we support at one value."""
+MODEL_FIELDS = {
+    "hidden_size": "n_embd",
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "ffn_hidden_size": "n_inner",
+    "vocab_size": "vocab_size",
+    "norm_eps": "layer_norm_epsilon",
+    "init_std": "initializer_range",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+"""Our field -> published field."""
+FIELD_DEFAULTS = {"layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": True}
 
 
 def tensor_mappings(model: BTLMConfig) -> Iterator[TensorMapping]:
@@ -73,20 +85,13 @@ def to_hf_config(model: BTLMConfig, mup: MupConfig | None, max_seq_len: int) -> 
         },
         "model_type": "btlm",
         "alibi_scaling": scaling and {key: value for key, value in asdict(scaling).items() if value is not None},
-        "initializer_range": model.init_std,
-        "layer_norm_epsilon": model.norm_eps,
         "mup_embeddings_scale": mup.embedding_multiplier if mup else 1.0,
         "mup_output_alpha": mup.output_multiplier if mup else 1.0,
         "mup_scale_qk_dot_by_d": mup is not None,
         "mup_width_scale": mup.base_hidden_size / model.hidden_size if mup else 1.0,
-        "n_embd": model.hidden_size,
-        "n_head": model.num_heads,
-        "n_inner": model.ffn_hidden_size,
-        "n_layer": model.num_layers,
         "n_positions": max_seq_len,
-        "tie_word_embeddings": model.tie_word_embeddings,
         "use_cache": True,
-        "vocab_size": model.vocab_size,
+        **{theirs: getattr(model, ours) for ours, theirs in MODEL_FIELDS.items()},
         **FIXED_FIELDS,
     }
 
@@ -112,19 +117,9 @@ def from_hf_config(hf_config: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     scaling, field = hf_config.get("alibi_scaling"), "config.json: alibi_scaling"
     if scaling is not None:
         check_alibi_scaling(parse_dataclass(AlibiScalingConfig, scaling, field), field)
-    model = {
-        "family": "btlm",
-        "hidden_size": hf_config["n_embd"],
-        "num_layers": hf_config["n_layer"],
-        "num_heads": hf_config["n_head"],
-        "ffn_hidden_size": hf_config["n_inner"],
-        "vocab_size": hf_config["vocab_size"],
-        "norm_eps": hf_config.get("layer_norm_epsilon", 1e-5),
-        "init_std": hf_config.get("initializer_range", 0.02),
-        "tie_word_embeddings": hf_config.get("tie_word_embeddings", True),
-        "alibi_scaling": scaling,
-    }
-    return model, _mup_from_hf(hf_config)
+    fields = FIELD_DEFAULTS | hf_config
+    model = {ours: fields[theirs] for ours, theirs in MODEL_FIELDS.items()}
+    return {"family": "btlm", **model, "alibi_scaling": scaling}, _mup_from_hf(hf_config)
 
 
 def _mup_from_hf(hf_config: dict[str, Any]) -> dict[str, Any] | None:

@@ -14,6 +14,23 @@ from tandem.trainer.config import MupConfig, StableLMConfig, UserError
 
 EMBEDDING_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 MAX_SEQ_LEN_FIELD = "max_position_embeddings"
+MODEL_FIELDS = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "norm_eps": "layer_norm_eps",
+    "init_std": "initializer_range",
+    "parallel_residual": "use_parallel_residual",
+    "qk_layernorm": "qk_layernorm",
+    "qkv_bias": "use_qkv_bias",
+    "norm_bias": "use_norm_bias",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+"""Our field -> published field."""
+FALSE_BY_DEFAULT = ("use_parallel_residual", "qk_layernorm", "use_qkv_bias", "use_norm_bias", "tie_word_embeddings")
 CODE_FILES: tuple[str, ...] = ()
 """Code files copied into an export: none, because transformers has the class."""
 
@@ -66,23 +83,11 @@ def to_hf_config(model: StableLMConfig, mup: MupConfig | None, max_seq_len: int)
         "architectures": ["StableLmForCausalLM"],
         "model_type": "stablelm",
         "hidden_act": "silu",
-        "hidden_size": model.hidden_size,
-        "initializer_range": model.init_std,
-        "intermediate_size": model.ffn_hidden_size,
-        "layer_norm_eps": model.norm_eps,
         "max_position_embeddings": max_seq_len,
-        "num_attention_heads": model.num_heads,
-        "num_hidden_layers": model.num_layers,
-        "num_key_value_heads": model.num_kv_heads,
-        "qk_layernorm": model.qk_layernorm,
         **rotary,
         "rope_parameters": {"rope_type": "default", **rotary},
-        "tie_word_embeddings": model.tie_word_embeddings,
         "use_cache": True,
-        "use_norm_bias": model.norm_bias,
-        "use_parallel_residual": model.parallel_residual,
-        "use_qkv_bias": model.qkv_bias,
-        "vocab_size": model.vocab_size,
+        **{theirs: getattr(model, ours) for ours, theirs in MODEL_FIELDS.items()},
     }
 
 
@@ -99,24 +104,14 @@ def from_hf_config(hf_config: dict[str, Any]) -> tuple[dict[str, Any], None]:
             f"config.json: rope_type {kind!r}, hidden_act {hf_config.get('hidden_act')!r}; Stable LM 2 has "
             "default and silu; choose another folder"
         )
-    model = {
-        "family": "stablelm",
-        "hidden_size": hf_config["hidden_size"],
-        "num_layers": hf_config["num_hidden_layers"],
-        "num_heads": hf_config["num_attention_heads"],
-        "ffn_hidden_size": hf_config["intermediate_size"],
-        "vocab_size": hf_config["vocab_size"],
-        "norm_eps": hf_config.get("layer_norm_eps", hf_config.get("norm_eps", 1e-5)),
-        "init_std": hf_config.get("initializer_range", 0.02),
-        "num_kv_heads": hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"],
-        "partial_rotary_factor": rotary.get("partial_rotary_factor", fraction),
-        "rotary_base": rotary.get("rope_theta", hf_config.get("rope_theta", 10_000)),
-        "parallel_residual": hf_config.get("use_parallel_residual", False),
-        "qk_layernorm": hf_config.get("qk_layernorm", False),
-        "qkv_bias": hf_config.get("use_qkv_bias", False),
-        "norm_bias": hf_config.get("use_norm_bias", False),
-        "tie_word_embeddings": hf_config.get("tie_word_embeddings", False),
-    }
+    fields: dict[str, Any] = {"initializer_range": 0.02, "num_key_value_heads": None}
+    fields["layer_norm_eps"] = hf_config.get("norm_eps", 1e-5)  # norm_eps in early revisions
+    fields |= dict.fromkeys(FALSE_BY_DEFAULT, False) | hf_config
+    model: dict[str, Any] = {"family": "stablelm"}
+    model |= {ours: fields[theirs] for ours, theirs in MODEL_FIELDS.items()}
+    model["num_kv_heads"] = model["num_kv_heads"] or model["num_heads"]
+    model["partial_rotary_factor"] = rotary.get("partial_rotary_factor", fraction)
+    model["rotary_base"] = rotary.get("rope_theta", hf_config.get("rope_theta", 10_000))
     return model, None
 
 

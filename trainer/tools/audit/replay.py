@@ -20,7 +20,7 @@ from tandem.trainer.tools.audit.webdataset_reader import WebdatasetReader
 
 CHUNK_ROWS = 1 << 14
 HALT_DESCRIPTIONS = {"rollback": "go back", "stop": "end"}
-"""Action recorded for a bad step -> what the run has to do instead of continuing."""
+"""Action for a bad step in the ledger -> what the run has to do instead of continuing."""
 PHASE_FIELDS = ("tokens", "seq_len", "global_batch_size", "mixture")
 
 
@@ -103,7 +103,7 @@ class Replay:
             reason = (
                 f"took from {', '.join(unknown)}, which its start does not name"
                 if unknown
-                else "lies beyond its start's phases"
+                else "is beyond its start's phases"
             )
             self._add_finding("changed", f"step {step.step} {reason}", step.step)
             self._step_checker.broken_sources |= step.read_ranges.keys()
@@ -283,9 +283,7 @@ class Replay:
         words = [f"step {attempt.step}: {kind}, dp {start.dp_size}"]
         if previous and previous.discarded_steps:
             first, last, count, tokens = previous.discarded_steps
-            words.append(
-                f"takes back steps {first} to {last}: {count} made and thrown away, {format_number(tokens)} tokens"
-            )
+            words.append(f"discards steps {first} to {last}: {count} steps, {format_number(tokens)} tokens")
         passed = [
             f"{format_number(end - left)} of {source}"
             for source, (left, end) in sorted(start.skipped_ranges.items())

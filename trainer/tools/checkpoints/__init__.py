@@ -29,7 +29,9 @@ from tandem.trainer.tools.checkpoints.compare import ProgressCallback, compare_c
 if TYPE_CHECKING:
     from tandem.trainer.checkpoint.read import Checkpoint
 
-REJECTED_REMARK = "damaged: the run continued from an earlier checkpoint and will remove this one when it reaches its step"
+REJECTED_REMARK = (
+    "damaged: the run continued from an earlier checkpoint and will remove this one when it reaches its step"
+)
 TORN_REMARK = "torn: not committed; a save is in progress, or the run was killed and will remove it when it continues"
 
 

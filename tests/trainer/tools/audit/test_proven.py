@@ -38,7 +38,7 @@ def test_a_run_over_every_kind_of_change_is_proven_and_its_history_told(whole, s
     assert verdict.findings == []
     assert verdict.num_steps == NUM_STEPS
     notes = "\n".join(verdict.notes)
-    assert "step 3: restart, dp 2; takes back steps 4 to 5: 2 made and thrown away, 768 tokens; dp was 1" in notes
+    assert "step 3: restart, dp 2; discards steps 4 to 5: 2 steps, 768 tokens; dp was 1" in notes
     assert "step 7: restart, dp 3; dp was 2; phase long: tokens 4608 -> 2304; phase edited added" in notes
     assert "source c added" in notes
     assert "step 7: phase long, 6 rows of 128 tokens" in notes
@@ -136,7 +136,7 @@ def test_a_run_may_go_back_to_steps_that_it_had_taken_back(tmp_path, sources):
     verdict = run_audit(tmp_path)
     assert verdict.findings == []
     assert {source: standing.tokens for source, standing in verdict.sources.items()} == end.cursor
-    assert "step 8: restart, dp 2; takes back steps 5 to 6: 2 made and thrown away" in "\n".join(verdict.notes)
+    assert "step 8: restart, dp 2; discards steps 5 to 6: 2 steps" in "\n".join(verdict.notes)
 
 
 def test_a_source_never_read_may_become_another_corpus(tmp_path, sources):

@@ -90,8 +90,8 @@ def test_the_history_tells_what_was_left_out_and_passed_over(back, capsys):
     assert f"{back}: 12 steps, 2 of them without an update" in said
     assert "step 2: update left out, loss of step 2 is not finite\n" in said
     assert "step 4: update left out, loss of step 4 is not finite\n" in said
-    assert "step 3: rollback from step 6, loss of step 6 is not finite, dp 1; takes back steps 4 to 6: 3 made" in said
-    assert "step 3: rollback from step 5, loss of step 5 is not finite, dp 1; takes back steps 4 to 5: 2 made" in said
+    assert "step 3: rollback from step 6, loss of step 6 is not finite, dp 1; discards steps 4 to 6: 3 steps" in said
+    assert "step 3: rollback from step 5, loss of step 5 is not finite, dp 1; discards steps 4 to 5: 2 steps" in said
     passed = [start_of(read_lines(back), is_rollback=True)["skipped_ranges"][source] for source in "ab"]
     a, b = (format_number(end - left) for left, end in passed)
     assert f"passes over the tokens read by then: {a} of a, {b} of b\n" in said
@@ -114,7 +114,7 @@ def test_a_process_that_begins_after_a_rollback_passes_over_the_same(tmp_path, s
     write_ledger(tmp_path, two(sources), PHASES, at_3, 12, 2, skip_cursor=over)
     verdict = run_audit(tmp_path)
     assert verdict.findings == []
-    assert "step 3: restart, dp 2; takes back steps 4 to 5" in "\n".join(verdict.notes)
+    assert "step 3: restart, dp 2; discards steps 4 to 5" in "\n".join(verdict.notes)
     lines = read_lines(tmp_path)
     start_of(lines, is_rollback=True)["cursor"]["a"] += 32
     write_lines(tmp_path, lines)
