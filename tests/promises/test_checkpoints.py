@@ -1,4 +1,4 @@
-"""What a person is told about saved checkpoints is so, whatever ranks wrote them; each thing that can be wrong is named."""
+"""`tandem checkpoint` reports the right facts for checkpoints of any layout, and names each kind of damage."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def config(tree: dict) -> TrainConfig:
 
 
 def train_and_recut(moved: TrainConfig, source: Path, target: Path) -> int:
-    """A run at this world's layout, and the state at `source` saved again at that layout, without a step between."""
+    """Train at this world's layout, and save the state at `source` again at that layout without a step."""
     reload_and_save(moved, source, target)
     return train.run(moved)
 
@@ -76,7 +76,7 @@ def root(tmp_path_factory, corpus) -> Path:
 
 @pytest.fixture
 def copy(root, tmp_path) -> Path:
-    """A copy of the run folder `one` that a test may spoil."""
+    """A copy of the run folder `one` that a test can damage."""
     shutil.copytree(root / "one" / "checkpoints", tmp_path / "copy" / "checkpoints")
     return tmp_path / "copy"
 
@@ -90,7 +90,7 @@ def data_file(folder: Path) -> Path:
 
 
 def recommit(folder: Path, **facts: object) -> None:
-    """The folder is whole again, as its files now are, and says these facts."""
+    """Commit the folder again with its current files and these facts."""
     manifest = read_manifest(folder) | facts
     for file in manifest["files"]:
         described = {"bytes": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)}
@@ -100,7 +100,7 @@ def recommit(folder: Path, **facts: object) -> None:
 
 
 def put(folder: Path, kind: str, values: dict[int, float | bytes]) -> str:
-    """These elements of a tensor of one kind have these values, or bits; returns the name of the tensor."""
+    """Set elements of a tensor to values, or bits. Return the name of the tensor."""
     fragments = [each for each in read_manifest(folder)["fragments"] if each["numel"] > max(values)]
     fragment = fragments[len(fragments) // 2]
     path = folder / fragment["file"]
@@ -116,7 +116,7 @@ def put(folder: Path, kind: str, values: dict[int, float | bytes]) -> str:
 
 
 def asked(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict]:
-    """Exit code and answer of a command with --json, after the same without, whose exit code is the same."""
+    """Run a command with and without --json. Check that the exit codes are equal. Return the code and the JSON."""
     command = ["checkpoint", *map(str, arguments)]
     code = main(command)
     capsys.readouterr()
@@ -382,7 +382,7 @@ def test_an_import_differs_by_what_only_a_run_has_and_not_in_its_weights(root, c
 
 
 def test_other_shapes_and_names_are_a_difference_and_no_crash(root, tmp_path, corpus, capsys):
-    """A model of another width and depth, as it would be saved before its first step."""
+    """Save a model of another width and depth before its first step."""
     wider = two_phase_config(
         "btlm", corpus, tmp_path, steps=2, run={"name": "wider"}, model={"ffn_hidden_size": 180, "num_layers": 1}
     )

@@ -1,4 +1,4 @@
-"""Who goes on training an export with plain PyTorch makes the trainer's own updates."""
+"""Training that continues from an export in plain PyTorch makes the same updates as the trainer."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def exported(name: str, out: Path) -> tuple[dict[str, Tensor], PreTrainedModel]:
-    """The weights, and the export of them as transformers loads it."""
+    """Return weights, and their export as transformers loads it."""
     model, mup = MODELS[name]
     tensors = reference_module(model).random_tensors(model, seed=3)
     convert.export_folder(tensors.__getitem__, model, mup, out, tokenizer=None, max_seq_len=64, dtype=torch.float32)
@@ -80,7 +80,7 @@ def test_updates_with_the_exports_groups_are_the_trainers(name: str, tmp_path: P
 
 @every_model
 def test_every_parameter_is_in_one_group_with_the_published_rate_and_decay(name: str, tmp_path: Path) -> None:
-    """The slopes are in none: they are frozen."""
+    """The slopes are in no group, because they are frozen."""
     model, mup = MODELS[name]
     _, theirs = exported(name, tmp_path / "out")
     groups = theirs.get_mup_param_groups(LR, weight_decay=0.1)

@@ -1,4 +1,4 @@
-"""Weights in, through a world of any tensor-parallel size, and out again are the same bits, and training goes on from there."""
+"""Import and export at any tensor-parallel size keep every bit, and training continues from an import."""
 
 import dataclasses
 import filecmp
@@ -45,12 +45,12 @@ __all__ = ["offline"]
 Case = tuple[StableLMConfig | BTLMConfig, MupConfig | None]
 TP_SIZES = (1, 2, 4)
 HEADS = {"stablelm_12b": {"hidden_size": 128, "num_heads": 8, "num_kv_heads": 4}, "stablelm_tied": {"num_kv_heads": 6}}
-"""Where those of the variant cannot be shared."""
+"""Changes to variants whose heads cannot be divided over the ranks."""
 CASES: dict[str, Case] = {
     name: (dataclasses.replace(model, ffn_hidden_size=151, vocab_size=301, **HEADS.get(name, {})), mup)
     for name, (model, mup) in VARIANTS.items()
 }
-"""Sizes of which four ranks hold all, some, and nothing but padding."""
+"""With these sizes, each of four ranks has a full, a partial or a padding-only part."""
 LAYOUTS = [
     (name, tp_size) for name, (model, _) in CASES.items() for tp_size in TP_SIZES
     if model.num_kv_heads % tp_size == 0 and model.num_heads % tp_size == 0
@@ -67,7 +67,7 @@ def config(name: str, tp_size: int, folder: Path, precision: str = "fp32") -> Tr
 
 
 def through_all(folder: Path, runs: list[TrainConfig]) -> dict[tuple[str, int], dict[str, dict[str, Tensor]]]:
-    """`through` of every layout, in one world of four ranks that changes its groups; then the runs."""
+    """Run `through` for every layout, in one world of four ranks that changes its groups, then the runs."""
     found = {}
     for tp_size in TP_SIZES:
         with mesh_context(tp_size) as mesh:
@@ -78,7 +78,7 @@ def through_all(folder: Path, runs: list[TrainConfig]) -> dict[tuple[str, int], 
 
 
 def through(name: str, folder: Path, mesh: Mesh) -> dict[str, dict[str, Tensor]]:
-    """The gathered weights as loaded, and after one update, which is saved; loaded in bf16 too, whose masters are saved."""
+    """Gather the weights as loaded and after one saved update; load them in bf16 too and save the masters."""
     given, found = config(name, mesh.tp_size, folder), {}
     engine = build_engine(given, mesh, None, open_initial_weights(given, mesh))
     found["loaded"] = gathered(engine)
@@ -116,7 +116,7 @@ def tensors(name: str) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Of each case: a Hugging Face folder with a tokenizer in `source`, and what the command makes of it in `import`."""
+    """Write a Hugging Face folder with a tokenizer to `source` for each case, and its import to `import`."""
     from tests.promises.test_hf import write_tokenizer  # not at the top: each rank would wait for transformers
 
     root = tmp_path_factory.mktemp("exchange")
@@ -166,7 +166,7 @@ def test_an_export_is_the_gathered_weights_at_every_tp_size(world, folder, name,
 @pytest.mark.dist
 @pytest.mark.parametrize(("name", "tp_size"), IN_BF16)
 def test_a_bf16_run_starts_from_the_unrounded_weights(world, folder, name, tp_size):
-    """Its masters are the import's; its weights are their rounding."""
+    """The masters equal the import; the weights are rounded masters."""
     given = tensors(name)
     assert differing(Checkpoint(folder / name / f"bf16-tp{tp_size}" / "step-00000001").read_weight, given) == []
     rounded = world[name, tp_size]["rounded"]
@@ -188,7 +188,7 @@ def test_a_fresh_bf16_run_starts_from_the_unrounded_initial_values(variant):
 
 @pytest.mark.parametrize("name", CASES)
 def test_an_export_of_an_import_is_the_folder_it_came_from(folder, name, tmp_path):
-    """File by file, bit by bit; but for the shards, which are of the ordinary size."""
+    """Compare every file bit by bit, except shards, which have the default size."""
     assert main(["export-hf", str(folder / name / "import"), str(tmp_path / "out"), "--dtype", "fp32"]) == 0
     ours, theirs = (
         {path.name: path for path in place.iterdir()} for place in (tmp_path / "out", folder / name / "source")
@@ -273,7 +273,7 @@ def test_what_changes_what_the_weights_compute_is_refused(folder, name, changes)
 
 
 def made_elsewhere(family: str, folder: Path) -> None:
-    """A folder without the fields that only ours have: Stable LM by transformers itself, BTLM as it is published."""
+    """A folder without our own fields: Stable LM written by transformers, BTLM as published."""
     if family == "stablelm":
         from transformers import StableLmConfig, StableLmForCausalLM
 
@@ -294,7 +294,7 @@ def made_elsewhere(family: str, folder: Path) -> None:
 
 
 def starting(family: str, tp_size: int, corpus: Path, root: Path) -> TrainConfig:
-    """One step from the import, with documents apart in Stable LM, of which its folder says nothing."""
+    """Make one step from the import. Stable LM masks documents, which its folder does not record."""
     weights = str(root / f"{family}-in")
     run = {"name": f"{family}-tp{tp_size}", "precision": "fp32", "stop_step": 1, "init_from": weights}
     tree = two_phase_config(family, corpus, root, run=run, parallel={"tp_size": tp_size})
@@ -322,7 +322,7 @@ def first_batch(given: TrainConfig) -> Batch:
 
 
 def loss_by_transformers(folder: Path, given: TrainConfig) -> float:
-    """Mean over the first global batch, in which documents end; each is read alone where the run keeps them apart."""
+    """Average over the first global batch, which has ends of documents. Read each document alone if the run masks them."""
     batch, theirs, losses = first_batch(given), load_pretrained(folder), []
     for tokens, targets, documents in zip(batch.tokens, batch.targets, batch.document_ids, strict=True):
         apart = documents if given.model.document_masking else torch.zeros_like(documents)

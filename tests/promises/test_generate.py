@@ -1,4 +1,4 @@
-"""Generation through the cache says what reading from scratch says, and transformers on the export; no row sees another."""
+"""Generation with the cache equals recomputation and transformers on the export. No row affects another."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ from tests.reference.variants import VARIANTS, random_tokens, reference_module
 __all__ = ["offline"]
 
 NOISE = 4
-"""Two evaluations in fp32 stray about equally far from fp64; this leaves room for another order of sums."""
+"""Two fp32 evaluations differ from fp64 by about the same amount. This leaves room for another order of sums."""
 every_case = pytest.mark.parametrize("variant", DECODER_VARIANTS)
 
 
@@ -110,7 +110,7 @@ def test_the_likeliest_tokens_are_those_of_transformers_generate(variant, mesh, 
 
 @every_case
 def test_documents_are_read_on_as_they_are_read_at_once(variant, mesh):
-    """In parts that end inside documents and at their ends."""
+    """The parts end inside documents and at their ends."""
     ours, batch = build_decoder(variant, mesh), random_tokens(DECODER_VARIANTS[variant][0], num_rows=2, seq_len=20)
     documents = torch.tensor([[0] * 6 + [1] * 9 + [2] * 5, [0] * 1 + [1] * 19]).int()
     whole, cache = ours.logits(batch, documents), KVCache()
@@ -160,7 +160,7 @@ def test_the_seed_fixes_the_text(mesh):
 
 
 def test_all_rows_end_before_the_steps_do(mesh):
-    """Each with the end it comes to; the loop goes on until the last has."""
+    """Each text ends at its own EOS. The loop continues until the last one has ended."""
     ours, (prompts, _) = build_decoder("stablelm_12b", mesh), prompts_and_continuations("stablelm_12b", PROMPT_LENGTHS)
     unended = list(generate_tokens(ours, prompts, NUM_STEPS, SamplingConfig(3.0), eos_token_id=None))
     assert len(unended) == NUM_STEPS
@@ -177,7 +177,7 @@ def generators(count: int) -> list[torch.Generator]:
 
 
 def shares(sampling: SamplingConfig, probabilities: list[float], draws: int = 4_000) -> Tensor:
-    """How often each token is drawn."""
+    """Count how often each token is drawn."""
     logits = torch.tensor(probabilities).log().expand(draws, -1)
     drawn = sample_tokens(logits, sampling, generators(draws))
     return torch.bincount(torch.tensor(drawn), minlength=len(probabilities)) / draws
@@ -212,7 +212,7 @@ def test_tokens_are_drawn_as_often_as_the_settings_say(sampling, wanted):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """An export with a tokenizer of whole bytes, so that random weights write much that is no character."""
+    """An export with a byte tokenizer, so that random weights generate many incomplete characters."""
     root = tmp_path_factory.mktemp("generate")
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -251,7 +251,7 @@ def test_the_command_prints_one_text_or_numbers_several(folder, capsys, tmp_path
 
 
 def test_a_text_ends_with_its_document_unless_asked_to_go_on(folder, capsys):
-    """At a temperature that makes all 280 tokens alike: in 200 draws about half of the rows come to their end."""
+    """The temperature makes all 280 tokens equally likely, so about half of the rows end within 200 tokens."""
     end = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("<|endoftext|>")
     prompts = ["a", "cat", "and", "the", "house", "in", "it"]
     options = [each for prompt in prompts for each in ("--prompt", prompt)]
@@ -269,7 +269,7 @@ def test_a_text_ends_with_its_document_unless_asked_to_go_on(folder, capsys):
 
 
 def test_a_text_begins_with_its_prompt_whatever_stands_there(folder, capsys, tmp_path):
-    """Marks between documents, and characters that only some take for ends of lines."""
+    """Special tokens between documents, and characters that some programs treat as ends of lines."""
     (tmp_path / "prompts.txt").write_text("the<|endoftext|>a\na cat\fand\u2028the house\n")
     lines = said(capsys, folder, "--prompts", tmp_path / "prompts.txt", "--json", *DRAWN).splitlines()
     found = [json.loads(line) for line in lines]
@@ -303,7 +303,7 @@ def test_text_appears_with_its_tokens_in_whole_characters(folder):
 
 @pytest.mark.dist
 def test_a_reader_who_has_enough_ends_the_command_quietly(folder):
-    """As in `tandem generate ... | head -c 1`."""
+    """Test `tandem generate ... | head -c 1`."""
     command = [
         sys.executable,
         "-m",

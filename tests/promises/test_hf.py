@@ -1,4 +1,4 @@
-"""What leaves through `tandem.trainer.checkpoint.hf.convert` is the model to transformers, and comes back as it went."""
+"""transformers computes the model from an export, and an import of the export is the same model."""
 
 import dataclasses
 from pathlib import Path
@@ -25,7 +25,7 @@ from tests.reference.variants import VARIANTS, random_tokens, reference_module, 
 __all__ = ["offline"]
 
 NOISE = 4
-"""Two evaluations in fp32 stray about equally far from fp64; this leaves room for another order of sums."""
+"""Two fp32 evaluations differ from fp64 by about the same amount. This leaves room for another order of sums."""
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -75,7 +75,7 @@ def test_logits_and_gradients_of_an_export_are_the_references(variant: str, tmp_
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name.startswith("btlm")])
 def test_shipped_btlm_is_the_reference_in_double_precision(variant: str, tmp_path: Path) -> None:
-    """What fp32 noise could hide: 1e-12 is four digits above fp64's noise, nine below any wrong factor."""
+    """Find what fp32 noise can hide: 1e-12 is four digits above the noise of fp64 and nine below any wrong factor."""
     model, mup = VARIANTS[variant]
     tensors, batch = export(variant, tmp_path / "out"), random_tokens(model)
     exact = reference_module(model).logits(to_fp64(tensors).__getitem__, model, mup, batch)
@@ -120,7 +120,7 @@ def test_export_in_bf16_holds_the_rounded_weights(variant: str, tmp_path: Path) 
 
 @every_variant
 def test_cached_generation_is_recomputation(variant: str, tmp_path: Path) -> None:
-    """Rows of different length, padded on the left: the padding must be invisible too."""
+    """Rows have different lengths and are padded on the left. The padding must have no effect."""
     model, mup = VARIANTS[variant]
     tensors = export(variant, tmp_path / "out")
     prompt = random_tokens(model, seq_len=12)
@@ -193,7 +193,7 @@ def test_an_export_is_all_that_transformers_needs_to_write_text(variant: str, tm
 
 
 def test_every_token_of_an_export_has_a_gradient(tmp_path: Path) -> None:
-    """A pad token in config.json would take it from its row of the embedding, which is also that of the end of a document."""
+    """A pad token in config.json would stop the gradient of its embedding row, which is also the row of EOS."""
     write_tokenizer(tmp_path / "tokenizer.json", vocab=97)
     export("stablelm_12b", tmp_path / "out", tokenizer=tmp_path / "tokenizer.json")
     theirs = loaded(tmp_path / "out")
@@ -231,7 +231,7 @@ folder leaves out where it is the class's default."""
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_config_of_an_export_is_the_published_one(name: str) -> None:
-    """Field by field, after the way through ours: none is missing, none is invented."""
+    """Compare every field after import and export: none is missing, none is added."""
     published = PUBLISHED[name]
     table = convert.FAMILY_MODULES[published["model_type"]]
     model, mup = convert._parse_hf_config(Path("folder"), published)

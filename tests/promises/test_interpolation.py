@@ -1,4 +1,4 @@
-"""Position interpolation from the config to the export: what it does to distances, where it is set, what is refused."""
+"""Position interpolation from the config to the export: its effect, its settings, and values that are refused."""
 
 import json
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ def test_slopes_are_divided_by_the_factor_or_by_how_much_longer_than_trained_a_r
 
 
 def test_dynamic_interpolation_leaves_rows_of_the_trained_length_as_they_were(mesh):
-    """Bitwise; and longer ones it reads as fixed interpolation does by their length over the trained one."""
+    """Equal bit by bit. Longer rows equal fixed interpolation by their length divided by the trained length."""
     dynamic, model = build_decoder("btlm_dynamic", mesh), VARIANTS["btlm_dynamic"][0]
     plain, fixed = build_decoder("btlm_dynamic", mesh), build_decoder("btlm_dynamic", mesh)
     plain.config = replace(model, alibi_scaling=None)
@@ -63,7 +63,7 @@ def test_dynamic_interpolation_leaves_rows_of_the_trained_length_as_they_were(me
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, corpus) -> Path:
-    """A run without interpolation, and `long` beside it: the same weights trained on, interpolated, in longer rows."""
+    """A run without interpolation, and `long`, which continues its training interpolated with longer rows."""
     root = tmp_path_factory.mktemp("interpolation")
     (root / "config.yaml").write_text(yaml.safe_dump(two_phase_config("btlm", corpus, root / "runs")))
     scaled = "model.alibi_scaling={type: linear, train_seq_len: 32}"
@@ -80,7 +80,7 @@ def loss(capsys, *arguments: object) -> float:
 
 @pytest.mark.dist
 def test_a_run_goes_on_interpolated_from_weights_that_were_not(run):
-    """Their model differs in nothing that a weight depends on; step 7 is the first with rows longer than 32."""
+    """The models have the same weights. Step 7 is the first with rows longer than 32."""
     steps = read_step_records(run.parent / "long")
     assert steps[1]["loss"] < read_step_records(run)[1]["loss"]
     assert max(steps) == 7

@@ -49,7 +49,7 @@ def atomic_folder(target_folder: Path) -> Iterator[Path]:
     target_folder = target_folder.resolve()
     if os.path.ismount(target_folder) or target_folder == Path.cwd():
         what = "a mount point" if os.path.ismount(target_folder) else "the current folder"
-        raise UserError(f"{target_folder}: is {what}, which the complete output cannot replace; name a new folder")
+        raise UserError(f"{target_folder}: is {what}; it must be possible to replace it; name a new folder")
     temporary_name = f".{target_folder.name}.{os.getpid()}"
     folder, old = (target_folder.with_name(f"{temporary_name}.{state}") for state in ("partial", "old"))
     target_folder.parent.mkdir(parents=True, exist_ok=True)

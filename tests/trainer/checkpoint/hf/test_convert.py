@@ -1,4 +1,4 @@
-"""Folders: whole or not at all on the way out, one line about what is wrong on the way in."""
+"""An export is atomic. An import refuses a bad folder with one line."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def edit(path: Path, **fields: object) -> None:
 
 
 def change(folder: Path, **tensors: torch.Tensor | None) -> None:
-    """Tensors of a one-file folder replaced, added, or (None) removed."""
+    """Replace, add, or (None) remove tensors of a folder with one file."""
     held = load_file(folder / convert.WEIGHTS_FILE) | tensors
     save_file({name: value for name, value in held.items() if value is not None}, folder / convert.WEIGHTS_FILE)
 
@@ -123,7 +123,7 @@ def test_a_bad_folder_is_refused_in_one_line(
 
 
 def test_a_published_folders_extras_are_accepted(tmp_path: Path) -> None:
-    """Causal-mask buffers, a tied head written out, slopes in 16 bits and flat, or absent."""
+    """Causal-mask buffers, a stored tied head, slopes in 16 bits and one dim, or absent."""
     tensors = export("btlm_6_heads", tmp_path / "out")
     held = load_file(tmp_path / "out" / convert.WEIGHTS_FILE)
     change(
@@ -144,7 +144,7 @@ def test_a_published_folders_extras_are_accepted(tmp_path: Path) -> None:
 
 
 def test_a_tensor_of_pieces_in_several_dtypes_is_not_rounded(tmp_path: Path) -> None:
-    """The first piece is narrower than the others, and neither of the two 16-bit formats holds the other."""
+    """The first part has a narrower dtype than the others, and neither 16-bit dtype can represent the other."""
     tensors = export("stablelm_12b", tmp_path / "out")
     held, name = load_file(tmp_path / "out" / convert.WEIGHTS_FILE), "layers.0.attention.qkv.weight"
     for changed in ({QUERY: torch.bfloat16}, {QUERY: torch.bfloat16, QUERY.replace("q_", "k_"): torch.float16}):
@@ -165,7 +165,7 @@ def test_a_tensor_of_pieces_in_several_dtypes_is_not_rounded(tmp_path: Path) -> 
 
 
 def test_earlier_names_of_fields_are_read(tmp_path: Path) -> None:
-    """Rotary fields at the top, as before transformers 5, and under the names of the first revisions."""
+    """Rotary fields at the top level, as before transformers 5, and with the names of the first revisions."""
     export("stablelm_1_6b", tmp_path / "out")
     config, (wanted, _) = tmp_path / "out" / "config.json", VARIANTS["stablelm_1_6b"]
     edit(config, rope_parameters="drop")
@@ -187,7 +187,7 @@ def test_absent_norm_biases_are_zero_and_one_that_is_not_zero_decides(tmp_path: 
 
 
 def test_the_published_fields_of_btlm_are_read() -> None:
-    """Values of cerebras/btlm-3b-8k-base, whose config.json leaves out what is GPT-2's default."""
+    """Values of cerebras/btlm-3b-8k-base, whose config.json omits GPT-2's defaults."""
     published = {
         "activation_function": "swiglu", "attn_pdrop": 0.0, "bos_token_id": 50256, "embd_pdrop": 0.0,
         "eos_token_id": 50256, "initializer_range": 0.073, "layer_norm_epsilon": 1e-05, "model_type": "btlm",
@@ -274,7 +274,7 @@ def test_a_failed_export_leaves_what_was_there(tmp_path: Path) -> None:
 def test_what_cannot_be_replaced_is_refused_before_anything_is_written(
     out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The current folder, of which a shell would go on to see the removed one, and a mount point."""
+    """The current folder, because a shell would stay in the removed one, and a mount point."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with (

@@ -1,4 +1,4 @@
-"""What the shipped class owes to those who go on with it: loss, padding, casts, training, fresh weights."""
+"""The exported class in use: loss, padding, casts, training, initial weights."""
 
 import pytest
 import torch
@@ -35,12 +35,12 @@ def test_a_config_that_asks_for_more_is_refused(name: str, value: object) -> Non
         ({"type": "linear", "factor": 4.0, "train_seq_len": 8192}, "exactly two keys"),
         ({"type": "linear", "stretch": 4.0}, "exactly two keys"),
         ({"type": "dynamic", "factor": 4.0}, "type 'dynamic'; must be 'linear'"),
-        ({"type": "linear", "factor": 1.0}, "factor 1.0; must be float and above 1"),
-        ({"type": "linear", "factor": 4}, "factor 4; must be float and above 1"),
-        ({"type": "linear", "factor": float("nan")}, "factor nan; must be float and above 1"),
-        ({"type": "linear", "train_seq_len": 1}, "train_seq_len 1; must be int and above 1"),
-        ({"type": "linear", "train_seq_len": 8192.0}, "train_seq_len 8192.0; must be int and above 1"),
-        ({"type": "linear", "train_seq_len": True}, "train_seq_len True; must be int and above 1"),
+        ({"type": "linear", "factor": 1.0}, "factor 1.0; must be of type float and above 1"),
+        ({"type": "linear", "factor": 4}, "factor 4; must be of type float and above 1"),
+        ({"type": "linear", "factor": float("nan")}, "factor nan; must be of type float and above 1"),
+        ({"type": "linear", "train_seq_len": 1}, "train_seq_len 1; must be of type int and above 1"),
+        ({"type": "linear", "train_seq_len": 8192.0}, "train_seq_len 8192.0; must be of type int and above 1"),
+        ({"type": "linear", "train_seq_len": True}, "train_seq_len True; must be of type int and above 1"),
     ],
 )
 def test_a_mistaken_interpolation_is_refused(scaling: object, message: str) -> None:
@@ -60,7 +60,7 @@ def test_loss_with_labels_is_the_mean_over_predicted_tokens() -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("variant", ["btlm_6_heads", "btlm_dynamic"])
 def test_padding_is_invisible(variant: str, side: str) -> None:
-    """Not counted either, where the slopes depend on the length of a row."""
+    """Padding does not count either if the slopes depend on the length of a row."""
     theirs, batch = made(variant).double(), random_tokens(VARIANTS[variant][0])
     inside = slice(7, None) if side == "left" else slice(None, -7)
     mask = torch.zeros_like(batch)
@@ -100,7 +100,7 @@ def test_gradients_are_the_same_with_checkpointing() -> None:
 
 
 def test_fresh_weights_have_the_published_standard_deviations() -> None:
-    """sigma; that times the root of the width scale; that over the root of twice the depth; to 5 errors."""
+    """The std is sigma, times sqrt(width scale), divided by sqrt(2 * depth); to 5 standard errors."""
     theirs = made(n_embd=96, mup_width_scale=0.25, initializer_range=0.073, n_layer=8)
     weights, count = dict(theirs.named_parameters()), 96 * 96
     for name, std in (
@@ -128,7 +128,7 @@ def test_embeddings_can_be_given_instead_of_tokens() -> None:
 
 
 def test_reference_and_shipped_code_disagree_when_the_scale_is_the_root() -> None:
-    """The comparison's own teeth: 1 / sqrt(head_dim) under muP is far outside any tolerance used here."""
+    """Check that the comparison can fail: 1 / sqrt(head_dim) under muP is far outside every tolerance here."""
     model, mup = VARIANTS["btlm_mup"]
     tensors, batch = to_fp64(reference_module(model).random_tensors(model, seed=3)), random_tokens(model)
     with_mup = reference_module(model).logits(tensors.__getitem__, model, mup, batch)

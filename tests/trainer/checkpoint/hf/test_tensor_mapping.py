@@ -1,4 +1,4 @@
-"""The tables: nothing lost, nothing twice, and the shapes of the published models."""
+"""The tables map every element once and have the shapes of the published models."""
 
 import math
 

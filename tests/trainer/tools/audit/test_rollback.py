@@ -32,7 +32,7 @@ def two(sources: dict) -> dict:
 
 
 def start_of(lines: list[dict], **fields) -> dict:
-    """The last start with these fields."""
+    """Return the last start with these fields."""
     starts = [line for line in lines if line["kind"] == "start"]
     return next(line for line in reversed(starts) if fields.items() <= line.items())
 
@@ -42,7 +42,7 @@ def bad_of(lines: list[dict], step: int) -> dict:
 
 
 def go_back_twice(folder: Path, sources: dict, until: int = 9) -> SavedState:
-    """A process that leaves out the update of step 2, goes back to step 3 from 6 and then from 5, and leaves out that of 4."""
+    """Write a process that skips the update of step 2, rolls back to step 3 from 6 and from 5, and skips the update of 4."""
     reached = write_ledger(folder, two(sources), PHASES, FRESH_STATE, 6, 1, bad={2: "skip", 6: "rollback"}).cursor
     at_3 = state_at(folder, 3)
     reached = write_ledger(
@@ -123,7 +123,7 @@ def test_a_process_that_begins_after_a_rollback_passes_over_the_same(tmp_path, s
 
 
 def read_by(folder: Path, step: int) -> dict[str, int]:
-    """The cursor after the first time that a step was made."""
+    """Return the cursor after the first time that a step was made."""
     line = next(line for line in read_lines(folder) if line["kind"] == "step" and line["step"] == step)
     return {source: end for source, (_, end) in line["read_ranges"].items()}
 
@@ -227,7 +227,7 @@ def test_a_bad_line_that_does_not_follow_its_step_is_named(back):
 
 
 def test_a_loader_that_reads_the_rows_again_that_the_ledger_passes_over_is_named(tmp_path, sources):
-    """The ledger says what the trainer was told to do; the evidence is what it did."""
+    """The cursors are what the trainer had to read; the digests are what it read."""
     reached = write_ledger(tmp_path, two(sources), PHASES, FRESH_STATE, 6, 1, bad={6: "rollback"}).cursor
     at_3 = state_at(tmp_path, 3)
     write_ledger(tmp_path, two(sources), PHASES, at_3, 5, 1, skip_cursor=reached, rollback=True)

@@ -1,4 +1,4 @@
-"""`--tokens` reads shards through webdataset, so an error of our own reading cannot hide behind the hashes that it made."""
+"""`--tokens` reads shards through webdataset, so it finds errors of our own reader that agree with all hashes."""
 
 import dataclasses
 import hashlib
@@ -31,7 +31,7 @@ FILE = f"train-{SHARD_INDEX:06d}.tar"
 
 
 def change_header(content: bytes, member: int, **changes) -> bytes:
-    """The shard with one header changed; every byte that the loader takes for a token stays where it is."""
+    """Change one header of a shard. Every byte that the loader reads as a token stays in place."""
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         header = tar.getmembers()[member]
     start = header.offset
@@ -52,7 +52,7 @@ def append_member(content: bytes) -> bytes:
 
 @pytest.fixture
 def run_on(tmp_path) -> Callable[..., tuple[Path, dict[str, str]]]:
-    """run_on(change): a run on corpora whose writer made one shard of "b" as `change` does, hashes and manifest included."""
+    """run_on(change): a run on corpora with one changed shard of "b". The manifest has the hashes of the changed shard."""
 
     def make(change: Callable[[bytes], bytes]) -> tuple[Path, dict[str, str]]:
         sources = {"a": make_corpus(tmp_path / "a", 1, 90), "b": make_corpus(tmp_path / "b", 2, 16)}
