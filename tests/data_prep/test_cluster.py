@@ -2,6 +2,7 @@
 
 import argparse
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tandem.data_prep.cluster.stage_job import PreparationRequest
 from tandem.data_prep.cluster.submissions import Submission
 from tandem.trainer.config import UserError
 from tandem.trainer.disk import atomic_file
+from tests.data_prep.conftest import file_contents, prepare_small
 
 SETTINGS = ["--sample-tokens", 512, "--shard-tokens", 2000, "--held-out", 0.1, "--vocab-size", 300, "--deduplicate"]
 SQUEUE = """#!/bin/sh
@@ -20,17 +22,30 @@ echo "12 RUNNING\n12 PENDING\n12 PENDING\n99 RUNNING"
 """
 
 
-@pytest.fixture(autouse=True)
-def _several_units(monkeypatch):
-    monkeypatch.setattr(work_units, "MIN_UNIT_BYTES", 10_000)
-    monkeypatch.setattr(stages, "CHECK_SAMPLE_DOCUMENTS", 1)
+@pytest.fixture(autouse=True, scope="module")
+def _several_units():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work_units, "MIN_UNIT_BYTES", 10_000)
+        patch.setattr(stages, "CHECK_SAMPLE_DOCUMENTS", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def expected(_several_units, shared_folder, tmp_path_factory) -> dict[str, bytes]:
+    """The files that one machine writes."""
+    return file_contents(prepare_small(tmp_path_factory.mktemp("local") / "out", "--input", shared_folder, *SETTINGS))
+
+
+@pytest.fixture
+def folder(shared_folder):
+    return shared_folder
 
 
 @pytest.fixture
 def request_of(tmp_path, folder):
     """request_of(name): the request that `tandem prepare` would submit for that output."""
 
-    def made(name: str) -> PreparationRequest:
+    def made(name: str, folder: Path = folder) -> PreparationRequest:
         output = tmp_path / name
         parser = argparse.ArgumentParser()
         prepare.add_arguments(parser)
@@ -43,12 +58,6 @@ def request_of(tmp_path, folder):
         )
 
     return made
-
-
-@pytest.fixture
-def expected(prepared, folder, content) -> dict[str, bytes]:
-    """The files that one machine writes."""
-    return content(prepared("local", "--input", folder, *SETTINGS))
 
 
 def test_any_number_of_tasks_in_any_order_gives_the_same_bytes(expected, request_of, content):
@@ -115,8 +124,9 @@ def test_a_job_that_begins_too_early_reports_what_is_missing(request_of):
 
 def test_a_failed_task_writes_its_error_line_next_to_the_logs(request_of, folder, tmp_path, capsys):
     slurm = pytest.importorskip("tandem.data_prep.cluster.slurm", reason="datatrove is not installed")
-    (folder / "1" / "bad.jsonl").write_text('{"body": "no text"}\n')
-    job = stage_job.plan_jobs(request_of("jobs"), 1)[0]
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    (damaged / "1" / "bad.jsonl").write_text('{"body": "no text"}\n')
+    job = stage_job.plan_jobs(request_of("jobs", damaged), 1)[0]
     job.save(tmp_path / "train.job")
     with pytest.raises(SystemExit) as ended:
         slurm.TaskStep(tmp_path / "train.job")(None, 0, 1)

@@ -16,6 +16,7 @@ import pytest
 
 from tandem.data_prep import executor
 from tandem.trainer.config import UserError
+from tests.data_prep.conftest import file_contents, prepare_small
 from tests.timeouts import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +31,15 @@ from tests.data_prep.test_executor import sleeping
 if __name__ == "__main__":
     executor.run(partial(sleeping, Path(sys.argv[1])), range(4), 2, lambda count: None)
 """
+
+
+SMALL = ["--sample-tokens", 512, "--shard-tokens", 512, "--held-out", 0.1, "--vocab-size", 300]
+
+
+@pytest.fixture(scope="module")
+def expected(shared_folder, tmp_path_factory) -> dict[str, bytes]:
+    """The files of a preparation that was not stopped."""
+    return file_contents(prepare_small(tmp_path_factory.mktemp("expected") / "whole", "--input", shared_folder, *SMALL))
 
 
 def failing(folder: Path) -> executor.ItemFunction:
@@ -139,10 +149,10 @@ def test_an_interrupt_leaves_no_process(tmp_path):
     wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), 5)
 
 
-def test_a_preparation_whose_worker_was_killed_continues_to_the_same_bytes(prepared, folder, content, tmp_path):
-    small = ["--sample-tokens", 512, "--shard-tokens", 512, "--held-out", 0.1, "--vocab-size", 300]
-    arguments = ["--input", folder, *small]
-    expected = content(prepared("whole", *arguments))
+def test_a_preparation_whose_worker_was_killed_continues_to_the_same_bytes(
+    prepared, shared_folder, expected, content, tmp_path
+):
+    arguments = ["--input", shared_folder, *SMALL]
     output = tmp_path / "killed"
     with running("-m", "tandem.trainer", "prepare", "--output", output, *arguments, "--workers", 2) as process:
         wait_until(lambda: children(process.pid, "spawn_main"))
@@ -183,9 +193,10 @@ def test_an_interrupt_while_the_last_items_end_is_not_lost():
 
 
 @pytest.mark.parametrize("delay_seconds", [0.0, 0.02, 0.1])
-def test_an_interrupted_preparation_is_one_line_and_continues(prepared, folder, content, tmp_path, delay_seconds):
-    small = ["--sample-tokens", 512, "--shard-tokens", 512, "--held-out", 0.1, "--vocab-size", 300]
-    arguments = ["--input", folder, *small]
+def test_an_interrupted_preparation_is_one_line_and_continues(
+    prepared, shared_folder, expected, content, tmp_path, delay_seconds
+):
+    arguments = ["--input", shared_folder, *SMALL]
     output = tmp_path / "interrupted"
     with running("-m", "tandem.trainer", "prepare", "--output", output, *arguments, "--workers", 2) as process:
         wait_until(lambda: children(process.pid, "spawn_main"))
@@ -197,6 +208,5 @@ def test_an_interrupted_preparation_is_one_line_and_continues(prepared, folder, 
         f"tandem: interrupted; finished work is kept in {output}; the same command goes on"
     ]
     assert "Traceback" not in said
-    expected = content(prepared("whole", *arguments))
     assert prepared("interrupted", *arguments) == output
     assert content(output) == expected

@@ -15,7 +15,7 @@ import pytest
 from tandem.data_prep import output_folder, prepare, stages, work_units
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
-from tests.data_prep.conftest import run_verb
+from tests.data_prep.conftest import file_contents, prepare_small, run_verb
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,10 +128,18 @@ def kill_at(output, moment, arguments):
     raise AssertionError("never killed in time")
 
 
+SMALL = ["--sample-tokens", 512, "--shard-tokens", 512]
+
+
+@pytest.fixture(scope="module")
+def expected(shared_folder, tmp_path_factory) -> dict[str, bytes]:
+    """The files of a preparation that was not killed."""
+    return file_contents(prepare_small(tmp_path_factory.mktemp("expected") / "whole", "--input", shared_folder, *SMALL))
+
+
 @pytest.mark.parametrize("moment", ["preparing.json", "work", "train-000004.tar.*.tmp", "validation-000000.tar"])
-def test_killed_and_run_again_gives_the_same_bytes(prepared, folder, content, tmp_path, moment):
-    settings = ["--input", folder, "--sample-tokens", 512, "--shard-tokens", 512]
-    expected = content(prepared("whole", *settings))
+def test_killed_and_run_again_gives_the_same_bytes(prepared, shared_folder, expected, content, tmp_path, moment):
+    settings = ["--input", shared_folder, *SMALL]
     output = tmp_path / "killed"
     kill_at(output, moment, [*settings, "--workers", 2, "--vocab-size", 300, "--held-out", 0.1])
     (output / "train-000999.tar").write_bytes(b"of an older version")
