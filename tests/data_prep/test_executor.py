@@ -93,9 +93,10 @@ def _command(process: int) -> str:
 @contextmanager
 def running(*command: object) -> Iterator[subprocess.Popen[str]]:
     """Run the command in its own process group and end the group afterwards."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     with subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, start_new_session=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         try:
             yield process
