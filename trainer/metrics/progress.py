@@ -8,18 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+import rich.progress as columns
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn
 
 Unit = Literal["bytes", "steps", "share"]
 """What follows a bar: bytes and their speed, finished and total steps, or per cent."""
@@ -39,8 +30,13 @@ def progress_display(screen: Console, unit: Unit, *, transient: bool = False, di
 
     At the end the bars stay, unless `transient`. A console that is not a terminal gets them once, at the end, unless `disable`.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), *_numbers(unit), TimeRemainingColumn())
-    return Progress(*columns, console=screen, transient=transient, disable=disable)
+    numbers: dict[Unit, tuple[str | columns.ProgressColumn, ...]] = {
+        "bytes": (columns.DownloadColumn(), columns.TransferSpeedColumn()),
+        "steps": (columns.MofNCompleteColumn(), "steps"),
+        "share": (columns.TaskProgressColumn(),),
+    }
+    shown = (TextColumn("{task.description}"), BarColumn(), *numbers[unit], columns.TimeRemainingColumn())
+    return Progress(*shown, console=screen, transient=transient, disable=disable)
 
 
 def add_task(found: Progress, what: str, total: float | int) -> Callable[[float | int], None]:
@@ -51,14 +47,8 @@ def add_task(found: Progress, what: str, total: float | int) -> Callable[[float 
 
 def start_wide_bar(screen: Console, what: str, total: float | int, *, completed: int = 0, words: str = "") -> Progress:
     """Start one bar over the whole width; `update` changes its description and the `words` after it."""
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[words]}"))
-    found = Progress(*columns, console=screen, expand=True, refresh_per_second=REFRESHES_PER_SECOND)
+    shown = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[words]}"))
+    found = Progress(*shown, console=screen, expand=True, refresh_per_second=REFRESHES_PER_SECOND)
     found.add_task(what, total=total, completed=completed, words=words)
     found.start()
     return found
-
-
-def _numbers(unit: Unit) -> tuple[str | ProgressColumn, ...]:
-    if unit == "bytes":
-        return DownloadColumn(), TransferSpeedColumn()
-    return (MofNCompleteColumn(), "steps") if unit == "steps" else (TaskProgressColumn(),)

@@ -42,7 +42,7 @@ class StepRecord:
     """Whether the guard found the step bad, so that its update was skipped."""
     step_seconds: float
     """From the request for the batch until the update is queued on the device, data_seconds included; without validations and
-    saves. The device finishes the update later; that time counts for the next step, usually."""
+    saves. The device may finish the update after that, which then usually counts for the next step."""
     data_seconds: float
     """Wait for this rank's batch and for the other ranks' batches. The device may still be busy with the previous update."""
     tokens_per_second: float

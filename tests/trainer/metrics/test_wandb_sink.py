@@ -53,7 +53,7 @@ def wandb_files(folder: Path) -> list[Path]:
 @pytest.mark.parametrize(
     "settings", [{}, {"WANDB_API_KEY": "a" * 40, "WANDB_MODE": "offline"}], ids=["no key", "WANDB_MODE"]
 )
-def test_wandb_offline_is_one_run_that_calls_nobody(tmp_path: Path, settings: dict[str, str]) -> None:
+def test_wandb_offline_is_one_run_without_network_calls(tmp_path: Path, settings: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         done = run_with_wandb(tmp_path / "run", server.getsockname()[1], **settings)
         assert done.returncode == 0, done.stderr

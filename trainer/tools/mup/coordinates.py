@@ -3,12 +3,13 @@
 A coordinate is one activation on fixed held-out rows: the embedding's output, every layer's attention output, feed-forward
 output and residual stream, the effect of its attention scores, and the logits. Its *size* is its root mean square at the start;
 its *change* is the root mean square of the difference that the updates make. Under muP neither depends on the width, apart from
-sums that are random at the start (`EXPECTED_EXPONENTS`). Weight decay is too slow to show here; `weight_decay` measures it.
+sums that are random at the start (`LAWS`). Weight decay is too slow to show here; `weight_decay` measures it.
 """
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from math import log, nan, sqrt
@@ -32,17 +33,34 @@ from tandem.trainer.tools.mup.proxies import build_loader, proxy_config, train_s
 CoordinateRecord = dict[str, Any]
 """tp_size, precision, width, seed, step, and every coordinate's `size` and `change` after that many updates."""
 
-EXPECTED_EXPONENTS = {
-    "embedding": (0.0, 0.0, 0.0),
-    "attention": (0.0, -0.5, 0.0),
-    "ffn": (0.0, -0.5, 0.0),
-    "stream": (0.0, -0.5, 0.0),
-    "scores": (-0.5, -1.0, 0.0),
-    "logits": (-0.5, -1.0, 0.0),
-}
-"""Exponent of the width in a coordinate's size at the start, and the least and greatest exponent in its change.
 
-These repeat the rules of `models.mup` on purpose: laws computed from its table would confirm a broken table. At the start,
+@dataclass(frozen=True)
+class Law:
+    """Exponents of the width in a coordinate, and the rules that are most likely broken if it does not follow them."""
+
+    size: float
+    """Exponent of its size at the start."""
+    change: tuple[float, float]
+    """Least and greatest exponent of its change."""
+    size_cause: str
+    change_cause: str
+
+
+_HIDDEN_INIT = "the init std of hidden matrices and residual outputs"
+_HIDDEN_LR = "the learning rate of hidden matrices and residual outputs"
+_SCORES_LR = "the learning rate of hidden matrices, or the attention scale"
+_LOGITS_LR = "the output multiplier, or the learning rate of embedding and head"
+LAWS = {
+    "embedding": Law(0.0, (0.0, 0.0), "the embedding's init std or multiplier", "the embedding's learning rate"),
+    "attention": Law(0.0, (-0.5, 0.0), _HIDDEN_INIT, _HIDDEN_LR),
+    "ffn": Law(0.0, (-0.5, 0.0), _HIDDEN_INIT, _HIDDEN_LR),
+    "stream": Law(0.0, (-0.5, 0.0), "the init std of residual outputs", _HIDDEN_LR),
+    "scores": Law(-0.5, (-1.0, 0.0), "the attention scale", _SCORES_LR),
+    "logits": Law(-0.5, (-1.0, 0.0), "the output multiplier or the head's init std", _LOGITS_LR),
+}
+"""Coordinate -> law.
+
+The laws repeat the rules of `models.mup` on purpose: laws computed from its table would confirm a broken table. At the start,
 queries are independent of keys and the last stream is independent of the head, so a sum of n products has size sqrt(n), and the
 factor 1/n makes it 1/sqrt(n). (The exception is the logit of the token just read under a tied head, because the stream contains
 that row itself. The check leaves this logit out.) A change has two parts. The part that the gradient has aligned has exponent
@@ -59,23 +77,6 @@ MAX_ROW_TOKENS = 256
 PEAK_LR_FRACTION = 0.125
 """Learning rate of the updates over the schedule's peak; there is no warm-up. At the peak itself, four updates change narrow
 models by tens of times their size, far beyond first order, and exponents vary by 0.5 from seed to seed."""
-
-_HIDDEN_INIT = "the init std of hidden matrices and residual outputs"
-_HIDDEN_LR = "the learning rate of hidden matrices and residual outputs"
-LIKELY_CAUSES = {
-    ("size", "embedding"): "the embedding's init std or multiplier",
-    ("size", "attention"): _HIDDEN_INIT,
-    ("size", "ffn"): _HIDDEN_INIT,
-    ("size", "stream"): "the init std of residual outputs",
-    ("size", "scores"): "the attention scale",
-    ("size", "logits"): "the output multiplier or the head's init std",
-    ("change", "embedding"): "the embedding's learning rate",
-    ("change", "attention"): _HIDDEN_LR,
-    ("change", "ffn"): _HIDDEN_LR,
-    ("change", "stream"): _HIDDEN_LR,
-    ("change", "scores"): "the learning rate of hidden matrices, or the attention scale",
-    ("change", "logits"): "the output multiplier, or the learning rate of embedding and head",
-}
 
 
 def proxy_configs(config: TrainConfig, widths: list[int], num_seeds: int, tp_size: int) -> list[TrainConfig]:
@@ -125,18 +126,18 @@ def judge(records: list[CoordinateRecord]) -> list[Measurement]:
     """Fit the exponent of the width in every coordinate's size and change, for each case, and compare it with its law."""
     cases = dict.fromkeys((record["tp_size"], record["precision"]) for record in records)
     last_step = max(record["step"] for record in records)
-    names = sorted(records[0]["size"], key=lambda name: list(EXPECTED_EXPONENTS).index(name.split()[0]))
+    names = sorted(records[0]["size"], key=lambda name: list(LAWS).index(name.split()[0]))
     measurements = []
     for kind, step in (("size", 0), ("change", last_step)):
         for name in names:
-            coordinate = name.split()[0]
-            size, least, greatest = EXPECTED_EXPONENTS[coordinate]
-            low, high = (size, size) if kind == "size" else (least, greatest)
+            law = LAWS[name.split()[0]]
+            low, high = (law.size, law.size) if kind == "size" else law.change
+            cause = law.size_cause if kind == "size" else law.change_cause
             for tp_size, precision in cases:
                 widths, values = coordinate_curve(records, tp_size, precision, kind, name, step)
                 measurements.append(Measurement(
                     "coordinates", f"{kind} of {name}", f"tp {tp_size} {precision}", fit_exponent(widths, values),
-                    low - EXPONENT_TOLERANCE, high + EXPONENT_TOLERANCE, LIKELY_CAUSES[kind, coordinate],
+                    low - EXPONENT_TOLERANCE, high + EXPONENT_TOLERANCE, cause,
                 ))  # fmt: skip
     return measurements
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from tandem.trainer.metrics.console import format_number
-from tandem.trainer.tools.mup.coordinates import EXPECTED_EXPONENTS, CoordinateRecord, coordinate_curve
+from tandem.trainer.tools.mup.coordinates import LAWS, CoordinateRecord, coordinate_curve
 from tandem.trainer.tools.mup.lr_transfer import Losses, best_lr
 from tandem.trainer.tools.report.plots import GREY, PLOT_STYLE, RED, save_figure
 
@@ -60,16 +60,16 @@ def _draw_transfer_panel(axes: Axes, losses_by_width: dict[int, dict[float, floa
 def _draw_coordinates(records: list[CoordinateRecord], tp_size: int, precision: str) -> Figure:
     """Draw the changes in the top row, one line for each update, and the sizes at the start in the bottom row."""
     figure = Figure(figsize=(12, 5), layout="constrained")
-    panels = figure.subplots(2, len(EXPECTED_EXPONENTS))
+    panels = figure.subplots(2, len(LAWS))
     widths, last_step = sorted({record["width"] for record in records}), max(record["step"] for record in records)
-    for column, coordinate in enumerate(EXPECTED_EXPONENTS):
+    for column, coordinate in enumerate(LAWS):
         change, size = panels[0][column], panels[1][column]
         for color, step in zip(_pick_colors(last_step), range(1, last_step + 1), strict=True):
             points = _curve_over_layers(records, tp_size, precision, "change", coordinate, step)
             change.plot(*points, "o-", color=color, ms=3, label=str(step))
         _, sizes = _curve_over_layers(records, tp_size, precision, "size", coordinate, 0)
         size.plot(widths, sizes, "o-", color=GREY, ms=3)
-        law = [sizes[0] * (width / widths[0]) ** EXPECTED_EXPONENTS[coordinate][0] for width in widths]
+        law = [sizes[0] * (width / widths[0]) ** LAWS[coordinate].size for width in widths]
         size.plot(widths, law, ":", color=RED, label="law")
         change.set_title(coordinate, loc="left")
         for axes in (change, size):

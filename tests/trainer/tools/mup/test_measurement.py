@@ -7,7 +7,7 @@ import pytest
 
 from tandem.trainer.models.mup import parameter_rules
 from tandem.trainer.tools.mup import coordinates
-from tandem.trainer.tools.mup.coordinates import EXPECTED_EXPONENTS, fit_exponent, judge
+from tandem.trainer.tools.mup.coordinates import LAWS, fit_exponent, judge
 from tandem.trainer.tools.mup.measurement import Measurement, first_failure, format_table, measurements_to_json
 from tandem.trainer.tools.mup.weight_decay import LR_EXPONENTS
 from tests import tiny_configs
@@ -62,9 +62,9 @@ def records(exponents: dict[str, float]) -> list[coordinates.CoordinateRecord]:
 
 
 def test_records_that_follow_the_laws_pass_and_those_that_grow_fail():
-    lawful = {name: size for name, (size, _, _) in EXPECTED_EXPONENTS.items()}
+    lawful = {name: law.size for name, law in LAWS.items()}
     assert first_failure(judge(records(lawful))) is None
-    for name in EXPECTED_EXPONENTS:
+    for name in LAWS:
         failure = first_failure(judge(records(lawful | {name: lawful[name] + 0.5})))
         assert failure is not None
         assert failure.quantity == f"size of {name}"
@@ -72,15 +72,10 @@ def test_records_that_follow_the_laws_pass_and_those_that_grow_fail():
 
 def test_sizes_are_judged_before_changes():
     """Lower layers and the start come first, because a fault there affects everything after it."""
-    found = [finding.quantity for finding in judge(records(dict.fromkeys(EXPECTED_EXPONENTS, 0.0)))]
-    assert found == [f"size of {name}" for name in EXPECTED_EXPONENTS] + [
-        f"change of {name}" for name in EXPECTED_EXPONENTS
-    ]
+    found = [finding.quantity for finding in judge(records(dict.fromkeys(LAWS, 0.0)))]
+    assert found == [f"size of {name}" for name in LAWS] + [f"change of {name}" for name in LAWS]
 
 
-def test_laws_name_every_role_and_coordinate_of_the_table():
+def test_laws_name_every_role_of_the_table():
     config = tiny_configs.make_config("btlm")
     assert LR_EXPONENTS.keys() == parameter_rules(config.model, config.mup).keys()
-    assert {
-        (kind, name) for kind in ("size", "change") for name in EXPECTED_EXPONENTS
-    } == coordinates.LIKELY_CAUSES.keys()
