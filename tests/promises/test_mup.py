@@ -51,12 +51,14 @@ def config(corpus) -> TrainConfig:
     return load_config(CONFIG, overrides(corpus))
 
 
-def judge_coordinates(config: TrainConfig, mesh: Mesh, *, num_seeds: int = 1) -> list[Measurement]:
+def judge_coordinates(
+    config: TrainConfig, mesh: Mesh, *, num_seeds: int = 1, num_updates: int = UPDATES
+) -> list[Measurement]:
     """Run the coordinate check on one rank in fp32."""
     seeds = range(config.run.seed, config.run.seed + num_seeds)
     proxies = [proxy_config(config, width, seed=seed) for width in WIDTHS for seed in seeds]
     return coordinates.judge(
-        [record for proxy in proxies for record in coordinates.measure_proxy(proxy, UPDATES, mesh)]
+        [record for proxy in proxies for record in coordinates.measure_proxy(proxy, num_updates, mesh)]
     )
 
 
@@ -208,8 +210,10 @@ def test_stable_lm_passes_under_mup_too(config, mesh):
 def test_a_broken_rule_is_noticed_and_named(rule, config, mesh, monkeypatch):
     broken = BROKEN[rule]
     monkeypatch.setattr(broken.place, broken.name, broken.stands_in)
-    # The command reports the first failure, and coordinates come before decay.
-    failure = first_failure(judge_coordinates(config, mesh)) or first_failure(judge_decay(config, mesh))
+    # The command reports the first failure: sizes come before changes, and coordinates before decay. A size needs no update.
+    num_updates = 0 if str(broken.seen_in).startswith(SIZE) else UPDATES
+    findings = judge_coordinates(config, mesh, num_updates=num_updates)
+    failure = first_failure(findings) or first_failure(judge_decay(config, mesh))
     assert failure is not None, "not noticed"
     print(f"figures | {rule} | {failure.quantity} | {failure.value:+.3g} | {failure.interval} |")
     assert f"{failure.check}: {failure.quantity}".startswith(broken.seen_in)
