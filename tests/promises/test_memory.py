@@ -23,7 +23,6 @@ from torch import Tensor
 
 from tandem.trainer.checkpoint import write
 from tandem.trainer.checkpoint.hf import convert
-from tandem.trainer.checkpoint.layout import rank_file_name
 from tandem.trainer.checkpoint.read import open_checkpoint
 from tandem.trainer.config import BTLMConfig, MupConfig, load_config
 from tandem.trainer.distributed.sharding import TensorSharding, slice_local
@@ -143,10 +142,7 @@ def divide_checkpoint(between: Path, folder: Path) -> None:
                 .narrow(0, entry["start"], entry["numel"])
                 for entry in entries
             )
-            file = rank_file_name(rank)
-            tables.append(
-                {"file": file, "file_info": write._write_file(folder / file, specs, parts), "entries": entries}
-            )
+            tables.append(write._write_file(folder, rank, specs, parts, entries))
         write.commit(folder, tables, {**snapshot.manifest, "tp_size": 2})
 
 
