@@ -13,15 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tandem.trainer.checkpoint.layout import (
-    COMMIT_MARKER,
-    FORMAT_VERSION,
-    find_damage,
-    fragment_key,
-    list_committed,
-    list_data_files,
-    read_manifest,
-)
+from tandem.trainer.checkpoint import layout
 from tandem.trainer.config import MODEL_CONFIGS, AnyModelConfig, MupConfig, UserError, parse_dataclass
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.layers import sharding_of
@@ -40,11 +32,11 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest = read_manifest(folder)
-        if (found := self.manifest.get("format")) != FORMAT_VERSION:
+        self.manifest = layout.read_manifest(folder)
+        if (found := self.manifest.get("format")) != layout.FORMAT_VERSION:
             raise UserError(
-                f"{folder}: checkpoint format {found}; this version reads {FORMAT_VERSION} and cannot convert; use the version "
-                "that wrote it, start a run with another run.name, or repeat the import with tandem import-hf"
+                f"{folder}: checkpoint format {found}; this version reads {layout.FORMAT_VERSION} and cannot convert; use the "
+                "version that wrote it, start a run with another run.name, or repeat the import with tandem import-hf"
             )
         self._fragments_by_name: dict[str, list[dict[str, Any]]] = {}
         for fragment in self.manifest["fragments"]:
@@ -153,7 +145,7 @@ class Checkpoint:
             low, high = max(start, fragment["start"]), min(end, fragment["start"] + fragment["numel"])
             if fragment["tp_rank"] != tp_rank or low >= high:
                 continue
-            saved = self._open_file(fragment["file"]).get_slice(fragment_key(kind, name, fragment["start"]))
+            saved = self._open_file(fragment["file"]).get_slice(layout.fragment_key(kind, name, fragment["start"]))
             target[low - start : high - start] = saved[low - fragment["start"] : high - fragment["start"]]
             read += high - low
         assert read == target.numel(), f"{self.folder}: fragments of {name} do not cover it"
@@ -171,7 +163,7 @@ def open_newest(root: Path, mesh: Mesh | None = None) -> Checkpoint | None:
 
     Raises: UserError if all committed checkpoints are damaged.
     """
-    folders = broadcast_from_rank_0(list_committed(root)) if mesh else list_committed(root)
+    folders = broadcast_from_rank_0(layout.list_committed(root)) if mesh else layout.list_committed(root)
     for folder in reversed(folders):
         damage = _find_damage(folder, mesh)
         if damage is None:
@@ -188,9 +180,9 @@ def open_newest(root: Path, mesh: Mesh | None = None) -> Checkpoint | None:
 
 def _find_damage(folder: Path, mesh: Mesh | None) -> str | None:
     if mesh is None:
-        return find_damage(folder)
-    files = list_data_files(folder)[mesh.rank :: mesh.world_size]
-    return next((found for found in all_gather_objects(find_damage(folder, files)) if found), None)
+        return layout.find_damage(folder)
+    files = layout.list_data_files(folder)[mesh.rank :: mesh.world_size]
+    return next((found for found in all_gather_objects(layout.find_damage(folder, files)) if found), None)
 
 
 def open_checkpoint(folder: Path, mesh: Mesh | None = None) -> Checkpoint:
@@ -204,7 +196,7 @@ def open_checkpoint(folder: Path, mesh: Mesh | None = None) -> Checkpoint:
     checkpoint = next((found for root in roots if (found := open_newest(root, mesh))), None)
     if checkpoint:
         return checkpoint
-    if not (folder / COMMIT_MARKER).is_file():
+    if not (folder / layout.COMMIT_MARKER).is_file():
         raise UserError(
             f"{folder}: no committed checkpoint there; name a run folder that has one, or an import's folder"
         )

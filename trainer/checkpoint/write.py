@@ -18,17 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.trainer.checkpoint import safetensors_writer
-from tandem.trainer.checkpoint.layout import (
-    COMMIT_MARKER,
-    FORMAT_VERSION,
-    MANIFEST_FILE,
-    REJECTED_MARKER,
-    fragment_key,
-    list_checkpoints,
-    rank_file_name,
-    step_folder_name,
-)
+from tandem.trainer.checkpoint import layout, safetensors_writer
 from tandem.trainer.checkpoint.safetensors_writer import TensorSpec
 from tandem.trainer.config import AnyModelConfig, MupConfig
 from tandem.trainer.disk import atomic_write, sync_folder
@@ -52,8 +42,9 @@ def prepare_folder(folder: Path) -> None:
     A killed save leaves such a folder, as does a failed save on a disk that allows no removals. They would use up disk space.
     Raises: OSError, but not for an earlier save's folder that cannot be removed.
     """
-    for torn in list_checkpoints(folder.parent):
-        if torn != folder and not (torn / COMMIT_MARKER).exists() and not (torn / REJECTED_MARKER).exists():
+    markers = (layout.COMMIT_MARKER, layout.REJECTED_MARKER)
+    for torn in layout.list_checkpoints(folder.parent):
+        if torn != folder and not any((torn / marker).exists() for marker in markers):
             with suppress(OSError):
                 remove_checkpoint(torn)
     if folder.exists():
@@ -67,7 +58,7 @@ def prepare_folder(folder: Path) -> None:
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint folder. Raises: OSError."""
     # The marker is removed first, so that an interrupted removal leaves no folder that counts as committed.
-    (folder / COMMIT_MARKER).unlink(missing_ok=True)
+    (folder / layout.COMMIT_MARKER).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
@@ -85,7 +76,7 @@ def save_imported_weights(
 
     Reads one tensor at a time.
     """
-    folder = root / step_folder_name(0)
+    folder = root / layout.step_folder_name(0)
     folder.mkdir(parents=True)
     entries = [
         _fragment_entry(name, TensorSharding(shape), 0, 0, math.prod(shape), ["master"])
@@ -138,7 +129,7 @@ def _fragment_entry(
 
 
 def _entry_key(entry: dict[str, Any], kind: str) -> str:
-    return fragment_key(kind, entry["name"], entry["start"])
+    return layout.fragment_key(kind, entry["name"], entry["start"])
 
 
 def _flat_spec(numel: int) -> TensorSpec:
@@ -148,7 +139,7 @@ def _flat_spec(numel: int) -> TensorSpec:
 def _write_file(
     folder: Path, index: int, specs: Mapping[str, TensorSpec], tensors: Iterable[Tensor], entries: list[dict[str, Any]]
 ) -> WrittenFile:
-    file, info, digest = rank_file_name(index), None, sha256()
+    file, info, digest = layout.rank_file_name(index), None, sha256()
     if specs:
         size = safetensors_writer.write_safetensors(folder / file, specs, tensors, on_chunk=digest.update)
         info = {"bytes": size, "sha256": digest.hexdigest()}
@@ -159,10 +150,10 @@ def commit(folder: Path, written_files: Iterable[WrittenFile], metadata: dict[st
     """Commit the folder: write the manifest of all ranks' files, then the commit marker."""
     files = {table["file"]: table["file_info"] for table in written_files if table["file_info"]}
     fragments = [{**entry, "file": table["file"]} for table in written_files for entry in table["entries"]]
-    text = json.dumps({"format": FORMAT_VERSION, **metadata, "files": files, "fragments": fragments})
+    text = json.dumps({"format": layout.FORMAT_VERSION, **metadata, "files": files, "fragments": fragments})
     sync_folder(folder)
-    atomic_write(folder / MANIFEST_FILE, text)
-    atomic_write(folder / COMMIT_MARKER, sha256(text.encode()).hexdigest() + "\n")
+    atomic_write(folder / layout.MANIFEST_FILE, text)
+    atomic_write(folder / layout.COMMIT_MARKER, sha256(text.encode()).hexdigest() + "\n")
     sync_folder(folder.parent)
 
 
@@ -172,10 +163,10 @@ def reject_later(chosen: Path) -> None:
     They no longer count, so pruning does not remove good checkpoints to keep them. They stay on disk for inspection until the
     run passes their step.
     """
-    for folder in list_checkpoints(chosen.parent):
-        if folder > chosen and (folder / COMMIT_MARKER).is_file():
+    for folder in layout.list_checkpoints(chosen.parent):
+        if folder > chosen and (folder / layout.COMMIT_MARKER).is_file():
             try:
-                (folder / COMMIT_MARKER).rename(folder / REJECTED_MARKER)
+                (folder / layout.COMMIT_MARKER).rename(folder / layout.REJECTED_MARKER)
                 sync_folder(folder)
             except OSError as error:
                 log.warning("%s cannot be marked as damaged: %s", folder, error)
@@ -183,8 +174,8 @@ def reject_later(chosen: Path) -> None:
 
 def prune(newest: Path, keep_last: int) -> None:
     """Remove all checkpoint folders up to `newest`, except the last `keep_last` committed ones (0: all committed ones)."""
-    folders = [folder for folder in list_checkpoints(newest.parent) if folder <= newest]
-    kept = [folder for folder in folders if (folder / COMMIT_MARKER).is_file()][-keep_last:]
+    folders = [folder for folder in layout.list_checkpoints(newest.parent) if folder <= newest]
+    kept = [folder for folder in folders if (folder / layout.COMMIT_MARKER).is_file()][-keep_last:]
     for folder in folders:
         if folder not in kept:
             try:

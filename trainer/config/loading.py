@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such config file; name one, for example configs/demo-btlm.yaml")
-    try:
+    with _user_errors(path):
         node = OmegaConf.load(path)
         for override in overrides or []:
             key, equals, value = override.partition("=")
@@ -34,12 +36,6 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
             except (IndexError, TypeError, ValueError) as error:
                 raise UserError(f"override {override!r}: {_one_line(error)}; name an existing field") from None
         tree = OmegaConf.to_container(node, resolve=True)
-    except (OmegaConfBaseException, OSError) as error:
-        raise UserError(f"{path}: cannot be read: {_one_line(error)}; correct the file or the override") from None
-    except Exception as error:  # PyYAML's errors share no base class with omegaconf's
-        if not type(error).__module__.startswith("yaml"):
-            raise
-        raise UserError(f"{path}: not valid YAML: {_one_line(error)}; correct the file") from None
     if not isinstance(tree, dict):
         raise UserError(
             f"{path}: contains a {type(tree).__name__}, not a mapping of sections; start from a file in configs/"
@@ -61,12 +57,21 @@ def _load_hardware(folder: Path, name: str) -> Any:
     if not hardware_path.is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "none"
         raise UserError(f"hardware: {name!r} has no file in {folder}, which has {known}; name one of them, or use null")
-    try:
+    with _user_errors(hardware_path):
         return OmegaConf.to_container(OmegaConf.load(hardware_path))
-    except Exception as error:  # PyYAML's errors share no base class with omegaconf's
-        if not type(error).__module__.startswith(("yaml", "omegaconf")):
+
+
+@contextmanager
+def _user_errors(path: Path) -> Iterator[None]:
+    """Raises: UserError instead of an error of omegaconf or PyYAML."""
+    try:
+        yield
+    except (OmegaConfBaseException, OSError) as error:
+        raise UserError(f"{path}: cannot be read: {_one_line(error)}; correct the file or the override") from None
+    except Exception as error:  # PyYAML's errors have no base class in common with omegaconf's
+        if not type(error).__module__.startswith("yaml"):
             raise
-        raise UserError(f"{hardware_path}: not valid YAML: {_one_line(error)}; correct the file") from None
+        raise UserError(f"{path}: not valid YAML: {_one_line(error)}; correct the file") from None
 
 
 def _one_line(error: Exception) -> str:

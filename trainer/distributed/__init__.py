@@ -1,1 +1,1 @@
-"""Everything that knows how tensors and rows are divided over ranks; the one door to megatron-core."""
+"""How tensors and rows are divided over ranks. Only this package uses megatron-core and DeepSpeed."""

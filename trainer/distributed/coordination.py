@@ -1,9 +1,10 @@
-"""What all ranks decide together between two pieces of work: whether to stop, and which damaged shards are left out.
+"""Decisions of all ranks together: whether to stop, whether any rank found a damaged shard, and whether to retry a save.
 
-The one idea: a rank that was told to stop, or that has met damage, says so where all ranks meet anyway, before a step and
-before each batch of a validation; so all of them leave at the same step. That it was told to stop it also says behind their
-backs, because the others may be waiting for a store that does not answer, and come to no meeting. So does a rank that leaves by
-a mistake of the user which it alone has met: the others are not to take it for lost, and start again.
+The ranks agree before each step and before each validation batch, so all of them stop at the same step. A rank also announces
+two events in the launch's store, because other ranks may never reach the next agreement:
+
+* It received a stop signal. Another rank may be waiting for remote data that does not arrive.
+* It is exiting with a UserError. The others must not treat it as lost and restart.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,8 +20,8 @@ from tandem.trainer.distributed.watchdog import is_connection_lost
 from tandem.trainer.runtime import StopRequested, StopSignal
 
 POLL_SECONDS = 1.0
-"""From one look for signals to other ranks to the next."""
-STOP_KEY, USER_ERROR_KEY = "told to stop", "mistake"
+"""Interval between looks into the store."""
+STOP_KEY, USER_ERROR_KEY = "stop", "user error"
 
 
 @dataclass
@@ -28,22 +29,20 @@ class Coordinator:
     mesh: Mesh
     stop_signal: StopSignal
     enter_phase: Callable[[str], object] = lambda phase: None
-    """Told before ranks wait for one another."""
+    """Called before the ranks wait for one another."""
     save_requested_local: bool = False
-    """Rank 0's: a save has failed, and is to be tried again now."""
+    """Set on rank 0 if a save has failed and must be retried now."""
     save_requested: bool = False
-    """The same, agreed on by all ranks."""
+    """The same on all ranks, after `any_rank`."""
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether any rank says so, the same on every rank; waits for the ranks, not for what their devices are at work on.
+        """Whether the flag is set on any rank, with the same result on every rank. Does not wait for the devices.
 
-        Raises: StopRequested on all ranks if one was told to stop.
+        Raises: StopRequested on all ranks if one received a stop signal.
         """
         self.enter_phase("agreement")
-        stop = self.stop_signal.signal_name is not None
-        num_flags, num_stops, num_save_requests = sum_over_ranks(
-            [float(flag), float(stop), float(self.save_requested_local)]
-        )
+        flags = (flag, self.stop_signal.signal_name is not None, self.save_requested_local)
+        num_flags, num_stops, num_save_requests = sum_over_ranks([float(each) for each in flags])
         if num_stops:
             raise StopRequested
         self.save_requested = num_save_requests > 0
@@ -52,9 +51,9 @@ class Coordinator:
 
 @contextmanager
 def broadcast_stop(stop_signal: StopSignal, mesh: Mesh) -> Iterator[None]:
-    """Within the block all ranks know that one was told to stop, after twice POLL_SECONDS at most, whatever they wait for.
+    """Inside the block, pass a stop signal of one rank to all within 2 * POLL_SECONDS, even if they wait for something.
 
-    Raises: UserError where another rank has left by it, instead of the error of the connection that this one then lost.
+    Raises: UserError if this rank lost the connection because another one exited with that UserError.
     """
     ended, store, user_errors = Event(), create_shared_store("signals"), list[str]()
     thread = Thread(
@@ -68,7 +67,7 @@ def broadcast_stop(stop_signal: StopSignal, mesh: Mesh) -> Iterator[None]:
     except UserError as mistake:
         with suppress(RuntimeError):
             store.set(USER_ERROR_KEY, str(mistake))
-        ended.wait(2 * POLL_SECONDS if mesh.rank == 0 else 0)  # it may hold the store that the others look into
+        ended.wait(2 * POLL_SECONDS if mesh.rank == 0 else 0)  # rank 0 may host the store that the others poll
         raise
     except RuntimeError as error:
         if is_connection_lost(error):
@@ -79,7 +78,7 @@ def broadcast_stop(stop_signal: StopSignal, mesh: Mesh) -> Iterator[None]:
     finally:
         ended.set()
         thread.join(POLL_SECONDS)
-    barrier()  # rank 0 may hold the store
+    barrier()  # rank 0 may host the store
 
 
 def _poll_store(stop_signal: StopSignal, store: Store, ended: Event, user_errors: list[str]) -> None:
@@ -97,5 +96,5 @@ def _poll_store(stop_signal: StopSignal, store: Store, ended: Event, user_errors
             elif store.check([STOP_KEY]):
                 stop_signal.trigger_remote_stop()
                 stop_known = True
-        except RuntimeError:  # the rank that holds the store is gone: the watchdog's business
+        except RuntimeError:  # the rank that hosts the store is gone; the watchdog handles that
             return

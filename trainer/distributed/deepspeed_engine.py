@@ -1,8 +1,8 @@
-"""The only door to DeepSpeed: gradient accumulation, data-parallel reduction, clipping, ZeRO-1 and the update.
+"""DeepSpeed's part of a step: gradient accumulation, data-parallel reduction, clipping, ZeRO-1 and the update.
 
-The number of micro-batches changes with the phase, so the accumulation boundary is told to DeepSpeed, never counted by it,
-and losses arrive here already divided. `optimizer_fragments` shows what of which named tensor this rank's optimizer owns;
-checkpoints are made of that and of nothing of DeepSpeed's own.
+The number of micro-batches changes with the phase. Therefore the engine sets DeepSpeed's accumulation boundary, and callers
+divide the losses. `optimizer_fragments` lists the ranges of named tensors that this rank's optimizer owns; checkpoints store
+these, and nothing in DeepSpeed's own format.
 """
 
 import contextlib
@@ -32,24 +32,24 @@ MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Fragment:
-    """A run of one tp-local parameter's elements whose optimizer state lives on this rank; tensors are views into it."""
+    """A range of one tp-local parameter whose optimizer state is on this rank. The tensors are views."""
 
     name: str
     start: int
     """Offset in the flattened tp-local parameter."""
     master: Tensor
-    """fp32 weights, one dim."""
+    """Flat fp32 weights."""
     moments: dict[str, Tensor]
-    """AdamW's two moments, fp32, one dim; empty before the first update."""
+    """AdamW's two moments, flat, fp32; empty before the first update."""
 
 
 def deepspeed_config(config: TrainConfig, dp_size: int, num_parameters: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for the run on a rank that holds `num_parameters`."""
+    """Return DeepSpeed's configuration for a rank with `num_parameters`."""
     bf16 = config.run.precision == "bf16"
-    # DeepSpeed allocates whole buckets, however small the model.
+    # DeepSpeed allocates full buckets even for a small model.
     bucket_elements = min(config.parallel.bucket_elements, num_parameters)
     return {
-        # Rows per step vary with the phase; DeepSpeed's own batch arithmetic is kept trivially true and unused.
+        # Unused: the batch changes with the phase. DeepSpeed only checks that these three numbers are consistent.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": dp_size,
@@ -66,7 +66,7 @@ def deepspeed_config(config: TrainConfig, dp_size: int, num_parameters: int) -> 
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 62,
         "wall_clock_breakdown": False,
-        # DeepSpeed 0.19's own clock waits for the device twice a micro-batch, and nothing here reads it.
+        # DeepSpeed 0.19's timer waits for the device twice per micro-batch, and we do not use it.
         "timers": {"throughput": {"enabled": False}},
     }
 
@@ -75,26 +75,26 @@ def deepspeed_config(config: TrainConfig, dp_size: int, num_parameters: int) -> 
 def accumulate_fp32_grad(
     optimizer: BF16_Optimizer, weight: Tensor, group: int, index: int, clear_lp_grads: bool = False
 ) -> None:
-    """The weight's bf16 gradient is added to the step's fp32 sum.
+    """Add the weight's bf16 gradient to the step's fp32 sum.
 
-    In place of `BF16_Optimizer._update_hp_grad` of DeepSpeed 0.19.8, which first makes an fp32 copy of the gradient: the sum is
-    the same, bit for bit, since every bf16 number is an fp32 number.
+    Replaces `BF16_Optimizer._update_hp_grad` of DeepSpeed 0.19.8, which first copies the gradient to fp32. The bits are the
+    same, because every bf16 number is an fp32 number.
     """
     if weight.grad is None:
         return
     fp32_grad = optimizer.fp32_groups_gradients[group][index]
     fp32_grad.add_(weight.grad.view(fp32_grad.shape))
-    weight._hp_grad = fp32_grad  # type: ignore[attr-defined]  # where DeepSpeed's `safe_get_full_grad` looks
+    weight._hp_grad = fp32_grad  # type: ignore[attr-defined]  # DeepSpeed's `safe_get_full_grad` reads it
     optimizer.fp32_groups_has_gradients[group][index] = True
     if clear_lp_grads:
         weight.grad.zero_()
 
 
 def global_grad_norm(gradients: list[Tensor]) -> Tensor:
-    """The norm of all tensor-parallel ranks' gradients together, on the device, given those that this rank is to count.
+    """Compute the norm over all tensor-parallel ranks, on the device. `gradients` are those that this rank must count.
 
-    In place of `get_global_norm_of_tensors` of DeepSpeed 0.19.8, the same bits: that one copies a number to the device, and
-    waits until it is there.
+    Replaces `get_global_norm_of_tensors` of DeepSpeed 0.19.8, with the same bits. That one copies a number to the device and
+    waits for the copy.
     """
     squares = torch.stack([gradient.norm(2.0) for gradient in gradients]).pow(2.0).sum()
     torch.distributed.all_reduce(squares, group=mpu.get_model_parallel_group())
@@ -102,9 +102,9 @@ def global_grad_norm(gradients: list[Tensor]) -> Tensor:
 
 
 def clip_coefficient(norm: float, max_norm: float) -> float:
-    """What a gradient of this norm is multiplied by, if it is below 1; 1 if `max_norm` is 0, which never clips.
+    """Return the factor for a gradient of this norm; clip only if it is below 1. If `max_norm` is 0, return 1.
 
-    In fp32, to the bit as on the device in `clip_tensors_by_global_norm` of DeepSpeed 0.19.8.
+    Computed in fp32, with the same bits as `clip_tensors_by_global_norm` of DeepSpeed 0.19.8 on the device.
     """
     if not max_norm:
         return 1.0
@@ -112,22 +112,22 @@ def clip_coefficient(norm: float, max_norm: float) -> float:
 
 
 class Engine:
-    """A model and its optimizer, trained together."""
+    """A model with its optimizer."""
 
     def __init__(self, config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
         if (accelerator := deepspeed.accelerator.get_accelerator().device_name()) != mesh.device.type:
             raise UserError(
-                f"DS_ACCELERATOR: DeepSpeed would train on the {accelerator} and this rank's device is {mesh.device}; unset it"
+                f"DS_ACCELERATOR: DeepSpeed would train on the {accelerator}, but this rank's device is {mesh.device}; unset it"
             )
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # DeepSpeed 0.19 compiles a shared-memory all-reduce for CPUs at start-up, which only its inference engine calls.
+        # DeepSpeed 0.19 would compile a shared-memory all-reduce for CPUs at the start, which only its inference engine uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.model, self._optimizer, self._mesh = model, optimizer, mesh
         self.num_updates = 0
-        """Made to the weights; a step whose update was left out is none."""
+        """Number of updates. Steps whose update was skipped do not count."""
         self._wait_before_update: Callable[[], object] = lambda: None
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        # Its BF16 optimizer prints memory figures whatever the log level.
+        # DeepSpeed's BF16 optimizer prints memory statistics at every log level.
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             self._deepspeed_engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=deepspeed_config(config, mesh.dp_size, num_parameters),
@@ -139,9 +139,9 @@ class Engine:
             deepspeed_optimizer._update_hp_grad = partial(accumulate_fp32_grad, deepspeed_optimizer)
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """The loss's gradient is added to the step's; with the `is_last` one it is averaged over data-parallel ranks.
+        """Add the loss's gradient to the step's. If `is_last`, average the sum over data-parallel ranks.
 
-        The step's losses must be divided by their number already.
+        The caller must divide each loss by the number of the step's losses.
         """
         self._deepspeed_engine.set_gradient_accumulation_boundary(is_last)
         self._deepspeed_engine.backward(loss, scale_wrt_gas=False)
@@ -149,9 +149,9 @@ class Engine:
             self._deepspeed_engine.step()
 
     def grad_norm(self) -> Tensor:
-        """Of the gradient that is ready for the update, over all ranks and before clipping; nan if it is not finite.
+        """Compute the norm of the step's gradient over all ranks, before clipping; nan if it is not finite.
 
-        One fp32 number on the device. In bf16 nothing here waits for it; DeepSpeed's fp32 optimizer does, to compute it.
+        Returns one fp32 number on the device. In bf16 this does not wait for the device; DeepSpeed's fp32 optimizer does.
         """
         deepspeed_optimizer = self._deepspeed_engine.optimizer
         if not self._deepspeed_engine.zero_optimization():
@@ -163,9 +163,9 @@ class Engine:
         return norm.masked_fill(~((norm >= 0) & (norm < math.inf)), math.nan)
 
     def update(self, lr: float, grad_norm: float | None = None) -> None:
-        """The weights have moved by one AdamW update at learning rate `lr`; the gradient is used up.
+        """Make one AdamW update at learning rate `lr` and clear the gradient.
 
-        `grad_norm` is the gradient's, if it is known already: then the update in bf16 does not wait for the device.
+        Pass `grad_norm` if it is known: then an update in bf16 does not wait for the device.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -177,27 +177,27 @@ class Engine:
         self.num_updates += 1
 
     def zero_grad(self) -> None:
-        """The gradient is forgotten; weights and optimizer state are as they were."""
+        """Drop the gradient without an update."""
         deepspeed_optimizer = self._deepspeed_engine.optimizer
         if not self._deepspeed_engine.zero_optimization():
             self._deepspeed_engine.zero_grad()
             return
         deepspeed_optimizer.zero_grad()
-        if not isinstance(deepspeed_optimizer, BF16_Optimizer):  # what its own step does with a gradient that overflows
+        if not isinstance(deepspeed_optimizer, BF16_Optimizer):  # as DeepSpeed's step does if a gradient overflows
             deepspeed_optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
             deepspeed_optimizer._release_preflattened_grad_buffers()
             for group in deepspeed_optimizer.averaged_gradients:
                 deepspeed_optimizer.averaged_gradients[group] = deepspeed_optimizer.all_grad_tensors[group] = None
 
     def block_updates_until(self, wait: Callable[[], object]) -> None:
-        """Weights and optimizer state stay as they are until `wait` returns: whatever changes them calls it first."""
+        """Call `wait` before the next change to weights or optimizer state."""
         self._wait_before_update = wait
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         return self._deepspeed_engine(*arguments)
 
     def optimizer_fragments(self) -> Iterator[Fragment]:
-        """This rank's share of the optimizer state, parameter by parameter; ranks that own nothing of one skip it."""
+        """Iterate over this rank's share of the optimizer state, at most one fragment per parameter."""
         for name, parameter in self.model.named_parameters():
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is not None:
@@ -215,32 +215,28 @@ class Engine:
             )  # fmt: skip
 
     def allocate_moments(self, num_updates: int) -> None:
-        """Both moments exist, as if so many updates had been made; `optimizer_fragments` shows them for filling."""
+        """Create both moments, as after `num_updates` updates, so that `optimizer_fragments` can be filled."""
         self._wait_before_update()
         self.num_updates = num_updates
         for group in self._optimizer.param_groups:
             for flat in group["params"]:
                 state = self._optimizer.state[flat]
                 step = torch.tensor(float(num_updates), device=flat.device if group["fused"] else "cpu")
-                state.update(
-                    {
-                        "step": step,
-                        **{key: state[key] if key in state else torch.zeros_like(flat) for key in MOMENT_NAMES},
-                    }
-                )
+                moments = {key: state[key] if key in state else torch.zeros_like(flat) for key in MOMENT_NAMES}
+                state.update({"step": step, **moments})
 
     def has_full_optimizer_state(self) -> bool:
-        """Whether every data-parallel rank holds all optimizer state, so that one of them is enough to save it."""
+        """Whether every data-parallel rank has the full optimizer state, so that only one needs to save it."""
         return not self._deepspeed_engine.zero_optimization()
 
     @torch.no_grad()
     def _update_bf16(self, grad_norm: float) -> None:
-        """What `BF16_Optimizer.step` of DeepSpeed 0.19.8 does to weights and state, bit for bit, with a norm that is known.
+        """Do what `BF16_Optimizer.step` of DeepSpeed 0.19.8 does, with the same bits, but with a known norm.
 
-        DeepSpeed computes the norm again, waits for the device twice to look at it, clips what other ranks own as well, and
-        clears the gradient twice. Its counters of steps stay where they are; nothing here reads them.
+        DeepSpeed would compute the norm again, wait for the device twice, also clip gradients that other ranks own, and clear
+        the gradient twice. This does not advance DeepSpeed's step counters, which nothing here uses.
         """
-        assert math.isfinite(grad_norm), "the guard lets no such gradient through"
+        assert math.isfinite(grad_norm), "the guard must not pass such a gradient"
         deepspeed_optimizer = self._deepspeed_engine.optimizer
         coefficient = clip_coefficient(grad_norm, deepspeed_optimizer.clip_grad)
         for master, gradient in zip(

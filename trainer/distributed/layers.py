@@ -1,11 +1,13 @@
-"""Megatron-core's tensor-parallel layers, built without initial values and marked so that everyone else can trust the marks.
+"""Megatron-core's tensor-parallel layers, created without initial values. Every parameter gets three attributes:
 
-Every parameter leaves here with three attributes: `sharding` (where it lies in the global tensor), `role` (the row of the table
-in `models.mup` that gives its initial values, learning rate and decay) and `tensor_model_parallel` (which DeepSpeed reads to
-count a gradient once). megatron-core 0.16.1 leaves the last unset when it does not initialise: losses stay right while
-gradient norms become wrong, so it is set here, in one place.
+* `sharding`: its position in the global tensor,
+* `role`: the row of the table in `models.mup` that determines its initial values, learning rate and decay,
+* `tensor_model_parallel`: DeepSpeed uses it to count each gradient once in the norm.
+
+megatron-core 0.16.1 sets the last one only if it initialises. Without it, losses are right but gradient norms are wrong.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -27,24 +29,22 @@ from tandem.trainer.distributed.sharding import TensorSharding
 
 
 def annotate_parameter(parameter: nn.Parameter, sharding: TensorSharding, role: str) -> nn.Parameter:
-    """The parameter knows its place in the global tensor and its role."""
+    """Set the three attributes and return the parameter."""
     parameter.sharding, parameter.role = sharding, role  # type: ignore[attr-defined]
     parameter.tensor_model_parallel = sharding.sharded_dim is not None  # type: ignore[attr-defined]
     return parameter
 
 
 def sharding_of(parameter: Tensor) -> TensorSharding:
-    """Where the parameter lies in the global tensor."""
     return parameter.sharding  # type: ignore[attr-defined, no-any-return]  # set by `annotate_parameter`
 
 
 def role_of(parameter: Tensor) -> str:
-    """The row of the table in `models.mup` that the parameter follows."""
     return parameter.role  # type: ignore[attr-defined, no-any-return]  # set by `annotate_parameter`
 
 
 class VocabParallel(VocabParallelEmbedding):
-    """Token embedding with the vocabulary divided over ranks."""
+    """Token embedding, sharded over the vocabulary."""
 
     def __init__(self, vocab_size: int, hidden_size: int, mesh: Mesh, dtype: torch.dtype) -> None:
         padded_vocab_size = padded_size(vocab_size, mesh.tp_size)
@@ -56,10 +56,9 @@ class VocabParallel(VocabParallelEmbedding):
 
 
 class ColumnParallel(ColumnParallelLinear):
-    """Linear layer whose outputs are divided; its input must have passed `copy_to_tp`, so that several share one all-reduce.
+    """Linear layer with sharded outputs. Pass its input through `copy_to_tp` first; several layers then share one all-reduce.
 
-    `global_shape` is the true global shape of the weight, inputs last; `sharded_dim` the one that is divided,
-    `padded_size` its padded size.
+    `global_shape` is the unpadded global shape of the weight, inputs last. `padded_size` is that of `sharded_dim`.
     """
 
     def __init__(
@@ -73,9 +72,7 @@ class ColumnParallel(ColumnParallelLinear):
         bias: bool,
         role: str = "hidden",
     ) -> None:
-        num_outputs = padded_size
-        for dim_size in global_shape[:sharded_dim]:
-            num_outputs *= dim_size
+        num_outputs = padded_size * math.prod(global_shape[:sharded_dim])
         super().__init__(
             global_shape[-1], num_outputs, config=_megatron_config(mesh, dtype), init_method=_forbid_init, bias=bias,
             disable_grad_reduce=True,
@@ -89,9 +86,8 @@ class ColumnParallel(ColumnParallelLinear):
 
 
 class RowParallel(RowParallelLinear):
-    """Linear layer whose inputs are divided; returns this rank's *partial* sum, to be added to others before
-    `reduce_from_tp`.
-    """
+    """Linear layer with sharded inputs. Returns this rank's *partial* sum; partial sums of layers may be added before
+    `reduce_from_tp`."""
 
     def __init__(
         self, global_shape: tuple[int, int], padded_size: int, mesh: Mesh, dtype: torch.dtype, *, bias: bool
@@ -100,7 +96,7 @@ class RowParallel(RowParallelLinear):
             padded_size, global_shape[0], config=_megatron_config(mesh, dtype), init_method=_forbid_init, bias=bias,
             input_is_parallel=True, skip_bias_add=True,
         )  # fmt: skip
-        # megatron-core's own switch for "the caller reduces"; it has no other name for it in 0.16.
+        # The only switch in megatron-core 0.16 that leaves the reduction to the caller.
         self.explicit_expert_comm = True
         annotate_parameter(self.weight, TensorSharding(global_shape, 1, padded_size), "residual_output")
         if bias:
@@ -111,7 +107,7 @@ class RowParallel(RowParallelLinear):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last dim; replicated on every rank."""
+    """LayerNorm over the last dim, replicated on every rank."""
 
     def __init__(self, hidden_size: int, eps: float, dtype: torch.dtype, *, bias: bool) -> None:
         super().__init__()
@@ -124,29 +120,29 @@ class LayerNorm(nn.Module):
 
 
 def replicated_parameter(shape: tuple[int, ...], dtype: torch.dtype, role: str) -> nn.Parameter:
-    """A parameter that every rank holds whole."""
+    """Create a parameter that every rank holds completely."""
     return annotate_parameter(nn.Parameter(torch.empty(shape, dtype=dtype)), TensorSharding(shape), role)
 
 
 def sharded_parameter(global_shape: tuple[int, ...], mesh: Mesh, dtype: torch.dtype, role: str) -> nn.Parameter:
-    """A parameter whose first dim is divided over ranks (it must divide evenly)."""
+    """Create a parameter whose first dim is sharded; tp_size must divide it."""
     assert global_shape[0] % mesh.tp_size == 0
-    local_shape = (global_shape[0] // mesh.tp_size, *global_shape[1:])
+    sharding = TensorSharding(global_shape, 0, global_shape[0])
     return annotate_parameter(
-        nn.Parameter(torch.empty(local_shape, dtype=dtype)), TensorSharding(global_shape, 0, global_shape[0]), role
+        nn.Parameter(torch.empty(sharding.local_shape(mesh.tp_size), dtype=dtype)), sharding, role
     )
 
 
 def copy_to_tp(hidden_states: Tensor) -> Tensor:
-    """The same values; in backward the gradient is summed over tensor-parallel ranks, once for all columns that read it."""
+    """Return the same values; backward sums the gradient over tensor-parallel ranks, once for all layers that read it."""
     group = get_tensor_model_parallel_group()
     return hidden_states if group.size() == 1 else _CopyToTP.apply(hidden_states, group)
 
 
 def reduce_from_tp(partial_sum: Tensor) -> Tensor:
-    """The sum of all ranks' partial sums, in fp32 where there are several.
+    """Sum the partial sums of all ranks, in fp32 if there are several. A bf16 sum would round again at every rank.
 
-    Source: `fp32_allreduce` of Stability-AI/StableLM `configs/stablelm-2-12b.yml`; a sum in bf16 rounds again at every rank.
+    Source: `fp32_allreduce` in Stability-AI/StableLM `configs/stablelm-2-12b.yml`.
     """
     if get_tensor_model_parallel_group().size() == 1:
         return partial_sum
@@ -154,7 +150,7 @@ def reduce_from_tp(partial_sum: Tensor) -> Tensor:
 
 
 class _CopyToTP(torch.autograd.Function):
-    """As megatron-core 0.16.1's `copy_to_tensor_model_parallel_region`, but the sum is in fp32."""
+    """megatron-core 0.16.1's `copy_to_tensor_model_parallel_region`, but with the sum in fp32."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
@@ -165,15 +161,15 @@ class _CopyToTP(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
         total = gradient.float().contiguous()
-        # A copy where the gradient was fp32 already: others may hold it.
+        # Copy a gradient that is fp32 already: other layers may use it.
         total = total.clone() if total is gradient else total
         torch.distributed.all_reduce(total, group=ctx.group)
         return total.to(gradient.dtype), None
 
 
 def gather_from_tp(logits: Float[Tensor, "*batch vocab_local"]) -> Float[Tensor, "*batch vocab_padded"]:
-    """All ranks' columns side by side; carries no gradient."""
-    # Not megatron-core 0.16.1's own: it allocates the result on the GPU even where the logits, and all else, are on the CPU.
+    """Concatenate the columns of all ranks, without gradient."""
+    # megatron-core 0.16.1's function allocates the result on the GPU, even if the logits are on the CPU.
     group = get_tensor_model_parallel_group()
     parts = [torch.empty_like(logits) for _ in range(group.size())]
     torch.distributed.all_gather(parts, logits.contiguous(), group=group)
@@ -184,7 +180,7 @@ def _megatron_config(mesh: Mesh, dtype: torch.dtype) -> ModelParallelConfig:
     return ModelParallelConfig(
         tensor_model_parallel_size=mesh.tp_size,
         params_dtype=dtype,
-        # Initial values are ours (models.init); the flag also lets layers be built on meta and without CUDA.
+        # models.init sets initial values. The flags also allow building layers on meta and without CUDA.
         perform_initialization=False,
         use_cpu_initialization=True,
         deterministic_mode=True,

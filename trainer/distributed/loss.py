@@ -1,6 +1,6 @@
-"""Cross-entropy of the output matrix's logits, its vocabulary divided over ranks, in fp32, padding left out of the softmax.
+"""Vocabulary-parallel cross-entropy in fp32. The softmax excludes padding.
 
-Each rank finds three numbers per token for its part of the vocabulary (`tandem.kernels.linear_cross_entropy`), r its rank:
+Each rank r computes three numbers per token for its part of the vocabulary (`tandem.kernels.linear_cross_entropy`). Then
 
     loss = M - sum over r of target_logit[r] + log(sum over r of total[r] * exp(maximum[r] - M)),   M = max of maximum[r]
 """
@@ -24,12 +24,12 @@ def parallel_cross_entropy(
     scale: float,
     mesh: Mesh,
 ) -> Float32[Tensor, "seq rows"]:
-    """Minus the log-probability of each target among the true `vocab_size` ids, of logits scale * hidden @ weight.T.
+    """Compute minus the log-probability of each target from the logits scale * hidden @ weight.T of the first `vocab_size` ids.
 
-    The same on every tensor-parallel rank; its gradient is to be that of one rank's losses, not of their sum over ranks. The
-    gradient of hidden is this rank's part (`copy_to_tp` adds the parts up). No logits are kept, nor ever all at once there.
-
+    Every tensor-parallel rank returns the same losses. The gradient of hidden is this rank's part; `copy_to_tp` sums the parts.
+    The logits are never all in memory at once, and none are kept.
     Units: nats.
+    Note: pass the gradient of one rank's losses to backward, not of their sum over ranks.
     """
     first_index = mesh.tp_rank * len(weight)
     num_valid_columns = min(max(vocab_size - first_index, 0), len(weight))
@@ -46,9 +46,9 @@ def _combine_over_ranks(
     target_logit: Float[Tensor, " tokens"],
     mesh: Mesh,
 ) -> Float32[Tensor, " tokens"]:
-    """The loss of each token, from every rank's part. A rank that holds padding alone has the lowest number and no total.
+    """Combine the parts of all ranks. A rank with padding only has the lowest number as its maximum, and a total of 0.
 
-    In fp64, which costs nothing for so few numbers: a rounding here is one error for all of a token's columns in backward.
+    Uses fp64, which is cheap for so few numbers: a rounding error here would affect all of a token's columns in backward.
     """
     maximum, total, target_logit = maximum.double(), total.double(), target_logit.double()
     if mesh.tp_size > 1:

@@ -1,6 +1,6 @@
-"""Ranks, groups and device of this process: the only facts about the launch that the rest of the trainer may read.
+"""Ranks, process groups and device of this process. The rest of the trainer takes these facts only from here.
 
-Ranks are laid out with tensor-parallel neighbours adjacent, so that a replica's all-reduces stay inside a node.
+The ranks of one replica are adjacent, so that its tensor-parallel all-reduces stay inside a node.
 """
 
 import os
@@ -23,7 +23,7 @@ T = TypeVar("T")
 _STORE_COUNTER = count()
 INIT_TIMEOUT = timedelta(seconds=RANK_WAIT_TIMEOUT_SECONDS)
 COLLECTIVE_TIMEOUT_MINUTES = 120
-"""Longer than the watchdog of a run waits, which says who did not arrive; a timeout of NCCL just ends the process."""
+"""Longer than the watchdog's limits: the watchdog names the missing rank, but a timeout of NCCL just ends the process."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,15 @@ class Mesh:
 
 
 def init_mesh(tp_size: int) -> Mesh:
-    """Process groups exist (NCCL with a GPU, gloo without) and every rank knows its place.
-
-    Uses the process group of the caller if there is one already.
-    """
+    """Create the process groups (NCCL with a GPU, gloo without) and return the mesh. Reuses an existing default group."""
     launch = launch_environment()
-    os.environ["LOCAL_RANK"] = str(launch["local_rank"])  # DeepSpeed insists on it, whatever the launcher
+    os.environ["LOCAL_RANK"] = str(launch["local_rank"])  # DeepSpeed requires it with every launcher
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if launch["local_rank"] >= torch.cuda.device_count():
             raise UserError(
-                f"ranks: this machine has {torch.cuda.device_count()} GPUs and rank {launch['rank']} would need one more; "
-                "start one rank for each GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
+                f"ranks: this machine has {torch.cuda.device_count()} GPUs and none is left for rank {launch['rank']}; start "
+                "one rank per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
             )
         device = torch.device("cuda", launch["local_rank"])
         torch.cuda.set_device(device)
@@ -58,7 +55,7 @@ def init_mesh(tp_size: int) -> Mesh:
         _init_process_group(launch, device)
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES))
     if not parallel_state.model_parallel_is_initialized():
-        # On gloo the main groups serve the CPU already; a second set would only cost start-up time.
+        # With gloo, the main groups already serve the CPU; a second set would only slow the start.
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp_size, create_gloo_process_groups=device.type == "cuda",
             distributed_timeout_minutes=COLLECTIVE_TIMEOUT_MINUTES,
@@ -77,63 +74,62 @@ def init_mesh(tp_size: int) -> Mesh:
 
 @contextmanager
 def mesh_context(tp_size: int) -> Iterator[Mesh]:
-    """`init_mesh`; when the block ends, also by an error, all groups made by it are gone and another tp_size may follow."""
+    """Like `init_mesh`, but destroy the groups it created at the end of the block, so that another tp_size can follow."""
     groups_before = process_groups()
     try:
         yield init_mesh(tp_size)
     finally:
         if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()  # forgets them
+            parallel_state.destroy_model_parallel()  # only drops its references
         if not groups_before and dist.is_initialized():
             dist.destroy_process_group()
-        for group in sorted(
-            process_groups() - groups_before, key=lambda group: group.group_name
-        ):  # in one order on all ranks
+        # All ranks must use the same order.
+        for group in sorted(process_groups() - groups_before, key=lambda group: group.group_name):
             dist.destroy_process_group(group)
 
 
 def process_groups() -> set[dist.ProcessGroup]:
-    """All that this process is in. On gloo each has two threads, one of which wakes a hundred times a second."""
+    """Return all groups of this process. With gloo, each has two threads, one of which wakes a hundred times a second."""
     return set(dist.distributed_c10d._world.pg_map)
 
 
 def to_device(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """The same on the device; nothing waits for the copy but what reads it there."""
-    # Of memory that is not pinned, or is in pieces, CUDA copies while the host waits, whatever non_blocking says.
+    """Copy the tensor to the device asynchronously."""
+    # If the memory is not pinned or not contiguous, CUDA makes the host wait despite non_blocking.
     return tensor.contiguous().pin_memory().to(mesh.device, non_blocking=True) if mesh.device.type == "cuda" else tensor
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:
-    """Each value summed over all ranks, in fp64, the same bits on every rank. Waits for the other ranks, for no device."""
+    """Sum each value over all ranks in fp64, with the same bits on every rank. Does not wait for the device."""
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor)
     return list(tensor.tolist())
 
 
 def sum_over_ranks_on_device(values: torch.Tensor) -> list[float]:
-    """Each value on the device summed over all ranks, in fp64, the same bits on every rank. Waits for the device."""
+    """Sum each value on the device over all ranks in fp64, with the same bits on every rank. Waits for the device."""
     summed = values.to(torch.float64, copy=True)
     dist.all_reduce(summed)
     return list(summed.tolist())
 
 
 def broadcast_from_rank_0(value: T) -> T:
-    """Rank 0's value on every rank."""
+    """Return rank 0's value on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def broadcast_from_replica(dp_rank: int, tensor: torch.Tensor) -> None:
-    """The tensor is that of the given data-parallel rank, on all replicas."""
+    """Overwrite the tensor on all replicas with that of the given data-parallel rank."""
     group = parallel_state.get_data_parallel_group()
     dist.broadcast(tensor, dist.get_global_rank(group, dp_rank), group)
 
 
 def run_on_rank_0(function: Callable[[], T], mesh: Mesh) -> T | None:
-    """The function's result on rank 0, which alone calls it, and None elsewhere.
+    """Call the function on rank 0 only; return its result there and None elsewhere.
 
-    Raises: its UserError on every rank, so that none waits for one that has left.
+    Raises: its UserError on every rank, so that no rank waits for one that has exited.
     """
     result, refusal = None, None
     if mesh.rank == 0:
@@ -148,47 +144,44 @@ def run_on_rank_0(function: Callable[[], T], mesh: Mesh) -> T | None:
 
 
 def all_gather_objects(value: T) -> list[T]:
-    """Every rank's value, by rank, on every rank."""
+    """Return the values of all ranks, in order of rank."""
     values: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
-    return values  # type: ignore[return-value]  # all_gather_object has filled every place
+    return values  # type: ignore[return-value]  # all_gather_object fills every element
 
 
 def count_collectives() -> dict[str, int]:
-    """How many collectives this rank has begun, by process group, and by kind of device where a group has several."""
-    counts = {}
-    for group, name in list(dist.distributed_c10d._world.pg_names.items()):
-        one: Any = group
-        backends = {id(found := one._get_backend(device)): (device.type, found) for device in one._device_types}
+    """Count the collectives that this rank has started, by process group, and by kind of device if a group has several."""
+    counts: dict[str, int] = {}
+    names: Any = dist.distributed_c10d._world.pg_names
+    for group, name in list(names.items()):
+        backends = {id(found := group._get_backend(device)): (device.type, found) for device in group._device_types}
         for kind, backend in backends.values():
             counts[name if len(backends) == 1 else f"{name} {kind}"] = backend._get_sequence_number_for_group()
     return counts
 
 
 def dump_flight_record() -> bytes:
-    """torch's record of this rank's last TORCH_FR_BUFFER_SIZE collectives, for its tool `torchfrtrace`."""
+    """Return torch's record of this rank's last TORCH_FR_BUFFER_SIZE collectives, for torch's tool `torchfrtrace`."""
     recorder: Any = torch._C._distributed_c10d
     found: bytes = (recorder._dump_nccl_trace if torch.cuda.is_available() else recorder._dump_fr_trace)()
     return found
 
 
 def create_shared_store(name: str) -> dist.Store:
-    """A place of this launch where ranks leave small values for one another, from any thread.
-
-    All ranks call this in the same order; each call gives a new, empty place.
-    """
+    """Create an empty key-value store of all ranks, usable from any thread. All ranks must call this in the same order."""
     default_store: Any = dist.distributed_c10d._get_default_store()
-    # A connection of its own: a wait keeps nobody else waiting.
+    # A separate connection, so that a wait does not block other stores.
     return dist.PrefixStore(f"tandem/{name}/{next(_STORE_COUNTER)}", default_store.clone())
 
 
 def barrier() -> None:
-    """Returns when every rank has called it."""
+    """Wait until every rank has called this."""
     dist.barrier()
 
 
 def _init_process_group(launch: dict[str, int], device: torch.device) -> None:
-    # CPU tensors (losses, decisions, object collectives) travel over gloo even where NCCL moves the gradients.
+    # CPU tensors (losses, decisions, object collectives) use gloo even if gradients use NCCL.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     rank, world_size = launch["rank"], launch["world_size"]
     if world_size == 1:

@@ -1,7 +1,7 @@
-"""Megatron-core's groups under the names that DeepSpeed asks its `mpu` for; the module itself is the mpu.
+"""Megatron-core's groups under the names that DeepSpeed expects of its `mpu` argument, which is this module.
 
-DeepSpeed 0.19 still calls Megatron's old interface (`get_model_parallel_*`), which megatron-core has dropped. Model
-parallel means tensor parallel here: there is no pipeline.
+DeepSpeed 0.19 uses Megatron's old interface (`get_model_parallel_*`), which megatron-core no longer has. Model parallel means
+tensor parallel here, because there is no pipeline.
 """
 
 from megatron.core.parallel_state import (
@@ -29,17 +29,8 @@ def get_pipeline_model_parallel_rank() -> int:
 
 
 __all__ = [
-    "get_data_parallel_group",
-    "get_data_parallel_rank",
-    "get_data_parallel_world_size",
-    "get_model_parallel_group",
-    "get_model_parallel_rank",
-    "get_model_parallel_src_rank",
-    "get_model_parallel_world_size",
-    "get_pipeline_model_parallel_rank",
-    "get_pipeline_model_parallel_world_size",
-    "get_tensor_model_parallel_group",
-    "get_tensor_model_parallel_rank",
-    "get_tensor_model_parallel_src_rank",
-    "get_tensor_model_parallel_world_size",
-]
+    "get_data_parallel_group", "get_data_parallel_rank", "get_data_parallel_world_size", "get_model_parallel_group",
+    "get_model_parallel_rank", "get_model_parallel_src_rank", "get_model_parallel_world_size",
+    "get_pipeline_model_parallel_rank", "get_pipeline_model_parallel_world_size", "get_tensor_model_parallel_group",
+    "get_tensor_model_parallel_rank", "get_tensor_model_parallel_src_rank", "get_tensor_model_parallel_world_size",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which activations are kept for backward and which are computed again."""
+"""Keep activations for backward, or recompute them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,13 +8,13 @@ from torch.utils.checkpoint import checkpoint
 
 
 def activation_checkpoint(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """function(*arguments), keeping only the arguments; backward runs the function again.
+    """Call the function and keep only its arguments; backward calls it again.
 
-    Nothing in either model draws random numbers, so their state need not be kept.
+    Does not save the random state, because neither model draws random numbers.
     """
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def call_directly(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """function(*arguments), keeping whatever its backward wants."""
+    """Call the function and keep all activations that its backward needs."""
     return function(*arguments)

@@ -1,4 +1,4 @@
-"""Whether the data-parallel replicas hold the same weights: a device that computes wrong shows here, and nowhere in a loss."""
+"""Check that all data-parallel replicas have the same weights. This detects a faulty device, which no loss reveals."""
 
 from collections import Counter
 
@@ -9,13 +9,13 @@ from tandem.trainer.distributed.mesh import Mesh, all_gather_objects
 
 CHUNK_ELEMENTS = 1 << 24
 POSITION_MODULUS = 65_521
-"""Places are weighted by their number modulo this prime, so that two that have changed places show too."""
+"""Elements are weighted by position modulo this prime, so that swapped elements change the checksum."""
 
 
 def check_replicas(model: nn.Module, mesh: Mesh, step: int) -> None:
-    """Raises RuntimeError, on all ranks, naming those whose weights are not the bits that most of their replicas hold.
+    """Raises: RuntimeError on all ranks, naming the ranks whose weights differ from those of most replicas.
 
-    Where no half of the replicas agrees, all of them are named.
+    If no majority of the replicas agrees, the error names all of them.
     """
     sums = {name: checksum(parameter) for name, parameter in model.named_parameters()}
     gathered = all_gather_objects((mesh.tp_rank, sums))
@@ -26,7 +26,7 @@ def check_replicas(model: nn.Module, mesh: Mesh, step: int) -> None:
         }
         for name in sums:
             [(majority_checksum, num_equal)] = Counter(theirs[name] for theirs in replicas.values()).most_common(1)
-            has_majority = 2 * num_equal > len(replicas)  # else it cannot be told which of them are right
+            has_majority = 2 * num_equal > len(replicas)  # otherwise it is unknown which are right
             differing_ranks = [
                 rank for rank, theirs in replicas.items() if not has_majority or theirs[name] != majority_checksum
             ]
@@ -36,17 +36,15 @@ def check_replicas(model: nn.Module, mesh: Mesh, step: int) -> None:
         ranks = sorted({rank for odd, _ in mismatches for rank in odd})
         rank_list = ", ".join(map(str, ranks))
         raise RuntimeError(
-            f"step {step}: the weights of {'rank' if len(ranks) == 1 else 'ranks'} {rank_list} are not those of "
-            f"the other replicas "
-            f"({len(mismatches)} of {len(sums)} tensors, first {mismatches[0][1]}): a device has computed "
-            f"wrong; take it out of the "
-            "launch; nothing of this step was saved"
+            f"step {step}: the weights of {'rank' if len(ranks) == 1 else 'ranks'} {rank_list} differ from those of the other "
+            f"replicas ({len(mismatches)} of {len(sums)} tensors, first {mismatches[0][1]}): a device computes wrong results; "
+            "remove it from the launch; nothing of this step was saved"
         )
 
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> int:
-    """A number, modulo 2^64, that changes with any one bit of the tensor."""
+    """Compute a checksum modulo 2^64. Changing any one bit of the tensor changes it."""
     flat = tensor.detach().reshape(-1)
     bits = flat.view({2: torch.int16, 4: torch.int32}[flat.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=flat.device)

@@ -1,9 +1,13 @@
-"""How a rank's tensor lies in the global one. Pure arithmetic on shapes; nothing here communicates.
+"""Position of a rank's tensor in the global one. Pure arithmetic on shapes, without communication.
 
-Three shapes of one parameter: *true* (what the config says and checkpoints and exports hold), *padded* (the true shape with
-the divided dim rounded up, zeros at its end) and *local* (one tensor-parallel rank's equal share of the padded one). A fused
-parameter has one more dim globally than locally: gate and up are `[2, ffn, width]` globally, `[2 * ffn_hidden_size_local,
-width]` locally.
+A parameter has three shapes:
+
+* *global*: the unpadded shape, as in the config, checkpoints and exports,
+* *padded*: the global shape with the sharded dim rounded up; the padding is zeros at its end,
+* *local*: one tensor-parallel rank's equal share of the padded tensor.
+
+A fused parameter has one more dim globally than locally: gate and up are `[2, ffn_hidden_size, hidden_size]` globally and
+`[2 * ffn_hidden_size_local, hidden_size]` locally.
 """
 
 from dataclasses import dataclass
@@ -15,14 +19,13 @@ from torch.nn.functional import pad
 @dataclass(frozen=True)
 class TensorSharding:
     global_shape: tuple[int, ...]
-    """True global shape."""
     sharded_dim: int | None = None
-    """The dim that tensor parallelism divides; None where every rank holds the whole tensor."""
+    """The dim that tensor parallelism divides; None if the tensor is replicated."""
     padded_size: int = 0
-    """Size of that dim after padding."""
+    """Padded size of that dim."""
 
     def local_shape(self, tp_size: int) -> tuple[int, ...]:
-        """Shape of one rank's share, with the dims of the global tensor."""
+        """Return the shape of one rank's share, with the dims of the global tensor."""
         if self.sharded_dim is None:
             return self.global_shape
         local_size = self.padded_size // tp_size
@@ -30,7 +33,7 @@ class TensorSharding:
 
 
 def slice_local(sharding: TensorSharding, global_tensor: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-    """The rank's box of the true global tensor, zeros where padding lies."""
+    """Return the rank's share of an unpadded global tensor, with zeros for padding."""
     assert tuple(global_tensor.shape) == sharding.global_shape, (
         f"{tuple(global_tensor.shape)} is not {sharding.global_shape}"
     )

@@ -1,4 +1,4 @@
-"""Any run of any rank's share can be read from a checkpoint that any layout wrote."""
+"""Any range of any rank's share can be read from a checkpoint of any layout."""
 
 import json
 import random
@@ -17,19 +17,19 @@ from tandem.trainer.config import UserError
 from tandem.trainer.distributed.sharding import TensorSharding, slice_local
 
 SHAPES = {"first": ((7, 5), 0), "second": ((6, 7), 1), "fused": ((2, 7, 3), 1), "whole": ((11,), None)}
-"""Name -> true shape, the dim that is divided; 7 is padded."""
+"""Name -> unpadded shape and sharded dim. A size of 7 needs padding."""
 NAME = "tensor"
 
 
 def shard(name: str, tp_size: int, multiple: int) -> TensorSharding:
-    """Cut over so many ranks, padded to a multiple of `multiple` on each."""
+    """Shard over `tp_size` ranks, padded to a multiple of `multiple` on each."""
     shape, dim = SHAPES[name]
     unit = tp_size * multiple
     return TensorSharding(shape, dim, 0 if dim is None else -(-shape[dim] // unit) * unit)
 
 
 def written(folder: Path, cut: TensorSharding, tp_size: int, full: Tensor, draw: random.Random) -> Checkpoint:
-    """Each box in fragments of random length, each rank's in a file of its own."""
+    """Write a checkpoint with fragments of random length and one file per rank."""
     folder.mkdir()
     tables = []
     for tp_rank in range(tp_size if cut.sharded_dim is not None else 1):

@@ -1,4 +1,4 @@
-"""What is written one tensor at a time is what the library reads, and would have written."""
+"""A file written one tensor at a time can be read by the library and equals the one it would write."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from tandem.trainer.checkpoint.safetensors_writer import TensorSpec, group_by_by
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    """In the library's own order: wider dtypes first, then names. One is not contiguous, one is empty."""
+    """Make tensors in the library's order: wider dtypes first, then names. One is not contiguous, one is empty."""
     return {
         "a": torch.randn(7, 3),
         "b.c": torch.randn(4, 5).t(),
@@ -47,7 +47,7 @@ def test_the_bytes_are_the_librarys(tmp_path: Path) -> None:
 
 
 def split(path: Path) -> tuple[dict, bytes]:
-    """Table and data; the data begins on eight bytes."""
+    """Split a file into header and data; the data starts at a multiple of eight bytes."""
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     assert end % 8 == 0
@@ -100,7 +100,7 @@ def test_runs_keep_order_and_limit() -> None:
 
 
 def test_a_file_that_is_there_is_not_written_into(tmp_path):
-    """By a process that was long asleep, say: others may have made and committed it since."""
+    """A process that was suspended may find a newer, committed file of the same name."""
     path = tmp_path / "file"
     path.write_text("committed")
     with pytest.raises(FileExistsError):

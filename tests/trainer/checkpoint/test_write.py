@@ -1,4 +1,4 @@
-"""Where a checkpoint is written, and what is removed for it."""
+"""Creating a checkpoint's folder, and removing others for it."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tandem.trainer.checkpoint.layout import COMMIT_MARKER, REJECTED_MARKER, ste
 
 
 def left(root: Path, step: int, *files: str) -> Path:
-    """The folder of a checkpoint with these files."""
+    """Make a checkpoint folder with these files."""
     folder = root / step_folder_name(step)
     folder.mkdir()
     for name in files:
@@ -18,7 +18,7 @@ def left(root: Path, step: int, *files: str) -> Path:
 
 
 def test_a_save_removes_what_others_left_without_a_commit(tmp_path):
-    """A save that was killed, or failed on a disk that took no removals, may be of an earlier or a later step."""
+    """A save that was killed, or failed on a read-only disk, may be of an earlier or a later step."""
     kept = [
         left(tmp_path, 4, "rank-00000.safetensors", COMMIT_MARKER),
         left(tmp_path, 9, COMMIT_MARKER),

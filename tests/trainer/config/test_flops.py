@@ -1,4 +1,4 @@
-"""Parameters and FLOPs against the published numbers of the two models."""
+"""Parameters and FLOPs match the published numbers of both families."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +31,8 @@ def test_parameters_are_the_published_ones(name: str, published: int) -> None:
     ("name", "tp_size", "published"), [("stablelm-2-12b", 2, 12_143_605_760), ("stablelm-2-1_6b", 1, 1_644_417_024)]
 )
 def test_the_counts_of_the_model_cards_differ_by_norms_alone(name: str, tp_size: int, published: int) -> None:
-    """GPT-NeoX sums the tensors of every tensor-parallel rank, so norms over the width count once a rank; it builds two norms
-    a layer, used or not, with a weight each, and a final norm with weight and bias. (`use_bias_in_norms` is false in both.)
+    """GPT-NeoX counts norms over hidden_size once per tensor-parallel rank. It builds two norms per layer, used or not, with a
+    weight each, and a final norm with weight and bias. (`use_bias_in_norms` is false in both.)
     """
     section = model(name)
     norms_a_layer = 1 if section.parallel_residual else 2

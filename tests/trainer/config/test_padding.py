@@ -1,4 +1,4 @@
-"""Sizes are padded to what tensor cores and ranks ask for."""
+"""Sizes are padded for tensor cores and tensor-parallel ranks."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The schedules against the published numbers, and the borders where off-by-one errors live."""
+"""Schedules match the published numbers, and borders have no off-by-one errors."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The parts of an update that the guard and the saver need: the norm before it, a gradient that is dropped, a state on hold."""
+"""The parts of an update that guard and saver use: the norm before it, dropping a gradient, and blocking updates."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from tests import ranks, tiny_configs
 
 LR = 1e-2
 KINDS = {"zero0": {"zero_stage": 0}, "zero1": {"zero_stage": 1}, "bf16": {"zero_stage": 1}}
-"""DeepSpeed has another optimizer for each."""
+"""DeepSpeed has a different optimizer for each."""
 
 
 def engine(kind: str, mesh: Mesh, variant: str = "btlm", recompute: str = "none", **sections: dict) -> Engine:
@@ -33,7 +33,7 @@ def share(rows: tuple[Tensor, ...], mesh: Mesh) -> tuple[Tensor, ...]:
 
 
 def accumulate(one: Engine, mesh: Mesh, step: int, factor: float = 1.0) -> list[float]:
-    """The gradient of a step, of two micro-batches; returns their losses."""
+    """Accumulate the gradient of a step of two micro-batches; return their losses."""
     parts = list(zip(*(tensor.chunk(2) for tensor in share(tiny_configs.global_batch(step), mesh)), strict=True))
     losses = []
     for index, part in enumerate(parts):
@@ -59,7 +59,7 @@ def state(one: Engine) -> dict[str, Tensor]:
 
 
 def dropped(kind: str, mesh: Mesh) -> dict[str, bool]:
-    """A gradient dropped between two updates, finite or not, beside the same two updates alone."""
+    """Compare two updates with a dropped gradient between them, finite or not, with the same two updates alone."""
     found = {}
     for name, factor in {"finite": 1.0, "infinite": math.inf, "nan": math.nan}.items():
         one, other = engine(kind, mesh), engine(kind, mesh)
@@ -79,7 +79,7 @@ def dropped(kind: str, mesh: Mesh) -> dict[str, bool]:
 
 
 def theirs(one: Engine) -> float:
-    """The update is made as DeepSpeed makes it; returns the norm that it found for itself."""
+    """Make the update with DeepSpeed's own step; return the norm that it computed."""
     for group in one._optimizer.param_groups:
         group["lr"] = LR * group["lr_scale"]
     one._deepspeed_engine.step()
@@ -87,8 +87,9 @@ def theirs(one: Engine) -> float:
 
 
 def beside_deepspeed(variant: str, mesh: Mesh, recompute: str = "none", max_grad_norm: float = 1.0) -> dict[str, bool]:
-    """Steps of this engine beside DeepSpeed's own, which adds gradients after backward, each with an fp32 copy of it, finds the
-    norm again and clips by it; one gradient is dropped. What is the same, bit for bit.
+    """Compare steps of this engine with DeepSpeed's own, and report which facts are equal bit by bit. One gradient is dropped.
+
+    DeepSpeed adds gradients after backward, through fp32 copies, and computes the norm again to clip by it.
     """
     sections = {"optim": {"max_grad_norm": max_grad_norm}}
     one = engine("bf16", mesh, variant, recompute, **sections)
@@ -138,7 +139,7 @@ def test_clipping_is_to_the_bit_as_deepspeeds(mesh, max_grad_norm):
 
 
 def test_the_factor_of_clipping_is_the_one_of_the_device_for_any_norm(generator):
-    """Which DeepSpeed computes as a tensor in fp32."""
+    """DeepSpeed computes it as an fp32 tensor."""
     norms = torch.cat((10 ** (20 * torch.rand(10_000, generator=generator) - 10), torch.tensor([0.0, 1.0, 3e38])))
     for max_norm in (1.0, 0.05, 1e-3, 7.3):
         expected = max_norm / (norms + 1e-6)
@@ -172,7 +173,7 @@ def on_four(folder: Path) -> dict[str, dict[str, bool]]:
 
 @pytest.mark.dist
 def test_four_ranks_drop_gradients_and_step_as_one_does(tmp_path):
-    """A dropped gradient was never there, and steps are the bits of DeepSpeed's own."""
+    """A dropped gradient has no effect, and steps give the bits of DeepSpeed's own."""
     dropped = {kind: {"finite": True, "infinite": True, "nan": True} for kind in KINDS}
     for found in ranks.run(on_four, 4, tmp_path, tmp_path):
         assert found == dropped | dict.fromkeys(tiny_configs.VARIANTS, SAME)
@@ -207,7 +208,7 @@ def test_state_on_hold_changes_only_after_the_wait(mesh, kind):
 
 
 def test_deepspeed_on_another_device_than_the_model_is_refused(mesh):
-    """DeepSpeed moves the model to its own device, without a word."""
+    """Otherwise DeepSpeed would silently move the model to its own device."""
     config = tiny_configs.make_config("btlm")
     elsewhere = replace(mesh, device=torch.device("cuda", 0))
     with pytest.raises(UserError, match=r"DS_ACCELERATOR: .* on the cpu .* is cuda:0; unset it"):

@@ -1,7 +1,7 @@
-"""Cross-entropy is the definition in fp64 over the true vocabulary, wherever its rows and the padded ones lie.
+"""Cross-entropy equals its definition in fp64 over the unpadded vocabulary, for every position of the padding.
 
-Hidden and weight are sixteenths below eight: bf16 holds them, and fp32 the sum of eight products of two. So logits have no
-error but their own rounding to bf16, in whatever order they are added up, and what is measured is what comes after them.
+Hidden and weight are multiples of 1/16 below 8. bf16 represents them exactly, and fp32 the sum of eight products. The only
+error of the logits is therefore their own rounding to bf16, and the tests measure only what follows.
 """
 
 from itertools import product
@@ -19,14 +19,14 @@ from tests import ranks
 SEQ, ROWS, WIDTH, LOCAL, SCALE = 5, 3, 8, 128, 0.7
 ON_ONE = [101, 128]
 ON_TWO = [101, 128, 129, 200, 256]
-"""True vocabularies. The second rank has, of 128 rows, none, none, one, some, and all."""
+"""Unpadded vocabularies. Of its 128 rows, the second rank has none, none, one, some and all."""
 DTYPES = [torch.float32, torch.bfloat16]
 Found = dict[tuple[int, torch.dtype], dict[str, Tensor]]
-"""Of every vocabulary and dtype, losses and gradients."""
+"""(Vocabulary, dtype) -> losses and gradients."""
 
 
 def example(vocab: int, tp_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Padding that would show, targets at both ends."""
+    """Make inputs with padding that would change the result, and targets at both ends of the vocabulary."""
     generator = torch.Generator().manual_seed(1)
     hidden = sixteenths(torch.randn(SEQ, ROWS, WIDTH, generator=generator))
     weight = sixteenths(2 * torch.randn(tp_size * LOCAL, WIDTH, generator=generator))
@@ -41,12 +41,12 @@ def sixteenths(x: Tensor) -> Tensor:
 
 
 def of_each() -> Tensor:
-    """What each loss is weighted with: a different number for each, so that no two may be exchanged."""
+    """Return a different weight for each loss, so that swapped losses are detected."""
     return torch.linspace(0.5, 1.5, SEQ * ROWS).view(SEQ, ROWS)
 
 
 def on_each(vocabs: list[int], tp_size: int) -> Found:
-    """Losses, and this rank's gradients."""
+    """Compute losses and this rank's gradients."""
     found = {}
     with mesh_context(tp_size) as mesh:
         for vocab, dtype in product(vocabs, DTYPES):
@@ -62,11 +62,11 @@ def on_each(vocabs: list[int], tp_size: int) -> Found:
 
 
 def assert_close(found: dict[str, Tensor], vocab: int, tp_size: int, dtype: torch.dtype) -> None:
-    """To fp64 on the same logits, in that dtype, which may lose nothing more.
+    """Compare with fp64 on the same logits, rounded to the dtype.
 
-    In fp32 z is rounded, its distance from the maximum, and what is summed: no more than three roundings of the largest z,
-    of a loss absolute, of each term of a gradient relative, since there they are in the exponent. In the dtype are rounded the
-    gradient of a logit, its product with the other factor, and the sum of ranks.
+    In fp32, three values are rounded: z, its distance from the maximum, and the sum. The error is at most three roundings of
+    the largest z: absolute for a loss, relative for each term of a gradient, where they are in the exponent. In the dtype,
+    three more are rounded: the gradient of a logit, its product with the other factor, and the sum over ranks.
     """
     hidden, weight, targets = (x.double() if x.is_floating_point() else x for x in example(vocab, tp_size))
     hidden, weight, targets = hidden.flatten(0, 1), weight[:vocab], targets.flatten()

@@ -1,4 +1,4 @@
-"""Groups of ranks come and go with the block that wanted them."""
+"""Process groups exist only inside the block that creates them."""
 
 import time
 from pathlib import Path
@@ -13,15 +13,15 @@ SOON_SECONDS = 10.0
 
 
 def in_and_out(times: int) -> list[tuple[bool, int, int]]:
-    """Whether the groups are those there were before, how many more there were in the block, how many threads it has left."""
+    """For each block, return: whether the old groups are restored, the number of groups created, and the threads left over."""
     found = []
     for _ in range(times):
         before, threads = process_groups(), num_threads()
         with mesh_context(2):
             more = len(process_groups() - before)
-            dist.barrier()  # one that leaves while another still makes its connections ends it
+            dist.barrier()  # a rank that exits early would break connections that another is still making
         deadline = time.monotonic() + SOON_SECONDS
-        # The first block starts threads that stay; one that has ended is listed for a moment.
+        # The first block starts threads that stay; an ended thread is still listed for a moment.
         while found and num_threads() > threads and time.monotonic() < deadline:
             time.sleep(0.01)
         found.append((process_groups() == before, more, num_threads() - threads))

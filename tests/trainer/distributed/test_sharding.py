@@ -1,4 +1,4 @@
-"""True, padded and local shapes are three views of the same numbers."""
+"""Global, padded and local shapes hold the same numbers."""
 
 from math import prod
 
@@ -21,14 +21,14 @@ every_tp_size = pytest.mark.parametrize("tp_size", [1, 2, 4])
 
 
 def full(shard: TensorSharding) -> torch.Tensor:
-    """Distinct numbers, none of them zero."""
+    """Make a tensor of distinct numbers, none of them zero."""
     return torch.arange(1.0, 1 + prod(shard.global_shape)).view(shard.global_shape)
 
 
 @every_shard
 @every_tp_size
 def test_joined_parts_are_the_whole(shard, tp_size):
-    """Also from the flat or fused shape in which a parameter holds its part."""
+    """Parts may have the flat or fused shape of a parameter."""
     parts = [slice_local(shard, full(shard), tp_rank, tp_size) for tp_rank in range(tp_size)]
     assert torch.equal(joined(shard, parts), full(shard))
     assert torch.equal(joined(shard, [part.flatten() for part in parts]), full(shard))
@@ -48,7 +48,7 @@ def test_parts_are_consecutive_and_padding_is_zero_at_the_end(shard, tp_size):
 
 
 def test_each_rank_has_its_part_of_gate_and_of_up():
-    """Not one rank the gate and the other the up, which is what cutting the fused dim would give."""
+    """Slicing the fused dim would give the gate to one rank and up to the other."""
     gate_up = torch.stack([torch.full((101, 6), 1.0), torch.full((101, 6), 2.0)])
     for tp_rank in (0, 1):
         part = slice_local(SHARDS["fused"], gate_up, tp_rank, 2)
