@@ -82,7 +82,7 @@ class CheckpointSaver:
         """
         assert self._pending_result is None, "collect the previous save's result first"
         start_time, self._save_index = time.perf_counter(), self._save_index + 1
-        # The training goes on to change the objects in `metadata`.
+        # The training keeps changing the objects in `metadata`.
         metadata = deepcopy({"step": step, "tp_size": self._mesh.tp_size, "dp_size": self._mesh.dp_size, **metadata})
         folder = self._root / step_folder_name(step)
         save = _Save(folder, metadata, before_commit, f"{self._save_index}/", start_time)

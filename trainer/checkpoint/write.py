@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 RankFragments = list[tuple[dict[str, Any], list[Tensor]]]
 """Manifest entries of fragments, each with its tensors in the order of its kinds."""
 WrittenFile = dict[str, Any]
-"""A data file: its name, its size and hash, and its manifest entries."""
+"""A rank's data file: its name, its size and hash (None if the rank owns nothing), and its manifest entries."""
 MAX_IMPORT_FILE_BYTES = 1_000_000_000
 """Largest file of an import. The ranks of a run share the hashing file by file, so there must be several."""
 
@@ -56,8 +56,8 @@ def prepare_folder(folder: Path) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint folder. Raises: OSError."""
-    # The marker is removed first, so that an interrupted removal leaves no folder that counts as committed.
+    """Remove a checkpoint folder. Raises: OSError; what remains then does not count, unless even the marker remains."""
+    # The marker goes first, so that an interrupted removal leaves no folder that counts as committed.
     (folder / layout.COMMIT_MARKER).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
