@@ -1,9 +1,8 @@
-"""`tandem prepare`: text in; shards, tokenizer.json and manifest.json out, the same bytes every time.
+"""`tandem prepare`: write shards, tokenizer.json and manifest.json of the inputs, the same bytes every time.
 
-Inputs are cut into units, units are encoded into spills by workers that share nothing, and shards are gathered from the
-spills in the order of a hash of seed, place and text. Every unit and every shard is finished or not there, and none
-depends on who made it; so neither the number of workers nor a kill in between can show in the result. The manifest is
-written last.
+Here are the options, their checks and the printed summary; `stages` does the work. Every unit and every shard is either
+finished or absent, and none depends on who made it, so neither the number of workers nor a kill changes the result. The
+manifest is written last.
 """
 
 from __future__ import annotations
@@ -36,60 +35,78 @@ DEFAULT_VOCAB_SIZE = 16_384
 DEFAULT_NUM_TASKS = 64
 MAX_PRINTED_FAILURES = 5
 TEXT_OPTIONS = ("group_field", "where", "nfc", "min_characters", "deduplicate", "decontaminate", "skip_undecodable")
-"""What cannot be asked of inputs that are already token ids."""
+"""Options that --tokens excludes."""
 SEED_LIMIT = 1 << 63
 """On each side of zero."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `tandem prepare`."""
-    add = parser.add_argument
-    kinds = "folders or files, local or s3://, gs://, https://: text, code, .jsonl[.gz|.zst], .parquet"
-    add("--input", nargs="+", required=True, metavar="PATH", help=kinds)
+    """Add the options of `tandem prepare`."""
+    add = parser.add_argument_group("input and output").add_argument
+    add("--input", nargs="+", required=True, metavar="PATH",
+        help="folders or files, local or s3://, gs://, https://, with braces as in bash: text, code, .jsonl[.gz|.zst], "
+        ".parquet, webdataset .tar[.gz]")  # fmt: skip
     add("--output", required=True, metavar="DIR", help="folder to create")
-    choice = parser.add_mutually_exclusive_group()
-    forms = "tokenizer.json, a folder with vocab.json and merges.txt, or a .tiktoken file, to encode with"
-    choice.add_argument("--tokenizer", metavar="FILE", help=forms)
-    trained = f"ids of a byte-level BPE trained on the corpus (default {DEFAULT_VOCAB_SIZE})"
-    choice.add_argument("--vocab-size", type=int, metavar="N", help=trained)
-    add("--tokenizer-kind", choices=build.TIKTOKEN_KINDS, help="of a .tiktoken file that does not have its usual name")
-    libraries = "what encodes; it does not show in the result (default %(default)s: the fastest that is exact)"
-    add("--tokenizer-library", choices=encoding.LIBRARIES, default="auto", help=libraries)
-    add("--eos", default="<|endoftext|>", metavar="TOKEN", help="ends each document (default %(default)s)")
+    add("--glob", metavar="PATTERN", help="take the files of folders that match, not those with known suffixes")
     add(
-        "--tokens",
-        choices=readers.TOKEN_EXTENSIONS,
-        help="adopt webdataset tars of token ids in members of this extension",
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="field of a record that holds the text (default %(default)s)",
     )
-    add("--padding-id", type=int, metavar="ID", help="with --tokens: remove this id from the ends of samples")
-    add("--text-field", default="text", metavar="NAME", help="of jsonl and parquet (default %(default)s)")
     add("--group-field", metavar="NAME", help="count documents and tokens by this field: meta.redpajama_set_name")
-    add("--where", metavar="NAME=VALUE", help="take only documents with this value of a field")
-    add("--glob", metavar="PATTERN", help="files to take from folders, instead of known suffixes")
-    add("--nfc", action="store_true", help="bring text to Unicode's composed form")
+    add("--where", metavar="NAME=VALUE", help="take only documents whose field has this value")
+    add("--skip-undecodable", action="store_true", help="leave out and count text files that are not UTF-8")
+
+    tokenizer = parser.add_argument_group("tokenizer")
+    choice, add = tokenizer.add_mutually_exclusive_group(), tokenizer.add_argument
+    choice.add_argument("--tokenizer", metavar="FILE",
+        help="tokenizer.json, a folder with vocab.json and merges.txt, or a .tiktoken file")  # fmt: skip
+    choice.add_argument("--vocab-size", type=int, metavar="N",
+        help=f"train a byte-level BPE with this many ids on the corpus (default {DEFAULT_VOCAB_SIZE})")  # fmt: skip
+    add("--tokenizer-kind", choices=build.TIKTOKEN_KINDS, help="kind of a .tiktoken file without its usual name")
+    add("--tokenizer-library", choices=encoding.LIBRARIES, default="auto",
+        help="library that encodes; the result is the same (default %(default)s: the fastest exact one)")  # fmt: skip
+    add("--eos", default="<|endoftext|>", metavar="TOKEN", help="token that ends each document (default %(default)s)")
+
+    add = parser.add_argument_group("tokenized webdataset corpora").add_argument
+    add("--tokens", choices=readers.TOKEN_EXTENSIONS,
+        help="adopt the token ids in the members of tars with this extension; --tokenizer is not run")  # fmt: skip
+    add("--padding-id", type=int, metavar="ID", help="remove this id from the ends of samples, after EOS")
+
+    add = parser.add_argument_group("cleaning").add_argument
+    add("--nfc", action="store_true", help="convert text to Unicode's composed form")
     add("--min-characters", type=int, default=0, metavar="N",
-        help="leave out documents with fewer characters other than ASCII punctuation and whitespace "
-        f"({clean.SLIMPAJAMA_MIN_CHARACTERS} in SlimPajama; default: none)")  # fmt: skip
-    add("--deduplicate", action="store_true", help="keep one of documents that share 0.8 of their 13-grams")
-    add("--decontaminate", nargs="+", default=[], metavar="PATH", help="leave out documents that are also here")
-    kept = "share of documents kept for validation (default %(default)s)"
-    add("--held-out", type=float, default=0.005, metavar="FRACTION", help=kept)
-    add("--skip-undecodable", action="store_true", help="leave out, and count, text files that are not UTF-8")
-    add("--workers", type=int, metavar="N", help="processes at once (default: cores; with slurm and ray, no limit)")
-    where = "where they work: this machine, jobs of Slurm, tasks of Ray (default %(default)s)"
-    add("--executor", choices=("local", *cluster.REQUIRED_LIBRARIES), default="local", help=where)
-    add("--tasks", type=int, metavar="N", help=f"of Slurm, in a stage (default {DEFAULT_NUM_TASKS})")
+        help="leave out documents with fewer characters, not counting ASCII punctuation and whitespace "
+        f"(default %(default)s; SlimPajama: {clean.SLIMPAJAMA_MIN_CHARACTERS})")  # fmt: skip
+    add("--deduplicate", action="store_true", help="keep one of several documents that share 0.8 of their 13-grams")
+    add(
+        "--decontaminate",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="leave out documents that are also in these files",
+    )
+
+    add = parser.add_argument_group("corpus").add_argument
+    add("--held-out", type=float, default=0.005, metavar="FRACTION",
+        help="share of documents kept for validation (default %(default)s)")  # fmt: skip
+    add("--seed", type=int, default=0, help="seed of the shuffle (default %(default)s)")
+    add("--sample-tokens", type=int, default=65_536, metavar="N", help="tokens in a tar sample (default %(default)s)")
+    add("--shard-tokens", type=int, default=1 << 25, metavar="N", help="least tokens in a shard (default %(default)s)")
+
+    add = parser.add_argument_group("workers").add_argument
+    add("--workers", type=int, metavar="N", help="processes at once (default: cores; with slurm and ray no limit)")
+    add("--executor", choices=("local", *cluster.REQUIRED_LIBRARIES), default="local",
+        help="run on this machine, as Slurm jobs or as Ray tasks (default %(default)s)")  # fmt: skip
+    add("--tasks", type=int, metavar="N", help=f"Slurm tasks in a stage (default {DEFAULT_NUM_TASKS})")
     add("--slurm", nargs="+", metavar="NAME=VALUE", help="options of sbatch: partition=cpu time=1-0 mem-per-cpu=4G")
-    add("--seed", type=int, default=0, help="of the shuffle (default %(default)s)")
-    size = "tokens in a %s (default %%(default)s)"
-    add("--sample-tokens", type=int, default=65_536, metavar="N", help=size % "tar sample")
-    add("--shard-tokens", type=int, default=1 << 25, metavar="N", help=size % "shard, at least")
 
 
 def run(args: argparse.Namespace) -> None:
-    """DIR is a finished corpus of these inputs and settings; one that already was is left as it is.
+    """Prepare the corpus; leave a folder that already holds it unchanged.
 
-    Raises: UserError; then nothing is left behind that was not there before, but finished units of work.
+    Raises: UserError. Then only finished units of work are left behind.
     """
     _check_arguments(args)
     output, console = Path(args.output), Console(stderr=True)
@@ -100,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
         _prepare_or_submit(args, output, tokenizer_json, console)
     except KeyboardInterrupt:
         kept = f"finished work is kept in {output}; " if (output / output_folder.WORK_FOLDER).is_dir() else ""
-        raise KeyboardInterrupt(f"{kept}the same command goes on") from None
+        raise KeyboardInterrupt(f"{kept}run the same command again to continue") from None
 
 
 def _prepare_or_submit(args: argparse.Namespace, output: Path, tokenizer_json: str | None, console: Console) -> None:
@@ -111,7 +128,7 @@ def _prepare_or_submit(args: argparse.Namespace, output: Path, tokenizer_json: s
         return
     with output_folder.claim_output(output, settings.to_dict(), partial(submissions.check_no_running_jobs, output)):
         if output_folder.is_finished(output, settings.to_dict(), inputs):
-            print(f"{output}: was prepared meanwhile with these settings; nothing to do")
+            print(f"{output}: another process has prepared it with these settings; nothing to do")
             return
         if args.executor == "slurm":
             _submit(args, inputs, tokenizer_json, settings)
@@ -158,16 +175,16 @@ def _submit(
         workers=args.workers,
         options=dict(option.split("=", 1) for option in args.slurm or []),
     )
-    print(f"{args.output}: submitted to Slurm, each job to begin when the one before has ended well")
+    print(f"{args.output}: submitted to Slurm; each job starts when the previous one has succeeded")
     for stage, job in submitted.jobs.items():
         print(f"  {stage}: job {job}")
-    print("  the same command says how far they are, and submits again what has failed")
-    print(f"  logs, and one line for each task that failed: {submitted.logs}")
+    print("  run the same command again to see their progress, and to resubmit what has failed")
+    print(f"  logs, and one line for each failed task: {submitted.logs}")
 
 
 @contextmanager
 def _hide_progress_on_error(bars: Progress) -> Iterator[None]:
-    """A mistake met inside is the only thing left to read: the bars go."""
+    """Remove the bars if the block raises UserError, so that only its message is left to read."""
     try:
         yield
     except UserError:
@@ -258,9 +275,7 @@ def _check_tokens(args: argparse.Namespace) -> None:
 def _check_executor(args: argparse.Namespace) -> None:
     for name in ("tasks", "slurm"):
         if getattr(args, name) is not None and args.executor != "slurm":
-            raise UserError(
-                f"--{name}: is for --executor slurm, not {args.executor}; leave it out, or name that executor"
-            )
+            raise UserError(f"--{name}: is for --executor slurm, not {args.executor}; leave it out, or choose slurm")
     for option in args.slurm or []:
         name = option.partition("=")[0]
         if "=" not in option or name.startswith("-") or name in RESERVED_SBATCH_OPTIONS:
@@ -282,10 +297,14 @@ def _print_counts(output: Path, corpus_manifest: CorpusManifest) -> None:
     for name in stages.DROPPED_COUNT_NAMES:
         if corpus_manifest.counts.get(name):
             print(f"  {name.replace('_', ' ')} left out: {corpus_manifest.counts[name]:,}")
+    if added := corpus_manifest.counts.get("added_eos_tokens"):
+        print(f"  EOS added to documents that were cut at the end of a sample: {added:,}")
+    if padding := corpus_manifest.counts.get("padding_tokens"):
+        print(f"  padding ids removed: {padding:,}")
     for group, counts in corpus_manifest.groups.items():
         print(f"  {group or '(none)'}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
     if [*corpus_manifest.groups] == [encode.NO_GROUP]:
-        print(f"  no document has the field {corpus_manifest.settings['group_field']}, which --group-field names")
+        print(f"  no document has the field {corpus_manifest.settings['group_field']} of --group-field")
     print(f"  unigram entropy of the training tokens: {corpus_manifest.unigram_entropy_nats:.4f} nats")
     if corpus_manifest.settings["held_out"] and not corpus_manifest.validation.tokens:
         print("  no document was held out; a larger --held-out gives validation tokens")

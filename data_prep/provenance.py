@@ -1,7 +1,7 @@
-"""What a corpus was made from, as inputs.json says it: of every file its name, bytes, version and the hashes of its parts.
+"""inputs.json: the name, size, version and hashes of the parts of every file that a corpus was made from.
 
-Versions are times and tags, which differ between copies of the same files. So the manifest holds a hash of the rest, and
-the file one of all it says.
+Versions are times and tags, which differ between copies of the same files. So the manifest holds a hash of everything
+else; inputs.json holds a hash of all its entries.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ InputEntry = Sequence[Any]
 
 
 def dump(files: Sequence[InputEntry]) -> str:
-    """The text of inputs.json."""
+    """Return the text of inputs.json."""
     return json.dumps({"sha256": _hash(files), "files": files}) + "\n"
 
 
 def load(path: str | Path) -> list[InputEntry]:
-    """The files, as they were written.  Raises: UserError where a byte is not."""
+    """Read the entries of inputs.json.  Raises: UserError if any byte has changed since it was written."""
     try:
         text = remote_files.read_bytes(path).decode()
         files: list[InputEntry] = json.loads(text)["files"]
@@ -40,7 +40,7 @@ def load(path: str | Path) -> list[InputEntry]:
 
 
 def summarize(files: Sequence[InputEntry]) -> dict[str, Any]:
-    """What the manifest says of the files."""
+    """Return what the manifest records of the files."""
     content = [[name, size, hashes] for name, size, _, hashes in files]
     return {"num_input_files": len(files), "inputs_sha256": _hash(content)}
 

@@ -1,7 +1,7 @@
-"""The stages of a preparation, in order: train the tokenizer, encode units, find duplicates, gather shards, finish.
+"""The stages of a preparation: train the tokenizer, encode units, find duplicates, plan and gather shards, finish.
 
-Each stage leaves files below the folder of unfinished work and begins by looking for them, so any stage can be run again,
-by anybody, at any time; the last writes the manifest and removes what was unfinished.
+Each stage writes files to the work folder and skips those that exist, so it can be run again by any process at any time.
+The last stage writes the manifest and removes the work folder.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit, Shard
 from tandem.trainer.disk import atomic_write
 
 CHECK_SAMPLE_DOCUMENTS, CHECK_SAMPLE_CHARACTERS = 200, 1 << 20
-"""On how much an encoding library is checked against the reference before it is used."""
+"""The sample on which an encoding library is compared with the reference before it is used."""
 TOKENIZER_TRAINING_BYTES = 1 << 30
-"""Text that a tokenizer is trained on, about, where there is more."""
+"""Approximate limit of the text that a tokenizer is trained on."""
 DROPPED_COUNT_NAMES = (
     "empty_documents", "filtered_documents", "undecodable_files", readers.OTHER_MEMBERS,
     "short_documents", "contaminated_documents", "duplicate_documents",
 )  # fmt: skip
 
 StartProgress = Callable[[str, int], ProgressCallback]
-"""Shows a bar with this name and total; what it returns moves it."""
+"""Shows a bar with this name and total, and returns the function that advances it."""
 RunItems = Callable[..., None]
-"""`executor.run` or another that does the same: run(make_item_function, items, advance=...)."""
+"""`executor.run` or an equivalent: run(make_item_function, items, advance=...)."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What every worker is told."""
+    """What every worker receives."""
 
     output: Path
     settings: PrepareSettings
@@ -63,7 +63,7 @@ class Preparation:
 
     @property
     def corpus_work_folder(self) -> Path:
-        """What concerns all units together: duplicates, ranges of shards, records of finished shards."""
+        """The files that depend on all units: duplicates, ranges of shards, records of finished shards."""
         names = hashlib.sha256("".join(unit.name for unit in self.units).encode()).hexdigest()
         return self.work_folder / f"whole-{names[:24]}"
 
@@ -72,17 +72,15 @@ def create_preparation(
     output: Path, settings: PrepareSettings, inputs: list[InputFile], tokenizer_json: str | None, *,
     vocab_size: int, tokenizer_library: str, start_progress: StartProgress,
 ) -> Preparation:  # fmt: skip
-    """The tokenizer is known, and with it the units of the corpus.
+    """Train the tokenizer if none is given, choose the encoding library and plan the units.
 
-    Raises: UserError where the inputs cannot be read or hold no text.
+    Raises: UserError if the inputs cannot be read.
     """
     work_folder = output / output_folder.WORK_FOLDER
     work_folder.mkdir(exist_ok=True)
-    text = (
-        tokenizer_json
-        if tokenizer_json is not None
-        else _train_tokenizer(work_folder, settings, inputs, vocab_size, start_progress)
-    )
+    text = tokenizer_json
+    if text is None:
+        text = _train_tokenizer(work_folder, settings, inputs, vocab_size, start_progress)
     error_prefix = "--tokenizer" if tokenizer_json is not None else "--eos"
     encoder = encoding.select_encoder(
         text, settings.eos, error_prefix, library=tokenizer_library, sample_texts=_sample_texts(settings, inputs)
@@ -90,16 +88,16 @@ def create_preparation(
     settings_dict = settings.to_dict() | {"tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest()}
     preparation = Preparation(output, settings, work_units.plan_units(inputs, settings_dict), encoder, text)
     for other in set(work_folder.glob("whole-*")) - {preparation.corpus_work_folder}:
-        shutil.rmtree(other)  # of other inputs: their shards in the output are about to be written over
+        shutil.rmtree(other)  # of other inputs, whose shards in the output are about to be overwritten
     preparation.corpus_work_folder.mkdir(exist_ok=True)
     return preparation
 
 
 def _sample_texts(settings: PrepareSettings, inputs: list[InputFile]) -> list[str]:
-    """The first texts there are, whatever becomes of them."""
+    """The first texts of the inputs, before any filter."""
     texts: list[str] = []
     for file in inputs if settings.tokens is None else ():
-        with suppress(readers.UndecodableText):  # said, or counted, when it is encoded
+        with suppress(readers.UndecodableText):  # reported or counted when it is encoded
             for document in readers.read_documents(FilePart(file, 0, 1), settings.text_field, [], lambda count: None):
                 texts.append(document.text)
                 if len(texts) >= CHECK_SAMPLE_DOCUMENTS or sum(map(len, texts)) >= CHECK_SAMPLE_CHARACTERS:
@@ -114,9 +112,7 @@ def _train_tokenizer(
     vocab_size: int,
     start_progress: StartProgress,
 ) -> str:
-    """tokenizer.json of a BPE trained on text that is not held out, TOKENIZER_TRAINING_BYTES of it where there is more; kept
-    in the folder of unfinished work.
-    """
+    """Train a BPE on text that is not held out, at most about TOKENIZER_TRAINING_BYTES; keep it in the work folder."""
     path = trained_tokenizer_path(work_folder, inputs)
     if not path.exists():
         advance = start_progress("training the tokenizer", sum(file.size_bytes for file in inputs))
@@ -131,7 +127,7 @@ def _train_tokenizer(
 
 
 def trained_tokenizer_path(work_folder: Path, inputs: list[InputFile]) -> Path:
-    """Where the tokenizer trained on these inputs is kept."""
+    """Where the tokenizer trained on these inputs is stored."""
     versions = json.dumps([[file.name, file.size_bytes, file.version] for file in inputs])
     return work_folder / f"tokenizer-{hashlib.sha256(versions.encode()).hexdigest()[:24]}.json"
 
@@ -139,7 +135,7 @@ def trained_tokenizer_path(work_folder: Path, inputs: list[InputFile]) -> Path:
 def _training_texts(
     settings: PrepareSettings, inputs: list[InputFile], share: float, advance: ProgressCallback
 ) -> Iterator[str]:
-    """The documents as they will be encoded, in order: this share of all text, from the beginnings of files all over it."""
+    """Yield this share of the cleaned text in order, from the beginnings of files throughout the inputs."""
     target_bytes = read_characters = 0.0
     for file in inputs:
         target_bytes += share * file.estimated_text_bytes
@@ -158,26 +154,25 @@ def _training_texts(
 
 @dataclass(frozen=True)
 class Stage:
-    """Items of work that need all items of the stage before and nothing of each other."""
+    """Independent items of work that need all items of the previous stage."""
 
     name: str
     progress_title: str
-    """What its bar is called."""
+    """The title of its progress bar."""
     items: Callable[[Preparation], Sequence[Any]]
-    """All of them, the same to everybody, in the same order; asked for when the stage before is finished."""
+    """All items, in the same order for every process; called once the previous stage is finished."""
     is_finished: Callable[[Preparation, Any], bool]
     make_item_function: Callable[[Preparation], ItemFunction]
     item_size: Callable[[Any], int] = lambda item: 1
     has_single_item: bool = False
-    """Whether it is one item, whatever the corpus."""
+    """Whether it has one item for any corpus."""
 
     def unfinished_items(self, preparation: Preparation) -> list[Any]:
-        """The items that nobody has finished."""
         return [item for item in self.items(preparation) if not self.is_finished(preparation, item)]
 
 
 def run(preparation: Preparation, run_items: RunItems, start_progress: StartProgress) -> CorpusManifest:
-    """The corpus is finished: its manifest is there, nothing unfinished is."""
+    """Run all stages, which leaves a finished corpus."""
     for stage in active_stages(preparation.settings):
         items, unfinished = stage.items(preparation), stage.unfinished_items(preparation)
         advance = start_progress(stage.progress_title, sum(map(stage.item_size, items)))
@@ -187,7 +182,7 @@ def run(preparation: Preparation, run_items: RunItems, start_progress: StartProg
 
 
 def active_stages(settings: PrepareSettings) -> list[Stage]:
-    """What turns a preparation into a corpus, in order."""
+    """The stages that these settings need, in order."""
     return [stage for stage in STAGES if settings.deduplicate or stage.name != "find-duplicates"]
 
 
@@ -223,7 +218,7 @@ def _mask_path(preparation: Preparation, source_spill: Spill) -> Path:
 
 
 def _make_plan_shards(preparation: Preparation) -> ItemFunction:
-    """Masks of the documents to leave out, of every spill; and the ranges of the shards."""
+    """Write the masks of the documents to leave out of every spill, and the ranges of the shards."""
 
     def arrange(path: Path, advance: ProgressCallback) -> None:
         if preparation.settings.deduplicate:
@@ -295,7 +290,7 @@ def _raise_no_training_documents(preparation: Preparation) -> None:
 
 
 def finish(preparation: Preparation) -> CorpusManifest:
-    """The manifest is there and what was unfinished is not."""
+    """Write the manifest and remove the work folder."""
     settings, output = preparation.settings, preparation.output
     records = [spill.load_record(preparation.work_folder, unit.name) for unit in preparation.units]
     counts: Counter[str] = sum((Counter(record["counts"]) for record in records), Counter())
@@ -321,7 +316,7 @@ def finish(preparation: Preparation) -> CorpusManifest:
 
 
 def _collect_shards(preparation: Preparation) -> tuple[dict[str, CorpusSplit], dict[str, dict[str, int]], np.ndarray]:
-    """The splits; documents and tokens of every group; how often each id occurs in the training tokens."""
+    """Return the splits, the documents and tokens of every group, and the counts of each id in the training tokens."""
     shards: dict[str, list[Shard]] = {split: [] for split in spill.SPLITS}
     groups: Counter[tuple[str, str]] = Counter()
     token_counts = np.zeros(preparation.encoder_spec.vocab_size, np.int64)
@@ -343,7 +338,7 @@ def _collect_shards(preparation: Preparation) -> tuple[dict[str, CorpusSplit], d
 
 def _entropy_nats(token_counts: np.ndarray) -> float:
     shares = token_counts[token_counts > 0] / token_counts.sum()
-    # Rounded, since the order of a sum, and so its last bits, may differ between processors.
+    # Rounded, because the order of a sum, and with it the last bits, may differ between processors.
     return round(float(-(shares * np.log(shares)).sum()), 6)
 
 
@@ -360,31 +355,12 @@ def _make_finish(preparation: Preparation) -> ItemFunction:
 
 
 STAGES = (
-    Stage(
-        "encode", "encoding", lambda all_of: all_of.units, _is_encoded, _make_encode_unit, lambda unit: unit.size_bytes
-    ),
-    Stage(
-        "find-duplicates",
-        "looking for duplicates",
-        _band_ranges,
-        lambda all_of, part: part.links_path.exists(),
-        _make_link_range,
-    ),
-    Stage(
-        "plan-shards",
-        "cutting into shards",
-        lambda all_of: [_shard_ranges_path(all_of)],
-        _exists,
-        _make_plan_shards,
-        has_single_item=True,
-    ),
+    Stage("encode", "encoding", lambda it: it.units, _is_encoded, _make_encode_unit, lambda unit: unit.size_bytes),
+    Stage("find-duplicates", "looking for duplicates", _band_ranges, lambda _, part: part.links_path.exists(),
+          _make_link_range),
+    Stage("plan-shards", "cutting into shards", lambda it: [_shard_ranges_path(it)], _exists, _make_plan_shards,
+          has_single_item=True),
     Stage("gather", "shuffling", _load_shard_key_ranges, _is_gathered, _make_gather_shard),
-    Stage(
-        "finish",
-        "finishing",
-        lambda all_of: [all_of.output / manifest.MANIFEST_FILE],
-        _exists,
-        _make_finish,
-        has_single_item=True,
-    ),
-)
+    Stage("finish", "finishing", lambda it: [it.output / manifest.MANIFEST_FILE], _exists, _make_finish,
+          has_single_item=True),
+)  # fmt: skip

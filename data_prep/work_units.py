@@ -1,8 +1,7 @@
-"""How the inputs are divided into units of work, by the inputs alone.
+"""Divide the inputs into units of work, by their sizes alone.
 
-The one idea: a unit's name is a hash of the settings and of what it reads, so finished work is found again by whoever
-starts next, with however many workers, and work on a file that has changed since is not. No byte of the result depends
-on how many workers there are or when they stopped.
+A unit's name is a hash of the settings and of what it reads. So a later run with any number of workers finds the finished
+units, but not those of files that have changed. No byte of the result depends on the number of workers or on kills.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from typing import Any
 from tandem.data_prep.input_files import FilePart, InputFile
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 8 << 20, 512 << 20
-"""Of text: what is lost by a kill, at most, against the number of files of unfinished work."""
+"""Limits of a unit's text. A small unit loses little work to a kill; large ones leave fewer files."""
 WORK_FORMAT_VERSION = 3
-"""Of what a unit leaves behind: unfinished work of another version is not taken over."""
+"""Format of a unit's files; files of another version are not reused."""
 TARGET_NUM_UNITS = 64
-"""A corpus is cut into about as many units, within the bounds above, so that workers end together."""
+"""Approximate number of units, within the limits above, so that workers finish together."""
 
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """Neighbouring parts of the inputs that one worker encodes."""
+    """Consecutive parts of the inputs that one worker encodes."""
 
     name: str
     index: int
@@ -37,7 +36,7 @@ class WorkUnit:
 
 
 def plan_units(inputs: list[InputFile], settings_dict: dict[str, Any]) -> list[WorkUnit]:
-    """All inputs, each in one unit or, where its format allows it, cut over several."""
+    """Assign every input to a unit, or to several if readers can start inside it."""
     total = sum(file.estimated_text_bytes for file in inputs)
     unit_bytes = min(max(total // TARGET_NUM_UNITS, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
     settings = json.dumps([WORK_FORMAT_VERSION, settings_dict], sort_keys=True)

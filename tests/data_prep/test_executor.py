@@ -206,7 +206,7 @@ def test_an_interrupted_preparation_is_one_line_and_continues(
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert [line for line in said.splitlines() if line.startswith("tandem: ")] == [
-        f"tandem: interrupted; finished work is kept in {output}; the same command goes on"
+        f"tandem: interrupted; finished work is kept in {output}; run the same command again to continue"
     ]
     assert "Traceback" not in said
     assert prepared("interrupted", *arguments) == output

@@ -306,5 +306,5 @@ def test_a_group_field_that_no_document_has_is_said(prepared, folder, capsys):
     prepared("out", "--input", folder, "--group-field", "nope", "--held-out", 0)
     said = capsys.readouterr().out
     assert "  (none): 303 documents" in said
-    assert "no document has the field nope, which --group-field names" in said
+    assert "no document has the field nope of --group-field" in said
     assert "was held out" not in said
