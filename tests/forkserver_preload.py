@@ -13,8 +13,14 @@ from tests.ranks import check_annotations
 
 check_annotations()
 
+import deepspeed.comm.mori  # noqa: E402
+import deepspeed.module_inject.auto_ep_layer  # noqa: E402
+import deepspeed.ops  # noqa: E402
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402
 import pytest  # noqa: E402, F401
+import rich._emoji_codes  # noqa: E402, F401
 import torch  # noqa: E402
+import torch.profiler._cupti_monitor  # noqa: E402
 import transformers  # noqa: E402, F401
 
 import tandem.data_prep.tokenizers.encoding  # noqa: E402  (not tandem.data_prep.prepare: pyarrow starts a thread)
@@ -23,6 +29,8 @@ import tandem.trainer.tools.convert_hf  # noqa: E402
 import tandem.trainer.tools.generate  # noqa: E402
 import tandem.trainer.train  # noqa: E402, F401
 
+# DeepSpeed's engine imports the modules above and probes the compiler for its operators: a quarter of what a short run costs.
+deepspeed.ops.__compatible_ops__  # noqa: B018
 torch.set_num_threads(1)
 SERVER_PID = os.getpid()
 """The one that imported this: in a fork, its server."""
