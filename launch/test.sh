@@ -23,7 +23,8 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then sed -n '2,/^set -/s/^# \?//p' la
 for stage; do
     [[ " $known " == *" $stage "* ]] || { echo "test: unknown stage $stage; known: $known" >&2 && exit 2; }
 done
-unset PYTHONPATH PYTHONHOME # they would hide the packages of .venv
+unset PYTHONPATH PYTHONHOME   # they would hide the packages of .venv
+unset PYTHONDONTWRITEBYTECODE # every process would compile our code, and pytest rewrite its assertions, again
 launch/install.sh
 export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 
