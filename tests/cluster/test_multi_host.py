@@ -12,8 +12,9 @@ from tandem.trainer.config import load_config
 from tandem.trainer.config.flops import num_parameters
 from tests.cluster import network_hosts
 from tests.cluster.network_hosts import LAUNCH_FOLDER, Host
+from tests.ports import free_ports
 from tests.promises import conftest
-from tests.promises.conftest import read_step_records, start_command, two_phase_config
+from tests.promises.conftest import fork_tandem, read_step_records, start_command, two_phase_config, wait_for_exit
 from tests.timeouts import TEST_TIMEOUT_SECONDS
 
 corpus = conftest.corpus
@@ -44,11 +45,16 @@ def config(tmp_path: Path, corpus: Path) -> Path:
 def test_two_hosts_train_like_one(pair: tuple[Host, Host], config: Path, tmp_path: Path) -> None:
     """The same bits, since two ranks add two numbers; and the gradients have crossed the cable."""
     before = {host: host.sent_bytes() for host in pair}
-    log = tmp_path / "network_hosts.log"
-    with start_command([LAUNCH_FOLDER / "local.sh", "2", config, "run.name=one"]) as alone, log.open("wb") as written:
+    log, [port] = tmp_path / "network_hosts.log", free_ports(1)
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = ["train", config, "run.name=one"]
+    with log.open("wb") as written:
         launchers = [host.start_launcher(config, written, "run.name=two") for host in pair]
-        said, _ = alone.communicate(timeout=TEST_TIMEOUT_SECONDS)
-        assert alone.returncode == 0, said
+        alone = [
+            fork_tandem(command, log=tmp_path / "one.log", environment={**launch, "RANK": rank, "LOCAL_RANK": rank})
+            for rank in "01"
+        ]
+        assert [wait_for_exit(rank) for rank in alone] == [0, 0], (tmp_path / "one.log").read_text()
         codes = [launcher.wait(TEST_TIMEOUT_SECONDS) for launcher in launchers]
     assert codes == [0, 0], log.read_text()
     model = load_config(config).model

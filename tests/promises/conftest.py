@@ -1,5 +1,6 @@
 """A small corpus of real text, prepared by the real verb, for every promise about runs."""
 
+import fcntl
 import json
 import os
 import re
@@ -49,20 +50,29 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in launcher} | {"OMP_NUM_THREADS": "1"}
 
 
-def fork_tandem(*commands: list[object]) -> BaseProcess:
-    """These commands of `tandem`, one after the other in one fork of the ranks' server: not what a user types, and seconds
-    sooner. Ends with the exit code of the first that fails.
+def fork_tandem(
+    *commands: list[object], log: Path | None = None, environment: dict[str, str] | None = None
+) -> BaseProcess:
+    """Run commands of `tandem`, one after the other, in one fork of the ranks' server: what a user types, but seconds faster.
+
+    The fork appends stdout and stderr to `log` and ends with the exit code of the first command that fails.
     """
-    process = FORKSERVER.Process(target=_run_commands, args=([list(map(str, command)) for command in commands],))
+    words = [list(map(str, command)) for command in commands]
+    process = FORKSERVER.Process(target=_run_commands, args=(words, log, environment or {}))
     process.start()
     return process
 
 
-def _run_commands(commands: list[list[str]]) -> None:
+def _run_commands(commands: list[list[str]], log: Path | None, environment: dict[str, str]) -> None:
     from jaxtyping import config
 
     from tandem.trainer.__main__ import main
 
+    if log:
+        with log.open("ab") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+    os.environ.update(environment)
     config.update("jaxtyping_disable", True)  # as in a command, whose steps would take half as long again
 
     sys.exit(next(filter(None, map(main, commands)), 0))
@@ -101,30 +111,27 @@ def start_command(command: list[object], **environment: str) -> Iterator[subproc
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """Some modules of mpmath, a document every forty lines, in several small shards."""
-    folder = tmp_path_factory.mktemp("corpus")
+    """Some modules of mpmath, a document every forty lines, in several small shards; shared by all workers, never changed."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "promises-corpus"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            prepare_corpus(folder)
+            (folder / "done").touch()
+    return folder / "prepared"
+
+
+def prepare_corpus(folder: Path) -> None:
+    """Prepare it as `prepared` with the command `tandem prepare`."""
     modules = [path.read_text(encoding="utf-8").splitlines(keepends=True) for path in TEXT_FILES]
     texts = ["".join(lines[first : first + 40]) for lines in modules for first in range(0, len(lines), 40)]
     (folder / "modules.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    done = run_tandem(
-        "prepare",
-        "--input",
-        folder / "modules.jsonl",
-        "--output",
-        folder / "prepared",
-        "--vocab-size",
-        VOCAB_SIZE,
-        "--held-out",
-        0.1,
-        "--sample-tokens",
-        512,
-        "--shard-tokens",
-        40_000,
-        "--workers",
-        1,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "prepared"
+    options = {"input": folder / "modules.jsonl", "output": folder / "prepared", "vocab-size": VOCAB_SIZE,
+               "held-out": 0.1, "sample-tokens": 512, "shard-tokens": 40_000, "workers": 1}  # fmt: skip
+    command = ["prepare", *(word for name, value in options.items() for word in (f"--{name}", value))]
+    assert wait_for_exit(fork_tandem(command)) == 0
 
 
 @pytest.fixture

@@ -13,7 +13,14 @@ import yaml
 
 from tandem.trainer.metrics.history import read_history
 from tests.ports import free_ports
-from tests.promises.conftest import has_signal_handler, read_step_records, start_command, two_phase_config
+from tests.promises.conftest import (
+    fork_tandem,
+    has_signal_handler,
+    read_step_records,
+    start_command,
+    two_phase_config,
+    wait_for_exit,
+)
 from tests.timeouts import TEST_TIMEOUT_SECONDS, wait_until
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -39,7 +46,7 @@ def test_torchrun_deepspeed_and_srun_train_the_same_bits(tmp_path, corpus):
     parallel = {"tp_size": 2, "zero_stage": 1, "recompute": "none"}
     tree = two_phase_config("stablelm", corpus, tmp_path / "runs", steps=STEPS // 2, parallel=parallel)
     config.write_text(yaml.safe_dump(tree))
-    (port, other), by_hand = map(str, free_ports(2)), [sys.executable, "-m", "tandem.trainer", "train"]
+    port, other = map(str, free_ports(2))
     another_run = socket.socket()
     with suppress(OSError):  # there is one
         another_run.bind(("", 29500))
@@ -48,12 +55,16 @@ def test_torchrun_deepspeed_and_srun_train_the_same_bits(tmp_path, corpus):
         another_run,
         launched([LAUNCH / "local.sh", 2], config, "torchrun") as torchrun,
         launched([LAUNCH / "deepspeed.sh", 2], config, "deepspeed", MASTER_PORT=other) as deepspeed,
-        launched(by_hand, config, "srun", **slurm(0, port)) as rank_0,
-        launched(by_hand, config, "srun", **slurm(1, port)) as rank_1,
     ):
-        for process in (torchrun, deepspeed, rank_0, rank_1):
+        log = tmp_path / "srun.log"
+        tasks = [
+            fork_tandem(["train", config, "run.name=srun"], log=log, environment=slurm(rank, port)) for rank in (0, 1)
+        ]
+        codes = [wait_for_exit(task) for task in tasks]
+        for process in (torchrun, deepspeed):
             said, _ = process.communicate(timeout=TEST_TIMEOUT_SECONDS)
             assert process.returncode == 0, said
+        assert codes == [0, 0], log.read_text()
     runs = {name: read_step_records(tmp_path / "runs" / name) for name in ("torchrun", "deepspeed", "srun")}
     one = runs["torchrun"]
     for name, other in runs.items():
