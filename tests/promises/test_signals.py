@@ -1,5 +1,6 @@
 """Whatever ends a run, the same command continues it to the bits of the run that nothing ended."""
 
+import os
 import random
 import shutil
 import signal
@@ -80,6 +81,8 @@ def config(tmp_path_factory, corpus) -> Path:
     tree = two_phase_config(
         "stablelm", corpus, root / "runs", steps=STEPS, checkpoint={"every_steps": 50, "keep_last": 2}
     )
+    for phase in tree["schedule"]["phases"]:
+        phase["micro_batch_size"] = phase["global_batch_size"]
     (root / "config.yaml").write_text(yaml.safe_dump(tree))
     return root / "config.yaml"
 
@@ -93,13 +96,21 @@ def straight(config) -> Path:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_saves_the_step_leaves_with_85_and_the_same_command_goes_on(number, config, straight):
+    """Ctrl-C is sent to a command; `test_signal_windows` sends the other signals to one."""
     folder = config.parent / "runs" / number.name
-    command = [sys.executable, "-m", "tandem.trainer", "train", str(config), f"run.name={number.name}"]
-    process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: last_step(folder) >= 20, process)
-    process.send_signal(number)
-    errors = said(process)
-    assert process.returncode == REQUEUE_EXIT_CODE, errors
+    command = ["train", str(config), f"run.name={number.name}"]
+    if number == signal.SIGINT:
+        typed = [sys.executable, "-m", "tandem.trainer", *command]
+        process = subprocess.Popen(typed, cwd=ROOT, env=clean_environment(), stderr=subprocess.PIPE, text=True)
+        wait_until(lambda: last_step(folder) >= 20, process)
+        process.send_signal(number)
+        errors = said(process)
+        assert process.returncode == REQUEUE_EXIT_CODE, errors
+    else:
+        fork = fork_tandem(command)
+        wait_until(lambda: last_step(folder) >= 20, fork)
+        os.kill(fork.pid, number)
+        assert wait_for_exit(fork) == REQUEUE_EXIT_CODE
     stopped = last_step(folder)
     assert 20 <= stopped < 2 * STEPS
     assert open_checkpoint(folder).step == stopped
@@ -144,7 +155,7 @@ def test_a_signal_before_the_first_step_loses_nothing(config):
     for delay in (0.0, 0.02, 0.1, 0.3, 0.6, None):
         name = f"early-{delay}"
         folder = config.parent / "runs" / name
-        process = started(config, f"run.name={name}")
+        process = started(config, f"run.name={name}", "evaluate.every_steps=1", "evaluate.tokens=2560")
         if delay is None:
             wait_until(lambda process=process: has_signal_handler(process.pid, signal.SIGTERM), process)
         else:
