@@ -52,6 +52,8 @@ class Sweep:
             checkpoint={"every_steps": 1, "keep_last": 2},
             watchdog={"step_timeout_seconds": 30.0, "start_timeout_seconds": 180.0},
         )
+        for phase in tree["schedule"]["phases"]:
+            phase["micro_batch_size"] = phase["global_batch_size"] * tp_size // len(RANKS)  # kills are about saves
         self._config = root / "config.yaml"
         self._config.write_text(yaml.safe_dump(tree))
         self.kinds, self.faults, self.missed = Counter[str](), list[str](), list[PlannedTrial]()

@@ -48,6 +48,8 @@ STEPS = 30
 SAVE_BYTES = 2_300_000
 """Of one checkpoint of the tiny model, rounded up."""
 DISK_BYTES = 5 * SAVE_BYTES // 2
+OLDER, NEWER = 50, 55
+"""Steps of the checkpoints of a stopped run, late in it: each test of a damaged one then makes a few steps only."""
 SLOW_SYNC_SECONDS = 0.02
 SAVES, LARGE = 12, {"hidden_size": 512, "num_layers": 2, "ffn_hidden_size": 1024, "num_heads": 8}
 
@@ -328,56 +330,55 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.fixture(scope="module")
-def halfway(config, straight) -> Path:
-    """A run that stands at step 40 of 60, with the checkpoints of steps 20 and 40."""
-    folder = folder_of(config, "halfway")
-    every = ("checkpoint.every_steps=20", "checkpoint.keep_last=0")
-    assert wait_for_exit(begin(config, "halfway", *every, "run.stop_step=40")) == 0
-    assert [path.name for path in list_committed(folder / "checkpoints")] == [
-        step_folder_name(20),
-        step_folder_name(40),
-    ]
+def stopped(config, straight) -> Path:
+    """A run that has stopped at step `OLDER` and at step `NEWER` of 60, with a checkpoint of each."""
+    folder = folder_of(config, "stopped")
+    for step in (OLDER, NEWER):
+        stop = ("checkpoint.every_steps=0", "checkpoint.keep_last=0", f"run.stop_step={step}")
+        assert wait_for_exit(begin(config, "stopped", *stop)) == 0
+    committed = [path.name for path in list_committed(folder / "checkpoints")]
+    assert committed == [step_folder_name(OLDER), step_folder_name(NEWER)]
     return folder
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_continued(kind, config, straight, halfway):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_continued(kind, config, straight, stopped):
     spoil, words = DAMAGES[kind]
     name = kind.replace(" ", "-")
-    folder = shutil.copytree(halfway, folder_of(config, name))
-    damaged = folder / "checkpoints" / step_folder_name(40)
+    folder = shutil.copytree(stopped, folder_of(config, name))
+    damaged = folder / "checkpoints" / step_folder_name(NEWER)
     spoil(damaged)
-    assert wait_for_exit(begin(config, name, "checkpoint.every_steps=20", "checkpoint.keep_last=0")) == 0
+    assert wait_for_exit(begin(config, name, "checkpoint.every_steps=5", "checkpoint.keep_last=0")) == 0
     lines = said(config, name, "is damaged")
     if words:
         assert len(lines) == 1
         assert f"{damaged} is damaged ({words}" in lines[0]
     else:
         assert lines == [], "without a marker it was never committed"
-    assert said(config, name, "resumed at step")[0].startswith("resumed at step 20 ")
+    assert said(config, name, "resumed at step")[0].startswith(f"resumed at step {OLDER} ")
     assert said(config, name, "Traceback") == []
     is_the_straight_run(folder, straight)
 
 
-def test_a_checkpoint_that_was_passed_over_does_not_count_and_no_whole_one_is_removed_for_it(config, halfway, capsys):
-    folder = shutil.copytree(halfway, folder_of(config, "passed-over"))
+def test_a_checkpoint_that_was_passed_over_does_not_count_and_no_whole_one_is_removed_for_it(config, stopped, capsys):
+    folder = shutil.copytree(stopped, folder_of(config, "passed-over"))
     root = folder / "checkpoints"
     spoil, _ = DAMAGES["data flipped"]
-    spoil(root / step_folder_name(40))
+    spoil(root / step_folder_name(NEWER))
     every = ("checkpoint.every_steps=0", "checkpoint.keep_last=2")
-    assert wait_for_exit(begin(config, "passed-over", *every, "run.stop_step=30")) == 0
-    assert [path.name for path in list_committed(root)] == [step_folder_name(20), step_folder_name(30)]
+    assert wait_for_exit(begin(config, "passed-over", *every, "run.stop_step=52")) == 0
+    assert [path.name for path in list_committed(root)] == [step_folder_name(OLDER), step_folder_name(52)]
     assert main(["checkpoint", "ls", str(folder), "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["checkpoints"]
     assert [(row["step"], row["state"]) for row in listed] == [
-        (20, "committed"), (30, "committed"), (40, "rejected"),
+        (OLDER, "committed"), (52, "committed"), (NEWER, "rejected"),
     ]  # fmt: skip
-    assert wait_for_exit(begin(config, "passed-over", *every, "run.stop_step=45")) == 0
-    assert [path.name for path in list_checkpoints(root)] == [step_folder_name(30), step_folder_name(45)]
+    assert wait_for_exit(begin(config, "passed-over", *every, "run.stop_step=57")) == 0
+    assert [path.name for path in list_checkpoints(root)] == [step_folder_name(52), step_folder_name(57)]
 
 
-def test_of_checkpoints_that_are_all_damaged_none_is_continued_and_no_run_begins(config, halfway):
-    folder = shutil.copytree(halfway, folder_of(config, "all"))
+def test_of_checkpoints_that_are_all_damaged_none_is_continued_and_no_run_begins(config, stopped):
+    folder = shutil.copytree(stopped, folder_of(config, "all"))
     first, second = list_committed(folder / "checkpoints")
     flip(data(first))
     flip(second / COMMIT_MARKER)
