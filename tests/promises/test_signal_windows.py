@@ -76,6 +76,8 @@ class Window:
     """The corpus lies on a server that does not answer for these files."""
     steps: int = 0
     """To be made first by this start."""
+    step_seconds: float = 0.06
+    """Sleep in each step, so that a signal finds a run of this small model in the middle."""
 
 
 STEP = ("data", "forward and backward", "update")
@@ -166,7 +168,7 @@ def config(request, tmp_path_factory, corpus) -> Path:
     sections = {"parallel": {"tp_size": request.param}, "checkpoint": {"every_steps": 0, "keep_last": 2}}
     tree = two_phase_config("stablelm", corpus, root / "runs", steps=STEPS, **sections)
     for phase in tree["schedule"]["phases"]:
-        phase["micro_batch_size"] = 1  # a step then has something of a length
+        phase["micro_batch_size"] = phase["global_batch_size"]
     (root / "config.yaml").write_text(yaml.safe_dump(tree))
     return root / "config.yaml"
 
@@ -223,6 +225,7 @@ def rank_main(command: list[str], environment: dict[str, str], phases: Path, win
     def at(watchdog: Watchdog, phase: str, step: int | None = None) -> None:
         enter(watchdog, phase, step)
         os.pwrite(file, f"{phase} {next(entered)}".ljust(80).encode(), 0)
+        time.sleep(window.step_seconds if phase == "forward and backward" else 0)
 
     loader.build_batch, Watchdog.enter_phase = read, at
     sys.exit(main(command))
@@ -234,7 +237,7 @@ def codes(ranks: list[Rank]) -> set[int | None]:
 
 def finished(config: Path, *overrides: str) -> bool:
     """Whether a start that no signal meets comes to the end of the run."""
-    with started(config, *overrides) as ranks:
+    with started(config, *overrides, window=Window(step_seconds=0.0)) as ranks:
         return codes(ranks) == {0}
 
 
@@ -366,7 +369,8 @@ def test_a_signal_while_the_run_goes_back_loses_no_bit(tmp_path_factory, corpus,
 def test_a_signal_to_all_processes_of_torchrun_loses_no_bit(config, straight, tally):
     """As a scheduler sends it: to the launcher, which passes it on, and to the ranks, which hear it twice."""
     folder = config.parent / "runs" / "launched"
-    with start_command([ROOT / "launch" / "local.sh", 2, config, "run.name=launched"]) as process:
+    long_steps = ("evaluate.every_steps=1", "evaluate.tokens=2560")
+    with start_command([ROOT / "launch" / "local.sh", 2, config, "run.name=launched", *long_steps]) as process:
         deadline = time.monotonic() + TEST_TIMEOUT_SECONDS
         while standing(folder) < 2:
             assert process.poll() is None
