@@ -361,10 +361,12 @@ def test_two_installations_are_one_that_is_then_kept_and_mended(copy, with_cpu_t
     assert f".venv was made in {copy}; making it again" in again.stdout
 
 
-def test_constraints_of_the_machine_are_named_if_they_exclude_a_pin_and_else_change_nothing(copy, wheelhouse, tmp_path):
+def test_constraints_of_the_machine_are_named_if_they_exclude_a_pin_and_else_change_nothing(
+    unfinished, wheelhouse, tmp_path
+):
     """With a constraint on torch, whichever, pip calls a build that no index offers a contradiction."""
     (tmp_path / "machine.txt").write_text("torch<9\norjson<3\n")
-    done = install(copy, wheelhouse, PIP_CONSTRAINT=str(tmp_path / "machine.txt"))
+    done = install(unfinished, wheelhouse, PIP_CONSTRAINT=str(tmp_path / "machine.txt"))
     assert "the index has none: using the CUDA build" in done.stdout
     said = one_line(done, 1)
     assert "versions contradict each other" in said
@@ -394,15 +396,15 @@ def test_settings_that_lead_pip_elsewhere_are_ignored(copy, with_cpu_torch, tmp_
 
 
 @pytest.mark.parametrize("setting", ["install.target", "global.prefix", "global.python"])
-def test_a_setting_in_a_file_that_leads_pip_elsewhere_is_refused(copy, wheelhouse, tmp_path, setting):
+def test_a_setting_in_a_file_that_leads_pip_elsewhere_is_refused(unfinished, wheelhouse, tmp_path, setting):
     section, name = setting.split(".")
     (tmp_path / "pip.conf").write_text(f"[{section}]\n{name} = /no/such\nquiet = 1\n")
-    said = one_line(install(copy, wheelhouse, PIP_CONFIG_FILE=str(tmp_path / "pip.conf")), 2)
+    said = one_line(install(unfinished, wheelhouse, PIP_CONFIG_FILE=str(tmp_path / "pip.conf")), 2)
     assert f"set {setting}='/no/such', which leads packages away from .venv" in said
     assert "PIP_CONFIG_FILE=/dev/null launch/install.sh" in said
     empty = tmp_path / "no wheels"
     empty.mkdir()
-    remedied = install(copy, empty, PIP_CONFIG_FILE="/dev/null")
+    remedied = install(unfinished, empty, PIP_CONFIG_FILE="/dev/null")
     assert "continuing the installation into .venv" in remedied.stdout
     assert "the index has none: using the CUDA build" in remedied.stdout, "it came past the settings"
 
