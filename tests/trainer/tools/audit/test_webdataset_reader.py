@@ -59,12 +59,14 @@ def run_on(tmp_path) -> Callable[..., tuple[Path, dict[str, str]]]:
         corpus, path = manifest.load_manifest(sources["b"]), tmp_path / "b" / FILE
         content = change(path.read_bytes())
         path.write_bytes(content)
-        corpus.train.shards[SHARD_INDEX] = dataclasses.replace(
-            corpus.train.shards[SHARD_INDEX],
+        shards = list(corpus.train.shards)
+        shards[SHARD_INDEX] = dataclasses.replace(
+            shards[SHARD_INDEX],
             bytes=len(content),
             sha256=hashlib.sha256(content).hexdigest(),
             xxh3_128=xxh3_128(content).hexdigest(),
         )
+        corpus = dataclasses.replace(corpus, train=dataclasses.replace(corpus.train, shards=shards))
         atomic_write(tmp_path / "b" / manifest.MANIFEST_FILE, manifest.dump_manifest(corpus))
         run = tmp_path / "run"
         run.mkdir()
