@@ -42,7 +42,7 @@ def run_import_hf(arguments: argparse.Namespace) -> None:
     """Write a committed checkpoint of the weights, and the tokenizer, to the output folder."""
     start_time, output = time.perf_counter(), arguments.output
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"{output}: is not empty; an import must write a new folder; name another")
+        raise UserError(f"{output}: is not empty; an import must write a new folder; choose another")
     weight_source = open_with_status(arguments.folder)
     model = weight_source.model
     metadata = model_metadata(model, weight_source.mup)

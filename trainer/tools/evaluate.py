@@ -70,8 +70,8 @@ def check_corpus(data: str, weight_source: WeightSource, seq_len: int, num_rows:
         manifest.check_tokenizer(weight_source.tokenizer_file, corpus, f"--data {data}: the weights' tokenizer")
     if num_rows < 1 or seq_len < 1 or num_rows * seq_len > corpus.validation.tokens:
         requested = f"{num_rows} rows of --seq-len {seq_len} tokens"
-        rule = f"must be positive and their product at most the {corpus.validation.tokens} held-out tokens of {data}"
-        raise UserError(f"--rows: {requested}; {rule}; lower one of them")
+        rule = f"must be positive numbers with a product of at most {corpus.validation.tokens}, the held-out tokens of {data}"
+        raise UserError(f"--rows: {requested}; {rule}; change one of them")
 
 
 def held_out_batches(data: str, vocab_size: int, seq_len: int, num_rows: int) -> Iterable[Batch]:
