@@ -131,7 +131,7 @@ def test_a_spill_that_the_disk_has_cut_stops_the_preparation(prepared, records, 
         return ranges(spills, dropped, shard_tokens)
 
     monkeypatch.setattr("tandem.data_prep.shuffle.plan_shard_key_ranges", after_the_cut)
-    with pytest.raises(UserError, match=r"000.tokens is shorter than its index says"):
+    with pytest.raises(UserError, match=r"000.tokens is shorter than its index states"):
         prepared("out", "--input", records)
 
 
