@@ -147,7 +147,9 @@ def write_config(tmp_path, corpus):
 
 
 def two_phase_config(variant: str, corpus: Path, root: Path, *, steps: int = 6, **sections: dict) -> dict:
-    """A tiny config tree over the corpus: `steps` steps of 8 rows of 32 tokens, then as many of 2 rows of 128."""
+    """A tiny config tree over the corpus: `steps` steps of 8 rows of 32 tokens, then as many of 2 rows of 128, in two
+    micro-batches each on one data-parallel rank.
+    """
     tree = tiny_configs.config_tree(variant)
     tokens = steps * 256
     tree["run"]["root"] = str(root)
@@ -158,7 +160,7 @@ def two_phase_config(variant: str, corpus: Path, root: Path, *, steps: int = 6, 
             "tokens": tokens,
             "seq_len": 32,
             "global_batch_size": 8,
-            "micro_batch_size": 2,
+            "micro_batch_size": 4,
             "mixture": {"corpus": 1.0},
         },
         {

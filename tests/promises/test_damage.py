@@ -65,6 +65,8 @@ def config(tmp_path_factory, corpus) -> Path:
         run={"max_repeat_failures": 0},
         checkpoint={"every_steps": 1, "keep_last": 1},
     )
+    for phase in tree["schedule"]["phases"]:
+        phase["micro_batch_size"] = phase["global_batch_size"]  # disks see saves, not micro-batches
     (root / "config.yaml").write_text(yaml.safe_dump(tree))
     return root / "config.yaml"
 

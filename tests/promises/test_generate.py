@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from io import StringIO
 from pathlib import Path
 
@@ -62,12 +64,19 @@ def through_transformers(theirs: PreTrainedModel, prompts: list[list[int]], foll
     return torch.stack(logits, dim=1)
 
 
-def exported(variant: str, out: Path, **options) -> PreTrainedModel:
-    model, mup = DECODER_VARIANTS[variant]
-    tensors = reference_module(model).random_tensors(model, seed=3)
-    options = {"tokenizer": None, "max_seq_len": 64, "dtype": torch.float32} | options
-    convert.export_folder(tensors.__getitem__, model, mup, out, **options)
-    return loaded(out).eval()
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Callable[[str], PreTrainedModel]:
+    """exported(variant): what transformers loads from its export, once for all tests."""
+
+    @cache
+    def load(variant: str) -> PreTrainedModel:
+        (model, mup), out = DECODER_VARIANTS[variant], tmp_path_factory.mktemp("export") / "out"
+        tensors = reference_module(model).random_tensors(model, seed=3)
+        options = {"tokenizer": None, "max_seq_len": 64, "dtype": torch.float32}
+        convert.export_folder(tensors.__getitem__, model, mup, out, **options)
+        return loaded(out).eval()
+
+    return load
 
 
 @pytest.fixture
@@ -78,14 +87,14 @@ def mesh() -> Iterator[Mesh]:
 
 @every_case
 @pytest.mark.parametrize("lengths", [PROMPT_LENGTHS, LONG_PROMPT_LENGTHS], ids=["short", "long"])
-def test_reading_on_is_transformers_reading_on_and_reading_from_scratch(variant, lengths, mesh, tmp_path):
+def test_reading_on_is_transformers_reading_on_and_reading_from_scratch(variant, lengths, mesh, exported):
     """Of every logit at every step, each row beside longer ones. Beyond the length that dynamic interpolation begins at,
     reading from scratch is another function; its first logits, all read at once, are still the same.
     """
     ours, (prompts, followed_by) = build_decoder(variant, mesh), prompts_and_continuations(variant, lengths)
-    theirs = exported(variant, tmp_path / "out")
+    theirs = exported(variant)
     through = through_transformers(theirs, prompts, followed_by)
-    exact = through_transformers(theirs.double(), prompts, followed_by)
+    exact = through_transformers(deepcopy(theirs).double(), prompts, followed_by)
     noise = NOISE * (through - exact).abs().max()
     assert (cached_logits(ours, prompts, followed_by) - exact).abs().max() <= noise
     scratch = (uncached_logits(ours, prompts, followed_by) - exact).abs()
@@ -98,11 +107,11 @@ def test_reading_on_is_transformers_reading_on_and_reading_from_scratch(variant,
 
 
 @every_case
-def test_the_likeliest_tokens_are_those_of_transformers_generate(variant, mesh, tmp_path):
+def test_the_likeliest_tokens_are_those_of_transformers_generate(variant, mesh, exported):
     ours, (prompts, _) = build_decoder(variant, mesh), prompts_and_continuations(variant, PROMPT_LENGTHS)
     read, documents = left_pad(prompts, 1)
     settings = GenerationConfig(max_new_tokens=NUM_STEPS, do_sample=False, pad_token_id=0)
-    theirs = exported(variant, tmp_path / "out")
+    theirs = exported(variant)
     found = theirs.generate(read, attention_mask=(documents >= 0).long(), generation_config=settings)
     steps = list(generate_tokens(ours, prompts, NUM_STEPS, SamplingConfig(), eos_token_id=None))
     assert torch.tensor(steps).t().tolist() == found[:, read.shape[1] :].tolist()

@@ -196,7 +196,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(name, place, capfd):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", ["unknown key", "empty prompt", "resume with another width"])
+@pytest.mark.parametrize("name", ["empty prompt", "resume with another width"])
 def test_the_command_itself_says_the_same(name, place):
     before = contents(place.root)
     done = run_tandem(*command_of(name, place))

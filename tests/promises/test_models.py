@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -206,6 +207,21 @@ def one_rank() -> dict[tuple[str, str], Values]:
     return evaluate(1)
 
 
+@pytest.fixture(scope="module")
+def expected_in_bf16(tmp_path_factory) -> Callable[[str], tuple[Values, Values]]:
+    """expected_in_bf16(variant): the values in fp64 of the weights as bf16 holds them, and those of the plain model in bf16."""
+
+    @cache
+    def compute(variant: str) -> tuple[Values, Values]:
+        case = IN_BF16[variant]
+        tensors = reference_module(case.model).random_tensors(case.model, seed=5)
+        rounded = {name: tensor.bfloat16().double() for name, tensor in tensors.items()}
+        exact = their_names(case, expected(case, rounded, length=128, apart=False))
+        return exact, of_transformers(case, tmp_path_factory.mktemp("bf16") / "out", torch.bfloat16, length=128)
+
+    return compute
+
+
 @pytest.fixture
 def found(request) -> Callable[[int], dict[tuple[str, str], Values]]:
     """found(tp_size): what `evaluate` found; starts the four ranks when they are first asked for."""
@@ -250,14 +266,10 @@ def test_logits_losses_and_every_gradient_are_those_of_transformers(tp_size, var
 
 
 @layouts(IN_BF16)
-def test_bf16_strays_no_further_than_the_plain_model_in_bf16(tp_size, variant, found, tmp_path):
+def test_bf16_strays_no_further_than_the_plain_model_in_bf16(tp_size, variant, found, expected_in_bf16):
     """From the same computation in fp64 on the same weights, as bf16 holds them: logits, losses, and gradients kind by kind."""
-    case = IN_BF16[variant]
-    tensors = reference_module(case.model).random_tensors(case.model, seed=5)
-    rounded = {name: tensor.bfloat16().double() for name, tensor in tensors.items()}
-    exact = their_names(case, expected(case, rounded, length=128, apart=False))
-    plain = of_transformers(case, tmp_path / "out", torch.bfloat16, length=128)
-    ours = their_names(case, found(tp_size)[variant, "bf16"])
+    exact, plain = expected_in_bf16(variant)
+    ours = their_names(IN_BF16[variant], found(tp_size)[variant, "bf16"])
     kinds: dict[str, list[str]] = {}
     for name in exact:
         kinds.setdefault(kind(name), []).append(name)
