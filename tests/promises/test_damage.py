@@ -48,7 +48,7 @@ STEPS = 30
 SAVE_BYTES = 2_300_000
 """Of one checkpoint of the tiny model, rounded up."""
 DISK_BYTES = 5 * SAVE_BYTES // 2
-OLDER, NEWER = 50, 55
+OLDER, NEWER = 56, 58
 """Steps of the checkpoints of a stopped run, late in it: each test of a damaged one then makes a few steps only."""
 SLOW_SYNC_SECONDS = 0.02
 SAVES, LARGE = 12, {"hidden_size": 512, "num_layers": 2, "ffn_hidden_size": 1024, "num_heads": 8}
@@ -113,7 +113,7 @@ def wait_until(condition: Callable[[], bool], process: BaseProcess) -> None:
     while not condition():
         assert process.exitcode is None, f"ended with {process.exitcode} before it was to"
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 
 def newest_step(folder: Path) -> int:
@@ -350,7 +350,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_continued(kind, con
     folder = shutil.copytree(stopped, folder_of(config, name))
     damaged = folder / "checkpoints" / step_folder_name(NEWER)
     spoil(damaged)
-    assert wait_for_exit(begin(config, name, "checkpoint.every_steps=5", "checkpoint.keep_last=0")) == 0
+    assert wait_for_exit(begin(config, name, "checkpoint.every_steps=2", "checkpoint.keep_last=0")) == 0
     lines = said(config, name, "is damaged")
     if words:
         assert len(lines) == 1
@@ -368,15 +368,15 @@ def test_a_checkpoint_that_was_passed_over_does_not_count_and_no_whole_one_is_re
     spoil, _ = DAMAGES["data flipped"]
     spoil(root / step_folder_name(NEWER))
     every = ("checkpoint.every_steps=0", "checkpoint.keep_last=2")
-    assert wait_for_exit(begin(config, "passed-over", *every, "run.stop_step=52")) == 0
-    assert [path.name for path in list_committed(root)] == [step_folder_name(OLDER), step_folder_name(52)]
+    assert wait_for_exit(begin(config, "passed-over", *every, "run.stop_step=57")) == 0
+    assert [path.name for path in list_committed(root)] == [step_folder_name(OLDER), step_folder_name(57)]
     assert main(["checkpoint", "ls", str(folder), "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["checkpoints"]
     assert [(row["step"], row["state"]) for row in listed] == [
-        (OLDER, "committed"), (52, "committed"), (NEWER, "rejected"),
+        (OLDER, "committed"), (57, "committed"), (NEWER, "rejected"),
     ]  # fmt: skip
-    assert wait_for_exit(begin(config, "passed-over", *every, "run.stop_step=57")) == 0
-    assert [path.name for path in list_checkpoints(root)] == [step_folder_name(52), step_folder_name(57)]
+    assert wait_for_exit(begin(config, "passed-over", *every, "run.stop_step=59")) == 0
+    assert [path.name for path in list_checkpoints(root)] == [step_folder_name(57), step_folder_name(59)]
 
 
 def test_of_checkpoints_that_are_all_damaged_none_is_continued_and_no_run_begins(config, stopped):
