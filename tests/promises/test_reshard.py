@@ -23,7 +23,11 @@ BEFORE, AFTER = 3, 3
 MOVES_OF_A_WORLD = 24
 """Each makes all groups anew, and leaves some of gloo's threads and connections behind: a hundred are too many."""
 LR = 1e-2
-OVERRIDES = {"btlm": {}, "stablelm": {"model": tiny_configs.STABLELM | {"num_kv_heads": 4}}}
+OVERRIDES = {
+    "btlm": {"model": tiny_configs.BTLM | {"num_layers": 1}},
+    "stablelm": {"model": tiny_configs.STABLELM | {"num_kv_heads": 4, "num_layers": 1}},
+}
+"""One layer has every kind of parameter."""
 
 
 class Layout(NamedTuple):
