@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Everything that must hold before a change is shared: launch/test.sh [stage...]
+# Check everything before a change is shared: launch/test.sh [stage...]
 #
 #   lint     ruff: rules and format
-#   types    mypy: strict where modules are pure, ordinary elsewhere
-#   arch     the dependency rule, one door for each heavy library, lines per file
+#   types    mypy: strict for pure modules, ordinary for the others
+#   arch     import contracts, one importer for each heavy library, lines per file
 #   pins     constraints.txt has a solution for every Python in the public index; not checked if PIP_NO_INDEX is set
 #   fast     tests of one process that take seconds        dist      tests of several processes, and slow ones
-#   kernels  every op against its meaning                  cluster   several hosts, and what Slurm is told
-#   gpu      what needs a CUDA device                       demo      launch/demo.sh
-#   chaos    a run killed 600 times, at every call of its saves; 80 signals; every move between layouts; hosts that fail: half an hour
-#   fresh    launch/demo.sh and the fast tests on a bare Debian, from nothing: tests/launch/fresh.sh; as root, 25 minutes, 20 GB in $TMPDIR
-#   random   every test that needs no GPU in an order drawn from SEED (default: a new one, which pytest shows), in so many
-#            PROCESSES (default 4), each of which takes whole files
-#   full_size   BTLM of 2.65 billion parameters in and out: some minutes, 22 GB in $TMPDIR
+#   kernels  every op against its definition               cluster   several hosts, and Slurm
+#   gpu      tests that need a CUDA device                  demo      launch/demo.sh
+#   chaos    600 kills, at every call of a save; 80 signals; every move between layouts; failing hosts: half an hour
+#   fresh    launch/demo.sh and the fast tests on a bare Debian (tests/launch/fresh.sh): as root, 25 minutes, 20 GB in $TMPDIR
+#   random   every test that needs no GPU in a random order: SEED (default: a new one, which pytest prints) and PROCESSES
+#            (default 4), which take whole files
+#   full_size   import and export of BTLM with 2.65 billion parameters: some minutes, 22 GB in $TMPDIR
 #
 # Without a stage: lint, types, arch, pins and every test that needs no GPU in one pytest run, whose summary ends the output.
-# GPUs are hidden from all stages but gpu and demo: a test's ranks share one machine and meet over gloo.
+# All stages but gpu and demo hide the GPUs: the ranks of a test share one machine and communicate over gloo.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 known="lint types arch pins tests fast dist kernels cluster gpu demo chaos fresh random full_size"
@@ -24,7 +24,7 @@ for stage; do
     [[ " $known " == *" $stage "* ]] || { echo "test: unknown stage $stage; known: $known" >&2 && exit 2; }
 done
 unset PYTHONPATH PYTHONHOME   # they would hide the packages of .venv
-unset PYTHONDONTWRITEBYTECODE # every process would compile our code, and pytest rewrite its assertions, again
+unset PYTHONDONTWRITEBYTECODE # otherwise every process compiles our code again, and pytest rewrites its assertions again
 launch/install.sh
 export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 
@@ -48,11 +48,11 @@ random() {
 full_size() { pytest tests -m full_size -s; }
 demo() { launch/demo.sh; }
 fresh() { with_debootstrap && tests/launch/fresh.sh; }
-# Four files at a time, in their order: tests of several ranks mostly wait, and the longest waits come first.
+# Four files at a time, in their order: tests of several ranks mostly wait, and the files with the longest waits come first.
 tests() { with_programs && pytest tests --numprocesses 4 --dist loadfile --no-loadscope-reorder --durations 10; }
 
-# Hosts made with `ip`, a Slurm and shellcheck: a bare container lacks what some tests need, and gets it where this may install it.
-# Not on a machine with services of its own, where Slurm's would be started; there the tests say what they miss.
+# Some tests need `ip`, Slurm and shellcheck. Install them in a container, as root. Do not install them on a machine that runs systemd,
+# which would start Slurm's services; there the tests report what is missing.
 with_programs() {
     local packages=()
     lacks ip && packages+=(iproute2)
