@@ -1,5 +1,8 @@
 """Make Triton's interpreter, which runs kernels without a GPU, round as a GPU does. Importing this module is enough."""
 
+import inspect
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +36,19 @@ if not torch.cuda.is_available():
         return _original_create_dot(self, *wide, *rest)
 
     interpreter.InterpreterBuilder.create_dot = _create_bf16_dot
+
+    _find_builtin_names = cache(
+        lambda namespace: [name for name, member in inspect.getmembers(namespace) if tl.core.is_builtin(member)]
+    )
+
+    def _patch_builtin_members(namespace, builder, scope):
+        """triton 3.6 to 3.7 searches its whole language at each launch and each call, a third of the time of a small kernel."""
+        for name in _find_builtin_names(namespace):
+            member = getattr(namespace, name)
+            if tl.core.is_builtin(member):  # not patched by an outer call
+                interpreter._patch_attr(namespace, name, member, builder, scope)
+
+    interpreter._patch_builtin = _patch_builtin_members
 
 
 def run_kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> set[str]:

@@ -1,5 +1,6 @@
 """From every layout to every layout: what was saved is what is loaded, bit by bit, and training goes on as it would have."""
 
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from tests.promises.test_parallel import EPSILON
 BEFORE, AFTER = 3, 3
 """Steps before the save, and after it."""
 MOVES_OF_A_WORLD = 24
-"""Each makes all groups anew, and leaves some of gloo's threads and connections behind: a hundred are too many."""
+"""Each mesh makes all groups anew, and leaves some of gloo's threads and connections behind: a hundred are too many."""
 LR = 1e-2
 OVERRIDES = {
     "btlm": {"model": tiny_configs.BTLM | {"num_layers": 1}},
@@ -80,13 +81,14 @@ def save_all(root: Path, wanted: list[tuple[str, Layout]]) -> None:
 def go_on(root: Path, wanted: list[tuple[str, Layout, Layout]]) -> list[tuple[list[str], list[tuple[float, float]]]]:
     """For each, what of this rank's state is not the saved bits, and the steps after it."""
     found = []
-    for family, one, other in wanted:
-        with mesh_context(other.tp_size) as mesh:
-            snapshot = open_checkpoint(folder_of(root, family, one))
-            given = config(family, other)
-            engine = build_engine(given, mesh, snapshot)
-            lost = changed(engine, snapshot, mesh)
-            found.append((lost, stepped(given, engine, mesh, range(BEFORE, BEFORE + AFTER))))
+    for tp_size, moves in groupby(wanted, key=lambda move: move[2].tp_size):
+        with mesh_context(tp_size) as mesh:
+            for family, one, other in moves:
+                snapshot = open_checkpoint(folder_of(root, family, one))
+                given = config(family, other)
+                engine = build_engine(given, mesh, snapshot)
+                lost = changed(engine, snapshot, mesh)
+                found.append((lost, stepped(given, engine, mesh, range(BEFORE, BEFORE + AFTER))))
     return found
 
 
@@ -123,7 +125,7 @@ def root(tmp_path_factory) -> Path:
 def check(root: Path, pairs: list[tuple[str, Layout, Layout]], timeout_seconds: float) -> None:
     straight, moved = {}, {}
     for world_size in WORLDS:
-        wanted = [pair for pair in pairs if pair[2].world_size == world_size]
+        wanted = sorted((pair for pair in pairs if pair[2].world_size == world_size), key=lambda pair: pair[2].tp_size)
         answers: list[list[Any]] = [[] for _ in range(world_size)]
         for first in range(0, len(wanted), MOVES_OF_A_WORLD):
             some = wanted[first : first + MOVES_OF_A_WORLD]
