@@ -164,7 +164,7 @@ explain() {
     elif unreachable "$said"; then
         echo "the package index does not answer; check the network, HTTPS_PROXY and PIP_INDEX_URL"
     elif [[ -n $missing && -n ${PIP_NO_INDEX:-} ]]; then
-        echo "PIP_FIND_LINKS=${PIP_FIND_LINKS:-} has no file for $missing; add it (see "Installing" in launch/README.md)"
+        echo "PIP_FIND_LINKS=${PIP_FIND_LINKS:-} has no file for $missing; add it (see \"Installing\" in launch/README.md)"
     elif [[ -n $missing ]]; then
         echo "the index has no file of $missing for this Python and machine; use one that has all of constraints.txt, or another PYTHON"
     elif grep -qE 'ResolutionImpossible|conflicting dependencies' <<<"$said"; then
@@ -184,8 +184,9 @@ whose_constraints() {
     if [[ -n $files ]]; then echo "pip's settings on this machine add constraints; allow these versions in ${files% }"; else echo "report it"; fi
 }
 
-# A setting of pip's files that leads packages away from .venv. No variable overrules these.
+# A setting of pip's files that leads packages away from .venv. No variable overrules these. With /dev/null pip reads no file.
 misleading_setting() {
+    [[ ${PIP_CONFIG_FILE:-} != /dev/null ]] || return 0
     { PIP_QUIET=0 .venv/bin/python -m pip --python '' config list 2>/dev/null || true; } |
         sed -nE "s/^((global|install)\.(target|prefix|root|python)='.+')$/\1/p" | tail -n 1
 }

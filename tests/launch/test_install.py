@@ -1,7 +1,8 @@
 """launch/install.sh on machines that lack something: one line says what and how to go on, and the next call does.
 
 Packages come from a folder of wheels that carry the names and versions of constraints.txt and nothing else, so that an
-installation takes seconds. pip, venv and setuptools are real. `launch/test.sh fresh` installs the true packages.
+installation takes seconds. pip, venv and setuptools are real. ensurepip, the slowest step, runs once for each Python; the `python`
+fixture repeats its result. `launch/test.sh fresh` installs the true packages.
 """
 
 import http.server
@@ -86,14 +87,44 @@ def copy(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unfinished(tmp_path_factory, wheelhouse) -> Path:
+def full_disk(tmp_path_factory) -> str:
+    """A PATH on which `df` reports 1.0 GB free: install.sh makes or checks .venv, then refuses before it fetches anything."""
+    df = tmp_path_factory.mktemp("full-disk") / "df"
+    df.write_text("#!/bin/sh\nprintf 'Filesystem 1024-blocks Used Available\\n/dev/x 5 4 1000000\\n'\n")
+    df.chmod(0o755)
+    return f"{df.parent}:{environment(None)['PATH']}"
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory, full_disk) -> Path:
     """A copy whose .venv is there, but nothing in it. Tests that fail later than that share it, in any order."""
     copy = copy_to(tmp_path_factory.mktemp("unfinished"))
-    empty = copy.parent / "no wheels"
-    empty.mkdir()
-    done = install(copy, empty)
-    assert done.returncode == 1, done.stderr
+    assert "its disk has 1.0 GB free" in one_line(install(copy, None, PATH=full_disk), 2)
+    (made,) = copy.glob(".venv/lib/python3*/site-packages")
+    shutil.copytree(made, copy.parent / "with pip")
     return copy
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory, unfinished) -> str:
+    """An installation of this Python whose ensurepip copies what the real one put into the .venv of `unfinished`.
+
+    The entries of the standard library are links. The program is a copy, because Python follows a link to find its library.
+    """
+    prefix = tmp_path_factory.mktemp("python")
+    library = prefix / sys.platlibdir / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    library.mkdir(parents=True)
+    for path in Path(os.__file__).parent.iterdir():
+        if path.name not in ("ensurepip", "__pycache__"):
+            (library / path.name).symlink_to(path)
+    (library / "ensurepip").mkdir()
+    (library / "ensurepip/__init__.py").touch()
+    (library / "ensurepip/__main__.py").write_text(
+        "import shutil, sysconfig\n"
+        f"shutil.copytree({str(unfinished.parent / 'with pip')!r}, sysconfig.get_path('purelib'), dirs_exist_ok=True)\n"
+    )
+    (prefix / "bin").mkdir()
+    return str(shutil.copy(os.path.realpath(sys._base_executable), prefix / "bin/python3"))
 
 
 def environment(wheelhouse: Path | None, **settings: str) -> dict[str, str]:
@@ -176,12 +207,8 @@ def test_an_environment_of_somebody_else_is_left_alone(copy, wheelhouse):
     assert (copy / ".venv/work").read_text() == "mine"
 
 
-def test_a_disk_that_is_too_small_is_found_before_anything_is_fetched(unfinished, wheelhouse, tmp_path):
-    df = tmp_path / "df"
-    df.write_text("#!/bin/sh\nprintf 'Filesystem 1024-blocks Used Available\\n/dev/x 5 4 1000000\\n'\n")
-    df.chmod(0o755)
-    done = install(unfinished, wheelhouse, PATH=f"{tmp_path}:{os.environ['PATH']}")
-    said = one_line(done, 2)
+def test_a_disk_that_is_too_small_is_found_before_anything_is_fetched(unfinished, wheelhouse, full_disk):
+    said = one_line(install(unfinished, wheelhouse, PATH=full_disk), 2)
     assert re.search(
         r"needs [23]\.\d GB more and its disk has 1\.0 GB free; free some, or replace \.venv by a link to an empty folder",
         said,
@@ -206,7 +233,7 @@ def test_a_folder_that_may_not_be_written_is_named(wheelhouse):
 def test_a_package_that_the_folder_lacks_is_named(unfinished, wheelhouse, tmp_path):
     fewer = shutil.copytree(wheelhouse, tmp_path / "fewer")
     next(fewer.glob("orjson-*")).unlink()
-    said = one_line(install(unfinished, fewer), 1)
+    said = one_line(install(unfinished, fewer, TORCH_BUILD="cuda"), 1)
     assert f"PIP_FIND_LINKS={fewer.as_uri()} has no file for orjson" in said
     assert said.endswith("log: .venv/install.log; run launch/install.sh again to continue")
 
@@ -221,7 +248,7 @@ def test_versions_that_contradict_each_other_are_shown(unfinished, wheelhouse, t
     wheels = shutil.copytree(wheelhouse, tmp_path / "wheels")
     pinned = re.search(r"^deepspeed==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     write_wheel(wheels, "deepspeed", pinned[1], "triton==99")
-    said = one_line(install(unfinished, wheels), 1)
+    said = one_line(install(unfinished, wheels, TORCH_BUILD="cuda"), 1)
     assert "versions contradict each other" in said
     assert "triton" in said
 
@@ -238,7 +265,7 @@ def test_a_compiler_that_is_missing_is_named(unfinished, wheelhouse, tmp_path):
     (source / "setup.py").write_text(f"from setuptools import Extension, setup\nsetup({arguments})\n")
     with tarfile.open(wheels / f"{source.name}.tar.gz", "w:gz") as file:
         file.add(source, source.name)
-    said = one_line(install(unfinished, wheels, CC="/no/such/gcc"), 1)
+    said = one_line(install(unfinished, wheels, CC="/no/such/gcc", TORCH_BUILD="cuda"), 1)
     assert "a package must be compiled: install a C compiler and Python's headers" in said
 
 
@@ -285,7 +312,7 @@ def torch_pin() -> str:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_installation_that_was_interrupted_is_continued(number, code, unfinished, wheelhouse):
+def test_an_installation_that_was_interrupted_is_continued(number, code, unfinished, full_disk):
     """While pip works: it waits for an index that accepts the connection and then is silent."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/simple"
@@ -299,16 +326,16 @@ def test_an_installation_that_was_interrupted_is_continued(number, code, unfinis
                 _, said = first.communicate(timeout=TEST_TIMEOUT_SECONDS)
     assert first.returncode == code
     assert said.strip() == "install: interrupted; run launch/install.sh again to continue"
-    empty = unfinished.parent / "no wheels"
-    assert "continuing the installation into .venv" in install(unfinished, empty).stdout
+    assert "continuing the installation into .venv" in install(unfinished, None, PATH=full_disk).stdout
 
 
-def test_two_installations_are_one_that_is_then_kept_and_mended(copy, with_cpu_torch):
+def test_two_installations_are_one_that_is_then_kept_and_mended(copy, with_cpu_torch, python, full_disk):
     command, wheelhouse, version = [copy / "launch/install.sh"], with_cpu_torch, torch_pin()
     with subprocess.Popen(
-        command, env=environment(wheelhouse), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment(wheelhouse, PYTHON=python), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as second:
-        third = install(copy, wheelhouse, PYTHON="")
+        path = f"{Path(python).parent}:{environment(None)['PATH']}"
+        third = install(copy, wheelhouse, PYTHON="", PATH=path)
         said, errors = second.communicate(timeout=TEST_TIMEOUT_SECONDS)
     assert (second.returncode, third.returncode) == (0, 0), errors + third.stderr
     waited = sorted("another launch/install.sh works on .venv" in output for output in (said, third.stdout))
@@ -333,31 +360,32 @@ def test_two_installations_are_one_that_is_then_kept_and_mended(copy, with_cpu_t
     constraints.write_text(constraints.read_text().replace(f"torch=={version}", "torch==2.11.98"))
     empty = copy.parent / "no wheels"
     empty.mkdir()
-    failed = install(copy, empty)
+    failed = install(copy, empty, PYTHON=python)
     assert failed.returncode == 1
     assert "bringing .venv to the versions of constraints.txt" in failed.stdout
     assert (copy / ".venv/bin/tandem").is_file()
     newer = shutil.copytree(wheelhouse, copy.parent / "newer")
     write_wheel(newer, "torch", "2.11.98+cpu")
-    changed = install(copy, newer)
+    changed = install(copy, newer, PYTHON=python)
     assert changed.returncode == 0, changed.stderr
     assert mine.exists()
     assert len(list(copy.glob(".venv/lib/*/site-packages/torch-*"))) == 1
     assert list(copy.glob(".venv/lib/*/site-packages/torch-2.11.98+cpu.dist-info"))
 
-    # Another build of torch is installed anew: pip sees no difference.
+    # Another build of torch is installed anew: pip sees no difference. This folder has only torch.
     write_wheel(newer, "torch", "2.11.98")
-    other = install(copy, newer, TORCH_BUILD="cuda")
+    shutil.copy(newer / "torch-2.11.98-py3-none-any.whl", empty)
+    other = install(copy, empty, TORCH_BUILD="cuda", PYTHON=python)
     assert ".venv has the cpu build of torch; making it again" in other.stdout
     assert list(copy.glob(".venv/lib/*/site-packages/torch-2.11.98.dist-info"))
 
     (copy / ".venv/bin/python").unlink()  # as after the system's Python was replaced
     (copy / ".venv/bin/python").symlink_to("/no/such/python")
-    healed = install(copy, newer)
+    healed = install(copy, newer, PYTHON=python)
     assert healed.returncode == 0, healed.stderr
     assert "the Python of .venv does not start; making it again" in healed.stdout
     moved = copy.rename(copy.parent / "moved")
-    again = install(moved, empty)
+    again = install(moved, empty, PYTHON=python, PATH=full_disk)
     assert f".venv was made in {copy}; making it again" in again.stdout
 
 
@@ -374,18 +402,16 @@ def test_constraints_of_the_machine_are_named_if_they_exclude_a_pin_and_else_cha
     assert f"pip's settings on this machine add constraints; allow these versions in {tmp_path / 'machine.txt'}" in said
 
 
-@pytest.mark.parametrize("place", ["variables", "file"])
-def test_settings_that_lead_pip_elsewhere_are_ignored(copy, with_cpu_torch, tmp_path, place):
+def test_settings_that_lead_pip_elsewhere_are_ignored(copy, with_cpu_torch, tmp_path, python):
+    """Set them in pip's file and in variables at once: both must be overruled, whichever pip prefers."""
     switches = ("user", "no-deps", "dry-run", "require-hashes")
     (tmp_path / "elsewhere/launch").mkdir(parents=True)
     (tmp_path / "torch.py").write_text("raise ImportError('of another installation')\n")
-    if place == "file":
-        (tmp_path / "pip.conf").write_text("\n".join(["[install]", "root =", *(f"{name} = true" for name in switches)]))
-        settings = {"PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
-    else:
-        settings = dict.fromkeys(("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "CDPATH"), str(tmp_path / "elsewhere"))
-        settings |= {f"PIP_{name.upper().replace('-', '_')}": "1" for name in (*switches, "no-dependencies")}
-        settings |= {"PYTHONPATH": str(tmp_path), "PIP_PYTHON": "/usr/bin/python3"}
+    (tmp_path / "pip.conf").write_text("\n".join(["[install]", "root =", *(f"{name} = true" for name in switches)]))
+    settings = dict.fromkeys(("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "CDPATH"), str(tmp_path / "elsewhere"))
+    settings |= {f"PIP_{name.upper().replace('-', '_')}": "1" for name in (*switches, "no-dependencies")}
+    settings |= {"PYTHONPATH": str(tmp_path), "PIP_PYTHON": "/usr/bin/python3", "PYTHON": python}
+    settings |= {"PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
     done = subprocess.run(
         ["launch/install.sh"], cwd=copy, env=environment(with_cpu_torch, **settings),
         capture_output=True, text=True, check=False,
@@ -395,13 +421,13 @@ def test_settings_that_lead_pip_elsewhere_are_ignored(copy, with_cpu_torch, tmp_
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["launch"]
 
 
-@pytest.mark.parametrize("setting", ["install.target", "global.prefix", "global.python"])
-def test_a_setting_in_a_file_that_leads_pip_elsewhere_is_refused(unfinished, wheelhouse, tmp_path, setting):
-    section, name = setting.split(".")
-    (tmp_path / "pip.conf").write_text(f"[{section}]\n{name} = /no/such\nquiet = 1\n")
-    said = one_line(install(unfinished, wheelhouse, PIP_CONFIG_FILE=str(tmp_path / "pip.conf")), 2)
-    assert f"set {setting}='/no/such', which leads packages away from .venv" in said
-    assert "PIP_CONFIG_FILE=/dev/null launch/install.sh" in said
+def test_a_setting_in_a_file_that_leads_pip_elsewhere_is_refused(unfinished, wheelhouse, tmp_path):
+    for setting in ("install.target", "global.prefix", "global.python"):
+        section, name = setting.split(".")
+        (tmp_path / "pip.conf").write_text(f"[{section}]\n{name} = /no/such\nquiet = 1\n")
+        said = one_line(install(unfinished, wheelhouse, PIP_CONFIG_FILE=str(tmp_path / "pip.conf")), 2)
+        assert f"set {setting}='/no/such', which leads packages away from .venv" in said
+        assert "PIP_CONFIG_FILE=/dev/null launch/install.sh" in said
     empty = tmp_path / "no wheels"
     empty.mkdir()
     remedied = install(unfinished, empty, PIP_CONFIG_FILE="/dev/null")
@@ -409,39 +435,35 @@ def test_a_setting_in_a_file_that_leads_pip_elsewhere_is_refused(unfinished, whe
     assert "the index has none: using the CUDA build" in remedied.stdout, "it came past the settings"
 
 
-def test_a_link_to_another_disk_is_kept(copy, wheelhouse, tmp_path):
+def test_a_link_to_another_disk_is_kept(copy, tmp_path, python, full_disk):
     (tmp_path / "disk").mkdir()
     (copy / ".venv").symlink_to(tmp_path / "disk")
-    empty = tmp_path / "no wheels"
-    empty.mkdir()
-    assert "made .venv with Python" in install(copy, empty).stdout
-    assert "continuing the installation into .venv" in install(copy, empty).stdout
+    assert "made .venv with Python" in install(copy, None, PYTHON=python, PATH=full_disk).stdout
+    assert "continuing the installation into .venv" in install(copy, None, PYTHON=python, PATH=full_disk).stdout
     assert (tmp_path / "disk/bin/python").exists()
     assert (copy / ".venv").is_symlink()
     shutil.rmtree(tmp_path / "disk")
-    assert f".venv is a link to {tmp_path / 'disk'}, which is no folder" in one_line(install(copy, empty), 2)
+    assert f".venv is a link to {tmp_path / 'disk'}, which is no folder" in one_line(install(copy, None), 2)
 
 
-def test_a_script_killed_while_it_empties_an_environment_knows_it_afterwards(copy, wheelhouse, tmp_path):
+def test_a_script_killed_while_it_empties_an_environment_knows_it_afterwards(copy, tmp_path, python, full_disk):
     """`find` stands for the kill: it removes what it is asked to and kills the script."""
-    empty = tmp_path / "no wheels"
-    empty.mkdir()
-    install(copy, empty)
+    install(copy, None, PYTHON=python, PATH=full_disk)
     (copy / ".venv/bin/python").unlink()
     find = tmp_path / "find"
     find.write_text(f'#!/bin/sh\n{shutil.which("find")} "$@"\nkill -9 $PPID\n')
     find.chmod(0o755)
-    assert install(copy, empty, PATH=f"{tmp_path}:{environment(None)['PATH']}").returncode == -signal.SIGKILL
+    killed = install(copy, None, PYTHON=python, PATH=f"{tmp_path}:{full_disk}")
+    assert killed.returncode == -signal.SIGKILL
     assert sorted(path.name for path in (copy / ".venv").iterdir()) == [".tandem"]
-    assert "made .venv with Python" in install(copy, empty).stdout
+    assert "made .venv with Python" in install(copy, None, PYTHON=python, PATH=full_disk).stdout
 
 
-def test_a_python_is_named_from_where_the_user_stands(copy, wheelhouse, tmp_path):
-    (tmp_path / "py").symlink_to(sys._base_executable)
-    empty = tmp_path / "no wheels"
-    empty.mkdir()
+def test_a_python_is_named_from_where_the_user_stands(copy, tmp_path, python, full_disk):
+    (tmp_path / "py").symlink_to(python)
     done = subprocess.run(
-        [copy / "launch/install.sh"], cwd=tmp_path, env=environment(empty, PYTHON="./py"), capture_output=True, text=True
+        [copy / "launch/install.sh"], cwd=tmp_path, env=environment(None, PYTHON="./py", PATH=full_disk),
+        capture_output=True, text=True,
     )  # fmt: skip
     assert "made .venv with Python" in done.stdout
 
@@ -460,15 +482,13 @@ def other_python() -> str | None:
     return None
 
 
-def test_the_python_that_was_chosen_is_kept_until_another_is_named(copy, wheelhouse):
+def test_the_python_that_was_chosen_is_kept_until_another_is_named(copy, python, full_disk):
     other = other_python()
     if other is None:
         pytest.skip("this machine has one Python that Tandem runs on")
-    empty = copy.parent / "no wheels"
-    empty.mkdir()
-    made = [install(copy, empty, PYTHON=name).stdout for name in (other, "", sys._base_executable)]
+    made = [install(copy, None, PYTHON=name, PATH=full_disk).stdout for name in (other, "", python)]
     assert "made .venv with Python 3" in made[0]
     assert "continuing the installation into .venv" in made[1]
     assert re.search(r"\.venv was made with \S+ 3\.\S+; making it again with", made[2])
     config = (copy / ".venv/pyvenv.cfg").read_text()
-    assert f"executable = {os.path.realpath(sys._base_executable)}" in config
+    assert f"executable = {os.path.realpath(python)}" in config
