@@ -1,8 +1,8 @@
 """launch/install.sh on machines that lack something: one line says what and how to go on, and the next call does.
 
 Packages come from a folder of wheels that carry the names and versions of constraints.txt and nothing else, so that an
-installation takes seconds. pip, venv and setuptools are real. ensurepip, the slowest step, runs once for each Python; the `python`
-fixture repeats its result. `launch/test.sh fresh` installs the true packages.
+installation takes seconds. pip, venv and setuptools are real. ensurepip, the slowest step, runs once for each Python, and the
+`python` fixture repeats its result. `launch/test.sh fresh` installs the true packages.
 """
 
 import http.server
