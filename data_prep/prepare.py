@@ -44,10 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `tandem prepare`."""
     add = parser.add_argument_group("input and output").add_argument
     add("--input", nargs="+", required=True, metavar="PATH",
-        help="folders or files, local or s3://, gs://, https://, with braces as in bash: text, code, .jsonl[.gz|.zst], "
-        ".parquet, webdataset .tar[.gz]")  # fmt: skip
+        help="folders or files, local or s3://, gs://, https://, with braces as in bash: text, code, .jsonl, .jsonl.gz, "
+        ".jsonl.zst, .parquet, webdataset .tar, .tar.gz, .tgz")  # fmt: skip
     add("--output", required=True, metavar="DIR", help="folder to create")
-    add("--glob", metavar="PATTERN", help="take the files of folders that match, not those with known suffixes")
+    add("--glob", metavar="PATTERN",
+        help="within folders, read the files whose names match PATTERN, instead of the files with known suffixes; files with "
+        "suffixes of records are still read as records")  # fmt: skip
     add(
         "--text-field",
         default="text",

@@ -1,8 +1,10 @@
 """What is read: which files, each document once however a file is cut, and no file that is not what it was."""
 
+import argparse
 import gzip
 import json
 import os
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tandem.data_prep import input_files, provenance, readers
+from tandem.data_prep import input_files, prepare, provenance, readers
 from tandem.data_prep.input_files import FilePart
 from tandem.data_prep.readers import Document
 from tandem.trainer.config import UserError
@@ -19,6 +21,7 @@ from tests.data_prep.conftest import zstd_frame
 from tests.data_prep.test_prepare import decoded
 
 NOWHERE = Path(os.devnull)
+ROOT = Path(__file__).parents[2]
 
 
 def listed(*paths, glob=None):
@@ -128,6 +131,21 @@ def test_the_signature_of_a_link_is_not_of_the_name(tmp_path, address):
     (file,) = listed(f"{address}/a%20b.jsonl?sig=x/y.z")
     assert file.name == "0/a b.jsonl"
     assert [document.text for document in in_parts(file, 1)] == ["words"]
+
+
+def test_every_format_of_records_is_named_in_the_help_and_on_both_pages():
+    parser = argparse.ArgumentParser()
+    prepare.add_arguments(parser)
+    [row] = [
+        line for line in (ROOT / "data_prep/README.md").read_text().splitlines() if line.startswith("| `readers.py`")
+    ]
+    [paragraph] = re.findall(
+        r"^`tandem prepare` reads .*?\n\n", (ROOT / "launch/guides/data.md").read_text(), re.M | re.S
+    )
+    texts = {"--help": parser.format_help(), "data_prep/README.md": row, "launch/guides/data.md": paragraph}
+    for place, text in texts.items():
+        found = re.findall(r"(?<!\S)[`(]*((?:\.[a-z]+)+)", text)
+        assert set(input_files.RECORD_COMPRESSION) <= set(found), place
 
 
 @pytest.mark.parametrize("when", ["before", "while"])

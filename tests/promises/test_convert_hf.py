@@ -37,7 +37,7 @@ from tests import ranks, steps, tiny_configs
 from tests.promises.conftest import read_step_records, two_phase_config
 from tests.promises.test_resume import run_all
 from tests.reference.offline import offline
-from tests.reference.variants import VARIANTS, reference_module
+from tests.reference.variants import EXPORTED_VARIANTS, reference_module
 from tests.sharded import joined
 
 __all__ = ["offline"]
@@ -48,7 +48,7 @@ HEADS = {"stablelm_12b": {"hidden_size": 128, "num_heads": 8, "num_kv_heads": 4}
 """Changes to variants whose heads cannot be divided over the ranks."""
 CASES: dict[str, Case] = {
     name: (dataclasses.replace(model, ffn_hidden_size=151, vocab_size=301, **HEADS.get(name, {})), mup)
-    for name, (model, mup) in VARIANTS.items()
+    for name, (model, mup) in EXPORTED_VARIANTS.items()
 }
 """With these sizes, each of four ranks has a full, a partial or a padding-only part."""
 LAYOUTS = [

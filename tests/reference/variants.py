@@ -98,6 +98,10 @@ VARIANTS: dict[str, tuple[StableLMConfig | BTLMConfig, MupConfig | None]] = {
     ),
 }
 
+NOT_IN_TRANSFORMERS: tuple[str, ...] = ()
+"""Variants that an export refuses, because the published class lacks one of their options."""
+EXPORTED_VARIANTS = {name: case for name, case in VARIANTS.items() if name not in NOT_IN_TRANSFORMERS}
+
 
 def reference_module(model: ModelConfig) -> ModuleType:
     """The module with `logits`, `shapes` and `random_tensors` of the model's family."""

@@ -254,10 +254,14 @@ class Engine:
 
     def _unsharded_grad_norm(self) -> Tensor:
         squares = torch.zeros((), device=self._mesh.device)
-        for parameter in self.model.parameters():
-            if parameter.grad is not None and (
-                sharding_of(parameter).sharded_dim is not None or self._mesh.tp_rank == 0
-            ):
+        for parameter in self._counted_parameters():
+            if parameter.grad is not None:
                 squares += parameter.grad.float().norm() ** 2
         torch.distributed.all_reduce(squares, group=mpu.get_model_parallel_group())
         return squares.sqrt()
+
+    def _counted_parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over the parameters that this rank adds to a sum over tensor-parallel ranks, so that each counts once."""
+        for parameter in self.model.parameters():
+            if sharding_of(parameter).sharded_dim is not None or self._mesh.tp_rank == 0:
+                yield parameter
