@@ -1,10 +1,9 @@
 """Padding is invisible: sizes that divide by nothing are trained, saved and exported as they are.
 
 Two runs stand beside the padded one. One owns no padding (`tests.reference.unpadded`) but computes over the same borders:
-BTLM's ffn_hidden_size and vocabulary, 50 steps on two ranks (10 for Stable LM, and on four ranks), the same bits. The other
-has no padding anywhere, products included, which moves the borders between the ranks' shares and the blocks of a product; sums
-over a padded dim are then grouped differently and agree to the rounding of fp32 only. Bitwise in both: that padding is zero,
-and that a checkpoint fits every layout.
+BTLM's ffn_hidden_size and vocabulary, 50 steps, the same bits. The other has no padding anywhere, products included, which
+moves the borders between the ranks' shares and the blocks of a product; sums over a padded dim are then grouped differently and
+agree to the rounding of fp32 only. Bitwise in both: that padding is zero, and that a checkpoint fits every layout.
 """
 
 import json
@@ -34,18 +33,13 @@ from tests.reference.unpadded import UnpaddedModel
 from tests.reference.variants import reference_module
 from tests.sharded import joined
 
-STEPS = 5
+STEPS, LONG_STEPS = 5, 50
 VARIANTS = ("btlm", "stablelm")
 EPSILON = 1e-2
 """Above the size of the gradients, so that AdamW does not divide rounding noise by rounding noise."""
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 pytestmark = pytest.mark.dist
-
-
-def num_long_steps(variant: str, tp_size: int) -> int:
-    """Fifty for BTLM, whose sizes they are. Other borders and an untied head show in every single step."""
-    return 50 if (variant, tp_size) == ("btlm", 2) else 10
 
 
 def config(variant: str) -> TrainConfig:
@@ -94,7 +88,7 @@ def train_odd(tp_size: int) -> dict[str, dict]:
             groups = param_groups.build_param_groups(true, parameter_rules(config.model, config.mup), config.optim)
             narrow = Engine(config, true, param_groups.build_adamw(groups, config.optim, mesh.device), mesh)
             steppers = [steps.steady(config, mesh, engine, lr=1e-2) for engine in (wide, narrow)]
-            made = [both(steppers, step) for step in range(num_long_steps(variant, tp_size))]
+            made = [both(steppers, step) for step in range(LONG_STEPS)]
             found[variant] = {
                 "steps": [step for step, (with_padding, without) in enumerate(made) if with_padding != without],
                 "norms": [norm for (_, norm), _ in made],
@@ -172,13 +166,13 @@ def trained_odd(tmp_path_factory) -> dict[int, list[dict]]:
 
 @every_variant
 @pytest.mark.parametrize("tp_size", [2, 4])
-def test_steps_with_and_without_padding_are_the_same_bits(trained_odd, tp_size, variant):
+def test_fifty_steps_with_and_without_padding_are_the_same_bits(trained_odd, tp_size, variant):
     """Losses, gradient norms, weights, masters and moments, with ffn_hidden_size 6,826 and a vocabulary of 50,257."""
     for rank in trained_odd[tp_size]:
         found = rank[variant]
         assert found["steps"] == []
         assert found["tensors"] == []
-        assert len(set(found["norms"])) == num_long_steps(variant, tp_size)
+        assert len(set(found["norms"])) == LONG_STEPS
         assert max(found["norms"]) > 1.0  # so it was clipped
         assert {largest for _, largest in found["padding"].values()} == {0.0}
     assert trained_odd[tp_size][-1][variant]["elements"] > 0

@@ -14,7 +14,7 @@ from tandem.trainer.startup import build_engine
 from tests import ranks, steps, tiny_configs
 from tests.sharded import joined
 
-STEPS = 3
+STEPS = 5
 EPSILON = 1e-2
 """AdamW divides by |gradient| + epsilon, so with the recipes' 1e-8 an element whose gradient is rounding noise moves as far as
 any other, in a direction that rounding chose. Above the size of the gradients the update is as well conditioned as they are,
@@ -51,9 +51,7 @@ def train(config: TrainConfig, nudged: bool = False) -> dict:
             if (phase, step) == ("update", STEPS):
                 gradients.append(gathered(engine.model, mesh, safe_get_full_grad))
 
-        rows = tiny_configs.GLOBAL_BATCH_SIZE // (2 * mesh.dp_size)  # two micro-batches in every layout
-        stepper = steps.steady(config, mesh, engine, lr=1e-2, micro_batch_size=rows, watch=watch)
-        made = []
+        stepper, made = steps.steady(config, mesh, engine, lr=1e-2, watch=watch), []
         for step in range(STEPS):
             if nudged:
                 nudge(engine, step)

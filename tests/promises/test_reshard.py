@@ -19,7 +19,7 @@ from tandem.trainer.startup import build_engine
 from tests import ranks, steps, tiny_configs
 from tests.promises.test_parallel import EPSILON
 
-BEFORE, AFTER = 3, 3
+BEFORE, AFTER = 3, 5
 """Steps before the save, and after it."""
 MOVES_OF_A_WORLD = 24
 """Each mesh makes all groups anew, and leaves some of gloo's threads and connections behind: a hundred are too many."""
