@@ -218,8 +218,8 @@ def _group_indices(batch: list[Document], group_field: str, groups: dict[str, in
     indices = [groups.setdefault(_field_value(document, group_field), len(groups)) for document in batch]
     if len(groups) > spill.MAX_GROUPS:
         raise UserError(
-            f"--group-field: {group_field} has more than {spill.MAX_GROUPS:,} values by {batch[-1].location}; "
-            "must be a field of few values; name another"
+            f"--group-field: {group_field} has more than {spill.MAX_GROUPS:,} different values; the limit was passed at "
+            f"{batch[-1].location}; name a field with few values"
         )
     return indices
 

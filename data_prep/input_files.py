@@ -114,12 +114,13 @@ class _Selection:
             return
         if self.only_tars:
             raise UserError(
-                f"{self.option}: {given_path} is no webdataset tar, which --tokens reads; name .tar files or a folder"
+                f"{self.option}: {given_path} is not a webdataset tar, and --tokens reads only those; "
+                "name .tar files or a folder"
             )
         records = ", ".join(RECORD_COMPRESSION)
         remedy = "rename it" + (", or give --glob to read it as one text" if self.option == "--input" else "")
         raise UserError(
-            f"{self.option}: {given_path} has no known suffix; records are in {records}, text in .txt; {remedy}"
+            f"{self.option}: {given_path} has no known suffix; records are read from {records}, text from .txt; {remedy}"
         )
 
     def _knows(self, name: str) -> bool:
@@ -150,17 +151,23 @@ def list_input_files(
     output_path = output.resolve()
     local_paths = [Path(given).resolve() for given in paths if not remote_files.is_remote(given)]
     if not found and any(output_path in (path, *path.parents) for path in local_paths):
-        raise UserError(f"{option}: {', '.join(paths)} is in --output {output}, whose files are not read; name another")
+        raise UserError(
+            f"{option}: {', '.join(paths)} is in --output {output}, whose files are not read; name another folder"
+        )
     if not found:
-        remedy = f"--glob {glob}; give another" if glob else "a known suffix; give --glob or another path"
-        raise UserError(f"{option}: {', '.join(paths)} has no file with {remedy}")
+        rule = (
+            f"that matches --glob {glob}; give another pattern"
+            if glob
+            else "with a known suffix; give --glob or another path"
+        )
+        raise UserError(f"{option}: {', '.join(paths)} has no file {rule}")
     return list(found.values())
 
 
 def _expand(given_path: str, option: str, only_tars: bool) -> Iterator[tuple[str, int | None]]:
     """The paths that a given path stands for, and the number of samples of each if a manifest states it."""
     if not given_path:
-        raise UserError(f"{option}: an empty path; must name a folder or a file; leave it out, or write . for this one")
+        raise UserError(f"{option}: a path is empty; name a folder or a file; write . for the current folder")
     if only_tars and PurePosixPath(given_path).name == SAMPLE_MANIFEST_FILE:
         yield from _read_sample_manifest(given_path)
         return
@@ -180,14 +187,14 @@ def _read_sample_manifest(path: str) -> Iterator[tuple[str, int | None]]:
                 record = json.loads(line)
                 count = record.get("num_sequences")
                 if not isinstance(record["shard"], str) or not (count is None or type(count) is int):
-                    raise ValueError("shard must be text, num_sequences a whole number")
+                    raise ValueError("shard must be text and num_sequences a whole number")
                 yield remote_files.join_address(folder, f"{record['shard']}.tar"), count
     except OSError as error:
         raise unreadable_error(path, error) from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f'{path}: is no manifest of shards ({error}); must have {{"shard": "NAME", "num_sequences": N}} '
-            "in each line; name the tars instead"
+            f'{path}: is not a manifest of shards ({error}); every line must have {{"shard": "NAME", "num_sequences": N}}; '
+            "correct it, or name the tars instead"
         ) from None
 
 

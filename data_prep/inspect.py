@@ -41,12 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split",
         choices=("train", "validation"),
         default="train",
-        help="split of --row, --document and --find (default %(default)s)",
+        help="split that --row, --document and --find read (default %(default)s)",
     )
     add("--seq-len", type=int, default=2048, metavar="L", help="tokens in a row (default %(default)s)")
-    add("--tokens", metavar="FIRST:END", help="range of --shard, also FIRST+COUNT (default: its first row)")
-    add("--limit", type=int, default=5, metavar="N", help="documents to find at most (default %(default)s)")
-    scanned = "shards to count lengths in, or all (default %(default)s: documents are shuffled, a few represent all)"
+    add(
+        "--tokens",
+        metavar="FIRST:END",
+        help="range of --shard to show; FIRST+COUNT also works (default: its first row)",
+    )
+    add("--limit", type=int, default=5, metavar="N", help="maximum number of documents to show (default %(default)s)")
+    scanned = "number of shards in which lengths are counted, or all (default %(default)s: documents are shuffled)"
     add("--sample", default="16", metavar="N", help=scanned)
     add("--json", action="store_true", help="print one JSON object")
 

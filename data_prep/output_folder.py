@@ -171,7 +171,7 @@ def _to_user_error(output: Path, error: OSError) -> UserError:
     if error.errno in DISK_FULL_ERRNOS or (named and output.absolute() in Path(named).absolute().parents):
         return _unwritable_error(output, error)
     return UserError(
-        f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; correct it and run the same command again"
+        f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; correct the cause and run the same command again"
     )
 
 
@@ -189,7 +189,7 @@ def _lock_folder(output: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"--output: {output} is being prepared by another process; only one may; wait for it"
+                f"--output: another process is preparing {output}; only one may at a time; wait until it has finished"
             ) from None
         yield
     finally:
@@ -201,7 +201,7 @@ def _check_claimable(output: Path, settings_dict: Mapping[str, Any]) -> None:
     if CLAIM_FILE in names:
         _check_same_settings(output, json.loads((output / CLAIM_FILE).read_text()), settings_dict)
     elif any(not (name.startswith(CLAIM_FILE) and name.endswith(TEMPORARY_SUFFIX)) for name in names):
-        raise UserError(f"--output: {output} holds files but no corpus; name a new or an empty folder")
+        raise UserError(f"--output: {output} contains files but no corpus; name a new or an empty folder")
 
 
 def _check_same_settings(output: Path, recorded: Mapping[str, Any], settings_dict: Mapping[str, Any]) -> None:

@@ -56,8 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="field of a record that holds the text (default %(default)s)",
     )
-    add("--group-field", metavar="NAME", help="count documents and tokens by this field: meta.redpajama_set_name")
-    add("--where", metavar="NAME=VALUE", help="take only documents whose field has this value")
+    add(
+        "--group-field",
+        metavar="NAME",
+        help="count documents and tokens for each value of this field, for example meta.redpajama_set_name",
+    )
+    add("--where", metavar="NAME=VALUE", help="read only documents whose field NAME has this value")
     add("--skip-undecodable", action="store_true", help="leave out and count text files that are not UTF-8")
 
     tokenizer = parser.add_argument_group("tokenizer")
@@ -66,14 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokenizer.json, a folder with vocab.json and merges.txt, or a .tiktoken file")  # fmt: skip
     choice.add_argument("--vocab-size", type=int, metavar="N",
         help=f"train a byte-level BPE with this many ids on the corpus (default {DEFAULT_VOCAB_SIZE})")  # fmt: skip
-    add("--tokenizer-kind", choices=build.TIKTOKEN_KINDS, help="kind of a .tiktoken file without its usual name")
+    add(
+        "--tokenizer-kind",
+        choices=build.TIKTOKEN_KINDS,
+        help="which tokenizer a .tiktoken file belongs to, if its name does not show it",
+    )
     add("--tokenizer-library", choices=encoding.LIBRARIES, default="auto",
         help="library that encodes; the result is the same (default %(default)s: the fastest exact one)")  # fmt: skip
     add("--eos", default="<|endoftext|>", metavar="TOKEN", help="token that ends each document (default %(default)s)")
 
     add = parser.add_argument_group("tokenized webdataset corpora").add_argument
     add("--tokens", choices=readers.TOKEN_EXTENSIONS,
-        help="adopt the token ids in the members of tars with this extension; --tokenizer is not run")  # fmt: skip
+        help="use token ids from tar members with this extension; --tokenizer only gives vocabulary and EOS")  # fmt: skip
     add("--padding-id", type=int, metavar="ID", help="remove this id from the ends of samples, after EOS")
 
     add = parser.add_argument_group("cleaning").add_argument
@@ -81,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-characters", type=int, default=0, metavar="N",
         help="leave out documents with fewer characters, not counting ASCII punctuation and whitespace "
         f"(default %(default)s; SlimPajama: {clean.SLIMPAJAMA_MIN_CHARACTERS})")  # fmt: skip
-    add("--deduplicate", action="store_true", help="keep one of several documents that share 0.8 of their 13-grams")
+    add("--deduplicate", action="store_true", help="of documents that share at least 0.8 of their 13-grams, keep one")
     add(
         "--decontaminate",
         nargs="+",
@@ -95,14 +103,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of documents kept for validation (default %(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of the shuffle (default %(default)s)")
     add("--sample-tokens", type=int, default=65_536, metavar="N", help="tokens in a tar sample (default %(default)s)")
-    add("--shard-tokens", type=int, default=1 << 25, metavar="N", help="least tokens in a shard (default %(default)s)")
+    add(
+        "--shard-tokens",
+        type=int,
+        default=1 << 25,
+        metavar="N",
+        help="minimum number of tokens in a shard (default %(default)s)",
+    )
 
     add = parser.add_argument_group("workers").add_argument
-    add("--workers", type=int, metavar="N", help="processes at once (default: cores; with slurm and ray no limit)")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="maximum number of processes at once (default: one per core; with slurm and ray no limit)",
+    )
     add("--executor", choices=("local", *cluster.REQUIRED_LIBRARIES), default="local",
         help="run on this machine, as Slurm jobs or as Ray tasks (default %(default)s)")  # fmt: skip
-    add("--tasks", type=int, metavar="N", help=f"Slurm tasks in a stage (default {DEFAULT_NUM_TASKS})")
-    add("--slurm", nargs="+", metavar="NAME=VALUE", help="options of sbatch: partition=cpu time=1-0 mem-per-cpu=4G")
+    add("--tasks", type=int, metavar="N", help=f"number of Slurm tasks in a stage (default {DEFAULT_NUM_TASKS})")
+    add(
+        "--slurm",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="options of sbatch, for example partition=cpu time=1-0 mem-per-cpu=4G",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -237,17 +261,18 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--held-out: {args.held_out}; must be at least 0 and below 1; 0.005 keeps one document in 200")
     for name in ("workers", "tasks", "shard_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)}; must be positive; change it")
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)}; must be positive; use 1 or more")
     if args.min_characters < 0:
         raise UserError(f"--min-characters: {args.min_characters}; must not be negative; 0 leaves none out")
     _check_executor(args)
     _check_tokens(args)
     if not -SEED_LIMIT <= args.seed < SEED_LIMIT:
-        raise UserError(f"--seed: {args.seed}; must be a number of 64 bits with its sign; choose a smaller one")
+        raise UserError(f"--seed: {args.seed}; must fit in a signed 64-bit integer; choose a smaller number")
     _check_fields(args)
     if args.sample_tokens < 1 or args.sample_tokens % manifest.TAR_BLOCK_BYTES:
         raise UserError(
-            f"--sample-tokens: {args.sample_tokens}; must be a multiple of {manifest.TAR_BLOCK_BYTES}; change it"
+            f"--sample-tokens: {args.sample_tokens}; must be a positive multiple of {manifest.TAR_BLOCK_BYTES}; use one, "
+            "for example 65536"
         )
 
 
@@ -257,33 +282,36 @@ def _check_fields(args: argparse.Namespace) -> None:
         raise UserError(f"--where: {args.where!r}; must read NAME=VALUE; for example meta.language=en")
     for option, field in (("--where", name), ("--group-field", args.group_field or "")):
         if field.split(".")[0] == args.text_field:
-            raise UserError(f"{option}: {field} is the text itself; must be another field of the record; name that")
+            raise UserError(f"{option}: {field} is the text itself; name another field of the record")
 
 
 def _check_tokens(args: argparse.Namespace) -> None:
     if args.tokens is None:
         if args.padding_id is not None:
             raise UserError(
-                "--padding-id: is for --tokens; leave it out, or give the extension of the members with ids"
+                "--padding-id: works only with --tokens; leave it out, or add --tokens with the extension of the members "
+                "that hold ids"
             )
         return
     if args.tokenizer is None:
         raise UserError("--tokens: needs --tokenizer, for the vocabulary and EOS; name the tokenizer of these ids")
     for name in TEXT_OPTIONS:
         if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')}: works on text, and --tokens reads ids; leave one of them out")
+            raise UserError(f"--{name.replace('_', '-')}: works on text, but --tokens reads ids; leave one of them out")
 
 
 def _check_executor(args: argparse.Namespace) -> None:
     for name in ("tasks", "slurm"):
         if getattr(args, name) is not None and args.executor != "slurm":
-            raise UserError(f"--{name}: is for --executor slurm, not {args.executor}; leave it out, or choose slurm")
+            raise UserError(
+                f"--{name}: works only with --executor slurm, not {args.executor}; leave it out, or choose slurm"
+            )
     for option in args.slurm or []:
         name = option.partition("=")[0]
         if "=" not in option or name.startswith("-") or name in RESERVED_SBATCH_OPTIONS:
             raise UserError(
-                f"--slurm: {option}; must read NAME=VALUE, without dashes, not of "
-                f"{', '.join(RESERVED_SBATCH_OPTIONS)}; change it"
+                f"--slurm: {option}; must be NAME=VALUE without leading dashes, like partition=cpu, and NAME must not be "
+                f"{', '.join(RESERVED_SBATCH_OPTIONS)}, which tandem prepare sets; correct or remove it"
             )
     if args.executor != "local":
         cluster.executor_module(args.executor)

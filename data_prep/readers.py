@@ -111,7 +111,8 @@ def read_token_samples(
             num_samples += 1
     if file.num_samples not in (None, num_samples):
         raise UserError(
-            f"{file.address}: has {num_samples} samples; {SAMPLE_MANIFEST_FILE} states {file.num_samples}; get it again"
+            f"{file.address}: has {num_samples} samples, but {SAMPLE_MANIFEST_FILE} states {file.num_samples}; "
+            "download it again"
         )
 
 
@@ -186,8 +187,8 @@ def _parse_record(line: bytes, text_field: str) -> dict[str, Any]:
     """Raises: ValueError with the fault and the remedy."""
     record = _parse_json(line)
     if not isinstance(record, dict) or text_field not in record:
-        known = ", ".join(map(str, record))[:200] if isinstance(record, dict) else "no fields"
-        raise ValueError(f"has no field {text_field!r}; there is {known}; name the text with --text-field")
+        known = ", ".join(map(str, record))[:200] if record and isinstance(record, dict) else "none"
+        raise ValueError(f"has no field {text_field!r} (its fields: {known}); name the text with --text-field")
     if not isinstance(record[text_field], str):
         kind = type(record[text_field]).__name__
         raise ValueError(f"field {text_field!r} is {kind}; must be text; name another with --text-field")
@@ -257,13 +258,13 @@ class _TarStream:
         if key != self._key:
             if key in self._keys:
                 raise self._fail(
-                    f"{name}: the sample {key!r} has occurred before; keep its members together and its key unique "
-                    "(tar --sort=name does)"
+                    f"{name}: the sample {key!r} occurred before; give each sample a unique key and keep its members "
+                    "together, as tar --sort=name does"
                 )
             self._keys.add(key)
             self._key, self._extensions = key, set()
         if extension in self._extensions:
-            raise self._fail(f"{name}: occurs twice; each sample needs a key of its own")
+            raise self._fail(f"{name}: occurs twice; give each sample a unique key")
         self._extensions.add(extension)
 
     def _follow(self, block: memoryview) -> None:
@@ -272,7 +273,7 @@ class _TarStream:
         while block:
             if self._has_ended:
                 if bytes(block).strip(b"\0"):
-                    raise self._fail("continues after its end, as joined tars do; give the tars as separate files")
+                    raise self._fail("continues after its end, as concatenated tars do; split it into separate tars")
                 return
             if self._bytes_to_next_header:
                 passed = min(self._bytes_to_next_header, len(block))
@@ -293,7 +294,7 @@ class _TarStream:
         try:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            state = f"is damaged after member {self._member!r}" if self._member else "is no tar"
+            state = f"is damaged after member {self._member!r}" if self._member else "is not a tar"
             raise self._fail(f"{state} ({error}); restore or leave out the file") from None
         has_no_data = (
             tarfile.LNKTYPE,
@@ -410,7 +411,7 @@ def _read_parquet(part: FilePart, stream: BinaryIO, text_field: str, extra_field
     if text_field not in schema.names:
         known = ", ".join(schema.names)[:200]
         raise UserError(
-            f"{file.address}: has no field {text_field!r}; there is {known}; name the text with --text-field"
+            f"{file.address}: has no field {text_field!r} (its fields: {known}); name the text with --text-field"
         )
     kind = schema.field(text_field).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):

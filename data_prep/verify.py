@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("corpus", metavar="DIR", help="folder written by tandem prepare, or its address: s3://, gs://, https://")
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=int, default=cores, metavar="N",
-        help="processes, each holds a shard in memory (default: cores)")  # fmt: skip
+        help="number of processes, each with one shard in memory (default: one per core)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
@@ -104,9 +104,11 @@ def _check_tokenizer(address: str, corpus_manifest: CorpusManifest) -> None:
     _check_hash(path, content, corpus_manifest.tokenizer_sha256)
     vocabulary = Vocabulary(content.decode(), corpus_manifest.eos_token, path)
     found = (vocabulary.eos_id, vocabulary.vocab_size, manifest.token_dtype(vocabulary.vocab_size))
-    if found != (corpus_manifest.eos_id, corpus_manifest.vocab, corpus_manifest.dtype):
+    stated = (corpus_manifest.eos_id, corpus_manifest.vocab, corpus_manifest.dtype)
+    if found != stated:
         raise UserError(
-            f"{path}: EOS id, vocab and dtype are {found}, unlike in {manifest.MANIFEST_FILE}; prepare the corpus again"
+            f"{path}: EOS id, vocab and dtype are {found}, but {manifest.MANIFEST_FILE} states {stated}; "
+            "prepare the corpus again"
         )
 
 
@@ -115,7 +117,7 @@ def _check_inputs(address: str, corpus_manifest: CorpusManifest) -> None:
     for name, found in provenance.summarize(provenance.load(path)).items():
         if corpus_manifest.settings.get(name) != found:
             raise UserError(
-                f"{path}: {name} {found} is not {corpus_manifest.settings.get(name)}, as in {manifest.MANIFEST_FILE}; "
+                f"{path}: {name} is {found}, but {manifest.MANIFEST_FILE} states {corpus_manifest.settings.get(name)}; "
                 "restore the file or prepare the corpus again"
             )
 
@@ -127,7 +129,7 @@ def _check_no_extra_files(path: Path, corpus_manifest: CorpusManifest) -> None:
 
 
 def _count_training_tokens(address: str, corpus_manifest: CorpusManifest, workers: int) -> np.ndarray:
-    """Count each id in the training tokens.  Raises: UserError that names every bad shard."""
+    """Count each id in the training tokens. Raises: UserError that names every bad shard."""
     shards, training = _all_shards(corpus_manifest), {shard.file for shard in corpus_manifest.train.shards}
     token_counts = np.zeros(corpus_manifest.vocab, np.int64)
     errors: dict[str, str] = {}
@@ -163,7 +165,7 @@ def _make_check_shard(address: str, corpus_manifest: CorpusManifest) -> executor
 
 
 def _check_shard(path: str, corpus_manifest: CorpusManifest, shard: Shard) -> np.ndarray:
-    """Count each id in the shard.  Raises: UserError if the shard does not match the manifest."""
+    """Count each id in the shard. Raises: UserError if the shard does not match the manifest."""
     content = _read_shard(path, shard)
     tokens = np.concatenate([*_tar_samples(path, content, corpus_manifest, shard), np.empty(0, corpus_manifest.dtype)])
     if len(tokens) and tokens.max() >= corpus_manifest.vocab:
@@ -174,8 +176,8 @@ def _check_shard(path: str, corpus_manifest: CorpusManifest, shard: Shard) -> np
     found = (len(tokens), int(token_counts[corpus_manifest.eos_id]))
     if found != (shard.tokens, shard.documents):
         raise UserError(
-            f"{path}: contains {found} tokens and documents, not {(shard.tokens, shard.documents)}, as in "
-            f"{manifest.MANIFEST_FILE}; prepare the corpus again"
+            f"{path}: contains {found} tokens and documents, but {manifest.MANIFEST_FILE} states "
+            f"{(shard.tokens, shard.documents)}; prepare the corpus again"
         )
     if len(tokens) and tokens[-1] != corpus_manifest.eos_id:
         raise UserError(
@@ -193,9 +195,9 @@ def _read_shard(path: str, shard: Shard) -> bytes:
 
     content = _read_or_raise(path, read)
     if len(content) != shard.bytes:
-        size = f"has {len(content)} bytes" if len(content) < shard.bytes else f"has more than {shard.bytes} bytes"
+        size = f"has {len(content)} bytes" if len(content) < shard.bytes else f"has {len(content)} bytes or more"
         raise UserError(
-            f"{path}: {size}, not {shard.bytes}, as in {manifest.MANIFEST_FILE}; "
+            f"{path}: {size}, but {manifest.MANIFEST_FILE} states {shard.bytes}; "
             "restore the file or prepare the corpus again"
         )
     _check_hash(path, content, shard.sha256)
@@ -219,7 +221,7 @@ def _check_hash(path: str, content: bytes, expected: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise UserError(
-            f"{path}: sha256 is {found[:12]}, not {expected[:12]}, as in {manifest.MANIFEST_FILE}; the file is damaged; "
+            f"{path}: sha256 is {found[:12]}, but {manifest.MANIFEST_FILE} states {expected[:12]}; the file is damaged; "
             "restore it"
         )
 

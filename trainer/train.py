@@ -146,7 +146,7 @@ def end_reason(context: RunContext, progress: Progress) -> str:
 
 
 def timed_train_step(context: StepContext, batches: Iterator[Batch], step: int) -> StepResult | None:
-    """Make update number `step`, counted from 0, on the next batch. Return None if there is no next batch."""
+    """Perform update number `step` (counted from 0) with the next batch. Return None if there is no next batch."""
     start_time = time.perf_counter()
     context.enter_phase("data", step + 1)
     if (batch := next(batches, None)) is None:

@@ -88,7 +88,9 @@ def submit(request: PreparationRequest, *, tasks: int, workers: int | None, opti
             if not isinstance(error, (OSError, subprocess.CalledProcessError)):
                 raise
             why = " ".join((captured_stderr() or str(error)).split())
-            raise UserError(f"--executor: slurm refuses the job {job.name} ({why}); change --slurm") from None
+            raise UserError(
+                f"--executor: slurm refuses the job {job.name} ({why}); correct the options in --slurm"
+            ) from None
     return Submission(str(logs), job_ids)
 
 

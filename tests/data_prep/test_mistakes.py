@@ -74,12 +74,12 @@ def broken_inputs(root):
         "workers": ([*words, "--workers", 0], r"--workers: 0; must be positive"),
         "samples": ([*words, "--sample-tokens", 100], r"--sample-tokens: 100; must be a multiple of 512"),
         "kind": (["--input", root / "not.json"], r"--input: .*not.json has no known suffix; .* give --glob"),
-        "empty path": (["--input", ""], r"--input: an empty path; must name"),
+        "empty path": (["--input", ""], r"--input: a path is empty; name"),
         "glob": ([*words, "--glob", "/abs/*"], r"--glob: /abs/\*; must be a pattern of names below"),
         "seed": ([*words, "--seed", 1 << 63], r"--seed: 9223372036854775808; must be"),
         "low seed": ([*words, "--seed", -(1 << 63) - 1], r"--seed: -9223372036854775809; must be"),
         "contaminants": ([*words, "--decontaminate", root / "none"], r"^--decontaminate: .*none does not exist"),
-        "contaminant": ([*words, "--decontaminate", ""], r"^--decontaminate: an empty path"),
+        "contaminant": ([*words, "--decontaminate", ""], r"^--decontaminate: a path is empty"),
         "contaminant kind": ([*words, "--decontaminate", root / "not.json"], r"^--decontaminate: .* in .txt; rename it$"),
         "where": ([*words, "--where", "lang"], r"--where: 'lang'; must read NAME=VALUE"),
         "where nothing": ([*words, "--where", ""], r"--where: ''; must read NAME=VALUE"),
@@ -111,7 +111,7 @@ def test_text_that_is_not_utf8_can_be_left_out_and_is_counted(prepared, folder, 
 def test_an_output_that_is_not_ours_or_cannot_be_written_is_refused_untouched(prepared, folder, tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.doc").write_text("years")
-    with pytest.raises(UserError, match=r"--output: .*foreign holds files but no corpus"):
+    with pytest.raises(UserError, match=r"--output: .*foreign contains files but no corpus"):
         prepared("foreign", "--input", folder)
     assert (tmp_path / "foreign" / "thesis.doc").read_text() == "years"
     (tmp_path / "file").write_text("x")

@@ -67,7 +67,7 @@ def test_an_error_of_another_file_is_not_reported_as_one_of_the_output(tmp_path)
         with pytest.raises(UserError, match=r"--output: .*out cannot be written \("):
             prepare(error)
     with pytest.raises(
-        UserError, match=r"^ConnectionError: no server at 10.0.0.1; correct it and run the same command"
+        UserError, match=r"^ConnectionError: no server at 10.0.0.1; correct the cause and run the same command"
     ):
         prepare(ConnectionError("no server\nat 10.0.0.1"))
 

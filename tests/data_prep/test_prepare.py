@@ -297,7 +297,8 @@ def test_the_name_of_a_file_need_not_be_utf_8(prepared, tmp_path):
 def test_a_field_of_too_many_values_makes_no_groups(prepared, records, monkeypatch):
     monkeypatch.setattr(spill, "MAX_GROUPS", 1)
     with pytest.raises(
-        UserError, match=r"--group-field: meta.set has more than 1 values by 0/records.jsonl:\d+; must be"
+        UserError,
+        match=r"--group-field: meta.set has more than 1 different values; the limit was passed at 0/records.jsonl:\d+; name a",
     ):
         prepared("out", "--input", records, "--group-field", "meta.set")
 

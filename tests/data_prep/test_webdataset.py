@@ -175,10 +175,10 @@ def test_the_manifest_of_a_tokenised_corpus_lists_its_shards_and_counts(prepared
         output = prepared(f"out{number}", "--input", given, *options)
         assert manifest.load_manifest(output).counts["samples"] == 80
     path.write_text(json.dumps({"shard": names[0], "num_sequences": 41}))
-    with pytest.raises(UserError, match=r"000000.tar: has 40 samples; manifest.jsonl states 41; get it again"):
+    with pytest.raises(UserError, match=r"000000.tar: has 40 samples, but manifest.jsonl states 41; download it again"):
         prepared("short", "--input", path, *options)
     path.write_text('{"shards": 1}')
-    with pytest.raises(UserError, match=r"manifest.jsonl: is no manifest of shards"):
+    with pytest.raises(UserError, match=r"manifest.jsonl: is not a manifest of shards"):
         prepared("none", "--input", path, *options)
     folder = prepared("folder", "--input", tmp_path / "tok", *options)
     assert manifest.load_manifest(folder).counts["samples"] == len(packed(stream)), "a folder's manifest is no input"
@@ -229,21 +229,21 @@ def damaged(folder):
         "header": (bytes(header), r"is damaged after member '3.txt' \(bad checksum\)"),
         "member": (good[: 5 * 3584 + 2000], r"is truncated at member '5.txt'"),
         "between": (good[: 5 * 3584], r"is truncated at member '4.txt'"),
-        "joined": (good + good, r"continues after its end, as joined tars do"),
-        "no tar": (b"plain text " * 99, r"is no tar \(invalid header\)"),
+        "joined": (good + good, r"continues after its end, as concatenated tars do"),
+        "no tar": (b"plain text " * 99, r"is not a tar \(invalid header\)"),
         "nothing": (b"", r"is truncated at member ''"),
     }
     for name, (data, _) in cases.items():
         (folder / f"{name}.tar").write_bytes(data)
     bad = {
         "json": (("a.txt", b"a"), ("b.json", b"{"), r"b.json: is not JSON"),
-        "field": (("b.json.gz", gzip.compress(b'{"body": 1}')), r"b.json.gz: has no field 'text'; there is body"),
+        "field": (("b.json.gz", gzip.compress(b'{"body": 1}')), r"b.json.gz: has no field 'text' \(its fields: body\)"),
         "line": (("b.jsonl", b'{"text": "a"}\n\n[]\n'), r"b.jsonl:3: has no field 'text'"),
         "gz": (("b.txt.gz", gzip.compress(b"words")[:-3]), r"b.txt.gz: Compressed file ended"),
         "empty gz": (("b.txt.gz", b""), r"b.txt.gz: is truncated"),
         "latin": (("b.txt", b"na\xefve"), r"b.txt: is not UTF-8 \(.* at byte 2\)"),
-        "twice": (("b.txt", b"a"), ("b.txt", b"b"), r"b.txt: occurs twice; each sample needs a key of its own"),
-        "apart": (("b.txt", b"a"), ("c.txt", b"c"), ("b.json", b"{}"), r"b.json: the sample 'b' has occurred before"),
+        "twice": (("b.txt", b"a"), ("b.txt", b"b"), r"b.txt: occurs twice; give each sample a unique key"),
+        "apart": (("b.txt", b"a"), ("c.txt", b"c"), ("b.json", b"{}"), r"b.json: the sample 'b' occurred before"),
     }
     for name, (*members, message) in bad.items():
         write_tar(folder / f"{name}.tar", *members)
@@ -286,8 +286,11 @@ def test_options_that_do_not_go_with_ids_are_refused(prepared, tmp_path, tokeniz
     cases = [
         (given, r"--tokens: needs --tokenizer"),
         ([*given, "--tokenizer", tokenizer, "--deduplicate"], r"--deduplicate: works on text, and --tokens reads ids"),
-        (["--input", path, "--padding-id", 3], r"--padding-id: is for --tokens"),
-        (["--input", tmp_path / "a.txt", *given[2:], "--tokenizer", tokenizer], r"a.txt is no webdataset tar, which"),
+        (["--input", path, "--padding-id", 3], r"--padding-id: works only with --tokens"),
+        (
+            ["--input", tmp_path / "a.txt", *given[2:], "--tokenizer", tokenizer],
+            r"a.txt is not a webdataset tar, and --tokens",
+        ),
         (["--input", tmp_path / "{1..a.tar"], r"1..a.tar has unbalanced braces"),
         (["--input", tmp_path / "{a,b}.tar"], r"b.tar does not exist"),
     ]

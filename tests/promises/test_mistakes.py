@@ -149,7 +149,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "generate with another tokenizer": (
         "generate {run} --prompt x --tokenizer {other}/tokenizer.json", ["--tokenizer: ", "has id 599", "have 500 ids"],
     ),
-    "export over foreign files": ("export-hf {run} {root}/foreign", ["foreign: holds files", "name a new folder"]),
+    "export over foreign files": ("export-hf {run} {root}/foreign", ["foreign: contains files", "name a new folder"]),
     "export nothing": ("export-hf {root}/empty {root}/out", ["empty: no committed checkpoint"]),
     "import over files": ("import-hf {root}/foreign {run}", ["tiny: is not empty", "choose another"]),
     "import nothing": ("import-hf {root}/foreign {root}/out", ["foreign: no committed checkpoint"]),

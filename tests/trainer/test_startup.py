@@ -1,4 +1,5 @@
-"""A start creates each weight once in every layout, and copies it to the model and the fp32 master weights."""
+"""A start creates each weight once in every layout, copies it to the model and the fp32 master weights, and copies the
+corpora's tokenizer into the run folder."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from torch import Tensor
 from tandem.trainer.checkpoint.async_save import save_checkpoint
 from tandem.trainer.checkpoint.read import Checkpoint, open_checkpoint
 from tandem.trainer.checkpoint.write import model_metadata
-from tandem.trainer.config import TrainConfig, UserError, dump_config
+from tandem.trainer.config import DataConfig, ShardCacheConfig, TrainConfig, UserError, dump_config
 from tandem.trainer.distributed.coordination import Coordinator
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, mesh_context
@@ -22,7 +23,7 @@ from tandem.trainer.models import init
 from tandem.trainer.models.init import initial_values
 from tandem.trainer.models.mup import parameter_rules
 from tandem.trainer.runtime import StopSignal
-from tandem.trainer.startup import build_engine, open_folder
+from tandem.trainer.startup import build_engine, copy_tokenizer, open_folder
 from tests import ranks, tiny_configs
 
 LAYOUTS = [(1, 1), (1, 2), (2, 4)]
@@ -114,3 +115,23 @@ def test_a_run_of_a_version_with_other_names_is_refused_before_anything_is_writt
     with closing(StopSignal()) as stop_signal, pytest.raises(UserError, match=message):
         open_folder(tmp_path, given, None, Coordinator(mesh, stop_signal))
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("config.yaml", before)]
+
+
+@pytest.mark.parametrize("content", [b'{"a":\r\n1}\n', b"\xff\x00"], ids=["line ends", "no text"])
+def test_the_run_folder_has_the_very_bytes_of_the_tokenizer(tmp_path, content):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "tokenizer.json").write_bytes(content)
+    copy_tokenizer(tmp_path, DataConfig({"corpus": str(tmp_path / "corpus")}))
+    assert (tmp_path / "tokenizer.json").read_bytes() == content
+
+
+@pytest.mark.parametrize("corpus", ["nothing-there", "http://127.0.0.1:9/corpus"])
+def test_a_corpus_without_tokenizer_costs_a_run_one_line(tmp_path, caplog, monkeypatch, corpus):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    copy_tokenizer(
+        tmp_path, DataConfig({"corpus": corpus}, cache=ShardCacheConfig(max_attempts=1, timeout_seconds=0.5))
+    )
+    [said] = caplog.records
+    assert f"{corpus}/tokenizer.json: cannot be read (" in said.getMessage()
+    assert "\n" not in said.getMessage()
+    assert not list(tmp_path.iterdir())

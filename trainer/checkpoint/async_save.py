@@ -1,8 +1,8 @@
 """Save checkpoints in the background: copy the state to host memory, then write it in a thread while training continues.
 
-Only an update changes weights and moments. The copy therefore overlaps forward and backward, and an update that comes before it
-is complete waits. There is one host copy, reused by every save, so there is one save at a time. Ranks report their files
-through the launch's store, because a collective in the thread would interleave with those of the training.
+Only an update changes weights and moments. The copy can therefore overlap forward and backward. If the next update is reached
+before the copy is complete, it waits. There is one host copy, reused by every save, so there is one save at a time. Ranks
+report their files through the launch's store, because a collective in the thread would interleave with those of the training.
 """
 
 import concurrent.futures
@@ -108,7 +108,7 @@ class CheckpointSaver:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Give a running save some time to finish, unless a rank is lost that it would wait for."""
+        """Give a running save some time to finish, unless it would wait for a rank that has been lost."""
         if self._pending_result is not None and not (error and is_connection_lost(error)):
             concurrent.futures.wait([self._pending_result], EXIT_WAIT_SECONDS)
 

@@ -31,7 +31,8 @@ def check_resumable(config: TrainConfig, checkpoint: Checkpoint, loader: Loader)
 def check_past_phases(timeline: Timeline, checkpoint: Checkpoint) -> None:
     """Raises: UserError if the schedule changes the steps already made.
 
-    If the changed phase is still running, the message names the two phases to write instead, so that only its rest changes.
+    If the changed phase is still running, the message names the two phases to write instead, so that only the rest of
+    that phase changes.
     """
     first_step = 0
     for index, saved in enumerate(checkpoint.manifest["phases"]):

@@ -116,7 +116,7 @@ class Checkpoint:
         return shard, self.manifest["tp_size"] if shard.sharded_dim is not None else 1
 
     def _read_sharded_slice(self, read: Tensor, kind: str, name: str, first_row: int, first_index: int) -> None:
-        """Fill `read`, [rows, indices, inner], from `first_row` and from `first_index` of the sharded dim on.
+        """Fill `read` [rows, indices, inner] with the slice that starts at `first_row` and `first_index` of the sharded dim.
 
         Indices past the unpadded size are not written.
         """

@@ -33,7 +33,7 @@ RankFragments = list[tuple[dict[str, Any], list[Tensor]]]
 WrittenFile = dict[str, Any]
 """A rank's data file: its name, its size and hash (None if the rank owns nothing), and its manifest entries."""
 MAX_IMPORT_FILE_BYTES = 1_000_000_000
-"""Largest file of an import. The ranks of a run share the hashing file by file, so there must be several."""
+"""Largest file of an import. Ranks divide the hashing of an import by file, so a large import must have several files."""
 
 
 def prepare_folder(folder: Path) -> None:
@@ -56,8 +56,11 @@ def prepare_folder(folder: Path) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint folder. Raises: OSError; what remains then does not count, unless even the marker remains."""
-    # The marker goes first, so that an interrupted removal leaves no folder that counts as committed.
+    """Remove a checkpoint folder.
+
+    Raises: OSError. The folder is then no longer committed, unless the removal of the marker failed.
+    """
+    # Remove the marker first, so that an interrupted removal leaves no committed folder.
     (folder / layout.COMMIT_MARKER).unlink(missing_ok=True)
     shutil.rmtree(folder)
 

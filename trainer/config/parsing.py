@@ -47,7 +47,9 @@ def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not annotation:
-        raise UserError(f"{key_path}: {value!r} is {type(value).__name__} but must be {annotation.__name__}; change it")
+        raise UserError(
+            f"{key_path}: {value!r} is {type(value).__name__} but must be {annotation.__name__}; write a value of that type"
+        )
     return value
 
 

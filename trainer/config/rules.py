@@ -131,14 +131,14 @@ def _check_model(model: AnyModelConfig) -> None:
     _check_positive(model, "model", *sizes, "norm_eps", "init_std")
     _require(
         model.hidden_size % model.num_heads == 0,
-        f"model.hidden_size: {model.hidden_size} is not divisible by model.num_heads {model.num_heads}; head_dim is "
-        "hidden_size / num_heads; change one of them",
+        f"model.hidden_size: {model.hidden_size} is not divisible by model.num_heads {model.num_heads}, but head_dim "
+        "is hidden_size / num_heads; use a multiple of num_heads",
     )
     sigmas = model.init_truncation_sigmas
     _require(
         sigmas == 0 or 0.1 <= sigmas < math.inf,
-        f"model.init_truncation_sigmas: {sigmas} is neither 0 (no truncation) nor finite and at least 0.1; change it (values "
-        "are redrawn until they are within the bound, which takes too long below 0.1)",
+        f"model.init_truncation_sigmas: {sigmas} is neither 0 (no truncation) nor a finite number of at least 0.1; use one of "
+        "them (values are redrawn until they are within the bound, which takes too long below 0.1)",
     )
     if isinstance(model, BTLMConfig):
         if model.alibi_scaling is not None:
@@ -148,13 +148,13 @@ def _check_model(model: AnyModelConfig) -> None:
     _require(
         model.num_heads % model.num_kv_heads == 0,
         f"model.num_kv_heads: {model.num_kv_heads} does not divide model.num_heads {model.num_heads}; each key head serves the "
-        "same number of query heads; change one of them",
+        "same number of query heads; use a divisor of num_heads",
     )
     factor, rotary_dim = model.partial_rotary_factor, model.partial_rotary_factor * model.head_dim
     _require(
         0 < factor <= 1 and rotary_dim % 2 == 0,
         f"model.partial_rotary_factor: {factor} of head_dim {model.head_dim} is {rotary_dim:g} dimensions; it must be an even "
-        "whole number up to head_dim; change the factor",
+        "whole number up to head_dim; choose a factor that gives one",
     )
 
 
@@ -206,11 +206,12 @@ def _check_learning_rate(config: TrainConfig) -> None:
     _check_positive(lr, "schedule.lr", "peak")
     _require(
         0 <= lr.final <= lr.peak,
-        f"schedule.lr.final: {lr.final} is not between 0 and peak {lr.peak}; change one of them",
+        f"schedule.lr.final: {lr.final} is not between 0 and peak {lr.peak}; use a number in that range",
     )
     _require(
         0 <= lr.warmup_steps < total_steps,
-        f"schedule.lr.warmup_steps: {lr.warmup_steps} is not from 0 to below the {total_steps} steps of the run; change it",
+        f"schedule.lr.warmup_steps: {lr.warmup_steps} must be at least 0 and less than the {total_steps} steps of the run; "
+        "use a number in that range",
     )
     _require(
         lr.decay_steps is None or lr.decay_steps >= 1,
@@ -220,18 +221,20 @@ def _check_learning_rate(config: TrainConfig) -> None:
         return
     _require(
         0 < lr.switch_fraction < 0.5,
-        f"schedule.lr.switch_fraction: {lr.switch_fraction} is not between 0 and 0.5, where the cosine falls; Stable LM 2 uses "
-        "0.25",
+        f"schedule.lr.switch_fraction: {lr.switch_fraction} must be above 0 and below 0.5, because the schedule must switch "
+        "while the cosine falls; Stable LM 2 uses 0.25",
     )
     _require(
         0 <= lr.offset_steps <= lr.warmup_steps,
-        f"schedule.lr.offset_steps: {lr.offset_steps} is not between 0 and warmup_steps {lr.warmup_steps}; change it",
+        f"schedule.lr.offset_steps: {lr.offset_steps} is not between 0 and warmup_steps {lr.warmup_steps}; use a number in "
+        "that range",
     )
     start_step = lr.cooldown_start_step
     _require(
         start_step is None or (lr.cooldown_steps >= 1 and start_step >= lr.warmup_steps),
-        f"schedule.lr.cooldown_steps: {lr.cooldown_steps} from step {start_step}; a cooldown has at least 1 step and follows "
-        "the warm-up; change them, or set cooldown_start_step to null",
+        f"schedule.lr.cooldown_steps: {lr.cooldown_steps} from step {start_step}; a cooldown has at least 1 step and starts "
+        f"after the warm-up; use cooldown_steps of 1 or more and cooldown_start_step of {lr.warmup_steps} or more, or set "
+        "cooldown_start_step to null",
     )
 
 

@@ -224,15 +224,15 @@ class Loader:
         return mixture.cursor_at(self._schedule, step).get(source, 0)
 
     def _max_epochs_message(self, source: str, total_steps: int, position: int) -> str:
-        """Explain that the schedule takes more of the source than the run, which is at `position`, may read."""
+        """Explain that the schedule reads more of the source than the run, now at `position`, may read."""
         max_tokens, reader = self._max_tokens_by_source[source], self._train_readers[source]
         damaged_tokens = reader.skipped_tokens_before(max_tokens) - reader.skipped_tokens_before(position)
-        damage = f", of which {damaged_tokens} ahead are in damaged shards" if damaged_tokens else ""
+        damage = f", and {damaged_tokens} of those ahead are in damaged shards" if damaged_tokens else ""
         return (
-            f"data.max_epochs.{source}: the schedule takes {self._scheduled_tokens(source, total_steps)} tokens; "
-            f"{self._data.max_epochs[source]:g} times the {self.manifests[source].train.tokens} of "
-            f"{self._data.sources[source]} are {max_tokens}{damage}; raise it, lower the source's share or the phases' tokens, "
-            "or set data.at_end to stop"
+            f"data.max_epochs.{source}: the schedule reads {self._scheduled_tokens(source, total_steps)} tokens, but "
+            f"{self._data.max_epochs[source]:g} epochs of the {self.manifests[source].train.tokens} tokens in "
+            f"{self._data.sources[source]} are only {max_tokens}{damage}; raise max_epochs, lower the source's share or the "
+            "phases' tokens, or set data.at_end=stop to end the run there"
         )
 
 
@@ -240,7 +240,9 @@ def _check_shard_files(folder: str, corpus: manifest.CorpusManifest) -> None:
     try:
         manifest.check_shard_files(folder, corpus)
     except DamagedShard as error:
-        raise DamagedShard(error.file, f"{error}; or set data.damaged_shards to skip to train without it") from None
+        raise DamagedShard(
+            error.file, f"{error}; or set data.damaged_shards=skip to train without this shard"
+        ) from None
 
 
 def _check_vocab(source: str, corpus: manifest.CorpusManifest, vocab_size: int) -> None:

@@ -198,7 +198,8 @@ def _open_filesystem(address: str, timeout_seconds: float) -> Any:
     scheme = address.split("://")[0]
     if scheme not in PIP_REQUIREMENTS:
         raise UserError(
-            f"{address}: cannot read {scheme}://; must be a local path or one of {', '.join(PIP_REQUIREMENTS)}; copy the files"
+            f"{address}: {scheme}:// is not supported; use a local path or one of {', '.join(PIP_REQUIREMENTS)}, "
+            "or copy the files to one of them"
         )
     try:
         import fsspec
@@ -238,7 +239,7 @@ def _open_stream(address: str, start_byte: int, timeout_seconds: float) -> Itera
         while surplus_bytes > 0 and (block := stream.read(min(surplus_bytes, BLOCK_BYTES))):
             surplus_bytes -= len(block)
         if surplus_bytes:
-            raise RemoteError(f"the server did not return the bytes from {start_byte} on that were requested")
+            raise RemoteError(f"the server did not return the requested bytes, which start at byte {start_byte}")
         yield stream
 
 

@@ -57,7 +57,9 @@ def run_import_hf(arguments: argparse.Namespace) -> None:
 
 def add_export_hf_arguments(parser: argparse.ArgumentParser) -> None:
     run_help = "run folder, import folder, or a checkpoint of either"
-    length_help = "longest row, for config.json (default: the longest trained on); raise it with --alibi-scaling"
+    length_help = (
+        "longest row, for config.json (default: the longest trained on); a larger value also needs --alibi-scaling"
+    )
     parser.add_argument("run_folder", type=Path, metavar="run", help=run_help)
     parser.add_argument("output", type=Path, help="new folder, or an earlier export to replace")
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest checkpoint)")

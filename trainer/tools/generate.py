@@ -110,7 +110,9 @@ def encode(text: str, tokenizer: "Tokenizer") -> list[int]:
     """Return the tokens of a text.  Raises: UserError if there is none."""
     tokens: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     if not tokens:
-        raise UserError("--prompt: is empty, or a line of --prompts is; must have at least one token; give some text")
+        raise UserError(
+            "--prompt: is empty, or a line of --prompts is empty; each must have at least one token; give some text"
+        )
     return tokens
 
 

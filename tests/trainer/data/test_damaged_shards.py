@@ -223,7 +223,8 @@ def test_a_schedule_that_reads_a_source_too_often_is_refused_at_the_start(source
     tokens = manifest.load_manifest(sources["b"]).train.tokens
     needed = PHASE.num_steps * 2 * 32
     epochs = (needed - 1) / tokens
-    message = rf"^data.max_epochs.b: the schedule takes {needed} tokens; .* times the {tokens} of .* are {needed - 1}; raise it"
+    scheduled = rf"^data.max_epochs.b: the schedule reads {needed} tokens"
+    message = rf"{scheduled}, but .* epochs of the {tokens} tokens in .* are only {needed - 1}; raise max_epochs"
     with pytest.raises(UserError, match=message) as refused:
         limited(sources, epochs=epochs)
     assert "\n" not in str(refused.value)
@@ -274,7 +275,8 @@ def test_where_a_source_that_ends_is_to_be_refused_it_is_when_a_shard_left_out_m
     file = whole.files[whole.shard_position(needed - 1)[0]]
     lost = needed - cursor["b"] - len(whole.positions_outside(cursor["b"], needed, (file,)))
     one.skip_shard("b", file)
-    message = rf"^data.max_epochs.b: the schedule takes {needed} tokens; .* are {needed}, of which {lost} ahead are in damaged"
+    scheduled = rf"^data.max_epochs.b: the schedule reads {needed} tokens"
+    message = rf"{scheduled}, but .* are only {needed}, and {lost} of those ahead are in damaged"
     for refused in (lambda: one.find_end(1, cursor), lambda: next(one.batches(1, cursor))):
         with pytest.raises(UserError, match=message) as said:
             refused()

@@ -344,7 +344,7 @@ def test_one_corpus_under_two_names_is_refused_at_the_start_and_at_a_resume(sour
 
 def test_a_missing_shard_is_named_at_the_start(sources, tmp_path):
     (tmp_path / "a" / "train-000001.tar").unlink()
-    with pytest.raises(UserError, match=r"train-000001.tar: shard is missing.*; or set data.damaged_shards to skip"):
+    with pytest.raises(UserError, match=r"train-000001.tar: shard is missing.*; or set data.damaged_shards=skip"):
         loader(sources)
 
 

@@ -114,7 +114,7 @@ def test_a_compressed_file_comes_as_it_is_stored(server, tmp_path):
 
 
 def test_what_cannot_be_read_names_what_can_or_what_to_install():
-    with pytest.raises(UserError, match=r"ftp://a/b: cannot read ftp://; .* http, https, s3, gs"):
+    with pytest.raises(UserError, match=r"ftp://a/b: ftp:// is not supported; .* http, https, s3, gs"):
         remote_files.read_bytes("ftp://a/b")
     for scheme, package in (("s3", "s3fs"), ("gs", "gcsfs")):
         if importlib.util.find_spec(package) is None:

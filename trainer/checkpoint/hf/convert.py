@@ -90,7 +90,9 @@ def open_folder(folder: Path) -> tuple[AnyModelConfig, MupConfig | None, TensorR
     if isinstance(model, StableLMConfig):
         model = dataclasses.replace(model, norm_bias=model.norm_bias or bool(changed))
     elif changed:
-        raise UserError(f"{folder}: {changed[0]} are not ALiBi's for {model.num_heads} heads; choose another folder")
+        raise UserError(
+            f"{folder}: the values of {changed[0]} are not the ALiBi slopes of {model.num_heads} heads; choose another folder"
+        )
     rows = {row.name: row for row in table.tensor_mappings(model)}
     _check_tensors(folder, rows.values(), files, defaults)
 
@@ -168,7 +170,8 @@ def _check_replaceable(output_folder: Path) -> None:
         if not names or (is_known and EXTRA_FIELDS_KEY in read_json(output_folder / "config.json")):
             return
     raise UserError(
-        f"{output_folder}: holds files that no export wrote and that it will not overwrite; name a new folder"
+        f"{output_folder}: contains files that were not written by an export, and an export does not overwrite them; "
+        "name a new folder"
     )
 
 
@@ -184,13 +187,13 @@ def _parse_hf_config(folder: Path, hf_config: dict[str, Any]) -> tuple[AnyModelC
         mup = parse_dataclass(MupConfig, mup_tree, config_path) if mup_tree else None
         if model.hidden_size % model.num_heads or model.num_heads % model.num_kv_heads:
             heads = f"{model.num_heads} heads and {model.num_kv_heads} key-value heads"
-            raise UserError(f"{config_path}: {heads} do not divide width {model.hidden_size}; correct it")
+            raise UserError(f"{config_path}: {heads} do not divide width {model.hidden_size}; correct these fields")
     except UserError:
         raise
     except KeyError as error:
-        raise UserError(f"{config_path}: {error.args[0]} is missing; add it") from None
+        raise UserError(f"{config_path}: {error.args[0]} is missing; add that field") from None
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{config_path}: {error}; a field has an impossible value; correct it") from None
+        raise UserError(f"{config_path}: {error}; a field has an impossible value; correct that field") from None
     return model, mup
 
 

@@ -49,7 +49,7 @@ def atomic_folder(target_folder: Path) -> Iterator[Path]:
     target_folder = target_folder.resolve()
     if os.path.ismount(target_folder) or target_folder == Path.cwd():
         what = "a mount point" if os.path.ismount(target_folder) else "the current folder"
-        raise UserError(f"{target_folder}: is {what}; it must be possible to replace it; name a new folder")
+        raise UserError(f"{target_folder}: is {what} and cannot be replaced; name a new folder")
     temporary_name = f".{target_folder.name}.{os.getpid()}"
     folder, old = (target_folder.with_name(f"{temporary_name}.{state}") for state in ("partial", "old"))
     target_folder.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def open_tensor_files(folder: Path) -> dict[str, Any]:
         weight_map = {}
     else:
         found = f"has neither {WEIGHTS_FILE} nor {INDEX_FILE}"
-        raise UserError(f"{folder}: {found}; weights are read from safetensors; add them")
+        raise UserError(f"{folder}: {found}; weights are read from safetensors files; add the files")
     files_by_tensor: dict[str, Any] = {}
     for name in sorted(set(weight_map.values())) if weight_map else [WEIGHTS_FILE]:
         try:

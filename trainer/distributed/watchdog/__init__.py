@@ -1,4 +1,4 @@
-"""End a run that hangs, and report which rank did not arrive.
+"""End a run that hangs, and report which rank the others were waiting for.
 
 If the main thread of a rank stays in one phase for longer than the limit, the rank writes a report to `hangs/step-00000012/` in
 the run folder, which all hosts share. Once every rank that responds has reached its limit, each rank reads all reports and
@@ -45,13 +45,14 @@ MEDIAN_WINDOW_STEPS = 32
 TIMEOUT_MEDIANS = 10
 MIN_TIMEOUT_SECONDS = 60.0
 REPORT_FRACTION = 0.8
-"""Ranks write a first report at this fraction of the limit: they are up to a step apart, and every live rank must have one."""
+"""Ranks write a first report at this fraction of the limit. They can be a step apart, but when one of them reaches its limit,
+every live rank must have a report."""
 DATA_TIMEOUT_SECONDS = RANK_WAIT_TIMEOUT_SECONDS + 60
 """Limit while waiting for data. A slow remote store has its own, shorter limit (`data.cache`) and its own error."""
 DISK_PHASES = ("save", "rollback", "end")
 """Phases that wait for a disk or a server. They may take as long as a start."""
 GONE_PEER_TIMEOUT_SECONDS = 30.0
-"""Limit for a wait in the store after another rank of this machine is seen to be gone."""
+"""Limit for waiting for other ranks through the rendezvous store once a rank of this machine is known to be gone."""
 REPORT_WAIT_SECONDS = 10.0
 EXIT_DEADLINE_SECONDS = 25.0
 """Time after the limit at which the process exits even if the file system hangs too."""
@@ -209,7 +210,7 @@ class Watchdog:
                 self._set_exit_deadline(EXIT_DEADLINE_SECONDS)
             elif self._all_ranks_known(reports) or current_time - quiet_since > REPORT_WAIT_SECONDS:
                 self._write_verdict(reports)
-                if self._rank in reports:  # otherwise the file system hangs, and the peers may be well
+                if self._rank in reports:  # otherwise the file system hangs, and the peers may be healthy
                     self._kill_silent_peers(reports)
                 sys.stderr.flush()
                 os._exit(REQUEUE_EXIT_CODE)
@@ -267,7 +268,10 @@ class Watchdog:
             self._report_file = None
 
     def _all_ranks_known(self, reports: dict[int, HangReport]) -> bool:
-        """Whether a rank has reported a crash, or every rank has a report or is known on its host to be unable to write one."""
+        """Whether a rank has reported a crash, or every rank is accounted for.
+
+        A rank is accounted for if it has a report, or if a rank on its host saw that it is gone or stopped.
+        """
         states = peer_states(reports) | {rank: process_state(process) for rank, process in self._local_peers}
         silent_ranks = {rank for rank, state in states.items() if state in ("gone", "stopped")}
         has_crash = any(report.crash_error for report in reports.values())

@@ -34,8 +34,10 @@ MAX_SHOWN_FINDINGS = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    tokens_help = "also read the shards again, through webdataset, and compare their tokens with those the run was fed"
-    step_help = "instead of a verdict, print a tandem inspect command for each range that step N read"
+    tokens_help = (
+        "also read the shards again with webdataset and compare their tokens with those that the run trained on"
+    )
+    step_help = "do not print a verdict; print a tandem inspect command for each range that step N read"
     parser.add_argument("folder", metavar="RUN", type=Path, help="run folder")
     parser.add_argument("--tokens", action="store_true", help=tokens_help)
     parser.add_argument("--step", metavar="N", type=int, help=step_help)
@@ -119,8 +121,12 @@ def format_result(folder: Path, result: AuditResult) -> str:
             lines.append(f"    passed over by rollbacks: {source.rollback_tokens:,} tokens, {ranges}")
     lines += [f"  {note}" for note in result.notes]
     if result.proven:
-        evidence = "ranges and the shards' bytes agree" if result.tokens_checked else "ranges agree (bytes: --tokens)"
-        lines.append(f"proven: each step once, each token once and in order; their {evidence} with what was read")
+        evidence = "ranges and the shards' tokens" if result.tokens_checked else "ranges"
+        hint = "" if result.tokens_checked else " (add --tokens to compare the tokens themselves)"
+        lines.append(
+            f"proven: every step happened once, every token was read once and in order, and the recorded {evidence} match what "
+            f"was read{hint}"
+        )
         return "\n".join(lines)
     lines.append(f"NOT proven, {result.num_findings} findings:")
     lines += [f"  {finding.kind}: {finding.message}" for finding in result.findings[:MAX_SHOWN_FINDINGS]]

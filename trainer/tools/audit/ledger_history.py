@@ -28,7 +28,7 @@ class LedgerHistory:
     def __init__(self, folder: Path):
         self.path = folder / LEDGER_FILE
         if not self.path.is_file():
-            found = f"has no {LEDGER_FILE}; the folder of a run has" if folder.is_dir() else "no such folder"
+            found = f"has no {LEDGER_FILE}, which every run writes" if folder.is_dir() else "no such folder"
             raise UserError(f"{folder}: {found}; name the folder of a run that has started")
         self.attempts: list[Attempt] = []
         self.unreadable_lines: list[int] = []

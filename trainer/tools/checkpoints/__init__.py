@@ -37,18 +37,18 @@ TORN_REMARK = "torn: not committed; a save is in progress, or the run was killed
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="ls|verify|diff")
-    folder_help = "run folder, import folder, folder of checkpoints"
+    folder_help = "run folder, import folder or folder of checkpoints"
     command_help = "print one row per checkpoint, oldest first"
     listing = commands.add_parser("ls", help=command_help, description=command_help)
     listing.add_argument("folder", metavar="RUN", type=Path, help=folder_help)
-    command_help = "read every file of the committed checkpoints and compare its hash"
+    command_help = "read every file of the committed checkpoints and check its hash"
     verifying = commands.add_parser("verify", help=command_help, description=command_help)
     verifying.add_argument("folder", metavar="RUN|CHECKPOINT", type=Path, help=f"{folder_help}, or a checkpoint")
     verifying.add_argument("--step", metavar="N", type=int, help="only the checkpoint of this step")
-    command_help = "compare the facts and every bit of every tensor of two checkpoints, also of different layouts"
+    command_help = "compare the metadata and every bit of every tensor of two checkpoints, even if their layouts differ"
     differing = commands.add_parser("diff", help=command_help, description=command_help)
     for name in ("a", "b"):
-        side_help = "checkpoint, RUN@STEP, or a run or import folder for its newest undamaged checkpoint"
+        side_help = "checkpoint, RUN@STEP, or a run or import folder (its newest undamaged checkpoint is used)"
         differing.add_argument(name, metavar=name.upper(), help=side_help)
     for command in (listing, verifying, differing):
         command.add_argument("--json", action="store_true", help="print one JSON object")

@@ -39,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--updates", type=int, default=4, help="coordinates: number of updates (default: 4)")
     add("--tp-sizes", default="1,2", help="coordinates: tensor-parallel sizes (default: 1,2)")
     add("--as-ranks", action="store_true", help=argparse.SUPPRESS)  # set by launch_coordinate_ranks
-    add("--octaves", type=int, default=3, help="transfer: peaks from schedule.lr.peak / 2^N to * 2^N (default: 3)")
+    add(
+        "--octaves",
+        type=int,
+        default=3,
+        help="transfer: try peaks from schedule.lr.peak / 2^N to schedule.lr.peak * 2^N (default: 3)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

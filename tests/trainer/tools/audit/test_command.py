@@ -32,7 +32,7 @@ def test_findings_are_counted_where_they_are_too_many_and_searches_too(folder, m
 
 def test_the_command_says_proven_with_0_and_what_is_wrong_with_1(folder, capsys):
     assert run_audit_command(folder) == 0
-    assert "proven: each step once, each token once" in capsys.readouterr().out
+    assert "proven: every step happened once, every token was read once and in order" in capsys.readouterr().out
     assert run_audit_command(folder, "--json") == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["proven"], said["num_steps"], said["sources"]["a"]["lost_tokens"]) == (True, NUM_STEPS, 0)
