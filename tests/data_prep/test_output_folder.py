@@ -26,7 +26,7 @@ def test_a_folder_is_prepared_by_one_process_at_a_time(tmp_path, folder, prepare
     handle = os.open(output, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        with pytest.raises(UserError, match="being prepared by another process"):
+        with pytest.raises(UserError, match="another process is preparing"):
             prepared("out", "--input", folder)
     finally:
         os.close(handle)

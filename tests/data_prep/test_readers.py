@@ -120,7 +120,7 @@ def test_a_glob_is_of_names_in_the_folder_or_below(tmp_path, glob, expected):
 def test_a_named_file_of_no_known_kind_is_refused_unless_a_glob_says_that_it_is_text(tmp_path, address):
     (tmp_path / "c.json").write_text('{"text": "words"}\n')
     for given in (tmp_path / "c.json", f"{address}/c.json", f"{address}/c.json?name=c.jsonl"):
-        with pytest.raises(UserError, match=r"--input: .*c.json.* has no known suffix; records are in .jsonl,"):
+        with pytest.raises(UserError, match=r"--input: .*c.json.* has no known suffix; records are read from .jsonl,"):
             listed(given)
         (file,) = listed(given, glob="*.json")
         assert [document.text for document in in_parts(file, 1)] == ['{"text": "words"}\n']

@@ -285,7 +285,7 @@ def test_options_that_do_not_go_with_ids_are_refused(prepared, tmp_path, tokeniz
     given = ["--input", path, "--tokens", "json"]
     cases = [
         (given, r"--tokens: needs --tokenizer"),
-        ([*given, "--tokenizer", tokenizer, "--deduplicate"], r"--deduplicate: works on text, and --tokens reads ids"),
+        ([*given, "--tokenizer", tokenizer, "--deduplicate"], r"--deduplicate: works on text, but --tokens reads ids"),
         (["--input", path, "--padding-id", 3], r"--padding-id: works only with --tokens"),
         (
             ["--input", tmp_path / "a.txt", *given[2:], "--tokenizer", tokenizer],

@@ -54,7 +54,7 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
             "schedule.lr.warmup_steps=450",
             ["schedule.lr.warmup_steps", "450", "less than the 450 steps", "use a number in that range"],
         ),
-        ("schedule.lr.switch_fraction=0.6", ["schedule.lr.switch_fraction", "0.6", "between 0 and 0.5"]),
+        ("schedule.lr.switch_fraction=0.6", ["schedule.lr.switch_fraction", "0.6", "above 0 and below 0.5"]),
         ("schedule.lr.final=1.0", ["schedule.lr.final", "1.0", "between 0 and peak"]),
         (
             "schedule.phases[0].tokens=307_201",
