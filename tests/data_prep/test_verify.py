@@ -117,7 +117,7 @@ def test_a_manifest_with_a_false_claim_is_refused(made):
         "train": (replace(corpus.train, documents=3), "documents of train: 3"),
         "vocab": (corpus.vocab + 1, "tokenizer.json: EOS id, vocab"),
         "eos_id": (corpus.eos_id + 1, "tokenizer.json: EOS id, vocab"),
-        "settings": (corpus.settings | {"num_input_files": 3}, "inputs.json: num_input_files 2"),
+        "settings": (corpus.settings | {"num_input_files": 3}, "inputs.json: num_input_files is 2, but"),
     }
     for name, (value, message) in others.items():
         corpus_writer.rewrite_manifest(folder, corpus, **{name: value})
