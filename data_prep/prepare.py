@@ -310,8 +310,8 @@ def _check_executor(args: argparse.Namespace) -> None:
         name = option.partition("=")[0]
         if "=" not in option or name.startswith("-") or name in RESERVED_SBATCH_OPTIONS:
             raise UserError(
-                f"--slurm: {option}; must be NAME=VALUE without leading dashes, like partition=cpu, and NAME must not be "
-                f"{', '.join(RESERVED_SBATCH_OPTIONS)}, which tandem prepare sets; correct or remove it"
+                f"--slurm: {option}; must read NAME=VALUE without leading dashes, and NAME must not be one of "
+                f"{', '.join(RESERVED_SBATCH_OPTIONS)}, which tandem prepare sets; write for example partition=cpu"
             )
     if args.executor != "local":
         cluster.executor_module(args.executor)

@@ -195,7 +195,7 @@ def test_two_writers_of_one_file_never_mix(tmp_path):
         (["--tasks", 3], r"--tasks: works only with --executor slurm, not local"),
         (["--executor", "ray", "--slurm", "time=5"], r"--slurm: works only with --executor slurm, not ray"),
         (["--executor", "slurm", "--slurm", "partition"], r"--slurm: partition; must read NAME=VALUE"),
-        (["--executor", "slurm", "--slurm", "array=1-3"], r"--slurm: array=1-3; .* not of array"),
+        (["--executor", "slurm", "--slurm", "array=1-3"], r"--slurm: array=1-3; .* NAME must not be one of array"),
         (["--executor", "slurm", "--tasks", 0], r"--tasks: 0; must be positive"),
     ],
 )
