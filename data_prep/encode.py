@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from tandem.data_prep import clean, duplicates, minhash, readers, spill
+from tandem.data_prep import clean, duplicates, minhash, readers, spill, tar_reader
 from tandem.data_prep.executor import ProgressCallback
 from tandem.data_prep.input_files import content_hash
-from tandem.data_prep.readers import Document
+from tandem.data_prep.records import Document
 from tandem.data_prep.settings import PrepareSettings
 from tandem.data_prep.spill import Spill
 from tandem.data_prep.tokenizers.encoding import EncoderSpec
@@ -150,7 +150,7 @@ def _adopt_tokens(
     locations: list[str] = []
     batch_tokens = 0
     for part in unit.parts:
-        for number, (member, ids) in enumerate(readers.read_token_samples(part, settings.tokens, advance, counts)):
+        for number, (member, ids) in enumerate(tar_reader.read_token_samples(part, settings.tokens, advance, counts)):
             kept = ids[: len(ids) - _padding_length(ids, settings.padding_id, eos_id)]
             counts["samples"] += 1
             counts["padding_tokens"] += len(ids) - len(kept)

@@ -1,6 +1,6 @@
 """The input files that the given paths name, in a fixed order, and checks that they have not changed since.
 
-A file is cut into parts if readers can start inside it. `readers.py` reads the parts.
+A file is cut into parts if readers can start inside it. `readers.py` and `tar_reader.py` read the parts.
 """
 
 from __future__ import annotations

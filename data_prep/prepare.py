@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from tandem.data_prep import clean, cluster, encode, executor, output_folder, readers, stages
+from tandem.data_prep import clean, cluster, encode, executor, output_folder, readers, stages, tar_reader
 from tandem.data_prep.clean import CleaningRules
 from tandem.data_prep.cluster import submissions
 from tandem.data_prep.cluster.stage_job import PreparationRequest
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eos", default="<|endoftext|>", metavar="TOKEN", help="token that ends each document (default %(default)s)")
 
     add = parser.add_argument_group("tokenized webdataset corpora").add_argument
-    add("--tokens", choices=readers.TOKEN_EXTENSIONS,
+    add("--tokens", choices=tar_reader.TOKEN_EXTENSIONS,
         help="use token ids from tar members with this extension; --tokenizer only gives vocabulary and EOS")  # fmt: skip
     add("--padding-id", type=int, metavar="ID", help="remove this id from the ends of samples, after EOS")
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tandem.data_prep import clean, duplicates, encode, output_folder, readers, shuffle, spill, work_units
+from tandem.data_prep import clean, duplicates, encode, output_folder, readers, shuffle, spill, tar_reader, work_units
 from tandem.data_prep.executor import ItemFunction, ProgressCallback
 from tandem.data_prep.input_files import FilePart, InputFile
 from tandem.data_prep.settings import PrepareSettings
@@ -37,7 +37,7 @@ CHECK_SAMPLE_DOCUMENTS, CHECK_SAMPLE_CHARACTERS = 200, 1 << 20
 TOKENIZER_TRAINING_BYTES = 1 << 30
 """Approximate limit of the text that a tokenizer is trained on."""
 DROPPED_COUNT_NAMES = (
-    "empty_documents", "filtered_documents", "undecodable_files", readers.OTHER_MEMBERS,
+    "empty_documents", "filtered_documents", "undecodable_files", tar_reader.OTHER_MEMBERS,
     "short_documents", "contaminated_documents", "duplicate_documents",
 )  # fmt: skip
 

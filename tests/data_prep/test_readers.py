@@ -14,7 +14,7 @@ import pytest
 
 from tandem.data_prep import input_files, prepare, provenance, readers
 from tandem.data_prep.input_files import FilePart
-from tandem.data_prep.readers import Document
+from tandem.data_prep.records import Document
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
 from tests.data_prep.conftest import zstd_frame

@@ -1,0 +1,277 @@
+"""Read documents, or samples of token ids, from webdataset tars, and refuse tars that webdataset would misread.
+
+These tars are inputs of `tandem prepare`. The shards of a finished corpus have another reader, in `tandem audit`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from tandem.data_prep.executor import ProgressCallback
+from tandem.data_prep.input_files import READ_BLOCK_BYTES, SAMPLE_MANIFEST_FILE, FilePart
+from tandem.data_prep.records import (
+    Document,
+    decompress,
+    describe_decode_error,
+    open_unchanged,
+    parse_json,
+    parse_record,
+)
+from tandem.trainer.config import UserError
+
+TEXT_EXTENSIONS = ("txt", "json", "jsonl")
+"""What members of a tar hold text, each also with .gz."""
+TOKEN_EXTENSIONS = ("json.gz", "json", "txt", "npy")
+"""What members of a tokenised tar hold ids: a JSON list, or a NumPy array."""
+MEMBER_ERRORS = (ValueError, EOFError, OSError, zlib.error)
+"""What a damaged member raises when it is decompressed or parsed."""
+OTHER_MEMBERS = "other_members"
+"""Name of the count of members of a tar that are not read."""
+
+
+def read_tar(
+    part: FilePart,
+    stream: BinaryIO,
+    text_field: str,
+    extra_fields: list[str],
+    advance: ProgressCallback,
+    counts: Counter[str],
+) -> Iterator[Document]:
+    """Yield the documents of the samples of a tar, which is open in `stream`.
+
+    If a sample has .txt members, each is a document, and its .json member only holds fields. Otherwise each .json
+    member is a document. Each line of a .jsonl member is a document.
+    """
+    from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander  # imports torch
+
+    tar = _TarStream(part, stream, advance, counts)
+    address, name = part.file.address, part.file.name
+
+    def select(member_name: str) -> bool:
+        key, extension = base_plus_ext(member_name)
+        if not tar.count_unless(key is not None and _text_kind(extension) is not None):
+            return False
+        tar.check_member(key, extension.lower(), member_name)
+        return True
+
+    members = tar_file_expander([{"url": address, "stream": tar}], select_files=select)
+    for sample in tar.iterate(group_by_keys(members)):
+        key = sample["__key__"]
+        extensions = [one for one in sample if not one.startswith("__")]
+        has_text = any(_text_kind(one) == "txt" for one in extensions)
+        for extension in extensions:
+            kind = _text_kind(extension)
+            if has_text and kind == "json":
+                continue
+            member = f"{key}.{extension}"
+            try:
+                data = _gunzip(sample[extension], extension)
+                if kind == "txt":
+                    fields = _sample_fields(sample, extension) if extra_fields else {}
+                    yield Document(f"{name}:{member}", data.decode(), fields)
+                elif kind == "json":
+                    record = parse_record(data, text_field)
+                    yield Document(f"{name}:{member}", record.pop(text_field), record)
+                else:
+                    for number, line in enumerate(data.split(b"\n"), 1):
+                        if line.strip():
+                            member = f"{key}.{extension}:{number}"
+                            record = parse_record(line, text_field)
+                            yield Document(f"{name}:{member}", record.pop(text_field), record)
+            except MEMBER_ERRORS as error:
+                raise _member_error(address, member, error) from None
+
+
+def read_token_samples(
+    part: FilePart, extension: str, advance: ProgressCallback, counts: Counter[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the name and the ids of each sample of a tokenised tar: of every member with this extension.
+
+    Samples may share a name, because open_lm names them by a hash of their ids and can write a sample several times.
+    Raises: UserError naming the file and the member that cannot be read.
+    """
+    from webdataset.tariterators import tar_file_iterator  # imports torch, which takes a second and 200 MB
+
+    file, num_samples = part.file, 0
+    with open_unchanged(part) as stream:
+        tar = _TarStream(part, stream, advance, counts)
+
+        def select(name: str) -> bool:
+            return tar.count_unless(name.lower().endswith(f".{extension}"))
+
+        for member in tar.iterate(tar_file_iterator(tar, select_files=select)):
+            try:
+                ids = _parse_ids(member["data"], extension)
+            except MEMBER_ERRORS as error:
+                raise _member_error(file.address, member["fname"], error) from None
+            yield member["fname"], ids
+            num_samples += 1
+    if file.num_samples not in (None, num_samples):
+        raise UserError(
+            f"{file.address}: has {num_samples} samples, but {SAMPLE_MANIFEST_FILE} states {file.num_samples}; "
+            "download it again"
+        )
+
+
+class _TarStream:
+    """The bytes of a tar on their way to webdataset, checked.
+
+    webdataset reads with tarfile, which takes a damaged header, or a file cut between two members, for the end of the
+    tar. So this follows the headers and raises if the tar does not end with a block of zeros and only zeros after it.
+    """
+
+    def __init__(self, part: FilePart, stream: BinaryIO, advance: ProgressCallback, counts: Counter[str]):
+        self.part, self._file = part, stream
+        self._stream = decompress(stream, part.file.compression)
+        self._advance, self._counts, self._reported_bytes = advance, counts, 0
+        self._header, self._bytes_to_next_header = bytearray(), 0
+        self._member, self._has_ended = "", False
+        self._fault = ""
+        self._keys: set[str] = set()
+        self._key, self._extensions = "", set[str]()
+
+    def read(self, size: int) -> bytes:
+        """Called by tarfile."""
+        try:
+            block = self._stream.read(size)
+            self._follow(memoryview(block))
+        except OSError as error:
+            raise self._fail(
+                f"cannot be read after member {self._member!r} ({' '.join(str(error).split())[:200]})"
+            ) from None
+        return block
+
+    def iterate(self, samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield what webdataset makes of this stream, then read the rest; raise the first fault as a UserError."""
+        try:
+            yield from samples
+            while self.read(READ_BLOCK_BYTES):
+                pass
+        except (tarfile.TarError, OSError, ValueError) as error:
+            if not self._fault:
+                self._fail(f"cannot be read at member {self._member!r} ({error.args[0]})")
+            # A new error: webdataset appends to the arguments of every exception that passes through it.
+            raise UserError(self._fault) from None
+        self._advance(self.part.size_bytes - self._reported_bytes)
+
+    def count_unless(self, is_wanted: bool) -> bool:
+        """Return whether a member is wanted; count it if not."""
+        if not is_wanted:
+            self._counts[OTHER_MEMBERS] += 1
+        position_bytes = self._file.tell()
+        if position_bytes - self._reported_bytes >= READ_BLOCK_BYTES:
+            self._advance(position_bytes - self._reported_bytes)
+            self._reported_bytes = position_bytes
+        return is_wanted
+
+    def check_member(self, key: str, extension: str, name: str) -> None:
+        """Refuse a second member with the same name, and a sample whose members are not adjacent."""
+        if key != self._key:
+            if key in self._keys:
+                raise self._fail(
+                    f"{name}: the sample {key!r} occurred before; give each sample a unique key and keep its members "
+                    "together, as tar --sort=name does"
+                )
+            self._keys.add(key)
+            self._key, self._extensions = key, set()
+        if extension in self._extensions:
+            raise self._fail(f"{name}: occurs twice; give each sample a unique key")
+        self._extensions.add(extension)
+
+    def _follow(self, block: memoryview) -> None:
+        if not block and not self._has_ended:
+            raise self._fail(f"is truncated at member {self._member!r}; restore or leave out the file")
+        while block:
+            if self._has_ended:
+                if bytes(block).strip(b"\0"):
+                    raise self._fail("continues after its end, as concatenated tars do; split it into separate tars")
+                return
+            if self._bytes_to_next_header:
+                passed = min(self._bytes_to_next_header, len(block))
+                self._bytes_to_next_header -= passed
+            else:
+                passed = min(tarfile.BLOCKSIZE - len(self._header), len(block))
+                self._header += block[:passed]
+                if len(self._header) == tarfile.BLOCKSIZE:
+                    self._read_header()
+            block = block[passed:]
+
+    def _read_header(self) -> None:
+        header = bytes(self._header)
+        self._header.clear()
+        if not header.strip(b"\0"):
+            self._has_ended = True
+            return
+        try:
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            state = f"is damaged after member {self._member!r}" if self._member else "is not a tar"
+            raise self._fail(f"{state} ({error}); restore or leave out the file") from None
+        has_no_data = (
+            tarfile.LNKTYPE,
+            tarfile.SYMTYPE,
+            tarfile.DIRTYPE,
+            tarfile.CHRTYPE,
+            tarfile.BLKTYPE,
+            tarfile.FIFOTYPE,
+        )
+        if member.type not in has_no_data:
+            self._bytes_to_next_header = -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        self._member = member.name
+
+    def _fail(self, message: str) -> UserError:
+        self._fault = self._fault or f"{self.part.file.address}: {message}"
+        return UserError(self._fault)
+
+
+def _text_kind(extension: str) -> str | None:
+    """Which of TEXT_EXTENSIONS a member with this extension is, if any: only the last suffix counts."""
+    kind = extension.lower().removesuffix(".gz").rpartition(".")[2]
+    return kind if kind in TEXT_EXTENSIONS else None
+
+
+def _member_error(address: str, member: str, error: Exception) -> UserError:
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(f"{address}: {member}: is not UTF-8 ({describe_decode_error(error)}); convert it")
+    return UserError(f"{address}: {member}: {' '.join(str(error).split())[:300]}")
+
+
+def _sample_fields(sample: dict[str, Any], extension: str) -> dict[str, Any]:
+    """The record beside a .txt member: the .json of the same name, else that of the sample."""
+    stem = extension.removesuffix(".gz").removesuffix("txt")
+    for json_extension in (f"{stem}json", f"{stem}json.gz", "json", "json.gz"):
+        if json_extension in sample:
+            record = parse_json(_gunzip(sample[json_extension], json_extension))
+            return record if isinstance(record, dict) else {}
+    return {}
+
+
+def _gunzip(data: bytes, extension: str) -> bytes:
+    if not extension.endswith(".gz"):
+        return data
+    if not data:
+        raise EOFError("is truncated: a compressed member is not empty even if it has no text")
+    return gzip.decompress(data)
+
+
+def _parse_ids(data: bytes, extension: str) -> np.ndarray:
+    """The ids of a sample as a one-dimensional array of integers.
+
+    Raises: one of MEMBER_ERRORS if it is anything else.
+    """
+    if extension == "npy":
+        ids = np.load(io.BytesIO(data), allow_pickle=False)
+    else:
+        values = parse_json(_gunzip(data, extension))
+        ids = np.empty(0, np.int64) if values == [] else np.array(values)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"is {ids.dtype} of {ids.ndim} dimensions; must be one list of whole numbers")
+    return ids
