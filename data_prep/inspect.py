@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="range of --shard to show; FIRST+COUNT also works (default: its first row)",
     )
     add("--limit", type=int, default=5, metavar="N", help="maximum number of documents to show (default %(default)s)")
-    scanned = "number of shards in which lengths are counted, or all (default %(default)s: documents are shuffled)"
+    scanned = "number of shards from which document lengths are counted, or all (default %(default)s)"
     add("--sample", default="16", metavar="N", help=scanned)
     add("--json", action="store_true", help="print one JSON object")
 
@@ -117,7 +117,7 @@ def _parse_token_range(args: argparse.Namespace, shard: Shard) -> tuple[int, int
     if not first < end <= shard.tokens:
         raise UserError(
             f"--tokens: {args.tokens} is not a range of the {shard.tokens} tokens of {shard.file}; write FIRST:END or "
-            f"FIRST+COUNT, not empty; for example 0:{min(args.seq_len, shard.tokens)}"
+            f"FIRST+COUNT with at least one token, for example 0:{min(args.seq_len, shard.tokens)}"
         )
     return first, end
 

@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ".jsonl.zst, .parquet, webdataset .tar, .tar.gz, .tgz")  # fmt: skip
     add("--output", required=True, metavar="DIR", help="folder to create")
     add("--glob", metavar="PATTERN",
-        help="within folders, read the files whose names match PATTERN, instead of the files with known suffixes; files with "
-        "suffixes of records are still read as records")  # fmt: skip
+        help="within folders, read the files whose names match PATTERN, instead of those with known suffixes; "
+        "matching .jsonl, .parquet and .tar files are still read as such, all others as text")  # fmt: skip
     add(
         "--text-field",
         default="text",
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-characters", type=int, default=0, metavar="N",
         help="leave out documents with fewer characters, not counting ASCII punctuation and whitespace "
         f"(default %(default)s; SlimPajama: {clean.SLIMPAJAMA_MIN_CHARACTERS})")  # fmt: skip
-    add("--deduplicate", action="store_true", help="of documents that share at least 0.8 of their 13-grams, keep one")
+    add("--deduplicate", action="store_true", help="keep one of several documents that share 0.8 of their 13-grams")
     add(
         "--decontaminate",
         nargs="+",

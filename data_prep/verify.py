@@ -176,8 +176,8 @@ def _check_shard(path: str, corpus_manifest: CorpusManifest, shard: Shard) -> np
     found = (len(tokens), int(token_counts[corpus_manifest.eos_id]))
     if found != (shard.tokens, shard.documents):
         raise UserError(
-            f"{path}: contains {found} tokens and documents, but {manifest.MANIFEST_FILE} states "
-            f"{(shard.tokens, shard.documents)}; prepare the corpus again"
+            f"{path}: contains {found[0]} tokens in {found[1]} documents, but {manifest.MANIFEST_FILE} states {shard.tokens} "
+            f"tokens in {shard.documents} documents; prepare the corpus again"
         )
     if len(tokens) and tokens[-1] != corpus_manifest.eos_id:
         raise UserError(

@@ -35,7 +35,7 @@ def check_config(config: TrainConfig) -> None:
     _check_positive(config.optim, "optim", "eps")
     for name in ("beta1", "beta2"):
         value = getattr(config.optim, name)
-        _require(0 <= value < 1, f"optim.{name}: {value} is not at least 0 and below 1; the recipes use 0.9 and 0.95")
+        _require(0 <= value < 1, f"optim.{name}: {value} must be at least 0 and below 1; the recipes use 0.9 and 0.95")
     for section, name in (
         (config.optim, "weight_decay"), (config.optim, "max_grad_norm"), (config.evaluate, "every_steps"),
         (config.checkpoint, "every_steps"), (config.checkpoint, "keep_last"), (data, "prefetch_steps"),

@@ -115,7 +115,8 @@ class Loader:
     def skip_shard(self, source: str, file: str) -> None:
         """Cut no more rows from this shard. The rows after the cursor come from the source's other shards.
 
-        Close the iterators of earlier calls first. Raises: UserError if no training shard of the source is left.
+        Close all iterators that `batches` and `validation_batches` have returned before the call.
+        Raises: UserError if no training shard of the source is left.
         """
         files = self.skipped_shards.setdefault(source, [])
         if file not in files:
@@ -125,7 +126,7 @@ class Loader:
                 sources[source].stream.skip_shard(file)
         if source in self._train_readers and not self._train_readers[source].stream.kept_epoch_tokens:
             raise UserError(
-                f"data.sources.{source}: every training shard is damaged, the last one is {file}; "
+                f"data.sources.{source}: no undamaged training shard is left, the last damaged one is {file}; "
                 f"restore {self._data.sources[source]}"
             )
 

@@ -130,7 +130,7 @@ def test_every_further_damage_is_left_out_too_and_none_left_is_refused(sources):
     for shard in corpus.train.shards:
         flipped(manifest.Path(sources["b"]) / shard.file)
     with pytest.raises(
-        UserError, match=r"data.sources.b: every training shard is damaged, the last one is .*; restore "
+        UserError, match=r"data.sources.b: no undamaged training shard is left, the last damaged one is .*; restore "
     ):
         skipping(make_loaders(sources, make_schedule(PHASE), 2, damaged_shards="skip", **BLOCKS))
 

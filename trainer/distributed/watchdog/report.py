@@ -79,7 +79,7 @@ class HangReport:
 
     @property
     def group_keys(self) -> list[str]:
-        """Return the keys in `num_collectives` of the current collective's group: one for each kind of device."""
+        """Return the keys of `num_collectives` for the group of the current collective: one per kind of device."""
         return [key for key in self.num_collectives if self.collective and key.split()[0] == self.group_name]
 
 

@@ -39,7 +39,7 @@ def expand_step(step: StepLine, attempt: Attempt, sources: Sources) -> list[dict
         return UserError(f"--step: {step.step}; {problem}; the ledger was edited; run tandem audit without --step")
 
     if (span := attempt.phase_span_at(step.step)) is None:
-        raise invalid_ledger("its start has no phase for it")
+        raise invalid_ledger("the start before this step has no phase that contains it")
     phase, first_step, _ = span
     first_row = (step.step - 1 - first_step) * phase.global_batch_size
     sources_by_row = row_sources(phase, first_row, phase.global_batch_size)
