@@ -170,7 +170,7 @@ def test_deepspeeds_own_clock_which_waits_for_the_device_is_off(mesh, kind):
 def on_four(folder: Path) -> dict[str, dict[str, bool]]:
     with mesh_context(2) as mesh:
         found = {kind: dropped(kind, mesh) for kind in KINDS}
-        return found | {variant: beside_deepspeed(variant, mesh, model=ONE_LAYER) for variant in tiny_configs.VARIANTS}
+        return found | {variant: beside_deepspeed(variant, mesh) for variant in tiny_configs.VARIANTS}
 
 
 @pytest.mark.dist

@@ -36,10 +36,10 @@ def find_step_rows(step: int, history: LedgerHistory, sources: Sources) -> list[
 
 def expand_step(step: StepLine, attempt: Attempt, sources: Sources) -> list[dict[str, Any]]:
     def invalid_ledger(problem: str) -> UserError:
-        return UserError(f"--step: {step.step}; {problem}; the ledger was edited; run tandem audit without --step")
+        return UserError(f"--step: {step.step}; {problem}; run tandem audit without --step to find the cause")
 
     if (span := attempt.phase_span_at(step.step)) is None:
-        raise invalid_ledger("the start before this step has no phase that contains it")
+        raise invalid_ledger("the start before this step has no phase that contains it: the ledger was edited")
     phase, first_step, _ = span
     first_row = (step.step - 1 - first_step) * phase.global_batch_size
     sources_by_row = row_sources(phase, first_row, phase.global_batch_size)
@@ -47,7 +47,7 @@ def expand_step(step: StepLine, attempt: Attempt, sources: Sources) -> list[dict
     for source, (start, end) in step.read_ranges.items():
         num_tokens = sources_by_row.count(source) * phase.seq_len
         if source not in sources or end - start > sources.max_span_tokens(source, num_tokens):
-            raise invalid_ledger(f"it took {end - start} tokens of {source}, more than its phase gives it")
+            raise invalid_ledger(f"it took {end - start} tokens of {source}, which its phase does not give")
         ranges, row_starts = sources.cut_rows(source, start, end, phase.seq_len)
         rows_by_source[source] = iter([ranges.select(np.arange(*ends)) for ends in pairwise(row_starts.tolist())])
     found = []
