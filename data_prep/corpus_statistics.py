@@ -23,7 +23,9 @@ from rich.text import Text
 from tandem.data_prep.corpus_reader import CorpusReader
 from tandem.trainer.data.manifest import Shard
 
-NON_DROP_COUNT_NAMES = {"documents", "tokens", "files", "normalized_documents"}
+NON_DROP_COUNT_NAMES = {
+    "documents", "tokens", "files", "normalized_documents", "samples", "added_eos_tokens", "padding_tokens"
+}  # fmt: skip
 """Counts of the manifest that do not count dropped documents or files."""
 QUARTILES = {"quarter": 0.25, "median": 0.5, "three_quarters": 0.75}
 
@@ -104,6 +106,7 @@ def collect_statistics(corpus: CorpusReader, scanned_shards: Sequence[Shard], sh
         "left_out": {
             name: count for name, count in manifest.counts.items() if name not in NON_DROP_COUNT_NAMES and count
         },
+        "padding_tokens": manifest.counts.get("padding_tokens", 0),
         "settings": manifest.settings,
         "scanned_shards": len(scanned_shards),
         "text_bytes_per_token": shard_scan.text_bytes and shard_scan.text_bytes / lengths["tokens"],
@@ -163,6 +166,8 @@ def _summary_lines(statistics: dict[str, Any]) -> list[tuple[str, str]]:
     if statistics["left_out"]:
         counts = (f"{count:,} {_spaced_name(name)}" for name, count in statistics["left_out"].items())
         lines.append(("left out", ", ".join(counts)))
+    if statistics["padding_tokens"]:
+        lines.append(("padding", f"{statistics['padding_tokens']:,} ids removed from the ends of samples"))
     lines.append(("settings", ", ".join(_describe_settings(statistics["settings"]))))
     return [*lines, ("fingerprint", statistics["fingerprint"][:12])]
 

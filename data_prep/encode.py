@@ -21,7 +21,7 @@ from xxhash import xxh3_64_intdigest
 from tandem.data_prep import clean, duplicates, minhash, readers, spill, tar_reader
 from tandem.data_prep.executor import ProgressCallback
 from tandem.data_prep.input_files import content_hash
-from tandem.data_prep.records import Document
+from tandem.data_prep.records import Document, printable
 from tandem.data_prep.settings import PrepareSettings
 from tandem.data_prep.spill import Spill
 from tandem.data_prep.tokenizers.encoding import EncoderSpec
@@ -154,7 +154,7 @@ def _adopt_tokens(
             kept = ids[: len(ids) - _padding_length(ids, settings.padding_id, eos_id)]
             counts["samples"] += 1
             counts["padding_tokens"] += len(ids) - len(kept)
-            _check_ids(kept, encoder_spec.vocab_size, f"{part.file.address}: {member}")
+            _check_ids(kept, encoder_spec.vocab_size, f"{part.file.address}: {printable(member)}")
             tokens = kept.astype(dtype)
             if len(tokens) and tokens[-1] != eos_id:
                 tokens = np.append(tokens, dtype.type(eos_id))
@@ -175,12 +175,14 @@ def _padding_length(ids: np.ndarray, padding_id: int | None, eos_id: int) -> int
     """The number of padding ids at the end of a sample: those after an EOS, or all if nothing else is there.
 
     Note: the id may also be a token of text (50256, which open_lm pads GPT-NeoX with, is one of spaces), but padding
-    begins after a whole document.
+    begins after a whole document. If it is EOS, the first EOS at the end of a sample ends its last document.
     """
     if padding_id is None:
         return 0
     others = np.flatnonzero(ids != padding_id)
     num_kept = int(others[-1]) + 1 if len(others) else 0
+    if num_kept and padding_id == eos_id:
+        return max(0, len(ids) - num_kept - 1)
     return len(ids) - num_kept if num_kept == 0 or ids[num_kept - 1] == eos_id else 0
 
 

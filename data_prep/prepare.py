@@ -295,6 +295,8 @@ def _check_tokens(args: argparse.Namespace) -> None:
         return
     if args.tokenizer is None:
         raise UserError("--tokens: needs --tokenizer, for the vocabulary and EOS; name the tokenizer of these ids")
+    if args.padding_id is not None and args.padding_id < 0:
+        raise UserError(f"--padding-id: {args.padding_id} is negative; use the id, 0 or more, that pads the samples")
     for name in TEXT_OPTIONS:
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: works on text, but --tokens reads ids; leave one of them out")

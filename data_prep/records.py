@@ -69,5 +69,10 @@ def parse_json(data: bytes) -> Any:
         raise ValueError(f"is not JSON ({error}); correct or remove it") from None
 
 
+def printable(name: str) -> str:
+    """Escape newlines, control characters and bytes that are not UTF-8, so that a message is one line."""
+    return repr(name)[1:-1]
+
+
 def describe_decode_error(error: UnicodeDecodeError) -> str:
     return f"{error.reason} at byte {error.start}"

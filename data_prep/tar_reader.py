@@ -5,7 +5,6 @@ These tars are inputs of `tandem prepare`. The shards of a finished corpus have 
 
 from __future__ import annotations
 
-import gzip
 import io
 import tarfile
 import zlib
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.lib.format as npy_format
 
 from tandem.data_prep.executor import ProgressCallback
 from tandem.data_prep.input_files import READ_BLOCK_BYTES, SAMPLE_MANIFEST_FILE, FilePart
@@ -24,6 +24,7 @@ from tandem.data_prep.records import (
     open_unchanged,
     parse_json,
     parse_record,
+    printable,
 )
 from tandem.trainer.config import UserError
 
@@ -31,8 +32,8 @@ TEXT_EXTENSIONS = ("txt", "json", "jsonl")
 """What members of a tar hold text, each also with .gz."""
 TOKEN_EXTENSIONS = ("json.gz", "json", "txt", "npy")
 """What members of a tokenised tar hold ids: a JSON list, or a NumPy array."""
-MEMBER_ERRORS = (ValueError, EOFError, OSError, zlib.error)
-"""What a damaged member raises when it is decompressed or parsed."""
+MAX_MEMBER_BYTES = 2 << 30
+"""Limit of a member after decompression: a worker holds it in memory."""
 OTHER_MEMBERS = "other_members"
 """Name of the count of members of a tar that are not read."""
 
@@ -86,7 +87,7 @@ def read_tar(
                             member = f"{key}.{extension}:{number}"
                             record = parse_record(line, text_field)
                             yield Document(f"{name}:{member}", record.pop(text_field), record)
-            except MEMBER_ERRORS as error:
+            except Exception as error:  # a damaged member can raise anything
                 raise _member_error(address, member, error) from None
 
 
@@ -110,7 +111,7 @@ def read_token_samples(
         for member in tar.iterate(tar_file_iterator(tar, select_files=select)):
             try:
                 ids = _parse_ids(member["data"], extension)
-            except MEMBER_ERRORS as error:
+            except Exception as error:  # a damaged member can raise anything
                 raise _member_error(file.address, member["fname"], error) from None
             yield member["fname"], ids
             num_samples += 1
@@ -155,9 +156,9 @@ class _TarStream:
             yield from samples
             while self.read(READ_BLOCK_BYTES):
                 pass
-        except (tarfile.TarError, OSError, ValueError) as error:
+        except Exception as error:  # tarfile raises also RecursionError, MemoryError and EOFError
             if not self._fault:
-                self._fail(f"cannot be read at member {self._member!r} ({error.args[0]})")
+                self._fail(f"cannot be read at member {self._member!r} ({_describe(error)})")
             # A new error: webdataset appends to the arguments of every exception that passes through it.
             raise UserError(self._fault) from None
         self._advance(self.part.size_bytes - self._reported_bytes)
@@ -177,13 +178,13 @@ class _TarStream:
         if key != self._key:
             if key in self._keys:
                 raise self._fail(
-                    f"{name}: the sample {key!r} occurred before; give each sample a unique key and keep its members "
-                    "together, as tar --sort=name does"
+                    f"{printable(name)}: the sample {key!r} occurred before; give each sample a unique key and keep "
+                    "its members together, as tar --sort=name does"
                 )
             self._keys.add(key)
             self._key, self._extensions = key, set()
         if extension in self._extensions:
-            raise self._fail(f"{name}: occurs twice; give each sample a unique key")
+            raise self._fail(f"{printable(name)}: occurs twice; give each sample a unique key")
         self._extensions.add(extension)
 
     def _follow(self, block: memoryview) -> None:
@@ -240,8 +241,15 @@ def _text_kind(extension: str) -> str | None:
 
 def _member_error(address: str, member: str, error: Exception) -> UserError:
     if isinstance(error, UnicodeDecodeError):
-        return UserError(f"{address}: {member}: is not UTF-8 ({describe_decode_error(error)}); convert it")
-    return UserError(f"{address}: {member}: {' '.join(str(error).split())[:300]}")
+        return UserError(f"{address}: {printable(member)}: is not UTF-8 ({describe_decode_error(error)}); convert it")
+    return UserError(f"{address}: {printable(member)}: {_describe(error)}")
+
+
+def _describe(error: Exception) -> str:
+    """The text of an error as one line, without the objects that webdataset appends to it; else the name of its type."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else error.args[0] if error.args else None
+    text = text.partition(" @ <")[0] if isinstance(text, str) else ""
+    return " ".join(text.split())[:300] or type(error).__name__
 
 
 def _sample_fields(sample: dict[str, Any], extension: str) -> dict[str, Any]:
@@ -259,19 +267,53 @@ def _gunzip(data: bytes, extension: str) -> bytes:
         return data
     if not data:
         raise EOFError("is truncated: a compressed member is not empty even if it has no text")
-    return gzip.decompress(data)
+    pieces, num_bytes = [], 0
+    while data:
+        gzip_member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        pieces.append(gzip_member.decompress(data, MAX_MEMBER_BYTES - num_bytes + 1))
+        num_bytes += len(pieces[-1])
+        if num_bytes > MAX_MEMBER_BYTES:
+            raise ValueError(f"holds more than {MAX_MEMBER_BYTES:,} bytes after decompression; split it")
+        if not gzip_member.eof:
+            raise EOFError("is truncated: the compressed data has no end; restore it")
+        data = gzip_member.unused_data.lstrip(b"\0")
+    return b"".join(pieces)
 
 
 def _parse_ids(data: bytes, extension: str) -> np.ndarray:
     """The ids of a sample as a one-dimensional array of integers.
 
-    Raises: one of MEMBER_ERRORS if it is anything else.
+    Raises: ValueError, or what decompression raises, if it is anything else.
     """
     if extension == "npy":
-        ids = np.load(io.BytesIO(data), allow_pickle=False)
+        ids = _parse_npy(data)
     else:
         values = parse_json(_gunzip(data, extension))
         ids = np.empty(0, np.int64) if values == [] else np.array(values)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"is {ids.dtype} of {ids.ndim} dimensions; must be one list of whole numbers")
+    _check_kind(ids.dtype, ids.ndim)
     return ids
+
+
+def _check_kind(dtype: np.dtype, num_dimensions: int) -> None:
+    if num_dimensions != 1 or dtype.kind not in "iu":
+        raise ValueError(f"is {dtype} of {num_dimensions} dimensions; must be one list of whole numbers")
+
+
+def _parse_npy(data: bytes) -> np.ndarray:
+    """View the data of a .npy file as an array. Its header is checked first, because np.load allocates what it states."""
+    if not data.startswith(npy_format.MAGIC_PREFIX):
+        raise ValueError("is not a .npy file; write it with numpy.save, or restore it")
+    stream = io.BytesIO(data)
+    try:
+        is_first_version = npy_format.read_magic(stream) == (1, 0)
+        read_header = npy_format.read_array_header_1_0 if is_first_version else npy_format.read_array_header_2_0
+        shape, _, dtype = read_header(stream)
+    except Exception as error:  # numpy evaluates the header as Python text
+        raise ValueError(f"has a damaged header ({_describe(error)}); restore it") from None
+    _check_kind(dtype, len(shape))
+    start = stream.tell()
+    if shape[0] * dtype.itemsize != len(data) - start:
+        raise ValueError(
+            f"has {len(data) - start:,} bytes of data, but its header states {shape[0]:,} x {dtype.itemsize}; restore it"
+        )
+    return np.ndarray(shape, dtype, data, start)

@@ -129,12 +129,15 @@ def test_text_is_found_in_the_first_documents_that_hold_it(folder, shown):
 def test_a_corpus_is_described_by_its_manifest_and_its_tokens(folder, shown):
     corpus = inspect.CorpusReader(str(folder)).manifest
     counts = corpus.counts | {"files": 2, "short_documents": 12, "empty_documents": 0}
+    counts |= {"samples": 9, "added_eos_tokens": 3, "padding_tokens": 1234, "other_members": 2}
     half = {"documents": 8, "tokens": corpus.counts["tokens"] // 2}
     corpus_writer.rewrite_manifest(folder, corpus, counts=counts, groups={"Wiki": half, "": half})
     known = shown(folder, "--sample", "all", "--json")
     lengths = [len(corpus_writer.encode_document(text)) for text in (*TRAIN, *HELD_OUT)]
     assert (known["documents"], known["tokens"]) == (len(lengths), sum(lengths))
-    assert known["left_out"] == {"short_documents": 12}
+    assert known["left_out"] == {"other_members": 2, "short_documents": 12}
+    assert known["padding_tokens"] == 1234
+    assert "1,234 ids removed from the ends of samples" in shown(folder)
     assert known["groups"]["Wiki"] == half | {"share": half["tokens"] / sum(lengths), "mean_length": half["tokens"] / 8}
     files = sum(path.stat().st_size for path in folder.glob("*.tar"))
     assert known["overhead"] == files / (2 * sum(lengths)) - 1

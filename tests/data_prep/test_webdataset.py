@@ -165,6 +165,37 @@ def test_padding_after_a_whole_document_is_removed_and_the_same_id_elsewhere_is_
     assert sorted(adopted(output)) == sorted(cut([*samples, *real]))
 
 
+def test_padding_with_eos_keeps_the_eos_of_the_last_document(prepared, tmp_path, tokenizer):
+    samples = [[5, 7, EOS_ID, EOS_ID, 8, *[EOS_ID] * 4], [5, EOS_ID], [5, 6], [EOS_ID] * 3]
+    pattern = write_shards(tmp_path / "tok", [{"json": ids} for ids in samples])
+    output = prepared("out", "--input", pattern, "--tokens", "json", "--padding-id", EOS_ID, "--tokenizer", tokenizer)
+    assert sorted(adopted(output)) == sorted(cut([[5, 7, EOS_ID, EOS_ID, 8, EOS_ID], [5, EOS_ID], [5, 6]]))
+    assert manifest.load_manifest(output).counts["padding_tokens"] == 3 + 3
+
+
+def test_a_gzip_bomb_is_refused_before_it_is_held_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("tandem.data_prep.tar_reader.MAX_MEMBER_BYTES", 1_000)
+    path = write_tar(tmp_path / "a.tar", ("a.txt.gz", gzip.compress(b"a" * 600) + gzip.compress(b"a" * 400) + bytes(9)))
+    assert [text for _, text, _ in read(path)] == ["a" * 1_000]
+    path = write_tar(tmp_path / "b.tar", ("a.txt.gz", gzip.compress(b"a" * 600) + gzip.compress(b"a" * (1 << 24))))
+    with pytest.raises(
+        UserError, match=rf"^{path}: a.txt.gz: holds more than 1,000 bytes after decompression; split it"
+    ):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_hundreds_of_headers_that_extend_one_another_are_one_line(tmp_path, kind):
+    header = tarfile.TarInfo("long")
+    header.type, header.size = kind, 9
+    data = b"9 path=a\n" if kind == tarfile.XHDTYPE else b"a.txt\0\0\0\0"
+    path = tmp_path / "a.tar"
+    path.write_bytes((header.tobuf(tarfile.USTAR_FORMAT) + data.ljust(512, b"\0")) * 3_000 + bytes(1024))
+    with pytest.raises(UserError, match=rf"^{path}: cannot be read at member 'long' \(.*\)$") as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_manifest_of_a_tokenised_corpus_lists_its_shards_and_counts(prepared, tmp_path, stream, tokenizer, address):
     write_shards(tmp_path / "tok", [{"json.gz": json.dumps(ids)} for ids in packed(stream)])
     names = sorted(path.stem for path in (tmp_path / "tok").glob("*.tar"))[:2]
@@ -239,7 +270,10 @@ def damaged(folder):
         "json": (("a.txt", b"a"), ("b.json", b"{"), r"b.json: is not JSON"),
         "field": (("b.json.gz", gzip.compress(b'{"body": 1}')), r"b.json.gz: has no field 'text' \(its fields: body\)"),
         "line": (("b.jsonl", b'{"text": "a"}\n\n[]\n'), r"b.jsonl:3: has no field 'text'"),
-        "gz": (("b.txt.gz", gzip.compress(b"words")[:-3]), r"b.txt.gz: Compressed file ended"),
+        "gz": (("b.txt.gz", gzip.compress(b"words")[:-3]), r"b.txt.gz: is truncated: the compressed data has no end"),
+        "no gz": (("b.txt.gz", b"words"), r"b.txt.gz: Error -3 while decompressing data: incorrect header check"),
+        "control": (("b\n\x1b[2J.json", b"{"), r"b\\n\\x1b\[2J.json: is not JSON"),
+        "control twice": (("b.tx\nt.txt", b"a"), ("b.tx\nt.txt", b"b"), r"b.tx\\nt.txt: occurs twice"),
         "empty gz": (("b.txt.gz", b""), r"b.txt.gz: is truncated"),
         "latin": (("b.txt", b"na\xefve"), r"b.txt: is not UTF-8 \(.* at byte 2\)"),
         "twice": (("b.txt", b"a"), ("b.txt", b"b"), r"b.txt: occurs twice; give each sample a unique key"),
@@ -262,6 +296,10 @@ def test_a_sample_that_is_no_list_of_known_ids_is_one_line_that_names_it(prepare
     vocab = small_tokenizer().get_vocab_size()
     npy = io.BytesIO()
     np.save(npy, np.ones(3))
+    ids = io.BytesIO()
+    np.save(ids, np.ones(3, np.int64))
+    ints, huge = ids.getvalue(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(huge, {"shape": (2**40,), "fortran_order": False, "descr": "<i8"})
     cases = {
         "json": (b"[1, 2", r"a.json: is not JSON"),
         "words": (b'["a"]', r"a.json: is <U1 of 1 dimensions; must be one list of whole numbers"),
@@ -269,10 +307,17 @@ def test_a_sample_that_is_no_list_of_known_ids_is_one_line_that_names_it(prepare
         "vocab": (b"[1, %d]" % vocab, rf"a.json: has id {vocab}, but --tokenizer has ids 0 to {vocab - 1}; name the"),
         "negative": (b"[-1]", r"a.json: has id -1, but"),
         "float": (npy.getvalue(), r"a.npy: is float64 of 1 dimensions; must be"),
-        "cut": (npy.getvalue()[:-3], r"a.npy: "),
+        "cut": (ints[:-3], r"a.npy: has 21 bytes of data, but its header states 3 x 8; restore it"),
+        "zip.npy": (b"PK\x03\x04" + b"\0" * 60, r"a.npy: is not a .npy file; write it with numpy.save"),
+        "unbalanced.npy": (ints.replace(b"(3,)", b"((((")[:200], r"a.npy: has a damaged header \("),
+        "version.npy": (b"\x93NUMPY\x09\0" + ints[8:], r"a.npy: has a damaged header \("),
+        "huge.npy": (
+            huge.getvalue() + bytes(24),
+            r"a.npy: has 24 bytes of data, but its header states 1,099,511,627,776 x 8",
+        ),
     }
     for name, (data, message) in cases.items():
-        extension = "npy" if b"NUMPY" in data else "json"
+        extension = "npy" if b"NUMPY" in data or name.endswith(".npy") else "json"
         path = write_tar(tmp_path / f"{name}.tar", (f"a.{extension}", data))
         with pytest.raises(UserError, match=rf"^{path}: {message}") as caught:
             prepared("out", "--input", path, "--tokens", extension, "--tokenizer", tokenizer)
@@ -287,6 +332,10 @@ def test_options_that_do_not_go_with_ids_are_refused(prepared, tmp_path, tokeniz
         (given, r"--tokens: needs --tokenizer"),
         ([*given, "--tokenizer", tokenizer, "--deduplicate"], r"--deduplicate: works on text, but --tokens reads ids"),
         (["--input", path, "--padding-id", 3], r"--padding-id: works only with --tokens"),
+        (
+            [*given, "--tokenizer", tokenizer, "--padding-id", -1],
+            r"--padding-id: -1 is negative; use the id, 0 or more",
+        ),
         (
             ["--input", tmp_path / "a.txt", *given[2:], "--tokenizer", tokenizer],
             r"a.txt is not a webdataset tar, and --tokens",
