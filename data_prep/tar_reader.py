@@ -6,6 +6,7 @@ These tars are inputs of `tandem prepare`. The shards of a finished corpus have 
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 import zlib
 from collections import Counter
@@ -34,6 +35,13 @@ TOKEN_EXTENSIONS = ("json.gz", "json", "txt", "npy")
 """What members of a tokenised tar hold ids: a JSON list, or a NumPy array."""
 MAX_MEMBER_BYTES = 2 << 30
 """Limit of a member after decompression: a worker holds it in memory."""
+PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+LONG_NAME_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+TYPES_WITHOUT_DATA = (
+    tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE
+)  # fmt: skip
+MAX_PAX_BYTES = 1 << 20
+"""Limit of the pax records of a member, which are held in memory."""
 OTHER_MEMBERS = "other_members"
 """Name of the count of members of a tar that are not read."""
 
@@ -48,8 +56,8 @@ def read_tar(
 ) -> Iterator[Document]:
     """Yield the documents of the samples of a tar, which is open in `stream`.
 
-    If a sample has .txt members, each is a document, and its .json member only holds fields. Otherwise each .json
-    member is a document. Each line of a .jsonl member is a document.
+    Each .txt member is a document. A .json member of the same name, or KEY.json of a sample with .txt members, only
+    holds fields. Each other .json member and each line of a .jsonl member is a document.
     """
     from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander  # imports torch
 
@@ -67,10 +75,10 @@ def read_tar(
     for sample in tar.iterate(group_by_keys(members)):
         key = sample["__key__"]
         extensions = [one for one in sample if not one.startswith("__")]
-        has_text = any(_text_kind(one) == "txt" for one in extensions)
+        stems = {_stem(one) for one in extensions if _text_kind(one) == "txt"}
         for extension in extensions:
             kind = _text_kind(extension)
-            if has_text and kind == "json":
+            if kind == "json" and stems and (_stem(extension) in stems or not _stem(extension)):
                 continue
             member = f"{key}.{extension}"
             try:
@@ -134,7 +142,10 @@ class _TarStream:
         self._stream = decompress(stream, part.file.compression)
         self._advance, self._counts, self._reported_bytes = advance, counts, 0
         self._header, self._bytes_to_next_header = bytearray(), 0
+        self._pax_data: bytearray | None = None
+        self._pax_size: int | None = None
         self._member, self._has_ended = "", False
+        self._num_members, self._num_offered = 0, 0
         self._fault = ""
         self._keys: set[str] = set()
         self._key, self._extensions = "", set[str]()
@@ -161,10 +172,13 @@ class _TarStream:
                 self._fail(f"cannot be read at member {self._member!r} ({_describe(error)})")
             # A new error: webdataset appends to the arguments of every exception that passes through it.
             raise UserError(self._fault) from None
+        if dropped := self._num_members - self._num_offered:  # links, and names that webdataset reserves
+            self._counts[OTHER_MEMBERS] += dropped
         self._advance(self.part.size_bytes - self._reported_bytes)
 
     def count_unless(self, is_wanted: bool) -> bool:
-        """Return whether a member is wanted; count it if not."""
+        """Return whether a member is wanted; count it if not. Called for each member that webdataset does not drop."""
+        self._num_offered += 1
         if not is_wanted:
             self._counts[OTHER_MEMBERS] += 1
         position_bytes = self._file.tell()
@@ -198,6 +212,10 @@ class _TarStream:
             if self._bytes_to_next_header:
                 passed = min(self._bytes_to_next_header, len(block))
                 self._bytes_to_next_header -= passed
+                if self._pax_data is not None:
+                    self._pax_data += block[:passed]
+                    if not self._bytes_to_next_header:
+                        self._read_pax_records()
             else:
                 passed = min(tarfile.BLOCKSIZE - len(self._header), len(block))
                 self._header += block[:passed]
@@ -216,17 +234,38 @@ class _TarStream:
         except tarfile.HeaderError as error:
             state = f"is damaged after member {self._member!r}" if self._member else "is not a tar"
             raise self._fail(f"{state} ({error}); restore or leave out the file") from None
-        has_no_data = (
-            tarfile.LNKTYPE,
-            tarfile.SYMTYPE,
-            tarfile.DIRTYPE,
-            tarfile.CHRTYPE,
-            tarfile.BLKTYPE,
-            tarfile.FIFOTYPE,
-        )
-        if member.type not in has_no_data:
-            self._bytes_to_next_header = -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        self._member = member.name
+        self._member, size = member.name, member.size
+        if member.type == tarfile.GNUTYPE_SPARSE:
+            raise self._fail_sparse()
+        if member.type in PAX_TYPES:
+            self._pax_data = bytearray()
+        elif member.type not in LONG_NAME_TYPES:
+            size, self._pax_size = size if self._pax_size is None else self._pax_size, None
+            self._num_members += member.type != tarfile.DIRTYPE
+        if size < 0 or (member.type in PAX_TYPES and not 0 < size <= MAX_PAX_BYTES):
+            raise self._fail(
+                f"is damaged at member {self._member!r} (its size is {size:,}); restore or leave out the file"
+            )
+        if member.type not in TYPES_WITHOUT_DATA:
+            self._bytes_to_next_header = -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+    def _read_pax_records(self) -> None:
+        """Apply the pax records that change how a member is stored: its size, or that it is sparse."""
+        data, self._pax_data = bytes(self._pax_data or b""), None
+        while (found := re.match(rb"(\d{1,7}) ([^=]+)=", data)) and (length := int(found[1])) > found.end():
+            keyword, value = found[2], data[found.end() : length - 1]
+            if keyword.startswith(b"GNU.sparse."):
+                raise self._fail_sparse()
+            if keyword == b"size":
+                if not re.fullmatch(rb"\d{1,18}", value):
+                    raise self._fail(
+                        f"is damaged at member {self._member!r} (its pax size is {value[:40]!r}); restore it"
+                    )
+                self._pax_size = int(value)
+            data = data[length:]
+
+    def _fail_sparse(self) -> UserError:
+        return self._fail(f"has a sparse member, {self._member!r}; write the tar without --sparse")
 
     def _fail(self, message: str) -> UserError:
         self._fault = self._fault or f"{self.part.file.address}: {message}"
@@ -237,6 +276,11 @@ def _text_kind(extension: str) -> str | None:
     """Which of TEXT_EXTENSIONS a member with this extension is, if any: only the last suffix counts."""
     kind = extension.lower().removesuffix(".gz").rpartition(".")[2]
     return kind if kind in TEXT_EXTENSIONS else None
+
+
+def _stem(extension: str) -> str:
+    """The part of an extension that a .txt member and the .json member with its fields have in common."""
+    return extension.removesuffix(".gz").rpartition(".")[0]
 
 
 def _member_error(address: str, member: str, error: Exception) -> UserError:
@@ -254,8 +298,9 @@ def _describe(error: Exception) -> str:
 
 def _sample_fields(sample: dict[str, Any], extension: str) -> dict[str, Any]:
     """The record beside a .txt member: the .json of the same name, else that of the sample."""
-    stem = extension.removesuffix(".gz").removesuffix("txt")
-    for json_extension in (f"{stem}json", f"{stem}json.gz", "json", "json.gz"):
+    stem = _stem(extension)
+    prefix = f"{stem}." if stem else ""
+    for json_extension in (f"{prefix}json", f"{prefix}json.gz", "json", "json.gz"):
         if json_extension in sample:
             record = parse_json(_gunzip(sample[json_extension], json_extension))
             return record if isinstance(record, dict) else {}

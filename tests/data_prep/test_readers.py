@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import tarfile
 import tracemalloc
 from pathlib import Path
 
@@ -149,11 +150,16 @@ def test_every_format_of_records_is_named_in_the_help_and_on_both_pages():
 
 
 @pytest.mark.parametrize("when", ["before", "while"])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt", "a.tar"])
 def test_a_file_that_changes_after_it_was_listed_is_refused(tmp_path, table, name, when):
     path = tmp_path / name
     lines = b'{"text": "x"}\n' * 9
-    if name != table.name:
+    if name == "a.tar":
+        (tmp_path / "a.txt").write_text("x")
+        with tarfile.open(path, "w") as tar:
+            tar.add(tmp_path / "a.txt", "a.txt")
+            tar.add(tmp_path / "a.txt", "b.txt")
+    elif name != table.name:
         path.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
     (file,) = listed(path)
     reading = readers.read_documents(FilePart(file, 0, 1), "text", [], lambda count: None)

@@ -235,6 +235,72 @@ def test_a_json_member_beside_text_holds_its_fields(tmp_path):
     assert counts == {"other_members": 2}
 
 
+def test_a_json_member_with_another_name_than_the_text_is_a_document(tmp_path):
+    path = write_tar(
+        tmp_path / "a.tar",
+        ("doc.v1.txt", b"one"),
+        ("doc.v2.json", b'{"text": "two"}'),
+        ("key.en.txt", b"three"),
+        ("key.json", b'{"text": "not this", "lang": "en"}'),
+    )
+    assert [(name, text, fields.get("lang")) for name, text, fields in read(path, "lang")] == [
+        ("doc.v1.txt", "one", None),
+        ("doc.v2.json", "two", None),
+        ("key.en.txt", "three", "en"),
+    ]
+
+
+def member_of(kind, name="b.txt", **options):
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    for field, value in options.items():
+        setattr(member, field, value)
+    return member
+
+
+def test_members_that_webdataset_drops_are_counted(tmp_path):
+    path, counts = write_tar(tmp_path / "a.tar", ("a.txt", b"a"), ("__meta__/x.txt", b"b"), ("__x__", b"c")), Counter()
+    with tarfile.open(path, "a") as tar:
+        for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
+            tar.addfile(member_of(kind, linkname="a.txt"))
+    assert read(path, counts=counts) == [("a.txt", "a", {})]
+    assert counts == {"other_members": 5}
+
+
+def test_sparse_members_and_impossible_sizes_are_refused(tmp_path):
+    negative = bytearray(member_of(tarfile.REGTYPE, size=9).tobuf(tarfile.GNU_FORMAT))
+    negative[124:136] = b"\xff" * 11 + b"\x00"
+    negative[148:156] = b" " * 8
+    negative[148:156] = b"%06o\0 " % sum(negative)
+
+    def pax(**records):
+        return member_of(tarfile.REGTYPE, pax_headers=records).tobuf(tarfile.PAX_FORMAT)
+
+    cases = {
+        "sparse": (
+            member_of(tarfile.GNUTYPE_SPARSE).tobuf(tarfile.GNU_FORMAT),
+            r"has a sparse member, 'b.txt'; write the",
+        ),
+        "pax": (pax(**{"GNU.sparse.major": "1"}), r"has a sparse member, '.*'; write the tar without --sparse"),
+        "negative": (bytes(negative), r"is damaged at member 'b.txt' \(its size is -256\)"),
+        "size": (pax(size="-5"), r"is damaged at member '.*' \(its pax size is b'-5'\)"),
+    }
+    for name, (header, message) in cases.items():
+        path = tmp_path / f"{name}.tar"
+        path.write_bytes(header + bytes(2048))
+        with pytest.raises(UserError, match=rf"^{path}: {message}") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_size_in_pax_records_is_the_size_of_the_member(tmp_path):
+    path = tmp_path / "a.tar"
+    header = member_of(tarfile.REGTYPE, pax_headers={"size": "600"}).tobuf(tarfile.PAX_FORMAT)
+    last = member_of(tarfile.REGTYPE, "c.txt", size=1).tobuf()
+    path.write_bytes(header + b"x" * 600 + bytes(424) + last + b"y".ljust(512, b"\0") + bytes(1024))
+    assert [text for _, text, _ in read(path)] == ["x" * 600, "y"]
+
+
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tgz"])
 def test_long_names_folders_and_compression_are_read(tmp_path, form, suffix):
@@ -266,6 +332,8 @@ def damaged(folder):
     }
     for name, (data, _) in cases.items():
         (folder / f"{name}.tar").write_bytes(data)
+    compressed = folder / "cut.tar.gz"
+    compressed.write_bytes(gzip.compress(good)[:-9])
     bad = {
         "json": (("a.txt", b"a"), ("b.json", b"{"), r"b.json: is not JSON"),
         "field": (("b.json.gz", gzip.compress(b'{"body": 1}')), r"b.json.gz: has no field 'text' \(its fields: body\)"),
@@ -282,7 +350,8 @@ def damaged(folder):
     for name, (*members, message) in bad.items():
         write_tar(folder / f"{name}.tar", *members)
         cases[name] = (None, message)
-    return {name: (folder / f"{name}.tar", message) for name, (_, message) in cases.items()}
+    paths = {name: (folder / f"{name}.tar", message) for name, (_, message) in cases.items()}
+    return paths | {"tar.gz": (compressed, r"cannot be read after member '' \(Truncated compressed stream\)")}
 
 
 def test_a_damaged_tar_is_one_line_that_names_file_and_member(tmp_path):
