@@ -89,7 +89,7 @@ def submit(request: PreparationRequest, *, tasks: int, workers: int | None, opti
                 raise
             why = " ".join((captured_stderr() or str(error)).split())
             raise UserError(
-                f"--executor: slurm refuses the job {job.name} ({why}); correct the options in --slurm"
+                f"--executor: slurm; the job {job.name} was not submitted ({why}); remove the cause, or change --slurm"
             ) from None
     return Submission(str(logs), job_ids)
 

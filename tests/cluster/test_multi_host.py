@@ -71,14 +71,14 @@ def test_two_hosts_train_like_one(pair: tuple[Host, Host], config: Path, tmp_pat
 @pytest.mark.parametrize(
     ("variables", "said", "code"),
     [
-        ({"NODES": "two"}, "NODES=two: not address:port and a number of machines", 2),
-        ({"HEAD": "nowhere.invalid:29500"}, "HEAD=nowhere.invalid:29500: cannot be reached from here", 1),
+        ({"NODES": "two"}, "NODES=two: must be address:port and a number of machines", 2),
+        ({"HEAD": "nowhere.invalid:29500"}, "HEAD=nowhere.invalid:29500: cannot be reached from this machine", 1),
         ({"NODES": "2:3"}, "is not divisible by data-parallel size 3", 2),
         ({"NODES": "3:2"}, "NODE=0 NODES=3:2: must be 0 <= NODE < MOST >= FEWEST > 0", 2),
         ({"NODE": "2"}, "NODE=2 NODES=2: must be", 2),
         ({"NODE": "first"}, "NODE=first: must be a whole number", 2),
         ({"NODE": "08"}, "NODE=08: must be a whole number", 2),
-        ({"NODES": "2:"}, "NODES=2:: not address:port", 2),
+        ({"NODES": "2:"}, "NODES=2:: must be address:port", 2),
         ({"JOIN_SECONDS": "0"}, "JOIN_SECONDS=0: must be a whole number of at least 1", 2),
         ({"LOST_SECONDS": "1m"}, "LOST_SECONDS=1m: must be a whole number", 2),
         ({"RANKS_PER_NODE": "auto"}, "RANKS_PER_NODE=auto: ranks on each machine; must be a whole number", 2),

@@ -45,7 +45,7 @@ def test_a_killed_task_and_another_number_of_tasks_give_the_bytes_of_one_machine
     on_slurm = [*arguments, "--output", output, "--executor", "slurm", "--slurm", "partition=cpu", "--tasks"]
     submitted = run_tandem(*on_slurm, 3, **slurm.environment)
     assert submitted.returncode == 0, submitted.stderr
-    assert f"failed: {logs}/1" in submitted.stdout
+    assert f"failed task: {logs}/1" in submitted.stdout
     wait_until(lambda: task_of(f"{logs}/1/encode"))
     os.kill(task_of(f"{logs}/1/encode"), signal.SIGKILL)
     wait_until(lambda: not slurm.command_output("squeue", "--noheader"))  # no job waits for ever for the killed one
@@ -84,7 +84,9 @@ def test_a_job_that_cannot_be_put_on_record_is_cancelled(slurm, tmp_path, monkey
     output = tmp_path / "out"
     command = ["--input", *inputs, "--output", str(output), "--executor", "slurm",
                "--slurm", "partition=cpu", "--slurm", "begin=now+1hour"]  # fmt: skip
-    with pytest.raises(UserError, match=r"--executor: slurm; no job for train-tokenizer \(.*No space left"):
+    with pytest.raises(
+        UserError, match=r"--executor: slurm; the job train-tokenizer was not submitted \(.*No space left"
+    ):
         prepare.run(arguments.parse_args(command))
     wait_until(lambda: not slurm.command_output("squeue", "--noheader"))
     assert not output.exists()

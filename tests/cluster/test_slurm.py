@@ -131,7 +131,7 @@ ABSENT, BACK, REFUSED = 'echo "Unable to contact slurm controller" >&2; exit 1',
     [
         ([ABSENT, ABSENT, BACK], "1", 0, "requeueing the job"),
         ([REFUSED], "0", USER_ERROR_EXIT_CODE, "Slurm refuses"),
-        ([ABSENT] * 100, "1", runtime.REQUEUE_EXIT_CODE, "submit the same again"),
+        ([ABSENT] * 100, "1", runtime.REQUEUE_EXIT_CODE, "submit the same command again"),
     ],
     ids=["away for a while", "not to be requeued", "away for good"],
 )
@@ -185,4 +185,4 @@ esac"""
         assert (tmp_path / "address").read_text() == "10.1.2.3\n"
         assert (tmp_path / "update").read_text() == "3\n"
     else:
-        assert "run.sh: Slurm does not say where here is" in done.stderr
+        assert "run.sh: Slurm does not know the address of here" in done.stderr

@@ -63,7 +63,7 @@ def bench(environment: dict[str, str], *arguments: str | Path) -> subprocess.Com
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "name a folder"),
+        ((), "give a folder"),
         (("{folder}",), "give the stages to run"),
         (("{folder}", "kernel"), "unknown stage kernel"),
         (("{folder}", "first"), "this machine has no CUDA device"),
