@@ -191,7 +191,7 @@ def _check_ids(ids: np.ndarray, vocab_size: int, place: str) -> None:
     if len(wrong):
         raise UserError(
             f"{place}: has id {wrong[0]}, but --tokenizer has ids 0 to {vocab_size - 1}; "
-            "name the tokenizer of these ids, or the id that pads them with --padding-id"
+            "give the tokenizer that made these ids, or --padding-id if this id is padding"
         )
 
 

@@ -74,7 +74,8 @@ def run(config: TrainConfig, stop_signal: StopSignal | None = None) -> int:
             stack.enter_context(broadcast_stop(stop_signal, mesh))
             coordinator = Coordinator(mesh, stop_signal, watchdog.enter_phase)
             watchdog.enter_phase("corpora")
-            # An unreachable store blocks for minutes, so a signal may interrupt this. `any_rank` then stops all ranks.
+            # An unreachable store blocks for minutes, so a signal may interrupt this. `coordinator.any_rank` below then stops
+            # all ranks together.
             with suppress(StopRequested), stop_signal.interruptible():
                 loader = open_loader(config, mesh)
             startup_timer.end_part("corpora")

@@ -89,7 +89,7 @@ def submit(request: PreparationRequest, *, tasks: int, workers: int | None, opti
                 raise
             why = " ".join((captured_stderr() or str(error)).split())
             raise UserError(
-                f"--executor: slurm; the job {job.name} was not submitted ({why}); remove the cause, or change --slurm"
+                f"--executor: slurm; the job {job.name} was not submitted ({why}); solve the problem, or change --slurm"
             ) from None
     return Submission(str(logs), job_ids)
 

@@ -66,7 +66,7 @@ def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> str:
     try:
         ids = json.loads(_read_text(vocab_path))
         if not all(type(index) is int for index in ids.values()) or len(set(ids.values())) < len(ids):
-            raise ValueError("ids must be integers, each of one token")
+            raise ValueError("ids must be integers, and no two tokens may share one")
     except (ValueError, AttributeError) as error:
         raise UserError(
             f"{vocab_path}: is not a vocabulary ({error}); it must be a JSON object of tokens and ids; get the file again"

@@ -146,7 +146,7 @@ def find_merges(tokens: Sequence[bytes], error_prefix: str) -> list[tuple[str, s
         parts = _apply_earlier_merges(token, merge_rank, merge_ranks)
         if len(parts) != 2:
             raise UserError(
-                f"{error_prefix}: the token of rank {merge_rank} is not made of two earlier tokens; name the file of a BPE"
+                f"{error_prefix}: the token of rank {merge_rank} is not made of two earlier tokens; give the ranks of a BPE"
             )
         pairs.append((to_byte_level(parts[0]), to_byte_level(parts[1])))
     return pairs

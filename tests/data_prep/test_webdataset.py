@@ -373,7 +373,7 @@ def test_a_sample_that_is_no_list_of_known_ids_is_one_line_that_names_it(prepare
         "json": (b"[1, 2", r"a.json: is not JSON"),
         "words": (b'["a"]', r"a.json: is <U1 of 1 dimensions; must be one list of whole numbers"),
         "null": (b"{}", r"a.json: is object of 0 dimensions; must be"),
-        "vocab": (b"[1, %d]" % vocab, rf"a.json: has id {vocab}, but --tokenizer has ids 0 to {vocab - 1}; name the"),
+        "vocab": (b"[1, %d]" % vocab, rf"a.json: has id {vocab}, but --tokenizer has ids 0 to {vocab - 1}; give the"),
         "negative": (b"[-1]", r"a.json: has id -1, but"),
         "float": (npy.getvalue(), r"a.npy: is float64 of 1 dimensions; must be"),
         "cut": (ints[:-3], r"a.npy: has 21 bytes of data, but its header states 3 x 8; restore it"),

@@ -20,7 +20,7 @@ FORMAT_VERSION = 2
 """Version of the names in the manifest. Only this version can be read."""
 MANIFEST_FILE, COMMIT_MARKER = "manifest.json", "COMMITTED"
 REJECTED_MARKER = "REJECTED"
-"""New name of the commit marker of a damaged folder, once a run continues from an earlier one. The folder does not count."""
+"""New name of the commit marker of a damaged folder after a run continues from an earlier one. The folder does not count."""
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 

@@ -1,7 +1,8 @@
 """Write a safetensors file one tensor at a time. Reading uses the safetensors library.
 
-The library needs all tensors of a file in memory to write it. The format does not require that. It is: eight bytes of header
-length, a JSON header with names, dtypes and shapes, then the bytes of the tensors in the header's order, without gaps.
+The library needs all tensors of a file in memory to write it. The format does not require that. A file consists of eight bytes
+of header length, a JSON header with names, dtypes and shapes, and the bytes of the tensors in the header's order, without
+gaps.
 """
 
 import json

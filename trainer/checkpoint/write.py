@@ -163,8 +163,8 @@ def commit(folder: Path, written_files: Iterable[WrittenFile], metadata: dict[st
 def reject_later(chosen: Path) -> None:
     """Mark the checkpoints after `chosen`, which are damaged, as rejected.
 
-    They no longer count, so pruning does not remove good checkpoints to keep them. They stay on disk for inspection until the
-    run passes their step.
+    They no longer count towards `keep_last`, so pruning does not keep them in place of good checkpoints. They stay on disk for
+    inspection until the run passes their step.
     """
     for folder in layout.list_checkpoints(chosen.parent):
         if folder > chosen and (folder / layout.COMMIT_MARKER).is_file():

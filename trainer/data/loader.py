@@ -113,7 +113,7 @@ class Loader:
         return last_step, source or None
 
     def skip_shard(self, source: str, file: str) -> None:
-        """Cut no more rows from this shard. The rows after the cursor come from the source's other shards.
+        """Stop taking rows from this shard. The rows after the cursor come from the source's other shards.
 
         Close all iterators that `batches` and `validation_batches` have returned before the call.
         Raises: UserError if no training shard of the source is left.
