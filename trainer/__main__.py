@@ -1,4 +1,4 @@
-"""The verbs of `tandem`. A verb imports only the module that it runs. A user error prints one line and exits with code 2."""
+"""The verbs of the `tandem` command. Each imports only its own module. A user error prints one line and exits with code 2."""
 
 import argparse
 import os
@@ -59,8 +59,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Return the exit code: 0 done, 1 check failed, 2 user error, 85 saved on a signal, 130 interrupted, 141 the
-    reader of the output closed the pipe.
+    """Run one verb. Return 0 if it succeeds, 1 if a check fails, 2 for a user error, 85 if a signal stopped a run, 130 after
+    Ctrl-C, and 141 if the reader of the output closed the pipe.
     """
     argv = sys.argv[1:] if argv is None else argv
     # The deepspeed launcher adds its own flag; the rank comes from the environment.
@@ -70,18 +70,18 @@ def main(argv: list[str] | None = None) -> int:
         return run_verb(argv)
     except UserError as error:
         if launch_rank():
-            # Rank 0 usually prints the same, and the launcher then terminates this rank. Otherwise print it here, later.
+            # Usually rank 0 prints the same error, and the launcher then terminates this rank. If not, print it after a delay.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(8)
         print(f"tandem: {error}", file=sys.stderr, flush=True)
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            os.kill(os.getppid(), signal.SIGTERM)  # torchrun would restart all ranks, with the same error
+            os.kill(os.getppid(), signal.SIGTERM)  # otherwise torchrun would restart all ranks in vain
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt as interrupt:
         print(f"tandem: interrupted{f'; {interrupt}' if str(interrupt) else ''}", file=sys.stderr, flush=True)
         return INTERRUPTED_EXIT_CODE
     except BrokenPipeError:
-        # The reader, for example `head`, is done. Redirect stdout, or Python's flush at exit raises again.
+        # The reader, for example `head`, has exited. Redirect stdout, because Python's flush at exit would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE_EXIT_CODE
 
@@ -119,7 +119,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    """Train as one rank, or replace this process by torchrun if the run needs several ranks or --ranks is given."""
+    """Train as one rank, or replace this process with torchrun if the run needs several ranks or --ranks is given."""
     set_parent_death_signal()  # before the imports, which take seconds
     config = load_config(arguments.config, arguments.overrides)
     num_ranks = arguments.ranks or num_gpus() or config.parallel.tp_size

@@ -1,4 +1,4 @@
-"""The global batches of a run, without the shards that any rank finds damaged. All ranks read them in step."""
+"""The batches of a run. All ranks read the same step together, and skip each shard that any of them finds damaged."""
 
 import logging
 from collections.abc import Generator
@@ -14,9 +14,9 @@ log = logging.getLogger(__name__)
 
 
 def iterate_batches(context: RunContext, progress: Progress) -> Generator[Batch, None, None]:
-    """Yield the loader's batches from here on, each as soon as every rank has its own.
+    """Yield the loader's batches from `progress` on, each as soon as every rank has its own.
 
-    If `data.damaged_shards` is skip, all ranks leave out each shard that any rank finds damaged.
+    If `data.damaged_shards` is skip, all ranks skip each shard that any rank finds damaged.
     Raises: StopRequested on all ranks if one received a signal.
     """
     return batches_skipping_damaged(
@@ -27,14 +27,14 @@ def iterate_batches(context: RunContext, progress: Progress) -> Generator[Batch,
 
 
 def gather_damaged(coordinator: Coordinator, shard_id: DamagedShardId | None) -> list[DamagedShardId]:
-    """Return the damaged shards that all ranks report, the same list on each. Raises: StopRequested as `any_rank`."""
+    """Return the damaged shards that any rank reports, the same list on every rank. Raises: StopRequested, like `any_rank`."""
     if not coordinator.any_rank(shard_id is not None):
         return []
     return sorted({each for each in all_gather_objects(shard_id) if each})
 
 
 def skip_damaged_shard(context: RunContext, step: int, shard_id: DamagedShardId) -> None:
-    """Log and record that no row comes from this shard from update number `step` (from 0) on, and skip it."""
+    """Skip this shard from update number `step` (counted from 0) on. Log and record that."""
     source, file = shard_id
     if context.mesh.rank == 0:
         log.warning("data.sources.%s: shard %s is damaged; it is skipped from step %d on", source, file, step + 1)

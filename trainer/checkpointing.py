@@ -1,7 +1,7 @@
 """When a run saves, how it finishes a save, and how it rolls back to its last checkpoint.
 
-All ranks start a save after the same step, and writing it overlaps the steps that follow. The result is therefore read later. A
-failed save is retried at a step that all ranks agree on when they fetch the next batch.
+All ranks start a save after the same step. The write overlaps the following steps, so the result is collected later. If a save
+fails, rank 0 requests a retry, and the other ranks receive the request when all ranks fetch the next batch.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from tandem.trainer.run_state import Progress, RunContext, StepResult
 
 log = logging.getLogger(__name__)
 RETRY_DIVISOR = 10
-"""A failed save is retried after checkpoint.every_steps divided by this."""
+"""A failed save is retried after `checkpoint.every_steps` divided by this number."""
 
 
 def save_if_due(context: RunContext, progress: Progress) -> None:
@@ -50,9 +50,9 @@ def save_final_checkpoint(context: RunContext, progress: Progress) -> None:
 def start_save(context: RunContext, progress: Progress) -> None:
     """Start a checkpoint of this step in the background."""
     config, engine, loader = context.config, context.engine, context.loader
-    ledger = context.ledger  # rank 0's, and rank 0's metadata is what is saved
+    ledger = context.ledger  # None except on rank 0, whose metadata is saved
     context.enter_phase("save", progress.step)
-    finish_pending_save(context, progress)  # one at a time
+    finish_pending_save(context, progress)  # only one save can run at a time
     if not engine.num_updates:
         engine.allocate_moments(0)  # a checkpoint holds AdamW's moments even before the first update
     metadata = {
@@ -104,7 +104,7 @@ def wait_for_pending_save(context: RunContext) -> SaveResult | None:
 
 
 def roll_back(context: RunContext, progress: Progress, result: StepResult) -> Progress:
-    """Restore the last checkpoint, keep the read position so that the rows read since are skipped, and record both.
+    """Restore the last checkpoint but keep the read position, so that the rows read since are skipped. Record the rollback.
 
     Raises: UserError if there is no checkpoint, or the run has rolled back to it `guard.max_rollbacks` times already.
     """

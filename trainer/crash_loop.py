@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def record_start(folder: Path, max_repeat_failures: int) -> Iterator[None]:
     """Record this start of the run, and its end unless it fails. Only rank 0 enters this.
 
-    Raises: UserError if the last `max_repeat_failures` starts failed at one step. 0 refuses nothing and forgets the failures.
+    Raises: UserError if the last `max_repeat_failures` starts failed at one step. 0 refuses no start and resets the count.
     """
     created_folders = [each for each in (folder, *folder.parents) if not each.exists()]
     create_run_folder(folder)
@@ -66,7 +66,7 @@ def record_start(folder: Path, max_repeat_failures: int) -> Iterator[None]:
 
 
 def _remove_new_folders(folder: Path, created_folders: list[Path]) -> None:
-    """Remove the folders that this start created, if a mistake ended it before it wrote anything else."""
+    """Remove the folders that this start created, if a user error ended it before it wrote anything else."""
     files = list(folder.iterdir())
     if {path.name for path in files} <= {STARTS_FILE, LOCK_FILE}:
         for path in files:

@@ -10,12 +10,12 @@ from typing import BinaryIO
 TEMPORARY_SUFFIX = ".tmp"
 """Suffix of a file that is being written."""
 TEMPORARY_PATTERN = f"*.{'[0-9a-f]' * 8}{TEMPORARY_SUFFIX}"
-"""Matches the names of such files, so that leftovers of a killed process can be removed and other programs' files cannot."""
+"""Matches only such files, so that a cleanup removes the leftovers of killed processes but no files of other programs."""
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a temporary file. Rename it to `path` and sync it if the block succeeds; delete it if the block raises."""
+    """Yield a temporary file. If the block succeeds, sync the file and rename it to `path`. If it raises, delete the file."""
     # A scheduler that loses contact with a task may start it again elsewhere. The random name keeps the two writers apart.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:

@@ -16,7 +16,7 @@ from tandem.trainer.config import PhaseConfig
 SIGMA_PER_MEDIAN_DEVIATION = 1.4826
 """Ratio of a normal distribution's standard deviation to its median absolute deviation: 1 / its 0.75 quantile."""
 MIN_RELATIVE_SIGMA = 1e-3
-"""Lower bound of sigma as a share of the median: if losses hardly vary (a run repeats its rows), rounding is no spike."""
+"""Lower bound of sigma relative to the median. If losses hardly vary (repeated rows), rounding must not count as a spike."""
 
 Decision = Literal["update", "skip", "rollback"]
 
@@ -32,7 +32,7 @@ class Judgement:
 class Guard:
     """Judges every step once, in order.
 
-    `state` is a checkpoint's `state_dict`. `num_rollbacks` counts the rollbacks by the step of the checkpoint.
+    `state` is a checkpoint's `state_dict`. `num_rollbacks` maps the step of a checkpoint to the number of rollbacks to it.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Guard:
         self._settings = settings
         self._losses, self._grad_norms = (deque[float](maxlen=settings.window_steps) for _ in range(2))
         self._comparison_key: list[Any] = []
-        """seq_len, global batch size and mixture of the steps in both."""
+        """seq_len, global batch size and mixture of the steps in `_losses` and `_grad_norms`."""
         self.num_consecutive_bad_steps = 0
         self._num_rollbacks = dict(num_rollbacks or {})
         if state:
             self.load_state_dict(state)
 
     def judge(self, phase: PhaseConfig, loss: float, grad_norm: float) -> Judgement:
-        """Judge a step of the phase. A good step joins those that later steps are compared with."""
+        """Judge a step of the phase. If it is good, later steps are compared with it."""
         # Losses depend on the row length and the data, gradients on the batch size.
         if (comparison_key := [phase.seq_len, phase.global_batch_size, dict(phase.mixture)]) != self._comparison_key:
             self._losses.clear()

@@ -36,9 +36,9 @@ def create_run_folder(folder: Path) -> None:
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Keep other runs out of the folder within the block, if its file system has locks.
+    """Keep other processes out of the run folder during the block, if its file system has locks.
 
-    Waits LOCK_TIMEOUT_SECONDS first, because ranks of the last run may still be exiting.
+    Waits up to LOCK_TIMEOUT_SECONDS for the lock, because ranks of an earlier start may still be exiting.
     Raises: UserError if another run keeps the lock.
     """
     create_run_folder(folder)

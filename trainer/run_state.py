@@ -40,7 +40,7 @@ class StepContext:
 
 @dataclass(frozen=True)
 class RunContext(StepContext):
-    """Everything a run needs besides: the source of its rows and the destinations of records and checkpoints."""
+    """Everything else that a run needs: the source of its rows, and the destinations of its records and checkpoints."""
 
     folder: Path
     loader: Loader
@@ -54,7 +54,7 @@ class RunContext(StepContext):
 
 @dataclass
 class Progress:
-    """How far the run is."""
+    """How far the run has progressed."""
 
     step: int
     cursor: dict[str, int]
@@ -73,7 +73,7 @@ class StepResult:
     cursor: dict[str, int]
     """The read position of each source after the step's rows."""
     digests: Digests | None
-    """Digests of the rows that were read; None if the batch carries none."""
+    """Digests of the rows that were read; None if the batch has none."""
     judgement: Judgement
 
 

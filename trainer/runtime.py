@@ -1,4 +1,4 @@
-"""The process: launch environment, GPUs, logging by rank, determinism and signals. Nothing here knows what is trained.
+"""The process: launch environment, GPUs, logging by rank, determinism and signals. Nothing here depends on what is trained.
 
 A signal only sets a flag. Between two steps all ranks agree on whether to stop.
 """
@@ -27,9 +27,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SIGNAL_DEBOUNCE_SECONDS = 5.0
 """Signals within this time of one another count as one."""
 RENDEZVOUS_TIMEOUT_SECONDS = 15.0
-"""Time that the ranks still have to connect after a signal."""
+"""Time that the ranks have left to connect after a signal."""
 REMOTE_STOP_SIGNAL = signal.SIGURG
-"""A process sends itself this signal if another rank received a stop signal. Its default action is to be ignored."""
+"""A process sends itself this signal if another rank received a stop signal. By default, a process ignores it."""
 REMOTE_STOP_NAME = "a signal to another rank"
 
 PR_SET_PDEATHSIG = 1
@@ -71,7 +71,7 @@ def silence_library_warnings() -> None:
 def num_gpus(root: Path = Path("/")) -> int:
     """Count this machine's visible NVIDIA GPUs by their files below `root`, without importing torch.
 
-    GPUs that a container does not allow to open are counted too. Some sandboxes have device files but nothing in /proc. WSL has
+    GPUs that a container is not allowed to open are counted too. Some sandboxes have device files but nothing in /proc. WSL has
     a single /dev/dxg for all GPUs, which counts as one.
     """
     if "CUDA_VISIBLE_DEVICES" in os.environ:
@@ -138,7 +138,7 @@ def set_parent_death_signal() -> None:
 class StopRequested(BaseException):
     """The run stops on all ranks, because one of them received a signal.
 
-    Not an Exception, like KeyboardInterrupt: a signal may raise it inside a library that catches every Exception.
+    Like KeyboardInterrupt, it is not an Exception, because it may be raised inside a library that catches every Exception.
     """
 
 
@@ -168,7 +168,7 @@ class StopSignal:
         threading.Thread(target=self._watch_signals, args=(receiver,), name="signals", daemon=True).start()
 
     def mark_rendezvous_done(self) -> None:
-        """Note that all ranks are connected, so they can agree on when to stop."""
+        """Record that all ranks are connected, so they can agree on when to stop."""
         self._rendezvous_done.set()
 
     def close(self) -> None:
@@ -180,7 +180,7 @@ class StopSignal:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Raise StopRequested within the block once a signal arrives, immediately if one has. For the main thread."""
+        """Raise StopRequested inside the block when a signal arrives, or at once if one already has. Main thread only."""
         self._is_interruptible = True
         try:
             if self.signal_name is not None:
@@ -202,7 +202,7 @@ class StopSignal:
                 yield item
 
     def trigger_remote_stop(self) -> None:
-        """Stop, because another rank received a signal. A signal to this rank still counts as its first. Thread-safe."""
+        """Stop, because another rank received a signal. A later signal to this rank counts as its first. Thread-safe."""
         signal.pthread_kill(threading.main_thread().ident or 0, REMOTE_STOP_SIGNAL)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -224,7 +224,7 @@ class StopSignal:
             raise StopRequested
 
     def _watch_signals(self, receiver: socket.socket) -> None:
-        """End the process on a second signal that the main thread does not handle, or after one if the ranks do not connect.
+        """End the process if the main thread does not handle a second signal, or if the ranks do not connect after a first one.
 
         This starts no further threads, because from Python 3.12 on an exiting process raises for each new one.
         """
@@ -250,12 +250,12 @@ class StopSignal:
                 if first_signal_time is None:
                     first_signal_time, self.has_arrived = time.monotonic(), True
                 elif time.monotonic() - first_signal_time >= SIGNAL_DEBOUNCE_SECONDS:
-                    time.sleep(1)  # give the handler time to end the process by the signal itself
+                    time.sleep(1)  # give the handler time to end the process with the signal itself
                     os._exit(128 + number[0])
 
 
 def force_exit(exit_code: int) -> NoReturn:
-    """Exit without waiting for other threads. A thread that reads from an unreachable store would take minutes."""
+    """Exit without waiting for other threads. A thread that reads from an unreachable server would take minutes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

@@ -1,6 +1,6 @@
-"""The start of a run: its weights, optimizer, data and records, from the newest checkpoint if there is one.
+"""The start of a run: build its weights, optimizer, data and records, from the newest checkpoint if there is one.
 
-The checks that must pass before the first step are here too.
+The checks that must pass before the first step are also here.
 """
 
 import logging
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 CHANGEABLE_MODEL_FIELDS = ("init_std", "init_truncation_sigmas", "document_masking", "alibi_scaling")
 """Fields of the model that may differ from those of the checkpoint in `run.init_from`."""
 WARNED_MODEL_FIELDS = ("document_masking", "alibi_scaling")
-"""Those of them that change what the weights compute."""
+"""The changeable fields that affect what the weights compute. A difference in one of them is logged."""
 
 
 class StartupTimer:
@@ -78,9 +78,9 @@ def _process_start_time() -> float:
 
 @contextmanager
 def open_record_stack(watchdog: Watchdog) -> Iterator[ExitStack]:
-    """Yield a stack that closes the records after the block, once the ranks have exchanged how the block ended.
+    """Yield a stack that closes the records. Enter it before `broadcast_stop`, in which the ranks exchange how the run ended.
 
-    After a UserError the watchdog is in the phase "end", which allows the time that a slow server takes.
+    Before the records close after a UserError, the watchdog enters the phase "end", whose limit allows for a slow server.
     """
     with ExitStack() as records:
         try:
@@ -91,7 +91,7 @@ def open_record_stack(watchdog: Watchdog) -> Iterator[ExitStack]:
 
 
 def open_loader(config: TrainConfig, mesh: Mesh) -> Loader:
-    """Open the sources of the config. Raises: UserError also if validation needs more held-out tokens than there are."""
+    """Open the sources of the config. Raises: UserError, also if validation needs more held-out tokens than a source has."""
     loader = Loader(
         config.data, config.schedule, seed=config.run.seed, vocab_size=config.model.vocab_size,
         dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,
@@ -105,10 +105,10 @@ def start_run(
     folder: Path, config: TrainConfig, mesh: Mesh, loader: Loader, coordinator: Coordinator, watchdog: Watchdog,
     records: ExitStack, startup_timer: StartupTimer,
 ) -> tuple[RunContext, Progress]:  # fmt: skip
-    """Build everything a run needs, from its newest valid checkpoint if it has one, and open its records.
+    """Build everything a run needs, from its newest undamaged checkpoint if it has one, and open its records.
 
-    `records` closes the records.
-    Raises: StopRequested on all ranks if one received a signal; UserError for the mistakes that the checks below name.
+    The stack `records` will close them.
+    Raises: StopRequested on all ranks if one received a signal; UserError if a check below fails.
     """
     watchdog.enter_phase("checkpoint")
     has_checkpoint = broadcast_from_rank_0(bool(list_committed(folder / "checkpoints")))
@@ -121,7 +121,7 @@ def start_run(
         skip_shards(loader, checkpoint.manifest.get("skipped_shards", {}))
     watchdog.enter_phase("tokenizer")
     run_on_rank_0(partial(open_folder, folder, config, checkpoint, coordinator), mesh)
-    coordinator.any_rank(False)  # stop here, before building a model takes seconds
+    coordinator.any_rank(False)  # stop now, because building the model takes seconds
     startup_timer.end_part("run folder")
     watchdog.enter_phase("model")
     engine = build_engine(config, mesh, checkpoint, initial_checkpoint)
@@ -158,9 +158,9 @@ def start_run(
 
 
 def open_folder(folder: Path, config: TrainConfig, checkpoint: Checkpoint | None, coordinator: Coordinator) -> None:
-    """Write this start's config, environment and tokenizer, and reject checkpoints newer than this one. Rank 0 only.
+    """Write this start's config, environment and tokenizer, and reject checkpoints newer than `checkpoint`. Rank 0 only.
 
-    Raises: UserError if a version with other field names started the run and left no checkpoint.
+    Raises: UserError if there is no checkpoint and this version cannot load the config of an earlier start.
     """
     if checkpoint:
         reject_later(checkpoint.folder)
@@ -174,7 +174,7 @@ def open_folder(folder: Path, config: TrainConfig, checkpoint: Checkpoint | None
             )
             raise UserError(f"{config_file}: {message}") from None
     open_run_folder(folder, dump_config(config))
-    with suppress(StopRequested), coordinator.stop_signal.interruptible():  # an unreachable store blocks for minutes
+    with suppress(StopRequested), coordinator.stop_signal.interruptible():  # an unreachable server blocks for minutes
         copy_tokenizer(folder, config.data)
 
 
@@ -190,7 +190,7 @@ def restore_progress(
 ) -> tuple[Progress, Guard, dict[str, tuple[int, int]]]:
     """Return where the run continues, the guard at that step, and the rows of each source that a rollback skipped.
 
-    A process that was killed after a rollback continues after the rows that the rollback skipped.
+    If a process was killed after a rollback, the next one continues after the rows that the rollback skipped.
     """
     manifest: dict[str, Any] = checkpoint.manifest if checkpoint else {"cursor": {}, "num_ledger_lines": 0}
     step, cursor = checkpoint.step if checkpoint else 0, manifest["cursor"]
@@ -220,7 +220,7 @@ def skip_shards(loader: Loader, skipped: Mapping[str, Sequence[str]]) -> None:
 def build_engine(
     config: TrainConfig, mesh: Mesh, checkpoint: Checkpoint | None, initial_checkpoint: Checkpoint | None = None
 ) -> Engine:
-    """Build model and optimizer, with the checkpoint's state, the weights of the initial one, or initial values."""
+    """Build model and optimizer. Load the checkpoint's state, the weights of the initial checkpoint, or initial values."""
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     mup_rules = parameter_rules(config.model, config.mup)
     with mesh.device:

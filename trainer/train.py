@@ -1,8 +1,8 @@
 """A training run from its config to its last checkpoint. Start reading here.
 
-`run` sets everything up. `train_loop` makes the steps: read a batch, compute, judge, update, record, save, validate.
+`run` sets everything up. `train_loop` runs the steps: read a batch, compute, judge, update, record, save, validate.
 The learning rate, the batch size and the data mixture are pure functions of the step (`Timeline`), and each batch carries the
-read position after it (its `cursor`). A checkpoint therefore holds only tensors, a cursor and the guard's state.
+read position that follows it (its `cursor`). A checkpoint therefore holds only tensors, a cursor and the guard's state.
 """
 
 import logging
@@ -47,9 +47,9 @@ log = logging.getLogger(__name__)
 
 
 def run(config: TrainConfig, stop_signal: StopSignal | None = None) -> int:
-    """Train from the newest checkpoint, or from step 0, and commit a last checkpoint.
+    """Train from the newest checkpoint, or from step 0, and commit a final checkpoint.
 
-    Returns the exit code: 0 if the run is complete, REQUEUE_EXIT_CODE if a signal stopped it. In the second case the same
+    Returns the exit code: 0 if the run is complete, or REQUEUE_EXIT_CODE if a signal stopped it. After a signal, the same
     command continues the run.
     Raises: UserError for a mistake that the user must correct.
     """
@@ -74,8 +74,8 @@ def run(config: TrainConfig, stop_signal: StopSignal | None = None) -> int:
             stack.enter_context(broadcast_stop(stop_signal, mesh))
             coordinator = Coordinator(mesh, stop_signal, watchdog.enter_phase)
             watchdog.enter_phase("corpora")
-            # An unreachable store blocks for minutes, so a signal may interrupt this. `coordinator.any_rank` below then stops
-            # all ranks together.
+            # If a corpus is on an unreachable server, this blocks for minutes, so a signal may interrupt it.
+            # `coordinator.any_rank` below then stops all ranks together.
             with suppress(StopRequested), stop_signal.interruptible():
                 loader = open_loader(config, mesh)
             startup_timer.end_part("corpora")
@@ -92,7 +92,7 @@ def run(config: TrainConfig, stop_signal: StopSignal | None = None) -> int:
 
 
 def train_loop(context: RunContext, progress: Progress) -> int:
-    """Train until the schedule, a source, `run.stop_step` or a signal ends the run. Return the exit code."""
+    """Train until the schedule or a source ends, `run.stop_step` is reached, or a signal arrives. Return the exit code."""
     config, watchdog, reason = context.config, context.watchdog, None
     batches, final_step = iterate_batches(context, progress), find_final_step(context, progress)
     try:
@@ -102,7 +102,7 @@ def train_loop(context: RunContext, progress: Progress) -> int:
             if progress.step == context.timeline.phase_span_at(progress.step).first_step:
                 watchdog.use_start_timeout()
             result = timed_train_step(context, batches, progress.step)
-            if result is None:  # damaged shards were skipped, and the rest of a source cannot feed this step
+            if result is None:  # after skipping damaged shards, a source has too few tokens for this step
                 break
             progress.step, progress.cursor = progress.step + 1, result.cursor
             log_step(context, progress, result)
@@ -131,13 +131,13 @@ def train_loop(context: RunContext, progress: Progress) -> int:
 
 
 def find_final_step(context: RunContext, progress: Progress) -> int:
-    """Return the step that the run ends with, unless a signal or damage ends it first."""
+    """Return the last step of the run, unless a signal or damaged shards end the run earlier."""
     end, _ = context.loader.find_end(progress.step, progress.cursor)
     return min(end, context.config.run.stop_step or end)
 
 
 def end_reason(context: RunContext, progress: Progress) -> str:
-    """Return why the run ends at this step, if no signal ended it."""
+    """Return the reason why a run that no signal stopped ends at this step."""
     if progress.step == context.timeline.total_steps:
         return "finished"
     end, source = context.loader.find_end(progress.step, progress.cursor)
@@ -154,8 +154,8 @@ def timed_train_step(context: StepContext, batches: Iterator[Batch], step: int) 
         return None
     data_seconds = time.perf_counter() - start_time
     loss, grad_norm, digests, judgement = train_step(context, batch, step)
-    # The device may still be updating the weights. That time counts in whatever waits for the device next, usually the next
-    # step, so each second counts exactly once.
+    # The device may still be updating the weights. That time is counted in the next operation that waits for the device,
+    # usually the next step, so each second is counted exactly once.
     step_seconds = time.perf_counter() - start_time
     record = build_step_record(context, step + 1, loss, grad_norm, step_seconds, data_seconds, judgement)
     return StepResult(record, batch.cursor, digests, judgement)
@@ -177,7 +177,7 @@ def train_step(context: StepContext, batch: Batch, step: int) -> tuple[float, fl
     if batch.digests:
         digest_halves = torch.tensor(pack_u64(batch.digests), dtype=torch.float64)
         values = torch.cat((values.double(), to_device(digest_halves, mesh)))
-    # The only point in a step at which the host waits for the device: the guard needs the numbers.
+    # This is the only point in a step where the host waits for the device, because the guard needs the numbers.
     loss_sum, grad_norm, *digest_sums = sum_over_ranks_on_device(values)
     mean_loss = loss_sum / mesh.world_size
     judgement = context.guard.judge(phase, mean_loss, grad_norm)
@@ -201,7 +201,7 @@ def forward_backward(engine: Engine, batch: Batch, micro_batch_size: int, mesh: 
 
 
 def log_step(context: RunContext, progress: Progress, result: StepResult) -> None:
-    """Write the step to metrics and ledger, and log a step that the guard rejected."""
+    """Write the step to the metrics and the ledger, and log a warning if the guard rejected it."""
     context.enter_phase("records", progress.step)
     record, decision, reason = result.record, result.judgement.decision, result.judgement.reason
     context.sinks.write_step(record)

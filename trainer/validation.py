@@ -58,7 +58,7 @@ def validation_loss(
     """Return the mean cross-entropy in nats over the rows of all ranks, or None if no rank has a row.
 
     `next_batch` returns this rank's next batch. `any_rank` returns whether any rank has a batch, and may raise to end the
-    validation. All ranks call both equally often.
+    validation. All ranks call both the same number of times.
     """
     total_loss, num_tokens = 0.0, 0
     with torch.no_grad():
@@ -68,7 +68,7 @@ def validation_loss(
             losses = token_losses(model, batch, mesh)
             total_loss += float(losses.double().sum())
             num_tokens += losses.numel()
-    # Tensor-parallel ranks add the same numbers, which cancels in the ratio.
+    # Tensor-parallel ranks all add the same numbers, so the common factor cancels in the ratio.
     loss_sum, token_sum = sum_over_ranks([total_loss, float(num_tokens)])
     return loss_sum / token_sum if token_sum else None
 

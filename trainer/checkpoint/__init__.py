@@ -1,1 +1,1 @@
-"""Checkpoints: state saved under global names and offsets, committed by a marker, readable at any tp and dp."""
+"""Checkpoints: state stored by global name and offset, committed with a marker file, and readable at any tp and dp size."""

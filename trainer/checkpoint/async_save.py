@@ -1,8 +1,8 @@
 """Save checkpoints in the background: copy the state to host memory, then write it in a thread while training continues.
 
-Only an update changes weights and moments. The copy can therefore overlap forward and backward. If the next update is reached
-before the copy is complete, it waits. There is one host copy, reused by every save, so there is one save at a time. Ranks
-report their files through the launch's store, because a collective in the thread would interleave with those of the training.
+Only an update changes weights and moments. The copy can therefore overlap forward and backward. An update that is reached
+before the copy is complete waits for it. All saves use the same host memory, so only one can run at a time. Ranks report their
+files through the shared key-value store, because a collective in the thread would interleave with those of the main thread.
 """
 
 import concurrent.futures
@@ -41,7 +41,7 @@ RESTART_HINT = "and start again: the run continues from the previous checkpoint"
 class SaveResult:
     step: int
     error: str | None
-    """Why there is no checkpoint; None if it is committed."""
+    """Why the save failed; None if the checkpoint is committed."""
     seconds: float
     """From the start of the save to the commit."""
     num_bytes: int = 0
@@ -75,14 +75,14 @@ class CheckpointSaver:
     def start_save(
         self, step: int, engine: Engine, metadata: dict[str, Any], before_commit: Callable[[], object] = lambda: None
     ) -> None:
-        """Start a save of `step`. The engine makes no update until the state is copied.
+        """Start a save of `step`. The engine's next update waits until the state is copied.
 
-        `metadata` (model, cursor, fingerprints and so on) and `before_commit` are used on rank 0 only; `before_commit` runs
-        after all files are written.
+        `metadata` (model, cursor, fingerprints and so on) and `before_commit` are used only on rank 0, which calls
+        `before_commit` after all files are written.
         """
         assert self._pending_result is None, "collect the previous save's result first"
         start_time, self._save_index = time.perf_counter(), self._save_index + 1
-        # The training keeps changing the objects in `metadata`.
+        # Training continues and changes the objects in `metadata`.
         metadata = deepcopy({"step": step, "tp_size": self._mesh.tp_size, "dp_size": self._mesh.dp_size, **metadata})
         folder = self._root / step_folder_name(step)
         save = _Save(folder, metadata, before_commit, f"{self._save_index}/", start_time)
@@ -114,7 +114,7 @@ class CheckpointSaver:
 
     @property
     def has_pending_save(self) -> bool:
-        """Whether a save's result has not been collected yet."""
+        """Whether there is a save whose result has not been collected."""
         return self._pending_result is not None
 
     @property
@@ -123,7 +123,7 @@ class CheckpointSaver:
         return self._pending_result is not None and self._pending_result.done()
 
     def wait_until_written(self) -> None:
-        """Wait until this rank's file is on disk or has failed."""
+        """Wait until this rank's file is on disk or could not be written."""
         self._timed_wait(self._write_finished.wait)
 
     def wait_for_result(self) -> SaveResult:
@@ -139,9 +139,9 @@ class CheckpointSaver:
         return found
 
     def _run_save(self, save: _Save, fragments: RankFragments, ready: Any, copied: Event) -> SaveResult:
-        """Run in the thread; return once rank 0 has committed or given up."""
+        """Copy and write this rank's state, in the background thread. Return once rank 0 has committed the save or given up."""
         if self._copy_stream:
-            # A new thread would otherwise create a context on the first device.
+            # Otherwise the new thread would create a CUDA context on the first device.
             torch.cuda.set_device(self._mesh.device)
         rank = self._mesh.rank
 
@@ -163,7 +163,7 @@ class CheckpointSaver:
             self._write_finished.set()
             if rank == 0:
                 share_result(self._commit(save))
-        except BaseException as crash:  # `wait_for_result` raises it here; the other ranks must not wait for this one
+        except BaseException as crash:  # `wait_for_result` raises it; the report ends the other ranks' wait
             message = f"{type(crash).__name__}: {crash}"
             report(message, {})
             if rank == 0:
@@ -194,7 +194,7 @@ class CheckpointSaver:
         if [copy.shape for copy in self._host_copies] != [tensor.shape for tensor in tensors]:
             self._host_copies.clear()  # free the old buffers first
             sizes = [tensor.numel() for tensor in tensors]
-            # One allocation, because torch rounds the size of each pinned one up to a power of two.
+            # One allocation, because torch rounds each pinned allocation up to a power of two.
             self._host_copies += torch.empty(sum(sizes), pin_memory=self._copy_stream is not None).split(sizes)
         with torch.no_grad(), torch.cuda.stream(self._copy_stream):
             if self._copy_stream:
@@ -223,7 +223,7 @@ def save_checkpoint(
 
 
 def save_error_message(root: Path, result: SaveResult, consequence: str) -> str:
-    """Return one line: what failed, what to fix, and what happens then."""
+    """Return one line that states what failed, what to fix, and what happens next."""
     free_bytes = shutil.disk_usage(root).free if root.exists() else 0
     return (
         f"{root}: the checkpoint of step {result.step} cannot be written ({result.error}); the disk has "
@@ -247,7 +247,7 @@ def run_in_background(function: Callable[[], T]) -> Future[T]:
     def run() -> None:
         try:
             future.set_result(function())
-        except BaseException as error:  # raised where the result is asked for
+        except BaseException as error:  # `future.result()` raises it
             future.set_exception(error)
 
     Thread(target=run, name="checkpoint", daemon=True).start()

@@ -1,6 +1,6 @@
-"""Which checkpoints a config may resume from or take weights from.
+"""Check whether a config may resume from a checkpoint or start from its weights.
 
-A run's model, its corpora and the steps it has made are fixed. The rest of its schedule may change.
+A run's model, corpora and past steps are fixed. The rest of its schedule may change.
 """
 
 from collections.abc import Collection
@@ -16,7 +16,7 @@ REMEDY = "restore the value or choose another run.name"
 
 
 def check_resumable(config: TrainConfig, checkpoint: Checkpoint, loader: Loader) -> None:
-    """Raises: UserError if the checkpoint has another model, other corpora, or past steps that the schedule changes."""
+    """Raises: UserError if the checkpoint has another model, other corpora or another data order, or if past steps change."""
     check_same_model(config, checkpoint, f"checkpoint {checkpoint.folder}", f"a run keeps its model; {REMEDY}")
     check_fingerprints(checkpoint.manifest["fingerprints"], loader.fingerprints)
     check_past_phases(Timeline(config.schedule), checkpoint)
@@ -29,7 +29,7 @@ def check_resumable(config: TrainConfig, checkpoint: Checkpoint, loader: Loader)
 
 
 def check_past_phases(timeline: Timeline, checkpoint: Checkpoint) -> None:
-    """Raises: UserError if the schedule changes the steps already made.
+    """Raises: UserError if the schedule changes steps that the run has already made.
 
     If the changed phase is still running, the message names the two phases to write instead, so that only the rest of
     that phase changes.

@@ -1,12 +1,12 @@
-"""Names in a checkpoint folder, which folders count as committed, and whether one is damaged. Reads no tensor.
+"""The layout of a checkpoint folder: its files, whether it is committed, and whether it is damaged. No tensor is read here.
 
     checkpoints/step-00000100/
         rank-00000.safetensors    one per rank that owns state: "<kind>/<name>/<start>" -> flat fp32
         manifest.json             step, cursor, model, position of every fragment, size and hash of every file
-        COMMITTED                 hash of manifest.json, written last; without it the folder does not count
+        COMMITTED                 hash of manifest.json, written last; a folder without it is not a checkpoint
 
 A fragment is a contiguous range of one rank's tensor-parallel shard, flattened and padded. Any number of ranks can therefore
-assemble the global tensor and shard it in their own way.
+assemble the global tensor and shard it for their own layout.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 FORMAT_VERSION = 2
-"""Version of the names in the manifest. Only this version can be read."""
+"""Version of the manifest's format. Only this version can be read."""
 MANIFEST_FILE, COMMIT_MARKER = "manifest.json", "COMMITTED"
 REJECTED_MARKER = "REJECTED"
-"""New name of the commit marker of a damaged folder after a run continues from an earlier one. The folder does not count."""
+"""A run that continues from an older checkpoint renames the commit markers of damaged newer ones to this."""
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -47,7 +47,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def find_damage(folder: Path, files_to_hash: list[str] | None = None) -> str | None:
-    """Describe the damage of a committed folder, or return None. Hash only `files_to_hash` if given."""
+    """Return a description of a committed folder's damage, or None if it has none. Hash only `files_to_hash` if given."""
     read = {}
     for file in (MANIFEST_FILE, COMMIT_MARKER):
         try:
@@ -76,7 +76,7 @@ def find_damage(folder: Path, files_to_hash: list[str] | None = None) -> str | N
 
 
 def list_data_files(folder: Path) -> list[str]:
-    """List the files of a committed folder except manifest and marker; none if the manifest cannot be read."""
+    """List the files of a committed folder except manifest and marker, or no files if the manifest cannot be read."""
     try:
         return sorted(read_manifest(folder)["files"])
     except (OSError, ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""Read checkpoints: global tensors by name from any tp and dp layout, and the state of a run into an engine.
+"""Read global tensors by name, or the whole state of a run into an engine, at any tp and dp size.
 
 A *box* is one tensor-parallel rank's share of the padded global tensor; a *flat range* is a contiguous range of its elements.
 """
@@ -78,8 +78,8 @@ class Checkpoint:
     ) -> None:
         """Fill the flat `target` with the range of a rank's box that begins at element `start`, with zeros for padding.
 
-        The box is that of `tp_rank` under `sharding` and `tp_size`, which may differ from the saved layout. Reads little more
-        than the range from the files.
+        The box is that of `tp_rank` under `sharding` and `tp_size`, which may differ from the saved layout. Little more than
+        the range is read from the files.
         """
         saved, _ = self._saved_sharding(name)
         assert (saved.global_shape, saved.sharded_dim) == (sharding.global_shape, sharding.sharded_dim), (
@@ -110,15 +110,16 @@ class Checkpoint:
         self._files.clear()
 
     def _saved_sharding(self, name: str) -> tuple[TensorSharding, int]:
-        """Return the sharding of the saved tensor and the number of its boxes."""
+        """Return the sharding with which the tensor was saved, and the number of its boxes."""
         place = self._fragments_by_name[name][0]["sharding"]
         shard = TensorSharding(tuple(place["shape"]), place["dim"], place["padded_size"])
         return shard, self.manifest["tp_size"] if shard.sharded_dim is not None else 1
 
     def _read_sharded_slice(self, read: Tensor, kind: str, name: str, first_row: int, first_index: int) -> None:
-        """Fill `read` [rows, indices, inner] with the slice that starts at `first_row` and `first_index` of the sharded dim.
+        """Fill `read`, [rows, indices, inner], with the slice that starts at `first_row` and `first_index`.
 
-        Indices past the unpadded size are not written.
+        The indices are those of the sharded dim, and rows are all dims before it, flattened. Indices in the padding are not
+        written.
         """
         saved, tp_size = self._saved_sharding(name)
         assert saved.sharded_dim is not None
@@ -157,10 +158,9 @@ class Checkpoint:
 
 
 def open_newest(root: Path, mesh: Mesh | None = None) -> Checkpoint | None:
-    """Open the newest undamaged committed checkpoint in `root`, or return None; warn about each damaged one.
+    """Open the newest undamaged checkpoint in `root`, and warn about damaged ones. Return None if none is committed.
 
-    With a mesh, all ranks must call this; they share the hashing and get the same answer.
-
+    With a mesh, all ranks must call this; they share the hashing and get the same result.
     Raises: UserError if all committed checkpoints are damaged.
     """
     folders = broadcast_from_rank_0(layout.list_committed(root)) if mesh else layout.list_committed(root)
@@ -189,7 +189,6 @@ def open_checkpoint(folder: Path, mesh: Mesh | None = None) -> Checkpoint:
     """Open a checkpoint folder, or the newest undamaged checkpoint of a run folder or an import's folder.
 
     With a mesh, all ranks must call this; they share the hashing.
-
     Raises: UserError if there is none.
     """
     roots = [folder / "checkpoints", folder]
@@ -209,7 +208,7 @@ def open_checkpoint(folder: Path, mesh: Mesh | None = None) -> Checkpoint:
 def load_weights(model: nn.Module, read_tensor: Callable[[str], Tensor], mesh: Mesh) -> None:
     """Load this rank's shard of every parameter from `read_tensor(name)`.
 
-    The replicas take turns: one calls `read_tensor` and broadcasts to the others, so a cluster reads the model once.
+    The replicas take turns: for each parameter, only one of them calls `read_tensor`, and broadcasts the weights to the others.
     """
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if index % mesh.dp_size == mesh.dp_rank:
@@ -219,7 +218,7 @@ def load_weights(model: nn.Module, read_tensor: Callable[[str], Tensor], mesh: M
 
 @torch.no_grad()
 def restore_state(engine: Engine, checkpoint: Checkpoint, mesh: Mesh) -> None:
-    """Restore weights, masters, moments and the number of updates; learning rates and decay stay those of the config."""
+    """Restore weights, masters, moments and the number of updates. Learning rates and weight decay come from the config."""
     for index, (name, parameter) in enumerate(engine.model.named_parameters()):
         if index % mesh.dp_size == mesh.dp_rank:
             box = torch.empty(parameter.numel())
@@ -236,7 +235,7 @@ def restore_state(engine: Engine, checkpoint: Checkpoint, mesh: Mesh) -> None:
 
 @torch.no_grad()
 def load_master_weights(engine: Engine, read_tensor: Callable[[str], Tensor], mesh: Mesh) -> None:
-    """Load weights like `load_weights`, and also load the fp32 masters, unrounded.
+    """Load the weights, as `load_weights` does, and the fp32 masters without rounding.
 
     Memory on the device: one rank's shard of the largest tensor, in fp32.
     """

@@ -1,8 +1,7 @@
-"""Write a safetensors file one tensor at a time. Reading uses the safetensors library.
+"""Write a safetensors file one tensor at a time. Files are read with the safetensors library.
 
-The library needs all tensors of a file in memory to write it. The format does not require that. A file consists of eight bytes
-of header length, a JSON header with names, dtypes and shapes, and the bytes of the tensors in the header's order, without
-gaps.
+To write a file, the library needs all its tensors in memory, which the format does not require. A file consists of the header's
+length in eight bytes, a JSON header with names, dtypes and shapes, and the tensors' bytes in the header's order, without gaps.
 """
 
 import json
@@ -39,17 +38,16 @@ def write_safetensors(
     *,
     on_chunk: Callable[[memoryview], object] = lambda chunk: None,
 ) -> int:
-    """Write `tensors` to a new file, sync it, and return its size in bytes. `specs` has their names, in the same order.
+    """Write `tensors` to a new file, sync it, and return its size in bytes. `specs` describes them in the same order.
 
-    Takes each tensor from the iterable after the previous one is written and released. Calls `on_chunk` with all bytes in order
-    (the `update` of a hash, for example).
+    Takes each tensor from the iterable after the previous one is written and released. Passes all bytes in order to `on_chunk`,
+    for example the `update` of a hash.
     Note: wider dtypes must come first, so that every tensor is aligned.
     """
     assert sys.byteorder == "little", "the format is little-endian, and bytes are written in memory order"
     tensor_iterator = iter(tensors)
-    with open(
-        path, "xb"
-    ) as file:  # fails if the file exists: a process that was suspended must not overwrite newer files
+    # Mode x fails if the file exists, so a process that was suspended cannot overwrite newer files.
+    with open(path, "xb") as file:
         _write_chunks(file, memoryview(_header(specs)), on_chunk)
         for name, spec in specs.items():
             _write_chunks(file, _tensor_bytes(name, spec, next(tensor_iterator)), on_chunk)

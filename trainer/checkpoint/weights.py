@@ -35,17 +35,17 @@ class WeightSource:
     read_tensor: Callable[[str], Tensor]
     """Name -> unpadded global tensor."""
     tokenizer_file: Path | None
-    """tokenizer.json; None if there is none."""
+    """Path of tokenizer.json; None if there is none."""
     eos_token: str
-    """The token at the end of a document."""
+    """The token that ends a document."""
     max_seq_len: int | None
-    """Longest row the model was trained on; None if unknown."""
+    """Length of the longest rows in training; None if unknown."""
     missing_tokenizer_file: Path | None = None
-    """The path where a run's tokenizer.json should be, if it is missing."""
+    """Where a run's tokenizer.json should be, if it is missing."""
 
 
 def open_weight_source(path: Path, step: int | None = None) -> WeightSource:
-    """Open the weights at `path` lazily; for a run, those of `step` (default: the newest checkpoint).
+    """Open the weights at `path` without reading them. For a run, `step` selects a checkpoint (default: the newest).
 
     Raises: UserError if there are none.
     """
@@ -79,7 +79,7 @@ def add_alibi_scaling_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def override_alibi_scaling(weight_source: WeightSource, option: str | None) -> WeightSource:
-    """Return the source with the position interpolation of `option`; the weights do not depend on it.
+    """Return the source with the position interpolation that `option` describes. The weights do not depend on it.
 
     Raises: UserError if the option is not valid or the model has no ALiBi.
     """

@@ -1,7 +1,7 @@
-"""Write checkpoints to disk: every rank writes the fragments it owns, and one commits the manifest of all files.
+"""Write checkpoints to disk: every rank writes the fragments it owns, and rank 0 commits a manifest of all files.
 
-The order makes a save safe: first the data files are synced, then the manifest, then the commit marker, and only then are older
-checkpoints removed. A kill at any point leaves the last committed checkpoint intact.
+The order of writes makes a save safe: data files first, then the manifest, then the commit marker, each synced to disk. Older
+checkpoints are removed last. A kill at any point leaves the last committed checkpoint intact.
 """
 
 import dataclasses
@@ -29,18 +29,18 @@ from tandem.trainer.distributed.sharding import TensorSharding
 
 log = logging.getLogger(__name__)
 RankFragments = list[tuple[dict[str, Any], list[Tensor]]]
-"""Manifest entries of fragments, each with its tensors in the order of its kinds."""
+"""The fragments that a rank saves: the manifest entry of each, and its tensors in the order of the entry's `kinds`."""
 WrittenFile = dict[str, Any]
 """A rank's data file: its name, its size and hash (None if the rank owns nothing), and its manifest entries."""
 MAX_IMPORT_FILE_BYTES = 1_000_000_000
-"""Largest file of an import. Ranks divide the hashing of an import by file, so a large import must have several files."""
+"""Size limit for the files of an import. Ranks share the hashing by file, so a large import must have several files."""
 
 
 def prepare_folder(folder: Path) -> None:
-    """Create an empty folder for a save, and remove the uncommitted folders of earlier saves beside it.
+    """Create an empty folder for a save, and remove the uncommitted folders that earlier saves left beside it.
 
-    A killed save leaves such a folder, as does a failed save on a disk that allows no removals. They would use up disk space.
-    Raises: OSError, but not for an earlier save's folder that cannot be removed.
+    A save leaves such a folder if it is killed, or if it fails and cannot remove the folder. The folder would waste disk space.
+    Raises: OSError, except if an earlier save's folder cannot be removed.
     """
     markers = (layout.COMMIT_MARKER, layout.REJECTED_MARKER)
     for torn in layout.list_checkpoints(folder.parent):
@@ -66,7 +66,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def write_rank_file(folder: Path, rank: int, fragments: RankFragments) -> WrittenFile:
-    """Write the rank's file, if it owns any fragments, and sync it."""
+    """Write and sync the rank's file, if the rank owns any fragments."""
     specs = {_entry_key(entry, kind): _flat_spec(entry["numel"]) for entry, _ in fragments for kind in entry["kinds"]}
     tensors = (tensor for _, kinds in fragments for tensor in kinds)
     return _write_file(folder, rank, specs, tensors, [entry for entry, _ in fragments])
@@ -98,7 +98,6 @@ def save_imported_weights(
 
 
 def total_bytes(written_files: Iterable[WrittenFile]) -> int:
-    """Return the total size of the files."""
     return sum(table["file_info"]["bytes"] for table in written_files if table["file_info"])
 
 
@@ -176,7 +175,7 @@ def reject_later(chosen: Path) -> None:
 
 
 def prune(newest: Path, keep_last: int) -> None:
-    """Remove all checkpoint folders up to `newest`, except the last `keep_last` committed ones (0: all committed ones)."""
+    """Remove all checkpoint folders up to `newest`, except the last `keep_last` committed ones (0 keeps all committed ones)."""
     folders = [folder for folder in layout.list_checkpoints(newest.parent) if folder <= newest]
     kept = [folder for folder in folders if (folder / layout.COMMIT_MARKER).is_file()][-keep_last:]
     for folder in folders:

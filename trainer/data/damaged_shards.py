@@ -1,7 +1,7 @@
 """Skips damaged shards on all ranks: if one rank finds damage, all ranks skip that shard and read the step again.
 
 The skipped shards belong to the state of the run, like the cursor. Ranks agree on them before a step uses its rows, so the rows
-are the same for any number of ranks and whichever of them found the damage.
+do not depend on the number of ranks or on which rank found the damage.
 """
 
 from collections.abc import Callable, Generator
@@ -25,7 +25,7 @@ SkipShard = Callable[[int, DamagedShardId], None]
 def read_skipping_damaged(
     read: Callable[[], T], gather_damaged: GatherDamaged, skip_shard: Callable[[DamagedShardId], None] | None
 ) -> T | None:
-    """Call `read` until no rank finds damage, and return its result. Pass each damaged shard to `skip_shard` first.
+    """Call `read` until no rank finds damage, and return its result. Between calls, pass each damaged shard to `skip_shard`.
 
     Raises: DamagedSourceShard if a shard is damaged and `skip_shard` is None.
     """
@@ -49,7 +49,7 @@ def read_skipping_damaged(
 def close_prefetch(
     batches: Generator[Batch, None, None], wait_context: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    """Close the batches and wait for reads that are in progress, unless a signal arrives first."""
+    """Close the batches. Wait for reads in progress, unless a signal arrives first."""
     try:
         with wait_context():
             batches.close()
@@ -62,7 +62,7 @@ def batches_skipping_damaged(
     loader: Loader, step: int, cursor: dict[str, int] | None, gather_damaged: GatherDamaged, skip_shard: SkipShard | None,
     wait_context: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Generator[Batch, None, None]:  # fmt: skip
-    """Yield `Loader.batches` without damaged shards. End early if the remaining shards cannot feed a step.
+    """Yield `Loader.batches` without damaged shards. End early if the remaining shards have too few tokens for a step.
 
     Each wait for a batch happens inside a `wait_context`.
     """

@@ -1,4 +1,4 @@
-"""Digests of the rows that were read, as sums of hashes, and their exact summation over ranks. No torch here."""
+"""Digests of the rows that were read, as sums of hashes, and their exact summation over ranks. Torch is not imported here."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,16 +7,16 @@ HALF_BITS = 32
 
 
 class Digests(NamedTuple):
-    """Sums of one hash per row, modulo 2^64: of a rank's rows of a step, or of all rows, which no layout changes."""
+    """Sums of one hash per row, modulo 2^64, over one rank's rows of a step or over all rows. No layout changes the latter."""
 
     ranges_digest: int
-    """Hashes the row's index in the global step, its source, and the shard ranges that it was read from."""
+    """Each hash covers the row's index in the global step, its source, and the shard ranges that it was read from."""
     tokens_digest: int
-    """Hashes the row's index in the global step and the tokens in the batch, in the type they are stored in."""
+    """Each hash covers the row's index in the global step, and its tokens in the batch in their stored type."""
 
 
 def pack_u64(digests: Digests | None) -> list[float]:
-    """Split the digests into 32-bit halves, which fp64 sums over ranks without rounding. Without digests, return nothing."""
+    """Split the digests into 32-bit halves, which fp64 sums over ranks without rounding; [] if there are none."""
     return [float(half) for value in digests or () for half in divmod(value, 1 << HALF_BITS)]
 
 

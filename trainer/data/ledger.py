@@ -3,11 +3,11 @@
     start  the step and cursor of a start or rollback, and everything that determines which tokens come next
     skip   a damaged shard is skipped from this step on
     step   how far each source has been read, and two digests of the rows that were read (`data.digests`)
-    bad    the step before it made no update, and what the run did then
+    bad    the step in the line before made no update: the reason, and what the run did
 
 The file only grows. A line is written after the event, and a checkpoint is committed after the lines of its steps are on disk.
-A checkpoint stores the number of lines at its step, and a start from it repeats that number. The lines in between belong to
-steps that the run discarded, and remain as evidence of them. Copies of the corpora's manifests are kept next to the file, so
+A checkpoint stores the number of lines at its step, and a start from it repeats that number. The lines between belong to steps
+that the run discarded, and remain as evidence of them. Copies of the corpora's manifests are kept next to the file, so
 `tandem audit` needs nothing else. The run reads back only its rollbacks (`read_rollbacks`), so that a process that was killed
 after a rollback skips the same rows again. Nothing here imports torch.
 """
@@ -80,11 +80,11 @@ class Ledger:
         )  # fmt: skip
 
     def write_skipped_shard(self, step: int, source: str, shard: str) -> None:
-        """Record that the shard is skipped from step number `step` (from 1) on."""
+        """Record that the shard is skipped from step number `step` (counted from 1) on."""
         self._append_record(kind="skip", step=step, source=source, shard=shard)
 
     def write_step(self, step: int, cursor: Mapping[str, int], digests: Digests) -> None:
-        """Record step number `step` (from 1), which read its sources up to `cursor`."""
+        """Record step number `step` (counted from 1), which read its sources up to `cursor`."""
         read_ranges = {name: [self._cursor.get(name, 0), end] for name, end in cursor.items()}
         read_ranges = {name: ends for name, ends in read_ranges.items() if ends[0] != ends[1]}
         self._cursor = dict(cursor)
@@ -92,7 +92,7 @@ class Ledger:
         self._append_record(kind="step", step=step, read_ranges=read_ranges, **digests_hex)
 
     def write_bad_step(self, step: int, loss: float, grad_norm: float, reason: str, action: BadStepAction) -> None:
-        """Record that the step written last made no update, and why."""
+        """Record that the last recorded step made no update, and why."""
         values = {"loss": loss, "grad_norm": grad_norm}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         self._append_record(kind="bad", step=step, **finite, reason=reason, action=action)

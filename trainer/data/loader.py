@@ -1,8 +1,9 @@
 """The rows that one data-parallel rank reads at each step, from the sources of the config.
 
-The rows of step n are a pure function of manifests, seed, phases and n, and each rank takes its slice of them. Every
-data-parallel size that divides the rows therefore sees the same rows. The loader computes the positions of the rows, which is
-cheap, and threads read them. Each batch carries the cursor after it, so the prefetch depth does not affect a resume.
+The global rows of step n are a pure function of the manifests, the seed, the phases and n, and each rank takes a slice of
+them. They are therefore the same for every number of data-parallel ranks that divides them evenly. The loader computes the
+positions of the rows, which is cheap, and threads read the rows. Each batch carries the read position that follows it (its
+`cursor`), so the prefetch depth does not affect a resume.
 """
 
 from bisect import bisect_right
@@ -31,8 +32,8 @@ __all__ = ["Batch", "Loader", "unpack_batch"]
 class Loader:
     """Opens and checks every source of `data`.
 
-    Raises: UserError if a corpus is incomplete, was prepared with another tokenizer, or does not fit `vocab_size`. Also if the
-    schedule reads a source more often than `data.max_epochs` allows and `data.at_end` is refuse.
+    Raises: UserError if a corpus is incomplete, was prepared with another tokenizer, or does not fit `vocab_size`; also if the
+    schedule reads a source more often than `data.max_epochs` allows and `data.at_end` is `refuse`.
     """
 
     def __init__(
@@ -44,7 +45,6 @@ class Loader:
         self.manifests: dict[str, manifest.CorpusManifest] = {
             source: manifest.load_manifest(folder, data.cache) for source, folder in data.sources.items()
         }
-        """The manifest of each source."""
         for source, corpus in self.manifests.items():
             if data.damaged_shards == "stop":
                 _check_shard_files(data.sources[source], corpus)
@@ -53,7 +53,7 @@ class Loader:
                 manifest.check_tokenizer(data.tokenizer, corpus, "data.tokenizer")
         _check_same_tokenizer(self.manifests)
         self.fingerprints: dict[str, str] = {name: corpus.fingerprint for name, corpus in self.manifests.items()}
-        """Hash of each source's manifest, which a resume must match, see `manifest.check_fingerprints`."""
+        """Hash of each source's manifest. A resume requires the same hashes (see `manifest.check_fingerprints`)."""
         _check_distinct_corpora(self.fingerprints)
         first_manifest = next(iter(self.manifests.values()))
         self._eos_id = first_manifest.eos_id
@@ -64,9 +64,9 @@ class Loader:
             "data.shuffle_block_tokens": data.shuffle_block_tokens,
             "data.shuffle_window_tokens": data.shuffle_window_tokens,
         }
-        """With the corpora, these fix the order of all tokens. They must not change during a run."""
+        """Together with the corpora, these determine the order of all tokens, so they must not change during a run."""
         self.skipped_shards: dict[str, list[str]] = {}
-        """Files of each source that are skipped, see `skip_shard`. A resume must restore this."""
+        """Skipped shard files of each source (see `skip_shard`). A resume must restore them."""
         self._max_tokens_by_source = {
             name: int(epochs * self.manifests[name].train.tokens) for name, epochs in data.max_epochs.items()
         }
@@ -78,10 +78,10 @@ class Loader:
         self.find_end(0, None)  # raises if the schedule exceeds data.max_epochs
 
     def batches(self, step: int, cursor: dict[str, int] | None) -> Generator[Batch, None, None]:
-        """Return this rank's batches of the global steps from `step` to the last one that `find_end` allows.
+        """Return this rank's batches for the global steps from `step` to the end of the data (see `find_end`).
 
-        `cursor` is that of the batch before `step`. None means the cursor that the schedule implies, which is empty at step 0.
-        The iterator raises DamagedSourceShard for a shard that is damaged.
+        `cursor` is the cursor of the batch before `step`; None means the one that follows from the schedule (empty at step 0).
+        The iterator raises DamagedSourceShard if it reads from a damaged shard.
         """
         start = mixture.cursor_at(self._schedule, step) if cursor is None else dict(cursor)
         plans = self._batch_plans(step, start)
@@ -90,10 +90,10 @@ class Loader:
         return (build_batch(self._train_readers, plan, self._eos_id) for plan in plans)
 
     def find_end(self, step: int, cursor: dict[str, int] | None) -> tuple[int, str | None]:
-        """Return the step at which the data ends, and the source that ends it, or None if the schedule ends first.
+        """Return the step at which the data ends, and the source that is exhausted there (None if the schedule ends first).
 
-        A source ends after the epochs in `data.max_epochs`. All ranks compute the same result.
-        Raises: UserError if a source ends first and `data.at_end` is refuse.
+        A source is exhausted after its epochs in `data.max_epochs`. All ranks compute the same result.
+        Raises: UserError if a source is exhausted before the schedule ends and `data.at_end` is `refuse`.
         """
         total_steps = Timeline(self._schedule).total_steps
         scheduled_cursor = mixture.cursor_at(self._schedule, step)
@@ -113,9 +113,9 @@ class Loader:
         return last_step, source or None
 
     def skip_shard(self, source: str, file: str) -> None:
-        """Stop taking rows from this shard. The rows after the cursor come from the source's other shards.
+        """Stop taking rows from this shard. All further rows of the source come from its other shards.
 
-        Close all iterators that `batches` and `validation_batches` have returned before the call.
+        Before the call, close all iterators that `batches` and `validation_batches` have returned.
         Raises: UserError if no training shard of the source is left.
         """
         files = self.skipped_shards.setdefault(source, [])
@@ -133,8 +133,8 @@ class Loader:
     def validation_batches(self, phase: config.PhaseConfig, tokens: int) -> Iterator[Batch]:
         """Return this rank's held-out rows in batches of up to `phase.micro_batch_size`. Rank d takes rows d, d + dp_size, ...
 
-        Every call returns the same rows, whose sources follow the phase's mixture. The cursor of each batch is empty. If shards
-        are skipped, only the whole rows that remain are returned, which may be none.
+        Every call returns the same rows, in which each source has its share of the phase's mixture. The cursor of each batch is
+        empty. If shards are skipped, there are only as many rows as the remaining tokens fill, perhaps none.
         Raises: UserError, at the call, if a source has fewer held-out tokens than its share of `tokens`.
         """
         sources = mixture.row_sources(phase, 0, tokens // phase.seq_len)
@@ -198,7 +198,7 @@ class Loader:
         return BatchPlan(row_runs, num_rows, seq_len, next_cursor, first_row_index)
 
     def _prefetch_batches(self, plans: Iterator[BatchPlan]) -> Generator[Batch, None, None]:
-        """Yield the batches in order. Threads read up to `prefetch_steps` of them ahead, and end with the generator."""
+        """Yield the batches in order. Threads prefetch up to `prefetch_steps` batches until the generator is closed."""
         pool = ThreadPoolExecutor(self._data.num_workers, thread_name_prefix="data")
         pending: deque[Future[Batch]] = deque()
         waits_for_threads = True
@@ -216,7 +216,7 @@ class Loader:
                 submit(1)
                 yield next_batch
         except StopRequested:
-            waits_for_threads = False  # reading from an unreachable store takes minutes
+            waits_for_threads = False  # a read from an unreachable server takes minutes
             raise
         finally:
             pool.shutdown(waits_for_threads, cancel_futures=True)
@@ -225,7 +225,7 @@ class Loader:
         return mixture.cursor_at(self._schedule, step).get(source, 0)
 
     def _max_epochs_message(self, source: str, total_steps: int, position: int) -> str:
-        """Explain that the schedule reads more of the source than the run, now at `position`, may read."""
+        """Return the error message for a schedule that reads more of the source than the run, now at `position`, may read."""
         max_tokens, reader = self._max_tokens_by_source[source], self._train_readers[source]
         damaged_tokens = reader.skipped_tokens_before(max_tokens) - reader.skipped_tokens_before(position)
         damage = f", and {damaged_tokens} of those ahead are in damaged shards" if damaged_tokens else ""

@@ -49,7 +49,7 @@ class Shard:
     sha256: str
     """Hash of the file. It names cached copies, and `tandem verify` checks it."""
     xxh3_128: str
-    """Hash of the file that is seven times as fast, checked when a shard is opened. It does not detect deliberate changes."""
+    """A hash that is seven times as fast, checked when a shard is opened. It does not protect against deliberate changes."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class CorpusManifest:
     dtype: str
     """uint16 or uint32, little-endian."""
     sample_tokens: int
-    """Tokens in one tar sample. Their bytes fill whole tar blocks, so that samples are at equal distances."""
+    """Tokens in one tar sample. Their bytes fill whole tar blocks, so that samples begin at regular intervals."""
     vocab: int
     """One more than the tokenizer's largest id."""
     eos_token: str

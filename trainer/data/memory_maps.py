@@ -22,7 +22,7 @@ class MemoryMaps:
         return self._maps.get((folder, file))
 
     def add(self, folder: str, file: str, array: np.ndarray) -> None:
-        """Keep the map and drop the oldest ones. A dropped map closes when the last array that uses it is freed."""
+        """Keep the map, and drop old ones over a limit. A dropped map closes when the last array that uses it is freed."""
         with self._lock:
             self._maps[folder, file] = array
             kept_bytes = sum(mapped.nbytes for mapped in self._maps.values())

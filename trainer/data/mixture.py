@@ -1,9 +1,9 @@
 """Which source each row of a phase comes from, and how far each source has been read after any step.
 
 The rows of a phase follow a fixed, repeating pattern. After any number of rows from the start of the phase, each source is
-within one row of its share. A window of rows or steps is therefore off by less than one row with two sources, and by less than
-two rows with three or more. (With three or more, no order keeps every window within one row in general.) If every share of a
-step is a whole number of rows, windows of steps are exact. Nothing here touches a file or torch.
+within one row of its share. A window of rows or steps therefore misses its shares by less than one row with two sources, and by
+less than two rows with three or more. (With three or more, no order keeps every window within one row in general.) If every
+share of a step is a whole number of rows, windows of steps are exact. Nothing here touches a file or torch.
 """
 
 import math
@@ -78,8 +78,8 @@ def _rows_by_source(
 def _source_pattern(mixture: tuple[tuple[str, float], ...]) -> tuple[list[str], np.ndarray]:
     """Return the sorted source names and one period of indices into them.
 
-    Of the sources that are behind by at least 1 / (2n - 2) of a row, the one that needs a row soonest gets the next one. This
-    keeps each of the n sources within one row of its share.
+    The next row comes from the source that needs one soonest, among those that are behind by at least 1 / (2n - 2) of a row.
+    This keeps each of the n sources within one row of its share.
     Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980).
     """
     names = sorted(name for name, share in mixture if share > 0)

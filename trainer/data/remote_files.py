@@ -58,14 +58,14 @@ class RemoteFile:
 
 
 class RetryPolicy:
-    """Retries one fetch: logs each failure and waits, up to `max_attempts`. Errors of the types `fatal_errors` end it."""
+    """Allows one fetch up to `max_attempts` attempts: logs each failure and waits. Errors in `fatal_errors` are not retried."""
 
     def __init__(self, description: str, settings: ShardCacheConfig, fatal_errors: tuple[type[RemoteError], ...]):
         self.num_failures = 0
         self._description, self._settings, self._fatal_errors = description, settings, fatal_errors
 
     def wait_or_raise(self, error: RemoteError) -> None:
-        """Wait before the next attempt, or raise the error if there is none."""
+        """Wait before the next attempt, or raise the error if no attempt is left."""
         self.num_failures += 1
         attempts, pause_seconds = self._settings.max_attempts, self._settings.retry_delay_seconds(self.num_failures)
         if self.num_failures >= attempts or isinstance(error, self._fatal_errors):
@@ -92,7 +92,7 @@ def read_bytes(address: str | Path, settings: ShardCacheConfig = DEFAULT_SETTING
 
 
 def list_files(address: str, settings: ShardCacheConfig = DEFAULT_SETTINGS) -> list[RemoteFile]:
-    """List a file, all files below a folder, or all that match a pattern with *, sorted by name; may be empty.
+    """List a file, all files below a folder, or all that match a pattern with *, sorted by name. There may be none.
 
     Over http, a folder's address ends in /, and the server must offer an index of it.
     Raises: UserError if the address cannot be read.
@@ -126,7 +126,7 @@ def read_blocks(address: str, start_byte: int, timeout_seconds: float) -> Genera
 
 
 class _RemoteReader(io.RawIOBase):
-    """A remote file with a position. The first read, and the first after a seek, open a connection."""
+    """A remote file with a position. The first read, and the first read after a seek, opens a connection."""
 
     mode = "rb"
 
@@ -304,7 +304,7 @@ def _network_errors() -> tuple[type[Exception], ...]:
 
 
 def _loaded_error_types(*libraries: str) -> tuple[type[Exception], ...]:
-    """Return the error types of those libraries that are loaded. A library that is not loaded cannot have raised."""
+    """Return the error types of those libraries that are loaded. A library that is not loaded cannot have raised an error."""
     names = (
         ("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError"),
         ("google.auth.exceptions", "GoogleAuthError"), ("gcsfs.retry", "HttpError"), ("gcsfs.retry", "ChecksumError"),

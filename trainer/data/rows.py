@@ -2,8 +2,8 @@
 
 A row takes seq_len tokens of its source in reading order. The target of each token is the next token of the stream, so a change
 of seq_len neither loses nor repeats a token. A rank's rows of one source are consecutive in reading order and are read in one
-call, because a call costs more than its tokens. Tokens keep the stored type until a whole batch is widened to the 32 bits that
-are sent to the device.
+call, because a call costs more than reading its tokens. Tokens keep their stored type until a whole batch is converted to the
+32-bit integers that are sent to the device.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ class Batch:
     """This data-parallel rank's rows of one global step."""
 
     packed: Int32[Tensor, "3 rows seq"]
-    """Tokens, targets and document ids in one tensor, which is copied to the device at once; see `unpack_batch`."""
+    """Tokens, targets and document ids in one tensor, so that one copy moves them to the device; see `unpack_batch`."""
     cursor: dict[str, int]
     """The read position of each source after this step, the same on every rank."""
     digests: Digests | None = None
@@ -43,7 +43,7 @@ class Batch:
 
     @property
     def targets(self) -> Int64[Tensor, "rows seq"]:
-        """The next token of the stream at each position, also at the end of a row or block."""
+        """The next token of the stream for each position, even at the end of a row or block."""
         return self.packed[1].long()
 
     @property
@@ -186,7 +186,7 @@ def document_ids_of(tokens: np.ndarray, document_breaks: list[int], eos_id: int)
     ends = tokens.reshape(-1) == eos_id
     ends[seq_len - 1 :: seq_len] = True
     for index in document_breaks:
-        ends[index - 1] = True  # for index 0 this is the last token of all, which is an end anyway
+        ends[index - 1] = True  # index 0 sets the last token of all, which is an end anyway
     last_indices = ends.nonzero()[0]
     lengths = last_indices.copy()
     lengths[0] += 1
@@ -200,7 +200,7 @@ def document_ids_of(tokens: np.ndarray, document_breaks: list[int], eos_id: int)
 def compute_digests(plan: BatchPlan, parts: list[RowRunTokens], tokens: np.ndarray, first_row_index: int) -> Digests:
     """Sum the hashes of the batch's rows.
 
-    `tokens` are those of the finished batch, so the digest also detects a row that was put in the wrong place after it was
+    `tokens` are those of the finished batch, so the digest also detects a row that was moved to a wrong place after the
     read.
     """
     tokens_by_dtype = {dtype: tokens.astype(dtype) for dtype in {part.tokens_and_targets.dtype for part in parts}}

@@ -2,9 +2,9 @@
 
 A shard in a local folder is opened in place. A remote shard is copied into a folder that all processes of a node share. A copy
 is named by the hash of its content, so it is never mistaken for another, two runs can share it, and a changed corpus gets new
-copies. Copies are written under a temporary name that the writer locks. The lock ends with its process, so a crash blocks
-nobody, and only one of the ranks that need a shard fetches it. A shard is *damaged* if its folder or server answers without the
-right bytes. If the server does not answer, the state of the shard is unknown and the run stops.
+copies. Copies are written under a temporary name that the writer locks. A lock ends with its process, so a crash blocks
+no other process, and only one of the ranks that need a shard fetches it. A shard is *damaged* if its folder or server responds
+but does not have the right bytes. If the server does not respond, the state of the shard is unknown, and the run stops.
 """
 
 import errno
@@ -33,7 +33,7 @@ COPY_SUFFIX, PARTIAL_SUFFIX, LOCK_FILE = ".tar", ".part", ".lock"
 MAX_PREFETCH_THREADS = 2
 ROOM_POLL_SECONDS = 0.05
 MAX_MAPPED_COPIES = 128
-"""Copies that a process keeps mapped at most. Each uses a file descriptor, and a process may have only about 1,000."""
+"""Most copies that a process keeps mapped. Each uses a file descriptor, of which a process may have only about 1,000."""
 MAX_MAPPED_FRACTION = 1 / 4
 """Share of the cache's size that a node's processes may keep mapped. Mapped bytes stay on disk after a copy is removed."""
 
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 class ShardCache:
-    """Thread-safe. Several processes can share its folder."""
+    """Opens verified shards. It is thread-safe, and several processes can share its folder."""
 
     def __init__(self, settings: config.ShardCacheConfig):
         self._settings = settings
@@ -50,7 +50,7 @@ class ShardCache:
         self._verified_states: dict[str, tuple[int, int, int]] = {}
         """State of each file that this process has hashed, see `_file_state`."""
         self._damage_messages: dict[str, str] = {}
-        """The error of each damaged shard by its address."""
+        """Error message of each damaged shard, by address."""
         self._lock = threading.Lock()
         self._shards_in_progress: dict[str, Future[None]] = {}
         self._prefetch_queue: dict[str, tuple[str, Shard]] = {}
@@ -58,7 +58,7 @@ class ShardCache:
         # Shared by all sources, so that the mapped bytes of removed copies do not grow with the number of sources.
         max_mapped_bytes = int(self._max_size_bytes * MAX_MAPPED_FRACTION / max_local_world_size())
         self.memory_maps = MemoryMaps(MAX_MAPPED_COPIES, max_mapped_bytes)
-        """Maps of copies. Shards in local folders do not use the cache's space."""
+        """Maps of copies. Shards in local folders are not included, because they do not use the cache's space."""
 
     def open_shard(self, folder: str | Path, shard: Shard) -> BinaryIO:
         """Open a shard and verify its hash. The content stays available as long as the file is open or mapped.
@@ -120,7 +120,7 @@ class ShardCache:
 
     @contextmanager
     def _exclusive_access(self, address: str) -> Iterator[None]:
-        """Let one thread at a time open a shard. The others wait, do not hash it again, and raise the same error."""
+        """Let one thread at a time open a shard. Others wait for it, do not hash the shard again, and raise its error."""
         own_future: Future[None] = Future()
         while True:
             with self._lock:
@@ -193,7 +193,7 @@ class ShardCache:
             return None
         except (DamagedShard, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.EIO:
-                raise  # the error concerns this process: the copy may be good, and others use it
+                raise  # the fault is in this process; the copy may be good, and others may use it
             log.warning("%s; fetching it again", error)
             copy.unlink(missing_ok=True)
             return None
@@ -244,14 +244,14 @@ class ShardCache:
             yield
 
     def _evict(self, needed_bytes: int) -> bool:
-        """Remove as many copies as necessary, and return whether `needed_bytes` fit then."""
+        """Remove the least recently used copies until `needed_bytes` fit. Return whether they fit."""
         copies, used_bytes = [], needed_bytes
         for path in self._folder.iterdir():
             if path.suffix not in (COPY_SUFFIX, PARTIAL_SUFFIX) or (
                 path.suffix == PARTIAL_SUFFIX and _remove_if_abandoned(path)
             ):
                 continue
-            with suppress(FileNotFoundError):  # its process may have removed a failed part or a bad copy
+            with suppress(FileNotFoundError):  # another process may have removed a failed download or a bad copy
                 status = path.stat()
                 used_bytes += status.st_size
                 if path.suffix == COPY_SUFFIX:
@@ -266,7 +266,7 @@ class ShardCache:
 
 
 def _file_state(file: BinaryIO, *, is_copy: bool) -> tuple[int, int, int]:
-    """Return inode, size and modification time of a file; 0 for the time of a copy, which records its last use."""
+    """Return inode, size and modification time of a file. For a copy, whose time records its last use, the time is 0."""
     status = os.fstat(file.fileno())
     return status.st_ino, status.st_size, 0 if is_copy else status.st_mtime_ns
 

@@ -1,4 +1,4 @@
-"""Downloads one shard. Each attempt continues where the last one stopped, until the shard is complete or cannot be."""
+"""Downloads one shard. Each attempt continues where the last one stopped, until the shard is complete or no attempt is left."""
 
 import hashlib
 import logging

@@ -2,8 +2,8 @@
 
 Without a shuffle, one long document could fill a whole batch. Each epoch of the stream is therefore cut into blocks,
 consecutive blocks form windows, and the blocks of a window are read in an order drawn from the seed. The order is a bijection
-of positions, so no token is lost or repeated, whatever rows are cut from it. The window bounds the distance between the rows of
-a step, so that a step reads from few shards. Nothing here touches a file.
+of positions, so no token is lost or repeated, no matter how rows are cut from it. The window bounds the distance between the
+rows of a step, so that a step reads from few shards. Nothing here touches a file.
 
     stream    | block 0 | block 1 | block 2 | block 3 | tail      (one epoch; the tail is shorter than a block)
     order     | block 2 | block 0 | block 1 | block 3 | tail
@@ -30,7 +30,7 @@ class BlockShuffle:
             self._cached_window_permutation = lru_cache(maxsize=4)(self._window_permutation)
 
     def stream_ranges(self, position: int, num_tokens: int) -> list[tuple[int, int]]:
-        """Return the ranges of the stream, as (position, tokens), that this range of the reading order consists of."""
+        """Convert a range of the reading order to ranges of the stream, as (position, tokens)."""
         if not self._is_shuffled:
             return [(position, num_tokens)]
         # Local variables are faster, and the loop runs for each block of a batch.
@@ -56,7 +56,7 @@ class BlockShuffle:
     def window_range(self, position: int) -> tuple[int, int]:
         """Return the window that contains the position, as (first position, tokens).
 
-        A window, and everything before it, holds the same tokens in reading order and in the stream.
+        In a window, and in everything before it, reading order and stream contain the same tokens.
         """
         if not self._is_shuffled:
             return position, 0

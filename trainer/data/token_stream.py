@@ -38,7 +38,7 @@ class DamagedSourceShard(DamagedShard):
 
 
 class TokenStream:
-    """Reads any range of tokens, from any thread. With `seed` None, every epoch has the manifest's shard order."""
+    """Reads any range of tokens, from any thread. If `seed` is None, every epoch uses the manifest's shard order."""
 
     def __init__(
         self, folder: str | Path, manifest: CorpusManifest, split: CorpusSplit, *,
@@ -78,7 +78,7 @@ class TokenStream:
         return ranges, self.read_shard_ranges(self._append_next_token(ranges, position + num_tokens))
 
     def _append_next_token(self, ranges: list[ShardRange], position: int) -> list[ShardRange]:
-        """Extend ranges that end before `position` by the token of the stream that follows."""
+        """Append the next token of the stream to `ranges`, which end before `position`."""
         shard, first, count = ranges[-1]
         if first + count < self._shards[shard].tokens:
             return [*ranges[:-1], (shard, first, count + 1)]
@@ -167,7 +167,7 @@ class TokenStream:
 
     def _map_shard(self, shard: Shard) -> np.ndarray:
         try:
-            # No lock: while one thread waits for a shard, others read or wait for theirs.
+            # No lock: while one thread waits for a shard, others can read or wait for theirs.
             with self._cache.open_shard(self._folder, shard) as file:
                 try:
                     tar = mmap.mmap(file.fileno(), shard.bytes, access=mmap.ACCESS_READ)

@@ -1,7 +1,7 @@
-"""Decisions of all ranks together: whether to stop, whether any rank found a damaged shard, and whether to retry a save.
+"""Decisions that all ranks make together: whether to stop, whether any rank found a damaged shard, and whether to retry a save.
 
 The ranks agree before each step and before each validation batch, so all of them stop at the same step. A rank also announces
-two events in the launch's store, because other ranks may never reach the next agreement:
+two events in the shared key-value store, because other ranks may never reach the next agreement:
 
 * It received a stop signal. Another rank may be waiting for remote data that does not arrive.
 * It is exiting with a UserError. The others must not treat it as lost and restart.
@@ -20,7 +20,7 @@ from tandem.trainer.distributed.watchdog import is_connection_lost
 from tandem.trainer.runtime import StopRequested, StopSignal
 
 POLL_SECONDS = 1.0
-"""Interval between looks into the store."""
+"""Interval at which a rank polls the store."""
 STOP_KEY, USER_ERROR_KEY = "stop", "user error"
 
 
@@ -33,7 +33,7 @@ class Coordinator:
     save_requested_local: bool = False
     """Set on rank 0 if a save has failed and must be retried now."""
     save_requested: bool = False
-    """The same on all ranks, after `any_rank`."""
+    """The same flag on all ranks, set by `any_rank`."""
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank, with the same result on every rank. Does not wait for the devices.
@@ -51,9 +51,9 @@ class Coordinator:
 
 @contextmanager
 def broadcast_stop(stop_signal: StopSignal, mesh: Mesh) -> Iterator[None]:
-    """Inside the block, pass a stop signal of one rank to all within 2 * POLL_SECONDS, even if they wait for something.
+    """Inside the block, forward one rank's stop signal to all within 2 * POLL_SECONDS, even if they are waiting.
 
-    Raises: UserError if this rank lost the connection because another one exited with that UserError.
+    Raises: UserError if this rank lost the connection because another rank exited with that UserError.
     """
     ended, store, user_errors = Event(), create_shared_store("signals"), list[str]()
     thread = Thread(

@@ -1,7 +1,7 @@
 """DeepSpeed's part of a step: gradient accumulation, data-parallel reduction, clipping, ZeRO-1 and the update.
 
-The number of micro-batches changes with the phase. Therefore the engine sets DeepSpeed's accumulation boundary, and callers
-divide the losses. `optimizer_fragments` lists the ranges of named tensors that this rank's optimizer owns; checkpoints store
+The number of micro-batches changes with the phase, so the engine sets DeepSpeed's accumulation boundary, and callers divide
+the losses. `optimizer_fragments` lists the ranges of named tensors that this rank's optimizer owns; checkpoints store
 these, and nothing in DeepSpeed's own format.
 """
 
@@ -49,7 +49,7 @@ def deepspeed_config(config: TrainConfig, dp_size: int, num_parameters: int) -> 
     # DeepSpeed allocates full buckets even for a small model.
     bucket_elements = min(config.parallel.bucket_elements, num_parameters)
     return {
-        # Unused: the batch changes with the phase. DeepSpeed only checks that these three numbers are consistent.
+        # Unused, because the batch size changes with the phase. DeepSpeed only checks that these three numbers are consistent.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": dp_size,
@@ -93,8 +93,8 @@ def accumulate_fp32_grad(
 def global_grad_norm(gradients: list[Tensor]) -> Tensor:
     """Compute the norm over all tensor-parallel ranks, on the device. `gradients` are those that this rank must count.
 
-    Replaces `get_global_norm_of_tensors` of DeepSpeed 0.19.8, with the same bits. That one copies a number to the device and
-    waits for the copy.
+    Replaces `get_global_norm_of_tensors` of DeepSpeed 0.19.8, with the same bits. That function copies a number to the
+    device and waits for the copy.
     """
     squares = torch.stack([gradient.norm(2.0) for gradient in gradients]).pow(2.0).sum()
     torch.distributed.all_reduce(squares, group=mpu.get_model_parallel_group())
@@ -102,7 +102,7 @@ def global_grad_norm(gradients: list[Tensor]) -> Tensor:
 
 
 def clip_coefficient(norm: float, max_norm: float) -> float:
-    """Return the factor for a gradient of this norm; clip only if it is below 1. If `max_norm` is 0, return 1.
+    """Return the factor that clips a gradient of this norm. Apply it only if it is below 1. If `max_norm` is 0, return 1.
 
     Computed in fp32, with the same bits as `clip_tensors_by_global_norm` of DeepSpeed 0.19.8 on the device.
     """
@@ -141,7 +141,7 @@ class Engine:
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add the loss's gradient to the step's. If `is_last`, average the sum over data-parallel ranks.
 
-        The caller must divide each loss by the number of the step's losses.
+        The caller must divide each loss by the number of losses in the step.
         """
         self._deepspeed_engine.set_gradient_accumulation_boundary(is_last)
         self._deepspeed_engine.backward(loss, scale_wrt_gas=False)
@@ -165,7 +165,7 @@ class Engine:
     def update(self, lr: float, grad_norm: float | None = None) -> None:
         """Make one AdamW update at learning rate `lr` and clear the gradient.
 
-        Pass `grad_norm` if it is known: then an update in bf16 does not wait for the device.
+        Pass `grad_norm` if it is known, so that an update in bf16 does not wait for the device.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -215,7 +215,7 @@ class Engine:
             )  # fmt: skip
 
     def allocate_moments(self, num_updates: int) -> None:
-        """Create both moments, as after `num_updates` updates, so that `optimizer_fragments` can be filled."""
+        """Create both moments, as if `num_updates` updates were made, so that `optimizer_fragments` contains them."""
         self._wait_before_update()
         self.num_updates = num_updates
         for group in self._optimizer.param_groups:

@@ -4,7 +4,7 @@
 * `role`: the row of the table in `models.mup` that determines its initial values, learning rate and decay,
 * `tensor_model_parallel`: DeepSpeed uses it to count each gradient once in the norm.
 
-megatron-core 0.16.1 sets the last one only if it initialises. Without it, losses are right but gradient norms are wrong.
+megatron-core 0.16.1 sets the last one only if it initializes weights. Without it, losses are right but gradient norms wrong.
 """
 
 import math
@@ -86,7 +86,7 @@ class ColumnParallel(ColumnParallelLinear):
 
 
 class RowParallel(RowParallelLinear):
-    """Linear layer with sharded inputs. Returns this rank's *partial* sum; partial sums of layers may be added before
+    """Linear layer with sharded inputs. Returns this rank's *partial* sum; partial sums of several layers may be added before
     `reduce_from_tp`."""
 
     def __init__(
@@ -96,7 +96,7 @@ class RowParallel(RowParallelLinear):
             padded_size, global_shape[0], config=_megatron_config(mesh, dtype), init_method=_forbid_init, bias=bias,
             input_is_parallel=True, skip_bias_add=True,
         )  # fmt: skip
-        # The only switch in megatron-core 0.16 that leaves the reduction to the caller.
+        # This is the only switch in megatron-core 0.16 that leaves the reduction to the caller.
         self.explicit_expert_comm = True
         annotate_parameter(self.weight, TensorSharding(global_shape, 1, padded_size), "residual_output")
         if bias:

@@ -24,10 +24,10 @@ def parallel_cross_entropy(
     scale: float,
     mesh: Mesh,
 ) -> Float32[Tensor, "seq rows"]:
-    """Compute minus the log-probability of each target from the logits scale * hidden @ weight.T of the first `vocab_size` ids.
+    """Compute -log(probability) of each target. The logits of the first `vocab_size` ids are scale * hidden_states @ weight.T.
 
-    Every tensor-parallel rank returns the same losses. The gradient of hidden is this rank's part; `copy_to_tp` sums the parts.
-    The logits are never all in memory at once, and none are kept.
+    Every tensor-parallel rank returns the same losses. The gradient of `hidden_states` is this rank's part; `copy_to_tp` sums
+    the parts. The logits are never all in memory at once, and none are kept.
     Units: nats.
     Note: pass the gradient of one rank's losses to backward, not of their sum over ranks.
     """
@@ -46,7 +46,7 @@ def _combine_over_ranks(
     target_logit: Float[Tensor, " tokens"],
     mesh: Mesh,
 ) -> Float32[Tensor, " tokens"]:
-    """Combine the parts of all ranks. A rank with padding only has the lowest number as its maximum, and a total of 0.
+    """Combine the parts of all ranks. A rank that has only padding has the lowest number as its maximum, and a total of 0.
 
     Uses fp64, which is cheap for so few numbers: a rounding error here would affect all of a token's columns in backward.
     """

@@ -23,7 +23,7 @@ T = TypeVar("T")
 _STORE_COUNTER = count()
 INIT_TIMEOUT = timedelta(seconds=RANK_WAIT_TIMEOUT_SECONDS)
 COLLECTIVE_TIMEOUT_MINUTES = 120
-"""Longer than the watchdog's limits: the watchdog names the missing rank, but a timeout of NCCL just ends the process."""
+"""Longer than the watchdog's limits, because the watchdog names the missing rank, but NCCL's timeout just ends the process."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def init_mesh(tp_size: int) -> Mesh:
         _init_process_group(launch, device)
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES))
     if not parallel_state.model_parallel_is_initialized():
-        # With gloo, the main groups already serve the CPU; a second set would only slow the start.
+        # With gloo, the main groups already serve the CPU; a second set would only slow down the start.
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp_size, create_gloo_process_groups=device.type == "cuda",
             distributed_timeout_minutes=COLLECTIVE_TIMEOUT_MINUTES,
@@ -74,13 +74,13 @@ def init_mesh(tp_size: int) -> Mesh:
 
 @contextmanager
 def mesh_context(tp_size: int) -> Iterator[Mesh]:
-    """Like `init_mesh`, but destroy the groups it created at the end of the block, so that another tp_size can follow."""
+    """Like `init_mesh`, but at the end of the block, destroy the new groups, so that another tp_size can follow."""
     groups_before = process_groups()
     try:
         yield init_mesh(tp_size)
     finally:
         if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()  # only drops its references
+            parallel_state.destroy_model_parallel()  # this only drops megatron-core's references
         if not groups_before and dist.is_initialized():
             dist.destroy_process_group()
         # All ranks must use the same order.
@@ -129,7 +129,7 @@ def broadcast_from_replica(dp_rank: int, tensor: torch.Tensor) -> None:
 def run_on_rank_0(function: Callable[[], T], mesh: Mesh) -> T | None:
     """Call the function on rank 0 only; return its result there and None elsewhere.
 
-    Raises: its UserError on every rank, so that no rank waits for one that has exited.
+    Raises: the function's UserError on every rank, so that no rank waits for one that has exited.
     """
     result, refusal = None, None
     if mesh.rank == 0:
@@ -169,7 +169,7 @@ def dump_flight_record() -> bytes:
 
 
 def create_shared_store(name: str) -> dist.Store:
-    """Create an empty key-value store of all ranks, usable from any thread. All ranks must call this in the same order."""
+    """Create an empty key-value store for all ranks, usable from any thread. All ranks must call this in the same order."""
     default_store: Any = dist.distributed_c10d._get_default_store()
     # A separate connection, so that a wait does not block other stores.
     return dist.PrefixStore(f"tandem/{name}/{next(_STORE_COUNTER)}", default_store.clone())

@@ -1,4 +1,4 @@
-"""Check that all data-parallel replicas have the same weights. This detects a faulty device, which no loss reveals."""
+"""Check that all data-parallel replicas have the same weights. This detects a faulty device that the loss does not reveal."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ POSITION_MODULUS = 65_521
 
 
 def check_replicas(model: nn.Module, mesh: Mesh, step: int) -> None:
-    """Raises: RuntimeError on all ranks, naming the ranks whose weights differ from those of most replicas.
+    """Raises: RuntimeError on all ranks, naming any ranks whose weights differ from those of most replicas.
 
     If no majority of the replicas agrees, the error names all of them.
     """

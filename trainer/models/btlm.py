@@ -32,7 +32,7 @@ class LayerContext:
     slopes: Float32[Tensor, " num_heads_local"] | Float32[Tensor, "rows num_heads_local"]
     """ALiBi slopes, one set per row if rows differ."""
     document_starts: Int32[Tensor, "rows keys"] | None
-    """Start of each key's document if attention stays within documents."""
+    """Start of each key's document; None if attention may cross documents."""
     kv_cache: KVCache | None
 
 

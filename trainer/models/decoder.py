@@ -67,7 +67,7 @@ def build_qkv_projection(config: AnyModelConfig, mesh: Mesh, dtype: torch.dtype,
 
 
 def merge_heads(heads: Float[Tensor, "rows seq num_heads_local head_dim"]) -> Float[Tensor, "seq rows width_local"]:
-    """Return to the layout of the residual stream."""
+    """Convert heads to the layout of the residual stream."""
     return heads.flatten(2).transpose(0, 1).contiguous()
 
 
@@ -181,8 +181,8 @@ class Decoder(nn.Module):
         """Append the tokens to the cache, and return the logits of the next token on every rank.
 
         The result equals `logits` of all cached tokens, each row without its padding (negative document ids before the first
-        token). Note: With dynamic position interpolation it does not, because the divisor grows with the row but the keys and
-        values in the cache do not change.
+        token). Note: This does not hold with dynamic position interpolation, because the divisor grows with the row but the
+        keys and values in the cache do not change.
         """
         kv_cache.append_document_ids(document_ids)
         logits = gather_from_tp(self._logits_local(tokens, self.layer_context(document_ids, kv_cache), num_last=1))

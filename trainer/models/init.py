@@ -1,4 +1,4 @@
-"""Initial values. Each is drawn at its global shape from (seed, name), then sliced, so no parallel layout changes it."""
+"""Initial values. Each is drawn at its global shape from (seed, name), then sliced, so it is the same in every layout."""
 
 import hashlib
 import math
@@ -19,7 +19,7 @@ CHUNK_ELEMENTS = 1 << 19
 MAX_SERIAL_ELEMENTS = (1 << 15) - 1
 """Above this, torch starts its own threads, and each of our threads would start several."""
 MIN_NORMAL_ELEMENTS = 16
-"""Torch draws fewer by another method, which depends on the C library."""
+"""Torch draws fewer values with another method, whose results depend on the C library."""
 MAX_THREADS = 8
 """Threads per rank; a node has several ranks."""
 
@@ -54,7 +54,7 @@ def initial_value(
     Note: The normal is truncated at +-truncation_sigmas and not rescaled, so its standard deviation is smaller than the rule's
     (0.88 of it at 2 sigma), as in the published BTLM run.
     Note: The bits are those of x86 processors with AVX2 or AVX-512. On others, torch's `normal_` computes logarithm and cosine
-    differently. Values then differ in their last bits, and a value near the bound may be redrawn on only one of the two.
+    differently. Values then differ in their last bits, and a value near the bound may be redrawn on only one of two machines.
     """
     if not rule.init_std:
         return torch.full(shape, rule.init_value)

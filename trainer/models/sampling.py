@@ -1,8 +1,8 @@
-"""Generates token ids from prompts. Rows are read in one batch, and each is sampled independently of the others.
+"""Generates token ids from prompts. Rows are processed in one batch, but sampled independently of one another.
 
 The random numbers of a row depend only on the seed and its prompt, and padding is masked. A row's text therefore does not
-depend on the other rows, except that rounding may decide a near tie (in bf16 now and then). As in transformers, a row is one
-document, whatever tokens it contains.
+depend on the other rows, except that rounding may decide between almost equally likely tokens (in bf16, occasionally). As in
+transformers, a row is one document, no matter which tokens it contains.
 """
 
 import hashlib
@@ -35,9 +35,9 @@ def generate_tokens(
     model: Decoder, prompts: list[list[int]], max_new_tokens: int, sampling: SamplingConfig, *,
     eos_token_id: int | None, use_cache: bool = True,
 ) -> Iterator[list[int]]:  # fmt: skip
-    """Yield the next token of every row, up to `max_new_tokens` times, until every row has had an EOS.
+    """Yield the next token of every row, up to `max_new_tokens` times, until every row has produced an EOS.
 
-    Ignore the tokens of a row after its EOS. Without `use_cache`, every step reads all tokens again.
+    The caller must ignore a row's tokens after its EOS. Without `use_cache`, every step processes all tokens again.
     """
     rows, is_finished = [list(prompt) for prompt in prompts], [False] * len(prompts)
     generators = [_row_generator(prompts, index, sampling.seed) for index in range(len(prompts))]
@@ -65,7 +65,7 @@ def generate_tokens(
 def left_pad(
     rows: list[list[int]], pad_to_multiple_of: int
 ) -> tuple[Int64[Tensor, "rows seq"], Int32[Tensor, "rows seq"]]:
-    """Pad the rows in front to one length. Return tokens and document ids."""
+    """Pad the rows on the left to one length. Return tokens and document ids."""
     max_row_tokens = max(map(len, rows))
     seq_len = max_row_tokens + -max_row_tokens % pad_to_multiple_of
     tokens = torch.tensor([[0] * (seq_len - len(row)) + row for row in rows])
@@ -79,7 +79,7 @@ def sample_tokens(
     """Sample the next token of every row, each with its own generator."""
     if not sampling.temperature:
         return logits.argmax(-1).tolist()
-    # Relative to the largest logit and in fp64, so that no temperature overflows or rounds to 0.
+    # Subtract the largest logit, so that nothing overflows, and use fp64, so that no temperature rounds to 0.
     probabilities = torch.softmax((logits - logits.amax(-1, keepdim=True)).double() / sampling.temperature, -1)
     if 0 < sampling.top_k < probabilities.shape[-1]:
         top = probabilities.topk(sampling.top_k)
@@ -94,7 +94,7 @@ def sample_tokens(
 
 
 def filter_top_p(probabilities: Float[Tensor, "rows vocab"], top_p: float) -> Float[Tensor, "rows vocab"]:
-    """Set all probabilities to zero except the likeliest with a total of top_p. At least one stays.
+    """Keep the largest probabilities, at least one, until they add up to `top_p`. Set the others to zero.
 
     Source: Holtzman et al. 2020, arXiv 1904.09751.
     """

@@ -34,7 +34,7 @@ class LayerContext:
     cos: Float32[Tensor, "any_rows seq half"]
     sin: Float32[Tensor, "any_rows seq half"]
     document_starts: Int32[Tensor, "rows keys"] | None
-    """Start of each key's document if attention stays within documents."""
+    """Start of each key's document; None if attention may cross documents."""
     kv_cache: KVCache | None
 
 

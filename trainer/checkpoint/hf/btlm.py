@@ -36,7 +36,7 @@ FIXED_FIELDS = {
     "scale_attn_by_inverse_layer_idx": False,
     "scale_attn_weights": True,
 }
-"""Published fields that we support at one value."""
+"""Published fields for which we support only one value."""
 MODEL_FIELDS = {
     "hidden_size": "n_embd",
     "num_layers": "n_layer",
@@ -74,7 +74,7 @@ def default_tensors(model: BTLMConfig, dtype: torch.dtype = torch.float32) -> di
 
 
 def to_hf_config(model: BTLMConfig, mup: MupConfig | None, max_seq_len: int) -> dict[str, Any]:
-    """Build config.json, with the classes for transformers' Auto classes in `auto_map`."""
+    """Build config.json. `auto_map` in it lists the classes that transformers' Auto classes load."""
     scaling = model.alibi_scaling
     return {
         "architectures": ["BTLMLMHeadModel"],

@@ -12,7 +12,7 @@ SUPPORTED_VALUES = {
     "scale_attn_by_inverse_layer_idx": False,
     "scale_attn_weights": True,
 }
-"""Published fields that this implementation supports at one value."""
+"""Published fields for which this implementation supports only one value."""
 
 
 def check_alibi_scaling(scaling) -> None:
@@ -38,7 +38,7 @@ class BTLMConfig(PreTrainedConfig):
     Embeddings are multiplied by `mup_embeddings_scale`, logits by `mup_output_alpha * mup_width_scale`. With
     `mup_scale_qk_dot_by_d`, attention scores are multiplied by 1 / head_dim instead of 1 / sqrt(head_dim).
 
-    `alibi_scaling` divides the ALiBi slopes, to use rows longer than those of the training. Raise `n_positions` with it.
+    `alibi_scaling` divides the ALiBi slopes, for rows longer than those in training. Raise `n_positions` to match.
     * {"type": "linear", "factor": 4.0} divides by 4.
     * {"type": "linear", "train_seq_len": 8192} divides by length / 8192 in rows longer than 8192 tokens.
     """

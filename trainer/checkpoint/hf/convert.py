@@ -1,7 +1,7 @@
 """Export a model to a Hugging Face folder and open such a folder, one tensor at a time.
 
 This module writes and checks the contents of a folder: config, tokenizer, weights and code. `stablelm` and `btlm` map the
-tensors and fields, `folder` reads and writes the files.
+tensors and fields, and `folder` reads and writes the files.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ FAMILY_MODULES: dict[str, Any] = {"stablelm": stablelm, "btlm": btlm}
 EXTRA_FIELDS_KEY = "tandem"
 """Key in config.json of the fields that the published schema lacks. It also identifies our exports."""
 EXTRA_FIELD_DEFAULTS = {"init_truncation_sigmas": 0.0, "document_masking": False}
-"""The fields under that key, with their values for a folder of another origin."""
+"""The fields under that key, and their values for folders that we did not export."""
 IGNORED_SUFFIXES = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Suffixes of buffers in older folders: causal masks and rotary frequencies."""
 SUPPORTED_DTYPES = ("F32", "BF16", "F16")
@@ -54,8 +54,8 @@ def export_folder(
 ) -> None:
     """Write a folder that transformers loads offline (BTLM with `trust_remote_code=True`).
 
-    One of our tensors and a part of it are in memory at a time. An earlier export at `output_folder` is replaced when the new
-    one is complete. `tokenizer` is a tokenizer.json with the special token `eos_token`.
+    Only one of our tensors and a part of it are in memory at a time. An earlier export at `output_folder` is replaced once the
+    new one is complete. `tokenizer` is a tokenizer.json with the special token `eos_token`.
     Raises: UserError if `output_folder` has other files, the tokenizer does not fit the model, or the format cannot store muP.
     """
     output_folder, family = Path(output_folder), FAMILY_MODULES[model.family]
@@ -104,7 +104,7 @@ def open_folder(folder: Path) -> tuple[AnyModelConfig, MupConfig | None, TensorR
 
 
 def read_text_settings(folder: Path) -> tuple[str | None, int | None]:
-    """Return the token that ends a document and the longest row, or None if the folder does not state them."""
+    """Return the token that ends a document and the longest row's length. Each is None if the folder does not state it."""
     hf_config, settings = read_json(folder / "config.json"), folder / "tokenizer_config.json"
     eos_token = read_json(settings).get("eos_token") if settings.is_file() else None
     max_seq_len = hf_config.get(FAMILY_MODULES[hf_config["model_type"]].MAX_SEQ_LEN_FIELD)
@@ -114,7 +114,7 @@ def read_text_settings(folder: Path) -> tuple[str | None, int | None]:
 def _build_hf_config(
     model: AnyModelConfig, mup: MupConfig | None, eos_id: int | None, max_seq_len: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Build config.json, without a pad token: it is also the EOS token, and the class gives its embedding row no gradient."""
+    """Build config.json. It has no pad token, which would be EOS, because the class gives the pad embedding no gradient."""
     name, config = str(dtype).removeprefix("torch."), FAMILY_MODULES[model.family].to_hf_config(model, mup, max_seq_len)
     extra_fields = {field: getattr(model, field) for field in EXTRA_FIELD_DEFAULTS}
     token_ids = {"bos_token_id": eos_id, "eos_token_id": eos_id}
@@ -128,7 +128,7 @@ def _write_weights(
     rows = list(table.tensor_mappings(model))
     mapped_names = {piece.hf_name for row in rows for piece in row.hf_tensors}
     defaults = {name: value for name, value in table.default_tensors(model, dtype).items() if name not in mapped_names}
-    # The defaults come first, because slopes are fp32 also in a 16-bit export.
+    # The defaults come first: slopes are fp32 even in a 16-bit export, and wider dtypes must precede narrower ones.
     rows = [identity_mapping(name, name, *value.shape) for name, value in defaults.items()] + rows
     dtypes = {row.name: defaults[row.name].dtype if row.name in defaults else dtype for row in rows}
 

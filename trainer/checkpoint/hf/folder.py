@@ -1,5 +1,5 @@
 """Read and write the files of a Hugging Face folder: JSON, and safetensors in shards with an index. A folder is written
-atomically. The meaning of the tensors is in `convert`.
+atomically. `convert` determines its contents.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ SHARD_FILE_PATTERN = r"model-\d{5}-of-\d{5}\.safetensors"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.  Raises: UserError if the file has none."""
+    """Read a JSON object. Raises: UserError if the file does not contain one."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -73,7 +73,7 @@ def write_weights(
 ) -> None:
     """Write tensors in shards of at most `shard_bytes`, with an index if there are several shards.
 
-    `dtypes` has the stored dtype by our name of each tensor. One tensor is in memory at a time.
+    `dtypes` maps our name of each tensor to its stored dtype. Only one tensor is in memory at a time.
     """
 
     def specs(row: TensorMapping) -> dict[str, TensorSpec]:
@@ -99,7 +99,7 @@ def write_weights(
 
 
 def open_tensor_files(folder: Path) -> dict[str, Any]:
-    """Open the folder's files. Return the open file of each tensor by its name.
+    """Open the folder's weight files. Return the open file for each tensor name.
 
     Raises: UserError if a file is missing or damaged, or the index lists a tensor that its file does not hold.
     """
@@ -141,7 +141,7 @@ def _is_running(process_id: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # it runs as another user
+        pass  # the process runs as another user
     return True
 
 

@@ -24,7 +24,7 @@ QUERY_BLOCK_SIZE = 512
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:
-    """Return [heads, 1] slopes: a geometric series; heads beyond a power of two use every other slope of the next power."""
+    """Return slopes, [heads, 1]: a geometric series. Heads beyond a power of two use every other slope of the next power."""
     below = 1 << (num_heads.bit_length() - 1)
     slopes = [2.0 ** (-8 * (head + 1) / below) for head in range(below)]
     slopes += [2.0 ** (-4 * (2 * head + 1) / below) for head in range(num_heads - below)]
@@ -34,8 +34,8 @@ def alibi_slopes(num_heads: int) -> torch.Tensor:
 def alibi_attention(query, key, value, slopes, visible, scale):
     """Return causal attention with an ALiBi bias, [rows, heads, queries, head_dim].
 
-    The last query belongs to the last key. `visible`, [rows, keys], is False for padding. `slopes` is [heads, 1], or
-    [rows, heads, 1] if rows have different slopes.
+    The last query and the last key belong to the same token. `visible`, [rows, keys], is False for padding. `slopes` is
+    [heads, 1], or [rows, heads, 1] if rows have different slopes.
     """
     cached = key.shape[2] - query.shape[2]
     key_position = torch.arange(key.shape[2], device=key.device)
@@ -55,7 +55,7 @@ def alibi_attention(query, key, value, slopes, visible, scale):
 
 
 class BTLMAlibi(nn.Module):
-    """The slopes: a buffer of the published checkpoint. They are not trained, and stay fp32 if the model is cast."""
+    """The ALiBi slopes, a buffer in the published checkpoint. They are not trained, and stay fp32 if the model is cast."""
 
     def __init__(self, config: BTLMConfig) -> None:
         super().__init__()
@@ -217,13 +217,13 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_mup_param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict]:
-        """Return muP's parameter groups for torch.optim.AdamW. The slopes are in none.
+        """Return muP's parameter groups for torch.optim.AdamW. The slopes are not trained, so they are in no group.
 
         * Matrices of the layers: learning rate lr * mup_width_scale, weight decay.
         * Embedding and head: learning rate lr, weight decay.
         * Biases and norms: learning rate lr, no weight decay.
 
-        AdamW multiplies the weight decay by the learning rate of the group. Published: betas (0.9, 0.95), eps 1e-8.
+        AdamW multiplies the weight decay by the group's learning rate. The published values are betas (0.9, 0.95) and eps 1e-8.
         """
         groups = [
             {"params": [], "lr": lr * self.config.mup_width_scale, "weight_decay": weight_decay},
@@ -257,7 +257,7 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **others,
     ):
-        """Return logits, and the loss if `labels` are given: the tokens of `input_ids`, not shifted; -100 is ignored."""
+        """Return logits, and the loss if `labels` are given. Labels are `input_ids`, not shifted; -100 is ignored."""
         output = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -7,7 +7,7 @@ from torch import nn
 
 
 def load_pretrained(folder: Path) -> nn.Module:
-    """Load a folder's model in fp32, for BTLM with the code in the folder. Nothing is downloaded."""
+    """Load a folder's model in fp32. BTLM uses the code in the folder. Nothing is downloaded."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -1,7 +1,7 @@
 """Stable LM 2 in the format of transformers' `StableLmForCausalLM`: its tensors and the fields of config.json.
 
-Block and final norms always have a bias there; a model without norm biases is written with zeros. Norms of single heads never
-have a bias. Source: transformers 5.23 `models/stablelm/`, config.json of stablelm-2-12b.
+In that class, block and final norms always have a bias, so a model without norm biases is exported with zeros. Norms of single
+heads never have a bias. Source: transformers 5.23 `models/stablelm/`, config.json of stablelm-2-12b.
 """
 
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ def default_tensors(model: StableLMConfig, dtype: torch.dtype = torch.float32) -
 
 
 def to_hf_config(model: StableLMConfig, mup: MupConfig | None, max_seq_len: int) -> dict[str, Any]:
-    """Build config.json, with the rotary fields also in the form of transformers 5.
+    """Build config.json. The rotary fields are also present in the form that transformers 5 uses.
 
     Raises: UserError if muP is on, because the published class has no multipliers.
     """
@@ -124,7 +124,7 @@ def _norm_mappings(model: StableLMConfig, prefix: str, hf_prefix: str) -> Iterat
 def _qkv_mapping(
     model: StableLMConfig, name: str, hf_prefix: str, suffix: str, inputs: tuple[int, ...]
 ) -> TensorMapping:
-    """Our tensor is grouped by key head: its query heads, the key head, its value head. The folder has three tensors."""
+    """Our tensor is grouped by key head: its query heads, the key head, and its value head. The folder has three tensors."""
     group, head_dim = model.num_heads // model.num_kv_heads, model.head_dim
     projections = (
         ("q", model.num_heads, slice(group)),

@@ -9,7 +9,7 @@ from functools import reduce
 from torch import Tensor, promote_types
 
 TensorReader = Callable[[str], Tensor]
-"""Our name of a tensor -> the whole tensor, without padding, on the CPU."""
+"""Maps our name of a tensor to the whole tensor, without padding, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class HFTensor:
     hf_name: str
     shape: tuple[int, ...]
     index: tuple[int | slice, ...] = ()
-    """The part of our tensor, viewed as `TensorMapping.view`; () is the whole tensor."""
+    """Index of the part in our tensor, viewed as `TensorMapping.view`; () is the whole tensor."""
     permutation: tuple[int, ...] = ()
     """The order of the part's dims in the folder; () keeps ours."""
     is_transposed: bool = False
@@ -34,7 +34,7 @@ class TensorMapping:
     shape: tuple[int, ...]
     """The shape without padding."""
     view: tuple[int, ...]
-    """The shape in which each part is a plain index."""
+    """The shape to view our tensor in, so that an index selects each part."""
     hf_tensors: tuple[HFTensor, ...]
     """Together they hold every element once."""
 

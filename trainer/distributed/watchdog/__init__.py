@@ -2,7 +2,7 @@
 
 If the main thread of a rank stays in one phase for longer than the limit, the rank writes a report to `hangs/step-00000012/` in
 the run folder, which all hosts share. Once every rank that responds has reached its limit, each rank reads all reports and
-computes the same verdict; all exit with REQUEUE_EXIT_CODE. This uses only the file system, because the network may be down.
+computes the same verdict, and all exit with REQUEUE_EXIT_CODE. Ranks communicate only by files, as the network may be down.
 """
 
 import faulthandler
@@ -40,19 +40,19 @@ HANGS_FOLDER = "hangs"
 VERDICT_FILE = "verdict.txt"
 POLL_SECONDS = 0.25
 SUSPENDED_SECONDS = 5.0
-"""If a poll is this late, this process was suspended. That time is not counted, because other ranks may have made progress."""
+"""A poll is this late only if the process was suspended. That time is not counted: other ranks may have made progress."""
 MEDIAN_WINDOW_STEPS = 32
 TIMEOUT_MEDIANS = 10
 MIN_TIMEOUT_SECONDS = 60.0
 REPORT_FRACTION = 0.8
-"""Ranks write a first report at this fraction of the limit. They can be a step apart, but when one of them reaches its limit,
-every live rank must have a report."""
+"""Ranks write a first report at this fraction of the limit. They can be a step apart, but every live rank must have a report
+when the first rank reaches its limit."""
 DATA_TIMEOUT_SECONDS = RANK_WAIT_TIMEOUT_SECONDS + 60
-"""Limit while waiting for data. A slow remote store has its own, shorter limit (`data.cache`) and its own error."""
+"""Limit while waiting for data. Reads from remote servers have their own, shorter limit (`data.cache`) and error."""
 DISK_PHASES = ("save", "rollback", "end")
-"""Phases that wait for a disk or a server. They may take as long as a start."""
+"""Phases that wait for a disk or a server. Each may take as long as a start."""
 GONE_PEER_TIMEOUT_SECONDS = 30.0
-"""Limit for waiting for other ranks through the rendezvous store once a rank of this machine is known to be gone."""
+"""How much longer to wait for other ranks in the key-value store once a rank of this machine is known to be gone."""
 REPORT_WAIT_SECONDS = 10.0
 EXIT_DEADLINE_SECONDS = 25.0
 """Time after the limit at which the process exits even if the file system hangs too."""
@@ -60,7 +60,7 @@ CONNECTION_LOST_PATTERN = re.compile(
     r"gloo/transport|Connection (closed|reset|refused|was likely closed)|Broken pipe|Socket (closed|Timeout)"
     r"|nccl(Remote|System)Error|[Tt]imed? ?out|aborted"
 )
-"""torch's errors if a peer is gone or does not answer."""
+"""Matches torch's errors for a rank that is gone or does not answer."""
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class _Phase(NamedTuple):
     name: str
     step: int
     number: int
-    """Number of phases entered before it."""
+    """Number of phases entered before this one."""
 
 
 class Watchdog:
@@ -112,7 +112,7 @@ class Watchdog:
         self._phase = _Phase(phase, self._phase.step if step is None else step, self._phase.number + 1)
 
     def use_start_timeout(self) -> None:
-        """Allow the next step as much time as the first: kernels are compiled for rows of another shape."""
+        """Allow the next step as much time as the first, because it compiles kernels for rows of another shape."""
         self._timeout_seconds = max(self._timeout_seconds, self._settings.start_timeout_seconds or inf)
 
     def finish_step(self, step_seconds: float) -> None:
@@ -126,7 +126,7 @@ class Watchdog:
 
     @contextmanager
     def store_wait(self) -> Iterator[None]:
-        """Mark a wait for the other ranks through the store, which, unlike a connection, does not fail if a rank is gone."""
+        """Mark the block as a wait in the key-value store. Unlike a collective, such a wait does not fail if a rank is gone."""
         self._waits_in_store = True
         try:
             yield
@@ -147,7 +147,7 @@ class Watchdog:
             timed_out = self._timed_out
         if not is_lost:
             self.enter_phase(self._phase.name)  # cancels a verdict in progress: this rank is not stuck
-        elif timed_out:  # another rank's exit broke this one's collective; the thread is about to end the process too
+        elif timed_out:  # another rank's exit broke this one's collective; `_watch` is about to end the process
             self._thread.join(EXIT_DEADLINE_SECONDS)
         self._thread.join(SUSPENDED_SECONDS)
         if is_lost and error:
@@ -187,7 +187,7 @@ class Watchdog:
         return max(self._timeout_seconds, self._data_timeout_seconds) if phase == "data" else self._timeout_seconds
 
     def _end_on_timeout(self, phase: _Phase) -> None:
-        """End the process once all ranks that respond have reached their limits; return if the main thread moves first."""
+        """End the process once all ranks that respond have timed out. Return if the main thread enters another phase first."""
         with self._lock:
             if self._stop.is_set():
                 return
@@ -220,7 +220,7 @@ class Watchdog:
     def _end_on_lost_connection(self, error: BaseException) -> None:
         """Write the verdict, then raise SystemExit."""
         self._set_exit_deadline(EXIT_DEADLINE_SECONDS)
-        time.sleep(2 * POLL_SECONDS)  # the kernel closes a dying process's connections shortly before it is gone
+        time.sleep(2 * POLL_SECONDS)  # the kernel closes a dying process's connections shortly before removing it
         self._write_report(timed_out=True, connection_error=_format_error(error), error=error)
         start_time, reports = time.monotonic(), dict[int, HangReport]()
         report_cache: reporting.ReportCache = {}
@@ -239,7 +239,7 @@ class Watchdog:
         crash_error: str | None = None,
         error: BaseException | None = None,
     ) -> None:
-        """Write this rank's report and stacks to the run folder; warn if that fails."""
+        """Write this rank's report and stacks to the run folder. Log a warning if that fails."""
         frames = reporting.thread_frames()
         location, stacks = reporting.format_location(next(iter(frames.values()))), reporting.format_stacks(frames)
         if error:
@@ -278,7 +278,7 @@ class Watchdog:
         return has_crash or len(silent_ranks | set(reports)) == len(self._processes)
 
     def _write_verdict(self, reports: dict[int, HangReport]) -> None:
-        """Write the verdict to the run folder, once, and log it, once on each host."""
+        """Write the verdict to the run folder once, and log it once on each host."""
         if not reports:  # the file system does not work
             message = "step %d: no progress or a lost connection, and no reports can be read in %s"
             log.error(message, self._phase.step, self._hangs_folder)
@@ -315,7 +315,7 @@ class Watchdog:
             if self._phase is phase and deadline < inf:
                 if time.monotonic() > deadline:
                     os._exit(REQUEUE_EXIT_CODE)
-                # Exits with code 1, even if another thread never releases the interpreter lock.
+                # This exits with code 1, even if another thread never releases the interpreter lock.
                 faulthandler.dump_traceback_later(deadline - time.monotonic() + 4, exit=True, file=2)
                 armed = True
             elif armed:
@@ -331,7 +331,7 @@ def is_connection_lost(error: BaseException) -> bool:
         return False
     in_collective = any(reporting.is_collective_frame(frame) for frame, _ in traceback.walk_tb(error.__traceback__))
     is_dist_error = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
-    # A wait for a collective that was started earlier has no frame of torch.distributed, only gloo's message.
+    # If a collective was started earlier, the wait for it has no frame in torch.distributed, only gloo's message.
     return in_collective or is_dist_error or "gloo/transport" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""A rank's report when it hangs: collect its position and stacks, write the report, and read those of all ranks.
+"""The report that a rank writes when it hangs: collect position and stacks, write the report, and read all ranks' reports.
 
 A report counts only if the process that wrote it is the one that now has the rank. This excludes reports that an earlier start
 left in the same folder.
@@ -22,12 +22,12 @@ from tandem.trainer.disk import atomic_write
 
 @dataclass(frozen=True)
 class RankProcess:
-    """Identifies the process of a rank; no two processes of any start are equal."""
+    """Identifies the process of a rank. It differs for every process of every start."""
 
     host: str
     """Host name, for messages. Two hosts may have the same name."""
     machine_id: str
-    """Identifies the booted kernel and the PID namespace. Containers on one machine may differ."""
+    """Identifies the booted kernel and the PID namespace. It may differ between containers on one machine."""
     pid: int
     start_ticks: int
     """Start time in kernel ticks since boot, because process IDs are reused."""
@@ -42,7 +42,7 @@ def current_process() -> RankProcess:
 
 
 def process_state(process: RankProcess) -> str:
-    """Return running, stopped or gone, for a process of this machine."""
+    """Return the state of a process of this machine: running, stopped or gone."""
     state_letter, start_ticks = _process_stat(process.pid)
     if state_letter in "XxZ" or start_ticks != process.start_ticks:
         return "gone"
@@ -56,35 +56,35 @@ class HangReport:
     phase: str
     step: int
     num_phases: int
-    """Phases entered so far. All ranks enter the same ones."""
+    """Number of phases entered so far. All ranks enter the same phases."""
     waited_seconds: float
-    """Time in this phase; before the end of the first step, time since the start."""
+    """Time in this phase or, before the end of the first step, since the start."""
     timeout_seconds: float
     timed_out: bool
     """Whether the limit has passed. The other ranks wait until it has."""
     location: str
-    """Position of the main thread."""
+    """Position of the main thread in the code."""
     collective: str | None
     """The function of torch.distributed that a thread is in."""
     group_name: str | None
     """Name of that collective's process group."""
     num_collectives: dict[str, int]
-    """Collectives started, by process group."""
+    """Number of collectives started, by process group."""
     local_peer_states: dict[str, str]
     """States of the other ranks on this machine."""
     connection_error: str | None = None
-    """Message of a lost connection."""
+    """The error, if this rank lost a connection."""
     crash_error: str | None = None
-    """Message of an error of this rank."""
+    """The error, if this rank failed for another reason."""
 
     @property
     def group_keys(self) -> list[str]:
-        """Return the keys of `num_collectives` for the group of the current collective: one per kind of device."""
+        """The keys in `num_collectives` of the current collective's process group, one per kind of device."""
         return [key for key in self.num_collectives if self.collective and key.split()[0] == self.group_name]
 
 
 ReportCache = dict[Path, tuple[tuple[int, int], HangReport | None]]
-"""File -> its version (inode, modification time) and its report, if it has one."""
+"""For each file: its version (inode and modification time), and its report if it contains one."""
 
 
 def step_folder(hangs_folder: Path, step: int) -> Path:
@@ -96,7 +96,7 @@ def report_path(hangs_folder: Path, step: int, rank: int) -> Path:
 
 
 def write_report(path: Path, report: HangReport, stacks: str, flight_record: bytes = b"") -> None:
-    """Write the report to `path`, and the stacks and torch's flight record, if there is one, beside it."""
+    """Write the report to `path`. Beside it, write the stacks and, if there is one, torch's flight record."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
     atomic_write(path.with_suffix(".txt"), stacks)
@@ -105,7 +105,7 @@ def write_report(path: Path, report: HangReport, stacks: str, flight_record: byt
 
 
 def flight_record_path(path: Path) -> Path:
-    """Return the path beside the report's, with the name that `torchfrtrace --prefix flight-` expects for the rank."""
+    """Return the path of the flight record beside a report, with the name that `torchfrtrace --prefix flight-` expects."""
     return path.with_name(f"flight-{int(path.stem.removeprefix('rank-'))}")
 
 
@@ -119,7 +119,7 @@ def remove_report(path: Path) -> None:
 
 
 def read_reports(hangs_folder: Path, processes: list[RankProcess], cache: ReportCache) -> dict[int, HangReport]:
-    """Read the reports of this start, by rank. `cache` avoids reading an unchanged file again; this updates it."""
+    """Read the reports of this start, by rank. Update `cache`, which avoids reading unchanged files again."""
     reports: dict[int, HangReport] = {}
     for folder in hangs_folder.glob("step-*"):  # after a rollback, ranks may be many steps apart
         with suppress(OSError):
@@ -150,14 +150,14 @@ def find_collective(frames: dict[int, FrameType]) -> tuple[str | None, str | Non
         calls = [frame for frame, _ in traceback.walk_stack(innermost) if is_collective_frame(frame)]
         if calls:
             return calls[-1].f_code.co_name, getattr(calls[-1].f_locals.get("group"), "group_name", None)
-        # Waiting for a collective that was started earlier is not a Python function, so look at the source line.
+        # The wait for a collective that was started earlier has no Python frame, so look at the source line.
         if ".wait(" in linecache.getline(innermost.f_code.co_filename, innermost.f_lineno):
             return "wait", None
     return None, None
 
 
 def is_collective_frame(frame: FrameType) -> bool:
-    """Whether the frame is a function of torch.distributed that communicates."""
+    """Whether the frame belongs to a function of torch.distributed that communicates."""
     return frame.f_code.co_filename.endswith(("torch/distributed/distributed_c10d.py", "_functional_collectives.py"))
 
 
@@ -183,7 +183,7 @@ def _parse_report(path: Path) -> HangReport | None:
 
 
 def _process_stat(pid: int) -> tuple[str, int]:
-    """Return a process's state and start time from Linux's /proc; state 'X' if there is no such process."""
+    """Return a process's state and start time from Linux's /proc. The state is 'X' if there is no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""Determine from all reports which rank did not arrive. A pure function, so every rank reaches the same verdict.
+"""Determine from all reports which rank made the others wait. The result depends only on the reports, so all ranks agree.
 
 The first of these that applies is the cause:
 
@@ -20,7 +20,7 @@ MAX_LISTED_HOSTS = 4
 
 
 def verdict(reports: dict[int, HangReport], processes: list[RankProcess], folder: Path) -> str:
-    """Return one sentence: step, limit, missing rank, the others' collective, and the folder of the stacks."""
+    """Return one line: the step, the limit, the missing rank, the others' collective, and the folder of the stacks."""
     culprit_ranks, words = _find_culprit(reports, processes)
     others = [report for rank, report in sorted(reports.items()) if rank not in culprit_ranks]
     step = max(report.step for report in others or reports.values())
@@ -42,7 +42,7 @@ def peer_states(reports: dict[int, HangReport]) -> dict[int, str]:
 
 
 def format_ranks(ranks: Iterable[int], processes: list[RankProcess]) -> str:
-    """'rank 1 on host-b', 'ranks 0 to 5, 7 on hosts a, b'."""
+    """Format ranks and hosts, for example 'rank 1 on host-b' or 'ranks 0 to 5, 7 on hosts a, b'."""
     ordered = sorted(ranks)
     rank_runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ordered), lambda pair: pair[1] - pair[0])]
     rank_list = ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in rank_runs)
@@ -56,7 +56,7 @@ def _format_hosts(ranks: Iterable[int], processes: list[RankProcess]) -> str:
 
 
 def _find_culprit(reports: dict[int, HangReport], processes: list[RankProcess]) -> tuple[list[int], str]:
-    """Return the ranks that did not arrive (none if all did), and a clause about them or about the network."""
+    """Return the ranks that made the others wait (perhaps none), and a clause about them or about the network."""
     if crashed := [rank for rank, report in sorted(reports.items()) if report.crash_error]:
         return crashed, f"{format_ranks(crashed, processes)} crashed with {reports[crashed[0]].crash_error}"
     if silent := _find_silent_ranks(reports, processes):
@@ -91,7 +91,7 @@ def _find_silent_ranks(reports: dict[int, HangReport], processes: list[RankProce
         "running": "silent: alive but frozen",
     }
     if any(report.connection_error for report in reports.values()):
-        del descriptions["running"]  # it has not noticed the lost connection yet
+        del descriptions["running"]  # a running rank may only not have noticed the lost connection yet
     states_by_rank = peer_states(reports)
     missing = [rank for rank in range(len(processes)) if rank not in reports]
     for state, words in descriptions.items():
@@ -101,7 +101,7 @@ def _find_silent_ranks(reports: dict[int, HangReport], processes: list[RankProce
 
 
 def _find_ranks_past_collective(reports: dict[int, HangReport], behind: dict[int, HangReport]) -> list[int]:
-    """Find ranks in a later phase than `behind` that have not started a collective in which those wait."""
+    """Find ranks in a later phase than those in `behind` that skipped a collective in which those in `behind` wait."""
     awaited_collectives: dict[str, int] = {}
     for report in behind.values():
         for key in report.group_keys:
@@ -116,7 +116,7 @@ def _find_ranks_past_collective(reports: dict[int, HangReport], behind: dict[int
 
 
 def _find_late_ranks(reports: dict[int, HangReport]) -> list[int]:
-    """Among ranks in one phase, find those that others wait for and that wait for no other."""
+    """Among ranks in one phase, find those that others wait for and that do not wait for any other."""
     counts_by_group: dict[str, list[int]] = {}
     for report in reports.values():
         for key, number in report.num_collectives.items():
