@@ -35,7 +35,7 @@ class StepContext:
     peak_flops: float
     guard: Guard
     enter_phase: Callable[[str, int], object] = field(default=lambda phase, step: None, kw_only=True)
-    """Called with the name of each phase of a step and the step's number, from 1, when the phase begins."""
+    """Called with the name of each phase of a step and the step's number (counted from 1) when the phase begins."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def run(config: TrainConfig, stop_signal: StopSignal | None = None) -> int:
             stack.enter_context(broadcast_stop(stop_signal, mesh))
             coordinator = Coordinator(mesh, stop_signal, watchdog.enter_phase)
             watchdog.enter_phase("corpora")
-            # If a corpus is on an unreachable server, this blocks for minutes, so a signal may interrupt it.
+            # If a corpus is on an unreachable server, opening it blocks for minutes, so a signal may interrupt it.
             # `coordinator.any_rank` below then stops all ranks together.
             with suppress(StopRequested), stop_signal.interruptible():
                 loader = open_loader(config, mesh)
@@ -102,7 +102,7 @@ def train_loop(context: RunContext, progress: Progress) -> int:
             if progress.step == context.timeline.phase_span_at(progress.step).first_step:
                 watchdog.use_start_timeout()
             result = timed_train_step(context, batches, progress.step)
-            if result is None:  # after skipping damaged shards, a source has too few tokens for this step
+            if result is None:  # without its damaged shards, a source has too few tokens for this step
                 break
             progress.step, progress.cursor = progress.step + 1, result.cursor
             log_step(context, progress, result)
@@ -137,7 +137,7 @@ def find_final_step(context: RunContext, progress: Progress) -> int:
 
 
 def end_reason(context: RunContext, progress: Progress) -> str:
-    """Return the reason why a run that no signal stopped ends at this step."""
+    """Return the reason for ending at this step. The caller reports a signal."""
     if progress.step == context.timeline.total_steps:
         return "finished"
     end, source = context.loader.find_end(progress.step, progress.cursor)

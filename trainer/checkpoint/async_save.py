@@ -1,8 +1,8 @@
 """Save checkpoints in the background: copy the state to host memory, then write it in a thread while training continues.
 
 Only an update changes weights and moments. The copy can therefore overlap forward and backward. An update that is reached
-before the copy is complete waits for it. All saves use the same host memory, so only one can run at a time. Ranks report their
-files through the shared key-value store, because a collective in the thread would interleave with those of the main thread.
+before the copy is complete waits for the copy. All saves use the same host memory, so only one can run at a time. Ranks report
+their files through the shared key-value store, because a collective in the thread would interleave with the main thread's.
 """
 
 import concurrent.futures
@@ -43,7 +43,7 @@ class SaveResult:
     error: str | None
     """Why the save failed; None if the checkpoint is committed."""
     seconds: float
-    """From the start of the save to the commit."""
+    """Time from the start of the save to the commit."""
     num_bytes: int = 0
 
 

@@ -16,7 +16,7 @@ REMEDY = "restore the value or choose another run.name"
 
 
 def check_resumable(config: TrainConfig, checkpoint: Checkpoint, loader: Loader) -> None:
-    """Raises: UserError if the checkpoint has another model, other corpora or another data order, or if past steps change."""
+    """Raises: UserError if the model, a corpus, the data order, or the schedule of past steps differs from the checkpoint's."""
     check_same_model(config, checkpoint, f"checkpoint {checkpoint.folder}", f"a run keeps its model; {REMEDY}")
     check_fingerprints(checkpoint.manifest["fingerprints"], loader.fingerprints)
     check_past_phases(Timeline(config.schedule), checkpoint)

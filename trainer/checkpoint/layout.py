@@ -5,7 +5,7 @@
         manifest.json             step, cursor, model, position of every fragment, size and hash of every file
         COMMITTED                 hash of manifest.json, written last; a folder without it is not a checkpoint
 
-A fragment is a contiguous range of one rank's tensor-parallel shard, flattened and padded. Any number of ranks can therefore
+A fragment is a contiguous range of one rank's flattened and padded tensor-parallel shard. Any number of ranks can therefore
 assemble the global tensor and shard it for their own layout.
 """
 
@@ -20,7 +20,7 @@ FORMAT_VERSION = 2
 """Version of the manifest's format. Only this version can be read."""
 MANIFEST_FILE, COMMIT_MARKER = "manifest.json", "COMMITTED"
 REJECTED_MARKER = "REJECTED"
-"""A run that continues from an older checkpoint renames the commit markers of damaged newer ones to this."""
+"""When a run continues from an older checkpoint, it renames the commit markers of damaged newer ones to this."""
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 

@@ -1,4 +1,4 @@
-"""Read global tensors by name, or the whole state of a run into an engine, at any tp and dp size.
+"""Read checkpoints at any tp and dp size: single global tensors by name, or a run's whole state into an engine.
 
 A *box* is one tensor-parallel rank's share of the padded global tensor; a *flat range* is a contiguous range of its elements.
 """
@@ -118,8 +118,7 @@ class Checkpoint:
     def _read_sharded_slice(self, read: Tensor, kind: str, name: str, first_row: int, first_index: int) -> None:
         """Fill `read`, [rows, indices, inner], with the slice that starts at `first_row` and `first_index`.
 
-        The indices are those of the sharded dim, and rows are all dims before it, flattened. Indices in the padding are not
-        written.
+        Indices count along the sharded dim; the dims before it are flattened to rows. Indices in the padding are not written.
         """
         saved, tp_size = self._saved_sharding(name)
         assert saved.sharded_dim is not None
@@ -189,7 +188,7 @@ def open_checkpoint(folder: Path, mesh: Mesh | None = None) -> Checkpoint:
     """Open a checkpoint folder, or the newest undamaged checkpoint of a run folder or an import's folder.
 
     With a mesh, all ranks must call this; they share the hashing.
-    Raises: UserError if there is none.
+    Raises: UserError if there is no such checkpoint.
     """
     roots = [folder / "checkpoints", folder]
     checkpoint = next((found for root in roots if (found := open_newest(root, mesh))), None)

@@ -33,7 +33,7 @@ class WeightSource:
     model: AnyModelConfig
     mup: MupConfig | None
     read_tensor: Callable[[str], Tensor]
-    """Name -> unpadded global tensor."""
+    """Maps a parameter's name to its unpadded global tensor."""
     tokenizer_file: Path | None
     """Path of tokenizer.json; None if there is none."""
     eos_token: str

@@ -16,7 +16,7 @@ class Digests(NamedTuple):
 
 
 def pack_u64(digests: Digests | None) -> list[float]:
-    """Split the digests into 32-bit halves, which fp64 sums over ranks without rounding; [] if there are none."""
+    """Split the digests into 32-bit halves, which fp64 sums over ranks without rounding; [] without digests."""
     return [float(half) for value in digests or () for half in divmod(value, 1 << HALF_BITS)]
 
 

@@ -3,13 +3,13 @@
     start  the step and cursor of a start or rollback, and everything that determines which tokens come next
     skip   a damaged shard is skipped from this step on
     step   how far each source has been read, and two digests of the rows that were read (`data.digests`)
-    bad    the step in the line before made no update: the reason, and what the run did
+    bad    the last recorded step made no update; the reason, and what the run did next
 
 The file only grows. A line is written after the event, and a checkpoint is committed after the lines of its steps are on disk.
-A checkpoint stores the number of lines at its step, and a start from it repeats that number. The lines between belong to steps
-that the run discarded, and remain as evidence of them. Copies of the corpora's manifests are kept next to the file, so
-`tandem audit` needs nothing else. The run reads back only its rollbacks (`read_rollbacks`), so that a process that was killed
-after a rollback skips the same rows again. Nothing here imports torch.
+A checkpoint stores the number of lines at its step, and a start from it repeats that number. The lines from there to the start
+belong to steps that the run discarded, and remain as evidence of them. Copies of the corpora's manifests are kept next to the
+file, so `tandem audit` needs nothing else. The run reads back only its rollbacks (`read_rollbacks`), so that a process that was
+killed after a rollback skips the same rows again. Nothing here imports torch.
 """
 
 import math

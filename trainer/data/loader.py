@@ -1,7 +1,7 @@
 """The rows that one data-parallel rank reads at each step, from the sources of the config.
 
 The global rows of step n are a pure function of the manifests, the seed, the phases and n, and each rank takes a slice of
-them. They are therefore the same for every number of data-parallel ranks that divides them evenly. The loader computes the
+them. A step's rows are therefore the same for every number of data-parallel ranks that divides them. The loader computes the
 positions of the rows, which is cheap, and threads read the rows. Each batch carries the read position that follows it (its
 `cursor`), so the prefetch depth does not affect a resume.
 """
@@ -92,7 +92,7 @@ class Loader:
     def find_end(self, step: int, cursor: dict[str, int] | None) -> tuple[int, str | None]:
         """Return the step at which the data ends, and the source that is exhausted there (None if the schedule ends first).
 
-        A source is exhausted after its epochs in `data.max_epochs`. All ranks compute the same result.
+        A source is exhausted after the number of epochs in `data.max_epochs`. All ranks compute the same result.
         Raises: UserError if a source is exhausted before the schedule ends and `data.at_end` is `refuse`.
         """
         total_steps = Timeline(self._schedule).total_steps
@@ -225,7 +225,7 @@ class Loader:
         return mixture.cursor_at(self._schedule, step).get(source, 0)
 
     def _max_epochs_message(self, source: str, total_steps: int, position: int) -> str:
-        """Return the error message for a schedule that reads more of the source than the run, now at `position`, may read."""
+        """Return the error message for a schedule that reads too much of the source. `position` is the run's read position."""
         max_tokens, reader = self._max_tokens_by_source[source], self._train_readers[source]
         damaged_tokens = reader.skipped_tokens_before(max_tokens) - reader.skipped_tokens_before(position)
         damage = f", and {damaged_tokens} of those ahead are in damaged shards" if damaged_tokens else ""

@@ -26,7 +26,7 @@ class SourceRows(NamedTuple):
     num_rows: int
     """Number of rows in the whole step."""
     num_rows_before: int
-    """Number of these before the requested rows."""
+    """Number of them before the requested rows."""
     row_indices: np.ndarray
     """Indices of this source's rows among the requested rows."""
 

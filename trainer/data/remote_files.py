@@ -71,7 +71,7 @@ class RetryPolicy:
         if self.num_failures >= attempts or isinstance(error, self._fatal_errors):
             raise error
         counts = self.num_failures, attempts
-        log.warning("%s: try %d of %d: %s; again in %.3g s", self._description, *counts, error, pause_seconds)
+        log.warning("%s: try %d of %d: %s; next try in %.3g s", self._description, *counts, error, pause_seconds)
         time.sleep(pause_seconds)
 
 

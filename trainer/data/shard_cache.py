@@ -33,7 +33,7 @@ COPY_SUFFIX, PARTIAL_SUFFIX, LOCK_FILE = ".tar", ".part", ".lock"
 MAX_PREFETCH_THREADS = 2
 ROOM_POLL_SECONDS = 0.05
 MAX_MAPPED_COPIES = 128
-"""Most copies that a process keeps mapped. Each uses a file descriptor, of which a process may have only about 1,000."""
+"""Maximum number of copies that a process keeps mapped. Each uses a file descriptor, often limited to about 1,000."""
 MAX_MAPPED_FRACTION = 1 / 4
 """Share of the cache's size that a node's processes may keep mapped. Mapped bytes stay on disk after a copy is removed."""
 
@@ -120,7 +120,7 @@ class ShardCache:
 
     @contextmanager
     def _exclusive_access(self, address: str) -> Iterator[None]:
-        """Let one thread at a time open a shard. Others wait for it, do not hash the shard again, and raise its error."""
+        """Let one thread at a time open a shard. Others wait, do not hash it again, and raise the same error if it fails."""
         own_future: Future[None] = Future()
         while True:
             with self._lock:

@@ -4,7 +4,7 @@
 * `role`: the row of the table in `models.mup` that determines its initial values, learning rate and decay,
 * `tensor_model_parallel`: DeepSpeed uses it to count each gradient once in the norm.
 
-megatron-core 0.16.1 sets the last one only if it initializes weights. Without it, losses are right but gradient norms wrong.
+megatron-core 0.16.1 sets the last one only if it initializes weights. Without it, losses are right, but gradient norms are not.
 """
 
 import math

@@ -19,7 +19,7 @@ CHUNK_ELEMENTS = 1 << 19
 MAX_SERIAL_ELEMENTS = (1 << 15) - 1
 """Above this, torch starts its own threads, and each of our threads would start several."""
 MIN_NORMAL_ELEMENTS = 16
-"""Torch draws fewer values with another method, whose results depend on the C library."""
+"""For fewer values, torch uses another method, whose results depend on the C library."""
 MAX_THREADS = 8
 """Threads per rank; a node has several ranks."""
 

@@ -36,7 +36,7 @@ def test_a_failure_is_logged_and_tried_again(server, settings, shards, tmp_path,
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.message.startswith(f"{server.address}{shard_url(shards[0])}: try 1 of 4: ")
-    assert record.message.endswith(f"; again in {timeout_seconds / 64:.3g} s")
+    assert record.message.endswith(f"; next try in {timeout_seconds / 64:.3g} s")
     assert file_names(settings().folder) == {f"{shards[0].sha256}.tar"}
 
 

@@ -47,7 +47,7 @@ MODEL_FIELDS = {
     "init_std": "initializer_range",
     "tie_word_embeddings": "tie_word_embeddings",
 }
-"""Our field -> published field."""
+"""Maps our fields to the published ones."""
 FIELD_DEFAULTS = {"layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": True}
 
 

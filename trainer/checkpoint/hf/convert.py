@@ -114,7 +114,7 @@ def read_text_settings(folder: Path) -> tuple[str | None, int | None]:
 def _build_hf_config(
     model: AnyModelConfig, mup: MupConfig | None, eos_id: int | None, max_seq_len: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Build config.json. It has no pad token, which would be EOS, because the class gives the pad embedding no gradient."""
+    """Build config.json without a pad token, which would be EOS: the class gives the pad token's embedding no gradient."""
     name, config = str(dtype).removeprefix("torch."), FAMILY_MODULES[model.family].to_hf_config(model, mup, max_seq_len)
     extra_fields = {field: getattr(model, field) for field in EXTRA_FIELD_DEFAULTS}
     token_ids = {"bos_token_id": eos_id, "eos_token_id": eos_id}

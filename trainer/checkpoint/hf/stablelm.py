@@ -29,7 +29,7 @@ MODEL_FIELDS = {
     "norm_bias": "use_norm_bias",
     "tie_word_embeddings": "tie_word_embeddings",
 }
-"""Our field -> published field."""
+"""Maps our fields to the published ones."""
 FALSE_BY_DEFAULT = ("use_parallel_residual", "qk_layernorm", "use_qkv_bias", "use_norm_bias", "tie_word_embeddings")
 CODE_FILES: tuple[str, ...] = ()
 """Code files copied into an export: none, because transformers has the class."""

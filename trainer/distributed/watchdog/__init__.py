@@ -2,7 +2,8 @@
 
 If the main thread of a rank stays in one phase for longer than the limit, the rank writes a report to `hangs/step-00000012/` in
 the run folder, which all hosts share. Once every rank that responds has reached its limit, each rank reads all reports and
-computes the same verdict, and all exit with REQUEUE_EXIT_CODE. Ranks communicate only by files, as the network may be down.
+computes the same verdict, and all exit with REQUEUE_EXIT_CODE. The ranks communicate only through files, because the network
+may be down.
 """
 
 import faulthandler
@@ -52,7 +53,7 @@ DATA_TIMEOUT_SECONDS = RANK_WAIT_TIMEOUT_SECONDS + 60
 DISK_PHASES = ("save", "rollback", "end")
 """Phases that wait for a disk or a server. Each may take as long as a start."""
 GONE_PEER_TIMEOUT_SECONDS = 30.0
-"""How much longer to wait for other ranks in the key-value store once a rank of this machine is known to be gone."""
+"""How much longer to wait for ranks through the key-value store once a rank of this machine is known to be gone."""
 REPORT_WAIT_SECONDS = 10.0
 EXIT_DEADLINE_SECONDS = 25.0
 """Time after the limit at which the process exits even if the file system hangs too."""
@@ -108,7 +109,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def enter_phase(self, phase: str, step: int | None = None) -> None:
-        """Record that the main thread enters a phase of `step` (None: the same step). All ranks must enter the same phases."""
+        """Record that the main thread enters a phase of `step` (None: the current). All ranks must enter the same phases."""
         self._phase = _Phase(phase, self._phase.step if step is None else step, self._phase.number + 1)
 
     def use_start_timeout(self) -> None:
@@ -220,7 +221,7 @@ class Watchdog:
     def _end_on_lost_connection(self, error: BaseException) -> None:
         """Write the verdict, then raise SystemExit."""
         self._set_exit_deadline(EXIT_DEADLINE_SECONDS)
-        time.sleep(2 * POLL_SECONDS)  # the kernel closes a dying process's connections shortly before removing it
+        time.sleep(2 * POLL_SECONDS)  # a dying process's connections close shortly before the process is gone
         self._write_report(timed_out=True, connection_error=_format_error(error), error=error)
         start_time, reports = time.monotonic(), dict[int, HangReport]()
         report_cache: reporting.ReportCache = {}

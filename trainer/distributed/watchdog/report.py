@@ -22,7 +22,7 @@ from tandem.trainer.disk import atomic_write
 
 @dataclass(frozen=True)
 class RankProcess:
-    """Identifies the process of a rank. It differs for every process of every start."""
+    """Identifies the process of a rank, uniquely across all starts of a run."""
 
     host: str
     """Host name, for messages. Two hosts may have the same name."""
@@ -30,7 +30,7 @@ class RankProcess:
     """Identifies the booted kernel and the PID namespace. It may differ between containers on one machine."""
     pid: int
     start_ticks: int
-    """Start time in kernel ticks since boot, because process IDs are reused."""
+    """Start time in kernel ticks since boot. It distinguishes processes with the same, reused ID."""
 
 
 def current_process() -> RankProcess:
@@ -178,7 +178,7 @@ def _parse_report(path: Path) -> HangReport | None:
     try:
         fields = json.loads(path.read_bytes())
         return HangReport(**{**fields, "process": RankProcess(**fields["process"])})
-    except (OSError, ValueError, TypeError, KeyError):  # removed just now, or written by another version
+    except (OSError, ValueError, TypeError, KeyError):  # just removed, or written by another version
         return None
 
 

@@ -91,7 +91,7 @@ def _find_silent_ranks(reports: dict[int, HangReport], processes: list[RankProce
         "running": "silent: alive but frozen",
     }
     if any(report.connection_error for report in reports.values()):
-        del descriptions["running"]  # a running rank may only not have noticed the lost connection yet
+        del descriptions["running"]  # a running rank may simply not have noticed the lost connection yet
     states_by_rank = peer_states(reports)
     missing = [rank for rank in range(len(processes)) if rank not in reports]
     for state, words in descriptions.items():
@@ -101,7 +101,7 @@ def _find_silent_ranks(reports: dict[int, HangReport], processes: list[RankProce
 
 
 def _find_ranks_past_collective(reports: dict[int, HangReport], behind: dict[int, HangReport]) -> list[int]:
-    """Find ranks in a later phase than those in `behind` that skipped a collective in which those in `behind` wait."""
+    """Find ranks that are in a later phase but skipped a collective in which the ranks in `behind` wait."""
     awaited_collectives: dict[str, int] = {}
     for report in behind.values():
         for key in report.group_keys:
