@@ -40,8 +40,8 @@ def write_safetensors(
 ) -> int:
     """Write `tensors` to a new file, sync it, and return its size in bytes. `specs` describes them in the same order.
 
-    Takes each tensor from the iterable after the previous one is written and released. Passes all bytes in order to `on_chunk`,
-    for example the `update` of a hash.
+    Takes each tensor from the iterable after the previous one is written and released. Calls `on_chunk` with each
+    chunk of bytes after it is written, for example to update a hash.
     Note: wider dtypes must come first, so that every tensor is aligned.
     """
     assert sys.byteorder == "little", "the format is little-endian, and bytes are written in memory order"

@@ -39,7 +39,7 @@ MAX_IMPORT_FILE_BYTES = 1_000_000_000
 def prepare_folder(folder: Path) -> None:
     """Create an empty folder for a save, and remove the uncommitted folders that earlier saves left beside it.
 
-    A save leaves such a folder if it is killed, or if it fails and cannot remove the folder. The folder would waste disk space.
+    A save leaves such a folder if it is killed, or if it fails and cannot remove the folder. Such folders waste disk space.
     Raises: OSError, except if an earlier save's folder cannot be removed.
     """
     markers = (layout.COMMIT_MARKER, layout.REJECTED_MARKER)

@@ -1,7 +1,7 @@
 """The rows that one data-parallel rank reads at each step, from the sources of the config.
 
 The global rows of step n are a pure function of the manifests, the seed, the phases and n, and each rank takes a slice of
-them. A step's rows are therefore the same for every number of data-parallel ranks that divides them. The loader computes the
+them. They therefore do not depend on the number of data-parallel ranks, which must divide them evenly. The loader computes the
 positions of the rows, which is cheap, and threads read the rows. Each batch carries the read position that follows it (its
 `cursor`), so the prefetch depth does not affect a resume.
 """

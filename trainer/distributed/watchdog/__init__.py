@@ -109,7 +109,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def enter_phase(self, phase: str, step: int | None = None) -> None:
-        """Record that the main thread enters a phase of `step` (None: the current). All ranks must enter the same phases."""
+        """Record that the main thread enters a phase of `step` (default: unchanged). All ranks must enter the same phases."""
         self._phase = _Phase(phase, self._phase.step if step is None else step, self._phase.number + 1)
 
     def use_start_timeout(self) -> None:
