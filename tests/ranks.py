@@ -38,8 +38,9 @@ FORKSERVER.set_forkserver_preload(["tests.forkserver_preload"])
 def check_annotations() -> None:
     """From here on every jaxtyping annotation of our packages is checked at each call."""
     import deepspeed  # noqa: F401
-    import megatron.core  # noqa: F401  Both first: what our modules import is compiled from source under the hook.
     from jaxtyping import install_import_hook
+
+    import tandem.trainer.distributed.megatron  # noqa: F401  Both first: the hook compiles from source what our modules import.
 
     install_import_hook(OWN_PACKAGES, "beartype.beartype")
 

@@ -42,6 +42,15 @@ def test_modules_that_only_look_at_a_config_never_import_torch(module):
     assert answer.stdout.strip() == "[]"
 
 
+def test_a_start_does_not_import_torchs_compiler():
+    """It takes 2 s of every rank. Megatron and DeepSpeed would import it for functions that no run calls."""
+    program = (
+        "import sys, tandem.trainer.train; print('torch._inductor.lowering' in sys.modules, 'wandb' in sys.modules)"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert answer.stdout.split()[-2:] == ["False", "False"]
+
+
 def test_every_module_of_the_trainer_has_a_place_in_the_layers():
     """import-linter lets a module that no layer names import whatever it likes."""
     contracts = configparser.ConfigParser()

@@ -24,7 +24,11 @@ from torch import Tensor, nn
 from tandem.trainer.config import TrainConfig, UserError
 from tandem.trainer.distributed import mpu
 from tandem.trainer.distributed.layers import sharding_of
+from tandem.trainer.distributed.lazy_compile import compile_at_first_call
 from tandem.trainer.distributed.mesh import Mesh
+
+with compile_at_first_call():
+    import deepspeed.runtime.zero.muon.original_muon  # `deepspeed.initialize` would import it later
 
 log = logging.getLogger(__name__)
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")

@@ -12,18 +12,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from megatron.core import ModelParallelConfig
-from megatron.core.parallel_state import get_tensor_model_parallel_group
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    reduce_from_tensor_model_parallel_region,
-)
 from torch import Tensor, nn
 
 from tandem.kernels.layer_norm import layer_norm
 from tandem.trainer.config.padding import padded_size
+from tandem.trainer.distributed.megatron import ModelParallelConfig, parallel_state, tensor_parallel
 from tandem.trainer.distributed.mesh import Mesh
 from tandem.trainer.distributed.sharding import TensorSharding
 
@@ -43,7 +36,7 @@ def role_of(parameter: Tensor) -> str:
     return parameter.role  # type: ignore[attr-defined, no-any-return]  # set by `annotate_parameter`
 
 
-class VocabParallel(VocabParallelEmbedding):
+class VocabParallel(tensor_parallel.VocabParallelEmbedding):
     """Token embedding, sharded over the vocabulary."""
 
     def __init__(self, vocab_size: int, hidden_size: int, mesh: Mesh, dtype: torch.dtype) -> None:
@@ -55,7 +48,7 @@ class VocabParallel(VocabParallelEmbedding):
         return super().forward(tokens)
 
 
-class ColumnParallel(ColumnParallelLinear):
+class ColumnParallel(tensor_parallel.ColumnParallelLinear):
     """Linear layer with sharded outputs. Pass its input through `copy_to_tp` first; several layers then share one all-reduce.
 
     `global_shape` is the unpadded global shape of the weight, inputs last. `padded_size` is that of `sharded_dim`.
@@ -85,7 +78,7 @@ class ColumnParallel(ColumnParallelLinear):
         return super().forward(hidden_states)[0]
 
 
-class RowParallel(RowParallelLinear):
+class RowParallel(tensor_parallel.RowParallelLinear):
     """Linear layer with sharded inputs. Returns this rank's *partial* sum; partial sums of several layers may be added before
     `reduce_from_tp`."""
 
@@ -135,7 +128,7 @@ def sharded_parameter(global_shape: tuple[int, ...], mesh: Mesh, dtype: torch.dt
 
 def copy_to_tp(hidden_states: Tensor) -> Tensor:
     """Return the same values; backward sums the gradient over tensor-parallel ranks, once for all layers that read it."""
-    group = get_tensor_model_parallel_group()
+    group = parallel_state.get_tensor_model_parallel_group()
     return hidden_states if group.size() == 1 else _CopyToTP.apply(hidden_states, group)
 
 
@@ -144,9 +137,9 @@ def reduce_from_tp(partial_sum: Tensor) -> Tensor:
 
     Source: `fp32_allreduce` in Stability-AI/StableLM `configs/stablelm-2-12b.yml`.
     """
-    if get_tensor_model_parallel_group().size() == 1:
+    if parallel_state.get_tensor_model_parallel_group().size() == 1:
         return partial_sum
-    return reduce_from_tensor_model_parallel_region(partial_sum.float())
+    return tensor_parallel.reduce_from_tensor_model_parallel_region(partial_sum.float())
 
 
 class _CopyToTP(torch.autograd.Function):
@@ -170,7 +163,7 @@ class _CopyToTP(torch.autograd.Function):
 def gather_from_tp(logits: Float[Tensor, "*batch vocab_local"]) -> Float[Tensor, "*batch vocab_padded"]:
     """Concatenate the columns of all ranks, without gradient."""
     # megatron-core 0.16.1's function allocates the result on the GPU, even if the logits are on the CPU.
-    group = get_tensor_model_parallel_group()
+    group = parallel_state.get_tensor_model_parallel_group()
     parts = [torch.empty_like(logits) for _ in range(group.size())]
     torch.distributed.all_gather(parts, logits.contiguous(), group=group)
     return torch.cat(parts, dim=-1)

@@ -7,11 +7,10 @@ Each rank r computes three numbers per token for its part of the vocabulary (`ta
 
 import torch
 from jaxtyping import Float, Float32, Int64
-from megatron.core.parallel_state import get_tensor_model_parallel_group
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
 from tandem.kernels.linear_cross_entropy import linear_cross_entropy
+from tandem.trainer.distributed.megatron import parallel_state, tensor_parallel
 from tandem.trainer.distributed.mesh import Mesh
 
 
@@ -53,7 +52,8 @@ def _combine_over_ranks(
     maximum, total, target_logit = maximum.double(), total.double(), target_logit.double()
     if mesh.tp_size > 1:
         global_maximum = maximum.clone()
-        torch.distributed.all_reduce(global_maximum, torch.distributed.ReduceOp.MAX, get_tensor_model_parallel_group())
+        group = parallel_state.get_tensor_model_parallel_group()
+        torch.distributed.all_reduce(global_maximum, torch.distributed.ReduceOp.MAX, group)
         parts = torch.stack((total * (maximum - global_maximum).exp(), target_logit))
-        maximum, (total, target_logit) = global_maximum, reduce_from_tensor_model_parallel_region(parts)
+        maximum, (total, target_logit) = global_maximum, tensor_parallel.reduce_from_tensor_model_parallel_region(parts)
     return (maximum - target_logit + total.log()).float()

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from tandem.trainer.config import RANK_WAIT_TIMEOUT_SECONDS, UserError
+from tandem.trainer.distributed.megatron import parallel_state
 from tandem.trainer.runtime import launch_environment
 
 T = TypeVar("T")

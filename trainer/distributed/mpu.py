@@ -4,16 +4,15 @@ DeepSpeed 0.19 uses Megatron's old interface (`get_model_parallel_*`), which meg
 tensor parallel here, because there is no pipeline.
 """
 
-from megatron.core.parallel_state import (
-    get_data_parallel_group,
-    get_data_parallel_rank,
-    get_data_parallel_world_size,
-    get_tensor_model_parallel_group,
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_src_rank,
-    get_tensor_model_parallel_world_size,
-)
+from tandem.trainer.distributed.megatron import parallel_state
 
+get_data_parallel_group = parallel_state.get_data_parallel_group
+get_data_parallel_rank = parallel_state.get_data_parallel_rank
+get_data_parallel_world_size = parallel_state.get_data_parallel_world_size
+get_tensor_model_parallel_group = parallel_state.get_tensor_model_parallel_group
+get_tensor_model_parallel_rank = parallel_state.get_tensor_model_parallel_rank
+get_tensor_model_parallel_src_rank = parallel_state.get_tensor_model_parallel_src_rank
+get_tensor_model_parallel_world_size = parallel_state.get_tensor_model_parallel_world_size
 get_model_parallel_group = get_tensor_model_parallel_group
 get_model_parallel_rank = get_tensor_model_parallel_rank
 get_model_parallel_world_size = get_tensor_model_parallel_world_size
@@ -26,11 +25,3 @@ def get_pipeline_model_parallel_world_size() -> int:
 
 def get_pipeline_model_parallel_rank() -> int:
     return 0
-
-
-__all__ = [
-    "get_data_parallel_group", "get_data_parallel_rank", "get_data_parallel_world_size", "get_model_parallel_group",
-    "get_model_parallel_rank", "get_model_parallel_src_rank", "get_model_parallel_world_size",
-    "get_pipeline_model_parallel_rank", "get_pipeline_model_parallel_world_size", "get_tensor_model_parallel_group",
-    "get_tensor_model_parallel_rank", "get_tensor_model_parallel_src_rank", "get_tensor_model_parallel_world_size",
-]  # fmt: skip
