@@ -6,6 +6,7 @@ import time
 import torch
 
 from tandem.kernels.bench import command
+from tandem.kernels.bench.compare import measure_shape
 from tandem.kernels.bench.ops import OPERATIONS
 
 PROGRAM = "tandem.kernels.bench"
@@ -21,7 +22,12 @@ def main(arguments: list[str] | None = None) -> int:
     if error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
-    command.print_comparison(command.named_operations(options, OPERATIONS), options, start_time)
+    device, deadline = torch.device(options.device), start_time + options.seconds
+    ceilings = command.print_ceilings(device, options.json)
+    for op in command.named_operations(options, OPERATIONS):
+        for shape in command.select_shapes(op, options):
+            rows = measure_shape(op, shape, device, ceilings, options.rival, deadline=deadline)
+            command.print_rows(rows, options.json)
     return 0
 
 

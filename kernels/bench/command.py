@@ -3,19 +3,19 @@
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tandem.kernels.bench.compare import Measurement, device_name, environment, measure_rivals
-from tandem.kernels.bench.measure import measure_ceilings
-from tandem.kernels.bench.operation import Operation, Rival
-from tandem.kernels.bench.shapes import PRODUCTION_MODELS
+from tandem.kernels.bench.compare import Row, device_name, environment
+from tandem.kernels.bench.measure import Ceilings, measure_ceilings
+from tandem.kernels.bench.operation import Operation
+from tandem.kernels.bench.shapes import PRODUCTION_MODELS, Shape
 
-NUMBER_COLUMNS = ["20% us", "50% us", "80% us", "GB/s", "TFLOP/s", "of peak", "peak MiB"]
+NUMBER_COLUMNS = {"20% us": 1, "50% us": 1, "80% us": 1, "GB/s": 0, "TFLOP/s": 1, "of peak": 3, "peak MiB": 0}
+"""With their decimals."""
 COLUMN_WIDTHS = (20, 26, 28, 16)
 """Of operation, shape, rival and direction."""
 
@@ -27,7 +27,12 @@ def make_parser(program: str, description: str, operations: dict[str, Operation]
     add("--shape", default="", help="every shape whose name contains this, including tp2, tp4 and the small configs")
     production = " and ".join(model.name for model in PRODUCTION_MODELS)
     add("--production", action="store_true", help=f"only the shapes of {production} on one rank")
-    add("--seconds", type=float, help="start nothing new after this time; rows report what was left out")
+    add(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="start nothing new after this time; rows report what was left out",
+    )
     add("--rival", default="", help="only the implementations whose name contains this: ours, torch, ...")
     add("--json", type=Path, metavar="FILE", help="append one JSON line per row to this file")
     add("--device", choices=["cuda", "cpu"], default="cuda")
@@ -37,12 +42,12 @@ def make_parser(program: str, description: str, operations: dict[str, Operation]
 
 def usage_error(options: argparse.Namespace, operations: dict[str, Operation]) -> str:
     """Why the options cannot be honoured; empty if they can. For names of shapes and rivals: `selection_error`."""
-    unknown = [name for name in options.op if name not in operations]
-    if unknown:
-        return f"op {unknown[0]!r} is unknown; choose from {', '.join(operations)}"
+    for name in options.op:
+        if name not in operations:
+            return f"op {name!r} is unknown; choose from {', '.join(operations)}"
     if options.tokens is not None and options.tokens < 1:
         return f"--tokens {options.tokens}: must be at least 1"
-    if options.seconds is not None and not options.seconds > 0:
+    if not options.seconds > 0:
         return f"--seconds {options.seconds:g}: must be more than 0"
     if options.production and options.shape:
         return f"--shape {options.shape} with --production: both choose shapes; use one of them"
@@ -58,7 +63,7 @@ def selection_error(options: argparse.Namespace, operations: dict[str, Operation
     if not any(options.shape in name for name in names):
         models = dict.fromkeys(name.split()[0] for name in names)
         return f"--shape {options.shape!r} matches no shape; names look like {next(iter(names))!r}, for {', '.join(models)}"
-    rivals = dict.fromkeys(rival.name for op in chosen if shapes_by_name(op, options) for rival in op.rivals)
+    rivals = dict.fromkeys(name for op in chosen if _named_shapes(op, options) for name in op.implementations)
     if not any(options.rival in name for name in rivals):
         return f"--rival {options.rival!r} matches no implementation; choose from {', '.join(rivals)}"
     return ""
@@ -68,41 +73,40 @@ def named_operations(options: argparse.Namespace, operations: dict[str, Operatio
     return [operations[name] for name in options.op or operations]
 
 
-def shapes_by_name(op: Operation, options: argparse.Namespace) -> list[Any]:
+def _named_shapes(op: Operation, options: argparse.Namespace) -> list[Shape]:
     return [shape for shape in op.shapes + op.extra_shapes if options.shape in shape.name]
 
 
-def select_shapes(op: Operation, options: argparse.Namespace) -> list[Any]:
-    chosen = shapes_by_name(op, options) if options.shape else op.shapes
+def select_shapes(op: Operation, options: argparse.Namespace) -> list[Shape]:
+    chosen = _named_shapes(op, options) if options.shape else op.shapes
     if options.production:
-        names = [model.name for model in PRODUCTION_MODELS]
-        chosen = [shape for shape in chosen if shape.model_name in names]
+        chosen = [shape for shape in chosen if shape.model_name in [model.name for model in PRODUCTION_MODELS]]
     return [shape.with_tokens(options.tokens) for shape in chosen] if options.tokens else chosen
 
 
-def print_comparison(
-    operations: Iterable[Operation],
-    options: argparse.Namespace,
-    start_time: float,
-    is_included: Callable[[Any, Rival], bool] = lambda shape, rival: True,
-) -> None:
-    """Measure and print one row for each shape, rival and direction; `start_time` is one of time.monotonic()."""
-    deadline = start_time + (math.inf if options.seconds is None else options.seconds)
-    device = torch.device(options.device)
-    limits, facts = measure_ceilings(device), environment(device_name(device))
+def print_ceilings(device: torch.device, file: Path | None) -> Ceilings:
+    """Measure and print the ceilings, then the head of the rows' table."""
+    ceilings, facts = measure_ceilings(device), environment(device_name(device))
     print_environment(facts)
-    copy, matmul = limits.copy_bytes_per_second / 1e9, limits.matmul_flops_per_second / 1e12
+    copy, matmul = ceilings.copy_bytes_per_second / 1e9, ceilings.matmul_flops_per_second / 1e12
     print(f"copy {copy:.0f} GB/s, matmul {matmul:.1f} TFLOP/s", flush=True)
-    append_json(options.json, [{"op": "ceilings", **asdict(limits), **facts}])
-    print(format_line(("op", "shape", "rival", "direction"), NUMBER_COLUMNS), flush=True)
-    for op in operations:
-        for shape in select_shapes(op, options):
-            names = [rival.name for rival in op.rivals if options.rival in rival.name and is_included(shape, rival)]
-            if not names:
-                continue
-            for row in measure_rivals(op, shape, device, limits, names.__contains__, deadline=deadline):
-                print(format_measurement(row), flush=True)
-                append_json(options.json, [asdict(row)])
+    append_json(file, [{"op": "ceilings", **ceilings._asdict(), **facts}])
+    print(format_line(("op", "shape", "rival", "direction"), [*NUMBER_COLUMNS]), flush=True)
+    return ceilings
+
+
+def print_rows(rows: Iterable[Row], file: Path | None) -> None:
+    for row in rows:
+        peak_mib = None if row["peak_extra_bytes"] is None else row["peak_extra_bytes"] / 2**20
+        tflops = row["tflops_per_second"] if row["flops"] else None
+        times = row["time_p20_us"], row["time_p50_us"], row["time_p80_us"]
+        values = zip(
+            (*times, row["gb_per_second"], tflops, row["fraction"], peak_mib), NUMBER_COLUMNS.values(), strict=True
+        )
+        numbers = ["-" if value is None else f"{value:.{digits}f}" for value, digits in values]
+        names = row["op"], row["shape"], row["rival"], row["direction"]
+        print(format_line(names, numbers, row["note"]), flush=True)
+        append_json(file, [row])
 
 
 def print_environment(facts: dict[str, str]) -> None:
@@ -118,12 +122,3 @@ def append_json(file: Path | None, lines: Iterable[dict[str, Any]]) -> None:
 def format_line(names: Sequence[str], numbers: Sequence[str], note: str = "") -> str:
     padded = [name.ljust(width) for name, width in zip(names, COLUMN_WIDTHS, strict=True)]
     return " ".join([*padded, *(number.rjust(9) for number in numbers), note]).rstrip()
-
-
-def format_measurement(row: Measurement) -> str:
-    peak_mib = None if row.peak_extra_bytes is None else row.peak_extra_bytes / 2**20
-    tflops = row.tflops_per_second if row.flops else None
-    columns = [(row.time_p20_us, 1), (row.time_p50_us, 1), (row.time_p80_us, 1), (row.gb_per_second, 0), (tflops, 1)]
-    columns += [(row.fraction, 3), (peak_mib, 0)]
-    numbers = ["-" if value is None else f"{value:.{digits}f}" for value, digits in columns]
-    return format_line((row.op, row.shape, row.rival, row.direction), numbers, row.note)

@@ -2,16 +2,14 @@
 
 On a GPU, CUDA events around each call read the device's time. The device first waits for about a millisecond, so that the host
 has queued the call's kernels when the first one starts. Calls rotate through copies of the inputs that together exceed the L2
-cache, so that no call finds its inputs there. Rivals take turns, so that a drifting clock affects all of them alike. On a CPU
-the host's clock is read, which shows that the harness works and nothing about speed.
+cache, so that no call finds its inputs there. On a CPU the host's clock is read, which shows that the harness works and nothing
+about speed.
 """
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,22 +27,20 @@ PassTimes = dict[str, list[float]]
 """Microseconds of each call, by what was timed."""
 
 
-@dataclass(frozen=True)
-class TimingStats:
+class TimingStats(NamedTuple):
     """Percentiles of the time of one call, in microseconds."""
 
-    p20_us: float
-    p50_us: float
-    p80_us: float
+    time_p20_us: float
+    time_p50_us: float
+    time_p80_us: float
     num_repetitions: int
 
     @property
     def is_steady(self) -> bool:
-        return self.p80_us - self.p20_us <= MAX_STEADY_SPREAD * self.p50_us
+        return self.time_p80_us - self.time_p20_us <= MAX_STEADY_SPREAD * self.time_p50_us
 
 
-@dataclass(frozen=True)
-class Ceilings:
+class Ceilings(NamedTuple):
     """What the device reaches in this process."""
 
     copy_bytes_per_second: float
@@ -63,31 +59,30 @@ def measure_ceilings(device: torch.device) -> Ceilings:
         return lambda: {"": time_calls(call, [None] * 4, device)}
 
     found = time_interleaved([turn(lambda _: target.copy_(source)), turn(lambda _: left @ right)], device)
-    copy, matmul = (times[""] for times in found)
-    return Ceilings(4e6 * elements / copy.p50_us, 2e6 * side**3 / matmul.p50_us)
+    copy, matmul = (times[""].time_p50_us for times in found)
+    return Ceilings(4e6 * elements / copy, 2e6 * side**3 / matmul)
 
 
 def time_interleaved(turns: Sequence[Callable[[], PassTimes]], device: torch.device) -> list[dict[str, TimingStats]]:
-    """Call all `turns` in rounds and return the statistics of what each one timed.
+    """Call all `turns` in rounds, so that a drifting clock affects all alike, and return the statistics of what each one timed.
 
     The first round does not count, because it reserves memory. Rounds end once every call has enough repetitions and is either
     steady or out of time. A turn that returns nothing has failed: it is not called again and its statistics are empty.
     """
     min_repetitions, seconds = (10, 0.15) if device.type == "cuda" else (3, 0.02)
-    passes: list[list[PassTimes]] = [[] for _ in turns]
-    active_turns = [turn for turn in range(len(turns)) if turns[turn]()]
-    end = time.perf_counter() + seconds * len(active_turns)
-    while active_turns:
-        for turn in list(active_turns):
-            if passed := turns[turn]():
-                passes[turn].append(passed)
+    passes: dict[int, list[PassTimes]] = {index: [] for index, turn in enumerate(turns) if turn()}
+    end = time.perf_counter() + seconds * len(passes)
+    while passes:
+        for index in list(passes):
+            if passed := turns[index]():
+                passes[index].append(passed)
             else:
-                active_turns.remove(turn)
-        found = [times for turn in active_turns for times in _timing_stats(passes[turn]).values()]
+                del passes[index]
+        found = [times for of_turn in passes.values() for times in _timing_stats(of_turn).values()]
         is_sampled_enough = all(times.num_repetitions >= min_repetitions for times in found)
         if is_sampled_enough and (time.perf_counter() >= end or all(times.is_steady for times in found)):
             break
-    return [_timing_stats(passes[turn]) if turn in active_turns else {} for turn in range(len(turns))]
+    return [_timing_stats(passes.get(index, [])) for index in range(len(turns))]
 
 
 def time_calls(call: Callable[[Any], object], arguments: Sequence[Any], device: torch.device) -> list[float]:
@@ -106,11 +101,8 @@ def time_calls(call: Callable[[Any], object], arguments: Sequence[Any], device: 
 
 def num_input_sets(inputs: Iterable[Tensor]) -> int:
     """How many copies of the inputs are twice the size of the L2 cache; at least two."""
-    tensors = list(inputs)
-    if not any(tensor.is_cuda for tensor in tensors):
-        return 2
-    size = sum(tensor.nbytes for tensor in tensors)
-    return min(max(2, math.ceil(2 * L2_CACHE_BYTES / size)), MAX_INPUT_SETS)
+    size = sum(tensor.nbytes for tensor in inputs if tensor.is_cuda)
+    return min(max(2, math.ceil(2 * L2_CACHE_BYTES / size)), MAX_INPUT_SETS) if size else 2
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
@@ -130,7 +122,7 @@ def _timing_stats(passes: list[PassTimes]) -> dict[str, TimingStats]:
     """The statistics of all passes together."""
     found = {}
     for name in passes[0] if passes else ():
-        calls = torch.tensor([*itertools.chain.from_iterable(each[name] for each in passes)], dtype=torch.float64)
+        calls = torch.tensor([us for times in passes for us in times[name]], dtype=torch.float64)
         low, middle, high = calls.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
         found[name] = TimingStats(low, middle, high, len(calls))
     return found

@@ -4,16 +4,17 @@ They are plain numbers because this package knows nothing of configs. `tests/ker
 `configs/`.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Self
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 TP_SIZES = (1, 2, 4)
+BF16, FP32 = torch.bfloat16, torch.float32
 
 
-class ModelShape(NamedTuple):
+class Model(NamedTuple):
     name: str
     phases: tuple[tuple[int, int], ...]
     """Rows of one forward pass, tokens in a row."""
@@ -25,142 +26,96 @@ class ModelShape(NamedTuple):
     """0 if positions are linear biases (ALiBi)."""
     qk_layernorm: bool
     document_masking: bool
-    ffn_hidden_sizes_local: tuple[int, int, int]
-    """For each of TP_SIZES, padded to a multiple of 128 on a rank."""
+    ffn_hidden_size: int
     vocab_size: int
-    vocab_sizes_local: tuple[int, int, int]
     logit_scale: float
     attention_scale: float
-    precision: Literal["bf16", "fp32"]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32 if self.precision == "fp32" else torch.bfloat16
+    dtype: torch.dtype = BF16
 
 
 MODELS = (
-    ModelShape("btlm-3b-8k", ((4, 2_048), (1, 8_192)), 2_560, 32, 32, 80, 0, False, False,
-          (6_912, 3_456, 1_792), 50_257, (50_304, 25_216, 12_672), 0.222, 1 / 80, "bf16"),
-    ModelShape("stablelm-2-12b", ((1, 4_096),), 5_120, 32, 8, 160, 40, True, True,
-          (13_824, 6_912, 3_456), 100_352, (100_352, 50_176, 25_088), 1.0, 160**-0.5, "bf16"),
-    ModelShape("stablelm-2-1_6b", ((2, 4_096),), 2_048, 32, 32, 64, 16, False, True,
-          (5_632, 2_816, 1_408), 100_352, (100_352, 50_176, 25_088), 1.0, 64**-0.5, "bf16"),
-)  # fmt: skip
+    Model("btlm-3b-8k", ((4, 2_048), (1, 8_192)), 2_560, 32, 32, 80, 0, False, False, 6_912, 50_257, 0.222, 1 / 80),
+    Model("stablelm-2-12b", ((1, 4_096),), 5_120, 32, 8, 160, 40, True, True, 13_824, 100_352, 1.0, 160**-0.5),
+    Model("stablelm-2-1_6b", ((2, 4_096),), 2_048, 32, 32, 64, 16, False, True, 5_632, 100_352, 1.0, 64**-0.5),
+)
 """The models that the kernels are written for."""
 PRODUCTION_MODELS = MODELS[:2]
 """The two whose full runs are planned."""
 SMALL_MODELS = (
-    ModelShape("btlm-proxy-256", ((16, 2_048), (4, 8_192)), 256, 4, 4, 64, 0, False, False,
-          (768, 384, 256), 50_257, (50_304, 25_216, 12_672), 2.22, 1 / 64, "bf16"),
-    ModelShape("btlm-proxy-512", ((8, 2_048), (2, 8_192)), 512, 8, 8, 64, 0, False, False,
-          (1_408, 768, 384), 50_257, (50_304, 25_216, 12_672), 1.11, 1 / 64, "bf16"),
-    ModelShape("btlm-proxy-1024", ((4, 2_048), (1, 8_192)), 1_024, 16, 16, 64, 0, False, False,
-          (2_816, 1_408, 768), 50_257, (50_304, 25_216, 12_672), 0.555, 1 / 64, "bf16"),
-    ModelShape("demo-btlm", ((8, 128), (2, 512)), 128, 4, 4, 32, 0, False, False,
-          (384, 256, 128), 4_096, (4_096, 2_048, 1_024), 1.11, 1 / 32, "fp32"),
-    ModelShape("demo-stablelm", ((8, 128), (2, 512)), 128, 4, 2, 32, 8, True, True,
-          (384, 256, 128), 4_096, (4_096, 2_048, 1_024), 1.0, 32**-0.5, "bf16"),
-    ModelShape("mup-check", ((8, 128),), 64, 4, 4, 16, 0, False, False,
-          (256, 128, 128), 512, (512, 256, 128), 2.22, 1 / 16, "fp32"),
-)  # fmt: skip
+    Model("btlm-proxy-256", ((16, 2_048), (4, 8_192)), 256, 4, 4, 64, 0, False, False, 768, 50_257, 2.22, 1 / 64),
+    Model("btlm-proxy-512", ((8, 2_048), (2, 8_192)), 512, 8, 8, 64, 0, False, False, 1_408, 50_257, 1.11, 1 / 64),
+    Model(
+        "btlm-proxy-1024", ((4, 2_048), (1, 8_192)), 1_024, 16, 16, 64, 0, False, False, 2_816, 50_257, 0.555, 1 / 64
+    ),
+    Model("demo-btlm", ((8, 128), (2, 512)), 128, 4, 4, 32, 0, False, False, 384, 4_096, 1.11, 1 / 32, FP32),
+    Model("demo-stablelm", ((8, 128), (2, 512)), 128, 4, 2, 32, 8, True, True, 384, 4_096, 1.0, 32**-0.5),
+    Model("mup-check", ((8, 128),), 64, 4, 4, 16, 0, False, False, 256, 512, 2.22, 1 / 16, FP32),
+)
 """The other shipped configs."""
 
 
 @dataclass(frozen=True)
 class Shape:
+    """What one rank holds. An operation reads only the sizes that concern it."""
+
     name: str
     """Begins with the model's name."""
     tokens: int
-    dtype: torch.dtype = field(default=torch.bfloat16, kw_only=True)
+    """Of one row. Operations on tokens see all rows of a forward pass as one."""
+    batch_size: int = 1
+    hidden_size: int = 0
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    rotary_dims: int = 0
+    qk_layernorm: bool = False
+    has_alibi: bool = False
+    document_masking: bool = False
+    ffn_hidden_size: int = 0
+    vocab_size: int = 0
+    """Columns without padding."""
+    padded_vocab_size: int = 0
+    logit_scale: float = 1.0
+    attention_scale: float = 1.0
+    dtype: torch.dtype = BF16
 
     @property
     def model_name(self) -> str:
         return self.name.split()[0]
 
-    def with_tokens(self, tokens: int) -> Self:
-        return replace(self, tokens=tokens)
-
-
-@dataclass(frozen=True)
-class FeedForwardShape(Shape):
-    ffn_hidden_size: int
-    hidden_size: int
-
-
-@dataclass(frozen=True)
-class LogitsShape(Shape):
-    hidden_size: int
-    padded_vocab_size: int
-    vocab_size: int
-    """Columns without padding."""
-    logit_scale: float
-
-
-@dataclass(frozen=True)
-class AttentionShape(Shape):
-    """`tokens` counts those of one row."""
-
-    batch_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rotary_dims: int
-    qk_layernorm: bool
-    has_alibi: bool
-    document_masking: bool
-    attention_scale: float
-
-    def with_tokens(self, tokens: int) -> Self:
+    def with_tokens(self, tokens: int) -> "Shape":
         return replace(self, tokens=tokens, batch_size=min(self.batch_size, 2))
 
 
-def feed_forward_shapes(
-    models: tuple[ModelShape, ...] = MODELS, tp_sizes: tuple[int, ...] = TP_SIZES
-) -> list[FeedForwardShape]:
+def token_shapes(models: Sequence[Model] = MODELS, tp_sizes: Sequence[int] = TP_SIZES) -> list[Shape]:
+    """The shapes of operations on tokens. Phases with equally many tokens in a pass are one shape."""
     return [
-        FeedForwardShape(name, tokens, model.ffn_hidden_sizes_local[index], model.hidden_size, dtype=model.dtype)
-        for model, name, index, tokens in _local_cases(models, tp_sizes)
+        _local_shape(model, tp_size, f"{model.name} tp{tp_size}", tokens, 1)
+        for model in models
+        for tp_size in tp_sizes
+        for tokens in sorted({rows * seq for rows, seq in model.phases})
     ]
 
 
-def logits_shapes(models: tuple[ModelShape, ...] = MODELS, tp_sizes: tuple[int, ...] = TP_SIZES) -> list[LogitsShape]:
-    """The logits of the last rank, which holds the padding."""
-    shapes = []
-    for model, name, index, tokens in _local_cases(models, tp_sizes):
-        padded = model.vocab_sizes_local[index]
-        columns = model.vocab_size - (TP_SIZES[index] - 1) * padded
-        shapes.append(
-            LogitsShape(name, tokens, model.hidden_size, padded, columns, model.logit_scale, dtype=model.dtype)
-        )
-    return shapes
-
-
-def attention_shapes(
-    models: tuple[ModelShape, ...] = MODELS, tp_sizes: tuple[int, ...] = TP_SIZES
-) -> list[AttentionShape]:
+def attention_shapes(models: Sequence[Model] = MODELS, tp_sizes: Sequence[int] = TP_SIZES) -> list[Shape]:
     return [
-        AttentionShape(
-            f"{model.name} {seq} tp{tp_size}", seq, rows, model.num_heads // tp_size, model.num_kv_heads // tp_size,
-            model.head_dim, model.rotary_dims, model.qk_layernorm, model.rotary_dims == 0, model.document_masking,
-            model.attention_scale, dtype=model.dtype,
-        )
+        _local_shape(model, tp_size, f"{model.name} {seq} tp{tp_size}", seq, rows)
         for model in models
         for tp_size in tp_sizes
         if model.num_kv_heads % tp_size == 0
         for rows, seq in model.phases
-    ]  # fmt: skip
+    ]
 
 
-def tokens_per_pass(model: ModelShape) -> list[int]:
-    """Tokens of one forward pass. Phases with equal products of rows and tokens are one shape to operations on tokens."""
-    return sorted({rows * seq for rows, seq in model.phases})
+def rotary_shapes(models: Sequence[Model] = MODELS, tp_sizes: Sequence[int] = TP_SIZES) -> list[Shape]:
+    return [shape for shape in attention_shapes(models, tp_sizes) if shape.rotary_dims]
 
 
-def _local_cases(
-    models: tuple[ModelShape, ...], tp_sizes: tuple[int, ...]
-) -> Iterator[tuple[ModelShape, str, int, int]]:
-    """Model, name of the shape, index in TP_SIZES, tokens."""
-    for model in models:
-        for tp_size in tp_sizes:
-            for tokens in tokens_per_pass(model):
-                yield model, f"{model.name} tp{tp_size}", TP_SIZES.index(tp_size), tokens
+def _local_shape(model: Model, tp_size: int, name: str, tokens: int, rows: int) -> Shape:
+    """What the last rank holds, which has the padding of the vocabulary. Sizes are padded to a multiple of 128 on a rank."""
+    ffn, padded = (-(-size // (128 * tp_size)) * 128 for size in (model.ffn_hidden_size, model.vocab_size))
+    return Shape(
+        name, tokens, rows, model.hidden_size, model.num_heads // tp_size, model.num_kv_heads // tp_size,
+        model.head_dim, model.rotary_dims, model.qk_layernorm, model.rotary_dims == 0, model.document_masking, ffn,
+        model.vocab_size - (tp_size - 1) * padded, padded, model.logit_scale, model.attention_scale, model.dtype,
+    )  # fmt: skip

@@ -7,10 +7,10 @@ import subprocess
 import pytest
 import torch
 
-from tandem.kernels.bench import command as command_line
+from tandem.kernels.bench import __main__ as program
 from tandem.kernels.bench.__main__ import main
-from tandem.kernels.bench.compare import Measurement, git_commit
-from tandem.kernels.bench.measure import Ceilings
+from tandem.kernels.bench.compare import git_commit
+from tests.kernels.bench.square import CEILINGS
 
 SMALL = ["swiglu", "--device", "cpu", "--tokens", "4", "--shape", "mup-check tp1", "--rival", "ours"]
 
@@ -30,7 +30,12 @@ def test_rows_are_printed_and_kept(tmp_path, capsys):
     assert main(command) == 0
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["op"] for line in lines] == ["ceilings", "swiglu", "swiglu", "swiglu"] * 2
-    assert all(list(line) == [*Measurement.__dataclass_fields__] for line in lines[1:4])
+    facts = ["op", "shape", "rival", "direction", "dtype", "ceiling"]
+    times = ["time_p20_us", "time_p50_us", "time_p80_us", "num_repetitions", "bytes", "flops", "executed_flops"]
+    rates = ["gb_per_second", "tflops_per_second", "executed_tflops_per_second", "fraction", "peak_extra_bytes"]
+    assert all(
+        list(line) == facts + times + rates + ["note", "device", "torch", "triton", "commit"] for line in lines[1:4]
+    )
     assert capsys.readouterr().out.count("mup-check tp1") == 6
 
 
@@ -59,13 +64,13 @@ def test_bad_usage_is_one_line(command, named, capsys):
 def asked(monkeypatch):
     """asked(command) returns the shapes and rivals that would be measured, and measures none."""
     found = []
-    monkeypatch.setattr(command_line, "measure_ceilings", lambda device: Ceilings(1e9, 1e12))
+    monkeypatch.setattr(program.command, "measure_ceilings", lambda device: CEILINGS)
 
     def noted(op, shape, device, limits, wanted, deadline):
-        found.append((op.name, shape.name, [rival.name for rival in op.rivals if wanted(rival.name)]))
+        found.append((op.name, shape.name, [name for name in op.implementations if wanted in name]))
         return ()
 
-    monkeypatch.setattr(command_line, "measure_rivals", noted)
+    monkeypatch.setattr(program, "measure_shape", noted)
 
     def ask(command: str) -> list[tuple[str, str, list[str]]]:
         found.clear()

@@ -6,8 +6,8 @@ import sys
 import torch
 
 from tandem.kernels.bench.compare import seeded_example
-from tandem.kernels.bench.operation import Rival
 from tests.rivals.kernels.offline_compile import compile_for_sm90
+from tests.rivals.kernels.operation import Rival
 from tests.rivals.kernels.ops import OPERATIONS
 
 

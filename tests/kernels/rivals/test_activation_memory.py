@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tandem.kernels.bench.shapes import MODELS, ModelShape
+from tandem.kernels.bench.shapes import MODELS, Model
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +27,17 @@ def kept(tmp_path_factory) -> dict[str, dict[str, dict[str, float]]]:
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
-def test_the_widest_activation_is_kept_twice_where_torch_keeps_it_four_times(model: ModelShape, kept) -> None:
+def test_the_widest_activation_is_kept_twice_where_torch_keeps_it_four_times(model: Model, kept) -> None:
     """Gate and up, plus their product (ours, Liger, torch), plus silu of the gate (torch), plus the network's input."""
     for kit, times in (("ours, product made again", 2), ("ours", 3), ("liger", 3), ("torch", 4)):
         found = kept[model.name][kit]["feed-forward"]
         # BTLM's network has its own norm. With a parallel residual, attention's norm already keeps that input.
         inputs = model.hidden_size if model.rotary_dims == 0 else 0
-        assert found == 2 * (times * model.ffn_hidden_sizes_local[0] + inputs), kit
+        assert found == 2 * (times * model.ffn_hidden_size + inputs), kit
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
-def test_heads_and_attention_keep_what_backward_reads(model: ModelShape, kept) -> None:
+def test_heads_and_attention_keep_what_backward_reads(model: Model, kept) -> None:
     found = kept[model.name]["ours"]
     fused = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     # The projection, if the norms' backward reads it.

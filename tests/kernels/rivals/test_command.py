@@ -5,9 +5,8 @@ import torch
 import triton
 
 import tests.rivals.kernels.__main__ as command_line
-from tandem.kernels.bench import command as shared
-from tandem.kernels.bench.measure import Ceilings
 from tandem.kernels.bench.shapes import MODELS
+from tests.kernels.bench.square import CEILINGS
 from tests.rivals.kernels.__main__ import main
 
 
@@ -53,13 +52,13 @@ def test_bad_usage_is_one_line(command, named, capsys, monkeypatch):
 
 def test_slow_compilation_at_published_shapes_is_left_out_unless_asked_for_by_name(monkeypatch):
     found = []
-    monkeypatch.setattr(shared, "measure_ceilings", lambda device: Ceilings(1e9, 1e12))
+    monkeypatch.setattr(command_line.command, "measure_ceilings", lambda device: CEILINGS)
 
     def record(op, shape, device, limits, wanted, deadline):
         found.append((shape.model_name, [rival.name for rival in op.rivals if wanted(rival.name)]))
         return ()
 
-    monkeypatch.setattr(shared, "measure_rivals", record)
+    monkeypatch.setattr(command_line, "measure_rivals", record)
 
     def compiled(command: str) -> set[str]:
         found.clear()

@@ -14,23 +14,15 @@ import pytest
 import torch
 import triton
 
-from tandem.kernels.bench.compare import (
-    check_agreement,
-    measure_rivals,
-    rival_function,
-    run_forward_backward,
-    seeded_example,
-)
-from tandem.kernels.bench.measure import Ceilings
-from tandem.kernels.bench.operation import SkipRival
-from tandem.kernels.bench.ops.attention import document_ids
+from tandem.kernels.bench.compare import NotMeasured, check_agreement, seeded_example
+from tandem.kernels.bench.ops import document_ids
 from tests.kernels.bench.smallest import TOKENS, smallest
+from tests.kernels.bench.square import CEILINGS, CPU
 from tests.rivals.kernels import single_rank
+from tests.rivals.kernels.compare import measure_rivals, rival_function, run_forward_backward
 from tests.rivals.kernels.ops import OPERATIONS
 from tests.rivals.kernels.ops import attention as attention_rivals
 
-CPU = torch.device("cpu")
-CEILINGS = Ceilings(1e9, 1e12)
 EVERY_OPERATION = pytest.mark.parametrize("op", OPERATIONS.values(), ids=OPERATIONS)
 UNMEASURABLE = {
     "flash-attn", "flex, flash-attn 4", "liger CuTe", "megatron rope", "sdpa cudnn", "flex", "our kernel", "varlen_attn",
@@ -114,7 +106,7 @@ def test_varlen_is_for_documents_alone():
     op = OPERATIONS["attention"]
     for name, reason in (("btlm-3b-8k 2048 tp1", "has no biases"), ("flash 2048 hd64", "is the kernel of sdpa flash")):
         shape = next(shape for shape in op.shapes if shape.name == name)
-        with pytest.raises(SkipRival, match=reason):
+        with pytest.raises(NotMeasured, match=reason):
             next(rival for rival in op.rivals if rival.name == "varlen_attn").make_function(shape)
 
 
@@ -138,6 +130,6 @@ def test_a_kernel_of_ours_is_not_named_where_none_runs():
     for name, reason in (("demo-btlm 128 tp1", "ours is this kernel already"), ("flash 2048 hd64", "needs a GPU")):
         shape = next(shape for shape in op.shapes + op.extra_shapes if shape.name == name).with_tokens(TOKENS)
         found = list(measure_rivals(op, shape, CPU, CEILINGS, lambda name: name == "our kernel"))
-        assert [row.time_p50_us for row in found] == [None]
-        assert found[0].note.startswith("not measured: ")
-        assert found[0].note.endswith(reason)
+        assert [row["time_p50_us"] for row in found] == [None]
+        assert found[0]["note"].startswith("not measured: ")
+        assert found[0]["note"].endswith(reason)

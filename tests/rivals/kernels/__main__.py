@@ -12,13 +12,14 @@ import torch
 import triton
 
 from tandem.kernels.bench import command
-from tandem.kernels.bench.compare import device_name, environment, one_line_reason
-from tandem.kernels.bench.operation import Operation, Rival, SkipRival
-from tandem.kernels.bench.shapes import MODELS
+from tandem.kernels.bench.compare import NotMeasured, device_name, environment, one_line_reason
+from tandem.kernels.bench.shapes import MODELS, Shape
 from tests.rivals.kernels import single_rank
 from tests.rivals.kernels.activation_memory import activation_memory_table
+from tests.rivals.kernels.compare import measure_rivals
 from tests.rivals.kernels.errors import MAX_ERROR_RATIO, PRECISIONS, measure_errors
 from tests.rivals.kernels.launches import LAUNCHES
+from tests.rivals.kernels.operation import ContestedOperation, Rival
 from tests.rivals.kernels.ops import OPERATIONS
 from tests.rivals.kernels.resources import COMPILED_DEVICE, describe_spills, kernel_resources
 
@@ -46,19 +47,31 @@ def main(arguments: list[str] | None = None) -> int:
     if options.activations:
         return _print_activation_memory(options)
     if options.errors:
-        deadline = start_time + (math.inf if options.seconds is None else options.seconds)
-        return _print_errors(operations, options, deadline)
-
-    def is_included(shape: Any, rival: Rival) -> bool:
-        """Leave out what compiles for seconds at the shapes that others publish, unless it is asked for by name."""
-        is_ours = shape.model_name in [model.name for model in MODELS]
-        return is_ours or not rival.is_slow_to_compile or bool(options.rival or options.shape)
-
+        return _print_errors(operations, options, start_time + options.seconds)
     try:
-        command.print_comparison(operations, options, start_time, is_included)
+        _print_comparison(operations, options, start_time + options.seconds)
     finally:
         single_rank.destroy_group()
     return 0
+
+
+def _print_comparison(operations: list[ContestedOperation], options: argparse.Namespace, deadline: float) -> None:
+    device = torch.device(options.device)
+    ceilings = command.print_ceilings(device, options.json)
+    for op in operations:
+        for shape in command.select_shapes(op, options):
+            names = [
+                rival.name for rival in op.rivals if options.rival in rival.name and _is_included(shape, rival, options)
+            ]
+            if names:
+                rows = measure_rivals(op, shape, device, ceilings, names.__contains__, deadline=deadline)
+                command.print_rows(rows, options.json)
+
+
+def _is_included(shape: Shape, rival: Rival, options: argparse.Namespace) -> bool:
+    """Leave out what compiles for seconds at the shapes that others publish, unless it is asked for by name."""
+    is_ours = shape.model_name in [model.name for model in MODELS]
+    return is_ours or not rival.is_slow_to_compile or bool(options.rival or options.shape)
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -86,7 +99,11 @@ def _mode_error(options: argparse.Namespace) -> str:
     refused: dict[str, Any] = {"--rival": options.rival}
     taken = "ops, --shape, --production, --device, --tokens, --seconds and "
     if mode != "--errors":
-        refused |= {"--tokens": options.tokens, "--seconds": options.seconds, "--production": options.production}
+        refused |= {
+            "--tokens": options.tokens,
+            "--seconds": options.seconds if math.isfinite(options.seconds) else None,
+            "--production": options.production,
+        }
         taken = "ops, --shape and "
     if mode == "--activations":
         refused |= {"op": " ".join(options.op), "--shape": options.shape}
@@ -106,7 +123,7 @@ def _mode_error(options: argparse.Namespace) -> str:
     return command.selection_error(options, known)
 
 
-def _print_resources(operations: list[Operation], options: argparse.Namespace) -> int:
+def _print_resources(operations: list[ContestedOperation], options: argparse.Namespace) -> int:
     print(command.format_line(("op", "shape", "kernel", ""), ["registers", "spilled", "shared", "warps", "blocks/SM"]))
     seen = []
     for found in kernel_resources(operations, options.shape):
@@ -121,7 +138,7 @@ def _print_resources(operations: list[Operation], options: argparse.Namespace) -
     return int(not all(known for _, known in spilled))
 
 
-def _print_errors(operations: list[Operation], options: argparse.Namespace, deadline: float) -> int:
+def _print_errors(operations: list[ContestedOperation], options: argparse.Namespace, deadline: float) -> int:
     device = torch.device(options.device)
     options.production = options.production or not options.shape
     command.print_environment(environment(device_name(device)))
@@ -132,7 +149,7 @@ def _print_errors(operations: list[Operation], options: argparse.Namespace, dead
         for shape in command.select_shapes(op, options) if op.name in PRECISIONS else ():
             try:
                 if time.monotonic() >= deadline:
-                    raise SkipRival("out of time")
+                    raise NotMeasured("out of time")
                 found = list(measure_errors(op, shape, device))
             # An operation may raise anything, and its failure must not lose the rows of the others.
             except Exception as reason:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tandem.kernels.attention import attention
-from tandem.kernels.bench.shapes import MODELS, ModelShape
+from tandem.kernels.bench.shapes import MODELS, Model
 from tandem.kernels.layer_norm import layer_norm
 from tandem.kernels.qkv import split_and_rotate_qkv, split_qkv
 from tandem.kernels.swiglu import swiglu, swiglu_linear
@@ -39,7 +39,7 @@ class LayerImplementation:
 
 @dataclass(frozen=True)
 class Layer:
-    model: ModelShape
+    model: Model
     weights: dict[str, Tensor]
     cos: Tensor
     sin: Tensor
@@ -51,7 +51,7 @@ class Layer:
         return self.model.num_heads // self.model.num_kv_heads
 
 
-def bytes_per_token(model: ModelShape, implementation: LayerImplementation) -> dict[str, float]:
+def bytes_per_token(model: Model, implementation: LayerImplementation) -> dict[str, float]:
     """Return the bytes by part of the layer. The layer's input counts for the first norm."""
     layer = _layer(model)
     found: dict[int, tuple[str, Tensor]] = {}
@@ -122,8 +122,8 @@ def activation_memory_table() -> list[dict[str, Any]]:
         ]
 
 
-def _layer(model: ModelShape) -> Layer:
-    head_dim, ffn = model.head_dim, model.ffn_hidden_sizes_local[0]
+def _layer(model: Model) -> Layer:
+    head_dim, ffn = model.head_dim, model.ffn_hidden_size
     qkv = (model.num_heads + 2 * model.num_kv_heads) * head_dim
     shapes = {
         "norm": (model.hidden_size,),

@@ -6,7 +6,7 @@ All compile for sm_90 under triton 3.6 and 3.7.1 with asynchronous products, and
 
 from typing import Any
 
-from tandem.kernels.bench.shapes import AttentionShape
+from tandem.kernels.bench.shapes import Shape
 from tandem.kernels.device.attention_tiling import TILE_CONFIGS, num_heads_per_program
 from tandem.kernels.device.launch import num_blocks
 
@@ -17,8 +17,10 @@ ONE_HEAD_IN_L2 = {"heads_in_l2": 1}
 ALL_HEADS_IN_L2 = {"heads_in_l2": 1_000}
 
 
-def _tile_config(queries: int, keys: int, num_warps: int, num_stages: int, **more: int) -> dict[str, int]:
-    return {"QUERIES": queries, "KEYS": keys, "num_warps": num_warps, "num_stages": num_stages, **more}
+def _tiles(*sizes: tuple[int, ...]) -> list[dict[str, int]]:
+    """From queries, keys, warps, stages and, if there is a limit, registers."""
+    names = "QUERIES", "KEYS", "num_warps", "num_stages", "maxnreg"
+    return [dict(zip(names, of_one, strict=False)) for of_one in sizes]
 
 
 CANDIDATE_CONFIGS: dict[str, dict[int, list[dict[str, int]]]] = {
@@ -26,65 +28,42 @@ CANDIDATE_CONFIGS: dict[str, dict[int, list[dict[str, int]]]] = {
         80: [
             ONE_HEAD_IN_L2,
             ALL_HEADS_IN_L2,
-            _tile_config(64, 64, 4, 3),
-            _tile_config(128, 64, 4, 3),
-            _tile_config(128, 32, 8, 3, maxnreg=128),
-            _tile_config(128, 64, 8, 3, maxnreg=128),  # spills 8 bytes, for a second program
-            _tile_config(64, 128, 4, 2),
-            _tile_config(128, 128, 8, 2),
+            *_tiles((64, 64, 4, 3), (128, 64, 4, 3), (128, 32, 8, 3, 128)),
+            *_tiles((128, 64, 8, 3, 128)),  # spills 8 bytes, for a second program
+            *_tiles((64, 128, 4, 2), (128, 128, 8, 2)),
         ],
         160: [
             ONE_HEAD_IN_L2,
-            _tile_config(64, 64, 4, 2),
-            _tile_config(64, 32, 4, 3),
-            _tile_config(64, 32, 4, 2),
-            _tile_config(128, 64, 8, 2),
-            _tile_config(128, 32, 8, 3),
+            *_tiles((64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (128, 64, 8, 2), (128, 32, 8, 3)),
         ],
     },
     "queries": {
         80: [
             ONE_HEAD_IN_L2,
-            _tile_config(128, 64, 8, 2),
-            _tile_config(128, 64, 8, 4),
-            _tile_config(64, 64, 4, 3),
-            _tile_config(128, 32, 8, 3),
-            _tile_config(64, 32, 4, 3),
-            _tile_config(128, 128, 8, 2),
+            *_tiles(
+                (128, 64, 8, 2), (128, 64, 8, 4), (64, 64, 4, 3), (128, 32, 8, 3), (64, 32, 4, 3), (128, 128, 8, 2)
+            ),
         ],
-        160: [
-            ONE_HEAD_IN_L2,
-            _tile_config(128, 64, 8, 2),
-            _tile_config(64, 32, 4, 3),
-            _tile_config(64, 64, 4, 2),
-            _tile_config(128, 32, 8, 3),
-        ],
+        160: [ONE_HEAD_IN_L2, *_tiles((128, 64, 8, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3))],
     },
     "keys": {
         80: [
             ONE_HEAD_IN_L2,
             ALL_HEADS_IN_L2,
-            _tile_config(64, 64, 4, 2),
-            _tile_config(64, 64, 4, 4),
-            _tile_config(32, 64, 4, 3),
-            _tile_config(64, 128, 8, 2),
-            _tile_config(32, 128, 8, 3),
+            *_tiles((64, 64, 4, 2), (64, 64, 4, 4), (32, 64, 4, 3), (64, 128, 8, 2), (32, 128, 8, 3)),
         ],
         160: [
             ONE_HEAD_IN_L2,
             {"HEADS_PER_PROGRAM": 4} | ONE_HEAD_IN_L2,
-            {"HEADS_PER_PROGRAM": 4},
-            {"HEADS_PER_PROGRAM": 2},
-            {"HEADS_PER_PROGRAM": 1},
-            _tile_config(32, 128, 8, 2),
-            _tile_config(16, 128, 8, 4),
+            *({"HEADS_PER_PROGRAM": count} for count in (4, 2, 1)),
+            *_tiles((32, 128, 8, 2), (16, 128, 8, 4)),
         ],
     },
 }
 """By kernel and head dim. A candidate overrides the kernel's own configuration in TILE_CONFIGS."""
 
 
-def candidate_configs(kernel: str, shape: AttentionShape) -> list[tuple[str, dict[str, int]]]:
+def candidate_configs(kernel: str, shape: Shape) -> list[tuple[str, dict[str, int]]]:
     """Return the distinct names and configurations for a shape, the kernel's own first."""
     current_config = next(sizes for widest, sizes in TILE_CONFIGS[kernel].items() if shape.head_dim <= widest)
     found: dict[str, dict[str, int]] = {}

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from tandem.kernels.bench.compare import check_agreement, device_name, environment, one_line_reason, seeded_example
 from tandem.kernels.bench.measure import PassTimes, num_input_sets, time_calls, time_interleaved
-from tandem.kernels.bench.ops.attention import ATTENTION, document_starts, slopes_of
-from tandem.kernels.bench.shapes import AttentionShape, attention_shapes
+from tandem.kernels.bench.ops import OPERATIONS, document_starts, slopes_of
+from tandem.kernels.bench.shapes import Shape, attention_shapes
 from tests.rivals.kernels.attention_candidates import ATTENTION_KERNELS, candidate_configs
 from tests.rivals.kernels.resources import COMPILED_DEVICE, blocks_per_multiprocessor, compile_launched
 
+ATTENTION = OPERATIONS["attention"]
 SWEPT_KERNELS: dict[str, tuple[str, ...]] = {
     "btlm-3b-8k 2048 tp1": ATTENTION_KERNELS,
     "btlm-3b-8k 8192 tp1": ATTENTION_KERNELS,
@@ -110,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def compile_all(cases: list[SweepCase], shapes: dict[str, AttentionShape], deadline: float = math.inf) -> None:
+def compile_all(cases: list[SweepCase], shapes: dict[str, Shape], deadline: float = math.inf) -> None:
     """Compile every variant once, in one process per processor, and write the resources it needs into its cases."""
     variants: dict[Any, list[SweepCase]] = {}
     for case in cases:
@@ -131,7 +132,7 @@ def compile_all(cases: list[SweepCase], shapes: dict[str, AttentionShape], deadl
     pool.shutdown(wait=False, cancel_futures=True)
 
 
-def compile_case(kernel: str, shape: AttentionShape, tile_config: dict[str, int]) -> dict[str, int]:
+def compile_case(kernel: str, shape: Shape, tile_config: dict[str, int]) -> dict[str, int]:
     """Return the resources that the kernel needs. Triton's cache keeps the binary for later launches.
 
     Raises: RuntimeError if Triton interprets; any exception of the compiler.
@@ -190,13 +191,13 @@ def _usage_error(options: argparse.Namespace) -> str:
     )
 
 
-def _shrink_shape(shape: AttentionShape, tokens: int) -> AttentionShape:
+def _shrink_shape(shape: Shape, tokens: int) -> Shape:
     """Shrink a shape for the interpreter, which is a million times slower than a GPU and cannot multiply bf16."""
     heads = shape.num_heads // shape.num_kv_heads
     return replace(shape, tokens=tokens, batch_size=1, num_heads=heads, num_kv_heads=1, dtype=torch.float32)
 
 
-def _sweep_cases(shapes: dict[str, AttentionShape]) -> list[SweepCase]:
+def _sweep_cases(shapes: dict[str, Shape]) -> list[SweepCase]:
     return [
         SweepCase(kernel, name, candidate, index == 0, sizes)
         for name, shape in shapes.items()
@@ -219,7 +220,7 @@ def _compile_result(future: "Future[dict[str, int]]", deadline: float) -> tuple[
         return {}, f"not compiled: {one_line_reason(reason)}"
 
 
-def _kernel_inputs(shape: AttentionShape, device: torch.device) -> KernelInputs:
+def _kernel_inputs(shape: Shape, device: torch.device) -> KernelInputs:
     """The inputs of the benchmark, and the results of the kernels' own sizes on them."""
     if device.type == "meta":
 
@@ -256,7 +257,7 @@ def _input_sets(values: KernelInputs) -> list[KernelInputs]:
 
 
 def _measure_shape(
-    cases: list[SweepCase], shape: AttentionShape, device: torch.device, deadline: float, file: Path | None
+    cases: list[SweepCase], shape: Shape, device: torch.device, deadline: float, file: Path | None
 ) -> None:  # fmt: skip
     try:
         sets = _input_sets(_kernel_inputs(shape, device)) if time.monotonic() < deadline else []
@@ -274,7 +275,7 @@ def _measure_shape(
 
 
 def _measure_kernel(
-    cases: list[SweepCase], shape: AttentionShape, sets: list[KernelInputs], device: torch.device, deadline: float
+    cases: list[SweepCase], shape: Shape, sets: list[KernelInputs], device: torch.device, deadline: float
 ) -> None:  # fmt: skip
     expected: tuple[str, list[Tensor]] | None = None
     running = []
@@ -297,14 +298,15 @@ def _measure_kernel(
         for case in running:
             case.note = "not measured: nothing to compare its results with"
         return
-    flops = ATTENTION.forward_work(shape, shape.dtype.itemsize).flops * NUM_MATMULS[cases[0].kernel] / 2
+    flops = ATTENTION.work(shape)[0].flops * NUM_MATMULS[cases[0].kernel] / 2
     found_times = time_interleaved([_timed_turn(case, sets, device) for case in running], device)
     for case, times in zip(running, found_times, strict=True):
         if not times:
             continue
         timing = times[""]
-        case.time_p20_us, case.time_p50_us, case.time_p80_us = timing.p20_us, timing.p50_us, timing.p80_us
-        case.num_repetitions, case.executed_tflops_per_second = timing.num_repetitions, flops / timing.p50_us / 1e6
+        for name, value in timing._asdict().items():
+            setattr(case, name, value)
+        case.executed_tflops_per_second = flops / timing.time_p50_us / 1e6
     measured = [case for case in running if case.time_p50_us is not None]
     if measured:
         min(measured, key=_median_us).best = True
@@ -344,7 +346,7 @@ def _report_cases(cases: list[SweepCase], file: Path | None, device: str) -> Non
             )
 
 
-def _report_best(cases: list[SweepCase], shapes: dict[str, AttentionShape]) -> None:
+def _report_best(cases: list[SweepCase], shapes: dict[str, Shape]) -> None:
     """Print the best candidate of every kernel and shape next to its own sizes, and the rates of both directions."""
     print("best of each")
     for name, shape in shapes.items():
@@ -357,9 +359,10 @@ def _report_best(cases: list[SweepCase], shapes: dict[str, AttentionShape]) -> N
                 )
         best = {case.kernel: _median_us(case) for case in of_shape if case.best}
         own_times = {case.kernel: _median_us(case) for case in of_shape if case.own}
+        forward_work, backward_work = ATTENTION.work(shape)
         for direction, kernels, work in (
-            ("forward", ("forward",), ATTENTION.forward_work(shape, shape.dtype.itemsize)),
-            ("backward", ("queries", "keys"), ATTENTION.backward_work(shape, shape.dtype.itemsize)),
+            ("forward", ("forward",), forward_work),
+            ("backward", ("queries", "keys"), backward_work),
         ):
             if all(kernel in best for kernel in kernels):
                 rates = [work.flops / sum(times[kernel] for kernel in kernels) / 1e6 for times in (best, own_times)]

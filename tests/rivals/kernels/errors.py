@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tandem.kernels.bench.compare import device_name, environment, seeded_example
-from tandem.kernels.bench.operation import Example, Function, MakeExample, Operation, RandomTensors, upcast
-from tandem.kernels.bench.ops import cross_entropy, swiglu
-from tandem.kernels.bench.ops.attention import cache_per_device, document_ids, our_attention, slopes_of
-from tandem.kernels.bench.ops.qkv import our_qkv, torch_qkv
-from tandem.kernels.bench.shapes import AttentionShape, LogitsShape
+from tandem.kernels.bench.operation import Example, Function, Operation
+from tandem.kernels.bench.ops import OPERATIONS, cache_per_device, document_ids, slopes_of, upcast
+from tandem.kernels.bench.shapes import Shape
+from tests.rivals.kernels.operation import MakeExample
 
 MAX_ERROR_RATIO = 1.1
 """Our error may be this many times plain torch's."""
@@ -94,7 +93,7 @@ def _relative_error(found: Tensor, exact: Tensor) -> float:
     return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(exact))
 
 
-def _eager_attention(shape: AttentionShape) -> Function:
+def _eager_attention(shape: Shape) -> Function:
     """Attention with its scores written out, one key head at a time: products in the inputs' dtype, biases and softmax in fp32.
 
     SDPA takes biases in the inputs' dtype, and bf16 rounds those of distant keys by more than it rounds their weights.
@@ -134,33 +133,25 @@ def _eager_attention(shape: AttentionShape) -> Function:
 def _per_token(make: MakeExample) -> MakeExample:
     """The same example with a loss for each token, whose gradient is what the mean's would be."""
 
-    def make_example(shape: LogitsShape, random: RandomTensors) -> Example:
-        gradient = torch.full((shape.tokens,), 1 / shape.tokens, device=random.device)
-        return Example(make(shape, random).inputs, (gradient,))
+    return lambda shape: Example(make(shape).inputs, (torch.full((shape.tokens,), 1 / shape.tokens),))
 
-    return make_example
+
+def _per_token_precision(name: str, *result_names: str) -> Precision:
+    op = OPERATIONS[name]
+    plain = functools.partial(op.plain, reduction="none")
+    return Precision(result_names, op.our_losses, plain, _per_token(op.make_example))
+
+
+def _precision(name: str, *result_names: str) -> Precision:
+    return Precision(result_names, OPERATIONS[name].ours, OPERATIONS[name].plain)
 
 
 PRECISIONS = {
-    "attention": Precision(("out", "d query", "d key", "d value"), our_attention, _eager_attention),
-    "linear_cross_entropy": Precision(
-        ("losses", "d hidden", "d weight"),
-        cross_entropy.our_linear_losses,
-        functools.partial(cross_entropy.torch_linear_loss, reduction="none"),
-        _per_token(cross_entropy.make_linear_example),
-    ),
-    "swiglu": Precision(("out", "d gate_up"), swiglu.SWIGLU.rivals[0].make_function, lambda shape: swiglu.torch_swiglu),
-    "swiglu_linear": Precision(
-        ("out", "d gate_up", "d weight"),
-        swiglu.SWIGLU_LINEAR.rivals[0].make_function,
-        lambda shape: swiglu.torch_swiglu_linear,
-    ),
-    "qkv": Precision(("query", "key", "value", "d qkv", "d query_norm", "d key_norm"), our_qkv, torch_qkv),
-    "cross_entropy": Precision(
-        ("losses", "d logits"),
-        cross_entropy.our_losses,
-        functools.partial(cross_entropy.torch_loss, reduction="none"),
-        _per_token(cross_entropy.make_example),
-    ),
+    "attention": Precision(("out", "d query", "d key", "d value"), OPERATIONS["attention"].ours, _eager_attention),
+    "linear_cross_entropy": _per_token_precision("linear_cross_entropy", "losses", "d hidden", "d weight"),
+    "swiglu": _precision("swiglu", "out", "d gate_up"),
+    "swiglu_linear": _precision("swiglu_linear", "out", "d gate_up", "d weight"),
+    "qkv": _precision("qkv", "query", "key", "value", "d qkv", "d query_norm", "d key_norm"),
+    "cross_entropy": _per_token_precision("cross_entropy", "losses", "d logits"),
 }
 """By operation."""

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tandem.kernels.bench.ops.qkv import NORM_EPS, num_slots
-from tandem.kernels.bench.shapes import AttentionShape, FeedForwardShape, LogitsShape
+from tandem.kernels.bench.ops import NORM_EPS, num_slots
+from tandem.kernels.bench.shapes import Shape
 from tandem.kernels.cross_entropy import initial_statistics
 from tandem.kernels.linear_cross_entropy import columns_per_chunk
 
 
-def _launch_attention(shape: AttentionShape) -> None:
+def _launch_attention(shape: Shape) -> None:
     from tandem.kernels.device import attention as device
 
     query, key, value = (
@@ -25,18 +25,18 @@ def _launch_attention(shape: AttentionShape) -> None:
     device.backward(out, query, key, value, out, statistics, shape.attention_scale, slopes, starts)
 
 
-def _launch_swiglu(shape: FeedForwardShape, with_product: bool = False) -> None:
+def _launch_swiglu(shape: Shape, with_product: bool = False) -> None:
     from tandem.kernels.device import swiglu
 
     gate_up = _empty(shape.tokens, 2, shape.ffn_hidden_size, dtype=shape.dtype)
     swiglu.backward(swiglu.forward(gate_up, 0), gate_up, 0, with_product=with_product)
 
 
-def _launch_swiglu_linear(shape: FeedForwardShape) -> None:
+def _launch_swiglu_linear(shape: Shape) -> None:
     _launch_swiglu(shape, with_product=True)
 
 
-def _launch_qkv(shape: AttentionShape) -> None:
+def _launch_qkv(shape: Shape) -> None:
     from tandem.kernels.device import qkv as device
 
     queries, width = shape.num_heads // shape.num_kv_heads, num_slots(shape) * shape.head_dim
@@ -49,18 +49,18 @@ def _launch_qkv(shape: AttentionShape) -> None:
     device.backward(*parts, buffer if shape.qk_layernorm else None, cos, sin, norms[0], norms[1], NORM_EPS)
 
 
-def _launch_cross_entropy(shape: LogitsShape) -> None:
+def _launch_cross_entropy(shape: Shape) -> None:
     _launch_on_block(_empty(shape.tokens, shape.padded_vocab_size, dtype=shape.dtype), shape)
 
 
-def _launch_linear_cross_entropy(shape: LogitsShape) -> None:
+def _launch_linear_cross_entropy(shape: Shape) -> None:
     width = min(columns_per_chunk(shape.padded_vocab_size), shape.padded_vocab_size)
     buffer = _empty(shape.tokens, width, dtype=shape.dtype)
     for first in range(0, shape.padded_vocab_size, width):
         _launch_on_block(buffer[:, : shape.padded_vocab_size - first], shape, first)
 
 
-def _launch_on_block(block: Tensor, shape: LogitsShape, first: int = 0) -> None:
+def _launch_on_block(block: Tensor, shape: Shape, first: int = 0) -> None:
     from tandem.kernels.device import cross_entropy as device
 
     targets = _empty(shape.tokens, dtype=torch.int64)

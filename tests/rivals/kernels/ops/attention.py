@@ -17,29 +17,37 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import tandem.kernels.attention
-from tandem.kernels.bench.operation import Function, Rival, SkipRival
-from tandem.kernels.bench.ops import attention as ours
-from tandem.kernels.bench.ops.attention import cache_per_device, call_heads_first, document_ids, slopes_of
-from tandem.kernels.bench.shapes import AttentionShape
+from tandem.kernels.bench.compare import NotMeasured
+from tandem.kernels.bench.operation import Function
+from tandem.kernels.bench.ops import (
+    OPERATIONS,
+    cache_per_device,
+    call_heads_first,
+    document_ids,
+    document_lengths,
+    slopes_of,
+)
+from tandem.kernels.bench.shapes import Shape
+from tests.rivals.kernels.operation import ContestedOperation, Rival, own_rivals
 from tests.rivals.kernels.shapes import FLASH_ATTENTION_SHAPES, FP32_ATTENTION_SHAPES
 
 assert tandem.kernels.attention  # registers torch.ops.tandem.attention
 
 
-def _our_kernel(shape: AttentionShape) -> Function:
+def _our_kernel(shape: Shape) -> Function:
     """Our kernel where `attention` calls SDPA, which has neither biases nor documents to honour there."""
     if shape.has_alibi or shape.document_masking:
-        raise SkipRival("biases or documents: ours is this kernel already")
+        raise NotMeasured("biases or documents: ours is this kernel already")
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not q.is_cuda:
-            raise SkipRival("needs a GPU")  # on a CPU the operation is no kernel
+            raise NotMeasured("needs a GPU")  # on a CPU the operation is no kernel
         return torch.ops.tandem.attention(q, k, v, shape.attention_scale, None, None)[0]
 
     return kernel
 
 
-def _flex_flash(shape: AttentionShape) -> Function:
+def _flex_flash(shape: Shape) -> Function:
     """FlashAttention 4. Without its CuTe package torch would fail in the middle of compiling."""
     import flash_attn.cute
 
@@ -47,7 +55,7 @@ def _flex_flash(shape: AttentionShape) -> Function:
     return _flex(shape, "FLASH")
 
 
-def _flex(shape: AttentionShape, backend: str = "TRITON") -> Function:
+def _flex(shape: Shape, backend: str = "TRITON") -> Function:
     flex: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     @cache_per_device
@@ -73,8 +81,8 @@ def _flex(shape: AttentionShape, backend: str = "TRITON") -> Function:
     return lambda q, k, v: call_heads_first(flex, q, k, v, **arguments(q.device))
 
 
-def _sdpa(backend: SDPBackend) -> Callable[[AttentionShape], Function]:
-    def function(shape: AttentionShape) -> Function:
+def _sdpa(backend: SDPBackend) -> Callable[[Shape], Function]:
+    def function(shape: Shape) -> Function:
         settings: dict[str, Any] = {"scale": shape.attention_scale, "enable_gqa": shape.num_heads > shape.num_kv_heads}
         sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=True, **settings)
 
@@ -87,7 +95,7 @@ def _sdpa(backend: SDPBackend) -> Callable[[AttentionShape], Function]:
     return function
 
 
-def _flash(shape: AttentionShape) -> Function:
+def _flash(shape: Shape) -> Function:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     options = {"softmax_scale": shape.attention_scale, "causal": True}
@@ -103,15 +111,15 @@ def _flash(shape: AttentionShape) -> Function:
     return varlen
 
 
-def _varlen(shape: AttentionShape) -> Function:
+def _varlen(shape: Shape) -> Function:
     """Torch's own entry to the FlashAttention that SDPA uses."""
     from torch.nn.attention import varlen
 
     attend: Any = varlen.varlen_attn
     if shape.has_alibi:
-        raise SkipRival("varlen_attn has no biases")
+        raise NotMeasured("varlen_attn has no biases")
     if not shape.document_masking:
-        raise SkipRival("without documents varlen_attn is the kernel of sdpa flash")
+        raise NotMeasured("without documents varlen_attn is the kernel of sdpa flash")
     max_seqlen, cu_seqlens = max_and_cu_seqlens(shape)
     options: dict[str, Any] = {"scale": shape.attention_scale, "window_size": (-1, 0)}
     if "enable_gqa" in inspect.signature(attend).parameters:  # torch 2.11 takes groups without it
@@ -124,13 +132,13 @@ def _varlen(shape: AttentionShape) -> Function:
     return packed
 
 
-def max_and_cu_seqlens(shape: AttentionShape) -> tuple[int, Callable[[torch.device], Tensor]]:
+def max_and_cu_seqlens(shape: Shape) -> tuple[int, Callable[[torch.device], Tensor]]:
     """Tokens of the longest document, and where documents end once all rows are concatenated, from 0 on."""
-    flat = [length for row in ours.document_lengths(shape) for length in row]
+    flat = [length for row in document_lengths(shape) for length in row]
     return max(flat), cache_per_device(lambda device: torch.tensor([0, *flat], device=device).cumsum(0).int())
 
 
-def _causal_shape(shape: AttentionShape) -> AttentionShape:
+def _causal_shape(shape: Shape) -> Shape:
     return replace(shape, has_alibi=False, document_masking=False)
 
 
@@ -138,11 +146,11 @@ def _causal_rival(name: str, backend: SDPBackend) -> Rival:
     return Rival(name, _sdpa(backend), deviation="causal alone", substitute_shape=_causal_shape)
 
 
-_OURS, _SDPA_WITH_MASK = ours.ATTENTION.rivals
-ATTENTION = replace(
-    ours.ATTENTION,
-    shapes=ours.ATTENTION.shapes + FLASH_ATTENTION_SHAPES,
-    extra_shapes=ours.ATTENTION.extra_shapes + FP32_ATTENTION_SHAPES,
+_OURS, _SDPA_WITH_MASK = own_rivals(OPERATIONS["attention"])
+ATTENTION = ContestedOperation(
+    OPERATIONS["attention"],
+    shapes=FLASH_ATTENTION_SHAPES,
+    extra_shapes=FP32_ATTENTION_SHAPES,
     rivals=[
         _OURS,
         Rival("our kernel", _our_kernel, needs_gpu=False),

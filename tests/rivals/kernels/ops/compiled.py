@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from tandem.kernels.bench.operation import Function, Rival
+from tandem.kernels.bench.operation import Function
+from tests.rivals.kernels.operation import Rival
 
 
 def compiled_rival(make_function: Callable[[Any], Function]) -> Rival:

@@ -4,17 +4,16 @@ The loss is a mean, because Liger's fast path needs a backward that starts at th
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tandem.kernels.bench.operation import Function, Rival
-from tandem.kernels.bench.ops import cross_entropy as ours
-from tandem.kernels.bench.ops.cross_entropy import scaled_logits, torch_linear_loss, torch_loss
-from tandem.kernels.bench.shapes import LogitsShape
+from tandem.kernels.bench.operation import Function
+from tandem.kernels.bench.ops import OPERATIONS, scaled_logits
+from tandem.kernels.bench.shapes import Shape
+from tests.rivals.kernels.operation import ContestedOperation, Rival, own_rivals
 from tests.rivals.kernels.ops.compiled import compiled_rival
 from tests.rivals.kernels.shapes import CUTE_LOGITS_SHAPES, LIGER_LOGITS_SHAPES
 from tests.rivals.kernels.single_rank import tensor_parallel_group
@@ -22,20 +21,20 @@ from tests.rivals.kernels.single_rank import tensor_parallel_group
 CHUNK_TOKENS = 1_024
 
 
-def _liger(shape: LogitsShape) -> Function:
+def _liger(shape: Shape) -> Function:
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
     return lambda logits, targets: LigerCrossEntropyFunction.apply(scaled_logits(shape, logits), targets, None)[0]
 
 
-def _liger_vocab_parallel(shape: LogitsShape) -> Function:
+def _liger_vocab_parallel(shape: Shape) -> Function:
     from liger_kernel.megatron import LigerMegatronCrossEntropy
 
     loss = LigerMegatronCrossEntropy()
     return lambda logits, targets: loss(scaled_logits(shape, logits)[:, None], targets[:, None]).mean()
 
 
-def _megatron_fused(shape: LogitsShape) -> Function:
+def _megatron_fused(shape: Shape) -> Function:
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -45,7 +44,7 @@ def _megatron_fused(shape: LogitsShape) -> Function:
     return loss
 
 
-def _megatron(shape: LogitsShape) -> Function:
+def _megatron(shape: Shape) -> Function:
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -55,7 +54,7 @@ def _megatron(shape: LogitsShape) -> Function:
     return loss
 
 
-def _torch_chunked(shape: LogitsShape) -> Function:
+def _torch_chunked(shape: Shape) -> Function:
     """Chunks of tokens, whose logits backward computes again."""
 
     def part(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -69,8 +68,8 @@ def _torch_chunked(shape: LogitsShape) -> Function:
     return loss
 
 
-def _liger_linear(accum_dtype: torch.dtype | None) -> Callable[[LogitsShape], Function]:
-    def function(shape: LogitsShape) -> Function:
+def _liger_linear(accum_dtype: torch.dtype | None) -> Callable[[Shape], Function]:
+    def function(shape: Shape) -> Function:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -83,7 +82,7 @@ def _liger_linear(accum_dtype: torch.dtype | None) -> Callable[[LogitsShape], Fu
     return function
 
 
-def _liger_cute(shape: LogitsShape) -> Function:
+def _liger_cute(shape: Shape) -> Function:
     from liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90 import LigerFusedScaledCrossEntropySM90Function
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
 
@@ -93,24 +92,24 @@ def _liger_cute(shape: LogitsShape) -> Function:
     return lambda hidden, weight, targets: apply(hidden, weight[: shape.vocab_size], targets, scale).mean()
 
 
-CROSS_ENTROPY = replace(
-    ours.CROSS_ENTROPY,
-    shapes=ours.CROSS_ENTROPY.shapes + LIGER_LOGITS_SHAPES,
+CROSS_ENTROPY = ContestedOperation(
+    OPERATIONS["cross_entropy"],
+    shapes=LIGER_LOGITS_SHAPES,
     rivals=[
-        *ours.CROSS_ENTROPY.rivals,
-        compiled_rival(torch_loss),
+        *own_rivals(OPERATIONS["cross_entropy"]),
+        compiled_rival(OPERATIONS["cross_entropy"].plain),
         Rival("liger", _liger),
         Rival("liger vocab-parallel", _liger_vocab_parallel),
         Rival("megatron fused", _megatron_fused, is_slow_to_compile=True),
         Rival("megatron", _megatron, needs_gpu=False),
     ],
 )
-LINEAR_CROSS_ENTROPY = replace(
-    ours.LINEAR_CROSS_ENTROPY,
-    shapes=ours.LINEAR_CROSS_ENTROPY.shapes + CUTE_LOGITS_SHAPES,
+LINEAR_CROSS_ENTROPY = ContestedOperation(
+    OPERATIONS["linear_cross_entropy"],
+    shapes=CUTE_LOGITS_SHAPES,
     rivals=[
-        *ours.LINEAR_CROSS_ENTROPY.rivals,
-        compiled_rival(torch_linear_loss),
+        *own_rivals(OPERATIONS["linear_cross_entropy"]),
+        compiled_rival(OPERATIONS["linear_cross_entropy"].plain),
         Rival("torch in chunks", _torch_chunked, needs_gpu=False),
         Rival("liger", _liger_linear(None)),
         Rival("liger, fp32 sums", _liger_linear(torch.float32)),

@@ -1,18 +1,17 @@
 """Rivals of splitting and rotating a fused projection."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from tandem.kernels.bench.operation import Function, Rival, SkipRival
-from tandem.kernels.bench.ops import qkv as ours
-from tandem.kernels.bench.ops.qkv import split_heads, torch_qkv
-from tandem.kernels.bench.shapes import AttentionShape
+from tandem.kernels.bench.compare import NotMeasured
+from tandem.kernels.bench.operation import Function
+from tandem.kernels.bench.ops import OPERATIONS, split_heads
+from tandem.kernels.bench.shapes import Shape
+from tests.rivals.kernels.operation import ContestedOperation, Rival, own_rivals
 from tests.rivals.kernels.ops.compiled import compiled_rival
 
 
-def _liger(shape: AttentionShape) -> Function:
+def _liger(shape: Shape) -> Function:
     """Liger's LayerNorm has one weight for all heads, so the norms are torch's. Its tables hold every angle twice."""
     from liger_kernel.ops.rope import LigerRopeFunction
 
@@ -25,13 +24,13 @@ def _liger(shape: AttentionShape) -> Function:
     return rotated
 
 
-def _megatron(shape: AttentionShape) -> Function:
+def _megatron(shape: Shape) -> Function:
     from megatron.core.models.common.embeddings.rope_utils import fused_apply_rotary_pos_emb as fused
 
     if fused is None:
         raise ImportError("Megatron's fused rotary positions need Transformer Engine")
     if shape.document_masking:
-        raise SkipRival("Megatron's fused rotary positions have one table for all rows")
+        raise NotMeasured("Megatron's fused rotary positions have one table for all rows")
 
     def rotated(qkv: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         query, key, value = split_heads(shape, qkv, weights)
@@ -43,9 +42,12 @@ def _megatron(shape: AttentionShape) -> Function:
     return rotated
 
 
-QKV = replace(
-    ours.QKV,
+QKV = ContestedOperation(
+    OPERATIONS["qkv"],
     rivals=[
-        *ours.QKV.rivals, compiled_rival(torch_qkv), Rival("liger rope", _liger), Rival("megatron rope", _megatron)
+        *own_rivals(OPERATIONS["qkv"]),
+        compiled_rival(OPERATIONS["qkv"].plain),
+        Rival("liger rope", _liger),
+        Rival("megatron rope", _megatron),
     ],
-)  # fmt: skip
+)

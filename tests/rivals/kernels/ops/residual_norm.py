@@ -1,30 +1,36 @@
 """The residual stream plus an update, and its LayerNorm: would one kernel for both pay? We have none."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tandem.kernels.bench.operation import Example, Function, Operation, RandomTensors, Rival, Work
-from tandem.kernels.bench.shapes import SMALL_MODELS
+from tandem.kernels.bench.operation import Example, Function, Operation, Work
+from tandem.kernels.bench.ops import leaf
+from tandem.kernels.bench.shapes import MODELS, SMALL_MODELS, Shape
+from tests.rivals.kernels.operation import ContestedOperation, Rival
 from tests.rivals.kernels.ops.compiled import compiled_rival
-from tests.rivals.kernels.shapes import ResidualShape, residual_shapes
+from tests.rivals.kernels.shapes import residual_shapes
 
 NORM_EPS = 1e-5
 
 
-def _make_example(shape: ResidualShape, random: RandomTensors) -> Example:
-    sizes = [(shape.tokens, shape.hidden_size)] * 2 + [(shape.hidden_size,)] * 2
-    inputs = tuple(random.leaf(*size) for size in sizes)
-    return Example(inputs, tuple(random.normal(*sizes[0]) for _ in range(2)))
+class _ResidualNorm(Operation):
+    name, ceiling = "residual_norm", "copy"
 
+    def __init__(self) -> None:
+        self.shapes, self.extra_shapes = residual_shapes(MODELS), residual_shapes(SMALL_MODELS)
 
-def _forward_work(shape: ResidualShape, element_bytes: int) -> Work:
-    """Reads stream, update, weight and bias, writes both results."""
-    return Work((4 * shape.tokens + 2) * shape.hidden_size * element_bytes)
+    def make_example(self, shape: Shape) -> Example:
+        sizes = [(shape.tokens, shape.hidden_size)] * 2 + [(shape.hidden_size,)] * 2
+        inputs = tuple(leaf(shape, *size) for size in sizes)
+        return Example(inputs, tuple(torch.randn(sizes[0], dtype=shape.dtype) for _ in range(2)))
 
-
-def _backward_work(shape: ResidualShape, element_bytes: int) -> Work:
-    """Reads the sum, the weight and two gradients; writes one gradient for stream and update, and those of weight and bias."""
-    return Work((4 * shape.tokens + 3) * shape.hidden_size * element_bytes)
+    def work(self, shape: Shape) -> tuple[Work, Work]:
+        """Forward reads stream, update, weight and bias, and writes both results. Backward reads the sum, the weight and two
+        gradients, and writes one gradient for stream and update, and those of weight and bias.
+        """
+        row = shape.hidden_size * shape.dtype.itemsize
+        return Work((4 * shape.tokens + 2) * row), Work((4 * shape.tokens + 3) * row)
 
 
 def _torch(stream: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +38,7 @@ def _torch(stream: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tupl
     return total, F.layer_norm(total, weight.shape, weight, bias, NORM_EPS)
 
 
-def _liger(shape: ResidualShape) -> Function:
+def _liger(shape: Shape) -> Function:
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
     def both(stream: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,13 +48,11 @@ def _liger(shape: ResidualShape) -> Function:
     return both
 
 
-RESIDUAL_NORM = Operation(
-    "residual_norm", "copy", _make_example, _forward_work, _backward_work,
+RESIDUAL_NORM = ContestedOperation(
+    _ResidualNorm(),
     rivals=[
         Rival("torch", lambda shape: _torch, needs_gpu=False),
         compiled_rival(lambda shape: _torch),
         Rival("torch, liger norm", _liger),
     ],
-    shapes=residual_shapes(),
-    extra_shapes=residual_shapes(SMALL_MODELS),
-)  # fmt: skip
+)

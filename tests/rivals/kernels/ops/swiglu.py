@@ -2,70 +2,71 @@
 
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 
-from tandem.kernels.bench.operation import Example, Function, RandomTensors, Rival
-from tandem.kernels.bench.ops import swiglu as ours
-from tandem.kernels.bench.ops.swiglu import torch_swiglu, torch_swiglu_linear
-from tandem.kernels.bench.shapes import FeedForwardShape
+from tandem.kernels.bench.operation import Example, Function
+from tandem.kernels.bench.ops import OPERATIONS, leaf
+from tandem.kernels.bench.shapes import Shape
+from tests.rivals.kernels.operation import ContestedOperation, Rival, own_rivals
 from tests.rivals.kernels.ops.compiled import compiled_rival
 from tests.rivals.kernels.shapes import LIGER_FEED_FORWARD_SHAPES
 
 
-def _liger(shape: FeedForwardShape) -> Function:
+def _liger(shape: Shape) -> Function:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     return lambda gate_up: LigerSiLUMulFunction.apply(*gate_up.unbind(1))
 
 
-def _liger_separate(shape: FeedForwardShape) -> Function:
+def _liger_separate(shape: Shape) -> Function:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     return LigerSiLUMulFunction.apply
 
 
-def _make_separate_example(shape: FeedForwardShape, random: RandomTensors) -> Example:
-    gate, up = (random.leaf(shape.tokens, shape.ffn_hidden_size) for _ in range(2))
-    return Example((gate, up), (random.normal(shape.tokens, shape.ffn_hidden_size),))
+def _make_separate_example(shape: Shape) -> Example:
+    gate, up = (leaf(shape, shape.tokens, shape.ffn_hidden_size) for _ in range(2))
+    return Example((gate, up), (torch.randn(shape.tokens, shape.ffn_hidden_size, dtype=shape.dtype),))
 
 
-def _liger_fused(shape: FeedForwardShape) -> Function:
+def _liger_fused(shape: Shape) -> Function:
     from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
 
     return lambda gate_up: LigerFusedGateUpSiLUMulFunction.apply(gate_up.flatten(1))
 
 
-def _megatron(shape: FeedForwardShape) -> Function:
+def _megatron(shape: Shape) -> Function:
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
     return lambda gate_up: bias_swiglu_impl(gate_up.flatten(1), None)
 
 
-def _flash(shape: FeedForwardShape) -> Function:
+def _flash(shape: Shape) -> Function:
     from flash_attn.ops.activations import swiglu
 
     return lambda gate_up: swiglu(*gate_up.unbind(1))
 
 
 def _with_linear(rival: Rival) -> Rival:
-    def make_function(shape: FeedForwardShape) -> Function:
+    def make_function(shape: Shape) -> Function:
         activation = rival.make_function(shape)
         return lambda gate_up, weight: F.linear(activation(gate_up), weight)
 
     return Rival(rival.name, make_function, rival.needs_gpu)
 
 
-_OURS, _TORCH = ours.SWIGLU.rivals
-_OURS_LINEAR, _TORCH_LINEAR = ours.SWIGLU_LINEAR.rivals
+_OURS, _TORCH = own_rivals(OPERATIONS["swiglu"])
+_OURS_LINEAR, _TORCH_LINEAR = own_rivals(OPERATIONS["swiglu_linear"])
 _LIGER_FUSED = Rival("liger fused buffer", _liger_fused)
 
-SWIGLU = replace(
-    ours.SWIGLU,
-    shapes=ours.SWIGLU.shapes + LIGER_FEED_FORWARD_SHAPES,
+SWIGLU = ContestedOperation(
+    OPERATIONS["swiglu"],
+    shapes=LIGER_FEED_FORWARD_SHAPES,
     rivals=[
         _OURS,
         _TORCH,
-        compiled_rival(lambda shape: torch_swiglu),
+        compiled_rival(OPERATIONS["swiglu"].plain),
         Rival("liger", _liger),
         Rival(
             "liger, halves apart",
@@ -78,14 +79,14 @@ SWIGLU = replace(
         Rival("flash-attn", _flash),
     ],
 )
-SWIGLU_LINEAR = replace(
-    ours.SWIGLU_LINEAR,
-    shapes=ours.SWIGLU_LINEAR.shapes + LIGER_FEED_FORWARD_SHAPES,
+SWIGLU_LINEAR = ContestedOperation(
+    OPERATIONS["swiglu_linear"],
+    shapes=LIGER_FEED_FORWARD_SHAPES,
     rivals=[
         _OURS_LINEAR,
         _with_linear(replace(_OURS, name="ours, product kept")),
         _TORCH_LINEAR,
-        compiled_rival(lambda shape: torch_swiglu_linear),
+        compiled_rival(OPERATIONS["swiglu_linear"].plain),
         _with_linear(_LIGER_FUSED),
     ],
 )
