@@ -163,7 +163,7 @@ def test_a_skipped_step_is_on_record_everywhere(folder, bad, capsys):
         "loss is not finite",
     )
     assert main(["audit", str(skip)]) == 0
-    assert f"step {bad.step}: update left out, loss is not finite" in capsys.readouterr().out
+    assert f"step {bad.step}: update skipped, loss is not finite" in capsys.readouterr().out
 
 
 def test_the_run_is_the_one_without_the_bad_update(folder, bad, tmp_path):

@@ -1,10 +1,10 @@
 """`tandem audit`: prove from a run's ledger and the copies of its manifests that no token was lost or repeated.
 
-* `ledger_lines` and `ledger_history` read the ledger, `reading_order` maps cursors to ranges of shards.
-* `replay` and `step_checks` check, `diagnosis` finds the row that explains an error, `step_rows` looks at one step.
+* `ledger_lines` and `ledger_history` read the ledger. `reading_order` maps cursors to ranges of shards.
+* `replay` and `step_checks` check the steps. `diagnosis` finds the row that explains an error. `step_rows` expands one step.
 * `webdataset_reader` reads the shards a second time for `--tokens`.
 
-The audit uses neither checkpoints nor the loader. An empty list of findings is the proof.
+The audit uses neither checkpoints nor the loader. The run is proven if there are no findings.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tandem.trainer.data.manifest import CorpusManifest
 from tandem.trainer.data.shard_cache import ShardCache
 from tandem.trainer.metrics import progress
 from tandem.trainer.tools.audit.ledger_history import LedgerHistory
+from tandem.trainer.tools.audit.ledger_lines import IMMUTABLE_SETTINGS
 from tandem.trainer.tools.audit.reading_order import ReadingOrder
 from tandem.trainer.tools.audit.replay import Replay
 from tandem.trainer.tools.audit.result import AuditResult, format_shard_ranges
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load_manifest_copies(folder: Path, history: LedgerHistory) -> dict[str, CorpusManifest]:
-    """Load the run's copy of the manifest of every source that a start names, except starts that were discarded."""
+    """Load the run's copy of the manifest of every source that is named by a start that counts."""
     found = {}
     fingerprints_of_starts = (attempt.start.fingerprints for attempt in history.attempts if attempt.is_effective)
     for source in sorted({source for fingerprints in fingerprints_of_starts for source in fingerprints}):
@@ -80,8 +81,9 @@ def load_manifest_copies(folder: Path, history: LedgerHistory) -> dict[str, Corp
 
 
 def build_sources(history: LedgerHistory, manifests: Mapping[str, CorpusManifest]) -> Sources:
-    """Build the reading orders from the settings of the first start. `Replay` checks that later starts have the same."""
-    settings = next(attempt for attempt in history.attempts if attempt.is_effective).immutable_settings
+    """Build the reading orders from the settings of the first start that counts. `Replay` compares them with later starts."""
+    start = next(attempt.start for attempt in history.attempts if attempt.is_effective)
+    settings = {name: getattr(start, name) for name in IMMUTABLE_SETTINGS}
     reading_orders = {name: ReadingOrder(corpus.train, source=name, **settings) for name, corpus in manifests.items()}
     validation_files = {name: [shard.file for shard in corpus.validation.shards] for name, corpus in manifests.items()}
     return Sources(reading_orders, validation_files)
@@ -115,7 +117,7 @@ def format_result(folder: Path, result: AuditResult) -> str:
             f"cursor {source.cursor:,}, next {source.next_token}; lost {source.lost_tokens}, repeated {source.repeated_tokens}"
         )
         skipped = source.skipped_shard_tokens.items()
-        lines += [f"    left out: {file}, {tokens:,} tokens passed over" for file, tokens in skipped]
+        lines += [f"    skipped shard: {file}, {tokens:,} tokens passed over" for file, tokens in skipped]
         if source.rollback_tokens:
             ranges = format_shard_ranges(source.rollback_ranges)
             lines.append(f"    passed over by rollbacks: {source.rollback_tokens:,} tokens, {ranges}")

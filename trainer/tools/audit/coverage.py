@@ -1,7 +1,7 @@
-"""The tokens of a source that were read, as intervals of its shards, to find tokens that were read twice.
+"""Record the tokens of a source that were read, as intervals of its shards, to find tokens that were read twice.
 
-Adjacent intervals are merged. Blocks are shuffled within windows, so the number of open intervals depends on the window and not
-on the length of the run. A complete epoch is one interval.
+Adjacent intervals are merged, so a complete epoch is one interval. Blocks are shuffled within windows, so the number of
+intervals in an incomplete epoch depends on the window, not on the length of the run.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ class Coverage:
         """Epoch -> starts and ends of disjoint, sorted intervals, in tokens counted through the shards in manifest order."""
 
     def add(self, ranges: ShardRanges) -> ShardRanges:
-        """Add ranges that were read. Return ranges found to be read twice, now or in a later call; their positions are those of
-        epochs.
+        """Add ranges that were read. Return the ranges now known to have been read twice, including those of earlier calls.
+
+        The position of a returned range is only that of its epoch.
         """
         self._pending.append(ranges)
         self._num_pending_ranges += len(ranges)
-        if self._num_pending_ranges > MAX_PENDING_RANGES:
-            return self.flush()
-        return ranges.select(np.zeros(len(ranges), bool))
+        return self.flush() if self._num_pending_ranges > MAX_PENDING_RANGES else ranges.select(slice(0))
 
     def flush(self) -> ShardRanges:
-        """Merge all pending ranges. Return the ranges that were read twice."""
+        """Merge all pending ranges. Return the ranges now known to have been read twice."""
         joined = concatenate_ranges(self._pending)
         epoch = joined.position // self._reading_order.epoch_tokens
         repeated = [self._merge(int(each), joined.select(epoch == each)) for each in np.unique(epoch)]
@@ -48,10 +47,6 @@ class Coverage:
         """Merged tokens, each counted once."""
         return sum(int((ends - starts).sum()) for starts, ends in self._intervals.values())
 
-    @property
-    def num_intervals(self) -> int:
-        return sum(len(starts) for starts, _ in self._intervals.values())
-
     def _merge(self, epoch: int, ranges: ShardRanges) -> ShardRanges:
         starts = self._shard_starts[ranges.shard_index] + ranges.first_token
         old_starts, old_ends = self._intervals.get(epoch, (starts[:0], starts[:0]))
@@ -60,13 +55,9 @@ class Coverage:
         starts, ends = starts[order], ends[order]
         max_ends = np.maximum.accumulate(ends)
         overlaps = np.flatnonzero(starts[1:] < max_ends[:-1]) + 1
-        overlap_ends = np.minimum(ends[overlaps], max_ends[overlaps - 1])
-        repeated = self._to_shard_ranges(epoch, starts[overlaps], overlap_ends)
         firsts = np.flatnonzero(np.concatenate([[True], starts[1:] > max_ends[:-1]])) if len(starts) else starts
         self._intervals[epoch] = (starts[firsts], np.maximum.reduceat(ends, firsts) if len(firsts) else ends)
-        return repeated
-
-    def _to_shard_ranges(self, epoch: int, starts: IntArray, ends: IntArray) -> ShardRanges:
-        shard = np.searchsorted(self._shard_starts, starts, "right") - 1
-        position = np.full(len(starts), epoch * self._reading_order.epoch_tokens)
-        return ShardRanges(position, shard, starts - self._shard_starts[shard], ends - starts)
+        tokens = np.minimum(ends[overlaps], max_ends[overlaps - 1]) - starts[overlaps]
+        shard = np.searchsorted(self._shard_starts, starts[overlaps], "right") - 1
+        position = np.full(len(overlaps), epoch * self._reading_order.epoch_tokens)
+        return ShardRanges(position, shard, starts[overlaps] - self._shard_starts[shard], tokens)

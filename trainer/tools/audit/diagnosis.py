@@ -1,14 +1,14 @@
 """Find the mistake that explains the ranges digest of a step, and describe it.
 
-The digest is a sum of one hash per row. A mistake therefore adds its own difference to the sum. The search covers one row that
+The digest is a sum of one hash per row, so each mistake changes the sum by a known difference. The search covers one row that
 is left out, counted twice, replaced by another row or swapped with it, and rows of a source shifted by one row or by some
-tokens. It does not cover two mistakes in one step. The chance that a wrong mistake fits is about one in 10^12.
+tokens. It does not cover two mistakes in one step. The probability that it finds a wrong explanation is about one in 10^12.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +23,9 @@ from tandem.trainer.tools.audit.sources import Sources, row_contents
 MAX_OFFSET_TOKENS = 64
 """Largest distance at which the search looks for rows that begin at a wrong token."""
 NUM_NEIGHBOUR_STEPS = 3
-"""Rows of a neighbouring step have an index in the message if the step is at most this far away."""
+"""The message has the index of a row in a neighbouring step if that step is at most this far away."""
 TP_SIZES = (1, 2, 4, 8)
-"""If only one of n tensor-parallel ranks misreads, the averaged sum is off by 1/n of the difference."""
+"""If only one of n tensor-parallel ranks misreads, the averaged sum changes by 1/n of the difference."""
 MISREADS = {
     "left out": ("lost", 1, 0, "{row} ({ranges}) was not read"),
     "counted twice": ("repeated", 0, 1, "{row} ({ranges}) was read twice"),
@@ -38,28 +38,29 @@ MISREADS = {
     "moved": ("unlike", 0, 0, "{row} ({ranges}) was read {distance}"),
     "all moved": ("unlike", 0, 0, "step {step}: all rows of {source} were read {distance}, from row {row_index} ({ranges}) on"),
 }  # fmt: skip
-"""Mistake -> kind of finding, rows lost, rows repeated, message. "dropped" and "doubled" concern the row and all later rows of
-its source in the step, "all moved" all rows of its source."""
+"""Mistake -> kind of finding, rows lost, rows repeated, message. "dropped" and "doubled" affect the row and all later rows of
+its source in the step. "all moved" affects all rows of its source."""
 
 
 @dataclass(frozen=True)
 class ExpectedRow:
-    """What a row has to read."""
+    """A row and the ranges that it has to read."""
 
     step: int
     row_index: int
     """Index in the step; -1 if unknown."""
     source: str
     content: bytes
-    """What the digest hashes after the row's index."""
+    """The bytes that the digest hashes after the row's index."""
 
 
-Candidates = Iterator[tuple[str, np.ndarray, Sequence[ExpectedRow], Sequence[ExpectedRow], int]]
-"""A mistake, what it adds to the sum by row or by row and other row, these rows, these other rows, and the offset in tokens."""
+Rows = Sequence[ExpectedRow]
+Candidates = Iterator[tuple[str, np.ndarray, Rows, Rows, int]]
+"""Mistake, what it adds to the sum for each row (or row and other row), the rows, the other rows, and the offset in tokens."""
 
 
 def hash_rows(row_indices: Sequence[int] | np.ndarray, contents: Sequence[bytes]) -> np.ndarray:
-    """Hash rows with their indices in the step, as unsigned integers: sums are modulo 2^64."""
+    """Hash rows with their indices in the step. The hashes are unsigned, so that sums are modulo 2^64."""
     index_bytes = [struct.pack("<q", number) for number in range(max(row_indices, default=-1) + 1)]
     pairs = zip(row_indices, contents, strict=True)
     hashes = (xxh3_64_intdigest(index_bytes[number] + content) for number, content in pairs)
@@ -74,7 +75,7 @@ def diagnose(step: StepLine, phase: PhaseConfig, first_row: int, sources: Source
     around = {source: _rows_around(step, phase, first_row, sources, source) for source in step.read_ranges}
     rows = sorted((row for _, own, _ in around.values() for row in own), key=lambda row: row.row_index)
 
-    def contents_at_offset(offset: int) -> list[bytes]:
+    def contents_at(offset: int) -> list[bytes]:
         contents = [b""] * len(rows)
         for source, (start, end) in step.read_ranges.items():
             found = _row_contents(sources, source, start + offset, end + offset, phase.seq_len)
@@ -84,7 +85,7 @@ def diagnose(step: StepLine, phase: PhaseConfig, first_row: int, sources: Source
 
     row_hashes = hash_rows(range(len(rows)), [row.content for row in rows])
     delta = step.ranges_digest - int(row_hashes.sum())
-    for mistake, changes, firsts, others, offset in _candidates(row_hashes, rows, around, contents_at_offset):
+    for mistake, changes, firsts, others, offset in _candidates(row_hashes, rows, around, contents_at):
         for tp_size in TP_SIZES:
             if len(hits := np.argwhere(changes == np.uint64(delta * tp_size % (1 << 64)))):
                 row, other = firsts[hits[0][0]], others[hits[0][1]] if len(others) else None
@@ -92,21 +93,10 @@ def diagnose(step: StepLine, phase: PhaseConfig, first_row: int, sources: Source
     return None
 
 
-def unexplained_finding(step: StepLine, sources: Sources) -> Finding:
-    """Report that a step did not read the ranges of its cursors."""
-    names = sources.step_range_names(step.read_ranges)
-    single_source = next(iter(step.read_ranges)) if len(step.read_ranges) == 1 else None
-    message = (
-        f"step {step.step} did not read the ranges of {', '.join(step.read_ranges)} that its cursors give, and no single row "
-        f"explains it: {format_shard_ranges(names)}"
-    )
-    return Finding("unlike", message, step.step, single_source, shard_ranges=names)
-
-
 def _rows_around(
     step: StepLine, phase: PhaseConfig, first_row: int, sources: Sources, source: str
-) -> tuple[list[ExpectedRow], list[ExpectedRow], list[ExpectedRow]]:
-    """Build the rows of the source before the step, in the step and after it, with as many on each side as in the step."""
+) -> tuple[Rows, Rows, Rows]:
+    """Build the rows of the source before, in and after the step. Each side has as many rows as the step."""
     start, end = step.read_ranges[source]
     num_rows, margin = phase.global_batch_size, NUM_NEIGHBOUR_STEPS * phase.global_batch_size
     first, end_row = max(first_row - margin, 0), first_row + num_rows
@@ -117,8 +107,7 @@ def _rows_around(
     unknown, num_before = [-1] * len(own), min(len(own), start // phase.seq_len)
 
     def build_rows(start: int, end: int, phase_indices: list[int]) -> list[ExpectedRow]:
-        found = []
-        contents = _row_contents(sources, source, start, end, phase.seq_len)
+        found, contents = [], _row_contents(sources, source, start, end, phase.seq_len)
         for index, content in zip(phase_indices, contents, strict=False):
             is_known = 0 <= index < phase.num_steps * num_rows
             steps, row_index = divmod(index - first_row, num_rows) if is_known else (0, -1)
@@ -134,7 +123,7 @@ def _rows_around(
 
 
 def _row_contents(sources: Sources, source: str, start: int, end: int, seq_len: int) -> list[bytes]:
-    """Return what the digest hashes of the rows at [start, end), or nothing if these are not whole rows."""
+    """Return the content of each row at positions [start, end), or nothing if these are not whole rows."""
     if start < 0 or end <= start:
         return []
     ranges, row_starts = sources.cut_rows(source, start, end, seq_len)
@@ -143,9 +132,9 @@ def _row_contents(sources: Sources, source: str, start: int, end: int, seq_len: 
 
 def _candidates(
     row_hashes: np.ndarray,
-    rows: Sequence[ExpectedRow],
-    around: Mapping[str, tuple[Sequence[ExpectedRow], Sequence[ExpectedRow], Sequence[ExpectedRow]]],
-    contents_at_offset: Callable[[int], Sequence[bytes]],
+    rows: Rows,
+    around: dict[str, tuple[Rows, Rows, Rows]],
+    contents_at: Callable[[int], list[bytes]],
 ) -> Candidates:
     yield "left out", np.uint64(0) - row_hashes, rows, (), 0
     yield "counted twice", row_hashes, rows, (), 0
@@ -165,7 +154,7 @@ def _candidates(
                 changes = change[reading_order[places], reading_order[places + shift]]
                 yield mistake, np.cumsum(changes[::-1])[::-1], own, (), 0
     for offset in (sign * distance for distance in range(1, MAX_OFFSET_TOKENS + 1) for sign in (1, -1)):
-        changes = hash_rows(range(len(rows)), contents_at_offset(offset)) - row_hashes
+        changes = hash_rows(range(len(rows)), contents_at(offset)) - row_hashes
         yield "moved", changes, rows, (), offset
         for _, own, _ in around.values():
             if own:
@@ -175,31 +164,24 @@ def _candidates(
 def _describe(
     mistake: str, row: ExpectedRow, other: ExpectedRow | None, offset: int, tp_size: int, seq_len: int, sources: Sources
 ) -> Finding:
-    ranges, other_ranges = _row_ranges(row, sources), _row_ranges(other, sources) if other else []
-    other_name = ""
-    if other:
-        other_name = f"row {other.row_index}" + (f" of step {other.step}" if other.step != row.step else "")
-        if other.row_index < 0:
-            other_name = "a row of a neighbouring phase"
+    def shard_range_names(row: ExpectedRow) -> list[str]:
+        fields = np.frombuffer(row.content, "<i8", offset=len(row.source.encode()) + 1).reshape(-1, 3)
+        files = sources.reading_orders[row.source].shard_files
+        return [f"{files[shard]}:{first}+{tokens}" for shard, first, tokens in fields]
+
     kind, lost, repeated, message = MISREADS[mistake]
-    message = message.format(
-        row=f"step {row.step}: row {row.row_index}",
-        ranges=f"{row.source} {format_shard_ranges(ranges)}",
-        other=other_name,
-        other_ranges=f"{other.source} {format_shard_ranges(other_ranges)}" if other else "",
-        source=row.source,
-        step=row.step,
-        row_index=row.row_index,
-        distance=f"{abs(offset)} tokens {'later' if offset > 0 else 'earlier'}",
-    )
-    if tp_size > 1:
-        message += f", on one of {tp_size} tensor-parallel ranks"
-    rows = [(each.step, each.row_index) for each in (row, other) if each]
-    names = [*ranges, *other_ranges]
+    names, rows = shard_range_names(row), [(row.step, row.row_index)]
+    facts = {
+        "row": f"step {row.step}: row {row.row_index}", "ranges": f"{row.source} {format_shard_ranges(names)}",
+        "source": row.source, "step": row.step, "row_index": row.row_index,
+        "distance": f"{abs(offset)} tokens {'later' if offset > 0 else 'earlier'}",
+    }  # fmt: skip
+    if other:
+        place = f" of step {other.step}" if other.step != row.step else ""
+        facts["other"] = f"row {other.row_index}{place}" if other.row_index >= 0 else "a row of a neighbouring phase"
+        other_names = shard_range_names(other)
+        facts["other_ranges"] = f"{other.source} {format_shard_ranges(other_names)}"
+        names, rows = names + other_names, [*rows, (other.step, other.row_index)]
+    on_ranks = f", on one of {tp_size} tensor-parallel ranks" if tp_size > 1 else ""
+    message = message.format(**facts) + on_ranks
     return Finding(kind, message, row.step, row.source, rows, names, lost * seq_len, repeated * seq_len)
-
-
-def _row_ranges(row: ExpectedRow, sources: Sources) -> list[str]:
-    fields = np.frombuffer(row.content, "<i8", offset=len(row.source.encode()) + 1).reshape(-1, 3)
-    files = sources.reading_orders[row.source].shard_files
-    return [f"{files[shard]}:{first}+{tokens}" for shard, first, tokens in fields]

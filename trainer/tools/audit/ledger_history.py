@@ -1,8 +1,8 @@
-"""Find the lines of a ledger that count: those that led to the checkpoint of the last start, and its own.
+"""Find the lines of a ledger that count: those that led to the checkpoint of the last start, and those of the last start.
 
-Each start states after which line its checkpoint was made. The lines that count are found backwards from the last start: the
-lines from a start to the checkpoint of the next one, back to the start without a checkpoint. The file is read twice, line by
-line, so memory holds only the starts and one number per line.
+Each start states after which line its checkpoint was saved. The search goes backwards from the last start: the lines from a
+start to the checkpoint of the next start count, back to the start without a checkpoint. The file is read twice, line by line,
+so memory holds only the starts and one number per line.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeGuard
 
 import numpy as np
 
@@ -32,15 +31,15 @@ class LedgerHistory:
             raise UserError(f"{folder}: {found}; name the folder of a run that has started")
         self.attempts: list[Attempt] = []
         self.unreadable_lines: list[int] = []
-        """Numbers of the lines that cannot be parsed, except a torn last line."""
+        """Numbers of the lines that cannot be parsed, except an incomplete last line."""
         self.has_torn_last_line = False
-        """Whether the last line is incomplete: the run was killed, or is writing it."""
+        """Whether the last line is incomplete, because the run was killed or is still writing it."""
         self.num_step_lines = 0
-        """Lines of steps, discarded ones included."""
+        """Lines of steps, including discarded steps."""
         self.skipped_shards: set[tuple[str, str]] = set()
         """Source and file of every shard that was skipped at any time."""
         self.misplaced_attempts: list[Attempt] = []
-        """Starts whose checkpoint cannot have been made after the line that they state."""
+        """Starts whose checkpoint cannot have been saved after the line that they state."""
         finished_steps = self._scan()
         if not self.attempts:
             raise UserError(
@@ -50,28 +49,27 @@ class LedgerHistory:
         self._mark_effective_lines(finished_steps)
 
     def rollback_of(self, attempt: Attempt) -> Attempt | None:
-        """Return the rollback whose rows a start passes over: the start itself, or the last rollback before it to the same
-        checkpoint. Return None if the start passes over nothing, or there is no such rollback.
+        """Return the rollback whose rows a start passes over, or None if there is no such rollback.
+
+        It is the start itself, or the last earlier rollback to the same checkpoint.
         """
         if attempt.start.is_rollback:
             return attempt
         checkpoint = (attempt.step, attempt.start.num_ledger_lines)
         for each in reversed(self.attempts) if attempt.start.skipped_ranges else ():
-            is_earlier_rollback = each.start.is_rollback and each.line_number < attempt.line_number
-            if is_earlier_rollback and (each.step, each.start.num_ledger_lines) == checkpoint:
+            is_earlier = each.line_number < attempt.line_number
+            if each.start.is_rollback and is_earlier and (each.step, each.start.num_ledger_lines) == checkpoint:
                 return each
         return None
 
     def effective_lines(self) -> Iterator[LedgerLine]:
-        """Yield every start, and the other lines that count, in file order. Add up the discarded steps in their attempt."""
+        """Yield every start, and the other lines that count, in file order. Count the discarded steps of each attempt."""
         attempts, attempt = iter(self.attempts), self.attempts[0]
         for number, found in self._numbered_lines():
             if isinstance(found, Attempt):
                 attempt = next(attempts)
                 yield attempt
-                continue
-            attempt.num_steps += isinstance(found, StepLine)
-            if found is not None and number <= attempt.last_effective_line:
+            elif found is not None and number <= attempt.last_effective_line:
                 yield found
             elif isinstance(found, StepLine):
                 attempt.discard_step(found)
@@ -84,7 +82,10 @@ class LedgerHistory:
         for number, found in self._numbered_lines():
             step = finished_steps[-1]
             if isinstance(found, Attempt):
-                if found.start.is_rollback and _is_rollback_decision(previous, step, step_line):
+                if (  # the line before is the decision to roll back from the step on the line before that
+                    found.start.is_rollback and isinstance(previous, BadStepLine) and previous.action == "rollback"
+                    and (previous.step, previous.line_number) == (step, step_line + 1)
+                ):  # fmt: skip
                     found.bad_step, found.bad_step_cursor = previous, cursor
                     found.bad_step_skipped_shards = skipped_shards
                 self.attempts.append(found)
@@ -113,8 +114,9 @@ class LedgerHistory:
             index = int(np.searchsorted(start_lines, end, "right")) - 1
 
     def _checkpoint_line(self, attempt: Attempt, finished_steps: np.ndarray) -> int:
-        """Return the line after which an attempt's checkpoint was made. If lines are missing or edited, return the nearest line
-        after which it can have been made.
+        """Return the line after which an attempt's checkpoint was saved.
+
+        If lines are missing or edited, return the nearest line after which it can have been saved.
         """
         after, before = attempt.start.num_ledger_lines, finished_steps[: attempt.line_number]
         if after < len(before) and before[after] == attempt.step:
@@ -124,7 +126,7 @@ class LedgerHistory:
         return int(likely[np.abs(likely - after).argmin()]) if len(likely) else len(before) - 1
 
     def _numbered_lines(self) -> Iterator[tuple[int, LedgerLine | None]]:
-        """Yield line numbers and parsed lines. Leave out a torn last line and set `has_torn_last_line`."""
+        """Yield line numbers and parsed lines. Skip an incomplete last line and set `has_torn_last_line`."""
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 found = parse_line(number, line)
@@ -132,10 +134,3 @@ class LedgerHistory:
                     self.has_torn_last_line = True
                 else:
                     yield number, found
-
-
-def _is_rollback_decision(found: LedgerLine | None, step: int, line: int) -> TypeGuard[BadStepLine]:
-    """Whether a line is the decision to roll back from the step on the line before it."""
-    if not isinstance(found, BadStepLine) or found.action != "rollback":
-        return False
-    return (found.step, found.line_number) == (step, line + 1)

@@ -1,11 +1,12 @@
-"""Parse the lines of a ledger. A line with keys, types or sizes that the trainer does not write is unreadable, so the other
-modules need not check values.
+"""Parse the lines of a ledger. A line with keys, types or sizes that the trainer does not write counts as unreadable, so the
+other modules need not check values.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import orjson
@@ -33,6 +34,7 @@ class StepLine(NamedTuple):
 
 @dataclass(frozen=True)
 class SkipLine:
+    line_number: int
     step: int
     source: str
     shard: str
@@ -52,11 +54,11 @@ class BadStepLine:
 
 @dataclass(frozen=True)
 class StartLine:
-    """The fields of a start, as the trainer writes them."""
+    """A start, as the trainer writes it."""
 
     step: int
     num_ledger_lines: int
-    """Lines that the ledger had when the checkpoint was made from which the run continues; 0: no checkpoint."""
+    """Lines of the ledger when the checkpoint was saved from which the run continues; 0: no checkpoint."""
     cursor: dict[str, int]
     seed: int
     shuffle_block_tokens: int
@@ -67,9 +69,9 @@ class StartLine:
     dp_size: int
     time: float
     skipped_ranges: dict[str, list[int]] = field(default_factory=dict)
-    """Source -> cursor in the checkpoint and cursor from which the run continues: a rollback passes over the tokens between."""
+    """Source -> cursor in the checkpoint and cursor from which the run continues. A rollback skips the tokens between them."""
     is_rollback: bool = False
-    """Whether the process rolled back, instead of having just been started."""
+    """Whether the process rolled back. If not, it was just started."""
 
 
 @dataclass
@@ -85,14 +87,13 @@ class Attempt:
     bad_step_skipped_shards: set[tuple[str, str]] = field(default_factory=set)
     """For a rollback: source and file of the shards skipped at that step."""
     last_effective_line: float = 0
-    """Its lines up to this one count, the start included; 0: a later start discarded all of them."""
-    num_steps: int = 0
+    """Last of its lines that counts, or 0 if a later start discarded all of them."""
     discarded_steps: list[int] = field(default_factory=list)
-    """Its steps that do not count: first, last, how many they are and how many tokens they read; or empty."""
+    """First and last of its steps that do not count, their number, and the tokens they read; empty if all steps count."""
 
     @property
     def is_effective(self) -> bool:
-        """Whether no later start discarded it."""
+        """Whether the start counts, because no later start discarded it."""
         return self.last_effective_line > 0
 
     @property
@@ -100,25 +101,18 @@ class Attempt:
         return self.start.step
 
     @property
-    def immutable_settings(self) -> dict[str, int]:
-        return {name: getattr(self.start, name) for name in IMMUTABLE_SETTINGS}
-
-    @property
     def skipped_shards(self) -> list[tuple[str, str]]:
-        """Source and file of the shards skipped from its first step on."""
+        """Source and file of each shard that is skipped from its first step on."""
         return [(source, file) for source, files in self.start.skipped_shards.items() for file in files]
 
     @cached_property
     def phase_spans(self) -> list[tuple[PhaseConfig, int, int]]:
         """Each phase with its first step and the step after its last, counted from 0."""
-        found, first = [], 0
-        for phase in self.start.phases:
-            found.append((phase, first, first + phase.num_steps))
-            first += phase.num_steps
-        return found
+        ends = accumulate(phase.num_steps for phase in self.start.phases)
+        return [(phase, end - phase.num_steps, end) for phase, end in zip(self.start.phases, ends, strict=True)]
 
     def phase_span_at(self, step: int) -> tuple[PhaseConfig, int, int] | None:
-        """Return the phase of a step counted from 1."""
+        """Return the span of the phase that contains a step counted from 1."""
         return next((span for span in self.phase_spans if span[1] < step <= span[2]), None)
 
     def schedule_before(self, step: int) -> list[tuple[int, int, dict[str, float], int]]:
@@ -130,9 +124,9 @@ class Attempt:
         ]
 
     def discard_step(self, step: StepLine) -> None:
-        tokens = sum(after - before for before, after in step.read_ranges.values())
-        first, _, count, sum_tokens = self.discarded_steps or [step.step, 0, 0, 0]
-        self.discarded_steps = [first, step.step, count + 1, sum_tokens + tokens]
+        first, _, num_steps, num_tokens = self.discarded_steps or [step.step, 0, 0, 0]
+        num_tokens += sum(after - before for before, after in step.read_ranges.values())
+        self.discarded_steps = [first, step.step, num_steps + 1, num_tokens]
 
 
 LedgerLine = Attempt | SkipLine | StepLine | BadStepLine
@@ -149,60 +143,51 @@ def parse_line(line_number: int, line: bytes) -> LedgerLine | None:
 
 def _parse_step(line_number: int, tree: dict[str, Any]) -> StepLine:
     """Parse by hand: `parse_dataclass` would take minutes for the steps of a long run."""
-    ends = tree.pop("read_ranges").items()
-    read_ranges = {name: (_parse_integer(before), _parse_integer(after, before)) for name, (before, after) in ends}
-    step, digests = (
-        _parse_integer(tree.pop("step"), 1),
-        [_parse_digest(tree.pop(f"{of}_digest")) for of in ("ranges", "tokens")],
-    )
-    _check(not tree)
-    return StepLine(line_number, step, read_ranges, *digests)
+    _check(tree.keys() == {"step", "read_ranges", "ranges_digest", "tokens_digest"})
+    read_ranges = {name: (before, after) for name, (before, after) in tree["read_ranges"].items()}
+    for before, after in read_ranges.values():
+        _check_integers(0, before)
+        _check_integers(before, after)
+    _check_integers(1, tree["step"])
+    ranges_digest, tokens_digest = tree["ranges_digest"], tree["tokens_digest"]
+    _check(len(ranges_digest) == len(tokens_digest) == 16)
+    digests = (int.from_bytes(bytes.fromhex(digest)) for digest in (ranges_digest, tokens_digest))
+    return StepLine(line_number, tree["step"], read_ranges, *digests)
 
 
-def _parse_skip(line_number: int, tree: dict[str, Any]) -> SkipLine:
-    found: SkipLine = parse_dataclass(SkipLine, tree, "")
-    _parse_integer(found.step, 1)
-    return found
-
-
-def _parse_bad_step(line_number: int, tree: dict[str, Any]) -> BadStepLine:
+def _parse_dataclass(line_type: Any, line_number: int, tree: dict[str, Any]) -> Any:
     _check("line_number" not in tree)
-    found: BadStepLine = parse_dataclass(BadStepLine, tree | {"line_number": line_number}, "")
-    _parse_integer(found.step, 1)
+    found = parse_dataclass(line_type, tree | {"line_number": line_number}, "")
+    _check_integers(1, found.step)
     return found
 
 
 def _parse_start(line_number: int, tree: dict[str, Any]) -> Attempt:
     start: StartLine = parse_dataclass(StartLine, tree, "")
-    block_sizes = (start.shuffle_block_tokens, start.shuffle_window_tokens)
-    for value in (start.step, start.num_ledger_lines, *block_sizes, *start.cursor.values()):
-        _parse_integer(value)
-    for ends in start.skipped_ranges.values():
-        _check(len(ends) == 2)
-        _parse_integer(ends[1], _parse_integer(ends[0]))
-    _parse_integer(start.dp_size, 1)
+    sizes = start.shuffle_block_tokens, start.shuffle_window_tokens
+    _check_integers(0, start.step, start.num_ledger_lines, *sizes, *start.cursor.values())
+    _check_integers(1, start.dp_size)
+    for left, end in start.skipped_ranges.values():
+        _check_integers(0, left)
+        _check_integers(left, end)
     for phase in start.phases:
-        for value in (phase.tokens, phase.seq_len, phase.global_batch_size):
-            _parse_integer(value, 1)
+        _check_integers(1, phase.tokens, phase.seq_len, phase.global_batch_size)
         shares = phase.mixture.values()
         _check(phase.global_batch_size < MAX_ROWS_PER_STEP)
         _check(all(share >= 0 for share in shares) and abs(sum(shares) - 1) <= 1e-6)
-    _parse_integer(sum(phase.tokens for phase in start.phases))
+    _check_integers(0, sum(phase.tokens for phase in start.phases))
     return Attempt(line_number, start)
 
 
-PARSERS: dict[str, Any] = {"step": _parse_step, "skip": _parse_skip, "start": _parse_start, "bad": _parse_bad_step}
+PARSERS: dict[str, Any] = {
+    "step": _parse_step, "start": _parse_start, "skip": partial(_parse_dataclass, SkipLine),
+    "bad": partial(_parse_dataclass, BadStepLine),
+}  # fmt: skip
 
 
-def _parse_integer(value: Any, minimum: int = 0) -> int:
-    _check(type(value) is int and minimum <= value < MAX_VALUE)
-    return int(value)
-
-
-def _parse_digest(value: Any) -> int:
-    """Parse a hexadecimal sum of hashes."""
-    _check(len(value) == 16)
-    return int.from_bytes(bytes.fromhex(value), "big")
+def _check_integers(minimum: int, *values: Any) -> None:
+    for value in values:
+        _check(type(value) is int and minimum <= value < MAX_VALUE)
 
 
 def _check(condition: bool) -> None:

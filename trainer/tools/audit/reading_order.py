@@ -1,7 +1,7 @@
 """Map positions in a source's reading order to token ranges of its shards, many positions at a time.
 
-This module implements the order of `data.shuffle` and `data.token_stream` a second time, on purpose: an audit that called the
-loader's code would repeat the loader's mistakes. It needs only a manifest and opens no file.
+This module deliberately implements the order of `data.shuffle` and `data.token_stream` a second time, because an audit that
+called the loader's code would repeat the loader's mistakes. It needs only a manifest and opens no file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from tandem.trainer.data.manifest import CorpusSplit
 
 IntArray = np.ndarray
-"""int64, one dim."""
+"""One-dimensional, int64."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,9 @@ class ShardRanges:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def select(self, selection: np.ndarray) -> ShardRanges:
-        """Select ranges by a mask or by indices."""
-        return ShardRanges(
-            *(each[selection] for each in (self.position, self.shard_index, self.first_token, self.tokens))
-        )
+    def select(self, selection: np.ndarray | slice) -> ShardRanges:
+        """Select ranges by a mask, by indices or by a slice."""
+        return ShardRanges(*(each[selection] for each in vars(self).values()))
 
 
 class ReadingOrder:
@@ -62,7 +60,7 @@ class ReadingOrder:
         return concatenate_ranges([self._epoch_ranges(epoch, start, end) for epoch in epochs if start < end])
 
     def shard_range_names(self, ranges: ShardRanges, limit: int = 8) -> list[str]:
-        """Name ranges as FILE:FIRST+TOKENS, adjacent ones as one; `…` replaces those after the first `limit`."""
+        """Name ranges as FILE:FIRST+TOKENS. Adjacent ranges are merged, and `…` replaces those after the first `limit`."""
         merged = merge_adjacent(ranges)
         entries = zip(merged.shard_index[:limit], merged.first_token[:limit], merged.tokens[:limit], strict=True)
         names = [f"{self.shard_files[shard]}:{first}+{tokens}" for shard, first, tokens in entries]
@@ -85,7 +83,7 @@ class ReadingOrder:
     def _block_slices(self, epoch: int, low: int, high: int) -> tuple[IntArray, IntArray, IntArray]:
         """Cut positions [low, high) of an epoch at block borders.
 
-        Returns the start of each slice, its length, and the start in the unshuffled stream.
+        Returns the start of each slice, its length, and its start in the unshuffled stream.
         """
         size = self._shuffle_block_tokens or self.epoch_tokens
         slice_starts = np.arange(low // size * size, high, size, dtype=np.int64)
@@ -101,7 +99,7 @@ class ReadingOrder:
         return slice_starts, lengths, block * size + block_offset
 
     def _shard_order(self, epoch: int) -> tuple[IntArray, IntArray]:
-        """Return the shards in the epoch's order, and the token of the epoch at which each begins, then the epoch's end."""
+        """Return the shards in the epoch's order, and the token at which each begins, followed by the number of tokens."""
         digests = [self._digest(f"{epoch}/{index}") for index in range(len(self.shard_files))]
         order = np.array(sorted(range(len(self.shard_files)), key=digests.__getitem__), np.int64)
         return order, np.concatenate([[0], np.cumsum(self.shard_tokens[order])])
@@ -116,15 +114,14 @@ class ReadingOrder:
 
 
 def concatenate_ranges(parts: list[ShardRanges]) -> ShardRanges:
-    """Concatenate in the given order."""
-    fields = zip(*((part.position, part.shard_index, part.first_token, part.tokens) for part in parts), strict=True)
+    fields = zip(*(vars(part).values() for part in parts), strict=True)
     return ShardRanges(*map(np.concatenate, fields)) if parts else ShardRanges(*[np.empty(0, np.int64)] * 4)
 
 
 def cut_rows(ranges: ShardRanges, seq_len: int) -> tuple[ShardRanges, IntArray]:
     """Cut ranges into rows of `seq_len` tokens and merge adjacent ranges of a row. The last row can be short.
 
-    Returns the ranges, and the index of each row's first range, then the number of ranges.
+    Returns the ranges, and the index of each row's first range, followed by the number of ranges.
     """
     range_ends = np.cumsum(ranges.tokens)
     range_starts, total = range_ends - ranges.tokens, int(ranges.tokens.sum())
@@ -134,34 +131,26 @@ def cut_rows(ranges: ShardRanges, seq_len: int) -> tuple[ShardRanges, IntArray]:
     cut = ranges.select(parent)
     tokens = np.diff(np.append(bounds, total))
     cut = ShardRanges(cut.position + offsets, cut.shard_index, cut.first_token + offsets, tokens)
-    row = bounds // seq_len
-    return merge_adjacent(cut, row), _row_starts(cut, row)
+    merged = merge_adjacent(cut, bounds // seq_len)
+    rows = (np.cumsum(merged.tokens) - merged.tokens) // seq_len
+    return merged, np.searchsorted(rows, np.arange(-(-total // seq_len) + 1))
 
 
 def merge_adjacent(ranges: ShardRanges, row_index: IntArray | None = None) -> ShardRanges:
     """Merge consecutive ranges that are adjacent in a shard and belong to the same row."""
-    starts = np.flatnonzero(_is_range_start(ranges, row_index))
-    tokens = np.add.reduceat(ranges.tokens, starts) if len(starts) else ranges.tokens
-    return ShardRanges(ranges.position[starts], ranges.shard_index[starts], ranges.first_token[starts], tokens)
-
-
-def _is_range_start(ranges: ShardRanges, row_index: IntArray | None) -> np.ndarray:
     is_start = np.ones(len(ranges), bool)
     is_gap = ranges.first_token[1:] != ranges.first_token[:-1] + ranges.tokens[:-1]
     is_start[1:] = (ranges.shard_index[1:] != ranges.shard_index[:-1]) | is_gap
     if row_index is not None:
         is_start[1:] |= row_index[1:] != row_index[:-1]
-    return is_start
-
-
-def _row_starts(ranges: ShardRanges, row_index: IntArray) -> IntArray:
-    kept = row_index[_is_range_start(ranges, row_index)]
-    return np.searchsorted(kept, np.arange(int(row_index[-1]) + 2 if len(row_index) else 1))
+    starts = np.flatnonzero(is_start)
+    tokens = np.add.reduceat(ranges.tokens, starts) if len(starts) else ranges.tokens
+    return ShardRanges(ranges.position[starts], ranges.shard_index[starts], ranges.first_token[starts], tokens)
 
 
 def _splitmix64(values: np.ndarray) -> np.ndarray:
     """Hash integers. Source: the finalizer of SplitMix64, Steele, Lea and Flood 2014; arithmetic modulo 2^64."""
-    for shift, factor in ((None, 0x9E3779B97F4A7C15), (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, None)):
-        values = values if shift is None else values ^ (values >> np.uint64(shift))
-        values = values if factor is None else values * np.uint64(factor)
-    return values
+    values = values * np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

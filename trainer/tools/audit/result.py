@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 MAX_FINDINGS = 1_000
 """Findings kept in memory; further ones are only counted."""
@@ -11,11 +12,11 @@ MAX_FINDINGS = 1_000
 
 @dataclass(frozen=True)
 class Finding:
-    """One difference between what the run read and what it had to read."""
+    """One error in the ledger, or in what the run read."""
 
     kind: str
-    """lost, repeated, swapped: tokens. unlike: a step read other tokens than its cursors give. changed: a setting that a run
-    must not change. ledger: a line is missing, duplicated or unreadable.
+    """lost, repeated or swapped: this happened to tokens. unlike: a step read other tokens than its cursors give. changed: a
+    setting that must stay the same has changed. ledger: a line is missing, duplicated or unreadable.
     """
     message: str
     step: int | None = None
@@ -41,9 +42,9 @@ class SourceResult:
     skipped_shard_tokens: dict[str, int] = field(default_factory=dict)
     """Skipped shard -> number of its tokens that the run passed over."""
     rollback_tokens: int = 0
-    """Tokens that rollbacks passed over: read for discarded steps, and by no step that counts."""
+    """Tokens that rollbacks passed over. Only discarded steps have read them."""
     rollback_ranges: list[str] = field(default_factory=list)
-    """The first few of these ranges of each rollback, as FILE:FIRST+TOKENS."""
+    """The first few ranges of these tokens in each rollback, as FILE:FIRST+TOKENS."""
     lost_tokens: int = 0
     repeated_tokens: int = 0
 
@@ -54,9 +55,9 @@ class AuditResult:
     tokens_checked: bool
     """Whether the shards were read again."""
     num_steps: int = 0
-    """The last step. Without findings, the run made each step up to it once."""
+    """The last step. If there are no findings, the run made each step up to this one once."""
     num_skipped_updates: int = 0
-    """Steps that read their rows and made no update, by decision of the guard."""
+    """Steps that read their rows but made no update, because the guard decided so."""
     findings: list[Finding] = field(default_factory=list)
     num_findings: int = 0
     notes: list[str] = field(default_factory=list)
@@ -66,8 +67,16 @@ class AuditResult:
     def proven(self) -> bool:
         return self.num_findings == 0
 
+    def report(
+        self, kind: str, step: int | None, source: str | None, message: str, names: list[str] | None = None, **more: Any
+    ) -> None:
+        """Add a finding. The message ends with the names of the ranges, if any are given."""
+        if names is not None:
+            message += f": {format_shard_ranges(names)}"
+        self.add_finding(Finding(kind, message, step, source, shard_ranges=names or (), **more))
+
     def add_finding(self, finding: Finding) -> None:
-        """Add a finding. If it is the other half of a swap found earlier, replace both by one finding."""
+        """Add a finding. If it is the second half of a swap, replace the finding of the first half by one for both."""
         half = next((old for old in self.findings[-8:] if is_swap(old, finding)), None)
         if half:
             self._add_to_totals(half, -1)
@@ -90,8 +99,9 @@ def is_swap(one: Finding, other: Finding) -> bool:
     return one.kind == other.kind == "repeated" and len(one.rows) == 2 and [*one.rows] == [*reversed(other.rows)]
 
 
-def format_steps(steps: range) -> str:
-    return f"step {steps[0]} is" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]} are"
+def format_missing_steps(steps: range) -> str:
+    subject = f"step {steps[0]} is" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]} are"
+    return f"{subject} not in the ledger"
 
 
 def format_shard_ranges(names: Sequence[str]) -> str:

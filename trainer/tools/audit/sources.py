@@ -1,4 +1,4 @@
-"""The sources of a run: their reading orders from the copies of the manifests, and the shards that are skipped at a step."""
+"""The sources of a run: their reading orders, and the shards that are skipped at the step that is replayed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Sources:
         return source in self.reading_orders
 
     def skip_shard(self, source: str, file: str) -> bool:
-        """Skip a shard from now on. Return whether the source has it; a validation shard has no effect on the reading order."""
+        """Skip a shard from now on. Return whether the source has it. A validation shard does not affect the reading order."""
         files = self.reading_orders[source].shard_files if source in self else []
         if file not in files:
             return file in self._validation_files.get(source, ())
@@ -33,7 +33,7 @@ class Sources:
         return True
 
     def shard_ranges(self, source: str, start: int, end: int) -> tuple[ShardRanges, ShardRanges]:
-        """Return what the run reads at positions [start, end), and what it passes over because the shard is skipped."""
+        """Return the ranges that the run reads at positions [start, end), and those in skipped shards."""
         ranges = self.reading_orders[source].shard_ranges(start, end)
         is_skipped = np.isin(ranges.shard_index, list(self.skipped_shards.get(source, ())))
         return ranges.select(~is_skipped), ranges.select(is_skipped)
@@ -49,18 +49,18 @@ class Sources:
         return [name for source, ends in read_ranges.items() for name in self.shard_range_names(source, *ends)]
 
     def cut_rows(self, source: str, start: int, end: int, seq_len: int) -> tuple[ShardRanges, IntArray]:
-        """Cut what the run reads at positions [start, end) into rows, see `reading_order.cut_rows`."""
+        """Cut the ranges that the run reads at positions [start, end) into rows, see `reading_order.cut_rows`."""
         return cut_rows(self.shard_ranges(source, start, end)[0], seq_len)
 
     def max_span_tokens(self, source: str, tokens: int) -> int:
-        """Return an upper bound of the positions that a run advances to read so many tokens."""
+        """Return an upper bound for the positions that a run advances while it reads `tokens` tokens."""
         reading_order, skipped_shards = self.reading_orders[source], list(self.skipped_shards.get(source, ()))
         skipped_tokens = int(reading_order.shard_tokens[skipped_shards].sum())
         return tokens + skipped_tokens * (tokens // max(reading_order.epoch_tokens - skipped_tokens, 1) + 2)
 
 
 def row_contents(source: str, ranges: ShardRanges, row_starts: IntArray) -> list[bytes]:
-    """Return what the ranges digest hashes of each row after the row's index."""
+    """Return the bytes of each row that the ranges digest hashes after the row's index."""
     name = source.encode() + b"\0"
     fields = np.stack([ranges.shard_index, ranges.first_token, ranges.tokens], axis=1).astype("<i8").tobytes()
     return [name + fields[24 * begin : 24 * end] for begin, end in pairwise(row_starts.tolist())]

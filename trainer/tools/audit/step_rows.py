@@ -1,4 +1,4 @@
-"""The ranges that each row of one step had to read, to look at the data of a loss spike."""
+"""Find the ranges that each row of one step had to read, for example to inspect the data of a loss spike."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tandem.trainer.tools.audit.sources import Sources
 
 
 def find_step_rows(step: int, history: LedgerHistory, sources: Sources) -> list[dict[str, Any]]:
-    """Return what each row of a step had to read, by the cursors of the last attempt that made it.
+    """Return the ranges that each row of a step had to read, according to the last attempt that made the step.
 
     Raises: UserError if the ledger has no such step.
     """

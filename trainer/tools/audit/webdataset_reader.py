@@ -1,6 +1,6 @@
 """Read the shards a second time, through the webdataset library.
 
-The loader computes byte offsets from the manifest and never looks at a tar header. webdataset walks the members of a tar, as
+The loader computes byte offsets from the manifest and never reads a tar header. webdataset walks the members of a tar file, as
 every other client of the corpus does. If the members of a shard are not at the offsets that the loader expects, this reader
 returns other tokens than the loader, even if the shard has the hash that its manifest lists.
 
@@ -11,8 +11,9 @@ page cache; medians of seven passes, MB per second of CPU time): byte offsets 1,
 from __future__ import annotations
 
 import tarfile
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -25,7 +26,7 @@ from tandem.trainer.data.token_stream import TokenStream
 from tandem.trainer.tools.audit.reading_order import IntArray, ShardRanges
 
 NUM_CACHED_SHARDS = 4
-"""Shards kept in memory; a shuffle window seldom needs more."""
+"""Number of shards kept in memory; a shuffle window seldom needs more."""
 
 
 class WebdatasetReader:
@@ -38,13 +39,13 @@ class WebdatasetReader:
         cache: ShardCache,
         skipped_shards: Collection[tuple[str, str]] = (),
     ):
-        """`skipped_shards` names the source and file of each shard that the run skipped. It may be damaged now, and the run may
-        have read it earlier.
+        """`skipped_shards` has the source and file of each shard that the run skipped. The run may have read such a shard
+        earlier, and the shard may be damaged now.
         """
         self._folders, self._manifests, self._cache, self._skipped_shards = folders, manifests, cache, skipped_shards
-        self._shards: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._shard_bytes = lru_cache(NUM_CACHED_SHARDS)(self._read_shard)
         self._unreadable_shards: set[tuple[str, int]] = set()
-        self.unreadable_tokens: dict[tuple[str, str], int] = {}
+        self.unreadable_tokens: Counter[tuple[str, str]] = Counter()
         """Source and file of each skipped shard that can no longer be read -> number of its tokens that were requested."""
         self.miscounted_shards: dict[tuple[str, str], tuple[int, int]] = {}
         """Source and file of each shard with another number of tokens than the manifest lists -> tokens found and listed."""
@@ -52,24 +53,21 @@ class WebdatasetReader:
     def __call__(self, source: str, ranges: ShardRanges, row_starts: IntArray) -> list[bytes | None]:
         """Return the tokens of each row as stored, or None if a skipped shard that holds part of the row cannot be read.
 
-        Raises: DamagedShard if any other shard is not the one in the manifest. UserError if webdataset cannot read it.
+        Raises: DamagedShard if any other shard is not the one in the manifest. UserError if webdataset cannot read a shard.
         """
         read = [self._read_range(source, *each) for each in _entries(ranges)]
         for shard, part in zip(ranges.shard_index.tolist(), ranges.tokens.tolist(), strict=True):
             if (source, shard) in self._unreadable_shards:
-                key = source, self._shard(source, shard).file
-                self.unreadable_tokens[key] = self.unreadable_tokens.get(key, 0) + part
+                self.unreadable_tokens[source, self._manifests[source].train.shards[shard].file] += part
         rows = (read[begin:end] for begin, end in pairwise(row_starts.tolist()))
         return [None if None in row else b"".join(row) for row in rows]  # type: ignore[arg-type]
 
     def ranges_loader_reads_differently(self, source: str, ranges: ShardRanges) -> ShardRanges:
-        """Select the ranges in which the loader's byte offsets lead to other tokens than webdataset returns."""
+        """Select the ranges for which the loader's byte offsets give other tokens than webdataset."""
         corpus = self._manifests[source]
         stream = TokenStream(self._folders[source], corpus, corpus.train, source=source, seed=None, cache=self._cache)
-        is_different = [
-            stream.read_shard_ranges([each]).tobytes() != self._read_range(source, *each) for each in _entries(ranges)
-        ]
-        return ranges.select(np.array(is_different, bool))
+        pairs = ((stream.read_shard_ranges([each]), self._read_range(source, *each)) for each in _entries(ranges))
+        return ranges.select(np.array([tokens.tobytes() != found for tokens, found in pairs], bool))
 
     def _read_range(self, source: str, shard: int, first_token: int, num_tokens: int) -> bytes | None:
         if (source, shard) in self._unreadable_shards:
@@ -83,27 +81,20 @@ class WebdatasetReader:
             self._unreadable_shards.add((source, shard))
             return None
 
-    def _shard(self, source: str, index: int) -> Shard:
-        return self._manifests[source].train.shards[index]
-
-    def _shard_bytes(self, source: str, index: int) -> bytes:
-        key = source, index
-        if key not in self._shards:
-            shard, size = self._shard(source, index), self._manifests[source].token_bytes
-            self._shards[key] = self._walk(self._folders[source], shard, field=f"u{8 * size}")
-            if (found := len(self._shards[key]) // size) != shard.tokens:
-                self.miscounted_shards[source, shard.file] = found, shard.tokens
-            if len(self._shards) > NUM_CACHED_SHARDS:
-                self._shards.popitem(last=False)
-        self._shards.move_to_end(key)
-        return self._shards[key]
+    def _read_shard(self, source: str, index: int) -> bytes:
+        corpus = self._manifests[source]
+        shard, size = corpus.train.shards[index], corpus.token_bytes
+        content = self._walk(self._folders[source], shard, field=f"u{8 * size}")
+        if (found := len(content) // size) != shard.tokens:
+            self.miscounted_shards[source, shard.file] = found, shard.tokens
+        return content
 
     def _walk(self, folder: str, shard: Shard, field: str) -> bytes:
         """Return the tokens of all samples of a shard, in webdataset's order."""
         from webdataset.tariterators import group_by_keys, tar_file_expander  # imports torch, which takes a second
 
-        # The stages of webdataset.WebDataset after its opener, which is left out: the environment variables WDS_CACHE and
-        # GOPEN_REWRITE can make it open another file than the one whose hash was checked.
+        # These are the stages of webdataset.WebDataset after its opener. The opener is left out because WDS_CACHE and
+        # GOPEN_REWRITE in the environment can make it open another file than the one whose hash was checked.
         with self._cache.open_shard(folder, shard) as file:
             try:
                 samples = group_by_keys(tar_file_expander([{"url": shard.file, "stream": file}]))
@@ -116,5 +107,4 @@ class WebdatasetReader:
 
 
 def _entries(ranges: ShardRanges) -> list[tuple[int, int, int]]:
-    """Return shard, first token and number of tokens of each range."""
     return list(zip(ranges.shard_index.tolist(), ranges.first_token.tolist(), ranges.tokens.tolist(), strict=True))

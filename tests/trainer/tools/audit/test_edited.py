@@ -100,7 +100,7 @@ def test_two_steps_in_the_wrong_order_are_named(folder):
     found = findings(folder)
     assert {9} <= {finding.step for finding in found}
     assert any("step 9 is not in the ledger" in finding.message for finding in found)
-    assert any("step 9 is there again" in finding.message for finding in found)
+    assert any("step 9 appears again" in finding.message for finding in found)
 
 
 @pytest.mark.parametrize(

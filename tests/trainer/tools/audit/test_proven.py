@@ -81,7 +81,7 @@ def test_a_torn_last_line_is_told_and_no_mistake(folder):
         file.write(b'{"kind":"step","step":14,"rea')
     verdict = run_audit(folder)
     assert verdict.proven
-    assert "the last line is torn" in verdict.notes[-1]
+    assert "the last line is incomplete" in verdict.notes[-1]
 
 
 def test_a_shard_left_out_is_named_and_its_tokens_are_no_loss(tmp_path, sources):
@@ -121,9 +121,7 @@ def test_a_shard_is_read_again_after_a_rollback_to_before_it_was_left_out(tmp_pa
     assert verdict.sources["b"].skipped_shard_tokens == {}
     write_ledger(tmp_path, two, [SHORT_PHASE, LONG_PHASE], at_5._replace(skipped={}), 12, 2)
     [found] = findings(tmp_path)
-    assert f"leaves out other shards than the run: {file} of b" in found.message, (
-        "and the steps after it are as it says"
-    )
+    assert f"skips other shards than the run: {file} of b" in found.message, "and the steps after it are as it says"
 
 
 def test_a_run_may_go_back_to_steps_that_it_had_taken_back(tmp_path, sources):
@@ -172,7 +170,7 @@ def test_a_damaged_shard_that_was_left_out_later_is_no_hindrance_to_comparing_th
     verdict = run_audit(run, webdataset_reader(mine))
     assert verdict.findings == []
     [note] = [note for note in verdict.notes if "cannot be read again" in note]
-    assert f"b leaves out {file}; its {tokens} tokens taken before" in note
+    assert f"b skips {file}; {tokens} of its tokens that were read before" in note
     lines = read_lines(run)
     step_line(lines, 12)["tokens_digest"] = "0" * 16
     write_lines(run, lines)

@@ -88,8 +88,8 @@ def test_the_history_tells_what_was_left_out_and_passed_over(back, capsys):
     assert run_audit_command(back) == 0
     said = capsys.readouterr().out
     assert f"{back}: 12 steps, 2 of them without an update" in said
-    assert "step 2: update left out, loss of step 2 is not finite\n" in said
-    assert "step 4: update left out, loss of step 4 is not finite\n" in said
+    assert "step 2: update skipped, loss of step 2 is not finite\n" in said
+    assert "step 4: update skipped, loss of step 4 is not finite\n" in said
     assert "step 3: rollback from step 6, loss of step 6 is not finite, dp 1; discards steps 4 to 6: 3 steps" in said
     assert "step 3: rollback from step 5, loss of step 5 is not finite, dp 1; discards steps 4 to 5: 2 steps" in said
     passed = [start_of(read_lines(back), is_rollback=True)["skipped_ranges"][source] for source in "ab"]
@@ -136,7 +136,7 @@ def test_a_process_that_begins_after_a_rollback_and_passes_over_other_rows_is_na
     found = findings(tmp_path)
     assert (found[0].kind, found[0].step, found[0].source) == ("changed", 3, "a")
     assert (
-        f"passes over a up to {reached['a'] + 32}; step 6, which it goes back from, had read up to" in found[0].message
+        f"passes over a up to {reached['a'] + 32}; step 6, from which it rolls back, had read up to" in found[0].message
     )
     assert (found[1].kind, found[1].lost_tokens) == ("lost", 32)
 
@@ -202,7 +202,7 @@ def test_a_rollback_without_the_bad_step_it_goes_back_from_is_named(back, edit):
             line["num_ledger_lines"] += len(lines) - size
     write_lines(back, lines)
     found = findings(back)
-    assert "no bad step that the run went back from precedes it" in found[0].message
+    assert "no bad step from which the run rolled back precedes it" in found[0].message
     assert {each.source for each in found if each.lost_tokens} == {"a", "b"}, "what it passed over is lost, then"
 
 
@@ -213,7 +213,7 @@ def test_a_step_after_one_that_was_to_be_the_last_is_named(back, action):
     write_lines(back, lines)
     [found] = findings(back)
     assert (found.kind, found.step) == ("ledger", 3)
-    assert "step 3 follows step 2, at which the run was to" in found.message
+    assert "step 3 follows step 2, at which the run had to" in found.message
 
 
 def test_a_bad_line_that_does_not_follow_its_step_is_named(back):
@@ -248,7 +248,7 @@ def test_a_rollback_may_leave_out_the_shards_that_were_damaged_in_the_meantime_a
     lines = read_lines(tmp_path)
     start_of(lines, is_rollback=True)["skipped_shards"]["a"] = [a]
     write_lines(tmp_path, lines)
-    assert f"leaves out other shards than the run: {a} of a, {b} of b" in findings(tmp_path)[0].message
+    assert f"skips other shards than the run: {a} of a, {b} of b" in findings(tmp_path)[0].message
 
 
 @pytest.mark.parametrize("until", [6, 5])
@@ -257,7 +257,7 @@ def test_a_run_killed_before_it_went_back_or_ended_at_a_bad_step_is_proven(tmp_p
     write_ledger(tmp_path, two(sources), PHASES, FRESH_STATE, until, 1, bad={until: action})
     verdict = run_audit(tmp_path)
     assert verdict.findings == []
-    assert verdict.notes[-1].endswith("; the run was to go back" if action == "rollback" else "; the run was to end")
+    assert verdict.notes[-1].endswith("; the run had to roll back" if action == "rollback" else "; the run had to stop")
     write_ledger(tmp_path, two(sources), PHASES, state_at(tmp_path, 3), 12, 1)
     verdict = run_audit(tmp_path)
     assert verdict.findings == []
