@@ -1,8 +1,8 @@
 """`tandem bench`: measure how fast a config trains on this machine. It needs no corpus and writes no run folder.
 
-Every step is the run's own, `train.timed_train_step` on an engine from `startup.build_engine`; only its rows are synthetic.
+Every step is a real run's step, `train.timed_train_step` on an engine from `startup.build_engine`; only its rows are synthetic.
 `plan` decides which steps to run, `synthetic_batch` draws their rows, `measure` runs them and builds one JSON line per phase.
-`part_timing` and `step_profile` run additional steps that show where the time goes.
+`part_timing` and `step_profile` run additional steps that show how the time is divided.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from tandem.trainer.tools.bench.plan import ALL_PHASES, DEFAULT_NUM_MICRO_BATCHE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `tandem bench`."""
     add = parser.add_argument
     rows_default = f"{DEFAULT_NUM_MICRO_BATCHES} micro-batches on every replica"
     add("config", type=Path, help="YAML file of a run; its corpus is not read")
@@ -37,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print one JSON line per phase on rank 0's standard output, and progress on standard error."""
-    # These need torch, and `tandem bench --help` does not.
+    # Imported here because they import torch, which `tandem bench --help` does not need.
     from tandem.trainer import runtime
     from tandem.trainer.config.schedule import Timeline
     from tandem.trainer.distributed.coordination import Coordinator

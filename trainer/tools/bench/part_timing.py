@@ -1,7 +1,7 @@
 """Time the parts of a step in a separate step that synchronizes with the device at the end of each part.
 
-The step is the trainer's; only its engine is replaced, by one that reads the clock between its calls. Synchronizing makes the
-step a little longer than a timed one, most of all if the device works in many small pieces.
+The step is the trainer's; only its engine is replaced by one that reads the clock between its calls. Synchronizing makes the
+step a little longer than a timed one, most of all if it consists of many small kernels.
 """
 
 import time
@@ -17,12 +17,12 @@ from tandem.trainer.run_state import StepContext
 from tandem.trainer.train import timed_train_step
 
 STEP_PARTS = ("data", "forward", "backward", "update", "other")
-"""data: copy of the rows to the device; backward: includes the fp32 sum over micro-batches; update: data-parallel reduction,
+"""data: copy of the rows to the device. backward: includes the fp32 sum over micro-batches. update: data-parallel reduction,
 clipping, AdamW and the all-gather of the weights."""
 
 
 class PartTimer:
-    """Adds the seconds between two calls of `end_part` to the part that ends."""
+    """Adds the seconds since the last call of `end_part` to the part that ends."""
 
     def __init__(self, device: torch.device) -> None:
         self.part_seconds = dict.fromkeys(STEP_PARTS, 0.0)
@@ -41,7 +41,7 @@ class PartTimer:
 
 
 class InstrumentedEngine(Engine):
-    """An engine with the weights and state of another one that calls `end_part` at the end of every part."""
+    """An engine that shares the weights and state of another one and calls `end_part` at the end of every part."""
 
     def __init__(self, engine: Engine, end_part: Callable[[str], None]) -> None:
         vars(self).update(vars(engine))
@@ -67,7 +67,7 @@ class InstrumentedEngine(Engine):
         try:
             super().backward(loss, is_last=is_last)
         finally:
-            del self._deepspeed_engine.allreduce_gradients  # uncovers the class's method
+            del self._deepspeed_engine.allreduce_gradients  # so that the class's method applies again
         self._end_part("backward")
 
     def grad_norm(self) -> Tensor:

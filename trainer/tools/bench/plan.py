@@ -1,6 +1,6 @@
 """Turn the options of `tandem bench` into a config to train and a plan of steps for each phase. Needs no torch.
 
-A phase keeps its number of steps when its rows change, so every step keeps its number and its learning rate.
+A phase keeps its number of steps if its rows change, so every step keeps its number and its learning rate.
 """
 
 import argparse
@@ -25,12 +25,12 @@ class PhasePlan:
     """The phase of the config that is trained."""
     recipe_num_layers: int
     recipe_global_batch_size: int
-    """The values of the given config."""
+    """Number of layers and global batch size in the given config."""
     num_warmup_steps: int
     num_timed_steps: int
     trace_path: Path | None
     overrides: tuple[str, ...] = ()
-    """The given overrides, and the options that change the rows."""
+    """The overrides on the command line, and the options that change the rows."""
 
     @property
     def num_steps(self) -> int:
@@ -93,7 +93,7 @@ def check_minimums(arguments: argparse.Namespace, minimums: dict[str, int]) -> N
 
 
 def select_phase_names(config: TrainConfig, requested: str | None) -> list[str]:
-    """Names of the phases to measure. Raises: UserError if no phase has the requested name."""
+    """Return the names of the phases to measure. Raises: UserError if no phase has the requested name."""
     names = [phase.name for phase in config.schedule.phases]
     if requested is None:
         return names[:1]
@@ -103,7 +103,7 @@ def select_phase_names(config: TrainConfig, requested: str | None) -> list[str]:
 
 
 def phase_trace_path(path: Path | None, phase: str | None) -> Path | None:
-    """The trace file of a phase: the given one, with the phase's name, if any, before its suffixes."""
+    """Return the trace file of a phase: `path`, with the phase's name, if any, inserted before its suffixes."""
     if path is None or phase is None:
         return path
     stem, dot, suffixes = path.name.partition(".")

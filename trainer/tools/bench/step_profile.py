@@ -1,7 +1,8 @@
-"""Run one step under torch.profiler, write its trace to a file, and sum the time of its operations by kind, from their names.
+"""Run one step under torch.profiler, write its trace to a file, and sum the time of its operations by kind.
 
-On a GPU the kernels count; on a CPU the operations, each without the operations it calls. Many kernels have names such as
-`_forward`, so the names of the enclosing operations are matched too, from the inside out.
+On a GPU the time is that of kernels, on a CPU that of operations, each without the operations it calls. The kind follows from
+the name. Many kernels have names such as `_forward`, so the names of the enclosing operations are matched too, from the inside
+out.
 """
 
 import logging
@@ -33,14 +34,14 @@ SPECIFIC_PATTERNS = {
     "optimizer": r"[Aa]dam|Optimizer\.step|multi_tensor|_foreach_",
     "embedding": r"embedding|index_?[Ss]elect",
 }
-"""Kind -> pattern of names that determine it, also as the name of an enclosing operation. The first match wins: attention comes
+"""Kind -> pattern of the names, also those of enclosing operations, that determine it. The first match wins. Attention comes
 before matmul because the names of FlashAttention's kernels contain CUTLASS too. A matmul in another operation is a matmul."""
 GENERIC_PATTERNS = {
     "memcpy": r"[Mm]em(cpy|set)|aten::(copy_|_to_copy|clone|contiguous|cat)$|CatArray|direct_copy",
     "elementwise": r"elementwise|[Rr]educe|softmax|triton_(poi|red|per)|"
     r"aten::\w*(add|sub|mul|div|neg|exp|log|sqrt|pow|fill|zero|ones|sum|mean|norm|max|min|where|clamp|sigmoid|lerp|cumsum)\w*$",
 }
-"""The same for names that do not reveal their purpose. They count only if no enclosing operation matches a specific pattern."""
+"""Patterns of names that do not reveal the purpose. They count only if no enclosing operation matches a specific pattern."""
 OTHER_KIND = "other"
 MAX_SHOWN_NAMES, MAX_SHOWN_OTHER_NAMES = 4, 20
 
@@ -76,7 +77,7 @@ def profile_step(step: Callable[[], Any], trace_path: Path, mesh: Mesh) -> dict[
 
 
 def classify_operation(names: list[str]) -> str:
-    """Return the kind of an operation, given its own name and those of the enclosing operations from the inside out."""
+    """Return the kind of an operation, given its name and those of the enclosing operations from the inside out."""
     for patterns in (SPECIFIC_PATTERNS, GENERIC_PATTERNS):
         for name in names:
             for kind, pattern in patterns.items():
@@ -86,24 +87,19 @@ def classify_operation(names: list[str]) -> str:
 
 
 def total_operations(events: list[FunctionEvent]) -> list[OperationTotal]:
-    """Sum the time of every kernel, or of every operation if there are no kernels; the longest first."""
+    """Sum the time by kind and name of kernels, or of operations if there are no kernels. Return the longest first."""
     totals: dict[tuple[str, str], list[float]] = defaultdict(list)
     on_device = any(event.device_type != DeviceType.CPU for event in events)
-    for names, microseconds in device_kernels(events) if on_device else cpu_operations(events):
+    cpu_operations = ((call_stack_names(event), event.self_cpu_time_total) for event in events)
+    for names, microseconds in device_kernels(events) if on_device else cpu_operations:
         totals[classify_operation(names), names[0]].append(microseconds)
     found = [OperationTotal(*key, sum(times) / 1e6, len(times)) for key, times in totals.items()]
     return sorted(found, key=lambda total: -total.seconds)
 
 
-def cpu_operations(events: list[FunctionEvent]) -> Iterator[tuple[list[str], float]]:
-    """Yield the names and the own microseconds of each operation."""
-    for event in events:
-        yield call_stack_names(event), event.self_cpu_time_total
-
-
 def device_kernels(events: list[FunctionEvent]) -> Iterator[tuple[list[str], float]]:
     """Yield the microseconds of each kernel, with its name and those of the operations that launched it, if any did."""
-    # record_function's ranges on the device are not work.
+    # The ranges of record_function on the device are not kernels.
     on_device = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
     unmatched = Counter((event.name, event.time_range.elapsed_us()) for event in on_device)
     for event in events:
@@ -116,7 +112,7 @@ def device_kernels(events: list[FunctionEvent]) -> Iterator[tuple[list[str], flo
 
 
 def call_stack_names(event: FunctionEvent | None) -> list[str]:
-    """Names of the event and of its callers, from the inside out."""
+    """Return the names of the event and of its callers, from the inside out."""
     names = []
     while event is not None:
         names.append(event.name)

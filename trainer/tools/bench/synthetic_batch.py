@@ -1,7 +1,8 @@
-"""Draw synthetic rows from seed, names and step. As with a corpus, each data-parallel rank gets its slice of them.
+"""Draw synthetic rows that depend only on the seed, the names of run and phase, and the step.
 
-Token ids are uniform over the whole vocabulary, so every row of the embedding gets a gradient. If the model masks documents,
-their lengths are drawn too, because the cost of attention depends on them; otherwise a row is one document.
+As with a corpus, each data-parallel rank gets its slice of the rows. Token ids are uniform over the whole vocabulary, so every
+row of the embedding gets a gradient. If the model masks documents, their lengths are drawn too, because the cost of attention
+depends on them. Otherwise a row is one document.
 """
 
 import hashlib
@@ -16,11 +17,12 @@ from tandem.trainer.data.loader import Batch
 from tandem.trainer.distributed.mesh import Mesh
 
 MEDIAN_DOCUMENT_TOKENS, DOCUMENT_LENGTH_SIGMA = 450, 1.3
-"""Log-normal document lengths, as in web text: mostly short, some of many rows, 1,050 tokens on average (choice)."""
+"""Parameters of log-normal document lengths, as in web text: most are short, some have many rows, and the mean is 1,050 tokens
+(choice)."""
 
 
 def draw_batch(config: TrainConfig, phase: PhaseConfig, step: int, mesh: Mesh) -> Batch:
-    """Draw this rank's rows of global step `step`."""
+    """Draw this rank's rows of step `step`."""
     digest = hashlib.sha256(f"{config.run.seed}/bench/{config.run.name}/{phase.name}/{step}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     rows, seq_len = phase.global_batch_size, phase.seq_len

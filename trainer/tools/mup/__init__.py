@@ -1,15 +1,15 @@
 """`tandem mup-check`: measure on proxies of several widths whether a config keeps the promises of muP.
 
 There are three checks. `coordinates`: activations neither grow nor vanish with the width. `lr_transfer`: the best learning rate
-stays. `weight_decay`: decay follows the learning rate. Each states its own laws, independent of the table in `models.mup` with
-which the proxies are built. `proxies` builds and trains a proxy, `measurement` compares numbers with laws, `plots` draws.
+is the same at every width. `weight_decay`: decay follows the learning rate. Each check states its laws again and does not use
+the table in `models.mup`, from which the proxies are built. `proxies` builds and trains a proxy, `measurement` compares numbers
+with laws, and `plots` draws.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from tandem.trainer.tools.mup.proxies import proxy_config, require_mup
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `tandem mup-check`."""
     add, folder_help = parser.add_argument, "folder for plots and result.json (default: mup in the run's folder)"
     add("config", type=Path, help="YAML file of a run with muP, for example configs/mup-check.yaml")
     add("overrides", nargs="*", help="section.field=value")
@@ -63,13 +62,10 @@ def run(arguments: argparse.Namespace) -> int:
         measurements += (found := CHECKS[check](request))
         print(f"{format_table(found)}\n", flush=True)
     result = {
-        "widths": request.widths,
-        "checks": request.checks,
-        "environment": describe_environment(),
-        "passed": not first_failure(measurements),
-        "measurements": measurements_to_json(measurements),
+        "widths": request.widths, "checks": request.checks, "environment": describe_environment(),
+        "passed": not first_failure(measurements), "measurements": measurements_to_json(measurements),
         "config": asdict(config),
-    }
+    }  # fmt: skip
     atomic_write(request.folder / "result.json", json.dumps(result, indent=1) + "\n")
     for check in request.checks:
         failure = first_failure(measurement for measurement in measurements if measurement.check == check)
@@ -197,13 +193,8 @@ def check_transfer(request: CheckRequest) -> list[Measurement]:
 
 
 def check_decay(request: CheckRequest) -> list[Measurement]:
-    """Check weight decay at every width."""
     with mesh_context(1) as mesh:
         return weight_decay.measure(request.config, request.widths, mesh)
 
 
-CHECKS: dict[str, Callable[[CheckRequest], list[Measurement]]] = {
-    "coordinates": check_coordinates,
-    "transfer": check_transfer,
-    "decay": check_decay,
-}
+CHECKS = {"coordinates": check_coordinates, "transfer": check_transfer, "decay": check_decay}

@@ -1,16 +1,17 @@
 """The transfer check: find the best learning rate of every width, under muP and without its width rules.
 
 A trial is a whole run of the config's schedule at another width and peak learning rate. Trials take minutes to hours, so each
-result is stored as soon as it exists, under a key of everything that determines the loss, and a sweep that was killed resumes.
-At the base width both parametrisations are the same config, and therefore the same trial.
+result is stored as soon as it exists, under a key that covers everything that determines the loss. A sweep that was killed
+continues with the missing trials. At the base width both parametrisations are the same config and share a trial.
 """
 
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite, log2, nan
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -23,14 +24,14 @@ from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.distributed.mesh import Mesh
 from tandem.trainer.startup import build_engine
 from tandem.trainer.tools.mup.measurement import Measurement
-from tandem.trainer.tools.mup.progress_reporter import ProgressReporter
-from tandem.trainer.tools.mup.proxies import build_loader, proxy_config, train_steps, with_peak_lr, without_width_rules
+from tandem.trainer.tools.mup.progress_report import report_progress
+from tandem.trainer.tools.mup.proxies import build_loader, proxy_config, require_mup, train_steps, with_lr
 
 MUP, WITHOUT_WIDTH_RULES = "muP", "without width rules"
 TAIL_FRACTION = 1 / 8
-"""The loss of a trial is the mean over this last share of its steps."""
+"""The loss of a trial is the mean over the last steps, this fraction of all its steps."""
 MAX_SPREAD_OCTAVES = 1.0
-"""How many grid steps of 2x the optimum may move under muP."""
+"""Largest allowed move of the optimum under muP, in grid steps of 2x."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,17 @@ Losses = dict[str, dict[int, dict[float, float]]]
 
 
 def build_trials(config: TrainConfig, widths: list[int], octaves: int) -> list[Trial]:
-    """List all runs of the sweep, with peaks from the config's / 2^octaves to the config's * 2^octaves; narrow models first."""
-    peaks = [config.schedule.lr.peak * 2.0**step for step in range(-octaves, octaves + 1)]
-    trials = []
+    """List all trials, narrow models first. Peaks range from the config's peak / 2^octaves to the config's peak * 2^octaves."""
+    schedule, trials = config.schedule.lr, []
+    peaks = [schedule.peak * 2.0**step for step in range(-octaves, octaves + 1)]
+    lrs = [replace(schedule, peak=peak, final=schedule.final * peak / schedule.peak) for peak in peaks]
     for width in widths:
         under_mup = proxy_config(config, width)
-        for name, base in ((MUP, under_mup), (WITHOUT_WIDTH_RULES, without_width_rules(under_mup))):
-            trials += [Trial(name, lr, with_peak_lr(base, lr)) for lr in peaks]
+        # If the base width is the proxy's own width, the width multiplier is 1. The other multipliers and attention's
+        # 1 / head_dim stay.
+        without_rules = replace(under_mup, mup=replace(require_mup(config), base_hidden_size=width))
+        for name, base in ((MUP, under_mup), (WITHOUT_WIDTH_RULES, without_rules)):
+            trials += [Trial(name, lr.peak, with_lr(base, lr)) for lr in lrs]
     return trials
 
 
@@ -74,15 +79,20 @@ def run_sweep(trials: list[Trial], results_file: Path, mesh: Mesh) -> Losses:
     for key, trial in zip(keys, trials, strict=True):
         if key not in losses_by_key:
             missing.setdefault(key, trial)
-    with ProgressReporter("transfer", sum(trial.flops for trial in missing.values())) as progress:
+    with report_progress("transfer", sum(trial.flops for trial in missing.values())) as advance:
         for key, trial in missing.items():
             start_time = time.perf_counter()
             loss = tail_mean(train_proxy(trial.config, mesh), Timeline(trial.config.schedule).total_steps)
             seconds = time.perf_counter() - start_time
-            _append_result(results_file, key, trial, loss, seconds)
+            record = {
+                "key": key, "parametrisation": trial.parametrisation, "width": trial.width, "lr": trial.lr,
+                "seed": trial.config.run.seed, "loss": loss if isfinite(loss) else None, "seconds": round(seconds, 1),
+            }  # fmt: skip
+            with journal.open_journal(results_file) as file:
+                journal.append_record(file, record)
             losses_by_key[key] = loss
             description = f"width {trial.width}, lr {trial.lr:.3g}, {trial.parametrisation}"
-            progress.advance(trial.flops, f"{description}: loss {loss:.4f}, {seconds:.0f} s")
+            advance(trial.flops, f"{description}: loss {loss:.4f}, {seconds:.0f} s")
     losses: Losses = {}
     for key, trial in zip(keys, trials, strict=True):
         losses.setdefault(trial.parametrisation, {}).setdefault(trial.width, {})[trial.lr] = losses_by_key[key]
@@ -124,25 +134,24 @@ def best_lr_spread_octaves(losses_by_width: dict[int, dict[float, float]]) -> fl
 
 
 def judge(losses: Losses) -> list[Measurement]:
-    """Compare how far the optimum moves, in grid steps of 2x, with what is allowed.
+    """Compare the moves of the optimum, in grid steps of 2x, with their limits.
 
     Under muP it may move one step. Without width rules it must fall further than that from the narrowest to the widest model;
     otherwise the sweep has shown nothing.
     """
-    widths = list(losses[MUP])
-    case, spread = f"widths {widths[0]} to {widths[-1]}", best_lr_spread_octaves(losses[MUP])
+    widths, spread = list(losses[MUP]), best_lr_spread_octaves(losses[MUP])
     optima = log2_best_lrs(losses[WITHOUT_WIDTH_RULES])
-    is_inside_grid = [min(by_lr) < best_lr(by_lr) < max(by_lr) for by_lr in losses[MUP].values()]
-    inside, in_grid = sum(is_inside_grid) / len(is_inside_grid), "share of muP optima inside the grid"
+    inside = fmean(min(by_lr) < best_lr(by_lr) < max(by_lr) for by_lr in losses[MUP].values())
     wrong_grid = "a grid that does not contain the optimum; move schedule.lr.peak or raise --octaves"
     width_rules = "the width rules as a whole; the other checks show which"
-    moves, fall = f"moves of the optimum, {MUP}", f"fall of the optimum, {WITHOUT_WIDTH_RULES}"
     too_short = "a sweep that is too short or narrow to show a difference"
+    case = f"widths {widths[0]} to {widths[-1]}"
     return [
-        Measurement("transfer", in_grid, case, inside, 1.0, 1.0, wrong_grid),
-        Measurement("transfer", moves, case, spread, 0.0, MAX_SPREAD_OCTAVES, width_rules),
-        Measurement("transfer", fall, case, optima[0] - optima[-1], spread + 1, inf, too_short),
-    ]
+        Measurement("transfer", "share of muP optima inside the grid", case, inside, 1.0, 1.0, wrong_grid),
+        Measurement("transfer", f"moves of the optimum, {MUP}", case, spread, 0.0, MAX_SPREAD_OCTAVES, width_rules),
+        Measurement("transfer", f"fall of the optimum, {WITHOUT_WIDTH_RULES}", case, optima[0] - optima[-1], spread + 1, inf,
+                    too_short),
+    ]  # fmt: skip
 
 
 def format_table(losses: Losses) -> str:
@@ -168,12 +177,3 @@ def _code_digest() -> str:
     folders = [Path(str(package.__file__)).parent for package in (tandem.kernels, tandem.trainer)]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _append_result(results_file: Path, key: str, trial: Trial, loss: float, seconds: float) -> None:
-    record = {
-        "key": key, "parametrisation": trial.parametrisation, "width": trial.width, "lr": trial.lr,
-        "seed": trial.config.run.seed, "loss": loss if isfinite(loss) else None, "seconds": round(seconds, 1),
-    }  # fmt: skip
-    with journal.open_journal(results_file) as file:
-        journal.append_record(file, record)

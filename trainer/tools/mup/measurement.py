@@ -1,4 +1,4 @@
-"""Results of the checks: measured numbers with the interval that their law allows, as a table, as JSON or as a message."""
+"""Results of the checks: measured numbers with the intervals that their laws allow, as a table, as JSON or as a message."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ class Measurement:
     check: str
     """coordinates, transfer or decay."""
     quantity: str
-    """What was measured: a row of the table."""
+    """The measured quantity: a row of the table."""
     case: str
     """The conditions: a column of the table."""
     value: float
@@ -43,25 +43,21 @@ def first_failure(measurements: Iterable[Measurement]) -> Measurement | None:
 
 def measurements_to_json(measurements: list[Measurement]) -> list[dict[str, Any]]:
     """Return plain data with null for infinity and NaN."""
-    rows = [{**asdict(measurement), "is_within_bounds": measurement.is_within_bounds} for measurement in measurements]
-    return [
-        {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in row.items()}
-        for row in rows
-    ]
+    rows = [asdict(measurement) | {"is_within_bounds": measurement.is_within_bounds} for measurement in measurements]
+    for row in rows:
+        row |= {key: value if isfinite(value) else None for key, value in row.items() if isinstance(value, float)}
+    return rows
 
 
 def format_table(measurements: list[Measurement]) -> str:
-    """One row per quantity and one column per case; `!` marks a value outside its interval."""
+    """Format one row per quantity and one column per case; `!` marks a value outside its interval."""
     cases = list(dict.fromkeys(measurement.case for measurement in measurements))
     by_quantity: dict[str, dict[str, Measurement]] = {}
     for measurement in measurements:
         by_quantity.setdefault(measurement.quantity, {})[measurement.case] = measurement
     lines = [["", "allowed", *cases]]
     for quantity, by_case in by_quantity.items():
-        cells = {case: f"{found.value:+.3g}" + " !" * (not found.is_within_bounds) for case, found in by_case.items()}
-        lines.append([quantity, next(iter(by_case.values())).interval, *(cells.get(case, "") for case in cases)])
+        marked = {case: f"{found.value:+.3g}" + " !" * (not found.is_within_bounds) for case, found in by_case.items()}
+        lines.append([quantity, next(iter(by_case.values())).interval, *(marked.get(case, "") for case in cases)])
     first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
-    return "\n".join(
-        "  ".join([line[0].ljust(first), *(cell.rjust(size) for cell, size in zip(line[1:], others, strict=True))])
-        for line in lines
-    )
+    return "\n".join("  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in lines)

@@ -17,44 +17,39 @@ from tandem.trainer.tools.report.plots import GREY, PLOT_STYLE, RED, save_figure
 
 MUP_PLOT_STYLE = PLOT_STYLE | {"savefig.dpi": 100, "font.size": 9}
 COLORS = ("#b9d2ec", "#8ab3dd", "#5a94cd", "#2f6fb5", "#1d4f87", "#0f3159")
-"""Light to dark for early to late and for narrow to wide."""
+"""From light (early updates, narrow models) to dark (late updates, wide models)."""
 
 
+@matplotlib.rc_context(MUP_PLOT_STYLE)
 def draw_coordinates(records: list[CoordinateRecord], folder: Path) -> None:
-    """Write one PNG for each case: change after each update and size at the start, against width."""
+    """Write one PNG for each case, with the change after each update and the size at the start against the width."""
     for tp_size, precision in dict.fromkeys((record["tp_size"], record["precision"]) for record in records):
-        with matplotlib.rc_context(MUP_PLOT_STYLE):
-            figure = _draw_coordinates(records, tp_size, precision)
-            save_figure(figure, folder / f"coordinates-tp{tp_size}-{precision}.png")
+        figure = _draw_coordinates(records, tp_size, precision)
+        save_figure(figure, folder / f"coordinates-tp{tp_size}-{precision}.png")
 
 
+@matplotlib.rc_context(MUP_PLOT_STYLE)
 def draw_transfer(losses: Losses, folder: Path) -> Path:
     """Draw loss against learning rate, one panel for each parametrisation and one curve for each width."""
-    with matplotlib.rc_context(MUP_PLOT_STYLE):
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
-        panels = figure.subplots(1, len(losses), sharey=True)
-        by_lrs = [by_lr for by_width in losses.values() for by_lr in by_width.values()]
-        finite = [loss for by_lr in by_lrs for loss in by_lr.values() if isfinite(loss)]
-        for axes, (name, by_width) in zip(panels, losses.items(), strict=True):
-            _draw_transfer_panel(axes, by_width)
-            axes.set_title(name, loc="left")
-            if finite:
-                axes.set_ylim(min(finite) - 0.1, min(max(finite), min(finite) + 2.5) + 0.1)
-        panels[0].set_ylabel("final training loss (nats per token)")
-        figure.legend(*panels[0].get_legend_handles_labels(), title="width", loc="outside right upper")
-        return save_figure(figure, folder / "transfer.png")
-
-
-def _draw_transfer_panel(axes: Axes, losses_by_width: dict[int, dict[float, float]]) -> None:
-    for color, (width, by_lr) in zip(_pick_colors(len(losses_by_width)), losses_by_width.items(), strict=True):
-        finite = {lr: loss for lr, loss in by_lr.items() if isfinite(loss)}
-        axes.plot(list(finite), list(finite.values()), "o-", color=color, ms=4, label=str(width))
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(losses), sharey=True)
+    by_lrs = [by_lr for by_width in losses.values() for by_lr in by_width.values()]
+    finite = [loss for by_lr in by_lrs for loss in by_lr.values() if isfinite(loss)]
+    for axes, (name, by_width) in zip(panels, losses.items(), strict=True):
+        for color, (width, by_lr) in zip(_pick_colors(len(by_width)), by_width.items(), strict=True):
+            curve = {lr: loss for lr, loss in by_lr.items() if isfinite(loss)}
+            axes.plot(list(curve), list(curve.values()), "o-", color=color, ms=4, label=str(width))
+            if curve:
+                axes.plot([best_lr(curve)], [min(curve.values())], "o", color=color, ms=10, mfc="none", mew=1.5)
+        peaks = list(next(iter(by_width.values())))
+        _set_log2_xaxis(axes, peaks, [f"{peak:.2g}" for peak in peaks])
+        axes.set_xlabel("peak learning rate (ring: best of each width)")
+        axes.set_title(name, loc="left")
         if finite:
-            best = best_lr(finite)
-            axes.plot([best], [finite[best]], "o", color=color, ms=10, mfc="none", mew=1.5)
-    peaks = list(next(iter(losses_by_width.values())))
-    _set_log2_xaxis(axes, peaks, [f"{peak:.2g}" for peak in peaks])
-    axes.set_xlabel("peak learning rate (ring: best of each width)")
+            axes.set_ylim(min(finite) - 0.1, min(max(finite), min(finite) + 2.5) + 0.1)
+    panels[0].set_ylabel("final training loss (nats per token)")
+    figure.legend(*panels[0].get_legend_handles_labels(), title="width", loc="outside right upper")
+    return save_figure(figure, folder / "transfer.png")
 
 
 def _draw_coordinates(records: list[CoordinateRecord], tp_size: int, precision: str) -> Figure:
@@ -69,7 +64,7 @@ def _draw_coordinates(records: list[CoordinateRecord], tp_size: int, precision: 
             change.plot(*points, "o-", color=color, ms=3, label=str(step))
         _, sizes = _curve_over_layers(records, tp_size, precision, "size", coordinate, 0)
         size.plot(widths, sizes, "o-", color=GREY, ms=3)
-        law = [sizes[0] * (width / widths[0]) ** LAWS[coordinate].size for width in widths]
+        law = [sizes[0] * (width / widths[0]) ** LAWS[coordinate]["size"][0] for width in widths]
         size.plot(widths, law, ":", color=RED, label="law")
         change.set_title(coordinate, loc="left")
         for axes in (change, size):

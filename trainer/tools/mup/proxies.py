@@ -1,23 +1,15 @@
-"""Build the config of a proxy, the user's config at another width, and train it with the functions that train a real run.
+"""Build a proxy, which is the user's config at another width, and train it with the functions that train a real run.
 
-A proxy keeps the number of heads, so head_dim grows with the width: nothing else would show attention's 1 / head_dim.
-ffn_hidden_size keeps its ratio to the width; depth, data and schedule stay. A proxy is one replica on its tensor-parallel
-ranks, without recomputation.
+A proxy keeps the number of heads, so head_dim grows with the width. Otherwise attention's factor 1 / head_dim would not show.
+ffn_hidden_size keeps its ratio to the width; depth, data and schedule stay the same. A proxy is one replica on its
+tensor-parallel ranks, without recomputation.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
 
-from tandem.trainer.config import (
-    LinearLRConfig,
-    LRConfig,
-    MupConfig,
-    TrainConfig,
-    UserError,
-    check_config,
-    check_world_size,
-)
+from tandem.trainer import config as configuration
+from tandem.trainer.config import LRConfig, MupConfig, TrainConfig, UserError
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.loader import Loader
 from tandem.trainer.distributed.deepspeed_engine import Engine
@@ -43,34 +35,11 @@ def proxy_config(config: TrainConfig, width: int, *, tp_size: int = 1, seed: int
         data=replace(config.data, prefetch_steps=0),
     )
     try:
-        check_config(proxy)
-        check_world_size(proxy, tp_size)
+        configuration.check_config(proxy)
+        configuration.check_world_size(proxy, tp_size)
     except UserError as error:
         raise UserError(f"--widths {width}: {error}") from None
     return proxy
-
-
-def without_width_rules(config: TrainConfig) -> TrainConfig:
-    """Set the base width to the config's own width, so that the width multiplier is 1 and nothing scales with width.
-
-    At the base width this is the config itself. The other multipliers and attention's 1 / head_dim stay.
-    """
-    return replace(config, mup=replace(require_mup(config), base_hidden_size=config.model.hidden_size))
-
-
-def with_precision(config: TrainConfig, precision: Literal["fp32", "bf16"]) -> TrainConfig:
-    return replace(config, run=replace(config.run, precision=precision))
-
-
-def with_peak_lr(config: TrainConfig, lr: float) -> TrainConfig:
-    """Scale the schedule to another peak, with the final learning rate in proportion."""
-    schedule = config.schedule.lr
-    return with_lr(config, replace(schedule, peak=lr, final=schedule.final * lr / schedule.peak))
-
-
-def with_constant_lr(config: TrainConfig, lr: float) -> TrainConfig:
-    """Use `lr` for every update, so that the first moves the weights as far as any other."""
-    return with_lr(config, LinearLRConfig("linear", lr, lr, 0, None))
 
 
 def with_lr(config: TrainConfig, lr: LRConfig) -> TrainConfig:

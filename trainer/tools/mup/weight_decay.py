@@ -1,9 +1,9 @@
-"""The weight-decay check: compare what one update does to a weight with the law, at every width.
+"""The weight-decay check: compare the effect of one update on a weight with the law, at every width.
 
-AdamW multiplies its decoupled decay by the group's learning rate. So a hidden matrix, whose rate falls as 1/width, decays that
-much more slowly than the embedding; norms and biases do not decay. Coordinates cannot show this, because decay moves nothing
-visible within a few updates. A first update with a gradient shows the learning rate itself, and with it two faults that
-activations hide: wrong rates of norms and biases, and a rate that is too small compared with the embedding's.
+AdamW multiplies its decoupled decay by the group's learning rate. A hidden matrix, whose learning rate falls as 1/width,
+therefore decays more slowly than the embedding by the same factor. Norms and biases do not decay. Coordinates cannot show this,
+because decay has no visible effect within a few updates. The first update with a gradient shows the learning rate itself, and
+two faults that activations hide: wrong rates of norms and biases, and a rate that is too small compared with the embedding's.
 
 Source: the grouping of Cerebras modelzoo; that coordinates do not show decay: microsoft/mup, pull request 73.
 """
@@ -31,9 +31,9 @@ DECAYED_ROLES = ("hidden", "residual_output", "embedding", "head")
 RELATIVE_TOLERANCE = 1e-3
 """fp32 rounding is 1e-5 of the change if a weight of 1 changes by a hundredth."""
 CHECK_LR = 0.01
-"""Learning rate at which movement is measured: large enough to show in weights of 1, whatever the config's rate."""
+"""Learning rate at which movement is measured instead of the config's. It is large enough to show in weights of 1."""
 CHECK_DECAY = 0.1
-"""Share of a weight that the update of the decay check removes from the embedding; its learning rate is chosen for this."""
+"""Share of a weight that the update of the decay check removes from the embedding. The learning rate is chosen accordingly."""
 
 
 def require_weight_decay(config: TrainConfig) -> None:
@@ -60,7 +60,7 @@ def measure(config: TrainConfig, widths: list[int], mesh: Mesh) -> list[Measurem
 def max_movement_by_role(config: TrainConfig, mesh: Mesh) -> dict[str, list[float]]:
     """Role -> for each of its tensors, the largest change of a weight in a first update at `CHECK_LR` without decay.
 
-    Source: after a single gradient, Adam's quotient of moments is the gradient's sign.
+    After a single gradient, Adam's quotient of moments is the gradient's sign.
     """
     engine, batch = _build_proxy(replace(config, optim=replace(config.optim, weight_decay=0.0)), mesh)
     before = {fragment.name: fragment.master.clone() for fragment in engine.optimizer_fragments()}

@@ -1,8 +1,8 @@
 """`tandem report`: write one HTML page about a run, or about the difference between two, from the run folder alone.
 
-This module has the command and the page of one run; `plots` draws, `page` builds HTML, `compare` compares two runs. A page
-contains its pictures and needs neither network nor scripts, so it can be mailed. Runs that are still going or were killed have
-reports too.
+This module has the command and the page of one run; `plots` draws, `page` builds HTML, and `compare` compares two runs. A page
+contains its pictures and needs neither network nor scripts, so it can be sent by mail. A report also works for a run that is
+still going or was killed.
 """
 
 import argparse
@@ -20,11 +20,10 @@ from tandem.trainer.metrics.history import RunHistory, read_history
 from tandem.trainer.tools.report import page, plots
 
 MAX_LISTED_STEPS = 200
-"""Most rows in the table of skipped steps. The result counts all of them."""
+"""Largest number of rows in the table of skipped steps. The result counts all of them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `tandem report`."""
     parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="run folder; writes RUN/report.html")
     compare_help = "compare two run folders and find where they first differ; writes B/compare-A.html"
     parser.add_argument("--compare", metavar=("A", "B"), nargs=2, type=Path, help=compare_help)
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def write_report(folder: Path) -> Path:
-    """Write RUN/report.html and RUN/report/*.png from the metrics so far."""
+    """Write RUN/report.html and RUN/report/*.png from the metrics written so far."""
     history = read_history(folder)
     config = configuration.load_config(folder / "config.yaml")
     environment = folder / "environment.json"
@@ -75,20 +74,20 @@ def status(history: RunHistory) -> str:
 
 
 def headline_numbers(history: RunHistory) -> dict[str, str]:
-    """The numbers to quote."""
+    """Return the most important results of a run."""
     if not history.steps:
         return {"steps": "none finished yet"}
     steps, last = history.steps, history.steps[-1]
     last_losses = plots.column(steps, "loss")[-max(1, len(steps) // 50) :]
+    finite_losses = plots.finite_values(last_losses)
+    mean = finite_losses.mean() if len(finite_losses) else float("nan")
     seconds, data_seconds = (plots.column(steps, name).sum() for name in ("step_seconds", "data_seconds"))
-    speed, mfu, mfu_causal = (
-        plots.finite_median(plots.column(steps, name)) for name in ("tokens_per_second", "mfu", "mfu_causal")
-    )
+    medians = (plots.finite_median(plots.column(steps, name)) for name in ("tokens_per_second", "mfu", "mfu_causal"))
+    speed, mfu, mfu_causal = medians
     numbers = {
-        "steps": f"{last['step']:,}",
-        "tokens": f"{last['tokens']:,}",
-        "loss": f"{plots.finite_mean(last_losses):.4f} nats, mean of the last {len(last_losses)} steps",
-    }
+        "steps": f"{last['step']:,}", "tokens": f"{last['tokens']:,}",
+        "loss": f"{mean:.4f} nats, mean of the last {len(last_losses)} steps",
+    }  # fmt: skip
     if history.validations:
         best = min(history.validations, key=lambda record: float("inf") if record["loss"] is None else record["loss"])
         for name, record in (("last validation loss", history.validations[-1]), ("best validation loss", best)):
@@ -105,7 +104,7 @@ def headline_numbers(history: RunHistory) -> dict[str, str]:
 
 
 def config_summary(config: TrainConfig) -> dict[str, str]:
-    """The config in a few lines; the page has the whole file too."""
+    """Summarize the config. The page also has the whole file."""
     model, optim, parallel, lr = config.model, config.optim, config.parallel, config.schedule.lr
     sizes = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size")
     return {
@@ -128,14 +127,6 @@ def config_summary(config: TrainConfig) -> dict[str, str]:
 Record = dict[str, Any]
 
 
-def _count(name: str) -> Callable[[Record], str]:
-    return lambda record: f"{record[name]:,}"
-
-
-def _number(name: str, form: str) -> Callable[[Record], str]:
-    return lambda record: _format_number(record[name], form)
-
-
 def _format_number(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
 
@@ -150,21 +141,23 @@ def _format_startup_seconds(start: Record) -> str:
     return f"{sum(parts.values()):.1f} s: {listed}" if parts else "-"
 
 
-START_COLUMNS = {
-    "time": _format_time, "from step": _count("step"), "from token": _count("tokens"), "ranks": _count("world_size"),
-    "tp_size": _count("tp_size"), "dp_size": _count("dp_size"), "start-up time": _format_startup_seconds,
-    "repeated steps": _count("repeated_steps"),
+START_COLUMNS: dict[str, Callable[[Record], str]] = {
+    "time": _format_time, "from step": "{step:,}".format_map, "from token": "{tokens:,}".format_map,
+    "ranks": "{world_size:,}".format_map, "tp_size": "{tp_size:,}".format_map, "dp_size": "{dp_size:,}".format_map,
+    "start-up time": _format_startup_seconds, "repeated steps": "{repeated_steps:,}".format_map,
 }  # fmt: skip
-ROLLBACK_COLUMNS = {
-    "time": _format_time, "to step": _count("step"), "from step": _count("from_step"),
-    "reason": lambda record: record["reason"], "repeated steps": _count("repeated_steps"),
+ROLLBACK_COLUMNS: dict[str, Callable[[Record], str]] = {
+    "time": _format_time, "to step": "{step:,}".format_map, "from step": "{from_step:,}".format_map,
+    "reason": "{reason}".format_map, "repeated steps": "{repeated_steps:,}".format_map,
 }  # fmt: skip
-SKIPPED_STEP_COLUMNS = {
-    "time": _format_time, "step": _count("step"), "loss (nats per token)": _number("loss", ".4f"),
-    "gradient norm": _number("grad_norm", ".4g"),
+SKIPPED_STEP_COLUMNS: dict[str, Callable[[Record], str]] = {
+    "time": _format_time, "step": "{step:,}".format_map,
+    "loss (nats per token)": lambda record: _format_number(record["loss"], ".4f"),
+    "gradient norm": lambda record: _format_number(record["grad_norm"], ".4g"),
 }  # fmt: skip
-CHECKPOINT_COLUMNS = {
-    "time": _format_time, "step": _count("step"), "save time (s)": _number("seconds", ".1f"),
+CHECKPOINT_COLUMNS: dict[str, Callable[[Record], str]] = {
+    "time": _format_time, "step": "{step:,}".format_map,
+    "save time (s)": lambda record: _format_number(record["seconds"], ".1f"),
     "training stalled": lambda record: "-" if record["stall_seconds"] is None else f"{record['stall_seconds']:.1f} s",
     "size": lambda record: f"{format_number(record['bytes'])}B",
 }  # fmt: skip

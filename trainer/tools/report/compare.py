@@ -1,6 +1,6 @@
-"""Compare two runs: where losses and gradient norms first differ and by how much, and how the configs differ.
+"""Compare two runs: find where losses and gradient norms first differ and by how much, and how the configs differ.
 
-Numbers are compared as written, to the last bit, so "identical" proves that a refactoring changed nothing.
+Numbers are compared as they were written, to the last bit. "identical" therefore proves that a refactoring changed nothing.
 """
 
 import difflib
@@ -17,36 +17,33 @@ from tandem.trainer.tools.report import page, plots
 
 COMPARED_METRICS = {"loss": "loss (nats per token)", "grad_norm": "gradient norm before clipping"}
 MAX_LISTED_STEPS = 200
-"""Most rows in the table of differing steps. The verdict counts all of them."""
+"""Largest number of rows in the table of differing steps. The verdict counts all of them."""
 
 StepPair = tuple[dict[str, Any], dict[str, Any]]
 """The records of one step in both runs."""
 
 
 def write_comparison(a: Path, b: Path) -> tuple[str, Path]:
-    """Write the page B/compare-A.html; return the verdict in one line and the page's path."""
+    """Write the page B/compare-A.html. Return the verdict in one line and the page's path."""
     histories = read_history(a), read_history(b)
-    pairs = common_steps(*histories)
+    steps_of_b = {record["step"]: record for record in histories[1].steps}
+    pairs = [(one, steps_of_b[one["step"]]) for one in histories[0].steps if one["step"] in steps_of_b]
     if not pairs:
         raise UserError(f"--compare: {a} and {b} have no step in common; name two runs that both finished a step")
     summary = "; ".join(first_difference(pairs, name) for name in COMPARED_METRICS)
     names = list(COMPARED_METRICS)
     files = [_draw_overlay(histories, (a, b), name, b / "report" / f"compare-{a.name}-{name}.png") for name in names]
     differing = [pair for pair in pairs if any(pair[0][name] != pair[1][name] for name in names)]
+    before, after = ((folder / "config.yaml").read_text().splitlines() for folder in (a, b))
+    config_diff = difflib.unified_diff(before, after, str(a), str(b), lineterm="", n=1)
     sections = [
         *(page.picture(COMPARED_METRICS[name], f"{a} and {b}", file) for name, file in zip(names, files, strict=True)),
         page.data_table("Steps that differ", _difference_columns(), differing[:MAX_LISTED_STEPS]),
-        _config_diff(a, b),
+        page.collapsible_text("config.yaml, A against B", "\n".join(config_diff) or "no difference"),
     ]
     path = b / f"compare-{a.name}.html"
     atomic_write(path, page.html_page(f"{a} and {b}", summary, sections))
     return summary, path
-
-
-def common_steps(a: RunHistory, b: RunHistory) -> list[StepPair]:
-    """Return the records of the steps that both runs have, in order."""
-    of_b = {record["step"]: record for record in b.steps}
-    return [(record, of_b[record["step"]]) for record in a.steps if record["step"] in of_b]
 
 
 def first_difference(pairs: list[StepPair], name: str) -> str:
@@ -87,9 +84,3 @@ def _difference_columns() -> dict[str, Any]:
 
 def _format_gap(one: float | None, other: float | None) -> str:
     return "-" if one is None or other is None else f"{other - one:+.3g}"
-
-
-def _config_diff(a: Path, b: Path) -> str:
-    before, after = ((folder / "config.yaml").read_text().splitlines() for folder in (a, b))
-    lines = difflib.unified_diff(before, after, str(a), str(b), lineterm="", n=1)
-    return page.collapsible_text("config.yaml, A against B", "\n".join(lines) or "no difference")

@@ -1,7 +1,7 @@
 """Draw the pictures of a report. `PICTURES` lists them with the functions that draw them; `draw_all` writes them all.
 
-All pictures have the same x axis, so that they can be compared one above the other: tokens seen, with a band for each phase and
-marks for restarts and rollbacks.
+All pictures have the same x axis, so that they can be compared: tokens seen, with a band for each phase and marks for restarts
+and rollbacks.
 """
 
 from collections.abc import Callable
@@ -24,22 +24,11 @@ from tandem.trainer.metrics.history import RunHistory
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6fb5", "#d9822b", "#3a8f5c", "#c0392b", "#6b7280"
 PHASE_BAND_COLORS = ("#f3f5f8", "#e6eaf0")
 PLOT_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9aa1ab",
-    "axes.labelcolor": "#333a44",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#d5dae1",
-    "grid.linewidth": 0.6,
-    "xtick.color": "#59616c",
-    "ytick.color": "#59616c",
-    "legend.frameon": False,
-    "lines.linewidth": 1.5,
-    "lines.solid_capstyle": "round",
-    "savefig.dpi": 150,
-}
+    "font.size": 10, "legend.frameon": False, "savefig.dpi": 150,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9aa1ab", "axes.labelcolor": "#333a44",
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#d5dae1", "grid.linewidth": 0.6,
+    "xtick.color": "#59616c", "ytick.color": "#59616c", "lines.linewidth": 1.5, "lines.solid_capstyle": "round",
+}  # fmt: skip
 
 FloatArray = NDArray[np.float64]
 
@@ -49,20 +38,19 @@ def column(records: list[dict[str, Any]], name: str) -> FloatArray:
     return np.array([record[name] for record in records], dtype=np.float64)
 
 
-def finite_mean(values: FloatArray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else float("nan")
+def finite_values(values: FloatArray) -> FloatArray:
+    return values[np.isfinite(values)]
 
 
 def finite_median(values: FloatArray) -> float:
-    finite = values[np.isfinite(values)]
+    finite = finite_values(values)
     return float(np.median(finite)) if len(finite) else float("nan")
 
 
 def running_median(steps: list[dict[str, Any]], values: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return tokens and the running median over a fiftieth of the run, ignoring NaN; the line breaks between phases.
+    """Return tokens and the running median over a fiftieth of the run, without values that are not finite.
 
-    A mean would make a single stalled step look like a slow hour. Each phase has at most 500 points.
+    The line breaks between phases. Each phase has at most 500 points. A mean would make one stalled step look like a slow hour.
     """
     tokens, token_positions, medians, first = column(steps, "tokens"), [], [], 0
     half = max(1, len(steps) // 100)
@@ -80,16 +68,15 @@ def running_median(steps: list[dict[str, Any]], values: FloatArray) -> tuple[Flo
 
 
 def draw_all(history: RunHistory, config: TrainConfig, folder: Path) -> list[tuple[str, str, Path]]:
-    """Write a PNG for every picture that the history has numbers for; return their titles, captions and files."""
+    """Write a PNG for every picture for which the history has numbers. Return their titles, captions and files."""
     if not history.steps:
         return []
     has_memory = np.isfinite(column(history.steps, "memory_gib")).any()
-    drawn = {title: picture for title, picture in PICTURES.items() if picture.name != "memory" or has_memory}
     with matplotlib.rc_context(PLOT_STYLE):
         return [
             (title, picture.caption, save_figure(picture.figure(history, config), folder / f"{picture.name}.png"))
-            for title, picture in drawn.items()
-        ]
+            for title, picture in PICTURES.items() if picture.name != "memory" or has_memory
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,19 +108,6 @@ def token_axes(history: RunHistory, label: str) -> tuple[Figure, Axes]:
     axes.set_xlabel("tokens seen")
     axes.set_ylabel(label)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
-    _draw_phase_bands(axes, history)
-    foot: dict[str, Any] = {"clip_on": False, "transform": axes.get_xaxis_transform(), "ls": ""}
-    for records, marker, color, label in (
-        (history.restarts, "^", RED, "restart"),
-        (history.rollbacks, "<", ORANGE, "rollback"),
-    ):
-        if records:
-            places = column(records, "tokens")
-            axes.plot(places, np.zeros(len(places)), marker=marker, color=color, ms=6, label=label, **foot)
-    return figure, axes
-
-
-def _draw_phase_bands(axes: Axes, history: RunHistory) -> None:
     left = 0.0
     for index, (name, steps) in enumerate(groupby(history.steps, key=lambda record: record["phase"])):
         right = float(list(steps)[-1]["tokens"])
@@ -141,6 +115,13 @@ def _draw_phase_bands(axes: Axes, history: RunHistory) -> None:
         axes.text(left, 1.01, f" {name}", transform=axes.get_xaxis_transform(), color=GREY, size=9, va="bottom")
         left = right
     axes.set_xlim(0, left)
+    foot: dict[str, Any] = {"clip_on": False, "transform": axes.get_xaxis_transform(), "ls": ""}
+    marks = ((history.restarts, "^", RED, "restart"), (history.rollbacks, "<", ORANGE, "rollback"))
+    for records, marker, color, label in marks:
+        if records:
+            places = column(records, "tokens")
+            axes.plot(places, np.zeros(len(places)), marker=marker, color=color, ms=6, label=label, **foot)
+    return figure, axes
 
 
 def add_legend(axes: Axes) -> None:
@@ -150,7 +131,7 @@ def add_legend(axes: Axes) -> None:
 
 def _set_log_scale_if_wide(axes: Axes, values: FloatArray, ratio: float | int) -> None:
     """Use a logarithmic y axis with round ticks if the largest value exceeds `ratio` times the smallest."""
-    values = values[np.isfinite(values)]
+    values = finite_values(values)
     if len(values) and values.min() > 0 and values.max() > ratio * values.min():
         axes.set_yscale("log")
         if values.max() < 30 * values.min():
@@ -165,7 +146,7 @@ def _draw_raw_and_median(axes: Axes, history: RunHistory, values: FloatArray, co
 
 
 def _draw_skipped_steps(axes: Axes, history: RunHistory, name: str) -> None:
-    """Mark the skipped steps with crosses, at the upper edge if the value is not finite or above the axis."""
+    """Mark each skipped step with a cross. It is at the upper edge if the value is not finite or above the axis."""
     if not history.skipped_steps:
         return
     values, top = column(history.skipped_steps, name), axes.get_ylim()[1]
@@ -183,8 +164,7 @@ def draw_loss(axes: Axes, history: RunHistory, config: TrainConfig) -> None:
 
 def draw_late_loss(axes: Axes, history: RunHistory, config: TrainConfig) -> None:
     values = _draw_losses(axes, history)
-    late = np.concatenate([values[len(values) // 10 :], column(history.validations, "loss")])
-    late = late[np.isfinite(late)]
+    late = finite_values(np.append(values[len(values) // 10 :], column(history.validations, "loss")))
     if len(late):
         low, high = np.percentile(late, (0.1, 99.5))
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)

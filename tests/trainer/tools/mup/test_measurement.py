@@ -62,7 +62,7 @@ def records(exponents: dict[str, float]) -> list[coordinates.CoordinateRecord]:
 
 
 def test_records_that_follow_the_laws_pass_and_those_that_grow_fail():
-    lawful = {name: law.size for name, law in LAWS.items()}
+    lawful = {name: law["size"][0] for name, law in LAWS.items()}
     assert first_failure(judge(records(lawful))) is None
     for name in LAWS:
         failure = first_failure(judge(records(lawful | {name: lawful[name] + 0.5})))
