@@ -27,10 +27,10 @@ from tandem.trainer.metrics import progress
 
 log = logging.getLogger(__name__)
 LOGIT_TOLERANCE = 1e-5
-"""Relative to the range of the logits. Two fp32 implementations that sum in different orders differ by much less."""
+"""Allowed difference, relative to the range of the logits. Different orders of summation in fp32 cause much less."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEFAULT_MAX_SEQ_LEN = 2048
-"""Longest row in config.json if the source of an export does not state it."""
+"""Longest row in config.json if the exported weights do not state it."""
 
 
 def add_import_hf_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,15 +80,10 @@ def run_export_hf(arguments: argparse.Namespace) -> None:
     weight_source = weights.override_alibi_scaling(weight_source, arguments.alibi_scaling)
     with with_progress("exporting", weight_source) as read_tensor:
         convert.export_folder(
-            read_tensor,
-            weight_source.model,
-            weight_source.mup,
-            arguments.output,
-            tokenizer=weight_source.tokenizer_file,
-            eos_token=weight_source.eos_token,
-            max_seq_len=arguments.max_seq_len or weight_source.max_seq_len or DEFAULT_MAX_SEQ_LEN,
-            dtype=dtype,
-        )
+            read_tensor, weight_source.model, weight_source.mup, arguments.output,
+            tokenizer=weight_source.tokenizer_file, eos_token=weight_source.eos_token,
+            max_seq_len=arguments.max_seq_len or weight_source.max_seq_len or DEFAULT_MAX_SEQ_LEN, dtype=dtype,
+        )  # fmt: skip
     num_bytes = dtype.itemsize * sum(map(math.prod, tensor_shapes(weight_source.model).values()))
     print(f"exported {arguments.run_folder} to {arguments.output}: {format_size_and_time(num_bytes, start_time)}")
     if weight_source.missing_tokenizer_file:
@@ -102,14 +97,14 @@ def run_export_hf(arguments: argparse.Namespace) -> None:
 
 
 def open_with_status(path: Path, step: int | None = None) -> WeightSource:
-    """Open a weight source, which hashes all files of a checkpoint. Show a spinner if stderr is a terminal."""
+    """Open a weight source and show a spinner if stderr is a terminal. Opening a checkpoint hashes all its files."""
     with Console(stderr=True).status(f"opening {path}"):
         return weights.open_weight_source(path, step)
 
 
 @contextmanager
 def with_progress(description: str, weight_source: WeightSource) -> Iterator[TensorReader]:
-    """Yield the source's `read_tensor`, which also advances a progress bar if stderr is a terminal."""
+    """Yield a `read_tensor` of the source that also advances a progress bar if stderr is a terminal."""
     num_elements = sum(map(math.prod, tensor_shapes(weight_source.model).values()))
     with progress.progress_bar(description, num_elements) as advance:
 
@@ -127,14 +122,13 @@ def tensor_shapes(model: AnyModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def format_size_and_time(num_bytes: int, start_time: float) -> str:
-    """Format the bytes and the seconds since `start_time`."""
     return f"{num_bytes / 1e9:.3g} GB in {time.perf_counter() - start_time:.1f} s"
 
 
 def max_logit_error(weight_source: WeightSource, export_folder: Path, dtype: torch.dtype) -> float:
     """Return the largest difference between the logits of the export in transformers and those of the run's weights.
 
-    Both are computed in fp32, from weights rounded to `dtype`. The difference is relative to the range of the run's logits.
+    Both are computed in fp32 from weights rounded to `dtype`. The difference is relative to the range of the run's logits.
     """
     tokens = torch.randint(0, weight_source.model.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     with mesh_context(tp_size=1) as mesh, torch.no_grad():

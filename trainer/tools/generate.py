@@ -62,7 +62,9 @@ def run(arguments: argparse.Namespace) -> None:
         if len(prompts) == 1 and not arguments.json:
             stream_text((token for (token,) in token_steps if token != eos_token_id), prompts[0], tokenizer)
             return
-        rows = [truncate_at_eos(row, eos_token_id) for row in zip(*token_steps, strict=True)]
+        rows = [list(row) for row in zip(*token_steps, strict=True)]
+    if eos_token_id is not None:
+        rows = [row[: row.index(eos_token_id) + 1] if eos_token_id in row else row for row in rows]
     for index, (text, prompt, row) in enumerate(zip(texts, prompts, rows, strict=True)):
         full_text = decode(prompt + [token for token in row if token != eos_token_id], tokenizer)
         tree = {"prompt": text, "text": full_text, "tokens": row}
@@ -85,11 +87,6 @@ def decode(tokens: list[int], tokenizer: "Tokenizer") -> str:
     """Decode tokens. Keep special tokens, so that the text begins with the prompt."""
     text: str = tokenizer.decode(tokens, skip_special_tokens=False)
     return text
-
-
-def truncate_at_eos(tokens: tuple[int, ...], eos_token_id: int | None) -> list[int]:
-    """Return the tokens up to and including the first `eos_token_id`."""
-    return list(tokens[: tokens.index(eos_token_id) + 1] if eos_token_id in tokens else tokens)
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:

@@ -1,6 +1,6 @@
 """`tandem checkpoint`: list checkpoints (`ls`), check their files (`verify`), compare two checkpoints (`diff`).
 
-The commands only read, and the run can continue meanwhile: a checkpoint that it removes is not reported as damaged. `ls` and
+The commands only read. The run can continue meanwhile, and a checkpoint that it removes is not reported as damaged. `ls` and
 `verify` do not import torch. `diff` compares whole tensors without padding, so the layout of the ranks does not matter.
 """
 
@@ -29,10 +29,10 @@ from tandem.trainer.tools.checkpoints.compare import ProgressCallback, compare_c
 if TYPE_CHECKING:
     from tandem.trainer.checkpoint.read import Checkpoint
 
-REJECTED_REMARK = (
-    "damaged: the run continued from an earlier checkpoint and will remove this one when it reaches its step"
-)
-TORN_REMARK = "torn: not committed; a save is in progress, or the run was killed and will remove it when it continues"
+REMARKS = {
+    "rejected": "damaged: the run continued from an earlier checkpoint and will remove this one when it reaches its step",
+    "torn": "torn: not committed; a save is in progress, or the run was killed and will remove it when it continues",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,8 +83,12 @@ def _verify(args: argparse.Namespace) -> int:
         with progress.progress_bar(f"verifying {folder.name}", _folder_bytes(folder), "bytes") as advance:
             result = verify_checkpoint(folder, advance)
         results.append(result)
+        words = {
+            "whole": f"whole: {decimal(result['bytes'])} in {result['files']} data files",
+            "damaged": f"damaged: {'; '.join(result['damage'])}", "removed": "removed while it was read",
+        }  # fmt: skip
         if not args.json:
-            print(f"{folder}: {_format_verification(result)}", flush=True)
+            print(f"{folder}: {words[result['state']]}", flush=True)
     if args.json:
         print(json.dumps({"folder": str(args.folder), "checkpoints": results}))
     return int(any(verdict["state"] == "damaged" for verdict in results))
@@ -161,10 +165,8 @@ def verify_checkpoint(folder: Path, advance: ProgressCallback) -> dict[str, Any]
 def format_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Format a table. Every column except the last is right-aligned."""
     lines = [titles, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    widths[-1] = 0
-    padded = ([cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-    return ["  ".join(line).rstrip() for line in padded]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1]
+    return ["  ".join([*map(str.rjust, line, widths), line[-1]]).rstrip() for line in lines]
 
 
 def _open_checkpoint(text: str) -> Checkpoint:
@@ -195,18 +197,9 @@ def _find_changed_files(folder: Path, files: Sequence[str], advance: ProgressCal
 def _row_cells(row: Mapping[str, Any]) -> list[str]:
     committed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"])) if row["time"] else "-"
     layout = f"{row['tp_size']} x {row['dp_size']}" if row["tp_size"] else "-"
-    remarks = {"torn": TORN_REMARK, "rejected": REJECTED_REMARK, "damaged": f"damaged: {row['damage']}"}
-    remark = remarks.get(row["state"], "")
+    remark = f"damaged: {row['damage']}" if row["state"] == "damaged" else REMARKS.get(row["state"], "")
     tokens = "-" if row["tokens"] is None else f"{row['tokens']:,}"
     return [str(row["step"]), tokens, decimal(row["bytes"]), committed, layout, remark]
-
-
-def _format_verification(result: Mapping[str, Any]) -> str:
-    return {
-        "whole": f"whole: {decimal(result['bytes'])} in {result['files']} data files",
-        "damaged": f"damaged: {'; '.join(result['damage'])}",
-        "removed": "removed while it was read",
-    }[str(result["state"])]
 
 
 def _format_comparison(comparison: Mapping[str, Any]) -> Iterator[str]:
@@ -254,7 +247,7 @@ def _folder_bytes(folder: Path) -> int:
 
 
 def _file_bytes(path: Path) -> int:
-    """Return the size of a file, or 0 if the run has just removed it."""
+    """Return the size of a file, or 0 if the run has removed it."""
     try:
         return path.stat().st_size
     except FileNotFoundError:

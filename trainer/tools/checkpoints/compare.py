@@ -1,11 +1,10 @@
-"""Compare two checkpoints: facts, names, and every bit of every tensor, with one tensor of each in memory at a time."""
+"""Compare two checkpoints: facts, names, and every bit of every tensor. Only one tensor of each is in memory at a time."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -20,45 +19,39 @@ COMPARED_KEYS = (
     "step", "num_updates", "tokens", "cursor", "model", "mup", "fingerprints", "eos_token", "shuffle_settings",
     "skipped_shards", "phases",
 )  # fmt: skip
-"""Facts in the manifest. Not compared: the layout of the ranks that wrote it, and the number of starts."""
+"""Facts in the manifest that are compared. The layout of the ranks that wrote it, and the number of starts, are not."""
 COMPARE_CHUNK_ELEMENTS = 1 << 22
-"""Elements compared at a time: differences in fp64 of whole tensors would need twice the memory of the tensors."""
+"""Elements compared at a time. Differences in fp64 of whole tensors would need twice the memory of the tensors."""
 ABSENT = object()
-"""A fact that is not in the manifest; null is a fact."""
+"""Placeholder for a fact that is not in the manifest, because null is a fact."""
 
 ProgressCallback = Callable[[int], None]
 
 
-def compare_checkpoints(
-    one: Checkpoint, other: Checkpoint, advance: ProgressCallback = lambda num_bytes: None
-) -> dict[str, Any]:
+def compare_checkpoints(one: Checkpoint, other: Checkpoint, advance: ProgressCallback) -> dict[str, Any]:
     """Return the differences of two checkpoints by fact, name and kind of state. `same` is True if there are none."""
     values = {fact: [side.manifest.get(fact, ABSENT) for side in (one, other)] for fact in COMPARED_KEYS}
     different = list(filter(None, (first_difference(fact, *pair) for fact, pair in values.items())))
-    names, other_names = set(one.parameter_names), set(other.parameter_names)
+    names, other_names = dict.fromkeys(one.parameter_names), dict.fromkeys(other.parameter_names)
     one_sided_names = {
-        "only_in_a": [name for name in one.parameter_names if name not in other_names],
-        "only_in_b": [name for name in other.parameter_names if name not in names],
+        "only_in_a": [name for name in names if name not in other_names],
+        "only_in_b": [name for name in other_names if name not in names],
     }
-    shared = [name for name in one.parameter_names if name in other_names]
+    shared = [name for name in names if name in other_names]
     kinds: dict[str, dict[str, Any]] = {}
     for kind in STATE_KINDS:
         saved_by = [side for side, checkpoint in (("a", one), ("b", other)) if checkpoint.has_state(kind)]
         if len(saved_by) == 2:
-            readers = partial(one.read_tensor, kind), partial(other.read_tensor, kind)
-            kinds[kind] = _compare_kind(shared, *readers, advance)
+            kinds[kind] = _compare_kind(kind, shared, one, other, advance)
         elif saved_by:
             kinds[kind] = {"only_in": saved_by[0]}
     kinds_differ = any("only_in" in kind or kind["tensors_differing"] for kind in kinds.values())
     same = not different and not any(one_sided_names.values()) and not kinds_differ
-    return {
-        "same": same,
-        "a": _checkpoint_identity(one),
-        "b": _checkpoint_identity(other),
-        "facts": different,
-        **one_sided_names,
-        "kinds": kinds,
-    }
+    a, b = (
+        {"folder": str(each.folder), "step": each.step} | {name: each.manifest[name] for name in ("tp_size", "dp_size")}
+        for each in (one, other)
+    )
+    return {"same": same, "a": a, "b": b, "facts": different, **one_sided_names, "kinds": kinds}
 
 
 def first_difference(key_path: str, one: Any, other: Any) -> str | None:
@@ -99,15 +92,12 @@ def compare_elements(one: Tensor, other: Tensor) -> tuple[int, float]:
 
 
 def _compare_kind(
-    names: Collection[str],
-    read_one: Callable[[str], Tensor],
-    read_other: Callable[[str], Tensor],
-    advance: ProgressCallback,
+    kind: str, names: list[str], checkpoint: Checkpoint, other_checkpoint: Checkpoint, advance: ProgressCallback
 ) -> dict[str, Any]:
     different, shapes, largest_in = [], {}, None
     num_elements, num_differing_elements, largest_difference = 0, 0, 0.0
     for name in names:
-        one, other = read_one(name), read_other(name)
+        one, other = checkpoint.read_tensor(kind, name), other_checkpoint.read_tensor(kind, name)
         advance(one.nbytes)
         if one.shape != other.shape:
             shapes[name] = [list(one.shape), list(other.shape)]
@@ -123,12 +113,7 @@ def _compare_kind(
     return {
         "tensors_equal": len(names) - len(different) - len(shapes), "tensors_differing": len(different) + len(shapes),
         "elements": num_elements, "elements_differing": num_differing_elements,
-        # JSON has no infinity: null if elements differ by more than any number.
+        # null if the difference is infinite, because JSON has no infinity
         "largest_difference": largest_difference if math.isfinite(largest_difference) else None, "largest_in": largest_in,
         "differing": different, "other_shape": shapes,
     }  # fmt: skip
-
-
-def _checkpoint_identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    written_by = {name: checkpoint.manifest[name] for name in ("tp_size", "dp_size")}
-    return {"folder": str(checkpoint.folder), "step": checkpoint.step, **written_by}
