@@ -38,7 +38,7 @@ for word in "$@"; do
     first | second | third) declare -n plan=$word && stages+=("${plan[@]}") ;;
     rehearse) rehearse=yes ;;
     tests | kernels | errors | btlm | stablelm | rivals | sweep | profile | states | memory) stages+=("$word") ;;
-    *) fail "unknown stage $word; known: first second third rehearse ${first[*]} ${second[*]} ${third[*]}" ;;
+    *) fail "unknown stage $word; the stages are first second third rehearse ${first[*]} ${second[*]} ${third[*]}" ;;
     esac
 done
 [[ ${#stages[@]} -gt 0 ]] || stages=("${first[@]}" "${second[@]}" "${third[@]}")
@@ -52,7 +52,7 @@ source launch/env.sh
 # Install nothing: on a machine that is borrowed for minutes there is no time.
 missing=$(python3 -c 'from importlib.util import find_spec
 needed = "torch triton deepspeed megatron omegaconf orjson jaxtyping beartype pytest xdist pytest_timeout"
-print(*(name for name in needed.split() if not find_spec(name)))') || fail "python3 does not start; name one on the PATH"
+print(*(name for name in needed.split() if not find_spec(name)))') || fail "python3 does not start; put a working python3 on the PATH"
 [[ -z $missing ]] || fail "python3 has no $missing; run launch/install.sh, or unpack wheels and name their folder in PYTHONPATH"
 [[ $rehearse ]] || python3 -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || fail "$no_gpu"
 mkdir -p "$folder"
@@ -174,4 +174,4 @@ rm "$out/log.txt"
 printf '\n'
 python3 -m tests.rivals.tables "$out" || failed+=(table)
 [[ -z $interrupted ]] || { echo "bench: interrupted in $stage" >&2 && exit 130; }
-[[ ${#failed[@]} -eq 0 ]] || { echo "bench: failed or cut: ${failed[*]}" >&2 && exit 1; }
+[[ ${#failed[@]} -eq 0 ]] || { echo "bench: these stages failed or were cut short: ${failed[*]}" >&2 && exit 1; }

@@ -53,7 +53,7 @@ trap - EXIT
 say "killed with SIGKILL; the same command continues from the last checkpoint"
 launch/local.sh 2 configs/demo-stablelm.yaml
 
-grep '"kind": "start"' runs/demo-stablelm/metrics.jsonl | tail -n 1 | grep -q '"step": 100,' || fail "it did not continue at step 100"
+grep '"kind": "start"' runs/demo-stablelm/metrics.jsonl | tail -n 1 | grep -q '"step": 100,' || fail "demo-stablelm did not continue at step 100"
 
 say "training demo-btlm: data parallel 2 x ZeRO-1"
 launch/local.sh 2 configs/demo-btlm.yaml parallel.tp_size=1

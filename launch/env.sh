@@ -3,7 +3,7 @@
 # set keeps its value. RANKS_PER_NODE is the number of processes that share the cores of this machine.
 
 [[ ${RANKS_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] ||
-    { echo "tandem: RANKS_PER_NODE=$RANKS_PER_NODE: ranks on each machine; must be a whole number of at least 1; change it" >&2; exit 2; }
+    { echo "tandem: RANKS_PER_NODE=$RANKS_PER_NODE is not a number of ranks per machine; use a whole number of at least 1" >&2; exit 2; }
 
 set_default() { [[ -n ${!1+set} ]] || export "$1=$2"; }
 

@@ -18,7 +18,7 @@ refuse() { printf 'install: %s\n' "$1" >&2; exit 2; }
 fail() { printf 'install: %s; log: %s; run launch/install.sh again to continue\n' "$1" "$log" >&2; exit 1; }
 content() { cat -- "$1" 2>/dev/null || true; }
 
-[[ $(uname -s) == Linux ]] || refuse "this is $(uname -s); Tandem runs on Linux"
+[[ $(uname -s) == Linux ]] || refuse "this system is $(uname -s), but Tandem runs only on Linux"
 [[ ${PYTHON:-} != */* || $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON
 CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -83,7 +83,7 @@ choose_python() {
     if [[ -n $known ]]; then
         reason=$(why_not "$known")
         if [[ -z $reason ]]; then python=$known && return; fi
-        say "$known, with which .venv was made, $reason; looking for another"
+        say "the Python of .venv, $known, $reason; looking for another"
     fi
     local candidate minor
     for candidate in python3 $(for ((minor = end - 1; minor >= lowest; minor--)); do echo "python3.$minor"; done); do
@@ -154,11 +154,11 @@ explain() {
         ! grep -q 'No matching distribution found for' <<<"$asked" || missing=$pin
     done < <(sed -nE 's/^ *The user requested \(constraint\) ([^ ]+).*/\1/p' <<<"$said" | { grep -xFf constraints.txt || true; }; [[ -z $missing ]] || echo "$missing")
     if [[ $1 -ge 128 ]]; then
-        echo "pip was killed (signal $(($1 - 128))); if memory was short, free some"
+        echo "pip was killed (signal $(($1 - 128))); if memory ran out, free some"
     elif grep -qE 'No space left on device|Errno 28|Disk quota exceeded|Errno 122' <<<"$said"; then
         echo "no space left on the disk of $PWD, or of pip's cache ($(.venv/bin/python -m pip cache dir 2>/dev/null)); free some"
     elif grep -qE 'CERTIFICATE_VERIFY_FAILED|SSLError' <<<"$said"; then
-        echo "the index's certificate is not trusted here; name your authority's file in PIP_CERT"
+        echo "the index's certificate is not trusted here; name your certificate authority's file in PIP_CERT"
     elif grep -qE '(401|403|407) (Client Error|Unauthorized|Forbidden|Proxy Auth)|Tunnel connection failed: (401|403|407)' <<<"$said"; then
         echo "the index or the proxy refuses access; give a name and a password in PIP_INDEX_URL or HTTPS_PROXY"
     elif unreachable "$said"; then
@@ -166,7 +166,7 @@ explain() {
     elif [[ -n $missing && -n ${PIP_NO_INDEX:-} ]]; then
         echo "PIP_FIND_LINKS=${PIP_FIND_LINKS:-} has no file for $missing; add it (see \"Installing\" in launch/README.md)"
     elif [[ -n $missing ]]; then
-        echo "the index has no file of $missing for this Python and machine; use one that has all of constraints.txt, or another PYTHON"
+        echo "the index has no file of $missing for this Python and machine; use an index with every package of constraints.txt, or another PYTHON"
     elif grep -qE 'ResolutionImpossible|conflicting dependencies' <<<"$said"; then
         echo "versions contradict each other:$(grep -m 1 -A 3 'The conflict is caused by' <<<"$said" | tail -n +2 | tr -s ' \n' ' '); $(whose_constraints)"
     elif grep -qE "command '[^']*(cc|[gc]\+\+|clang)' failed|No such file or directory: '[^']*(cc|[gc]\+\+|clang)'|Python\.h" <<<"$said"; then
@@ -181,7 +181,7 @@ explain() {
 whose_constraints() {
     local files
     files=$(.venv/bin/python -m pip config list 2>/dev/null | sed -nE "s/^[^=]*\.constraint='(.*)'$/\1/p" | tr '\n' ' ')
-    if [[ -n $files ]]; then echo "pip's settings on this machine add constraints; allow these versions in ${files% }"; else echo "report it"; fi
+    if [[ -n $files ]]; then echo "pip's settings on this machine add constraints; allow these versions in ${files% }"; else echo "report this"; fi
 }
 
 # A setting of pip's files that leads packages away from .venv. No variable overrules these. With /dev/null pip reads no file.
@@ -215,7 +215,7 @@ needs_space() {
         NR == 2 { free = $4 * 1024 / 1e9; left = fetched + unpacked - have / 1000 }
         END { if (free < left) printf "%.1f GB more and its disk has %.1f GB free", left, free }')
     [[ -z $short ]] ||
-        refuse "$PWD/.venv needs $short; free some, or replace .venv by a link to an empty folder on another disk"
+        refuse "$PWD/.venv needs $short; free some, or replace .venv with a link to an empty folder on another disk"
 }
 
 torch_pin() { sed -n 's/^torch==//p' constraints.txt; }
@@ -223,7 +223,7 @@ torch_pin() { sed -n 's/^torch==//p' constraints.txt; }
 install_torch() {
     if [[ ${TORCH_BUILD:-} == cpu ]] || { [[ -z ${TORCH_BUILD:-} ]] && ! has_gpu; }; then
         needs_space "$cpu_fetched" "$cpu_unpacked"
-        say "looking for a CPU build of torch; with the rest about $cpu_fetched GB to fetch, $cpu_unpacked GB on disk"
+        say "looking for a CPU build of torch; all packages together: about $cpu_fetched GB to download, $cpu_unpacked GB on disk"
         local status=0
         grep -v '^torch==' constraints.txt >"$constraints"
         pip_install "torch for CPUs" --maybe "torch==$(torch_pin)+cpu" || status=$?
@@ -234,10 +234,10 @@ install_torch() {
         fi
         [[ ${TORCH_BUILD:-} != cpu ]] ||
             fail "TORCH_BUILD=cpu: the index has no torch==$(torch_pin)+cpu; name PyTorch's CPU index in PIP_EXTRA_INDEX_URL, or unset TORCH_BUILD"
-        say "the index has none: using the CUDA build, which also runs on CPUs (PyTorch's CPU index in PIP_EXTRA_INDEX_URL would save 3 GB of disk and 2.4 of download)"
+        say "the index has none: using the CUDA build, which also runs on CPUs (PyTorch's CPU index in PIP_EXTRA_INDEX_URL would save 3 GB on disk and 2.4 GB of download)"
     fi
     needs_space "$cuda_fetched" "$cuda_unpacked"
-    say "fetching torch with CUDA's libraries, then the rest: about $cuda_fetched GB, $cuda_unpacked GB on disk"
+    say "installing torch with CUDA's libraries; all packages together: about $cuda_fetched GB to download, $cuda_unpacked GB on disk"
     # To pip a local version such as +cpu is the newer one.
     pip_install "torch" "torch!=$(torch_pin)+cpu"
 }
@@ -251,7 +251,7 @@ warn_about_gpu() {
     command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null || lacks+=("a C compiler")
     .venv/bin/python -c 'import os, sysconfig; raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
         lacks+=("Python's headers")
-    [[ ${#lacks[@]} -eq 0 ]] || say "WARNING: kernels will not start on this GPU without ${lacks[*]} (on Debian and Ubuntu: apt install gcc python3-dev)"
+    [[ ${#lacks[@]} -eq 0 ]] || say "WARNING: kernels will not start on this GPU without ${lacks[0]}${lacks[1]:+ and ${lacks[1]}} (on Debian and Ubuntu: apt install gcc python3-dev)"
 }
 
 # --- the run
@@ -282,15 +282,15 @@ torch_build() {
 keeps_torch() { grep -q 'include-system-site-packages = true' .venv/pyvenv.cfg 2>/dev/null; }
 is_done() { [[ -x .venv/bin/tandem && $(content "$stamp") == "$wanted" ]] && ! outdated >/dev/null; }
 
-[[ -z ${TORCH_BUILD:-} || $TORCH_BUILD =~ ^(cpu|cuda)$ ]] || refuse "TORCH_BUILD=$TORCH_BUILD: must be cpu or cuda, or unset"
+[[ -z ${TORCH_BUILD:-} || $TORCH_BUILD =~ ^(cpu|cuda)$ ]] || refuse "TORCH_BUILD=$TORCH_BUILD is not valid; use cpu or cuda, or unset it"
 # What would lead Python or pip to other packages, or away from .venv.
 unset PYTHONPATH PYTHONHOME PYTHONSTARTUP PIP_TARGET PIP_PREFIX PIP_ROOT PIP_PYTHON PIP_NO_DEPENDENCIES
 export PIP_USER=0 PIP_NO_DEPS=0 PIP_DRY_RUN=0 PIP_REQUIRE_HASHES=0 # which overrule pip's files
 if is_done; then exit 0; fi
 
-[[ $place != *$'\n'* ]] || refuse "the path of this folder has a line break, which no program's first line may have; rename the folder"
+[[ $place != *$'\n'* ]] || refuse "the path of this folder contains a line break, which is not possible in a script's first line; rename the folder"
 [[ -w . ]] || refuse "$(id -un) may not write to $PWD, where .venv is made; copy the repository to a folder of your own"
-[[ ! -L .venv || -d .venv ]] || refuse ".venv is a link to $(readlink .venv), which is no folder; make that folder, or remove the link"
+[[ ! -L .venv || -d .venv ]] || refuse ".venv is a link to $(readlink .venv), which is not a folder; make that folder, or remove the link"
 [[ ! -e .venv || -e $started || -z $(ls -A .venv) ]] || refuse "$PWD/.venv was not made by this script; move it away"
 
 child=
@@ -305,7 +305,7 @@ trap 'stop 129' HUP
 
 # One installation at a time: a second one waits, then finds the work done.
 exec 9<.
-flock --nonblock 9 || { say "another launch/install.sh works on .venv; waiting for it" && flock 9; }
+flock --nonblock 9 || { say "another launch/install.sh is working on .venv; waiting for it" && flock 9; }
 if is_done; then exit 0; fi
 
 if reason=$(outdated); then
@@ -322,14 +322,14 @@ if reason=$(outdated); then
     printf '%s' "$place" >"$started"
     say "made .venv with $("$python" --version) ($(command -v "$python"))"
 elif [[ -e $stamp ]]; then
-    say "bringing .venv to the versions of constraints.txt, $(.venv/bin/python --version)"
+    say "updating .venv to the versions of constraints.txt, with $(.venv/bin/python --version)"
 else
-    say "continuing the installation into .venv, $(.venv/bin/python --version)"
+    say "continuing the installation into .venv, with $(.venv/bin/python --version)"
 fi
 
 setting=$(misleading_setting)
 [[ -z $setting ]] ||
-    refuse "pip's files on this machine set $setting, which leads packages away from .venv; remove it (.venv/bin/python -m pip --python '' config debug lists the files), or leave these files out: PIP_CONFIG_FILE=/dev/null launch/install.sh, with PIP_INDEX_URL and PIP_CERT as they say"
+    refuse "pip's configuration files on this machine set $setting, which would install packages outside .venv; remove that setting (.venv/bin/python -m pip --python '' config debug lists the files), or ignore the files with PIP_CONFIG_FILE=/dev/null launch/install.sh, and set PIP_INDEX_URL and PIP_CERT as the files do"
 
 export DS_BUILD_OPS=0 # DeepSpeed compiles no operators: none is used
 constraints=.venv/constraints.txt
@@ -341,8 +341,8 @@ else
     install_torch
 fi
 pip_install "setuptools" 'setuptools>=77'
-say "installing the rest, at most $rest_fetched GB to fetch"
-pip_install "the rest" --no-build-isolation --editable '.[dev]'
+say "installing the other packages, at most $rest_fetched GB to download"
+pip_install "other packages" --no-build-isolation --editable '.[dev]'
 
 # Commands of packages that the machine already had start the machine's Python, which does not see this environment.
 .venv/bin/python - torchrun pytest mypy lint-imports <<'PYTHON'

@@ -23,7 +23,7 @@ for name in NODE MAX_RESTARTS JOIN_SECONDS LOST_SECONDS LAST_CALL_SECONDS; do
     least=0
     [[ $name != *_SECONDS ]] || least=1
     [[ ${!name:-$least} =~ ^(0|[1-9][0-9]*)$ && ${!name:-$least} -ge $least ]] ||
-        { echo "tandem: $name=${!name}: must be a whole number of at least $least; change it" >&2; exit 2; }
+        { echo "tandem: $name=${!name} is not valid; use a whole number of at least $least" >&2; exit 2; }
 done
 export RANKS_PER_NODE=${RANKS_PER_NODE:-8}
 # shellcheck source=launch/env.sh
@@ -40,9 +40,9 @@ host, _, port = head.rpartition(":")
 try:
     fewest, colon, most = nodes.partition(":")
     if not all(number.isdigit() and int(number) for number in (fewest, most if colon else fewest, port)) or not host:
-        raise UserError(f"HEAD={head} NODES={nodes}: must be address:port and a number of machines, or FEWEST:MOST; change them")
+        raise UserError(f"HEAD={head} NODES={nodes} is not valid; HEAD must be address:port, and NODES a number of machines or FEWEST:MOST")
     if not int(node) < int(most or fewest) >= int(fewest) > 0:
-        raise UserError(f"NODE={node} NODES={nodes}: must be 0 <= NODE < MOST >= FEWEST > 0; change one of them")
+        raise UserError(f"NODE={node} NODES={nodes} is not valid; use NODE from 0 to NODES - 1 (or MOST - 1), and FEWEST from 1 to MOST")
     tree = load_config(config, overrides)
     for count in range(int(fewest), int(most or fewest) + 1):
         check_world_size(tree, count * int(ranks_per_node))
@@ -54,7 +54,7 @@ except UserError as error:
     sys.exit(print(f"tandem: {error}", file=sys.stderr) or 2)
 except OSError as error:
     # Not exit code 2: the network of a machine that has just booted may be late, and a supervisor should retry.
-    sys.exit(f"tandem: HEAD={head}: cannot be reached from this machine ({error.strerror}); check the address and the network")
+    sys.exit(f"tandem: HEAD={head} cannot be reached from this machine ({error.strerror}); check the address and the network")
 PYTHON
 )
 is_host=0

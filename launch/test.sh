@@ -21,7 +21,7 @@ CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 known="lint types arch pins tests fast dist kernels cluster gpu demo chaos fresh random full_size"
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then sed -n '2,/^set -/s/^# \?//p' launch/test.sh && exit; fi
 for stage; do
-    [[ " $known " == *" $stage "* ]] || { echo "test: unknown stage $stage; known: $known" >&2 && exit 2; }
+    [[ " $known " == *" $stage "* ]] || { echo "test: unknown stage $stage; the stages are $known" >&2 && exit 2; }
 done
 unset PYTHONPATH PYTHONHOME   # they would hide the packages of .venv
 unset PYTHONDONTWRITEBYTECODE # otherwise every process compiles our code again, and pytest rewrites its assertions again

@@ -33,16 +33,19 @@ VERBS = {
     "inspect": ("tandem.data_prep.inspect", "describe a prepared corpus, or print the text of its rows and documents"),
     "train": ("tandem.trainer.__main__", "train on this machine, or as one rank of torchrun, deepspeed or srun"),
     "evaluate": ("tandem.trainer.tools.evaluate", "measure the loss on held-out rows, by position"),
-    "generate": ("tandem.trainer.tools.generate", "continue a prompt"),
+    "generate": ("tandem.trainer.tools.generate", "continue prompts with the weights of a model"),
     "import-hf": (
         "tandem.trainer.tools.convert_hf",
-        "import a Hugging Face folder as weights from which a run can start",
+        "import a Hugging Face folder, so that a run can start from its weights",
     ),
     "export-hf": ("tandem.trainer.tools.convert_hf", "export a checkpoint of a run to a Hugging Face folder"),
     "audit": ("tandem.trainer.tools.audit", "prove from a run's ledger that no token was lost or repeated"),
     "checkpoint": ("tandem.trainer.tools.checkpoints", "list and verify the checkpoints of a run, or compare two"),
     "report": ("tandem.trainer.tools.report", "write an HTML page with the plots of a run"),
-    "bench": ("tandem.trainer.tools.bench", "measure speed, memory and time per part of a config's training steps"),
+    "bench": (
+        "tandem.trainer.tools.bench",
+        "measure a config's training speed, memory use and time per part of a step",
+    ),
     "mup-check": (
         "tandem.trainer.tools.mup",
         "check a config's muP: coordinates, learning-rate transfer, weight decay",
@@ -113,7 +116,7 @@ def load_verb(name: str, module: str) -> tuple[Callable[..., None], Callable[...
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file that describes the run")
-    parser.add_argument("overrides", nargs="*", help="section.field=value; replaces that value of the file")
+    parser.add_argument("overrides", nargs="*", help="section.field=value replaces this field of the file")
     ranks_help = "ranks that torchrun starts on this machine (default: the number of GPUs, or tp_size without a GPU)"
     parser.add_argument("--ranks", type=int, help=ranks_help)
 

@@ -38,7 +38,7 @@ def save_if_due(context: RunContext, progress: Progress) -> None:
 def save_final_checkpoint(context: RunContext, progress: Progress) -> None:
     """Save a checkpoint of this step and wait until it is committed. Raises: UserError if it cannot be written."""
     context.enter_phase("save", progress.step)
-    finish_pending_save(context, progress, "now: the run ends, and saves once more")
+    finish_pending_save(context, progress, "now, because the run is about to end and save once more")
     if progress.step != progress.saved_step:
         start_save(context, progress)
         result = wait_for_pending_save(context)
@@ -117,12 +117,12 @@ def roll_back(context: RunContext, progress: Progress, result: StepResult) -> Pr
     if ledger:
         action: BadStepAction = "stop" if must_stop else "rollback"
         ledger.write_bad_step(progress.step, result.record.loss, result.record.grad_norm, reason, action)
-    bad_steps = f"step {progress.step}: {reason}, the last of {guard.num_consecutive_bad_steps} bad steps in a row"
+    bad_steps = f"step {progress.step}: {reason} (bad steps in a row: {guard.num_consecutive_bad_steps})"
     if must_stop or checkpoint is None:
         obstacle = (
-            f"the run has gone back to step {checkpoint.step} {num_rollbacks} times already"
+            f"guard.max_rollbacks allows no more rollbacks to step {checkpoint.step} (so far: {num_rollbacks})"
             if checkpoint
-            else "the run has no checkpoint to go back to"
+            else "the run has no checkpoint to roll back to"
         )
         raise UserError(
             f"{bad_steps}; {obstacle}; look at these steps with tandem audit {context.folder} --step {progress.step}, "

@@ -100,11 +100,11 @@ def _check_repeat_failures(folder: Path, last_step: int, max_repeat_failures: in
     ):
         return
     verdict = newest_verdict(folder, since=recent_starts[-1]["time"])
-    cause = f"the verdict on the last hang is: {verdict}" if verdict else "see the log for the cause"
+    cause = f"the verdict on the last hang was: {verdict}" if verdict else "see the log for the cause"
     subject = f"{max_repeat_failures} starts in a row have" if max_repeat_failures > 1 else "the last start has"
     raise UserError(
         f"run.max_repeat_failures: {subject} failed in step {last_step + 1} of {folder}; {cause}; "
-        "correct it, then start once with run.max_repeat_failures=0"
+        "correct the cause, then start once with run.max_repeat_failures=0"
     )
 
 

@@ -48,8 +48,8 @@ def run_lock(folder: Path) -> Iterator[None]:
             file.seek(0)
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"{folder}: {file.read() or 'another process'} is training there; only one run at a time can use a run "
-                    "folder; stop that one or change run.name"
+                    f"{folder}: {file.read() or 'another process'} is training in it; only one run at a time can use a run "
+                    "folder; stop that run or change run.name"
                 )
             time.sleep(0.5)
         file.truncate(0)
@@ -64,7 +64,9 @@ def _try_lock(file: TextIO) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        log.warning("%s: this file system has no locks (%s); a second run is not kept out", file.name, error.strerror)
+        log.warning(
+            "%s: this file system has no locks (%s), so a second run could use the folder", file.name, error.strerror
+        )
     return True
 
 

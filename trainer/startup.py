@@ -262,14 +262,14 @@ def open_initial_weights(config: TrainConfig, mesh: Mesh) -> Checkpoint | None:
     if config.run.init_from is None:
         return None
     checkpoint = open_checkpoint(Path(config.run.init_from), mesh)
-    remedy = "its weights need that value; use it, or choose other weights"
+    remedy = "use the value that the weights were trained with, or choose other weights"
     check_same_model(
         config, checkpoint, f"run.init_from {checkpoint.folder}", remedy, ignored_fields=CHANGEABLE_MODEL_FIELDS
     )
     requested, saved = model_metadata(config.model, config.mup)["model"], checkpoint.manifest["model"]
     differing = [name for name in WARNED_MODEL_FIELDS if requested.get(name) != saved.get(name)]
     if differing and mesh.rank == 0:
-        values = [f"model.{name} is {requested.get(name)} here and {saved.get(name)} there" for name in differing]
+        values = [f"model.{name} {saved.get(name)} instead of {requested.get(name)}" for name in differing]
         log.warning(
             "run.init_from %s: its weights were trained with other settings: %s", checkpoint.folder, ", ".join(values)
         )

@@ -47,9 +47,8 @@ def validate(context: RunContext, progress: Progress) -> None:
         context.sinks.write_validation(step, context.timeline.tokens_before(step), loss)
     elif context.mesh.rank == 0:
         shards = ", ".join(f"{source}/{file}" for source, files in loader.skipped_shards.items() for file in files)
-        log.warning(
-            "step %d: no validation loss: no held-out row is left after skipping damaged shards %s", step, shards
-        )
+        message = "step %d: no validation, because all held-out rows are in damaged shards (skipped: %s)"
+        log.warning(message, step, shards)
 
 
 def validation_loss(

@@ -25,7 +25,7 @@ if [[ ! -f launch/env.sh ]]; then
     echo "run.sh: $PWD is not the repository; submit from its root: sbatch launch/slurm/NAME.sbatch" >&2
     exit "$USER_ERROR_EXIT_CODE"
 fi
-[[ $# -ge 1 ]] || { echo "run.sh: no config; sbatch launch/slurm/train.sbatch CONFIG [section.field=value...]" >&2; exit 2; }
+[[ $# -ge 1 ]] || { echo "run.sh: no config is named; submit with sbatch launch/slurm/train.sbatch CONFIG [section.field=value...]" >&2; exit 2; }
 export RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:?submit with --ntasks-per-node}
 # shellcheck source=launch/env.sh
 source launch/env.sh
@@ -46,7 +46,7 @@ readonly PATIENCE_SECONDS=${SLURM_PATIENCE_SECONDS:-300}
 requeue() {
     scontrol requeue "$SLURM_JOB_ID" && return
     if scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' Requeue=0 '; then
-        echo "run.sh: Slurm refuses to requeue the job: it was submitted with --no-requeue, or a rank exited with code 2 (message above)" >&2
+        echo "run.sh: Slurm refuses to requeue the job: it was submitted with --no-requeue, or a rank exited with code 2 (its message is above)" >&2
         exit "$USER_ERROR_EXIT_CODE"
     fi
     return 1
@@ -55,7 +55,7 @@ requeue() {
 requeue_and_exit() {
     echo "run.sh: $1; requeueing the job (start $((${SLURM_RESTART_COUNT:-0} + 2)) follows)"
     retry "$PATIENCE_SECONDS" requeue && exit 0
-    echo "run.sh: not requeued (scontrol's reason above); submit the same command again to continue the run" >&2
+    echo "run.sh: the job was not requeued (scontrol's reason is above); submit the same command again to continue the run" >&2
     exit "$REQUEUE_EXIT_CODE"
 }
 
@@ -63,16 +63,16 @@ requeue_and_exit() {
 check_import() {
     local output
     output=$(python -c "import $1" 2>&1) && return
-    echo "run.sh: $(command -v python || echo 'no python') cannot import $1 (${output##*$'\n'}); launch/install.sh makes .venv" >&2
+    echo "run.sh: cannot import $1 with $(command -v python || echo 'python, which is missing') (${output##*$'\n'}); run launch/install.sh" >&2
     exit "$USER_ERROR_EXIT_CODE"
 }
 check_import tandem.trainer.__main__
-[[ -z $warned ]] || requeue_and_exit "the warning came before the ranks started"
+[[ -z $warned ]] || requeue_and_exit "the warning signal came before the ranks started"
 
 # NodeAddr is the address that Slurm itself uses; the node's name may not resolve.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 node=$(retry "$PATIENCE_SECONDS" scontrol --oneliner show node "$head") ||
-    { echo "run.sh: Slurm does not know the address of $head (scontrol's reason above); submit the same command again" >&2; exit 1; }
+    { echo "run.sh: Slurm does not know the address of $head (scontrol's reason is above); submit the same command again" >&2; exit 1; }
 MASTER_ADDR=$(sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' <<<"$node")
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node get different ports
 

@@ -71,17 +71,21 @@ def test_two_hosts_train_like_one(pair: tuple[Host, Host], config: Path, tmp_pat
 @pytest.mark.parametrize(
     ("variables", "said", "code"),
     [
-        ({"NODES": "two"}, "NODES=two: must be address:port and a number of machines", 2),
-        ({"HEAD": "nowhere.invalid:29500"}, "HEAD=nowhere.invalid:29500: cannot be reached from this machine", 1),
-        ({"NODES": "2:3"}, "is not divisible by data-parallel size 3", 2),
-        ({"NODES": "3:2"}, "NODE=0 NODES=3:2: must be 0 <= NODE < MOST >= FEWEST > 0", 2),
-        ({"NODE": "2"}, "NODE=2 NODES=2: must be", 2),
-        ({"NODE": "first"}, "NODE=first: must be a whole number", 2),
-        ({"NODE": "08"}, "NODE=08: must be a whole number", 2),
-        ({"NODES": "2:"}, "NODES=2:: must be address:port", 2),
-        ({"JOIN_SECONDS": "0"}, "JOIN_SECONDS=0: must be a whole number of at least 1", 2),
-        ({"LOST_SECONDS": "1m"}, "LOST_SECONDS=1m: must be a whole number", 2),
-        ({"RANKS_PER_NODE": "auto"}, "RANKS_PER_NODE=auto: ranks on each machine; must be a whole number", 2),
+        ({"NODES": "two"}, "NODES=two is not valid; HEAD must be address:port, and NODES a number of machines", 2),
+        ({"HEAD": "nowhere.invalid:29500"}, "HEAD=nowhere.invalid:29500 cannot be reached from this machine", 1),
+        ({"NODES": "2:3"}, "is not divisible by the data-parallel size 3", 2),
+        (
+            {"NODES": "3:2"},
+            "NODE=0 NODES=3:2 is not valid; use NODE from 0 to NODES - 1 (or MOST - 1), and FEWEST from 1 to MOST",
+            2,
+        ),
+        ({"NODE": "2"}, "NODE=2 NODES=2 is not valid; use NODE from 0 to NODES - 1", 2),
+        ({"NODE": "first"}, "NODE=first is not valid; use a whole number", 2),
+        ({"NODE": "08"}, "NODE=08 is not valid; use a whole number", 2),
+        ({"NODES": "2:"}, "NODES=2: is not valid; HEAD must be address:port", 2),
+        ({"JOIN_SECONDS": "0"}, "JOIN_SECONDS=0 is not valid; use a whole number of at least 1", 2),
+        ({"LOST_SECONDS": "1m"}, "LOST_SECONDS=1m is not valid; use a whole number", 2),
+        ({"RANKS_PER_NODE": "auto"}, "RANKS_PER_NODE=auto is not a number of ranks per machine; use a whole number", 2),
     ],
 )
 def test_a_mistake_is_one_line_before_any_rank_is_started(variables, said, code, config):

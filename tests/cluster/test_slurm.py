@@ -89,7 +89,9 @@ def test_the_script_and_the_trainer_agree_on_exit_codes() -> None:
 def test_the_slurm_script_without_a_config_says_how_to_submit() -> None:
     done = subprocess.run([LAUNCH / "slurm" / "run.sh"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "run.sh: no config; sbatch launch/slurm/train.sbatch CONFIG [section.field=value...]\n"
+    assert done.stderr == (
+        "run.sh: no config is named; submit with sbatch launch/slurm/train.sbatch CONFIG [section.field=value...]\n"
+    )
 
 
 def test_the_slurm_script_outside_the_repository_says_where_to_submit(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_inputs_that_have_changed_are_refused_and_touched_ones_are_not(prepared,
 def test_a_finished_folder_that_lost_a_shard_is_no_success(prepared, folder):
     output = prepared("out", "--input", folder)
     (output / "train-000001.tar").unlink()
-    with pytest.raises(UserError, match=r"train-000001.tar: shard is missing"):
+    with pytest.raises(UserError, match=r"train-000001.tar: the shard is missing"):
         prepared("out", "--input", folder)
 
 

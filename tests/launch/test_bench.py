@@ -132,7 +132,7 @@ def test_a_stage_at_its_limit_is_cut_and_the_others_go_on(bare, tmp_path):
     assert "cut at its limit of 1 s" in done.stdout
     assert "| attention | btlm-3b-8k 8192 tp1" in done.stdout
     assert "450: missed" in done.stdout
-    assert "failed or cut: kernels btlm" in done.stderr.splitlines()[-1]
+    assert "these stages failed or were cut short: kernels btlm" in done.stderr.splitlines()[-1]
     assert gzip.decompress((tmp_path / "log.txt.gz").read_bytes()).startswith(b"an earlier visit")
 
 

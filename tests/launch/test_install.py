@@ -174,7 +174,7 @@ def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
     ("settings", "said"),
     [
         ({"PYTHON": "/no/such/python"}, "PYTHON=/no/such/python does not start; Tandem needs Python 3.11 to 3.13"),
-        ({"TORCH_BUILD": "gpu"}, "TORCH_BUILD=gpu: must be cpu or cuda"),
+        ({"TORCH_BUILD": "gpu"}, "TORCH_BUILD=gpu is not valid; use cpu or cuda"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(settings, said, copy, wheelhouse):
@@ -210,7 +210,7 @@ def test_an_environment_of_somebody_else_is_left_alone(copy, wheelhouse):
 def test_a_disk_that_is_too_small_is_found_before_anything_is_fetched(unfinished, wheelhouse, full_disk):
     said = one_line(install(unfinished, wheelhouse, PATH=full_disk), 2)
     assert re.search(
-        r"needs [23]\.\d GB more and its disk has 1\.0 GB free; free some, or replace \.venv by a link to an empty folder",
+        r"needs [23]\.\d GB more and its disk has 1\.0 GB free; free some, or replace \.venv with a link to an empty folder",
         said,
     )
 
@@ -337,7 +337,7 @@ def test_two_installations_are_one_that_is_then_kept_and_mended(copy, with_cpu_t
         third = install(copy, wheelhouse, PYTHON="", PATH=path)
         said, errors = second.communicate(timeout=TEST_TIMEOUT_SECONDS)
     assert (second.returncode, third.returncode) == (0, 0), errors + third.stderr
-    waited = sorted("another launch/install.sh works on .venv" in output for output in (said, third.stdout))
+    waited = sorted("another launch/install.sh is working on .venv" in output for output in (said, third.stdout))
     assert waited == [False, True]
     assert f"installed the CPU build of torch {version}" in said + third.stdout
 
@@ -361,7 +361,7 @@ def test_two_installations_are_one_that_is_then_kept_and_mended(copy, with_cpu_t
     empty.mkdir()
     failed = install(copy, empty, PYTHON=python)
     assert failed.returncode == 1
-    assert "bringing .venv to the versions of constraints.txt" in failed.stdout
+    assert "updating .venv to the versions of constraints.txt" in failed.stdout
     assert (copy / ".venv/bin/tandem").is_file()
     newer = shutil.copytree(wheelhouse, copy.parent / "newer")
     write_wheel(newer, "torch", "2.11.98+cpu")
@@ -425,7 +425,7 @@ def test_a_setting_in_a_file_that_leads_pip_elsewhere_is_refused(unfinished, whe
         section, name = setting.split(".")
         (tmp_path / "pip.conf").write_text(f"[{section}]\n{name} = /no/such\nquiet = 1\n")
         said = one_line(install(unfinished, wheelhouse, PIP_CONFIG_FILE=str(tmp_path / "pip.conf")), 2)
-        assert f"set {setting}='/no/such', which leads packages away from .venv" in said
+        assert f"set {setting}='/no/such', which would install packages outside .venv" in said
         assert "PIP_CONFIG_FILE=/dev/null launch/install.sh" in said
     empty = tmp_path / "no wheels"
     empty.mkdir()
@@ -442,7 +442,7 @@ def test_a_link_to_another_disk_is_kept(copy, tmp_path, python, full_disk):
     assert (tmp_path / "disk/bin/python").exists()
     assert (copy / ".venv").is_symlink()
     shutil.rmtree(tmp_path / "disk")
-    assert f".venv is a link to {tmp_path / 'disk'}, which is no folder" in one_line(install(copy, None), 2)
+    assert f".venv is a link to {tmp_path / 'disk'}, which is not a folder" in one_line(install(copy, None), 2)
 
 
 def test_a_script_killed_while_it_empties_an_environment_knows_it_afterwards(copy, tmp_path, python, full_disk):

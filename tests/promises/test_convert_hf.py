@@ -246,8 +246,8 @@ def test_what_the_weights_compute_otherwise_than_in_the_import_is_told_once(fold
     masking, scaling = CASES["btlm_mup"][0].document_masking, AlibiScalingConfig("linear", factor=2.0)
     asked(folder, "btlm_mup", document_masking=not masking, alibi_scaling=scaling)
     (said,) = caplog.messages
-    assert f"model.document_masking is {not masking} here and {masking} there" in said
-    assert f"model.alibi_scaling is {dataclasses.asdict(scaling)} here and None there" in said
+    assert f"model.document_masking {masking} instead of {not masking}" in said
+    assert f"model.alibi_scaling None instead of {dataclasses.asdict(scaling)}" in said
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,9 @@ def test_what_the_weights_compute_otherwise_than_in_the_import_is_told_once(fold
 )
 def test_what_changes_what_the_weights_compute_is_refused(folder, name, changes):
     field = next(iter(changes))
-    with pytest.raises(UserError, match=rf"^{'mup' if field == 'mup' else f'model.{field}'}.*run.init_from.*use it"):
+    with pytest.raises(
+        UserError, match=rf"^{'mup' if field == 'mup' else f'model.{field}'}.*run.init_from.*use the value"
+    ):
         asked(folder, name, **changes)
 
 
@@ -393,5 +395,5 @@ def test_a_run_needs_no_corpus_to_be_exported_and_one_without_tokenizer_tells_wh
 def test_a_step_that_was_not_kept_is_refused(world, runs, tmp_path, capsys):
     run = Path(runs["stablelm", 1].run.root) / "stablelm-tp1"
     assert main(["export-hf", str(run), str(tmp_path / "out"), "--step", "7"]) == 2
-    assert f"--step: 7; {run} has checkpoints of steps 1; name one of them" in capsys.readouterr().err
+    assert f"--step: {run} has no checkpoint of step 7; name a step that has one: 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -237,7 +237,7 @@ def test_a_last_save_that_cannot_be_made_is_one_line_and_exit_code_2_and_the_nex
     assert f"the checkpoint of step {2 * STEPS} cannot be written" in last[0]
     assert last[0].endswith("and start again: the run continues from the previous checkpoint")
     first, _ = said(config, name, f"the checkpoint of step {2 * STEPS} cannot be written")
-    assert first.endswith("writable now: the run ends, and saves once more")
+    assert first.endswith("writable now, because the run is about to end and save once more")
     assert ("No space left on device" if wrong == "full" else "Read-only file system") in last[0]
     assert said(config, name, "Traceback") == []
     before = newest_step(folder)
@@ -386,8 +386,8 @@ def test_of_checkpoints_that_are_all_damaged_none_is_continued_and_no_run_begins
     flip(second / COMMIT_MARKER)
     before = (folder / "metrics.jsonl").read_bytes()
     assert wait_for_exit(begin(config, "all")) == 2
-    assert len(said(config, "all", "tandem: ")) == 1
-    assert f"{folder / 'checkpoints'}: all 2 checkpoints are damaged" in said(config, "all", "tandem: ")[0]
+    [refusal] = said(config, "all", "tandem: ")
+    assert f"{folder / 'checkpoints'}: no undamaged checkpoint is left to continue from (damaged: 2)" in refusal
     assert said(config, "all", "Traceback") == []
     assert (folder / "metrics.jsonl").read_bytes() == before
 

@@ -292,7 +292,9 @@ def test_a_text_begins_with_its_prompt_whatever_stands_there(folder, capsys, tmp
 @pytest.mark.parametrize(("num_tokens", "warned"), [(62, False), (64, True)])
 def test_texts_beyond_the_trained_length_are_remarked_upon(folder, capsys, caplog, num_tokens, warned):
     said(capsys, folder, "--prompt", "a", "--max-new-tokens", num_tokens)
-    assert ("the weights were trained on 64; see --alibi-scaling train_seq_len=64" in caplog.text) == warned
+    assert (
+        "the weights were trained on rows of 64; consider --alibi-scaling train_seq_len=64" in caplog.text
+    ) == warned
 
 
 def test_text_appears_with_its_tokens_in_whole_characters(folder):
@@ -343,17 +345,20 @@ def test_a_reader_who_has_enough_ends_the_command_quietly(folder):
     [
         ("", ["--prompt: is missing", "--prompts FILE"]),
         ("--prompts {}/none.txt", ["--prompts: ", "none.txt cannot be read", "give a text file"]),
-        ("--prompts {}/gap.txt", ["--prompt: is empty", "give some text"]),
-        ("--prompt a --temperature -1", ["--temperature: -1.0; must not be negative"]),
-        ("--prompt a --temperature nan", ["--temperature: nan; must not be negative"]),
-        ("--prompt a --temperature 1 --top-p 0", ["--top-p: 0.0; must be above 0"]),
-        ("--prompt a --temperature 1 --top-k -2", ["--top-k: -2; must not be negative"]),
-        ("--prompt a --top-k 5", ["--temperature: 0 takes the most likely", "raise it"]),
-        ("--prompt a --max-new-tokens 0", ["--max-new-tokens: 0; must be at least 1"]),
+        ("--prompts {}/gap.txt", ["--prompt: a text (or a line of --prompts) has no tokens", "give some text"]),
+        ("--prompt a --temperature -1", ["--temperature: -1.0 is not a number of at least 0"]),
+        ("--prompt a --temperature nan", ["--temperature: nan is not a number of at least 0"]),
+        ("--prompt a --temperature 1 --top-p 0", ["--top-p: 0.0 is out of range; use more than 0"]),
+        ("--prompt a --temperature 1 --top-k -2", ["--top-k: -2 is negative"]),
+        ("--prompt a --top-k 5", ["--temperature: 0 takes the most likely", "use a higher temperature"]),
+        ("--prompt a --max-new-tokens 0", ["--max-new-tokens: 0 is less than 1"]),
         ("--prompt a --alibi-scaling factor=1", ["--alibi-scaling.factor: 1.0 is not a finite number above 1"]),
-        ("--prompt a --tokenizer {}/gap.txt", ["--tokenizer: ", "gap.txt cannot be read", "must be a tokenizer.json"]),
+        ("--prompt a --tokenizer {}/gap.txt", ["--tokenizer: ", "gap.txt cannot be read", "give a tokenizer.json"]),
         ("--prompt a --tokenizer {}/endless.json", ["--tokenizer: has no token <|endoftext|>", "--ignore-eos"]),
-        ("--prompt a --alibi-scaling 4.0", ["--alibi-scaling", "no such field", "known: type, factor, train_seq_len"]),
+        (
+            "--prompt a --alibi-scaling 4.0",
+            ["--alibi-scaling", "no such field", "the fields are type, factor, train_seq_len"],
+        ),
     ],
 )
 def test_a_mistake_is_one_line(options, parts, folder, capsys, tmp_path):

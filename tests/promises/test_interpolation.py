@@ -132,13 +132,16 @@ def test_a_run_keeps_its_interpolation(run, capsys):
     ("scaling", "message"),
     [
         (4.0, "config.json: alibi_scaling: 4.0 is not a section"),
-        ({"type": "linear"}, "config.json: alibi_scaling: factor None, train_seq_len None; set exactly one"),
+        ({"type": "linear"}, "config.json: alibi_scaling: factor is None and train_seq_len is None; set exactly one"),
         (
             {"type": "dynamic", "factor": 2.0},
             "config.json: alibi_scaling.type: 'dynamic' is not valid; it must be one of linear",
         ),
         ({"type": "linear", "factor": 0.5}, "config.json: alibi_scaling.factor: 0.5 is not a finite number above 1"),
-        ({"type": "linear", "factor": 2.0, "power": 2}, "config.json: alibi_scaling.power: 2; no such field"),
+        (
+            {"type": "linear", "factor": 2.0, "power": 2},
+            "config.json: alibi_scaling.power: 2 is given, but there is no such field",
+        ),
     ],
 )
 def test_a_folder_with_a_mistaken_interpolation_is_not_imported(scaling, message, tmp_path):
@@ -157,12 +160,20 @@ def test_a_folder_with_a_mistaken_interpolation_is_not_imported(scaling, message
         (
             "stablelm_12b",
             "factor=4.0",
-            "--alibi-scaling: factor=4.0; these weights are of stablelm, which has no ALiBi",
+            "--alibi-scaling: factor=4.0 cannot be used with a stablelm model, which has no ALiBi",
         ),
         ("btlm_mup", "factor=1", "--alibi-scaling.factor: 1.0 is not a finite number above 1"),
-        ("btlm_mup", "train_seq_len=8.5", "--alibi-scaling.train_seq_len: 8.5 is float but must be int"),
-        ("btlm_mup", "train_seq_len", "--alibi-scaling.train_seq_len: '' is str but must be int"),
-        ("btlm_mup", "dynamic", "--alibi-scaling.dynamic: ''; no such field; known: type, factor, train_seq_len"),
+        (
+            "btlm_mup",
+            "train_seq_len=8.5",
+            "--alibi-scaling.train_seq_len: 8.5 is of type float; write a value of type int",
+        ),
+        ("btlm_mup", "train_seq_len", "--alibi-scaling.train_seq_len: '' is of type str; write a value of type int"),
+        (
+            "btlm_mup",
+            "dynamic",
+            "--alibi-scaling.dynamic: '' is given, but there is no such field; the fields are type, factor, train_seq_len",
+        ),
     ],
 )
 def test_a_mistaken_option_is_one_line(variant, given, message, tmp_path, capsys):

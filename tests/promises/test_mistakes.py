@@ -104,14 +104,14 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "no verb of ours": ("trian {config}", ["'trian'", "train", "--help"]),
     "no argument": ("train", ["train", "config", "--help"]),
     "unknown key": ("train {config} optim.max_grad_nrom=1.0", ["optim.max_grad_nrom: 1.0", "did you mean max_grad_norm?"]),
-    "wrong type": ("train {config} model.num_layers=two", ["model.num_layers: 'two'", "must be int"]),
+    "wrong type": ("train {config} model.num_layers=two", ["model.num_layers: 'two'", "of type int"]),
     "bf16 without ZeRO": (
         "train {config} parallel.zero_stage=0 run.precision=bf16",
         ["parallel.zero_stage: 0", "run.precision bf16", "fp32", "set zero_stage to 1"],
     ),
     "ranks": (
         "train {config} parallel.tp_size=2 --ranks 3",
-        ["parallel.tp_size: 2 does not divide the 3 ranks", "change tp_size"],
+        ["parallel.tp_size: 2 does not divide 3, the number of ranks", "change tp_size"],
     ),
     "rows": (
         "train {config} --ranks 8",
@@ -119,40 +119,40 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     ),
     "nowhere": ("train {config} data.sources.corpus={root}/none", ["none/manifest.json", "tandem prepare"]),
     "shard lost": (
-        "train {config} data.sources.corpus={root}/lost", ["lost/train-000001.tar: shard is missing", "restore it"],
+        "train {config} data.sources.corpus={root}/lost", ["lost/train-000001.tar: the shard is missing", "restore it"],
     ),
     "other tokenizer": (
         "train {config} data.tokenizer={other}/tokenizer.json",
         ["data.tokenizer: ", "other/tokenizer.json has sha256", "in the corpus folder"],
     ),
-    "small vocab": ("train {config} model.vocab_size=400", ["model.vocab_size: 400", "has 500 ids", "set it to at least that"]),
+    "small vocab": ("train {config} model.vocab_size=400", ["model.vocab_size: 400", "use at least its 500 ids"]),
     "held-out too small": (
         "train {config} evaluate.every_steps=5 evaluate.tokens=1280000",
-        ["evaluate.tokens: 1280000", "held-out tokens of", "lower it", "--held-out"],
+        ["evaluate.tokens: 1280000", "held-out tokens of", "lower evaluate.tokens", "--held-out"],
     ),
     "weights of another model": (
         "train {config} model.hidden_size=32 run.init_from={run}",
-        ["model.hidden_size: 32", "has 64", "run.init_from"],
+        ["model.hidden_size: 32", "differs from 64", "run.init_from"],
     ),
-    "weights that are none": ("train {config} run.init_from={root}/empty", ["empty: no committed checkpoint"]),
+    "weights that are none": ("train {config} run.init_from={root}/empty", ["empty: has no committed checkpoint"]),
     "root is a file": ("train {config} run.root={config}", ["run.root: ", "config.yaml", "cannot be created"]),
     "evaluate another tokenizer": (
-        "evaluate {run} --data {other}", ["--data: ", "600 ids", "the weights have 500", "tokenizer of the weights"],
+        "evaluate {run} --data {other}", ["--data: ", "600 ids", "the weights have only 500", "tokenizer of the weights"],
     ),
     "evaluate too many rows": (
-        "evaluate {run} --data {corpus} --rows 9000", ["--rows: 9000", "held-out tokens", "at most"],
+        "evaluate {run} --data {corpus} --rows 9000", ["--rows: 9000", "held-out tokens", "are not available"],
     ),
-    "evaluate no bins": ("evaluate {run} --data {corpus} --rows 1 --bins 0", ["--bins: 0", "at least 1"]),
-    "evaluate rows of nothing": ("evaluate {run} --data {corpus} --seq-len 0", ["--seq-len 0", "positive numbers"]),
+    "evaluate no bins": ("evaluate {run} --data {corpus} --rows 1 --bins 0", ["--bins: 0 is less than 1"]),
+    "evaluate rows of nothing": ("evaluate {run} --data {corpus} --seq-len 0", ["--seq-len 0", "numbers must be positive"]),
     "evaluate nothing": ("evaluate {root}/none --data {corpus}", ["none: no such folder", "name a run folder"]),
-    "empty prompt": ("generate {run} --prompt ''", ["--prompt: is empty", "give some text"]),
+    "empty prompt": ("generate {run} --prompt ''", ["--prompt: a text", "has no tokens", "give some text"]),
     "generate with another tokenizer": (
-        "generate {run} --prompt x --tokenizer {other}/tokenizer.json", ["--tokenizer: ", "has id 599", "have 500 ids"],
+        "generate {run} --prompt x --tokenizer {other}/tokenizer.json", ["--tokenizer: ", "has id 599", "have only 500 ids"],
     ),
     "export over foreign files": ("export-hf {run} {root}/foreign", ["foreign: contains files", "name a new folder"]),
-    "export nothing": ("export-hf {root}/empty {root}/out", ["empty: no committed checkpoint"]),
-    "import over files": ("import-hf {root}/foreign {run}", ["tiny: is not empty", "choose another"]),
-    "import nothing": ("import-hf {root}/foreign {root}/out", ["foreign: no committed checkpoint"]),
+    "export nothing": ("export-hf {root}/empty {root}/out", ["empty: has no committed checkpoint"]),
+    "import over files": ("import-hf {root}/foreign {run}", ["tiny: exists and is not an empty folder", "choose another"]),
+    "import nothing": ("import-hf {root}/foreign {root}/out", ["foreign: has no committed checkpoint"]),
     "report on nothing": ("report {root}/empty", ["empty: has no metrics.jsonl", "has started"]),
     "verify a flipped byte": ("verify {root}/flipped", ["flipped/train-0000", "sha256", "damaged", "restore it"]),
     "no EOS": (
@@ -165,13 +165,13 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     ),
     "resume with another corpus": (
         "train {config} data.sources.corpus={later}",
-        ["data.sources.corpus: fingerprint", "saved with corpus", "start a new run"],
+        ["data.sources.corpus: the corpus has fingerprint", "was saved with", "start a new run"],
     ),
     "resume with another width": (
-        "train {config} model.hidden_size=32", ["model.hidden_size: 32", "has 64", "choose another run.name"],
+        "train {config} model.hidden_size=32", ["model.hidden_size: 32", "differs from 64", "choose another run.name"],
     ),
     "resume with another seed": (
-        "train {config} run.seed=2", ["run.seed: 2", "saved with 1", "order of the data", "restore"],
+        "train {config} run.seed=2", ["run.seed: 2 differs from 1, with which", "saved", "order of the data", "restore"],
     ),
     "resume with other blocks": (
         "train {config} data.shuffle_block_tokens=64", ["data.shuffle_block_tokens: 64", "8192", "order of the data"],
@@ -209,7 +209,7 @@ def test_a_launch_of_ranks_that_do_not_divide_is_refused(place, capfd, monkeypat
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert main(["train", str(place.config), "parallel.tp_size=2", ANEW]) == 2
-    is_one_line(capfd.readouterr().err, "parallel.tp_size: 2 does not divide the 3 ranks")
+    is_one_line(capfd.readouterr().err, "parallel.tp_size: 2 does not divide 3, the number of ranks")
     assert not (place.root / "runs" / "anew").exists()
 
 
@@ -221,7 +221,8 @@ def test_a_shard_damaged_since_is_named_by_the_run_that_reads_it(place, capfd, t
     last = captured.splitlines()[-1]
     assert last.startswith("tandem: ")
     assert "flipped/train-0000" in last
-    assert "the shard is damaged; restore it" in last
+    assert "the shard is damaged: " in last
+    assert "; restore it" in last
     assert not list(tmp_path.rglob("COMMITTED")), "nothing was trained, nothing is saved"
 
 
@@ -257,7 +258,7 @@ def test_a_mistake_that_only_the_second_rank_meets_is_printed_and_ends_the_launc
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("tandem: ")]
     assert len(said) == 1, done.stderr
-    assert f"{broken.name}: xxh3_128" in said[0]
+    assert f"{broken.name}: the shard is damaged: its xxh3_128 is " in said[0]
     assert not list(tmp_path.rglob("COMMITTED"))
 
 
@@ -277,7 +278,7 @@ def test_a_mistake_that_only_one_rank_meets_is_the_end_of_all_and_no_rank_is_tak
     assert codes == [2, 2], said
     for words in said:
         [line] = [line for line in words.splitlines() if line.startswith("tandem: ")]
-        assert f"{broken.name}: xxh3_128" in line
+        assert f"{broken.name}: the shard is damaged: its xxh3_128 is " in line
         assert "Traceback" not in words
     assert not list(tmp_path.rglob("hangs"))
     assert not list(tmp_path.rglob("COMMITTED"))
@@ -318,7 +319,7 @@ def test_a_mistake_that_one_rank_meets_is_that_also_where_the_last_records_are_t
     tree = two_phase_config("btlm", place.corpus, tmp_path / "runs", watchdog={"step_timeout_seconds": limit_seconds})
     tree["data"] |= LATER
     said = ranks.run(met_by_rank_1, 2, tmp_path, tree, broken)
-    assert all(f"{broken.name}: xxh3_128" in words for words in said), said
+    assert all(f"{broken.name}: the shard is damaged: its xxh3_128 is " in words for words in said), said
     assert not list(tmp_path.rglob("hangs"))
 
 

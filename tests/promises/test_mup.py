@@ -308,7 +308,7 @@ def test_ranks_of_a_launcher_are_refused(tmp_path, capsys, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     assert main(["mup-check", str(CONFIG), f"--output={tmp_path / 'out'}", "--checks=decay"]) == 2
-    assert "ranks: 2 were launched, but tandem mup-check is one process" in capsys.readouterr().err
+    assert "ranks: a launcher started 2, but tandem mup-check is one process" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -152,10 +152,10 @@ def test_whoever_edits_the_mixture_of_the_phase_a_run_is_in_is_told_which_two_ph
     schedule = config("btlm", corpus, root, 1).schedule
     short, long = schedule.phases
     edited = dataclasses.replace(long, mixture={"corpus": 0.5, "other": 0.5})
-    message = r"schedule.phases\[1\].mixture: .* two phases: 'long' as before with tokens: 512, "
+    message = r"schedule.phases\[1\].mixture: .* two phases: 'long' as before but with tokens: 512, "
     with pytest.raises(UserError, match=message) as said:
         check_past_phases(Timeline(dataclasses.replace(schedule, phases=[short, edited])), snapshot)
-    assert str(said.value).endswith("a phase of another name with tokens: 1024")
+    assert str(said.value).endswith("a phase with another name and tokens: 1024")
     assert "\n" not in str(said.value)
     two = [dataclasses.replace(long, tokens=512), dataclasses.replace(edited, name="edited", tokens=1024)]
     followed = Timeline(dataclasses.replace(schedule, phases=[short, *two]))

@@ -67,7 +67,7 @@ def test_three_starts_that_fail_in_one_step_are_enough(tmp_path):
         reach(tmp_path, 40, 41)
     assert refused(tmp_path) == (
         f"run.max_repeat_failures: 3 starts in a row have failed in step 42 of {tmp_path}; see the log for the cause; "
-        "correct it, then start once with run.max_repeat_failures=0"
+        "correct the cause, then start once with run.max_repeat_failures=0"
     )
     assert [record["reached"] for record in records(tmp_path)] == [0, 41, 41]
 
@@ -182,8 +182,9 @@ def test_the_verdict_of_the_last_hang_is_told_and_no_older_one(tmp_path):
     fail(tmp_path, 1)
     assert "see the log for the cause" in refused(tmp_path, 1)
     os.utime(verdict, 2 * (time.time(),))  # the clock of time.time(), which the records use
-    assert "; the verdict on the last hang is: step 1: rank 1 on host-b is still in data; correct it" in refused(
-        tmp_path, 1
+    assert (
+        "; the verdict on the last hang was: step 1: rank 1 on host-b is still in data; correct the cause"
+        in refused(tmp_path, 1)
     )
 
 

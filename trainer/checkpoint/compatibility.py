@@ -17,14 +17,14 @@ REMEDY = "restore the value or choose another run.name"
 
 def check_resumable(config: TrainConfig, checkpoint: Checkpoint, loader: Loader) -> None:
     """Raises: UserError if the model, a corpus, the data order, or the schedule of past steps differs from the checkpoint's."""
-    check_same_model(config, checkpoint, f"checkpoint {checkpoint.folder}", f"a run keeps its model; {REMEDY}")
+    check_same_model(config, checkpoint, f"checkpoint {checkpoint.folder}", f"a run cannot change its model; {REMEDY}")
     check_fingerprints(checkpoint.manifest["fingerprints"], loader.fingerprints)
     check_past_phases(Timeline(config.schedule), checkpoint)
     for field, saved in checkpoint.manifest["shuffle_settings"].items():
         if loader.shuffle_settings[field] != saved:
             raise UserError(
-                f"{field}: {loader.shuffle_settings[field]} but the run was saved with {saved}; it determines the order of the "
-                f"data; {REMEDY}"
+                f"{field}: {loader.shuffle_settings[field]} differs from {saved}, with which the run was saved; this field "
+                f"determines the order of the data; {REMEDY}"
             )
 
 
@@ -42,7 +42,9 @@ def check_past_phases(timeline: Timeline, checkpoint: Checkpoint) -> None:
         end_step = first_step + saved["tokens"] // tokens_per_step
         key = f"schedule.phases[{index}]"
         if index >= len(timeline.phase_spans):
-            raise UserError(f"{key}: missing; the run has already made steps of phase {saved['name']!r}; restore it")
+            raise UserError(
+                f"{key}: is missing, but the run has already made steps of phase {saved['name']!r}; restore the phase"
+            )
         span = timeline.phase_spans[index]
         phase = span.phase
         fields = ("seq_len", "global_batch_size", "mixture")
@@ -55,12 +57,12 @@ def check_past_phases(timeline: Timeline, checkpoint: Checkpoint) -> None:
                 done_tokens = (checkpoint.step - first_step) * tokens_per_step
                 remaining_steps = max(1, round((phase.tokens - done_tokens) / phase.tokens_per_step))
                 remedy = (
-                    f"to change its remaining steps, write two phases: {saved['name']!r} as before with tokens: {done_tokens}, "
-                    f"then a phase of another name with tokens: {remaining_steps * phase.tokens_per_step}"
+                    f"to change the remaining steps, write two phases: {saved['name']!r} as before but with tokens: "
+                    f"{done_tokens}, then a phase with another name and tokens: {remaining_steps * phase.tokens_per_step}"
                 )
             raise UserError(
-                f"{key}.{changed[0]}: {getattr(phase, changed[0])} but the run made its steps with {saved[changed[0]]}; "
-                f"past steps are fixed; {remedy}"
+                f"{key}.{changed[0]}: {getattr(phase, changed[0])} differs from {saved[changed[0]]}, with which the run made "
+                f"its steps; past steps cannot change; {remedy}"
             )
         first_step = end_step
 
@@ -74,4 +76,6 @@ def check_same_model(
         now, saved = requested[section] or {}, checkpoint.manifest[section] or {}
         for name in sorted((now.keys() | saved.keys()) - set(ignored_fields)):
             if now.get(name) != saved.get(name):
-                raise UserError(f"{section}.{name}: {now.get(name)} but the {label} has {saved.get(name)}; {remedy}")
+                raise UserError(
+                    f"{section}.{name}: {now.get(name)} differs from {saved.get(name)} in {label}; {remedy}"
+                )

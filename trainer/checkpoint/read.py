@@ -35,8 +35,8 @@ class Checkpoint:
         self.manifest = layout.read_manifest(folder)
         if (found := self.manifest.get("format")) != layout.FORMAT_VERSION:
             raise UserError(
-                f"{folder}: checkpoint format {found}; this version reads {layout.FORMAT_VERSION} and cannot convert; use the "
-                "version that wrote it, start a run with another run.name, or repeat the import with tandem import-hf"
+                f"{folder}: has checkpoint format {found}, but this version of Tandem reads only {layout.FORMAT_VERSION}; use "
+                "the version that wrote it, start a run with another run.name, or repeat the import with tandem import-hf"
             )
         self._fragments_by_name: dict[str, list[dict[str, Any]]] = {}
         for fragment in self.manifest["fragments"]:
@@ -171,8 +171,8 @@ def open_newest(root: Path, mesh: Mesh | None = None) -> Checkpoint | None:
             log.warning("%s is damaged (%s); trying the previous checkpoint", folder, damage)
     if folders:
         raise UserError(
-            f"{root}: all {len(folders)} checkpoints are damaged; a run needs an undamaged one to continue; move the folder "
-            "away or choose another run.name"
+            f"{root}: no undamaged checkpoint is left to continue from (damaged: {len(folders)}); move the folder away or "
+            "choose another run.name"
         )
     return None
 
@@ -196,10 +196,10 @@ def open_checkpoint(folder: Path, mesh: Mesh | None = None) -> Checkpoint:
         return checkpoint
     if not (folder / layout.COMMIT_MARKER).is_file():
         raise UserError(
-            f"{folder}: no committed checkpoint there; name a run folder that has one, or an import's folder"
+            f"{folder}: has no committed checkpoint; name a run folder that has one, or the folder of an import"
         )
     if damage := _find_damage(folder, mesh):
-        raise UserError(f"{folder}: is damaged ({damage}); name another checkpoint or the run's folder")
+        raise UserError(f"{folder}: is damaged ({damage}); name another checkpoint, or the run folder")
     return Checkpoint(folder)
 
 

@@ -73,8 +73,8 @@ def add_alibi_scaling_argument(parser: argparse.ArgumentParser) -> None:
     """Add the option that `override_alibi_scaling` parses."""
     parser.add_argument(
         "--alibi-scaling", metavar="KEY=NUMBER",
-        help="position interpolation (BTLM): factor=4.0 for all rows, train_seq_len=8192 for rows longer than that, or none; "
-        "default: as in training",
+        help="position interpolation (BTLM only): factor=4.0 for all rows, train_seq_len=8192 for rows longer than 8192 "
+        "tokens, or none for no interpolation (default: as in training)",
     )  # fmt: skip
 
 
@@ -87,7 +87,8 @@ def override_alibi_scaling(weight_source: WeightSource, option: str | None) -> W
         return weight_source
     if not isinstance(weight_source.model, BTLMConfig):
         raise UserError(
-            f"--alibi-scaling: {option}; these weights are of {weight_source.model.family}, which has no ALiBi; omit the option"
+            f"--alibi-scaling: {option} cannot be used with a {weight_source.model.family} model, which has no ALiBi; leave "
+            "the option out"
         )
     scaling = None
     if option != "none":
@@ -117,7 +118,7 @@ def _find_step_folder(path: Path, step: int) -> Path:
     if (folder / COMMIT_MARKER).is_file():
         return folder
     kept = ", ".join(str(int(found.name.removeprefix("step-"))) for found in list_committed(root)) or "none"
-    raise UserError(f"--step: {step}; {path} has checkpoints of steps {kept}; name one of them")
+    raise UserError(f"--step: {path} has no checkpoint of step {step}; name a step that has one: {kept}")
 
 
 def _existing_file(path: Path) -> Path | None:

@@ -56,7 +56,7 @@ def _load_hardware(folder: Path, name: str) -> Any:
     hardware_path = folder / f"{name}.yaml"
     if not hardware_path.is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "none"
-        raise UserError(f"hardware: {name!r} has no file in {folder}, which has {known}; name one of them, or use null")
+        raise UserError(f"hardware: {name!r} has no file in {folder}; known names: {known}; use one of them, or null")
     with _user_errors(hardware_path):
         return OmegaConf.to_container(OmegaConf.load(hardware_path))
 
@@ -67,11 +67,11 @@ def _user_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OmegaConfBaseException, OSError) as error:
-        raise UserError(f"{path}: cannot be read: {_one_line(error)}; correct the file or the override") from None
+        raise UserError(f"{path}: cannot be read ({_one_line(error)}); correct the file or the override") from None
     except Exception as error:  # PyYAML's errors have no base class in common with omegaconf's
         if not type(error).__module__.startswith("yaml"):
             raise
-        raise UserError(f"{path}: not valid YAML: {_one_line(error)}; correct the file") from None
+        raise UserError(f"{path}: is not valid YAML ({_one_line(error)}); correct the file") from None
 
 
 def _one_line(error: Exception) -> str:

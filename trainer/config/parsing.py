@@ -33,7 +33,7 @@ def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
         return [_parse_value(arguments[0], item, f"{key_path}[{index}]") for index, item in enumerate(value)]
     if type_origin is dict:
         if not isinstance(value, dict):
-            raise UserError(f"{key_path}: {value!r} is not a mapping; write name: value")
+            raise UserError(f"{key_path}: {value!r} is not a mapping; write one `name: value` per line")
         return {str(key): _parse_value(arguments[1], item, f"{key_path}.{key}") for key, item in value.items()}
     if type(None) in arguments:
         (present,) = (argument for argument in arguments if argument is not type(None))
@@ -48,7 +48,7 @@ def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
         return float(value)
     if type(value) is not annotation:
         raise UserError(
-            f"{key_path}: {value!r} is {type(value).__name__} but must be {annotation.__name__}; write a value of that type"
+            f"{key_path}: {value!r} is of type {type(value).__name__}; write a value of type {annotation.__name__}"
         )
     return value
 
@@ -61,15 +61,15 @@ def _parse_fields(dataclass_type: Any, value: Any, key_path: str) -> Any:
     for key in value:
         if key not in fields:
             close_matches = difflib.get_close_matches(str(key), fields, n=1)
-            remedy = f"did you mean {close_matches[0]}?" if close_matches else f"known: {', '.join(fields)}"
-            raise UserError(f"{prefix}{key}: {_short_repr(value[key])}; no such field; {remedy}")
+            remedy = f"did you mean {close_matches[0]}?" if close_matches else f"the fields are {', '.join(fields)}"
+            raise UserError(f"{prefix}{key}: {_short_repr(value[key])} is given, but there is no such field; {remedy}")
     required = {name for name, entry in fields.items() if _is_required(entry)}
     for name in fields:
         if name in required and name not in value:
             # A section whose fields all have defaults may be left out.
             if dataclasses.is_dataclass(hints[name]) and not any(map(_is_required, dataclasses.fields(hints[name]))):
                 continue
-            raise UserError(f"{prefix}{name}: missing; add {prefix}{name} to the config")
+            raise UserError(f"{prefix}{name}: is missing; add {prefix}{name} to the config")
     return dataclass_type(**{
         name: _parse_value(hints[name], value.get(name, {}), f"{prefix}{name}")
         for name in fields if name in value or name in required

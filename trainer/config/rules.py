@@ -35,7 +35,8 @@ def check_config(config: TrainConfig) -> None:
     _check_positive(config.optim, "optim", "eps")
     for name in ("beta1", "beta2"):
         value = getattr(config.optim, name)
-        _require(0 <= value < 1, f"optim.{name}: {value} must be at least 0 and below 1; the recipes use 0.9 and 0.95")
+        rule = "use a value of at least 0 and below 1; the recipes use 0.9 and 0.95"
+        _require(0 <= value < 1, f"optim.{name}: {value} is out of range; {rule}")
     for section, name in (
         (config.optim, "weight_decay"), (config.optim, "max_grad_norm"), (config.evaluate, "every_steps"),
         (config.checkpoint, "every_steps"), (config.checkpoint, "keep_last"), (data, "prefetch_steps"),
@@ -47,7 +48,7 @@ def check_config(config: TrainConfig) -> None:
         key_path = f"{type(section).__name__.removesuffix('Config').lower()}.{name}"
         value = getattr(section, name)
         in_range = value is None or 0 <= value < math.inf
-        _require(in_range, f"{key_path}: {value} is negative or not finite; use 0 or more; 0 turns it off")
+        _require(in_range, f"{key_path}: {value} is negative or not finite; use 0 (off) or more")
     _check_positive(data, "data", "shuffle_window_tokens")
     cache = data.cache
     _check_positive(cache, "data.cache", "max_size_gib", "max_attempts", "timeout_seconds")
@@ -56,19 +57,20 @@ def check_config(config: TrainConfig) -> None:
     _require(
         max_fetch_seconds <= RANK_WAIT_TIMEOUT_SECONDS,
         f"data.cache.max_attempts: {cache.max_attempts} attempts with timeout_seconds {cache.timeout_seconds:g} can take "
-        f"{max_fetch_seconds:g} s, but ranks wait only {RANK_WAIT_TIMEOUT_SECONDS:g} s for one another; lower one of them",
+        f"{max_fetch_seconds:g} s, but ranks wait only {RANK_WAIT_TIMEOUT_SECONDS:g} s for one another; lower max_attempts or "
+        "timeout_seconds",
     )
     for name, max_epochs in data.max_epochs.items():
         _require(
             name in data.sources and 0 < max_epochs < math.inf,
-            f"data.max_epochs.{name}: {max_epochs} is not valid; use a name in data.sources and a positive finite number, or "
-            "leave it out for no limit",
+            f"data.max_epochs.{name}: {max_epochs} is not valid; the name must be in data.sources and the number positive and "
+            "finite; correct the entry, or leave it out for no limit",
         )
     _check_positive(config.parallel, "parallel", "tp_size", "bucket_elements")
     window_steps = config.guard.window_steps
     _require(
         window_steps >= MIN_GUARD_WINDOW_STEPS,
-        f"guard.window_steps: {window_steps} steps are too few to estimate a spread; use at least {MIN_GUARD_WINDOW_STEPS}",
+        f"guard.window_steps: {window_steps} is too few steps to estimate a spread; use at least {MIN_GUARD_WINDOW_STEPS}",
     )
     _check_positive(config.log, "log", "every_steps")
     # At stage 0 in bf16, DeepSpeed would add the gradients of the second micro-batch in bf16.
@@ -78,7 +80,7 @@ def check_config(config: TrainConfig) -> None:
         "from stage 1 on; set zero_stage to 1 or precision to fp32",
     )
     is_folder_name = "/" not in run.name and run.name not in ("", ".", "..")
-    _require(is_folder_name, f"run.name: {run.name!r} is not the name of one folder; use a name without slashes")
+    _require(is_folder_name, f"run.name: {run.name!r} is not the name of a single folder; use a name without slashes")
     _require(
         run.stop_step is None or run.stop_step >= 1,
         f"run.stop_step: {run.stop_step} is below 1; use 1 or more, or null to run the whole schedule",
@@ -90,8 +92,8 @@ def check_world_size(config: TrainConfig, world_size: int) -> None:
     tp_size, model = config.parallel.tp_size, config.model
     _require(
         world_size % tp_size == 0,
-        f"parallel.tp_size: {tp_size} does not divide the {world_size} ranks of this launch; start a multiple of tp_size ranks "
-        "or change tp_size",
+        f"parallel.tp_size: {tp_size} does not divide {world_size}, the number of ranks of this launch; start a multiple of "
+        "tp_size ranks, or change tp_size",
     )
     dp_size = world_size // tp_size
     for name in ("num_heads", "num_kv_heads"):
@@ -102,7 +104,7 @@ def check_world_size(config: TrainConfig, world_size: int) -> None:
     for index, phase in enumerate(config.schedule.phases):
         _require(
             phase.global_batch_size % (dp_size * phase.micro_batch_size) == 0,
-            f"schedule.phases[{index}].global_batch_size: {phase.global_batch_size} is not divisible by data-parallel size "
+            f"schedule.phases[{index}].global_batch_size: {phase.global_batch_size} is not divisible by the data-parallel size "
             f"{dp_size} ({world_size} ranks / tp_size {tp_size}) times micro_batch_size {phase.micro_batch_size}; change the "
             "number of ranks or micro_batch_size",
         )
@@ -113,12 +115,13 @@ def check_alibi_scaling(scaling: AlibiScalingConfig, key_path: str) -> None:
     factor, train_seq_len = scaling.factor, scaling.train_seq_len
     _require(
         (factor is None) != (train_seq_len is None),
-        f"{key_path}: factor {factor}, train_seq_len {train_seq_len}; set exactly one: factor to interpolate all rows, "
-        "train_seq_len to interpolate rows longer than that",
+        f"{key_path}: factor is {factor} and train_seq_len is {train_seq_len}; set exactly one of them: factor to interpolate "
+        "all rows, or train_seq_len to interpolate only rows longer than train_seq_len",
     )
+    off = "none" if key_path.startswith("--") else "null"
     _require(
         factor is None or 1 < factor < math.inf,
-        f"{key_path}.factor: {factor} is not a finite number above 1; for no interpolation set {key_path} to null",
+        f"{key_path}.factor: {factor} is not a finite number above 1; use one, or set {key_path} to {off} for no interpolation",
     )
     _require(
         train_seq_len is None or train_seq_len > 1,
@@ -131,14 +134,14 @@ def _check_model(model: AnyModelConfig) -> None:
     _check_positive(model, "model", *sizes, "norm_eps", "init_std")
     _require(
         model.hidden_size % model.num_heads == 0,
-        f"model.hidden_size: {model.hidden_size} is not divisible by model.num_heads {model.num_heads}, but head_dim "
-        "is hidden_size / num_heads; use a multiple of num_heads",
+        f"model.hidden_size: {model.hidden_size} is not divisible by model.num_heads {model.num_heads}; head_dim is "
+        "hidden_size / num_heads and must be a whole number; use a multiple of num_heads",
     )
     sigmas = model.init_truncation_sigmas
     _require(
         sigmas == 0 or 0.1 <= sigmas < math.inf,
-        f"model.init_truncation_sigmas: {sigmas} is neither 0 (no truncation) nor a finite number of at least 0.1; use one of "
-        "them (values are redrawn until they are within the bound, which takes too long below 0.1)",
+        f"model.init_truncation_sigmas: {sigmas} is neither 0 (no truncation) nor a finite number of at least 0.1; use 0, or "
+        "0.1 or more, because values are redrawn until they are within the bound, which takes too long below 0.1",
     )
     if isinstance(model, BTLMConfig):
         if model.alibi_scaling is not None:
@@ -153,8 +156,8 @@ def _check_model(model: AnyModelConfig) -> None:
     factor, rotary_dim = model.partial_rotary_factor, model.partial_rotary_factor * model.head_dim
     _require(
         0 < factor <= 1 and rotary_dim % 2 == 0,
-        f"model.partial_rotary_factor: {factor} of head_dim {model.head_dim} is {rotary_dim:g} dimensions; it must be an even "
-        "whole number up to head_dim; choose a factor that gives one",
+        f"model.partial_rotary_factor: {factor} of head_dim {model.head_dim} is {rotary_dim:g} rotary dimensions; choose a "
+        "factor that gives an even whole number from 2 to head_dim",
     )
 
 
@@ -170,8 +173,8 @@ def _check_phase(config: TrainConfig, key_path: str, phase: PhaseConfig) -> None
     nearest_tokens = max(1, round(phase.tokens / tokens_per_step)) * tokens_per_step
     _require(
         phase.tokens % tokens_per_step == 0,
-        f"{key_path}.tokens: {phase.tokens} is not a multiple of global_batch_size * seq_len = {tokens_per_step}; a phase is a "
-        f"whole number of steps; the nearest is {nearest_tokens}",
+        f"{key_path}.tokens: {phase.tokens} is not a multiple of global_batch_size * seq_len = {tokens_per_step}; a phase must "
+        f"be a whole number of steps; the nearest multiple is {nearest_tokens}",
     )
     _require(
         phase.global_batch_size % phase.micro_batch_size == 0,
@@ -182,11 +185,12 @@ def _check_phase(config: TrainConfig, key_path: str, phase: PhaseConfig) -> None
     for name, share in phase.mixture.items():
         _require(
             name in config.data.sources,
-            f"{key_path}.mixture: {name!r} is not a source; data.sources has {sources}; add it or correct the name",
+            f"{key_path}.mixture: {name!r} is not in data.sources, which contains {sources}; add it or correct the name",
         )
         _require(
             0 <= share <= 1,
-            f"{key_path}.mixture.{name}: {share} is not between 0 and 1; leave the source out to read nothing from it",
+            f"{key_path}.mixture.{name}: {share} is not between 0 and 1; use a fraction, or leave the source out to read "
+            "nothing from it",
         )
     share_sum = sum(phase.mixture.values())
     _require(
@@ -196,8 +200,8 @@ def _check_phase(config: TrainConfig, key_path: str, phase: PhaseConfig) -> None
     evaluate = config.evaluate
     _require(
         not evaluate.every_steps or (evaluate.tokens >= 1 and evaluate.tokens % phase.seq_len == 0),
-        f"evaluate.tokens: {evaluate.tokens} is not a multiple of {key_path}.seq_len {phase.seq_len}; validation reads whole "
-        "rows; change it",
+        f"evaluate.tokens: {evaluate.tokens} is not a positive multiple of {key_path}.seq_len {phase.seq_len}, but "
+        "validation reads whole rows; use a multiple of every phase's seq_len",
     )
 
 
@@ -210,8 +214,8 @@ def _check_learning_rate(config: TrainConfig) -> None:
     )
     _require(
         0 <= lr.warmup_steps < total_steps,
-        f"schedule.lr.warmup_steps: {lr.warmup_steps} must be at least 0 and less than the {total_steps} steps of the run; "
-        "use a number in that range",
+        f"schedule.lr.warmup_steps: {lr.warmup_steps} is out of range; use at least 0 and less than {total_steps}, the number "
+        "of steps of the run",
     )
     _require(
         lr.decay_steps is None or lr.decay_steps >= 1,
@@ -221,8 +225,8 @@ def _check_learning_rate(config: TrainConfig) -> None:
         return
     _require(
         0 < lr.switch_fraction < 0.5,
-        f"schedule.lr.switch_fraction: {lr.switch_fraction} must be above 0 and below 0.5, because the schedule must switch "
-        "while the cosine falls; Stable LM 2 uses 0.25",
+        f"schedule.lr.switch_fraction: {lr.switch_fraction} is out of range; use a value above 0 and below 0.5, because the "
+        "schedule must switch while the cosine falls; Stable LM 2 uses 0.25",
     )
     _require(
         0 <= lr.offset_steps <= lr.warmup_steps,
@@ -232,9 +236,9 @@ def _check_learning_rate(config: TrainConfig) -> None:
     start_step = lr.cooldown_start_step
     _require(
         start_step is None or (lr.cooldown_steps >= 1 and start_step >= lr.warmup_steps),
-        f"schedule.lr.cooldown_steps: {lr.cooldown_steps} from step {start_step}; a cooldown has at least 1 step and starts "
-        f"after the warm-up; use cooldown_steps of 1 or more and cooldown_start_step of {lr.warmup_steps} or more, or set "
-        "cooldown_start_step to null",
+        f"schedule.lr.cooldown_steps: {lr.cooldown_steps} with cooldown_start_step {start_step} is not valid, because a "
+        "cooldown has at least 1 step and starts after the warm-up; use cooldown_steps of 1 or more and cooldown_start_step of "
+        f"{lr.warmup_steps} or more, or set cooldown_start_step to null",
     )
 
 

@@ -126,8 +126,8 @@ class Loader:
                 sources[source].stream.skip_shard(file)
         if source in self._train_readers and not self._train_readers[source].stream.kept_epoch_tokens:
             raise UserError(
-                f"data.sources.{source}: no undamaged training shard is left, the last damaged one is {file}; "
-                f"restore {self._data.sources[source]}"
+                f"data.sources.{source}: all training shards of {self._data.sources[source]} are damaged (last found: {file}); "
+                "restore them"
             )
 
     def validation_batches(self, phase: config.PhaseConfig, tokens: int) -> Iterator[Batch]:
@@ -143,8 +143,8 @@ class Loader:
             available_tokens = reader.stream.epoch_tokens if reader else 0
             if needed_tokens > available_tokens:
                 raise UserError(
-                    f"evaluate.tokens: {tokens} needs {needed_tokens} held-out tokens of {self._data.sources[source]}, "
-                    f"which has {available_tokens}; lower it, or prepare the corpus with a larger --held-out"
+                    f"evaluate.tokens: {tokens} needs {needed_tokens} held-out tokens of {self._data.sources[source]}, which "
+                    f"has only {available_tokens}; lower evaluate.tokens, or prepare the corpus with a larger --held-out"
                 )
         rows, cursor = [], dict.fromkeys(sources, 0)
         num_rows_left = {
@@ -228,12 +228,12 @@ class Loader:
         """Return the error message for a schedule that reads too much of the source. `position` is the run's read position."""
         max_tokens, reader = self._max_tokens_by_source[source], self._train_readers[source]
         damaged_tokens = reader.skipped_tokens_before(max_tokens) - reader.skipped_tokens_before(position)
-        damage = f", and {damaged_tokens} of those ahead are in damaged shards" if damaged_tokens else ""
+        damage = f", of which {damaged_tokens} unread tokens are in damaged shards" if damaged_tokens else ""
         return (
             f"data.max_epochs.{source}: the schedule reads {self._scheduled_tokens(source, total_steps)} tokens, but "
             f"{self._data.max_epochs[source]:g} epochs of the {self.manifests[source].train.tokens} tokens in "
             f"{self._data.sources[source]} are only {max_tokens}{damage}; raise max_epochs, lower the source's share or the "
-            "phases' tokens, or set data.at_end=stop to end the run there"
+            "phases' tokens, or set data.at_end=stop to end the run when they are used up"
         )
 
 
@@ -241,21 +241,20 @@ def _check_shard_files(folder: str, corpus: manifest.CorpusManifest) -> None:
     try:
         manifest.check_shard_files(folder, corpus)
     except DamagedShard as error:
-        raise DamagedShard(
-            error.file, f"{error}; or set data.damaged_shards=skip to train without this shard"
-        ) from None
+        message = f"{error}, or set data.damaged_shards=skip to train without this shard"
+        raise DamagedShard(error.file, message) from None
 
 
 def _check_vocab(source: str, corpus: manifest.CorpusManifest, vocab_size: int) -> None:
     key_path = f"data.sources.{source}"
     if corpus.vocab > vocab_size:
         raise UserError(
-            f"model.vocab_size: {vocab_size}; the tokenizer of {key_path} has {corpus.vocab} ids; set it to at least that"
+            f"model.vocab_size: {vocab_size} is too small for the tokenizer of {key_path}; use at least its {corpus.vocab} ids"
         )
     if not 0 <= corpus.eos_id < corpus.vocab:
         raise UserError(
-            f"{key_path}: EOS {corpus.eos_token!r} has id {corpus.eos_id}, outside the tokenizer's {corpus.vocab} ids; "
-            "prepare the corpus with an --eos the tokenizer has"
+            f"{key_path}: EOS {corpus.eos_token!r} has id {corpus.eos_id}, but the tokenizer has only {corpus.vocab} ids; "
+            "prepare the corpus with an --eos that the tokenizer has"
         )
     if not corpus.train.tokens:
         raise UserError(f"{key_path}: has no training tokens; prepare it with a smaller --held-out or more text")
@@ -278,7 +277,7 @@ def _check_same_tokenizer(corpora: dict[str, manifest.CorpusManifest]) -> None:
         other = corpora[name]
         if (first.tokenizer_sha256, first.eos_id) != (other.tokenizer_sha256, other.eos_id):
             raise UserError(
-                f"data.sources.{name}: prepared with tokenizer {other.tokenizer_sha256[:12]}, EOS {other.eos_token!r}, but "
-                f"{first_name} with {first.tokenizer_sha256[:12]}, {first.eos_token!r}; "
-                "all sources of a run must share one tokenizer; prepare one of them again"
+                f"data.sources.{name}: was prepared with tokenizer {other.tokenizer_sha256[:12]} and EOS {other.eos_token!r}, "
+                f"but {first_name} was prepared with tokenizer {first.tokenizer_sha256[:12]} and EOS {first.eos_token!r}; "
+                "all sources of a run must share one tokenizer; prepare one of the two again"
             )

@@ -116,7 +116,7 @@ def load_manifest(folder: str | Path, settings: ShardCacheConfig = remote_files.
         return parse_manifest(remote_files.read_bytes(path, settings), path)
     except (FileNotFoundError, NotADirectoryError, remote_files.RemoteFileMissing):
         remedy = "correct the address" if remote_files.is_remote(folder) else f"run tandem prepare --output {folder}"
-        raise UserError(f"{path}: no such file; a prepared corpus has one; {remedy}") from None
+        raise UserError(f"{path}: no such file, but every prepared corpus has one; {remedy}") from None
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({str(error)[:200]}); restore the file or the connection to it"
@@ -134,7 +134,10 @@ def parse_manifest(content: bytes, path: str | Path) -> CorpusManifest:
         fingerprint = tree.pop("fingerprint")
         expected_header = (FORMAT_NAME, FORMAT_VERSION)
         if header != expected_header:
-            raise UserError(f"{path}: format {header}; this version reads {expected_header}; prepare the corpus again")
+            problem = (
+                f"has format {header[0]} {header[1]}, but this version of Tandem reads {FORMAT_NAME} {FORMAT_VERSION}"
+            )
+            raise UserError(f"{path}: {problem}; prepare the corpus again")
         tree |= {name: _parse_split(tree[name]) for name in ("train", "validation")}
         manifest = CorpusManifest(**tree)
     except UserError:
@@ -156,7 +159,7 @@ def check_shard_files(folder: str | Path, manifest: CorpusManifest) -> None:
     for shard in [*manifest.train.shards, *manifest.validation.shards]:
         path = Path(folder) / shard.file
         if not path.is_file():
-            message = f"{path}: shard is missing; {MANIFEST_FILE} lists it; restore it or prepare the corpus again"
+            message = f"{path}: the shard is missing; {MANIFEST_FILE} lists it; restore it or prepare the corpus again"
             raise DamagedShard(shard.file, message)
         _check_size(path, path.stat().st_size, shard)
 
@@ -168,7 +171,8 @@ def check_shard_content(file: BufferedReader, path: Path, shard: Shard) -> None:
     if xxh3_hash != shard.xxh3_128:
         raise DamagedShard(
             shard.file,
-            f"{path}: xxh3_128 {xxh3_hash[:12]}, but the manifest has {shard.xxh3_128[:12]}; the shard is damaged; restore it",
+            f"{path}: the shard is damaged: its xxh3_128 is {xxh3_hash[:12]}, not {shard.xxh3_128[:12]} as in the manifest; "
+            "restore it",
         )
 
 
@@ -182,8 +186,8 @@ def check_tokenizer(file: str | Path, manifest: CorpusManifest, message_prefix: 
         ) from None
     if sha256 != manifest.tokenizer_sha256:
         raise UserError(
-            f"{message_prefix}: {file} has sha256 {sha256[:12]}; the corpus was prepared with "
-            f"{manifest.tokenizer_sha256[:12]}; name the {TOKENIZER_FILE} in the corpus folder, or prepare again"
+            f"{message_prefix}: {file} has sha256 {sha256[:12]}, but the corpus was prepared with a tokenizer whose sha256 is "
+            f"{manifest.tokenizer_sha256[:12]}; use the {TOKENIZER_FILE} in the corpus folder, or prepare the corpus again"
         )
 
 
@@ -196,15 +200,15 @@ def check_fingerprints(saved_fingerprints: Mapping[str, str], fingerprints: Mapp
     for source, found in fingerprints.items():
         if source not in saved_fingerprints and found in saved_fingerprints.values():
             raise UserError(
-                f"data.sources.{source}: the run has read this corpus under another name, and its position would be lost; "
+                f"data.sources.{source}: the run has read this corpus under another name, and its read position would be lost; "
                 "restore the name, or start a new run"
             )
     for source, saved in saved_fingerprints.items():
         found = fingerprints.get(source, saved)
         if found != saved:
             raise UserError(
-                f"data.sources.{source}: fingerprint {found[:12]}; the run was saved with corpus {saved[:12]}; "
-                "resume with that corpus, or start a new run"
+                f"data.sources.{source}: the corpus has fingerprint {found[:12]}, but the run was saved with one that has "
+                f"{saved[:12]}; resume with that corpus, or start a new run"
             )
 
 
@@ -212,7 +216,7 @@ def _check_size(path: Path, size_bytes: int, shard: Shard) -> None:
     if size_bytes != shard.bytes:
         raise DamagedShard(
             shard.file,
-            f"{path}: has {size_bytes} bytes, but {MANIFEST_FILE} has {shard.bytes}; restore it or prepare the corpus again",
+            f"{path}: has {size_bytes} bytes, not {shard.bytes} as in {MANIFEST_FILE}; restore it or prepare the corpus again",
         )
 
 

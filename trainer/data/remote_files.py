@@ -71,7 +71,9 @@ class RetryPolicy:
         if self.num_failures >= attempts or isinstance(error, self._fatal_errors):
             raise error
         counts = self.num_failures, attempts
-        log.warning("%s: try %d of %d: %s; next try in %.3g s", self._description, *counts, error, pause_seconds)
+        log.warning(
+            "%s: attempt %d of %d failed (%s); retry in %.3g s", self._description, *counts, error, pause_seconds
+        )
         time.sleep(pause_seconds)
 
 
@@ -102,7 +104,7 @@ def list_files(address: str, settings: ShardCacheConfig = DEFAULT_SETTINGS) -> l
     except (OSError, ValueError) as error:  # a bad pattern is a ValueError
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{address}: cannot be read ({error}); correct it, or restore the connection to it") from None
+        raise UserError(f"{address}: cannot be read ({error}); correct the address or restore the connection") from None
     return sorted(found, key=lambda file: file.name.split("/"))
 
 
@@ -173,7 +175,7 @@ class _RemoteReader(io.RawIOBase):
                 self._reconnect()
                 if block := next(self._blocks, b""):
                     return block
-                raise RemoteError(f"ended at byte {self._position} of {self._file.size_bytes}")
+                raise RemoteError(f"the file ended at byte {self._position} of {self._file.size_bytes}")
             except RemoteError as error:
                 self._blocks = iter(())
                 retry_policy.wait_or_raise(error)
@@ -181,7 +183,7 @@ class _RemoteReader(io.RawIOBase):
     def _reconnect(self) -> None:
         address, timeout_seconds = self._file.address, self._settings.timeout_seconds
         if self._position and _stat(address, timeout_seconds) != self._file:
-            raise OSError(f"{address}: changed while it was read; start again from its beginning")
+            raise OSError(f"{address}: the file changed while it was read; read it again from its beginning")
         self._blocks = read_blocks(address, self._position, timeout_seconds)
 
 
@@ -198,15 +200,15 @@ def _open_filesystem(address: str, timeout_seconds: float) -> Any:
     scheme = address.split("://")[0]
     if scheme not in PIP_REQUIREMENTS:
         raise UserError(
-            f"{address}: {scheme}:// is not supported; use a local path or one of {', '.join(PIP_REQUIREMENTS)}, "
-            "or copy the files to one of them"
+            f"{address}: {scheme}:// is not supported; copy the files to a local folder or to an address that starts with one "
+            f"of {', '.join(PIP_REQUIREMENTS)}"
         )
     try:
         import fsspec
 
         return fsspec.filesystem(scheme, use_listings_cache=False, **_filesystem_options(scheme, timeout_seconds))
     except ImportError as error:
-        raise UserError(f"{address}: {error}; pip install '{PIP_REQUIREMENTS[scheme]}'") from None
+        raise UserError(f"{address}: cannot be read ({error}); run pip install '{PIP_REQUIREMENTS[scheme]}'") from None
 
 
 def _filesystem_options(scheme: str, timeout_seconds: float) -> dict[str, Any]:
@@ -271,7 +273,7 @@ def _stat(address: str, timeout_seconds: float) -> RemoteFile:
 
 def _remote_file(address: str, info: dict[str, Any], name: str) -> RemoteFile:
     if info["size"] is None:
-        raise OSError(f"{address}: the server does not report its size; copy it to a local folder")
+        raise OSError(f"{address}: the server does not report the size of this file; copy the file to a local folder")
     version = next((str(info[key]) for key in VERSION_KEYS if info.get(key)), str(info["size"]))
     return RemoteFile(name, address, info["size"], version)
 

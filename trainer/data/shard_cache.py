@@ -116,7 +116,7 @@ class ShardCache:
             try:
                 self._open_shard(folder, shard).close()
             except UserError as error:
-                log.warning("%s; this was a prefetch, and the read of the shard will try again", error)
+                log.warning("%s; this was only a prefetch, so training will try the shard again", error)
 
     @contextmanager
     def _exclusive_access(self, address: str) -> Iterator[None]:
@@ -147,11 +147,12 @@ class ShardCache:
                     f"{folder}: no longer has a {MANIFEST_FILE}; restore the folder or the file system mounted there"
                 ) from None
             raise DamagedShard(
-                shard.file, f"{path}: shard is missing; the manifest lists it; restore it or prepare the corpus again"
+                shard.file,
+                f"{path}: the shard is missing; {MANIFEST_FILE} lists it; restore it or prepare the corpus again",
             ) from None
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"{path}: shard cannot be read ({reason}); restore the connection to it") from None
+            raise UserError(f"{path}: the shard cannot be read ({reason}); restore the connection to it") from None
 
     def _open_verified(self, path: Path, shard: Shard, *, is_copy: bool = False) -> io.BufferedReader:
         with ExitStack() as on_error:
@@ -181,8 +182,9 @@ class ShardCache:
             return file
         except OSError as error:
             raise UserError(
-                f"data.cache.folder: {self._folder}: {error.strerror or error}; must be a local folder with room for copies "
-                "of shards, readable by this user; correct that, lower data.cache.max_size_gib, or name another folder"
+                f"data.cache.folder: {self._folder} cannot be used ({error.strerror or error}); it must be a local folder that "
+                "this user can read and that has room for copies of shards; correct that, lower data.cache.max_size_gib, or "
+                "name another folder"
             ) from None
 
     def _open_existing_copy(self, copy: Path, shard: Shard) -> io.BufferedReader | None:
@@ -194,7 +196,7 @@ class ShardCache:
         except (DamagedShard, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.EIO:
                 raise  # the fault is in this process; the copy may be good, and others may use it
-            log.warning("%s; fetching it again", error)
+            log.warning("replacing a bad cached copy (no action is needed): %s", error)
             copy.unlink(missing_ok=True)
             return None
 
@@ -226,8 +228,8 @@ class ShardCache:
         """
         if shard.bytes > self._max_size_bytes:
             raise UserError(
-                f"data.cache.max_size_gib: {self._settings.max_size_gib}; shard {shard.file} has {shard.bytes} bytes; "
-                "the cache needs room for several shards; raise it"
+                f"data.cache.max_size_gib: {self._settings.max_size_gib} is too small for shard {shard.file} of {shard.bytes} "
+                "bytes; raise it so that the cache has room for several shards"
             )
         while True:
             with self._folder_lock():

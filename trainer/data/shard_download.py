@@ -36,8 +36,8 @@ def fetch_shard(folder: str | Path, shard: Shard, partial_file: BinaryIO, settin
                 retry_policy.wait_or_raise(error)
             except remote_files.RemoteError:
                 seconds = time.monotonic() - start_time
-                tries = f"tries: {retry_policy.num_failures} in {seconds:.3g} s, the last: {error}"
-                message = f"{address}: shard cannot be fetched; {tries}; restore"
+                attempts = f"attempts: {retry_policy.num_failures} in {seconds:.3g} s, last error: {error}"
+                message = f"{address}: the shard cannot be fetched ({attempts}); restore"
                 if isinstance(error, remote_files.RemoteFileMissing):
                     _check_manifest_exists(folder, settings)
                 if isinstance(error, (remote_files.RemoteFileMissing, _ContentMismatch)):
@@ -77,18 +77,22 @@ class _ShardDownload:
             for block in blocks:
                 if self._received_bytes + len(block) > size_bytes:
                     self._restart()
-                    raise self._content_mismatch(f"longer than the {size_bytes} bytes in the manifest")
+                    raise self._content_mismatch(f"the file is longer than the {size_bytes} bytes in the manifest")
                 self._partial_file.write(block)
                 self._digest.update(block)
                 self._received_bytes += len(block)
                 if time.monotonic() - last_log_time > PROGRESS_LOG_SECONDS:
                     last_log_time = time.monotonic()
-                    log.warning("%s: slow: %d of %d bytes so far", self._address, self._received_bytes, size_bytes)
+                    log.warning(
+                        "%s: slow download, %d of %d bytes so far", self._address, self._received_bytes, size_bytes
+                    )
         if self._received_bytes < size_bytes:
-            raise self._content_mismatch(f"ended at byte {self._received_bytes} of {size_bytes}")
+            raise self._content_mismatch(f"the file ended at byte {self._received_bytes} of {size_bytes}")
         if (sha256 := self._digest.hexdigest()) != self._shard.sha256:
             self._restart()
-            raise self._content_mismatch(f"sha256 {sha256[:12]}, but the manifest has {self._shard.sha256[:12]}")
+            raise self._content_mismatch(
+                f"the sha256 is {sha256[:12]}, not {self._shard.sha256[:12]} as in the manifest"
+            )
 
     def _restart(self) -> None:
         self._partial_file.seek(0)
@@ -96,4 +100,4 @@ class _ShardDownload:
 
     def _content_mismatch(self, reason: str) -> _ContentMismatch:
         is_repeated, self._last_mismatch = reason == self._last_mismatch, reason
-        return _RepeatedMismatch(f"{reason}, twice the same") if is_repeated else _ContentMismatch(reason)
+        return _RepeatedMismatch(f"{reason}, twice in a row") if is_repeated else _ContentMismatch(reason)

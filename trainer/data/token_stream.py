@@ -172,7 +172,7 @@ class TokenStream:
                 try:
                     tar = mmap.mmap(file.fileno(), shard.bytes, access=mmap.ACCESS_READ)
                 except ValueError:  # it was truncated after the check
-                    message = f"{file.name}: has fewer than {shard.bytes} bytes; restore it"
+                    message = f"{file.name}: has fewer than the {shard.bytes} bytes in the manifest; restore it"
                     raise DamagedShard(shard.file, message) from None
         except DamagedShard as error:
             raise DamagedSourceShard(self._source, shard.file, str(error)) from None

@@ -121,7 +121,8 @@ class Engine:
     def __init__(self, config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
         if (accelerator := deepspeed.accelerator.get_accelerator().device_name()) != mesh.device.type:
             raise UserError(
-                f"DS_ACCELERATOR: DeepSpeed would train on the {accelerator}, but this rank's device is {mesh.device}; unset it"
+                f"DS_ACCELERATOR: DeepSpeed would use {accelerator}, but this rank's device is {mesh.device}; unset the "
+                "variable"
             )
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # DeepSpeed 0.19 would compile a shared-memory all-reduce for CPUs at the start, which only its inference engine uses.

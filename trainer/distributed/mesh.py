@@ -46,7 +46,7 @@ def init_mesh(tp_size: int) -> Mesh:
     if torch.cuda.is_available():
         if launch["local_rank"] >= torch.cuda.device_count():
             raise UserError(
-                f"ranks: this machine has {torch.cuda.device_count()} GPUs and none is left for rank {launch['rank']}; start "
+                f"ranks: no GPU of this machine is left for rank {launch['rank']} (GPUs: {torch.cuda.device_count()}); start "
                 "one rank per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
             )
         device = torch.device("cuda", launch["local_rank"])

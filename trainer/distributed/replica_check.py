@@ -37,8 +37,8 @@ def check_replicas(model: nn.Module, mesh: Mesh, step: int) -> None:
         rank_list = ", ".join(map(str, ranks))
         raise RuntimeError(
             f"step {step}: the weights of {'rank' if len(ranks) == 1 else 'ranks'} {rank_list} differ from those of the other "
-            f"replicas ({len(mismatches)} of {len(sums)} tensors, first {mismatches[0][1]}): a device computes wrong results; "
-            "remove it from the launch; nothing of this step was saved"
+            f"replicas ({len(mismatches)} of {len(sums)} tensors, the first is {mismatches[0][1]}), so a device computes wrong "
+            "results; remove that device from the launch; nothing of this step was saved"
         )
 
 

@@ -81,7 +81,8 @@ class ConsoleSink:
         verb = f"resumed at step {record['step']}" if record["step"] else "start at step 0"
         self._print(
             f"{verb} of {record['total_steps']}, {format_number(record['total_tokens'])} tokens in all, "
-            f"{record['world_size']} ranks (tp {record['tp_size']} x dp {record['dp_size']})"
+            f"{record['world_size']} rank{'s' * (record['world_size'] != 1)} "
+            f"(tp {record['tp_size']} x dp {record['dp_size']})"
         )
         self._consumed_tokens_by_step = {record["step"]: record["tokens"]}
         if parts := record["start_seconds"]:

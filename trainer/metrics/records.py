@@ -139,7 +139,7 @@ class JsonLinesSink:
             journal.append_record(self._file, finite)
         except OSError as error:
             raise UserError(
-                f"{self._file.name}: a record cannot be written ({error.strerror}); make room and start again: the run "
+                f"{self._file.name}: a record cannot be written ({error.strerror}); free disk space and start again: the run "
                 "continues from its last checkpoint"
             ) from None
 

@@ -63,9 +63,11 @@ class WandbSink:
             reason = _format_error(error)
             if config.log.wandb != "auto" or mode != "online":
                 remedy = (
-                    "check key and network, or set log.wandb=offline" if mode == "online" else "set log.wandb=disabled"
+                    "check the key and the network, or set log.wandb=offline"
+                    if mode == "online"
+                    else "set log.wandb=disabled"
                 )
-                raise UserError(f"log.wandb: {mode}: {reason}; {remedy}") from None
+                raise UserError(f"log.wandb: {mode} mode failed ({reason}); {remedy}") from None
             log.warning("wandb: %s; writing offline into the run folder instead", reason)
             wandb.teardown()  # its service reserves the id of the failed run
             mode, self._run = "offline", _init_run("offline", folder, config)
@@ -105,7 +107,9 @@ class WandbSink:
 
     def _disable(self, error: BaseException) -> None:
         """Stop writing to wandb after any error: a dead service raises many kinds of exceptions, some of them internal."""
-        log.warning("wandb: lost (%s); training continues, and metrics.jsonl has every step", _format_error(error))
+        log.warning(
+            "wandb: failed (%s); training continues without it, and metrics.jsonl has every step", _format_error(error)
+        )
         self._run = None
 
 

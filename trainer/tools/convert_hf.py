@@ -35,14 +35,14 @@ DEFAULT_MAX_SEQ_LEN = 2048
 
 def add_import_hf_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="Hugging Face folder: config.json, safetensors, tokenizer.json")
-    parser.add_argument("output", type=Path, help="new folder; a run starts from it with run.init_from")
+    parser.add_argument("output", type=Path, help="new folder; set run.init_from to it to start a run from the weights")
 
 
 def run_import_hf(arguments: argparse.Namespace) -> None:
     """Write a committed checkpoint of the weights, and the tokenizer, to the output folder."""
     start_time, output = time.perf_counter(), arguments.output
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"{output}: is not empty; an import must write a new folder; choose another")
+        raise UserError(f"{output}: exists and is not an empty folder; an import needs a new one; choose another")
     weight_source = open_with_status(arguments.folder)
     model = weight_source.model
     metadata = model_metadata(model, weight_source.mup)
@@ -58,7 +58,8 @@ def run_import_hf(arguments: argparse.Namespace) -> None:
 def add_export_hf_arguments(parser: argparse.ArgumentParser) -> None:
     run_help = "run folder, import folder, or a checkpoint of either"
     length_help = (
-        "longest row, for config.json (default: the longest trained on); a larger value also needs --alibi-scaling"
+        "longest row, written to config.json (default: the longest row in training); a larger value also needs "
+        "--alibi-scaling"
     )
     parser.add_argument("run_folder", type=Path, metavar="run", help=run_help)
     parser.add_argument("output", type=Path, help="new folder, or an earlier export to replace")
@@ -75,7 +76,9 @@ def run_export_hf(arguments: argparse.Namespace) -> None:
     """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load."""
     start_time, dtype = time.perf_counter(), DTYPES[arguments.dtype]
     if arguments.max_seq_len is not None and arguments.max_seq_len < 1:
-        raise UserError(f"--max-seq-len: {arguments.max_seq_len}; must be at least 1; give a length or leave it out")
+        raise UserError(
+            f"--max-seq-len: {arguments.max_seq_len} is less than 1; use 1 or more, or leave the option out"
+        )
     weight_source = open_with_status(arguments.run_folder, arguments.step)
     weight_source = weights.override_alibi_scaling(weight_source, arguments.alibi_scaling)
     with with_progress("exporting", weight_source) as read_tensor:
@@ -91,7 +94,7 @@ def run_export_hf(arguments: argparse.Namespace) -> None:
         log.warning(message, weight_source.missing_tokenizer_file)
     if arguments.check:
         error = max_logit_error(weight_source, arguments.output, dtype)
-        print(f"reloaded with transformers: largest difference of logits {error:.1e} of their range")
+        print(f"reloaded with transformers: logits differ by at most {error:.1e} of their range")
         if error > LOGIT_TOLERANCE:
             raise RuntimeError(f"{arguments.output}: logits differ from the run's by {error:.1e} of their range")
 

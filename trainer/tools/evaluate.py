@@ -22,9 +22,9 @@ from tandem.trainer.validation import token_losses
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     bins_help = "number of equal ranges of positions over which the loss is averaged (default 8)"
     parser.add_argument("source", type=Path, help="run folder, import folder or Hugging Face folder")
-    parser.add_argument("--data", required=True, help="prepared corpus with the held-out rows")
+    parser.add_argument("--data", required=True, help="prepared corpus that contains the held-out rows")
     parser.add_argument(
-        "--seq-len", type=int, help="tokens in a row (default: the longest that the run was trained on)"
+        "--seq-len", type=int, help="tokens per row (default: the longest row that the run was trained on)"
     )
     parser.add_argument("--rows", type=int, default=32, help="number of held-out rows (default 32)")
     parser.add_argument("--bins", type=int, default=8, help=bins_help)
@@ -38,10 +38,10 @@ def run(arguments: argparse.Namespace) -> None:
     weight_source = weights.override_alibi_scaling(weight_source, arguments.alibi_scaling)
     seq_len = weight_source.max_seq_len if arguments.seq_len is None else arguments.seq_len
     if seq_len is None:
-        raise UserError(f"--seq-len: missing; {arguments.source} does not record it; give --seq-len TOKENS")
+        raise UserError(f"--seq-len: is missing, and {arguments.source} records no row length; give --seq-len TOKENS")
     check_corpus(arguments.data, weight_source, seq_len, arguments.rows)
     if arguments.bins < 1:
-        raise UserError(f"--bins: {arguments.bins}; must be at least 1; 1 prints only the mean")
+        raise UserError(f"--bins: {arguments.bins} is less than 1; use 1 or more; 1 prints only the mean")
     num_bins = min(arguments.bins, seq_len)
     with mesh_context(tp_size=1) as mesh, torch.no_grad():
         model = weights.load_model(weight_source, mesh)
@@ -63,14 +63,16 @@ def check_corpus(data: str, weight_source: WeightSource, seq_len: int, num_rows:
     """Raise UserError unless the corpus was prepared with the weights' tokenizer and has `num_rows` held-out rows."""
     corpus = manifest.load_manifest(data)
     if corpus.vocab > weight_source.model.vocab_size:
-        sizes = f"a tokenizer of {corpus.vocab} ids, but the weights have {weight_source.model.vocab_size}"
+        sizes = f"a tokenizer of {corpus.vocab} ids, but the weights have only {weight_source.model.vocab_size}"
         raise UserError(f"--data: {data} was prepared with {sizes}; prepare it with the tokenizer of the weights")
     if weight_source.tokenizer_file:
-        manifest.check_tokenizer(weight_source.tokenizer_file, corpus, f"--data {data}: the weights' tokenizer")
+        manifest.check_tokenizer(
+            weight_source.tokenizer_file, corpus, f"--data {data} must have the weights' tokenizer"
+        )
     if num_rows < 1 or seq_len < 1 or num_rows * seq_len > corpus.validation.tokens:
-        requested = f"{num_rows} rows of --seq-len {seq_len} tokens"
-        rule = f"must be positive numbers with a product of at most {corpus.validation.tokens}, the held-out tokens of {data}"
-        raise UserError(f"--rows: {requested}; {rule}; change one of them")
+        requested = f"{num_rows} rows of --seq-len {seq_len} tokens are not available"
+        rule = f"both numbers must be positive, and {data} has {corpus.validation.tokens} held-out tokens"
+        raise UserError(f"--rows: {requested}; {rule}; change one of the two")
 
 
 def held_out_batches(data: str, vocab_size: int, seq_len: int, num_rows: int) -> Iterable[Batch]:

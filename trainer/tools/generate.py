@@ -24,20 +24,25 @@ REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     top_p_help = "sample from the most likely tokens with this total probability (default 1)"
     no_cache_help = (
-        "recompute the whole text for every token instead of caching keys and values. The result is the same up to rounding, "
-        "except with --alibi-scaling train_seq_len in longer texts: cached keys and values keep the divisor of a shorter text"
+        "recompute the whole text for every token instead of caching keys and values; the result is the same up to rounding, "
+        "except with --alibi-scaling train_seq_len=N for texts longer than N, because cached keys and values were computed "
+        "with the divisor of a shorter text"
     )
-    tokenizer_help = "tokenizer.json (default: the one next to the weights, or of their corpus)"
+    tokenizer_help = "tokenizer.json that the weights were trained with (default: the one next to the weights)"
     parser.add_argument("source", type=Path, help="run folder, import folder or Hugging Face folder")
     parser.add_argument("--prompt", action="append", default=[], help="text to continue; can be repeated")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="file with one text to continue per line")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="maximum number of new tokens (default 64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default 0)")
     parser.add_argument(
-        "--top-k", type=int, default=0, help="sample from the K most likely tokens; 0: from all (default)"
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0 takes the most likely token (default 0)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="sample from the K most likely tokens; 0 (the default) samples from all"
     )
     parser.add_argument("--top-p", type=float, default=1.0, help=top_p_help)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling; prompts are sampled independently")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed for sampling; prompts are sampled independently (default 0)"
+    )
     parser.add_argument("--ignore-eos", action="store_true", help="continue after the token that ends a document")
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt, each on one line")
     parser.add_argument("--no-cache", action="store_true", help=no_cache_help)
@@ -97,7 +102,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
             # Not splitlines, which also splits at form feeds and rarer characters.
             texts += arguments.prompts.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts: {arguments.prompts} cannot be read: {error}; give a text file") from None
+            raise UserError(f"--prompts: {arguments.prompts} cannot be read ({error}); give a text file") from None
     if not texts:
         raise UserError("--prompt: is missing; give --prompt TEXT or --prompts FILE")
     return texts
@@ -108,7 +113,7 @@ def encode(text: str, tokenizer: "Tokenizer") -> list[int]:
     tokens: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     if not tokens:
         raise UserError(
-            "--prompt: is empty, or a line of --prompts is empty; each must have at least one token; give some text"
+            "--prompt: a text (or a line of --prompts) has no tokens; each must have at least one; give some text"
         )
     return tokens
 
@@ -119,15 +124,16 @@ def load_tokenizer(weight_source: WeightSource, path: Path | None) -> "Tokenizer
 
     file = path or weight_source.tokenizer_file
     if file is None or not file.is_file():
-        raise UserError(f"--tokenizer: {file}; must be the tokenizer of the corpus; give its tokenizer.json")
+        problem = f"{file} is not a file" if file else "is missing, and there is none next to the weights"
+        raise UserError(f"--tokenizer: {problem}; give the tokenizer.json of the corpus")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"--tokenizer: {file} cannot be read: {error}; it must be a tokenizer.json") from None
+        raise UserError(f"--tokenizer: {file} cannot be read ({error}); give a tokenizer.json") from None
     max_token_id = max(tokenizer.get_vocab().values())
     if max_token_id >= weight_source.model.vocab_size:
-        sizes = f"has id {max_token_id}, but the weights have {weight_source.model.vocab_size} ids"
-        raise UserError(f"--tokenizer: {file} {sizes}; name the tokenizer that they were trained with")
+        sizes = f"has id {max_token_id}, but the weights have only {weight_source.model.vocab_size} ids"
+        raise UserError(f"--tokenizer: {file} {sizes}; name the tokenizer that the weights were trained with")
     return tokenizer
 
 
@@ -145,20 +151,26 @@ def warn_beyond_max_seq_len(weight_source: WeightSource, seq_len: int) -> None:
     """Log a warning if texts can become longer than the rows that the weights were trained on."""
     if (trained := weight_source.max_seq_len) and seq_len > trained:
         is_btlm = isinstance(weight_source.model, BTLMConfig)
-        remedy = f"; see --alibi-scaling train_seq_len={trained}" if is_btlm else ""
-        log.warning("texts of up to %d tokens; the weights were trained on %d%s", seq_len, trained, remedy)
+        remedy = f"; consider --alibi-scaling train_seq_len={trained}" if is_btlm else ""
+        log.warning("texts may reach %d tokens, but the weights were trained on rows of %d%s", seq_len, trained, remedy)
 
 
 def parse_sampling(arguments: argparse.Namespace) -> SamplingConfig:
     """Parse the sampling options.  Raises: UserError if a value is out of range."""
     if not arguments.temperature >= 0:
-        raise UserError(f"--temperature: {arguments.temperature}; must not be negative; 0 takes the most likely token")
+        raise UserError(
+            f"--temperature: {arguments.temperature} is not a number of at least 0; use one; 0 takes the most likely token"
+        )
     if arguments.top_k < 0:
-        raise UserError(f"--top-k: {arguments.top_k}; must not be negative; 0 samples from all tokens")
+        raise UserError(f"--top-k: {arguments.top_k} is negative; use 0 to sample from all tokens")
     if not 0 < arguments.top_p <= 1:
-        raise UserError(f"--top-p: {arguments.top_p}; must be above 0 and at most 1; 1 samples from all tokens")
+        raise UserError(
+            f"--top-p: {arguments.top_p} is out of range; use more than 0 and at most 1, which samples from all tokens"
+        )
     if not arguments.temperature and (arguments.top_k or arguments.top_p < 1):
-        raise UserError("--temperature: 0 takes the most likely token and ignores --top-k and --top-p; raise it")
+        raise UserError(
+            "--temperature: 0 takes the most likely token and ignores --top-k and --top-p; use a higher temperature"
+        )
     if arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens: {arguments.max_new_tokens}; must be at least 1; give a number of tokens")
+        raise UserError(f"--max-new-tokens: {arguments.max_new_tokens} is less than 1; use 1 or more")
     return SamplingConfig(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)

@@ -82,5 +82,7 @@ def test_a_checkpoint_with_a_hole_is_no_tensor(tmp_path, generator):
 def test_a_checkpoint_of_another_format_is_refused(tmp_path, number):
     manifest = {"step": 1, "fragments": [], "files": {}} | ({} if number is None else {"format": number})
     (tmp_path / MANIFEST_FILE).write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=rf"checkpoint format {number}; this version reads {FORMAT_VERSION}"):
+    with pytest.raises(
+        UserError, match=rf"checkpoint format {number}, but this version of Tandem reads only {FORMAT_VERSION};"
+    ):
         Checkpoint(tmp_path)

@@ -30,16 +30,16 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
         ("parallel.zero_stage=0", ["parallel.zero_stage", "0", "run.precision bf16", "fp32", "set zero_stage to 1"]),
         ("optim.max_grad_nrom=1.0", ["optim.max_grad_nrom", "1.0", "no such field", "did you mean max_grad_norm?"]),
         ("model.ffn=384", ["model.ffn", "384", "no such field", "ffn_hidden_size"]),
-        ("optim.beta1=high", ["optim.beta1", "'high' is str", "must be float", "write a value of that type"]),
-        ("model.num_layers=2.5", ["model.num_layers", "2.5 is float", "must be int"]),
-        ("model.qk_layernorm=1", ["model.qk_layernorm", "1 is int", "must be bool"]),
-        ("model.num_layers=true", ["model.num_layers", "True is bool", "must be int"]),
+        ("optim.beta1=high", ["optim.beta1", "'high' is of type str", "write a value of type float"]),
+        ("model.num_layers=2.5", ["model.num_layers", "2.5 is of type float", "of type int"]),
+        ("model.qk_layernorm=1", ["model.qk_layernorm", "1 is of type int", "of type bool"]),
+        ("model.num_layers=true", ["model.num_layers", "True is of type bool", "of type int"]),
         ("run.precision=fp16", ["run.precision", "'fp16'", "must be one of bf16, fp32"]),
         ("model.family=llama", ["model.family", "'llama'", "stablelm, btlm"]),
         ("schedule.lr.kind=step", ["schedule.lr.kind", "'step'", "linear, cosine, hybrid"]),
-        ("hardware=abacus", ["hardware", "'abacus'", "which has h100_sxm"]),
-        ("run.name=a/b", ["run.name", "'a/b'", "one folder", "without slashes"]),
-        ("optim.max_grad_norm=-1", ["optim.max_grad_norm", "-1", "is negative or not finite", "0 turns it off"]),
+        ("hardware=abacus", ["hardware", "'abacus'", "known names: h100_sxm"]),
+        ("run.name=a/b", ["run.name", "'a/b'", "a single folder", "without slashes"]),
+        ("optim.max_grad_norm=-1", ["optim.max_grad_norm", "-1", "is negative or not finite", "use 0 (off) or more"]),
         ("model.init_truncation_sigmas=-1", ["model.init_truncation_sigmas", "-1", "neither 0 (no truncation)"]),
         ("model.init_truncation_sigmas=0.09", ["model.init_truncation_sigmas", "0.09", "at least 0.1"]),
         ("model.init_truncation_sigmas=.inf", ["model.init_truncation_sigmas", "inf", "neither 0 (no truncation)"]),
@@ -52,13 +52,18 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
         ("evaluate.tokens=1000", ["evaluate.tokens", "1000", "multiple of", "seq_len"]),
         (
             "schedule.lr.warmup_steps=450",
-            ["schedule.lr.warmup_steps", "450", "less than the 450 steps", "use a number in that range"],
+            [
+                "schedule.lr.warmup_steps",
+                "450",
+                "out of range",
+                "use at least 0 and less than 450, the number of steps",
+            ],
         ),
         ("schedule.lr.switch_fraction=0.6", ["schedule.lr.switch_fraction", "0.6", "above 0 and below 0.5"]),
         ("schedule.lr.final=1.0", ["schedule.lr.final", "1.0", "between 0 and peak"]),
         (
             "schedule.phases[0].tokens=307_201",
-            ["schedule.phases[0].tokens", "307201", "multiple", "nearest is 307200"],
+            ["schedule.phases[0].tokens", "307201", "multiple", "nearest multiple is 307200"],
         ),
         (
             "schedule.phases[0].global_batch_size=8",
@@ -70,16 +75,16 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
         ),
         (
             "schedule.phases[0].mixture={books: 1.0}",
-            ["phases[0].mixture", "'books'", "data.sources has corpus"],
+            ["phases[0].mixture", "'books'", "is not in data.sources, which contains corpus"],
         ),
         ("schedule.phases[0].mixture.corpus=0.5", ["phases[0].mixture", "0.5", "must sum to 1"]),
-        ("data.max_epochs={corpus: .inf}", ["data.max_epochs.corpus", "inf", "positive finite", "leave it out"]),
-        ("data.max_epochs={corpus: .nan}", ["data.max_epochs.corpus", "nan", "positive finite"]),
+        ("data.max_epochs={corpus: .inf}", ["data.max_epochs.corpus", "inf", "positive and finite", "leave it out"]),
+        ("data.max_epochs={corpus: .nan}", ["data.max_epochs.corpus", "nan", "positive and finite"]),
         ("data.cache.max_size_gib=.inf", ["data.cache.max_size_gib", "inf", "positive and finite", "above 0"]),
         ("data.cache.max_size_gib=.nan", ["data.cache.max_size_gib", "nan", "positive and finite"]),
         (
             "run.max_repeat_failures=-1",
-            ["run.max_repeat_failures", "-1", "is negative or not finite", "0 turns it off"],
+            ["run.max_repeat_failures", "-1", "is negative or not finite", "use 0 (off) or more"],
         ),
         ("guard.spike_sigmas=-2", ["guard.spike_sigmas", "-2", "is negative or not finite"]),
         ("guard.window_steps=3", ["guard.window_steps", "3", "too few", "at least 8"]),
@@ -91,7 +96,13 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
         ("data.cache.timeout_seconds=.inf", ["data.cache.timeout_seconds", "inf", "positive and finite"]),
         (
             "data.cache.max_attempts=18",
-            ["data.cache.max_attempts", "18 attempts", "899.531 s", "wait only 600 s", "lower one"],
+            [
+                "data.cache.max_attempts",
+                "18 attempts",
+                "899.531 s",
+                "wait only 600 s",
+                "lower max_attempts or timeout_seconds",
+            ],
         ),
         ("schedule.lr.peak=.nan", ["schedule.lr.peak", "nan", "positive and finite"]),
         ("optim.weight_decay=.nan", ["optim.weight_decay", "nan", "is negative or not finite"]),
@@ -110,17 +121,20 @@ def test_a_mistake_is_one_line_with_field_value_rule_and_remedy(override: str, p
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("={type: linear}", ["factor None, train_seq_len None", "exactly one", "factor to interpolate all rows"]),
-        ("={type: linear, factor: 4.0, train_seq_len: 2}", ["factor 4.0, train_seq_len 2", "exactly one"]),
+        (
+            "={type: linear}",
+            ["factor is None and train_seq_len is None", "exactly one", "factor to interpolate all rows"],
+        ),
+        ("={type: linear, factor: 4.0, train_seq_len: 2}", ["factor is 4.0 and train_seq_len is 2", "exactly one"]),
         ("={type: dynamic, factor: 4.0}", [".type: 'dynamic'", "must be one of linear"]),
         ("={type: linear, factor: 1.0}", [".factor: 1.0", "above 1", "to null"]),
         ("={type: linear, factor: .inf}", [".factor: inf", "above 1"]),
         ("={type: linear, factor: .nan}", [".factor: nan", "above 1"]),
-        ("={type: linear, factor: true}", [".factor: True is bool", "must be float"]),
+        ("={type: linear, factor: true}", [".factor: True is of type bool", "of type float"]),
         ("={type: linear, train_seq_len: 1}", [".train_seq_len: 1", "above 1", "trained on"]),
-        ("={type: linear, train_seq_len: 8192.0}", [".train_seq_len: 8192.0 is float", "must be int"]),
+        ("={type: linear, train_seq_len: 8192.0}", [".train_seq_len: 8192.0 is of type float", "of type int"]),
         ("={type: linear, factr: 4.0}", [".factr: 4.0", "did you mean factor?"]),
-        (".factor=4.0", [".type: missing", "add model.alibi_scaling.type"]),
+        (".factor=4.0", [".type: is missing", "add model.alibi_scaling.type"]),
         ("=4.0", [": 4.0", "is not a section with fields"]),
     ],
 )
@@ -130,7 +144,8 @@ def test_a_mistaken_interpolation_is_named(override: str, parts: list[str]) -> N
 
 
 def test_stablelm_has_no_interpolation() -> None:
-    assert "model.alibi_scaling: {'type': 'linear'}; no such field" in mistake("model.alibi_scaling.type=linear")
+    message = mistake("model.alibi_scaling.type=linear")
+    assert "model.alibi_scaling: {'type': 'linear'} is given, but there is no such field" in message
 
 
 def test_an_interpolation_is_one_override_or_two_and_survives_the_file(tmp_path: Path) -> None:
@@ -151,17 +166,17 @@ def test_a_config_from_before_interpolation_has_none(tmp_path: Path) -> None:
 def test_a_missing_field_is_named(tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text(DEMO.read_text().replace("  weight_decay: 0.1\n", ""))
-    assert "optim.weight_decay: missing" in mistake(path=broken)
+    assert "optim.weight_decay: is missing" in mistake(path=broken)
 
 
 def test_a_missing_section_is_named(tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text(DEMO.read_text().replace("mup: null\n", ""))
-    assert "mup: missing" in mistake(path=broken)
+    assert "mup: is missing" in mistake(path=broken)
 
 
 @pytest.mark.parametrize(
-    ("text", "part"), [("a: [1", "not valid YAML"), ("- 1\n", "mapping of sections"), ("", "run: missing")]
+    ("text", "part"), [("a: [1", "not valid YAML"), ("- 1\n", "mapping of sections"), ("", "run: is missing")]
 )
 def test_a_file_that_is_no_config_says_so(tmp_path: Path, text: str, part: str) -> None:
     broken = tmp_path / "broken.yaml"
@@ -190,9 +205,13 @@ def test_the_last_of_two_overrides_wins() -> None:
 @pytest.mark.parametrize(
     ("world_size", "override", "part"),
     [
-        (3, "parallel.tp_size=2", "parallel.tp_size: 2 does not divide the 3 ranks"),
+        (3, "parallel.tp_size=2", "parallel.tp_size: 2 does not divide 3, the number of ranks"),
         (4, "parallel.tp_size=4", "model.num_kv_heads: 2 is not divisible by parallel.tp_size 4"),
-        (8, "parallel.tp_size=2", "schedule.phases[0].global_batch_size: 16 is not divisible by data-parallel size 4"),
+        (
+            8,
+            "parallel.tp_size=2",
+            "schedule.phases[0].global_batch_size: 16 is not divisible by the data-parallel size 4",
+        ),
     ],
 )
 def test_ranks_that_do_not_divide_are_refused(world_size: int, override: str, part: str) -> None:

@@ -27,7 +27,9 @@ def test_a_corpus_elsewhere_is_opened_as_one_in_a_folder(make_corpus, server, ca
     server.faults["/a/manifest.json"] += ["500", "truncated", "silence"]
     corpus = manifest.load_manifest(address, QUICK)
     assert corpus == manifest.load_manifest(folder)
-    assert [f"try {n} of 4" in record.message for n, record in enumerate(caplog.records, start=1)] == [True] * 3
+    assert [f"attempt {n} of 4 failed" in record.message for n, record in enumerate(caplog.records, start=1)] == [
+        True
+    ] * 3
     manifest.check_shard_files(address, corpus)
     manifest.check_tokenizer(f"{address}/{manifest.TOKENIZER_FILE}", corpus, "data.tokenizer")
 
@@ -66,7 +68,7 @@ def test_a_changed_number_in_the_manifest_is_found(make_corpus):
         ("{", "is not a corpus manifest"),
         ("[]", "is not a corpus manifest"),
         ('{"format": "tandem-corpus"}', "is not a corpus manifest"),
-        ('{"format": "tandem-corpus", "version": 99, "fingerprint": ""}', "this version reads"),
+        ('{"format": "tandem-corpus", "version": 99, "fingerprint": ""}', "but this version of Tandem reads"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused_in_one_line(tmp_path, content, message):
@@ -82,10 +84,10 @@ def test_a_missing_or_short_shard_is_named(make_corpus):
     corpus = manifest.load_manifest(folder)
     path = folder / corpus.train.shards[1].file
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=rf"{path.name}: has \d+ bytes, but manifest.json has \d+"):
+    with pytest.raises(UserError, match=rf"{path.name}: has \d+ bytes, not \d+ as in manifest.json"):
         manifest.check_shard_files(folder, corpus)
     path.unlink()
-    with pytest.raises(UserError, match=rf"{path.name}: shard is missing"):
+    with pytest.raises(UserError, match=rf"{path.name}: the shard is missing"):
         manifest.check_shard_files(folder, corpus)
 
 
@@ -104,7 +106,7 @@ def test_the_tokenizer_must_be_the_corpus_s(make_corpus, tmp_path):
 
 def test_a_resume_with_another_corpus_is_refused():
     manifest.check_fingerprints({"a": "1" * 64, "gone": "3" * 64}, {"a": "1" * 64, "new": "2" * 64})
-    with pytest.raises(UserError, match=r"data.sources.a: fingerprint 222222222222; .*111111111111"):
+    with pytest.raises(UserError, match=r"data.sources.a: the corpus has fingerprint 222222222222, .*111111111111"):
         manifest.check_fingerprints({"a": "1" * 64}, {"a": "2" * 64})
 
 

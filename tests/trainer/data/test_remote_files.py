@@ -60,10 +60,12 @@ def test_what_is_read_through_failures_is_what_is_there(server, file, caplog):
     server.faults["/in/x.bin"] += ["500", "truncated", "stalled", "503", "no ranges"]
     with remote_files.open_file(f"{server.address}/in/x.bin", QUICK) as opened:
         assert opened.read() == CONTENT
-    tries = [re.search(r"x.bin: (try \d of 4): (\w+)", record.message).groups() for record in caplog.records]
+    tries = [
+        re.search(r"x.bin: (attempt \d of 4) failed \((\w+)", record.message).groups() for record in caplog.records
+    ]
     assert tries == [
-        ("try 1 of 4", "ClientResponseError"), ("try 1 of 4", "ClientPayloadError"),
-        ("try 1 of 4", "FSTimeoutError"), ("try 2 of 4", "ClientResponseError"),
+        ("attempt 1 of 4", "ClientResponseError"), ("attempt 1 of 4", "ClientPayloadError"),
+        ("attempt 1 of 4", "FSTimeoutError"), ("attempt 2 of 4", "ClientResponseError"),
     ], "an attempt that returns bytes resets the count"  # fmt: skip
 
 

@@ -35,8 +35,8 @@ def test_a_failure_is_logged_and_tried_again(server, settings, shards, tmp_path,
     assert server.num_requests(shard_url(shards[0])) == len(faults) + 1
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.message.startswith(f"{server.address}{shard_url(shards[0])}: try 1 of 4: ")
-    assert record.message.endswith(f"; next try in {timeout_seconds / 64:.3g} s")
+    assert record.message.startswith(f"{server.address}{shard_url(shards[0])}: attempt 1 of 4 failed (")
+    assert record.message.endswith(f"; retry in {timeout_seconds / 64:.3g} s")
     assert file_names(settings().folder) == {f"{shards[0].sha256}.tar"}
 
 
@@ -81,8 +81,8 @@ UNREACHABLE, DAMAGED = "restore the connection to it, and start again", "restore
         ("silence", 4, "FSTimeoutError: no bytes came in time", UNREACHABLE),
         ("404", 1, "FileNotFoundError", DAMAGED),
         ("410", 1, "ClientResponseError: 410", DAMAGED),
-        ("wrong", 2, r"sha256 \w{12}, but the manifest has \w{12}, twice the same", DAMAGED),
-        ("longer", 2, r"longer than the \d+ bytes in the manifest, twice the same", DAMAGED),
+        ("wrong", 2, r"the sha256 is \w{12}, not \w{12} as in the manifest, twice in a row", DAMAGED),
+        ("longer", 2, r"longer than the \d+ bytes in the manifest, twice in a row", DAMAGED),
     ],
 )
 def test_only_a_shard_whose_server_answers_without_it_is_damaged(
@@ -93,8 +93,8 @@ def test_only_a_shard_whose_server_answers_without_it_is_damaged(
     with pytest.raises(UserError) as error:
         ShardCache(settings(timeout_seconds=timeout_seconds)).open_shard(f"{server.address}/a", shards[0])
     assert re.fullmatch(
-        rf"{server.address}{shard_url(shards[0])}: shard cannot be fetched; "
-        rf"tries: {tries} in [\d.e-]+ s, the last: [^\n]*{reason}[^\n]*; {remedy}",
+        rf"{server.address}{shard_url(shards[0])}: the shard cannot be fetched "
+        rf"\(attempts: {tries} in [\d.e-]+ s, last error: [^\n]*{reason}[^\n]*\); {remedy}",
         str(error.value),
     )
     assert isinstance(error.value, DamagedShard) == (remedy == DAMAGED)
@@ -113,14 +113,15 @@ def test_a_place_that_has_vanished_as_a_whole_is_no_damage_of_its_shards(server,
 
 def test_a_shard_that_its_server_has_a_part_of_is_damaged(server, settings, shards, tmp_path):
     os.truncate(tmp_path / "a" / shards[0].file, shards[0].bytes - 100)
-    ended = rf"tries: 2 .*: ended at byte {shards[0].bytes - 100} of {shards[0].bytes}, twice the same; restore it"
+    size = shards[0].bytes
+    ended = rf"attempts: 2 .*: the file ended at byte {size - 100} of {size}, twice in a row\); restore it"
     with pytest.raises(DamagedShard, match=ended):
         ShardCache(settings()).open_shard(f"{server.address}/a", shards[0])
 
 
 def test_a_server_that_is_not_there_stops_the_run_after_the_tries(settings, shards, caplog):
     with pytest.raises(
-        UserError, match=r"tries: 3 in .* s, .*ClientConnectorError.*; restore the connection to it"
+        UserError, match=r"attempts: 3 in .* s, .*ClientConnectorError.*; restore the connection to it"
     ) as error:
         ShardCache(settings(max_attempts=3)).open_shard("http://127.0.0.1:1/a", shards[0])
     assert not isinstance(error.value, DamagedShard)
@@ -160,7 +161,7 @@ def test_a_run_stops_where_a_shard_cannot_be_reached_also_one_that_skips_damage(
         there, 0, None, lambda met: [met] if met else [], lambda step, met: there.skip_shard(*met)
     )
     with pytest.raises(
-        UserError, match=rf"{server.address}{shard_url(shard)}: shard cannot be fetched; tries: 2 in .*500"
+        UserError, match=rf"{server.address}{shard_url(shard)}: the shard cannot be fetched .attempts: 2 in .*500"
     ):
         list(batches)
     assert not there.skipped_shards

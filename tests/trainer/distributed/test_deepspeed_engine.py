@@ -213,5 +213,5 @@ def test_deepspeed_on_another_device_than_the_model_is_refused(mesh):
     """Otherwise DeepSpeed would silently move the model to its own device."""
     config = tiny_configs.make_config("btlm")
     elsewhere = replace(mesh, device=torch.device("cuda", 0))
-    with pytest.raises(UserError, match=r"DS_ACCELERATOR: .* on the cpu, .* is cuda:0; unset it"):
+    with pytest.raises(UserError, match=r"DS_ACCELERATOR: DeepSpeed would use cpu, .* is cuda:0; unset the variable"):
         Engine(config, torch.nn.Linear(1, 1), torch.optim.AdamW([torch.zeros(1)]), elsewhere)

@@ -201,7 +201,7 @@ def test_a_record_that_only_a_part_of_has_room_ends_the_run_in_one_line(tmp_path
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / METRICS_FILE).stat().st_size + 40, limits[1]))
     try:
         with pytest.raises(
-            UserError, match=rf"{METRICS_FILE}: a record cannot be written .No space left on device.; make room"
+            UserError, match=rf"{METRICS_FILE}: a record cannot be written .No space left on device.; free disk space"
         ):
             sinks.write_step(record(2))
     finally:

@@ -99,7 +99,7 @@ def test_a_run_outlives_wandb(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     logs = done.stderr.split("moment: ")[1:]
     for moment, log in zip(moments, logs, strict=True):
-        assert log.count("wandb: lost") == 1, log
+        assert log.count("wandb: failed") == 1, log
         assert [r["step"] for r in read_history(tmp_path / moment).steps] == list(range(1, 9))
 
 
@@ -143,5 +143,7 @@ def test_a_wandb_that_cannot_begin_is_one_line(tmp_path: Path, monkeypatch: pyte
         raise RuntimeError("the service\nis gone")
 
     monkeypatch.setattr(wandb, "init", fail)
-    with pytest.raises(UserError, match=r"log.wandb: offline: the service is gone; set log.wandb=disabled$"):
+    with pytest.raises(
+        UserError, match=r"log.wandb: offline mode failed .the service is gone.; set log.wandb=disabled$"
+    ):
         WandbSink(tmp_path, demo_config("log.wandb=offline"))

@@ -107,11 +107,13 @@ def from_hf_config(hf_config: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     """
     for name, value in FIXED_FIELDS.items():
         if hf_config.get(name, value) != value:
-            raise UserError(f"config.json: {name} {hf_config[name]!r}; BTLM has {value!r}; choose another folder")
+            raise UserError(
+                f"config.json: {name} is {hf_config[name]!r}, but BTLM needs {value!r}; choose another folder"
+            )
     older = [name for name in OLD_MUP_FIELDS if name in hf_config]
     if older:
         raise UserError(
-            f"config.json: {older[0]} {hf_config[older[0]]!r}; belongs to an older revision of the schema, which is not "
+            f"config.json: {older[0]} ({hf_config[older[0]]!r}) belongs to an older revision of the schema, which is not "
             "supported; use the newest revision of the folder"
         )
     scaling, field = hf_config.get("alibi_scaling"), "config.json: alibi_scaling"
@@ -129,14 +131,14 @@ def _mup_from_hf(hf_config: dict[str, Any]) -> dict[str, Any] | None:
     if not hf_config.get("mup_scale_qk_dot_by_d", False):
         if scales != (1.0, 1.0, 1.0):
             raise UserError(
-                "config.json: mup_scale_qk_dot_by_d is false, but other muP scales are not 1; muP must be all on or all off; "
+                "config.json: mup_scale_qk_dot_by_d is false, but other muP scales are not 1; muP must be entirely on or off; "
                 "choose another folder"
             )
         return None
     if base_hidden_size < 1 or abs(width_scale * hf_config["n_embd"] - base_hidden_size) > 1e-6 * base_hidden_size:
         raise UserError(
-            f"config.json: mup_width_scale {width_scale} times n_embd {hf_config['n_embd']} must be an integer base width; "
-            "correct the field"
+            f"config.json: mup_width_scale {width_scale} times n_embd {hf_config['n_embd']} is not a positive whole "
+            "number, which the base width of muP must be; correct mup_width_scale"
         )
     multipliers = {"embedding_multiplier": embeddings_scale, "output_multiplier": output_alpha}
     return {"base_hidden_size": base_hidden_size, **multipliers}

@@ -22,14 +22,14 @@ def check_alibi_scaling(scaling) -> None:
     number: dict[str, type[float] | type[int]] = {"factor": float, "train_seq_len": int}
     if not isinstance(scaling, dict) or len(scaling) != 2 or "type" not in scaling or not set(scaling) & set(number):
         raise ValueError(
-            f"alibi_scaling: {scaling!r}; must have exactly two keys, type and either factor or train_seq_len"
+            f"alibi_scaling: {scaling!r} is not valid; give two keys: type, and either factor or train_seq_len"
         )
     if scaling["type"] != "linear":
-        raise ValueError(f"alibi_scaling: type {scaling['type']!r}; must be 'linear'")
+        raise ValueError(f"alibi_scaling: type {scaling['type']!r} is not supported; use 'linear'")
     for key, kind in number.items():
         value = scaling.get(key, kind(2))
         if type(value) is not kind or not 1 < value < float("inf"):
-            raise ValueError(f"alibi_scaling: {key} {value!r}; must be of type {kind.__name__} and above 1")
+            raise ValueError(f"alibi_scaling: {key} {value!r} is not valid; use a finite {kind.__name__} above 1")
 
 
 class BTLMConfig(PreTrainedConfig):
@@ -84,5 +84,5 @@ class BTLMConfig(PreTrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings
         for name, value in SUPPORTED_VALUES.items():
             if others.setdefault(name, value) != value:
-                raise ValueError(f"{name}: {others[name]!r}; this BTLM supports only {value!r}")
+                raise ValueError(f"{name}: {others[name]!r} is not supported; use {value!r}")
         super().__init__(**others)

@@ -179,7 +179,7 @@ def _parse_hf_config(folder: Path, hf_config: dict[str, Any]) -> tuple[AnyModelC
     config_path, family = f"{folder}/config.json", hf_config.get("model_type")
     if family not in FAMILY_MODULES:
         families = ", ".join(FAMILY_MODULES)
-        raise UserError(f"{config_path}: model_type {family!r}; must be one of {families}; name another folder")
+        raise UserError(f"{config_path}: model_type {family!r} is not one of {families}; name another folder")
     try:
         model_tree, mup_tree = FAMILY_MODULES[family].from_hf_config(hf_config)
         model_tree |= EXTRA_FIELD_DEFAULTS | hf_config.get(EXTRA_FIELDS_KEY, {})
@@ -187,7 +187,10 @@ def _parse_hf_config(folder: Path, hf_config: dict[str, Any]) -> tuple[AnyModelC
         mup = parse_dataclass(MupConfig, mup_tree, config_path) if mup_tree else None
         if model.hidden_size % model.num_heads or model.num_heads % model.num_kv_heads:
             heads = f"{model.num_heads} heads and {model.num_kv_heads} key-value heads"
-            raise UserError(f"{config_path}: {heads} do not divide width {model.hidden_size}; correct these fields")
+            remedy = "the number of key-value heads must divide that of the heads; correct these fields"
+            raise UserError(
+                f"{config_path}: {heads} do not fit width {model.hidden_size}, which the heads must divide; {remedy}"
+            )
     except UserError:
         raise
     except KeyError as error:
@@ -203,15 +206,17 @@ def _check_tensors(
     expected = {piece.hf_name: piece.shape for row in rows for piece in row.hf_tensors}
     for name, shape in expected.items():
         if name not in files and name not in defaults:
-            raise UserError(f"{folder}: {name} is missing, which config.json requires; complete the folder")
+            raise UserError(f"{folder}: config.json requires the tensor {name}, which is missing; complete the folder")
         if name not in files:
             continue
         found, dtype = tuple(files[name].get_slice(name).get_shape()), files[name].get_slice(name).get_dtype()
         if found != shape:
-            raise UserError(f"{folder}: {name} has shape {found}; config.json requires {shape}; correct one of them")
+            raise UserError(
+                f"{folder}: {name} has shape {found}, but config.json requires {shape}; correct one of the two"
+            )
         if dtype not in SUPPORTED_DTYPES:
             supported = ", ".join(SUPPORTED_DTYPES)
-            raise UserError(f"{folder}: {name} is {dtype}; must be one of {supported}; convert the folder")
+            raise UserError(f"{folder}: {name} has dtype {dtype}, not one of {supported}; convert the tensors")
     for name in files:
         if name not in expected and name not in defaults and not name.endswith(IGNORED_SUFFIXES):
             raise UserError(f"{folder}: {name} is not a tensor of the model in config.json; correct config.json")

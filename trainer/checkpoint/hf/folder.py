@@ -30,9 +30,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; it must be a JSON file; add or correct it") from None
+        raise UserError(f"{path}: cannot be read as a JSON file ({error}); add or correct it") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: contains a {type(tree).__name__}; must be a JSON object; correct it")
+        raise UserError(f"{path}: contains a {type(tree).__name__} instead of a JSON object; correct it")
     return tree
 
 
@@ -106,21 +106,23 @@ def open_tensor_files(folder: Path) -> dict[str, Any]:
     if (folder / INDEX_FILE).is_file():
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values() or [None]):
-            raise UserError(f"{folder / INDEX_FILE}: has no weight_map with the file of every tensor; copy it again")
+            raise UserError(
+                f"{folder / INDEX_FILE}: has no weight_map that names the file of every tensor; copy it again"
+            )
     elif (folder / WEIGHTS_FILE).is_file():
         weight_map = {}
     else:
         found = f"has neither {WEIGHTS_FILE} nor {INDEX_FILE}"
-        raise UserError(f"{folder}: {found}; weights are read from safetensors files; add the files")
+        raise UserError(f"{folder}: {found}; weights are read only from such files; add them")
     files_by_tensor: dict[str, Any] = {}
     for name in sorted(set(weight_map.values())) if weight_map else [WEIGHTS_FILE]:
         try:
             file = safe_open(folder / name, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / name}: cannot be read: {error}; copy the file again") from None
+            raise UserError(f"{folder / name}: cannot be read ({error}); copy the file again") from None
         files_by_tensor |= dict.fromkeys(file.keys(), file)
     if missing := next((name for name in weight_map if name not in files_by_tensor), None):
-        found = f"lists {missing} in {weight_map[missing]}, which does not hold it"
+        found = f"lists {missing} in {weight_map[missing]}, but that file does not contain it"
         raise UserError(f"{folder / INDEX_FILE}: {found}; copy the index and the files again")
     return files_by_tensor
 

@@ -180,13 +180,15 @@ class BTLMModel(BTLMPreTrainedModel):
         **_,
     ):
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("input_ids and inputs_embeds: give exactly one of the two")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask has {attention_mask.dim()} dims; must be [rows, keys] with 1 for tokens")
+            raise ValueError(
+                f"attention_mask: has {attention_mask.dim()} dimensions; use [rows, keys] with 1 for tokens"
+            )
         hidden = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = hidden * self.config.mup_embeddings_scale
         visible = None if attention_mask is None else attention_mask.bool()

@@ -77,7 +77,7 @@ def to_hf_config(model: StableLMConfig, mup: MupConfig | None, max_seq_len: int)
     Raises: UserError if muP is on, because the published class has no multipliers.
     """
     if mup is not None:
-        raise UserError("mup: is set; a Stable LM folder cannot store its multipliers; export a run with mup: null")
+        raise UserError("mup: is set, but a Stable LM folder cannot store its multipliers; export a run with mup: null")
     rotary = {"rope_theta": model.rotary_base, "partial_rotary_factor": model.partial_rotary_factor}
     return {
         "architectures": ["StableLmForCausalLM"],
@@ -101,8 +101,8 @@ def from_hf_config(hf_config: dict[str, Any]) -> tuple[dict[str, Any], None]:
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     if kind != "default" or hf_config.get("hidden_act", "silu") != "silu":
         raise UserError(
-            f"config.json: rope_type {kind!r}, hidden_act {hf_config.get('hidden_act')!r}; Stable LM 2 has "
-            "default and silu; choose another folder"
+            f"config.json: rope_type is {kind!r} and hidden_act is {hf_config.get('hidden_act', 'silu')!r}, but Stable LM 2 "
+            "needs 'default' and 'silu'; choose another folder"
         )
     fields: dict[str, Any] = {"initializer_range": 0.02, "num_key_value_heads": None}
     fields["layer_norm_eps"] = hf_config.get("norm_eps", 1e-5)  # norm_eps in early revisions

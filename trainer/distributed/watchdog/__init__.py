@@ -281,7 +281,7 @@ class Watchdog:
     def _write_verdict(self, reports: dict[int, HangReport]) -> None:
         """Write the verdict to the run folder once, and log it once on each host."""
         if not reports:  # the file system does not work
-            message = "step %d: no progress or a lost connection, and no reports can be read in %s"
+            message = "step %d: no progress or a lost connection; no reports can be read in %s"
             log.error(message, self._phase.step, self._hangs_folder)
             return
         folder = reporting.step_folder(self._hangs_folder, min(report.step for report in reports.values()))

@@ -33,7 +33,7 @@ def verdict(reports: dict[int, HangReport], processes: list[RankProcess], folder
     )
     waiting = _common_collective(others)
     while_waiting = f", while the others wait in {waiting}" if culprit_ranks and waiting else ""
-    return f"step {step}: {cause}: {words}{while_waiting}; stacks: {folder}"
+    return f"step {step}: {cause}; {words}{while_waiting}; stacks: {folder}"
 
 
 def peer_states(reports: dict[int, HangReport]) -> dict[int, str]:
@@ -76,19 +76,19 @@ def _find_culprit(reports: dict[int, HangReport], processes: list[RankProcess]) 
     hosts = _format_hosts(range(len(processes)), processes)
     network = f"the network between {hosts}" if hosts.startswith("hosts ") else f"the connections on {hosts}"
     if connection_errors := [report.connection_error for report in reports.values() if report.connection_error]:
-        return [], f"all ranks are alive: check {network} ({connection_errors[0]})"
+        return [], f"all ranks are alive; check {network} ({connection_errors[0]})"
     if len(processes) == 1:
         return [], f"{format_ranks(reports, processes)} is still in {place}"
     waiting = _common_collective(list(reports.values())) or place
-    return [], f"all ranks are stuck in {waiting}: check {network}"
+    return [], f"all ranks are stuck in {waiting}; check {network}"
 
 
 def _find_silent_ranks(reports: dict[int, HangReport], processes: list[RankProcess]) -> tuple[list[int], str] | None:
     descriptions = {
-        "gone": "gone: killed, or exited without an error",
-        "stopped": "silent: stopped by a signal",
-        "unknown": "silent: frozen, dead or disconnected",
-        "running": "silent: alive but frozen",
+        "gone": "gone (killed, or exited without an error)",
+        "stopped": "silent (stopped by a signal)",
+        "unknown": "silent (frozen, dead or disconnected)",
+        "running": "silent (alive but frozen)",
     }
     if any(report.connection_error for report in reports.values()):
         del descriptions["running"]  # a running rank may simply not have noticed the lost connection yet

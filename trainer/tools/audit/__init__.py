@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokens_help = (
         "also read the shards again with webdataset and compare their tokens with those that the run trained on"
     )
-    step_help = "do not print a verdict; print a tandem inspect command for each range that step N read"
+    step_help = "instead of a verdict, print a tandem inspect command for each range that step N read"
     parser.add_argument("folder", metavar="RUN", type=Path, help="run folder")
     parser.add_argument("--tokens", action="store_true", help=tokens_help)
     parser.add_argument("--step", metavar="N", type=int, help=step_help)
@@ -75,7 +75,7 @@ def load_manifest_copies(folder: Path, history: LedgerHistory) -> dict[str, Corp
     for source in sorted({source for fingerprints in fingerprints_of_starts for source in fingerprints}):
         path = manifest_copy_path(folder, source)
         if not path.is_file():
-            raise UserError(f"{path}: no such file; an audit compares the ledger with it; restore the run folder")
+            raise UserError(f"{path}: no such file; the audit compares the ledger with it; restore the run folder")
         found[source] = manifest.parse_manifest(path.read_bytes(), path)
     return found
 

@@ -43,8 +43,8 @@ class LedgerHistory:
         finished_steps = self._scan()
         if not self.attempts:
             raise UserError(
-                f"{self.path}: has no start record; the run died before its first step, another version wrote the file, or it "
-                "is not a ledger; name the folder of a run that has started"
+                f"{self.path}: has no start record; the run died before its first step, another version wrote the file, or the "
+                "file is not a ledger; name the folder of a run that has started"
             )
         self._mark_effective_lines(finished_steps)
 

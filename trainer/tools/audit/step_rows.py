@@ -31,15 +31,15 @@ def find_step_rows(step: int, history: LedgerHistory, sources: Sources) -> list[
                 attempt, sources.skipped_shards = line, {}
             for skipped in [(line.source, line.shard)] if isinstance(line, SkipLine) else attempt.skipped_shards:
                 sources.skip_shard(*skipped)
-    raise UserError(f"--step: {step}; {history.path} has no such step; name one that the run has made")
+    raise UserError(f"--step: {history.path} has no step {step}; name a step that the run has made")
 
 
 def expand_step(step: StepLine, attempt: Attempt, sources: Sources) -> list[dict[str, Any]]:
     def invalid_ledger(problem: str) -> UserError:
-        return UserError(f"--step: {step.step}; {problem}; run tandem audit without --step to find the cause")
+        return UserError(f"--step: step {step.step} {problem}; run tandem audit without --step to find the cause")
 
     if (span := attempt.phase_span_at(step.step)) is None:
-        raise invalid_ledger("the start record before this step has no phase that contains it: the ledger was edited")
+        raise invalid_ledger("is in no phase of the start record before it, so the ledger was edited")
     phase, first_step, _ = span
     first_row = (step.step - 1 - first_step) * phase.global_batch_size
     sources_by_row = row_sources(phase, first_row, phase.global_batch_size)
@@ -47,13 +47,13 @@ def expand_step(step: StepLine, attempt: Attempt, sources: Sources) -> list[dict
     for source, (start, end) in step.read_ranges.items():
         num_tokens = sources_by_row.count(source) * phase.seq_len
         if source not in sources or end - start > sources.max_span_tokens(source, num_tokens):
-            raise invalid_ledger(f"the step read {end - start} tokens of {source}, which its phase does not allow")
+            raise invalid_ledger(f"read {end - start} tokens of {source}, which its phase does not allow")
         ranges, row_starts = sources.cut_rows(source, start, end, phase.seq_len)
         rows_by_source[source] = iter([ranges.select(np.arange(*ends)) for ends in pairwise(row_starts.tolist())])
     found = []
     for row_index, source in enumerate(sources_by_row):
         if (row := next(rows_by_source.get(source, iter(())), None)) is None:
-            raise invalid_ledger(f"the step read fewer tokens of {source} than its phase requires")
+            raise invalid_ledger(f"read fewer tokens of {source} than its phase requires")
         order = sources.reading_orders[source]
         epoch, names = int(row.position[0]) // order.epoch_tokens, order.shard_range_names(row, limit=len(row))
         found.append({"row": row_index, "source": source, "epoch": epoch, "shards": names})

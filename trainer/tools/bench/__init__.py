@@ -19,18 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     rows_default = f"{DEFAULT_NUM_MICRO_BATCHES} micro-batches on every replica"
     add("config", type=Path, help="YAML file of a run; its corpus is not read")
-    add("overrides", nargs="*", help="section.field=value")
+    add("overrides", nargs="*", help="section.field=value replaces this field of the file")
     add("--phase", metavar="NAME", help=f"phase to measure, or {ALL_PHASES} (default: the first)")
-    add("--num-layers", type=int, help="number of layers, at the config's width (default: the config's)")
-    add("--global-batch-size", type=int, help=f"rows of a global step (default: {rows_default})")
-    add("--micro-batch-size", type=int, help="rows of a micro-batch (default: the phase's)")
-    add("--warmup-steps", type=int, default=3, help="steps before the timed ones (default: 3)")
-    add("--steps", type=int, default=10, help="timed steps (default: 10)")
+    add("--num-layers", type=int, help="number of layers; the width does not change (default: as in the config)")
+    add("--global-batch-size", type=int, help=f"rows per step, over all replicas (default: {rows_default})")
+    add("--micro-batch-size", type=int, help="rows per micro-batch (default: as in the phase)")
+    add("--warmup-steps", type=int, default=3, help="number of steps before the timed ones (default: 3)")
+    add("--steps", type=int, default=10, help="number of timed steps (default: 10)")
     add(
         "--profile", type=Path, metavar="FILE",
-        help="run one more step under torch.profiler; write its trace to FILE (compressed if it ends in .json.gz; with "
-        "--phase all one file per phase, FILE-PHASE), a table by kind of operation to standard error, and kind_seconds to "
-        "the JSON line",
+        help="run one more step under torch.profiler; write its trace to FILE (compressed if the name ends in .json.gz), print "
+        "a table by kind of operation to standard error, and add kind_seconds to the JSON line; with --phase all, write one "
+        "file per phase, named FILE-PHASE",
     )  # fmt: skip
 
 

@@ -64,8 +64,8 @@ def build_plans(
     for plan in plans:
         if plan.num_steps > plan.span.phase.num_steps:
             raise UserError(
-                f"--steps: {arguments.steps} makes {plan.num_steps} steps with warm-up and instrumented ones, but phase "
-                f"{plan.span.phase.name!r} has {plan.span.phase.num_steps}; use fewer"
+                f"--steps: {arguments.steps} timed steps need {plan.num_steps} with the warm-up and instrumented ones, but "
+                f"phase {plan.span.phase.name!r} has only {plan.span.phase.num_steps}; use fewer"
             )
     return replace(config, model=model, schedule=schedule), plans
 
@@ -76,11 +76,11 @@ def check_options(config: TrainConfig, arguments: argparse.Namespace) -> None:
     check_minimums(arguments, positive | {"warmup_steps": 0})
     if arguments.num_layers and arguments.num_layers > config.model.num_layers:
         raise UserError(
-            f"--num-layers: {arguments.num_layers} is more than the config's {config.model.num_layers}; use no more"
+            f"--num-layers: {arguments.num_layers} is more than the config's {config.model.num_layers}; use at most that many"
         )
     if arguments.profile and (arguments.profile.is_dir() or not arguments.profile.parent.is_dir()):
         raise UserError(
-            f"--profile: {arguments.profile} is not a file in an existing folder; name another or make the folder"
+            f"--profile: {arguments.profile} is a folder, or its folder does not exist; name another file, or make the folder"
         )
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tandem.trainer.checkpoint.read import Checkpoint
 
 REMARKS = {
-    "rejected": "damaged: the run continued from an earlier checkpoint and will remove this one when it reaches its step",
+    "rejected": "damaged: the run continued from an earlier checkpoint and will remove this one when it reaches this step",
     "torn": "torn: not committed; a save is in progress, or the run was killed and will remove it when it continues",
 }
 
@@ -38,13 +38,14 @@ REMARKS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="ls|verify|diff")
     folder_help = "run folder, import folder or folder of checkpoints"
+    any_help = "run folder, import folder, folder of checkpoints or single checkpoint"
     command_help = "print one row per checkpoint, oldest first"
     listing = commands.add_parser("ls", help=command_help, description=command_help)
     listing.add_argument("folder", metavar="RUN", type=Path, help=folder_help)
     command_help = "read every file of the committed checkpoints and check its hash"
     verifying = commands.add_parser("verify", help=command_help, description=command_help)
-    verifying.add_argument("folder", metavar="RUN|CHECKPOINT", type=Path, help=f"{folder_help}, or a checkpoint")
-    verifying.add_argument("--step", metavar="N", type=int, help="only the checkpoint of this step")
+    verifying.add_argument("folder", metavar="RUN|CHECKPOINT", type=Path, help=any_help)
+    verifying.add_argument("--step", metavar="N", type=int, help="check only the checkpoint of this step")
     command_help = "compare the metadata and every bit of every tensor of two checkpoints, even if their layouts differ"
     differing = commands.add_parser("diff", help=command_help, description=command_help)
     for name in ("a", "b"):
@@ -131,7 +132,7 @@ def find_committed(folder: Path, step: int | None = None, option: str = "--step"
     if chosen := [each for each in folders if _read_step(each) == step]:
         return chosen
     kept = ", ".join(str(_read_step(each)) for each in folders)
-    raise UserError(f"{option}: {step}; {folder} has checkpoints of steps {kept}; name one of them")
+    raise UserError(f"{option}: {folder} has no checkpoint of step {step}; name a step that has one: {kept}")
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any] | None:

@@ -28,21 +28,22 @@ from tandem.trainer.tools.mup.proxies import proxy_config, require_mup
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add, folder_help = parser.add_argument, "folder for plots and result.json (default: mup in the run's folder)"
+    add = parser.add_argument
+    folder_help = "folder for the plots and result.json (default: the folder mup in the run folder)"
     add("config", type=Path, help="YAML file of a run with muP, for example configs/mup-check.yaml")
-    add("overrides", nargs="*", help="section.field=value")
-    add("--widths", default="64,128,256,512", help="widths of the proxies (default: 64,128,256,512)")
-    add("--checks", default=",".join(CHECKS), help=f"some of {','.join(CHECKS)} (default: all)")
+    add("overrides", nargs="*", help="section.field=value replaces this field of the file")
+    add("--widths", default="64,128,256,512", help="widths of the small models to train (default: 64,128,256,512)")
+    add("--checks", default=",".join(CHECKS), help=f"checks to run, from {','.join(CHECKS)} (default: all)")
     add("--output", type=Path, help=folder_help)
-    add("--seeds", type=int, default=3, help="coordinates: number of seeds (default: 3)")
-    add("--updates", type=int, default=4, help="coordinates: number of updates (default: 4)")
-    add("--tp-sizes", default="1,2", help="coordinates: tensor-parallel sizes (default: 1,2)")
+    add("--seeds", type=int, default=3, help="number of seeds of the coordinates check (default: 3)")
+    add("--updates", type=int, default=4, help="number of updates of the coordinates check (default: 4)")
+    add("--tp-sizes", default="1,2", help="tensor-parallel sizes of the coordinates check (default: 1,2)")
     add("--as-ranks", action="store_true", help=argparse.SUPPRESS)  # set by launch_coordinate_ranks
     add(
         "--octaves",
         type=int,
         default=3,
-        help="transfer: try peaks from schedule.lr.peak / 2^N to schedule.lr.peak * 2^N (default: 3)",
+        help="N: the transfer check tries peaks from schedule.lr.peak / 2^N to schedule.lr.peak * 2^N (default: 3)",
     )
 
 
@@ -91,15 +92,15 @@ class CheckRequest:
         require_mup(config)
         if launch_world_size() > 1 and not arguments.as_ranks:
             raise UserError(
-                f"ranks: {launch_world_size()} were launched, but tandem mup-check is one process that starts the ranks it "
-                "needs; run it without a launcher"
+                f"ranks: a launcher started {launch_world_size()}, but tandem mup-check is one process that starts the ranks "
+                "it needs; run it without a launcher"
             )
         widths, tp_sizes = (parse_sizes(getattr(arguments, name), name) for name in ("widths", "tp_sizes"))
         checks = arguments.checks.split(",")
         if unknown := [check for check in checks if check not in CHECKS]:
             raise UserError(f"--checks: {unknown[0]!r} is not a check; use some of {','.join(CHECKS)}")
         if len(widths) < 2:
-            raise UserError(f"--widths: {arguments.widths} is one width, but an exponent needs at least two; add one")
+            raise UserError(f"--widths: {arguments.widths} is one width, but the check needs at least two; add one")
         for name in ("seeds", "updates", "octaves"):
             if (number := getattr(arguments, name)) < 1:
                 raise UserError(f"--{name}: {number} is less than 1; use 1 or more")
@@ -110,8 +111,8 @@ class CheckRequest:
             raise UserError(f"--updates: {arguments.updates} is more than the schedule's {steps} steps; use fewer")
         if "coordinates" in checks and devices and max(tp_sizes) > devices:
             raise UserError(
-                f"--tp-sizes: {arguments.tp_sizes} needs more than this machine's {devices} GPUs, one for each rank; "
-                "use smaller sizes, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+                f"--tp-sizes: {arguments.tp_sizes} needs {max(tp_sizes)} GPUs, one for each rank, but this machine has "
+                f"{devices}; use smaller sizes, or hide the GPUs with CUDA_VISIBLE_DEVICES="
             )
         for width in widths:
             for tp_size in tp_sizes if "coordinates" in checks else [1]:

@@ -39,7 +39,9 @@ CHECK_DECAY = 0.1
 def require_weight_decay(config: TrainConfig) -> None:
     """Raise UserError if the config has no weight decay."""
     if not config.optim.weight_decay:
-        raise UserError("optim.weight_decay: 0 leaves no decay to check; set it, or leave decay out of --checks")
+        raise UserError(
+            "optim.weight_decay: 0 leaves no decay to check; use a value above 0, or leave decay out of --checks"
+        )
 
 
 def measure(config: TrainConfig, widths: list[int], mesh: Mesh) -> list[Measurement]:

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from tandem.trainer.tools.report import compare
 
     if not args.runs and not args.compare:
-        raise UserError("report: no run named; name run folders, or two with --compare A B")
+        raise UserError("report: no run folder is named; name at least one, or use --compare A B")
     for folder in args.runs:
         print(write_report(folder))
     if args.compare:

@@ -116,7 +116,7 @@ def test_a_rank_that_waits_for_its_data_is_named(data_hang):
     assert all(ended_with_code(words, rank) for rank in range(3))
     assert folder == "step-00000003"
     assert said.startswith(
-        f"step 3: no progress for {LIMIT_SECONDS:g} s: rank 1 on {current_process().host} is still in data, while"
+        f"step 3: no progress for {LIMIT_SECONDS:g} s; rank 1 on {current_process().host} is still in data, while"
     )
     assert "the others wait in all_reduce" in said
     assert "time.sleep(sleep_seconds)" in (tmp_path / HANGS_FOLDER / folder / "rank-00001.txt").read_text()
@@ -146,7 +146,7 @@ def test_a_frozen_rank_is_named_and_killed(tmp_path):
     since_verdict = time.time() - (tmp_path / HANGS_FOLDER / step / "verdict.txt").stat().st_mtime
     assert since_verdict < ranks.GRACE_SECONDS, "the test killed the rank; the other ranks should have"
     assert (
-        f"rank 1 on {current_process().host} is silent: stopped by a signal, while the others wait in all_reduce"
+        f"rank 1 on {current_process().host} is silent (stopped by a signal), while the others wait in all_reduce"
         in said
     )
     assert f"rank 1 gave no result (exit code {-signal.SIGKILL}" in words
@@ -157,7 +157,7 @@ def test_a_frozen_rank_is_named_and_killed(tmp_path):
 def test_a_killed_rank_is_named_by_those_whose_connection_broke(tmp_path):
     words, said, _ = failed("KILL", tmp_path)
     assert said.startswith(
-        f"step 3: a connection was lost: rank 1 on {current_process().host} is gone: killed, or exited without an error"
+        f"step 3: a connection was lost; rank 1 on {current_process().host} is gone (killed, or exited without an error)"
     )
     assert words.count(f"SystemExit: {REQUEUE_EXIT_CODE}") == 2
 
@@ -167,8 +167,8 @@ def test_a_rank_that_waits_in_the_store_for_a_killed_one_is_ended_without_patien
         ranks.run(save, 2, tmp_path, tmp_path)
     assert ended_with_code(str(failure.value), 0)
     said = newest_verdict(tmp_path, 0.0)
-    seconds, who = re.fullmatch(r"step 3: no progress for ([\d.]+) s: (.*)\n?", said, re.DOTALL).groups()
-    assert who.startswith(f"rank 1 on {current_process().host} is gone: killed, or exited without an error")
+    seconds, who = re.fullmatch(r"step 3: no progress for ([\d.]+) s; (.*)\n?", said, re.DOTALL).groups()
+    assert who.startswith(f"rank 1 on {current_process().host} is gone (killed, or exited without an error)")
     assert 3 * LIMIT_SECONDS <= float(seconds) < 20, "the message contains the whole wait"
 
 
@@ -229,7 +229,7 @@ def test_a_start_that_takes_too_long_is_ended(tmp_path):
     with pytest.raises(AssertionError, match=f"exit code {REQUEUE_EXIT_CODE}"):
         ranks.run(alone, 1, tmp_path, tmp_path)
     said = newest_verdict(tmp_path, since=0.0)
-    assert f"step 1: no progress for 1 s: rank 0 on {current_process().host} is still in forward and backward, " in said
+    assert f"step 1: no progress for 1 s; rank 0 on {current_process().host} is still in forward and backward, " in said
     assert f" is still in forward and backward, {Path(__file__).name}:" in said
     assert newest_verdict(tmp_path, since=time.time() + 60) is None
 
@@ -402,12 +402,12 @@ NONE = {"collective": None, "group_name": None, "num_collectives": {"0": 8}}
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"r3": None}, f"rank 3 on host-b is silent: frozen, dead or disconnected{WAIT}"),
-        ({"r3": None, "r2": {"local_peer_states": {"3": "running"}}}, f"rank 3 on host-b is silent: alive but frozen{WAIT}"),
-        ({"r3": None, "r2": None}, f"ranks 2, 3 on host-b are silent: frozen, dead or disconnected{WAIT}"),
+        ({"r3": None}, f"rank 3 on host-b is silent (frozen, dead or disconnected){WAIT}"),
+        ({"r3": None, "r2": {"local_peer_states": {"3": "running"}}}, f"rank 3 on host-b is silent (alive but frozen){WAIT}"),
+        ({"r3": None, "r2": None}, f"ranks 2, 3 on host-b are silent (frozen, dead or disconnected){WAIT}"),
         ({"r3": None, "r0": None, "r2": {"local_peer_states": {"3": "gone"}}},
-         f"rank 3 on host-b is gone: killed, or exited without an error{WAIT}"),
-        ({"r3": None, "r1": {"num_phases": 39}}, f"rank 3 on host-b is silent: frozen, dead or disconnected{WAIT}"),
+         f"rank 3 on host-b is gone (killed, or exited without an error){WAIT}"),
+        ({"r3": None, "r1": {"num_phases": 39}}, f"rank 3 on host-b is silent (frozen, dead or disconnected){WAIT}"),
         ({"r1": {"crash_error": "KeyError: 1"}, "r3": None}, f"rank 1 on host-a crashed with KeyError: 1{WAIT}"),
         ({"r1": {"num_phases": 39, "phase": "data", **NONE}}, f"rank 1 on host-a is still in data{WAIT}"),
         ({"r0": {"num_phases": 39, "phase": "data", "num_collectives": {"0": 7}},
@@ -428,17 +428,17 @@ NONE = {"collective": None, "group_name": None, "num_collectives": {"0": 8}}
         ({"r1": {"num_phases": 41, "phase": "save", "collective": "barrier"}},
          f"rank 1 on host-a is in save and skipped a collective{WAIT}"),
         ({"r1": {"connection_error": "gone"}, "r3": None, "r2": {"local_peer_states": {"3": "gone"}}},
-         f"LOST rank 3 on host-b is gone: killed, or exited without an error{WAIT}"),
+         f"LOST rank 3 on host-b is gone (killed, or exited without an error){WAIT}"),
         ({"r1": {"connection_error": "Broken pipe"}, "r3": None, "r2": {"local_peer_states": {"3": "running"}}},
-         "LOST all ranks are alive: check the network between hosts host-a, host-b (Broken pipe)"),
+         "LOST all ranks are alive; check the network between hosts host-a, host-b (Broken pipe)"),
         ({f"r{rank}": {"collective": None} for rank in range(4)},
-         "all ranks are stuck in update, engine.py:88 in update: check the network between hosts host-a, host-b"),
-        ({}, "all ranks are stuck in all_reduce 9: check the network between hosts host-a, host-b"),
+         "all ranks are stuck in update, engine.py:88 in update; check the network between hosts host-a, host-b"),
+        ({}, "all ranks are stuck in all_reduce 9; check the network between hosts host-a, host-b"),
     ],
 )  # fmt: skip
 def test_the_verdict_names_who_did_not_arrive(changed, expected):
     words = said(4, **changed)
-    cause = "a connection was lost: " if expected.startswith("LOST ") else "no progress for 60 s: "
+    cause = "a connection was lost; " if expected.startswith("LOST ") else "no progress for 60 s; "
     assert words == cause + expected.removeprefix("LOST ")
 
 

@@ -59,12 +59,12 @@ def test_the_command_prints_what_the_rows_of_a_step_were_fed(folder, capsys):
 
 
 def test_what_cannot_be_audited_is_the_user_s_mistake(folder, tmp_path):
-    with pytest.raises(UserError, match=r"--step: 99; .*no such step"):
+    with pytest.raises(UserError, match=r"--step: .* has no step 99; "):
         run_audit_command(folder, "--step", "99")
     with pytest.raises(UserError, match=r"nowhere: no such folder"):
         run_audit_command(tmp_path / "nowhere")
     manifest_copy_path(folder, "a").unlink()
-    with pytest.raises(UserError, match=r"manifests/a.json: no such file; an audit compares"):
+    with pytest.raises(UserError, match=r"manifests/a.json: no such file; the audit compares"):
         run_audit_command(folder)
     (folder / LEDGER_FILE).write_text("{}\n")
     with pytest.raises(UserError, match=r"has no start"):

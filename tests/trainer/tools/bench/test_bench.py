@@ -111,7 +111,7 @@ def test_each_phase_has_a_profile_of_its_own():
 MISTAKES = {
     "phase": ("--phase medium", ["--phase: 'medium'", "short, long", "or all"]),
     "no layers": ("--num-layers 0", ["--num-layers: 0 is less than 1", "use 1 or more"]),
-    "num_layers": ("--num-layers 5", ["--num-layers: 5 is more than the config's 4", "use no more"]),
+    "num_layers": ("--num-layers 5", ["--num-layers: 5 is more than the config's 4", "use at most that many"]),
     "rows": (
         "--global-batch-size 12",
         ["--global-batch-size: 12", "micro-batches of 8 on 1 replicas", "phase 'short'", "use a multiple of 8"],
@@ -119,10 +119,13 @@ MISTAKES = {
     "micro rows": ("--global-batch-size 8 --micro-batch-size 3", ["--global-batch-size: 8", "use a multiple of 3"]),
     "no steps": ("--steps 0", ["--steps: 0 is less than 1", "use 1 or more"]),
     "warm-up": ("--warmup-steps -1", ["--warmup-steps: -1 is less than 0", "use 0 or more"]),
-    "more steps than the phase has": ("--steps 295", ["--steps: 295 makes 301", "'short' has 300", "use fewer"]),
+    "more steps than the phase has": (
+        "--steps 295",
+        ["--steps: 295 timed steps need 301", "'short' has only 300", "use fewer"],
+    ),
     "profile nowhere": (
         "--profile none/t.json",
-        ["--profile: none/t.json", "not a file in an existing folder", "name another"],
+        ["--profile: none/t.json", "is a folder, or its folder does not exist", "name another"],
     ),
     "a field": ("optim.clip_nrom=1", ["optim.clip_nrom: 1", "max_grad_norm"]),
 }
@@ -142,7 +145,7 @@ def test_a_mistake_is_one_line(name, capfd):
 def test_ranks_that_tp_size_does_not_divide_are_refused(capfd):
     assert main(["bench", str(CONFIGS / "demo-btlm.yaml")]) == 2
     [line] = capfd.readouterr().err.splitlines()
-    assert "parallel.tp_size: 2 does not divide the 1 ranks" in line
+    assert "parallel.tp_size: 2 does not divide 1, the number of ranks" in line
 
 
 def on(rank: int, size: int) -> Mesh:

@@ -172,7 +172,7 @@ def test_the_last_bit_of_one_step_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "report: no run named"),
+        ([], "report: no run folder is named"),
         (["nowhere"], "nowhere: no such folder"),
         (["--compare", "nowhere", "elsewhere"], "nowhere: no such folder"),
     ],
