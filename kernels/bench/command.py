@@ -27,12 +27,7 @@ def make_parser(program: str, description: str, operations: dict[str, Operation]
     add("--shape", default="", help="every shape whose name contains this, including tp2, tp4 and the small configs")
     production = " and ".join(model.name for model in PRODUCTION_MODELS)
     add("--production", action="store_true", help=f"only the shapes of {production} on one rank")
-    add(
-        "--seconds",
-        type=float,
-        default=math.inf,
-        help="start nothing new after this time; rows report what was left out",
-    )
+    add("--seconds", type=float, default=math.inf, help="start nothing after this time; rows report what was left out")
     add("--rival", default="", help="only the implementations whose name contains this: ours, torch, ...")
     add("--json", type=Path, metavar="FILE", help="append one JSON line per row to this file")
     add("--device", choices=["cuda", "cpu"], default="cuda")

@@ -39,15 +39,16 @@ class NotMeasured(Exception):
 def measure_shape(
     op: Operation, shape: Shape, device: torch.device, ceilings: Ceilings, name: str = "", *, deadline: float = math.inf
 ) -> Iterator[Row]:
-    """Yield a row for each direction of each implementation with `name` in its name, or one with the reason if it fails.
+    """Yield a row for each direction of each implementation with `name` in its name, or one row with the reason if it fails.
 
-    Implementations take turns, so that none gets a cooler device. Ours runs in any case, because the results of the others are
+    Implementations take turns, so that none gets a cooler device. Ours always runs once, because the results of the others are
     compared with its results. Nothing starts after the deadline, a value of time.monotonic().
     """
     if time.monotonic() >= deadline:
         yield make_row(op, shape, device, "all", note="not measured: out of time")
         return
-    example, failures = seeded_example(op.make_example, shape, device), dict[str, str]()
+    example = seeded_example(op.make_example, shape, device)
+    failures: dict[str, str] = {}
     functions = _agreeing_functions(op, shape, example, name, failures)
     num_copies = measure.num_input_sets((*example.inputs, *example.out_gradients)) - 1
     sets = [example, *(copy.deepcopy(example) for _ in range(num_copies))]
@@ -65,7 +66,7 @@ def measure_shape(
 def _agreeing_functions(
     op: Operation, shape: Shape, example: Example, name: str, failures: dict[str, str]
 ) -> dict[str, Function]:
-    """Return the implementations to measure. Add those that fail, or disagree with the first, to the failures."""
+    """Return the implementations to measure. Add each one that fails, or disagrees with the first, to `failures`."""
     functions: dict[str, Function] = {}
     reference: tuple[str, list[Tensor]] | None = None
     for rival, make_function in op.implementations.items():
@@ -76,11 +77,11 @@ def _agreeing_functions(
             values = run_forward_backward(function, copy.deepcopy(example))
             check_agreement(reference, values)
             reference = reference or (rival, values)
+            if name in rival:
+                functions[rival] = function
         # An implementation may raise anything, and its failure must not lose the figures of the other.
         except Exception as reason:
             failures[rival] = one_line_reason(reason)
-        else:
-            functions |= {rival: function} if name in rival else {}
     return functions
 
 

@@ -40,6 +40,7 @@ class Operation:
     ours: Callable[[Shape], Function]
     """Returns the function for a shape, which takes the example's inputs."""
     plain: Callable[[Shape], Function]
+    """Returns the same in plain torch."""
     make_example: Callable[[Shape], Example]
     """Makes random values on torch's default device."""
     work: Callable[[Shape], tuple[Work, Work]]

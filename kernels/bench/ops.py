@@ -1,4 +1,4 @@
-"""The operations: random inputs, the least work they need, our implementation, and the same in plain torch."""
+"""The operations: random inputs, the least work they need, our implementation, and plain torch's."""
 
 import functools
 import random
@@ -110,7 +110,7 @@ class CrossEntropy(Operation):
 
 
 class LinearCrossEntropy(CrossEntropy):
-    """The same from the hidden state that gives the logits."""
+    """Mean cross-entropy over a vocabulary, from the hidden state that gives the logits."""
 
     name, ceiling = "linear_cross_entropy", "matmul"
 
@@ -197,7 +197,7 @@ class QKV(Operation):
 
 
 class SwiGLU(Operation):
-    """On one buffer [tokens, 2, ffn_hidden_size]."""
+    """SwiGLU on one buffer [tokens, 2, ffn_hidden_size]."""
 
     name, ceiling = "swiglu", "copy"
 
@@ -284,7 +284,7 @@ def slopes_of(shape: Shape, device: torch.device) -> Tensor | None:
 
 
 def cache_per_device(make: Callable[[torch.device], Any]) -> Callable[[torch.device], Any]:
-    """Make once what the layers of a model share."""
+    """Call `make` once and keep its result, because the layers of a model share it."""
     return functools.lru_cache(maxsize=1)(make)
 
 
