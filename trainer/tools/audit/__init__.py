@@ -24,10 +24,9 @@ from tandem.trainer.data.shard_cache import ShardCache
 from tandem.trainer.metrics import progress
 from tandem.trainer.tools.audit.ledger_history import LedgerHistory
 from tandem.trainer.tools.audit.ledger_lines import IMMUTABLE_SETTINGS
-from tandem.trainer.tools.audit.reading_order import ReadingOrder
+from tandem.trainer.tools.audit.reading_order import ReadingOrder, Sources
 from tandem.trainer.tools.audit.replay import Replay
 from tandem.trainer.tools.audit.result import AuditResult, format_shard_ranges
-from tandem.trainer.tools.audit.sources import Sources
 from tandem.trainer.tools.audit.step_rows import find_step_rows, format_inspect_commands
 from tandem.trainer.tools.audit.webdataset_reader import WebdatasetReader
 

@@ -17,8 +17,8 @@ from xxhash import xxh3_64_intdigest
 from tandem.trainer.config import PhaseConfig
 from tandem.trainer.data.mixture import row_sources
 from tandem.trainer.tools.audit.ledger_lines import StepLine
+from tandem.trainer.tools.audit.reading_order import Sources, row_contents
 from tandem.trainer.tools.audit.result import Finding, format_shard_ranges
-from tandem.trainer.tools.audit.sources import Sources, row_contents
 
 MAX_OFFSET_TOKENS = 64
 """Largest distance at which the search looks for rows that begin at a wrong token."""
@@ -85,7 +85,7 @@ def diagnose(step: StepLine, phase: PhaseConfig, first_row: int, sources: Source
 
     row_hashes = hash_rows(range(len(rows)), [row.content for row in rows])
     delta = step.ranges_digest - int(row_hashes.sum())
-    for mistake, changes, firsts, others, offset in _candidates(row_hashes, rows, around, contents_at):
+    for mistake, changes, firsts, others, offset in _candidates(row_hashes, rows, [*around.values()], contents_at):
         for tp_size in TP_SIZES:
             if len(hits := np.argwhere(changes == np.uint64(delta * tp_size % (1 << 64)))):
                 row, other = firsts[hits[0][0]], others[hits[0][1]] if len(others) else None
@@ -131,22 +131,19 @@ def _row_contents(sources: Sources, source: str, start: int, end: int, seq_len: 
 
 
 def _candidates(
-    row_hashes: np.ndarray,
-    rows: Rows,
-    around: dict[str, tuple[Rows, Rows, Rows]],
-    contents_at: Callable[[int], list[bytes]],
+    hashes: np.ndarray, rows: Rows, around: list[tuple[Rows, Rows, Rows]], contents_at: Callable[[int], list[bytes]]
 ) -> Candidates:
-    yield "left out", np.uint64(0) - row_hashes, rows, (), 0
-    yield "counted twice", row_hashes, rows, (), 0
-    others = [*rows, *(row for before, _, after in around.values() for row in (*before, *after))]
+    yield "left out", np.uint64(0) - hashes, rows, (), 0
+    yield "counted twice", hashes, rows, (), 0
+    others = [*rows, *(row for before, _, after in around for row in (*before, *after))]
     row_indices = np.repeat(np.arange(len(rows)), len(others))
     other_hashes = hash_rows(row_indices, [row.content for row in others] * len(rows)).reshape(len(rows), len(others))
-    change = other_hashes - row_hashes[:, None]
+    change = other_hashes - hashes[:, None]
     yield "replaced", change, rows, others, 0
     within = change[:, : len(rows)]
     yield "swapped", within + within.T, rows, rows, 0
     place_in_others = {id(row): place for place, row in enumerate(others)}
-    for before, own, after in around.values():
+    for before, own, after in around:
         reading_order = np.array([place_in_others[id(row)] for row in (*before, *own, *after)])
         places = np.arange(len(before), len(before) + len(own))
         for mistake, shift in (("dropped", 1), ("doubled", -1)):
@@ -154,9 +151,9 @@ def _candidates(
                 changes = change[reading_order[places], reading_order[places + shift]]
                 yield mistake, np.cumsum(changes[::-1])[::-1], own, (), 0
     for offset in (sign * distance for distance in range(1, MAX_OFFSET_TOKENS + 1) for sign in (1, -1)):
-        changes = hash_rows(range(len(rows)), contents_at(offset)) - row_hashes
+        changes = hash_rows(range(len(rows)), contents_at(offset)) - hashes
         yield "moved", changes, rows, (), offset
-        for _, own, _ in around.values():
+        for _, own, _ in around:
             if own:
                 yield "all moved", changes[[row.row_index for row in own]].sum(keepdims=True), own[:1], (), offset
 

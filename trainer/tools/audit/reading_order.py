@@ -1,14 +1,17 @@
 """Map positions in a source's reading order to token ranges of its shards, many positions at a time.
 
 This module deliberately implements the order of `data.shuffle` and `data.token_stream` a second time, because an audit that
-called the loader's code would repeat the loader's mistakes. It needs only a manifest and opens no file.
+called the loader's code would repeat the loader's mistakes. It needs only manifests and opens no file. `Sources` has the
+reading orders of all sources and the shards that are skipped at the step that is replayed.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -16,6 +19,8 @@ from tandem.trainer.data.manifest import CorpusSplit
 
 IntArray = np.ndarray
 """One-dimensional, int64."""
+MAX_SHOWN_TOKENS = 1 << 24
+"""Limit on the tokens whose ranges are named, because a damaged ledger must not fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,53 @@ class ReadingOrder:
         return hashlib.sha256(f"{self._seed}/{self._source}/{label}".encode()).digest()
 
 
+class Sources:
+    """Reading orders by source. `skipped_shards` changes while the ledger is replayed."""
+
+    def __init__(self, reading_orders: Mapping[str, ReadingOrder], validation_files: Mapping[str, Collection[str]]):
+        self.reading_orders = reading_orders
+        self._validation_files = validation_files
+        self.skipped_shards: dict[str, set[int]] = {}
+        """Source -> indices of shards."""
+
+    def __contains__(self, source: str) -> bool:
+        return source in self.reading_orders
+
+    def skip_shard(self, source: str, file: str) -> bool:
+        """Skip a shard from now on. Return whether the source has it. A validation shard does not affect the reading order."""
+        files = self.reading_orders[source].shard_files if source in self else []
+        if file not in files:
+            return file in self._validation_files.get(source, ())
+        self.skipped_shards.setdefault(source, set()).add(files.index(file))
+        return True
+
+    def shard_ranges(self, source: str, start: int, end: int) -> tuple[ShardRanges, ShardRanges]:
+        """Return the ranges that the run reads at positions [start, end), and those in skipped shards."""
+        ranges = self.reading_orders[source].shard_ranges(start, end)
+        is_skipped = np.isin(ranges.shard_index, list(self.skipped_shards.get(source, ())))
+        return ranges.select(~is_skipped), ranges.select(is_skipped)
+
+    def shard_range_names(self, source: str, start: int, end: int) -> list[str]:
+        """Name the first few ranges at positions [start, end), skipped shards included, as FILE:FIRST+TOKENS."""
+        reading_order = self.reading_orders[source]
+        ranges = reading_order.shard_ranges(start, min(end, start + MAX_SHOWN_TOKENS))
+        return reading_order.shard_range_names(ranges)
+
+    def step_range_names(self, read_ranges: Mapping[str, tuple[int, int]]) -> list[str]:
+        """Name the first few ranges of each source that a step read."""
+        return [name for source, ends in read_ranges.items() for name in self.shard_range_names(source, *ends)]
+
+    def cut_rows(self, source: str, start: int, end: int, seq_len: int) -> tuple[ShardRanges, IntArray]:
+        """Cut the ranges that the run reads at positions [start, end) into rows, see `cut_rows` below."""
+        return cut_rows(self.shard_ranges(source, start, end)[0], seq_len)
+
+    def max_span_tokens(self, source: str, tokens: int) -> int:
+        """Return an upper bound for the positions that a run advances while it reads `tokens` tokens."""
+        reading_order, skipped_shards = self.reading_orders[source], list(self.skipped_shards.get(source, ()))
+        skipped_tokens = int(reading_order.shard_tokens[skipped_shards].sum())
+        return tokens + skipped_tokens * (tokens // max(reading_order.epoch_tokens - skipped_tokens, 1) + 2)
+
+
 def concatenate_ranges(parts: list[ShardRanges]) -> ShardRanges:
     fields = zip(*(vars(part).values() for part in parts), strict=True)
     return ShardRanges(*map(np.concatenate, fields)) if parts else ShardRanges(*[np.empty(0, np.int64)] * 4)
@@ -146,6 +198,13 @@ def merge_adjacent(ranges: ShardRanges, row_index: IntArray | None = None) -> Sh
     starts = np.flatnonzero(is_start)
     tokens = np.add.reduceat(ranges.tokens, starts) if len(starts) else ranges.tokens
     return ShardRanges(ranges.position[starts], ranges.shard_index[starts], ranges.first_token[starts], tokens)
+
+
+def row_contents(source: str, ranges: ShardRanges, row_starts: IntArray) -> list[bytes]:
+    """Return the bytes of each row that the ranges digest hashes after the row's index."""
+    name = source.encode() + b"\0"
+    fields = np.stack([ranges.shard_index, ranges.first_token, ranges.tokens], axis=1).astype("<i8").tobytes()
+    return [name + fields[24 * begin : 24 * end] for begin, end in pairwise(row_starts.tolist())]
 
 
 def _splitmix64(values: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ from tandem.trainer.config import PhaseConfig
 from tandem.trainer.metrics.console import format_number
 from tandem.trainer.tools.audit.ledger_history import LedgerHistory
 from tandem.trainer.tools.audit.ledger_lines import IMMUTABLE_SETTINGS, Attempt, BadStepLine, SkipLine, StepLine
+from tandem.trainer.tools.audit.reading_order import Sources
 from tandem.trainer.tools.audit.result import AuditResult, SourceResult, format_missing_steps
-from tandem.trainer.tools.audit.sources import Sources
 from tandem.trainer.tools.audit.step_checks import StepChecker
 from tandem.trainer.tools.audit.webdataset_reader import WebdatasetReader
 

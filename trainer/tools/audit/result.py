@@ -76,9 +76,9 @@ class AuditResult:
         self.add_finding(Finding(kind, message, step, source, shard_ranges=names or (), **more))
 
     def add_finding(self, finding: Finding) -> None:
-        """Add a finding. If it is the second half of a swap, replace the finding of the first half by one for both."""
-        half = next((old for old in self.findings[-8:] if is_swap(old, finding)), None)
-        if half:
+        """Add a finding. If each of two rows read the tokens of the other, replace their findings by one finding of a swap."""
+        pairs = [old for old in self.findings[-8:] if old.kind == finding.kind == "repeated" and len(old.rows) == 2]
+        if half := next((old for old in pairs if [*old.rows] == [*reversed(finding.rows)]), None):
             self._add_to_totals(half, -1)
             self.findings.remove(half)
             message, ranges = f"{half.message}, and vice versa", [*half.shard_ranges, *finding.shard_ranges]
@@ -92,11 +92,6 @@ class AuditResult:
         if finding.source in self.sources:
             self.sources[finding.source].lost_tokens += sign * finding.lost_tokens
             self.sources[finding.source].repeated_tokens += sign * finding.repeated_tokens
-
-
-def is_swap(one: Finding, other: Finding) -> bool:
-    """Whether each of two rows read the tokens of the other."""
-    return one.kind == other.kind == "repeated" and len(one.rows) == 2 and [*one.rows] == [*reversed(other.rows)]
 
 
 def format_missing_steps(steps: range) -> str:

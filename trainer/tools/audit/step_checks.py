@@ -15,9 +15,8 @@ from tandem.trainer.data.mixture import row_sources
 from tandem.trainer.tools.audit.coverage import Coverage
 from tandem.trainer.tools.audit.diagnosis import diagnose, hash_rows
 from tandem.trainer.tools.audit.ledger_lines import StepLine
-from tandem.trainer.tools.audit.reading_order import IntArray, ShardRanges, cut_rows
+from tandem.trainer.tools.audit.reading_order import IntArray, ShardRanges, Sources, cut_rows, row_contents
 from tandem.trainer.tools.audit.result import AuditResult, Finding, format_shard_ranges
-from tandem.trainer.tools.audit.sources import Sources, row_contents
 from tandem.trainer.tools.audit.webdataset_reader import WebdatasetReader
 
 MAX_SEARCHES, MAX_FAILED_SEARCHES = 32, 4

@@ -13,7 +13,7 @@ from tandem.trainer.config import UserError
 from tandem.trainer.data.mixture import row_sources
 from tandem.trainer.tools.audit.ledger_history import LedgerHistory
 from tandem.trainer.tools.audit.ledger_lines import Attempt, BadStepLine, SkipLine, StepLine
-from tandem.trainer.tools.audit.sources import Sources
+from tandem.trainer.tools.audit.reading_order import Sources
 
 
 def find_step_rows(step: int, history: LedgerHistory, sources: Sources) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from tandem.trainer.tools.mup.proxies import build_loader, proxy_config, require
 
 MUP, WITHOUT_WIDTH_RULES = "muP", "without width rules"
 TAIL_FRACTION = 1 / 8
-"""The loss of a trial is the mean over the last steps, this fraction of all its steps."""
+"""Fraction of a trial's steps, at its end, over which the loss is averaged."""
 MAX_SPREAD_OCTAVES = 1.0
 """Largest allowed move of the optimum under muP, in grid steps of 2x."""
 

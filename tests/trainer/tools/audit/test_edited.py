@@ -308,7 +308,7 @@ def test_whatever_a_line_is_edited_to_there_is_a_verdict_and_no_proof_of_what_ma
     skipping, tmp_path, seed, monkeypatch
 ):
     monkeypatch.setattr(step_checks, "MAX_SEARCHES", 1)
-    monkeypatch.setattr("tandem.trainer.tools.audit.sources.MAX_SHOWN_TOKENS", 1 << 14)
+    monkeypatch.setattr("tandem.trainer.tools.audit.reading_order.MAX_SHOWN_TOKENS", 1 << 14)
     draw = random.Random(seed)
     (tmp_path / "run").mkdir()
     shutil.copytree(skipping / "manifests", tmp_path / "run" / "manifests")
