@@ -227,7 +227,7 @@ def save_error_message(root: Path, result: SaveResult, consequence: str) -> str:
     free_bytes = shutil.disk_usage(root).free if root.exists() else 0
     return (
         f"{root}: the checkpoint of step {result.step} cannot be written ({result.error}); the disk has "
-        f"{free_bytes / 1e9:.3g} GB free; free disk space or make the folder writable {consequence}"
+        f"{free_bytes / 1e9:.3g} GB left; free disk space or make the folder writable {consequence}"
     )
 
 

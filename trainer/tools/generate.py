@@ -159,7 +159,7 @@ def parse_sampling(arguments: argparse.Namespace) -> SamplingConfig:
     """Parse the sampling options.  Raises: UserError if a value is out of range."""
     if not arguments.temperature >= 0:
         raise UserError(
-            f"--temperature: {arguments.temperature} is not a number of at least 0; use one; 0 takes the most likely token"
+            f"--temperature: {arguments.temperature} is out of range; use 0 or more; 0 takes the most likely token"
         )
     if arguments.top_k < 0:
         raise UserError(f"--top-k: {arguments.top_k} is negative; use 0 to sample from all tokens")

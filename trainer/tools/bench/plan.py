@@ -118,8 +118,9 @@ def resize_phase(phase: PhaseConfig, arguments: argparse.Namespace, dp_size: int
     rows = arguments.global_batch_size or rows_per_forward * num_micro_batches
     if rows % rows_per_forward:
         raise UserError(
-            f"--global-batch-size: {rows} rows do not divide into micro-batches of {micro_batch_size} on {dp_size} replicas "
-            f"in phase {phase.name!r}; use a multiple of {rows_per_forward} or change --micro-batch-size"
+            f"--global-batch-size: {rows} rows do not divide into micro-batches of {micro_batch_size} on every "
+            f"replica (replicas: {dp_size}) in phase {phase.name!r}; use a multiple of {rows_per_forward} or change "
+            "--micro-batch-size"
         )
     tokens = phase.num_steps * rows * phase.seq_len
     return replace(phase, global_batch_size=rows, micro_batch_size=micro_batch_size, tokens=tokens)

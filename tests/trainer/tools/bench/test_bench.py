@@ -114,7 +114,12 @@ MISTAKES = {
     "num_layers": ("--num-layers 5", ["--num-layers: 5 is more than the config's 4", "use at most that many"]),
     "rows": (
         "--global-batch-size 12",
-        ["--global-batch-size: 12", "micro-batches of 8 on 1 replicas", "phase 'short'", "use a multiple of 8"],
+        [
+            "--global-batch-size: 12",
+            "micro-batches of 8 on every replica (replicas: 1)",
+            "phase 'short'",
+            "use a multiple of 8",
+        ],
     ),
     "micro rows": ("--global-batch-size 8 --micro-batch-size 3", ["--global-batch-size: 8", "use a multiple of 3"]),
     "no steps": ("--steps 0", ["--steps: 0 is less than 1", "use 1 or more"]),
