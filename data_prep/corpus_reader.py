@@ -48,10 +48,6 @@ class CorpusReader:
         self.vocabulary = Vocabulary(remote_files.read_bytes(tokenizer).decode(), self.manifest.eos_token, tokenizer)
         self._shard_cache = ShardCache(config.ShardCacheConfig())
 
-    @property
-    def shards(self) -> list[Shard]:
-        return [*self.manifest.train.shards, *self.manifest.validation.shards]
-
     def read_samples(self, shard: Shard) -> Iterator[np.ndarray]:
         """Yield the tokens of each sample of a shard, without a copy.  Raises: DamagedShard."""
         corpus_manifest = self.manifest

@@ -1,7 +1,7 @@
 """Statistics of a corpus: the facts of its manifest and the lengths of its documents.
 
 Lengths are counted from tokens. Documents are shuffled over shards, so a few shards represent all. `collect_statistics`
-returns a dict, which `--json` prints; `print_statistics` draws it.
+returns a dict, which `--json` prints. `print_statistics` prints it as tables.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,37 +31,28 @@ NON_DROP_COUNT_NAMES = {
 QUARTILES = {"quarter": 0.25, "median": 0.5, "three_quarters": 0.75}
 
 
-@dataclass(frozen=True)
-class ShardScan:
-    """Results of reading the tokens of some shards."""
-
-    length_counts: Counter[int]
-    """Number of documents of each length in tokens, EOS included."""
-    text_bytes: int | None
-    """UTF-8 bytes of their text; None if the tokenizer is not byte-level."""
-
-
 def sample_shards(shards: Sequence[Shard], num_shards: int) -> list[Shard]:
     """Return `num_shards` evenly spaced shards, or all if there are fewer."""
     num_shards = min(num_shards, len(shards))
     return [shards[index * len(shards) // num_shards] for index in range(num_shards)]
 
 
-def scan_shards(corpus: CorpusReader, shards: Sequence[Shard], advance: Callable[[int], None]) -> ShardScan:
-    """Read every token of the shards, in one thread per core.  Raises: DamagedShard."""
+def _scan_shards(
+    corpus: CorpusReader, shards: Sequence[Shard], advance: Callable[[int], None]
+) -> tuple[Counter[int], int]:
+    """Read every token of the shards, in one thread per core.
+
+    Return the number of documents of each length in tokens, EOS included, and the UTF-8 bytes of their text, which are 0
+    if the tokenizer is not byte-level.
+    """
     lengths: Counter[int] = Counter()
     text_bytes = 0
-    thread_pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-    try:
-        pending = {thread_pool.submit(_scan_shard, corpus, shard): shard for shard in shards}
-        for future in as_completed(pending):
-            found, found_bytes = future.result()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for shard, (found, found_bytes) in zip(shards, pool.map(partial(_scan_shard, corpus), shards), strict=True):
             lengths.update(found)
             text_bytes += found_bytes
-            advance(pending.pop(future).bytes)
-    finally:
-        thread_pool.shutdown(cancel_futures=True)
-    return ShardScan(lengths, text_bytes if corpus.vocabulary.is_byte_level else None)
+            advance(shard.bytes)
+    return lengths, text_bytes
 
 
 def _scan_shard(corpus: CorpusReader, shard: Shard) -> tuple[Counter[int], int]:
@@ -75,10 +67,16 @@ def _scan_shard(corpus: CorpusReader, shard: Shard) -> tuple[Counter[int], int]:
     return Counter(dict(zip(lengths.tolist(), counts.tolist(), strict=True))), text_bytes
 
 
-def collect_statistics(corpus: CorpusReader, scanned_shards: Sequence[Shard], shard_scan: ShardScan) -> dict[str, Any]:
-    """Return all facts of the corpus as a dict that JSON can hold."""
+def collect_statistics(
+    corpus: CorpusReader, scanned_shards: Sequence[Shard], advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """Return the statistics of the corpus as values for JSON. The lengths of documents are those of the scanned shards.
+
+    Raises: DamagedShard.
+    """
     manifest, vocabulary = corpus.manifest, corpus.vocabulary
-    tokens, lengths = manifest.train.tokens + manifest.validation.tokens, _summarize_lengths(shard_scan.length_counts)
+    length_counts, text_bytes = _scan_shards(corpus, scanned_shards, advance)
+    tokens, lengths = manifest.train.tokens + manifest.validation.tokens, _summarize_lengths(length_counts)
     splits = {name: getattr(manifest, name) for name in ("train", "validation")}
     return {
         "corpus": corpus.folder,
@@ -94,9 +92,9 @@ def collect_statistics(corpus: CorpusReader, scanned_shards: Sequence[Shard], sh
         "sample_tokens": manifest.sample_tokens,
         "documents": sum(split.documents for split in splits.values()),
         "tokens": tokens,
-        "shards": len(corpus.shards),
-        "bytes": sum(shard.bytes for shard in corpus.shards),
-        "overhead": sum(shard.bytes for shard in corpus.shards) / (tokens * manifest.token_bytes) - 1,
+        "shards": len(manifest.shards),
+        "bytes": (size_bytes := sum(shard.bytes for shard in manifest.shards)),
+        "overhead": size_bytes / (tokens * manifest.token_bytes) - 1,
         "unigram_entropy_nats": manifest.unigram_entropy_nats,
         "splits": {name: asdict(split) | {"shards": len(split.shards)} for name, split in splits.items()},
         "groups": {
@@ -109,7 +107,7 @@ def collect_statistics(corpus: CorpusReader, scanned_shards: Sequence[Shard], sh
         "padding_tokens": manifest.counts.get("padding_tokens", 0),
         "settings": manifest.settings,
         "scanned_shards": len(scanned_shards),
-        "text_bytes_per_token": shard_scan.text_bytes and shard_scan.text_bytes / lengths["tokens"],
+        "text_bytes_per_token": text_bytes / lengths["tokens"] if vocabulary.is_byte_level else None,
         "lengths": lengths,
     }
 

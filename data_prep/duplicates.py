@@ -83,7 +83,8 @@ def _find_links(band_paths: Sequence[Path], band_range: BandRange) -> Iterator[n
     num_documents_before = 0
     for path in band_paths:
         records = np.load(path, mmap_mode="r")[band_range.band_index]
-        low, high = (_lower_bound(records, bound) for bound in (band_range.low_hash, band_range.high_hash))
+        bounds = (band_range.low_hash, band_range.high_hash)
+        low, high = (bisect_left(records, bound, key=lambda record: int(record["hash"])) for bound in bounds)
         spill_hashes = records["hash"][low:high]
         spill_documents = records["document"][low:high] + np.uint64(num_documents_before)
         first, links = _link_to_first(spill_hashes, spill_documents)
@@ -94,10 +95,6 @@ def _find_links(band_paths: Sequence[Path], band_range: BandRange) -> Iterator[n
     together = np.concatenate(hashes)
     order = together.argsort(kind="stable")
     yield _link_to_first(together[order], np.concatenate(documents)[order])[1]
-
-
-def _lower_bound(records: np.ndarray, hash_bound: int) -> int:
-    return bisect_left(records, hash_bound, key=lambda record: int(record["hash"]))
 
 
 def _link_to_first(hashes: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

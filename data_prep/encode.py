@@ -1,8 +1,8 @@
 """Encode one unit of the inputs: read and clean its documents, turn them into ids, and write them as spills.
 
-A unit leaves its spills (`spill`), the signatures of its documents if duplicates are looked for, and last a record of its
-counts. A unit with a record is finished. Without one, its files are those of a killed worker and are written again,
-byte for byte the same.
+The files of a unit are its spills (`spill`), the signatures of its documents with --deduplicate, and a record of its
+counts, which is written last. A unit with a record is finished. Files of a unit without one are from a killed worker; they
+are written again with the same bytes.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from struct import pack
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
@@ -33,18 +32,14 @@ from tandem.trainer.disk import atomic_write
 BATCH_CHARACTERS = 1 << 20
 BATCH_TOKENS = 1 << 18
 MAX_SPILL_BYTES = 256 << 20
-"""Ids that a worker holds before it writes them: most of its memory."""
+"""Size of the ids that a worker holds before it writes a spill. They are most of its memory."""
 MAX_SPILL_DOCUMENTS = 1 << 20
-"""Documents that a worker holds at most; the signatures of very short ones are larger than their ids."""
+"""Limit of documents in a spill, because the signatures of very short documents are larger than their ids."""
 NO_GROUP = ""
 
 
-def is_finished(work_folder: Path, unit: WorkUnit) -> bool:
-    return spill.record_path(work_folder, unit.name).exists()
-
-
 def bands_path(source_spill: Spill) -> Path:
-    """The file of the signatures of the spill's documents, which `duplicates` reads."""
+    """Return the path of the signatures of the spill's documents, which `duplicates` reads."""
     return source_spill.index_path.with_suffix(".bands.npy")
 
 
@@ -57,22 +52,29 @@ def encode_unit(
     """
     counts: Counter[str] = Counter()
     groups: dict[str, int] = {}
-    buffer, num_spills, num_encoded = _SpillBuffer(), 0, 0
-    if settings.tokens is None:
-        batches = _encode_texts(settings, encoder_spec, unit, groups, counts, advance)
-    else:
-        batches = _adopt_tokens(settings, encoder_spec, unit, counts, advance)
+    batches = (
+        _encode_texts(settings, encoder_spec, unit, groups, counts, advance)
+        if settings.tokens is None
+        else _adopt_tokens(settings, encoder_spec, unit, counts, advance)
+    )
+    buffer: list[_EncodedBatch] = []
+    spill_documents: list[int] = []
+
+    def write_buffer() -> None:
+        num_documents = _write_spill(Spill(work_folder, unit.name, len(spill_documents)), buffer)
+        spill_documents.append(num_documents)
+        buffer.clear()
+
     for batch in batches:
-        buffer.add(batch)
-        if buffer.num_bytes >= MAX_SPILL_BYTES or buffer.num_documents >= MAX_SPILL_DOCUMENTS:
-            buffer.write(Spill(work_folder, unit.name, num_spills))
-            num_encoded, num_spills, buffer = num_encoded + buffer.num_documents, num_spills + 1, _SpillBuffer()
-    if buffer.num_documents:
-        buffer.write(Spill(work_folder, unit.name, num_spills))
-        num_encoded, num_spills = num_encoded + buffer.num_documents, num_spills + 1
+        buffer.append(batch)
+        num_bytes, num_documents = sum(one.tokens.nbytes for one in buffer), sum(len(one.lengths) for one in buffer)
+        if num_bytes >= MAX_SPILL_BYTES or num_documents >= MAX_SPILL_DOCUMENTS:
+            write_buffer()
+    if buffer:
+        write_buffer()
     record = {
-        "spills": num_spills,
-        "documents": num_encoded,
+        "spills": len(spill_documents),
+        "documents": sum(spill_documents),
         "groups": list(groups) or [NO_GROUP],
         "counts": dict(sorted(counts.items())),
         "parts": [[part.file.name, content_hash(part)] for part in unit.parts],
@@ -80,8 +82,7 @@ def encode_unit(
     atomic_write(spill.record_path(work_folder, unit.name), json.dumps(record))
 
 
-@dataclass
-class _EncodedBatch:
+class _EncodedBatch(NamedTuple):
     tokens: np.ndarray
     lengths: np.ndarray
     entries: np.ndarray
@@ -89,27 +90,15 @@ class _EncodedBatch:
     signatures: np.ndarray | None = None
 
 
-@dataclass
-class _SpillBuffer:
-    """Encoded batches of a unit that are not yet written."""
-
-    batches: list[_EncodedBatch] = field(default_factory=list)
-    num_documents: int = 0
-    num_bytes: int = 0
-
-    def add(self, batch: _EncodedBatch) -> None:
-        num_documents = len(batch.lengths)
-        batch.entries["document"] = np.arange(self.num_documents, self.num_documents + num_documents)
-        self.batches.append(batch)
-        self.num_documents += num_documents
-        self.num_bytes += batch.tokens.nbytes
-
-    def write(self, target: Spill) -> None:
-        signatures = [batch.signatures for batch in self.batches if batch.signatures is not None]
-        if signatures:
-            duplicates.write_bands(bands_path(target), np.concatenate(signatures))
-        lengths, entries = (np.concatenate([getattr(one, of) for one in self.batches]) for of in ("lengths", "entries"))
-        target.write([batch.tokens for batch in self.batches], lengths, entries)
+def _write_spill(target: Spill, batches: list[_EncodedBatch]) -> int:
+    """Write these batches, and return their number of documents."""
+    tokens, lengths, entries, signatures = zip(*batches, strict=True)
+    if signatures[0] is not None:
+        duplicates.write_bands(bands_path(target), np.concatenate(signatures))
+    all_entries = np.concatenate(entries)
+    all_entries["document"] = np.arange(len(all_entries))
+    target.write(list(tokens), np.concatenate(lengths), all_entries)
+    return len(all_entries)
 
 
 def _encode_texts(
@@ -140,9 +129,9 @@ def _adopt_tokens(
     counts: Counter[str],
     advance: ProgressCallback,
 ) -> Iterator[_EncodedBatch]:
-    """Yield the documents of a tokenised corpus: each sample without its padding, cut after each EOS.
+    """Yield the documents of a tokenized corpus: each sample without its padding, cut after each EOS.
 
-    A last document without EOS gets one, because samples are shuffled: what follows belongs to another text.
+    A last document without EOS gets one, because documents are shuffled and the next one belongs to another text.
     """
     assert settings.tokens is not None
     dtype, eos_id = np.dtype(token_dtype(encoder_spec.vocab_size)), encoder_spec.eos_id
@@ -172,10 +161,10 @@ def _adopt_tokens(
 
 
 def _padding_length(ids: np.ndarray, padding_id: int | None, eos_id: int) -> int:
-    """The number of padding ids at the end of a sample: those after an EOS, or all if nothing else is there.
+    """Return the number of padding ids at the end of a sample: those after an EOS, or all if the sample has no other id.
 
-    Note: the id may also be a token of text (50256, which open_lm pads GPT-NeoX with, is one of spaces), but padding
-    begins after a whole document. If it is EOS, the first EOS at the end of a sample ends its last document.
+    Note: the padding id may also be a token of text. open_lm pads GPT-NeoX with 50256, a token of spaces. But padding
+    begins after a whole document. If the padding id is EOS, the first EOS at the end of a sample ends its last document.
     """
     if padding_id is None:
         return 0
@@ -191,7 +180,7 @@ def _check_ids(ids: np.ndarray, vocab_size: int, place: str) -> None:
     if len(wrong):
         raise UserError(
             f"{place}: has id {wrong[0]}, but --tokenizer has ids 0 to {vocab_size - 1}; "
-            "give the tokenizer that made these ids, or --padding-id if this id is padding"
+            "name the tokenizer that made these ids, or give --padding-id if this id is padding"
         )
 
 
@@ -205,7 +194,7 @@ def _adopted_batch(settings: PrepareSettings, documents: list[np.ndarray], locat
 
 
 def _index_entries(seed: int, contents: Sequence[bytes], locations: Sequence[str]) -> np.ndarray:
-    """Index entries with the shuffle keys: 64 bits that depend on the content, the place and the seed alone."""
+    """Return index entries with their shuffle keys: 64 bits that depend only on content, location and seed."""
     entries = np.zeros(len(contents), spill.ENTRY_DTYPE)
     places = (location.encode(errors="surrogateescape") for location in locations)  # file names need not be UTF-8
     packed_seed = pack("<q", seed)
@@ -220,8 +209,8 @@ def _group_indices(batch: list[Document], group_field: str, groups: dict[str, in
     indices = [groups.setdefault(_field_value(document, group_field), len(groups)) for document in batch]
     if len(groups) > spill.MAX_GROUPS:
         raise UserError(
-            f"--group-field: {group_field} has more than {spill.MAX_GROUPS:,} different values; the limit was passed at "
-            f"{batch[-1].location}; name a field with few values"
+            f"--group-field: {group_field} has more than {spill.MAX_GROUPS:,} different values, counted up to document "
+            f"{batch[-1].location}; name a field with fewer values"
         )
     return indices
 
@@ -249,7 +238,7 @@ def documents_to_encode(
 
 
 def _field_value(document: Document, field_name: str) -> str:
-    """The value of a dotted field as text; NO_GROUP if the document has no such field."""
+    """Return the value of a dotted field as text, or NO_GROUP if the document has no such field."""
     value: Any = document.fields
     for name in field_name.split("."):
         value = value.get(name) if isinstance(value, dict) else None

@@ -38,15 +38,14 @@ def run(
     items: Sequence[Any],
     workers: int,
     advance: ProgressCallback,
-    on_result: Callable[[Any], None] | None = None,
+    on_result: Callable[[Any], None] = lambda result: None,
 ) -> None:
-    """Do all items. `make_item_function` is called once in each worker; the function it returns is called for each item.
-    `on_result` receives the results in this process, in any order.
+    """Do all items. `make_item_function` is called once in each worker. The function that it returns is called for each
+    item. `on_result` receives the results in this process, in any order.
 
     Raises: the error of the first item that fails, or KeyboardInterrupt. No further item then begins, and running items end
     when they next report progress.
     """
-    on_result = on_result or (lambda result: None)
     if not items:
         return
     if workers == 1 or len(items) == 1:
@@ -72,10 +71,9 @@ def run(
                 advance(total_done - reported_done)
                 reported_done = total_done
                 for future in finished:
-                    if not isinstance(
-                        future.exception(), ItemCancelled
-                    ):  # then another item has failed and is still to come
-                        on_result(future.result())
+                    if isinstance(future.exception(), ItemCancelled):
+                        continue  # another item has failed, and its error is raised later
+                    on_result(future.result())
     except BrokenProcessPool:
         raise UserError(
             f"--workers: one of {workers} workers was killed, probably because memory ran out; "
@@ -163,10 +161,8 @@ def _init_worker(function_path: str, progress_counter: Any, cancel_flag: Any) ->
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
         run_item = pickle.loads(Path(function_path).read_bytes())()
-    except (
-        Exception
-    ) as error:  # raised by the first item, because the pool reports an error here only as a lost process
-        run_item = error
+    except Exception as error:
+        run_item = error  # raised by the first item, because the pool reports an error here only as a lost process
     _worker_state = (run_item, progress_counter, cancel_flag)
 
 

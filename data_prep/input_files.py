@@ -138,7 +138,9 @@ def list_input_files(
     Raises: UserError if a path does not exist or cannot be read, or if there is nothing to read.
     """
     if glob and glob.startswith("/"):
-        raise UserError(f"--glob: {glob}; must be a pattern of names below --input; for example 'src/**/*.py'")
+        raise UserError(
+            f"--glob: {glob} is an absolute path; use a pattern of names below --input, for example 'src/**/*.py'"
+        )
     selection = _Selection(glob, option, only_tars)
     found: dict[str, InputFile] = {}
     expanded = [(path, samples) for given in paths for path, samples in _expand(given, option, only_tars)]

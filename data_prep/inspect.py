@@ -101,7 +101,7 @@ def _shard_range(args: argparse.Namespace, corpus: CorpusReader) -> tuple[str, s
                 first, end = _parse_token_range(args, shard)
                 return f"{shard.file} tokens {first}:{end}", name, before + first, end - first
             before += shard.tokens
-    names = [shard.file for shard in corpus.shards]
+    names = [shard.file for shard in corpus.manifest.shards]
     raise UserError(
         f"--shard: {args.shard} is not one of the {len(names):,} shards of {args.corpus}; name one of {names[0]} to {names[-1]}"
     )
@@ -211,11 +211,10 @@ def _excerpt(text: str, match_text: str) -> Text:
 
 
 def _print_statistics(args: argparse.Namespace, corpus: CorpusReader, console: Console) -> None:
-    shards = corpus.shards
+    shards = corpus.manifest.shards
     scanned_shards = corpus_statistics.sample_shards(shards, len(shards) if args.sample == "all" else int(args.sample))
     with progress.progress_bar("counting lengths", sum(shard.bytes for shard in scanned_shards), "bytes") as advance:
-        shard_scan = corpus_statistics.scan_shards(corpus, scanned_shards, advance)
-    statistics = corpus_statistics.collect_statistics(corpus, scanned_shards, shard_scan)
+        statistics = corpus_statistics.collect_statistics(corpus, scanned_shards, advance)
     if args.json:
         print(json.dumps(statistics))
     else:

@@ -11,15 +11,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from tandem.data_prep import provenance, work_units
 from tandem.data_prep.input_files import InputFile, content_hash
-from tandem.data_prep.work_units import WorkUnit
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
 from tandem.trainer.data.manifest import CorpusManifest
@@ -66,8 +64,11 @@ def clear_if_finished(output: Path) -> bool:
 
 def corpus_file_names(corpus_manifest: CorpusManifest) -> set[str]:
     """Return the names of the files of a finished corpus."""
-    shards = {shard.file for split in (corpus_manifest.train, corpus_manifest.validation) for shard in split.shards}
-    return shards | {manifest.MANIFEST_FILE, manifest.TOKENIZER_FILE, INPUTS_FILE}
+    return {shard.file for shard in corpus_manifest.shards} | {
+        manifest.MANIFEST_FILE,
+        manifest.TOKENIZER_FILE,
+        INPUTS_FILE,
+    }
 
 
 @contextmanager
@@ -116,36 +117,17 @@ def _hold_claim(output: Path, settings_dict: Mapping[str, Any], missing_folders:
         raise user_error from None
 
 
-def summarize_inputs(units: list[WorkUnit], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the manifest's summary of the inputs."""
-    return provenance.summarize(_input_entries(units, records))
-
-
 def finish_corpus(
-    output: Path,
-    units: list[WorkUnit],
-    records: Sequence[Mapping[str, Any]],
-    tokenizer_json: str,
-    corpus_manifest: CorpusManifest,
+    output: Path, input_entries: list[provenance.InputEntry], tokenizer_json: str, corpus_manifest: CorpusManifest
 ) -> None:
     """Complete the corpus: write the manifest, as its last file, and remove everything else."""
     atomic_write(output / manifest.TOKENIZER_FILE, tokenizer_json)
-    atomic_write(output / INPUTS_FILE, provenance.dump(_input_entries(units, records)))
+    atomic_write(output / INPUTS_FILE, provenance.dump(input_entries))
     for path in [*output.glob("train-*.tar"), *output.glob("validation-*.tar")]:
         if path.name not in corpus_file_names(corpus_manifest):
             path.unlink()  # left from an earlier state of the inputs
     atomic_write(output / manifest.MANIFEST_FILE, manifest.dump_manifest(corpus_manifest))
     _clear(output, keep=corpus_file_names(corpus_manifest))
-
-
-def _input_entries(units: list[WorkUnit], records: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """Return name, bytes, version and part hashes of each file, in order."""
-    read_parts = [part for unit in units for part in unit.parts]
-    hashes = [content for record in records for content in record["parts"]]
-    found = []
-    for file, parts in groupby(zip(read_parts, hashes, strict=True), key=lambda pair: pair[0].file):
-        found.append([file.name, file.size_bytes, file.version, [content for _, (_, content) in parts]])
-    return found
 
 
 def _check_same_inputs(output: Path, entries: list[provenance.InputEntry], inputs: list[InputFile]) -> None:

@@ -1,8 +1,8 @@
-"""`tandem prepare`: write shards, tokenizer.json and manifest.json of the inputs, the same bytes every time.
+"""`tandem prepare`: write shards, tokenizer.json and manifest.json from the inputs, with the same bytes every time.
 
-Here are the options, their checks and the printed summary; `stages` does the work. Every unit and every shard is either
-finished or absent, and none depends on who made it, so neither the number of workers nor a kill changes the result. The
-manifest is written last.
+This module contains the options, their checks and the printed summary; `stages` does the work. Every unit and every shard
+is either finished or absent, and its bytes do not depend on the process that wrote it. Therefore neither the number of
+workers nor a kill changes the result. The manifest is written last.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,162 +22,126 @@ from rich.progress import Progress
 from tandem.data_prep import clean, cluster, encode, executor, output_folder, readers, stages, tar_reader
 from tandem.data_prep.clean import CleaningRules
 from tandem.data_prep.cluster import submissions
-from tandem.data_prep.cluster.stage_job import PreparationRequest
 from tandem.data_prep.cluster.submissions import RESERVED_SBATCH_OPTIONS
-from tandem.data_prep.input_files import FilePart, InputFile, list_input_files
+from tandem.data_prep.input_files import FilePart, list_input_files
 from tandem.data_prep.settings import PrepareSettings
+from tandem.data_prep.stages import PreparationRequest
 from tandem.data_prep.tokenizers import build, encoding
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest, remote_files
 from tandem.trainer.data.manifest import CorpusManifest
 from tandem.trainer.metrics import progress
 
-DEFAULT_VOCAB_SIZE = 16_384
 DEFAULT_NUM_TASKS = 64
 MAX_PRINTED_FAILURES = 5
 TEXT_OPTIONS = ("group_field", "where", "nfc", "min_characters", "deduplicate", "decontaminate", "skip_undecodable")
-"""Options that --tokens excludes."""
+"""Options that cannot be combined with --tokens."""
 SEED_LIMIT = 1 << 63
-"""On each side of zero."""
+"""Seeds are at least the negative of this, and below it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `tandem prepare`."""
+    # fmt: off
     add = parser.add_argument_group("input and output").add_argument
     add("--input", nargs="+", required=True, metavar="PATH",
         help="folders or files, local or s3://, gs://, https://, with braces as in bash: text, code, .jsonl, .jsonl.gz, "
-        ".jsonl.zst, .parquet, webdataset .tar, .tar.gz, .tgz")  # fmt: skip
+        ".jsonl.zst, .parquet, webdataset .tar, .tar.gz, .tgz")
     add("--output", required=True, metavar="DIR", help="folder to create")
     add("--glob", metavar="PATTERN",
         help="within folders, read the files whose names match PATTERN, instead of those with known suffixes; "
-        "matching .jsonl, .parquet and .tar files are still read as such, all others as text")  # fmt: skip
-    add(
-        "--text-field",
-        default="text",
-        metavar="NAME",
-        help="field of a record that holds the text (default %(default)s)",
-    )
-    add(
-        "--group-field",
-        metavar="NAME",
-        help="count documents and tokens for each value of this field, for example meta.redpajama_set_name",
-    )
+        "matching .jsonl, .parquet and .tar files are still read as such, all others as text")
+    add("--text-field", default="text", metavar="NAME",
+        help="field of a record that contains the text (default %(default)s)")
+    add("--group-field", metavar="NAME",
+        help="count documents and tokens for each value of this field, for example meta.redpajama_set_name")
     add("--where", metavar="NAME=VALUE", help="read only documents whose field NAME has this value")
     add("--skip-undecodable", action="store_true", help="leave out and count text files that are not UTF-8")
 
     tokenizer = parser.add_argument_group("tokenizer")
     choice, add = tokenizer.add_mutually_exclusive_group(), tokenizer.add_argument
     choice.add_argument("--tokenizer", metavar="FILE",
-        help="tokenizer.json, a folder with vocab.json and merges.txt, or a .tiktoken file")  # fmt: skip
-    choice.add_argument("--vocab-size", type=int, metavar="N",
-        help=f"train a byte-level BPE with this many ids on the corpus (default {DEFAULT_VOCAB_SIZE})")  # fmt: skip
-    add(
-        "--tokenizer-kind",
-        choices=build.TIKTOKEN_KINDS,
-        help="which tokenizer a .tiktoken file belongs to, if its name does not show it",
-    )
+        help="tokenizer.json, a folder with vocab.json and merges.txt, or a .tiktoken file")
+    choice.add_argument("--vocab-size", type=int, default=16_384, metavar="N",
+        help="train a byte-level BPE with this many ids on the corpus (default %(default)s)")
+    add("--tokenizer-kind", choices=build.TIKTOKEN_KINDS,
+        help="which tokenizer a .tiktoken file belongs to, if its name does not show it")
     add("--tokenizer-library", choices=encoding.LIBRARIES, default="auto",
-        help="library that encodes; the result is the same (default %(default)s: the fastest exact one)")  # fmt: skip
+        help="library that encodes the text; all give the same ids (default %(default)s: the fastest that supports the "
+        "tokenizer)")
     add("--eos", default="<|endoftext|>", metavar="TOKEN", help="token that ends each document (default %(default)s)")
 
     add = parser.add_argument_group("tokenized webdataset corpora").add_argument
     add("--tokens", choices=tar_reader.TOKEN_EXTENSIONS,
-        help="use token ids from tar members with this extension; --tokenizer only gives vocabulary and EOS")  # fmt: skip
+        help="use token ids from tar members with this extension; --tokenizer only gives vocabulary and EOS")
     add("--padding-id", type=int, metavar="ID", help="remove this id from the ends of samples, after EOS")
 
     add = parser.add_argument_group("cleaning").add_argument
     add("--nfc", action="store_true", help="convert text to Unicode's composed form")
     add("--min-characters", type=int, default=0, metavar="N",
         help="leave out documents with fewer characters, not counting ASCII punctuation and whitespace "
-        f"(default %(default)s; SlimPajama: {clean.SLIMPAJAMA_MIN_CHARACTERS})")  # fmt: skip
+        f"(default %(default)s; SlimPajama: {clean.SLIMPAJAMA_MIN_CHARACTERS})")
     add("--deduplicate", action="store_true", help="keep one of several documents that share 0.8 of their 13-grams")
-    add(
-        "--decontaminate",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="leave out documents that are also in these files",
-    )
+    add("--decontaminate", nargs="+", default=[], metavar="PATH",
+        help="leave out documents that are also in these files")
 
     add = parser.add_argument_group("corpus").add_argument
     add("--held-out", type=float, default=0.005, metavar="FRACTION",
-        help="share of documents kept for validation (default %(default)s)")  # fmt: skip
+        help="share of documents kept for validation (default %(default)s)")
     add("--seed", type=int, default=0, help="seed of the shuffle (default %(default)s)")
     add("--sample-tokens", type=int, default=65_536, metavar="N", help="tokens in a tar sample (default %(default)s)")
-    add(
-        "--shard-tokens",
-        type=int,
-        default=1 << 25,
-        metavar="N",
-        help="minimum number of tokens in a shard (default %(default)s)",
-    )
+    add("--shard-tokens", type=int, default=1 << 25, metavar="N",
+        help="minimum number of tokens in a shard (default %(default)s)")
 
     add = parser.add_argument_group("workers").add_argument
-    add(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="maximum number of processes at once (default: one per core; with slurm and ray no limit)",
-    )
+    add("--workers", type=int, metavar="N",
+        help="maximum number of processes at once (default: one per core; with slurm and ray no limit)")
     add("--executor", choices=("local", *cluster.REQUIRED_LIBRARIES), default="local",
-        help="run on this machine, as Slurm jobs or as Ray tasks (default %(default)s)")  # fmt: skip
+        help="run on this machine, as Slurm jobs or as Ray tasks (default %(default)s)")
     add("--tasks", type=int, metavar="N", help=f"number of Slurm tasks in a stage (default {DEFAULT_NUM_TASKS})")
-    add(
-        "--slurm",
-        nargs="+",
-        metavar="NAME=VALUE",
-        help="options of sbatch, for example partition=cpu time=1-0 mem-per-cpu=4G",
-    )
+    add("--slurm", nargs="+", metavar="NAME=VALUE",
+        help="options of sbatch, for example partition=cpu time=1-0 mem-per-cpu=4G")
+    # fmt: on
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prepare the corpus; leave a folder that already holds it unchanged.
+    """Prepare the corpus; leave a folder that already contains it unchanged.
 
     Raises: UserError. Then only finished units of work are left behind.
     """
     _check_arguments(args)
-    output, console = Path(args.output), Console(stderr=True)
+    output = Path(args.output)
     tokenizer_json = build.read_tokenizer(args.tokenizer, args.tokenizer_kind) if args.tokenizer else None
     if tokenizer_json is not None:
         encoding.select_encoder(tokenizer_json, args.eos, args.tokenizer, library="tokenizers")
     try:
-        _prepare_or_submit(args, output, tokenizer_json, console)
+        inputs = list_input_files(args.input, args.glob, output, only_tars=args.tokens is not None)
+        settings = _settings(args, tokenizer_json)
+        _prepare_or_submit(
+            args, PreparationRequest(output, settings, inputs, tokenizer_json, args.vocab_size, args.tokenizer_library)
+        )
     except KeyboardInterrupt:
         kept = f"finished work is kept in {output}; " if (output / output_folder.WORK_FOLDER).is_dir() else ""
         raise KeyboardInterrupt(f"{kept}run the same command again to continue") from None
 
 
-def _prepare_or_submit(args: argparse.Namespace, output: Path, tokenizer_json: str | None, console: Console) -> None:
-    inputs = list_input_files(args.input, args.glob, output, only_tars=args.tokens is not None)
-    settings = _settings(args, tokenizer_json)
-    if output_folder.is_finished(output, settings.to_dict(), inputs):
+def _prepare_or_submit(args: argparse.Namespace, request: PreparationRequest) -> None:
+    output, settings_dict = request.output, request.settings.to_dict()
+    if output_folder.is_finished(output, settings_dict, request.inputs):
         print(f"{output}: already prepared with these settings; nothing to do")
         return
-    with output_folder.claim_output(output, settings.to_dict(), partial(submissions.check_no_running_jobs, output)):
-        if output_folder.is_finished(output, settings.to_dict(), inputs):
+    with output_folder.claim_output(output, settings_dict, partial(submissions.check_no_running_jobs, output)):
+        if output_folder.is_finished(output, settings_dict, request.inputs):
             print(f"{output}: another process has prepared it with these settings; nothing to do")
             return
         if args.executor == "slurm":
-            _submit(args, inputs, tokenizer_json, settings)
+            _submit(args, request)
             return
-        corpus_manifest = _prepare_corpus(args, inputs, tokenizer_json, settings, console)
+        with progress.progress_display(Console(stderr=True), "share") as bars, _hide_progress_on_error(bars):
+            start_progress = partial(progress.add_task, bars)
+            preparation = request.create_preparation(start_progress)
+            corpus_manifest = stages.run(preparation, _select_runner(args), start_progress)
     _print_counts(output, corpus_manifest)
-
-
-def _prepare_corpus(
-    args: argparse.Namespace,
-    inputs: list[InputFile],
-    tokenizer_json: str | None,
-    settings: PrepareSettings,
-    console: Console,
-) -> CorpusManifest:
-    with progress.progress_display(console, "share") as bars, _hide_progress_on_error(bars):
-        start_progress = partial(progress.add_task, bars)
-        preparation = stages.create_preparation(
-            Path(args.output), settings, inputs, tokenizer_json,
-            vocab_size=_vocab_size(args), tokenizer_library=args.tokenizer_library, start_progress=start_progress,
-        )  # fmt: skip
-        return stages.run(preparation, _select_runner(args), start_progress)
 
 
 def _select_runner(args: argparse.Namespace) -> stages.RunItems:
@@ -185,18 +150,17 @@ def _select_runner(args: argparse.Namespace) -> stages.RunItems:
     return partial(executor.run, workers=args.workers or len(os.sched_getaffinity(0)))
 
 
-def _submit(
-    args: argparse.Namespace, inputs: list[InputFile], tokenizer_json: str | None, settings: PrepareSettings
-) -> None:
-    output = Path(args.output).resolve()
-    if last_submission := submissions.load_submission(output):
+def _submit(args: argparse.Namespace, request: PreparationRequest) -> None:
+    request = replace(request, output=request.output.resolve())
+    if last_submission := submissions.load_submission(request.output):
         print(
-            f"{args.output}: the jobs of the last submission have ended and are not done; logs: {last_submission.logs}"
+            f"{args.output}: the jobs of the last submission have ended before the corpus was complete; "
+            f"logs: {last_submission.logs}"
         )
         for line in last_submission.failure_lines()[:MAX_PRINTED_FAILURES]:
             print(f"  {line}")
     submitted = cluster.executor_module("slurm").submit(
-        PreparationRequest(output, settings, inputs, tokenizer_json, _vocab_size(args), args.tokenizer_library),
+        request,
         tasks=args.tasks or DEFAULT_NUM_TASKS,
         workers=args.workers,
         options=dict(option.split("=", 1) for option in args.slurm or []),
@@ -204,7 +168,7 @@ def _submit(
     print(f"{args.output}: submitted to Slurm; each job starts when the previous one has succeeded")
     for stage, job in submitted.jobs.items():
         print(f"  {stage}: job {job}")
-    print("  run the same command again to see their progress, and to resubmit what has failed")
+    print("  run the same command again to see their progress, and to resubmit failed jobs")
     print(f"  logs, and one line for each failed task: {submitted.logs}")
 
 
@@ -221,19 +185,19 @@ def _hide_progress_on_error(bars: Progress) -> Iterator[None]:
 
 def _settings(args: argparse.Namespace, tokenizer_json: str | None) -> PrepareSettings:
     name, _, value = (args.where or "").partition("=")
-    contaminants = _contaminant_keys(args.decontaminate, args.text_field) if args.decontaminate else frozenset()
+    tokenizer = f"bpe of {args.vocab_size}"
+    if tokenizer_json is not None:
+        tokenizer = hashlib.sha256(tokenizer_json.encode()).hexdigest()
     return PrepareSettings(
         text_field=args.text_field,
         group_field=args.group_field,
         where=(name, value) if args.where else None,
         skip_undecodable=args.skip_undecodable,
-        cleaning=CleaningRules(nfc=args.nfc, min_characters=args.min_characters, contaminant_keys=contaminants),
+        cleaning=CleaningRules(args.nfc, args.min_characters, _contaminant_keys(args.decontaminate, args.text_field)),
         deduplicate=args.deduplicate,
         tokens=args.tokens,
         padding_id=args.padding_id,
-        tokenizer=f"bpe of {_vocab_size(args)}"
-        if tokenizer_json is None
-        else hashlib.sha256(tokenizer_json.encode()).hexdigest(),
+        tokenizer=tokenizer,
         eos=args.eos,
         held_out=args.held_out,
         seed=args.seed,
@@ -243,77 +207,76 @@ def _settings(args: argparse.Namespace, tokenizer_json: str | None) -> PrepareSe
 
 
 def _contaminant_keys(paths: list[str], text_field: str) -> frozenset[bytes]:
-    parts = (FilePart(file, 0, 1) for file in list_input_files(paths, None, Path(os.devnull), "--decontaminate"))
-    texts = (
-        document.text for part in parts for document in readers.read_documents(part, text_field, [], lambda count: None)
-    )
-    return clean.text_keys(texts)
-
-
-def _vocab_size(args: argparse.Namespace) -> int:
-    return DEFAULT_VOCAB_SIZE if args.vocab_size is None else int(args.vocab_size)
+    files = list_input_files(paths, None, Path(os.devnull), "--decontaminate") if paths else []
+    read = partial(readers.read_documents, text_field=text_field, extra_fields=[], advance=lambda count: None)
+    return frozenset(clean.text_key(document.text) for file in files for document in read(FilePart(file, 0, 1)))
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
     if remote_files.is_remote(args.output):
-        raise UserError(f"--output: {args.output}; must be a local folder; prepare in one, then copy it there")
+        raise UserError(f"--output: {args.output} is not a local folder; prepare the corpus in one, then copy it there")
     if not 0 <= args.held_out < 1:
-        raise UserError(f"--held-out: {args.held_out}; must be at least 0 and below 1; 0.005 keeps one document in 200")
+        raise UserError(
+            f"--held-out: {args.held_out} is not a share from 0 to below 1; use for example 0.005, which keeps one document "
+            "in 200 for validation"
+        )
     for name in ("workers", "tasks", "shard_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)}; must be positive; use 1 or more")
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)} is too small; use 1 or more")
     if args.min_characters < 0:
-        raise UserError(f"--min-characters: {args.min_characters}; must not be negative; 0 leaves none out")
+        raise UserError(f"--min-characters: {args.min_characters} is negative; use 0 or more; 0 leaves out no document")
     _check_executor(args)
     _check_tokens(args)
     if not -SEED_LIMIT <= args.seed < SEED_LIMIT:
-        raise UserError(f"--seed: {args.seed}; must fit in a signed 64-bit integer; choose a smaller number")
-    _check_fields(args)
-    if args.sample_tokens < 1 or args.sample_tokens % manifest.TAR_BLOCK_BYTES:
-        raise UserError(
-            f"--sample-tokens: {args.sample_tokens}; must be a positive multiple of {manifest.TAR_BLOCK_BYTES}; use one, "
-            "for example 65536"
-        )
-
-
-def _check_fields(args: argparse.Namespace) -> None:
+        raise UserError(f"--seed: {args.seed} does not fit in a signed 64-bit integer; choose a smaller number")
     name, equals, _ = (args.where or "").partition("=")
     if args.where is not None and not (name and equals):
-        raise UserError(f"--where: {args.where!r}; must read NAME=VALUE; for example meta.language=en")
+        raise UserError(
+            f"--where: {args.where!r} does not have the form NAME=VALUE; write for example meta.language=en"
+        )
     for option, field in (("--where", name), ("--group-field", args.group_field or "")):
         if field.split(".")[0] == args.text_field:
             raise UserError(f"{option}: {field} is the text itself; name another field of the record")
+    if args.sample_tokens < 1 or args.sample_tokens % manifest.TAR_BLOCK_BYTES:
+        raise UserError(
+            f"--sample-tokens: {args.sample_tokens} is not a positive multiple of {manifest.TAR_BLOCK_BYTES}; use one, "
+            "for example 65536"
+        )
 
 
 def _check_tokens(args: argparse.Namespace) -> None:
     if args.tokens is None:
         if args.padding_id is not None:
             raise UserError(
-                "--padding-id: works only with --tokens; leave it out, or add --tokens with the extension of the members "
-                "that hold ids"
+                f"--padding-id: {args.padding_id} has no effect without --tokens; leave it out, or add --tokens with the "
+                "extension of the members that contain ids"
             )
         return
     if args.tokenizer is None:
-        raise UserError("--tokens: needs --tokenizer, for the vocabulary and EOS; name the tokenizer of these ids")
+        raise UserError(
+            f"--tokens: {args.tokens} needs --tokenizer, for the vocabulary and EOS; name the tokenizer of these ids"
+        )
     if args.padding_id is not None and args.padding_id < 0:
         raise UserError(f"--padding-id: {args.padding_id} is negative; use the id, 0 or more, that pads the samples")
     for name in TEXT_OPTIONS:
         if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')}: works on text, but --tokens reads ids; leave one of them out")
+            raise UserError(
+                f"--{name.replace('_', '-')}: this option needs text, but --tokens reads ids; leave one of them out"
+            )
 
 
 def _check_executor(args: argparse.Namespace) -> None:
     for name in ("tasks", "slurm"):
         if getattr(args, name) is not None and args.executor != "slurm":
             raise UserError(
-                f"--{name}: works only with --executor slurm, not {args.executor}; leave it out, or choose slurm"
+                f"--{name}: this option has no effect with --executor {args.executor}; leave it out, or choose slurm"
             )
     for option in args.slurm or []:
         name = option.partition("=")[0]
         if "=" not in option or name.startswith("-") or name in RESERVED_SBATCH_OPTIONS:
             raise UserError(
-                f"--slurm: {option}; must read NAME=VALUE without leading dashes, and NAME must not be one of "
-                f"{', '.join(RESERVED_SBATCH_OPTIONS)}, which tandem prepare sets; write for example partition=cpu"
+                f"--slurm: {option} is not a valid option; write NAME=VALUE without leading dashes, for example "
+                f"partition=cpu; NAME must not be one of {', '.join(RESERVED_SBATCH_OPTIONS)}, which tandem prepare sets"
             )
     if args.executor != "local":
         cluster.executor_module(args.executor)
@@ -339,4 +302,4 @@ def _print_counts(output: Path, corpus_manifest: CorpusManifest) -> None:
         print(f"  no document has the field {corpus_manifest.settings['group_field']} of --group-field")
     print(f"  unigram entropy of the training tokens: {corpus_manifest.unigram_entropy_nats:.4f} nats")
     if corpus_manifest.settings["held_out"] and not corpus_manifest.validation.tokens:
-        print("  no document was held out; a larger --held-out gives validation tokens")
+        print("  no document was held out; raise --held-out to get validation tokens")

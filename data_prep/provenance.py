@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from tandem.data_prep.work_units import WorkUnit
 from tandem.trainer.config import UserError
-from tandem.trainer.data import remote_files
+from tandem.trainer.data import manifest, remote_files
 
 InputEntry = Sequence[Any]
 """Name, bytes, version, hashes of the parts."""
+
+
+def list_entries(units: Sequence[WorkUnit], records: Sequence[Mapping[str, Any]]) -> list[InputEntry]:
+    """Return the entry of each file that these units have read, in order. Each unit has its record."""
+    read_parts = [part for unit in units for part in unit.parts]
+    hashes = [part_hash for record in records for _, part_hash in record["parts"]]
+    by_file = groupby(zip(read_parts, hashes, strict=True), key=lambda pair: pair[0].file)
+    return [[file.name, file.size_bytes, file.version, [one for _, one in pairs]] for file, pairs in by_file]
 
 
 def dump(files: Sequence[InputEntry]) -> str:
@@ -35,7 +45,7 @@ def load(path: str | Path) -> list[InputEntry]:
     except UserError:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = manifest.one_line(error)
     raise UserError(f"{path}: is missing or damaged ({reason}); restore it or prepare the corpus again")
 
 

@@ -113,7 +113,7 @@ def _read_parquet(part: FilePart, stream: BinaryIO, text_field: str, extra_field
         )
     kind = schema.field(text_field).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UserError(f"{file.address}: field {text_field!r} is {kind}; must be text; name another with --text-field")
+        raise UserError(f"{file.address}: field {text_field!r} is {kind}, not text; name another with --text-field")
     groups = table.num_row_groups
     first, last = groups * part.index // part.num_parts, groups * (part.index + 1) // part.num_parts
     row_index = sum(table.metadata.row_group(group).num_rows for group in range(first))

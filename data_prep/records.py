@@ -58,7 +58,7 @@ def parse_record(line: bytes, text_field: str) -> dict[str, Any]:
         raise ValueError(f"has no field {text_field!r} (its fields: {known}); name the text with --text-field")
     if not isinstance(record[text_field], str):
         kind = type(record[text_field]).__name__
-        raise ValueError(f"field {text_field!r} is {kind}; must be text; name another with --text-field")
+        raise ValueError(f"field {text_field!r} is {kind}, not text; name another with --text-field")
     return record
 
 

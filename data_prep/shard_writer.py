@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from xxhash import xxh3_128
 
-from tandem.trainer.data.manifest import CorpusSplit, Shard
+from tandem.trainer.data.manifest import Shard
 from tandem.trainer.disk import atomic_file
 
 
@@ -55,27 +54,3 @@ def write_shard(folder: Path, file_stem: str, tokens: np.ndarray, num_documents:
         hashed.pad(tarfile.RECORDSIZE)
     hashes = (one.hexdigest() for one in hashed.hashes)
     return Shard(path.name, hashed.size_bytes, len(tokens), num_documents, *hashes)
-
-
-def write_split(
-    folder: Path, split: str, documents: Iterable[np.ndarray], *, sample_tokens: int, shard_tokens: int
-) -> CorpusSplit:
-    """Write documents in their order, in shards of at least `shard_tokens` except the last."""
-    shards: list[Shard] = []
-    pending: list[np.ndarray] = []
-    pending_tokens = 0
-
-    def close_shard() -> None:
-        stem = f"{split}-{len(shards):06d}"
-        shards.append(write_shard(folder, stem, np.concatenate(pending), len(pending), sample_tokens))
-        pending.clear()
-
-    for document in documents:
-        pending.append(document)
-        pending_tokens += len(document)
-        if pending_tokens >= shard_tokens:
-            close_shard()
-            pending_tokens = 0
-    if pending:
-        close_shard()
-    return CorpusSplit(sum(shard.tokens for shard in shards), sum(shard.documents for shard in shards), shards)

@@ -22,8 +22,10 @@ from tandem.trainer.disk import atomic_file, atomic_write
 BINS_PER_SHARD = 256
 """A shard exceeds its target size by at most one bin."""
 MIN_NUM_BINS, MAX_NUM_BINS = 1 << 12, 1 << 24
+ENTROPY_DECIMALS = 6
+"""Precision of the entropy in the manifest."""
 LoadDropMask = Callable[[Spill], np.ndarray | None]
-"""Returns which documents of a spill, in the order read, to drop; None drops none."""
+"""`Preparation.load_drop_mask`."""
 COUNT_CHUNK_TOKENS = 1 << 20
 """Ids per chunk: numpy widens ids to 64 bits to count them."""
 
@@ -136,6 +138,12 @@ def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     for first in range(0, len(tokens), COUNT_CHUNK_TOKENS):
         counts += np.bincount(tokens[first : first + COUNT_CHUNK_TOKENS], minlength=vocab_size)
     return counts
+
+
+def entropy_nats(token_counts: np.ndarray) -> float:
+    """Return the entropy of ids with these counts."""
+    shares = token_counts[token_counts > 0] / token_counts.sum()
+    return float(-(shares * np.log(shares)).sum())
 
 
 def load_shard_record(work_folder: Path, file_stem: str) -> tuple[Shard, dict[str, list[int]]]:

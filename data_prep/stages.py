@@ -12,18 +12,29 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tandem.data_prep import clean, duplicates, encode, output_folder, readers, shuffle, spill, tar_reader, work_units
-from tandem.data_prep.executor import ItemFunction, ProgressCallback
+from tandem.data_prep import (
+    clean,
+    duplicates,
+    encode,
+    output_folder,
+    provenance,
+    readers,
+    shuffle,
+    spill,
+    tar_reader,
+    work_units,
+)  # fmt: skip
+from tandem.data_prep.executor import ProgressCallback
 from tandem.data_prep.input_files import FilePart, InputFile
 from tandem.data_prep.settings import PrepareSettings
-from tandem.data_prep.shuffle import LoadDropMask, ShardKeyRange
+from tandem.data_prep.shuffle import ShardKeyRange
 from tandem.data_prep.spill import Spill
 from tandem.data_prep.tokenizers import build, encoding
 from tandem.data_prep.tokenizers.encoding import EncoderSpec
@@ -33,7 +44,7 @@ from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit, Shard
 from tandem.trainer.disk import atomic_write
 
 CHECK_SAMPLE_DOCUMENTS, CHECK_SAMPLE_CHARACTERS = 200, 1 << 20
-"""The sample on which an encoding library is compared with the reference before it is used."""
+"""Size of the sample on which an encoding library is compared with the reference before it is used."""
 TOKENIZER_TRAINING_BYTES = 1 << 30
 """Approximate limit of the text that a tokenizer is trained on."""
 DROPPED_COUNT_NAMES = (
@@ -48,8 +59,95 @@ RunItems = Callable[..., None]
 
 
 @dataclass(frozen=True)
+class PreparationRequest:
+    """The arguments of a preparation, from which every process creates it."""
+
+    output: Path
+    settings: PrepareSettings
+    inputs: list[InputFile]
+    tokenizer_json: str | None
+    """None: train a tokenizer of `vocab_size` ids."""
+    vocab_size: int
+    tokenizer_library: str
+
+    @property
+    def work_folder(self) -> Path:
+        return self.output / output_folder.WORK_FOLDER
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the tokenizer was given or is already trained."""
+        return self.tokenizer_json is not None or self._trained_tokenizer_path.exists()
+
+    @property
+    def _trained_tokenizer_path(self) -> Path:
+        versions = json.dumps([[file.name, file.size_bytes, file.version] for file in self.inputs])
+        return self.work_folder / f"tokenizer-{hashlib.sha256(versions.encode()).hexdigest()[:24]}.json"
+
+    def create_preparation(self, start_progress: StartProgress = lambda name, total: lambda count: None) -> Preparation:
+        """Train the tokenizer if none is given or trained, choose the encoding library and plan the units.
+
+        Raises: UserError if the inputs cannot be read.
+        """
+        self.work_folder.mkdir(exist_ok=True)
+        text, error_prefix = self.tokenizer_json, "--tokenizer"
+        if text is None:
+            text, error_prefix = self._train_tokenizer(start_progress), "--eos"
+        encoder = encoding.select_encoder(
+            text, self.settings.eos, error_prefix, library=self.tokenizer_library, sample_texts=self._sample_texts()
+        )
+        settings_dict = self.settings.to_dict() | {"tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest()}
+        units = work_units.plan_units(self.inputs, settings_dict)
+        preparation = Preparation(self.output, self.settings, units, encoder, text)
+        for other in set(self.work_folder.glob("whole-*")) - {preparation.corpus_work_folder}:
+            shutil.rmtree(other)  # of other inputs, whose shards in the output are about to be overwritten
+        preparation.corpus_work_folder.mkdir(exist_ok=True)
+        return preparation
+
+    def _sample_texts(self) -> list[str]:
+        """Return the first texts of the inputs, before any filter."""
+        texts: list[str] = []
+        for file in self.inputs if self.settings.tokens is None else ():
+            part = FilePart(file, 0, 1)
+            with suppress(readers.UndecodableText):  # reported or counted when it is encoded
+                for document in readers.read_documents(part, self.settings.text_field, [], lambda count: None):
+                    texts.append(document.text)
+                    if len(texts) >= CHECK_SAMPLE_DOCUMENTS or sum(map(len, texts)) >= CHECK_SAMPLE_CHARACTERS:
+                        return texts
+        return texts
+
+    def _train_tokenizer(self, start_progress: StartProgress) -> str:
+        """Train a BPE on text that is not held out, and keep it in the work folder."""
+        path, held_out = self._trained_tokenizer_path, self.settings.held_out
+        if not path.exists():
+            advance = start_progress("training the tokenizer", sum(file.size_bytes for file in self.inputs))
+            texts = (text for text in self._training_texts(advance) if clean.uniform_hash(text) >= held_out)
+            atomic_write(path, build.train_bpe(texts, self.vocab_size, self.settings.eos))
+        return path.read_text(encoding="utf-8")
+
+    def _training_texts(self, advance: ProgressCallback) -> Iterator[str]:
+        """Yield about TOKENIZER_TRAINING_BYTES of cleaned text, from the beginnings of files throughout the inputs."""
+        share = min(1.0, TOKENIZER_TRAINING_BYTES / max(1, sum(file.estimated_text_bytes for file in self.inputs)))
+        target_bytes = read_characters = 0.0
+        for file in self.inputs:
+            target_bytes += share * file.estimated_text_bytes
+            unit = WorkUnit("", 0, (FilePart(file, 0, 1),))
+            if share == 1:
+                documents = encode.documents_to_encode(self.settings, unit, Counter(), advance)
+                yield from (document.text for document in documents)
+                continue
+            if read_characters < target_bytes:
+                for document in encode.documents_to_encode(self.settings, unit, Counter(), lambda count: None):
+                    yield document.text
+                    read_characters += len(document.text)
+                    if read_characters >= target_bytes:
+                        break
+            advance(file.size_bytes)
+
+
+@dataclass(frozen=True)
 class Preparation:
-    """What every worker receives."""
+    """The data that every worker receives."""
 
     output: Path
     settings: PrepareSettings
@@ -61,95 +159,35 @@ class Preparation:
     def work_folder(self) -> Path:
         return self.output / output_folder.WORK_FOLDER
 
-    @property
+    @cached_property
     def corpus_work_folder(self) -> Path:
-        """The files that depend on all units: duplicates, ranges of shards, records of finished shards."""
+        """The folder of files that depend on all units: duplicates, ranges of shards, records of finished shards."""
         names = hashlib.sha256("".join(unit.name for unit in self.units).encode()).hexdigest()
         return self.work_folder / f"whole-{names[:24]}"
 
+    @property
+    def shard_ranges_path(self) -> Path:
+        return self.corpus_work_folder / "ranges.json"
 
-def create_preparation(
-    output: Path, settings: PrepareSettings, inputs: list[InputFile], tokenizer_json: str | None, *,
-    vocab_size: int, tokenizer_library: str, start_progress: StartProgress,
-) -> Preparation:  # fmt: skip
-    """Train the tokenizer if none is given, choose the encoding library and plan the units.
+    @cached_property
+    def spills(self) -> list[Spill]:
+        """The spills of all units, known once all are encoded."""
+        return [one for unit in self.units for one in spill.unit_spills(self.work_folder, unit.name)]
 
-    Raises: UserError if the inputs cannot be read.
-    """
-    work_folder = output / output_folder.WORK_FOLDER
-    work_folder.mkdir(exist_ok=True)
-    text = tokenizer_json
-    if text is None:
-        text = _train_tokenizer(work_folder, settings, inputs, vocab_size, start_progress)
-    error_prefix = "--tokenizer" if tokenizer_json is not None else "--eos"
-    encoder = encoding.select_encoder(
-        text, settings.eos, error_prefix, library=tokenizer_library, sample_texts=_sample_texts(settings, inputs)
-    )
-    settings_dict = settings.to_dict() | {"tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    preparation = Preparation(output, settings, work_units.plan_units(inputs, settings_dict), encoder, text)
-    for other in set(work_folder.glob("whole-*")) - {preparation.corpus_work_folder}:
-        shutil.rmtree(other)  # of other inputs, whose shards in the output are about to be overwritten
-    preparation.corpus_work_folder.mkdir(exist_ok=True)
-    return preparation
+    def drop_mask_path(self, source_spill: Spill) -> Path:
+        return self.corpus_work_folder / f"{source_spill.index_path.stem}.dropped.npy"
 
+    def load_drop_mask(self, source_spill: Spill) -> np.ndarray | None:
+        """Return which documents of the spill to drop, in the order read; None drops none."""
+        if not self.settings.deduplicate:
+            return None
+        mask: np.ndarray = np.load(self.drop_mask_path(source_spill), mmap_mode="r")
+        return mask
 
-def _sample_texts(settings: PrepareSettings, inputs: list[InputFile]) -> list[str]:
-    """The first texts of the inputs, before any filter."""
-    texts: list[str] = []
-    for file in inputs if settings.tokens is None else ():
-        with suppress(readers.UndecodableText):  # reported or counted when it is encoded
-            for document in readers.read_documents(FilePart(file, 0, 1), settings.text_field, [], lambda count: None):
-                texts.append(document.text)
-                if len(texts) >= CHECK_SAMPLE_DOCUMENTS or sum(map(len, texts)) >= CHECK_SAMPLE_CHARACTERS:
-                    return texts
-    return texts
-
-
-def _train_tokenizer(
-    work_folder: Path,
-    settings: PrepareSettings,
-    inputs: list[InputFile],
-    vocab_size: int,
-    start_progress: StartProgress,
-) -> str:
-    """Train a BPE on text that is not held out, at most about TOKENIZER_TRAINING_BYTES; keep it in the work folder."""
-    path = trained_tokenizer_path(work_folder, inputs)
-    if not path.exists():
-        advance = start_progress("training the tokenizer", sum(file.size_bytes for file in inputs))
-        share = min(1.0, TOKENIZER_TRAINING_BYTES / max(1, sum(file.estimated_text_bytes for file in inputs)))
-        texts = (
-            text
-            for text in _training_texts(settings, inputs, share, advance)
-            if clean.uniform_hash(text) >= settings.held_out
-        )
-        atomic_write(path, build.train_bpe(texts, vocab_size, settings.eos))
-    return path.read_text(encoding="utf-8")
-
-
-def trained_tokenizer_path(work_folder: Path, inputs: list[InputFile]) -> Path:
-    """Where the tokenizer trained on these inputs is stored."""
-    versions = json.dumps([[file.name, file.size_bytes, file.version] for file in inputs])
-    return work_folder / f"tokenizer-{hashlib.sha256(versions.encode()).hexdigest()[:24]}.json"
-
-
-def _training_texts(
-    settings: PrepareSettings, inputs: list[InputFile], share: float, advance: ProgressCallback
-) -> Iterator[str]:
-    """Yield this share of the cleaned text in order, from the beginnings of files throughout the inputs."""
-    target_bytes = read_characters = 0.0
-    for file in inputs:
-        target_bytes += share * file.estimated_text_bytes
-        unit = WorkUnit("", 0, (FilePart(file, 0, 1),))
-        if share == 1:
-            yield from (document.text for document in encode.documents_to_encode(settings, unit, Counter(), advance))
-            continue
-        if read_characters < target_bytes:
-            for document in encode.documents_to_encode(settings, unit, Counter(), lambda count: None):
-                yield document.text
-                read_characters += len(document.text)
-                if read_characters >= target_bytes:
-                    break
-        advance(file.size_bytes)
+    def load_unit_records(self) -> tuple[list[dict[str, Any]], Counter[str]]:
+        """Return the records of all units, and the sums of their counts."""
+        records = [spill.load_record(self.work_folder, unit.name) for unit in self.units]
+        return records, sum((Counter(record["counts"]) for record in records), Counter())
 
 
 @dataclass(frozen=True)
@@ -158,209 +196,149 @@ class Stage:
 
     name: str
     progress_title: str
-    """The title of its progress bar."""
     items: Callable[[Preparation], Sequence[Any]]
-    """All items, in the same order for every process; called once the previous stage is finished."""
-    is_finished: Callable[[Preparation, Any], bool]
-    make_item_function: Callable[[Preparation], ItemFunction]
+    """Returns all items, in the same order in every process, once the previous stage is finished."""
+    result_path: Callable[[Preparation, Any], Path]
+    """Returns the path of the file that marks an item as finished."""
+    run_item: Callable[[Preparation, Any, ProgressCallback], None]
     item_size: Callable[[Any], int] = lambda item: 1
     has_single_item: bool = False
     """Whether it has one item for any corpus."""
+
+    def is_finished(self, preparation: Preparation, item: Any) -> bool:
+        return self.result_path(preparation, item).exists()
 
     def unfinished_items(self, preparation: Preparation) -> list[Any]:
         return [item for item in self.items(preparation) if not self.is_finished(preparation, item)]
 
 
 def run(preparation: Preparation, run_items: RunItems, start_progress: StartProgress) -> CorpusManifest:
-    """Run all stages, which leaves a finished corpus."""
+    """Run all stages, which produces a finished corpus."""
     for stage in active_stages(preparation.settings):
         items, unfinished = stage.items(preparation), stage.unfinished_items(preparation)
         advance = start_progress(stage.progress_title, sum(map(stage.item_size, items)))
         advance(sum(map(stage.item_size, items)) - sum(map(stage.item_size, unfinished)))
-        run_items(partial(stage.make_item_function, preparation), unfinished, advance=advance)
+        # Each worker calls the outer partial once, and for each item the inner one that it returns.
+        run_items(partial(partial, stage.run_item, preparation), unfinished, advance=advance)
     return manifest.load_manifest(preparation.output)
 
 
 def active_stages(settings: PrepareSettings) -> list[Stage]:
-    """The stages that these settings need, in order."""
+    """Return the stages that these settings need, in order."""
     return [stage for stage in STAGES if settings.deduplicate or stage.name != "find-duplicates"]
 
 
-def _is_encoded(preparation: Preparation, unit: WorkUnit) -> bool:
-    return encode.is_finished(preparation.work_folder, unit)
+def _encode_unit(preparation: Preparation, unit: WorkUnit, advance: ProgressCallback) -> None:
+    encode.encode_unit(preparation.settings, preparation.encoder_spec, preparation.work_folder, unit, advance)
 
 
-def _make_encode_unit(preparation: Preparation) -> ItemFunction:
-    return partial(encode.encode_unit, preparation.settings, preparation.encoder_spec, preparation.work_folder)
+def _bands_paths(preparation: Preparation) -> list[Path]:
+    return [encode.bands_path(one) for one in preparation.spills]
 
 
-def _band_ranges(preparation: Preparation) -> list[duplicates.BandRange]:
-    return duplicates.plan_band_ranges(_band_and_mask_paths(preparation)[0], preparation.corpus_work_folder)
+def _plan_band_ranges(preparation: Preparation) -> list[duplicates.BandRange]:
+    return duplicates.plan_band_ranges(_bands_paths(preparation), preparation.corpus_work_folder)
 
 
-def _make_link_range(preparation: Preparation) -> ItemFunction:
-    bands = tuple(_band_and_mask_paths(preparation)[0])
-
-    def link(part: duplicates.BandRange, advance: ProgressCallback) -> None:
-        duplicates.write_links(bands, part)
-        advance(1)
-
-    return link
+def _write_links(preparation: Preparation, band_range: duplicates.BandRange, advance: ProgressCallback) -> None:
+    duplicates.write_links(_bands_paths(preparation), band_range)
+    advance(1)
 
 
-def _band_and_mask_paths(preparation: Preparation) -> tuple[list[Path], list[Path]]:
-    spills = _all_spills(preparation)
-    return [encode.bands_path(one) for one in spills], [_mask_path(preparation, one) for one in spills]
-
-
-def _mask_path(preparation: Preparation, source_spill: Spill) -> Path:
-    return preparation.corpus_work_folder / f"{source_spill.index_path.stem}.dropped.npy"
-
-
-def _make_plan_shards(preparation: Preparation) -> ItemFunction:
-    """Write the masks of the documents to leave out of every spill, and the ranges of the shards."""
-
-    def arrange(path: Path, advance: ProgressCallback) -> None:
-        if preparation.settings.deduplicate:
-            duplicates.write_masks(*_band_and_mask_paths(preparation), _band_ranges(preparation))
-        found = shuffle.plan_shard_key_ranges(
-            _all_spills(preparation), _drop_mask_loader(preparation), preparation.settings.shard_tokens
-        )
-        if not any(span.split == "train" for span in found):
-            _raise_no_training_documents(preparation)
-        atomic_write(
-            path, json.dumps([[span.split, span.shard_index, span.first_key, span.last_key] for span in found])
-        )
-        advance(1)
-
-    return arrange
-
-
-def _shard_ranges_path(preparation: Preparation) -> Path:
-    return preparation.corpus_work_folder / "ranges.json"
-
-
-def _load_shard_key_ranges(preparation: Preparation) -> list[ShardKeyRange]:
-    return [ShardKeyRange(*span) for span in json.loads(_shard_ranges_path(preparation).read_text(encoding="utf-8"))]
-
-
-def _is_gathered(preparation: Preparation, shard_range: ShardKeyRange) -> bool:
-    return shuffle.shard_record_path(preparation.corpus_work_folder, shard_range.file_stem).exists()
-
-
-def _make_gather_shard(preparation: Preparation) -> ItemFunction:
-    load_drop_mask = _drop_mask_loader(preparation)
-    spills, vocab_size = _all_spills(preparation), preparation.encoder_spec.vocab_size
-
-    def gather(span: ShardKeyRange, advance: ProgressCallback) -> None:
-        shuffle.gather_shard(
-            preparation.output, preparation.corpus_work_folder, spills, load_drop_mask, span,
-            dtype=manifest.token_dtype(vocab_size), vocab_size=vocab_size, sample_tokens=preparation.settings.sample_tokens,
-        )  # fmt: skip
-        advance(1)
-
-    return gather
-
-
-def _all_spills(preparation: Preparation) -> list[Spill]:
-    return [one for unit in preparation.units for one in spill.unit_spills(preparation.work_folder, unit.name)]
-
-
-def _drop_mask_loader(preparation: Preparation) -> LoadDropMask:
-    if not preparation.settings.deduplicate:
-        return lambda spill: None
-    return lambda spill: np.load(_mask_path(preparation, spill), mmap_mode="r")
+def _plan_shards(preparation: Preparation, path: Path, advance: ProgressCallback) -> None:
+    """Write the masks of the duplicates of every spill, and the key ranges of the shards."""
+    settings, spills = preparation.settings, preparation.spills
+    if settings.deduplicate:
+        mask_paths = [preparation.drop_mask_path(one) for one in spills]
+        duplicates.write_masks(_bands_paths(preparation), mask_paths, _plan_band_ranges(preparation))
+    found = shuffle.plan_shard_key_ranges(spills, preparation.load_drop_mask, settings.shard_tokens)
+    if not any(shard_range.split == "train" for shard_range in found):
+        _raise_no_training_documents(preparation)
+    atomic_write(path, json.dumps([asdict(shard_range) for shard_range in found]))
+    advance(1)
 
 
 def _raise_no_training_documents(preparation: Preparation) -> None:
-    records = [spill.load_record(preparation.work_folder, unit.name) for unit in preparation.units]
-    documents = sum(record["documents"] for record in records)
-    if documents:
+    records, counts = preparation.load_unit_records()
+    if documents := sum(record["documents"] for record in records):
         raise output_folder.UnusableSettings(
             f"--held-out: {preparation.settings.held_out} leaves none of {documents} documents for training; lower it"
         )
-    counted: Counter[str] = sum((Counter(record["counts"]) for record in records), Counter())
-    why = (
-        ", ".join(f"{counted[name]} {name.replace('_', ' ')}" for name in DROPPED_COUNT_NAMES if counted[name])
-        or "no documents"
-    )
+    dropped = [f"{counts[name]} {name.replace('_', ' ')}" for name in DROPPED_COUNT_NAMES if counts[name]]
     raise output_folder.UnusableSettings(
-        f"--input: holds no text to train on ({why}); name another path or take less out"
+        f"--input: contains no text to train on ({', '.join(dropped) or 'no documents'}); "
+        "name another path, or leave out fewer documents"
     )
 
 
-def finish(preparation: Preparation) -> CorpusManifest:
+def _load_shard_key_ranges(preparation: Preparation) -> list[ShardKeyRange]:
+    return [ShardKeyRange(**one) for one in json.loads(preparation.shard_ranges_path.read_text(encoding="utf-8"))]
+
+
+def _gather_shard(preparation: Preparation, shard_range: ShardKeyRange, advance: ProgressCallback) -> None:
+    vocab_size = preparation.encoder_spec.vocab_size
+    shuffle.gather_shard(
+        preparation.output, preparation.corpus_work_folder, preparation.spills, preparation.load_drop_mask, shard_range,
+        dtype=manifest.token_dtype(vocab_size), vocab_size=vocab_size, sample_tokens=preparation.settings.sample_tokens,
+    )  # fmt: skip
+    advance(1)
+
+
+def _finish(preparation: Preparation, _: Path, advance: ProgressCallback) -> None:
     """Write the manifest and remove the work folder."""
-    settings, output = preparation.settings, preparation.output
-    records = [spill.load_record(preparation.work_folder, unit.name) for unit in preparation.units]
-    counts: Counter[str] = sum((Counter(record["counts"]) for record in records), Counter())
+    settings, spec = preparation.settings, preparation.encoder_spec
+    records, counts = preparation.load_unit_records()
+    input_entries = provenance.list_entries(preparation.units, records)
     splits, groups, token_counts = _collect_shards(preparation)
     documents, tokens = (sum(getattr(split, name) for split in splits.values()) for name in ("documents", "tokens"))
     if settings.deduplicate:
         counts["duplicate_documents"] = sum(record["documents"] for record in records) - documents
     corpus_manifest = CorpusManifest(
-        dtype=manifest.token_dtype(preparation.encoder_spec.vocab_size),
+        dtype=manifest.token_dtype(spec.vocab_size),
         sample_tokens=settings.sample_tokens,
-        vocab=preparation.encoder_spec.vocab_size,
+        vocab=spec.vocab_size,
         eos_token=settings.eos,
-        eos_id=preparation.encoder_spec.eos_id,
+        eos_id=spec.eos_id,
         tokenizer_sha256=hashlib.sha256(preparation.tokenizer_json.encode()).hexdigest(),
-        unigram_entropy_nats=_entropy_nats(token_counts),
+        # Rounded, because the order of a sum, and with it the last bits, may differ between processors.
+        unigram_entropy_nats=round(shuffle.entropy_nats(token_counts), shuffle.ENTROPY_DECIMALS),
         counts=dict(sorted(counts.items())) | {"documents": documents, "tokens": tokens},
         groups=groups if settings.group_field else {},
-        settings=settings.to_dict() | output_folder.summarize_inputs(preparation.units, records),
+        settings=settings.to_dict() | provenance.summarize(input_entries),
         **splits,
     )
-    output_folder.finish_corpus(output, preparation.units, records, preparation.tokenizer_json, corpus_manifest)
-    return corpus_manifest
+    output_folder.finish_corpus(preparation.output, input_entries, preparation.tokenizer_json, corpus_manifest)
+    advance(1)
 
 
 def _collect_shards(preparation: Preparation) -> tuple[dict[str, CorpusSplit], dict[str, dict[str, int]], np.ndarray]:
     """Return the splits, the documents and tokens of every group, and the counts of each id in the training tokens."""
     shards: dict[str, list[Shard]] = {split: [] for split in spill.SPLITS}
-    groups: Counter[tuple[str, str]] = Counter()
+    groups: dict[str, Counter[str]] = {}
     token_counts = np.zeros(preparation.encoder_spec.vocab_size, np.int64)
-    for span in _load_shard_key_ranges(preparation):
-        shard, counted = shuffle.load_shard_record(preparation.corpus_work_folder, span.file_stem)
-        shards[span.split].append(shard)
+    for shard_range in _load_shard_key_ranges(preparation):
+        shard, counted = shuffle.load_shard_record(preparation.corpus_work_folder, shard_range.file_stem)
+        shards[shard_range.split].append(shard)
         for name, (documents, tokens) in counted.items():
-            groups[name, "documents"] += documents
-            groups[name, "tokens"] += tokens
-        if span.split == "train":
-            token_counts += np.load(shuffle.token_counts_path(preparation.corpus_work_folder, span.file_stem))
+            groups.setdefault(name, Counter()).update(documents=documents, tokens=tokens)
+        if shard_range.split == "train":
+            token_counts += np.load(shuffle.token_counts_path(preparation.corpus_work_folder, shard_range.file_stem))
     splits = {
         split: CorpusSplit(sum(shard.tokens for shard in found), sum(shard.documents for shard in found), found)
         for split, found in shards.items()
     }
-    names = sorted({name for name, _ in groups})
-    return splits, {name: {of: groups[name, of] for of in ("documents", "tokens")} for name in names}, token_counts
-
-
-def _entropy_nats(token_counts: np.ndarray) -> float:
-    shares = token_counts[token_counts > 0] / token_counts.sum()
-    # Rounded, because the order of a sum, and with it the last bits, may differ between processors.
-    return round(float(-(shares * np.log(shares)).sum()), 6)
-
-
-def _exists(preparation: Preparation, path: Path) -> bool:
-    return path.exists()
-
-
-def _make_finish(preparation: Preparation) -> ItemFunction:
-    def do(path: Path, advance: ProgressCallback) -> None:
-        finish(preparation)
-        advance(1)
-
-    return do
+    return splits, {name: dict(groups[name]) for name in sorted(groups)}, token_counts
 
 
 STAGES = (
-    Stage("encode", "encoding", lambda it: it.units, _is_encoded, _make_encode_unit, lambda unit: unit.size_bytes),
-    Stage("find-duplicates", "looking for duplicates", _band_ranges, lambda _, part: part.links_path.exists(),
-          _make_link_range),
-    Stage("plan-shards", "cutting into shards", lambda it: [_shard_ranges_path(it)], _exists, _make_plan_shards,
+    Stage("encode", "encoding", lambda it: it.units, lambda it, unit: spill.record_path(it.work_folder, unit.name),
+          _encode_unit, item_size=lambda unit: unit.size_bytes),
+    Stage("find-duplicates", "finding duplicates", _plan_band_ranges, lambda _, band_range: band_range.links_path,
+          _write_links),
+    Stage("plan-shards", "planning shards", lambda it: [it.shard_ranges_path], lambda _, path: path, _plan_shards,
           has_single_item=True),
-    Stage("gather", "shuffling", _load_shard_key_ranges, _is_gathered, _make_gather_shard),
-    Stage("finish", "finishing", lambda it: [it.output / manifest.MANIFEST_FILE], _exists, _make_finish,
+    Stage("gather", "shuffling", _load_shard_key_ranges,
+          lambda it, shard_range: shuffle.shard_record_path(it.corpus_work_folder, shard_range.file_stem), _gather_shard),
+    Stage("finish", "finishing", lambda it: [it.output / manifest.MANIFEST_FILE], lambda _, path: path, _finish,
           has_single_item=True),
 )  # fmt: skip

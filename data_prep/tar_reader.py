@@ -10,13 +10,13 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.lib.format as npy_format
 
-from tandem.data_prep.executor import ProgressCallback
+from tandem.data_prep.executor import ItemCancelled, ProgressCallback
 from tandem.data_prep.input_files import READ_BLOCK_BYTES, SAMPLE_MANIFEST_FILE, FilePart
 from tandem.data_prep.records import (
     Document,
@@ -26,22 +26,20 @@ from tandem.data_prep.records import (
     parse_json,
     parse_record,
     printable,
-)
+)  # fmt: skip
 from tandem.trainer.config import UserError
 
 TEXT_EXTENSIONS = ("txt", "json", "jsonl")
-"""What members of a tar hold text, each also with .gz."""
+"""Extensions of members that contain text, each also with .gz."""
 TOKEN_EXTENSIONS = ("json.gz", "json", "txt", "npy")
-"""What members of a tokenised tar hold ids: a JSON list, or a NumPy array."""
+"""Extensions of members that contain ids: a JSON list, or a NumPy array."""
 MAX_MEMBER_BYTES = 2 << 30
 """Limit of a member after decompression: a worker holds it in memory."""
 PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-LONG_NAME_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-TYPES_WITHOUT_DATA = (
-    tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE
-)  # fmt: skip
+"""Types of headers whose data, held in memory, extend the next header."""
 MAX_PAX_BYTES = 1 << 20
-"""Limit of the pax records of a member, which are held in memory."""
+RESERVED_NAME = re.compile(r"__[^/]*__($|/)")
+"""Matches the names of members that webdataset skips."""
 OTHER_MEMBERS = "other_members"
 """Name of the count of members of a tar that are not read."""
 
@@ -59,70 +57,57 @@ def read_tar(
     Each .txt member is a document. A .json member of the same name, or KEY.json of a sample with .txt members, only
     holds fields. Each other .json member and each line of a .jsonl member is a document.
     """
-    from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander  # imports torch
+    from webdataset.tariterators import base_plus_ext, group_by_keys  # imports torch, which takes a second and 200 MB
 
-    tar = _TarStream(part, stream, advance, counts)
-    address, name = part.file.address, part.file.name
+    def is_wanted(member: str) -> bool:
+        key, extension = base_plus_ext(member)
+        return key is not None and _text_kind(extension) is not None
 
-    def select(member_name: str) -> bool:
-        key, extension = base_plus_ext(member_name)
-        if not tar.count_unless(key is not None and _text_kind(extension) is not None):
-            return False
-        tar.check_member(key, extension.lower(), member_name)
-        return True
-
-    members = tar_file_expander([{"url": address, "stream": tar}], select_files=select)
-    for sample in tar.iterate(group_by_keys(members)):
-        key = sample["__key__"]
+    name = part.file.name
+    members = _read_members(part, stream, is_wanted, advance, counts)
+    for sample in group_by_keys(_check_keys(part, members, base_plus_ext)):
         extensions = [one for one in sample if not one.startswith("__")]
         stems = {_stem(one) for one in extensions if _text_kind(one) == "txt"}
         for extension in extensions:
             kind = _text_kind(extension)
             if kind == "json" and stems and (_stem(extension) in stems or not _stem(extension)):
                 continue
-            member = f"{key}.{extension}"
+            place = member = f"{sample['__key__']}.{extension}"
             try:
                 data = _gunzip(sample[extension], extension)
                 if kind == "txt":
                     fields = _sample_fields(sample, extension) if extra_fields else {}
                     yield Document(f"{name}:{member}", data.decode(), fields)
-                elif kind == "json":
-                    record = parse_record(data, text_field)
-                    yield Document(f"{name}:{member}", record.pop(text_field), record)
-                else:
-                    for number, line in enumerate(data.split(b"\n"), 1):
-                        if line.strip():
-                            member = f"{key}.{extension}:{number}"
-                            record = parse_record(line, text_field)
-                            yield Document(f"{name}:{member}", record.pop(text_field), record)
+                    continue
+                lines = (
+                    (f"{member}:{number}", line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()
+                )
+                for place, text in lines if kind == "jsonl" else [(member, data)]:
+                    record = parse_record(text, text_field)
+                    yield Document(f"{name}:{place}", record.pop(text_field), record)
             except Exception as error:  # a damaged member can raise anything
-                raise _member_error(address, member, error) from None
+                raise _member_error(part, place, error) from None
 
 
 def read_token_samples(
     part: FilePart, extension: str, advance: ProgressCallback, counts: Counter[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the name and the ids of each sample of a tokenised tar: of every member with this extension.
+    """Yield the name and the ids of each sample of a tokenized tar: of every member with this extension.
 
     Samples may share a name, because open_lm names them by a hash of their ids and can write a sample several times.
+
     Raises: UserError naming the file and the member that cannot be read.
     """
-    from webdataset.tariterators import tar_file_iterator  # imports torch, which takes a second and 200 MB
-
     file, num_samples = part.file, 0
     with open_unchanged(part) as stream:
-        tar = _TarStream(part, stream, advance, counts)
-
-        def select(name: str) -> bool:
-            return tar.count_unless(name.lower().endswith(f".{extension}"))
-
-        for member in tar.iterate(tar_file_iterator(tar, select_files=select)):
+        members = _read_members(part, stream, lambda name: name.lower().endswith(f".{extension}"), advance, counts)
+        for member in members:
+            num_samples += 1
             try:
                 ids = _parse_ids(member["data"], extension)
             except Exception as error:  # a damaged member can raise anything
-                raise _member_error(file.address, member["fname"], error) from None
+                raise _member_error(part, member["fname"], error) from None
             yield member["fname"], ids
-            num_samples += 1
     if file.num_samples not in (None, num_samples):
         raise UserError(
             f"{file.address}: has {num_samples} samples, but {SAMPLE_MANIFEST_FILE} states {file.num_samples}; "
@@ -130,174 +115,148 @@ def read_token_samples(
         )
 
 
-class _TarStream:
-    """The bytes of a tar on their way to webdataset, checked.
+class _DamagedHeader(Exception):
+    """A header of a tar is damaged. This is no `tarfile.HeaderError`, at which tarfile would end without an error."""
 
-    webdataset reads with tarfile, which takes a damaged header, or a file cut between two members, for the end of the
-    tar. So this follows the headers and raises if the tar does not end with a block of zeros and only zeros after it.
+
+class _StrictHeader(tarfile.TarInfo):
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictHeader:
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if not buf.strip(b"\0"):
+                raise  # the end of the tar
+            raise _DamagedHeader(error) from None
+        if header.size < 0 or (header.type in PAX_TYPES and not 0 < header.size <= MAX_PAX_BYTES):
+            raise _DamagedHeader(f"the size of {header.name!r} is {header.size:,}")
+        return header
+
+
+class _TarBytes:
+    """The file that tarfile reads. It raises EOFError at the end of the file until `may_end` is set, because tarfile
+    would take a file that was cut between two members for a whole tar.
     """
 
-    def __init__(self, part: FilePart, stream: BinaryIO, advance: ProgressCallback, counts: Counter[str]):
-        self.part, self._file = part, stream
-        self._stream = decompress(stream, part.file.compression)
-        self._advance, self._counts, self._reported_bytes = advance, counts, 0
-        self._header, self._bytes_to_next_header = bytearray(), 0
-        self._pax_data: bytearray | None = None
-        self._pax_size: int | None = None
-        self._member, self._has_ended = "", False
-        self._num_members, self._num_offered = 0, 0
-        self._fault = ""
-        self._keys: set[str] = set()
-        self._key, self._extensions = "", set[str]()
+    def __init__(self, stream: BinaryIO):
+        self._stream, self.may_end = stream, False
 
     def read(self, size: int) -> bytes:
-        """Called by tarfile."""
-        try:
-            block = self._stream.read(size)
-            self._follow(memoryview(block))
-        except OSError as error:
-            raise self._fail(
-                f"cannot be read after member {self._member!r} ({' '.join(str(error).split())[:200]})"
-            ) from None
+        block = self._stream.read(size)
+        if not block and not self.may_end:
+            raise EOFError
         return block
 
-    def iterate(self, samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield what webdataset makes of this stream, then read the rest; raise the first fault as a UserError."""
-        try:
-            yield from samples
-            while self.read(READ_BLOCK_BYTES):
-                pass
-        except Exception as error:  # tarfile raises also RecursionError, MemoryError and EOFError
-            if not self._fault:
-                self._fail(f"cannot be read at member {self._member!r} ({_describe(error)})")
-            # A new error: webdataset appends to the arguments of every exception that passes through it.
-            raise UserError(self._fault) from None
-        if dropped := self._num_members - self._num_offered:  # links, and names that webdataset reserves
-            self._counts[OTHER_MEMBERS] += dropped
-        self._advance(self.part.size_bytes - self._reported_bytes)
 
-    def count_unless(self, is_wanted: bool) -> bool:
-        """Return whether a member is wanted; count it if not. Called for each member that webdataset does not drop."""
-        self._num_offered += 1
-        if not is_wanted:
-            self._counts[OTHER_MEMBERS] += 1
-        position_bytes = self._file.tell()
-        if position_bytes - self._reported_bytes >= READ_BLOCK_BYTES:
-            self._advance(position_bytes - self._reported_bytes)
-            self._reported_bytes = position_bytes
-        return is_wanted
+def _read_members(
+    part: FilePart,
+    stream: BinaryIO,
+    is_wanted: Callable[[str], bool],
+    advance: ProgressCallback,
+    counts: Counter[str],
+) -> Iterator[dict[str, Any]]:
+    """Yield the wanted members in the form of webdataset's `tar_file_iterator`, and count all others except folders.
 
-    def check_member(self, key: str, extension: str, name: str) -> None:
-        """Refuse a second member with the same name, and a sample whose members are not adjacent."""
-        if key != self._key:
-            if key in self._keys:
-                raise self._fail(
-                    f"{printable(name)}: the sample {key!r} occurred before; give each sample a unique key and keep "
-                    "its members together, as tar --sort=name does"
-                )
-            self._keys.add(key)
-            self._key, self._extensions = key, set()
-        if extension in self._extensions:
-            raise self._fail(f"{printable(name)}: occurs twice; give each sample a unique key")
-        self._extensions.add(extension)
-
-    def _follow(self, block: memoryview) -> None:
-        if not block and not self._has_ended:
-            raise self._fail(f"is truncated at member {self._member!r}; restore or leave out the file")
-        while block:
-            if self._has_ended:
-                if bytes(block).strip(b"\0"):
-                    raise self._fail("continues after its end, as concatenated tars do; split it into separate tars")
-                return
-            if self._bytes_to_next_header:
-                passed = min(self._bytes_to_next_header, len(block))
-                self._bytes_to_next_header -= passed
-                if self._pax_data is not None:
-                    self._pax_data += block[:passed]
-                    if not self._bytes_to_next_header:
-                        self._read_pax_records()
-            else:
-                passed = min(tarfile.BLOCKSIZE - len(self._header), len(block))
-                self._header += block[:passed]
-                if len(self._header) == tarfile.BLOCKSIZE:
-                    self._read_header()
-            block = block[passed:]
-
-    def _read_header(self) -> None:
-        header = bytes(self._header)
-        self._header.clear()
-        if not header.strip(b"\0"):
-            self._has_ended = True
-            return
-        try:
-            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            state = f"is damaged after member {self._member!r}" if self._member else "is not a tar"
-            raise self._fail(f"{state} ({error}); restore or leave out the file") from None
-        self._member, size = member.name, member.size
-        if member.type == tarfile.GNUTYPE_SPARSE:
-            raise self._fail_sparse()
-        if member.type in PAX_TYPES:
-            self._pax_data = bytearray()
-        elif member.type not in LONG_NAME_TYPES:
-            size, self._pax_size = size if self._pax_size is None else self._pax_size, None
-            self._num_members += member.type != tarfile.DIRTYPE
-        if size < 0 or (member.type in PAX_TYPES and not 0 < size <= MAX_PAX_BYTES):
-            raise self._fail(
-                f"is damaged at member {self._member!r} (its size is {size:,}); restore or leave out the file"
-            )
-        if member.type not in TYPES_WITHOUT_DATA:
-            self._bytes_to_next_header = -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-    def _read_pax_records(self) -> None:
-        """Apply the pax records that change how a member is stored: its size, or that it is sparse."""
-        data, self._pax_data = bytes(self._pax_data or b""), None
-        while (found := re.match(rb"(\d{1,7}) ([^=]+)=", data)) and (length := int(found[1])) > found.end():
-            keyword, value = found[2], data[found.end() : length - 1]
-            if keyword.startswith(b"GNU.sparse."):
-                raise self._fail_sparse()
-            if keyword == b"size":
-                if not re.fullmatch(rb"\d{1,18}", value):
-                    raise self._fail(
-                        f"is damaged at member {self._member!r} (its pax size is {value[:40]!r}); restore it"
+    Raises: UserError if the tar is damaged, does not end with a block of zeros, or has other bytes after it.
+    """
+    address, name, reported_bytes = part.file.address, "", 0
+    try:
+        source: Any = _TarBytes(decompress(stream, part.file.compression))
+        tar: Any
+        with tarfile.open(fileobj=source, mode="r|", tarinfo=_StrictHeader) as tar:
+            for member in iter(tar.next, None):
+                name = member.name
+                _check_storage(part, member)
+                if member.isreg() and not RESERVED_NAME.match(name) and is_wanted(name):
+                    yield {"fname": name, "data": tar.extractfile(member).read(), "__url__": address}
+                elif not member.isdir():
+                    counts[OTHER_MEMBERS] += 1
+                tar.members.clear()
+                if stream.tell() - reported_bytes >= READ_BLOCK_BYTES:
+                    advance(stream.tell() - reported_bytes)
+                    reported_bytes = stream.tell()
+            source.may_end = True
+            while rest := tar.fileobj.read(READ_BLOCK_BYTES):
+                if rest.strip(b"\0"):
+                    raise UserError(
+                        f"{address}: continues after its end, as concatenated tars do; split it into separate tars"
                     )
-                self._pax_size = int(value)
-            data = data[length:]
+    except (UserError, ItemCancelled):
+        raise
+    except EOFError:
+        place = f"at member {name!r}" if name else "at its beginning"
+        raise UserError(f"{address}: is truncated {place}; restore or leave out the file") from None
+    except _DamagedHeader as error:
+        state = f"is damaged after member {name!r}" if name else "is not a tar, or its first header is damaged"
+        raise UserError(f"{address}: {state} ({error}); restore or leave out the file") from None
+    except Exception as error:  # tarfile also raises RecursionError, ValueError and MemoryError
+        place = f"after member {name!r}" if name else "at its beginning"
+        raise UserError(
+            f"{address}: cannot be read {place} ({_describe(error)}); restore or leave out the file"
+        ) from None
+    advance(part.size_bytes - reported_bytes)
 
-    def _fail_sparse(self) -> UserError:
-        return self._fail(f"has a sparse member, {self._member!r}; write the tar without --sparse")
 
-    def _fail(self, message: str) -> UserError:
-        self._fault = self._fault or f"{self.part.file.address}: {message}"
-        return UserError(self._fault)
+def _check_storage(part: FilePart, member: tarfile.TarInfo) -> None:
+    """Raises: UserError if the member is sparse or its pax record of its size is not a number."""
+    if member.issparse() or any(keyword.startswith("GNU.sparse.") for keyword in member.pax_headers):
+        raise UserError(f"{part.file.address}: has a sparse member, {member.name!r}; write the tar without --sparse")
+    if not (size := member.pax_headers.get("size", "0")).isdecimal():
+        raise UserError(
+            f"{part.file.address}: is damaged at member {member.name!r} (its pax size is {size[:40]!r}); restore it"
+        )
+
+
+def _check_keys(
+    part: FilePart, members: Iterator[dict[str, Any]], base_plus_ext: Callable[[str], tuple[str, str]]
+) -> Iterator[dict[str, Any]]:
+    """Pass the members on. Refuse a second member of the same name, and a sample whose members are not adjacent."""
+    keys: set[str] = set()
+    current_key, extensions = "", set[str]()
+    for member in members:
+        key, extension = base_plus_ext(member["fname"])
+        place = f"{part.file.address}: {printable(member['fname'])}"
+        if key != current_key:
+            if key in keys:
+                raise UserError(
+                    f"{place}: the sample {key!r} occurred before; give each sample a unique key and keep its members "
+                    "together, as tar --sort=name does"
+                )
+            keys.add(key)
+            current_key, extensions = key, set()
+        if extension.lower() in extensions:
+            raise UserError(f"{place}: occurs twice; give each sample a unique key")
+        extensions.add(extension.lower())
+        yield member
 
 
 def _text_kind(extension: str) -> str | None:
-    """Which of TEXT_EXTENSIONS a member with this extension is, if any: only the last suffix counts."""
+    """Return which of TEXT_EXTENSIONS this is: its last suffix decides."""
     kind = extension.lower().removesuffix(".gz").rpartition(".")[2]
     return kind if kind in TEXT_EXTENSIONS else None
 
 
 def _stem(extension: str) -> str:
-    """The part of an extension that a .txt member and the .json member with its fields have in common."""
+    """Return the part that the extensions of a .txt member and of the .json member with its fields share."""
     return extension.removesuffix(".gz").rpartition(".")[0]
 
 
-def _member_error(address: str, member: str, error: Exception) -> UserError:
+def _member_error(part: FilePart, member: str, error: Exception) -> UserError:
     if isinstance(error, UnicodeDecodeError):
-        return UserError(f"{address}: {printable(member)}: is not UTF-8 ({describe_decode_error(error)}); convert it")
-    return UserError(f"{address}: {printable(member)}: {_describe(error)}")
+        fault = f"is not UTF-8 ({describe_decode_error(error)}); convert it"
+    elif isinstance(error, ValueError):  # raised here or by the parsers of `records`
+        fault = _describe(error)
+    else:
+        fault = f"cannot be read ({_describe(error)}); restore it"
+    return UserError(f"{part.file.address}: {printable(member)}: {fault}")
 
 
 def _describe(error: Exception) -> str:
-    """The text of an error as one line, without the objects that webdataset appends to it; else the name of its type."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else error.args[0] if error.args else None
-    text = text.partition(" @ <")[0] if isinstance(text, str) else ""
-    return " ".join(text.split())[:300] or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _sample_fields(sample: dict[str, Any], extension: str) -> dict[str, Any]:
-    """The record beside a .txt member: the .json of the same name, else that of the sample."""
+    """Return the record of a .txt member: the .json of the same name, else that of the sample."""
     stem = _stem(extension)
     prefix = f"{stem}." if stem else ""
     for json_extension in (f"{prefix}json", f"{prefix}json.gz", "json", "json.gz"):
@@ -311,41 +270,39 @@ def _gunzip(data: bytes, extension: str) -> bytes:
     if not extension.endswith(".gz"):
         return data
     if not data:
-        raise EOFError("is truncated: a compressed member is not empty even if it has no text")
+        raise ValueError("is truncated, because a compressed member is not empty even if it has no text; restore it")
     pieces, num_bytes = [], 0
     while data:
         gzip_member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
         pieces.append(gzip_member.decompress(data, MAX_MEMBER_BYTES - num_bytes + 1))
         num_bytes += len(pieces[-1])
         if num_bytes > MAX_MEMBER_BYTES:
-            raise ValueError(f"holds more than {MAX_MEMBER_BYTES:,} bytes after decompression; split it")
+            raise ValueError(f"contains more than {MAX_MEMBER_BYTES:,} bytes after decompression; split it")
         if not gzip_member.eof:
-            raise EOFError("is truncated: the compressed data has no end; restore it")
+            raise ValueError("is truncated, because the compressed data has no end; restore it")
         data = gzip_member.unused_data.lstrip(b"\0")
     return b"".join(pieces)
 
 
 def _parse_ids(data: bytes, extension: str) -> np.ndarray:
-    """The ids of a sample as a one-dimensional array of integers.
-
-    Raises: ValueError, or what decompression raises, if it is anything else.
-    """
+    """Return the ids of a sample, which must be a one-dimensional array of integers."""
     if extension == "npy":
-        ids = _parse_npy(data)
-    else:
-        values = parse_json(_gunzip(data, extension))
-        ids = np.empty(0, np.int64) if values == [] else np.array(values)
+        return _parse_npy(data)
+    values = parse_json(_gunzip(data, extension))
+    ids = np.empty(0, np.int64) if values == [] else np.array(values)
     _check_kind(ids.dtype, ids.ndim)
     return ids
 
 
 def _check_kind(dtype: np.dtype, num_dimensions: int) -> None:
     if num_dimensions != 1 or dtype.kind not in "iu":
-        raise ValueError(f"is {dtype} of {num_dimensions} dimensions; must be one list of whole numbers")
+        raise ValueError(
+            f"is not one list of whole numbers ({dtype} in {num_dimensions} dimensions); correct the member"
+        )
 
 
 def _parse_npy(data: bytes) -> np.ndarray:
-    """View the data of a .npy file as an array. Its header is checked first, because np.load allocates what it states."""
+    """Return the array of a .npy file. Check the header first, because np.load allocates the size that it states."""
     if not data.startswith(npy_format.MAGIC_PREFIX):
         raise ValueError("is not a .npy file; write it with numpy.save, or restore it")
     stream = io.BytesIO(data)

@@ -1,8 +1,8 @@
 """`tandem verify`: read a prepared corpus again and check every byte against its manifest.
 
-It checks every claim that a reader relies on: hashes, sizes, the position of each sample in its tar, tokens within the
-vocabulary, the number of documents, the frequencies of tokens. Each shard is read once. A bad shard does not stop the
-others, so one run finds all bad shards.
+It checks everything that a reader relies on: hashes, sizes, the position of each sample in its tar, that every token is in
+the vocabulary, the number of documents, and the frequencies of tokens. Each shard is read once. The check continues after a
+bad shard, so one run finds all bad shards.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from tandem.trainer.metrics import progress
 
 SINGLE_PROCESS_BYTES = 1 << 26
 """Up to this size, reading a corpus takes less time than starting processes."""
-ENTROPY_DECIMALS = 6
-"""Precision of the entropy in the manifest."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,25 +54,21 @@ def run(args: argparse.Namespace) -> None:
     _check_manifest(args.corpus, corpus_manifest)
     _check_tokenizer(args.corpus, corpus_manifest)
     _check_inputs(args.corpus, corpus_manifest)
-    entropy_nats = _entropy_nats(_count_training_tokens(args.corpus, corpus_manifest, args.workers))
-    if abs(entropy_nats - corpus_manifest.unigram_entropy_nats) > 2 * 10**-ENTROPY_DECIMALS:
+    stated, decimals = corpus_manifest.unigram_entropy_nats, shuffle.ENTROPY_DECIMALS
+    found = shuffle.entropy_nats(_count_training_tokens(args.corpus, corpus_manifest, args.workers))
+    if abs(found - stated) > 2 * 10**-decimals:
         raise UserError(
-            f"{remote_files.join_address(args.corpus, manifest.MANIFEST_FILE)}: unigram_entropy_nats is "
-            f"{corpus_manifest.unigram_entropy_nats}, but the training tokens have {entropy_nats:.{ENTROPY_DECIMALS}f}; "
-            "prepare the corpus again"
+            f"{remote_files.join_address(args.corpus, manifest.MANIFEST_FILE)}: unigram_entropy_nats is {stated}, "
+            f"but the training tokens have {found:.{decimals}f}; prepare the corpus again"
         )
     if not remote_files.is_remote(args.corpus):
         _check_no_extra_files(Path(args.corpus), corpus_manifest)
-    shards, seconds = _all_shards(corpus_manifest), time.monotonic() - start_time
+    shards, seconds = corpus_manifest.shards, time.monotonic() - start_time
     read_bytes = sum(shard.bytes for shard in shards)
     print(
         f"{args.corpus}: {corpus_manifest.counts['tokens']:,} tokens in {len(shards):,} shards match the manifest; "
         f"{read_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {read_bytes / 1e6 / seconds:,.1f} MB/s"
     )
-
-
-def _all_shards(corpus_manifest: CorpusManifest) -> list[Shard]:
-    return [*corpus_manifest.train.shards, *corpus_manifest.validation.shards]
 
 
 def _check_manifest(address: str, corpus_manifest: CorpusManifest) -> None:
@@ -129,22 +123,23 @@ def _check_no_extra_files(path: Path, corpus_manifest: CorpusManifest) -> None:
 
 
 def _count_training_tokens(address: str, corpus_manifest: CorpusManifest, workers: int) -> np.ndarray:
-    """Count each id in the training tokens. Raises: UserError that names every bad shard."""
-    shards, training = _all_shards(corpus_manifest), {shard.file for shard in corpus_manifest.train.shards}
+    """Check every shard and count each id in the training tokens.  Raises: UserError that names every bad shard."""
+    shards, training = corpus_manifest.shards, {shard.file for shard in corpus_manifest.train.shards}
     token_counts = np.zeros(corpus_manifest.vocab, np.int64)
     errors: dict[str, str] = {}
 
-    def collect_result(result: tuple[str, np.ndarray | str]) -> None:
+    def collect_result(result: tuple[str, np.ndarray | UserError]) -> None:
         file, found = result
-        if isinstance(found, str):
-            errors[file] = found
+        if isinstance(found, UserError):
+            errors[file] = str(found)
         elif file in training:
             np.add(token_counts, found, out=token_counts)
 
     total_bytes = sum(shard.bytes for shard in shards)
     workers = workers if total_bytes > SINGLE_PROCESS_BYTES else 1
     with progress.progress_bar("verifying", total_bytes, "bytes") as advance:
-        executor.run(partial(_make_check_shard, address, corpus_manifest), shards, workers, advance, collect_result)
+        make_check_shard = partial(partial, _try_check_shard, address, corpus_manifest)
+        executor.run(make_check_shard, shards, workers, advance, collect_result)
     if errors:
         first = min(errors)
         others = f" (and {len(errors) - 1} more: {', '.join(sorted(errors)[1:])})" if len(errors) > 1 else ""
@@ -152,20 +147,19 @@ def _count_training_tokens(address: str, corpus_manifest: CorpusManifest, worker
     return token_counts
 
 
-def _make_check_shard(address: str, corpus_manifest: CorpusManifest) -> executor.ItemFunction:
-    def check(shard: Shard, advance: ProgressCallback) -> tuple[str, np.ndarray | str]:
-        try:
-            return shard.file, _check_shard(remote_files.join_address(address, shard.file), corpus_manifest, shard)
-        except UserError as error:
-            return shard.file, str(error)
-        finally:
-            advance(shard.bytes)
-
-    return check
+def _try_check_shard(
+    address: str, corpus_manifest: CorpusManifest, shard: Shard, advance: ProgressCallback
+) -> tuple[str, np.ndarray | UserError]:
+    try:
+        return shard.file, _check_shard(remote_files.join_address(address, shard.file), corpus_manifest, shard)
+    except UserError as error:
+        return shard.file, error
+    finally:
+        advance(shard.bytes)
 
 
 def _check_shard(path: str, corpus_manifest: CorpusManifest, shard: Shard) -> np.ndarray:
-    """Count each id in the shard. Raises: UserError if the shard does not match the manifest."""
+    """Count each id in the shard.  Raises: UserError if the shard does not match the manifest."""
     content = _read_shard(path, shard)
     tokens = np.concatenate([*_tar_samples(path, content, corpus_manifest, shard), np.empty(0, corpus_manifest.dtype)])
     if len(tokens) and tokens.max() >= corpus_manifest.vocab:
@@ -213,7 +207,7 @@ def _read_or_raise(path: str, read: Callable[[], bytes]) -> bytes:
         return read()
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({_format_error(error)}); restore the file or prepare the corpus again"
+            f"{path}: cannot be read ({manifest.one_line(error)}); restore the file or prepare the corpus again"
         ) from None
 
 
@@ -240,20 +234,12 @@ def _tar_samples(path: str, content: bytes, corpus_manifest: CorpusManifest, sha
                 found = (member.name, member.type, member.offset_data, member.size)
                 if found != expected:
                     raise UserError(
-                        f"{path}: sample {sample_index} is {found}; must be {expected}; prepare the corpus again"
+                        f"{path}: sample {sample_index} has name, type, offset and size {found}, but must have {expected}; "
+                        "prepare the corpus again"
                     )
                 count = member.size // corpus_manifest.token_bytes
                 yield np.frombuffer(
                     content, np.dtype(corpus_manifest.dtype).newbyteorder("<"), count, member.offset_data
                 )
     except tarfile.TarError as error:
-        raise UserError(f"{path}: is not a tar ({_format_error(error)}); prepare the corpus again") from None
-
-
-def _entropy_nats(token_counts: np.ndarray) -> float:
-    shares = token_counts[token_counts > 0] / token_counts.sum()
-    return float(-(shares * np.log(shares)).sum())
-
-
-def _format_error(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{path}: is not a tar ({manifest.one_line(error)}); prepare the corpus again") from None

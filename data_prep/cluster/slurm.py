@@ -6,6 +6,7 @@ datatrove writes the script, submits it and starts the tasks. Its statistics job
 from __future__ import annotations
 
 import os
+import pickle
 import shlex
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from datatrove.utils.logging import logger
 
 from tandem.data_prep import output_folder
 from tandem.data_prep.cluster import stage_job, submissions
-from tandem.data_prep.cluster.stage_job import PreparationRequest, StageJob
+from tandem.data_prep.cluster.stage_job import StageJob
 from tandem.data_prep.cluster.submissions import Submission
+from tandem.data_prep.stages import PreparationRequest
 from tandem.trainer.config import UserError
 
 USER_ERROR_EXIT_CODE = 2
@@ -36,7 +38,7 @@ class TaskStep:
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
         """Do the share of the task. If that fails, write the error line next to the logs and exit."""
-        job = stage_job.load_job(self.job_path)
+        job: StageJob = pickle.loads(self.job_path.read_bytes())
         try:
             job.run_task(rank, world_size)
         except (UserError, OSError) as error:
@@ -111,13 +113,9 @@ def _make_job_array(
         time=None,
         partition=None,
         qos=None,
-        env_command=_environment_command(),
+        # Tasks run this Python and its packages.
+        env_command=f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
     )
-
-
-def _environment_command() -> str:
-    """Make tasks run this Python and its packages."""
-    return f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
 
 
 @contextmanager

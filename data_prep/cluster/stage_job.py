@@ -12,39 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from tandem.data_prep import output_folder, stages
-from tandem.data_prep.input_files import InputFile
-from tandem.data_prep.settings import PrepareSettings
-from tandem.data_prep.stages import Preparation, Stage
+from tandem.data_prep.stages import Preparation, PreparationRequest, Stage
 from tandem.trainer.config import UserError
-from tandem.trainer.disk import atomic_file
+from tandem.trainer.disk import atomic_write
 
 TRAIN_TOKENIZER = "train-tokenizer"
 """The first job, if no tokenizer was given."""
 RETRY_HINT = "run the same command again"
-
-
-@dataclass(frozen=True)
-class PreparationRequest:
-    """The arguments of a preparation, from which every task creates it."""
-
-    output: Path
-    settings: PrepareSettings
-    inputs: list[InputFile]
-    tokenizer_json: str | None
-    vocab_size: int
-    tokenizer_library: str
-
-    @property
-    def has_tokenizer(self) -> bool:
-        work = self.output / output_folder.WORK_FOLDER
-        return self.tokenizer_json is not None or stages.trained_tokenizer_path(work, self.inputs).exists()
-
-    def create_preparation(self) -> Preparation:
-        """Create the preparation. Train the tokenizer if that has not been done."""
-        return stages.create_preparation(
-            self.output, self.settings, self.inputs, self.tokenizer_json, vocab_size=self.vocab_size,
-            tokenizer_library=self.tokenizer_library, start_progress=lambda description, total: lambda count: None,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,23 +46,13 @@ class StageJob:
         preparation = self.request.create_preparation()
         stage = _find_ready_stage(preparation, self.name)
         items = self.items if self.items is not None else stage.items(preparation)
-        task_items = [item for item in items[task_index::num_tasks] if not stage.is_finished(preparation, item)]
-        if task_items:
-            do = stage.make_item_function(preparation)
-            for item in task_items:
-                do(item, lambda count: None)
+        for item in items[task_index::num_tasks]:
+            if not stage.is_finished(preparation, item):
+                stage.run_item(preparation, item, lambda count: None)
 
     def save(self, path: Path) -> None:
-        """Write the job to a file for its tasks."""
-        with atomic_file(path) as file:
-            pickle.dump(self, file)
-
-
-def load_job(path: Path) -> StageJob:
-    """Load a job from its file."""
-    with path.open("rb") as file:
-        job: StageJob = pickle.load(file)
-    return job
+        """Write the job to a file for its tasks, which unpickle it."""
+        atomic_write(path, pickle.dumps(self))
 
 
 def plan_jobs(request: PreparationRequest, num_tasks: int) -> list[StageJob]:
@@ -106,12 +70,10 @@ def plan_jobs(request: PreparationRequest, num_tasks: int) -> list[StageJob]:
 
 def _find_ready_stage(preparation: Preparation, name: str) -> Stage:
     """Return the stage of this name.  Raises: UserError if the previous stage is not finished."""
-    previous_stage = None
-    for stage in stages.active_stages(preparation.settings):
-        if stage.name == name:
-            break
-        previous_stage = stage
-    if previous_stage and (missing := len(previous_stage.unfinished_items(preparation))):
-        total = len(previous_stage.items(preparation))
-        raise UserError(f"{name}: {missing} of {total} items of {previous_stage.name} are missing; {RETRY_HINT}")
-    return stage
+    active = stages.active_stages(preparation.settings)
+    index = [stage.name for stage in active].index(name)
+    if index and (missing := len(active[index - 1].unfinished_items(preparation))):
+        previous = active[index - 1]
+        total = len(previous.items(preparation))
+        raise UserError(f"{name}: {missing} of {total} items of {previous.name} are missing; {RETRY_HINT}")
+    return active[index]

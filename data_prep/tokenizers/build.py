@@ -100,7 +100,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, eos_token: str) -> str:
     """Train a byte-level BPE of at most `vocab_size` ids, which include every byte and EOS. Return its tokenizer.json."""
     if vocab_size <= NUM_BYTE_VALUES:
         raise UserError(
-            f"--vocab-size: {vocab_size}; must be above {NUM_BYTE_VALUES}, since every byte and EOS need an id; raise it"
+            f"--vocab-size: {vocab_size} is too small; use more than {NUM_BYTE_VALUES}, because every byte and EOS need an id"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -23,11 +23,15 @@ CONTRACTIONS_PATTERN = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 CL100K_PATTERN = (
     CONTRACTIONS_PATTERN + r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-FILL_IN_THE_MIDDLE_TOKENS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 STARCODER_TOKEN_NAMES = (
-    *("gh_stars", "filename", "issue_start", "issue_comment", "issue_closed", "jupyter_start", "jupyter_text"),
-    *("jupyter_code", "jupyter_output", "empty_output", "commit_before", "commit_msg", "commit_after", "reponame"),
-)
+    "gh_stars", "filename", "issue_start", "issue_comment", "issue_closed", "jupyter_start", "jupyter_text",
+    "jupyter_code", "jupyter_output", "empty_output", "commit_before", "commit_msg", "commit_after", "reponame",
+)  # fmt: skip
+ARCADE_SPECIAL_TOKENS = (
+    END_OF_TEXT, "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+    *(f"<{name}>" for name in STARCODER_TOKEN_NAMES), "<|endofprompt|>", "<|im_start|>", "<|im_end|>", "<|pause|>",
+    *(f"<|reg{index}|>" for index in range(8)), "<|extra0|>",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,36 +48,14 @@ class TiktokenScheme:
 SCHEMES = {
     "gpt2": TiktokenScheme(50_256, None, {END_OF_TEXT: 50_256}),
     "arcade100k": TiktokenScheme(
-        100_256,
-        CL100K_PATTERN % r"\p{N}",
-        {
-            token: 100_257 + index
-            for index, token in enumerate(
-                (
-                    END_OF_TEXT,
-                    *FILL_IN_THE_MIDDLE_TOKENS,
-                    "<|fim_pad|>",
-                    *(f"<{name}>" for name in STARCODER_TOKEN_NAMES),
-                    "<|endofprompt|>",
-                    "<|im_start|>",
-                    "<|im_end|>",
-                    "<|pause|>",
-                    *(f"<|reg{index}|>" for index in range(8)),
-                    "<|extra0|>",
-                )
-            )
-        },
+        100_256, CL100K_PATTERN % r"\p{N}", {token: 100_257 + i for i, token in enumerate(ARCADE_SPECIAL_TOKENS)}
     ),
 }
 """Source: tiktoken's openai_public (gpt2); Stability AI's tokenizer of Stable LM 2 (arcade100k), which has the ranks of
 cl100k, its first published pattern with single digits, and 32 special ids, not including 100,256. cl100k itself is not
 supported: tiktoken's current pattern keeps whitespace at the end of a document in one piece, which we would not reproduce
 exactly."""
-KIND_BY_FILE_NAME = {
-    "arcade100k.tiktoken": "arcade100k",
-    "gpt2.tiktoken": "gpt2",
-    "r50k_base.tiktoken": "gpt2",
-}
+KIND_BY_FILE_NAME = {"arcade100k.tiktoken": "arcade100k", "gpt2.tiktoken": "gpt2", "r50k_base.tiktoken": "gpt2"}
 
 
 def parse_ranks_file(content: bytes, error_prefix: str) -> list[bytes]:
@@ -95,17 +77,18 @@ def parse_ranks_file(content: bytes, error_prefix: str) -> list[bytes]:
                 f"{error_prefix}: line {number} is {shown!r}; it must be a token in base64, a space and its rank; "
                 "get the file again"
             ) from None
-        if not token or token_id in tokens or token in seen:
-            again = "is empty" if not token else f"repeats {'rank' if token_id in tokens else 'the token of rank'} "
-            again += str(token_id if token_id in tokens else seen.get(token, ""))
+        fault = None
+        if not token:
+            fault = "has an empty token"
+        elif token_id in tokens:
+            fault = f"repeats rank {token_id}"
+        elif token in seen:
+            fault = f"repeats the token of rank {seen[token]}"
+        if fault:
             raise UserError(
-                f"{error_prefix}: line {number} {again}; ranks and tokens must be unique; get the file again"
+                f"{error_prefix}: line {number} {fault}; ranks and tokens must be unique; get the file again"
             )
         tokens[token_id], seen[token] = token, token_id
-    return _order_tokens(tokens, seen, error_prefix)
-
-
-def _order_tokens(tokens: dict[int, bytes], seen: dict[bytes, int], error_prefix: str) -> list[bytes]:
     missing = next((rank for rank in range(len(tokens)) if rank not in tokens), None)
     if missing is not None:
         raise UserError(f"{error_prefix}: has {len(tokens)} tokens but none of rank {missing}; get the file again")
@@ -122,14 +105,15 @@ def build_tokenizer_json(tokens: Sequence[bytes], scheme: TiktokenScheme, error_
     """
     if len(tokens) != scheme.num_tokens:
         raise UserError(
-            f"{error_prefix}: has {len(tokens):,} tokens; must be {scheme.num_tokens:,}; name another file or --tokenizer-kind"
+            f"{error_prefix}: has {len(tokens):,} tokens, but this kind has {scheme.num_tokens:,}; name another file or "
+            "--tokenizer-kind"
         )
     vocab = {to_byte_level(token): rank for rank, token in enumerate(tokens)}
     if taken := sorted(scheme.special_tokens.keys() & vocab.keys()):
         raise UserError(
-            f"{error_prefix}: has {taken[0]!r} as an ordinary token, but it is a special token; name another file"
+            f"{error_prefix}: has {taken[0]!r} as an ordinary token, but it must be a special token; name another file"
         )
-    # Special tokens are also in the vocabulary, where no merge produces them. Otherwise their ids could not have gaps.
+    # Special tokens are also in the vocabulary, although no merge produces them: otherwise their ids could not have gaps.
     vocab |= scheme.special_tokens
     merges = find_merges(tokens, error_prefix)
     tree = build_tokenizer_tree(vocab, merges, scheme.split_pattern, scheme.special_tokens)
@@ -178,25 +162,13 @@ def build_tokenizer_tree(
     if split_pattern is not None:
         by_pattern = {"type": "Split", "pattern": {"Regex": split_pattern}, "behavior": "Isolated", "invert": False}
         split = {"type": "Sequence", "pretokenizers": [by_pattern, byte_level | {"use_regex": False}]}
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+        "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+        "vocab": dict(vocab), "merges": [list(pair) for pair in merge_pairs],
+    }  # fmt: skip
+    added_tokens = [{"id": index, "content": token} | flags for token, index in special_tokens.items()]
     return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": index, "content": token} | flags for token, index in special_tokens.items()],
-        "normalizer": None,
-        "pre_tokenizer": split,
-        "post_processor": None,
-        "decoder": byte_level | {"use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": dict(vocab),
-            "merges": [list(pair) for pair in merge_pairs],
-        },
-    }
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added_tokens, "normalizer": None,
+        "pre_tokenizer": split, "post_processor": None, "decoder": byte_level | {"use_regex": True}, "model": model,
+    }  # fmt: skip

@@ -53,7 +53,7 @@ def test_a_killed_task_and_another_number_of_tasks_give_the_bytes_of_one_machine
     # Its jobs wait until the refusal is seen: on a busy machine they would end before another command has begun.
     later = [*on_slurm[:-1], "--slurm", "begin=now+1hour", "--tasks"]
     again = run_tandem(*later, 2, **slurm.environment)
-    assert "have ended and are not done" in again.stdout
+    assert "have ended before the corpus was complete" in again.stdout
     refused = run_tandem(*arguments, "--output", output, **slurm.environment)
     assert refused.returncode == 2
     assert "is being prepared by Slurm: encode" in refused.stderr

@@ -1,6 +1,6 @@
 """Corpora of known documents, without `tandem prepare`: a small tokenizer, the real writer of shards, a manifest."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from hashlib import sha256
@@ -10,9 +10,9 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tandem.data_prep import provenance
-from tandem.data_prep.shard_writer import write_split
+from tandem.data_prep.shard_writer import write_shard
 from tandem.trainer.data import manifest
-from tandem.trainer.data.manifest import CorpusManifest
+from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit, Shard
 
 EOS = "<|endoftext|>"
 SAMPLE_TOKENS = 512
@@ -34,6 +34,30 @@ def small_tokenizer() -> Tokenizer:
 def encode_document(text: str) -> np.ndarray:
     """The tokens of a document, EOS at its end; the characters of EOS in it are text."""
     return np.array([*small_tokenizer().encode(text).ids, small_tokenizer().token_to_id(EOS)], np.uint16)
+
+
+def write_split(
+    folder: Path, split: str, documents: Iterable[np.ndarray], *, sample_tokens: int, shard_tokens: int
+) -> CorpusSplit:
+    """Write documents in their order, in shards of at least `shard_tokens` except the last."""
+    shards: list[Shard] = []
+    pending: list[np.ndarray] = []
+    pending_tokens = 0
+
+    def close_shard() -> None:
+        stem = f"{split}-{len(shards):06d}"
+        shards.append(write_shard(folder, stem, np.concatenate(pending), len(pending), sample_tokens))
+        pending.clear()
+
+    for document in documents:
+        pending.append(document)
+        pending_tokens += len(document)
+        if pending_tokens >= shard_tokens:
+            close_shard()
+            pending_tokens = 0
+    if pending:
+        close_shard()
+    return CorpusSplit(sum(shard.tokens for shard in shards), sum(shard.documents for shard in shards), shards)
 
 
 def write_corpus(

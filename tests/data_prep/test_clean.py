@@ -5,6 +5,7 @@ import random
 import re
 import string
 import unicodedata
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -76,19 +77,20 @@ def test_draws_are_uniform():
 
 def test_each_rule_drops_what_it_says_and_counts_it():
     rules = pickle.loads(
-        pickle.dumps(CleaningRules(nfc=True, min_characters=10, contaminant_keys=clean.text_keys(COPIES[:1])))
+        pickle.dumps(
+            CleaningRules(nfc=True, min_characters=10, contaminant_keys=frozenset({clean.text_key(COPIES[0])}))
+        )
     )
     texts = [*COPIES, *OTHERS, "e\u0301" * 10, "e\u0301" * 9, "too short"]
-    counts = {}
+    counts = Counter()
     kept = [clean.clean_text(text, rules, counts) for text in texts]
     assert kept == [None, None, None, *map(clean.normalize_nfc, OTHERS), "\u00e9" * 10, None, None]
     assert counts == {"normalized_documents": 3, "short_documents": 2, "contaminated_documents": 3}
-    assert set(counts) == set(clean.COUNT_NAMES)
 
 
 def test_without_rules_nothing_is_touched():
     rng = random.Random(1)
     texts = ["", "e\u0301", *(mixed(rng, 50) for _ in range(20))]
-    counts = {}
+    counts = Counter()
     assert [clean.clean_text(text, CleaningRules(), counts) for text in texts] == texts
     assert counts == {}

@@ -10,8 +10,8 @@ import pytest
 
 from tandem.data_prep import input_files, prepare, stages, work_units
 from tandem.data_prep.cluster import executor_module, stage_job, submissions
-from tandem.data_prep.cluster.stage_job import PreparationRequest
 from tandem.data_prep.cluster.submissions import Submission
+from tandem.data_prep.stages import PreparationRequest
 from tandem.trainer.config import UserError
 from tandem.trainer.disk import atomic_file
 from tests.data_prep.conftest import file_contents, prepare_small
@@ -192,11 +192,20 @@ def test_two_writers_of_one_file_never_mix(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--tasks", 3], r"--tasks: works only with --executor slurm, not local"),
-        (["--executor", "ray", "--slurm", "time=5"], r"--slurm: works only with --executor slurm, not ray"),
-        (["--executor", "slurm", "--slurm", "partition"], r"--slurm: partition; must read NAME=VALUE"),
-        (["--executor", "slurm", "--slurm", "array=1-3"], r"--slurm: array=1-3; .* NAME must not be one of array"),
-        (["--executor", "slurm", "--tasks", 0], r"--tasks: 0; must be positive"),
+        (["--tasks", 3], r"--tasks: this option has no effect with --executor local; leave it out, or choose slurm"),
+        (
+            ["--executor", "ray", "--slurm", "time=5"],
+            r"--slurm: this option has no effect with --executor ray; leave it out, or choose slurm",
+        ),
+        (
+            ["--executor", "slurm", "--slurm", "partition"],
+            r"--slurm: partition is not a valid option; write NAME=VALUE without leading dashes",
+        ),
+        (
+            ["--executor", "slurm", "--slurm", "array=1-3"],
+            r"--slurm: array=1-3 is not a valid option; .* NAME must not be one of array",
+        ),
+        (["--executor", "slurm", "--tasks", 0], r"--tasks: 0 is too small; use 1 or more"),
     ],
 )
 def test_options_of_another_executor_are_refused(prepared, folder, arguments, said, tmp_path):

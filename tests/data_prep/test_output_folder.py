@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.data_prep import output_folder, prepare, stages, work_units
+from tandem.data_prep import output_folder, prepare, work_units
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
 from tests.data_prep.conftest import file_contents, prepare_small, run_verb
@@ -180,13 +180,13 @@ def test_after_a_mistake_finished_units_are_kept_and_the_corrected_inputs_contin
     assert len(finished) > 3
     last.write_bytes(text)
     kept = {}
-    finish = stages.finish
+    finish = output_folder.finish_corpus
 
-    def watched(preparation):
+    def watched(*arguments):
         kept.update({path: path.stat().st_mtime_ns for path in finished})
-        return finish(preparation)
+        finish(*arguments)
 
-    monkeypatch.setattr("tandem.data_prep.stages.finish", watched)
+    monkeypatch.setattr("tandem.data_prep.output_folder.finish_corpus", watched)
     assert content(prepared("out", *given)) == expected | {"inputs.json": (output / "inputs.json").read_bytes()}
     assert kept == finished
 
@@ -210,7 +210,7 @@ def test_a_changed_input_is_named_even_if_it_changes_how_the_others_are_cut(prep
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/x", "s3://bucket/x"])
 def test_an_output_elsewhere_is_refused(address, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"--output: {address}; must be a local folder"):
+    with pytest.raises(UserError, match=rf"--output: {address} is not a local folder"):
         run_verb(prepare, "--output", address, "--input", folder)
     assert not any(":" in path.name for path in tmp_path.iterdir())
 

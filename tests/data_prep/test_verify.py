@@ -154,7 +154,7 @@ def test_a_shard_with_its_hash_but_other_tokens_than_promised_is_refused(made):
         (eos, r"train-000000.tar: contains \d+ tokens in \d+ documents, but manifest.json states \d+ tokens in"),
         (beyond, r"train-000000.tar: contains id \d+, but vocab is"),
         (cut, r"train-000000.tar: ends inside a document"),
-        (tokens[1:], r"train-000000.tar: sample \d is"),
+        (tokens[1:], r"train-000000.tar: sample \d has name, type, offset and size"),
         (swapped, "unigram_entropy_nats"),
     ):
         rewritten(folder, corpus, changed)
@@ -186,7 +186,7 @@ def test_a_shard_with_its_hash_but_another_tar_than_readers_expect_is_refused(ma
             lambda number, member, name=name: setattr(member, "name", name if number == 1 else member.name)
         )
         rewritten(folder, corpus, tar=changed)
-        refused(folder, r"train-000000.tar: sample 1 is")
+        refused(folder, r"train-000000.tar: sample 1 has name, type, offset and size")
     rewritten(folder, corpus, tar=b"no tar" * 1000)
     refused(folder, r"train-000000.tar: is not a tar")
     rewritten(folder, corpus, tar=whole[: corpus.sample_offset(1) - 512] + bytes(1024))

@@ -161,7 +161,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     ),
     "empty corpus": (
         "prepare --input {root}/untexted --output {root}/out --vocab-size 300 --workers 1",
-        ["--input: ", "--input: holds no text", "name another path"],
+        ["--input: ", "--input: contains no text", "name another path"],
     ),
     "resume with another corpus": (
         "train {config} data.sources.corpus={later}",

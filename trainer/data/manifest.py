@@ -82,6 +82,11 @@ class CorpusManifest:
     """Documents and tokens by value of the grouping field, if one was given, including held-out documents."""
 
     @property
+    def shards(self) -> list[Shard]:
+        """All shards, those of the training split first."""
+        return [*self.train.shards, *self.validation.shards]
+
+    @property
     def token_bytes(self) -> int:
         return 2 if self.dtype == "uint16" else 4
 
@@ -143,7 +148,7 @@ def parse_manifest(content: bytes, path: str | Path) -> CorpusManifest:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is not a corpus manifest ({_one_line(error)}); prepare the corpus again") from None
+        raise UserError(f"{path}: is not a corpus manifest ({one_line(error)}); prepare the corpus again") from None
     if manifest.fingerprint != fingerprint:
         raise UserError(f"{path}: does not match its fingerprint; it was changed or damaged; prepare the corpus again")
     return manifest
@@ -156,7 +161,7 @@ def check_shard_files(folder: str | Path, manifest: CorpusManifest) -> None:
     """
     if remote_files.is_remote(folder):
         return
-    for shard in [*manifest.train.shards, *manifest.validation.shards]:
+    for shard in manifest.shards:
         path = Path(folder) / shard.file
         if not path.is_file():
             message = f"{path}: the shard is missing; {MANIFEST_FILE} lists it; restore it or prepare the corpus again"
@@ -182,7 +187,7 @@ def check_tokenizer(file: str | Path, manifest: CorpusManifest, message_prefix: 
         sha256 = hashlib.sha256(remote_files.read_bytes(file)).hexdigest()
     except OSError as error:
         raise UserError(
-            f"{message_prefix}: {file} cannot be read ({_one_line(error)}); name the corpus's tokenizer.json"
+            f"{message_prefix}: {file} cannot be read ({one_line(error)}); name the corpus's tokenizer.json"
         ) from None
     if sha256 != manifest.tokenizer_sha256:
         raise UserError(
@@ -224,5 +229,6 @@ def _parse_split(tree: dict[str, Any]) -> CorpusSplit:
     return CorpusSplit(**(tree | {"shards": [Shard(**shard) for shard in tree["shards"]]}))
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return the type and text of the error on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -104,7 +104,7 @@ def changed(data, number, line):
         (40, b"QUJDREVG 39", "no token for byte 72"),
         (400, b"//79/Pv6 399", "rank 399 is not made of two"),
         (300, b"", "none of rank 299"),
-        (10_000, b"", "tokens; must be 50,256"),
+        (10_000, b"", "tokens, but this kind has 50,256"),
     ],
 )
 def test_a_malformed_ranks_file_is_one_line_that_says_where(number, line, message, ranks_file, tmp_path):
@@ -142,7 +142,7 @@ def test_an_unknown_kind_is_asked_for(ranks_file, tmp_path):
     path.write_bytes(ranks_file)
     with pytest.raises(UserError, match=r"--tokenizer-kind gpt2\|arcade100k"):
         build.read_tokenizer(str(path))
-    with pytest.raises(UserError, match="must be 100,256"):
+    with pytest.raises(UserError, match="but this kind has 100,256"):
         build.read_tokenizer(str(path), "arcade100k")
     with pytest.raises(UserError, match="--tokenizer-kind: llama is not known; use one of"):
         build.read_tokenizer(str(path), "llama")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tandem.data_prep.shard_writer import write_split
 from tandem.trainer.data import manifest
 from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit
 from tandem.trainer.disk import atomic_write
+from tests.data_prep.corpus_writer import write_split
 
 VOCAB_SIZE, EOS_ID = 50_257, 50_256
 ROW_TOKENS = 2_049

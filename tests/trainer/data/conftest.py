@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tandem.data_prep.shard_writer import write_split
 from tandem.trainer import config
 from tandem.trainer.data import manifest
 from tandem.trainer.data.manifest import CorpusManifest
 from tandem.trainer.disk import atomic_write
+from tests.data_prep.corpus_writer import write_split
 from tests.trainer.data.faulty_server import FaultyServer
 
 EOS = 0

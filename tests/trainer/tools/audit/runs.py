@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from tandem.data_prep.shard_writer import write_split
 from tandem.trainer.config import DataConfig, LinearLRConfig, PhaseConfig, ScheduleConfig, ShardCacheConfig
 from tandem.trainer.data import manifest
 from tandem.trainer.data.digests import pack_u64, unpack_u64
@@ -28,6 +27,7 @@ from tandem.trainer.tools.audit import replay
 from tandem.trainer.tools.audit.ledger_history import LedgerHistory
 from tandem.trainer.tools.audit.result import AuditResult, Finding
 from tandem.trainer.tools.audit.webdataset_reader import WebdatasetReader
+from tests.data_prep.corpus_writer import write_split
 
 SEED, BLOCK_TOKENS, WINDOW_TOKENS = 3, 64, 320
 SHORT_PHASE = PhaseConfig("short", 6 * 12 * 32, 32, 12, 1, {"a": 0.7, "b": 0.3})
