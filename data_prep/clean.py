@@ -1,4 +1,4 @@
-"""Clean one document at a time: normalize Unicode, drop short and contaminated documents. duplicates.py compares documents.
+"""Clean one document at a time: normalize Unicode, drop short and contaminated documents. (duplicates.py finds duplicates.)
 
 The rules are SlimPajama's (Cerebras modelzoo, data_preparation/nlp/slimpajama): NFC, then drop documents under 200 characters
 (without punctuation and whitespace), then drop exact copies of benchmark texts. Three details differ:
@@ -7,7 +7,8 @@ The rules are SlimPajama's (Cerebras modelzoo, data_preparation/nlp/slimpajama):
 * Its script also runs ftfy, which its description does not mention. We change text only by NFC.
 * It compares raw text exactly, so a final newline hides a copy. Our key ignores case, whitespace and punctuation.
 
-Clean first, then compute `minhash.signatures` of the remaining documents: their indices are those of the tokenized documents.
+Clean first, then compute `minhash.signatures` of the remaining documents, so that the indices of signatures and of tokenized
+documents agree.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def normalize_nfc(text: str) -> str:
 
 def is_short(text: str, min_characters: int = SLIMPAJAMA_MIN_CHARACTERS) -> bool:
     """Return whether fewer than `min_characters` characters remain without ASCII punctuation and whitespace."""
-    # The beginning decides for nearly every document.
+    # For nearly every document its beginning is enough.
     return (
         _num_counted_characters(text[: 2 * min_characters]) < min_characters
         and _num_counted_characters(text) < min_characters
@@ -71,13 +72,13 @@ def _num_counted_characters(text: str) -> int:
 def text_key(text: str) -> bytes:
     """Return 16 bytes that are equal for texts that differ only in ASCII case, whitespace, punctuation or Unicode form.
 
-    These are what copies in web pages and benchmark files change. Texts of punctuation alone are compared unchanged.
-    Different texts share a key with probability 2^-128 (XXH3).
+    Copies in web pages and benchmark files differ in these respects. Texts of punctuation alone are compared unchanged.
+    Two other texts share a key with probability 2^-128 (XXH3).
     """
     raw = normalize_nfc(text).encode(errors="surrogatepass")
     return xxh3_128_digest(raw.translate(_LOWERCASE_TABLE, _IGNORED_BYTES) or raw)
 
 
 def uniform_hash(text: str) -> float:
-    """Return a uniform number in [0, 1) drawn from the key of the text, so copies are on the same side of a split."""
+    """Return a uniform number in [0, 1) computed from `text_key`, so that copies of a text are in the same split."""
     return (int.from_bytes(text_key(text)[:8], "little") >> 11) / 2**53

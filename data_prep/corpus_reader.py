@@ -1,7 +1,7 @@
 """Read a prepared corpus: manifest, vocabulary, tokens of shards, and the documents in any range of tokens.
 
 Shards are opened through the trainer's cache, so a corpus may be at a remote address, and their hashes are checked. The
-ends of documents are found in the tokens of whole shards, which is faster than fetching an index would be.
+ends of documents are found by reading the tokens of whole shards, which is faster than fetching an index.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class DocumentSlice:
     """Index in the split, from 0."""
     shard_file: str
     start_token: int
-    """Index in the shard of the first token of the slice."""
+    """Index in the shard of the slice's first token."""
     tokens: np.ndarray
     num_tokens_before: int
     """Tokens of the document before the slice."""

@@ -1,20 +1,20 @@
-"""Find near duplicates in a whole corpus: from the signatures of each spill to a mask of its documents to drop.
+"""Find near duplicates in a whole corpus: compute from the signatures of each spill a mask of its documents to drop.
 
-Documents that agree in a band (minhash.py) are linked. Linked documents form a cluster (A like B, B like C), and the first
-of a cluster in reading order stays. The result depends only on the signatures and the reading order, not on spills, workers
-or the order in which links are found. As in SlimPajama, linked texts are not compared again; SlimPajama keeps the document
-that its graph library names first.
+Documents that agree in a band (minhash.py) are linked. Documents that are connected by links form a cluster, and the first
+of a cluster in reading order is kept. The result depends only on the signatures and the reading order, not on spills,
+workers or the order in which links are found. As in SlimPajama, linked texts are not compared again. SlimPajama keeps the
+document that its graph library returns first.
 
-Three steps. Files appear whole, so a killed step continues with the missing ones:
+There are three steps. Files appear complete or not at all, so a killed step continues with the missing files:
 
     write_bands(bands, signatures)              # once per spill, in its worker: minhash.signatures of its documents
     write_links(all_bands, band_range)          # for each of plan_band_ranges(all_bands, folder), in any process and order
     write_masks(all_bands, masks, band_ranges)  # once, over all spills in reading order
     np.load(mask)[index]                        # True: drop this document of the spill
 
-The folder and the masks belong to one set of spills: clear them when inputs or settings change. Memory: a range holds
+The folder and the masks belong to one set of spills, so clear them when inputs or settings change. Memory: a range takes
 RECORDS_PER_RANGE records, 0.3 GiB, and somewhat more if the corpus has few spills and most of them contain the same
-document; `write_masks` holds 4 MB per million documents (8 MB above 2^32 documents). Disk: 108 bytes per document and 16
+document. `write_masks` takes 4 MB per million documents (8 MB above 2^32 documents). Disk: 108 bytes per document, and 16
 bytes for each band in which a document has an earlier match.
 """
 
@@ -43,7 +43,7 @@ class BandRange:
     low_hash: int
     high_hash: int
     links_path: Path
-    """Its links: pairs of little-endian 64-bit numbers, a document and the first document it matches."""
+    """File of links: pairs of little-endian 64-bit numbers, a document and the first document that it matches."""
 
 
 def write_bands(path: Path, signatures: np.ndarray) -> None:
@@ -59,7 +59,7 @@ def write_bands(path: Path, signatures: np.ndarray) -> None:
 def plan_band_ranges(
     band_paths: Sequence[Path], folder: Path, records_per_range: int = RECORDS_PER_RANGE
 ) -> list[BandRange]:
-    """Return the ranges of this corpus. Any process may do them, in any order."""
+    """Return the ranges of this corpus, whose links any process can write, in any order."""
     num_bands = len(np.load(band_paths[0], mmap_mode="r")) if band_paths else 0
     num_ranges = max(1, -(-sum(_document_counts(band_paths)) // records_per_range))
     bounds = [(number << 64) // num_ranges for number in range(num_ranges + 1)]
@@ -78,7 +78,7 @@ def write_links(band_paths: Sequence[Path], band_range: BandRange) -> None:
 
 
 def _find_links(band_paths: Sequence[Path], band_range: BandRange) -> Iterator[np.ndarray]:
-    """Link within each spill first, so that a text that is everywhere costs one record per spill in memory."""
+    """Link within each spill first, so that a text with many copies takes one record per spill in memory."""
     hashes, documents = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
     num_documents_before = 0
     for path in band_paths:
@@ -98,7 +98,7 @@ def _find_links(band_paths: Sequence[Path], band_range: BandRange) -> Iterator[n
 
 
 def _link_to_first(hashes: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For sorted hashes, return which are the first of their value, and [document, first document] of the others."""
+    """Return which of these sorted hashes are the first of their value, and [document, first document] of the others."""
     first = np.ones(len(hashes), bool)
     first[1:] = hashes[1:] != hashes[:-1]
     leaders = documents[first][np.cumsum(first) - 1]

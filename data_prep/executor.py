@@ -1,4 +1,4 @@
-"""Do items of work in processes of this machine, in any order, each once, with progress.
+"""Process items of work in processes of this machine: each item once, in any order, with progress.
 
 Other pools were tried. datatrove's local executor waits forever for a worker that the system has killed. loky cannot pass the
 shared progress counter to its workers, takes the same CPU time, and still needs the code for Ctrl-C and for a killed parent.
@@ -26,7 +26,7 @@ POLL_SECONDS = 0.2
 
 ProgressCallback = Callable[[int], None]
 ItemFunction = Callable[[Any, ProgressCallback], Any]
-"""Does one item and reports its progress. Its result is passed to `on_result`."""
+"""Processes one item and reports progress. Its result is passed to `on_result`."""
 
 
 class ItemCancelled(Exception):
@@ -40,7 +40,7 @@ def run(
     advance: ProgressCallback,
     on_result: Callable[[Any], None] = lambda result: None,
 ) -> None:
-    """Do all items. `make_item_function` is called once in each worker. The function that it returns is called for each
+    """Process all items. `make_item_function` is called once in each worker. The function that it returns is called for each
     item. `on_result` receives the results in this process, in any order.
 
     Raises: the error of the first item that fails, or KeyboardInterrupt. No further item then begins, and running items end
@@ -82,10 +82,10 @@ def run(
 
 
 def _submit_items(pool: ProcessPoolExecutor, items: Sequence[Any]) -> set[Future[Any]]:
-    with _block_interrupt():  # otherwise Ctrl-C would end a starting process with a traceback
+    with _block_interrupt():  # otherwise Ctrl-C would end a process that is starting with a traceback
         try:
             return {pool.submit(_run_item, item) for item in items}
-        # A worker was killed while another started, and concurrent.futures has closed its pipes; or memory is short.
+        # Either a worker was killed while another one started, so concurrent.futures has closed its pipes, or memory is short.
         except (OSError, ValueError) as error:
             raise BrokenProcessPool(str(error)) from error
 
@@ -95,8 +95,8 @@ def _catch_interrupt() -> Iterator[threading.Event]:
     """Yield an event that the first Ctrl-C sets. Raise KeyboardInterrupt at the end of the block. A second Ctrl-C acts as
     usual.
 
-    An exception raised at an arbitrary point could leave locks of concurrent.futures taken, and its thread would wait
-    forever.
+    If Ctrl-C raised an exception at an arbitrary point, locks of concurrent.futures could stay locked, and its thread would
+    wait forever.
     """
     interrupt_event = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread receives Ctrl-C
@@ -113,7 +113,7 @@ def _catch_interrupt() -> Iterator[threading.Event]:
         yield interrupt_event
     finally:
         signal.signal(signal.SIGINT, previous_handler)
-    if interrupt_event.is_set():  # it came while the last items ended
+    if interrupt_event.is_set():  # Ctrl-C was pressed while the last items ended
         raise KeyboardInterrupt
 
 

@@ -1,4 +1,4 @@
-"""The input files that the given paths name, in a fixed order, and checks that they have not changed since.
+"""List the input files of the given paths in a fixed order, and check later that they have not changed.
 
 A file is cut into parts if readers can start inside it. `readers.py` and `tar_reader.py` read the parts.
 """
@@ -33,26 +33,28 @@ RECORD_COMPRESSION = {
 }  # fmt: skip
 """Suffixes of files that hold several documents, each with the compression of the whole file."""
 SAMPLE_MANIFEST_FILE = "manifest.jsonl"
-"""Lists the tars of a tokenised webdataset corpus, as open_lm and DCLM write it: a shard and its samples per line."""
+"""Lists the tars of a tokenized webdataset corpus. Each line, in the form of open_lm and DCLM, has a shard and its number of
+samples.
+"""
 TYPICAL_COMPRESSION_RATIO = 3
-"""Approximate bytes of text per compressed byte; affects only the sizes of units."""
+"""Approximate number of bytes of text in a compressed byte. It affects only the sizes of units."""
 READ_BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class InputFile:
     name: str
-    """The path below its --input, after that input's number; determines the order, the shuffle and the format."""
+    """The number of its --input and the path below it. The name determines the order, the shuffle and the format."""
     address: str
     size_bytes: int
     version: str
-    """Changes with the content: time of the last change, or the server's tag."""
+    """The time of the last change or the server's tag, which differs if the content differs."""
     num_samples: int | None = None
     """Samples of a tar according to its manifest.jsonl, if it has one."""
 
     @property
     def suffix(self) -> str:
-        """The suffix of a file of several documents; empty for text."""
+        """The suffix of a file of several documents; empty for a text file."""
         return max((suffix for suffix in RECORD_COMPRESSION if self.name.endswith(suffix)), key=len, default="")
 
     @property
@@ -67,7 +69,7 @@ class InputFile:
         return self.size_bytes * ratio
 
     def split_into_parts(self, part_bytes: int) -> list[FilePart]:
-        """Cut the file into parts of about `part_bytes` of text; return it whole if readers cannot start inside."""
+        """Cut the file into parts of about `part_bytes` of text, or into one part if readers cannot start inside it."""
         divisible = self.suffix in (".jsonl", ".parquet")
         count = max(1, self.estimated_text_bytes // part_bytes) if divisible else 1
         return [FilePart(self, number, count) for number in range(count)]
@@ -83,7 +85,7 @@ class FilePart:
 
     @property
     def byte_range(self) -> tuple[int, int]:
-        """The half-open range of bytes; a line belongs to the part it begins in."""
+        """The half-open range of bytes. A line belongs to the part in which it begins."""
         whole = self.file.size_bytes
         return whole * self.index // self.num_parts, whole * (self.index + 1) // self.num_parts
 
@@ -95,21 +97,21 @@ class FilePart:
 
 @dataclass(frozen=True)
 class _Selection:
-    """Which files to take: those that match the glob, or those with a known suffix."""
+    """Which files to read: those that match the glob, or those with a known suffix."""
 
     glob: str | None
     option: str
     only_tars: bool
 
     def wants(self, name: str) -> bool:
-        """Whether to take this file of a folder; hidden files are never taken."""
+        """Return whether to read this file of a folder. Hidden files are never read."""
         parts = PurePosixPath(name).parts
         if any(part.startswith(".") for part in parts):
             return False
         return _matches(parts, ("**", *PurePosixPath(self.glob).parts)) if self.glob else self._knows(name)
 
     def check_named(self, name: str, given_path: str) -> None:
-        """Refuse a file of unknown format: a .json file of records must not become one long text."""
+        """Raises: UserError if a named file has an unknown format. A .json file of records must not become one long text."""
         if self._knows(name) or (self.glob and not self.only_tars):
             return
         if self.only_tars:
@@ -132,8 +134,8 @@ class _Selection:
 def list_input_files(
     paths: list[str], glob: str | None, output: Path, option: str = "--input", *, only_tars: bool = False
 ) -> list[InputFile]:
-    """List every file to read, sorted within each path. A file that is reached twice is listed once; hidden files
-    and files in `output` are left out. Braces in a path are expanded as in bash.
+    """List every file to read, sorted within each path. A file that is found twice is listed once. Hidden files and files
+    in `output` are left out. Braces in a path are expanded as in bash.
 
     Raises: UserError if a path does not exist or cannot be read, or if there is nothing to read.
     """
@@ -154,22 +156,20 @@ def list_input_files(
     local_paths = [Path(given).resolve() for given in paths if not remote_files.is_remote(given)]
     if not found and any(output_path in (path, *path.parents) for path in local_paths):
         raise UserError(
-            f"{option}: {', '.join(paths)} is in --output {output}, whose files are not read; name another folder"
+            f"{option}: {', '.join(paths)} is inside --output {output}, whose files are not read; name another folder"
         )
     if not found:
-        rule = (
-            f"that matches --glob {glob}; give another pattern"
-            if glob
-            else "with a known suffix; give --glob or another path"
-        )
-        raise UserError(f"{option}: {', '.join(paths)} has no file {rule}")
+        rule = "with a known suffix; give --glob or another path"
+        if glob:
+            rule = f"that matches --glob {glob}; give another pattern"
+        raise UserError(f"{option}: {', '.join(paths)} contains no file {rule}")
     return list(found.values())
 
 
 def _expand(given_path: str, option: str, only_tars: bool) -> Iterator[tuple[str, int | None]]:
-    """The paths that a given path stands for, and the number of samples of each if a manifest states it."""
+    """Yield the paths that a given path expands to, and the number of samples of each if a manifest states it."""
     if not given_path:
-        raise UserError(f"{option}: a path is empty; name a folder or a file; write . for the current folder")
+        raise UserError(f"{option}: a path is empty; name a folder or a file, for example . for the current folder")
     if only_tars and PurePosixPath(given_path).name == SAMPLE_MANIFEST_FILE:
         yield from _read_sample_manifest(given_path)
         return
@@ -177,7 +177,9 @@ def _expand(given_path: str, option: str, only_tars: bool) -> Iterator[tuple[str
     try:
         expanded = [given_path] if is_literal else list(braceexpand(given_path, escape=False))
     except ValueError:
-        raise UserError(f"{option}: {given_path} has unbalanced braces; write for example {{000..012}}") from None
+        raise UserError(
+            f"{option}: {given_path} has unbalanced braces; write them for example as {{000..012}}"
+        ) from None
     yield from ((path, None) for path in expanded)
 
 
@@ -195,7 +197,7 @@ def _read_sample_manifest(path: str) -> Iterator[tuple[str, int | None]]:
         raise unreadable_error(path, error) from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f'{path}: is not a manifest of shards ({error}); every line must have {{"shard": "NAME", "num_sequences": N}}; '
+            f'{path}: is not a manifest of shards ({error}); every line must be like {{"shard": "NAME", "num_sequences": N}}; '
             "correct it, or name the tars instead"
         ) from None
 
@@ -229,7 +231,7 @@ def _list_local(given_path: str, output: Path, selection: _Selection) -> Iterato
 
 
 def _walk(root: Path, selection: _Selection) -> Iterator[Path]:
-    """The wanted files. Links to folders are followed, each folder once, because a link may lead back up."""
+    """Yield the files to read. Links to folders are followed, but each folder is read once, because links may form a cycle."""
     seen: set[Path] = set()
     for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
         folder_path = Path(folder)
@@ -239,7 +241,7 @@ def _walk(root: Path, selection: _Selection) -> Iterator[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (folder_path / name for name in names):
-            # A dangling link is kept: the file is missing, and reading its size reports that.
+            # A dangling link is kept, so that reading its size reports the missing file.
             if selection.wants(path.relative_to(root).as_posix()) and (path.is_file() or not path.exists()):
                 yield path
 
@@ -249,7 +251,7 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether the path matches; ** stands for any number of folders."""
+    """Return whether the path matches. ** matches any number of folders."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
@@ -277,7 +279,7 @@ def check_unchanged(part: FilePart) -> None:
 
 
 def content_hash(part: FilePart) -> str:
-    """The SHA-256 of the part's bytes if the file is local, else the version that its server gives it."""
+    """Return the SHA-256 of the part's bytes if the file is local, otherwise its version on the server."""
     if remote_files.is_remote(part.file.address):
         return part.file.version
     digest = hashlib.sha256()

@@ -1,7 +1,7 @@
 """`tandem inspect`: statistics of a prepared corpus, or the text of a row, a range of a shard, or documents.
 
-Rows are cut from the stored order, shard after shard. A training run reads the same tokens in another order; `tandem audit`
-shows which range of which shard a step read.
+Rows are cut from the stored order, shard after shard. A training run reads the same tokens in another order. `tandem audit`
+shows which ranges of which shards a step read.
 """
 
 from __future__ import annotations
@@ -226,8 +226,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)} is too small; use 1 or more")
     if args.tokens is not None and args.shard is None:
-        raise UserError(f"--tokens: {args.tokens} is a range of a shard; name the shard with --shard FILE")
+        raise UserError(f"--tokens: {args.tokens} is a range of a shard; name that shard with --shard FILE")
     if args.find == "":
-        raise UserError("--find: the text is empty, which every document contains; give a text")
+        raise UserError("--find: the text is empty, and every document contains an empty text; give a text")
     if args.sample != "all" and not (args.sample.isdecimal() and int(args.sample)):
         raise UserError(f"--sample: {args.sample} is not a number of shards; use 1 or more, or all")

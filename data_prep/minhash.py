@@ -7,12 +7,12 @@ probability 1 - (1 - s^13)^9:
     s            0.5     0.6    0.7    0.75   0.8    0.85   0.9    0.95    0.98
     probability  0.001   0.012  0.084  0.195  0.399  0.689  0.930  0.9985  1.0000
 
-So "Jaccard 0.8" is the middle of a slope. datasketch gives 9 x 13 for 0.8 and 128 permutations if both kinds of error have
-equal weight. As in SlimPajama, documents that agree in a band are not compared again.
+So a limit of "Jaccard 0.8" is gradual. datasketch computes 9 x 13 from a limit of 0.8 and 128 permutations if both kinds of
+error have equal weight. As in SlimPajama, documents that agree in a band are not compared again.
 
 The minima are over functions g_k = a + k b (mod 2^32) of two hashes a and b of the 13-gram. Any two g are independent, and
-the next one costs an addition, not a multiplication modulo a prime. All arithmetic is exact and per document, so the result
-is the same on every machine and in every batch. Batches of fewer than some hundred thousand characters cost more per
+each costs an addition instead of a multiplication modulo a prime. All arithmetic is exact and per document, so the result
+is the same on every machine and in every batch. Batches of less than a few hundred thousand characters cost more per
 character.
 """
 
@@ -84,7 +84,7 @@ def _mix_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _update_minima(minima: np.ndarray, starts: np.ndarray, first_ngram: int, hashes: np.ndarray) -> None:
-    """Lower the minima [functions, documents] by the grams that begin at code `first_ngram` and after it."""
+    """Update the minima [functions, documents] with the hashes of the grams that begin at `first_ngram`."""
     values, steps = (hashes >> np.uint64(32)).astype(np.uint32), hashes.astype(np.uint32)
     first_document = starts.searchsorted(first_ngram, "right") - 1
     end_document = starts.searchsorted(first_ngram + len(hashes), "left")

@@ -1,7 +1,7 @@
-"""Decide whether an output folder is a finished corpus, an unfinished one, free, or not ours to touch.
+"""Decide whether an output folder is a finished corpus, an unfinished one, empty, or contains other files.
 
-During a preparation the folder contains a claim, a file with the settings, and a folder of unfinished work. The claim marks
-the folder as ours. It is removed after the manifest is written.
+During a preparation the folder contains a claim, which is a file with the settings, and a folder of unfinished work. The
+claim marks the folder as an unfinished corpus. It is removed after the manifest is written.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from tandem.trainer.disk import TEMPORARY_PATTERN, TEMPORARY_SUFFIX, atomic_writ
 CLAIM_FILE = "preparing.json"
 WORK_FOLDER = "work"
 INPUTS_FILE = "inputs.json"
-"""The record of `provenance` about every input file."""
+"""Lists every input file; see `provenance`."""
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Errors of a file system that accepts no more data. They name no file."""
+"""Errors of a file system that accepts no more data. Such an error does not name a file."""
 
 
 class UnusableSettings(UserError):
-    """A mistake in the settings that is found late, so that the work done with them is useless."""
+    """A mistake in the settings that is found only after work was done with them. The work is useless."""
 
 
 def is_finished(output: Path, settings_dict: Mapping[str, Any], inputs: list[InputFile]) -> bool:
@@ -55,7 +55,7 @@ def is_finished(output: Path, settings_dict: Mapping[str, Any], inputs: list[Inp
 
 
 def clear_if_finished(output: Path) -> bool:
-    """Return whether the folder has its manifest. If so, remove unfinished work."""
+    """Return whether the folder contains a manifest. If it does, remove unfinished work."""
     if not (output / manifest.MANIFEST_FILE).exists():
         return False
     _clear(output, keep=corpus_file_names(manifest.load_manifest(output)))
@@ -77,10 +77,10 @@ def claim_output(
 ) -> Iterator[None]:
     """Create the folder, lock it and write our claim for the duration of the block.
 
-    `check_free` is called with the lock held, when no other process of this machine can begin. If the block raises
-    UserError or OSError, everything except finished units of work is restored.
+    `check_free` is called with the lock held, so that no other process on this machine can start. If the block raises
+    UserError or OSError, everything except finished units of work is removed.
 
-    Raises: UserError if the folder cannot be written or is not ours, and the errors of `check_free`.
+    Raises: UserError if the folder cannot be written or contains other files, and the errors of `check_free`.
     """
     _check_claimable(output, settings_dict)
     missing_folders = [folder for folder in (output, *output.parents) if not folder.exists()]
@@ -107,7 +107,9 @@ def _hold_claim(output: Path, settings_dict: Mapping[str, Any], missing_folders:
         if (output / manifest.MANIFEST_FILE).exists():
             raise user_error from None
         if not isinstance(error, UnusableSettings) and any((output / WORK_FOLDER).glob("[0-9a-f]*.json")):
-            raise UserError(f"{user_error}; finished work is kept in {output}; the same command continues") from None
+            raise UserError(
+                f"{user_error}; finished work is kept in {output}; run the same command again to continue"
+            ) from None
         if output.is_dir():
             _clear(output, keep=set())
         # Remove the folders made for this corpus, unless they contain something else by now.
@@ -120,7 +122,7 @@ def _hold_claim(output: Path, settings_dict: Mapping[str, Any], missing_folders:
 def finish_corpus(
     output: Path, input_entries: list[provenance.InputEntry], tokenizer_json: str, corpus_manifest: CorpusManifest
 ) -> None:
-    """Complete the corpus: write the manifest, as its last file, and remove everything else."""
+    """Complete the corpus: write the manifest as the last file, and remove everything that is not part of the corpus."""
     atomic_write(output / manifest.TOKENIZER_FILE, tokenizer_json)
     atomic_write(output / INPUTS_FILE, provenance.dump(input_entries))
     for path in [*output.glob("train-*.tar"), *output.glob("validation-*.tar")]:
@@ -131,7 +133,10 @@ def finish_corpus(
 
 
 def _check_same_inputs(output: Path, entries: list[provenance.InputEntry], inputs: list[InputFile]) -> None:
-    """Compare the inputs with the record. Read a file again if its time or tag has changed.  Raises: UserError."""
+    """Compare the inputs with the recorded ones. Read a file again only if its time or tag has changed.
+
+    Raises: UserError if an input differs.
+    """
     recorded = {name: (size, version, hashes) for name, size, version, hashes in entries}
     sizes = {file.name: file.size_bytes for file in inputs}
     changed = [name for name in recorded.keys() | sizes.keys() if recorded.get(name, (None,))[0] != sizes.get(name)]
@@ -143,12 +148,12 @@ def _check_same_inputs(output: Path, entries: list[provenance.InputEntry], input
     if changed:
         raise UserError(
             f"--output: {output} was prepared from other inputs: {min(changed)} has changed "
-            f"({len(set(changed))} in all); name another folder, or remove this one first"
+            f"(changed files: {len(set(changed))}); name another folder, or remove this one first"
         )
 
 
 def _to_user_error(output: Path, error: OSError) -> UserError:
-    """Convert an error to one line. It is about the output folder or about another file."""
+    """Convert an error to one line, which names --output only if the error concerns the output folder."""
     named = error.filename if isinstance(error.filename, str) else None
     if error.errno in DISK_FULL_ERRNOS or (named and output.absolute() in Path(named).absolute().parents):
         return _unwritable_error(output, error)
@@ -164,14 +169,14 @@ def _unwritable_error(output: Path, error: OSError) -> UserError:
 
 @contextmanager
 def _lock_folder(output: Path) -> Iterator[None]:
-    """Keep other preparations out of the folder. The folder itself is locked, because a lock file would be left behind."""
+    """Lock the folder against other preparations. The folder itself is locked, because a lock file would be left behind."""
     handle = os.open(output, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"--output: another process is preparing {output}; only one may at a time; wait until it has finished"
+                f"--output: {output} is being prepared by another process; wait until that process has finished"
             ) from None
         yield
     finally:
@@ -208,7 +213,7 @@ def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clear(output: Path, keep: set[str]) -> None:
-    """Remove the files of a preparation except these. The claim goes last, so that a kill here is harmless."""
+    """Remove the files of a preparation except these. Remove the claim last, so that a kill here is harmless."""
     shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
     patterns = ("train-*.tar", "validation-*.tar", manifest.TOKENIZER_FILE, INPUTS_FILE, TEMPORARY_PATTERN, CLAIM_FILE)
     for path in [path for pattern in patterns for path in output.glob(pattern)]:

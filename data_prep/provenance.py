@@ -1,7 +1,7 @@
 """inputs.json: the name, size, version and hashes of the parts of every file that a corpus was made from.
 
-Versions are times and tags, which differ between copies of the same files. So the manifest holds a hash of everything
-else; inputs.json holds a hash of all its entries.
+Versions are times and tags, which differ between copies of the same files. Therefore the manifest contains a hash of
+everything except the versions, and inputs.json contains a hash of all its entries.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def load(path: str | Path) -> list[InputEntry]:
 
 
 def summarize(files: Sequence[InputEntry]) -> dict[str, Any]:
-    """Return what the manifest records of the files."""
+    """Return the entries of the manifest about these files."""
     content = [[name, size, hashes] for name, size, _, hashes in files]
     return {"num_input_files": len(files), "inputs_sha256": _hash(content)}
 

@@ -1,7 +1,7 @@
 """Read documents from parts of files in their order: JSON lines, parquet, webdataset tars and text.
 
-Lines are parsed here and not by datatrove, whose reader manages 165-175 MB/s a core from JSONL where orjson manages 570,
-and whose task count changes the corpus.
+datatrove's readers are not used: they read 165-175 MB of JSONL per second and core, orjson reads 570, and the number of
+datatrove's tasks changes the corpus.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from tandem.trainer.config import UserError
 from tandem.trainer.data import remote_files
 
 PARQUET_BATCH_BYTES, MAX_PARQUET_BATCH_ROWS = 8 << 20, 1024
-"""Limits of a batch of parquet rows. Rows are limited too: metadata counts a text that many rows share only once."""
+"""Limits of a batch of parquet rows. The number of rows is limited because the metadata count a text that many rows share
+only once.
+"""
 
 
 class UndecodableText(UserError):
@@ -35,8 +37,8 @@ def read_documents(
     advance: ProgressCallback,
     counts: Counter[str] | None = None,
 ) -> Iterator[Document]:
-    """Yield the documents of one part in their order, empty ones too, with `extra_fields` besides the text. Call
-    `advance` with the bytes of the file read since the last call; count in `counts` what is not read.
+    """Yield the documents of one part in their order, including empty ones, with the fields `extra_fields`. Call
+    `advance` with the bytes of the file read since the last call. Count the members of tars that are not read.
 
     Raises: UserError naming the file and the line, row or member that cannot be read or lacks the text.
     """
@@ -62,10 +64,10 @@ def _read_json_lines(
     file, (start, end) = part.file, part.byte_range
     compression = file.compression
     if compression and not file.size_bytes:
-        raise OSError("Truncated: a compressed file is not empty even if it has no lines")
+        raise OSError("Truncated: a compressed file is not empty even if it contains no lines")
     if start:
         stream.seek(start - 1)
-        start += len(stream.readline()) - 1  # a line that began in the previous part belongs to it
+        start += len(stream.readline()) - 1  # a line belongs to the part in which it begins
     lines = decompress(stream, compression)
     line_start, num_lines, reported_bytes = start, 0, part.byte_range[0]
     try:
@@ -90,7 +92,7 @@ def _read_json_lines(
 
 
 def _count_lines_before(part: FilePart, start: int) -> int:
-    """Count the lines of a plain file before byte `start`; needed only for an error message."""
+    """Count the lines of an uncompressed file before byte `start`, for an error message."""
     if not start:
         return 0
     count = 0

@@ -1,6 +1,6 @@
-"""What the readers of every format share: documents, JSON records, decompression, and files that must not change.
+"""Common code of the readers of all formats: documents, JSON records, decompression, and detection of changed files.
 
-pyarrow decompresses, because it reports a truncated zstd file, which the zstandard package reads as a shorter one.
+pyarrow decompresses, because it reports a truncated zstd file. The zstandard package reads such a file as a shorter one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tandem.trainer.data import remote_files
 @dataclass(frozen=True, slots=True)
 class Document:
     location: str
-    """The name of its file; in a file of several documents also the byte of the text, the row or the member."""
+    """The name of its file, and in a file of several documents also the byte of the line, the row or the member."""
     text: str
     fields: dict[str, Any]
     """The other fields of its record."""
@@ -30,14 +30,14 @@ class Document:
 
 @contextmanager
 def open_unchanged(part: FilePart) -> Iterator[BinaryIO]:
-    """Open the part's file; refuse it if it changes meanwhile."""
+    """Open the part's file.  Raises: UserError if it has changed since it was listed, or changes inside the block."""
     check_unchanged(part)
     try:
         with remote_files.open_file(part.file.address) as stream:
             yield stream
     except (UserError, OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         if not isinstance(error, remote_files.RemoteError):
-            check_unchanged(part)  # a file that is being written is first reported as changed
+            check_unchanged(part)  # a change explains the error better than the error does
         if isinstance(error, UserError):
             raise
         raise unreadable_error(part.file.address, error) from None
@@ -51,7 +51,7 @@ def decompress(stream: BinaryIO, compression: str | None) -> BinaryIO:
 
 
 def parse_record(line: bytes, text_field: str) -> dict[str, Any]:
-    """Raises: ValueError with the fault and the remedy."""
+    """Parse a JSON object with text in `text_field`.  Raises: ValueError with the fault and the remedy."""
     record = parse_json(line)
     if not isinstance(record, dict) or text_field not in record:
         known = ", ".join(map(str, record))[:200] if record and isinstance(record, dict) else "none"

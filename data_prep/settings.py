@@ -16,7 +16,7 @@ from tandem.data_prep.clean import CleaningRules
 class PrepareSettings:
     text_field: str
     group_field: str | None
-    """Field whose values are counted separately, dotted: meta.redpajama_set_name."""
+    """Field whose values are counted separately. Dots lead into nested records: meta.redpajama_set_name."""
     where: tuple[str, str] | None
     """Field and value of the documents to keep; None keeps all."""
     skip_undecodable: bool
@@ -24,11 +24,11 @@ class PrepareSettings:
     deduplicate: bool
     """Whether to keep only one of several documents that are nearly equal."""
     tokens: str | None
-    """Extension of the members of a tokenised webdataset corpus; None for text."""
+    """Extension of the members of a tokenized webdataset corpus; None for text."""
     padding_id: int | None
-    """Id that pads the samples of a tokenised corpus; it is removed."""
+    """Id that pads the samples of a tokenized corpus, and is removed."""
     tokenizer: str
-    """The hash of the given tokenizer, or the size of the one to train."""
+    """The hash of the given tokenizer, or the vocabulary size of the tokenizer to train."""
     eos: str
     held_out: float
     """Share of documents kept for validation."""

@@ -1,9 +1,9 @@
 """Write shards.
 
 A shard is a tar that `webdataset.WebDataset` reads: one member per sample, which contains little-endian tokens. Headers
-carry no time, user or group, so equal tokens give equal bytes. A shard ends at the end of a document, so that shards can be
-read in any order without cutting one. The standard library writes them, because importing webdataset imports torch: a
-second and 200 MB in every worker.
+contain no time, user or group, so equal tokens give equal bytes. A shard ends at the end of a document, so that shards can
+be read in any order without cutting a document. The standard library writes them, because importing webdataset imports
+torch, which takes a second and 200 MB in every worker.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tandem.trainer.disk import atomic_file
 
 
 class _HashingFile:
-    """Writes to a file and hashes what is written."""
+    """A file that hashes the bytes written to it."""
 
     def __init__(self, file: BinaryIO):
         self._file, self.hashes, self.size_bytes = file, (hashlib.sha256(), xxh3_128()), 0

@@ -1,7 +1,7 @@
 """The global shuffle: sort documents by shuffle key and cut them into shards, each gathered from all spills.
 
-A shard is a range of keys, so any process can write it independently of the others. Tokens are counted in bins of keys, and a
-shard ends with the first bin that fills it.
+A shard is a range of keys, so any process can write it independently of other shards. Tokens are counted in bins of keys, and
+a shard ends with the bin in which it reaches its target size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ENTROPY_DECIMALS = 6
 LoadDropMask = Callable[[Spill], np.ndarray | None]
 """`Preparation.load_drop_mask`."""
 COUNT_CHUNK_TOKENS = 1 << 20
-"""Ids per chunk: numpy widens ids to 64 bits to count them."""
+"""Ids that are counted at once, because numpy converts them to 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _cut_ranges(split: str, bin_tokens: np.ndarray, shift: int, shard_tokens: in
 
 
 def shard_record_path(work_folder: Path, file_stem: str) -> Path:
-    """Return the path of the file that marks a shard as finished."""
+    """Return the path of a shard's record, which marks it as finished."""
     return work_folder / f"{file_stem}.json"
 
 

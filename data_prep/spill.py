@@ -20,11 +20,11 @@ from tandem.trainer.disk import atomic_file
 ENTRY_DTYPE = np.dtype(
     [("shuffle_key", "<u8"), ("end", "<u8"), ("document", "<u4"), ("group", "<u2"), ("held_out", "?")], align=True
 )
-"""A document: its shuffle key, where its ids end in the spill, its index in the spill as read, its group in the unit's
-record. Aligned, because otherwise a search in one field first copies that field of every document.
+"""A document's shuffle key, the end of its ids in the spill, its index in reading order, and the index of its group in the
+unit's record. Fields are aligned, because otherwise a search in one field first copies that field of every document.
 """
 MAX_GROUPS = 1 << 16
-"""Groups in a unit: the range of the field `group`."""
+"""Limit of groups in a unit: the range of the field `group`."""
 SPLITS = ("train", "validation")
 
 
@@ -43,7 +43,7 @@ class Spill:
         return self.work_folder / f"{self.unit_name}-{self.spill_index:03d}.npy"
 
     def write(self, tokens: list[np.ndarray], lengths: np.ndarray, entries: np.ndarray) -> None:
-        """Write both files. `tokens` are batches of documents in the order read; `entries` lack only `end`."""
+        """Write both files. `tokens` are batches of documents in reading order. `entries` are complete except for `end`."""
         order = np.lexsort((entries["shuffle_key"], entries["held_out"]))
         flat_ends = np.cumsum(lengths)
         batch_ends = np.cumsum([len(batch) for batch in tokens])
@@ -59,14 +59,14 @@ class Spill:
             np.save(file, entries)
 
     def select_entries(self, split: str, first_key: int, last_key: int) -> tuple[np.ndarray, int]:
-        """Return the split's entries with keys in [first, last], and the position of the first one's ids in the spill."""
+        """Return the split's entries with keys from `first_key` to `last_key`, and the start of their ids in the spill."""
         all_entries = np.load(self.index_path, mmap_mode="r")
         num_training = int(np.searchsorted(all_entries["held_out"], True))
         low, high = (0, num_training) if split == "train" else (num_training, len(all_entries))
         shuffle_keys = all_entries["shuffle_key"][low:high]
         start = low + int(np.searchsorted(shuffle_keys, np.uint64(first_key), "left"))
         stop = low + int(np.searchsorted(shuffle_keys, np.uint64(last_key), "right"))
-        # A copy, because a map keeps its file open and there may be more spills than a process may open files.
+        # Copy them, because a memory map keeps its file open, and there may be more spills than a process may open files.
         return np.array(all_entries[start:stop]), int(all_entries["end"][start - 1]) if start else 0
 
     def read_tokens(self, start: int, num_tokens: int, dtype: str) -> np.ndarray:
@@ -95,7 +95,7 @@ def group_names(work_folder: Path, unit_name: str) -> list[str]:
 
 
 def load_record(work_folder: Path, unit_name: str) -> dict[str, Any]:
-    """Load the counts of a finished unit."""
+    """Load the record of a finished unit."""
     found: dict[str, Any] = json.loads(record_path(work_folder, unit_name).read_text(encoding="utf-8"))
     return found
 

@@ -1,8 +1,8 @@
-"""Decode tokens to text exactly, and make cut or hidden characters visible.
+"""Decode tokens to text exactly, and make incomplete and invisible characters visible.
 
-A token of a byte-level BPE is a byte string, so text is their concatenation. A character that is cut in two is shown as its
-bytes; a tokenizer's own decoder shows one replacement character for everything. Other kinds of tokenizer decode with their
-own decoder.
+A token of a byte-level BPE is a byte string, so the text is the concatenation of its tokens. The bytes of an incomplete
+character are shown, while a tokenizer's own decoder shows one replacement character for all of them. Other kinds of
+tokenizer decode with their own decoder.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Vocabulary:
         return b"".join(map(self._token_bytes.__getitem__, tokens.tolist())).decode("utf-8", errors)
 
     def render(self, tokens: np.ndarray) -> Text:
-        """Return text for display: special tokens in double brackets, hidden characters as signs or numbers, bytes of
+        """Return text for display: special tokens in double brackets, invisible characters as signs or numbers, bytes of
         incomplete characters in angle brackets.
         """
         text = Text()
@@ -77,7 +77,7 @@ class Vocabulary:
 
 
 def make_visible(text: str) -> str:
-    """Replace every invisible character by a sign. A newline is kept after its sign."""
+    """Replace every invisible character with a sign. A newline is kept after its sign."""
     return "".join(map(_visible_character, text))
 
 

@@ -1,7 +1,7 @@
 """Divide the inputs into units of work, by their sizes alone.
 
-A unit's name is a hash of the settings and of what it reads. So a later run with any number of workers finds the finished
-units, but not those of files that have changed. No byte of the result depends on the number of workers or on kills.
+A unit's name is a hash of the settings and of the parts of files that it reads. A later run with any number of workers
+therefore finds the finished units, except those of files that have changed.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 from tandem.data_prep.input_files import FilePart, InputFile
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 8 << 20, 512 << 20
-"""Limits of a unit's text. A small unit loses little work to a kill; large ones leave fewer files."""
-WORK_FORMAT_VERSION = 3
-"""Format of a unit's files; files of another version are not reused."""
+"""Limits of a unit's text. With small units a kill loses little work; with large units there are fewer files."""
+WORK_FORMAT_VERSION = 4
+"""Version of the readers and of the format of a unit's files. Units of another version are not reused."""
 TARGET_NUM_UNITS = 64
 """Approximate number of units, within the limits above, so that workers finish together."""
 
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """Consecutive parts of the inputs that one worker encodes."""
+    """Consecutive parts of the inputs, which one worker encodes."""
 
     name: str
     index: int

@@ -1,8 +1,8 @@
-"""Run the stages of a preparation as Slurm jobs or Ray tasks, for a corpus larger than a machine.
+"""Run the stages of a preparation as Slurm jobs or Ray tasks, for a corpus that is too large for one machine.
 
-Only the files of the stages record what is finished. A task needs to know only its stage and its share, it may be killed
-and restarted anywhere, and the number of tasks does not affect the result. `stage_job` and `submissions` need only the
-standard library; `slurm` and `ray` import the library of their scheduler.
+Only the files of the stages record which items are finished. A task needs only its stage and its share of the items. It may
+be killed and restarted on any machine, and the number of tasks does not affect the result. `stage_job` and `submissions` need
+only the standard library; `slurm` and `ray` import the library of their scheduler.
 """
 
 from __future__ import annotations

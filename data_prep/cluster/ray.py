@@ -1,7 +1,7 @@
 """Run each item of a stage as a Ray task, and wait.
 
-datatrove's executor for Ray is not used: its pool waits forever for a process that the system has killed, and it does not
-report failed tasks to its caller.
+datatrove's executor for Ray is not used, because its pool waits forever for a process that the system has killed, and
+because it does not report failed tasks to its caller.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tandem.data_prep.executor import ItemFunction, ProgressCallback
 from tandem.trainer.config import UserError
 
 MAX_RETRIES = 3
-"""Restarts of an item whose process was killed."""
+"""Number of times that an item is restarted after its process was killed."""
 CANCEL_TIMEOUT_SECONDS = 10
 
 
@@ -36,7 +36,7 @@ def run(
         except OSError as error:
             where = os.environ.get("RAY_ADDRESS", "this machine")
             raise UserError(
-                f"--executor: ray: there is no cluster at {where} ({' '.join(str(error).split())}); set RAY_ADDRESS"
+                f"--executor: ray found no cluster at {where} ({' '.join(str(error).split())}); set RAY_ADDRESS to a cluster"
             ) from None
     run_item = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_run_item)
     function_ref, remaining_items, pending = ray.put(make_item_function), list(reversed(items)), set[Any]()
@@ -55,7 +55,7 @@ def run(
         raise (error.cause if isinstance(error.cause, (UserError, OSError)) else error) from None
     except (OutOfMemoryError, WorkerCrashedError):
         raise UserError(
-            f"--executor: ray: a task was killed {MAX_RETRIES + 1} times, probably because memory ran out; "
+            f"--executor: a task of ray was killed {MAX_RETRIES + 1} times, probably because memory ran out; "
             "run the same command again with fewer --workers"
         ) from None
     finally:

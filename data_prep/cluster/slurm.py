@@ -37,7 +37,7 @@ class TaskStep:
     job_path: Path
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
-        """Do the share of the task. If that fails, write the error line next to the logs and exit."""
+        """Process the items of this task. After an error, write the error line next to the logs and exit."""
         job: StageJob = pickle.loads(self.job_path.read_bytes())
         try:
             job.run_task(rank, world_size)
@@ -51,7 +51,7 @@ class TaskStep:
 
 
 class JobArray(SlurmPipelineExecutor):
-    """datatrove's executor without a statistics job and default options."""
+    """datatrove's executor without its statistics job and its default options."""
 
     def launch_merge_stats(self) -> None:
         """Submit nothing."""
@@ -67,7 +67,7 @@ class JobArray(SlurmPipelineExecutor):
 def submit(request: PreparationRequest, *, tasks: int, workers: int | None, options: Mapping[str, str]) -> Submission:
     """Submit jobs for all unfinished work and record them as owners of the folder.
 
-    Raises: UserError if Slurm refuses a job. All jobs of the submission are then cancelled.
+    Raises: UserError if a job cannot be submitted. All jobs of the submission are then cancelled.
     """
     logger.disable("datatrove")
     (request.output / output_folder.WORK_FOLDER).mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ def submit(request: PreparationRequest, *, tasks: int, workers: int | None, opti
                 raise
             why = " ".join((captured_stderr() or str(error)).split())
             raise UserError(
-                f"--executor: slurm; the job {job.name} was not submitted ({why}); solve the problem, or change --slurm"
+                f"--executor: slurm could not submit the job {job.name} ({why}); solve the problem, or change --slurm"
             ) from None
     return Submission(str(logs), job_ids)
 

@@ -1,7 +1,8 @@
-"""One job: its tasks share the items of a stage.
+"""A job, whose tasks share the items of a stage.
 
-All tasks see the same list of items and take every n-th, so they need not communicate. Finished items are skipped.
-datatrove's record of finished tasks is not used: it counts tasks, so another number of tasks would skip documents.
+All n tasks list the same items, and each takes every n-th, so they need not communicate. Finished items are skipped.
+datatrove's record of finished tasks is not used. It identifies tasks by number, so a change of their number would skip
+documents.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class StageJob:
     name: str
     num_tasks: int
     items: list[Any] | None
-    """The items that were unfinished at submission; None if they are known only after the previous stage."""
+    """The items that were unfinished at submission, or None if the items depend on a stage that was unfinished then."""
 
     def run_task(self, task_index: int, num_tasks: int) -> None:
         """Finish the items of this task.

@@ -1,8 +1,8 @@
 """Record the jobs that prepare a folder, their states and their errors.
 
-A lock on a folder belongs to one process on one machine, but jobs outlive the command that submits them. A file in the
-folder of unfinished work therefore records them. Logs are next to the output folder, because a finished corpus contains
-nothing else.
+A lock on a folder belongs to one process on one machine, but jobs outlive the command that submits them. Therefore a file
+in the folder of unfinished work records them. Logs are next to the output folder, because the folder of a finished corpus
+contains only the corpus.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ SUBMISSION_FILE = "jobs.json"
 RESERVED_SBATCH_OPTIONS = ("array", "dependency", "export", "output", "error", "wrap")
 """Options of sbatch that the user must not set."""
 FAILED_SUFFIX = ".failed"
-"""Suffix of a file next to the logs that contains the error line of a task."""
+"""Suffix of the file next to the logs that contains the error line of a task."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """The jobs that were submitted together: ids by stage, in order, and the folder of their logs."""
+    """Jobs that were submitted together: the folder of their logs, and their ids by stage, in order."""
 
     logs: str
     jobs: dict[str, str]
@@ -50,14 +50,14 @@ def load_submission(output: Path) -> Submission | None:
 
 
 def check_no_running_jobs(output: Path) -> None:
-    """Check that no job runs or waits for this folder.  Raises: UserError with the states of those that do."""
+    """Check that no pending or running job prepares this folder.  Raises: UserError with the states of such jobs."""
     submission = load_submission(output)
     states = _job_states(output, submission) if submission else {}
     if submission and states:
         jobs = ", ".join(f"{stage} ({job}) {states[job]}" for stage, job in submission.jobs.items() if job in states)
         raise UserError(
-            f"--output: {output} is being prepared by Slurm: {jobs}; run the same command when the jobs have ended, or "
-            f"scancel them; logs: {submission.logs}"
+            f"--output: {output} is being prepared by Slurm: {jobs}; run the same command again when the jobs have ended, or "
+            f"cancel them with scancel; logs: {submission.logs}"
         )
 
 
@@ -75,7 +75,7 @@ def discard_submission(output: Path, logs: Path) -> None:
     _submission_path(output).unlink(missing_ok=True)
     shutil.rmtree(logs)
     with suppress(OSError):
-        logs.parent.rmdir()  # fails if there are others
+        logs.parent.rmdir()  # fails if it contains the logs of other submissions
 
 
 def _submission_path(output: Path) -> Path:
@@ -83,7 +83,7 @@ def _submission_path(output: Path) -> Path:
 
 
 def _job_states(output: Path, submission: Submission) -> dict[str, str]:
-    """Return the number of tasks in each state for every job that Slurm still knows."""
+    """Return the number of tasks in each state for every job that has not ended."""
     note = f"if the jobs have ended, remove {_submission_path(output)}"
     jobs = ", ".join(submission.jobs.values())
     if shutil.which("squeue") is None:

@@ -1,7 +1,7 @@
 """Make the text of a tokenizer.json from any kind of tokenizer, or train one on text.
 
-The rest of the code knows only this text: it is part of the corpus, and generation and exports read it. A tokenizer.json is
-used unchanged. Vocabulary files and ranks files are converted to one that gives the same ids.
+The rest of the code uses only this text, which is part of the corpus. Generation and exports read it from there. A
+tokenizer.json is used unchanged. Vocabulary files and ranks files are converted to a tokenizer.json that gives the same ids.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _read_merges(path: Path, ids: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, eos_token: str) -> str:
-    """Train a byte-level BPE of at most `vocab_size` ids, which include every byte and EOS. Return its tokenizer.json."""
+    """Train a byte-level BPE of at most `vocab_size` ids, including every byte and EOS. Return its tokenizer.json."""
     if vocab_size <= NUM_BYTE_VALUES:
         raise UserError(
             f"--vocab-size: {vocab_size} is too small; use more than {NUM_BYTE_VALUES}, because every byte and EOS need an id"

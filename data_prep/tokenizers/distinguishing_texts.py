@@ -1,6 +1,7 @@
-"""Texts on which tokenizers differ: what splits text, unusual bytes, and a sweep over all code points.
+"""Texts that tokenizers may encode differently: separators, unusual bytes, and code points from all of Unicode.
 
-They are small, because the slow library encodes all of them at the start of every preparation, in a fraction of a second.
+The texts are small, because the slow library encodes all of them at the start of every preparation, in a fraction of a
+second.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from tandem.data_prep.tokenizers.unicode_differences import NUM_CODE_POINTS
 
 SURROGATES = range(0xD800, 0xE000)
 CODE_POINT_STEP = 127
-"""One code point in this many is tried: a prime, which varies the position within blocks. Unicode adds longer ranges."""
+"""One code point in this many is tried. A prime step varies the position within blocks. A range that is at least this long,
+like most that new versions of Unicode add, cannot be missed.
+"""
 MAX_SAMPLE_CHARACTERS = 1 << 18
 MAX_EXCERPT_CHARACTERS = 1 << 14
 

@@ -1,7 +1,7 @@
 """Encode documents with the fastest library that agrees with the reference, and end each with EOS.
 
-The text of a document is always plain text: the characters of a special token inside it are encoded like any others. So the
-EOS id only ends documents. Every batch checks this.
+The text of a document is always plain text: the characters of a special token inside it are encoded like any others.
+Therefore the EOS id occurs only at the ends of documents, which is checked in every batch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class EncoderSpec:
     vocab_size: int
     """One more than the largest id."""
     library: str
-    """gigatoken or tokenizers; both give the same tokens."""
+    """gigatoken or tokenizers, which give the same tokens."""
 
     def load(self) -> DocumentEncoder:
         """Return the encoder. The first call in a process takes half a second. It is not thread-safe."""
@@ -118,8 +118,8 @@ def select_encoder(
     `auto` uses gigatoken if it agrees with tokenizers on the sample and on the distinguishing texts. Otherwise it prints
     the reason and uses tokenizers.
 
-    Raises: UserError, starting with `error_prefix`, if this is not a tokenizer, has no EOS or makes EOS from plain text; or
-    if gigatoken is requested and cannot encode with it.
+    Raises: UserError, starting with `error_prefix`, if this is not a tokenizer, has no EOS, or encodes plain text as EOS.
+    UserError also if gigatoken is requested and cannot encode with this tokenizer.
     """
     if library not in LIBRARIES:
         raise UserError(f"{LIBRARY_OPTION}: {library} is not known; use one of {', '.join(LIBRARIES)}")
@@ -142,7 +142,7 @@ def select_encoder(
         raise UserError(
             f"{LIBRARY_OPTION}: gigatoken cannot encode with {error_prefix}: {unsupported_reason}; remove the option"
         )
-    print(f"{LIBRARY_OPTION}: uses tokenizers, which is slower than gigatoken; {error_prefix}: {unsupported_reason}")
+    print(f"{LIBRARY_OPTION}: using tokenizers, which is slower than gigatoken; {error_prefix}: {unsupported_reason}")
     return reference_spec
 
 
@@ -150,7 +150,7 @@ def _parse_tokenizer_json(tokenizer_json: str, eos_token: str, error_prefix: str
     try:
         tree: dict[str, Any] = orjson.loads(tokenizer_json)
         for added in tree["added_tokens"]:
-            # Only special tokens can be turned off in text; an EOS without the mark would be matched.
+            # Matching can be turned off only for special tokens. An EOS without this mark would be matched in text.
             added["special"] = added["special"] or added["content"] == eos_token
     except (ValueError, KeyError, TypeError) as error:
         raise _invalid_tokenizer_error(error_prefix, error) from None

@@ -1,8 +1,9 @@
-"""Encode with gigatoken, the fast library: which tokenizers it supports exactly, and its memory.
+"""Encode with gigatoken, the fast library: check whether it supports a tokenizer exactly, and limit its memory.
 
-gigatoken ignores parts of a tokenizer.json that it does not know, so only tokenizers like those compared with the reference
-are accepted. Documents with characters that still differ (`unicode_differences`) go to the reference. Its caches of words
-grow without bound, so the tokenizer is loaded again after they have grown by `MAX_CACHE_BYTES`.
+gigatoken ignores parts of a tokenizer.json that it does not know. Therefore only kinds of tokenizers that were compared with
+the reference are accepted. The reference encodes documents with characters that gigatoken treats differently
+(`unicode_differences`). gigatoken's caches of words grow without limit, so the tokenizer is loaded again after they have
+grown by `MAX_CACHE_BYTES`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 EncodedTexts = tuple[np.ndarray, np.ndarray]
 """The concatenated ids of documents, and the length of each."""
 MAX_CACHE_BYTES = 160 << 20
-"""Size of the word caches. A gigabyte of real text fills about 100 MB; text of unique words fills 10 bytes per byte."""
+"""Limit of the word caches. A gigabyte of real text fills about 100 MB. Text of unique words fills 10 times its own size."""
 STATM_PATH = Path("/proc/self/statm")
 SUPPORTED_SPLIT_PATTERNS = frozenset(scheme.split_pattern for scheme in SCHEMES.values() if scheme.split_pattern)
 
@@ -46,11 +47,11 @@ def unsupported_reason(tree: Mapping[str, Any]) -> str | None:
     if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return "its model has dropout, a prefix or a suffix, which gigatoken ignores"
     if len({merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]}) < len(model["merges"]):
-        return "it has a merge twice"
+        return "it lists a merge twice"
     if tree.get("normalizer") is not None:
         return "it normalizes text"
     if not _has_supported_split(tree.get("pre_tokenizer") or {}):
-        return "its way to split text was not compared with gigatoken's"
+        return "its pre-tokenizer is not one of those compared with gigatoken"
     if not all(token["special"] for token in added):
         return f"{next(token['content'] for token in added if not token['special'])!r} is matched in text"
     return None
@@ -73,7 +74,7 @@ def _is_byte_level(split: Mapping[str, Any], use_regex: bool) -> bool:
 
 
 class GigatokenEncoder:
-    """Encodes with gigatoken, on the calling thread, and with `reference` the documents that need it."""
+    """Encodes with gigatoken, on the calling thread. `reference` encodes the documents that gigatoken treats differently."""
 
     def __init__(self, tokenizer_json: str, reference: Callable[[Sequence[str]], EncodedTexts]):
         tree = orjson.loads(tokenizer_json)
@@ -83,7 +84,8 @@ class GigatokenEncoder:
         self._reload_tokenizer()
 
     def _reload_tokenizer(self) -> None:
-        # gigatoken imports awkward in its first call. If that fails, by an interrupt say, it returns lists from then on.
+        # gigatoken imports awkward in its first call, and returns lists from then on if that import fails, for example because
+        # of an interrupt. An import here raises the error instead.
         import awkward  # noqa: F401
         from gigatoken import Tokenizer
 

@@ -1,9 +1,9 @@
 """tiktoken's tokenizers: a ranks file, plus the split pattern and special tokens of its kind.
 
-A ranks file lists tokens in the order in which they were learned. A tokenizer.json also needs the pair that each token was
-merged from. Encoding the token's bytes with the earlier tokens alone gives that pair. If this leaves exactly two parts for
-every token, merging by pairs gives the same ids as merging by ranks for any bytes: until a token is complete, nothing
-outside it has merged with anything inside it, so its inside merges as it does alone.
+A ranks file lists tokens in the order in which they were learned. A tokenizer.json also needs the pair from which each token
+was merged. Encoding the token's bytes with only the earlier tokens gives that pair. If this leaves exactly two parts for
+every token, merging by pairs gives the same ids as merging by ranks for any bytes. The reason: until a token is complete, no
+byte inside it has merged with a byte outside it, so the bytes inside merge as they do alone.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ ARCADE_SPECIAL_TOKENS = (
 
 @dataclass(frozen=True)
 class TiktokenScheme:
-    """The properties that a ranks file does not contain."""
+    """Properties of a tokenizer that its ranks file does not contain."""
 
     num_tokens: int
     """Tokens in the file."""
     split_pattern: str | None
-    """Splits text before merges; None is GPT-2's, which every library has built in."""
+    """Splits text before merges. None means GPT-2's pattern, which is built into every library."""
     special_tokens: Mapping[str, int]
 
 
@@ -51,10 +51,10 @@ SCHEMES = {
         100_256, CL100K_PATTERN % r"\p{N}", {token: 100_257 + i for i, token in enumerate(ARCADE_SPECIAL_TOKENS)}
     ),
 }
-"""Source: tiktoken's openai_public (gpt2); Stability AI's tokenizer of Stable LM 2 (arcade100k), which has the ranks of
-cl100k, its first published pattern with single digits, and 32 special ids, not including 100,256. cl100k itself is not
-supported: tiktoken's current pattern keeps whitespace at the end of a document in one piece, which we would not reproduce
-exactly."""
+"""Source: tiktoken's openai_public (gpt2); Stability AI's tokenizer of Stable LM 2 (arcade100k). The latter has the ranks of
+cl100k, cl100k's first published pattern but with single digits, and 32 special ids, which do not include 100,256. cl100k
+itself is not supported, because tiktoken's current pattern keeps whitespace at the end of a document in one piece, which we
+would not reproduce exactly."""
 KIND_BY_FILE_NAME = {"arcade100k.tiktoken": "arcade100k", "gpt2.tiktoken": "gpt2", "r50k_base.tiktoken": "gpt2"}
 
 
@@ -130,14 +130,15 @@ def find_merges(tokens: Sequence[bytes], error_prefix: str) -> list[tuple[str, s
         parts = _apply_earlier_merges(token, merge_rank, merge_ranks)
         if len(parts) != 2:
             raise UserError(
-                f"{error_prefix}: the token of rank {merge_rank} is not made of two earlier tokens; give the ranks of a BPE"
+                f"{error_prefix}: the token of rank {merge_rank} is not made of two earlier tokens; name the ranks "
+                "file of a BPE tokenizer"
             )
         pairs.append((to_byte_level(parts[0]), to_byte_level(parts[1])))
     return pairs
 
 
 def _apply_earlier_merges(token: bytes, merge_rank: int, merge_ranks: Mapping[bytes, int]) -> list[bytes]:
-    """Encode these bytes with the tokens before `merge_rank`: merge the first pair of the lowest rank until none is left."""
+    """Encode these bytes with the tokens before `merge_rank`: merge the first pair of lowest rank until no pair is left."""
     borders = list(range(len(token) + 1))
     pairs = [merge_ranks.get(token[start : start + 2], merge_rank) for start in borders[:-2]]
     while len(pairs) > 1 and (lowest := min(pairs)) < merge_rank:

@@ -1,8 +1,8 @@
 """Characters that gigatoken and tokenizers classify differently, so that they split text around them differently.
 
-They were added by Unicode 15.1 to 17: letters and digits for gigatoken, unknown to tokenizers. The reference encodes
-documents that contain one. `DIFFERING_RANGES` is the result of a comparison of all code points, which its test repeats. In
-UTF-8 all of them start with one of three bytes, which most texts do not contain.
+Unicode 15.1 to 17 added them. For gigatoken they are letters and digits, while tokenizers does not know them. The reference
+encodes documents that contain such a character. `DIFFERING_RANGES` is the result of a comparison of all code points, which
+its test repeats. In UTF-8 all of these characters start with one of a few bytes that most texts do not contain.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FIRST_BYTES = sorted({chr(code).encode()[0] for code in np.flatnonzero(_IS_DIFF
 
 
 def find_differing_texts(texts: Sequence[str], utf8: Sequence[bytes]) -> list[int]:
-    """Return the indices of texts with a differing character. `utf8` are the same texts encoded."""
+    """Return the indices of texts with such a character. `utf8` are the same texts, encoded."""
     return [
         index
         for index, (text, data) in enumerate(zip(texts, utf8, strict=True))

@@ -85,7 +85,7 @@ def test_a_job_that_cannot_be_put_on_record_is_cancelled(slurm, tmp_path, monkey
     command = ["--input", *inputs, "--output", str(output), "--executor", "slurm",
                "--slurm", "partition=cpu", "--slurm", "begin=now+1hour"]  # fmt: skip
     with pytest.raises(
-        UserError, match=r"--executor: slurm; the job train-tokenizer was not submitted \(.*No space left"
+        UserError, match=r"--executor: slurm could not submit the job train-tokenizer \(.*No space left"
     ):
         prepare.run(arguments.parse_args(command))
     wait_until(lambda: not slurm.command_output("squeue", "--noheader"))

@@ -49,7 +49,7 @@ def broken_inputs(root):
     words = ["--input", root / "words.txt"]
     return {
         "no such path": (["--input", root / "none"], "none does not exist"),
-        "no files": (["--input", root / "empty"], "has no file with a known suffix"),
+        "no files": (["--input", root / "empty"], "contains no file with a known suffix"),
         "no text": (["--input", root / "empty.txt"], "contains no text to train on"),
         "json": (["--input", jsonl(root / "a.jsonl", GOOD, "{")], r"a.jsonl:2: is not JSON"),
         "surrogate": (["--input", jsonl(root / "s.jsonl", '{"text": "\\ud800"}')], r"s.jsonl:1: is not JSON"),

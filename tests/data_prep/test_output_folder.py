@@ -26,7 +26,7 @@ def test_a_folder_is_prepared_by_one_process_at_a_time(tmp_path, folder, prepare
     handle = os.open(output, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        with pytest.raises(UserError, match="another process is preparing"):
+        with pytest.raises(UserError, match="out is being prepared by another process"):
             prepared("out", "--input", folder)
     finally:
         os.close(handle)
@@ -91,7 +91,7 @@ def test_inputs_that_have_changed_are_refused_and_touched_ones_are_not(prepared,
     os.utime(file, (1, 1))
     prepared("out", "--input", folder)
     assert "already prepared" in capsys.readouterr().out
-    refusal = r"--output: .*out was prepared from other inputs: 0/0/0.py has changed \(1 in all\)"
+    refusal = r"--output: .*out was prepared from other inputs: 0/0/0.py has changed \(changed files: 1\)"
     for changed in (b"x" * len(text), text + b"x"):
         file.write_bytes(changed)
         with pytest.raises(UserError, match=refusal):
@@ -173,7 +173,9 @@ def test_after_a_mistake_finished_units_are_kept_and_the_corrected_inputs_contin
     given = ["--input", folder, "--tokenizer", folder.parent / "whole" / "tokenizer.json"]
     expected = content(prepared("given", *given))
     last.write_bytes(b"\xff" + text[1:])
-    with pytest.raises(UserError, match=r"is not UTF-8.*finished work is kept in .*out; the same command continues"):
+    with pytest.raises(
+        UserError, match=r"is not UTF-8.*finished work is kept in .*out; run the same command again to continue"
+    ):
         prepared("out", *given)
     output = folder.parent / "out"
     finished = {path: path.stat().st_mtime_ns for path in (output / "work").glob("*.json")}
@@ -203,7 +205,7 @@ def test_a_changed_input_is_named_even_if_it_changes_how_the_others_are_cut(prep
     prepared("out", *arguments)
     os.utime(folder / "kept.jsonl")
     (folder / "shrinking.jsonl").write_text(line)
-    with pytest.raises(UserError, match=r"from other inputs: 0/shrinking.jsonl has changed \(1 in all\)"):
+    with pytest.raises(UserError, match=r"from other inputs: 0/shrinking.jsonl has changed \(changed files: 1\)"):
         prepared("out", *arguments)
 
 

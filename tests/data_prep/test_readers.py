@@ -112,7 +112,7 @@ def test_a_glob_is_of_names_in_the_folder_or_below(tmp_path, glob, expected):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
     if not expected:
-        with pytest.raises(UserError, match="has no file that matches --glob"):
+        with pytest.raises(UserError, match="contains no file that matches --glob"):
             names(tmp_path / "in", glob=glob)
         return
     assert names(tmp_path / "in", glob=glob) == [f"0/{name}" for name in expected]
@@ -304,5 +304,5 @@ def test_what_an_address_needs_is_not_called_damage_of_what_lies_there():
 
 
 def test_inputs_in_the_output_are_refused(folder, tmp_path):
-    with pytest.raises(UserError, match=r"--input: .*texts is in --output .*, whose files are not read"):
+    with pytest.raises(UserError, match=r"--input: .*texts is inside --output .*, whose files are not read"):
         input_files.list_input_files([str(folder)], None, tmp_path)

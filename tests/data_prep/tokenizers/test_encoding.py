@@ -113,15 +113,15 @@ NON_SPECIAL = {"id": 1200, "content": "rows", "special": False} | dict.fromkeys(
 )
 OBSTACLES = [
     ("normalizer", {"type": "Lowercase"}, "it normalizes text"),
-    ("pre_tokenizer", WHOLE, "its way to split text was not compared"),
+    ("pre_tokenizer", WHOLE, "its pre-tokenizer is not one of those compared"),
     (
         "pre_tokenizer",
         {"type": "Sequence", "pretokenizers": [DIGITS, WHOLE | {"use_regex": True}]},
-        "its way to split text",
+        "its pre-tokenizer is not one of those compared",
     ),
-    ("pre_tokenizer.add_prefix_space", True, "its way to split text was not compared"),
+    ("pre_tokenizer.add_prefix_space", True, "its pre-tokenizer is not one of those compared"),
     ("model.dropout", 0.5, "its model has dropout"),
-    ("model.merges.700", ["Ġ", "Ġ"], "it has a merge twice"),
+    ("model.merges.700", ["Ġ", "Ġ"], "it lists a merge twice"),
     ("model.vocab.漢", 5_000, "its vocabulary is not that of a byte-level BPE"),
     ("added_tokens.1", NON_SPECIAL, "'rows' is matched in text"),
 ]
@@ -136,7 +136,7 @@ def test_what_gigatoken_ignores_is_left_to_the_reference_and_a_line_gives_the_re
     text = changed(json.dumps(tree), path, value)
     assert encoding.select_encoder(text, END_OF_TEXT, "mine.json").library == "tokenizers"
     line = capsys.readouterr().out
-    assert line.startswith("--tokenizer-library: uses tokenizers")
+    assert line.startswith("--tokenizer-library: using tokenizers")
     assert reason in line
     assert line.count("\n") == 1
     with pytest.raises(UserError, match=r"--tokenizer-library: gigatoken cannot encode with mine.json") as error:
