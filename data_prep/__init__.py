@@ -1,1 +1,1 @@
-"""Text to the sharded, tokenized corpora that `tandem.trainer.data` reads: `prepare` writes, `verify` checks."""
+"""Turn text into the sharded, tokenized corpora that `tandem.trainer.data` reads: `prepare` writes and `verify` checks them."""

@@ -73,7 +73,7 @@ def text_key(text: str) -> bytes:
     """Return 16 bytes that are equal for texts that differ only in ASCII case, whitespace, punctuation or Unicode form.
 
     Copies in web pages and benchmark files differ in these respects. Texts of punctuation alone are compared unchanged.
-    Two other texts share a key with probability 2^-128 (XXH3).
+    Texts that differ in other respects share a key with probability 2^-128 (XXH3).
     """
     raw = normalize_nfc(text).encode(errors="surrogatepass")
     return xxh3_128_digest(raw.translate(_LOWERCASE_TABLE, _IGNORED_BYTES) or raw)

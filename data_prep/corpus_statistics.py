@@ -22,12 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tandem.data_prep.corpus_reader import CorpusReader
+from tandem.data_prep.settings import DROPPED_COUNT_NAMES
 from tandem.trainer.data.manifest import Shard
 
-NON_DROP_COUNT_NAMES = {
-    "documents", "tokens", "files", "normalized_documents", "samples", "added_eos_tokens", "padding_tokens"
-}  # fmt: skip
-"""Counts of the manifest that do not count dropped documents or files."""
 QUARTILES = {"quarter": 0.25, "median": 0.5, "three_quarters": 0.75}
 
 
@@ -101,9 +98,7 @@ def collect_statistics(
             name: counts | {"share": counts["tokens"] / tokens, "mean_length": counts["tokens"] / counts["documents"]}
             for name, counts in manifest.groups.items()
         },
-        "left_out": {
-            name: count for name, count in manifest.counts.items() if name not in NON_DROP_COUNT_NAMES and count
-        },
+        "left_out": {name: count for name, count in manifest.counts.items() if name in DROPPED_COUNT_NAMES and count},
         "padding_tokens": manifest.counts.get("padding_tokens", 0),
         "settings": manifest.settings,
         "scanned_shards": len(scanned_shards),

@@ -5,12 +5,8 @@ of a cluster in reading order is kept. The result depends only on the signatures
 workers or the order in which links are found. As in SlimPajama, linked texts are not compared again. SlimPajama keeps the
 document that its graph library returns first.
 
-There are three steps. Files appear complete or not at all, so a killed step continues with the missing files:
-
-    write_bands(bands, signatures)              # once per spill, in its worker: minhash.signatures of its documents
-    write_links(all_bands, band_range)          # for each of plan_band_ranges(all_bands, folder), in any process and order
-    write_masks(all_bands, masks, band_ranges)  # once, over all spills in reading order
-    np.load(mask)[index]                        # True: drop this document of the spill
+There are three steps: `write_bands` once per spill in its worker, `write_links` for each of `plan_band_ranges` in any process
+and order, and `write_masks` once. Files appear complete or not at all, so a killed step continues with the missing files.
 
 The folder and the masks belong to one set of spills, so clear them when inputs or settings change. Memory: a range takes
 RECORDS_PER_RANGE records, 0.3 GiB, and somewhat more if the corpus has few spills and most of them contain the same

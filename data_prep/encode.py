@@ -102,13 +102,9 @@ def _write_spill(target: Spill, batches: list[_EncodedBatch]) -> int:
 
 
 def _encode_texts(
-    settings: PrepareSettings,
-    encoder_spec: EncoderSpec,
-    unit: WorkUnit,
-    groups: dict[str, int],
-    counts: Counter[str],
+    settings: PrepareSettings, encoder_spec: EncoderSpec, unit: WorkUnit, groups: dict[str, int], counts: Counter[str],
     advance: ProgressCallback,
-) -> Iterator[_EncodedBatch]:
+) -> Iterator[_EncodedBatch]:  # fmt: skip
     encode_texts = encoder_spec.load()
     for batch in _batch_documents(documents_to_encode(settings, unit, counts, advance)):
         texts, locations = [document.text for document in batch], [document.location for document in batch]
@@ -123,12 +119,8 @@ def _encode_texts(
 
 
 def _adopt_tokens(
-    settings: PrepareSettings,
-    encoder_spec: EncoderSpec,
-    unit: WorkUnit,
-    counts: Counter[str],
-    advance: ProgressCallback,
-) -> Iterator[_EncodedBatch]:
+    settings: PrepareSettings, encoder_spec: EncoderSpec, unit: WorkUnit, counts: Counter[str], advance: ProgressCallback
+) -> Iterator[_EncodedBatch]:  # fmt: skip
     """Yield the documents of a tokenized corpus: each sample without its padding, cut after each EOS.
 
     A last document without EOS gets one, because documents are shuffled and the next one belongs to another text.
@@ -143,7 +135,13 @@ def _adopt_tokens(
             kept = ids[: len(ids) - _padding_length(ids, settings.padding_id, eos_id)]
             counts["samples"] += 1
             counts["padding_tokens"] += len(ids) - len(kept)
-            _check_ids(kept, encoder_spec.vocab_size, f"{part.file.address}: {printable(member)}")
+            wrong = kept[(kept < 0) | (kept >= encoder_spec.vocab_size)]
+            if len(wrong):
+                raise UserError(
+                    f"{part.file.address}: {printable(member)}: has id {wrong[0]}, but --tokenizer has ids 0 to "
+                    f"{encoder_spec.vocab_size - 1}; name the tokenizer that made these ids, or give --padding-id if this "
+                    "id is padding"
+                )
             tokens = kept.astype(dtype)
             if len(tokens) and tokens[-1] != eos_id:
                 tokens = np.append(tokens, dtype.type(eos_id))
@@ -173,15 +171,6 @@ def _padding_length(ids: np.ndarray, padding_id: int | None, eos_id: int) -> int
     if num_kept and padding_id == eos_id:
         return max(0, len(ids) - num_kept - 1)
     return len(ids) - num_kept if num_kept == 0 or ids[num_kept - 1] == eos_id else 0
-
-
-def _check_ids(ids: np.ndarray, vocab_size: int, place: str) -> None:
-    wrong = ids[(ids < 0) | (ids >= vocab_size)]
-    if len(wrong):
-        raise UserError(
-            f"{place}: has id {wrong[0]}, but --tokenizer has ids 0 to {vocab_size - 1}; "
-            "name the tokenizer that made these ids, or give --padding-id if this id is padding"
-        )
 
 
 def _adopted_batch(settings: PrepareSettings, documents: list[np.ndarray], locations: list[str]) -> _EncodedBatch:

@@ -34,12 +34,9 @@ class ItemCancelled(Exception):
 
 
 def run(
-    make_item_function: Callable[[], ItemFunction],
-    items: Sequence[Any],
-    workers: int,
-    advance: ProgressCallback,
+    make_item_function: Callable[[], ItemFunction], items: Sequence[Any], workers: int, advance: ProgressCallback,
     on_result: Callable[[Any], None] = lambda result: None,
-) -> None:
+) -> None:  # fmt: skip
     """Process all items. `make_item_function` is called once in each worker. The function that it returns is called for each
     item. `on_result` receives the results in this process, in any order.
 
@@ -82,7 +79,7 @@ def run(
 
 
 def _submit_items(pool: ProcessPoolExecutor, items: Sequence[Any]) -> set[Future[Any]]:
-    with _block_interrupt():  # otherwise Ctrl-C would end a process that is starting with a traceback
+    with _block_interrupt():  # otherwise Ctrl-C would end a process with a traceback while it starts
         try:
             return {pool.submit(_run_item, item) for item in items}
         # Either a worker was killed while another one started, so concurrent.futures has closed its pipes, or memory is short.

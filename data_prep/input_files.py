@@ -33,24 +33,18 @@ RECORD_COMPRESSION = {
 }  # fmt: skip
 """Suffixes of files that hold several documents, each with the compression of the whole file."""
 SAMPLE_MANIFEST_FILE = "manifest.jsonl"
-"""Lists the tars of a tokenized webdataset corpus. Each line, in the form of open_lm and DCLM, has a shard and its number of
-samples.
-"""
+"""Lists the tars of a tokenized corpus in the form of open_lm and DCLM: on each line a shard and its number of samples."""
 TYPICAL_COMPRESSION_RATIO = 3
 """Approximate number of bytes of text in a compressed byte. It affects only the sizes of units."""
 READ_BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
-class InputFile:
-    name: str
-    """The number of its --input and the path below it. The name determines the order, the shuffle and the format."""
-    address: str
-    size_bytes: int
-    version: str
-    """The time of the last change or the server's tag, which differs if the content differs."""
+class InputFile(RemoteFile):
+    """A file. Its `name`, the number of its --input and the path below it, determines the order, the shuffle and the format."""
+
     num_samples: int | None = None
-    """Samples of a tar according to its manifest.jsonl, if it has one."""
+    """Number of samples of a tar according to its manifest.jsonl, if there is one."""
 
     @property
     def suffix(self) -> str:

@@ -37,21 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--document", type=int, metavar="N", help="show a document of the stored order, counted from 0")
     what.add_argument("--shard", metavar="FILE", help="show a range of a shard; see --tokens")
     what.add_argument("--find", metavar="TEXT", help="show the first documents that contain the text")
-    add(
-        "--split",
-        choices=("train", "validation"),
-        default="train",
-        help="split that --row, --document and --find read (default %(default)s)",
-    )
+    add("--split", choices=("train", "validation"), default="train",
+        help="split that --row, --document and --find read (default %(default)s)")  # fmt: skip
     add("--seq-len", type=int, default=2048, metavar="L", help="tokens in a row (default %(default)s)")
-    add(
-        "--tokens",
-        metavar="FIRST:END",
-        help="range of --shard to show; FIRST+COUNT also works (default: its first row)",
-    )
+    add("--tokens", metavar="FIRST:END",
+        help="range of --shard to show; FIRST+COUNT also works (default: its first row)")  # fmt: skip
     add("--limit", type=int, default=5, metavar="N", help="maximum number of documents to show (default %(default)s)")
-    scanned = "number of shards from which document lengths are counted, or all (default %(default)s)"
-    add("--sample", default="16", metavar="N", help=scanned)
+    add("--sample", default="16", metavar="N",
+        help="number of shards from which document lengths are counted, or all (default %(default)s)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object")
 
 

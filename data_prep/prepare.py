@@ -12,9 +12,10 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -24,7 +25,7 @@ from tandem.data_prep.clean import CleaningRules
 from tandem.data_prep.cluster import submissions
 from tandem.data_prep.cluster.submissions import RESERVED_SBATCH_OPTIONS
 from tandem.data_prep.input_files import FilePart, list_input_files
-from tandem.data_prep.settings import PrepareSettings
+from tandem.data_prep.settings import DROPPED_COUNT_NAMES, PrepareSettings
 from tandem.data_prep.stages import PreparationRequest
 from tandem.data_prep.tokenizers import build, encoding
 from tandem.trainer.config import UserError
@@ -36,8 +37,6 @@ DEFAULT_NUM_TASKS = 64
 MAX_PRINTED_FAILURES = 5
 TEXT_OPTIONS = ("group_field", "where", "nfc", "min_characters", "deduplicate", "decontaminate", "skip_undecodable")
 """Options that cannot be combined with --tokens."""
-SEED_LIMIT = 1 << 63
-"""Seeds are at least the negative of this, and below it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -188,22 +187,14 @@ def _settings(args: argparse.Namespace, tokenizer_json: str | None) -> PrepareSe
     tokenizer = f"bpe of {args.vocab_size}"
     if tokenizer_json is not None:
         tokenizer = hashlib.sha256(tokenizer_json.encode()).hexdigest()
-    return PrepareSettings(
-        text_field=args.text_field,
-        group_field=args.group_field,
-        where=(name, value) if args.where else None,
-        skip_undecodable=args.skip_undecodable,
-        cleaning=CleaningRules(args.nfc, args.min_characters, _contaminant_keys(args.decontaminate, args.text_field)),
-        deduplicate=args.deduplicate,
-        tokens=args.tokens,
-        padding_id=args.padding_id,
-        tokenizer=tokenizer,
-        eos=args.eos,
-        held_out=args.held_out,
-        seed=args.seed,
-        sample_tokens=args.sample_tokens,
-        shard_tokens=args.shard_tokens,
-    )
+    contaminant_keys = _contaminant_keys(args.decontaminate, args.text_field)
+    converted: dict[str, Any] = {
+        "where": (name, value) if args.where else None,
+        "cleaning": CleaningRules(args.nfc, args.min_characters, contaminant_keys),
+        "tokenizer": tokenizer,
+    }
+    names = {field.name for field in fields(PrepareSettings)} - converted.keys()
+    return PrepareSettings(**{name: getattr(args, name) for name in names}, **converted)
 
 
 def _contaminant_keys(paths: list[str], text_field: str) -> frozenset[bytes]:
@@ -217,8 +208,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--output: {args.output} is not a local folder; prepare the corpus in one, then copy it there")
     if not 0 <= args.held_out < 1:
         raise UserError(
-            f"--held-out: {args.held_out} is not a share from 0 to below 1; use for example 0.005, which keeps one document "
-            "in 200 for validation"
+            f"--held-out: {args.held_out} is not a share; use at least 0 and less than 1, for example 0.005 to keep one "
+            "document in 200 for validation"
         )
     for name in ("workers", "tasks", "shard_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -227,8 +218,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--min-characters: {args.min_characters} is negative; use 0 or more; 0 leaves out no document")
     _check_executor(args)
     _check_tokens(args)
-    if not -SEED_LIMIT <= args.seed < SEED_LIMIT:
-        raise UserError(f"--seed: {args.seed} does not fit in a signed 64-bit integer; choose a smaller number")
+    if not -(1 << 63) <= args.seed < 1 << 63:
+        raise UserError(f"--seed: {args.seed} does not fit in a signed 64-bit integer; choose a number closer to 0")
     name, equals, _ = (args.where or "").partition("=")
     if args.where is not None and not (name and equals):
         raise UserError(
@@ -289,7 +280,7 @@ def _print_counts(output: Path, corpus_manifest: CorpusManifest) -> None:
     )
     for name, split in (("train", corpus_manifest.train), ("validation", corpus_manifest.validation)):
         print(f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards):,} shards")
-    for name in stages.DROPPED_COUNT_NAMES:
+    for name in DROPPED_COUNT_NAMES:
         if corpus_manifest.counts.get(name):
             print(f"  {name.replace('_', ' ')} left out: {corpus_manifest.counts[name]:,}")
     if added := corpus_manifest.counts.get("added_eos_tokens"):

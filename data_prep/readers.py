@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow
 import pyarrow.parquet
@@ -21,9 +21,7 @@ from tandem.trainer.config import UserError
 from tandem.trainer.data import remote_files
 
 PARQUET_BATCH_BYTES, MAX_PARQUET_BATCH_ROWS = 8 << 20, 1024
-"""Limits of a batch of parquet rows. The number of rows is limited because the metadata count a text that many rows share
-only once.
-"""
+"""Limits of a batch of parquet rows. Rows are limited too, because metadata count a text once even if many rows share it."""
 
 
 class UndecodableText(UserError):
@@ -31,12 +29,9 @@ class UndecodableText(UserError):
 
 
 def read_documents(
-    part: FilePart,
-    text_field: str,
-    extra_fields: list[str],
-    advance: ProgressCallback,
+    part: FilePart, text_field: str, extra_fields: list[str], advance: ProgressCallback,
     counts: Counter[str] | None = None,
-) -> Iterator[Document]:
+) -> Iterator[Document]:  # fmt: skip
     """Yield the documents of one part in their order, including empty ones, with the fields `extra_fields`. Call
     `advance` with the bytes of the file read since the last call. Count the members of tars that are not read.
 
@@ -54,7 +49,13 @@ def read_documents(
             yield from tar_reader.read_tar(part, stream, text_field, extra_fields, advance, counts)
         else:
             assert not file.suffix, f"no reader for {file.suffix}"
-            yield Document(file.name, _decode_text(stream.read(), file.address), {})
+            try:
+                yield Document(file.name, stream.read().decode(), {})
+            except UnicodeDecodeError as error:
+                raise UndecodableText(
+                    f"{file.address}: is not UTF-8 ({describe_decode_error(error)}); convert it, or leave out such files "
+                    "with --skip-undecodable"
+                ) from None
             advance(part.size_bytes)
 
 
@@ -122,7 +123,11 @@ def _read_parquet(part: FilePart, stream: BinaryIO, text_field: str, extra_field
     for group in range(first, last):
         rows = _rows_per_batch(table.metadata.row_group(group), columns)
         for batch in table.iter_batches(rows, row_groups=[group], columns=columns):
-            for record in _batch_records(batch, file.address):
+            try:
+                records = batch.to_pylist()
+            except (ValueError, OverflowError) as error:  # nanoseconds, or a year beyond 9999
+                raise unreadable_error(file.address, error) from None
+            for record in records:
                 row_index += 1
                 text = record.pop(text_field)
                 if text is None:
@@ -130,25 +135,7 @@ def _read_parquet(part: FilePart, stream: BinaryIO, text_field: str, extra_field
                 yield Document(f"{file.name}:{row_index}", text, record)
 
 
-def _batch_records(batch: pyarrow.RecordBatch, address: str) -> list[dict[str, Any]]:
-    try:
-        records: list[dict[str, Any]] = batch.to_pylist()
-    except (ValueError, OverflowError) as error:  # nanoseconds, or a year beyond 9999
-        raise unreadable_error(address, error) from None
-    return records
-
-
 def _rows_per_batch(group: pyarrow.parquet.RowGroupMetaData, columns: list[str]) -> int:
     chunks = [group.column(number) for number in range(group.num_columns)]
     size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
     return min(max(1, PARQUET_BATCH_BYTES * group.num_rows // max(1, size)), MAX_PARQUET_BATCH_ROWS)
-
-
-def _decode_text(content: bytes, path: str) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise UndecodableText(
-            f"{path}: is not UTF-8 ({describe_decode_error(error)}); convert it, or leave such files out with "
-            "--skip-undecodable"
-        ) from None

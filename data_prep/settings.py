@@ -11,6 +11,12 @@ from typing import Any
 
 from tandem.data_prep.clean import CleaningRules
 
+DROPPED_COUNT_NAMES = (
+    "empty_documents", "filtered_documents", "undecodable_files", "other_members",
+    "short_documents", "contaminated_documents", "duplicate_documents",
+)  # fmt: skip
+"""Names of the manifest's counts of documents, files and members of tars that were left out."""
+
 
 @dataclass(frozen=True)
 class PrepareSettings:

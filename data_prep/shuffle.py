@@ -25,7 +25,7 @@ MIN_NUM_BINS, MAX_NUM_BINS = 1 << 12, 1 << 24
 ENTROPY_DECIMALS = 6
 """Precision of the entropy in the manifest."""
 LoadDropMask = Callable[[Spill], np.ndarray | None]
-"""`Preparation.load_drop_mask`."""
+"""`stages.Preparation.load_drop_mask`."""
 COUNT_CHUNK_TOKENS = 1 << 20
 """Ids that are counted at once, because numpy converts them to 64 bits."""
 

@@ -70,7 +70,6 @@ class Spill:
         return np.array(all_entries[start:stop]), int(all_entries["end"][start - 1]) if start else 0
 
     def read_tokens(self, start: int, num_tokens: int, dtype: str) -> np.ndarray:
-        """Read `num_tokens` ids from `start`."""
         tokens = np.fromfile(self.tokens_path, dtype, num_tokens, offset=start * np.dtype(dtype).itemsize)
         if len(tokens) != num_tokens:
             raise OSError(f"{self.tokens_path} is shorter than its index states")
@@ -89,17 +88,14 @@ def record_path(work_folder: Path, unit_name: str) -> Path:
 
 @lru_cache(maxsize=1 << 16)
 def group_names(work_folder: Path, unit_name: str) -> list[str]:
-    """Return the group names of a finished unit."""
     names: list[str] = load_record(work_folder, unit_name)["groups"]
     return names
 
 
 def load_record(work_folder: Path, unit_name: str) -> dict[str, Any]:
-    """Load the record of a finished unit."""
     found: dict[str, Any] = json.loads(record_path(work_folder, unit_name).read_text(encoding="utf-8"))
     return found
 
 
 def unit_spills(work_folder: Path, unit_name: str) -> list[Spill]:
-    """Return the spills of a finished unit."""
     return [Spill(work_folder, unit_name, number) for number in range(load_record(work_folder, unit_name)["spills"])]

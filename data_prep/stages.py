@@ -28,12 +28,11 @@ from tandem.data_prep import (
     readers,
     shuffle,
     spill,
-    tar_reader,
     work_units,
 )  # fmt: skip
 from tandem.data_prep.executor import ProgressCallback
 from tandem.data_prep.input_files import FilePart, InputFile
-from tandem.data_prep.settings import PrepareSettings
+from tandem.data_prep.settings import DROPPED_COUNT_NAMES, PrepareSettings
 from tandem.data_prep.shuffle import ShardKeyRange
 from tandem.data_prep.spill import Spill
 from tandem.data_prep.tokenizers import build, encoding
@@ -47,10 +46,6 @@ CHECK_SAMPLE_DOCUMENTS, CHECK_SAMPLE_CHARACTERS = 200, 1 << 20
 """Size of the sample on which an encoding library is compared with the reference before it is used."""
 TOKENIZER_TRAINING_BYTES = 1 << 30
 """Approximate limit of the text that a tokenizer is trained on."""
-DROPPED_COUNT_NAMES = (
-    "empty_documents", "filtered_documents", "undecodable_files", tar_reader.OTHER_MEMBERS,
-    "short_documents", "contaminated_documents", "duplicate_documents",
-)  # fmt: skip
 
 StartProgress = Callable[[str, int], ProgressCallback]
 """Shows a bar with this name and total, and returns the function that advances it."""
@@ -203,7 +198,7 @@ class Stage:
     run_item: Callable[[Preparation, Any, ProgressCallback], None]
     item_size: Callable[[Any], int] = lambda item: 1
     has_single_item: bool = False
-    """Whether it has one item for any corpus."""
+    """Whether it has a single item for every corpus."""
 
     def is_finished(self, preparation: Preparation, item: Any) -> bool:
         return self.result_path(preparation, item).exists()
@@ -213,7 +208,7 @@ class Stage:
 
 
 def run(preparation: Preparation, run_items: RunItems, start_progress: StartProgress) -> CorpusManifest:
-    """Run all stages, which produces a finished corpus."""
+    """Run all stages until the corpus is finished."""
     for stage in active_stages(preparation.settings):
         items, unfinished = stage.items(preparation), stage.unfinished_items(preparation)
         advance = start_progress(stage.progress_title, sum(map(stage.item_size, items)))

@@ -36,22 +36,16 @@ TOKEN_EXTENSIONS = ("json.gz", "json", "txt", "npy")
 MAX_MEMBER_BYTES = 2 << 30
 """Limit of a member after decompression: a worker holds it in memory."""
 PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-"""Types of headers whose data, held in memory, extend the next header."""
+"""Types of headers that extend the next header. tarfile holds their data in memory."""
 MAX_PAX_BYTES = 1 << 20
 RESERVED_NAME = re.compile(r"__[^/]*__($|/)")
 """Matches the names of members that webdataset skips."""
-OTHER_MEMBERS = "other_members"
-"""Name of the count of members of a tar that are not read."""
 
 
 def read_tar(
-    part: FilePart,
-    stream: BinaryIO,
-    text_field: str,
-    extra_fields: list[str],
-    advance: ProgressCallback,
+    part: FilePart, stream: BinaryIO, text_field: str, extra_fields: list[str], advance: ProgressCallback,
     counts: Counter[str],
-) -> Iterator[Document]:
+) -> Iterator[Document]:  # fmt: skip
     """Yield the documents of the samples of a tar, which is open in `stream`.
 
     Each .txt member is a document. A .json member of the same name, or KEY.json of a sample with .txt members, only
@@ -116,7 +110,7 @@ def read_token_samples(
 
 
 class _DamagedHeader(Exception):
-    """A header of a tar is damaged. This is no `tarfile.HeaderError`, at which tarfile would end without an error."""
+    """A damaged header. It is not a `tarfile.HeaderError`, because tarfile takes those for the end of the tar."""
 
 
 class _StrictHeader(tarfile.TarInfo):
@@ -134,8 +128,8 @@ class _StrictHeader(tarfile.TarInfo):
 
 
 class _TarBytes:
-    """The file that tarfile reads. It raises EOFError at the end of the file until `may_end` is set, because tarfile
-    would take a file that was cut between two members for a whole tar.
+    """The file that tarfile reads. It raises EOFError at its end, unless `may_end` is set, because tarfile would take a file
+    that was cut between two members for a whole tar.
     """
 
     def __init__(self, stream: BinaryIO):
@@ -149,11 +143,7 @@ class _TarBytes:
 
 
 def _read_members(
-    part: FilePart,
-    stream: BinaryIO,
-    is_wanted: Callable[[str], bool],
-    advance: ProgressCallback,
-    counts: Counter[str],
+    part: FilePart, stream: BinaryIO, is_wanted: Callable[[str], bool], advance: ProgressCallback, counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     """Yield the wanted members in the form of webdataset's `tar_file_iterator`, and count all others except folders.
 
@@ -170,7 +160,7 @@ def _read_members(
                 if member.isreg() and not RESERVED_NAME.match(name) and is_wanted(name):
                     yield {"fname": name, "data": tar.extractfile(member).read(), "__url__": address}
                 elif not member.isdir():
-                    counts[OTHER_MEMBERS] += 1
+                    counts["other_members"] += 1
                 tar.members.clear()
                 if stream.tell() - reported_bytes >= READ_BLOCK_BYTES:
                     advance(stream.tell() - reported_bytes)
@@ -270,7 +260,7 @@ def _gunzip(data: bytes, extension: str) -> bytes:
     if not extension.endswith(".gz"):
         return data
     if not data:
-        raise ValueError("is truncated, because a compressed member is not empty even if it has no text; restore it")
+        raise ValueError("is truncated: it is empty, but a compressed member never is, even without text; restore it")
     pieces, num_bytes = [], 0
     while data:
         gzip_member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
@@ -287,35 +277,16 @@ def _gunzip(data: bytes, extension: str) -> bytes:
 def _parse_ids(data: bytes, extension: str) -> np.ndarray:
     """Return the ids of a sample, which must be a one-dimensional array of integers."""
     if extension == "npy":
-        return _parse_npy(data)
-    values = parse_json(_gunzip(data, extension))
-    ids = np.empty(0, np.int64) if values == [] else np.array(values)
-    _check_kind(ids.dtype, ids.ndim)
+        stream = io.BytesIO(data)
+        try:
+            ids: np.ndarray = npy_format.read_array(stream, allow_pickle=False)
+        except Exception as error:  # numpy evaluates the header as Python text
+            raise ValueError(f"is not a complete .npy file ({_describe(error)}); restore it") from None
+        if stream.read(1):
+            raise ValueError("is not a .npy file, because it continues after its array; restore it")
+    else:
+        values = parse_json(_gunzip(data, extension))
+        ids = np.empty(0, np.int64) if values == [] else np.array(values)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"is not one list of whole numbers ({ids.dtype} in {ids.ndim} dimensions); correct the member")
     return ids
-
-
-def _check_kind(dtype: np.dtype, num_dimensions: int) -> None:
-    if num_dimensions != 1 or dtype.kind not in "iu":
-        raise ValueError(
-            f"is not one list of whole numbers ({dtype} in {num_dimensions} dimensions); correct the member"
-        )
-
-
-def _parse_npy(data: bytes) -> np.ndarray:
-    """Return the array of a .npy file. Check the header first, because np.load allocates the size that it states."""
-    if not data.startswith(npy_format.MAGIC_PREFIX):
-        raise ValueError("is not a .npy file; write it with numpy.save, or restore it")
-    stream = io.BytesIO(data)
-    try:
-        is_first_version = npy_format.read_magic(stream) == (1, 0)
-        read_header = npy_format.read_array_header_1_0 if is_first_version else npy_format.read_array_header_2_0
-        shape, _, dtype = read_header(stream)
-    except Exception as error:  # numpy evaluates the header as Python text
-        raise ValueError(f"has a damaged header ({_describe(error)}); restore it") from None
-    _check_kind(dtype, len(shape))
-    start = stream.tell()
-    if shape[0] * dtype.itemsize != len(data) - start:
-        raise ValueError(
-            f"has {len(data) - start:,} bytes of data, but its header states {shape[0]:,} x {dtype.itemsize}; restore it"
-        )
-    return np.ndarray(shape, dtype, data, start)

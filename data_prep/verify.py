@@ -80,16 +80,16 @@ def _check_manifest(address: str, corpus_manifest: CorpusManifest) -> None:
         total = sum(getattr(split, count_name) for split in splits)
         for name, split in zip(("train", "validation"), splits, strict=True):
             found = sum(getattr(shard, count_name) for shard in split.shards)
-            _check_sum(path, f"{count_name} of {name}", getattr(split, count_name), found)
+            _check_sum(path, f"{name}.{count_name}", getattr(split, count_name), found)
         _check_sum(path, f"counts.{count_name}", corpus_manifest.counts.get(count_name), total)
         if corpus_manifest.groups:
             of_groups = sum(group[count_name] for group in corpus_manifest.groups.values())
-            _check_sum(path, f"{count_name} of all groups", of_groups, total)
+            _check_sum(path, f"the sum of {count_name} in groups", of_groups, total)
 
 
 def _check_sum(path: str, label: str, stated: int | None, expected: int) -> None:
     if stated != expected:
-        raise UserError(f"{path}: {label}: {stated}, but the shards add up to {expected}; prepare the corpus again")
+        raise UserError(f"{path}: {label} is {stated}, but the shards add up to {expected}; prepare the corpus again")
 
 
 def _check_tokenizer(address: str, corpus_manifest: CorpusManifest) -> None:

@@ -63,9 +63,7 @@ class Vocabulary:
         return b"".join(map(self._token_bytes.__getitem__, tokens.tolist())).decode("utf-8", errors)
 
     def render(self, tokens: np.ndarray) -> Text:
-        """Return text for display: special tokens in double brackets, invisible characters as signs or numbers, bytes of
-        incomplete characters in angle brackets.
-        """
+        """Return text for display, with signs for special tokens, invisible characters and bytes of incomplete characters."""
         text = Text()
         special_indices = np.flatnonzero(np.isin(tokens, list(self.special_tokens)))
         begin = 0

@@ -24,5 +24,5 @@ def executor_module(executor: str) -> ModuleType:
         if (error.name or "").split(".")[0] != library:
             raise
         raise UserError(
-            f"--executor: {executor} needs {library}, which is not installed; pip install 'tandem[{executor}]'"
+            f"--executor: {executor} needs {library}, which is not installed; run pip install 'tandem[{executor}]'"
         ) from None

@@ -23,12 +23,9 @@ CANCEL_TIMEOUT_SECONDS = 10
 
 
 def run(
-    make_item_function: Callable[[], ItemFunction],
-    items: Sequence[Any],
-    advance: ProgressCallback,
-    on_result: Callable[[Any], None] | None = None,
-    workers: int | None = None,
-) -> None:
+    make_item_function: Callable[[], ItemFunction], items: Sequence[Any], advance: ProgressCallback,
+    on_result: Callable[[Any], None] = lambda result: None, workers: int | None = None,
+) -> None:  # fmt: skip
     """Like `executor.run`, on the cluster at RAY_ADDRESS or on this machine, with at most `workers` items at once."""
     if not ray.is_initialized():
         try:
@@ -49,8 +46,7 @@ def run(
                 pending.remove(item)
                 num_done, result = ray.get(item)
                 advance(num_done)
-                if on_result:
-                    on_result(result)
+                on_result(result)
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, (UserError, OSError)) else error) from None
     except (OutOfMemoryError, WorkerCrashedError):

@@ -26,6 +26,7 @@ from tandem.data_prep.cluster.stage_job import StageJob
 from tandem.data_prep.cluster.submissions import Submission
 from tandem.data_prep.stages import PreparationRequest
 from tandem.trainer.config import UserError
+from tandem.trainer.disk import atomic_write
 
 USER_ERROR_EXIT_CODE = 2
 
@@ -74,7 +75,7 @@ def submit(request: PreparationRequest, *, tasks: int, workers: int | None, opti
     logs = submissions.create_logs_folder(request.output)
     job_ids: dict[str, str] = {}
     for job in stage_job.plan_jobs(request, tasks):
-        job.save(logs / f"{job.name}.job")
+        atomic_write(logs / f"{job.name}.job", pickle.dumps(job))
         array = _make_job_array(job, logs, workers, options, depends_on_job_id=next(reversed(job_ids.values()), None))
         captured_stderr: Callable[[], str] = str
         try:

@@ -7,15 +7,12 @@ documents.
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tandem.data_prep import output_folder, stages
 from tandem.data_prep.stages import Preparation, PreparationRequest, Stage
 from tandem.trainer.config import UserError
-from tandem.trainer.disk import atomic_write
 
 TRAIN_TOKENIZER = "train-tokenizer"
 """The first job, if no tokenizer was given."""
@@ -51,10 +48,6 @@ class StageJob:
             if not stage.is_finished(preparation, item):
                 stage.run_item(preparation, item, lambda count: None)
 
-    def save(self, path: Path) -> None:
-        """Write the job to a file for its tasks, which unpickle it."""
-        atomic_write(path, pickle.dumps(self))
-
 
 def plan_jobs(request: PreparationRequest, num_tasks: int) -> list[StageJob]:
     """Return the jobs that complete the corpus. Each must start after the previous one has succeeded."""
@@ -62,10 +55,9 @@ def plan_jobs(request: PreparationRequest, num_tasks: int) -> list[StageJob]:
     preparation = None if jobs else request.create_preparation()
     for stage in stages.active_stages(request.settings):
         items = stage.unfinished_items(preparation) if preparation and not jobs else None
-        if items is None:
-            jobs.append(StageJob(request, stage.name, 1 if stage.has_single_item else num_tasks, None))
-        elif items:
-            jobs.append(StageJob(request, stage.name, min(num_tasks, len(items)), items))
+        if items != []:
+            most_tasks = 1 if stage.has_single_item else num_tasks
+            jobs.append(StageJob(request, stage.name, min(most_tasks, len(items)) if items else most_tasks, items))
     return jobs
 
 

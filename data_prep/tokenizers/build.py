@@ -57,7 +57,7 @@ def _read_folder(folder: Path, kind: str | None) -> str:
     names = [TOKENIZER_FILE, *(names[0] for names in VOCAB_AND_MERGES_FILES), *tiktoken_file.KIND_BY_FILE_NAME]
     found = next((folder / name for name in names if (folder / name).exists()), None)
     if found is None:
-        raise UserError(f"--tokenizer: {folder} has none of {', '.join(names)}; name a file, or a folder with one")
+        raise UserError(f"--tokenizer: {folder} contains none of {', '.join(names)}; name a file, or a folder with one")
     return read_tokenizer(str(found), kind if found.name in tiktoken_file.KIND_BY_FILE_NAME else None)
 
 
@@ -89,8 +89,8 @@ def _read_merges(path: Path, ids: dict[str, int]) -> list[tuple[str, str]]:
         pair = tuple(line.rstrip("\r").split(" "))
         if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys() or pair in pairs:
             raise UserError(
-                f"{path}: line {number} is {line[:60]!r}; it must be two tokens of the vocabulary, separated by a space, "
-                "that make a third, and it must not repeat an earlier line; get the file again"
+                f"{path}: line {number} is {line[:60]!r}; each line must have two tokens that are in the vocabulary, as is "
+                "their concatenation, with a space between them, and must not repeat an earlier line; get the file again"
             )
         pairs[pair] = number
     return list(pairs)

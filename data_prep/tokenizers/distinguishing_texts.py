@@ -12,15 +12,12 @@ from tandem.data_prep.tokenizers.unicode_differences import NUM_CODE_POINTS
 
 SURROGATES = range(0xD800, 0xE000)
 CODE_POINT_STEP = 127
-"""One code point in this many is tried. A prime step varies the position within blocks. A range that is at least this long,
-like most that new versions of Unicode add, cannot be missed.
-"""
+"""One code point in this many is tried. A prime step varies the position within blocks. Unicode adds longer ranges."""
 MAX_SAMPLE_CHARACTERS = 1 << 18
 MAX_EXCERPT_CHARACTERS = 1 << 14
 
 _SPACE_CHARACTERS = (
-    *" \t\n\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u2000\u2009\u200a\u200b\u2028\u2029\u202f\u205f\u2060\u3000",
-    "\ufeff",
+    " \t\n\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u2000\u2009\u200a\u200b\u2028\u2029\u202f\u205f\u2060\u3000\ufeff"
 )
 _FRAGMENTS = (
     "", " ", "\0", "\x01\x02", "\x7f", "a", "A1", "12345678901234567890", "½²٣४五Ⅷ", "'", "''s",

@@ -39,7 +39,7 @@ class EncoderSpec:
     """gigatoken or tokenizers, which give the same tokens."""
 
     def load(self) -> DocumentEncoder:
-        """Return the encoder. The first call in a process takes half a second. It is not thread-safe."""
+        """Return the encoder, which is not thread-safe. The first call in a process takes half a second."""
         return _load_encoder(self)
 
 
@@ -51,7 +51,7 @@ class DocumentEncoder:
         if spec.library == "gigatoken":
             self._encode_texts = GigatokenEncoder(spec.tokenizer_json, reference)
         self._dtype = np.dtype(token_dtype(spec.vocab_size))
-        self._eos_token, self._eos_id = spec.eos_token, spec.eos_id
+        self._eos_id = spec.eos_id
 
     def __call__(self, texts: Sequence[str], locations: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of all documents (uint16 or uint32), EOS after each, and the lengths with EOS (int64).
@@ -90,8 +90,8 @@ class ReferenceEncoder:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer on first use, since it takes 100 MB and a second and is rarely needed with another library."""
-        # One thread, because a worker is one core. tokenizers has no other switch.
+        """The tokenizer, loaded on first use, because it takes a second and 100 MB and gigatoken rarely needs it."""
+        # Use one thread, because a worker uses one core. tokenizers has no other switch for this.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
         tokenizer.encode_special_tokens = True
@@ -105,9 +105,7 @@ class ReferenceEncoder:
         return np.concatenate([*ids, np.empty(0, np.uint32)]), np.array([len(part) for part in ids], np.int64)
 
 
-@lru_cache(maxsize=1)
-def _reference_encoder(tokenizer_json: str) -> ReferenceEncoder:
-    return ReferenceEncoder(tokenizer_json)
+_reference_encoder = lru_cache(maxsize=1)(ReferenceEncoder)
 
 
 def select_encoder(
@@ -123,10 +121,18 @@ def select_encoder(
     """
     if library not in LIBRARIES:
         raise UserError(f"{LIBRARY_OPTION}: {library} is not known; use one of {', '.join(LIBRARIES)}")
-    tree = _parse_tokenizer_json(tokenizer_json, eos_token, error_prefix)
-    text = orjson.dumps(tree).decode()
-    reference = _reference_encoder(text)
-    ids = _token_ids(reference, error_prefix)
+    try:
+        tree: dict[str, Any] = orjson.loads(tokenizer_json)
+        for added in tree["added_tokens"]:
+            # Matching can be turned off only for special tokens. An EOS without this mark would be matched in text.
+            added["special"] = added["special"] or added["content"] == eos_token
+        text = orjson.dumps(tree).decode()
+        ids = _reference_encoder(text).tokenizer.get_vocab(with_added_tokens=True)
+    except Exception as error:  # tokenizers raises nothing narrower
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{error_prefix}: is not a tokenizer.json ({reason}); name a file in the format of tokenizers"
+        ) from None
     if eos_token not in ids:
         raise UserError(
             f"{error_prefix}: has no token {eos_token!r}, which ends documents; name the EOS of the tokenizer with --eos"
@@ -144,29 +150,6 @@ def select_encoder(
         )
     print(f"{LIBRARY_OPTION}: using tokenizers, which is slower than gigatoken; {error_prefix}: {unsupported_reason}")
     return reference_spec
-
-
-def _parse_tokenizer_json(tokenizer_json: str, eos_token: str, error_prefix: str) -> dict[str, Any]:
-    try:
-        tree: dict[str, Any] = orjson.loads(tokenizer_json)
-        for added in tree["added_tokens"]:
-            # Matching can be turned off only for special tokens. An EOS without this mark would be matched in text.
-            added["special"] = added["special"] or added["content"] == eos_token
-    except (ValueError, KeyError, TypeError) as error:
-        raise _invalid_tokenizer_error(error_prefix, error) from None
-    return tree
-
-
-def _token_ids(reference: ReferenceEncoder, error_prefix: str) -> dict[str, int]:
-    try:
-        return dict(reference.tokenizer.get_vocab(with_added_tokens=True))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise _invalid_tokenizer_error(error_prefix, error) from None
-
-
-def _invalid_tokenizer_error(error_prefix: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
-    return UserError(f"{error_prefix}: is not a tokenizer.json ({reason}); name a file in the format of tokenizers")
 
 
 def _find_difference(reference_spec: EncoderSpec, sample_texts: Sequence[str]) -> str | None:

@@ -151,11 +151,9 @@ def _apply_earlier_merges(token: bytes, merge_rank: int, merge_ranks: Mapping[by
 
 
 def build_tokenizer_tree(
-    vocab: Mapping[str, int],
-    merge_pairs: Sequence[tuple[str, str]],
-    split_pattern: str | None,
+    vocab: Mapping[str, int], merge_pairs: Sequence[tuple[str, str]], split_pattern: str | None,
     special_tokens: Mapping[str, int],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Return the tree of the tokenizer.json of a byte-level BPE."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}

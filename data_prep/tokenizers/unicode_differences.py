@@ -2,7 +2,7 @@
 
 Unicode 15.1 to 17 added them. For gigatoken they are letters and digits, while tokenizers does not know them. The reference
 encodes documents that contain such a character. `DIFFERING_RANGES` is the result of a comparison of all code points, which
-its test repeats. In UTF-8 all of these characters start with one of a few bytes that most texts do not contain.
+its test repeats. In UTF-8 all of these characters start with one of three bytes, which most texts do not contain.
 """
 
 from __future__ import annotations

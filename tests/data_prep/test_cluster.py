@@ -1,6 +1,7 @@
 """A preparation in jobs gives the bytes of one machine, whatever the number of tasks and whatever was killed."""
 
 import argparse
+import pickle
 import random
 import shutil
 import sys
@@ -127,7 +128,7 @@ def test_a_failed_task_writes_its_error_line_next_to_the_logs(request_of, folder
     damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
     (damaged / "1" / "bad.jsonl").write_text('{"body": "no text"}\n')
     job = stage_job.plan_jobs(request_of("jobs", damaged), 1)[0]
-    job.save(tmp_path / "train.job")
+    (tmp_path / "train.job").write_bytes(pickle.dumps(job))
     with pytest.raises(SystemExit) as ended:
         slurm.TaskStep(tmp_path / "train.job")(None, 0, 1)
     assert ended.value.code == 2
@@ -220,7 +221,7 @@ def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch, ex
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, f"tandem.data_prep.cluster.{executor}", raising=False)
     with pytest.raises(
-        UserError, match=rf"needs {library}, which is not installed; pip install 'tandem\[{executor}\]'"
+        UserError, match=rf"needs {library}, which is not installed; run pip install 'tandem\[{executor}\]'"
     ):
         executor_module(executor)
 

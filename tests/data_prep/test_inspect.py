@@ -158,7 +158,7 @@ def test_a_corpus_is_described_by_its_manifest_and_its_tokens(folder, shown):
 
 
 def test_lengths_may_be_counted_in_some_shards_from_everywhere(folder, shown):
-    shards = inspect.CorpusReader(str(folder)).shards
+    shards = inspect.CorpusReader(str(folder)).manifest.shards
     known = shown(folder, "--sample", 2, "--json")
     assert known["scanned_shards"] == 2
     taken = [shards[0], shards[len(shards) // 2]]

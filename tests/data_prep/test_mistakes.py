@@ -69,7 +69,7 @@ def broken_inputs(root):
         "no eos": ([*words, "--tokenizer", root / "noeos.json"], r"noeos.json: has no token"),
         "plain eos": ([*words, "--tokenizer", root / "plain.json"], r"plain.json .*: its text yields"),
         "vocab": ([*words, "--vocab-size", 256], r"--vocab-size: 256 is too small; use more than 256"),
-        "held out": ([*words, "--held-out", 1], r"--held-out: 1.0 is not a share from 0 to below 1; use"),
+        "held out": ([*words, "--held-out", 1], r"--held-out: 1.0 is not a share; use at least 0 and less than 1"),
         "all held out": ([*words, "--held-out", 0.999999], r"--held-out: 0.999999 leaves none of 1 doc"),
         "workers": ([*words, "--workers", 0], r"--workers: 0 is too small; use 1 or more"),
         "samples": ([*words, "--sample-tokens", 100], r"--sample-tokens: 100 is not a positive multiple of 512"),

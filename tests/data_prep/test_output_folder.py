@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.data_prep import output_folder, prepare, work_units
+from tandem.data_prep import output_folder, prepare, shuffle, work_units
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
 from tests.data_prep.conftest import file_contents, prepare_small, run_verb
@@ -193,6 +193,30 @@ def test_after_a_mistake_finished_units_are_kept_and_the_corrected_inputs_contin
     assert kept == finished
 
 
+def test_units_of_another_version_of_the_work_format_are_encoded_again(prepared, folder, content, monkeypatch):
+    given = ["--input", folder, "--tokenizer", prepared("whole", "--input", folder) / "tokenizer.json"]
+    expected, gather, gathered = content(prepared("expected", *given)), shuffle.gather_shard, set()
+
+    def stopped(*arguments, **options):
+        raise UserError("stopped")
+
+    def watched(output, work_folder, spills, *arguments, **options):
+        gathered.update(spill.unit_name for spill in spills)
+        gather(output, work_folder, spills, *arguments, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(work_units, "WORK_FORMAT_VERSION", work_units.WORK_FORMAT_VERSION - 1)
+        context.setattr(shuffle, "gather_shard", stopped)
+        with pytest.raises(UserError, match="stopped"):
+            prepared("out", *given)
+    earlier = {path.stem for path in (folder.parent / "out" / "work").glob("*.json")}
+    monkeypatch.setattr(shuffle, "gather_shard", watched)
+    assert content(prepared("out", *given)) == expected
+    assert earlier
+    assert gathered
+    assert not earlier & gathered
+
+
 def test_a_changed_input_is_named_even_if_it_changes_how_the_others_are_cut(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(work_units, "MIN_UNIT_BYTES", 1000)
     monkeypatch.setattr(work_units, "TARGET_NUM_UNITS", 4)
@@ -222,7 +246,7 @@ def test_a_refusal_names_the_setting_and_the_remedy(prepared, folder):
     with pytest.raises(UserError, match=r"was prepared with min_characters 2, not 3; name another folder, or remove"):
         prepared("out", "--input", folder, "--min-characters", 3)
     next(output.glob("train-*.tar")).unlink()
-    with pytest.raises(UserError, match=r"prepare the corpus again; remove .*out first"):
+    with pytest.raises(UserError, match=r"prepare the corpus again; to prepare it again, remove .*out first"):
         prepared("out", "--input", folder, "--min-characters", 2)
 
 

@@ -298,7 +298,7 @@ def test_a_field_of_too_many_values_makes_no_groups(prepared, records, monkeypat
     monkeypatch.setattr(spill, "MAX_GROUPS", 1)
     with pytest.raises(
         UserError,
-        match=r"--group-field: meta.set has more than 1 different values; the limit was passed at 0/records.jsonl:\d+; name a",
+        match=r"--group-field: meta.set has more than 1 different values, counted up to document 0/records.jsonl:\d+; name a",
     ):
         prepared("out", "--input", records, "--group-field", "meta.set")
 

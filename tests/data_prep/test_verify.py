@@ -112,9 +112,9 @@ def test_a_manifest_with_a_false_claim_is_refused(made):
     half = {"documents": 30, "tokens": corpus.counts["tokens"]}
     others = {
         "unigram_entropy_nats": (corpus.unigram_entropy_nats + 1e-5, "unigram_entropy_nats"),
-        "groups": ({"web": half, "": half}, "tokens of all groups: 10344"),
-        "counts": (corpus.counts | {"tokens": 7}, "counts.tokens: 7"),
-        "train": (replace(corpus.train, documents=3), "documents of train: 3"),
+        "groups": ({"web": half, "": half}, "the sum of tokens in groups is 10344, but"),
+        "counts": (corpus.counts | {"tokens": 7}, "counts.tokens is 7, but"),
+        "train": (replace(corpus.train, documents=3), "train.documents is 3, but"),
         "vocab": (corpus.vocab + 1, "tokenizer.json: EOS id, vocab"),
         "eos_id": (corpus.eos_id + 1, "tokenizer.json: EOS id, vocab"),
         "settings": (corpus.settings | {"num_input_files": 3}, "inputs.json: num_input_files is 2, but"),

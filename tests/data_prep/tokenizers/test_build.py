@@ -147,7 +147,7 @@ def test_an_unknown_kind_is_asked_for(ranks_file, tmp_path):
     with pytest.raises(UserError, match="--tokenizer-kind: llama is not known; use one of"):
         build.read_tokenizer(str(path), "llama")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"has none of tokenizer\.json"):
+    with pytest.raises(UserError, match=r"contains none of tokenizer\.json"):
         build.read_tokenizer(str(tmp_path / "empty"))
 
 
