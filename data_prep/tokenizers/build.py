@@ -89,8 +89,8 @@ def _read_merges(path: Path, ids: dict[str, int]) -> list[tuple[str, str]]:
         pair = tuple(line.rstrip("\r").split(" "))
         if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys() or pair in pairs:
             raise UserError(
-                f"{path}: line {number} is {line[:60]!r}; each line must have two tokens that are in the vocabulary, as is "
-                "their concatenation, with a space between them, and must not repeat an earlier line; get the file again"
+                f"{path}: line {number} is {line[:60]!r}; a line must have two tokens with a space between them and must not "
+                "repeat an earlier line, and both tokens and their concatenation must be in the vocabulary; get the file again"
             )
         pairs[pair] = number
     return list(pairs)

@@ -131,7 +131,7 @@ def select_encoder(
     except Exception as error:  # tokenizers raises nothing narrower
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{error_prefix}: is not a tokenizer.json ({reason}); name a file in the format of tokenizers"
+            f"{error_prefix}: is not a tokenizer.json ({reason}); name a file in the format of the tokenizers library"
         ) from None
     if eos_token not in ids:
         raise UserError(
@@ -146,9 +146,11 @@ def select_encoder(
         return replace(reference_spec, library="gigatoken")
     if library == "gigatoken":
         raise UserError(
-            f"{LIBRARY_OPTION}: gigatoken cannot encode with {error_prefix}: {unsupported_reason}; remove the option"
+            f"{LIBRARY_OPTION}: gigatoken cannot encode with {error_prefix}, because {unsupported_reason}; remove the option"
         )
-    print(f"{LIBRARY_OPTION}: using tokenizers, which is slower than gigatoken; {error_prefix}: {unsupported_reason}")
+    print(
+        f"{LIBRARY_OPTION}: using tokenizers, which is slower than gigatoken, for {error_prefix}, because {unsupported_reason}"
+    )
     return reference_spec
 
 
@@ -159,10 +161,10 @@ def _find_difference(reference_spec: EncoderSpec, sample_texts: Sequence[str]) -
     try:
         others, counts = replace(reference_spec, library="gigatoken").load()(texts)
     except RuntimeError as error:  # gigatoken cannot read the tokenizer.json
-        return f"it cannot be read ({' '.join(str(error).split())[:200]})"
+        return f"gigatoken cannot read it ({' '.join(str(error).split())[:200]})"
     starts, other_starts = np.cumsum(lengths) - lengths, np.cumsum(counts) - counts
     for index, text in enumerate(texts):
         own = tokens[starts[index] : starts[index] + lengths[index]]
         if not np.array_equal(own, others[other_starts[index] : other_starts[index] + counts[index]]):
-            return f"it gives other tokens for {text[:60]!a}"
+            return f"gigatoken gives other tokens for {text[:60]!a}"
     return None

@@ -37,7 +37,7 @@ def unsupported_reason(tree: Mapping[str, Any]) -> str | None:
     if find_spec("gigatoken") is None:
         return "gigatoken is not installed"
     if not STATM_PATH.exists():
-        return f"its memory cannot be measured without {STATM_PATH}"
+        return f"the memory of gigatoken cannot be measured without {STATM_PATH}"
     model, added = tree["model"], tree.get("added_tokens") or []
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
         return "gigatoken supports only byte-level BPE"
