@@ -79,15 +79,28 @@ lines_per_file() {
 stages=("$@")
 [[ $# -gt 0 ]] || stages=(lint types arch pins tests)
 failed=()
+export CUDA_VISIBLE_DEVICES=
+# These four use one core each and share nothing, so they run at the same time and print one after the other.
+outputs=$(mktemp -d)
+trap 'rm -rf "$outputs"' EXIT
+declare -A started=()
 for stage in "${stages[@]}"; do
-    case $stage in
-    gpu | demo) unset CUDA_VISIBLE_DEVICES ;;
-    *) export CUDA_VISIBLE_DEVICES= ;;
-    esac
-    SECONDS=0
+    case $stage in lint | types | arch | pins) (
+        SECONDS=0
+        if "$stage"; then verdict=ok; else verdict=FAILED; fi
+        printf '== %s %s (%d s)\n' "$stage" "$verdict" "$SECONDS"
+        [[ $verdict == ok ]]
+    ) >"$outputs/$stage" 2>&1 & started[$stage]=$! ;; esac
+done
+for stage in "${stages[@]}"; do
+    case $stage in gpu | demo) unset CUDA_VISIBLE_DEVICES ;; esac
     printf '\n== %s\n' "$stage"
-    if "$stage"; then verdict=ok; else verdict=FAILED && failed+=("$stage"); fi
-    # Nothing follows the summary of pytest, which has its own verdict and time.
-    case $stage in lint | types | arch | pins) printf '== %s %s (%d s)\n' "$stage" "$verdict" "$SECONDS" ;; esac
+    if [[ -n ${started[$stage]:-} ]]; then
+        wait "${started[$stage]}" || failed+=("$stage")
+        cat "$outputs/$stage"
+    else
+        "$stage" || failed+=("$stage") # nothing follows the summary of pytest, which has its own verdict and time
+    fi
+    export CUDA_VISIBLE_DEVICES=
 done
 [[ ${#failed[@]} -eq 0 ]]

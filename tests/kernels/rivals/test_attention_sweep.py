@@ -1,9 +1,6 @@
 """The command `python -m tests.rivals.kernels.attention_sweep`."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,11 +9,10 @@ import triton
 from tandem.kernels.bench.shapes import attention_shapes
 from tests.rivals.kernels import attention_candidates as table
 from tests.rivals.kernels import attention_sweep
-from tests.rivals.kernels.attention_candidates import ATTENTION_KERNELS, CANDIDATE_CONFIGS, candidate_configs
+from tests.rivals.kernels.attention_candidates import ATTENTION_KERNELS, candidate_configs
 from tests.rivals.kernels.attention_sweep import SWEPT_KERNELS, main
 
 ALL_SHAPES = {shape.name: shape for shape in attention_shapes(tp_sizes=(1, 2))}
-SPILLS = "128x64, 8 warps, 3 stages, 128 registers"
 SMALL = {"QUERIES": 16, "KEYS": 16, "num_warps": 4, "num_stages": 1}
 OTHER = {"QUERIES": 16, "KEYS": 32, "num_warps": 4, "num_stages": 1}
 
@@ -150,25 +146,3 @@ def test_what_cannot_be_is_refused_in_one_line(command, named, capsys, monkeypat
     assert told.out == ""
     assert told.err.count("\n") == 1
     assert all(words in told.err for words in named)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1_800)
-def test_every_candidate_compiles_and_none_but_one_spills(tmp_path):
-    """Compiles in processes that do not interpret. Shapes share what is compiled."""
-    without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    file, environment = tmp_path / "rows.jsonl", without | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.rivals.kernels.attention_sweep", "--resources", "--json", file]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    expected = {
-        (kernel, shape, candidate)
-        for shape, kernels in SWEPT_KERNELS.items()
-        for kernel in kernels
-        for candidate, _ in candidate_configs(kernel, ALL_SHAPES[shape])
-    }
-    assert {(row["kernel"], row["shape"], row["candidate"]) for row in rows} == expected
-    assert {row["note"] for row in rows} == {""}
-    assert {(row["kernel"], row["candidate"]) for row in rows if row["spilled_bytes"]} == {("forward", SPILLS)}
-    assert all(row["programs_per_multiprocessor"] >= 1 for row in rows)
-    assert CANDIDATE_CONFIGS.keys() == set(ATTENTION_KERNELS)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 import triton
 
 from tandem.kernels.bench.ops import OPERATIONS as OURS
+from tandem.kernels.bench.shapes import attention_shapes
+from tests.rivals.kernels.attention_candidates import ATTENTION_KERNELS, CANDIDATE_CONFIGS, candidate_configs
+from tests.rivals.kernels.attention_sweep import SWEPT_KERNELS
 from tests.rivals.kernels.launches import LAUNCHES
 from tests.rivals.kernels.offline_compile import CompiledKernel
 from tests.rivals.kernels.ops import OPERATIONS
@@ -42,22 +46,28 @@ class Table(NamedTuple):
     """The output of ptxas for all kernels."""
     ptx: dict[str, list[str]]
     """The input of ptxas, by kernel."""
+    cache: Path
+    """Triton's cache with these kernels."""
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> Table:
-    """The table of a process that does not interpret, with an empty cache."""
+    """The table, compiled with an empty cache."""
     folder = tmp_path_factory.mktemp("resources")
-    without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.rivals.kernels", "--resources", "--json", folder / "rows.jsonl"]
-    fresh = without | {"TRITON_CACHE_DIR": str(folder), "TRITON_DUMP_PTXAS_LOG": "1"}
-    ended = subprocess.run(command, env=fresh, capture_output=True, text=True)
+    ended, rows = compiled_rows("tests.rivals.kernels", folder, TRITON_DUMP_PTXAS_LOG="1")
     assert ended.returncode in (0, 1), ended.stderr
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     ptx: dict[str, list[str]] = {}
     for file in folder.glob("*/*.ptx"):
         ptx.setdefault(file.stem, []).append(file.read_text())
-    return Table(ended.returncode, ended.stderr, rows, ended.stdout, ptx)
+    return Table(ended.returncode, ended.stderr, rows, ended.stdout, ptx, folder)
+
+
+def compiled_rows(module: str, cache: Path, **settings: str) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
+    """Run `module --resources` in a process that does not interpret; with its rows."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | settings
+    command = [sys.executable, "-m", module, "--resources", "--json", cache / f"{module}.jsonl"]
+    ended = subprocess.run(command, env=environment | {"TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True)
+    return ended, [json.loads(line) for line in (cache / f"{module}.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -103,6 +113,26 @@ def test_products_of_bf16_tiles_are_asynchronous_and_none_waits_for_the_one_befo
     products = [text for kernels in table.ptx.values() for text in kernels if "mma" in text and ".bf16" in text]
     assert len(products) >= len(table.ptx["_backward_keys"])
     assert [text[:200] for text in products if "wgmma.mma_async" not in text or "mma.sync" in text] == []
+
+
+@pytest.mark.slow
+def test_every_candidate_of_attention_compiles_and_none_but_one_spills(table):
+    """After the table, whose kernels are among the candidates."""
+    ended, rows = compiled_rows("tests.rivals.kernels.attention_sweep", table.cache)
+    assert ended.returncode == 0, ended.stderr
+    shapes = {shape.name: shape for shape in attention_shapes(tp_sizes=(1, 2))}
+    expected = {
+        (kernel, shape, candidate)
+        for shape, kernels in SWEPT_KERNELS.items()
+        for kernel in kernels
+        for candidate, _ in candidate_configs(kernel, shapes[shape])
+    }
+    assert {(row["kernel"], row["shape"], row["candidate"]) for row in rows} == expected
+    assert {row["note"] for row in rows} == {""}
+    spills = {(row["kernel"], row["candidate"]) for row in rows if row["spilled_bytes"]}
+    assert spills == {("forward", "128x64, 8 warps, 3 stages, 128 registers")}
+    assert all(row["programs_per_multiprocessor"] >= 1 for row in rows)
+    assert CANDIDATE_CONFIGS.keys() == set(ATTENTION_KERNELS)
 
 
 def spilling(shape: str, size: int) -> KernelResources:
