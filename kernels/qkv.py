@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from tandem.kernels.device.shared import upcast
+
 QueryKeyValue = tuple[
     Float[Tensor, "rows seq num_heads_local head_dim"],
     Float[Tensor, "rows seq num_kv_heads_local head_dim"],
@@ -63,9 +65,9 @@ def _split_and_rotate(
     query, key, value = split_qkv(qkv, head_dim=head_dim, num_queries_per_kv=queries)
     rotated = []
     for heads, weight in ((query, query_norm), (key, key_norm)):
-        wide = _upcast(heads)
+        wide = upcast(heads)
         if weight is not None:
-            wide = _normalize(wide, epsilon)[0] * _upcast(weight)
+            wide = _normalize(wide, epsilon)[0] * upcast(weight)
         rotated.append(_apply_rotary(wide, cos, sin).to(qkv.dtype).contiguous())
     # The result of a custom op must not be a view of its input.
     return rotated[0], rotated[1], value.clone(memory_format=torch.contiguous_format)
@@ -104,13 +106,13 @@ def _split_and_rotate_backward(
     """
     rows, seq, num_kv_heads, head_dim = key.shape
     queries = query.shape[2] // num_kv_heads
-    heads = [_apply_rotary(_upcast(gradient), cos, -sin) for gradient in (query, key)]
+    heads = [_apply_rotary(upcast(gradient), cos, -sin) for gradient in (query, key)]
     sums = key.new_empty(0, dtype=heads[0].dtype)
     if qkv is not None and query_norm is not None and key_norm is not None:
         inputs = split_qkv(qkv, head_dim=head_dim, num_queries_per_kv=queries)[:2]
-        normals = [_normalize(_upcast(x), epsilon) for x in inputs]
+        normals = [_normalize(upcast(x), epsilon) for x in inputs]
         sums = torch.cat([(dy * n).sum((0, 1)) for dy, (n, _) in zip(heads, normals, strict=True)])
-        heads = [dy * _upcast(weight) for dy, weight in zip(heads, (query_norm, key_norm), strict=True)]
+        heads = [dy * upcast(weight) for dy, weight in zip(heads, (query_norm, key_norm), strict=True)]
         heads = [
             scale * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))
             for g, (n, scale) in zip(heads, normals, strict=True)
@@ -157,10 +159,6 @@ def _autograd_backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> t
 
 
 _split_and_rotate.register_autograd(_autograd_backward, setup_context=_setup_context)
-
-
-def _upcast(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _normalize(heads: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

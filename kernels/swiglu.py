@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tandem.kernels.device.shared import upcast
+
 
 def swiglu(
     gate_up: Float[Tensor, "*batch 2 ffn_hidden_size"], *, gate_index: int = 0
@@ -37,7 +39,7 @@ def swiglu_linear(
 
 @torch.library.custom_op("tandem::swiglu", mutates_args=(), device_types="cpu")
 def _swiglu(gate_up: Tensor, gate: int) -> Tensor:
-    wide = _upcast(gate_up)
+    wide = upcast(gate_up)
     g, u = wide.select(-2, gate), wide.select(-2, 1 - gate)
     return (g * g.sigmoid() * u).to(gate_up.dtype).contiguous()
 
@@ -57,7 +59,7 @@ def _(gate_up: Tensor, gate: int) -> Tensor:
 @torch.library.custom_op("tandem::swiglu_backward", mutates_args=(), device_types="cpu")
 def _swiglu_backward(out_gradient: Tensor, gate_up: Tensor, gate: int, with_product: bool) -> tuple[Tensor, Tensor]:
     """Return the gradient of gate_up, and the forward result if `with_product`, else an empty tensor."""
-    wide, dy = _upcast(gate_up), _upcast(out_gradient)
+    wide, dy = upcast(gate_up), upcast(out_gradient)
     g, u = wide.select(-2, gate), wide.select(-2, 1 - gate)
     sigmoid = g.sigmoid()
     halves = [dy * u * sigmoid * (1 + g * (1 - sigmoid)), dy * g * sigmoid]
@@ -115,10 +117,6 @@ def _swiglu_linear_autograd_backward(ctx: Any, out_gradient: Tensor) -> tuple[Te
 
 
 _swiglu_linear.register_autograd(_swiglu_linear_autograd_backward, setup_context=_swiglu_linear_setup_context)
-
-
-def _upcast(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _output_shape(gate_up: Tensor) -> torch.Size:

@@ -1,23 +1,44 @@
-"""The parts of a command line that measures operations: options, their checks, the choice of shapes, and the output."""
+"""The command `python -m tandem.kernels.bench [op ...]`: options, their checks, the choice of shapes, and the output."""
 
 import argparse
 import json
 import math
+import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tandem.kernels.bench.compare import Row, device_name, environment
+from tandem.kernels.bench.compare import Row, device_name, environment, measure_shape
 from tandem.kernels.bench.measure import Ceilings, measure_ceilings
-from tandem.kernels.bench.operation import Operation
+from tandem.kernels.bench.ops import OPERATIONS, Operation
 from tandem.kernels.bench.shapes import PRODUCTION_MODELS, Shape
 
+PROGRAM = "tandem.kernels.bench"
 NUMBER_COLUMNS = {"20% us": 1, "50% us": 1, "80% us": 1, "GB/s": 0, "TFLOP/s": 1, "of peak": 3, "peak MiB": 0}
 """With their decimals."""
 COLUMN_WIDTHS = (20, 26, 28, 16)
 """Of operation, shape, rival and direction."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 0, or 2 with one line on standard error if the request cannot be met."""
+    start_time = time.monotonic()
+    options = make_parser(PROGRAM, "Our operations next to plain torch.", OPERATIONS).parse_args(arguments)
+    error = usage_error(options, OPERATIONS) or selection_error(options, OPERATIONS)
+    if not error and options.device == "cuda" and not torch.cuda.is_available():
+        error = "there is no GPU to measure; to run the harness itself on a CPU, use --device cpu --tokens N"
+    if error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    device, deadline = torch.device(options.device), start_time + options.seconds
+    ceilings = print_ceilings(device, options.json)
+    for op in named_operations(options, OPERATIONS):
+        for shape in select_shapes(op, options):
+            print_rows(measure_shape(op, shape, device, ceilings, options.rival, deadline=deadline), options.json)
+    return 0
 
 
 def make_parser(program: str, description: str, operations: dict[str, Operation]) -> argparse.ArgumentParser:
@@ -25,8 +46,7 @@ def make_parser(program: str, description: str, operations: dict[str, Operation]
     add = parser.add_argument
     add("op", nargs="*", metavar="op", help=f"default: all of {', '.join(operations)}")
     add("--shape", default="", help="every shape whose name contains this, including tp2, tp4 and the small configs")
-    production = " and ".join(model.name for model in PRODUCTION_MODELS)
-    add("--production", action="store_true", help=f"only the shapes of {production} on one rank")
+    add("--production", action="store_true", help=f"only the shapes of {' and '.join(PRODUCTION_MODELS)} on one rank")
     add("--seconds", type=float, default=math.inf, help="start nothing after this time; rows report what was left out")
     add("--rival", default="", help="only the implementations whose name contains this: ours, torch, ...")
     add("--json", type=Path, metavar="FILE", help="append one JSON line per row to this file")
@@ -75,7 +95,7 @@ def _named_shapes(op: Operation, options: argparse.Namespace) -> list[Shape]:
 def select_shapes(op: Operation, options: argparse.Namespace) -> list[Shape]:
     chosen = _named_shapes(op, options) if options.shape else op.shapes
     if options.production:
-        chosen = [shape for shape in chosen if shape.model_name in [model.name for model in PRODUCTION_MODELS]]
+        chosen = [shape for shape in chosen if shape.model_name in PRODUCTION_MODELS]
     return [shape.with_tokens(options.tokens) for shape in chosen] if options.tokens else chosen
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tandem.kernels.bench import measure
 from tandem.kernels.bench.measure import Ceilings, PassTimes, TimingStats
-from tandem.kernels.bench.operation import Example, Function, Operation, Work
+from tandem.kernels.bench.ops import Example, Function, Operation, Work
 from tandem.kernels.bench.shapes import Shape
 
 MAX_RELATIVE_DIFFERENCE = 2**-6

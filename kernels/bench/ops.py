@@ -1,9 +1,9 @@
-"""The operations: random inputs, the least work they need, our implementation, and plain torch's."""
+"""What is measured. Each operation has random inputs, the least work it needs, our implementation, and plain torch's."""
 
 import functools
 import random
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tandem.kernels import documents
 from tandem.kernels.attention import alibi_slopes, attention
-from tandem.kernels.bench.operation import Example, Function, Operation, Work
-from tandem.kernels.bench.shapes import Shape, attention_shapes, rotary_shapes
+from tandem.kernels.bench.shapes import MODELS, SMALL_MODELS, Shape, attention_shapes, rotary_shapes, token_shapes
 from tandem.kernels.cross_entropy import cross_entropy
+from tandem.kernels.device.shared import upcast
 from tandem.kernels.linear_cross_entropy import linear_cross_entropy
 from tandem.kernels.qkv import split_and_rotate_qkv
 from tandem.kernels.rope import rotary_table
@@ -24,6 +24,52 @@ NORM_EPS = 1e-5
 ROTARY_BASE = 10_000.0
 BYTES_PER_TARGET = 8 + 4
 """A target, and an fp32 number between forward and backward."""
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+"""Takes the inputs of an example."""
+
+
+class Work(NamedTuple):
+    """The least that one direction of an operation has to do, whoever implements it."""
+
+    bytes: int
+    """Every input read once and every result written once; nothing for intermediate tensors."""
+    flops: int = 0
+    """Floating-point operations of its matrix products; 0 if it has none."""
+    executed_flops: int = 0
+    """The same plus what must be computed twice if no matrix of scores or logits is kept."""
+
+
+class Example(NamedTuple):
+    inputs: tuple[Tensor, ...]
+    """Those that get a gradient require it."""
+    out_gradients: tuple[Tensor, ...]
+
+    @property
+    def inputs_with_grad(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for tensor in self.inputs if tensor.requires_grad)
+
+
+class Operation:
+    name: str
+    ceiling: Literal["copy", "matmul"]
+    """The limit of the device that the speed is reported as a fraction of."""
+    plain_name = "torch"
+    make_shapes = staticmethod(token_shapes)
+    make_example: Callable[[Shape], Example]
+    """Makes random values on torch's default device."""
+    work: Callable[[Shape], tuple[Work, Work]]
+    """Of forward and of backward."""
+    ours: Callable[[Shape], Function]
+    plain: Callable[[Shape], Function]
+    """The same in plain torch."""
+
+    def __init__(self) -> None:
+        self.implementations = {"ours": self.ours, self.plain_name: self.plain}
+        self.shapes = self.make_shapes(MODELS, (1,))
+        """Measured by default."""
+        self.extra_shapes = self.make_shapes(MODELS, (2, 4)) + self.make_shapes(SMALL_MODELS)
+        """Measured only with `--shape`."""
 
 
 class Attention(Operation):
@@ -49,14 +95,15 @@ class Attention(Operation):
         return Work(moved + statistics, flops, flops), Work(2 * moved + statistics, 2 * flops, 5 * flops // 2)
 
     def ours(self, shape: Shape) -> Function:
-        slopes = cache_per_device(lambda device: slopes_of(shape, device))
-        starts = cache_per_device(lambda device: document_starts(shape, device))
+        # Cached, because the layers of a model share them.
+        slopes = functools.cache(lambda device: slopes_of(shape, device))
+        starts = functools.cache(lambda device: document_starts(shape, device))
         return lambda q, k, v: attention(
             q, k, v, scale=shape.attention_scale, slopes=slopes(q.device), document_starts=starts(q.device)
         )
 
     def plain(self, shape: Shape) -> Function:
-        @cache_per_device
+        @functools.cache
         def mask(device: torch.device) -> Tensor:
             index = torch.arange(shape.tokens, device=device)
             distance = index[:, None] - index
@@ -69,8 +116,8 @@ class Attention(Operation):
             heads = [(-slope * distance).to(shape.dtype) for slope in slopes]
             return torch.stack(heads)[None].masked_fill_(~seen, -torch.inf)
 
-        settings: dict[str, Any] = {"scale": shape.attention_scale, "enable_gqa": shape.num_heads > shape.num_kv_heads}
-        sdpa = functools.partial(F.scaled_dot_product_attention, **settings)
+        grouped = shape.num_heads > shape.num_kv_heads
+        sdpa = functools.partial(F.scaled_dot_product_attention, scale=shape.attention_scale, enable_gqa=grouped)
         return lambda q, k, v: call_heads_first(sdpa, q, k, v, attn_mask=mask(q.device))
 
 
@@ -83,6 +130,10 @@ class CrossEntropy(Operation):
 
     name = "cross_entropy"
     ceiling: Literal["copy", "matmul"] = "copy"
+    statistics: Callable[..., tuple[Tensor, Tensor, Tensor]] = staticmethod(
+        # The view is there because the operation refuses a leaf.
+        lambda logits, targets, **settings: cross_entropy(logits.view_as(logits), targets, **settings)
+    )
 
     def make_example(self, shape: Shape) -> Example:
         inputs = leaf(shape, shape.tokens, shape.padded_vocab_size), torch.randint(shape.vocab_size, (shape.tokens,))
@@ -95,24 +146,26 @@ class CrossEntropy(Operation):
 
     def our_losses(self, shape: Shape) -> Callable[..., Tensor]:
         """The loss of each token."""
-        # The view is there because the operation refuses a leaf.
-        return lambda logits, targets: _losses(cross_entropy, shape, logits.view_as(logits), targets)
+
+        def losses(*inputs: Tensor) -> Tensor:
+            columns, scale = shape.vocab_size, shape.logit_scale
+            maximum, total, target_logit = self.statistics(*inputs, num_valid_columns=columns, scale=scale)
+            return maximum - target_logit + total.log()
+
+        return losses
 
     def ours(self, shape: Shape) -> Function:
         losses = self.our_losses(shape)
         return lambda *inputs: losses(*inputs).mean()
 
-    def plain(self, shape: Shape, reduction: str = "mean") -> Function:
-        def loss(logits: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(scaled_logits(shape, upcast(logits)), targets, reduction=reduction)
-
-        return loss
+    def plain(self, shape: Shape) -> Function:
+        return lambda logits, targets: F.cross_entropy(scaled_logits(shape, upcast(logits)), targets)
 
 
 class LinearCrossEntropy(CrossEntropy):
     """Mean cross-entropy over a vocabulary, from the hidden state that gives the logits."""
 
-    name, ceiling = "linear_cross_entropy", "matmul"
+    name, ceiling, statistics = "linear_cross_entropy", "matmul", staticmethod(linear_cross_entropy)
 
     def make_example(self, shape: Shape) -> Example:
         hidden = leaf(shape, shape.tokens, shape.hidden_size)
@@ -130,11 +183,8 @@ class LinearCrossEntropy(CrossEntropy):
         )
         return Work(rows * row + other, flops, executed), Work(both * row + other, 2 * flops, 3 * executed)
 
-    def our_losses(self, shape: Shape) -> Callable[..., Tensor]:
-        return functools.partial(_losses, linear_cross_entropy, shape)
-
-    def plain(self, shape: Shape, reduction: str = "mean") -> Function:
-        loss = super().plain(shape, reduction)
+    def plain(self, shape: Shape) -> Function:
+        loss = super().plain(shape)
         return lambda hidden, weight, targets: loss(hidden @ weight.t(), targets)
 
 
@@ -172,14 +222,10 @@ class QKV(Operation):
         return Work(forward * head_bytes + table_bytes), Work(backward * head_bytes + table_bytes)
 
     def ours(self, shape: Shape) -> Function:
-        queries = shape.num_heads // shape.num_kv_heads
-        settings: dict[str, Any] = {"head_dim": shape.head_dim, "num_queries_per_kv": queries, "norm_eps": NORM_EPS}
-
-        def rotated(qkv: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-            norms: dict[str, Any] = dict(zip(("query_norm", "key_norm"), weights, strict=False))
-            return split_and_rotate_qkv(qkv, cos, sin, **settings, **norms)
-
-        return rotated
+        return lambda qkv, cos, sin, query_norm=None, key_norm=None: split_and_rotate_qkv(
+            qkv, cos, sin, head_dim=shape.head_dim, num_queries_per_kv=shape.num_queries_per_kv,
+            query_norm=query_norm, key_norm=key_norm, norm_eps=NORM_EPS,
+        )  # fmt: skip
 
     def plain(self, shape: Shape) -> Function:
         def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -247,11 +293,6 @@ def leaf(shape: Shape, *size: int, scale: float = 1.0) -> Tensor:
     return torch.randn(size, dtype=shape.dtype).mul_(scale).requires_grad_()
 
 
-def upcast(x: Tensor) -> Tensor:
-    """Convert to fp32; keep fp64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def document_lengths(shape: Shape) -> list[list[int]]:
     """Exponential lengths of the documents of each row, cut at the row's end; the same at every call."""
     rng = random.Random(0)
@@ -283,11 +324,6 @@ def slopes_of(shape: Shape, device: torch.device) -> Tensor | None:
     return alibi_slopes(shape.num_heads).to(device) if shape.has_alibi else None
 
 
-def cache_per_device(make: Callable[[torch.device], Any]) -> Callable[[torch.device], Any]:
-    """Call `make` once and keep its result, because the layers of a model share it."""
-    return functools.lru_cache(maxsize=1)(make)
-
-
 def call_heads_first(function: Any, q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
     return function(*(x.transpose(1, 2) for x in (q, k, v)), **arguments).transpose(1, 2)
 
@@ -297,11 +333,6 @@ def scaled_logits(shape: Shape, logits: Tensor) -> Tensor:
     return columns if shape.logit_scale == 1.0 else columns * shape.logit_scale
 
 
-def _losses(op: Callable[..., tuple[Tensor, Tensor, Tensor]], shape: Shape, *inputs: Tensor) -> Tensor:
-    maximum, total, target_logit = op(*inputs, num_valid_columns=shape.vocab_size, scale=shape.logit_scale)
-    return maximum - target_logit + total.log()
-
-
 def num_slots(shape: Shape) -> int:
     """Heads of the fused buffer."""
     return shape.num_heads + 2 * shape.num_kv_heads
@@ -309,7 +340,7 @@ def num_slots(shape: Shape) -> int:
 
 def split_heads(shape: Shape, qkv: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values; the first two are normalized if there are weights, and not yet rotated."""
-    queries = shape.num_heads // shape.num_kv_heads
+    queries = shape.num_queries_per_kv
     grouped = qkv.transpose(0, 1).unflatten(-1, (-1, queries + 2, shape.head_dim))
     query, key, value = grouped[..., :queries, :].flatten(2, 3), grouped[..., queries, :], grouped[..., queries + 1, :]
     if weights:

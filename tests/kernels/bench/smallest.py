@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from tandem.kernels.bench.operation import Operation
+from tandem.kernels.bench.ops import Operation
 
 TOKENS = 8
 SMALLEST = {"qkv": "demo-stablelm 128 tp1", "attention": "mup-check 128 tp1", "residual_norm": "mup-check"}

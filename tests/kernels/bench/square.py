@@ -3,7 +3,7 @@
 import torch
 
 from tandem.kernels.bench.measure import Ceilings
-from tandem.kernels.bench.operation import Example, Operation, Work
+from tandem.kernels.bench.ops import Example, Operation, Work
 from tandem.kernels.bench.shapes import Shape
 
 CPU = torch.device("cpu")
@@ -14,7 +14,7 @@ class Square(Operation):
     name, ceiling = "square", "copy"
 
     def __init__(self, implementations) -> None:
-        self.implementations, self.shapes = implementations, [Shape("tiny", 64)]
+        self.implementations, self.shapes = implementations, [Shape("tiny", tokens=64)]
 
     def make_example(self, shape) -> Example:
         x = torch.randn(shape.tokens, dtype=shape.dtype, requires_grad=True)

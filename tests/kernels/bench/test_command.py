@@ -7,8 +7,8 @@ import subprocess
 import pytest
 import torch
 
-from tandem.kernels.bench import __main__ as program
-from tandem.kernels.bench.__main__ import main
+from tandem.kernels.bench import command as program
+from tandem.kernels.bench.command import main
 from tandem.kernels.bench.compare import git_commit
 from tests.kernels.bench.square import CEILINGS
 
@@ -64,7 +64,7 @@ def test_bad_usage_is_one_line(command, named, capsys):
 def asked(monkeypatch):
     """asked(command) returns the shapes and rivals that would be measured, and measures none."""
     found = []
-    monkeypatch.setattr(program.command, "measure_ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(program, "measure_ceilings", lambda device: CEILINGS)
 
     def noted(op, shape, device, limits, wanted, deadline):
         found.append((op.name, shape.name, [name for name in op.implementations if wanted in name]))

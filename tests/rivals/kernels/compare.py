@@ -26,7 +26,7 @@ from tandem.kernels.bench.compare import (
     seeded_example,
 )
 from tandem.kernels.bench.measure import Ceilings, PassTimes, TimingStats
-from tandem.kernels.bench.operation import Example, Function
+from tandem.kernels.bench.ops import Example, Function
 from tandem.kernels.bench.shapes import Shape
 from tests.rivals.kernels.operation import ContestedOperation, Rival
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tandem.kernels.bench.compare import device_name, environment, seeded_example
-from tandem.kernels.bench.operation import Example, Function, Operation
-from tandem.kernels.bench.ops import OPERATIONS, cache_per_device, document_ids, slopes_of, upcast
+from tandem.kernels.bench.ops import OPERATIONS, Example, Function, Operation, document_ids, scaled_logits, slopes_of
 from tandem.kernels.bench.shapes import Shape
+from tandem.kernels.device.shared import upcast
 from tests.rivals.kernels.operation import MakeExample
 
 MAX_ERROR_RATIO = 1.1
@@ -99,7 +100,7 @@ def _eager_attention(shape: Shape) -> Function:
     SDPA takes biases in the inputs' dtype, and bf16 rounds those of distant keys by more than it rounds their weights.
     """
 
-    @cache_per_device
+    @functools.cache
     def mask_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         place = torch.arange(shape.tokens, device=device)
         distance, ids = place[:, None] - place, document_ids(shape, device)
@@ -137,8 +138,15 @@ def _per_token(make: MakeExample) -> MakeExample:
 
 
 def _per_token_precision(name: str, *result_names: str) -> Precision:
+    def plain(shape: Shape) -> Function:
+        def losses(*inputs: Tensor) -> Tensor:
+            *factors, targets = inputs
+            logits = factors[0] @ factors[1].t() if len(factors) == 2 else factors[0]
+            return F.cross_entropy(scaled_logits(shape, upcast(logits)), targets, reduction="none")
+
+        return losses
+
     op = OPERATIONS[name]
-    plain = functools.partial(op.plain, reduction="none")
     return Precision(result_names, op.our_losses, plain, _per_token(op.make_example))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.kernels.bench.operation import Example, Function, Operation
+from tandem.kernels.bench.ops import Example, Function, Operation
 from tandem.kernels.bench.shapes import Shape
 
 MakeExample = Callable[[Shape], Example]

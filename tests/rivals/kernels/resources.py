@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from triton.runtime.jit import JITFunction
 
-from tandem.kernels.bench.operation import Operation
+from tandem.kernels.bench.ops import Operation
 from tests.rivals.kernels.launches import LAUNCHES
 from tests.rivals.kernels.offline_compile import CompiledKernel, compile_for_sm90
 

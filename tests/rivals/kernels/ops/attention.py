@@ -18,15 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import tandem.kernels.attention
 from tandem.kernels.bench.compare import NotMeasured
-from tandem.kernels.bench.operation import Function
-from tandem.kernels.bench.ops import (
-    OPERATIONS,
-    cache_per_device,
-    call_heads_first,
-    document_ids,
-    document_lengths,
-    slopes_of,
-)
+from tandem.kernels.bench.ops import OPERATIONS, Function, call_heads_first, document_ids, document_lengths, slopes_of
 from tandem.kernels.bench.shapes import Shape
 from tests.rivals.kernels.operation import ContestedOperation, Rival, own_rivals
 from tests.rivals.kernels.shapes import FLASH_ATTENTION_SHAPES, FP32_ATTENTION_SHAPES
@@ -58,7 +50,7 @@ def _flex_flash(shape: Shape) -> Function:
 def _flex(shape: Shape, backend: str = "TRITON") -> Function:
     flex: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
-    @cache_per_device
+    @functools.cache
     def arguments(device: torch.device) -> dict[str, Any]:
         slopes, ids = slopes_of(shape, device), document_ids(shape, device)
 
@@ -100,7 +92,7 @@ def _flash(shape: Shape) -> Function:
 
     options = {"softmax_scale": shape.attention_scale, "causal": True}
     if not shape.document_masking:
-        slopes = cache_per_device(lambda device: slopes_of(shape, device))
+        slopes = functools.cache(lambda device: slopes_of(shape, device))
         return lambda q, k, v: flash_attn_func(q, k, v, alibi_slopes=slopes(q.device), **options)
     max_seqlen, cu_seqlens = max_and_cu_seqlens(shape)
 
@@ -135,7 +127,7 @@ def _varlen(shape: Shape) -> Function:
 def max_and_cu_seqlens(shape: Shape) -> tuple[int, Callable[[torch.device], Tensor]]:
     """Tokens of the longest document, and where documents end once all rows are concatenated, from 0 on."""
     flat = [length for row in document_lengths(shape) for length in row]
-    return max(flat), cache_per_device(lambda device: torch.tensor([0, *flat], device=device).cumsum(0).int())
+    return max(flat), functools.cache(lambda device: torch.tensor([0, *flat], device=device).cumsum(0).int())
 
 
 def _causal_shape(shape: Shape) -> Shape:

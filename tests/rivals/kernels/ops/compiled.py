@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tandem.kernels.bench.operation import Function
+from tandem.kernels.bench.ops import Function
 from tests.rivals.kernels.operation import Rival
 
 

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tandem.kernels.bench.operation import Function
-from tandem.kernels.bench.ops import OPERATIONS, scaled_logits
+from tandem.kernels.bench.ops import OPERATIONS, Function, scaled_logits
 from tandem.kernels.bench.shapes import Shape
 from tests.rivals.kernels.operation import ContestedOperation, Rival, own_rivals
 from tests.rivals.kernels.ops.compiled import compiled_rival

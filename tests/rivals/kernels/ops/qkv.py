@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from tandem.kernels.bench.compare import NotMeasured
-from tandem.kernels.bench.operation import Function
-from tandem.kernels.bench.ops import OPERATIONS, split_heads
+from tandem.kernels.bench.ops import OPERATIONS, Function, split_heads
 from tandem.kernels.bench.shapes import Shape
 from tests.rivals.kernels.operation import ContestedOperation, Rival, own_rivals
 from tests.rivals.kernels.ops.compiled import compiled_rival

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tandem.kernels.bench.operation import Example, Function, Operation, Work
-from tandem.kernels.bench.ops import leaf
+from tandem.kernels.bench.ops import Example, Function, Operation, Work, leaf
 from tandem.kernels.bench.shapes import MODELS, SMALL_MODELS, Shape
 from tests.rivals.kernels.operation import ContestedOperation, Rival
 from tests.rivals.kernels.ops.compiled import compiled_rival

@@ -5,8 +5,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from tandem.kernels.bench.operation import Example, Function
-from tandem.kernels.bench.ops import OPERATIONS, leaf
+from tandem.kernels.bench.ops import OPERATIONS, Example, Function, leaf
 from tandem.kernels.bench.shapes import Shape
 from tests.rivals.kernels.operation import ContestedOperation, Rival, own_rivals
 from tests.rivals.kernels.ops.compiled import compiled_rival
