@@ -260,7 +260,9 @@ def _gunzip(data: bytes, extension: str) -> bytes:
     if not extension.endswith(".gz"):
         return data
     if not data:
-        raise ValueError("is truncated: it is empty, but a compressed member never is, even without text; restore it")
+        raise ValueError(
+            "is truncated: it has no bytes, but even the compressed form of an empty text has some; restore it"
+        )
     pieces, num_bytes = [], 0
     while data:
         gzip_member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)

@@ -137,7 +137,7 @@ def find_final_step(context: RunContext, progress: Progress) -> int:
 
 
 def end_reason(context: RunContext, progress: Progress) -> str:
-    """Return why the run ends at this step, other than because of a signal."""
+    """Return why the run ends at this step, if no signal stopped it."""
     if progress.step == context.timeline.total_steps:
         return "finished"
     end, source = context.loader.find_end(progress.step, progress.cursor)

@@ -125,7 +125,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         "train {config} data.tokenizer={other}/tokenizer.json",
         ["data.tokenizer: ", "other/tokenizer.json has sha256", "in the corpus folder"],
     ),
-    "small vocab": ("train {config} model.vocab_size=400", ["model.vocab_size: 400", "use at least its 500 ids"]),
+    "small vocab": ("train {config} model.vocab_size=400", ["model.vocab_size: 400", "use at least 500, its number of ids"]),
     "held-out too small": (
         "train {config} evaluate.every_steps=5 evaluate.tokens=1280000",
         ["evaluate.tokens: 1280000", "held-out tokens of", "lower evaluate.tokens", "--held-out"],

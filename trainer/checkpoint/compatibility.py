@@ -29,7 +29,7 @@ def check_resumable(config: TrainConfig, checkpoint: Checkpoint, loader: Loader)
 
 
 def check_past_phases(timeline: Timeline, checkpoint: Checkpoint) -> None:
-    """Raises: UserError if the schedule changes steps that the run has already made.
+    """Raises: UserError if the schedule changes steps that the run has already completed.
 
     If the changed phase is still running, the message names the two phases to write instead, so that only the rest of
     that phase changes.
@@ -43,7 +43,7 @@ def check_past_phases(timeline: Timeline, checkpoint: Checkpoint) -> None:
         key = f"schedule.phases[{index}]"
         if index >= len(timeline.phase_spans):
             raise UserError(
-                f"{key}: is missing, but the run has already made steps of phase {saved['name']!r}; restore the phase"
+                f"{key}: is missing, but the run has already trained in phase {saved['name']!r}; restore the phase"
             )
         span = timeline.phase_spans[index]
         phase = span.phase
@@ -61,8 +61,8 @@ def check_past_phases(timeline: Timeline, checkpoint: Checkpoint) -> None:
                     f"{done_tokens}, then a phase with another name and tokens: {remaining_steps * phase.tokens_per_step}"
                 )
             raise UserError(
-                f"{key}.{changed[0]}: {getattr(phase, changed[0])} differs from {saved[changed[0]]}, with which the run made "
-                f"its steps; past steps cannot change; {remedy}"
+                f"{key}.{changed[0]}: {getattr(phase, changed[0])} differs from {saved[changed[0]]}, the value in the steps "
+                f"that the run has completed; past steps cannot change; {remedy}"
             )
         first_step = end_step
 

@@ -86,7 +86,7 @@ def _header(specs: Mapping[str, TensorSpec]) -> bytes:
 
 def _tensor_bytes(name: str, spec: TensorSpec, tensor: Tensor) -> memoryview:
     actual_spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
-    assert actual_spec == spec, f"{name}: {actual_spec} where {spec} was announced"
+    assert actual_spec == spec, f"{name}: is {actual_spec}, but its entry in specs is {spec}"
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

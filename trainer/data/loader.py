@@ -233,7 +233,7 @@ class Loader:
             f"data.max_epochs.{source}: the schedule reads {self._scheduled_tokens(source, total_steps)} tokens, but "
             f"{self._data.max_epochs[source]:g} epochs of the {self.manifests[source].train.tokens} tokens in "
             f"{self._data.sources[source]} are only {max_tokens}{damage}; raise max_epochs, lower the source's share or the "
-            "phases' tokens, or set data.at_end=stop to end the run when they are used up"
+            "phases' tokens, or set data.at_end=stop to end the run when the source is used up"
         )
 
 
@@ -249,7 +249,8 @@ def _check_vocab(source: str, corpus: manifest.CorpusManifest, vocab_size: int) 
     key_path = f"data.sources.{source}"
     if corpus.vocab > vocab_size:
         raise UserError(
-            f"model.vocab_size: {vocab_size} is too small for the tokenizer of {key_path}; use at least its {corpus.vocab} ids"
+            f"model.vocab_size: {vocab_size} is too small for the tokenizer of {key_path}; "
+            f"use at least {corpus.vocab}, its number of ids"
         )
     if not 0 <= corpus.eos_id < corpus.vocab:
         raise UserError(

@@ -165,7 +165,7 @@ def parse_sampling(arguments: argparse.Namespace) -> SamplingConfig:
         raise UserError(f"--top-k: {arguments.top_k} is negative; use 0 to sample from all tokens")
     if not 0 < arguments.top_p <= 1:
         raise UserError(
-            f"--top-p: {arguments.top_p} is out of range; use more than 0 and at most 1, which samples from all tokens"
+            f"--top-p: {arguments.top_p} is out of range; use more than 0 and at most 1; 1 samples from all tokens"
         )
     if not arguments.temperature and (arguments.top_k or arguments.top_p < 1):
         raise UserError(

@@ -81,7 +81,10 @@ def test_a_tensor_is_gone_before_the_next_is_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [([torch.ones(3)], "where .* was announced"), ([torch.ones(2), torch.ones(2)], "more tensors than names")],
+    [
+        ([torch.ones(3)], r"is .*\(3,\).*, but its entry in specs is .*\(2,\)"),
+        ([torch.ones(2), torch.ones(2)], "more tensors than names"),
+    ],
 )
 def test_tensors_that_are_not_the_announced_ones_are_refused(given: list, message: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=message):

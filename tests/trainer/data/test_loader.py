@@ -319,7 +319,8 @@ def rewrite(folder, **changes):
 
 def test_corpora_that_do_not_fit_are_refused_at_the_start(sources, make_corpus, tmp_path):
     with pytest.raises(
-        UserError, match=r"model.vocab_size: 499 is too small for the tokenizer of data.sources.a; .* its 500 ids"
+        UserError,
+        match=r"model.vocab_size: 499 is too small for the tokenizer of data.sources.a; .* at least 500, its number of ids",
     ):
         loader(sources, vocab_size=499)
     (tmp_path / "tokenizer.json").write_text("{}")

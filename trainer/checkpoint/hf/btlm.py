@@ -137,8 +137,8 @@ def _mup_from_hf(hf_config: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if base_hidden_size < 1 or abs(width_scale * hf_config["n_embd"] - base_hidden_size) > 1e-6 * base_hidden_size:
         raise UserError(
-            f"config.json: mup_width_scale {width_scale} times n_embd {hf_config['n_embd']} is not a positive whole "
-            "number, which the base width of muP must be; correct mup_width_scale"
+            f"config.json: mup_width_scale {width_scale} times n_embd {hf_config['n_embd']} is the base width of "
+            "muP, which must be a positive whole number; correct mup_width_scale"
         )
     multipliers = {"embedding_multiplier": embeddings_scale, "output_multiplier": output_alpha}
     return {"base_hidden_size": base_hidden_size, **multipliers}

@@ -186,10 +186,9 @@ def _parse_hf_config(folder: Path, hf_config: dict[str, Any]) -> tuple[AnyModelC
         model = parse_dataclass(MODEL_CONFIGS[family], model_tree, config_path)
         mup = parse_dataclass(MupConfig, mup_tree, config_path) if mup_tree else None
         if model.hidden_size % model.num_heads or model.num_heads % model.num_kv_heads:
-            heads = f"{model.num_heads} heads and {model.num_kv_heads} key-value heads"
-            remedy = "the number of key-value heads must divide that of the heads; correct these fields"
             raise UserError(
-                f"{config_path}: {heads} do not fit width {model.hidden_size}, which the heads must divide; {remedy}"
+                f"{config_path}: the width {model.hidden_size} must be a multiple of the {model.num_heads} heads, and the "
+                f"number of heads a multiple of the {model.num_kv_heads} key-value heads; correct these fields"
             )
     except UserError:
         raise

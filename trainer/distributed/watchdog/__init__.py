@@ -41,7 +41,7 @@ HANGS_FOLDER = "hangs"
 VERDICT_FILE = "verdict.txt"
 POLL_SECONDS = 0.25
 SUSPENDED_SECONDS = 5.0
-"""A poll is this late only if the process was suspended. That time is not counted: other ranks may have made progress."""
+"""A poll is this late only if the process was suspended. That time is ignored, because a suspended run is not hung."""
 MEDIAN_WINDOW_STEPS = 32
 TIMEOUT_MEDIANS = 10
 MIN_TIMEOUT_SECONDS = 60.0
@@ -49,7 +49,7 @@ REPORT_FRACTION = 0.8
 """Ranks write a first report at this fraction of the limit. They can be a step apart, but every live rank must have a report
 when the first rank reaches its limit."""
 DATA_TIMEOUT_SECONDS = RANK_WAIT_TIMEOUT_SECONDS + 60
-"""Limit while waiting for data. Reads from remote servers have their own, shorter limit (`data.cache`) and error."""
+"""Limit while waiting for data. Reads from remote servers have a shorter limit (`data.cache`) and their own error."""
 DISK_PHASES = ("save", "rollback", "end")
 """Phases that wait for a disk or a server. Each may take as long as a start."""
 GONE_PEER_TIMEOUT_SECONDS = 30.0
@@ -332,7 +332,7 @@ def is_connection_lost(error: BaseException) -> bool:
         return False
     in_collective = any(reporting.is_collective_frame(frame) for frame, _ in traceback.walk_tb(error.__traceback__))
     is_dist_error = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
-    # If a collective was started earlier, the wait for it has no frame in torch.distributed, only gloo's message.
+    # An error that is raised while waiting for an earlier collective has no frame in torch.distributed; its message names gloo.
     return in_collective or is_dist_error or "gloo/transport" in str(error)
 
 

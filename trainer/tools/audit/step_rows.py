@@ -31,7 +31,7 @@ def find_step_rows(step: int, history: LedgerHistory, sources: Sources) -> list[
                 attempt, sources.skipped_shards = line, {}
             for skipped in [(line.source, line.shard)] if isinstance(line, SkipLine) else attempt.skipped_shards:
                 sources.skip_shard(*skipped)
-    raise UserError(f"--step: {history.path} has no step {step}; name a step that the run has made")
+    raise UserError(f"--step: {history.path} has no step {step}; name a step that the run has completed")
 
 
 def expand_step(step: StepLine, attempt: Attempt, sources: Sources) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def expand_step(step: StepLine, attempt: Attempt, sources: Sources) -> list[dict
         return UserError(f"--step: step {step.step} {problem}; run tandem audit without --step to find the cause")
 
     if (span := attempt.phase_span_at(step.step)) is None:
-        raise invalid_ledger("is in no phase of the start record before it, so the ledger was edited")
+        raise invalid_ledger("is outside every phase that the preceding start record lists, so the ledger was edited")
     phase, first_step, _ = span
     first_row = (step.step - 1 - first_step) * phase.global_batch_size
     sources_by_row = row_sources(phase, first_row, phase.global_batch_size)

@@ -53,7 +53,7 @@ def shard(folder: Path) -> Path:
             "btlm_mup",
             10**9,
             lambda f: edit(f / "config.json", n_head=5),
-            "do not fit width 48, which the heads must divide",
+            "width 48 must be a multiple of the 5 heads",
         ),
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_inner=55), "has shape"),
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_layer=1), "is not a tensor of the model"),
@@ -62,7 +62,7 @@ def shard(folder: Path) -> Path:
             "btlm_mup",
             10**9,
             lambda f: edit(f / "config.json", mup_width_scale=0.3),
-            "is not a positive whole number, .* base width",
+            "is the base width of muP, which must be a positive whole number",
         ),
         (
             "btlm_mup",

@@ -126,7 +126,11 @@ MISTAKES = {
     "warm-up": ("--warmup-steps -1", ["--warmup-steps: -1 is less than 0", "use 0 or more"]),
     "more steps than the phase has": (
         "--steps 295",
-        ["--steps: 295 timed steps need 301", "'short' has only 300", "use fewer"],
+        [
+            "--steps: 295 timed steps with the warm-up and instrumented ones are 301",
+            "'short' has only 300",
+            "use fewer",
+        ],
     ),
     "profile nowhere": (
         "--profile none/t.json",
