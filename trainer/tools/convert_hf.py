@@ -56,19 +56,18 @@ def run_import_hf(arguments: argparse.Namespace) -> None:
 
 
 def add_export_hf_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     run_help = "run folder, import folder, or a checkpoint of either"
     length_help = (
         "longest row, written to config.json (default: the longest row in training); a larger value also needs "
         "--alibi-scaling"
     )
-    parser.add_argument("run_folder", type=Path, metavar="run", help=run_help)
-    parser.add_argument("output", type=Path, help="new folder, or an earlier export to replace")
-    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest checkpoint)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the exported weights (default bf16)")
-    parser.add_argument(
-        "--check", action="store_true", help="reload the export with transformers and compare its logits"
-    )
-    parser.add_argument("--max-seq-len", type=int, help=length_help)
+    add("run_folder", type=Path, metavar="run", help=run_help)
+    add("output", type=Path, help="new folder, or an earlier export to replace")
+    add("--step", type=int, help="step of the checkpoint (default: the newest checkpoint)")
+    add("--dtype", choices=DTYPES, default="bf16", help="dtype of the exported weights (default bf16)")
+    add("--check", action="store_true", help="reload the export with transformers and compare its logits")
+    add("--max-seq-len", type=int, help=length_help)
     weights.add_alibi_scaling_argument(parser)
 
 

@@ -20,15 +20,14 @@ from tandem.trainer.validation import token_losses
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     bins_help = "number of equal ranges of positions over which the loss is averaged (default 8)"
-    parser.add_argument("source", type=Path, help="run folder, import folder or Hugging Face folder")
-    parser.add_argument("--data", required=True, help="prepared corpus that contains the held-out rows")
-    parser.add_argument(
-        "--seq-len", type=int, help="tokens per row (default: the longest row that the run was trained on)"
-    )
-    parser.add_argument("--rows", type=int, default=32, help="number of held-out rows (default 32)")
-    parser.add_argument("--bins", type=int, default=8, help=bins_help)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add("source", type=Path, help="run folder, import folder or Hugging Face folder")
+    add("--data", required=True, help="prepared corpus that contains the held-out rows")
+    add("--seq-len", type=int, help="tokens per row (default: the longest row that the run was trained on)")
+    add("--rows", type=int, default=32, help="number of held-out rows (default 32)")
+    add("--bins", type=int, default=8, help=bins_help)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
     weights.add_alibi_scaling_argument(parser)
 
 

@@ -22,6 +22,7 @@ REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     top_p_help = "sample from the most likely tokens with this total probability (default 1)"
     no_cache_help = (
         "recompute the whole text for every token instead of caching keys and values; the result is the same up to rounding, "
@@ -29,25 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "with the divisor of a shorter text"
     )
     tokenizer_help = "tokenizer.json that the weights were trained with (default: the one next to the weights)"
-    parser.add_argument("source", type=Path, help="run folder, import folder or Hugging Face folder")
-    parser.add_argument("--prompt", action="append", default=[], help="text to continue; can be repeated")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="file with one text to continue per line")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="maximum number of new tokens (default 64)")
-    parser.add_argument(
+    add("source", type=Path, help="run folder, import folder or Hugging Face folder")
+    add("--prompt", action="append", default=[], help="text to continue; can be repeated")
+    add("--prompts", type=Path, metavar="FILE", help="file with one text to continue per line")
+    add("--max-new-tokens", type=int, default=64, help="maximum number of new tokens (default 64)")
+    add(
         "--temperature", type=float, default=0.0, help="sampling temperature; 0 takes the most likely token (default 0)"
     )
-    parser.add_argument(
-        "--top-k", type=int, default=0, help="sample from the K most likely tokens; 0 (the default) samples from all"
-    )
-    parser.add_argument("--top-p", type=float, default=1.0, help=top_p_help)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed for sampling; prompts are sampled independently (default 0)"
-    )
-    parser.add_argument("--ignore-eos", action="store_true", help="continue after the token that ends a document")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt, each on one line")
-    parser.add_argument("--no-cache", action="store_true", help=no_cache_help)
+    add("--top-k", type=int, default=0, help="sample from the K most likely tokens; 0 (the default) samples from all")
+    add("--top-p", type=float, default=1.0, help=top_p_help)
+    add("--seed", type=int, default=0, help="seed for sampling; prompts are sampled independently (default 0)")
+    add("--ignore-eos", action="store_true", help="continue after the token that ends a document")
+    add("--json", action="store_true", help="print one JSON object per prompt, each on one line")
+    add("--no-cache", action="store_true", help=no_cache_help)
     weights.add_alibi_scaling_argument(parser)
-    parser.add_argument("--tokenizer", type=Path, help=tokenizer_help)
+    add("--tokenizer", type=Path, help=tokenizer_help)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -7,8 +7,6 @@
 The audit uses neither checkpoints nor the loader. The run is proven if there are no findings.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json
@@ -34,14 +32,15 @@ MAX_SHOWN_FINDINGS = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     tokens_help = (
         "also read the shards again with webdataset and compare their tokens with those that the run trained on"
     )
     step_help = "instead of a verdict, print a tandem inspect command for each range that step N read"
-    parser.add_argument("folder", metavar="RUN", type=Path, help="run folder")
-    parser.add_argument("--tokens", action="store_true", help=tokens_help)
-    parser.add_argument("--step", metavar="N", type=int, help=step_help)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add("folder", metavar="RUN", type=Path, help="run folder")
+    add("--tokens", action="store_true", help=tokens_help)
+    add("--step", metavar="N", type=int, help=step_help)
+    add("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

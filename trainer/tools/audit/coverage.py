@@ -4,8 +4,6 @@ Adjacent intervals are merged, so a complete epoch is one interval. Blocks are s
 intervals in an incomplete epoch depends on the window, not on the length of the run.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from tandem.trainer.tools.audit.reading_order import IntArray, ReadingOrder, ShardRanges, concatenate_ranges

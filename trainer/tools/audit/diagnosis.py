@@ -5,8 +5,6 @@ is left out, counted twice, replaced by another row or swapped with it, and rows
 tokens. It does not cover two mistakes in one step. The probability that it finds a wrong explanation is about one in 10^12.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from xxhash import xxh3_64_intdigest
 from tandem.trainer.config import PhaseConfig
 from tandem.trainer.data.mixture import row_sources
 from tandem.trainer.tools.audit.ledger_lines import StepLine
-from tandem.trainer.tools.audit.reading_order import Sources, row_contents
+from tandem.trainer.tools.audit.reading_order import Sources, cut_rows, row_contents
 from tandem.trainer.tools.audit.result import Finding, format_shard_ranges
 
 MAX_OFFSET_TOKENS = 64
@@ -126,7 +124,7 @@ def _row_contents(sources: Sources, source: str, start: int, end: int, seq_len: 
     """Return the content of each row at positions [start, end), or nothing if these are not whole rows."""
     if start < 0 or end <= start:
         return []
-    ranges, row_starts = sources.cut_rows(source, start, end, seq_len)
+    ranges, row_starts = cut_rows(sources.shard_ranges(source, start, end)[0], seq_len)
     return [] if ranges.tokens.sum() % seq_len else row_contents(source, ranges, row_starts)
 
 

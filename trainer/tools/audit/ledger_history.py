@@ -5,8 +5,6 @@ start to the checkpoint of the next start count, back to the start without a che
 so memory holds only the starts and one number per line.
 """
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Iterator
 from pathlib import Path

@@ -2,8 +2,6 @@
 other modules need not check values.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import accumulate

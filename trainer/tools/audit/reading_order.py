@@ -5,8 +5,6 @@ called the loader's code would repeat the loader's mistakes. It needs only manif
 reading orders of all sources and the shards that are skipped at the step that is replayed.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -38,7 +36,7 @@ class ShardRanges:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def select(self, selection: np.ndarray | slice) -> ShardRanges:
+    def select(self, selection: np.ndarray | slice) -> "ShardRanges":
         """Select ranges by a mask, by indices or by a slice."""
         return ShardRanges(*(each[selection] for each in vars(self).values()))
 
@@ -153,10 +151,6 @@ class Sources:
     def step_range_names(self, read_ranges: Mapping[str, tuple[int, int]]) -> list[str]:
         """Name the first few ranges of each source that a step read."""
         return [name for source, ends in read_ranges.items() for name in self.shard_range_names(source, *ends)]
-
-    def cut_rows(self, source: str, start: int, end: int, seq_len: int) -> tuple[ShardRanges, IntArray]:
-        """Cut the ranges that the run reads at positions [start, end) into rows, see `cut_rows` below."""
-        return cut_rows(self.shard_ranges(source, start, end)[0], seq_len)
 
     def max_span_tokens(self, source: str, tokens: int) -> int:
         """Return an upper bound for the positions that a run advances while it reads `tokens` tokens."""

@@ -4,8 +4,6 @@ The cursors determine what the run had to read. The digests record what it read.
 Different parts of the trainer write them, and here they must agree.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

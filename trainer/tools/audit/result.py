@@ -1,7 +1,5 @@
 """The result of an audit: findings, notes and the totals of each source."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -3,8 +3,6 @@
 Steps are checked in chunks, which is fast in numpy. If a chunk has a wrong token count, its steps are checked one by one.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Find the ranges that each row of one step had to read, for example to inspect the data of a loss spike."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping
 from itertools import pairwise
@@ -13,7 +11,7 @@ from tandem.trainer.config import UserError
 from tandem.trainer.data.mixture import row_sources
 from tandem.trainer.tools.audit.ledger_history import LedgerHistory
 from tandem.trainer.tools.audit.ledger_lines import Attempt, BadStepLine, SkipLine, StepLine
-from tandem.trainer.tools.audit.reading_order import Sources
+from tandem.trainer.tools.audit.reading_order import Sources, cut_rows
 
 
 def find_step_rows(step: int, history: LedgerHistory, sources: Sources) -> list[dict[str, Any]]:
@@ -48,7 +46,7 @@ def expand_step(step: StepLine, attempt: Attempt, sources: Sources) -> list[dict
         num_tokens = sources_by_row.count(source) * phase.seq_len
         if source not in sources or end - start > sources.max_span_tokens(source, num_tokens):
             raise invalid_ledger(f"read {end - start} tokens of {source}, which its phase does not allow")
-        ranges, row_starts = sources.cut_rows(source, start, end, phase.seq_len)
+        ranges, row_starts = cut_rows(sources.shard_ranges(source, start, end)[0], phase.seq_len)
         rows_by_source[source] = iter([ranges.select(np.arange(*ends)) for ends in pairwise(row_starts.tolist())])
     found = []
     for row_index, source in enumerate(sources_by_row):

@@ -63,18 +63,13 @@ def measure_phase(context: StepContext, plan: PhasePlan, matmul_flops: float, co
         **config_fields(context, plan),
         **throughput_fields(context, phase, step_seconds, matmul_flops),
         **memory,
-        "part_seconds": part_seconds,
-        "num_instrumented_steps": NUM_INSTRUMENTED_STEPS,
-        "instrumented_step_seconds": instrumented_seconds,
-        "kind_seconds": kinds,
+        "part_seconds": part_seconds, "num_instrumented_steps": NUM_INSTRUMENTED_STEPS,
+        "instrumented_step_seconds": instrumented_seconds, "kind_seconds": kinds,
         "derived": full_batch_fields(context, plan, median(step_seconds), part_seconds),
-        "first_loss": records[0].loss,
-        "last_loss": records[-1].loss,
-        "device": device_name(mesh),
+        "first_loss": records[0].loss, "last_loss": records[-1].loss, "device": device_name(mesh),
         **{name: environment["packages"][name] for name in ("torch", "triton", "deepspeed")},
-        "commit": environment["commit"],
-        "uncommitted": bool(environment["uncommitted"]),
-    }
+        "commit": environment["commit"], "uncommitted": bool(environment["uncommitted"]),
+    }  # fmt: skip
 
 
 def stop_on_signal(batches: Iterable[Batch], coordinator: Coordinator) -> Iterator[Batch]:

@@ -104,8 +104,9 @@ class CheckRequest:
         for name in ("seeds", "updates", "octaves"):
             if (number := getattr(arguments, name)) < 1:
                 raise UserError(f"--{name}: {number} is less than 1; use 1 or more")
-        if "decay" in checks:
-            weight_decay.require_weight_decay(config)
+        if "decay" in checks and not config.optim.weight_decay:
+            remedy = "use a value above 0, or leave decay out of --checks"
+            raise UserError(f"optim.weight_decay: 0 leaves no decay to check; {remedy}")
         steps, devices = Timeline(config.schedule).total_steps, torch.cuda.device_count()
         if "coordinates" in checks and arguments.updates > steps:
             raise UserError(f"--updates: {arguments.updates} is more than the schedule's {steps} steps; use fewer")

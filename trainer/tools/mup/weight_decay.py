@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tandem.trainer.config import TrainConfig, UserError
+from tandem.trainer.config import TrainConfig
 from tandem.trainer.data.loader import Batch, unpack_batch
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.layers import role_of
@@ -34,14 +34,6 @@ CHECK_LR = 0.01
 """Learning rate at which movement is measured instead of the config's. It is large enough to show in weights of 1."""
 CHECK_DECAY = 0.1
 """Share of a weight that the update of the decay check removes from the embedding. The learning rate is chosen accordingly."""
-
-
-def require_weight_decay(config: TrainConfig) -> None:
-    """Raise UserError if the config has no weight decay."""
-    if not config.optim.weight_decay:
-        raise UserError(
-            "optim.weight_decay: 0 leaves no decay to check; use a value above 0, or leave decay out of --checks"
-        )
 
 
 def measure(config: TrainConfig, widths: list[int], mesh: Mesh) -> list[Measurement]:
