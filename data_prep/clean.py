@@ -11,8 +11,6 @@ Clean first, then compute `minhash.signatures` of the remaining documents, so th
 documents agree.
 """
 
-from __future__ import annotations
-
 import string
 import unicodedata
 from collections import Counter

@@ -4,8 +4,6 @@ Shards are opened through the trainer's cache, so a corpus may be at a remote ad
 ends of documents are found by reading the tokens of whole shards, which is faster than fetching an index.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Lengths are counted from tokens. Documents are shuffled over shards, so a few sh
 returns a dict, which `--json` prints. `print_statistics` prints it as tables.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -75,22 +73,18 @@ def collect_statistics(
     length_counts, text_bytes = _scan_shards(corpus, scanned_shards, advance)
     tokens, lengths = manifest.train.tokens + manifest.validation.tokens, _summarize_lengths(length_counts)
     splits = {name: getattr(manifest, name) for name in ("train", "validation")}
+    tokenizer = {
+        "model": vocabulary.model_type,
+        "byte_level": vocabulary.is_byte_level,
+        "sha256": manifest.tokenizer_sha256,
+    }
+    size_bytes = sum(shard.bytes for shard in manifest.shards)
     return {
-        "corpus": corpus.folder,
-        "fingerprint": manifest.fingerprint,
-        "tokenizer": {
-            "model": vocabulary.model_type,
-            "byte_level": vocabulary.is_byte_level,
-            "sha256": manifest.tokenizer_sha256,
-        },
-        "vocab": manifest.vocab,
+        "corpus": corpus.folder, "fingerprint": manifest.fingerprint, "tokenizer": tokenizer, "vocab": manifest.vocab,
         "eos": {"token": manifest.eos_token, "id": manifest.eos_id},
-        "dtype": manifest.dtype,
-        "sample_tokens": manifest.sample_tokens,
+        "dtype": manifest.dtype, "sample_tokens": manifest.sample_tokens,
         "documents": sum(split.documents for split in splits.values()),
-        "tokens": tokens,
-        "shards": len(manifest.shards),
-        "bytes": (size_bytes := sum(shard.bytes for shard in manifest.shards)),
+        "tokens": tokens, "shards": len(manifest.shards), "bytes": size_bytes,
         "overhead": size_bytes / (tokens * manifest.token_bytes) - 1,
         "unigram_entropy_nats": manifest.unigram_entropy_nats,
         "splits": {name: asdict(split) | {"shards": len(split.shards)} for name, split in splits.items()},
@@ -99,12 +93,11 @@ def collect_statistics(
             for name, counts in manifest.groups.items()
         },
         "left_out": {name: count for name, count in manifest.counts.items() if name in DROPPED_COUNT_NAMES and count},
-        "padding_tokens": manifest.counts.get("padding_tokens", 0),
-        "settings": manifest.settings,
+        "padding_tokens": manifest.counts.get("padding_tokens", 0), "settings": manifest.settings,
         "scanned_shards": len(scanned_shards),
         "text_bytes_per_token": text_bytes / lengths["tokens"] if vocabulary.is_byte_level else None,
         "lengths": lengths,
-    }
+    }  # fmt: skip
 
 
 def _summarize_lengths(length_counts: Counter[int]) -> dict[str, Any]:

@@ -14,8 +14,6 @@ document. `write_masks` takes 4 MB per million documents (8 MB above 2^32 docume
 bytes for each band in which a document has an earlier match.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

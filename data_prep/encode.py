@@ -5,8 +5,6 @@ counts, which is written last. A unit with a record is finished. Files of a unit
 are written again with the same bytes.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence

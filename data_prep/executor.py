@@ -4,8 +4,6 @@ Other pools were tried. datatrove's local executor waits forever for a worker th
 shared progress counter to its workers, takes the same CPU time, and still needs the code for Ctrl-C and for a killed parent.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import pickle

@@ -3,8 +3,6 @@
 A file is cut into parts if readers can start inside it. `readers.py` and `tar_reader.py` read the parts.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -62,7 +60,7 @@ class InputFile(RemoteFile):
         ratio = TYPICAL_COMPRESSION_RATIO if self.compression or self.suffix == ".parquet" else 1
         return self.size_bytes * ratio
 
-    def split_into_parts(self, part_bytes: int) -> list[FilePart]:
+    def split_into_parts(self, part_bytes: int) -> list["FilePart"]:
         """Cut the file into parts of about `part_bytes` of text, or into one part if readers cannot start inside it."""
         divisible = self.suffix in (".jsonl", ".parquet")
         count = max(1, self.estimated_text_bytes // part_bytes) if divisible else 1

@@ -4,8 +4,6 @@ Rows are cut from the stored order, shard after shard. A training run reads the 
 shows which ranges of which shards a step read.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re
@@ -154,15 +152,11 @@ def _print_rule(title: str, console: Console) -> None:
 
 def _slice_to_dict(document_slice: DocumentSlice, corpus: CorpusReader) -> dict[str, Any]:
     return {
-        "document": document_slice.document_index,
-        "shard": document_slice.shard_file,
-        "first": document_slice.start_token,
+        "document": document_slice.document_index, "shard": document_slice.shard_file, "first": document_slice.start_token,
         "length": document_slice.num_document_tokens,
-        "before": document_slice.num_tokens_before,
-        "after": document_slice.num_tokens_after,
-        "text": corpus.vocabulary.decode(document_slice.tokens),
-        "tokens": document_slice.tokens.tolist(),
-    }
+        "before": document_slice.num_tokens_before, "after": document_slice.num_tokens_after,
+        "text": corpus.vocabulary.decode(document_slice.tokens), "tokens": document_slice.tokens.tolist(),
+    }  # fmt: skip
 
 
 def _print_matches(args: argparse.Namespace, corpus: CorpusReader, console: Console) -> None:

@@ -16,8 +16,6 @@ is the same on every machine and in every batch. Batches of less than a few hund
 character.
 """
 
-from __future__ import annotations
-
 import string
 
 import numpy as np

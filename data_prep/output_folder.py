@@ -4,8 +4,6 @@ During a preparation the folder contains a claim, which is a file with the setti
 claim marks the folder as an unfinished corpus. It is removed after the manifest is written.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -5,8 +5,6 @@ is either finished or absent, and its bytes do not depend on the process that wr
 workers nor a kill changes the result. The manifest is written last.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import os

@@ -4,8 +4,6 @@ Versions are times and tags, which differ between copies of the same files. Ther
 everything except the versions, and inputs.json contains a hash of all its entries.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ datatrove's readers are not used: they read 165-175 MB of JSONL per second and c
 datatrove's tasks changes the corpus.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from typing import BinaryIO

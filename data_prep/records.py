@@ -3,8 +3,6 @@
 pyarrow decompresses, because it reports a truncated zstd file. The zstandard package reads such a file as a shorter one.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager

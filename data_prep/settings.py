@@ -3,8 +3,6 @@
 The manifest records them, a second run over the same folder must agree with them, and every worker receives them.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any

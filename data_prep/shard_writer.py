@@ -6,8 +6,6 @@ be read in any order without cutting a document. The standard library writes the
 torch, which takes a second and 200 MB in every worker.
 """
 
-from __future__ import annotations
-
 import hashlib
 import tarfile
 from pathlib import Path

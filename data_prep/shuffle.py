@@ -4,8 +4,6 @@ A shard is a range of keys, so any process can write it independently of other s
 a shard ends with the bin in which it reaches its target size.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass

@@ -5,8 +5,6 @@ documents come first, then held-out ones, each sorted by *shuffle key*, a random
 range of keys, so it is one contiguous piece of every spill and costs one read per spill, however many documents there are.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import lru_cache

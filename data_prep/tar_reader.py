@@ -3,8 +3,6 @@
 These tars are inputs of `tandem prepare`. The shards of a finished corpus have another reader, in `tandem audit`.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import tarfile
@@ -115,7 +113,7 @@ class _DamagedHeader(Exception):
 
 class _StrictHeader(tarfile.TarInfo):
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictHeader:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictHeader":
         try:
             header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:

@@ -5,8 +5,6 @@ the vocabulary, the number of documents, and the frequencies of tokens. Each sha
 bad shard, so one run finds all bad shards.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import io

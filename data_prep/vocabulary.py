@@ -5,8 +5,6 @@ character are shown, while a tokenizer's own decoder shows one replacement chara
 tokenizer decode with their own decoder.
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 import unicodedata

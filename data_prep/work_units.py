@@ -4,8 +4,6 @@ A unit's name is a hash of the settings and of the parts of files that it reads.
 therefore finds the finished units, except those of files that have changed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

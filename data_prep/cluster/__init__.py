@@ -5,8 +5,6 @@ be killed and restarted on any machine, and the number of tasks does not affect 
 only the standard library; `slurm` and `ray` import the library of their scheduler.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from types import ModuleType
 

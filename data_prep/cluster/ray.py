@@ -4,8 +4,6 @@ datatrove's executor for Ray is not used, because its pool waits forever for a p
 because it does not report failed tasks to its caller.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache

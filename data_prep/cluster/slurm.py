@@ -3,8 +3,6 @@
 datatrove writes the script, submits it and starts the tasks. Its statistics job and its default sbatch options are left out.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import shlex
@@ -101,22 +99,14 @@ def _make_job_array(
     job: StageJob, logs: Path, workers: int | None, options: Mapping[str, str], depends_on_job_id: str | None
 ) -> JobArray:
     return JobArray(
-        [TaskStep(logs / f"{job.name}.job")],
-        tasks=job.num_tasks,
-        workers=-1 if workers is None else workers,
-        job_name=f"tandem-{job.name}",
-        logging_dir=str(logs / job.name),
-        skip_completed=False,
-        depends_job_id=depends_on_job_id,
+        [TaskStep(logs / f"{job.name}.job")], tasks=job.num_tasks, max_array_size=job.num_tasks,
+        workers=-1 if workers is None else workers, job_name=f"tandem-{job.name}", logging_dir=str(logs / job.name),
+        skip_completed=False, time=None, partition=None, qos=None, depends_job_id=depends_on_job_id,
         # Otherwise a job whose predecessor has failed waits forever.
         sbatch_args={"kill-on-invalid-dep": "yes", **options},
-        max_array_size=job.num_tasks,
-        time=None,
-        partition=None,
-        qos=None,
         # Tasks run this Python and its packages.
         env_command=f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
-    )
+    )  # fmt: skip
 
 
 @contextmanager

@@ -5,8 +5,6 @@ datatrove's record of finished tasks is not used. It identifies tasks by number,
 documents.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

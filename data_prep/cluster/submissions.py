@@ -5,8 +5,6 @@ in the folder of unfinished work records them. Logs are next to the output folde
 contains only the corpus.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -4,8 +4,6 @@ The rest of the code uses only this text, which is part of the corpus. Generatio
 tokenizer.json is used unchanged. Vocabulary files and ranks files are converted to a tokenizer.json that gives the same ids.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The 256 printable characters that represent bytes in the vocabulary of a byte-level BPE."""
 
-from __future__ import annotations
-
 NUM_BYTE_VALUES = 256
 _PRINTABLE_BYTES = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
 _UNPRINTABLE_BYTES = [value for value in range(NUM_BYTE_VALUES) if value not in _PRINTABLE_BYTES]

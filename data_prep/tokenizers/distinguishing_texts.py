@@ -4,8 +4,6 @@ The texts are small, because the slow library encodes all of them at the start o
 second.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from tandem.data_prep.tokenizers.unicode_differences import NUM_CODE_POINTS

@@ -4,8 +4,6 @@ The text of a document is always plain text: the characters of a special token i
 Therefore the EOS id occurs only at the ends of documents, which is checked in every batch.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +36,7 @@ class EncoderSpec:
     library: str
     """gigatoken or tokenizers, which give the same tokens."""
 
-    def load(self) -> DocumentEncoder:
+    def load(self) -> "DocumentEncoder":
         """Return the encoder, which is not thread-safe. The first call in a process takes half a second."""
         return _load_encoder(self)
 
@@ -46,7 +44,7 @@ class EncoderSpec:
 class DocumentEncoder:
     """Encodes documents, fastest in batches of 1 to 8 MB of text."""
 
-    def __init__(self, spec: EncoderSpec, reference: ReferenceEncoder):
+    def __init__(self, spec: EncoderSpec, reference: "ReferenceEncoder"):
         self._encode_texts: Callable[[Sequence[str]], EncodedTexts] = reference
         if spec.library == "gigatoken":
             self._encode_texts = GigatokenEncoder(spec.tokenizer_json, reference)

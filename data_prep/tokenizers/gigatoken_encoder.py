@@ -6,13 +6,11 @@ the reference are accepted. The reference encodes documents with characters that
 grown by `MAX_CACHE_BYTES`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import orjson
@@ -20,9 +18,6 @@ import orjson
 from tandem.data_prep.tokenizers import unicode_differences
 from tandem.data_prep.tokenizers.byte_level import BYTE_TO_UNICODE
 from tandem.data_prep.tokenizers.tiktoken_file import SCHEMES
-
-if TYPE_CHECKING:
-    from gigatoken import Tokenizer
 
 EncodedTexts = tuple[np.ndarray, np.ndarray]
 """The concatenated ids of documents, and the length of each."""

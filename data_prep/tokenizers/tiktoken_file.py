@@ -6,8 +6,6 @@ every token, merging by pairs gives the same ids as merging by ranks for any byt
 byte inside it has merged with a byte outside it, so the bytes inside merge as they do alone.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ encodes documents that contain such a character. `DIFFERING_RANGES` is the resul
 its test repeats. In UTF-8 all of these characters start with one of three bytes, which most texts do not contain.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
