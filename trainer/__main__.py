@@ -16,7 +16,7 @@ from tandem.trainer.runtime import (
     StopSignal,
     force_exit,
     is_launched,
-    launch_rank,
+    launch_environment,
     num_gpus,
     set_parent_death_signal,
     silence_library_warnings,
@@ -34,23 +34,14 @@ VERBS = {
     "train": ("tandem.trainer.__main__", "train on this machine, or as one rank of torchrun, deepspeed or srun"),
     "evaluate": ("tandem.trainer.tools.evaluate", "measure the loss on held-out rows, by position"),
     "generate": ("tandem.trainer.tools.generate", "continue prompts with the weights of a model"),
-    "import-hf": (
-        "tandem.trainer.tools.convert_hf",
-        "import a Hugging Face folder, so that a run can start from its weights",
-    ),
+    "import-hf": ("tandem.trainer.tools.convert_hf", "import a Hugging Face folder, so that a run can start from its weights"),
     "export-hf": ("tandem.trainer.tools.convert_hf", "export a checkpoint of a run to a Hugging Face folder"),
     "audit": ("tandem.trainer.tools.audit", "prove from a run's ledger that no token was lost or repeated"),
     "checkpoint": ("tandem.trainer.tools.checkpoints", "list and verify the checkpoints of a run, or compare two"),
     "report": ("tandem.trainer.tools.report", "write an HTML page with the plots of a run"),
-    "bench": (
-        "tandem.trainer.tools.bench",
-        "measure a config's training speed, memory use and time per part of a step",
-    ),
-    "mup-check": (
-        "tandem.trainer.tools.mup",
-        "check a config's muP: coordinates, learning-rate transfer, weight decay",
-    ),
-}
+    "bench": ("tandem.trainer.tools.bench", "measure a config's training speed, memory use and time per part of a step"),
+    "mup-check": ("tandem.trainer.tools.mup", "check a config's muP: coordinates, learning-rate transfer, weight decay"),
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run_verb(argv)
     except UserError as error:
-        if launch_rank():
+        if launch_environment()["rank"]:
             # Usually rank 0 prints the same error, and the launcher then terminates this rank. If not, print it after a delay.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(8)

@@ -19,7 +19,7 @@ from tandem.trainer.metrics.records import METRICS_FILE
 from tandem.trainer.run_folder import LOCK_FILE, create_run_folder
 
 STARTS_FILE = "attempts.jsonl"
-CLEAN_EXIT_CODES = (0, 2)
+CLEAN_EXIT_CODES: dict[Any, int] = {None: 0, 0: 0, 2: 2}
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def record_start(folder: Path, max_repeat_failures: int) -> Iterator[None]:
         raise UserError(
             f"{folder / STARTS_FILE}: cannot be written ({error.strerror}); free disk space or correct the permissions"
         ) from None
-    code: Any = None  # stays None if the start fails
+    code = None  # stays None if the start fails
     try:
         yield
         code = 0
@@ -54,9 +54,7 @@ def record_start(folder: Path, max_repeat_failures: int) -> Iterator[None]:
         code = 130
         raise
     except SystemExit as error:
-        code = error.code or 0
-        if code not in CLEAN_EXIT_CODES:
-            code = None
+        code = CLEAN_EXIT_CODES.get(error.code)
         raise
     finally:
         if code is not None:
@@ -110,10 +108,8 @@ def _check_repeat_failures(folder: Path, last_step: int, max_repeat_failures: in
 
 def _last_recorded_step(folder: Path) -> int:
     """Return the step of the last step record. After a rollback this is not the highest step."""
-    for record in journal.read_records_backwards(folder / METRICS_FILE):
-        if record.get("kind") == "step":
-            return record["step"]
-    return 0
+    records = journal.read_records_backwards(folder / METRICS_FILE)
+    return next((record["step"] for record in records if record.get("kind") == "step"), 0)
 
 
 def _append_record(folder: Path, **record: Any) -> None:

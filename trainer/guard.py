@@ -17,6 +17,7 @@ SIGMA_PER_MEDIAN_DEVIATION = 1.4826
 """Ratio of a normal distribution's standard deviation to its median absolute deviation: 1 / its 0.75 quantile."""
 MIN_RELATIVE_SIGMA = 1e-3
 """Lower bound of sigma relative to the median. If losses hardly vary (repeated rows), rounding must not count as a spike."""
+INITIAL_STATE = {"losses": [], "grad_norms": [], "comparison_key": [], "num_consecutive_bad_steps": 0}
 
 Decision = Literal["update", "skip", "rollback"]
 
@@ -35,20 +36,15 @@ class Guard:
     `state` is a checkpoint's `state_dict`. `num_rollbacks` maps the step of a checkpoint to the number of rollbacks to it.
     """
 
+    _comparison_key: list[Any]
+    """seq_len, global batch size and mixture of the steps in `_losses` and `_grad_norms`."""
+
     def __init__(
-        self,
-        settings: config.GuardConfig,
-        state: dict[str, Any] | None = None,
+        self, settings: config.GuardConfig, state: dict[str, Any] | None = None,
         num_rollbacks: dict[int, int] | None = None,
-    ) -> None:
-        self._settings = settings
-        self._losses, self._grad_norms = (deque[float](maxlen=settings.window_steps) for _ in range(2))
-        self._comparison_key: list[Any] = []
-        """seq_len, global batch size and mixture of the steps in `_losses` and `_grad_norms`."""
-        self.num_consecutive_bad_steps = 0
-        self._num_rollbacks = dict(num_rollbacks or {})
-        if state:
-            self.load_state_dict(state)
+    ) -> None:  # fmt: skip
+        self._settings, self._num_rollbacks = settings, dict(num_rollbacks or {})
+        self.load_state_dict(state or INITIAL_STATE)
 
     def judge(self, phase: PhaseConfig, loss: float, grad_norm: float) -> Judgement:
         """Judge a step of the phase. If it is good, later steps are compared with it."""
@@ -76,8 +72,8 @@ class Guard:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state that `state_dict` returned."""
-        self._losses = deque(state["losses"], self._settings.window_steps)
-        self._grad_norms = deque(state["grad_norms"], self._settings.window_steps)
+        self._losses: deque[float] = deque(state["losses"], self._settings.window_steps)
+        self._grad_norms: deque[float] = deque(state["grad_norms"], self._settings.window_steps)
         self._comparison_key = list(state["comparison_key"])
         self.num_consecutive_bad_steps = int(state["num_consecutive_bad_steps"])
 
@@ -87,7 +83,7 @@ class Guard:
 
     def roll_back(self, step: int, state: dict[str, Any] | None) -> None:
         """Restore the state in the checkpoint of `step`, and count one more rollback to it."""
-        self.load_state_dict(state or Guard(self._settings).state_dict())
+        self.load_state_dict(state or INITIAL_STATE)
         self._num_rollbacks[step] = self.num_rollbacks_to(step) + 1
 
     def _anomaly_reason(self, name: str, value: float, good_values: deque[float]) -> str | None:

@@ -4,12 +4,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tandem.trainer.checkpoint.async_save import CheckpointSaver
-from tandem.trainer.config import TrainConfig
+from tandem.trainer.config import PhaseConfig, TrainConfig
 from tandem.trainer.config.flops import flops_per_token
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.digests import Digests
@@ -21,7 +20,7 @@ from tandem.trainer.distributed.mesh import Mesh
 from tandem.trainer.distributed.watchdog import Watchdog
 from tandem.trainer.guard import Guard, Judgement
 from tandem.trainer.metrics.records import Sinks, StepRecord
-from tandem.trainer.metrics.throughput import throughput
+from tandem.trainer.metrics.throughput import Throughput, throughput
 
 
 @dataclass(frozen=True)
@@ -77,24 +76,28 @@ class StepResult:
     judgement: Judgement
 
 
+def step_throughput(context: StepContext, phase: PhaseConfig, step_seconds: float) -> Throughput:
+    """Return the throughput of a step of the phase."""
+    model = context.config.model
+    return throughput(
+        phase.tokens_per_step, step_seconds,
+        flops_per_token=flops_per_token(model, phase.seq_len, causal=False),
+        causal_flops_per_token=flops_per_token(model, phase.seq_len, causal=True),
+        num_devices=context.mesh.world_size, peak_flops=context.peak_flops,
+    )  # fmt: skip
+
+
 def build_step_record(
     context: StepContext, step: int, loss: float, grad_norm: float, step_seconds: float, data_seconds: float,
     judgement: Judgement,
 ) -> StepRecord:  # fmt: skip
     """Build the record of the step that just finished, which is number `step`, counted from 1."""
-    config, mesh, timeline = context.config, context.mesh, context.timeline
+    timeline = context.timeline
     phase = timeline.phase_span_at(step - 1).phase
-    step_throughput = throughput(
-        phase.tokens_per_step, step_seconds,
-        flops_per_token=flops_per_token(config.model, phase.seq_len, causal=False),
-        causal_flops_per_token=flops_per_token(config.model, phase.seq_len, causal=True),
-        num_devices=mesh.world_size, peak_flops=context.peak_flops,
-    )  # fmt: skip
-    peak_memory_gib: Any = torch.cuda.max_memory_allocated() / 2**30 if mesh.device.type == "cuda" else None
+    peak_memory_gib = torch.cuda.max_memory_allocated() / 2**30 if context.mesh.device.type == "cuda" else None
     return StepRecord(
         step=step, tokens=timeline.tokens_before(step), phase=phase.name, seq_len=phase.seq_len,
         global_batch_size=phase.global_batch_size, loss=loss, lr=timeline.lr_at(step - 1), grad_norm=grad_norm,
         skipped=judgement.decision != "update", step_seconds=step_seconds, data_seconds=data_seconds,
-        tokens_per_second=step_throughput.tokens_per_second, mfu=step_throughput.mfu,
-        mfu_causal=step_throughput.mfu_causal, memory_gib=peak_memory_gib, time=time.time(),
+        **step_throughput(context, phase, step_seconds)._asdict(), memory_gib=peak_memory_gib, time=time.time(),
     )  # fmt: skip

@@ -99,16 +99,6 @@ def is_launched() -> bool:
     return "RANK" in os.environ or "SLURM_PROCID" in os.environ
 
 
-def launch_world_size() -> int:
-    """Return the number of ranks that torchrun, deepspeed or srun launched, or 1 without a launcher."""
-    return launch_environment()["world_size"]
-
-
-def launch_rank() -> int:
-    """Return this process's rank, or 0 without a launcher."""
-    return launch_environment()["rank"]
-
-
 def launch_environment() -> dict[str, int]:
     """Return rank, world_size and local_rank from torchrun, deepspeed or srun, or 0, 1 and 0 without a launcher."""
     names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
@@ -206,9 +196,9 @@ class StopSignal:
         signal.pthread_kill(threading.main_thread().ident or 0, REMOTE_STOP_SIGNAL)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._last_signal_time is not None and time.monotonic() - self._last_signal_time < SIGNAL_DEBOUNCE_SECONDS:
-            return
         if self._last_signal_time is not None:
+            if time.monotonic() - self._last_signal_time < SIGNAL_DEBOUNCE_SECONDS:
+                return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.signal_name, self._last_signal_time = signal.Signals(number).name, time.monotonic()
@@ -231,12 +221,11 @@ class StopSignal:
         first_signal_time = None
         with receiver:
             while True:
-                remaining_seconds = (
-                    None
-                    if first_signal_time is None or self._rendezvous_done.is_set()
-                    else first_signal_time + RENDEZVOUS_TIMEOUT_SECONDS - time.monotonic()
-                )
-                receiver.settimeout(None if remaining_seconds is None else max(remaining_seconds, 0.01))
+                timeout_seconds = None
+                if first_signal_time is not None and not self._rendezvous_done.is_set():
+                    elapsed_seconds = time.monotonic() - first_signal_time
+                    timeout_seconds = max(RENDEZVOUS_TIMEOUT_SECONDS - elapsed_seconds, 0.01)
+                receiver.settimeout(timeout_seconds)
                 try:
                     number = receiver.recv(1)
                 except TimeoutError:

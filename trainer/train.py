@@ -54,7 +54,7 @@ def run(config: TrainConfig, stop_signal: StopSignal | None = None) -> int:
     Raises: UserError for a mistake that the user must correct.
     """
     startup_timer = StartupTimer()
-    check_world_size(config, runtime.launch_world_size())
+    check_world_size(config, runtime.launch_environment()["world_size"])
     signal_context = nullcontext(stop_signal) if stop_signal else closing(StopSignal())
     with signal_context as stop_signal, mesh_context(config.parallel.tp_size) as mesh:
         stop_signal.mark_rendezvous_done()

@@ -7,36 +7,13 @@ The package imports only the standard library and omegaconf, so that commands th
 from tandem.trainer.config.loading import dump_config, load_config
 from tandem.trainer.config.parsing import parse_dataclass
 from tandem.trainer.config.rules import RANK_WAIT_TIMEOUT_SECONDS, check_alibi_scaling, check_config, check_world_size
-from tandem.trainer.config.sections import (
-    LR_CONFIGS,
-    MODEL_CONFIGS,
-    AlibiScalingConfig,
-    AnyModelConfig,
-    BTLMConfig,
-    CheckpointConfig,
-    CosineLRConfig,
-    DataConfig,
-    DebugConfig,
-    EvaluateConfig,
-    GuardConfig,
-    HardwareConfig,
-    HybridLRConfig,
-    LinearLRConfig,
-    LogConfig,
-    LRConfig,
-    ModelConfig,
-    MupConfig,
-    OptimConfig,
-    ParallelConfig,
-    PhaseConfig,
-    RunConfig,
-    ScheduleConfig,
-    ShardCacheConfig,
-    StableLMConfig,
-    TrainConfig,
-    UserError,
-    WatchdogConfig,
-)
+
+from tandem.trainer.config.sections import (  # isort: skip
+    LR_CONFIGS, MODEL_CONFIGS, AlibiScalingConfig, AnyModelConfig, BTLMConfig, CheckpointConfig, CosineLRConfig,
+    DataConfig, DebugConfig, EvaluateConfig, GuardConfig, HardwareConfig, HybridLRConfig, LinearLRConfig, LogConfig,
+    LRConfig, ModelConfig, MupConfig, OptimConfig, ParallelConfig, PhaseConfig, RunConfig, ScheduleConfig,
+    ShardCacheConfig, StableLMConfig, TrainConfig, UserError, WatchdogConfig,
+)  # fmt: skip
 
 __all__ = [
     "LR_CONFIGS", "MODEL_CONFIGS", "RANK_WAIT_TIMEOUT_SECONDS", "AlibiScalingConfig", "AnyModelConfig", "BTLMConfig",

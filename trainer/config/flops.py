@@ -6,7 +6,7 @@ model needs half of that. `flops_per_token` offers both; a caller that prints on
 
 from __future__ import annotations
 
-from tandem.trainer.config import AnyModelConfig, BTLMConfig, StableLMConfig
+from tandem.trainer.config import AnyModelConfig, BTLMConfig
 
 
 def num_parameters(model: AnyModelConfig) -> int:
@@ -18,15 +18,26 @@ def num_parameters(model: AnyModelConfig) -> int:
 
 
 def num_parameters_by_part(model: AnyModelConfig) -> dict[str, int]:
-    """Count unique parameters by part of the model."""
-    num_norms, num_norm_vectors = _norm_counts(model)
+    """Count unique parameters by part of the model. The biases of norms count as norms."""
+    hidden_size, ffn_hidden_size, num_layers = model.hidden_size, model.ffn_hidden_size, model.num_layers
+    qkv_size = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    head_norm_weights = 0
+    if isinstance(model, BTLMConfig):
+        norms_per_layer, vectors_per_norm = 2, 2
+        layer_biases = qkv_size + hidden_size + 2 * ffn_hidden_size + hidden_size
+    else:
+        norms_per_layer, vectors_per_norm = 1 if model.parallel_residual else 2, 2 if model.norm_bias else 1
+        layer_biases = qkv_size if model.qkv_bias else 0
+        if model.qk_layernorm:
+            head_norm_weights = (model.num_heads + model.num_kv_heads) * model.head_dim
+    num_norms = norms_per_layer * num_layers + 1
     return {
-        "embedding": model.vocab_size * model.hidden_size,
-        "attention": model.num_layers * _num_attention_weights(model),
-        "ffn": model.num_layers * _num_ffn_weights(model),
-        "norms": num_norms * model.hidden_size * num_norm_vectors + model.num_layers * _num_qk_layernorm_weights(model),
-        "biases": model.num_layers * _num_layer_biases(model),
-        "head": 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size,
+        "embedding": model.vocab_size * hidden_size,
+        "attention": num_layers * (qkv_size + hidden_size) * hidden_size,
+        "ffn": num_layers * 3 * hidden_size * ffn_hidden_size,
+        "norms": num_norms * vectors_per_norm * hidden_size + num_layers * head_norm_weights,
+        "biases": num_layers * layer_biases,
+        "head": 0 if model.tie_word_embeddings else model.vocab_size * hidden_size,
     }
 
 
@@ -37,38 +48,9 @@ def flops_per_token(model: AnyModelConfig, seq_len: int, causal: bool) -> int:
     the whole row, or half of that if `causal`. Ignores document masks, norms and biases.
     Source: PaLM (arXiv 2204.02311), appendix B.
     """
-    layer_weights = _num_attention_weights(model) + _num_ffn_weights(model)
-    num_matrix_weights = model.num_layers * layer_weights + model.vocab_size * model.hidden_size
+    parts = num_parameters_by_part(model)
+    num_matrix_weights = (
+        parts["attention"] + parts["ffn"] + parts["embedding"]
+    )  # the head has the size of the embedding
     attention_flops = 12 * model.num_layers * model.hidden_size * seq_len
     return 6 * num_matrix_weights + (attention_flops // 2 if causal else attention_flops)
-
-
-def _num_attention_weights(model: AnyModelConfig) -> int:
-    return _qkv_projection_size(model) * model.hidden_size + model.hidden_size * model.hidden_size
-
-
-def _num_ffn_weights(model: AnyModelConfig) -> int:
-    return 3 * model.hidden_size * model.ffn_hidden_size
-
-
-def _qkv_projection_size(model: AnyModelConfig) -> int:
-    return (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-
-
-def _num_qk_layernorm_weights(model: AnyModelConfig) -> int:
-    has_qk_layernorm = isinstance(model, StableLMConfig) and model.qk_layernorm
-    return (model.num_heads + model.num_kv_heads) * model.head_dim if has_qk_layernorm else 0
-
-
-def _norm_counts(model: AnyModelConfig) -> tuple[int, int]:
-    """Return the number of norms over hidden_size, and the vectors in each (weight, bias)."""
-    if isinstance(model, BTLMConfig):
-        return 2 * model.num_layers + 1, 2
-    return (1 if model.parallel_residual else 2) * model.num_layers + 1, 2 if model.norm_bias else 1
-
-
-def _num_layer_biases(model: AnyModelConfig) -> int:
-    """Count the biases of one layer's matrices. Those of norms count as norms."""
-    if isinstance(model, BTLMConfig):
-        return _qkv_projection_size(model) + model.hidden_size + 2 * model.ffn_hidden_size + model.hidden_size
-    return _qkv_projection_size(model) if model.qkv_bias else 0

@@ -18,7 +18,27 @@ def parse_dataclass(dataclass_type: Any, tree: Any, key_path: str) -> Any:
 
     Raises: UserError for an unknown key, a missing key or a value of the wrong type.
     """
-    return _parse_value(dataclass_type, tree, key_path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{key_path}: {tree!r} is not a section with fields; see configs/ for complete files")
+    hints, fields = get_type_hints(dataclass_type), {entry.name: entry for entry in dataclasses.fields(dataclass_type)}
+    prefix = f"{key_path}." if key_path else ""
+    for key in tree:
+        if key not in fields:
+            close_matches = difflib.get_close_matches(str(key), fields, n=1)
+            remedy = f"did you mean {close_matches[0]}?" if close_matches else f"the fields are {', '.join(fields)}"
+            raise UserError(f"{prefix}{key}: {_short_repr(tree[key])} is given, but there is no such field; {remedy}")
+    values = {}
+    for name, entry in fields.items():
+        if name in tree:
+            values[name] = tree[name]
+        elif _is_required(entry):
+            # A section whose fields all have defaults may be left out.
+            if not dataclasses.is_dataclass(hints[name]) or any(map(_is_required, dataclasses.fields(hints[name]))):
+                raise UserError(f"{prefix}{name}: is missing; add {prefix}{name} to the config")
+            values[name] = {}
+    return dataclass_type(
+        **{name: _parse_value(hints[name], value, f"{prefix}{name}") for name, value in values.items()}
+    )
 
 
 def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
@@ -43,7 +63,7 @@ def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
     elif annotation is LRConfig:
         annotation = _select_class(LR_CONFIGS, value, key_path, "kind")
     if dataclasses.is_dataclass(annotation):
-        return _parse_fields(annotation, value, key_path)
+        return parse_dataclass(annotation, value, key_path)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not annotation:
@@ -51,29 +71,6 @@ def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
             f"{key_path}: {value!r} is of type {type(value).__name__}; write a value of type {annotation.__name__}"
         )
     return value
-
-
-def _parse_fields(dataclass_type: Any, value: Any, key_path: str) -> Any:
-    if not isinstance(value, dict):
-        raise UserError(f"{key_path}: {value!r} is not a section with fields; see configs/ for complete files")
-    hints, fields = get_type_hints(dataclass_type), {entry.name: entry for entry in dataclasses.fields(dataclass_type)}
-    prefix = f"{key_path}." if key_path else ""
-    for key in value:
-        if key not in fields:
-            close_matches = difflib.get_close_matches(str(key), fields, n=1)
-            remedy = f"did you mean {close_matches[0]}?" if close_matches else f"the fields are {', '.join(fields)}"
-            raise UserError(f"{prefix}{key}: {_short_repr(value[key])} is given, but there is no such field; {remedy}")
-    required = {name for name, entry in fields.items() if _is_required(entry)}
-    for name in fields:
-        if name in required and name not in value:
-            # A section whose fields all have defaults may be left out.
-            if dataclasses.is_dataclass(hints[name]) and not any(map(_is_required, dataclasses.fields(hints[name]))):
-                continue
-            raise UserError(f"{prefix}{name}: is missing; add {prefix}{name} to the config")
-    return dataclass_type(**{
-        name: _parse_value(hints[name], value.get(name, {}), f"{prefix}{name}")
-        for name in fields if name in value or name in required
-    })  # fmt: skip
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

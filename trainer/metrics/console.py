@@ -89,18 +89,15 @@ class ConsoleSink:
             listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
             self._print(f"ready after {sum(parts.values()):.1f} s: {listed}")
         if self._console.is_interactive:
-            total, tokens = record["total_tokens"], record["tokens"]
-            self._progress_bar = progress.start_wide_bar(
-                self._console, "", total, completed=tokens, words="first step …"
-            )
+            totals = {"total": record["total_tokens"], "completed": record["tokens"]}
+            self._progress_bar = progress.start_wide_bar(self._console, "", **totals, words="first step …")
 
     def _show_rollback(self, record: dict[str, Any]) -> None:
-        self._print(f"rollback to step {record['step']} from step {record['from_step']}: {record['reason']}")
+        step = record["step"]
+        self._print(f"rollback to step {step} from step {record['from_step']}: {record['reason']}")
         self._eta_window.clear()
         self._last_printed_step = -1
-        self._update_bar(
-            completed=self._consumed_tokens_by_step.get(record["step"], 0), words=f"back at step {record['step']}"
-        )
+        self._update_bar(completed=self._consumed_tokens_by_step.get(step, 0), words=f"back at step {step}")
 
     def _show_step(self, record: dict[str, Any]) -> None:
         new_phase = self._last_step_record is None or self._last_step_record["phase"] != record["phase"]

@@ -71,16 +71,9 @@ class Sinks:
         self._start_step = start_step
 
     def write_start(
-        self,
-        *,
-        tokens: int,
-        world_size: int,
-        tp_size: int,
-        dp_size: int,
-        total_steps: int,
-        total_tokens: int,
+        self, *, tokens: int, world_size: int, tp_size: int, dp_size: int, total_steps: int, total_tokens: int,
         start_seconds: Mapping[str, float] = {},
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Record a start. `tokens` have been consumed up to its step; `start_seconds` has the parts of the start-up time."""
         self._write(
             "start", step=self._start_step, tokens=tokens, world_size=world_size, tp_size=tp_size, dp_size=dp_size,

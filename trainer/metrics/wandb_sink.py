@@ -16,28 +16,16 @@ from tandem.trainer.config import TrainConfig, UserError
 
 CURVE_NAMES = {
     "step": {
-        "tokens": "train/tokens",
-        "loss": "train/loss",
-        "lr": "train/lr",
-        "grad_norm": "train/grad_norm",
-        "skipped": "train/skipped",
-        "seq_len": "schedule/seq_len",
-        "global_batch_size": "schedule/global_batch_size",
-        "step_seconds": "speed/step_seconds",
-        "data_seconds": "speed/data_seconds",
-        "tokens_per_second": "speed/tokens_per_second",
-        "mfu": "speed/mfu",
-        "mfu_causal": "speed/mfu_causal",
+        "tokens": "train/tokens", "loss": "train/loss", "lr": "train/lr", "grad_norm": "train/grad_norm",
+        "skipped": "train/skipped", "seq_len": "schedule/seq_len", "global_batch_size": "schedule/global_batch_size",
+        "step_seconds": "speed/step_seconds", "data_seconds": "speed/data_seconds",
+        "tokens_per_second": "speed/tokens_per_second", "mfu": "speed/mfu", "mfu_causal": "speed/mfu_causal",
         "memory_gib": "speed/memory_gib",
     },
     "validation": {"loss": "validation/loss", "perplexity": "validation/perplexity"},
-    "checkpoint": {
-        "seconds": "checkpoint/seconds",
-        "stall_seconds": "checkpoint/stall_seconds",
-        "bytes": "checkpoint/bytes",
-    },
+    "checkpoint": {name: f"checkpoint/{name}" for name in ("seconds", "stall_seconds", "bytes")},
     "rollback": {"from_step": "train/rollback_from_step"},
-}
+}  # fmt: skip
 """Kind of record -> field -> name of its curve in wandb."""
 
 log = logging.getLogger(__name__)
@@ -62,18 +50,16 @@ class WandbSink:
         except Exception as error:
             reason = _format_error(error)
             if config.log.wandb != "auto" or mode != "online":
-                remedy = (
-                    "check the key and the network, or set log.wandb=offline"
-                    if mode == "online"
-                    else "set log.wandb=disabled"
-                )
+                online_remedy = "check the key and the network, or set log.wandb=offline"
+                remedy = online_remedy if mode == "online" else "set log.wandb=disabled"
                 raise UserError(f"log.wandb: {mode} mode failed ({reason}); {remedy}") from None
             log.warning("wandb: %s; writing offline into the run folder instead", reason)
             wandb.teardown()  # its service reserves the id of the failed run
             mode, self._run = "offline", _init_run("offline", folder, config)
         self._run.define_metric("step")
-        for name in (name for names in CURVE_NAMES.values() for name in names.values()):
-            self._run.define_metric(name, step_metric="step")
+        for names in CURVE_NAMES.values():
+            for name in names.values():
+                self._run.define_metric(name, step_metric="step")
         if mode == "online":
             log.info("wandb: %s", self._run.url)
 
@@ -120,21 +106,12 @@ def _format_error(error: BaseException) -> str:
 def _init_run(mode: Any, folder: Path, config: TrainConfig) -> Any:
     import wandb
 
+    id_file = folder / "wandb" / "run_id"
+    if not id_file.exists():
+        id_file.parent.mkdir(parents=True, exist_ok=True)
+        id_file.write_text(secrets.token_hex(4) + "\n")
     return wandb.init(
-        mode=mode,
-        dir=folder,
-        id=_load_run_id(folder / "wandb" / "run_id"),
-        resume="allow" if mode == "online" else None,
-        project=config.log.wandb_project,
-        name=config.run.name,
-        config=dataclasses.asdict(config),
-        allow_val_change=True,
+        mode=mode, dir=folder, id=id_file.read_text().strip(), resume="allow" if mode == "online" else None,
+        project=config.log.wandb_project, name=config.run.name, config=dataclasses.asdict(config), allow_val_change=True,
         settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
-    )
-
-
-def _load_run_id(path: Path) -> str:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4) + "\n")
-    return path.read_text().strip()
+    )  # fmt: skip

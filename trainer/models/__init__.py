@@ -1,16 +1,15 @@
 """The two model families. Their code looks like single-device code; the layers they use divide the weights over ranks."""
 
-from collections.abc import Callable
-
 import torch
 
 from tandem.trainer.config import AnyModelConfig, MupConfig
 from tandem.trainer.distributed.mesh import Mesh
-from tandem.trainer.models import btlm, stablelm
+from tandem.trainer.models.btlm import BTLMDecoder
 from tandem.trainer.models.decoder import Decoder, RecomputeMode
 from tandem.trainer.models.mup import forward_scales
+from tandem.trainer.models.stablelm import StableLMDecoder
 
-FAMILIES: dict[str, Callable[..., Decoder]] = {"stablelm": stablelm.build, "btlm": btlm.build}
+FAMILIES: dict[str, type[Decoder]] = {"stablelm": StableLMDecoder, "btlm": BTLMDecoder}
 
 
 def build_model(

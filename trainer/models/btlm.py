@@ -63,12 +63,19 @@ class BTLMDecoder(Decoder):
     config: BTLMConfig
 
     def __init__(
-        self, config: BTLMConfig, scales: ForwardScales, layers: list[nn.Module], final_norm: LayerNorm,
-        mesh: Mesh, dtype: torch.dtype, *, recompute: RecomputeMode,
-    ) -> None:  # fmt: skip
-        super().__init__(config, scales, layers, final_norm, mesh, dtype, recompute=recompute)
+        self, config: BTLMConfig, scales: ForwardScales, mesh: Mesh, dtype: torch.dtype, recompute: RecomputeMode
+    ) -> None:
+        super().__init__(config, scales, mesh, dtype, recompute)
         # Not a buffer, because casting the module to bf16 would round the slopes.
         self.slopes = alibi_slopes(config.num_heads).chunk(mesh.tp_size)[mesh.tp_rank].to(mesh.device)
+
+    def build_norm(self, dtype: torch.dtype) -> LayerNorm:
+        return LayerNorm(self.config.hidden_size, self.config.norm_eps, dtype, bias=True)
+
+    def build_layer(self, dtype: torch.dtype, recompute: RecomputeMode) -> nn.Module:
+        attention = Attention(self.config, self.scales.attention, self.mesh, dtype, recompute=recompute)
+        ffn = FeedForward(self.config, self.mesh, dtype, bias=True, recompute=recompute)
+        return SequentialLayer(attention, ffn, (self.build_norm(dtype), self.build_norm(dtype)))
 
     def layer_context(self, document_ids: Int32[Tensor, "rows seq"], kv_cache: KVCache | None) -> LayerContext:
         if kv_cache is None:  # `full`, because a copy from the host would make the device wait
@@ -92,20 +99,3 @@ def interpolate_slopes(
         return slopes / (num_keys.unsqueeze(-1) / scaling.train_seq_len).clamp(min=1.0)
     assert scaling.factor is not None
     return slopes / scaling.factor
-
-
-def build(
-    config: BTLMConfig, scales: ForwardScales, mesh: Mesh, dtype: torch.dtype, recompute: RecomputeMode
-) -> Decoder:
-    """Build this rank's share of the model with uninitialized weights."""
-
-    def norm() -> LayerNorm:
-        return LayerNorm(config.hidden_size, config.norm_eps, dtype, bias=True)
-
-    def layer() -> nn.Module:
-        attention = Attention(config, scales.attention, mesh, dtype, recompute=recompute)
-        ffn = FeedForward(config, mesh, dtype, bias=True, recompute=recompute)
-        return SequentialLayer(attention, ffn, (norm(), norm()))
-
-    layers = [layer() for _ in range(config.num_layers)]
-    return BTLMDecoder(config, scales, layers, norm(), mesh, dtype, recompute=recompute)

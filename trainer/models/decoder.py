@@ -37,13 +37,7 @@ class FeedForward(nn.Module):
     """down(silu(gate(x)) * up(x)), as this rank's partial sum without the output bias. One projection computes gate and up."""
 
     def __init__(
-        self,
-        config: AnyModelConfig,
-        mesh: Mesh,
-        dtype: torch.dtype,
-        *,
-        bias: bool,
-        recompute: RecomputeMode,
+        self, config: AnyModelConfig, mesh: Mesh, dtype: torch.dtype, *, bias: bool, recompute: RecomputeMode
     ) -> None:
         super().__init__()
         padded_ffn_size = padded_size(config.ffn_hidden_size, mesh.tp_size)
@@ -119,26 +113,33 @@ class SequentialLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm and head. A family provides its layers and implements `layer_context`."""
+    """Embedding, layers, final norm and head, without initial values.
+
+    A family implements `build_norm`, `build_layer` and `layer_context`.
+    """
 
     config: AnyModelConfig
 
     def __init__(
-        self, config: AnyModelConfig, scales: ForwardScales, layers: list[nn.Module], final_norm: LayerNorm,
-        mesh: Mesh, dtype: torch.dtype, *, recompute: RecomputeMode,
-    ) -> None:  # fmt: skip
+        self, config: AnyModelConfig, scales: ForwardScales, mesh: Mesh, dtype: torch.dtype, recompute: RecomputeMode
+    ) -> None:
         super().__init__()
         self.config, self.scales, self.mesh = config, scales, mesh
-        self.embedding = VocabParallel(config.vocab_size, config.hidden_size, mesh, dtype)
-        self.layers = nn.ModuleList(layers)
-        self.final_norm = final_norm
+        shape = config.vocab_size, config.hidden_size
+        self.embedding = VocabParallel(*shape, mesh, dtype)
+        self.layers = nn.ModuleList(self.build_layer(dtype, recompute) for _ in range(config.num_layers))
+        self.final_norm = self.build_norm(dtype)
         self.head = None
         if not config.tie_word_embeddings:
             size = padded_size(config.vocab_size, mesh.tp_size)
-            self.head = ColumnParallel(
-                (config.vocab_size, config.hidden_size), 0, size, mesh, dtype, bias=False, role="head"
-            )
+            self.head = ColumnParallel(shape, 0, size, mesh, dtype, bias=False, role="head")
         self.maybe_checkpoint = activation_checkpoint if recompute == "full" else call_directly
+
+    def build_norm(self, dtype: torch.dtype) -> LayerNorm:
+        raise NotImplementedError
+
+    def build_layer(self, dtype: torch.dtype, recompute: RecomputeMode) -> nn.Module:
+        raise NotImplementedError
 
     def layer_context(self, document_ids: Int32[Tensor, "rows seq"], kv_cache: KVCache | None) -> Any:
         """Return what every layer reads besides the residual stream, such as positions and document boundaries."""

@@ -26,7 +26,6 @@ from tandem.trainer.models.decoder import (
     build_qkv_projection,
 )
 from tandem.trainer.models.kv_cache import KVCache
-from tandem.trainer.models.mup import ForwardScales
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,8 @@ class HeadNorm(nn.Module):
 
     def __init__(self, num_heads: int, config: StableLMConfig, mesh: Mesh, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = (
-            sharded_parameter((num_heads, config.head_dim), mesh, dtype, "norm") if config.qk_layernorm else None
-        )
+        shape = num_heads, config.head_dim
+        self.weight = sharded_parameter(shape, mesh, dtype, "norm") if config.qk_layernorm else None
 
 
 class Attention(PartialAttention):
@@ -93,6 +91,16 @@ class ParallelLayer(nn.Module):
 class StableLMDecoder(Decoder):
     config: StableLMConfig
 
+    def build_norm(self, dtype: torch.dtype) -> LayerNorm:
+        return LayerNorm(self.config.hidden_size, self.config.norm_eps, dtype, bias=self.config.norm_bias)
+
+    def build_layer(self, dtype: torch.dtype, recompute: RecomputeMode) -> nn.Module:
+        attention = Attention(self.config, self.scales.attention, self.mesh, dtype, recompute=recompute)
+        ffn = FeedForward(self.config, self.mesh, dtype, bias=False, recompute=recompute)
+        if self.config.parallel_residual:
+            return ParallelLayer(attention, ffn, self.build_norm(dtype))
+        return SequentialLayer(attention, ffn, (self.build_norm(dtype), self.build_norm(dtype)))
+
     def layer_context(self, document_ids: Int32[Tensor, "rows seq"], kv_cache: KVCache | None) -> LayerContext:
         config, seq_len = self.config, document_ids.shape[1]
         document_starts = self.document_starts(document_ids, kv_cache)
@@ -102,22 +110,3 @@ class StableLMDecoder(Decoder):
         rotary_dim = int(config.partial_rotary_factor * config.head_dim)
         cos, sin = rotary_table(positions[:, -seq_len:], rotary_dim, config.rotary_base)
         return LayerContext(cos, sin, document_starts, kv_cache)
-
-
-def build(
-    config: StableLMConfig, scales: ForwardScales, mesh: Mesh, dtype: torch.dtype, recompute: RecomputeMode
-) -> Decoder:
-    """Build this rank's share of the model with uninitialized weights."""
-
-    def norm() -> LayerNorm:
-        return LayerNorm(config.hidden_size, config.norm_eps, dtype, bias=config.norm_bias)
-
-    def layer() -> nn.Module:
-        attention = Attention(config, scales.attention, mesh, dtype, recompute=recompute)
-        ffn = FeedForward(config, mesh, dtype, bias=False, recompute=recompute)
-        if config.parallel_residual:
-            return ParallelLayer(attention, ffn, norm())
-        return SequentialLayer(attention, ffn, (norm(), norm()))
-
-    layers = [layer() for _ in range(config.num_layers)]
-    return StableLMDecoder(config, scales, layers, norm(), mesh, dtype, recompute=recompute)

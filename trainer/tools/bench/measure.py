@@ -20,9 +20,8 @@ from tandem.trainer.distributed.coordination import Coordinator
 from tandem.trainer.distributed.mesh import Mesh, all_gather_objects
 from tandem.trainer.metrics.console import format_number
 from tandem.trainer.metrics.records import StepRecord
-from tandem.trainer.metrics.throughput import Throughput, throughput
 from tandem.trainer.run_folder import describe_environment
-from tandem.trainer.run_state import StepContext
+from tandem.trainer.run_state import StepContext, step_throughput
 from tandem.trainer.tools.bench.part_timing import run_instrumented_step
 from tandem.trainer.tools.bench.plan import NUM_INSTRUMENTED_STEPS, PhasePlan
 from tandem.trainer.tools.bench.step_profile import profile_step
@@ -132,17 +131,6 @@ def throughput_fields(context: StepContext, phase: PhaseConfig, seconds: list[fl
         "share_of_matmul": flops_per_second / matmul_flops,
         "share_of_matmul_causal": causal_flops_per_second / matmul_flops,
     }  # fmt: skip
-
-
-def step_throughput(context: StepContext, phase: PhaseConfig, step_seconds: float) -> Throughput:
-    """Return the throughput of a step of the phase, counted as in the training loop."""
-    model = context.config.model
-    return throughput(
-        phase.tokens_per_step, step_seconds,
-        flops_per_token=flops.flops_per_token(model, phase.seq_len, causal=False),
-        causal_flops_per_token=flops.flops_per_token(model, phase.seq_len, causal=True),
-        num_devices=context.mesh.world_size, peak_flops=context.peak_flops,
-    )  # fmt: skip
 
 
 def full_batch_fields(context: StepContext, plan: PhasePlan, step_seconds: float, parts: dict[str, float]) -> Fields:
