@@ -10,17 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
+from tandem.trainer import runtime
 from tandem.trainer.config import UserError, check_world_size, load_config
-from tandem.trainer.runtime import (
-    REQUEUE_EXIT_CODE,
-    StopSignal,
-    force_exit,
-    is_launched,
-    launch_environment,
-    num_gpus,
-    set_parent_death_signal,
-    silence_library_warnings,
-)
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
@@ -31,7 +22,7 @@ VERBS = {
     "prepare": ("tandem.data_prep.prepare", "tokenize text into shards with a manifest"),
     "verify": ("tandem.data_prep.verify", "check a prepared corpus against its manifest"),
     "inspect": ("tandem.data_prep.inspect", "describe a prepared corpus, or print the text of its rows and documents"),
-    "train": ("tandem.trainer.__main__", "train on this machine, or as one rank of torchrun, deepspeed or srun"),
+    "train": (__name__, "train on this machine, or as one rank of torchrun, deepspeed or srun"),
     "evaluate": ("tandem.trainer.tools.evaluate", "measure the loss on held-out rows, by position"),
     "generate": ("tandem.trainer.tools.generate", "continue prompts with the weights of a model"),
     "import-hf": ("tandem.trainer.tools.convert_hf", "import a Hugging Face folder, so that a run can start from its weights"),
@@ -59,11 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # The deepspeed launcher adds its own flag; the rank comes from the environment.
     argv = [argument for argument in argv if not argument.startswith("--local_rank")]
-    silence_library_warnings()
+    runtime.silence_library_warnings()
     try:
         return run_verb(argv)
     except UserError as error:
-        if launch_environment()["rank"]:
+        if runtime.launch_environment()["rank"]:
             # Usually rank 0 prints the same error, and the launcher then terminates this rank. If not, print it after a delay.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(8)
@@ -97,8 +88,6 @@ def run_verb(argv: list[str]) -> int:
 
 def load_verb(name: str, module: str) -> tuple[Callable[..., None], Callable[..., int | None]]:
     """Return `add_arguments` and `run` of a verb. In a module with several verbs, their names contain the verb."""
-    if name == "train":
-        return add_train_arguments, run_train
     verb_module, suffix = import_module(module), name.replace("-", "_")
     if hasattr(verb_module, f"run_{suffix}"):
         return getattr(verb_module, f"add_{suffix}_arguments"), getattr(verb_module, f"run_{suffix}")
@@ -114,15 +103,15 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_train(arguments: argparse.Namespace) -> int:
     """Train as one rank, or replace this process with torchrun if the run needs several ranks or --ranks is given."""
-    set_parent_death_signal()  # before the imports, which take seconds
+    runtime.set_parent_death_signal()  # before the imports, which take seconds
     config = load_config(arguments.config, arguments.overrides)
-    num_ranks = arguments.ranks or num_gpus() or config.parallel.tp_size
-    if not arguments.ranks and (is_launched() or num_ranks == 1):
-        stop_signal = StopSignal()  # before the imports, which take seconds
+    num_ranks = arguments.ranks or runtime.num_gpus() or config.parallel.tp_size
+    if not arguments.ranks and (runtime.is_launched() or num_ranks == 1):
+        stop_signal = runtime.StopSignal()  # before the imports, which take seconds
         from tandem.trainer.train import run
 
         code = run(config, stop_signal)
-        return force_exit(code) if code == REQUEUE_EXIT_CODE else code
+        return runtime.force_exit(code) if code == runtime.REQUEUE_EXIT_CODE else code
     check_world_size(config, num_ranks)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     sys.stdout.flush()

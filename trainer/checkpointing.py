@@ -10,9 +10,8 @@ import logging
 from tandem.trainer.checkpoint.async_save import RESTART_HINT, SaveResult, save_error_message
 from tandem.trainer.checkpoint.read import open_newest, restore_state
 from tandem.trainer.checkpoint.write import model_metadata, reject_later
-from tandem.trainer.config import TrainConfig, UserError
-from tandem.trainer.data.ledger import BadStepAction, Ledger
-from tandem.trainer.data.loader import Loader
+from tandem.trainer.config import UserError
+from tandem.trainer.data.ledger import BadStepAction
 from tandem.trainer.distributed.mesh import barrier, run_on_rank_0
 from tandem.trainer.run_state import Progress, RunContext, StepResult
 
@@ -25,14 +24,12 @@ def save_if_due(context: RunContext, progress: Progress) -> None:
     """Start a save if one is due. After a bad step, wait for the next good one, because the weights may be damaged."""
     if context.saver.is_save_finished:
         finish_pending_save(context, progress)
-    progress.is_save_due |= (
-        is_due(progress.step, context.config.checkpoint.every_steps) or context.coordinator.save_requested
-    )
+    is_scheduled = is_due(progress.step, context.config.checkpoint.every_steps)
+    progress.is_save_due |= is_scheduled or context.coordinator.save_requested
     if progress.is_save_due and not context.guard.num_consecutive_bad_steps:
         start_save(context, progress)
-    context.coordinator.save_requested_local = (
-        progress.save_retry_step is not None and progress.step >= progress.save_retry_step
-    )
+    retry_step = progress.save_retry_step
+    context.coordinator.save_requested_local = retry_step is not None and progress.step >= retry_step
 
 
 def save_final_checkpoint(context: RunContext, progress: Progress) -> None:
@@ -82,10 +79,8 @@ def finish_pending_save(context: RunContext, progress: Progress, consequence: st
         progress.saved_step = None
         if context.mesh.rank == 0:
             progress.save_retry_step = progress.step + max(1, context.config.checkpoint.every_steps // RETRY_DIVISOR)
-            consequence = (
-                consequence or f"before the run saves again, by step {progress.save_retry_step} or when it ends"
-            )
-            log.error("%s", save_error_message(context.folder / "checkpoints", result, consequence))
+            retry = f"before the run saves again, by step {progress.save_retry_step} or when it ends"
+            log.error("%s", save_error_message(context.folder / "checkpoints", result, consequence or retry))
 
 
 def wait_for_pending_save(context: RunContext) -> SaveResult | None:
@@ -97,9 +92,7 @@ def wait_for_pending_save(context: RunContext) -> SaveResult | None:
         result = context.saver.wait_for_result()
     if not result.error:
         stall_seconds = context.saver.pop_stall_seconds()
-        context.sinks.write_checkpoint(
-            result.step, result.seconds, stall_seconds=stall_seconds, num_bytes=result.num_bytes
-        )
+        context.sinks.write_checkpoint(result.step, result.seconds, result.num_bytes, stall_seconds=stall_seconds)
     return result
 
 
@@ -119,11 +112,11 @@ def roll_back(context: RunContext, progress: Progress, result: StepResult) -> Pr
         ledger.write_bad_step(progress.step, result.record.loss, result.record.grad_norm, reason, action)
     bad_steps = f"step {progress.step}: {reason} (bad steps in a row: {guard.num_consecutive_bad_steps})"
     if must_stop or checkpoint is None:
-        obstacle = (
-            f"guard.max_rollbacks allows no more rollbacks to step {checkpoint.step} (so far: {num_rollbacks})"
-            if checkpoint
-            else "the run has no checkpoint to roll back to"
-        )
+        obstacle = "the run has no checkpoint to roll back to"
+        if checkpoint:
+            obstacle = (
+                f"guard.max_rollbacks allows no more rollbacks to step {checkpoint.step} (so far: {num_rollbacks})"
+            )
         raise UserError(
             f"{bad_steps}; {obstacle}; look at these steps with tandem audit {context.folder} --step {progress.step}, "
             "lower schedule.lr.peak, or raise guard.max_rollbacks"
@@ -135,27 +128,14 @@ def roll_back(context: RunContext, progress: Progress, result: StepResult) -> Pr
     if context.mesh.rank == 0:
         log.warning("%s; rolling back to step %d and skipping the rows read since", bad_steps, checkpoint.step)
     if ledger:
-        write_ledger_start(
-            ledger, config, context.loader, context.mesh.dp_size, checkpoint.step, progress.cursor,
+        ledger.write_start(
+            checkpoint.step, progress.cursor, **context.loader.ledger_fields(), is_rollback=True,
             num_ledger_lines=manifest["num_ledger_lines"],
-            skipped_ranges=skipped_ranges(manifest["cursor"], progress.cursor), is_rollback=True,
+            skipped_ranges=skipped_ranges(manifest["cursor"], progress.cursor),
         )  # fmt: skip
     context.sinks.write_rollback(checkpoint.step, progress.step, reason)
     checkpoint.close()
     return Progress(checkpoint.step, progress.cursor, checkpoint.step, validated_step=checkpoint.step)
-
-
-def write_ledger_start(
-    ledger: Ledger, config: TrainConfig, loader: Loader, dp_size: int, step: int, cursor: dict[str, int], *,
-    num_ledger_lines: int, skipped_ranges: dict[str, tuple[int, int]], is_rollback: bool = False,
-) -> None:  # fmt: skip
-    """Write the ledger line of a start or rollback, see `Ledger.write_start`."""
-    ledger.write_start(
-        step, cursor, shuffle_settings=loader.shuffle_settings,
-        phases=[dataclasses.asdict(phase) for phase in config.schedule.phases], fingerprints=loader.fingerprints,
-        skipped_shards=loader.skipped_shards, dp_size=dp_size, num_ledger_lines=num_ledger_lines,
-        skipped_ranges=skipped_ranges, is_rollback=is_rollback,
-    )  # fmt: skip
 
 
 def skipped_ranges(start_cursor: dict[str, int], end_cursor: dict[str, int]) -> dict[str, tuple[int, int]]:

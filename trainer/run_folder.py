@@ -64,9 +64,8 @@ def _try_lock(file: TextIO) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        log.warning(
-            "%s: this file system has no locks (%s), so a second run could use the folder", file.name, error.strerror
-        )
+        message = "%s: this file system has no locks (%s), so a second run could use the folder"
+        log.warning(message, file.name, error.strerror)
     return True
 
 

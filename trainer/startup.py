@@ -20,7 +20,7 @@ from tandem.trainer.checkpoint.compatibility import check_resumable, check_same_
 from tandem.trainer.checkpoint.layout import list_committed
 from tandem.trainer.checkpoint.read import Checkpoint, load_master_weights, open_checkpoint, open_newest, restore_state
 from tandem.trainer.checkpoint.write import model_metadata, prune, reject_later
-from tandem.trainer.checkpointing import skipped_ranges, write_ledger_start
+from tandem.trainer.checkpointing import skipped_ranges
 from tandem.trainer.config import DataConfig, TrainConfig, UserError, dump_config, load_config
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data import remote_files
@@ -137,9 +137,9 @@ def start_run(
     records.callback(sinks.close)
     if ledger:
         records.callback(ledger.close)
-        write_ledger_start(
-            ledger, config, loader, mesh.dp_size, progress.step, progress.cursor,
-            num_ledger_lines=checkpoint.manifest["num_ledger_lines"] if checkpoint else 0, skipped_ranges=ranges_to_skip,
+        ledger.write_start(
+            progress.step, progress.cursor, **loader.ledger_fields(), skipped_ranges=ranges_to_skip,
+            num_ledger_lines=checkpoint.manifest["num_ledger_lines"] if checkpoint else 0,
         )  # fmt: skip
     peak_flops = config.hardware.peak_flops if config.hardware else measure_peak_flops(mesh.device)
     saver = CheckpointSaver(folder / "checkpoints", mesh, config.checkpoint.keep_last)
@@ -169,10 +169,8 @@ def open_folder(folder: Path, config: TrainConfig, checkpoint: Checkpoint | None
         try:
             load_config(config_file)
         except UserError as error:
-            message = (
-                f"does not load in this version ({error}); use the version that wrote it, or choose another run.name"
-            )
-            raise UserError(f"{config_file}: {message}") from None
+            remedy = "use the version that wrote it, or choose another run.name"
+            raise UserError(f"{config_file}: does not load in this version ({error}); {remedy}") from None
     open_run_folder(folder, dump_config(config))
     with suppress(StopRequested), coordinator.stop_signal.interruptible():  # an unreachable server blocks for minutes
         copy_tokenizer(folder, config.data)
@@ -194,16 +192,15 @@ def restore_progress(
     """
     manifest: dict[str, Any] = checkpoint.manifest if checkpoint else {"cursor": {}, "num_ledger_lines": 0}
     step, cursor = checkpoint.step if checkpoint else 0, manifest["cursor"]
-    rollback_history = broadcast_from_rank_0(
+    history = broadcast_from_rank_0(
         read_rollbacks(folder, step, manifest["num_ledger_lines"]) if mesh.rank == 0 and checkpoint else None
     )
-    num_rollbacks = {step: rollback_history.num_rollbacks} if rollback_history else {}
-    guard = Guard(config.guard, manifest.get("guard"), num_rollbacks)
+    guard = Guard(config.guard, manifest.get("guard"), {step: history.num_rollbacks} if history else {})
     ranges = {}
-    if rollback_history and rollback_history.cursor:
-        ranges = skipped_ranges(cursor, rollback_history.cursor)
-        cursor = rollback_history.cursor
-        skip_shards(loader, rollback_history.skipped_shards)
+    if history and history.cursor:
+        ranges = skipped_ranges(cursor, history.cursor)
+        cursor = history.cursor
+        skip_shards(loader, history.skipped_shards)
     # A signal may have ended the last process between the save and the validation of this step.
     is_validated = broadcast_from_rank_0(mesh.rank == 0 and (not step or has_validation(folder, step)))
     saved_step, validated_step = step if checkpoint else None, step if is_validated else None
@@ -245,9 +242,8 @@ def copy_tokenizer(folder: Path, data: DataConfig) -> None:
     try:
         content = remote_files.read_bytes(address, data.cache)
     except OSError as error:
-        log.warning(
-            "%s: cannot be read (%s); the run trains without it, but its exports lack a tokenizer", address, error
-        )
+        message = "%s: cannot be read (%s); the run trains without it, but its exports lack a tokenizer"
+        log.warning(message, address, error)
     else:
         atomic_write(folder / TOKENIZER_FILE, content)
 
@@ -269,8 +265,6 @@ def open_initial_weights(config: TrainConfig, mesh: Mesh) -> Checkpoint | None:
     requested, saved = model_metadata(config.model, config.mup)["model"], checkpoint.manifest["model"]
     differing = [name for name in WARNED_MODEL_FIELDS if requested.get(name) != saved.get(name)]
     if differing and mesh.rank == 0:
-        values = [f"model.{name} {saved.get(name)} instead of {requested.get(name)}" for name in differing]
-        log.warning(
-            "run.init_from %s: its weights were trained with other settings: %s", checkpoint.folder, ", ".join(values)
-        )
+        values = ", ".join(f"model.{name} {saved.get(name)} instead of {requested.get(name)}" for name in differing)
+        log.warning("run.init_from %s: its weights were trained with other settings: %s", checkpoint.folder, values)
     return checkpoint

@@ -37,9 +37,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
                 raise UserError(f"override {override!r}: {_one_line(error)}; name an existing field") from None
         tree = OmegaConf.to_container(node, resolve=True)
     if not isinstance(tree, dict):
-        raise UserError(
-            f"{path}: contains a {type(tree).__name__}, not a mapping of sections; start from a file in configs/"
-        )
+        found = type(tree).__name__
+        raise UserError(f"{path}: contains a {found}, not a mapping of sections; start from a file in configs/")
     if isinstance(tree.get("hardware"), str):
         tree["hardware"] = _load_hardware(path.parent / "hardware", tree["hardware"])
     config: TrainConfig = parse_dataclass(TrainConfig, tree, "")

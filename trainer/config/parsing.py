@@ -36,9 +36,8 @@ def parse_dataclass(dataclass_type: Any, tree: Any, key_path: str) -> Any:
             if not dataclasses.is_dataclass(hints[name]) or any(map(_is_required, dataclasses.fields(hints[name]))):
                 raise UserError(f"{prefix}{name}: is missing; add {prefix}{name} to the config")
             values[name] = {}
-    return dataclass_type(
-        **{name: _parse_value(hints[name], value, f"{prefix}{name}") for name, value in values.items()}
-    )
+    parsed = {name: _parse_value(hints[name], value, f"{prefix}{name}") for name, value in values.items()}
+    return dataclass_type(**parsed)
 
 
 def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
@@ -67,9 +66,8 @@ def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not annotation:
-        raise UserError(
-            f"{key_path}: {value!r} is of type {type(value).__name__}; write a value of type {annotation.__name__}"
-        )
+        found, wanted = type(value).__name__, annotation.__name__
+        raise UserError(f"{key_path}: {value!r} is of type {found}; write a value of type {wanted}")
     return value
 
 

@@ -5,22 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tandem.trainer.config.sections import (
-    AlibiScalingConfig,
-    AnyModelConfig,
-    BTLMConfig,
-    HybridLRConfig,
-    PhaseConfig,
-    TrainConfig,
-    UserError,
-)
+from tandem.trainer.config import sections
 
 RANK_WAIT_TIMEOUT_SECONDS = 600.0
 """How long the ranks wait for a missing one before they all fail."""
 MIN_GUARD_WINDOW_STEPS = 8
 
 
-def check_config(config: TrainConfig) -> None:
+def check_config(config: sections.TrainConfig) -> None:
     """Raises: UserError for the first broken rule."""
     schedule, data, run = config.schedule, config.data, config.run
     _check_model(config.model)
@@ -87,7 +79,7 @@ def check_config(config: TrainConfig) -> None:
     )
 
 
-def check_world_size(config: TrainConfig, world_size: int) -> None:
+def check_world_size(config: sections.TrainConfig, world_size: int) -> None:
     """Raises: UserError if the model or a phase cannot be divided over `world_size` ranks."""
     tp_size, model = config.parallel.tp_size, config.model
     _require(
@@ -98,9 +90,8 @@ def check_world_size(config: TrainConfig, world_size: int) -> None:
     dp_size = world_size // tp_size
     for name in ("num_heads", "num_kv_heads"):
         value = getattr(model, name)
-        _require(
-            value % tp_size == 0, f"model.{name}: {value} is not divisible by parallel.tp_size {tp_size}; lower tp_size"
-        )
+        rule = f"is not divisible by parallel.tp_size {tp_size}; lower tp_size"
+        _require(value % tp_size == 0, f"model.{name}: {value} {rule}")
     for index, phase in enumerate(config.schedule.phases):
         _require(
             phase.global_batch_size % (dp_size * phase.micro_batch_size) == 0,
@@ -110,7 +101,7 @@ def check_world_size(config: TrainConfig, world_size: int) -> None:
         )
 
 
-def check_alibi_scaling(scaling: AlibiScalingConfig, key_path: str) -> None:
+def check_alibi_scaling(scaling: sections.AlibiScalingConfig, key_path: str) -> None:
     """Raises: UserError unless exactly one of the two numbers is set and is above 1. `key_path` names the section."""
     factor, train_seq_len = scaling.factor, scaling.train_seq_len
     _require(
@@ -129,7 +120,7 @@ def check_alibi_scaling(scaling: AlibiScalingConfig, key_path: str) -> None:
     )
 
 
-def _check_model(model: AnyModelConfig) -> None:
+def _check_model(model: sections.AnyModelConfig) -> None:
     sizes = ("hidden_size", "num_layers", "num_heads", "ffn_hidden_size", "vocab_size")
     _check_positive(model, "model", *sizes, "norm_eps", "init_std")
     _require(
@@ -143,7 +134,7 @@ def _check_model(model: AnyModelConfig) -> None:
         f"model.init_truncation_sigmas: {sigmas} is neither 0 (no truncation) nor a finite number of at least 0.1; use 0, or "
         "0.1 or more, because values are redrawn until they are within the bound, which takes too long below 0.1",
     )
-    if isinstance(model, BTLMConfig):
+    if isinstance(model, sections.BTLMConfig):
         if model.alibi_scaling is not None:
             check_alibi_scaling(model.alibi_scaling, "model.alibi_scaling")
         return
@@ -161,7 +152,7 @@ def _check_model(model: AnyModelConfig) -> None:
     )
 
 
-def _check_phase(config: TrainConfig, key_path: str, phase: PhaseConfig) -> None:
+def _check_phase(config: sections.TrainConfig, key_path: str, phase: sections.PhaseConfig) -> None:
     _check_positive(phase, key_path, "tokens", "seq_len", "global_batch_size", "micro_batch_size")
     tokens_per_step = phase.tokens_per_step
     _require(
@@ -205,7 +196,7 @@ def _check_phase(config: TrainConfig, key_path: str, phase: PhaseConfig) -> None
     )
 
 
-def _check_learning_rate(config: TrainConfig) -> None:
+def _check_learning_rate(config: sections.TrainConfig) -> None:
     lr, total_steps = config.schedule.lr, sum(phase.num_steps for phase in config.schedule.phases)
     _check_positive(lr, "schedule.lr", "peak")
     _require(
@@ -221,7 +212,7 @@ def _check_learning_rate(config: TrainConfig) -> None:
         lr.decay_steps is None or lr.decay_steps >= 1,
         f"schedule.lr.decay_steps: {lr.decay_steps} is below 1; use 1 or more, or null to decay to the end of the run",
     )
-    if not isinstance(lr, HybridLRConfig):
+    if not isinstance(lr, sections.HybridLRConfig):
         return
     _require(
         0 < lr.switch_fraction < 0.5,
@@ -251,4 +242,4 @@ def _check_positive(section: Any, key_path: str, *names: str) -> None:
 def _require(condition: bool, message: str) -> None:
     """Raises: UserError with the message unless the condition holds. A comparison with nan never holds."""
     if not condition:
-        raise UserError(message)
+        raise sections.UserError(message)

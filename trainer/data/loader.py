@@ -6,12 +6,14 @@ positions of the rows, which is cheap, and threads read the rows. Each batch car
 `cursor`), so the prefetch depth does not affect a resume.
 """
 
+import dataclasses
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -46,8 +48,12 @@ class Loader:
             source: manifest.load_manifest(folder, data.cache) for source, folder in data.sources.items()
         }
         for source, corpus in self.manifests.items():
-            if data.damaged_shards == "stop":
-                _check_shard_files(data.sources[source], corpus)
+            try:
+                if data.damaged_shards == "stop":
+                    manifest.check_shard_files(data.sources[source], corpus)
+            except DamagedShard as error:
+                message = f"{error}, or set data.damaged_shards=skip to train without this shard"
+                raise DamagedShard(error.file, message) from None
             _check_vocab(source, corpus, vocab_size)
             if data.tokenizer is not None:
                 manifest.check_tokenizer(data.tokenizer, corpus, "data.tokenizer")
@@ -103,14 +109,21 @@ class Loader:
             reader, position = self._train_readers[source], cursor.get(source, 0)
             skipped_tokens = reader.skipped_tokens_before(max_tokens) - reader.skipped_tokens_before(position)
             tokens = max_tokens - position - skipped_tokens + scheduled_cursor.get(source, 0)
-            num_feedable_steps = bisect_right(
-                range(step, total_steps + 1), tokens, key=partial(self._scheduled_tokens, source)
-            )
+            scheduled_tokens = partial(self._scheduled_tokens, source)
+            num_feedable_steps = bisect_right(range(step, total_steps + 1), tokens, key=scheduled_tokens)
             ends.append((max(step, step + num_feedable_steps - 1), source))
         last_step, source = min(ends)
         if source and self._data.at_end == "refuse":
             raise UserError(self._max_epochs_message(source, total_steps, cursor.get(source, 0)))
         return last_step, source or None
+
+    def ledger_fields(self) -> dict[str, Any]:
+        """Return the arguments of `Ledger.write_start` that determine which tokens come next."""
+        return {
+            "shuffle_settings": self.shuffle_settings,
+            "phases": [dataclasses.asdict(phase) for phase in self._schedule.phases],
+            "fingerprints": self.fingerprints, "skipped_shards": self.skipped_shards, "dp_size": self._dp_size,
+        }  # fmt: skip
 
     def skip_shard(self, source: str, file: str) -> None:
         """Stop taking rows from this shard. All further rows of the source come from its other shards.
@@ -137,9 +150,9 @@ class Loader:
         empty. If shards are skipped, there are only as many rows as the remaining tokens fill, perhaps none.
         Raises: UserError, at the call, if a source has fewer held-out tokens than its share of `tokens`.
         """
-        sources = mixture.row_sources(phase, 0, tokens // phase.seq_len)
+        sources, readers = mixture.row_sources(phase, 0, tokens // phase.seq_len), self._validation_readers
         for source, num_rows in Counter(sources).items():
-            needed_tokens, reader = num_rows * phase.seq_len, self._validation_readers.get(source)
+            needed_tokens, reader = num_rows * phase.seq_len, readers.get(source)
             available_tokens = reader.stream.epoch_tokens if reader else 0
             if needed_tokens > available_tokens:
                 raise UserError(
@@ -147,14 +160,12 @@ class Loader:
                     f"has only {available_tokens}; lower evaluate.tokens, or prepare the corpus with a larger --held-out"
                 )
         rows, cursor = [], dict.fromkeys(sources, 0)
-        num_rows_left = {
-            source: self._validation_readers[source].stream.kept_epoch_tokens // phase.seq_len for source in cursor
-        }
+        num_rows_left = {source: readers[source].stream.kept_epoch_tokens // phase.seq_len for source in cursor}
         for source in sources:
             if num_rows_left[source]:
                 num_rows_left[source] -= 1
                 rows.append((source, cursor[source]))
-                cursor[source] = self._validation_readers[source].advance(cursor[source], phase.seq_len)
+                cursor[source] = readers[source].advance(cursor[source], phase.seq_len)
         return self._read_validation_batches(rows[self._dp_rank :: self._dp_size], phase)
 
     def _build_reader(
@@ -188,9 +199,8 @@ class Loader:
         num_rows, seq_len = phase.global_batch_size // self._dp_size, phase.seq_len
         first_row_index = self._dp_rank * num_rows
         row_runs, next_cursor = [], dict(cursor)
-        for source, num_rows_taken, num_rows_before, row_indices in mixture.rows_by_source(
-            phase, step, first_row_index, first_row_index + num_rows
-        ):
+        source_rows = mixture.rows_by_source(phase, step, first_row_index, first_row_index + num_rows)
+        for source, num_rows_taken, num_rows_before, row_indices in source_rows:
             reader, position = self._train_readers[source], cursor.get(source, 0)
             if len(row_indices):
                 row_runs.append(RowRun(source, reader.advance(position, num_rows_before * seq_len), row_indices))
@@ -235,14 +245,6 @@ class Loader:
             f"{self._data.sources[source]} are only {max_tokens}{damage}; raise max_epochs, lower the source's share or the "
             "phases' tokens, or set data.at_end=stop to end the run when the source is used up"
         )
-
-
-def _check_shard_files(folder: str, corpus: manifest.CorpusManifest) -> None:
-    try:
-        manifest.check_shard_files(folder, corpus)
-    except DamagedShard as error:
-        message = f"{error}, or set data.damaged_shards=skip to train without this shard"
-        raise DamagedShard(error.file, message) from None
 
 
 def _check_vocab(source: str, corpus: manifest.CorpusManifest, vocab_size: int) -> None:

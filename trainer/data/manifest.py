@@ -123,9 +123,8 @@ def load_manifest(folder: str | Path, settings: ShardCacheConfig = remote_files.
         remedy = "correct the address" if remote_files.is_remote(folder) else f"run tandem prepare --output {folder}"
         raise UserError(f"{path}: no such file, but every prepared corpus has one; {remedy}") from None
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({str(error)[:200]}); restore the file or the connection to it"
-        ) from None
+        reason = str(error)[:200]
+        raise UserError(f"{path}: cannot be read ({reason}); restore the file or the connection to it") from None
 
 
 def parse_manifest(content: bytes, path: str | Path) -> CorpusManifest:
@@ -135,15 +134,15 @@ def parse_manifest(content: bytes, path: str | Path) -> CorpusManifest:
     """
     try:
         tree = json.loads(content.decode())
-        header = (tree.pop("format"), tree.pop("version"))
-        fingerprint = tree.pop("fingerprint")
-        expected_header = (FORMAT_NAME, FORMAT_VERSION)
-        if header != expected_header:
-            problem = (
-                f"has format {header[0]} {header[1]}, but this version of Tandem reads {FORMAT_NAME} {FORMAT_VERSION}"
+        name, version, fingerprint = tree.pop("format"), tree.pop("version"), tree.pop("fingerprint")
+        if (name, version) != (FORMAT_NAME, FORMAT_VERSION):
+            raise UserError(
+                f"{path}: has format {name} {version}, but this version of Tandem reads {FORMAT_NAME} {FORMAT_VERSION}; "
+                "prepare the corpus again"
             )
-            raise UserError(f"{path}: {problem}; prepare the corpus again")
-        tree |= {name: _parse_split(tree[name]) for name in ("train", "validation")}
+        for split in ("train", "validation"):
+            shards = [Shard(**shard) for shard in tree[split]["shards"]]
+            tree[split] = CorpusSplit(**(tree[split] | {"shards": shards}))
         manifest = CorpusManifest(**tree)
     except UserError:
         raise
@@ -164,9 +163,14 @@ def check_shard_files(folder: str | Path, manifest: CorpusManifest) -> None:
     for shard in manifest.shards:
         path = Path(folder) / shard.file
         if not path.is_file():
-            message = f"{path}: the shard is missing; {MANIFEST_FILE} lists it; restore it or prepare the corpus again"
-            raise DamagedShard(shard.file, message)
+            raise missing_shard(path, shard)
         _check_size(path, path.stat().st_size, shard)
+
+
+def missing_shard(path: Path, shard: Shard) -> DamagedShard:
+    """Return the error for a shard that does not exist."""
+    message = f"{path}: the shard is missing; {MANIFEST_FILE} lists it; restore it or prepare the corpus again"
+    return DamagedShard(shard.file, message)
 
 
 def check_shard_content(file: BufferedReader, path: Path, shard: Shard) -> None:
@@ -186,9 +190,8 @@ def check_tokenizer(file: str | Path, manifest: CorpusManifest, message_prefix: 
     try:
         sha256 = hashlib.sha256(remote_files.read_bytes(file)).hexdigest()
     except OSError as error:
-        raise UserError(
-            f"{message_prefix}: {file} cannot be read ({one_line(error)}); name the corpus's tokenizer.json"
-        ) from None
+        remedy = "name the corpus's tokenizer.json"
+        raise UserError(f"{message_prefix}: {file} cannot be read ({one_line(error)}); {remedy}") from None
     if sha256 != manifest.tokenizer_sha256:
         raise UserError(
             f"{message_prefix}: {file} has sha256 {sha256[:12]}, but the corpus was prepared with a tokenizer whose sha256 is "
@@ -223,10 +226,6 @@ def _check_size(path: Path, size_bytes: int, shard: Shard) -> None:
             shard.file,
             f"{path}: has {size_bytes} bytes, not {shard.bytes} as in {MANIFEST_FILE}; restore it or prepare the corpus again",
         )
-
-
-def _parse_split(tree: dict[str, Any]) -> CorpusSplit:
-    return CorpusSplit(**(tree | {"shards": [Shard(**shard) for shard in tree["shards"]]}))
 
 
 def one_line(error: Exception) -> str:

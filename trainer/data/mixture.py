@@ -65,11 +65,10 @@ def _rows_by_source(
     mixture: tuple[tuple[str, float], ...], first_row: int, num_rows: int, start_row: int, stop_row: int
 ) -> list[SourceRows]:
     names, pattern = _source_pattern(mixture)
-    rows = pattern.take(range(first_row, first_row + num_rows), mode="wrap")
-    source_masks = [(name, rows == index) for index, name in enumerate(names)]
+    indices = pattern.take(range(first_row, first_row + num_rows), mode="wrap")
     return [
         SourceRows(name, int(rows.sum()), int(rows[:start_row].sum()), np.flatnonzero(rows[start_row:stop_row]))
-        for name, rows in source_masks
+        for name, rows in ((name, indices == index) for index, name in enumerate(names))
         if rows.any()
     ]
 
@@ -88,17 +87,14 @@ def _source_pattern(mixture: tuple[tuple[str, float], ...]) -> tuple[list[str], 
     num_rows_given = [0] * len(names)
     pattern = np.zeros(period_rows, np.int16)
     for row in range(period_rows):
-        row_deficits = [
-            quota * (row + 1) - period_rows * given
-            for quota, given in zip(rows_per_period, num_rows_given, strict=True)
-        ]
-        eligible = [index for index in range(len(names)) if row_deficits[index] * slack >= period_rows]
-        source_index = min(
-            eligible,
-            key=lambda index: (period_rows - period_rows / slack - row_deficits[index]) / rows_per_period[index],
-        )
-        pattern[row] = source_index
-        num_rows_given[source_index] += 1
+        rows_until_needed = {}
+        for index, (quota, given) in enumerate(zip(rows_per_period, num_rows_given, strict=True)):
+            deficit = quota * (row + 1) - period_rows * given
+            if deficit * slack >= period_rows:
+                rows_until_needed[index] = (period_rows - period_rows / slack - deficit) / quota
+        next_index = min(rows_until_needed, key=rows_until_needed.__getitem__)
+        pattern[row] = next_index
+        num_rows_given[next_index] += 1
     return names, pattern
 
 

@@ -70,10 +70,8 @@ class RetryPolicy:
         attempts, pause_seconds = self._settings.max_attempts, self._settings.retry_delay_seconds(self.num_failures)
         if self.num_failures >= attempts or isinstance(error, self._fatal_errors):
             raise error
-        counts = self.num_failures, attempts
-        log.warning(
-            "%s: attempt %d of %d failed (%s); retry in %.3g s", self._description, *counts, error, pause_seconds
-        )
+        values = self._description, self.num_failures, attempts, error, pause_seconds
+        log.warning("%s: attempt %d of %d failed (%s); retry in %.3g s", *values)
         time.sleep(pause_seconds)
 
 
@@ -147,9 +145,6 @@ class _RemoteReader(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         target = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size_bytes}[whence]
@@ -288,7 +283,8 @@ def _translate_errors() -> Iterator[None]:
     except _network_errors() as error:
         reason: BaseException | None = error
         cause = error.__cause__
-        if isinstance(error, FileNotFoundError) and isinstance(cause, (TimeoutError, *_loaded_error_types("aiohttp"))):
+        http_errors: tuple[type[Exception], ...] = (TimeoutError, *_loaded_error_types("aiohttp.ClientError"))
+        if isinstance(error, FileNotFoundError) and isinstance(cause, http_errors):
             reason = cause  # over http, fsspec 2026.9 raises FileNotFoundError for every failure
         status = getattr(reason, "status", None)
         text = " ".join(f"{type(reason).__name__}: {str(reason) or 'no bytes came in time'}".split())[:200]
@@ -302,17 +298,13 @@ def _translate_errors() -> Iterator[None]:
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
-    return OSError, *_loaded_error_types("aiohttp", "botocore", "google", "gcsfs")
-
-
-def _loaded_error_types(*libraries: str) -> tuple[type[Exception], ...]:
-    """Return the error types of those libraries that are loaded. A library that is not loaded cannot have raised an error."""
-    names = (
-        ("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError"),
-        ("google.auth.exceptions", "GoogleAuthError"), ("gcsfs.retry", "HttpError"), ("gcsfs.retry", "ChecksumError"),
+    return OSError, *_loaded_error_types(
+        "aiohttp.ClientError", "botocore.exceptions.BotoCoreError", "botocore.exceptions.ClientError",
+        "google.auth.exceptions.GoogleAuthError", "gcsfs.retry.HttpError", "gcsfs.retry.ChecksumError",
     )  # fmt: skip
-    return tuple(
-        getattr(sys.modules[module], name)
-        for module, name in names
-        if module in sys.modules and module.split(".")[0] in libraries
-    )
+
+
+def _loaded_error_types(*names: str) -> tuple[type[Exception], ...]:
+    """Return those of the error types whose module is loaded. A library that is not loaded cannot have raised an error."""
+    modules_and_types = [name.rsplit(".", 1) for name in names]
+    return tuple(getattr(sys.modules[module], name) for module, name in modules_and_types if module in sys.modules)

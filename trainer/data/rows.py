@@ -174,10 +174,7 @@ def build_batch(readers: Mapping[str, SourceReader], plan: BatchPlan, eos_id: in
     packed = np.empty((3, num_rows, seq_len), np.int32)
     packed[:2] = tokens_and_targets
     packed[2] = document_ids_of(tokens_and_targets[0], document_breaks, eos_id)
-    digests = None
-    if plan.first_row_index is not None:
-        digests = compute_digests(plan, parts, packed[0], plan.first_row_index)
-    return Batch(torch.from_numpy(packed), plan.cursor, digests)
+    return Batch(torch.from_numpy(packed), plan.cursor, compute_digests(plan, parts, packed[0]))
 
 
 def document_ids_of(tokens: np.ndarray, document_breaks: list[int], eos_id: int) -> np.ndarray:
@@ -197,19 +194,21 @@ def document_ids_of(tokens: np.ndarray, document_breaks: list[int], eos_id: int)
     return document_ids.astype(np.int32).repeat(lengths).reshape(rows, seq_len)
 
 
-def compute_digests(plan: BatchPlan, parts: list[RowRunTokens], tokens: np.ndarray, first_row_index: int) -> Digests:
-    """Sum the hashes of the batch's rows.
+def compute_digests(plan: BatchPlan, parts: list[RowRunTokens], tokens: np.ndarray) -> Digests | None:
+    """Sum the hashes of the batch's rows, or return None for rows without digests.
 
     `tokens` are those of the finished batch, so the digest also detects a row that was moved to a wrong place after the
     read.
     """
+    if plan.first_row_index is None:
+        return None
     tokens_by_dtype = {dtype: tokens.astype(dtype) for dtype in {part.tokens_and_targets.dtype for part in parts}}
     ranges_digest = tokens_digest = 0
     for run, part in zip(plan.row_runs, parts, strict=True):
         stored_tokens, name = tokens_by_dtype[part.tokens_and_targets.dtype], run.source.encode() + b"\0"
         packed_ranges = pack_shard_ranges(part.shard_ranges, plan.seq_len)
         for row, row_ranges in zip(run.row_indices.tolist(), packed_ranges, strict=True):
-            index = ROW_INDEX_STRUCT.pack(first_row_index + row)
+            index = ROW_INDEX_STRUCT.pack(plan.first_row_index + row)
             ranges_digest += xxh3_64_intdigest(index + name + row_ranges)
             tokens_digest += xxh3_64_intdigest(index + stored_tokens[row].tobytes())
     return Digests(ranges_digest % HASH_MODULUS, tokens_digest % HASH_MODULUS)

@@ -7,27 +7,32 @@ no other process, and only one of the ranks that need a shard fetches it. A shar
 but does not have the right bytes. If the server does not respond, the state of the shard is unknown, and the run stops.
 """
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import io
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from tandem.trainer import config
 from tandem.trainer.config import UserError
 from tandem.trainer.data import remote_files
-from tandem.trainer.data.manifest import MANIFEST_FILE, DamagedShard, Shard, check_shard_content
-from tandem.trainer.data.memory_maps import MemoryMaps
+from tandem.trainer.data.manifest import MANIFEST_FILE, DamagedShard, Shard, check_shard_content, missing_shard
 from tandem.trainer.data.shard_download import fetch_shard
 from tandem.trainer.disk import sync_folder
 from tandem.trainer.runtime import max_local_world_size
+
+if TYPE_CHECKING:
+    import numpy as np
 
 COPY_SUFFIX, PARTIAL_SUFFIX, LOCK_FILE = ".tar", ".part", ".lock"
 MAX_PREFETCH_THREADS = 2
@@ -38,6 +43,26 @@ MAX_MAPPED_FRACTION = 1 / 4
 """Share of the cache's size that a node's processes may keep mapped. Mapped bytes stay on disk after a copy is removed."""
 
 log = logging.getLogger(__name__)
+
+
+class MemoryMaps:
+    """Keeps up to `max_maps` maps of up to `max_bytes` in total, and always the newest one."""
+
+    def __init__(self, max_maps: int, max_bytes: int = sys.maxsize):
+        self._max_maps, self._max_bytes = max_maps, max_bytes
+        self._maps: dict[tuple[str, str], np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def find(self, folder: str, file: str) -> np.ndarray | None:
+        return self._maps.get((folder, file))
+
+    def add(self, folder: str, file: str, array: np.ndarray) -> None:
+        """Keep the map, and drop old ones over a limit. A dropped map closes when the last array that uses it is freed."""
+        with self._lock:
+            self._maps[folder, file] = array
+            kept_bytes = sum(mapped.nbytes for mapped in self._maps.values())
+            while len(self._maps) > 1 and (len(self._maps) > self._max_maps or kept_bytes > self._max_bytes):
+                kept_bytes -= self._maps.pop(next(iter(self._maps))).nbytes
 
 
 class ShardCache:
@@ -93,9 +118,7 @@ class ShardCache:
         local_path = self._copy_path(shard) if remote_files.is_remote(folder) else address
         with self._lock:
             is_present = str(local_path) in self._verified_states and Path(local_path).exists()
-            if is_present or any(
-                address in known for known in (self._prefetch_queue, self._shards_in_progress, self._damage_messages)
-            ):
+            if is_present or address in {*self._prefetch_queue, *self._shards_in_progress, *self._damage_messages}:
                 return
             waiting_bytes = sum(queued_shard.bytes for _, queued_shard in self._prefetch_queue.values())
             if remote_files.is_remote(folder) and 2 * (waiting_bytes + shard.bytes) > self._max_size_bytes:
@@ -143,13 +166,9 @@ class ShardCache:
             return self._open_verified(path, shard)
         except FileNotFoundError:
             if not (Path(folder) / MANIFEST_FILE).exists():
-                raise UserError(
-                    f"{folder}: no longer has a {MANIFEST_FILE}; restore the folder or the file system mounted there"
-                ) from None
-            raise DamagedShard(
-                shard.file,
-                f"{path}: the shard is missing; {MANIFEST_FILE} lists it; restore it or prepare the corpus again",
-            ) from None
+                remedy = "restore the folder or the file system mounted there"
+                raise UserError(f"{folder}: no longer has a {MANIFEST_FILE}; {remedy}") from None
+            raise missing_shard(path, shard) from None
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"{path}: the shard cannot be read ({reason}); restore the connection to it") from None
@@ -249,9 +268,8 @@ class ShardCache:
         """Remove the least recently used copies until `needed_bytes` fit. Return whether they fit."""
         copies, used_bytes = [], needed_bytes
         for path in self._folder.iterdir():
-            if path.suffix not in (COPY_SUFFIX, PARTIAL_SUFFIX) or (
-                path.suffix == PARTIAL_SUFFIX and _remove_if_abandoned(path)
-            ):
+            is_partial = path.suffix == PARTIAL_SUFFIX
+            if (is_partial and _remove_if_abandoned(path)) or not (is_partial or path.suffix == COPY_SUFFIX):
                 continue
             with suppress(FileNotFoundError):  # another process may have removed a failed download or a bad copy
                 status = path.stat()

@@ -49,9 +49,8 @@ def _check_manifest_exists(folder: str | Path, settings: config.ShardCacheConfig
     try:
         remote_files.read_bytes(remote_files.join_address(folder, MANIFEST_FILE), settings)
     except OSError as error:
-        raise UserError(
-            f"{folder}: no longer has a {MANIFEST_FILE} ({error}); restore the folder or the connection to it"
-        ) from None
+        remedy = "restore the folder or the connection to it"
+        raise UserError(f"{folder}: no longer has a {MANIFEST_FILE} ({error}); {remedy}") from None
 
 
 class _ContentMismatch(remote_files.RemoteError):
@@ -83,16 +82,14 @@ class _ShardDownload:
                 self._received_bytes += len(block)
                 if time.monotonic() - last_log_time > PROGRESS_LOG_SECONDS:
                     last_log_time = time.monotonic()
-                    log.warning(
-                        "%s: slow download, %d of %d bytes so far", self._address, self._received_bytes, size_bytes
-                    )
+                    progress = self._address, self._received_bytes, size_bytes
+                    log.warning("%s: slow download, %d of %d bytes so far", *progress)
         if self._received_bytes < size_bytes:
             raise self._content_mismatch(f"the file ended at byte {self._received_bytes} of {size_bytes}")
         if (sha256 := self._digest.hexdigest()) != self._shard.sha256:
             self._restart()
-            raise self._content_mismatch(
-                f"the sha256 is {sha256[:12]}, not {self._shard.sha256[:12]} as in the manifest"
-            )
+            expected = self._shard.sha256[:12]
+            raise self._content_mismatch(f"the sha256 is {sha256[:12]}, not {expected} as in the manifest")
 
     def _restart(self) -> None:
         self._partial_file.seek(0)

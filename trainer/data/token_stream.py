@@ -18,9 +18,8 @@ import numpy as np
 
 from tandem.trainer import config
 from tandem.trainer.data import remote_files
-from tandem.trainer.data.manifest import TAR_BLOCK_BYTES, CorpusManifest, CorpusSplit, DamagedShard, Shard
-from tandem.trainer.data.memory_maps import MemoryMaps
-from tandem.trainer.data.shard_cache import ShardCache
+from tandem.trainer.data.manifest import TAR_BLOCK_BYTES, CorpusManifest, CorpusSplit, DamagedShard
+from tandem.trainer.data.shard_cache import MemoryMaps, ShardCache
 
 MAX_OPEN_SHARDS = 32
 """Memory maps per stream of a local folder; each uses a file descriptor. The rows of a step are close together, so few are in
@@ -162,10 +161,8 @@ class TokenStream:
     def _open_shard(self, shard_index: int) -> np.ndarray:
         """Return the whole tar file as an array of tokens, including its headers."""
         shard = self._shards[shard_index]
-        mapped = self._memory_maps.find(self._folder, shard.file)
-        return self._map_shard(shard) if mapped is None else mapped
-
-    def _map_shard(self, shard: Shard) -> np.ndarray:
+        if (mapped := self._memory_maps.find(self._folder, shard.file)) is not None:
+            return mapped
         try:
             # No lock: while one thread waits for a shard, others can read or wait for theirs.
             with self._cache.open_shard(self._folder, shard) as file:

@@ -78,9 +78,8 @@ def read_history(folder: Path) -> RunHistory:
         elif kind == "end":
             end = record
         elif kind == "step" and "grad_norm" not in record:
-            raise UserError(
-                f"{path}: was written by a version with other field names; read it with the version that wrote it"
-            )
+            remedy = "read it with the version that wrote it"
+            raise UserError(f"{path}: was written by a version with other field names; {remedy}")
         else:
             records_by_kind[kind][step] = record
     if not starts:

@@ -93,9 +93,8 @@ class WandbSink:
 
     def _disable(self, error: BaseException) -> None:
         """Stop writing to wandb after any error: a dead service raises many kinds of exceptions, some of them internal."""
-        log.warning(
-            "wandb: failed (%s); training continues without it, and metrics.jsonl has every step", _format_error(error)
-        )
+        message = "wandb: failed (%s); training continues without it, and metrics.jsonl has every step"
+        log.warning(message, _format_error(error))
         self._run = None
 
 

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count, repeat
 
 import torch
 from torch import Tensor, nn
@@ -60,14 +61,9 @@ def initial_value(
         return torch.full(shape, rule.init_value)
     full = torch.empty(shape)
     bound = truncation_sigmas * rule.init_std if truncation_sigmas else math.inf
-    start = first_chunk_seed(seed, name)
+    chunks, chunk_seeds = full.view(-1).split(CHUNK_ELEMENTS), count(first_chunk_seed(seed, name))
     with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as threads:
-        futures = [
-            threads.submit(_fill_truncated_normal, piece, rule.init_std, bound, start + index)
-            for index, piece in enumerate(full.view(-1).split(CHUNK_ELEMENTS))
-        ]
-    for piece in futures:
-        piece.result()
+        list(threads.map(_fill_truncated_normal, chunks, repeat(rule.init_std), repeat(bound), chunk_seeds))
     return full
 
 
@@ -84,9 +80,8 @@ def _fill_truncated_normal(chunk: Tensor, std: float, bound: float, seed: int) -
     if bound == math.inf:
         return
     parts = enumerate(chunk.split(MAX_SERIAL_ELEMENTS))
-    outside = torch.cat(
-        [(part.abs() > bound).nonzero().view(-1) + index * MAX_SERIAL_ELEMENTS for index, part in parts]
-    )
+    found = [(part.abs() > bound).nonzero().view(-1) + index * MAX_SERIAL_ELEMENTS for index, part in parts]
+    outside = torch.cat(found)
     while len(outside):
         redrawn = _fill_normal(torch.empty(len(outside)), std, generator)
         chunk[outside] = redrawn

@@ -56,6 +56,5 @@ def forward_scales(model: AnyModelConfig, mup: MupConfig | None) -> ForwardScale
     """Return the factors on the embedding's output, the logits and the query-key product."""
     if mup is None:
         return ForwardScales(1.0, 1.0, 1.0 / sqrt(model.head_dim))
-    return ForwardScales(
-        mup.embedding_multiplier, mup.output_multiplier / width_multiplier(model, mup), 1.0 / model.head_dim
-    )
+    logits_scale = mup.output_multiplier / width_multiplier(model, mup)
+    return ForwardScales(mup.embedding_multiplier, logits_scale, 1.0 / model.head_dim)

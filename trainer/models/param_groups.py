@@ -15,15 +15,11 @@ def build_param_groups(model: nn.Module, rules: dict[str, ParameterRule], config
     groups_by_key: dict[tuple[bool, float], dict[str, Any]] = {}
     for parameter in model.parameters():
         rule = rules[role_of(parameter)]
-        key = (rule.has_weight_decay, rule.lr_scale)
-        if key not in groups_by_key:
-            groups_by_key[key] = {
-                "name": f"{'decay' if rule.has_weight_decay else 'no_decay'}_lr_x{rule.lr_scale:g}",
-                "lr_scale": rule.lr_scale,
-                "weight_decay": config.weight_decay if rule.has_weight_decay else 0.0,
-                "params": [],
-            }
-        groups_by_key[key]["params"].append(parameter)
+        name = f"{'decay' if rule.has_weight_decay else 'no_decay'}_lr_x{rule.lr_scale:g}"
+        weight_decay = config.weight_decay if rule.has_weight_decay else 0.0
+        new_group = {"name": name, "lr_scale": rule.lr_scale, "weight_decay": weight_decay, "params": []}
+        group = groups_by_key.setdefault((rule.has_weight_decay, rule.lr_scale), new_group)
+        group["params"].append(parameter)
     return list(groups_by_key.values())
 
 

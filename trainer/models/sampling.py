@@ -51,9 +51,8 @@ def generate_tokens(
         else:
             input_tokens = torch.tensor([row[-1:] for row in rows])
             documents = torch.zeros(input_tokens.shape, dtype=torch.int32)
-        next_tokens = sample_tokens(
-            model.next_token_logits(input_tokens.to(device), documents.to(device), cache).cpu(), sampling, generators
-        )
+        logits = model.next_token_logits(input_tokens.to(device), documents.to(device), cache).cpu()
+        next_tokens = sample_tokens(logits, sampling, generators)
         yield next_tokens
         for index, token in enumerate(next_tokens):
             rows[index].append(token)
@@ -87,10 +86,8 @@ def sample_tokens(
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     if sampling.top_p < 1:
         probabilities = filter_top_p(probabilities, sampling.top_p)
-    return [
-        int(torch.multinomial(row, 1, generator=generator))
-        for row, generator in zip(probabilities, generators, strict=True)
-    ]
+    rows = zip(probabilities, generators, strict=True)
+    return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in rows]
 
 
 def filter_top_p(probabilities: Float[Tensor, "rows vocab"], top_p: float) -> Float[Tensor, "rows vocab"]:
