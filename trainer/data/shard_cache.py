@@ -118,7 +118,8 @@ class ShardCache:
         local_path = self._copy_path(shard) if remote_files.is_remote(folder) else address
         with self._lock:
             is_present = str(local_path) in self._verified_states and Path(local_path).exists()
-            if is_present or address in {*self._prefetch_queue, *self._shards_in_progress, *self._damage_messages}:
+            known = self._prefetch_queue, self._shards_in_progress, self._damage_messages
+            if is_present or any(address in addresses for addresses in known):
                 return
             waiting_bytes = sum(queued_shard.bytes for _, queued_shard in self._prefetch_queue.values())
             if remote_files.is_remote(folder) and 2 * (waiting_bytes + shard.bytes) > self._max_size_bytes:
