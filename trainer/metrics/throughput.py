@@ -11,8 +11,8 @@ class Throughput(NamedTuple):
 
 
 def throughput(
-    num_tokens: int, seconds: float, *, flops_per_token: float, causal_flops_per_token: float, num_devices: int,
-    peak_flops: float,
+    num_tokens: int, seconds: float, *, flops_per_token: float | int, causal_flops_per_token: float | int,
+    num_devices: int, peak_flops: float,
 ) -> Throughput:  # fmt: skip
     """Throughput of all devices together; `peak_flops` is that of one device."""
     rate, peak = num_tokens / seconds, num_devices * peak_flops
