@@ -1,8 +1,13 @@
-"""Parameters in shares: given their initial values, and put together again."""
+"""Parameters in shares: given their initial values, saved, and put together again."""
+
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tandem.trainer.checkpoint.async_save import CheckpointSaver
+from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh
 from tandem.trainer.distributed.sharding import TensorSharding
 from tandem.trainer.models.init import initial_values, load_parameter
@@ -14,6 +19,13 @@ def fill(model: nn.Module, table: dict[str, ParameterRule], *, seed: int, trunca
     value = initial_values(model, table, seed=seed, truncation_sigmas=truncation_sigmas)
     for name, parameter in model.named_parameters():
         load_parameter(parameter, value(name), mesh)
+
+
+def save_checkpoint(root: Path, step: int, engine: Engine, mesh: Mesh, *, metadata: dict[str, Any]) -> None:
+    """Save a checkpoint of `step` into `root` and wait until it is committed. All others are kept."""
+    saver = CheckpointSaver(root, mesh, keep_last=0)
+    saver.start_save(step, engine, metadata)
+    assert saver.wait_for_result().error is None
 
 
 def joined(shard: TensorSharding, parts: list[Tensor]) -> Tensor:

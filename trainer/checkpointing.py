@@ -22,7 +22,7 @@ RETRY_DIVISOR = 10
 
 def save_if_due(context: RunContext, progress: Progress) -> None:
     """Start a save if one is due. After a bad step, wait for the next good one, because the weights may be damaged."""
-    if context.saver.is_save_finished:
+    if context.saver.pending_result and context.saver.pending_result.done():
         finish_pending_save(context, progress)
     is_scheduled = is_due(progress.step, context.config.checkpoint.every_steps)
     progress.is_save_due |= is_scheduled or context.coordinator.save_requested
@@ -85,7 +85,7 @@ def finish_pending_save(context: RunContext, progress: Progress, consequence: st
 
 def wait_for_pending_save(context: RunContext) -> SaveResult | None:
     """Wait for the pending save, if there is one, and record the checkpoint if it was committed."""
-    if not context.saver.has_pending_save:
+    if not context.saver.pending_result:
         return None
     context.saver.wait_until_written()
     with context.watchdog.store_wait():

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.async_save import save_checkpoint
 from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.hf.pretrained import load_pretrained
 from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
@@ -38,7 +37,7 @@ from tests.promises.conftest import read_step_records, two_phase_config
 from tests.promises.test_resume import run_all
 from tests.reference.offline import offline
 from tests.reference.variants import EXPORTED_VARIANTS, reference_module
-from tests.sharded import joined
+from tests.sharded import joined, save_checkpoint
 
 __all__ = ["offline"]
 
@@ -86,18 +85,13 @@ def through(name: str, folder: Path, mesh: Mesh) -> dict[str, dict[str, Tensor]]
     steps.step(stepper, 0, tiny_configs.global_batch(0, vocab_size=given.model.vocab_size))
     found["trained"] = gathered(engine)
     save_checkpoint(
-        folder / name / f"tp{mesh.tp_size}",
-        1,
-        engine,
-        mesh,
-        metadata=model_metadata(given.model, given.mup),
-        keep_last=0,
+        folder / name / f"tp{mesh.tp_size}", 1, engine, mesh, metadata=model_metadata(given.model, given.mup)
     )
     if (name, mesh.tp_size) in IN_BF16:
         in_bf16 = config(name, mesh.tp_size, folder, "bf16")
         rounded = build_engine(in_bf16, mesh, None, open_initial_weights(in_bf16, mesh))
         found["rounded"] = gathered(rounded)
-        save_checkpoint(folder / name / f"bf16-tp{mesh.tp_size}", 1, rounded, mesh, metadata={}, keep_last=0)
+        save_checkpoint(folder / name / f"bf16-tp{mesh.tp_size}", 1, rounded, mesh, metadata={})
     return found
 
 

@@ -20,7 +20,6 @@ import yaml
 
 from tandem.trainer import checkpointing
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.async_save import save_checkpoint
 from tandem.trainer.checkpoint.read import open_checkpoint
 from tandem.trainer.checkpoint.write import model_metadata, save_imported_weights
 from tandem.trainer.config import TrainConfig, UserError, load_config
@@ -35,7 +34,7 @@ from tandem.trainer.train import forward_backward, run
 from tests import ranks
 from tests.promises.conftest import differing_tensors, read_step_records, two_phase_config, wait_for_exit
 from tests.ranks import FORKSERVER
-from tests.sharded import joined
+from tests.sharded import joined, save_checkpoint
 
 PHASE_STEPS, STEPS = 20, 10
 """Of the first phase; of a run, which stops in it: a rollback may pass over the rows of the rest."""
@@ -109,9 +108,7 @@ def by_hand(folder: Path, config: TrainConfig, fed: list[tuple[int, int]]) -> No
         for step, row in fed:
             forward_backward(engine, rows[row - 1], timeline.phase_span_at(step - 1).phase.micro_batch_size, mesh)
             engine.update(timeline.lr_at(step - 1))
-        save_checkpoint(
-            folder, fed[-1][0], engine, mesh, metadata=model_metadata(config.model, config.mup), keep_last=0
-        )
+        save_checkpoint(folder, fed[-1][0], engine, mesh, metadata=model_metadata(config.model, config.mup))
 
 
 def lines(folder: Path, kind: str) -> list[dict]:

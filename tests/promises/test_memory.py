@@ -135,14 +135,13 @@ def divide_checkpoint(between: Path, folder: Path) -> None:
                 write._fragment_entry(name, shard, rank, start, math.prod(shard.local_shape(2)) // 2, ["master"])
                 for name, shard in shards.items() for start in (0, math.prod(shard.local_shape(2)) // 2)
             ]  # fmt: skip
-            specs = {write._entry_key(entry, "master"): write._flat_spec(entry["numel"]) for entry in entries}
             parts = (
                 slice_local(shards[entry["name"]], snapshot.read_weight(entry["name"]), rank, 2)
                 .reshape(-1)
                 .narrow(0, entry["start"], entry["numel"])
                 for entry in entries
             )
-            tables.append(write._write_file(folder, rank, specs, parts, entries))
+            tables.append(write.write_rank_file(folder, rank, entries, parts))
         write.commit(folder, tables, {**snapshot.manifest, "tp_size": 2})
 
 

@@ -16,7 +16,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tandem.trainer.checkpoint.async_save import save_checkpoint
 from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.read import open_checkpoint
 from tandem.trainer.checkpoint.write import model_metadata
@@ -31,7 +30,7 @@ from tandem.trainer.startup import build_engine
 from tests import ranks, steps, tiny_configs
 from tests.reference.unpadded import UnpaddedModel
 from tests.reference.variants import reference_module
-from tests.sharded import joined
+from tests.sharded import joined, save_checkpoint
 
 STEPS, LONG_STEPS = 5, 50
 VARIANTS = ("btlm", "stablelm")
@@ -67,7 +66,7 @@ def train(config: TrainConfig, mesh: Mesh, checkpoints: Path | None) -> dict:
     norms = [steps.step(stepper, step)[1] for step in range(STEPS)]
     if checkpoints:
         facts = {**model_metadata(config.model, config.mup), "tokens": 0, "cursor": {}, "fingerprints": {}}
-        save_checkpoint(checkpoints, STEPS, engine, mesh, metadata=facts, keep_last=0)
+        save_checkpoint(checkpoints, STEPS, engine, mesh, metadata=facts)
     shapes = {name: tuple(parameter.shape) for name, parameter in engine.model.named_parameters()}
     return {"initial": initial, "trained": gathered(engine), "padding": largest_padding(engine, mesh), "norms": norms,
             "shapes": shapes}  # fmt: skip

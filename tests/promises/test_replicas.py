@@ -51,7 +51,7 @@ def test_the_odd_ranks_are_named_on_all(tmp_path):
     assert answers[0] == answers[1] == answers[2] == answers[3]
     one_bit, swapped, halves = answers[0]
     assert one_bit.startswith("step 7: the weights of rank 3 differ from those of the other replicas (1 of ")
-    assert "first layers.1.ffn.down.weight" in one_bit
+    assert "the first is layers.1.ffn.down.weight" in one_bit
     assert swapped.startswith("step 7: the weights of rank 3 differ")
     assert halves.startswith("step 7: the weights of ranks 1, 3 differ")
 

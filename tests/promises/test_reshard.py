@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tandem.trainer.checkpoint.async_save import save_checkpoint
 from tandem.trainer.checkpoint.read import Checkpoint, open_checkpoint
 from tandem.trainer.checkpoint.write import model_metadata
 from tandem.trainer.config import TrainConfig
@@ -18,6 +17,7 @@ from tandem.trainer.distributed.sharding import slice_local
 from tandem.trainer.startup import build_engine
 from tests import ranks, steps, tiny_configs
 from tests.promises.test_parallel import EPSILON
+from tests.sharded import save_checkpoint
 
 BEFORE, AFTER = 3, 5
 """Steps before the save, and after it."""
@@ -71,7 +71,7 @@ def save_all(root: Path, wanted: list[tuple[str, Layout]]) -> None:
             engine = build_engine(given, mesh, None)
             stepped(given, engine, mesh, range(BEFORE))
             facts = {**model_metadata(given.model, given.mup), "num_updates": engine.num_updates}
-            save_checkpoint(folder_of(root, family, layout), BEFORE, engine, mesh, metadata=facts, keep_last=0)
+            save_checkpoint(folder_of(root, family, layout), BEFORE, engine, mesh, metadata=facts)
 
 
 def go_on(root: Path, wanted: list[tuple[str, Layout, Layout]]) -> list[tuple[list[str], list[tuple[float, float]]]]:

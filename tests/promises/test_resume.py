@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tandem.trainer.checkpoint.async_save import save_checkpoint
 from tandem.trainer.checkpoint.compatibility import check_past_phases
 from tandem.trainer.checkpoint.read import Checkpoint, open_checkpoint, open_newest
 from tandem.trainer.config import TrainConfig, UserError, parse_dataclass
@@ -21,6 +20,7 @@ from tandem.trainer.train import run
 from tests import ranks
 from tests.promises.conftest import differing_tensors, read_step_records, two_phase_config
 from tests.promises.test_parallel import EPSILON
+from tests.sharded import save_checkpoint
 
 STOPS = (4, 8, None)
 """In the first phase, in the second, at the end; the border between the phases is step 6."""
@@ -52,7 +52,7 @@ def reload_and_save(config: TrainConfig, source: Path, target: Path) -> float:
             name: snapshot.manifest[name]
             for name in ("model", "mup", "cursor", "fingerprints", "shuffle_settings", "phases")
         }
-        save_checkpoint(target, snapshot.step, engine, mesh, metadata=facts, keep_last=0)
+        save_checkpoint(target, snapshot.step, engine, mesh, metadata=facts)
         return max(group["weight_decay"] for group in engine._optimizer.param_groups)
 
 

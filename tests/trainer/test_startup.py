@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tandem.trainer.checkpoint.async_save import save_checkpoint
 from tandem.trainer.checkpoint.read import Checkpoint, open_checkpoint
 from tandem.trainer.checkpoint.write import model_metadata
 from tandem.trainer.config import DataConfig, ShardCacheConfig, TrainConfig, UserError, dump_config
@@ -25,6 +24,7 @@ from tandem.trainer.models.mup import parameter_rules
 from tandem.trainer.runtime import StopSignal
 from tandem.trainer.startup import build_engine, copy_tokenizer, open_folder
 from tests import ranks, tiny_configs
+from tests.sharded import save_checkpoint
 
 LAYOUTS = [(1, 1), (1, 2), (2, 4)]
 """(tensor-parallel size, number of ranks)"""
@@ -78,7 +78,7 @@ def starts(tp_size: int, folder: Path) -> dict[str, Any]:
     with mesh_context(tp_size) as mesh:
         other = config("zero1", tp_size, IMPORTED_SEED)
         facts = model_metadata(other.model, other.mup)
-        save_checkpoint(folder, 0, build_engine(other, mesh, None), mesh, metadata=facts, keep_last=0)
+        save_checkpoint(folder, 0, build_engine(other, mesh, None), mesh, metadata=facts)
         for kind in KINDS:
             given = config(kind, tp_size)
             with counted(init, "initial_value") as drawn:

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from tandem.trainer.checkpoint import write
 from tandem.trainer.checkpoint.layout import step_folder_name
-from tandem.trainer.checkpoint.write import RankFragments, WrittenFile
-from tandem.trainer.config import UserError
+from tandem.trainer.checkpoint.write import WrittenFile
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, broadcast_from_rank_0, create_shared_store
 from tandem.trainer.distributed.watchdog import is_connection_lost
@@ -69,7 +68,8 @@ class CheckpointSaver:
         self._host_copies: list[Tensor] = []
         self._copy_stream = torch.cuda.Stream() if mesh.device.type == "cuda" else None
         self._save_index, self._stall_seconds = 0, 0.0
-        self._pending_result: Future[SaveResult] | None = None
+        self.pending_result: Future[SaveResult] | None = None
+        """The result of a save that has not been collected. None if there is no such save."""
         self._write_finished = Event()
 
     def start_save(
@@ -80,7 +80,7 @@ class CheckpointSaver:
         `metadata` (model, cursor, fingerprints and so on) and `before_commit` are used only on rank 0, which calls
         `before_commit` after all files are written.
         """
-        assert self._pending_result is None, "collect the previous save's result first"
+        assert self.pending_result is None, "collect the previous save's result first"
         start_time, self._save_index = time.perf_counter(), self._save_index + 1
         # Training continues and changes the objects in `metadata`.
         metadata = deepcopy({"step": step, "tp_size": self._mesh.tp_size, "dp_size": self._mesh.dp_size, **metadata})
@@ -88,15 +88,15 @@ class CheckpointSaver:
         save = _Save(folder, metadata, before_commit, f"{self._save_index}/", start_time)
         error = os_error_message(partial(write.prepare_folder, folder)) if self._mesh.rank == 0 else None
         if error := broadcast_from_rank_0(error):
-            self._pending_result = Future()
-            self._pending_result.set_result(save.result(error))
+            self.pending_result = Future()
+            self.pending_result.set_result(save.result(error))
             self._write_finished.set()
         else:
-            fragments, copied = write.rank_fragments(engine, self._mesh), Event()
+            (entries, tensors), copied = write.rank_fragments(engine, self._mesh), Event()
             self._write_finished.clear()
             ready = torch.cuda.current_stream().record_event() if self._copy_stream else None
-            self._pending_result = run_in_background(partial(self._run_save, save, fragments, ready, copied))
-            engine.block_updates_until(partial(self._timed_wait, copied.wait))
+            self.pending_result = run_in_background(partial(self._run_save, save, entries, tensors, ready, copied))
+            engine.wait_before_update = partial(self._timed_wait, copied.wait)
         self._stall_seconds += time.perf_counter() - start_time
 
     def pop_stall_seconds(self) -> float:
@@ -109,18 +109,8 @@ class CheckpointSaver:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Give a running save some time to finish, unless it would wait for a rank that has been lost."""
-        if self._pending_result is not None and not (error and is_connection_lost(error)):
-            concurrent.futures.wait([self._pending_result], EXIT_WAIT_SECONDS)
-
-    @property
-    def has_pending_save(self) -> bool:
-        """Whether there is a save whose result has not been collected."""
-        return self._pending_result is not None
-
-    @property
-    def is_save_finished(self) -> bool:
-        """Whether `wait_for_result` would return at once."""
-        return self._pending_result is not None and self._pending_result.done()
+        if self.pending_result and not (error and is_connection_lost(error)):
+            concurrent.futures.wait([self.pending_result], EXIT_WAIT_SECONDS)
 
     def wait_until_written(self) -> None:
         """Wait until this rank's file is on disk or could not be written."""
@@ -128,8 +118,8 @@ class CheckpointSaver:
 
     def wait_for_result(self) -> SaveResult:
         """Wait for the end of the save and return its result, which is the same on every rank."""
-        assert self._pending_result is not None, "no save was started"
-        running, self._pending_result = self._pending_result, None
+        assert self.pending_result, "no save was started"
+        running, self.pending_result = self.pending_result, None
         return self._timed_wait(running.result)
 
     def _timed_wait(self, wait: Callable[[], T]) -> T:
@@ -138,7 +128,9 @@ class CheckpointSaver:
         self._stall_seconds += time.perf_counter() - start_time
         return found
 
-    def _run_save(self, save: _Save, fragments: RankFragments, ready: Any, copied: Event) -> SaveResult:
+    def _run_save(
+        self, save: _Save, entries: list[dict[str, Any]], tensors: list[Tensor], ready: Any, copied: Event
+    ) -> SaveResult:
         """Copy and write this rank's state, in the background thread. Return once rank 0 has committed the save or given up."""
         if self._copy_stream:
             # Otherwise the new thread would create a CUDA context on the first device.
@@ -146,24 +138,23 @@ class CheckpointSaver:
         rank = self._mesh.rank
 
         def report(error: str | None, table: WrittenFile) -> None:
-            error = f"rank {rank}: {error}" if error else None
-            self._store.set(f"{save.store_prefix}{rank}", json.dumps({"error": error, "table": table}))
+            message = error and f"rank {rank}: {error}"
+            self._store.set(f"{save.store_prefix}{rank}", json.dumps({"error": message, "table": table}))
 
         def share_result(result: SaveResult) -> None:
             self._store.set(save.store_prefix + "outcome", json.dumps(vars(result)))
 
         try:
-            try:
-                fragments = self._copy_to_host(fragments, ready)
-            finally:
-                copied.set()
+            copies = self._copy_to_host(tensors, ready)
+            copied.set()
             table: WrittenFile = {}
-            error = os_error_message(lambda: table.update(write.write_rank_file(save.folder, rank, fragments)))
+            error = os_error_message(lambda: table.update(write.write_rank_file(save.folder, rank, entries, copies)))
             report(error, table)
             self._write_finished.set()
             if rank == 0:
                 share_result(self._commit(save))
         except BaseException as crash:  # `wait_for_result` raises it; the report ends the other ranks' wait
+            copied.set()
             message = f"{type(crash).__name__}: {crash}"
             report(message, {})
             if rank == 0:
@@ -188,9 +179,8 @@ class CheckpointSaver:
         write.prune(save.folder, self._keep_last)
         return save.result(None, write.total_bytes(tables))
 
-    def _copy_to_host(self, fragments: RankFragments, ready: Any) -> RankFragments:
-        """Copy the fragments into host buffers, which the next save reuses."""
-        tensors = [tensor for _, kinds in fragments for tensor in kinds]
+    def _copy_to_host(self, tensors: list[Tensor], ready: Any) -> list[Tensor]:
+        """Copy the tensors into host buffers, which the next save reuses."""
         if [copy.shape for copy in self._host_copies] != [tensor.shape for tensor in tensors]:
             self._host_copies.clear()  # free the old buffers first
             sizes = [tensor.numel() for tensor in tensors]
@@ -203,23 +193,7 @@ class CheckpointSaver:
                 copy.copy_(tensor, non_blocking=True)
             if self._copy_stream:
                 self._copy_stream.synchronize()
-        copies = iter(self._host_copies)
-        return [(entry, [next(copies) for _ in kinds]) for entry, kinds in fragments]
-
-
-def save_checkpoint(
-    root: Path, step: int, engine: Engine, mesh: Mesh, *, metadata: dict[str, Any], keep_last: int
-) -> int:
-    """Save a checkpoint of `step`, wait until it is committed, and return its size in bytes.
-
-    Raises: UserError if it cannot be written.
-    """
-    saver = CheckpointSaver(root, mesh, keep_last)
-    saver.start_save(step, engine, metadata)
-    result = saver.wait_for_result()
-    if result.error:
-        raise UserError(save_error_message(root, result, RESTART_HINT))
-    return result.num_bytes
+        return self._host_copies
 
 
 def save_error_message(root: Path, result: SaveResult, consequence: str) -> str:

@@ -47,8 +47,7 @@ def check_past_phases(timeline: Timeline, checkpoint: Checkpoint) -> None:
             )
         span = timeline.phase_spans[index]
         phase = span.phase
-        fields = ("seq_len", "global_batch_size", "mixture")
-        changed = [name for name in fields if getattr(phase, name) != saved[name]]
+        changed = [name for name in ("seq_len", "global_batch_size", "mixture") if getattr(phase, name) != saved[name]]
         if min(span.end_step, checkpoint.step) != min(end_step, checkpoint.step):
             changed.append("tokens")
         if changed:

@@ -28,10 +28,6 @@ def step_folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def rank_file_name(rank: int) -> str:
-    return f"rank-{rank:05d}.safetensors"
-
-
 def fragment_key(kind: str, name: str, start: int) -> str:
     return f"{kind}/{name}/{start}"
 

@@ -6,6 +6,7 @@ A *box* is one tensor-parallel rank's share of the padded global tensor; a *flat
 import logging
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Checkpoint:
         self._fragments_by_name: dict[str, list[dict[str, Any]]] = {}
         for fragment in self.manifest["fragments"]:
             self._fragments_by_name.setdefault(fragment["name"], []).append(fragment)
-        self._files: dict[str, Any] = {}
+        self._open_file = cache(lambda file: safe_open(folder / file, framework="pt"))
 
     @property
     def step(self) -> int:
@@ -64,7 +65,7 @@ class Checkpoint:
 
         Memory: the tensor and, unless the first dim is the sharded one, one rank's box.
         """
-        shard, _ = self._saved_sharding(name)
+        shard = self._saved_sharding(name)
         found = torch.empty(shard.global_shape)
         if shard.sharded_dim is None:
             self._read_flat(found.view(-1), kind, name, 0, 0)
@@ -81,7 +82,7 @@ class Checkpoint:
         The box is that of `tp_rank` under `sharding` and `tp_size`, which may differ from the saved layout. Little more than
         the range is read from the files.
         """
-        saved, _ = self._saved_sharding(name)
+        saved = self._saved_sharding(name)
         assert (saved.global_shape, saved.sharded_dim) == (sharding.global_shape, sharding.sharded_dim), (
             f"{name}: {sharding} cannot be read from {saved}"
         )
@@ -107,22 +108,21 @@ class Checkpoint:
 
     def close(self) -> None:
         """Unmap the files; otherwise they would keep using disk space after they are removed."""
-        self._files.clear()
+        self._open_file.cache_clear()
 
-    def _saved_sharding(self, name: str) -> tuple[TensorSharding, int]:
-        """Return the sharding with which the tensor was saved, and the number of its boxes."""
+    def _saved_sharding(self, name: str) -> TensorSharding:
+        """Return the sharding with which the tensor was saved."""
         place = self._fragments_by_name[name][0]["sharding"]
-        shard = TensorSharding(tuple(place["shape"]), place["dim"], place["padded_size"])
-        return shard, self.manifest["tp_size"] if shard.sharded_dim is not None else 1
+        return TensorSharding(tuple(place["shape"]), place["dim"], place["padded_size"])
 
     def _read_sharded_slice(self, read: Tensor, kind: str, name: str, first_row: int, first_index: int) -> None:
         """Fill `read`, [rows, indices, inner], with the slice that starts at `first_row` and `first_index`.
 
         Indices count along the sharded dim; the dims before it are flattened to rows. Indices in the padding are not written.
         """
-        saved, tp_size = self._saved_sharding(name)
+        saved = self._saved_sharding(name)
         assert saved.sharded_dim is not None
-        share, inner = saved.padded_size // tp_size, read.shape[2]
+        share, inner = saved.padded_size // self.manifest["tp_size"], read.shape[2]
         next_index, end = first_index, min(first_index + read.shape[1], saved.global_shape[saved.sharded_dim])
         while next_index < end:
             tp_rank = next_index // share
@@ -149,11 +149,6 @@ class Checkpoint:
             target[low - start : high - start] = saved[low - fragment["start"] : high - fragment["start"]]
             read += high - low
         assert read == target.numel(), f"{self.folder}: fragments of {name} do not cover it"
-
-    def _open_file(self, name: str) -> Any:
-        if name not in self._files:
-            self._files[name] = safe_open(self.folder / name, framework="pt")
-        return self._files[name]
 
 
 def open_newest(root: Path, mesh: Mesh | None = None) -> Checkpoint | None:
@@ -190,10 +185,9 @@ def open_checkpoint(folder: Path, mesh: Mesh | None = None) -> Checkpoint:
     With a mesh, all ranks must call this; they share the hashing.
     Raises: UserError if there is no such checkpoint.
     """
-    roots = [folder / "checkpoints", folder]
-    checkpoint = next((found for root in roots if (found := open_newest(root, mesh))), None)
-    if checkpoint:
-        return checkpoint
+    for root in (folder / "checkpoints", folder):
+        if checkpoint := open_newest(root, mesh):
+            return checkpoint
     if not (folder / layout.COMMIT_MARKER).is_file():
         raise UserError(
             f"{folder}: has no committed checkpoint; name a run folder that has one, or the folder of an import"

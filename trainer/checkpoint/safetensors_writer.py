@@ -32,12 +32,9 @@ class TensorSpec(NamedTuple):
 
 
 def write_safetensors(
-    path: Path,
-    specs: Mapping[str, TensorSpec],
-    tensors: Iterable[Tensor],
-    *,
+    path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[Tensor], *,
     on_chunk: Callable[[memoryview], object] = lambda chunk: None,
-) -> int:
+) -> int:  # fmt: skip
     """Write `tensors` to a new file, sync it, and return its size in bytes. `specs` describes them in the same order.
 
     Takes each tensor from the iterable after the previous one is written and released. Calls `on_chunk` with each

@@ -54,9 +54,8 @@ def open_weight_source(path: Path, step: int | None = None) -> WeightSource:
     if step is None and (path / "config.json").is_file():
         model, mup, read = convert.open_folder(path)
         eos_token, max_seq_len = convert.read_text_settings(path)
-        return WeightSource(
-            model, mup, read, _existing_file(path / TOKENIZER_FILE), eos_token or DEFAULT_EOS_TOKEN, max_seq_len
-        )
+        tokenizer = _existing_file(path / TOKENIZER_FILE)
+        return WeightSource(model, mup, read, tokenizer, eos_token or DEFAULT_EOS_TOKEN, max_seq_len)
     return _from_checkpoint(path if step is None else _find_step_folder(path, step))
 
 

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -28,8 +28,6 @@ from tandem.trainer.distributed.mesh import Mesh
 from tandem.trainer.distributed.sharding import TensorSharding
 
 log = logging.getLogger(__name__)
-RankFragments = list[tuple[dict[str, Any], list[Tensor]]]
-"""The fragments that a rank saves: the manifest entry of each, and its tensors in the order of the entry's `kinds`."""
 WrittenFile = dict[str, Any]
 """A rank's data file: its name, its size and hash (None if the rank owns nothing), and its manifest entries."""
 MAX_IMPORT_FILE_BYTES = 1_000_000_000
@@ -65,11 +63,17 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def write_rank_file(folder: Path, rank: int, fragments: RankFragments) -> WrittenFile:
-    """Write and sync the rank's file, if the rank owns any fragments."""
-    specs = {_entry_key(entry, kind): _flat_spec(entry["numel"]) for entry, _ in fragments for kind in entry["kinds"]}
-    tensors = (tensor for _, kinds in fragments for tensor in kinds)
-    return _write_file(folder, rank, specs, tensors, [entry for entry, _ in fragments])
+def write_rank_file(folder: Path, rank: int, entries: list[dict[str, Any]], tensors: Iterable[Tensor]) -> WrittenFile:
+    """Write and sync the rank's file, if it owns any fragments. `tensors` are in the order of the entries' `kinds`."""
+    file, info, digest = f"rank-{rank:05d}.safetensors", None, sha256()
+    specs = {
+        layout.fragment_key(kind, entry["name"], entry["start"]): TensorSpec(torch.float32, (entry["numel"],))
+        for entry in entries for kind in entry["kinds"]
+    }  # fmt: skip
+    if specs:
+        size = safetensors_writer.write_safetensors(folder / file, specs, tensors, on_chunk=digest.update)
+        info = {"bytes": size, "sha256": digest.hexdigest()}
+    return {"file": file, "file_info": info, "entries": entries}
 
 
 def save_imported_weights(
@@ -85,14 +89,13 @@ def save_imported_weights(
         _fragment_entry(name, TensorSharding(shape), 0, 0, math.prod(shape), ["master"])
         for name, shape in shapes.items()
     ]
-    written_files: list[WrittenFile] = []
     groups = safetensors_writer.group_by_bytes(
-        entries, lambda entry: _flat_spec(entry["numel"]).num_bytes, MAX_IMPORT_FILE_BYTES
+        entries, lambda entry: entry["numel"] * torch.float32.itemsize, MAX_IMPORT_FILE_BYTES
     )
-    for index, file_entries in enumerate(groups):
-        specs = {_entry_key(entry, "master"): _flat_spec(entry["numel"]) for entry in file_entries}
-        tensors = (read_tensor(entry["name"]).float().reshape(-1) for entry in file_entries)
-        written_files.append(_write_file(folder, index, specs, tensors, file_entries))
+    written_files = [
+        write_rank_file(folder, index, group, (read_tensor(entry["name"]).float().reshape(-1) for entry in group))
+        for index, group in enumerate(groups)
+    ]
     commit(folder, written_files, {"step": 0, "tp_size": 1, "dp_size": 1, **metadata})
     return total_bytes(written_files)
 
@@ -106,21 +109,25 @@ def model_metadata(model: AnyModelConfig, mup: MupConfig | None) -> dict[str, An
     return {"model": dataclasses.asdict(model), "mup": dataclasses.asdict(mup) if mup else None}
 
 
-def rank_fragments(engine: Engine, mesh: Mesh) -> RankFragments:
-    """List the fragments that this rank saves. The tensors are views of the live state on the device."""
+def rank_fragments(engine: Engine, mesh: Mesh) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    """Return the manifest entries of the fragments that this rank saves, and their tensors.
+
+    The tensors are in the order of the entries' `kinds`. They are views of the live state on the device.
+    """
+    entries: list[dict[str, Any]] = []
+    tensors: list[Tensor] = []
+    if engine.has_full_optimizer_state and mesh.dp_rank:
+        return entries, tensors
     parameters = dict(engine.model.named_parameters())
-    if engine.has_full_optimizer_state() and mesh.dp_rank:
-        return []
-    fragments = []
     for fragment in engine.optimizer_fragments():
         shard = sharding_of(parameters[fragment.name])
         if shard.sharded_dim is None and mesh.tp_rank:
             continue  # replicated over tensor-parallel ranks; the first one saves it
         kinds = {"master": fragment.master, **fragment.moments}
         numel = fragment.master.numel()
-        entry = _fragment_entry(fragment.name, shard, mesh.tp_rank, fragment.start, numel, list(kinds))
-        fragments.append((entry, list(kinds.values())))
-    return fragments
+        entries.append(_fragment_entry(fragment.name, shard, mesh.tp_rank, fragment.start, numel, list(kinds)))
+        tensors += kinds.values()
+    return entries, tensors
 
 
 def _fragment_entry(
@@ -128,24 +135,6 @@ def _fragment_entry(
 ) -> dict[str, Any]:
     sharding = {"shape": list(shard.global_shape), "dim": shard.sharded_dim, "padded_size": shard.padded_size}
     return {"name": name, "sharding": sharding, "tp_rank": tp_rank, "start": start, "numel": numel, "kinds": kinds}
-
-
-def _entry_key(entry: dict[str, Any], kind: str) -> str:
-    return layout.fragment_key(kind, entry["name"], entry["start"])
-
-
-def _flat_spec(numel: int) -> TensorSpec:
-    return TensorSpec(torch.float32, (numel,))
-
-
-def _write_file(
-    folder: Path, index: int, specs: Mapping[str, TensorSpec], tensors: Iterable[Tensor], entries: list[dict[str, Any]]
-) -> WrittenFile:
-    file, info, digest = layout.rank_file_name(index), None, sha256()
-    if specs:
-        size = safetensors_writer.write_safetensors(folder / file, specs, tensors, on_chunk=digest.update)
-        info = {"bytes": size, "sha256": digest.hexdigest()}
-    return {"file": file, "file_info": info, "entries": entries}
 
 
 def commit(folder: Path, written_files: Iterable[WrittenFile], metadata: dict[str, Any]) -> None:

@@ -120,17 +120,16 @@ class Engine:
 
     def __init__(self, config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
         if (accelerator := deepspeed.accelerator.get_accelerator().device_name()) != mesh.device.type:
-            raise UserError(
-                f"DS_ACCELERATOR: DeepSpeed would use {accelerator}, but this rank's device is {mesh.device}; unset the "
-                "variable"
-            )
+            problem = f"DeepSpeed would use {accelerator}, but this rank's device is {mesh.device}"
+            raise UserError(f"DS_ACCELERATOR: {problem}; unset the variable")
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # DeepSpeed 0.19 would compile a shared-memory all-reduce for CPUs at the start, which only its inference engine uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.model, self._optimizer, self._mesh = model, optimizer, mesh
         self.num_updates = 0
         """Number of updates. Steps whose update was skipped do not count."""
-        self._wait_before_update: Callable[[], object] = lambda: None
+        self.wait_before_update: Callable[[], object] = lambda: None
+        """Called before every change to weights or optimizer state. A save waits here until the state is copied."""
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         # DeepSpeed's BF16 optimizer prints memory statistics at every log level.
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -139,9 +138,11 @@ class Engine:
                 mpu=mpu, dist_init_required=False,
             )  # fmt: skip
         log.debug("deepspeed: %s", printed.getvalue())
-        deepspeed_optimizer = self._deepspeed_engine.optimizer
-        if isinstance(deepspeed_optimizer, BF16_Optimizer) and deepspeed_optimizer.immediate_grad_update:
-            deepspeed_optimizer._update_hp_grad = partial(accumulate_fp32_grad, deepspeed_optimizer)
+        self._zero_optimizer = zero_optimizer = self._deepspeed_engine.optimizer
+        if isinstance(zero_optimizer, BF16_Optimizer) and zero_optimizer.immediate_grad_update:
+            zero_optimizer._update_hp_grad = partial(accumulate_fp32_grad, zero_optimizer)
+        self.has_full_optimizer_state = not self._deepspeed_engine.zero_optimization()
+        """Whether every data-parallel rank has the full optimizer state, so that only one needs to save it."""
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add the loss's gradient to the step's. If `is_last`, average the sum over data-parallel ranks.
@@ -158,13 +159,12 @@ class Engine:
 
         Returns one fp32 number on the device. In bf16 this does not wait for the device; DeepSpeed's fp32 optimizer does.
         """
-        deepspeed_optimizer = self._deepspeed_engine.optimizer
-        if not self._deepspeed_engine.zero_optimization():
+        if self.has_full_optimizer_state:
             norm = self._unsharded_grad_norm()
-        elif isinstance(deepspeed_optimizer, BF16_Optimizer):
-            norm = global_grad_norm(deepspeed_optimizer.get_grads_for_norm()[0])
+        elif isinstance(self._zero_optimizer, BF16_Optimizer):
+            norm = global_grad_norm(self._zero_optimizer.get_grads_for_norm()[0])
         else:
-            norm = deepspeed_optimizer.scaled_global_norm()
+            norm = self._zero_optimizer.scaled_global_norm()
         return norm.masked_fill(~((norm >= 0) & (norm < math.inf)), math.nan)
 
     def update(self, lr: float, grad_norm: float | None = None) -> None:
@@ -174,8 +174,8 @@ class Engine:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        self._wait_before_update()
-        if isinstance(self._deepspeed_engine.optimizer, BF16_Optimizer):
+        self.wait_before_update()
+        if isinstance(self._zero_optimizer, BF16_Optimizer):
             self._update_bf16(float(self.grad_norm()) if grad_norm is None else grad_norm)
         else:
             self._deepspeed_engine.step()
@@ -183,20 +183,16 @@ class Engine:
 
     def zero_grad(self) -> None:
         """Drop the gradient without an update."""
-        deepspeed_optimizer = self._deepspeed_engine.optimizer
-        if not self._deepspeed_engine.zero_optimization():
+        if self.has_full_optimizer_state:
             self._deepspeed_engine.zero_grad()
             return
-        deepspeed_optimizer.zero_grad()
-        if not isinstance(deepspeed_optimizer, BF16_Optimizer):  # as DeepSpeed's step does if a gradient overflows
-            deepspeed_optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
-            deepspeed_optimizer._release_preflattened_grad_buffers()
-            for group in deepspeed_optimizer.averaged_gradients:
-                deepspeed_optimizer.averaged_gradients[group] = deepspeed_optimizer.all_grad_tensors[group] = None
-
-    def block_updates_until(self, wait: Callable[[], object]) -> None:
-        """Call `wait` before the next change to weights or optimizer state."""
-        self._wait_before_update = wait
+        optimizer = self._zero_optimizer
+        optimizer.zero_grad()
+        if not isinstance(optimizer, BF16_Optimizer):  # as DeepSpeed's step does if a gradient overflows
+            optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+            optimizer._release_preflattened_grad_buffers()
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         return self._deepspeed_engine(*arguments)
@@ -209,7 +205,7 @@ class Engine:
                 address = mapping.hp_fragment_address
                 flat = self._optimizer.param_groups[mapping.param_group_index]["params"][0]
                 start, offset, numel = mapping.lp_fragment_address.start, address.start, address.numel
-            elif not self._deepspeed_engine.zero_optimization():
+            elif self.has_full_optimizer_state:
                 flat, start, offset, numel = parameter, 0, 0, parameter.numel()
             else:
                 continue
@@ -221,7 +217,7 @@ class Engine:
 
     def allocate_moments(self, num_updates: int) -> None:
         """Create both moments, as if `num_updates` updates were made, so that `optimizer_fragments` contains them."""
-        self._wait_before_update()
+        self.wait_before_update()
         self.num_updates = num_updates
         for group in self._optimizer.param_groups:
             for flat in group["params"]:
@@ -229,10 +225,6 @@ class Engine:
                 step = torch.tensor(float(num_updates), device=flat.device if group["fused"] else "cpu")
                 moments = {key: state[key] if key in state else torch.zeros_like(flat) for key in MOMENT_NAMES}
                 state.update({"step": step, **moments})
-
-    def has_full_optimizer_state(self) -> bool:
-        """Whether every data-parallel rank has the full optimizer state, so that only one needs to save it."""
-        return not self._deepspeed_engine.zero_optimization()
 
     @torch.no_grad()
     def _update_bf16(self, grad_norm: float) -> None:
@@ -242,31 +234,23 @@ class Engine:
         the gradient twice. This does not advance DeepSpeed's step counters, which nothing here uses.
         """
         assert math.isfinite(grad_norm), "the guard must not pass such a gradient"
-        deepspeed_optimizer = self._deepspeed_engine.optimizer
-        coefficient = clip_coefficient(grad_norm, deepspeed_optimizer.clip_grad)
-        for master, gradient in zip(
-            deepspeed_optimizer.fp32_groups_flat_partition,
-            deepspeed_optimizer.fp32_groups_gradient_flat_partition,
-            strict=True,
-        ):
+        optimizer = self._zero_optimizer
+        coefficient = clip_coefficient(grad_norm, optimizer.clip_grad)
+        masters, gradients = optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradient_flat_partition
+        for master, gradient in zip(masters, gradients, strict=True):
             if coefficient < 1:
                 gradient.mul_(coefficient)
             master.grad = gradient
-        deepspeed_optimizer.optimizer.step()
-        deepspeed_optimizer._lazy_init_hp_params_optimizer_state()
-        deepspeed_optimizer.update_lp_params()
-        deepspeed_optimizer.zero_grad()
+        optimizer.optimizer.step()
+        optimizer._lazy_init_hp_params_optimizer_state()
+        optimizer.update_lp_params()
+        optimizer.zero_grad()
 
     def _unsharded_grad_norm(self) -> Tensor:
         squares = torch.zeros((), device=self._mesh.device)
-        for parameter in self._counted_parameters():
-            if parameter.grad is not None:
+        for parameter in self.model.parameters():  # each counts once in the sum over tensor-parallel ranks
+            is_counted = sharding_of(parameter).sharded_dim is not None or self._mesh.tp_rank == 0
+            if is_counted and parameter.grad is not None:
                 squares += parameter.grad.float().norm() ** 2
         torch.distributed.all_reduce(squares, group=mpu.get_model_parallel_group())
         return squares.sqrt()
-
-    def _counted_parameters(self) -> Iterator[nn.Parameter]:
-        """Iterate over the parameters that this rank adds to a sum over tensor-parallel ranks, so that each counts once."""
-        for parameter in self.model.parameters():
-            if sharding_of(parameter).sharded_dim is not None or self._mesh.tp_rank == 0:
-                yield parameter

@@ -7,6 +7,7 @@
 megatron-core 0.16.1 sets the last one only if it initializes weights. Without it, losses are right, but gradient norms are not.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -41,7 +42,7 @@ class VocabParallel(tensor_parallel.VocabParallelEmbedding):
 
     def __init__(self, vocab_size: int, hidden_size: int, mesh: Mesh, dtype: torch.dtype) -> None:
         padded_vocab_size = padded_size(vocab_size, mesh.tp_size)
-        super().__init__(padded_vocab_size, hidden_size, init_method=_forbid_init, config=_megatron_config(mesh, dtype))
+        super().__init__(padded_vocab_size, hidden_size, init_method=None, config=_megatron_config(mesh, dtype))
         annotate_parameter(self.weight, TensorSharding((vocab_size, hidden_size), 0, padded_vocab_size), "embedding")
 
     def forward(self, tokens: Int64[Tensor, "seq rows"]) -> Float[Tensor, "seq rows hidden_size"]:
@@ -51,28 +52,21 @@ class VocabParallel(tensor_parallel.VocabParallelEmbedding):
 class ColumnParallel(tensor_parallel.ColumnParallelLinear):
     """Linear layer with sharded outputs. Pass its input through `copy_to_tp` first; several layers then share one all-reduce.
 
-    `global_shape` is the unpadded global shape of the weight, inputs last. `padded_size` is that of `sharded_dim`.
+    `sharding` is that of the weight, whose last dim is the inputs.
     """
 
     def __init__(
-        self,
-        global_shape: tuple[int, ...],
-        sharded_dim: int,
-        padded_size: int,
-        mesh: Mesh,
-        dtype: torch.dtype,
-        *,
-        bias: bool,
-        role: str = "hidden",
+        self, sharding: TensorSharding, mesh: Mesh, dtype: torch.dtype, *, bias: bool, role: str = "hidden"
     ) -> None:
-        num_outputs = padded_size * math.prod(global_shape[:sharded_dim])
+        *output_dims, num_inputs = sharding.global_shape
+        num_outputs = sharding.padded_size * math.prod(output_dims[: sharding.sharded_dim])
         super().__init__(
-            global_shape[-1], num_outputs, config=_megatron_config(mesh, dtype), init_method=_forbid_init, bias=bias,
+            num_inputs, num_outputs, config=_megatron_config(mesh, dtype), init_method=None, bias=bias,
             disable_grad_reduce=True,
         )  # fmt: skip
-        annotate_parameter(self.weight, TensorSharding(global_shape, sharded_dim, padded_size), role)
+        annotate_parameter(self.weight, sharding, role)
         if bias:
-            annotate_parameter(self.bias, TensorSharding(global_shape[:-1], sharded_dim, padded_size), "bias")
+            annotate_parameter(self.bias, dataclasses.replace(sharding, global_shape=tuple(output_dims)), "bias")
 
     def forward(self, hidden_states: Float[Tensor, "seq rows hidden_size"]) -> Float[Tensor, "seq rows outputs_local"]:
         return super().forward(hidden_states)[0]
@@ -86,7 +80,7 @@ class RowParallel(tensor_parallel.RowParallelLinear):
         self, global_shape: tuple[int, int], padded_size: int, mesh: Mesh, dtype: torch.dtype, *, bias: bool
     ) -> None:
         super().__init__(
-            padded_size, global_shape[0], config=_megatron_config(mesh, dtype), init_method=_forbid_init, bias=bias,
+            padded_size, global_shape[0], config=_megatron_config(mesh, dtype), init_method=None, bias=bias,
             input_is_parallel=True, skip_bias_add=True,
         )  # fmt: skip
         # This is the only switch in megatron-core 0.16 that leaves the reduction to the caller.
@@ -121,9 +115,8 @@ def sharded_parameter(global_shape: tuple[int, ...], mesh: Mesh, dtype: torch.dt
     """Create a parameter whose first dim is sharded; tp_size must divide it."""
     assert global_shape[0] % mesh.tp_size == 0
     sharding = TensorSharding(global_shape, 0, global_shape[0])
-    return annotate_parameter(
-        nn.Parameter(torch.empty(sharding.local_shape(mesh.tp_size), dtype=dtype)), sharding, role
-    )
+    parameter = nn.Parameter(torch.empty(sharding.local_shape(mesh.tp_size), dtype=dtype))
+    return annotate_parameter(parameter, sharding, role)
 
 
 def copy_to_tp(hidden_states: Tensor) -> Tensor:
@@ -170,15 +163,8 @@ def gather_from_tp(logits: Float[Tensor, "*batch vocab_local"]) -> Float[Tensor,
 
 
 def _megatron_config(mesh: Mesh, dtype: torch.dtype) -> ModelParallelConfig:
+    # models.init sets initial values. The two flags also allow building layers on meta and without CUDA.
+    no_init = {"perform_initialization": False, "use_cpu_initialization": True}
     return ModelParallelConfig(
-        tensor_model_parallel_size=mesh.tp_size,
-        params_dtype=dtype,
-        # models.init sets initial values. The flags also allow building layers on meta and without CUDA.
-        perform_initialization=False,
-        use_cpu_initialization=True,
-        deterministic_mode=True,
+        tensor_model_parallel_size=mesh.tp_size, params_dtype=dtype, deterministic_mode=True, **no_init
     )
-
-
-def _forbid_init(weight: Tensor) -> Tensor:
-    raise AssertionError("layers are built without initial values; models.init fills them")

@@ -36,24 +36,12 @@ def parallel_cross_entropy(
     parts = linear_cross_entropy(
         hidden_states.flatten(0, 1), weight, local_targets, num_valid_columns=num_valid_columns, scale=scale
     )
-    return _combine_over_ranks(*parts, mesh).view(targets.shape)
-
-
-def _combine_over_ranks(
-    maximum: Float[Tensor, " tokens"],
-    total: Float[Tensor, " tokens"],
-    target_logit: Float[Tensor, " tokens"],
-    mesh: Mesh,
-) -> Float32[Tensor, " tokens"]:
-    """Combine the parts of all ranks. A rank that has only padding has the lowest number as its maximum, and a total of 0.
-
-    Uses fp64, which is cheap for so few numbers: a rounding error here would affect all of a token's columns in backward.
-    """
-    maximum, total, target_logit = maximum.double(), total.double(), target_logit.double()
-    if mesh.tp_size > 1:
+    # fp64 is cheap for so few numbers, and a rounding error here would affect all of a token's columns in backward.
+    maximum, total, target_logit = (part.double() for part in parts)
+    if mesh.tp_size > 1:  # a rank that has only padding has the lowest number as its maximum, and a total of 0
         global_maximum = maximum.clone()
         group = parallel_state.get_tensor_model_parallel_group()
         torch.distributed.all_reduce(global_maximum, torch.distributed.ReduceOp.MAX, group)
-        parts = torch.stack((total * (maximum - global_maximum).exp(), target_logit))
-        maximum, (total, target_logit) = global_maximum, tensor_parallel.reduce_from_tensor_model_parallel_region(parts)
-    return (maximum - target_logit + total.log()).float()
+        terms = torch.stack((total * (maximum - global_maximum).exp(), target_logit))
+        maximum, (total, target_logit) = global_maximum, tensor_parallel.reduce_from_tensor_model_parallel_region(terms)
+    return (maximum - target_logit + total.log()).float().view(targets.shape)

@@ -38,8 +38,7 @@ class Mesh:
     device: torch.device
 
 
-def init_mesh(tp_size: int) -> Mesh:
-    """Create the process groups (NCCL with a GPU, gloo without) and return the mesh. Reuses an existing default group."""
+def _init_mesh(tp_size: int) -> Mesh:
     launch = launch_environment()
     os.environ["LOCAL_RANK"] = str(launch["local_rank"])  # DeepSpeed requires it with every launcher
     device = torch.device("cpu")
@@ -52,7 +51,7 @@ def init_mesh(tp_size: int) -> Mesh:
         device = torch.device("cuda", launch["local_rank"])
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        _init_process_group(launch, device)
+        _init_process_group(device, launch["rank"], launch["world_size"])
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES))
     if not parallel_state.model_parallel_is_initialized():
         # With gloo, the main groups already serve the CPU; a second set would only slow down the start.
@@ -61,23 +60,22 @@ def init_mesh(tp_size: int) -> Mesh:
             distributed_timeout_minutes=COLLECTIVE_TIMEOUT_MINUTES,
         )  # fmt: skip
     return Mesh(
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        local_rank=launch["local_rank"],
+        rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=launch["local_rank"], device=device,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
-        device=device,
-    )
+        dp_rank=parallel_state.get_data_parallel_rank(), dp_size=parallel_state.get_data_parallel_world_size(),
+    )  # fmt: skip
 
 
 @contextmanager
 def mesh_context(tp_size: int) -> Iterator[Mesh]:
-    """Like `init_mesh`, but at the end of the block, destroy the new groups, so that another tp_size can follow."""
+    """Create the process groups (NCCL with a GPU, gloo without) and yield the mesh. Reuses an existing default group.
+
+    At the end of the block, destroy the new groups, so that another tp_size can follow.
+    """
     groups_before = process_groups()
     try:
-        yield init_mesh(tp_size)
+        yield _init_mesh(tp_size)
     finally:
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()  # this only drops megatron-core's references
@@ -180,17 +178,12 @@ def barrier() -> None:
     dist.barrier()
 
 
-def _init_process_group(launch: dict[str, int], device: torch.device) -> None:
+def _init_process_group(device: torch.device, rank: int, world_size: int) -> None:
     # CPU tensors (losses, decisions, object collectives) use gloo even if gradients use NCCL.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    rank, world_size = launch["rank"], launch["world_size"]
     if world_size == 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
+        interfaces = [name for _, name in socket.if_nameindex()]
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if "lo" in interfaces else interfaces[0])
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=INIT_TIMEOUT)
     else:
         dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=INIT_TIMEOUT)
-
-
-def _loopback_interface() -> str:
-    names = [name for _, name in socket.if_nameindex()]
-    return "lo" if "lo" in names else names[0]

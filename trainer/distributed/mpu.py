@@ -16,12 +16,5 @@ get_tensor_model_parallel_world_size = parallel_state.get_tensor_model_parallel_
 get_model_parallel_group = get_tensor_model_parallel_group
 get_model_parallel_rank = get_tensor_model_parallel_rank
 get_model_parallel_world_size = get_tensor_model_parallel_world_size
-get_model_parallel_src_rank = get_tensor_model_parallel_src_rank
-
-
-def get_pipeline_model_parallel_world_size() -> int:
-    return 1
-
-
-def get_pipeline_model_parallel_rank() -> int:
-    return 0
+get_pipeline_model_parallel_world_size = parallel_state.get_pipeline_model_parallel_world_size
+get_pipeline_model_parallel_rank = parallel_state.get_pipeline_model_parallel_rank

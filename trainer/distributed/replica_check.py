@@ -21,17 +21,13 @@ def check_replicas(model: nn.Module, mesh: Mesh, step: int) -> None:
     gathered = all_gather_objects((mesh.tp_rank, sums))
     mismatches = []
     for tp_rank in range(mesh.tp_size):
-        replicas = {
-            rank: checksums for rank, (replica_tp_rank, checksums) in enumerate(gathered) if replica_tp_rank == tp_rank
-        }
+        replicas = {rank: theirs for rank, (their_tp_rank, theirs) in enumerate(gathered) if their_tp_rank == tp_rank}
         for name in sums:
-            [(majority_checksum, num_equal)] = Counter(theirs[name] for theirs in replicas.values()).most_common(1)
+            [(majority, num_equal)] = Counter(theirs[name] for theirs in replicas.values()).most_common(1)
             has_majority = 2 * num_equal > len(replicas)  # otherwise it is unknown which are right
-            differing_ranks = [
-                rank for rank, theirs in replicas.items() if not has_majority or theirs[name] != majority_checksum
-            ]
-            if differing_ranks:
-                mismatches.append((differing_ranks, name))
+            differing = [rank for rank, theirs in replicas.items() if not has_majority or theirs[name] != majority]
+            if differing:
+                mismatches.append((differing, name))
     if mismatches:
         ranks = sorted({rank for odd, _ in mismatches for rank in odd})
         rank_list = ", ".join(map(str, ranks))

@@ -27,6 +27,7 @@ from tandem.trainer.distributed.layers import (
 from tandem.trainer.distributed.loss import parallel_cross_entropy
 from tandem.trainer.distributed.mesh import Mesh
 from tandem.trainer.distributed.recompute import activation_checkpoint, call_directly
+from tandem.trainer.distributed.sharding import TensorSharding
 from tandem.trainer.models.kv_cache import KVCache
 from tandem.trainer.models.mup import ForwardScales
 
@@ -42,7 +43,7 @@ class FeedForward(nn.Module):
         super().__init__()
         padded_ffn_size = padded_size(config.ffn_hidden_size, mesh.tp_size)
         shape = (2, config.ffn_hidden_size, config.hidden_size)
-        self.gate_up = ColumnParallel(shape, 1, padded_ffn_size, mesh, dtype, bias=bias)
+        self.gate_up = ColumnParallel(TensorSharding(shape, 1, padded_ffn_size), mesh, dtype, bias=bias)
         self.down = RowParallel((config.hidden_size, config.ffn_hidden_size), padded_ffn_size, mesh, dtype, bias=bias)
         self.recomputes_swiglu = recompute == "selective"
 
@@ -57,7 +58,7 @@ def build_qkv_projection(config: AnyModelConfig, mesh: Mesh, dtype: torch.dtype,
     """Build one projection to queries, keys and values, grouped by key head so that each rank has whole groups."""
     group = config.num_heads // config.num_kv_heads + 2
     size = config.num_kv_heads * group * config.head_dim
-    return ColumnParallel((size, config.hidden_size), 0, size, mesh, dtype, bias=bias)
+    return ColumnParallel(TensorSharding((size, config.hidden_size), 0, size), mesh, dtype, bias=bias)
 
 
 def merge_heads(heads: Float[Tensor, "rows seq num_heads_local head_dim"]) -> Float[Tensor, "seq rows width_local"]:
@@ -132,7 +133,7 @@ class Decoder(nn.Module):
         self.head = None
         if not config.tie_word_embeddings:
             size = padded_size(config.vocab_size, mesh.tp_size)
-            self.head = ColumnParallel(shape, 0, size, mesh, dtype, bias=False, role="head")
+            self.head = ColumnParallel(TensorSharding(shape, 0, size), mesh, dtype, bias=False, role="head")
         self.maybe_checkpoint = activation_checkpoint if recompute == "full" else call_directly
 
     def build_norm(self, dtype: torch.dtype) -> LayerNorm:

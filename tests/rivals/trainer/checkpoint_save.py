@@ -149,7 +149,7 @@ def build_save_methods(engine: Engine, mesh: Mesh, folder: Path, facts: dict[str
         return remove
 
     return {
-        "ours": SaveMethod(start_ours, lambda: saver.is_save_finished, wait_for_ours, saver.pop_stall_seconds),
+        "ours": SaveMethod(start_ours, lambda: saver.pending_result.done(), wait_for_ours, saver.pop_stall_seconds),
         "ours blocking": SaveMethod(save_ours_blocking, lambda: True, lambda: None),
         "torch async_save": SaveMethod(
             start_torch_async,
@@ -163,11 +163,9 @@ def build_save_methods(engine: Engine, mesh: Mesh, folder: Path, facts: dict[str
 
 def state_tensors(engine: Engine, mesh: Mesh) -> dict[str, Tensor]:
     """Return the tensors that our checkpoint stores for this rank, by their names there."""
-    return {
-        fragment_key(kind, entry["name"], entry["start"]): tensor
-        for entry, tensors in write.rank_fragments(engine, mesh)
-        for kind, tensor in zip(entry["kinds"], tensors, strict=True)
-    }
+    entries, tensors = write.rank_fragments(engine, mesh)
+    keys = [fragment_key(kind, entry["name"], entry["start"]) for entry in entries for kind in entry["kinds"]]
+    return dict(zip(keys, tensors, strict=True))
 
 
 def measure_save(

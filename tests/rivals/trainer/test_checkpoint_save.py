@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as torchs
 
-from tandem.trainer.checkpoint.layout import rank_file_name, step_folder_name
+from tandem.trainer.checkpoint.layout import step_folder_name
 from tandem.trainer.checkpoint.write import model_metadata
 from tandem.trainer.distributed.mesh import mesh_context
 from tandem.trainer.startup import build_engine
@@ -71,7 +71,7 @@ def saved_in_all_ways(folder: Path) -> dict[str, list[str]]:
             way.wait_for_save()
             read = {key: torch.zeros_like(tensor) for key, tensor in wanted.items()}
             if name.startswith("ours"):
-                read = load_file(folder / "ours" / step_folder_name(STEP) / rank_file_name(mesh.rank))
+                read = load_file(folder / "ours" / step_folder_name(STEP) / f"rank-{mesh.rank:05d}.safetensors")
             else:
                 kept = folder / ("torch-async" if "async" in name else "torch") / step_folder_name(STEP)
                 torchs.load(read, checkpoint_id=kept)

@@ -200,8 +200,8 @@ def test_state_on_hold_changes_only_after_the_wait(mesh, kind):
     one = engine(kind, mesh)
     update(one, mesh, 0)
     before, seen = state(one), []
-    one.block_updates_until(
-        lambda: seen.append(all(torch.equal(before[key], tensor) for key, tensor in state(one).items()))
+    one.wait_before_update = lambda: seen.append(
+        all(torch.equal(before[key], tensor) for key, tensor in state(one).items())
     )
     update(one, mesh, 1)
     assert seen == [True]

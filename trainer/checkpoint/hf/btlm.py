@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tandem.kernels.attention import alibi_slopes
-from tandem.trainer.checkpoint.hf.tensor_mapping import HFTensor, TensorMapping, identity_mapping
+from tandem.trainer.checkpoint.hf.tensor_mapping import HFTensor, TensorMapping, identity_mapping, stacked_mapping
 from tandem.trainer.config import (
     AlibiScalingConfig,
     BTLMConfig,
@@ -110,8 +110,7 @@ def from_hf_config(hf_config: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
             raise UserError(
                 f"config.json: {name} is {hf_config[name]!r}, but BTLM needs {value!r}; choose another folder"
             )
-    older = [name for name in OLD_MUP_FIELDS if name in hf_config]
-    if older:
+    if older := [name for name in OLD_MUP_FIELDS if name in hf_config]:
         raise UserError(
             f"config.json: {older[0]} ({hf_config[older[0]]!r}) belongs to an older revision of the schema, which is not "
             "supported; use the newest revision of the folder"
@@ -166,8 +165,6 @@ def _qkv_mappings(model: BTLMConfig, prefix: str, hf_prefix: str) -> Iterator[Te
 
 def _gate_up_mappings(model: BTLMConfig, prefix: str, hf_prefix: str) -> Iterator[TensorMapping]:
     inputs, outputs = model.hidden_size, model.ffn_hidden_size
-    names = list(enumerate((f"{hf_prefix}.c_fc2", f"{hf_prefix}.c_fc")))
-    matrices = tuple(HFTensor(f"{name}.weight", (inputs, outputs), (part,), is_transposed=True) for part, name in names)
-    yield TensorMapping(f"{prefix}.weight", (2, outputs, inputs), (2, outputs, inputs), matrices)
-    biases = tuple(HFTensor(f"{name}.bias", (outputs,), (part,)) for part, name in names)
-    yield TensorMapping(f"{prefix}.bias", (2, outputs), (2, outputs), biases)
+    matrices, biases = ([f"{hf_prefix}.{layer}.{kind}" for layer in ("c_fc2", "c_fc")] for kind in ("weight", "bias"))
+    yield stacked_mapping(f"{prefix}.weight", matrices, outputs, inputs, is_transposed=True)
+    yield stacked_mapping(f"{prefix}.bias", biases, outputs)

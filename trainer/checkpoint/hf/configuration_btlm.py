@@ -14,6 +14,28 @@ SUPPORTED_VALUES = {
 }
 """Published fields for which this implementation supports only one value."""
 
+DEFAULTS: dict[str, object] = {
+    "vocab_size": 50_257,
+    "n_positions": 8_192,
+    "n_embd": 2_560,
+    "n_layer": 32,
+    "n_head": 32,
+    "n_inner": 6_826,
+    "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.073,
+    "mup_width_scale": 1.0,
+    "mup_embeddings_scale": 1.0,
+    "mup_output_alpha": 1.0,
+    "mup_scale_qk_dot_by_d": False,
+    "alibi_scaling": None,
+    "use_cache": True,
+    "bos_token_id": 50_256,
+    "eos_token_id": 50_256,
+    "pad_token_id": None,
+    "tie_word_embeddings": True,
+}
+"""The other published fields."""
+
 
 def check_alibi_scaling(scaling) -> None:
     """Raise ValueError unless `scaling` is None, or has `type` "linear" and a `factor` or `train_seq_len` above 1."""
@@ -52,37 +74,11 @@ class BTLMConfig(PreTrainedConfig):
         "num_hidden_layers": "n_layer",
     }
 
-    def __init__(
-        self,
-        vocab_size: int = 50_257,
-        n_positions: int = 8_192,
-        n_embd: int = 2_560,
-        n_layer: int = 32,
-        n_head: int = 32,
-        n_inner: int = 6_826,
-        layer_norm_epsilon: float = 1e-5,
-        initializer_range: float = 0.073,
-        mup_width_scale: float = 1.0,
-        mup_embeddings_scale: float = 1.0,
-        mup_output_alpha: float = 1.0,
-        mup_scale_qk_dot_by_d: bool = False,
-        alibi_scaling=None,  # not annotated: check_alibi_scaling has the better message
-        use_cache: bool = True,
-        bos_token_id: int | None = 50_256,
-        eos_token_id: int | None = 50_256,
-        pad_token_id: int | None = None,
-        tie_word_embeddings: bool = True,
-        **others,
-    ) -> None:
-        check_alibi_scaling(alibi_scaling)
-        self.vocab_size, self.n_positions, self.n_embd, self.n_inner = vocab_size, n_positions, n_embd, n_inner
-        self.n_layer, self.n_head, self.layer_norm_epsilon = n_layer, n_head, layer_norm_epsilon
-        self.initializer_range, self.alibi_scaling, self.use_cache = initializer_range, alibi_scaling, use_cache
-        self.mup_width_scale, self.mup_embeddings_scale = mup_width_scale, mup_embeddings_scale
-        self.mup_output_alpha, self.mup_scale_qk_dot_by_d = mup_output_alpha, mup_scale_qk_dot_by_d
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
-        self.tie_word_embeddings = tie_word_embeddings
+    def __init__(self, **fields) -> None:
+        check_alibi_scaling(fields.get("alibi_scaling"))
+        for name, value in DEFAULTS.items():
+            setattr(self, name, fields.pop(name, value))
         for name, value in SUPPORTED_VALUES.items():
-            if others.setdefault(name, value) != value:
-                raise ValueError(f"{name}: {others[name]!r} is not supported; use {value!r}")
-        super().__init__(**others)
+            if fields.setdefault(name, value) != value:
+                raise ValueError(f"{name}: {fields[name]!r} is not supported; use {value!r}")
+        super().__init__(**fields)

@@ -41,17 +41,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 def export_folder(
-    read_tensor: TensorReader,
-    model: AnyModelConfig,
-    mup: MupConfig | None,
-    output_folder: Path,
-    *,
-    tokenizer: Path | None,
-    eos_token: str = "<|endoftext|>",
-    max_seq_len: int,
-    dtype: torch.dtype,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> None:
+    read_tensor: TensorReader, model: AnyModelConfig, mup: MupConfig | None, output_folder: Path, *,
+    tokenizer: Path | None, eos_token: str = "<|endoftext|>", max_seq_len: int,
+    dtype: torch.dtype, shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:  # fmt: skip
     """Write a folder that transformers loads offline (BTLM with `trust_remote_code=True`).
 
     Only one of our tensors and a part of it are in memory at a time. An earlier export at `output_folder` is replaced once the
@@ -130,12 +123,10 @@ def _write_weights(
     defaults = {name: value for name, value in table.default_tensors(model, dtype).items() if name not in mapped_names}
     # The defaults come first: slopes are fp32 even in a 16-bit export, and wider dtypes must precede narrower ones.
     rows = [identity_mapping(name, name, *value.shape) for name, value in defaults.items()] + rows
-    dtypes = {row.name: defaults[row.name].dtype if row.name in defaults else dtype for row in rows}
-
-    def read_any(name: str) -> torch.Tensor:
-        return defaults[name] if name in defaults else read_tensor(name)
-
-    write_weights(folder, read_any, rows, dtypes, shard_bytes)
+    dtypes = {row.name: dtype for row in rows} | {name: value.dtype for name, value in defaults.items()}
+    write_weights(
+        folder, lambda name: defaults[name] if name in defaults else read_tensor(name), rows, dtypes, shard_bytes
+    )
 
 
 def _write_tokenizer(folder: Path, tokenizer: Path, eos_token: str, max_seq_len: int) -> None:

@@ -140,10 +140,8 @@ def _remove_stale(target_folder: Path) -> None:
 def _is_running(process_id: int) -> bool:
     try:
         os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # the process runs as another user
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # the process may belong to another user
     return True
 
 

@@ -129,6 +129,7 @@ class BTLMBlock(GradientCheckpointingLayer):
 class BTLMPreTrainedModel(PreTrainedModel):
     config_class = BTLMConfig
     base_model_prefix = "transformer"
+    _input_embed_layer = "wte"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BTLMBlock"]  # noqa: RUF012  (transformers wants lists here)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
@@ -162,23 +163,11 @@ class BTLMModel(BTLMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.wte
-
-    def set_input_embeddings(self, value) -> None:
-        self.wte = value
-
     @can_return_tuple
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        use_cache=None,
-        output_hidden_states=None,
-        **_,
-    ):
+        self, input_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None, use_cache=None,
+        output_hidden_states=None, **_,
+    ):  # fmt: skip
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds: give exactly one of the two")
         if use_cache is None:
@@ -186,9 +175,8 @@ class BTLMModel(BTLMPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(
-                f"attention_mask: has {attention_mask.dim()} dimensions; use [rows, keys] with 1 for tokens"
-            )
+            num_dims = attention_mask.dim()
+            raise ValueError(f"attention_mask: has {num_dims} dimensions; use [rows, keys] with 1 for tokens")
         hidden = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = hidden * self.config.mup_embeddings_scale
         visible = None if attention_mask is None else attention_mask.bool()
@@ -201,11 +189,8 @@ class BTLMModel(BTLMPreTrainedModel):
             states += (hidden,) if output_hidden_states else ()
             hidden = block(hidden, slopes, visible, past_key_values=past_key_values)
         hidden = self.ln_f(hidden)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=past_key_values,
-            hidden_states=(*states, hidden) if output_hidden_states else None,
-        )
+        states = (*states, hidden) if output_hidden_states else None
+        return BaseModelOutputWithPast(hidden, past_key_values, states)
 
 
 class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
@@ -240,33 +225,14 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
             groups[group]["params"].append(parameter)
         return groups
 
-    def get_output_embeddings(self):
-        return self.lm_head
-
-    def set_output_embeddings(self, value) -> None:
-        self.lm_head = value
-
     @can_return_tuple
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        output_hidden_states=None,
-        logits_to_keep=0,
-        **others,
-    ):
+        self, input_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None, labels=None,
+        use_cache=None, output_hidden_states=None, logits_to_keep=0, **others,
+    ):  # fmt: skip
         """Return logits, and the loss if `labels` are given. Labels are `input_ids`, not shifted; -100 is ignored."""
         output = self.transformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
@@ -274,9 +240,4 @@ class BTLMLMHeadModel(BTLMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **others)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-        )
+        return CausalLMOutputWithPast(loss, logits, output.past_key_values, output.hidden_states)

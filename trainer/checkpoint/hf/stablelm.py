@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tandem.trainer.checkpoint.hf.tensor_mapping import HFTensor, TensorMapping, identity_mapping
+from tandem.trainer.checkpoint.hf.tensor_mapping import HFTensor, TensorMapping, identity_mapping, stacked_mapping
 from tandem.trainer.config import MupConfig, StableLMConfig, UserError
 
 EMBEDDING_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
@@ -47,16 +47,15 @@ def tensor_mappings(model: StableLMConfig) -> Iterator[TensorMapping]:
             yield _qkv_mapping(model, f"{prefix}.attention.qkv.bias", hf_prefix, "bias", ())
         if model.qk_layernorm:
             for ours, theirs, num_heads in (("query", "q", model.num_heads), ("key", "k", model.num_kv_heads)):
-                hf_norm = f"{hf_prefix}.self_attn.{theirs}_layernorm"
-                yield _head_norm_mapping(f"{prefix}.attention.{ours}_norm.weight", hf_norm, num_heads, model)
+                hf_norms = f"{hf_prefix}.self_attn.{theirs}_layernorm.norms"
+                hf_names = [f"{hf_norms}.{head}.weight" for head in range(num_heads)]
+                yield stacked_mapping(f"{prefix}.attention.{ours}_norm.weight", hf_names, model.head_dim)
         hf_out = f"{hf_prefix}.self_attn.o_proj.weight"
         yield identity_mapping(f"{prefix}.attention.out.weight", hf_out, hidden_size, hidden_size)
         if not model.parallel_residual:
             yield from _norm_mappings(model, f"{prefix}.ffn_norm", f"{hf_prefix}.post_attention_layernorm")
-        shape = (2, ffn_hidden_size, hidden_size)
-        names = enumerate((f"{hf_prefix}.mlp.gate_proj.weight", f"{hf_prefix}.mlp.up_proj.weight"))
-        parts = tuple(HFTensor(name, (ffn_hidden_size, hidden_size), (part,)) for part, name in names)
-        yield TensorMapping(f"{prefix}.ffn.gate_up.weight", shape, shape, parts)
+        hf_gate_up = [f"{hf_prefix}.mlp.{part}_proj.weight" for part in ("gate", "up")]
+        yield stacked_mapping(f"{prefix}.ffn.gate_up.weight", hf_gate_up, ffn_hidden_size, hidden_size)
         hf_down = f"{hf_prefix}.mlp.down_proj.weight"
         yield identity_mapping(f"{prefix}.ffn.down.weight", hf_down, hidden_size, ffn_hidden_size)
     yield from _norm_mappings(model, "final_norm", "model.norm")
@@ -107,8 +106,7 @@ def from_hf_config(hf_config: dict[str, Any]) -> tuple[dict[str, Any], None]:
     fields: dict[str, Any] = {"initializer_range": 0.02, "num_key_value_heads": None}
     fields["layer_norm_eps"] = hf_config.get("norm_eps", 1e-5)  # norm_eps in early revisions
     fields |= dict.fromkeys(FALSE_BY_DEFAULT, False) | hf_config
-    model: dict[str, Any] = {"family": "stablelm"}
-    model |= {ours: fields[theirs] for ours, theirs in MODEL_FIELDS.items()}
+    model = {"family": "stablelm"} | {ours: fields[theirs] for ours, theirs in MODEL_FIELDS.items()}
     model["num_kv_heads"] = model["num_kv_heads"] or model["num_heads"]
     model["partial_rotary_factor"] = rotary.get("partial_rotary_factor", fraction)
     model["rotary_base"] = rotary.get("rope_theta", hf_config.get("rope_theta", 10_000))
@@ -125,21 +123,11 @@ def _qkv_mapping(
     model: StableLMConfig, name: str, hf_prefix: str, suffix: str, inputs: tuple[int, ...]
 ) -> TensorMapping:
     """Our tensor is grouped by key head: its query heads, the key head, and its value head. The folder has three tensors."""
-    group, head_dim = model.num_heads // model.num_kv_heads, model.head_dim
-    projections = (
-        ("q", model.num_heads, slice(group)),
-        ("k", model.num_kv_heads, group),
-        ("v", model.num_kv_heads, group + 1),
-    )
+    kv_heads, head_dim, group = model.num_kv_heads, model.head_dim, model.num_heads // model.num_kv_heads
+    projections = (("q", model.num_heads, slice(group)), ("k", kv_heads, group), ("v", kv_heads, group + 1))
     parts = tuple(
         HFTensor(f"{hf_prefix}.self_attn.{letter}_proj.{suffix}", (heads * head_dim, *inputs), (slice(None), index))
         for letter, heads, index in projections
     )
-    features = model.num_kv_heads * (group + 2) * head_dim
-    return TensorMapping(name, (features, *inputs), (model.num_kv_heads, group + 2, head_dim, *inputs), parts)
-
-
-def _head_norm_mapping(name: str, hf_prefix: str, num_heads: int, model: StableLMConfig) -> TensorMapping:
-    shape = (num_heads, model.head_dim)
-    pieces = (HFTensor(f"{hf_prefix}.norms.{head}.weight", (model.head_dim,), (head,)) for head in range(num_heads))
-    return TensorMapping(name, shape, shape, tuple(pieces))
+    features = kv_heads * (group + 2) * head_dim
+    return TensorMapping(name, (features, *inputs), (kv_heads, group + 2, head_dim, *inputs), parts)

@@ -2,7 +2,7 @@
 and therefore cannot disagree. The tables of the model families are in `btlm` and `stablelm`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 
@@ -42,6 +42,13 @@ class TensorMapping:
 def identity_mapping(name: str, hf_name: str, *shape: int) -> TensorMapping:
     """Map a tensor that is the same on both sides."""
     return TensorMapping(name, shape, shape, (HFTensor(hf_name, shape),))
+
+
+def stacked_mapping(name: str, hf_names: Iterable[str], *shape: int, is_transposed: bool = False) -> TensorMapping:
+    """Map a tensor whose first dim stacks several tensors of the folder. `shape` is that of one part of our tensor."""
+    hf_shape = shape[::-1] if is_transposed else shape
+    parts = tuple(HFTensor(each, hf_shape, (part,), is_transposed=is_transposed) for part, each in enumerate(hf_names))
+    return TensorMapping(name, (len(parts), *shape), (len(parts), *shape), parts)
 
 
 def to_hf_tensor(mapping: TensorMapping, hf_tensor: HFTensor, tensor: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from math import inf
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tandem.trainer.config import RANK_WAIT_TIMEOUT_SECONDS, UserError
 from tandem.trainer.config import WatchdogConfig as Settings
@@ -32,10 +32,7 @@ from tandem.trainer.distributed.watchdog.report import HangReport, RankProcess, 
 from tandem.trainer.distributed.watchdog.verdict import peer_states, verdict
 from tandem.trainer.runtime import REQUEUE_EXIT_CODE
 
-__all__ = [
-    "HANGS_FOLDER", "HangReport", "RankProcess", "Watchdog",
-    "current_process", "is_connection_lost", "newest_verdict", "verdict",
-]  # fmt: skip
+__all__ = ["HANGS_FOLDER", "Watchdog", "current_process", "is_connection_lost", "newest_verdict"]
 
 HANGS_FOLDER = "hangs"
 VERDICT_FILE = "verdict.txt"
@@ -81,16 +78,10 @@ class Watchdog:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        folder: Path,
-        processes: list[RankProcess],
-        rank: int,
-        collectives: Callable[[], dict[str, int]],
-        *,
-        flight_record: Callable[[], bytes] = bytes,
-        data_timeout_seconds: float = DATA_TIMEOUT_SECONDS,
-    ) -> None:
+        self, settings: Settings, folder: Path, processes: list[RankProcess], rank: int,
+        collectives: Callable[[], dict[str, int]], *,
+        flight_record: Callable[[], bytes] = bytes, data_timeout_seconds: float = DATA_TIMEOUT_SECONDS,
+    ) -> None:  # fmt: skip
         self._settings, self._processes, self._rank, self._collectives = settings, processes, rank, collectives
         self._hangs_folder, self._flight_record = folder / HANGS_FOLDER, flight_record
         self._data_timeout_seconds = data_timeout_seconds
@@ -103,6 +94,7 @@ class Watchdog:
         self._timeout_seconds = settings.start_timeout_seconds or inf
         self._waited_seconds = 0.0
         self._report_file: Path | None = None
+        self._read_reports = partial(reporting.read_reports, self._hangs_folder, processes, {})
         self._exit_deadline = (self._phase, inf)
         self._stop, self._exited = threading.Event(), threading.Event()
         self._lock, self._timed_out = threading.Lock(), False
@@ -139,9 +131,7 @@ class Watchdog:
         threading.Thread(target=self._enforce_exit_deadline, name="watchdog's deadline", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         is_lost = error is not None and is_connection_lost(error)
         with self._lock:
             self._stop.set()
@@ -157,7 +147,7 @@ class Watchdog:
             self._remove_report()
         else:
             self._set_exit_deadline(EXIT_DEADLINE_SECONDS)
-            self._write_report(timed_out=True, crash_error=_format_error(error), error=error)
+            self._write_report(timed_out=True, error=error)
         self._exited.set()
 
     def _watch(self) -> None:
@@ -195,13 +185,11 @@ class Watchdog:
             self._timed_out = True
         self._set_exit_deadline(EXIT_DEADLINE_SECONDS)
         self._write_report(timed_out=True)
-        report_cache: reporting.ReportCache = {}
         report_deadlines: dict[int, float] = {}
         quiet_since = time.monotonic()
         while self._phase is phase:
-            all_reports = reporting.read_reports(self._hangs_folder, self._processes, report_cache)
+            all_reports, reports = self._read_reports(), {}
             current_time = time.monotonic()
-            reports = {}
             for rank, report in all_reports.items():
                 deadline = current_time + report.timeout_seconds - report.waited_seconds + REPORT_WAIT_SECONDS
                 if report.timed_out or current_time < report_deadlines.setdefault(rank, deadline):
@@ -222,28 +210,25 @@ class Watchdog:
         """Write the verdict, then raise SystemExit."""
         self._set_exit_deadline(EXIT_DEADLINE_SECONDS)
         time.sleep(2 * POLL_SECONDS)  # a dying process's connections close shortly before the process is gone
-        self._write_report(timed_out=True, connection_error=_format_error(error), error=error)
+        self._write_report(timed_out=True, error=error, is_lost=True)
         start_time, reports = time.monotonic(), dict[int, HangReport]()
-        report_cache: reporting.ReportCache = {}
         while not self._all_ranks_known(reports) and time.monotonic() - start_time < REPORT_WAIT_SECONDS:
             time.sleep(POLL_SECONDS)
-            reports = reporting.read_reports(self._hangs_folder, self._processes, report_cache)
+            reports = self._read_reports()
         self._write_verdict(reports)
         self._set_exit_deadline(EXIT_DEADLINE_SECONDS)  # destroying the groups may wait for the lost rank again
         raise SystemExit(REQUEUE_EXIT_CODE) from error
 
-    def _write_report(
-        self,
-        *,
-        timed_out: bool,
-        connection_error: str | None = None,
-        crash_error: str | None = None,
-        error: BaseException | None = None,
-    ) -> None:
-        """Write this rank's report and stacks to the run folder. Log a warning if that fails."""
+    def _write_report(self, *, timed_out: bool, error: BaseException | None = None, is_lost: bool = False) -> None:
+        """Write this rank's report and stacks to the run folder. Log a warning if that fails.
+
+        `is_lost`: `error` is a lost connection, not a crash of this rank.
+        """
         frames = reporting.thread_frames()
         location, stacks = reporting.format_location(next(iter(frames.values()))), reporting.format_stacks(frames)
+        error_text = None
         if error:
+            error_text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
             location = reporting.format_location(*list(traceback.walk_tb(error.__traceback__))[-1])
             stacks = "".join(traceback.format_exception(error)) + "\n" + stacks
         phase, num_collectives = self._phase, self._collectives()
@@ -254,7 +239,7 @@ class Watchdog:
             timed_out=timed_out, location=location, collective=collective,
             group_name=group_name or next(iter(num_collectives), None), num_collectives=num_collectives,
             local_peer_states={str(rank): process_state(process) for rank, process in self._local_peers},
-            connection_error=connection_error, crash_error=crash_error,
+            connection_error=error_text if is_lost else None, crash_error=None if is_lost else error_text,
         )  # fmt: skip
         self._report_file = reporting.report_path(self._hangs_folder, phase.step, self._rank)
         try:
@@ -306,7 +291,7 @@ class Watchdog:
         self._exit_deadline = (self._phase, time.monotonic() + seconds)
 
     def _enforce_exit_deadline(self) -> None:
-        armed, last_poll = False, time.monotonic()
+        last_poll = time.monotonic()
         while not self._exited.wait(1):
             gap, last_poll = time.monotonic() - last_poll, time.monotonic()
             phase, deadline = self._exit_deadline
@@ -318,12 +303,9 @@ class Watchdog:
                     os._exit(REQUEUE_EXIT_CODE)
                 # This exits with code 1, even if another thread never releases the interpreter lock.
                 faulthandler.dump_traceback_later(deadline - time.monotonic() + 4, exit=True, file=2)
-                armed = True
-            elif armed:
+            else:
                 faulthandler.cancel_dump_traceback_later()
-                armed = False
-        if armed:
-            faulthandler.cancel_dump_traceback_later()
+        faulthandler.cancel_dump_traceback_later()
 
 
 def is_connection_lost(error: BaseException) -> bool:
@@ -342,7 +324,3 @@ def newest_verdict(folder: Path, since: float) -> str | None:
     if not found or max(found)[0] < since:
         return None
     return max(found)[1].read_text().strip()
-
-
-def _format_error(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

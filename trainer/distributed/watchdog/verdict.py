@@ -25,12 +25,9 @@ def verdict(reports: dict[int, HangReport], processes: list[RankProcess], folder
     others = [report for rank, report in sorted(reports.items()) if rank not in culprit_ranks]
     step = max(report.step for report in others or reports.values())
     hung = [report for report in reports.values() if not (report.connection_error or report.crash_error)]
-    lost_connection = any(report.connection_error for report in reports.values()) or not hung
-    cause = (
-        "a connection was lost"
-        if lost_connection
-        else f"no progress for {min(report.timeout_seconds for report in hung):g} s"
-    )
+    cause = "a connection was lost"
+    if hung and not any(report.connection_error for report in reports.values()):
+        cause = f"no progress for {min(report.timeout_seconds for report in hung):g} s"
     waiting = _common_collective(others)
     while_waiting = f", while the others wait in {waiting}" if culprit_ranks and waiting else ""
     return f"step {step}: {cause}; {words}{while_waiting}; stacks: {folder}"
@@ -141,6 +138,5 @@ def _common_collective(reports: list[HangReport]) -> str:
     return statistics.mode(collectives) if collectives else ""
 
 
-def _format_subject(ranks: Iterable[int], processes: list[RankProcess]) -> str:
-    ordered = list(ranks)
-    return f"{format_ranks(ordered, processes)} {'is' if len(ordered) == 1 else 'are'}"
+def _format_subject(ranks: list[int], processes: list[RankProcess]) -> str:
+    return f"{format_ranks(ranks, processes)} {'is' if len(ranks) == 1 else 'are'}"

@@ -22,16 +22,14 @@ from tandem.trainer.config import WatchdogConfig as Settings
 from tandem.trainer.distributed.mesh import count_collectives, create_shared_store, dump_flight_record
 from tandem.trainer.distributed.watchdog import (
     HANGS_FOLDER,
-    HangReport,
-    RankProcess,
     Watchdog,
     current_process,
     is_connection_lost,
     newest_verdict,
-    verdict,
 )
 from tandem.trainer.distributed.watchdog import report as reporting
-from tandem.trainer.distributed.watchdog.report import process_state
+from tandem.trainer.distributed.watchdog.report import HangReport, RankProcess, process_state
+from tandem.trainer.distributed.watchdog.verdict import verdict
 from tandem.trainer.runtime import REQUEUE_EXIT_CODE
 from tests import ranks
 
