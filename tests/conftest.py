@@ -28,12 +28,11 @@ def use_single_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def freeze_imported_objects() -> Iterator[None]:
-    """DeepSpeed's bf16 optimizer collects garbage eight times, and would look at every imported object each time."""
+@pytest.fixture(autouse=True, scope="module")
+def freeze_existing_objects() -> None:
+    """DeepSpeed's bf16 optimizer collects garbage eight times, and would look at all objects of earlier modules each time."""
+    gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

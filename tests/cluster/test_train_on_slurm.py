@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,12 +189,16 @@ def test_what_no_new_start_can_mend_ends_the_job(slurm: SlurmCluster, config: Pa
     (tmp_path / "light").mkdir()
     (tmp_path / "light" / "omegaconf.py").write_text("raise ImportError('no omegaconf')")
     paths = [f"--export=ALL,PYTHONPATH={path}" for path in (tmp_path / "light", tmp_path)]
-    wait = "--export=ALL,SLURM_WAIT=3"
+    wait, python = "--export=ALL,SLURM_WAIT=3", Path(sys.executable).with_name("python")
     jobs = {
         "tandem: optim.beta1: 2": Job(slurm, config, "mistake", overrides=("optim.beta1=2",)),
         "tandem: run.root: /dev/null/runs": Job(slurm, config, "alone", wait, overrides=("run.root=/dev/null/runs",)),
-        "cannot import tandem.trainer.__main__ (ImportError: no omegaconf)": Job(slurm, config, "light", paths[0]),
-        "cannot import tandem.trainer.train (ImportError: no torch)": Job(slurm, config, "heavy", paths[1]),
+        f"cannot import tandem.trainer.__main__ with {python} (ImportError: no omegaconf)": Job(
+            slurm, config, "light", paths[0]
+        ),
+        f"cannot import tandem.trainer.train with {python} (ImportError: no torch)": Job(
+            slurm, config, "heavy", paths[1]
+        ),
     }
     for says, job in jobs.items():
         job.until(lambda job=job: job.says("JobState") == "FAILED")
