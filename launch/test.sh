@@ -82,16 +82,23 @@ failed=()
 export CUDA_VISIBLE_DEVICES=
 # These four use one core each and share nothing, so they run at the same time and print one after the other.
 outputs=$(mktemp -d)
-trap 'rm -rf "$outputs"' EXIT
 declare -A started=()
+stop() { # a job in the background does not get Ctrl-C
+    for job in "${started[@]}"; do kill -- "-$job" 2>/dev/null || true; done
+    rm -rf "$outputs"
+}
+trap stop EXIT
+trap 'exit 130' INT TERM
+set -m # each job is a process group
 for stage in "${stages[@]}"; do
     case $stage in lint | types | arch | pins) (
         SECONDS=0
         if "$stage"; then verdict=ok; else verdict=FAILED; fi
         printf '== %s %s (%d s)\n' "$stage" "$verdict" "$SECONDS"
         [[ $verdict == ok ]]
-    ) >"$outputs/$stage" 2>&1 & started[$stage]=$! ;; esac
+    ) </dev/null >"$outputs/$stage" 2>&1 & started[$stage]=$! ;; esac
 done
+set +m
 for stage in "${stages[@]}"; do
     case $stage in gpu | demo) unset CUDA_VISIBLE_DEVICES ;; esac
     printf '\n== %s\n' "$stage"

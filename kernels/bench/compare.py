@@ -49,13 +49,17 @@ def measure_shape(
         return
     example = seeded_example(op.make_example, shape, device)
     failures: dict[str, str] = {}
-    functions = _agreeing_functions(op, shape, example, name, failures)
+    functions = _agreeing_functions(op, shape, example, name, deadline, failures)
     num_copies = measure.num_input_sets((*example.inputs, *example.out_gradients)) - 1
     sets = [example, *(copy.deepcopy(example) for _ in range(num_copies))]
     turns = [_timed_turn(rival, function, sets, device, failures) for rival, function in functions.items()]
     for rival, times in zip(functions, measure.time_interleaved(turns, device), strict=True):
         for direction in times:
-            peak = _peak_bytes(functions[rival], example, direction, device)
+            try:
+                peak = _peak_bytes(functions[rival], example, direction, device)
+            except Exception as error:  # out of memory, for example
+                failures[rival] = one_line_reason(error)
+                break
             figures = make_figures(op, shape, direction, times[direction], ceilings)
             yield make_row(op, shape, device, rival, direction, peak_extra_bytes=peak, **figures)
     for rival, reason in failures.items():
@@ -64,7 +68,7 @@ def measure_shape(
 
 
 def _agreeing_functions(
-    op: Operation, shape: Shape, example: Example, name: str, failures: dict[str, str]
+    op: Operation, shape: Shape, example: Example, name: str, deadline: float, failures: dict[str, str]
 ) -> dict[str, Function]:
     """Return the implementations to measure. Add each one that fails, or disagrees with the first, to `failures`."""
     functions: dict[str, Function] = {}
@@ -73,6 +77,8 @@ def _agreeing_functions(
         if reference is not None and name not in rival:
             continue
         try:
+            if time.monotonic() >= deadline:
+                raise NotMeasured("out of time")
             function = make_function(shape)
             values = run_forward_backward(function, copy.deepcopy(example))
             check_agreement(reference, values)

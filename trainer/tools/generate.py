@@ -159,7 +159,9 @@ def parse_sampling(arguments: argparse.Namespace) -> SamplingConfig:
             f"--temperature: {arguments.temperature} is out of range; use 0 or more; 0 takes the most likely token"
         )
     if arguments.top_k < 0:
-        raise UserError(f"--top-k: {arguments.top_k} is negative; use 0 to sample from all tokens")
+        raise UserError(
+            f"--top-k: {arguments.top_k} is negative; use a positive number, or 0 to sample from all tokens"
+        )
     if not 0 < arguments.top_p <= 1:
         raise UserError(
             f"--top-p: {arguments.top_p} is out of range; use more than 0 and at most 1; 1 samples from all tokens"

@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -126,6 +127,28 @@ def test_what_differs_or_fails_has_a_row_with_the_reason():
     assert notes["another gradient"].startswith("not measured: result 1 differs from that of ours by ")
     assert notes["not a number"] == "not measured: a result is not finite"
     assert notes["missing"] == "not measured: ImportError: no such package"
+
+
+def test_what_fails_while_its_memory_is_measured_leaves_the_other_its_figures(monkeypatch):
+    failed = []
+
+    def peak_extra_bytes(call, device):
+        if not failed:
+            failed.append(True)
+            raise MemoryError("as much as there is")
+
+    monkeypatch.setattr(measure, "peak_extra_bytes", peak_extra_bytes)
+    op = Square({"ours": lambda shape: torch.square, "torch": lambda shape: torch.square})
+    rows = list(measure_shape(op, op.shapes[0], CPU, CEILINGS))
+    assert [(row["rival"], row["direction"]) for row in rows] == [*(("torch", d) for d in DIRECTIONS), ("ours", "all")]
+    assert [row["note"] for row in rows] == ["", "", "", "not measured: MemoryError: as much as there is"]
+
+
+def test_no_implementation_starts_after_the_deadline(monkeypatch):
+    monkeypatch.setattr(time, "monotonic", partial(next, itertools.count()))
+    op = Square({"ours": lambda shape: torch.square, "torch": lambda shape: torch.square})
+    notes = {row["rival"]: row["note"] for row in measure_shape(op, op.shapes[0], CPU, CEILINGS, deadline=2)}
+    assert notes == {"ours": "", "torch": "not measured: out of time"}
 
 
 def test_what_fails_in_a_turn_leaves_the_other_its_figures():
