@@ -288,5 +288,8 @@ def content_hash(part: FilePart) -> str:
     return digest.hexdigest()
 
 
-def unreadable_error(path: str, error: Exception) -> UserError:
-    return UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); restore or leave out the file")
+def unreadable_error(path: str, error: Exception, place: str = "") -> UserError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    is_network_error = isinstance(error, remote_files.RemoteError)
+    remedy = "restore the file or the connection to it" if is_network_error else "restore or leave out the file"
+    return UserError(f"{path}: cannot be read{place} ({reason}); {remedy}")

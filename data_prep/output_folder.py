@@ -45,7 +45,7 @@ def is_finished(output: Path, settings_dict: Mapping[str, Any], inputs: list[Inp
         manifest.check_shard_files(output, corpus_manifest)
         recorded_inputs = provenance.load(output / INPUTS_FILE)
     except UserError as error:
-        raise UserError(f"{error}; to prepare it again, remove {output} first") from None
+        raise UserError(f"{error}; remove {output} before a new preparation") from None
     _check_same_settings(output, corpus_manifest.settings, settings_dict)
     _check_same_inputs(output, recorded_inputs, inputs)
     _clear(output, keep=corpus_file_names(corpus_manifest))

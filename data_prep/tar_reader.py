@@ -15,7 +15,7 @@ import numpy as np
 import numpy.lib.format as npy_format
 
 from tandem.data_prep.executor import ItemCancelled, ProgressCallback
-from tandem.data_prep.input_files import READ_BLOCK_BYTES, SAMPLE_MANIFEST_FILE, FilePart
+from tandem.data_prep.input_files import READ_BLOCK_BYTES, SAMPLE_MANIFEST_FILE, FilePart, unreadable_error
 from tandem.data_prep.records import (
     Document,
     decompress,
@@ -114,15 +114,19 @@ class _DamagedHeader(Exception):
 class _StrictHeader(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictHeader":
-        try:
-            header = super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if not buf.strip(b"\0"):
-                raise  # the end of the tar
-            raise _DamagedHeader(error) from None
+        header = super().frombuf(buf, encoding, errors)
         if header.size < 0 or (header.type in PAX_TYPES and not 0 < header.size <= MAX_PAX_BYTES):
             raise _DamagedHeader(f"the size of {header.name!r} is {header.size:,}")
         return header
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "_StrictHeader":
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise  # the end of the tar
+        except tarfile.HeaderError as error:  # of a header, or of the pax records that extend it
+            raise _DamagedHeader(error) from None
 
 
 class _TarBytes:
@@ -178,10 +182,7 @@ def _read_members(
         state = f"is damaged after member {name!r}" if name else "is not a tar, or its first header is damaged"
         raise UserError(f"{address}: {state} ({error}); restore or leave out the file") from None
     except Exception as error:  # tarfile also raises RecursionError, ValueError and MemoryError
-        place = f"after member {name!r}" if name else "at its beginning"
-        raise UserError(
-            f"{address}: cannot be read {place} ({_describe(error)}); restore or leave out the file"
-        ) from None
+        raise unreadable_error(address, error, f" after member {name!r}" if name else " at its beginning") from None
     advance(part.size_bytes - reported_bytes)
 
 
@@ -276,17 +277,29 @@ def _gunzip(data: bytes, extension: str) -> bytes:
 
 def _parse_ids(data: bytes, extension: str) -> np.ndarray:
     """Return the ids of a sample, which must be a one-dimensional array of integers."""
-    if extension == "npy":
-        stream = io.BytesIO(data)
-        try:
-            ids: np.ndarray = npy_format.read_array(stream, allow_pickle=False)
-        except Exception as error:  # numpy evaluates the header as Python text
-            raise ValueError(f"is not a complete .npy file ({_describe(error)}); restore it") from None
-        if stream.read(1):
-            raise ValueError("is not a .npy file, because it continues after its array; restore it")
-    else:
+    if extension != "npy":
         values = parse_json(_gunzip(data, extension))
         ids = np.empty(0, np.int64) if values == [] else np.array(values)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"is not one list of whole numbers ({ids.dtype} in {ids.ndim} dimensions); correct the member")
-    return ids
+        _check_kind(ids.shape, ids.dtype)
+        return ids
+    if not data.startswith(npy_format.MAGIC_PREFIX):
+        raise ValueError("is not a .npy file; write it with numpy.save, or restore it")
+    stream = io.BytesIO(data)
+    try:
+        is_first_version = npy_format.read_magic(stream) == (1, 0)
+        read_header = npy_format.read_array_header_1_0 if is_first_version else npy_format.read_array_header_2_0
+        shape, _, dtype = read_header(stream)
+    except Exception as error:  # numpy evaluates the header as Python text
+        raise ValueError(f"has a damaged header ({_describe(error)}); restore it") from None
+    _check_kind(shape, dtype)
+    num_bytes = len(data) - stream.tell()
+    if shape[0] * dtype.itemsize != num_bytes:  # checked first, because np.load allocates what the header states
+        raise ValueError(
+            f"has {num_bytes:,} bytes of data, but its header states {shape[0]:,} x {dtype.itemsize}; restore it"
+        )
+    return np.ndarray(shape, dtype, data, stream.tell())
+
+
+def _check_kind(shape: tuple[int, ...], dtype: np.dtype) -> None:
+    if len(shape) != 1 or dtype.kind not in "iu":
+        raise ValueError(f"is not one list of whole numbers ({dtype} in {len(shape)} dimensions); correct the member")

@@ -90,10 +90,16 @@ def content():
 
 
 @pytest.fixture
-def address(tmp_path, monkeypatch):
-    """tmp_path over http."""
+def server(tmp_path, monkeypatch):
+    """A server of tmp_path."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with FaultyServer(tmp_path) as running:
         threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        yield running.address
+        yield running
         running.shutdown()
+
+
+@pytest.fixture
+def address(server):
+    """tmp_path over http."""
+    return server.address

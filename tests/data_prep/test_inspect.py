@@ -2,12 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tandem.data_prep import inspect
+from tandem.data_prep.settings import DROPPED_COUNT_NAMES
 from tandem.data_prep.vocabulary import Vocabulary, make_visible
 from tandem.trainer.config import UserError
 from tests.data_prep import corpus_writer
@@ -155,6 +157,13 @@ def test_a_corpus_is_described_by_its_manifest_and_its_tokens(folder, shown):
     for part in ("12 short documents", "uint16", "50.00%", f"longest {max(lengths)}", "█", "num input files 2"):
         assert part in text, part
     assert re.search(rf"validation +2 documents, {len(stream(HELD_OUT))} tokens, 1 shards", text)
+
+
+def test_every_count_that_a_preparation_makes_is_of_what_was_left_out_or_known_not_to_be():
+    sources = "".join(path.read_text() for path in Path(inspect.__file__).parent.rglob("*.py"))
+    made = set(re.findall(r"""counts\[["'](\w+)["']\] \+?= """, sources))
+    not_left_out = {"files", "normalized_documents", "samples", "added_eos_tokens", "padding_tokens"}
+    assert made == {*DROPPED_COUNT_NAMES, *not_left_out}
 
 
 def test_lengths_may_be_counted_in_some_shards_from_everywhere(folder, shown):

@@ -246,7 +246,7 @@ def test_a_refusal_names_the_setting_and_the_remedy(prepared, folder):
     with pytest.raises(UserError, match=r"was prepared with min_characters 2, not 3; name another folder, or remove"):
         prepared("out", "--input", folder, "--min-characters", 3)
     next(output.glob("train-*.tar")).unlink()
-    with pytest.raises(UserError, match=r"prepare the corpus again; to prepare it again, remove .*out first"):
+    with pytest.raises(UserError, match=r"prepare the corpus again; remove .*out before a new preparation$"):
         prepared("out", "--input", folder, "--min-characters", 2)
 
 

@@ -324,8 +324,11 @@ def damaged(folder):
     good = write_tar(folder / "good.tar", *((f"{number}.txt", b"x" * 3000) for number in range(9))).read_bytes()
     header = bytearray(good)
     header[4 * 3584 + 3] ^= 1
+    pax = member_of(tarfile.REGTYPE, pax_headers={"comment": "x"}).tobuf(tarfile.PAX_FORMAT)
+    pax = pax.replace(b"13 comment", b"00 comment")
     cases = {
         "header": (bytes(header), r"is damaged after member '3.txt' \(bad checksum\)"),
+        "pax": (good[:3584] + pax + good[3584:], r"is damaged after member '0.txt' \(invalid header\); restore"),
         "member": (good[: 5 * 3584 + 2000], r"is truncated at member '5.txt'"),
         "between": (good[: 5 * 3584], r"is truncated at member '4.txt'"),
         "joined": (good + good, r"continues after its end, as concatenated tars do"),
@@ -369,6 +372,17 @@ def test_a_damaged_tar_is_one_line_that_names_file_and_member(tmp_path):
         assert "\n" not in str(caught.value), name
 
 
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.jsonl"])
+def test_a_failed_download_is_not_called_damage_of_the_file(tmp_path, server, name):
+    write_tar(tmp_path / name, ("a.txt", b"a"))
+    (file,) = listed(f"{server.address}/{name}")
+    server.faults[f"/{name}"].append("404 always")
+    with pytest.raises(
+        UserError, match=r"cannot be read .*FileNotFoundError.*\); restore the file or the connection to it$"
+    ):
+        list(readers.read_documents(FilePart(file, 0, 1), "text", [], lambda count: None))
+
+
 def test_a_sample_that_is_no_list_of_known_ids_is_one_line_that_names_it(prepared, tmp_path, tokenizer):
     vocab = small_tokenizer().get_vocab_size()
     npy = io.BytesIO()
@@ -384,17 +398,14 @@ def test_a_sample_that_is_no_list_of_known_ids_is_one_line_that_names_it(prepare
         "vocab": (b"[1, %d]" % vocab, rf"a.json: has id {vocab}, but --tokenizer has ids 0 to {vocab - 1}; name the"),
         "negative": (b"[-1]", r"a.json: has id -1, but"),
         "float": (npy.getvalue(), r"a.npy: is not one list of whole numbers \(float64 in 1 dimensions\)"),
-        "cut": (ints[:-3], r"a.npy: is not a complete .npy file \(.* expected 24 bytes got 21\); restore it"),
-        "zip.npy": (
-            b"PK\x03\x04" + b"\0" * 60,
-            r"a.npy: is not a complete .npy file \(the magic string is not correct",
-        ),
-        "unbalanced.npy": (ints.replace(b"(3,)", b"((((")[:200], r"a.npy: is not a complete .npy file \("),
-        "version.npy": (b"\x93NUMPY\x09\0" + ints[8:], r"a.npy: is not a complete .npy file \("),
-        "long.npy": (ints + b"\0", r"a.npy: is not a .npy file, because it continues after its array; restore it"),
+        "cut": (ints[:-3], r"a.npy: has 21 bytes of data, but its header states 3 x 8; restore it"),
+        "zip.npy": (b"PK\x03\x04" + b"\0" * 60, r"a.npy: is not a .npy file; write it with numpy.save, or restore it"),
+        "unbalanced.npy": (ints.replace(b"(3,)", b"((((")[:200], r"a.npy: has a damaged header \("),
+        "version.npy": (b"\x93NUMPY\x09\0" + ints[8:], r"a.npy: has a damaged header \("),
+        "long.npy": (ints + b"\0", r"a.npy: has 25 bytes of data, but its header states 3 x 8; restore it"),
         "huge.npy": (
             huge.getvalue() + bytes(24),
-            r"a.npy: is not a complete .npy file \((Unable to allocate|EOF: reading array data)",
+            r"a.npy: has 24 bytes of data, but its header states 1,099,511,627,776 x 8; restore it",
         ),
     }
     for name, (data, message) in cases.items():

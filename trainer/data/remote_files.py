@@ -178,7 +178,7 @@ class _RemoteReader(io.RawIOBase):
     def _reconnect(self) -> None:
         address, timeout_seconds = self._file.address, self._settings.timeout_seconds
         if self._position and _stat(address, timeout_seconds) != self._file:
-            raise OSError(f"{address}: the file changed while it was read; read it again from its beginning")
+            raise OSError(f"{address}: the file changed while it was read")
         self._blocks = read_blocks(address, self._position, timeout_seconds)
 
 
