@@ -71,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("tokenized webdataset corpora").add_argument
     add("--tokens", choices=tar_reader.TOKEN_EXTENSIONS,
         help="use token ids from tar members with this extension; --tokenizer only gives vocabulary and EOS")
-    add("--padding-id", type=int, metavar="ID", help="remove this id from the ends of samples, after EOS")
+    add("--padding-id", type=int, metavar="ID",
+        help="id that pads samples: removed after EOS at the end of a sample, or if it fills the sample")
 
     add = parser.add_argument_group("cleaning").add_argument
     add("--nfc", action="store_true", help="convert text to Unicode's composed form")
@@ -246,7 +247,7 @@ def _check_tokens(args: argparse.Namespace) -> None:
             f"--tokens: {args.tokens} needs --tokenizer, for the vocabulary and EOS; name the tokenizer of these ids"
         )
     if args.padding_id is not None and args.padding_id < 0:
-        raise UserError(f"--padding-id: {args.padding_id} is negative; use the id, 0 or more, that pads the samples")
+        raise UserError(f"--padding-id: {args.padding_id} is negative; give the id that pads the samples, 0 or more")
     for name in TEXT_OPTIONS:
         if getattr(args, name):
             raise UserError(

@@ -147,6 +147,17 @@ def test_files_named_in_words_exist():
     assert OUTSIDE.keys() <= {name for _, name in found}
 
 
+def test_functions_named_on_a_page_exist():
+    """`name()` and `_name` are names of ours."""
+    code = "\n".join(path.read_text() for path in FILES if path.suffix in (".py", ".sh"))
+    found = [
+        (path.relative_to(ROOT), name) for path in FILES if path.suffix == ".md" for text in words(path)
+        for name in re.findall(r"`(_\w+|\w+\(\))`", text)
+    ]  # fmt: skip
+    assert len(found) > 5, "none is seen"
+    assert [(str(path), name) for path, name in found if name.removesuffix("()") not in code] == []
+
+
 @pytest.mark.parametrize("folder", [".", *FOLDERS])
 def test_paths_named_on_a_page_exist(folder):
     """Links, and code that begins with one of our folders."""

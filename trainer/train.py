@@ -177,7 +177,7 @@ def train_step(context: StepContext, batch: Batch, step: int) -> tuple[float, fl
     if batch.digests:
         digest_halves = torch.tensor(pack_u64(batch.digests), dtype=torch.float64)
         values = torch.cat((values.double(), to_device(digest_halves, mesh)))
-    # This is the only point in a step where the host waits for the device, because the guard needs the numbers.
+    # The host waits for the device here, because the guard needs the numbers, and nowhere else in a step.
     loss_sum, grad_norm, *digest_sums = sum_over_ranks_on_device(values)
     mean_loss = loss_sum / mesh.world_size
     judgement = context.guard.judge(phase, mean_loss, grad_norm)

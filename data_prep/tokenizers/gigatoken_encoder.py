@@ -48,7 +48,8 @@ def unsupported_reason(tree: Mapping[str, Any]) -> str | None:
     if not _has_supported_split(tree.get("pre_tokenizer") or {}):
         return "its pre-tokenizer is not one of those compared with gigatoken"
     if not all(token["special"] for token in added):
-        return f"{next(token['content'] for token in added if not token['special'])!r} is matched in text"
+        content = next(token["content"] for token in added if not token["special"])
+        return f"its added token {content!r} is not special, so it is matched inside text"
     return None
 
 

@@ -69,7 +69,7 @@ class CheckpointSaver:
         self._copy_stream = torch.cuda.Stream() if mesh.device.type == "cuda" else None
         self._save_index, self._stall_seconds = 0, 0.0
         self.pending_result: Future[SaveResult] | None = None
-        """The result of a save that has not been collected. None if there is no such save."""
+        """The result of the last save until it is collected, otherwise None."""
         self._write_finished = Event()
 
     def start_save(

@@ -112,7 +112,8 @@ def check_alibi_scaling(scaling: sections.AlibiScalingConfig, key_path: str) -> 
     off = "none" if key_path.startswith("--") else "null"
     _require(
         factor is None or 1 < factor < math.inf,
-        f"{key_path}.factor: {factor} is not a finite number above 1; use one, or set {key_path} to {off} for no interpolation",
+        f"{key_path}.factor: {factor} is not a finite number above 1; use one that is, or set {key_path} to {off} for no "
+        "interpolation",
     )
     _require(
         train_seq_len is None or train_seq_len > 1,

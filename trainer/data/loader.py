@@ -72,7 +72,7 @@ class Loader:
         }
         """Together with the corpora, these determine the order of all tokens, so they must not change during a run."""
         self.skipped_shards: dict[str, list[str]] = {}
-        """Skipped shard files of each source (see `skip_shard`). A resume must restore them."""
+        """Skipped shard files of each source (see `skip_shard`). After a resume, they must be those of the checkpoint."""
         self._max_tokens_by_source = {
             name: int(epochs * self.manifests[name].train.tokens) for name, epochs in data.max_epochs.items()
         }

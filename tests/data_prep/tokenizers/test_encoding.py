@@ -123,7 +123,7 @@ OBSTACLES = [
     ("model.dropout", 0.5, "its model has dropout"),
     ("model.merges.700", ["Ġ", "Ġ"], "it lists a merge twice"),
     ("model.vocab.漢", 5_000, "its vocabulary is not that of a byte-level BPE"),
-    ("added_tokens.1", NON_SPECIAL, "'rows' is matched in text"),
+    ("added_tokens.1", NON_SPECIAL, "its added token 'rows' is not special"),
 ]
 
 

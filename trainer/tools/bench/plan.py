@@ -64,8 +64,8 @@ def build_plans(
     for plan in plans:
         if plan.num_steps > plan.span.phase.num_steps:
             raise UserError(
-                f"--steps: {arguments.steps} timed steps with the warm-up and instrumented ones are {plan.num_steps}, but "
-                f"phase {plan.span.phase.name!r} has only {plan.span.phase.num_steps}; use fewer"
+                f"--steps: {arguments.steps} timed steps, the warm-up and the instrumented steps are {plan.num_steps} steps, "
+                f"but phase {plan.span.phase.name!r} has only {plan.span.phase.num_steps}; use fewer"
             )
     return replace(config, model=model, schedule=schedule), plans
 
