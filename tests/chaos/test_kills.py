@@ -89,7 +89,7 @@ class Sweep:
 
     def _trial(self, planned: PlannedTrial) -> bool:
         """Whether it came to the kill."""
-        before, starts = newest_step(self.folder), start_steps(self.folder)
+        before, starts, began = newest_step(self.folder), start_steps(self.folder), time.monotonic()
         end = self._started(self.folder.name, *self._every(), planned=planned)
         least, words = (
             max(before, end.committed_step),
@@ -107,6 +107,7 @@ class Sweep:
             if end.survivor_seconds > LONGEST_ALONE_SECONDS:
                 self._note([f"wrong: a rank that was left alone has ended after {end.survivor_seconds:.0f} s"], words)
         if end.exit_codes == [0, 0]:
+            self._run_seconds = min(self._run_seconds, time.monotonic() - began)  # the machine has less other work now
             self.finish(end)
         if end.was_killed:
             victims = "both ranks" if len(planned.victim_ranks) == 2 else f"rank {planned.victim_ranks[0]}"
