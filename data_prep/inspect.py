@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--shard", metavar="FILE", help="show a range of a shard; see --tokens")
     what.add_argument("--find", metavar="TEXT", help="show the first documents that contain the text")
     add("--split", choices=("train", "validation"), default="train",
-        help="split that --row, --document and --find read (default %(default)s)")  # fmt: skip
+        help="the split from which --row, --document and --find read (default %(default)s)")  # fmt: skip
     add("--seq-len", type=int, default=2048, metavar="L", help="tokens in a row (default %(default)s)")
     add("--tokens", metavar="FIRST:END",
         help="range of --shard to show; FIRST+COUNT also works (default: its first row)")  # fmt: skip

@@ -270,7 +270,7 @@ def _gunzip(data: bytes, extension: str) -> bytes:
         if num_bytes > MAX_MEMBER_BYTES:
             raise ValueError(f"contains more than {MAX_MEMBER_BYTES:,} bytes after decompression; split it")
         if not gzip_member.eof:
-            raise ValueError("is truncated, because the compressed data has no end; restore it")
+            raise ValueError("is truncated: the compressed data stops before its end marker; restore it")
         data = gzip_member.unused_data.lstrip(b"\0")
     return b"".join(pieces)
 

@@ -48,8 +48,8 @@ random() {
 full_size() { pytest tests -m full_size -s; }
 demo() { launch/demo.sh; }
 fresh() { with_debootstrap && tests/launch/fresh.sh; }
-# Four files at a time, in their order: tests of several ranks mostly wait, and the files with the longest waits come first.
-tests() { with_programs && pytest tests --numprocesses 4 --dist loadfile --no-loadscope-reorder --durations 10; }
+# Three files at a time, in their order: tests of several ranks mostly wait, and the files with the longest waits come first.
+tests() { with_programs && pytest tests --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10; }
 
 # Some tests need `ip`, Slurm and shellcheck. Install them in a container, as root. Do not install them on a machine that runs systemd,
 # which would start Slurm's services; there the tests report what is missing.

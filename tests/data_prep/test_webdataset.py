@@ -345,7 +345,7 @@ def damaged(folder):
         "line": (("b.jsonl", b'{"text": "a"}\n\n[]\n'), r"b.jsonl:3: has no field 'text'"),
         "gz": (
             ("b.txt.gz", gzip.compress(b"words")[:-3]),
-            r"b.txt.gz: is truncated, because the compressed data has no end",
+            r"b.txt.gz: is truncated: the compressed data stops before its end marker",
         ),
         "no gz": (
             ("b.txt.gz", b"words"),

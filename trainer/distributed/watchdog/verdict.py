@@ -61,13 +61,16 @@ def _find_culprit(reports: dict[int, HangReport], processes: list[RankProcess]) 
     min_phases = min(report.num_phases for report in reports.values())
     behind = {rank: report for rank, report in reports.items() if report.num_phases == min_phases}
     if ahead := _find_ranks_past_collective(reports, behind):
-        return ahead, f"{_format_subject(ahead, processes)} in {reports[ahead[0]].phase} and skipped a collective"
+        return (
+            ahead,
+            f"{_format_subject(ahead, processes)} in phase {reports[ahead[0]].phase!r} and skipped a collective",
+        )
     late = _find_late_ranks(behind)
     if len(behind) < len(reports):
         late = late or list(behind)
-        return late, f"{_format_subject(late, processes)} still in {next(iter(behind.values())).phase}"
+        return late, f"{_format_subject(late, processes)} still in phase {next(iter(behind.values())).phase!r}"
     first = reports[late[0]] if late else next(iter(reports.values()))
-    place = f"{first.phase}, {first.location}"
+    place = f"phase {first.phase!r}, {first.location}"
     if late:
         return late, f"{_format_subject(late, processes)} in {first.collective or 'no collective'} ({place})"
     hosts = _format_hosts(range(len(processes)), processes)

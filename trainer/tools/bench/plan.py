@@ -64,7 +64,7 @@ def build_plans(
     for plan in plans:
         if plan.num_steps > plan.span.phase.num_steps:
             raise UserError(
-                f"--steps: {arguments.steps} timed steps, the warm-up and the instrumented steps are {plan.num_steps} steps, "
+                f"--steps: {arguments.steps} timed steps make {plan.num_steps} with the warm-up and instrumented steps, "
                 f"but phase {plan.span.phase.name!r} has only {plan.span.phase.num_steps}; use fewer"
             )
     return replace(config, model=model, schedule=schedule), plans

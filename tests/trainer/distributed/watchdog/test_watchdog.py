@@ -114,7 +114,7 @@ def test_a_rank_that_waits_for_its_data_is_named(data_hang):
     assert all(ended_with_code(words, rank) for rank in range(3))
     assert folder == "step-00000003"
     assert said.startswith(
-        f"step 3: no progress for {LIMIT_SECONDS:g} s; rank 1 on {current_process().host} is still in data, while"
+        f"step 3: no progress for {LIMIT_SECONDS:g} s; rank 1 on {current_process().host} is still in phase 'data', while"
     )
     assert "the others wait in all_reduce" in said
     assert "time.sleep(sleep_seconds)" in (tmp_path / HANGS_FOLDER / folder / "rank-00001.txt").read_text()
@@ -172,16 +172,15 @@ def test_a_rank_that_waits_in_the_store_for_a_killed_one_is_ended_without_patien
 
 def test_a_rank_in_an_endless_loop_is_named_with_its_line(tmp_path):
     words, said, _ = failed("loop", tmp_path)
-    assert (
-        f"rank 1 on {current_process().host} is in no collective (forward and backward, {Path(__file__).name}:" in said
-    )
+    place = f"(phase 'forward and backward', {Path(__file__).name}:"
+    assert f"rank 1 on {current_process().host} is in no collective {place}" in said
     assert f"in {train.__name__}), while the others wait in all_reduce" in said
     assert all(ended_with_code(words, rank) for rank in range(3))
 
 
 def test_a_rank_that_left_a_collective_out_is_named(tmp_path):
     _, said, _ = failed("skip", tmp_path)
-    assert f"rank 1 on {current_process().host} is in forward and backward and skipped a collective" in said
+    assert f"rank 1 on {current_process().host} is in phase 'forward and backward' and skipped a collective" in said
 
 
 def test_a_rank_that_crashed_keeps_its_error_and_is_named_by_the_others(tmp_path):
@@ -227,8 +226,11 @@ def test_a_start_that_takes_too_long_is_ended(tmp_path):
     with pytest.raises(AssertionError, match=f"exit code {REQUEUE_EXIT_CODE}"):
         ranks.run(alone, 1, tmp_path, tmp_path)
     said = newest_verdict(tmp_path, since=0.0)
-    assert f"step 1: no progress for 1 s; rank 0 on {current_process().host} is still in forward and backward, " in said
-    assert f" is still in forward and backward, {Path(__file__).name}:" in said
+    assert (
+        f"step 1: no progress for 1 s; rank 0 on {current_process().host} is still in phase 'forward and backward', "
+        in said
+    )
+    assert f" is still in phase 'forward and backward', {Path(__file__).name}:" in said
     assert newest_verdict(tmp_path, since=time.time() + 60) is None
 
 
@@ -407,30 +409,30 @@ NONE = {"collective": None, "group_name": None, "num_collectives": {"0": 8}}
          f"rank 3 on host-b is gone (killed, or exited without an error){WAIT}"),
         ({"r3": None, "r1": {"num_phases": 39}}, f"rank 3 on host-b is silent (frozen, dead or disconnected){WAIT}"),
         ({"r1": {"crash_error": "KeyError: 1"}, "r3": None}, f"rank 1 on host-a crashed with KeyError: 1{WAIT}"),
-        ({"r1": {"num_phases": 39, "phase": "data", **NONE}}, f"rank 1 on host-a is still in data{WAIT}"),
+        ({"r1": {"num_phases": 39, "phase": "data", **NONE}}, f"rank 1 on host-a is still in phase 'data'{WAIT}"),
         ({"r0": {"num_phases": 39, "phase": "data", "num_collectives": {"0": 7}},
           "r1": {"num_phases": 39, "phase": "data", "collective": None, "num_collectives": {"0": 6}}},
-         f"rank 1 on host-a is still in data{WAIT}"),
+         f"rank 1 on host-a is still in phase 'data'{WAIT}"),
         ({"r2": {"location": "model.py:5 in spin", **NONE}},
-         f"rank 2 on host-b is in no collective (update, model.py:5 in spin){WAIT}"),
+         f"rank 2 on host-b is in no collective (phase 'update', model.py:5 in spin){WAIT}"),
         ({"r2": {"location": "model.py:5 in spin", **NONE, "num_collectives": {}}},
-         f"rank 2 on host-b is in no collective (update, model.py:5 in spin){WAIT}"),
+         f"rank 2 on host-b is in no collective (phase 'update', model.py:5 in spin){WAIT}"),
         ({"r2": {"collective": "barrier", "num_collectives": {"0": 8}}},
-         f"rank 2 on host-b is in barrier (update, engine.py:88 in update){WAIT}"),
+         f"rank 2 on host-b is in barrier (phase 'update', engine.py:88 in update){WAIT}"),
         # Tensor-parallel pairs: 0 waits for 1, 2 waits for 0, 3 waits for 1.
         ({"r0": {"num_collectives": {"tp": 5, "dp": 2}}, "r1": {"collective": None, "num_collectives": {"tp": 4, "dp2": 2}},
           "r2": {"group_name": "dp", "num_collectives": {"dp": 3, "tp2": 5}}, 
           "r3": {"group_name": "dp2", "num_collectives": {"dp2": 3, "tp2": 5}}},
-         "rank 1 on host-a is in no collective (update, engine.py:88 in update), "
+         "rank 1 on host-a is in no collective (phase 'update', engine.py:88 in update), "
          "while the others wait in all_reduce 3"),
         ({"r1": {"num_phases": 41, "phase": "save", "collective": "barrier"}},
-         f"rank 1 on host-a is in save and skipped a collective{WAIT}"),
+         f"rank 1 on host-a is in phase 'save' and skipped a collective{WAIT}"),
         ({"r1": {"connection_error": "gone"}, "r3": None, "r2": {"local_peer_states": {"3": "gone"}}},
          f"LOST rank 3 on host-b is gone (killed, or exited without an error){WAIT}"),
         ({"r1": {"connection_error": "Broken pipe"}, "r3": None, "r2": {"local_peer_states": {"3": "running"}}},
          "LOST all ranks are alive; check the network between hosts host-a, host-b (Broken pipe)"),
         ({f"r{rank}": {"collective": None} for rank in range(4)},
-         "all ranks are stuck in update, engine.py:88 in update; check the network between hosts host-a, host-b"),
+         "all ranks are stuck in phase 'update', engine.py:88 in update; check the network between hosts host-a, host-b"),
         ({}, "all ranks are stuck in all_reduce 9; check the network between hosts host-a, host-b"),
     ],
 )  # fmt: skip

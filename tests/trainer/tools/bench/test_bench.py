@@ -127,7 +127,7 @@ MISTAKES = {
     "more steps than the phase has": (
         "--steps 295",
         [
-            "--steps: 295 timed steps, the warm-up and the instrumented steps are 301",
+            "--steps: 295 timed steps make 301 with the warm-up and instrumented steps",
             "'short' has only 300",
             "use fewer",
         ],
