@@ -290,6 +290,11 @@ def content_hash(part: FilePart) -> str:
 
 def unreadable_error(path: str, error: Exception, place: str = "") -> UserError:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    is_network_error = isinstance(error, remote_files.RemoteError)
-    remedy = "restore the file or the connection to it" if is_network_error else "restore or leave out the file"
+    remedies = {
+        remote_files.FileChanged: "run the same command again",
+        remote_files.AccessDenied: "correct the credentials",
+        remote_files.RemoteError: "restore the file or the connection to it",
+        Exception: "restore or leave out the file",
+    }
+    remedy = next(words for kind, words in remedies.items() if isinstance(error, kind))
     return UserError(f"{path}: cannot be read{place} ({reason}); {remedy}")

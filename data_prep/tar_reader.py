@@ -286,7 +286,10 @@ def _parse_ids(data: bytes, extension: str) -> np.ndarray:
         raise ValueError("is not a .npy file; write it with numpy.save, or restore it")
     stream = io.BytesIO(data)
     try:
-        is_first_version = npy_format.read_magic(stream) == (1, 0)
+        version = npy_format.read_magic(stream)
+        if version not in ((1, 0), (2, 0), (3, 0)):
+            raise ValueError(f"unknown version {version}")
+        is_first_version = version == (1, 0)
         read_header = npy_format.read_array_header_1_0 if is_first_version else npy_format.read_array_header_2_0
         shape, _, dtype = read_header(stream)
     except Exception as error:  # numpy evaluates the header as Python text

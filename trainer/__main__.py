@@ -22,7 +22,7 @@ VERBS = {
     "prepare": ("tandem.data_prep.prepare", "tokenize text into shards with a manifest"),
     "verify": ("tandem.data_prep.verify", "check a prepared corpus against its manifest"),
     "inspect": ("tandem.data_prep.inspect", "describe a prepared corpus, or print the text of its rows and documents"),
-    "train": (__name__, "train on this machine, or as one rank of torchrun, deepspeed or srun"),
+    "train": ("tandem.trainer.__main__", "train on this machine, or as one rank of torchrun, deepspeed or srun"),
     "evaluate": ("tandem.trainer.tools.evaluate", "measure the loss on held-out rows, by position"),
     "generate": ("tandem.trainer.tools.generate", "continue prompts with the weights of a model"),
     "import-hf": ("tandem.trainer.tools.convert_hf", "import a Hugging Face folder, so that a run can start from its weights"),
@@ -88,6 +88,8 @@ def run_verb(argv: list[str]) -> int:
 
 def load_verb(name: str, module: str) -> tuple[Callable[..., None], Callable[..., int | None]]:
     """Return `add_arguments` and `run` of a verb. In a module with several verbs, their names contain the verb."""
+    if name == "train":  # importing this module by its name would execute it again
+        return add_train_arguments, run_train
     verb_module, suffix = import_module(module), name.replace("-", "_")
     if hasattr(verb_module, f"run_{suffix}"):
         return getattr(verb_module, f"add_{suffix}_arguments"), getattr(verb_module, f"run_{suffix}")

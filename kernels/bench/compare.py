@@ -54,13 +54,13 @@ def measure_shape(
     sets = [example, *(copy.deepcopy(example) for _ in range(num_copies))]
     turns = [_timed_turn(rival, function, sets, device, failures) for rival, function in functions.items()]
     for rival, times in zip(functions, measure.time_interleaved(turns, device), strict=True):
-        for direction in times:
-            try:
-                peak = _peak_bytes(functions[rival], example, direction, device)
-            except Exception as error:  # out of memory, for example
-                failures[rival] = one_line_reason(error)
-                break
-            figures = make_figures(op, shape, direction, times[direction], ceilings)
+        try:
+            peaks = [_peak_bytes(functions[rival], example, direction, device) for direction in times]
+        except Exception as error:  # out of memory, for example
+            failures[rival] = one_line_reason(error)
+            continue
+        for (direction, timing), peak in zip(times.items(), peaks, strict=True):
+            figures = make_figures(op, shape, direction, timing, ceilings)
             yield make_row(op, shape, device, rival, direction, peak_extra_bytes=peak, **figures)
     for rival, reason in failures.items():
         if name in rival:

@@ -14,9 +14,10 @@ import pytest
 import webdataset
 
 from tandem.data_prep import readers
-from tandem.data_prep.input_files import FilePart
+from tandem.data_prep.input_files import FilePart, unreadable_error
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
+from tandem.trainer.data.remote_files import AccessDenied, FileChanged, RemoteError
 from tests.data_prep.corpus_writer import small_tokenizer
 from tests.data_prep.test_prepare import decoded, documents
 from tests.data_prep.test_readers import listed
@@ -372,6 +373,19 @@ def test_a_damaged_tar_is_one_line_that_names_file_and_member(tmp_path):
         assert "\n" not in str(caught.value), name
 
 
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (FileChanged("other"), "run the same command again"),
+        (AccessDenied("403"), "correct the credentials"),
+        (RemoteError("reset"), "restore the file or the connection to it"),
+        (OSError("disk"), "restore or leave out the file"),
+    ],
+)
+def test_the_remedy_fits_the_error(error, remedy):
+    assert str(unreadable_error("a.tar", error)) == f"a.tar: cannot be read ({error}); {remedy}"
+
+
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.jsonl"])
 def test_a_failed_download_is_not_called_damage_of_the_file(tmp_path, server, name):
     write_tar(tmp_path / name, ("a.txt", b"a"))
@@ -389,7 +403,8 @@ def test_a_sample_that_is_no_list_of_known_ids_is_one_line_that_names_it(prepare
     np.save(npy, np.ones(3))
     ids = io.BytesIO()
     np.save(ids, np.ones(3, np.int64))
-    ints, huge = ids.getvalue(), io.BytesIO()
+    ints, second, huge = ids.getvalue(), io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array(second, np.ones(3, np.int64), version=(2, 0))
     np.lib.format.write_array_header_1_0(huge, {"shape": (2**40,), "fortran_order": False, "descr": "<i8"})
     cases = {
         "json": (b"[1, 2", r"a.json: is not JSON"),
@@ -401,7 +416,10 @@ def test_a_sample_that_is_no_list_of_known_ids_is_one_line_that_names_it(prepare
         "cut": (ints[:-3], r"a.npy: has 21 bytes of data, but its header states 3 x 8; restore it"),
         "zip.npy": (b"PK\x03\x04" + b"\0" * 60, r"a.npy: is not a .npy file; write it with numpy.save, or restore it"),
         "unbalanced.npy": (ints.replace(b"(3,)", b"((((")[:200], r"a.npy: has a damaged header \("),
-        "version.npy": (b"\x93NUMPY\x09\0" + ints[8:], r"a.npy: has a damaged header \("),
+        "version.npy": (
+            second.getvalue().replace(b"NUMPY\x02", b"NUMPY\x09"),
+            r"a.npy: has a damaged header \(.*unknown version \(9, 0\)",
+        ),
         "long.npy": (ints + b"\0", r"a.npy: has 25 bytes of data, but its header states 3 x 8; restore it"),
         "huge.npy": (
             huge.getvalue() + bytes(24),
@@ -429,7 +447,7 @@ def test_options_that_do_not_go_with_ids_are_refused(prepared, tmp_path, tokeniz
         (["--input", path, "--padding-id", 3], r"--padding-id: 3 has no effect without --tokens"),
         (
             [*given, "--tokenizer", tokenizer, "--padding-id", -1],
-            r"--padding-id: -1 is negative; use the id, 0 or more",
+            r"--padding-id: -1 is negative; give the id that pads the samples, 0 or more",
         ),
         (
             ["--input", tmp_path / "a.txt", *given[2:], "--tokenizer", tokenizer],

@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
+class FileChanged(OSError):
+    """The file is another one than when it was opened."""
+
+
 class RemoteError(OSError):
     """The server or the network failed, perhaps temporarily."""
 
@@ -178,7 +182,7 @@ class _RemoteReader(io.RawIOBase):
     def _reconnect(self) -> None:
         address, timeout_seconds = self._file.address, self._settings.timeout_seconds
         if self._position and _stat(address, timeout_seconds) != self._file:
-            raise OSError(f"{address}: the file changed while it was read")
+            raise FileChanged(f"{address}: the file changed while it was read")
         self._blocks = read_blocks(address, self._position, timeout_seconds)
 
 
