@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", choices=tar_reader.TOKEN_EXTENSIONS,
         help="use token ids from tar members with this extension; --tokenizer only gives vocabulary and EOS")
     add("--padding-id", type=int, metavar="ID",
-        help="id that pads samples: removed after EOS at the end of a sample, or if it fills the sample")
+        help="id that pads samples; removed where it ends a sample after EOS, and where it fills a sample")
 
     add = parser.add_argument_group("cleaning").add_argument
     add("--nfc", action="store_true", help="convert text to Unicode's composed form")

@@ -110,7 +110,7 @@ def _read_parquet(part: FilePart, stream: BinaryIO, text_field: str, extra_field
     if text_field not in schema.names:
         known = ", ".join(schema.names)[:200]
         raise UserError(
-            f"{file.address}: has no field {text_field!r} (its fields: {known}); name the text with --text-field"
+            f"{file.address}: has no field {text_field!r} (its fields: {known}); name the field of the text in --text-field"
         )
     kind = schema.field(text_field).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):

@@ -53,7 +53,9 @@ def parse_record(line: bytes, text_field: str) -> dict[str, Any]:
     record = parse_json(line)
     if not isinstance(record, dict) or text_field not in record:
         known = ", ".join(map(str, record))[:200] if record and isinstance(record, dict) else "none"
-        raise ValueError(f"has no field {text_field!r} (its fields: {known}); name the text with --text-field")
+        raise ValueError(
+            f"has no field {text_field!r} (its fields: {known}); name the field of the text in --text-field"
+        )
     if not isinstance(record[text_field], str):
         kind = type(record[text_field]).__name__
         raise ValueError(f"field {text_field!r} is {kind}, not text; name another with --text-field")

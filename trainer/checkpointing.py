@@ -118,8 +118,8 @@ def roll_back(context: RunContext, progress: Progress, result: StepResult) -> Pr
                 f"guard.max_rollbacks allows no more rollbacks to step {checkpoint.step} (so far: {num_rollbacks})"
             )
         raise UserError(
-            f"{bad_steps}; {obstacle}; look at these steps with tandem audit {context.folder} --step {progress.step}, "
-            "lower schedule.lr.peak, or raise guard.max_rollbacks"
+            f"{bad_steps}; {obstacle}; inspect the rows of this step with tandem audit {context.folder} --step "
+            f"{progress.step}, then lower schedule.lr.peak or raise guard.max_rollbacks"
         )
     run_on_rank_0(lambda: reject_later(checkpoint.folder), context.mesh)
     restore_state(context.engine, checkpoint, context.mesh)

@@ -131,7 +131,7 @@ def train_loop(context: RunContext, progress: Progress) -> int:
 
 
 def find_final_step(context: RunContext, progress: Progress) -> int:
-    """Return the last step of the run, unless a signal or damaged shards end the run earlier."""
+    """Return the step at which the run ends if neither a signal nor damaged shards end it earlier."""
     end, _ = context.loader.find_end(progress.step, progress.cursor)
     return min(end, context.config.run.stop_step or end)
 
@@ -177,7 +177,7 @@ def train_step(context: StepContext, batch: Batch, step: int) -> tuple[float, fl
     if batch.digests:
         digest_halves = torch.tensor(pack_u64(batch.digests), dtype=torch.float64)
         values = torch.cat((values.double(), to_device(digest_halves, mesh)))
-    # The host waits for the device here, because the guard needs the numbers, and nowhere else in a step.
+    # The only place in a step where the host waits for the device: the guard needs the numbers.
     loss_sum, grad_norm, *digest_sums = sum_over_ranks_on_device(values)
     mean_loss = loss_sum / mesh.world_size
     judgement = context.guard.judge(phase, mean_loss, grad_norm)

@@ -152,7 +152,7 @@ def test_whoever_edits_the_mixture_of_the_phase_a_run_is_in_is_told_which_two_ph
     schedule = config("btlm", corpus, root, 1).schedule
     short, long = schedule.phases
     edited = dataclasses.replace(long, mixture={"corpus": 0.5, "other": 0.5})
-    message = r"schedule.phases\[1\].mixture: .* two phases: 'long' as before but with tokens: 512, "
+    message = r"schedule.phases\[1\].mixture: .* two phases, 'long' as before but with tokens: 512, "
     with pytest.raises(UserError, match=message) as said:
         check_past_phases(Timeline(dataclasses.replace(schedule, phases=[short, edited])), snapshot)
     assert str(said.value).endswith("a phase with another name and tokens: 1024")

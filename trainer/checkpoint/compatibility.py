@@ -56,7 +56,7 @@ def check_past_phases(timeline: Timeline, checkpoint: Checkpoint) -> None:
                 done_tokens = (checkpoint.step - first_step) * tokens_per_step
                 remaining_steps = max(1, round((phase.tokens - done_tokens) / phase.tokens_per_step))
                 remedy = (
-                    f"to change the remaining steps, write two phases: {saved['name']!r} as before but with tokens: "
+                    f"to change only the remaining steps, write two phases, {saved['name']!r} as before but with tokens: "
                     f"{done_tokens}, then a phase with another name and tokens: {remaining_steps * phase.tokens_per_step}"
                 )
             raise UserError(

@@ -79,8 +79,8 @@ class Checkpoint:
     ) -> None:
         """Fill the flat `target` with the range of a rank's box that begins at element `start`, with zeros for padding.
 
-        The box is that of `tp_rank` under `sharding` and `tp_size`, which may differ from the saved layout. Little more than
-        the range is read from the files.
+        The box is that of `tp_rank` under `sharding` and `tp_size`, which may differ from the saved layout. Reads little
+        more from the files than this range.
         """
         saved = self._saved_sharding(name)
         assert (saved.global_shape, saved.sharded_dim) == (sharding.global_shape, sharding.sharded_dim), (

@@ -149,7 +149,7 @@ def commit(folder: Path, written_files: Iterable[WrittenFile], metadata: dict[st
 
 
 def reject_later(chosen: Path) -> None:
-    """Mark the checkpoints after `chosen`, which are damaged, as rejected.
+    """Mark all checkpoints newer than `chosen` as rejected; they are damaged.
 
     They no longer count towards `keep_last`, so pruning does not keep them in place of good checkpoints. They stay on disk for
     inspection until the run passes their step.

@@ -40,7 +40,7 @@ def check_config(config: sections.TrainConfig) -> None:
         key_path = f"{type(section).__name__.removesuffix('Config').lower()}.{name}"
         value = getattr(section, name)
         in_range = value is None or 0 <= value < math.inf
-        _require(in_range, f"{key_path}: {value} is negative or not finite; use 0 (off) or more")
+        _require(in_range, f"{key_path}: {value} is negative or not finite; use 0 or more")
     _check_positive(data, "data", "shuffle_window_tokens")
     cache = data.cache
     _check_positive(cache, "data.cache", "max_size_gib", "max_attempts", "timeout_seconds")

@@ -185,17 +185,22 @@ def check_shard_content(file: BufferedReader, path: Path, shard: Shard) -> None:
         )
 
 
-def check_tokenizer(file: str | Path, manifest: CorpusManifest, message_prefix: str) -> None:
+def check_tokenizer(
+    file: str | Path,
+    manifest: CorpusManifest,
+    message_prefix: str,
+    remedy: str = f"use the {TOKENIZER_FILE} in the corpus folder, or prepare the corpus again",
+) -> None:
     """Raises UserError if the file is not the corpus's tokenizer. `message_prefix` names the field or option."""
     try:
         sha256 = hashlib.sha256(remote_files.read_bytes(file)).hexdigest()
     except OSError as error:
-        remedy = "name the corpus's tokenizer.json"
-        raise UserError(f"{message_prefix}: {file} cannot be read ({one_line(error)}); {remedy}") from None
+        reason = f"{file} cannot be read ({one_line(error)})"
+        raise UserError(f"{message_prefix}: {reason}; name the corpus's tokenizer.json") from None
     if sha256 != manifest.tokenizer_sha256:
         raise UserError(
             f"{message_prefix}: {file} has sha256 {sha256[:12]}, but the corpus was prepared with a tokenizer whose sha256 is "
-            f"{manifest.tokenizer_sha256[:12]}; use the {TOKENIZER_FILE} in the corpus folder, or prepare the corpus again"
+            f"{manifest.tokenizer_sha256[:12]}; {remedy}"
         )
 
 

@@ -21,7 +21,7 @@ from tandem.trainer.validation import token_losses
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    bins_help = "number of equal ranges of positions over which the loss is averaged (default 8)"
+    bins_help = "equal parts of a row; the mean loss of each is printed (default 8)"
     add("source", type=Path, help="run folder, import folder or Hugging Face folder")
     add("--data", required=True, help="prepared corpus that contains the held-out rows")
     add("--seq-len", type=int, help="tokens per row (default: the longest row that the run was trained on)")
@@ -65,9 +65,8 @@ def check_corpus(data: str, weight_source: WeightSource, seq_len: int, num_rows:
         sizes = f"a tokenizer of {corpus.vocab} ids, but the weights have only {weight_source.model.vocab_size}"
         raise UserError(f"--data: {data} was prepared with {sizes}; prepare it with the tokenizer of the weights")
     if weight_source.tokenizer_file:
-        manifest.check_tokenizer(
-            weight_source.tokenizer_file, corpus, f"--data {data} must have the weights' tokenizer"
-        )
+        remedy = "choose a corpus that was prepared with the tokenizer of the weights"
+        manifest.check_tokenizer(weight_source.tokenizer_file, corpus, f"--data {data}", remedy)
     if num_rows < 1 or seq_len < 1 or num_rows * seq_len > corpus.validation.tokens:
         requested = f"{num_rows} rows of --seq-len {seq_len} tokens are not available"
         rule = f"both numbers must be positive, and {data} has {corpus.validation.tokens} held-out tokens"

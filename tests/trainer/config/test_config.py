@@ -39,7 +39,7 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
         ("schedule.lr.kind=step", ["schedule.lr.kind", "'step'", "linear, cosine, hybrid"]),
         ("hardware=abacus", ["hardware", "'abacus'", "known names: h100_sxm"]),
         ("run.name=a/b", ["run.name", "'a/b'", "a single folder", "without slashes"]),
-        ("optim.max_grad_norm=-1", ["optim.max_grad_norm", "-1", "is negative or not finite", "use 0 (off) or more"]),
+        ("optim.max_grad_norm=-1", ["optim.max_grad_norm", "-1", "is negative or not finite", "use 0 or more"]),
         ("model.init_truncation_sigmas=-1", ["model.init_truncation_sigmas", "-1", "neither 0 (no truncation)"]),
         ("model.init_truncation_sigmas=0.09", ["model.init_truncation_sigmas", "0.09", "at least 0.1"]),
         ("model.init_truncation_sigmas=.inf", ["model.init_truncation_sigmas", "inf", "neither 0 (no truncation)"]),
@@ -84,7 +84,7 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
         ("data.cache.max_size_gib=.nan", ["data.cache.max_size_gib", "nan", "positive and finite"]),
         (
             "run.max_repeat_failures=-1",
-            ["run.max_repeat_failures", "-1", "is negative or not finite", "use 0 (off) or more"],
+            ["run.max_repeat_failures", "-1", "is negative or not finite", "use 0 or more"],
         ),
         ("guard.spike_sigmas=-2", ["guard.spike_sigmas", "-2", "is negative or not finite"]),
         ("guard.window_steps=3", ["guard.window_steps", "3", "too few", "at least 8"]),

@@ -162,7 +162,7 @@ def is_collective_frame(frame: FrameType) -> bool:
 
 
 def format_location(frame: FrameType, line_number: int | None = None) -> str:
-    """Format a frame's position (or line `line_number` of it) as 'engine.py:88 in update'."""
+    """Format a frame's position as 'engine.py:88 in update'. Use `line_number` instead of its current line if given."""
     return f"{Path(frame.f_code.co_filename).name}:{line_number or frame.f_lineno} in {frame.f_code.co_name}"
 
 
