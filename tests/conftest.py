@@ -61,6 +61,8 @@ def generator() -> torch.Generator:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Its ranks wait for most of a minute. As one of the last files it would keep the other test processes waiting too.
+    items.sort(key=lambda item: "/watchdog/" not in item.nodeid)
     for item in items:
         if "tests/kernels/device/" in item.nodeid and torch.cuda.is_available():
             item.add_marker(pytest.mark.gpu)
