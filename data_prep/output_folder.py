@@ -193,7 +193,7 @@ def _check_same_settings(output: Path, recorded: Mapping[str, Any], settings_dic
     given = _flatten(settings_dict)
     if unknown := _flatten({name: recorded[name] for name in settings_dict if name in recorded}).keys() - given.keys():
         raise UserError(
-            f"--output: {output} was prepared by a version with other settings ({', '.join(sorted(unknown))}); "
+            f"--output: {output} was prepared by another version, which has other settings ({', '.join(sorted(unknown))}); "
             "name another folder, or remove this one first"
         )
     for name, old in _flatten({name: recorded.get(name) for name in settings_dict}).items():

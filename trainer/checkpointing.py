@@ -79,7 +79,7 @@ def finish_pending_save(context: RunContext, progress: Progress, consequence: st
         progress.saved_step = None
         if context.mesh.rank == 0:
             progress.save_retry_step = progress.step + max(1, context.config.checkpoint.every_steps // RETRY_DIVISOR)
-            retry = f"before the run saves again, by step {progress.save_retry_step} or when it ends"
+            retry = f"before the run saves again, at step {progress.save_retry_step} or at its end"
             log.error("%s", save_error_message(context.folder / "checkpoints", result, consequence or retry))
 
 

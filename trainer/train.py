@@ -171,8 +171,8 @@ def train_step(context: StepContext, batch: Batch, step: int) -> tuple[float, fl
     context.enter_phase("forward and backward", step + 1)
     local_loss = forward_backward(engine, batch, phase.micro_batch_size, mesh)
     context.enter_phase("update", step + 1)
-    # Only rank 0 contributes its gradient norm, so all ranks decide on the same bits. Other ranks contribute norm * 0, which is
-    # NaN if their norm is not finite.
+    # Only rank 0 contributes its gradient norm, so all ranks decide from the same bits. Other ranks contribute norm * 0, which
+    # is NaN if their norm is not finite.
     values = torch.stack((local_loss, engine.grad_norm() * float(mesh.rank == 0)))
     if batch.digests:
         digest_halves = torch.tensor(pack_u64(batch.digests), dtype=torch.float64)

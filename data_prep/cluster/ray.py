@@ -49,7 +49,7 @@ def run(
         raise (error.cause if isinstance(error.cause, (UserError, OSError)) else error) from None
     except (OutOfMemoryError, WorkerCrashedError):
         raise UserError(
-            f"--executor: a task of ray was killed {MAX_RETRIES + 1} times, probably because memory ran out; "
+            f"--executor: a Ray task was killed {MAX_RETRIES + 1} times, probably because memory ran out; "
             "run the same command again with fewer --workers"
         ) from None
     finally:

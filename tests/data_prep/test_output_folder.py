@@ -256,7 +256,7 @@ def test_a_folder_of_a_version_with_other_settings_is_refused(folder, tmp_path):
     claim = json.dumps({"cleaning": {"nfc": True, "shortest": 0}})
     (output / output_folder.CLAIM_FILE).write_text(claim)
     with pytest.raises(
-        UserError, match=r"out was prepared by a version with other settings \(shortest\); name another"
+        UserError, match=r"out was prepared by another version, which has other settings \(shortest\); name another"
     ):
         run_verb(prepare, "--output", output, "--input", folder)
     assert [file.read_text() for file in output.iterdir()] == [claim]

@@ -21,7 +21,7 @@ from tandem.trainer.validation import token_losses
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    bins_help = "equal parts of a row; the mean loss of each is printed (default 8)"
+    bins_help = "number of equal parts of a row; the mean loss of each part is printed (default 8)"
     add("source", type=Path, help="run folder, import folder or Hugging Face folder")
     add("--data", required=True, help="prepared corpus that contains the held-out rows")
     add("--seq-len", type=int, help="tokens per row (default: the longest row that the run was trained on)")

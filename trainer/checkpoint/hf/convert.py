@@ -186,7 +186,7 @@ def _parse_hf_config(folder: Path, hf_config: dict[str, Any]) -> tuple[AnyModelC
     except KeyError as error:
         raise UserError(f"{config_path}: {error.args[0]} is missing; add that field") from None
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{config_path}: {error}; a field has an impossible value; correct that field") from None
+        raise UserError(f"{config_path}: a field has an impossible value ({error}); correct that field") from None
     return model, mup
 
 

@@ -50,7 +50,7 @@ DATA_TIMEOUT_SECONDS = RANK_WAIT_TIMEOUT_SECONDS + 60
 DISK_PHASES = ("save", "rollback", "end")
 """Phases that wait for a disk or a server. Each may take as long as a start."""
 GONE_PEER_TIMEOUT_SECONDS = 30.0
-"""How much longer to wait for ranks through the key-value store once a rank of this machine is known to be gone."""
+"""Extra time for a wait in the key-value store after a rank on this machine is found to be gone."""
 REPORT_WAIT_SECONDS = 10.0
 EXIT_DEADLINE_SECONDS = 25.0
 """Time after the limit at which the process exits even if the file system hangs too."""
