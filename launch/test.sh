@@ -91,6 +91,7 @@ trap stop EXIT
 trap 'exit 130' INT TERM
 set -m # each job is a process group
 for stage in "${stages[@]}"; do
+    [[ -z ${started[$stage]:-} ]] || continue
     case $stage in lint | types | arch | pins) (
         SECONDS=0
         if "$stage"; then verdict=ok; else verdict=FAILED; fi
@@ -105,6 +106,7 @@ for stage in "${stages[@]}"; do
     if [[ -n ${started[$stage]:-} ]]; then
         wait "${started[$stage]}" || failed+=("$stage")
         cat "$outputs/$stage"
+        unset "started[$stage]" # another process may get its number
     else
         "$stage" || failed+=("$stage") # nothing follows the summary of pytest, which has its own verdict and time
     fi
