@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from tandem.trainer import runtime
 from tandem.trainer.distributed.mesh import mesh_context
+from tandem.trainer.runtime import process, signals
 from tests.process_state import IGNORED_VARIABLES, all_loggers, parent_death_signal, restore_process_state, wakeup_fd
 
 
 def facts() -> dict[str, Any]:
     return {
         "variables": {name: value for name, value in os.environ.items() if name not in IGNORED_VARIABLES},
-        "signals": [signal.getsignal(number) for number in (*runtime.STOP_SIGNALS, runtime.REMOTE_STOP_SIGNAL)],
+        "signals": [signal.getsignal(number) for number in (*signals.STOP_SIGNALS, signals.REMOTE_STOP_SIGNAL)],
         "wakeup": wakeup_fd(),
         "death of the parent": parent_death_signal(),
         "level": logging.getLogger().level,
@@ -35,11 +35,11 @@ def test_what_a_command_changes_of_the_process_is_put_back(monkeypatch):
     with restore_process_state():
         with monkeypatch.context() as launched:
             launched.setenv("RANK", "0")
-            runtime.set_parent_death_signal()
-        runtime.StopSignal()
+            process.set_parent_death_signal()
+        signals.StopSignal()
         with mesh_context(1):
-            runtime.start_logging(0)
-            runtime.make_deterministic()
+            process.start_logging(0)
+            process.make_deterministic()
             torch.rand(1)
             sys.path.append("/nowhere")
         changed = facts()

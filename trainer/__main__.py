@@ -10,8 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from tandem.trainer import runtime
 from tandem.trainer.config import UserError, check_world_size, load_config
+from tandem.trainer.runtime import launch, process, signals
+from tandem.trainer.runtime.launcher import launcher_command
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
@@ -50,11 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # The deepspeed launcher adds its own flag; the rank comes from the environment.
     argv = [argument for argument in argv if not argument.startswith("--local_rank")]
-    runtime.silence_library_warnings()
+    process.silence_library_warnings()
     try:
         return run_verb(argv)
     except UserError as error:
-        if runtime.launch_environment()["rank"]:
+        if launch.launch_environment()["rank"]:
             # Usually rank 0 prints the same error, and the launcher then terminates this rank. If not, print it after a delay.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(8)
@@ -105,20 +106,19 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_train(arguments: argparse.Namespace) -> int:
     """Train as one rank, or replace this process with torchrun if the run needs several ranks or --ranks is given."""
-    runtime.set_parent_death_signal()  # before the imports, which take seconds
+    process.set_parent_death_signal()  # before the imports, which take seconds
     config = load_config(arguments.config, arguments.overrides)
-    num_ranks = arguments.ranks or runtime.num_gpus() or config.parallel.tp_size
-    if not arguments.ranks and (runtime.is_launched() or num_ranks == 1):
-        stop_signal = runtime.StopSignal()  # before the imports, which take seconds
+    num_ranks = arguments.ranks or launch.num_gpus() or config.parallel.tp_size
+    if not arguments.ranks and (launch.is_launched() or num_ranks == 1):
+        stop_signal = signals.StopSignal()  # before the imports, which take seconds
         from tandem.trainer.train import run
 
         code = run(config, stop_signal)
-        return runtime.force_exit(code) if code == runtime.REQUEUE_EXIT_CODE else code
+        return process.force_exit(code) if code == signals.REQUEUE_EXIT_CODE else code
     check_world_size(config, num_ranks)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     sys.stdout.flush()
     # Replace this process, so that signals reach torchrun, which forwards them to the ranks.
-    os.execv(sys.executable, [*launcher, "-m", "tandem.trainer", "train", str(arguments.config), *arguments.overrides])
+    os.execv(sys.executable, launcher_command(num_ranks, ["train", str(arguments.config), *arguments.overrides]))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from tandem.trainer.models.init import initial_values
 from tandem.trainer.models.mup import parameter_rules
 from tandem.trainer.run_folder import CONFIG_FILE, open_run_folder
 from tandem.trainer.run_state import Progress, RunContext
-from tandem.trainer.runtime import StopRequested
+from tandem.trainer.runtime.signals import StopRequested
 
 log = logging.getLogger(__name__)
 CHANGEABLE_MODEL_FIELDS = ("init_std", "init_truncation_sigmas", "document_masking", "alibi_scaling")

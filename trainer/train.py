@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tandem.trainer import runtime
 from tandem.trainer.batches import iterate_batches
 from tandem.trainer.checkpointing import is_due, roll_back, save_final_checkpoint, save_if_due
 from tandem.trainer.config import TrainConfig, check_world_size
@@ -39,7 +38,8 @@ from tandem.trainer.distributed.watchdog import Watchdog, current_process
 from tandem.trainer.guard import Judgement
 from tandem.trainer.run_folder import run_lock
 from tandem.trainer.run_state import Progress, RunContext, StepContext, StepResult, build_step_record
-from tandem.trainer.runtime import StopRequested, StopSignal
+from tandem.trainer.runtime import launch, process, signals
+from tandem.trainer.runtime.signals import StopRequested, StopSignal
 from tandem.trainer.startup import StartupTimer, open_loader, open_record_stack, start_run
 from tandem.trainer.validation import validate
 
@@ -54,13 +54,13 @@ def run(config: TrainConfig, stop_signal: StopSignal | None = None) -> int:
     Raises: UserError for a mistake that the user must correct.
     """
     startup_timer = StartupTimer()
-    check_world_size(config, runtime.launch_environment()["world_size"])
+    check_world_size(config, launch.launch_environment()["world_size"])
     signal_context = nullcontext(stop_signal) if stop_signal else closing(StopSignal())
     with signal_context as stop_signal, mesh_context(config.parallel.tp_size) as mesh:
         stop_signal.mark_rendezvous_done()
-        runtime.start_logging(mesh.rank)
+        process.start_logging(mesh.rank)
         if config.debug.deterministic:
-            runtime.make_deterministic()
+            process.make_deterministic()
         startup_timer.end_part("process group")
         folder = Path(config.run.root) / config.run.name
         processes = all_gather_objects(current_process())
@@ -88,7 +88,7 @@ def run(config: TrainConfig, stop_signal: StopSignal | None = None) -> int:
                 with context.saver:
                     return train_loop(context, progress)
             except StopRequested:  # during the start: there is nothing to save
-                return runtime.REQUEUE_EXIT_CODE
+                return signals.REQUEUE_EXIT_CODE
 
 
 def train_loop(context: RunContext, progress: Progress) -> int:
@@ -125,9 +125,9 @@ def train_loop(context: RunContext, progress: Progress) -> int:
             batches.throw(stopped)  # end the prefetch without waiting for it
         save_final_checkpoint(context, progress)
     context.enter_phase("end", progress.step)
-    signal_name = context.coordinator.stop_signal.signal_name or runtime.REMOTE_STOP_NAME
+    signal_name = context.coordinator.stop_signal.signal_name or signals.REMOTE_STOP_NAME
     context.sinks.write_end(progress.step, reason or f"stopped by {signal_name}")
-    return 0 if reason else runtime.REQUEUE_EXIT_CODE
+    return 0 if reason else signals.REQUEUE_EXIT_CODE
 
 
 def find_final_step(context: RunContext, progress: Progress) -> int:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tandem.trainer import config, runtime
+from tandem.trainer import config
 from tandem.trainer.__main__ import USER_ERROR_EXIT_CODE
+from tandem.trainer.runtime import signals
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -83,7 +84,7 @@ def test_the_job_for_any_config_differs_from_the_recipes_in_name_size_and_config
 def test_the_script_and_the_trainer_agree_on_exit_codes() -> None:
     found = re.search(r"USER_ERROR_EXIT_CODE=(\d+) REQUEUE_EXIT_CODE=(\d+)", (LAUNCH / "slurm" / "run.sh").read_text())
     assert found is not None
-    assert [int(code) for code in found.groups()] == [USER_ERROR_EXIT_CODE, runtime.REQUEUE_EXIT_CODE]
+    assert [int(code) for code in found.groups()] == [USER_ERROR_EXIT_CODE, signals.REQUEUE_EXIT_CODE]
 
 
 def test_the_slurm_script_without_a_config_says_how_to_submit() -> None:
@@ -133,7 +134,7 @@ ABSENT, BACK, REFUSED = 'echo "Unable to contact slurm controller" >&2; exit 1',
     [
         ([ABSENT, ABSENT, BACK], "1", 0, "requeueing the job"),
         ([REFUSED], "0", USER_ERROR_EXIT_CODE, "Slurm refuses"),
-        ([ABSENT] * 100, "1", runtime.REQUEUE_EXIT_CODE, "submit the same command again"),
+        ([ABSENT] * 100, "1", signals.REQUEUE_EXIT_CODE, "submit the same command again"),
     ],
     ids=["away for a while", "not to be requeued", "away for good"],
 )
@@ -143,7 +144,7 @@ def test_a_saved_run_goes_back_into_the_queue_also_when_slurm_answers_late(
     """Commands of Slurm are stand-ins here; the run has left with 85."""
     answers = "".join(f"{number}) {answer} ;;\n" for number, answer in enumerate(tries))
     commands = {
-        "srun": f"exit {runtime.REQUEUE_EXIT_CODE}",
+        "srun": f"exit {signals.REQUEUE_EXIT_CODE}",
         "sleep": SHORT_SLEEP,
         "scontrol": f"""
 case "$*" in

@@ -14,7 +14,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from tandem.trainer import runtime
 from tandem.trainer.__main__ import main
 from tandem.trainer.checkpoint.async_save import CheckpointSaver
 from tandem.trainer.config import TrainConfig, flops, parse_dataclass
@@ -27,6 +26,7 @@ from tandem.trainer.distributed.watchdog import Watchdog, current_process
 from tandem.trainer.guard import Guard
 from tandem.trainer.metrics.records import Sinks
 from tandem.trainer.run_state import Progress, RunContext, StepContext
+from tandem.trainer.runtime import signals
 from tandem.trainer.startup import build_engine
 from tandem.trainer.tools import bench
 from tandem.trainer.tools.bench.measure import measure_phase
@@ -256,7 +256,7 @@ def benched_and_trained(folder: Path) -> dict[str, Any]:
         "other lr": with_peak(config, 2 * config.schedule.lr.peak),
     }
     found: dict[str, Any] = {}
-    with mesh_context(1) as mesh, closing(runtime.StopSignal()) as stop_signal:
+    with mesh_context(1) as mesh, closing(signals.StopSignal()) as stop_signal:
         agreement = Coordinator(mesh, stop_signal)
         engine = build_engine(config, mesh, None)
         stepper = StepContext(config, mesh, Timeline(config.schedule), engine, 1.0, Guard(config.guard))

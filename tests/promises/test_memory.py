@@ -51,7 +51,7 @@ MiB, exceed the limit."""
 COMMANDS = """
 import json, sys
 from tandem.trainer.__main__ import main
-from tandem.trainer.runtime import silence_library_warnings
+from tandem.trainer.runtime.process import silence_library_warnings
 silence_library_warnings()
 import tandem.trainer.tools.convert_hf
 print("imported modules", flush=True)

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tandem.trainer import runtime, startup
+from tandem.trainer import startup
 from tandem.trainer.__main__ import main
 from tandem.trainer.checkpoint.layout import list_committed
 from tandem.trainer.checkpoint.read import open_checkpoint
@@ -32,7 +32,8 @@ from tandem.trainer.config import load_config
 from tandem.trainer.data import loader
 from tandem.trainer.data.loader import Loader
 from tandem.trainer.distributed.watchdog import Watchdog
-from tandem.trainer.runtime import REQUEUE_EXIT_CODE
+from tandem.trainer.runtime import signals
+from tandem.trainer.runtime.signals import REQUEUE_EXIT_CODE
 from tests.ports import free_ports
 from tests.promises import test_guard
 from tests.promises.conftest import (
@@ -396,7 +397,7 @@ def test_a_second_signal_ends_a_rank_that_waits_for_a_frozen_one(config):
         os.kill(frozen, signal.SIGSTOP)
         wait_until(lambda: still(folder), ranks)
         os.kill(waiting, signal.SIGTERM)
-        time.sleep(runtime.SIGNAL_DEBOUNCE_SECONDS + 0.5)
+        time.sleep(signals.SIGNAL_DEBOUNCE_SECONDS + 0.5)
         assert still(folder), "it waits for the other, that both may leave at one step"
         began = time.monotonic()
         os.kill(waiting, signal.SIGTERM)

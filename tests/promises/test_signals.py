@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tandem.trainer import runtime
 from tandem.trainer.__main__ import main
 from tandem.trainer.checkpoint.layout import list_committed
 from tandem.trainer.checkpoint.read import open_checkpoint
-from tandem.trainer.runtime import REQUEUE_EXIT_CODE
+from tandem.trainer.runtime import signals
+from tandem.trainer.runtime.signals import REQUEUE_EXIT_CODE
 from tests.promises.conftest import (
     clean_environment,
     differing_tensors,
@@ -196,8 +196,8 @@ def test_a_signal_that_arrives_twice_is_one_and_a_later_one_ends_the_process_at_
 
 
 def listen(same_signal_seconds: float) -> None:
-    runtime.SIGNAL_DEBOUNCE_SECONDS = same_signal_seconds
-    runtime.StopSignal()
+    signals.SIGNAL_DEBOUNCE_SECONDS = same_signal_seconds
+    signals.StopSignal()
     while True:
         time.sleep(0.01)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tandem.trainer import runtime
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.digests import Digests
 from tandem.trainer.data.loader import Batch
@@ -17,6 +16,7 @@ from tandem.trainer.distributed.coordination import Coordinator
 from tandem.trainer.distributed.mesh import mesh_context, sum_over_ranks_on_device
 from tandem.trainer.guard import Guard
 from tandem.trainer.run_state import StepContext
+from tandem.trainer.runtime import signals
 from tandem.trainer.startup import build_engine
 from tandem.trainer.tools.bench.synthetic_batch import draw_batch
 from tandem.trainer.train import timed_train_step
@@ -38,7 +38,7 @@ def batches(stepper: StepContext, agreement: Coordinator) -> Iterator[Batch]:
 
 def steps(variant: str, tp_size: int) -> tuple[SyncRecord, SyncRecord]:
     """What is seen of a good step and of a bad one."""
-    with mesh_context(tp_size) as mesh, closing(runtime.StopSignal()) as stop_signal:
+    with mesh_context(tp_size) as mesh, closing(signals.StopSignal()) as stop_signal:
         config = tiny_configs.make_config(
             variant, run={"precision": "bf16"}, parallel={"tp_size": tp_size}, optim={"max_grad_norm": 1e-3},
             log={"wandb": "disabled", "every_steps": 1},  # so that a number of the log steps only is computed here too

@@ -21,7 +21,7 @@ from tandem.trainer.distributed.sharding import slice_local
 from tandem.trainer.models import init
 from tandem.trainer.models.init import initial_values
 from tandem.trainer.models.mup import parameter_rules
-from tandem.trainer.runtime import StopSignal
+from tandem.trainer.runtime.signals import StopSignal
 from tandem.trainer.startup import build_engine, copy_tokenizer, open_folder
 from tests import ranks, tiny_configs
 from tests.sharded import save_checkpoint

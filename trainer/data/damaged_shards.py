@@ -11,7 +11,7 @@ from typing import TypeVar
 from tandem.trainer.data.loader import Loader
 from tandem.trainer.data.rows import Batch
 from tandem.trainer.data.token_stream import DamagedSourceShard
-from tandem.trainer.runtime import StopRequested
+from tandem.trainer.runtime.signals import StopRequested
 
 T = TypeVar("T")
 DamagedShardId = tuple[str, str]

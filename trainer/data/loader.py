@@ -26,7 +26,7 @@ from tandem.trainer.data.rows import Batch, BatchPlan, RowRun, SourceReader, bui
 from tandem.trainer.data.shard_cache import ShardCache
 from tandem.trainer.data.shuffle import BlockShuffle
 from tandem.trainer.data.token_stream import TokenStream
-from tandem.trainer.runtime import StopRequested
+from tandem.trainer.runtime.signals import StopRequested
 
 __all__ = ["Batch", "Loader", "unpack_batch"]
 

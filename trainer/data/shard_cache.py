@@ -29,7 +29,7 @@ from tandem.trainer.data import remote_files
 from tandem.trainer.data.manifest import MANIFEST_FILE, DamagedShard, Shard, check_shard_content, missing_shard
 from tandem.trainer.data.shard_download import fetch_shard
 from tandem.trainer.disk import sync_folder
-from tandem.trainer.runtime import max_local_world_size
+from tandem.trainer.runtime.launch import max_local_world_size
 
 if TYPE_CHECKING:
     import numpy as np

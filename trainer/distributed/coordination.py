@@ -17,7 +17,7 @@ from torch.distributed import Store
 from tandem.trainer.config import UserError
 from tandem.trainer.distributed.mesh import Mesh, barrier, create_shared_store, sum_over_ranks
 from tandem.trainer.distributed.watchdog import is_connection_lost
-from tandem.trainer.runtime import StopRequested, StopSignal
+from tandem.trainer.runtime.signals import StopRequested, StopSignal
 
 POLL_SECONDS = 1.0
 """Interval at which a rank polls the store."""

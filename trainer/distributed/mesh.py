@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from tandem.trainer.config import RANK_WAIT_TIMEOUT_SECONDS, UserError
 from tandem.trainer.distributed.megatron import parallel_state
-from tandem.trainer.runtime import launch_environment
+from tandem.trainer.runtime.launch import launch_environment
 
 T = TypeVar("T")
 _STORE_COUNTER = count()

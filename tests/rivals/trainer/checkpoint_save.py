@@ -27,7 +27,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as torchs
 
-from tandem.trainer import runtime
 from tandem.trainer.checkpoint import write
 from tandem.trainer.checkpoint.async_save import CheckpointSaver
 from tandem.trainer.checkpoint.layout import fragment_key, step_folder_name
@@ -39,7 +38,8 @@ from tandem.trainer.distributed.mesh import Mesh, all_gather_objects, barrier, m
 from tandem.trainer.guard import Guard
 from tandem.trainer.metrics.throughput import measure_peak_flops
 from tandem.trainer.run_state import StepContext
-from tandem.trainer.runtime import launch_environment
+from tandem.trainer.runtime import process
+from tandem.trainer.runtime.launch import launch_environment
 from tandem.trainer.startup import build_engine
 from tandem.trainer.tools.bench.measure import run_step
 from tandem.trainer.tools.bench.plan import check_minimums, resize_phase
@@ -376,9 +376,9 @@ def main(argv: list[str]) -> int:
         if world_size > 1 and not launched:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.ranks}"]
             os.execv(sys.executable, [sys.executable, *launcher, "-m", "tests.rivals.trainer.checkpoint_save", *argv])
-        runtime.set_parent_death_signal()
+        process.set_parent_death_signal()
         with mesh_context(config.parallel.tp_size) as mesh:
-            runtime.start_logging(mesh.rank)
+            process.start_logging(mesh.rank)
             engine = build_engine(config, mesh, None)
             peak_flops = measure_peak_flops(mesh.device)
             context = StepContext(config, mesh, Timeline(config.schedule), engine, peak_flops, Guard(config.guard))

@@ -12,7 +12,7 @@ from tandem.trainer.config import PhaseConfig, UserError
 from tandem.trainer.data import manifest
 from tandem.trainer.data.damaged_shards import batches_skipping_damaged, close_prefetch, read_skipping_damaged
 from tandem.trainer.data.mixture import row_sources
-from tandem.trainer.runtime import StopRequested
+from tandem.trainer.runtime.signals import StopRequested
 from tests.trainer.data.loaders import (
     TokenReader,
     make_loader,

@@ -30,7 +30,7 @@ from tandem.trainer.disk import atomic_write
 from tandem.trainer.distributed.watchdog import report as reporting
 from tandem.trainer.distributed.watchdog.report import HangReport, RankProcess, current_process, process_state
 from tandem.trainer.distributed.watchdog.verdict import peer_states, verdict
-from tandem.trainer.runtime import REQUEUE_EXIT_CODE
+from tandem.trainer.runtime.signals import REQUEUE_EXIT_CODE
 
 __all__ = ["HANGS_FOLDER", "Watchdog", "current_process", "is_connection_lost", "newest_verdict"]
 

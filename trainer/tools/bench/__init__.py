@@ -37,23 +37,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print one JSON line per phase on rank 0's standard output, and progress on standard error."""
     # Imported here because they import torch, which `tandem bench --help` does not need.
-    from tandem.trainer import runtime
     from tandem.trainer.config.schedule import Timeline
     from tandem.trainer.distributed.coordination import Coordinator
     from tandem.trainer.distributed.mesh import mesh_context
     from tandem.trainer.guard import Guard
     from tandem.trainer.run_state import StepContext
+    from tandem.trainer.runtime import launch, process, signals
     from tandem.trainer.startup import build_engine
     from tandem.trainer.tools.bench.measure import measure_phase
 
-    world_size = runtime.launch_environment()["world_size"]
+    world_size = launch.launch_environment()["world_size"]
     config, plans = build_plans(load_config(arguments.config, arguments.overrides), arguments, world_size)
-    runtime.set_parent_death_signal()
-    with closing(runtime.StopSignal()) as stop_signal, mesh_context(config.parallel.tp_size) as mesh:
+    process.set_parent_death_signal()
+    with closing(signals.StopSignal()) as stop_signal, mesh_context(config.parallel.tp_size) as mesh:
         stop_signal.mark_rendezvous_done()
-        runtime.start_logging(mesh.rank)
+        process.start_logging(mesh.rank)
         if config.debug.deterministic:
-            runtime.make_deterministic()
+            process.make_deterministic()
         matmul_flops = measure_peak_flops(mesh.device)
         peak_flops = config.hardware.peak_flops if config.hardware else matmul_flops
         engine = build_engine(config, mesh, None)
@@ -63,5 +63,5 @@ def run(arguments: argparse.Namespace) -> None:
                 result = measure_phase(context, plan, matmul_flops, Coordinator(mesh, stop_signal))
                 if mesh.rank == 0:
                     print(json.dumps(result, allow_nan=False), flush=True)
-        except runtime.StopRequested:
-            raise SystemExit(f"bench: stopped by {stop_signal.signal_name or runtime.REMOTE_STOP_NAME}") from None
+        except signals.StopRequested:
+            raise SystemExit(f"bench: stopped by {stop_signal.signal_name or signals.REMOTE_STOP_NAME}") from None

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from tandem.trainer import runtime
 from tandem.trainer.config import TrainConfig, UserError, load_config
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.disk import atomic_write
 from tandem.trainer.distributed.mesh import mesh_context
 from tandem.trainer.run_folder import describe_environment
-from tandem.trainer.runtime import launch_environment
+from tandem.trainer.runtime import process
+from tandem.trainer.runtime.launch import launch_environment
 from tandem.trainer.tools.mup import coordinates, lr_transfer, weight_decay
 from tandem.trainer.tools.mup.measurement import Measurement, first_failure, format_table, measurements_to_json
 from tandem.trainer.tools.mup.proxies import proxy_config, require_mup
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     request = CheckRequest.from_arguments(config, arguments)
     request.folder.mkdir(parents=True, exist_ok=True)
     if config.debug.deterministic:
-        runtime.make_deterministic()
+        process.make_deterministic()
     if arguments.as_ranks:
         measure_coordinates(request, launch_environment()["world_size"])
         return 0

@@ -30,7 +30,7 @@ from tandem.trainer.distributed.watchdog import (
 from tandem.trainer.distributed.watchdog import report as reporting
 from tandem.trainer.distributed.watchdog.report import HangReport, RankProcess, process_state
 from tandem.trainer.distributed.watchdog.verdict import verdict
-from tandem.trainer.runtime import REQUEUE_EXIT_CODE
+from tandem.trainer.runtime.signals import REQUEUE_EXIT_CODE
 from tests import ranks
 
 BROKEN_STEP = 3

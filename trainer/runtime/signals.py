@@ -1,24 +1,16 @@
-"""The process: launch environment, GPUs, logging by rank, determinism and signals. Nothing here depends on what is trained.
+"""Stop a run on a signal. A signal only sets a flag. Between two steps all ranks agree on whether to stop."""
 
-A signal only sets a flag. Between two steps all ranks agree on whether to stop.
-"""
-
-import ctypes
-import faulthandler
-import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import takewhile
-from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import TypeVar
+
+from tandem.trainer.runtime.process import force_exit
 
 REQUEUE_EXIT_CODE = 85
 """A signal or a hang stopped the run. The same command continues it."""
@@ -32,97 +24,7 @@ REMOTE_STOP_SIGNAL = signal.SIGURG
 """A process sends itself this signal if another rank received a stop signal. By default, a process ignores it."""
 REMOTE_STOP_NAME = "a signal to another rank"
 
-PR_SET_PDEATHSIG = 1
-"""Source: linux/prctl.h."""
-
 T = TypeVar("T")
-log = logging.getLogger(__name__)
-
-
-class CurrentStderr:
-    """Looks up sys.stderr at each write, because a progress bar may have replaced it."""
-
-    def write(self, text: str) -> None:
-        sys.stderr.write(text)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
-def start_logging(rank: int) -> None:
-    """Log to stderr, from INFO up on rank 0 and from WARNING up on other ranks."""
-    level = logging.INFO if rank == 0 else logging.WARNING
-    handler = logging.StreamHandler(CurrentStderr())
-    faulthandler.enable(2)  # print a traceback on a segmentation fault or bus error
-    logging.basicConfig(level=level, format=f"[rank {rank}] %(message)s", handlers=[handler], force=True)
-    for noisy in ("megatron", "torch.distributed", "wandb", "DeepSpeed", "deepspeed"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-def silence_library_warnings() -> None:
-    """Suppress warnings about optional packages and deprecations from libraries that are imported after this call."""
-    warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch)\b.*")
-    if not num_gpus():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it falls back to the CPU
-        # A CUDA build of torch warns on a machine with a CUDA compiler but no GPU.
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-
-
-def num_gpus(root: Path = Path("/")) -> int:
-    """Count this machine's visible NVIDIA GPUs by their files below `root`, without importing torch.
-
-    GPUs that a container is not allowed to open are counted too. Some sandboxes have device files but nothing in /proc. WSL has
-    a single /dev/dxg for all GPUs, which counts as one.
-    """
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        names = [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
-        return len(list(takewhile(lambda name: name and not name.startswith("-"), names)))  # CUDA stops at -1 as well
-    for pattern in ("dev/nvidia[0-9]*", "proc/driver/nvidia/gpus/*"):
-        if found := list(root.glob(pattern)):
-            return len(found)
-    return int(any((root / name).exists() for name in ("dev/nvidiactl", "dev/dxg")))
-
-
-def make_deterministic() -> None:
-    """Make torch raise for operations whose result may differ between two identical runs."""
-    import torch
-
-    # cuBLAS reads this when its handle is created. torch requires it for deterministic matrix products.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    # The mode also fills new memory, to expose reads of uninitialized values. For a small model that costs more than a step.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def is_launched() -> bool:
-    """Whether torchrun, deepspeed or srun started this process."""
-    return "RANK" in os.environ or "SLURM_PROCID" in os.environ
-
-
-def launch_environment() -> dict[str, int]:
-    """Return rank, world_size and local_rank from torchrun, deepspeed or srun, or 0, 1 and 0 without a launcher."""
-    names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
-        names = {"rank": "SLURM_PROCID", "world_size": "SLURM_STEP_NUM_TASKS", "local_rank": "SLURM_LOCALID"}
-    defaults = {"rank": 0, "world_size": 1, "local_rank": 0}
-    return {key: int(os.environ.get(name, defaults[key])) for key, name in names.items()}
-
-
-def max_local_world_size() -> int:
-    """Return the largest number of ranks that this launch has on one machine."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):  # torchrun, deepspeed, srun
-        if given := os.environ.get(name):
-            return max(int(nodes.split("(")[0]) for nodes in given.split(","))  # Slurm writes 8(x2),4
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def set_parent_death_signal() -> None:
-    """Send this rank SIGTERM if the launcher that started it dies, so that no rank outlives its launcher."""
-    if "RANK" in os.environ and sys.platform == "linux":
-        launcher = os.getppid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != launcher:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class StopRequested(BaseException):
@@ -241,10 +143,3 @@ class StopSignal:
                 elif time.monotonic() - first_signal_time >= SIGNAL_DEBOUNCE_SECONDS:
                     time.sleep(1)  # give the handler time to end the process with the signal itself
                     os._exit(128 + number[0])
-
-
-def force_exit(exit_code: int) -> NoReturn:
-    """Exit without waiting for other threads. A thread that reads from an unreachable server would take minutes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)

@@ -1,0 +1,71 @@
+"""Set up this process: logging by rank, warnings of libraries, determinism, the end of its launcher, and its own exit."""
+
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import warnings
+from typing import NoReturn
+
+from tandem.trainer.runtime.launch import num_gpus
+
+PR_SET_PDEATHSIG = 1
+"""Source: linux/prctl.h."""
+
+
+class CurrentStderr:
+    """Looks up sys.stderr at each write, because a progress bar may have replaced it."""
+
+    def write(self, text: str) -> None:
+        sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def start_logging(rank: int) -> None:
+    """Log to stderr, from INFO up on rank 0 and from WARNING up on other ranks."""
+    level = logging.INFO if rank == 0 else logging.WARNING
+    handler = logging.StreamHandler(CurrentStderr())
+    faulthandler.enable(2)  # print a traceback on a segmentation fault or bus error
+    logging.basicConfig(level=level, format=f"[rank {rank}] %(message)s", handlers=[handler], force=True)
+    for noisy in ("megatron", "torch.distributed", "wandb", "DeepSpeed", "deepspeed"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def silence_library_warnings() -> None:
+    """Suppress warnings about optional packages and deprecations from libraries that are imported after this call."""
+    warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch)\b.*")
+    if not num_gpus():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it falls back to the CPU
+        # A CUDA build of torch warns on a machine with a CUDA compiler but no GPU.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def make_deterministic() -> None:
+    """Make torch raise for operations whose result may differ between two identical runs."""
+    import torch
+
+    # cuBLAS reads this when its handle is created. torch requires it for deterministic matrix products.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # The mode also fills new memory, to expose reads of uninitialized values. For a small model that costs more than a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def set_parent_death_signal() -> None:
+    """Send this rank SIGTERM if the launcher that started it dies, so that no rank outlives its launcher."""
+    if "RANK" in os.environ and sys.platform == "linux":
+        launcher = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def force_exit(exit_code: int) -> NoReturn:
+    """Exit without waiting for other threads. A thread that reads from an unreachable server would take minutes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
