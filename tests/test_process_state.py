@@ -10,7 +10,7 @@ import torch
 
 from tandem.trainer.distributed.mesh import mesh_context
 from tandem.trainer.runtime import process, signals
-from tests.process_state import IGNORED_VARIABLES, all_loggers, parent_death_signal, restore_process_state, wakeup_fd
+from tests.process_state import IGNORED_VARIABLES, parent_death_signal, restore_process_state, wakeup_fd
 
 
 def facts() -> dict[str, Any]:
@@ -20,7 +20,7 @@ def facts() -> dict[str, Any]:
         "wakeup": wakeup_fd(),
         "death of the parent": parent_death_signal(),
         "level": logging.getLogger().level,
-        "levels": {each.name: each.level for each in all_loggers() if each.name in ("torch.distributed", "wandb")},
+        "levels": {name: logging.getLogger(name).level for name in ("torch.distributed", "wandb")},
         "handlers": list(logging.getLogger().handlers),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "new memory": torch.utils.deterministic.fill_uninitialized_memory,
