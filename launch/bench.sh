@@ -19,8 +19,10 @@
 #
 # It uses .venv if launch/install.sh has made it, otherwise the Python on the path, and installs nothing. In a copy without git, set
 # TANDEM_COMMIT.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called as sh launch/bench.sh
 set -euo pipefail
-CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
+caller=$PWD
+cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 
 first=(tests kernels errors btlm stablelm)
 second=(rivals sweep profile)
@@ -31,6 +33,7 @@ fail() { echo "bench: $1" >&2 && exit 2; }
 folder=$1
 shift
 [[ $# -gt 0 ]] || fail "give the stages to run: launch/bench.sh $folder [rehearse] [first|second|third|STAGE...]"
+[[ $folder == /* ]] || folder=$caller/$folder
 stages=()
 rehearse=
 for word in "$@"; do
@@ -49,6 +52,7 @@ has_device_file() { compgen -G '/dev/nvidia*' >/dev/null || [[ -e /dev/dxg || -e
 RANKS_PER_NODE=1
 # shellcheck source=launch/env.sh
 source launch/env.sh
+export PYTHONSAFEPATH= # `python3 -m tests.rivals` imports from here
 # Install nothing: on a machine that is borrowed for minutes there is no time.
 missing=$(python3 -c 'from importlib.util import find_spec
 needed = "torch triton deepspeed megatron omegaconf orjson jaxtyping beartype pytest xdist pytest_timeout"

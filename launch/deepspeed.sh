@@ -3,13 +3,13 @@
 #
 # The exit code is that of the first rank that failed. Signals end the ranks without waiting for a save; if that matters, use
 # local.sh. The ranks meet at MASTER_PORT (default 29500); a second run on the machine needs another port.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called as sh launch/deepspeed.sh
 set -euo pipefail
 [[ $# -ge 2 ]] || { echo "usage: launch/deepspeed.sh RANKS CONFIG [section.field=value...]" >&2; exit 2; }
-CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export RANKS_PER_NODE=$1
 # shellcheck source=launch/env.sh
-source launch/env.sh
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 # DeepSpeed reads this as the number of devices if there are no GPUs; otherwise it counts them.
 export LOCAL_SIZE=$RANKS_PER_NODE
 # --no_local_rank, because our command line has no --local_rank; the ranks read LOCAL_RANK.

@@ -5,8 +5,9 @@
 # and resume it. 4. Train a small BTLM (data parallel 2). Both change their row length. 5. Evaluate, export to Hugging Face, reload the
 # export, generate text and write a report. It downloads only packages. The results are in data/demo, runs/demo-* and
 # exports/demo-*; a second call trains again.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called as sh launch/demo.sh
 set -euo pipefail
-CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
+cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 launch/install.sh
 export RANKS_PER_NODE=2 WANDB_SILENT=true
 # shellcheck source=launch/env.sh

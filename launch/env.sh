@@ -8,7 +8,19 @@
 set_default() { [[ -n ${!1+set} ]] || export "$1=$2"; }
 
 # The environment that launch/install.sh made, if it exists.
-[[ ! -d .venv/bin ]] || export PATH=$PWD/.venv/bin:$PATH
+repository=$(dirname -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")")
+[[ ! -d $repository/.venv/bin ]] || export PATH=$repository/.venv/bin:$PATH
+
+# Python must not import modules of the working folder, for example a user's random.py or tandem.py. `python -m` and `python -`
+# search it first, and so does an empty entry or `.` in PYTHONPATH.
+export PYTHONSAFEPATH=1
+if [[ -n ${PYTHONPATH:-} ]]; then
+    IFS=: read -ra entries <<<"$PYTHONPATH"
+    PYTHONPATH=
+    for entry in "${entries[@]}"; do
+        [[ $entry =~ ^(\./+)*\.?$ ]] || PYTHONPATH+=${PYTHONPATH:+:}$entry
+    done
+fi
 
 # --- on every machine
 

@@ -12,6 +12,7 @@
 # fetching another one. A machine with GPUs whose Python already has a CUDA torch keeps it: that build matches its
 # driver and network, and ours would not. Then the ranges of pyproject.toml hold and constraints.txt, made for the
 # pinned torch, is left out.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called as sh launch/install.sh
 set -euo pipefail
 say() { printf 'install: %s (%d s)\n' "$1" "$SECONDS"; }
 refuse() { printf 'install: %s\n' "$1" >&2; exit 2; }
@@ -20,7 +21,7 @@ content() { cat -- "$1" 2>/dev/null || true; }
 
 [[ $(uname -s) == Linux ]] || refuse "this system is $(uname -s), but Tandem runs only on Linux"
 [[ ${PYTHON:-} != */* || $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON
-CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
+cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 
 # 10^9 bytes, x86_64. launch/pins.py checks cuda_fetched and rest_fetched; a CPU build is not in the public index.
 cuda_fetched=3.0 cuda_unpacked=5.5

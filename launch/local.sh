@@ -4,11 +4,11 @@
 # Use one rank per GPU, or any small number on a CPU. A mistake in the config ends with one line and exit code 2. SIGTERM and SIGUSR1
 # save the run: torchrun passes them to the ranks, waits for the save, and exits with 1 whatever the ranks returned. torchrun
 # restarts failed ranks up to MAX_RESTARTS times (default 100), and the run continues from its last checkpoint.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called as sh launch/local.sh
 set -euo pipefail
 [[ $# -ge 2 ]] || { echo "usage: launch/local.sh RANKS CONFIG [section.field=value...]" >&2; exit 2; }
-CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export RANKS_PER_NODE=$1
 # shellcheck source=launch/env.sh
-source launch/env.sh
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 exec python -m tandem.trainer train --ranks "$RANKS_PER_NODE" "${@:2}"

@@ -15,9 +15,9 @@
 # Code, config, data and `run.root` have the same paths on every machine. SIGTERM or SIGUSR1 to torchrun on machine 0 saves and ends
 # the run; on another machine it saves and removes that machine. The same lines continue the run. If machine 0 fails, all
 # machines end with code 1; start the same lines again.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called as sh launch/multi_node.sh
 set -euo pipefail
 [[ $# -ge 1 && -n ${HEAD:-} && -n ${NODES:-} && -n ${NODE:-} ]] || { grep -E '^# ( |[A-Z_]+ ) ' "$0" >&2; exit 2; }
-CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 
 for name in NODE MAX_RESTARTS JOIN_SECONDS LOST_SECONDS LAST_CALL_SECONDS; do
     least=0
@@ -27,7 +27,7 @@ for name in NODE MAX_RESTARTS JOIN_SECONDS LOST_SECONDS LAST_CALL_SECONDS; do
 done
 export RANKS_PER_NODE=${RANKS_PER_NODE:-8}
 # shellcheck source=launch/env.sh
-source launch/env.sh
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 # Check the config here, where a mistake is one line and exit code 2; torchrun would retry. The address of this machine is the one
 # from which it reaches the head, so host names need not resolve.
 address=$(python - "$HEAD" "$NODES" "$NODE" "$RANKS_PER_NODE" "$@" <<'PYTHON'

@@ -16,8 +16,9 @@
 #
 # Without a stage: lint, types, arch, pins and every test that needs no GPU in one pytest run, whose summary ends the output.
 # All stages but gpu and demo hide the GPUs: the ranks of a test share one machine and communicate over gloo.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called as sh launch/test.sh
 set -euo pipefail
-CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
+cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 known="lint types arch pins tests fast dist kernels cluster gpu demo chaos fresh random full_size"
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then sed -n '2,/^set -/s/^# \?//p' launch/test.sh && exit; fi
 for stage; do

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.hostile_modules import write_hostile_modules
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("trainer", "kernels", "configs", "launch", "data_prep", "tests")
 FILES = [path for place in (ROOT.glob("*"), *((ROOT / name).rglob("*") for name in FOLDERS)) for path in place]
@@ -82,11 +84,12 @@ def test_nothing_of_ours_is_importable_under_a_name_that_others_use(tmp_path):
     assert answer.stdout.split() == names[3:]
 
 
-def test_modules_of_a_working_folder_do_not_replace_ours(tmp_path):
-    for name in ("trainer.py", "kernels.py", "data_prep.py"):
-        (tmp_path / name).write_text("raise SystemExit('the wrong module')")
-    command = [sys.executable, "-m", "tandem.trainer", "--help"]
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+@pytest.mark.parametrize("module", ["tandem.trainer", "tandem.kernels.bench"])
+def test_modules_of_a_working_folder_replace_neither_ours_nor_pythons(module, tmp_path):
+    """Except tandem.py: `python -m` searches it in the working folder before any code of ours runs."""
+    write_hostile_modules(tmp_path, leave_out=("tandem",))
+    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_links_import_this_checkout_without_an_installation(tmp_path):

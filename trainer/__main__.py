@@ -1,5 +1,9 @@
 """The verbs of the `tandem` command. Each imports only its own module. A user error prints one line and exits with code 2."""
 
+from tandem.trainer.runtime.search_path import leave_out_working_folder
+
+leave_out_working_folder(run_by_name=__name__ == "__main__")  # before any other import
+
 import argparse
 import os
 import signal
@@ -49,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     Ctrl-C, and 141 if the reader of the output closed the pipe.
     """
     argv = sys.argv[1:] if argv is None else argv
+    os.environ["PYTHONSAFEPATH"] = "1"  # ranks and workers leave out the working folder too
     # The deepspeed launcher adds its own flag; the rank comes from the environment.
     argv = [argument for argument in argv if not argument.startswith("--local_rank")]
     process.silence_library_warnings()

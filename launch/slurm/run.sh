@@ -21,14 +21,10 @@ readonly USER_ERROR_EXIT_CODE=2 REQUEUE_EXIT_CODE=85 # trainer/__main__.py, trai
 warned='' step=''
 trap 'warned=yes; kill -USR1 "$step" 2>/dev/null || true' USR1
 
-if [[ ! -f launch/env.sh ]]; then
-    echo "run.sh: $PWD is not the repository; submit from its root: sbatch launch/slurm/NAME.sbatch" >&2
-    exit "$USER_ERROR_EXIT_CODE"
-fi
 [[ $# -ge 1 ]] || { echo "run.sh: no config is named; submit with sbatch launch/slurm/train.sbatch CONFIG [section.field=value...]" >&2; exit 2; }
 export RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:?submit with --ntasks-per-node}
 # shellcheck source=launch/env.sh
-source launch/env.sh
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../env.sh"
 
 # Retry a command for $1 seconds, because Slurm's controller may be restarting.
 retry() {

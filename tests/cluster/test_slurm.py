@@ -95,10 +95,11 @@ def test_the_slurm_script_without_a_config_says_how_to_submit() -> None:
     )
 
 
-def test_the_slurm_script_outside_the_repository_says_where_to_submit(tmp_path: Path) -> None:
-    done = subprocess.run([LAUNCH / "slurm" / "run.sh", "x.yaml"], cwd=tmp_path, capture_output=True, text=True)
+@every_job
+def test_the_job_outside_the_repository_says_where_to_submit(job: Path, tmp_path: Path) -> None:
+    done = subprocess.run(["bash", job, "x.yaml"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "submit from its root" in done.stderr
+    assert "submit from its root, or with --chdir=REPOSITORY" in done.stderr
 
 
 PATIENCE_SECONDS, LITTLE_PATIENCE_SECONDS = 60, 2

@@ -17,6 +17,7 @@ import pytest
 from tandem.data_prep import executor
 from tandem.trainer.config import UserError
 from tests.data_prep.conftest import file_contents, prepare_small
+from tests.hostile_modules import write_hostile_modules
 from tests.timeouts import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -91,11 +92,11 @@ def _command(process: int) -> str:
 
 
 @contextmanager
-def running(*command: object) -> Iterator[subprocess.Popen[str]]:
+def running(*command: object, folder: Path = ROOT) -> Iterator[subprocess.Popen[str]]:
     """Run the command in its own process group and end the group afterwards."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     with subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, start_new_session=True, text=True,
+        [sys.executable, *map(str, command)], cwd=folder, start_new_session=True, text=True,
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         try:
@@ -197,9 +198,12 @@ def test_an_interrupt_while_the_last_items_end_is_not_lost():
 def test_an_interrupted_preparation_is_one_line_and_continues(
     prepared, shared_folder, expected, content, tmp_path, delay_seconds
 ):
+    """Nor do its workers, of which there are two, import modules of the working folder."""
+    write_hostile_modules(tmp_path / "here", leave_out=("tandem",))
     arguments = ["--input", shared_folder, *SMALL]
     output = tmp_path / "interrupted"
-    with running("-m", "tandem.trainer", "prepare", "--output", output, *arguments, "--workers", 2) as process:
+    command = ["-m", "tandem.trainer", "prepare", "--output", output, *arguments, "--workers", 2]
+    with running(*command, folder=tmp_path / "here") as process:
         wait_until(lambda: children(process.pid, "spawn_main"))
         time.sleep(delay_seconds)
         os.killpg(process.pid, signal.SIGINT)

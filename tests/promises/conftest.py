@@ -95,12 +95,14 @@ def has_signal_handler(pid: int, signal_number: int) -> bool:
 
 
 @contextmanager
-def start_command(command: list[object], **environment: str) -> Iterator[subprocess.Popen[str]]:
+def start_command(
+    command: list[object], folder: Path = Path(__file__).parents[2], **environment: str
+) -> Iterator[subprocess.Popen[str]]:
     """The command running, this Python's scripts first on its path; it and its children are gone when the block ends."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with subprocess.Popen(
         [*map(str, command)], env={**clean_environment(), "PATH": path, **environment}, text=True,
-        cwd=Path(__file__).parents[2], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=folder, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     ) as process:  # fmt: skip
         try:
             yield process

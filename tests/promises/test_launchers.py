@@ -1,5 +1,6 @@
 """Who starts the ranks changes nothing: torchrun, deepspeed and srun's environment give the same bits."""
 
+import os
 import signal
 import socket
 import sys
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from tandem.trainer.metrics.history import read_history
+from tests.hostile_modules import write_hostile_modules
 from tests.ports import free_ports
 from tests.promises.conftest import (
     fork_tandem,
@@ -29,8 +31,8 @@ STEPS = 4
 
 
 def launched(command: list[object], config: Path, name: str, **environment: str) -> AbstractContextManager[Popen[str]]:
-    """The command begun, as one launcher or one rank of the run of that name; gone when the block ends."""
-    return start_command([*command, config, f"run.name={name}"], **environment)
+    """The command begun in the folder of the config, as one launcher of the run of that name; gone when the block ends."""
+    return start_command([*command, config.name, f"run.name={name}"], config.parent, **environment)
 
 
 def slurm(rank: int, port: str) -> dict[str, str]:
@@ -42,9 +44,14 @@ def slurm(rank: int, port: str) -> dict[str, str]:
 
 
 def test_torchrun_deepspeed_and_srun_train_the_same_bits(tmp_path, corpus):
-    config = tmp_path / "config.yaml"
+    """From a folder of the user, whose files have the names of modules: paths are relative to it, and no module is from it."""
+    folder = tmp_path / "my work"
+    write_hostile_modules(folder)
+    (folder / "local").symlink_to(LAUNCH / "local.sh")
+    environment = {"PYTHONPATH": f":{os.environ.get('PYTHONPATH', '')}:.", "CDPATH": "/:/tmp"}
+    config = folder / "my config.yaml"
     parallel = {"tp_size": 2, "zero_stage": 1, "recompute": "none"}
-    tree = two_phase_config("stablelm", corpus, tmp_path / "runs", steps=STEPS // 2, parallel=parallel)
+    tree = two_phase_config("stablelm", corpus, Path("runs"), steps=STEPS // 2, parallel=parallel)
     config.write_text(yaml.safe_dump(tree))
     port, other = map(str, free_ports(2))
     another_run = socket.socket()
@@ -53,19 +60,18 @@ def test_torchrun_deepspeed_and_srun_train_the_same_bits(tmp_path, corpus):
         another_run.listen()
     with (
         another_run,
-        launched([LAUNCH / "local.sh", 2], config, "torchrun") as torchrun,
-        launched([LAUNCH / "deepspeed.sh", 2], config, "deepspeed", MASTER_PORT=other) as deepspeed,
+        launched(["sh", "./local", 2], config, "torchrun", **environment) as torchrun,
+        launched([LAUNCH / "deepspeed.sh", 2], config, "deepspeed", MASTER_PORT=other, **environment) as deepspeed,
     ):
         log = tmp_path / "srun.log"
-        tasks = [
-            fork_tandem(["train", config, "run.name=srun"], log=log, environment=slurm(rank, port)) for rank in (0, 1)
-        ]
+        command = ["train", config, "run.name=srun", f"run.root={folder / 'runs'}"]
+        tasks = [fork_tandem(command, log=log, environment=slurm(rank, port)) for rank in (0, 1)]
         codes = [wait_for_exit(task) for task in tasks]
         for process in (torchrun, deepspeed):
             said, _ = process.communicate(timeout=TEST_TIMEOUT_SECONDS)
             assert process.returncode == 0, said
         assert codes == [0, 0], log.read_text()
-    runs = {name: read_step_records(tmp_path / "runs" / name) for name in ("torchrun", "deepspeed", "srun")}
+    runs = {name: read_step_records(folder / "runs" / name) for name in ("torchrun", "deepspeed", "srun")}
     one = runs["torchrun"]
     for name, other in runs.items():
         assert sorted(other) == list(range(1, STEPS + 1))
