@@ -20,6 +20,7 @@ from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
 from tandem.trainer.data.manifest import CorpusManifest
 from tandem.trainer.disk import TEMPORARY_PATTERN, TEMPORARY_SUFFIX, atomic_write
+from tandem.trainer.runtime.private_folder import lock_holder
 
 CLAIM_FILE = "preparing.json"
 WORK_FOLDER = "work"
@@ -173,8 +174,9 @@ def _lock_folder(output: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            holder = f" ({found})" if (found := lock_holder(handle)) else ""
             raise UserError(
-                f"--output: {output} is being prepared by another process; wait until that process has finished"
+                f"--output: {output} is being prepared by another process{holder}; wait until that process has finished"
             ) from None
         yield
     finally:

@@ -32,9 +32,6 @@ set_default OMP_NUM_THREADS "$cores_per_rank"
 set_default PYTHONUNBUFFERED 1
 # Print the Python stack of every thread after a crash in native code.
 set_default PYTHONFAULTHANDLER 1
-# Keep compiled kernels on the node's own disk: hundreds of ranks that lock one shared home directory stall at the start.
-set_default TRITON_CACHE_DIR "${TMPDIR:-/tmp}/tandem-$(id -u)/triton"
-set_default TORCHINDUCTOR_CACHE_DIR "${TMPDIR:-/tmp}/tandem-$(id -u)/inductor"
 # If rank 0 disappears, torch prints a C++ stack on every other rank at each access to its store. Our message is one sentence.
 set_default TORCH_CPP_LOG_LEVEL ERROR
 # No operator of DeepSpeed is used, so it must not build any at start-up.

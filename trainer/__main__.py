@@ -17,6 +17,7 @@ from typing import NoReturn
 from tandem.trainer.config import UserError, check_world_size, load_config
 from tandem.trainer.runtime import launch, process, signals
 from tandem.trainer.runtime.launcher import launcher_command
+from tandem.trainer.runtime.private_folder import set_private_folders
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = [argument for argument in argv if not argument.startswith("--local_rank")]
     process.silence_library_warnings()
     try:
+        set_private_folders()
         return run_verb(argv)
     except UserError as error:
         if launch.launch_environment()["rank"]:

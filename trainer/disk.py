@@ -19,7 +19,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     # A scheduler that loses contact with a task may start it again elsewhere. The random name keeps the two writers apart.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -34,6 +34,11 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     """Replace the file's content. After an error the file still has its old content."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def open_no_follow(path: str | Path, flags: int) -> int:
+    """Open a file, as the `opener` of `open`, but no link or pipe that another user may have put in its place."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,21 +14,28 @@ from io import FileIO, RawIOBase
 from pathlib import Path
 from typing import Any
 
+from tandem.trainer.config import UserError
+from tandem.trainer.disk import open_no_follow
+
 TAIL_CHUNK_BYTES = 1 << 16
 """Bytes per read while reading a file backwards."""
 
 
 def open_journal(path: Path, *, cut: bool = False) -> FileIO:
     """Open or create a file for `append_record`. End a torn last line with a newline, or remove it if `cut` is set."""
-    torn = next(_reversed_lines(path), b"")
-    if torn:
-        with path.open("ab", buffering=0) as file:
-            if cut:
-                file.truncate(file.tell() - len(torn))
-            else:
-                file.write(b"\n")
-            os.fsync(file.fileno())
-    return path.open("ab", buffering=0)
+    try:
+        file = open(path, "ab", buffering=0, opener=open_no_follow)  # noqa: SIM115
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise UserError(f"{path} is a link or a pipe; remove it if you do not know who made it") from None
+    if torn := next(_reversed_lines(path), b""):
+        if cut:
+            file.truncate(file.tell() - len(torn))
+        else:
+            file.write(b"\n")
+        os.fsync(file.fileno())
+    return file
 
 
 def append_record(file: RawIOBase, record: dict[str, Any], *, compact: bool = False, sync: bool = False) -> None:

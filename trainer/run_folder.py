@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tandem.trainer.config import UserError
-from tandem.trainer.disk import TEMPORARY_PATTERN, atomic_write
+from tandem.trainer.disk import TEMPORARY_PATTERN, atomic_write, open_no_follow
+from tandem.trainer.runtime.private_folder import lock_holder, user_name
 
 log = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
@@ -42,20 +43,38 @@ def run_lock(folder: Path) -> Iterator[None]:
     Raises: UserError if another run keeps the lock.
     """
     create_run_folder(folder)
-    with open(folder / LOCK_FILE, "a+") as file:
+    with _open_lock_file(folder) as file:
         deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
         while not _try_lock(file):
             file.seek(0)
             if time.monotonic() > deadline:
+                holder = lock_holder(file.fileno()) or file.read() or "another process"
                 raise UserError(
-                    f"{folder}: {file.read() or 'another process'} is training in it; only one run at a time can use a run "
-                    "folder; stop that run or change run.name"
+                    f"{folder}: {holder} is training in it; only one run at a time can use a run folder; stop that run or "
+                    "change run.name"
                 )
             time.sleep(0.5)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.write(f"process {os.getpid()} of {user_name(os.geteuid())} on {platform.node()}")
         file.flush()
         yield
+
+
+def _open_lock_file(folder: Path) -> TextIO:
+    """Open the lock file so that only users who can write in the folder can lock it.  Raises: UserError if it is not ours."""
+    path = folder / LOCK_FILE
+    try:
+        file = open(path, "a+", opener=open_no_follow)  # noqa: SIM115
+        status = os.fstat(file.fileno())
+        if status.st_uid == os.geteuid():
+            writers = folder.stat().st_mode & 0o222
+            os.fchmod(file.fileno(), writers | writers << 1)
+        return file
+    except OSError as error:
+        owner = user_name(path.lstat().st_uid) if os.path.lexists(path) else "nobody"
+        raise UserError(
+            f"run.root: {path} of {owner} cannot be opened ({error.strerror}); change run.name or run.root"
+        ) from None
 
 
 def _try_lock(file: TextIO) -> bool:
@@ -111,8 +130,11 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _git_output(root: Path, *arguments: str) -> str | None:
+    # Look for a repository only in `root`, not in folders above it, where another user may have put one that runs commands.
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.parent)}
+    command = ["git", "-c", "core.fsmonitor=false", "-C", str(root), *arguments]
     try:
-        completed = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=10, env=environment)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return completed.stdout.strip() if completed.returncode == 0 else None

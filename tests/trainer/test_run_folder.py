@@ -1,7 +1,16 @@
 """The files of a run folder before and after a start."""
 
-from tandem.trainer import run_folder
+import fcntl
+import os
+import subprocess
+
+import pytest
+
+from tandem.trainer import journal, run_folder
+from tandem.trainer.checkpoint.write import remove_checkpoint
+from tandem.trainer.config import UserError
 from tandem.trainer.disk import atomic_write
+from tandem.trainer.runtime.private_folder import user_name
 
 
 def test_what_a_kill_left_half_written_goes_and_nothing_else(tmp_path):
@@ -21,3 +30,54 @@ def test_without_git_the_commit_is_that_of_the_environment(tmp_path, monkeypatch
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("TANDEM_COMMIT", "0123abc")
     assert run_folder.describe_environment()["commit"] == "0123abc"
+
+
+def test_the_commit_is_not_that_of_a_repository_above_the_checkout(tmp_path, monkeypatch):
+    """Another user may have put it there, with a command that git runs."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    checkout = tmp_path / "site-packages" / "tandem"
+    checkout.mkdir(parents=True)
+    assert run_folder._git_output(checkout, "status", "--porcelain") is None
+    subprocess.run(["git", "init", "-q", str(checkout)], check=True)
+    hook = tmp_path / "hook"
+    hook.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    hook.chmod(0o755)
+    subprocess.run(["git", "-C", str(checkout), "config", "core.fsmonitor", str(hook)], check=True)
+    assert run_folder._git_output(checkout, "status", "--porcelain") == ""
+    assert not (tmp_path / "ran").exists()
+
+
+def test_links_and_pipes_in_a_run_folder_are_not_written_to(tmp_path):
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("mine")
+    folder.mkdir()
+    (folder / ".held").symlink_to(victim)
+    with pytest.raises(UserError, match=rf"{folder}/.held of .* cannot be opened"), run_folder.run_lock(folder):
+        pass
+    (folder / "ledger.jsonl").symlink_to(victim)
+    os.mkfifo(folder / "metrics.jsonl")
+    for name in ("ledger.jsonl", "metrics.jsonl"):
+        with pytest.raises(UserError, match=rf"{folder}/{name} is a link or a pipe; remove it"):
+            journal.open_journal(folder / name, cut=True)
+    assert victim.read_text() == "mine"
+
+
+def test_a_linked_checkpoint_folder_keeps_its_files(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "COMMITTED").write_text("")
+    (tmp_path / "step-00000001").symlink_to(tmp_path / "other")
+    remove_checkpoint(tmp_path / "step-00000001")
+    assert [path.name for path in tmp_path.rglob("*")] == ["other", "COMMITTED"]
+
+
+def test_only_users_who_can_write_in_a_run_folder_can_lock_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT_SECONDS", -1.0)
+    for mode, lock_mode in ((0o755, 0o600), (0o775, 0o660)):
+        tmp_path.chmod(mode)
+        with run_folder.run_lock(tmp_path):
+            assert (tmp_path / ".held").stat().st_mode & 0o777 == lock_mode
+    with (tmp_path / ".held").open("r") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        me = f"process {os.getpid()} of {user_name(os.geteuid())}"
+        with pytest.raises(UserError, match=rf"^{tmp_path}: {me}.* is training in it"), run_folder.run_lock(tmp_path):
+            pass

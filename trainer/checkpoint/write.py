@@ -58,6 +58,9 @@ def remove_checkpoint(folder: Path) -> None:
 
     Raises: OSError. The folder is then no longer committed, unless the removal of the marker failed.
     """
+    if folder.is_symlink():
+        folder.unlink()  # never remove the files of the folder that it names
+        return
     # Remove the marker first, so that an interrupted removal leaves no committed folder.
     (folder / layout.COMMIT_MARKER).unlink(missing_ok=True)
     shutil.rmtree(folder)

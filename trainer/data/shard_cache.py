@@ -1,10 +1,12 @@
 """Opens shards as local files with verified content, and caches copies of remote shards.
 
-A shard in a local folder is opened in place. A remote shard is copied into a folder that all processes of a node share. A copy
-is named by the hash of its content, so it is never mistaken for another, two runs can share it, and a changed corpus gets new
-copies. Copies are written under a temporary name that the writer locks. A lock ends with its process, so a crash blocks
-no other process, and only one of the ranks that need a shard fetches it. A shard is *damaged* if its folder or server responds
-but does not have the right bytes. If the server does not respond, the state of the shard is unknown, and the run stops.
+A shard in a local folder is opened in place. A remote shard is copied into a folder that all processes of a user on a node
+share. Other users cannot write in it. A copy is named by the hash of its content, so it is never mistaken for another, two runs
+can share it, and a changed corpus gets new copies. Copies are written under a temporary name that the writer locks. A lock ends
+with its process, so a crash blocks no other process, and only one of the ranks that need a shard fetches it.
+
+A shard is *damaged* if its folder or server responds but does not have the right bytes. If the server does not respond, the
+state of the shard is unknown, and the run stops.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import fcntl
 import io
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -30,11 +33,13 @@ from tandem.trainer.data.manifest import MANIFEST_FILE, DamagedShard, Shard, che
 from tandem.trainer.data.shard_download import fetch_shard
 from tandem.trainer.disk import sync_folder
 from tandem.trainer.runtime.launch import max_local_world_size
+from tandem.trainer.runtime.private_folder import open_private_file, private_folder
 
 if TYPE_CHECKING:
     import numpy as np
 
 COPY_SUFFIX, PARTIAL_SUFFIX, LOCK_FILE = ".tar", ".part", ".lock"
+CACHE_FILE_PATTERN = re.compile(rf"[0-9a-f]{{64}}(\{COPY_SUFFIX}|\{PARTIAL_SUFFIX})")
 MAX_PREFETCH_THREADS = 2
 ROOM_POLL_SECONDS = 0.05
 MAX_MAPPED_COPIES = 128
@@ -88,7 +93,7 @@ class ShardCache:
     def open_shard(self, folder: str | Path, shard: Shard) -> BinaryIO:
         """Open a shard and verify its hash. The content stays available as long as the file is open or mapped.
 
-        A process hashes each file once, and again if the inode, the size or (in a local folder) the modification time changes.
+        A process hashes each file once, and again if the inode, the size or the modification time changes.
         If a file is truncated while it is mapped, the process dies with SIGBUS.
         Raises: DamagedShard if the shard is missing, truncated or altered. Later calls raise it without checking again, so only
         the next launch sees a restored shard. UserError if the shard cannot be reached or the cache has no space.
@@ -176,8 +181,9 @@ class ShardCache:
 
     def _open_verified(self, path: Path, shard: Shard, *, is_copy: bool = False) -> io.BufferedReader:
         with ExitStack() as on_error:
-            file = on_error.enter_context(path.open("rb"))
-            state = _file_state(file, is_copy=is_copy)
+            opener = open_private_file if is_copy else None
+            file = on_error.enter_context(open(path, "rb", opener=opener))
+            state = _file_state(file)
             if self._verified_states.get(str(path)) != state:
                 check_shard_content(file, path, shard)
                 file.seek(0)
@@ -191,21 +197,27 @@ class ShardCache:
     def _open_copy(self, folder: str | Path, shard: Shard) -> io.BufferedReader:
         copy = self._copy_path(shard)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            private_folder(self._folder)
+        except UserError as error:
+            raise UserError(f"data.cache.folder: {error}") from None
+        except OSError as error:
+            raise self._folder_error(error) from None
+        try:
             while (file := self._open_existing_copy(copy, shard)) is None:
                 self._fetch_copy(folder, shard, copy)
-            # Record the last use. The process's clock is finer than the kernel's time stamps, which are equal for some
-            # milliseconds, and not every disk keeps access times.
-            now_ns = time.time_ns()
-            with suppress(PermissionError):  # another user's copy
-                os.utime(file.fileno(), ns=(now_ns, now_ns))
+            # Record the last use as the access time, because the modification time must reveal a change. The process's clock is
+            # finer than the kernel's time stamps, which are equal for some milliseconds.
+            os.utime(file.fileno(), ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
             return file
         except OSError as error:
-            raise UserError(
-                f"data.cache.folder: {self._folder} cannot be used ({error.strerror or error}); it must be a local folder that "
-                "this user can read and that has room for copies of shards; correct that, lower data.cache.max_size_gib, or "
-                "name another folder"
-            ) from None
+            raise self._folder_error(error) from None
+
+    def _folder_error(self, error: OSError) -> UserError:
+        return UserError(
+            f"data.cache.folder: {self._folder} cannot be used ({error.strerror or error}); it must be a local folder that "
+            "this user can read and that has room for copies of shards; correct that, lower data.cache.max_size_gib, or "
+            "name another folder"
+        )
 
     def _open_existing_copy(self, copy: Path, shard: Shard) -> io.BufferedReader | None:
         """Open the copy. Return None if there is none, and remove it first if its content is wrong."""
@@ -214,7 +226,7 @@ class ShardCache:
         except FileNotFoundError:
             return None
         except (DamagedShard, OSError) as error:
-            if isinstance(error, OSError) and error.errno != errno.EIO:
+            if isinstance(error, OSError) and not isinstance(error, PermissionError) and error.errno != errno.EIO:
                 raise  # the fault is in this process; the copy may be good, and others may use it
             log.warning("replacing a bad cached copy (no action is needed): %s", error)
             copy.unlink(missing_ok=True)
@@ -223,10 +235,7 @@ class ShardCache:
     def _fetch_copy(self, folder: str | Path, shard: Shard, copy: Path) -> None:
         """Fetch the copy, or wait until another process has fetched it. It may be gone again on return."""
         partial_path = copy.with_suffix(PARTIAL_SUFFIX)
-        with os.fdopen(os.open(partial_path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_same_file(partial_path, file):
-                return
+        with _open_locked(partial_path) as file:
             try:
                 if not copy.exists():
                     self._reserve_space(file, shard)
@@ -236,7 +245,7 @@ class ShardCache:
                     with self._folder_lock():
                         partial_path.rename(copy)
                     sync_folder(self._folder)
-                    self._verified_states[str(copy)] = _file_state(file, is_copy=True)
+                    self._verified_states[str(copy)] = _file_state(file)
             finally:
                 if _is_same_file(partial_path, file):
                     partial_path.unlink()
@@ -258,25 +267,22 @@ class ShardCache:
                     return
             time.sleep(ROOM_POLL_SECONDS)
 
-    @contextmanager
-    def _folder_lock(self) -> Iterator[None]:
-        """Let one process at a time count and change the files in the folder."""
-        with (self._folder / LOCK_FILE).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+    def _folder_lock(self) -> BinaryIO:
+        """Let one process at a time count and change the files in the folder, until the returned file is closed."""
+        return _open_locked(self._folder / LOCK_FILE)
 
     def _evict(self, needed_bytes: int) -> bool:
         """Remove the least recently used copies until `needed_bytes` fit. Return whether they fit."""
         copies, used_bytes = [], needed_bytes
         for path in self._folder.iterdir():
             is_partial = path.suffix == PARTIAL_SUFFIX
-            if (is_partial and _remove_if_abandoned(path)) or not (is_partial or path.suffix == COPY_SUFFIX):
+            if not CACHE_FILE_PATTERN.fullmatch(path.name) or (is_partial and _remove_if_abandoned(path)):
                 continue
             with suppress(FileNotFoundError):  # another process may have removed a failed download or a bad copy
-                status = path.stat()
+                status = path.lstat()
                 used_bytes += status.st_size
-                if path.suffix == COPY_SUFFIX:
-                    copies.append((status.st_mtime_ns, status.st_size, path))
+                if not is_partial:
+                    copies.append((max(status.st_atime_ns, status.st_mtime_ns), status.st_size, path))
         for _, size_bytes, path in sorted(copies):
             if used_bytes <= self._max_size_bytes:
                 break
@@ -286,16 +292,33 @@ class ShardCache:
         return used_bytes <= self._max_size_bytes
 
 
-def _file_state(file: BinaryIO, *, is_copy: bool) -> tuple[int, int, int]:
-    """Return inode, size and modification time of a file. For a copy, whose time records its last use, the time is 0."""
+def _file_state(file: BinaryIO) -> tuple[int, int, int]:
+    """Return inode, size and modification time of a file."""
     status = os.fstat(file.fileno())
-    return status.st_ino, status.st_size, 0 if is_copy else status.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _open_locked(path: Path) -> io.BufferedRandom:
+    """Open or create a file of this user and lock it. Replace a file that another user has made or could lock."""
+    while True:
+        try:
+            file = os.fdopen(open_private_file(path, os.O_RDWR | os.O_CREAT), "r+b")
+        except PermissionError:
+            path.unlink()
+            continue
+        if os.fstat(file.fileno()).st_mode & 0o077:  # made by an earlier version
+            path.unlink(missing_ok=True)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if _is_same_file(path, file):
+            return file
+        file.close()
 
 
 def _is_same_file(path: Path, file: BinaryIO) -> bool:
     """Whether the path still names the open file."""
     try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        return os.path.samestat(path.lstat(), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False
 
@@ -303,12 +326,15 @@ def _is_same_file(path: Path, file: BinaryIO) -> bool:
 def _remove_if_abandoned(partial_path: Path) -> bool:
     """Remove a partial file whose writer has ended. Return whether it is gone."""
     try:
-        with partial_path.open("rb") as file:
+        with open(partial_path, "rb", opener=open_private_file) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_same_file(partial_path, file):
                 partial_path.unlink()
             return True
     except FileNotFoundError:
+        return True
+    except PermissionError:
+        partial_path.unlink()
         return True
     except BlockingIOError:
         return False

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.trainer.config import TrainConfig, UserError
+from tandem.trainer.disk import atomic_write
 
 CURVE_NAMES = {
     "step": {
@@ -108,7 +109,7 @@ def _init_run(mode: Any, folder: Path, config: TrainConfig) -> Any:
     id_file = folder / "wandb" / "run_id"
     if not id_file.exists():
         id_file.parent.mkdir(parents=True, exist_ok=True)
-        id_file.write_text(secrets.token_hex(4) + "\n")
+        atomic_write(id_file, secrets.token_hex(4) + "\n")
     return wandb.init(
         mode=mode, dir=folder, id=id_file.read_text().strip(), resume="allow" if mode == "online" else None,
         project=config.log.wandb_project, name=config.run.name, config=dataclasses.asdict(config), allow_val_change=True,

@@ -1,5 +1,6 @@
 """Shared copies of shards: each is made once, is never mistaken for another, and all fit the cache's size."""
 
+import fcntl
 import os
 import resource
 import signal
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,104 @@ def test_a_copy_that_the_disk_altered_is_fetched_again(server, settings, shards,
     assert "the shard is damaged" in caplog.text
 
 
+def alter(copy: Path, tmp_path: Path) -> None:
+    with copy.open("r+b") as file:
+        file.seek(700)
+        file.write(b"altered")
+
+
+def give_away(copy: Path, tmp_path: Path) -> None:
+    os.chown(copy, 65534, 65534)
+
+
+def name_twice(copy: Path, tmp_path: Path) -> None:
+    os.link(copy, tmp_path / "another name")
+
+
+def replace_by_link(copy: Path, tmp_path: Path) -> None:
+    copy.rename(tmp_path / "elsewhere.tar")
+    copy.symlink_to(tmp_path / "elsewhere.tar")
+
+
+def replace_by_pipe(copy: Path, tmp_path: Path) -> None:
+    copy.unlink()
+    os.mkfifo(copy)
+
+
+def open_to_all(copy: Path, tmp_path: Path) -> None:
+    copy.chmod(0o666)
+
+
+@pytest.mark.parametrize("change", [alter, give_away, name_twice, replace_by_link, replace_by_pipe, open_to_all])
+def test_a_copy_that_was_or_can_be_altered_after_its_hash_is_fetched_again(server, settings, shards, tmp_path, change):
+    if change is give_away and os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    cache, folder = ShardCache(settings()), f"{server.address}/a"
+    copy = open_copy_path(cache, folder, shards[0])
+    assert copy.stat().st_mode & 0o777 == 0o600
+    change(copy, tmp_path)
+    assert equals_original(open_copy_path(cache, folder, shards[0]), tmp_path, shards[0])
+    assert len(server.requests) == 2
+    status = copy.lstat()
+    assert (status.st_uid, status.st_nlink, status.st_mode) == (os.geteuid(), 1, 0o100600)
+    assert open_copy_path(cache, folder, shards[0]) == copy
+    assert len(server.requests) == 2
+
+
+def test_planted_files_are_replaced_and_their_targets_keep_their_content(server, settings, shards, tmp_path):
+    folder = Path(settings().folder)
+    folder.mkdir()
+    victim, other = tmp_path / "victim", tmp_path / "other victim"
+    for file in (victim, other):
+        file.write_text("mine")
+    (folder / f"{shards[0].sha256}.part").symlink_to(victim)
+    (folder / ".lock").symlink_to(victim)
+    os.link(other, folder / f"{shards[1].sha256}.part")
+    (folder / f"{'0' * 64}.part").symlink_to(victim)
+    (folder / "corpus.tar").write_text("not a copy")
+    cache = ShardCache(settings(max_size_gib=1.5 * shards[0].bytes / GIB))
+    for shard in shards[:2]:
+        assert equals_original(open_copy_path(cache, f"{server.address}/a", shard), tmp_path, shard)
+    assert [file.read_text() for file in (victim, other)] == ["mine", "mine"]
+    assert file_names(folder) == {f"{shards[1].sha256}.tar", "corpus.tar"}
+
+
+def test_a_lock_that_another_user_can_hold_blocks_nobody(server, settings, shards):
+    folder = Path(settings().folder)
+    folder.mkdir()
+    with ExitStack() as locked:
+        for name, mode, owner in ((".lock", 0o644, 0), (f"{shards[0].sha256}.part", 0o600, 65534)):
+            file = locked.enter_context((folder / name).open("w"))
+            (folder / name).chmod(mode)
+            if os.geteuid() == 0:
+                os.chown(folder / name, owner, owner)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.geteuid() != 0:
+            (folder / name).chmod(0o644)
+        open_copy_path(ShardCache(settings()), f"{server.address}/a", shards[0])
+    assert (folder / ".lock").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "fault"), [(0o777, 0, "writable by other users"), (0o755, 65534, "belongs to user")]
+)
+def test_a_folder_that_another_user_can_change_is_refused(server, settings, shards, mode, owner, fault):
+    folder = Path(settings().folder)
+    folder.mkdir()
+    folder.chmod(mode)
+    if owner and os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    os.chown(folder, owner or -1, -1)
+    with pytest.raises(UserError, match=rf"^data.cache.folder: {folder} .*{fault}"):
+        ShardCache(settings()).open_shard(f"{server.address}/a", shards[0])
+    assert not server.requests
+    folder.rmdir()
+    (folder.parent / "elsewhere").mkdir()
+    folder.symlink_to(folder.parent / "elsewhere")
+    with pytest.raises(UserError, match=rf"^data.cache.folder: {folder} is a link"):
+        ShardCache(settings()).open_shard(f"{server.address}/a", shards[0])
+
+
 def test_a_local_shard_is_its_own_file_and_never_mended(settings, shards, tmp_path):
     path = tmp_path / "a" / shards[0].file
     assert open_copy_path(ShardCache(settings()), tmp_path / "a", shards[0]) == path
@@ -171,7 +271,7 @@ def test_of_two_copies_the_one_used_later_is_known_however_close_they_are(server
     cache, folder = ShardCache(settings()), f"{server.address}/a"
     for order in ((0, 1), (1, 0)) * 20:
         earlier, later = (open_copy_path(cache, folder, shards[n]) for n in order)
-        assert earlier.stat().st_mtime_ns < later.stat().st_mtime_ns
+        assert earlier.stat().st_atime_ns < later.stat().st_atime_ns
 
 
 def test_the_copies_used_longest_ago_make_room(server, settings, shards, tmp_path):

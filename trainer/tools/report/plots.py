@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from tandem.trainer.config import TrainConfig
+from tandem.trainer.disk import atomic_file
 from tandem.trainer.metrics.console import format_number
 from tandem.trainer.metrics.history import RunHistory
 
@@ -97,7 +98,8 @@ class Picture:
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write the figure; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with atomic_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:])
     return path
 
 
