@@ -37,17 +37,6 @@ set_default TORCH_CPP_LOG_LEVEL ERROR
 # No operator of DeepSpeed is used, so it must not build any at start-up.
 set_default DS_BUILD_OPS 0
 
-# torchrun passes SIGUSR1 to its ranks as well, instead of dying of it, and lets them save. A step, a save in progress and the
-# final save take tens of seconds, and torchrun's own limit is 30. It waits as long for a frozen rank.
-set_default PET_SIGNALS_TO_HANDLE SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
-set_default PET_SHUTDOWN_TIMEOUT 180
-# torchrun restarts failed ranks, and the run continues from its last checkpoint. It does not restart them after a signal to
-# torchrun or after a user error, of which all ranks learn. run.max_repeat_failures ends a loop.
-set_default PET_MAX_RESTARTS "${MAX_RESTARTS:-100}"
-# Use a new store for each start of the ranks. torchrun of torch 2.13 keeps one store for all starts: gloo then finds the addresses
-# of ranks that no longer exist, and only the machines of the first start learn where the store is.
-set_default TORCH_DISABLE_SHARE_RDZV_TCP_STORE 1
-
 # --- on GPUs (no effect elsewhere)
 
 # Phases have different shapes. Expandable segments avoid fragmentation when the shape changes.

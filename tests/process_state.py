@@ -14,7 +14,9 @@ from contextlib import contextmanager
 
 import torch
 
-RESTORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG)
+RESTORED_SIGNALS = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG, signal.SIGTTOU,
+)  # fmt: skip
 """Those that a run or a test answers."""
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG, PR_GET_PDEATHSIG = 1, 2

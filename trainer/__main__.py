@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tandem.trainer.config import UserError, check_world_size, load_config
-from tandem.trainer.runtime import launch, process, signals
+from tandem.trainer.runtime import launch, process, signals, streams
 from tandem.trainer.runtime.launcher import launcher_command
 from tandem.trainer.runtime.private_folder import set_private_folders
 
@@ -40,6 +40,9 @@ VERBS = {
     "mup-check": ("tandem.trainer.tools.mup", "check a config's muP: coordinates, learning-rate transfer, weight decay"),
 }  # fmt: skip
 
+VERBS_THAT_WRITE_FILES = {"prepare", "train", "import-hf", "export-hf", "report"}
+"""A lost standard output does not end these verbs, because their result is in files."""
+
 
 class Parser(argparse.ArgumentParser):
     """Reports a wrong command in one line, without the usage that argparse prints first."""
@@ -58,9 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     # The deepspeed launcher adds its own flag; the rank comes from the environment.
     argv = [argument for argument in argv if not argument.startswith("--local_rank")]
     process.silence_library_warnings()
+    verb = next((argument for argument in argv if not argument.startswith("-")), None)
+    streams.protect_streams(stdout_is_view=verb in VERBS_THAT_WRITE_FILES)
     try:
-        set_private_folders()
-        return run_verb(argv)
+        try:
+            set_private_folders()
+            return run_verb(verb, argv)
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         if launch.launch_environment()["rank"]:
             # Usually rank 0 prints the same error, and the launcher then terminates this rank. If not, print it after a delay.
@@ -73,17 +81,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"tandem: interrupted{f'; {interrupt}' if str(interrupt) else ''}", file=sys.stderr, flush=True)
         return INTERRUPTED_EXIT_CODE
-    except BrokenPipeError:
-        # The reader, for example `head`, has exited. Redirect stdout, because Python's flush at exit would raise again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except streams.OutputClosed:  # the reader, for example `head`, has exited
         return CLOSED_PIPE_EXIT_CODE
 
 
-def run_verb(argv: list[str]) -> int:
+def run_verb(chosen_verb: str | None, argv: list[str]) -> int:
     """Parse the arguments of one verb and run it."""
     top = Parser(prog="tandem", description="Distributed pretraining of BTLM and Stable LM 2.")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    chosen_verb = next((argument for argument in argv if not argument.startswith("-")), None)
     for name, (module, description) in VERBS.items():
         parser = verbs.add_parser(name, help=description, description=description)
         if name == chosen_verb:
@@ -124,7 +129,8 @@ def run_train(arguments: argparse.Namespace) -> int:
         return process.force_exit(code) if code == signals.REQUEUE_EXIT_CODE else code
     check_world_size(config, num_ranks)
     sys.stdout.flush()
-    # Replace this process, so that signals reach torchrun, which forwards them to the ranks.
+    # Replace this process, so that signals reach the launcher, which forwards them to the ranks. Block them until it is ready.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.heeded_signals())
     os.execv(sys.executable, launcher_command(num_ranks, ["train", str(arguments.config), *arguments.overrides]))
 
 

@@ -381,7 +381,7 @@ def test_a_signal_to_all_processes_of_torchrun_loses_no_bit(config, straight, ta
         os.killpg(process.pid, signal.SIGTERM)
         output = process.communicate(timeout=TEST_TIMEOUT_SECONDS)[0]
         tally.add("torchrun", time.monotonic() - began)
-    assert process.returncode != 0, output
+    assert process.returncode == REQUEUE_EXIT_CODE, output
     assert tally.seconds[-1] < LIMIT_SECONDS, output
     assert 2 <= standing(folder) == saved_step(folder), output
     assert finished(config, "run.name=launched")

@@ -209,7 +209,7 @@ def test_a_signal_to_torchrun_saves_the_run_of_its_ranks(config):
     wait_until(lambda: last_step(folder) >= 10, process)
     process.send_signal(signal.SIGUSR1)
     errors = said(process)
-    assert process.returncode != 0, errors
+    assert process.returncode == REQUEUE_EXIT_CODE, errors
     assert "SIGKILL" not in errors
     stopped = last_step(folder)
     assert 10 <= stopped < 2 * STEPS

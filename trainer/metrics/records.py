@@ -7,10 +7,12 @@ checkpoint is written when it is committed, some steps after its own.
 """
 
 import dataclasses
+import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +22,8 @@ from tandem.trainer.metrics.console import ConsoleSink
 from tandem.trainer.metrics.wandb_sink import WandbSink
 
 METRICS_FILE = "metrics.jsonl"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,13 @@ class Sink(Protocol):
 
 
 class Sinks:
-    """The destinations of a run's records. On ranks other than 0 there are none and each method does nothing."""
+    """The destinations of a run's records. On ranks other than 0 there are none and each method does nothing.
+
+    An error of the first sink, which keeps the records, stops the run. The others are views: after an error, a view is closed.
+    """
 
     def __init__(self, sinks: list[Sink], start_step: int) -> None:
-        self._sinks = sinks
+        self._sinks = list(sinks)
         self._start_step = start_step
 
     def write_start(
@@ -99,13 +106,26 @@ class Sinks:
         self._write("end", step=step, reason=reason)
 
     def close(self) -> None:
-        for sink in self._sinks:
+        for sink in self._sinks[1:]:
+            self._call_view(sink, sink.close)
+        for sink in self._sinks[:1]:
             sink.close()
 
     def _write(self, kind: str, **fields: Any) -> None:
         record = {"kind": kind, "time": time.time(), **fields}
-        for sink in self._sinks:
+        for sink in self._sinks[:1]:
             sink.write(record)
+        for sink in self._sinks[1:]:
+            self._call_view(sink, partial(sink.write, record))
+
+    def _call_view(self, sink: Sink, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except (Exception, SystemExit) as error:  # rich exits if a pipe is closed
+            if sink in self._sinks:
+                self._sinks.remove(sink)
+                log.warning("%s: failed (%r); training continues without it", type(sink).__name__, error)
+                self._call_view(sink, sink.close)
 
 
 def open_sinks(folder: Path, config: TrainConfig, *, rank: int, start_step: int) -> Sinks:

@@ -15,7 +15,8 @@ from tandem.trainer.runtime.process import force_exit
 REQUEUE_EXIT_CODE = 85
 """A signal or a hang stopped the run. The same command continues it."""
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""SIGHUP: the terminal was closed, or the connection to it was lost."""
 SIGNAL_DEBOUNCE_SECONDS = 5.0
 """Signals within this time of one another count as one."""
 RENDEZVOUS_TIMEOUT_SECONDS = 15.0
@@ -34,8 +35,13 @@ class StopRequested(BaseException):
     """
 
 
+def heeded_signals() -> list[signal.Signals]:
+    """Return the signals that stop this process: all stop signals, but not SIGHUP if nohup started the process."""
+    return [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+
+
 class StopSignal:
-    """Records SIGTERM, SIGUSR1 or Ctrl-C. A second signal ends the process immediately.
+    """Records a stop signal. A second one ends the process immediately. SIGHUP stays ignored under nohup.
 
     A signal to a whole process group arrives twice, directly and forwarded by torchrun, so signals that arrive within
     SIGNAL_DEBOUNCE_SECONDS count as one. If the ranks have not connected RENDEZVOUS_TIMEOUT_SECONDS after the first signal, the
@@ -49,7 +55,7 @@ class StopSignal:
         self._last_signal_time: float | None = None
         self._is_interruptible = False
         self._rendezvous_done = threading.Event()
-        self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in heeded_signals()}
         self._previous_handlers[REMOTE_STOP_SIGNAL] = signal.signal(REMOTE_STOP_SIGNAL, self._on_remote_stop)
         # Python runs a handler between two instructions of the main thread, which may hang in a collective forever. On a signal
         # the interpreter also writes to this socket. A thread reads it, so a second signal ends even a hanging process.
