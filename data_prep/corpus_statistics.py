@@ -4,7 +4,6 @@ Lengths are counted from tokens. Documents are shuffled over shards, so a few sh
 returns a dict, which `--json` prints. `print_statistics` prints it as tables.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from rich.text import Text
 from tandem.data_prep.corpus_reader import CorpusReader
 from tandem.data_prep.settings import DROPPED_COUNT_NAMES
 from tandem.trainer.data.manifest import Shard
+from tandem.trainer.runtime.processors import usable_processors
 
 QUARTILES = {"quarter": 0.25, "median": 0.5, "three_quarters": 0.75}
 
@@ -42,7 +42,7 @@ def _scan_shards(
     """
     lengths: Counter[int] = Counter()
     text_bytes = 0
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_processors()) as pool:
         for shard, (found, found_bytes) in zip(shards, pool.map(partial(_scan_shard, corpus), shards), strict=True):
             lengths.update(found)
             text_bytes += found_bytes

@@ -30,6 +30,7 @@ from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest, remote_files
 from tandem.trainer.data.manifest import CorpusManifest
 from tandem.trainer.metrics import progress
+from tandem.trainer.runtime.processors import usable_processors
 
 DEFAULT_NUM_TASKS = 64
 MAX_PRINTED_FAILURES = 5
@@ -145,7 +146,7 @@ def _prepare_or_submit(args: argparse.Namespace, request: PreparationRequest) ->
 def _select_runner(args: argparse.Namespace) -> stages.RunItems:
     if args.executor == "ray":
         return partial(cluster.executor_module("ray").run, workers=args.workers)
-    return partial(executor.run, workers=args.workers or len(os.sched_getaffinity(0)))
+    return partial(executor.run, workers=args.workers or usable_processors())
 
 
 def _submit(args: argparse.Namespace, request: PreparationRequest) -> None:

@@ -8,7 +8,6 @@ bad shard, so one run finds all bad shards.
 import argparse
 import hashlib
 import io
-import os
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest, remote_files
 from tandem.trainer.data.manifest import CorpusManifest, Shard
 from tandem.trainer.metrics import progress
+from tandem.trainer.runtime.processors import usable_processors
 
 SINGLE_PROCESS_BYTES = 1 << 26
 """Up to this size, reading a corpus takes less time than starting processes."""
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `tandem verify`."""
     add = parser.add_argument
     add("corpus", metavar="DIR", help="folder written by tandem prepare, or its address: s3://, gs://, https://")
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_processors()
     add("--workers", type=int, default=cores, metavar="N",
         help="number of processes, each with one shard in memory (default: one per core)")  # fmt: skip
 

@@ -12,6 +12,9 @@ export RANKS_PER_NODE=$1
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 # DeepSpeed reads this as the number of devices if there are no GPUs; otherwise it counts them.
 export LOCAL_SIZE=$RANKS_PER_NODE
+# DeepSpeed ignores CUDA_VISIBLE_DEVICES if it is told the number of ranks, and gives the ranks a value of its own. `env` restores it.
+visible=()
+[[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || visible=(env "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES")
 # --no_local_rank, because our command line has no --local_rank; the ranks read LOCAL_RANK.
-exec deepspeed --num_gpus "$RANKS_PER_NODE" --no_local_rank \
-    --master_port "${MASTER_PORT:-29500}" --module tandem.trainer train "${@:2}"
+exec deepspeed --num_gpus "$RANKS_PER_NODE" --no_local_rank --master_port "${MASTER_PORT:-29500}" \
+    --no_python "${visible[@]}" python -m tandem.trainer train "${@:2}"

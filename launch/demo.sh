@@ -14,7 +14,7 @@ export RANKS_PER_NODE=2 WANDB_SILENT=true
 source launch/env.sh
 
 # With fewer than two GPUs, both ranks train on the CPU.
-if [[ $(nvidia-smi --list-gpus 2>/dev/null | wc -l) -lt 2 ]]; then export CUDA_VISIBLE_DEVICES=; fi
+if ! python -c 'import torch; raise SystemExit(torch.cuda.device_count() < 2)'; then export CUDA_VISIBLE_DEVICES=; fi
 
 say() { printf '\n=== %4d s  %s\n' "$SECONDS" "$1"; }
 fail() { printf 'demo: %s\n' "$1" >&2; exit 1; }

@@ -24,10 +24,14 @@ fi
 
 # --- on every machine
 
-# If every rank starts a thread per core, the threads compete. More than 8 do not help while GPUs do the work.
-cores_per_rank=$(($(nproc --all) / ${RANKS_PER_NODE:-1}))
-cores_per_rank=$((cores_per_rank < 1 ? 1 : cores_per_rank > 8 ? 8 : cores_per_rank))
-set_default OMP_NUM_THREADS "$cores_per_rank"
+# The scripts start the ranks, so what another launcher, a notebook or a scheduler left behind must not reach them.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE TORCHELASTIC_RUN_ID CROSS_RANK LOCAL_SIZE
+# If every rank starts a thread per processor, the threads compete. The file counts the processors that affinity, cgroups and Slurm
+# leave to this process. Without Python it fails, but then the ranks cannot start either.
+if [[ -z ${OMP_NUM_THREADS:-} ]]; then
+    OMP_NUM_THREADS=$(python3 -I "$repository/trainer/runtime/processors.py" "${RANKS_PER_NODE:-1}" 2>/dev/null) || OMP_NUM_THREADS=1
+    export OMP_NUM_THREADS
+fi
 # Show logs at once, through pipes and schedulers too.
 set_default PYTHONUNBUFFERED 1
 # Print the Python stack of every thread after a crash in native code.

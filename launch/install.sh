@@ -195,7 +195,7 @@ misleading_setting() {
 # --- the machine
 
 has_gpu() { compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/dxg ]]; }
-has_cuda_torch() { "$1" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; }
+has_cuda_torch() { env -u CUDA_VISIBLE_DEVICES "$1" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; }
 
 # Whether this Python has a torch that runs on the GPU, that Tandem can use and that was not unwanted.
 brings_torch() {

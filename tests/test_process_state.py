@@ -34,7 +34,8 @@ def test_what_a_command_changes_of_the_process_is_put_back(monkeypatch):
     before = facts()
     with restore_process_state():
         with monkeypatch.context() as launched:
-            launched.setenv("RANK", "0")
+            for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+                launched.setenv(name, value)
             process.set_parent_death_signal()
         signals.StopSignal()
         with mesh_context(1):

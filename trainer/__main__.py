@@ -70,12 +70,12 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except UserError as error:
-        if launch.launch_environment()["rank"]:
+        if launch.is_later_rank():
             # Usually rank 0 prints the same error, and the launcher then terminates this rank. If not, print it after a delay.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(8)
         print(f"tandem: {error}", file=sys.stderr, flush=True)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
+        if {"TORCHELASTIC_RUN_ID", "RANK"} <= os.environ.keys():
             os.kill(os.getppid(), signal.SIGTERM)  # otherwise torchrun would restart all ranks in vain
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt as interrupt:
@@ -120,8 +120,10 @@ def run_train(arguments: argparse.Namespace) -> int:
     """Train as one rank, or replace this process with torchrun if the run needs several ranks or --ranks is given."""
     process.set_parent_death_signal()  # before the imports, which take seconds
     config = load_config(arguments.config, arguments.overrides)
-    num_ranks = arguments.ranks or launch.num_gpus() or config.parallel.tp_size
-    if not arguments.ranks and (launch.is_launched() or num_ranks == 1):
+    found = launch.current_launch()
+    num_ranks = launch.ranks_to_start(found, arguments.ranks, config.parallel.tp_size)
+    launch.set_num_threads(os.environ, found, num_ranks)
+    if not num_ranks:
         stop_signal = signals.StopSignal()  # before the imports, which take seconds
         from tandem.trainer.train import run
 

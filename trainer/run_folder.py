@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from tandem.trainer.config import UserError
 from tandem.trainer.disk import TEMPORARY_PATTERN, atomic_write, open_no_follow
 from tandem.trainer.runtime.private_folder import lock_holder, user_name
+from tandem.trainer.runtime.processors import usable_processors
 
 log = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
@@ -121,7 +122,7 @@ def describe_environment() -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processors": os.cpu_count(),
+        "processors": usable_processors(),
         "packages": versions,
         "commit": _git_output(root, "rev-parse", "HEAD") or os.environ.get("TANDEM_COMMIT"),
         "uncommitted": _git_output(root, "status", "--porcelain"),

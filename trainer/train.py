@@ -54,7 +54,7 @@ def run(config: TrainConfig, stop_signal: StopSignal | None = None) -> int:
     Raises: UserError for a mistake that the user must correct.
     """
     startup_timer = StartupTimer()
-    check_world_size(config, launch.launch_environment()["world_size"])
+    check_world_size(config, launch.current_launch().world_size)
     signal_context = nullcontext(stop_signal) if stop_signal else closing(StopSignal())
     with signal_context as stop_signal, mesh_context(config.parallel.tp_size) as mesh:
         stop_signal.mark_rendezvous_done()
@@ -85,6 +85,9 @@ def run(config: TrainConfig, stop_signal: StopSignal | None = None) -> int:
                 context, progress = start_run(
                     folder, config, mesh, loader, coordinator, watchdog, records, startup_timer
                 )
+                log.info(
+                    "launch: %s", launch.current_launch().describe()
+                )  # after the checks, whose errors are one line
                 with context.saver:
                     return train_loop(context, progress)
             except StopRequested:  # during the start: there is nothing to save

@@ -81,7 +81,8 @@ set_default SLURM_WAIT 120
 # shellcheck disable=SC2016 # for the shell of the rank
 srun --kill-on-bad-exit=0 --distribution=block --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
     trap : TERM USR1 INT
-    python -m tandem.trainer train "$@" && exit
+    # So that a single task is a rank too, and not a shell that starts the ranks of its machine.
+    TANDEM_LAUNCHER=srun python -m tandem.trainer train "$@" && exit
     code=$?
     # 90 s stay within SLURM_WAIT; a container may have no scontrol.
     [[ $code -ne 2 ]] || ! command -v scontrol >/dev/null ||

@@ -84,7 +84,8 @@ def test_a_rank_whose_launcher_dies_while_it_begins_does_not_train_on(tmp_path, 
     config.write_text(yaml.safe_dump(two_phase_config("btlm", corpus, tmp_path / "runs")))
     rank = [sys.executable, "-m", "tandem.trainer", "train", str(config)]
     script = f"import subprocess, time; print(subprocess.Popen({rank}).pid, flush=True); time.sleep(1000)"
-    with start_command([sys.executable, "-c", script], RANK="0", WORLD_SIZE="1", LOCAL_RANK="0") as launcher:
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
+    with start_command([sys.executable, "-c", script], **alone) as launcher:
         pid = int(launcher.stdout.readline())
         process = psutil.Process(pid)
         wait_until(lambda: has_signal_handler(pid, signal.SIGTERM))  # it imports for seconds yet

@@ -206,8 +206,14 @@ def test_the_command_itself_says_the_same(name, place):
 
 
 def test_a_launch_of_ranks_that_do_not_divide_is_refused(place, capfd, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "3",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "::1",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
     assert main(["train", str(place.config), "parallel.tp_size=2", ANEW]) == 2
     is_one_line(capfd.readouterr().err, "parallel.tp_size: 2 does not divide 3, the number of ranks")
     assert not (place.root / "runs" / "anew").exists()

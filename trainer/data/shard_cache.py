@@ -32,7 +32,7 @@ from tandem.trainer.data import remote_files
 from tandem.trainer.data.manifest import MANIFEST_FILE, DamagedShard, Shard, check_shard_content, missing_shard
 from tandem.trainer.data.shard_download import fetch_shard
 from tandem.trainer.disk import sync_folder
-from tandem.trainer.runtime.launch import max_local_world_size
+from tandem.trainer.runtime.launch import current_launch
 from tandem.trainer.runtime.private_folder import open_private_file, private_folder
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class ShardCache:
         self._prefetch_queue: dict[str, tuple[str, Shard]] = {}
         self._num_prefetch_threads = 0
         # Shared by all sources, so that the mapped bytes of removed copies do not grow with the number of sources.
-        max_mapped_bytes = int(self._max_size_bytes * MAX_MAPPED_FRACTION / max_local_world_size())
+        max_mapped_bytes = int(self._max_size_bytes * MAX_MAPPED_FRACTION / current_launch().local_world_size)
         self.memory_maps = MemoryMaps(MAX_MAPPED_COPIES, max_mapped_bytes)
         """Maps of copies. Shards in local folders are not included, because they do not use the cache's space."""
 

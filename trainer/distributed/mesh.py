@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from tandem.trainer.config import RANK_WAIT_TIMEOUT_SECONDS, UserError
 from tandem.trainer.distributed.megatron import parallel_state
-from tandem.trainer.runtime.launch import launch_environment
+from tandem.trainer.runtime.launch import Launch, current_launch
 
 T = TypeVar("T")
 _STORE_COUNTER = count()
@@ -39,19 +39,11 @@ class Mesh:
 
 
 def _init_mesh(tp_size: int) -> Mesh:
-    launch = launch_environment()
-    os.environ["LOCAL_RANK"] = str(launch["local_rank"])  # DeepSpeed requires it with every launcher
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if launch["local_rank"] >= torch.cuda.device_count():
-            raise UserError(
-                f"ranks: no GPU of this machine is left for rank {launch['rank']} (GPUs: {torch.cuda.device_count()}); start "
-                "one rank per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
-            )
-        device = torch.device("cuda", launch["local_rank"])
-        torch.cuda.set_device(device)
+    launch = current_launch()
+    os.environ["LOCAL_RANK"] = str(launch.local_rank)  # DeepSpeed requires it with every launcher
+    device = _choose_device(launch)
     if not dist.is_initialized():
-        _init_process_group(device, launch["rank"], launch["world_size"])
+        _init_process_group(device, launch.rank, launch.world_size)
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES))
     if not parallel_state.model_parallel_is_initialized():
         # With gloo, the main groups already serve the CPU; a second set would only slow down the start.
@@ -59,12 +51,48 @@ def _init_mesh(tp_size: int) -> Mesh:
             tensor_model_parallel_size=tp_size, create_gloo_process_groups=device.type == "cuda",
             distributed_timeout_minutes=COLLECTIVE_TIMEOUT_MINUTES,
         )  # fmt: skip
+    if device.type == "cuda":
+        check_own_devices(
+            all_gather_objects((socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)))
+        )
     return Mesh(
-        rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=launch["local_rank"], device=device,
+        rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=launch.local_rank, device=device,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(), dp_size=parallel_state.get_data_parallel_world_size(),
     )  # fmt: skip
+
+
+def _choose_device(launch: Launch) -> torch.device:
+    """Select this rank's GPU, or the CPU if this process has none. Raises: UserError if it has GPUs but cannot use one."""
+    remedy = "hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
+    if not torch.cuda.is_available():
+        if launch.num_devices:
+            raise UserError(
+                f"ranks: this process has {launch.num_devices} GPUs, but torch {torch.__version__} cannot use them; install a "
+                f"build of torch for the GPUs and their driver, or {remedy}"
+            )
+        return torch.device("cpu")
+    num_devices = torch.cuda.device_count()
+    index = launch.local_rank if num_devices > 1 else 0  # a launcher may show each rank only its own GPU
+    if index >= num_devices:
+        raise UserError(
+            f"ranks: no GPU of this machine is left for rank {launch.rank} (GPUs: {num_devices}); start one rank per GPU, or "
+            f"{remedy}"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def check_own_devices(devices: list[tuple[str, str]]) -> None:
+    """Raises: UserError if two ranks have the same host and the same GPU. The list has these two of each rank."""
+    for rank, device in enumerate(devices):
+        if (first := devices.index(device)) != rank:
+            raise UserError(
+                f"ranks: ranks {first} and {rank} share GPU {device[1]} of {device[0]}; start one rank per GPU, or hide the "
+                "GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
+            )
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, repeat
@@ -14,6 +13,7 @@ from tandem.trainer.distributed.layers import role_of, sharding_of
 from tandem.trainer.distributed.mesh import Mesh
 from tandem.trainer.distributed.sharding import slice_local
 from tandem.trainer.models.mup import ParameterRule
+from tandem.trainer.runtime.processors import usable_processors
 
 CHUNK_ELEMENTS = 1 << 19
 """Each chunk has its own generator, so that threads can draw in parallel. Another size gives other values."""
@@ -62,7 +62,7 @@ def initial_value(
     full = torch.empty(shape)
     bound = truncation_sigmas * rule.init_std if truncation_sigmas else math.inf
     chunks, chunk_seeds = full.view(-1).split(CHUNK_ELEMENTS), count(first_chunk_seed(seed, name))
-    with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as threads:
+    with ThreadPoolExecutor(min(MAX_THREADS, usable_processors())) as threads:
         list(threads.map(_fill_truncated_normal, chunks, repeat(rule.init_std), repeat(bound), chunk_seeds))
     return full
 

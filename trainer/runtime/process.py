@@ -9,7 +9,7 @@ import sys
 import warnings
 from typing import NoReturn
 
-from tandem.trainer.runtime.launch import num_gpus
+from tandem.trainer.runtime import launch
 
 PR_SET_PDEATHSIG = 1
 """Source: linux/prctl.h."""
@@ -38,7 +38,7 @@ def start_logging(rank: int) -> None:
 def silence_library_warnings() -> None:
     """Suppress warnings about optional packages and deprecations from libraries that are imported after this call."""
     warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch)\b.*")
-    if not num_gpus():
+    if not launch.count_visible(os.environ.get("CUDA_VISIBLE_DEVICES"), launch.find_gpus()):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it falls back to the CPU
         # A CUDA build of torch warns on a machine with a CUDA compiler but no GPU.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -56,8 +56,11 @@ def make_deterministic() -> None:
 
 
 def set_parent_death_signal() -> None:
-    """Send this rank SIGTERM if the launcher that started it dies, so that no rank outlives its launcher."""
-    if "RANK" in os.environ and sys.platform == "linux":
+    """Send this rank SIGTERM if the launcher that started it dies, so that no rank outlives its launcher.
+
+    The tasks of srun need none: Slurm ends them.
+    """
+    if launch.current_launch().launcher not in (None, "srun"):
         launcher = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != launcher:

@@ -39,7 +39,7 @@ from tandem.trainer.guard import Guard
 from tandem.trainer.metrics.throughput import measure_peak_flops
 from tandem.trainer.run_state import StepContext
 from tandem.trainer.runtime import process
-from tandem.trainer.runtime.launch import launch_environment
+from tandem.trainer.runtime.launch import current_launch
 from tandem.trainer.startup import build_engine
 from tandem.trainer.tools.bench.measure import run_step
 from tandem.trainer.tools.bench.plan import check_minimums, resize_phase
@@ -371,7 +371,7 @@ def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     try:
         launched = "RANK" in os.environ
-        world_size = launch_environment()["world_size"] if launched else arguments.ranks
+        world_size = current_launch().world_size if launched else arguments.ranks
         config = build_config(load_config(arguments.config, arguments.overrides), arguments, world_size)
         if world_size > 1 and not launched:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.ranks}"]

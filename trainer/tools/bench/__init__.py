@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     from tandem.trainer.startup import build_engine
     from tandem.trainer.tools.bench.measure import measure_phase
 
-    world_size = launch.launch_environment()["world_size"]
+    world_size = launch.current_launch().world_size
     config, plans = build_plans(load_config(arguments.config, arguments.overrides), arguments, world_size)
     process.set_parent_death_signal()
     with closing(signals.StopSignal()) as stop_signal, mesh_context(config.parallel.tp_size) as mesh:

@@ -21,7 +21,7 @@ from tandem.trainer.disk import atomic_write
 from tandem.trainer.distributed.mesh import mesh_context
 from tandem.trainer.run_folder import describe_environment
 from tandem.trainer.runtime import process
-from tandem.trainer.runtime.launch import launch_environment
+from tandem.trainer.runtime.launch import current_launch
 from tandem.trainer.tools.mup import coordinates, lr_transfer, weight_decay
 from tandem.trainer.tools.mup.measurement import Measurement, first_failure, format_table, measurements_to_json
 from tandem.trainer.tools.mup.proxies import proxy_config, require_mup
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if config.debug.deterministic:
         process.make_deterministic()
     if arguments.as_ranks:
-        measure_coordinates(request, launch_environment()["world_size"])
+        measure_coordinates(request, current_launch().world_size)
         return 0
     (request.folder / "result.json").unlink(missing_ok=True)
     measurements: list[Measurement] = []
@@ -90,7 +90,7 @@ class CheckRequest:
     def from_arguments(config: TrainConfig, arguments: argparse.Namespace) -> "CheckRequest":
         """Validate the options and the config of every proxy. Raises: UserError if a check cannot run."""
         require_mup(config)
-        num_ranks = launch_environment()["world_size"]
+        num_ranks = current_launch().world_size
         if num_ranks > 1 and not arguments.as_ranks:
             raise UserError(
                 f"ranks: a launcher started {num_ranks}, but tandem mup-check is one process that starts the ranks "
@@ -159,7 +159,7 @@ def measure_coordinates(request: CheckRequest, tp_size: int) -> None:
     proxy_configs = coordinates.proxy_configs(request.config, request.widths, arguments.seeds, tp_size)
     with mesh_context(tp_size) as mesh:
         records = coordinates.measure(proxy_configs, arguments.updates, mesh)
-    if launch_environment()["rank"] == 0:
+    if current_launch().rank == 0:
         atomic_write(request.records_file(tp_size), json.dumps(records) + "\n")
 
 
