@@ -475,7 +475,8 @@ def mapped_bytes(folder) -> int:
 def test_what_stays_mapped_of_copies_is_a_quarter_of_the_room_for_all_streams(
     server, settings, make_corpus, monkeypatch
 ):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     here = {name: manifest.load_manifest(make_corpus(name, seed=len(name), documents=120)) for name in ("a", "bb")}
     size_bytes = max(shard.bytes for corpus in here.values() for shard in corpus.train.shards)
     room = settings(max_size_gib=3 * 2 * 4 * size_bytes / GIB)  # of which this process may map three shards
