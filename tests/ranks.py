@@ -157,6 +157,15 @@ def _rank_main(sender: Connection, place: _RankPlace, environment: dict[str, str
     sys.stderr.flush()
 
 
+def all_gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks of this process group, of any type that can be pickled."""
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def _run_in_process_group(place: _RankPlace, call: bytes) -> Any:
     import numpy
     import torch

@@ -7,7 +7,7 @@ from functools import partial
 from tandem.trainer.data.damaged_shards import DamagedShardId, batches_skipping_damaged
 from tandem.trainer.data.loader import Batch
 from tandem.trainer.distributed.coordination import Coordinator
-from tandem.trainer.distributed.mesh import all_gather_objects
+from tandem.trainer.distributed.mesh import all_gather_values
 from tandem.trainer.run_state import Progress, RunContext
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def gather_damaged(coordinator: Coordinator, shard_id: DamagedShardId | None) ->
     """Return the damaged shards that any rank reports, the same list on every rank. Raises: StopRequested, like `any_rank`."""
     if not coordinator.any_rank(shard_id is not None):
         return []
-    return sorted({each for each in all_gather_objects(shard_id) if each})
+    return sorted({(each[0], each[1]) for each in all_gather_values(shard_id and list(shard_id)) if each})
 
 
 def skip_damaged_shard(context: RunContext, step: int, shard_id: DamagedShardId) -> None:

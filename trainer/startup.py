@@ -24,7 +24,7 @@ from tandem.trainer.checkpointing import skipped_ranges
 from tandem.trainer.config import DataConfig, TrainConfig, UserError, dump_config, load_config
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data import remote_files
-from tandem.trainer.data.ledger import Ledger, copy_manifests, read_rollbacks
+from tandem.trainer.data.ledger import Ledger, RollbackHistory, copy_manifests, read_rollbacks
 from tandem.trainer.data.loader import Loader
 from tandem.trainer.data.manifest import TOKENIZER_FILE
 from tandem.trainer.disk import atomic_write
@@ -192,9 +192,9 @@ def restore_progress(
     """
     manifest: dict[str, Any] = checkpoint.manifest if checkpoint else {"cursor": {}, "num_ledger_lines": 0}
     step, cursor = checkpoint.step if checkpoint else 0, manifest["cursor"]
-    history = broadcast_from_rank_0(
-        read_rollbacks(folder, step, manifest["num_ledger_lines"]) if mesh.rank == 0 and checkpoint else None
-    )
+    found = read_rollbacks(folder, step, manifest["num_ledger_lines"]) if mesh.rank == 0 and checkpoint else None
+    fields: list[Any] | None = broadcast_from_rank_0(found and list(found))
+    history = RollbackHistory(*fields) if fields else None
     guard = Guard(config.guard, manifest.get("guard"), {step: history.num_rollbacks} if history else {})
     ranges = {}
     if history and history.cursor:

@@ -70,7 +70,7 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 node=$(retry "$PATIENCE_SECONDS" scontrol --oneliner show node "$head") ||
     { echo "run.sh: Slurm does not know the address of $head (scontrol's reason is above); submit the same command again" >&2; exit 1; }
 MASTER_ADDR=$(sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' <<<"$node")
-export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node get different ports
+export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))} # jobs that share a node get different ports
 
 # SLURM_WAIT (--wait) instead of --kill-on-bad-exit: after one rank exits, the others have two minutes to exit too; then Slurm kills
 # them. If it killed them at once, srun would return a signal's code instead of the 85 of a saved run.

@@ -21,7 +21,7 @@ from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.loader import Loader
 from tandem.trainer.distributed.coordination import Coordinator
 from tandem.trainer.distributed.deepspeed_engine import Engine
-from tandem.trainer.distributed.mesh import Mesh, all_gather_objects, count_collectives, mesh_context
+from tandem.trainer.distributed.mesh import Mesh, count_collectives, mesh_context
 from tandem.trainer.distributed.watchdog import Watchdog, current_process
 from tandem.trainer.guard import Guard
 from tandem.trainer.metrics.records import Sinks
@@ -235,7 +235,7 @@ def state(engine: Engine) -> list[dict[str, Tensor]]:
     for fragment in engine.optimizer_fragments():
         owned = {"master": fragment.master, **fragment.moments}
         found |= {f"{fragment.name} {key}": value.clone() for key, value in owned.items()}
-    return all_gather_objects(found)
+    return ranks.all_gather_objects(found)
 
 
 def on_two_ranks(folder: Path, config_file: Path) -> tuple[dict[str, str], dict[str, Any]]:

@@ -30,7 +30,7 @@ from tandem.trainer.config import (
 )
 from tandem.trainer.data.loader import Batch, Loader
 from tandem.trainer.distributed.deepspeed_engine import Engine
-from tandem.trainer.distributed.mesh import Mesh, all_gather_objects, mesh_context
+from tandem.trainer.distributed.mesh import Mesh, mesh_context
 from tandem.trainer.startup import build_engine, open_initial_weights
 from tests import ranks, steps, tiny_configs
 from tests.promises.conftest import read_step_records, two_phase_config
@@ -97,7 +97,7 @@ def through(name: str, folder: Path, mesh: Mesh) -> dict[str, dict[str, Tensor]]
 
 def gathered(engine: Engine) -> dict[str, Tensor]:
     parameters = dict(engine.model.named_parameters())
-    parts = all_gather_objects({name: parameter.detach() for name, parameter in parameters.items()})
+    parts = ranks.all_gather_objects({name: parameter.detach() for name, parameter in parameters.items()})
     first_replica = parts[: engine.model.mesh.tp_size]
     return {name: joined(p.sharding, [part[name] for part in first_replica]) for name, p in parameters.items()}
 

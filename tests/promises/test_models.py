@@ -17,7 +17,7 @@ from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
 from tandem.trainer.checkpoint.read import load_weights
 from tandem.trainer.config import BTLMConfig, MupConfig, StableLMConfig
-from tandem.trainer.distributed.mesh import Mesh, all_gather_objects, mesh_context
+from tandem.trainer.distributed.mesh import Mesh, mesh_context
 from tandem.trainer.models import build_model
 from tandem.trainer.models.decoder import Decoder
 from tests import ranks
@@ -103,7 +103,7 @@ def evaluated(ours: Decoder, read: Tensor, targets: Tensor, documents: Tensor, m
     found = {"logits": ours.logits(read, documents), "losses": losses.detach()}
     for name, parameter in ours.named_parameters():
         # The first tp_size of all ranks are one replica.
-        found[name] = joined(parameter.sharding, all_gather_objects(parameter.grad)[: mesh.tp_size])
+        found[name] = joined(parameter.sharding, ranks.all_gather_objects(parameter.grad)[: mesh.tp_size])
         parameter.grad = None
     return found
 

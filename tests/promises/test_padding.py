@@ -21,7 +21,7 @@ from tandem.trainer.checkpoint.read import open_checkpoint
 from tandem.trainer.checkpoint.write import model_metadata
 from tandem.trainer.config import TrainConfig, padding
 from tandem.trainer.distributed.deepspeed_engine import Engine
-from tandem.trainer.distributed.mesh import Mesh, all_gather_objects, mesh_context
+from tandem.trainer.distributed.mesh import Mesh, mesh_context
 from tandem.trainer.distributed.sharding import TensorSharding, slice_local
 from tandem.trainer.models import param_groups
 from tandem.trainer.models.mup import parameter_rules
@@ -132,7 +132,9 @@ def local_tensors(engine: Engine) -> dict[str, tuple[TensorSharding, Tensor]]:
 
 
 def gathered(engine: Engine) -> dict[str, Tensor]:
-    return {name: joined(shard, all_gather_objects(flat)) for name, (shard, flat) in local_tensors(engine).items()}
+    return {
+        name: joined(shard, ranks.all_gather_objects(flat)) for name, (shard, flat) in local_tensors(engine).items()
+    }
 
 
 def largest_padding(engine: Engine, mesh: Mesh) -> dict[str, tuple[int, float]]:

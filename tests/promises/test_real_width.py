@@ -17,7 +17,7 @@ from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.hf.tensor_mapping import from_hf_tensors, to_hf_tensor
 from tandem.trainer.config import StableLMConfig, load_config
 from tandem.trainer.distributed.layers import sharding_of
-from tandem.trainer.distributed.mesh import Mesh, all_gather_objects, mesh_context
+from tandem.trainer.distributed.mesh import Mesh, mesh_context
 from tandem.trainer.distributed.sharding import slice_local
 from tandem.trainer.models import build_model
 from tests import ranks
@@ -97,7 +97,7 @@ def errors(file: Path, tp_size: int) -> dict[str, float]:
 
 
 def worst_of_ranks(file: Path, tp_size: int) -> dict[str, float]:
-    by_rank = all_gather_objects(errors(file, tp_size))
+    by_rank = ranks.all_gather_objects(errors(file, tp_size))
     return {name: max(found[name] for found in by_rank) for name in by_rank[0]}
 
 

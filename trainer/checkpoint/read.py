@@ -18,7 +18,7 @@ from tandem.trainer.checkpoint import layout
 from tandem.trainer.config import MODEL_CONFIGS, AnyModelConfig, MupConfig, UserError, parse_dataclass
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.layers import sharding_of
-from tandem.trainer.distributed.mesh import Mesh, all_gather_objects, broadcast_from_rank_0, broadcast_from_replica
+from tandem.trainer.distributed.mesh import Mesh, all_gather_values, broadcast_from_rank_0, broadcast_from_replica
 from tandem.trainer.distributed.sharding import TensorSharding, slice_local
 from tandem.trainer.models.init import load_parameter
 
@@ -157,7 +157,8 @@ def open_newest(root: Path, mesh: Mesh | None = None) -> Checkpoint | None:
     With a mesh, all ranks must call this; they share the hashing and get the same result.
     Raises: UserError if all committed checkpoints are damaged.
     """
-    folders = broadcast_from_rank_0(layout.list_committed(root)) if mesh else layout.list_committed(root)
+    names = [folder.name for folder in layout.list_committed(root)]
+    folders = [root / name for name in (broadcast_from_rank_0(names) if mesh else names)]
     for folder in reversed(folders):
         damage = _find_damage(folder, mesh)
         if damage is None:
@@ -176,7 +177,7 @@ def _find_damage(folder: Path, mesh: Mesh | None) -> str | None:
     if mesh is None:
         return layout.find_damage(folder)
     files = layout.list_data_files(folder)[mesh.rank :: mesh.world_size]
-    return next((found for found in all_gather_objects(layout.find_damage(folder, files)) if found), None)
+    return next((found for found in all_gather_values(layout.find_damage(folder, files)) if found), None)
 
 
 def open_checkpoint(folder: Path, mesh: Mesh | None = None) -> Checkpoint:

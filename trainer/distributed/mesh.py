@@ -3,8 +3,8 @@
 The ranks of one replica are adjacent, so that its tensor-parallel all-reduces stay inside a node.
 """
 
+import json
 import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 from tandem.trainer.config import RANK_WAIT_TIMEOUT_SECONDS, UserError
 from tandem.trainer.distributed.megatron import parallel_state
+from tandem.trainer.distributed.rendezvous import create_store
+from tandem.trainer.runtime.addresses import waiting_message
 from tandem.trainer.runtime.launch import Launch, current_launch
 
 T = TypeVar("T")
@@ -140,10 +142,15 @@ def sum_over_ranks_on_device(values: torch.Tensor) -> list[float]:
 
 
 def broadcast_from_rank_0(value: T) -> T:
-    """Return rank 0's value on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    """Return rank 0's value, of JSON's types, on every rank."""
+    encoded = _encode(value) if dist.get_rank() == 0 else torch.empty(0, dtype=torch.uint8)
+    length = torch.tensor(len(encoded))
+    dist.broadcast(length, 0)
+    if dist.get_rank() != 0:
+        encoded = torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(encoded, 0)
+    found: T = _decode(encoded)
+    return found
 
 
 def broadcast_from_replica(dp_rank: int, tensor: torch.Tensor) -> None:
@@ -169,11 +176,30 @@ def run_on_rank_0(function: Callable[[], T], mesh: Mesh) -> T | None:
     return result
 
 
-def all_gather_objects(value: T) -> list[T]:
-    """Return the values of all ranks, in order of rank."""
-    values: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values  # type: ignore[return-value]  # all_gather_object fills every element
+def all_gather_values(value: object) -> list[Any]:
+    """Return the values, of JSON's types, of all ranks, in order of rank."""
+    encoded = _encode(value)
+    lengths = _all_gather(torch.tensor([len(encoded)]))
+    padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
+    padded[: len(encoded)] = encoded
+    return [_decode(row[: int(length)]) for row, length in zip(_all_gather(padded), lengths, strict=True)]
+
+
+def _all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, tensor)
+    return gathered
+
+
+def _encode(value: object) -> torch.Tensor:
+    """Encode a value as JSON. torch's own collectives of objects use pickles, and whoever can send a pickle can run code."""
+    text = json.dumps(value)
+    assert json.loads(text) == value, f"{value!r} is not of JSON's types"
+    return torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8)
+
+
+def _decode(encoded: torch.Tensor) -> Any:
+    return json.loads(bytes(encoded.tolist()))
 
 
 def count_collectives() -> dict[str, int]:
@@ -197,8 +223,9 @@ def dump_flight_record() -> bytes:
 def create_shared_store(name: str) -> dist.Store:
     """Create an empty key-value store for all ranks, usable from any thread. All ranks must call this in the same order."""
     default_store: Any = dist.distributed_c10d._get_default_store()
-    # A separate connection, so that a wait does not block other stores.
-    return dist.PrefixStore(f"tandem/{name}/{next(_STORE_COUNTER)}", default_store.clone())
+    store = default_store.clone()  # a separate connection, so that a wait does not block other stores
+    store.set_timeout(INIT_TIMEOUT)
+    return dist.PrefixStore(f"tandem/{name}/{next(_STORE_COUNTER)}", store)
 
 
 def barrier() -> None:
@@ -207,11 +234,8 @@ def barrier() -> None:
 
 
 def _init_process_group(device: torch.device, rank: int, world_size: int) -> None:
-    # CPU tensors (losses, decisions, object collectives) use gloo even if gradients use NCCL.
+    # CPU tensors (losses, decisions, gathered values) use gloo even if gradients use NCCL.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if world_size == 1:
-        interfaces = [name for _, name in socket.if_nameindex()]
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if "lo" in interfaces else interfaces[0])
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=INIT_TIMEOUT)
-    else:
-        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=INIT_TIMEOUT)
+    store = create_store(rank, world_size, INIT_TIMEOUT)
+    with waiting_message(f"rank {rank} is still waiting for all {world_size} ranks to start"):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=INIT_TIMEOUT)

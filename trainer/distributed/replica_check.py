@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from tandem.trainer.distributed.mesh import Mesh, all_gather_objects
+from tandem.trainer.distributed.mesh import Mesh, all_gather_values
 
 CHUNK_ELEMENTS = 1 << 24
 POSITION_MODULUS = 65_521
@@ -18,7 +18,7 @@ def check_replicas(model: nn.Module, mesh: Mesh, step: int) -> None:
     If no majority of the replicas agrees, the error names all of them.
     """
     sums = {name: checksum(parameter) for name, parameter in model.named_parameters()}
-    gathered = all_gather_objects((mesh.tp_rank, sums))
+    gathered = all_gather_values([mesh.tp_rank, sums])
     mismatches = []
     for tp_rank in range(mesh.tp_size):
         replicas = {rank: theirs for rank, (their_tp_rank, theirs) in enumerate(gathered) if their_tp_rank == tp_rank}

@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tandem.trainer.config import UserError
 from tandem.trainer.runtime import signals, streams
+from tandem.trainer.runtime.agent_rendezvous import use_rendezvous
 
 USER_ERROR_EXIT_CODE = 2
 ENVIRONMENT = {
@@ -123,7 +124,7 @@ def launch(arguments: list[str]) -> int:
     try:
         set_defaults()
         # torchrun must not replace the handlers of `launcher`. It wants at least one signal, and nobody sends this one.
-        run.run(run.parse_args(["--signals-to-handle=SIGURG", *arguments]))
+        run.run(run.parse_args(["--signals-to-handle=SIGURG", *use_rendezvous(), *arguments]))
     except UserError as error:
         print(f"tandem: {error}", file=sys.stderr, flush=True)
         return USER_ERROR_EXIT_CODE

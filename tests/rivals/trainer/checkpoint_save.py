@@ -34,7 +34,7 @@ from tandem.trainer.config import TrainConfig, UserError, check_world_size, flop
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.loader import Batch
 from tandem.trainer.distributed.deepspeed_engine import Engine
-from tandem.trainer.distributed.mesh import Mesh, all_gather_objects, barrier, mesh_context
+from tandem.trainer.distributed.mesh import Mesh, barrier, mesh_context
 from tandem.trainer.guard import Guard
 from tandem.trainer.metrics.throughput import measure_peak_flops
 from tandem.trainer.run_state import StepContext
@@ -44,6 +44,7 @@ from tandem.trainer.startup import build_engine
 from tandem.trainer.tools.bench.measure import run_step
 from tandem.trainer.tools.bench.plan import check_minimums, resize_phase
 from tandem.trainer.tools.bench.synthetic_batch import draw_batch
+from tests.ranks import all_gather_objects
 
 log = logging.getLogger(__name__)
 METHOD_NAMES = ("ours", "ours blocking", "torch async_save", "torch save")

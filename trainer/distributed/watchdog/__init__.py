@@ -32,7 +32,7 @@ from tandem.trainer.distributed.watchdog.report import HangReport, RankProcess, 
 from tandem.trainer.distributed.watchdog.verdict import peer_states, verdict
 from tandem.trainer.runtime.signals import REQUEUE_EXIT_CODE
 
-__all__ = ["HANGS_FOLDER", "Watchdog", "current_process", "is_connection_lost", "newest_verdict"]
+__all__ = ["HANGS_FOLDER", "RankProcess", "Watchdog", "current_process", "is_connection_lost", "newest_verdict"]
 
 HANGS_FOLDER = "hangs"
 VERDICT_FILE = "verdict.txt"

@@ -17,7 +17,7 @@ import torch
 from tandem.trainer.config import PhaseConfig, flops
 from tandem.trainer.data.loader import Batch
 from tandem.trainer.distributed.coordination import Coordinator
-from tandem.trainer.distributed.mesh import Mesh, all_gather_objects
+from tandem.trainer.distributed.mesh import Mesh, all_gather_values
 from tandem.trainer.metrics.console import format_number
 from tandem.trainer.metrics.records import StepRecord
 from tandem.trainer.run_folder import describe_environment
@@ -162,9 +162,9 @@ def peak_memory(mesh: Mesh) -> dict[str, float | None]:
     """Return the largest peak of all ranks: on a GPU since `reset_peak_memory`, on a CPU since the start of the process."""
     if mesh.device.type == "cuda":
         local_bytes = [torch.cuda.max_memory_allocated(mesh.device), torch.cuda.max_memory_reserved(mesh.device)]
-        allocated, reserved = (max(column) / 2**30 for column in zip(*all_gather_objects(local_bytes), strict=True))
+        allocated, reserved = (max(column) / 2**30 for column in zip(*all_gather_values(local_bytes), strict=True))
         return {"peak_allocated_gib": allocated, "peak_reserved_gib": reserved, "peak_resident_gib": None}
-    kib = max(all_gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    kib = max(all_gather_values(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
     return {"peak_allocated_gib": None, "peak_reserved_gib": None, "peak_resident_gib": kib / 2**20}
 
 
