@@ -25,7 +25,6 @@ from tandem.trainer.distributed.coordination import Coordinator, broadcast_stop
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import (
     Mesh,
-    all_gather_values,
     count_collectives,
     dump_flight_record,
     mesh_context,
@@ -34,7 +33,7 @@ from tandem.trainer.distributed.mesh import (
     to_device,
 )
 from tandem.trainer.distributed.replica_check import check_replicas
-from tandem.trainer.distributed.watchdog import RankProcess, Watchdog, current_process
+from tandem.trainer.distributed.watchdog import Watchdog, gather_processes
 from tandem.trainer.guard import Judgement
 from tandem.trainer.run_folder import run_lock
 from tandem.trainer.run_state import Progress, RunContext, StepContext, StepResult, build_step_record
@@ -63,7 +62,7 @@ def run(config: TrainConfig, stop_signal: StopSignal | None = None) -> int:
             process.make_deterministic()
         startup_timer.end_part("process group")
         folder = Path(config.run.root) / config.run.name
-        processes = [RankProcess(**each) for each in all_gather_values(vars(current_process()))]
+        processes = gather_processes()
         watchdog = Watchdog(
             config.watchdog, folder, processes, mesh.rank, count_collectives, flight_record=dump_flight_record
         )

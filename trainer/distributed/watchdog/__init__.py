@@ -27,12 +27,13 @@ from typing import Any, NamedTuple
 from tandem.trainer.config import RANK_WAIT_TIMEOUT_SECONDS, UserError
 from tandem.trainer.config import WatchdogConfig as Settings
 from tandem.trainer.disk import atomic_write
+from tandem.trainer.distributed.mesh import all_gather_values
 from tandem.trainer.distributed.watchdog import report as reporting
 from tandem.trainer.distributed.watchdog.report import HangReport, RankProcess, current_process, process_state
 from tandem.trainer.distributed.watchdog.verdict import peer_states, verdict
 from tandem.trainer.runtime.signals import REQUEUE_EXIT_CODE
 
-__all__ = ["HANGS_FOLDER", "RankProcess", "Watchdog", "current_process", "is_connection_lost", "newest_verdict"]
+__all__ = ["HANGS_FOLDER", "Watchdog", "current_process", "gather_processes", "is_connection_lost", "newest_verdict"]
 
 HANGS_FOLDER = "hangs"
 VERDICT_FILE = "verdict.txt"
@@ -306,6 +307,11 @@ class Watchdog:
             else:
                 faulthandler.cancel_dump_traceback_later()
         faulthandler.cancel_dump_traceback_later()
+
+
+def gather_processes() -> list[RankProcess]:
+    """Return the processes of all ranks, in order of rank. All ranks must call this."""
+    return [RankProcess(**each) for each in all_gather_values(vars(current_process()))]
 
 
 def is_connection_lost(error: BaseException) -> bool:
