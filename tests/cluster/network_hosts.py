@@ -119,5 +119,5 @@ def is_rank_process(process: int) -> bool:
         command = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    launcher = any(b"torchrun" in word or b"torch.distributed.run" in word for word in command)
+    launcher = b"tandem.trainer.runtime.agent" in command
     return b"tandem.trainer" in command and not launcher
