@@ -5,6 +5,7 @@ The ranks of one replica are adjacent, so that its tensor-parallel all-reduces s
 
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,9 +55,7 @@ def _init_mesh(tp_size: int) -> Mesh:
             distributed_timeout_minutes=COLLECTIVE_TIMEOUT_MINUTES,
         )  # fmt: skip
     if device.type == "cuda":
-        check_own_devices(
-            all_gather_objects((socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)))
-        )
+        check_own_devices(all_gather_values([socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)]))
     return Mesh(
         rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=launch.local_rank, device=device,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
