@@ -156,7 +156,9 @@ def test_a_preparation_whose_worker_was_killed_continues_to_the_same_bytes(
 ):
     arguments = ["--input", shared_folder, *SMALL]
     output = tmp_path / "killed"
-    with running("-m", "tandem.trainer", "prepare", "--output", output, *arguments, "--workers", 2) as process:
+    write_hostile_modules(tmp_path / "here", leave_out=("tandem",))  # which its workers must not import
+    command = ["-m", "tandem.trainer", "prepare", "--output", output, *arguments, "--workers", 2]
+    with running(*command, folder=tmp_path / "here") as process:
         wait_until(lambda: children(process.pid, "spawn_main"))
         os.kill(children(process.pid, "spawn_main")[0], signal.SIGKILL)
         said = process.communicate(timeout=60)[1]
@@ -198,12 +200,9 @@ def test_an_interrupt_while_the_last_items_end_is_not_lost():
 def test_an_interrupted_preparation_is_one_line_and_continues(
     prepared, shared_folder, expected, content, tmp_path, delay_seconds
 ):
-    """Nor do its workers, of which there are two, import modules of the working folder."""
-    write_hostile_modules(tmp_path / "here", leave_out=("tandem",))
     arguments = ["--input", shared_folder, *SMALL]
     output = tmp_path / "interrupted"
-    command = ["-m", "tandem.trainer", "prepare", "--output", output, *arguments, "--workers", 2]
-    with running(*command, folder=tmp_path / "here") as process:
+    with running("-m", "tandem.trainer", "prepare", "--output", output, *arguments, "--workers", 2) as process:
         wait_until(lambda: children(process.pid, "spawn_main"))
         time.sleep(delay_seconds)
         os.killpg(process.pid, signal.SIGINT)

@@ -56,8 +56,9 @@ def bare(tmp_path_factory) -> dict[str, str]:
     return here | {"PATH": str(programs), "PYTHONPATH": f"{place}:{ROOT}", "TANDEM_COMMIT": "0123abc"}
 
 
-def bench(environment: dict[str, str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([ROOT / "launch/bench.sh", *arguments], env=environment, capture_output=True, text=True)
+def bench(environment: dict[str, str], *arguments: str | Path, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [ROOT / "launch/bench.sh", *arguments]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_the_table_comes_last(rehearsed):
 def test_a_stage_at_its_limit_is_cut_and_the_others_go_on(bare, tmp_path):
     (tmp_path / "log.txt.gz").write_bytes(gzip.compress(b"an earlier visit"))
     (tmp_path / "kernels.jsonl").write_text(json.dumps(ROW) + "\n" + '{"op": "torn')
-    done = bench(bare | {"VISIT_SECONDS": "1"}, tmp_path, "kernels", "btlm", "rehearse")
+    done = bench(bare | {"VISIT_SECONDS": "1"}, tmp_path.name, "kernels", "btlm", "rehearse", folder=tmp_path.parent)
     assert done.returncode == 1
     assert "== kernels: exit 124" in done.stdout
     assert "== btlm: exit 124" in done.stdout
