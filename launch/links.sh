@@ -7,4 +7,4 @@ set -euo pipefail
 mkdir -p "$1/tandem"
 folder=$(CDPATH='' cd -- "$1/tandem" && pwd)
 cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
-for package in trainer kernels data_prep; do ln -sfn "$PWD/$package" "$folder/$package"; done
+for package in trainer kernels data_prep configs; do ln -sfn "$PWD/$package" "$folder/$package"; done

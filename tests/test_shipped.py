@@ -1,10 +1,18 @@
 """What ships loads, says where its numbers come from, and divides over the machines its script asks for."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PathDistribution, distributions, version
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from tandem.trainer import config
 from tandem.trainer.config.schedule import Timeline
@@ -110,3 +118,70 @@ def test_large_whole_numbers_are_written_with_underscores() -> None:
     for path in CONFIGS:
         for number in re.findall(r": (\d{4,})\b", path.read_text()):
             pytest.fail(f"{path.name}: {number}")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> ZipFile:
+    """Built from a copy of the checkout in which an earlier version, whose packages had other names, was built too."""
+    place = tmp_path_factory.mktemp("wheel")
+    for name in ("trainer", "kernels", "data_prep", "configs"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, place)
+    left = place / "build/lib/kernels/__init__.py"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    build = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=place, capture_output=True, text=True, check=True)
+    return ZipFile(place / done.stdout.splitlines()[-1])
+
+
+def test_a_wheel_holds_our_packages_and_configs_and_nothing_else(wheel):
+    ours = [path for name in ("trainer", "kernels", "data_prep") for path in (ROOT / name).rglob("*.py")]
+    ours += [path for suffix in ("yaml", "md") for path in (ROOT / "configs").rglob(f"*.{suffix}")]
+    found = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert found == {f"tandem/{path.relative_to(ROOT)}" for path in ours}
+
+
+def test_no_other_distribution_has_a_file_of_ours(wheel):
+    """Hugging Face's `kernels`, which transformers imports, and ours once replaced each other."""
+    others = [each for each in distributions() if each.name != "tandem"]
+    assert len(others) > 50
+    assert [each.name for each in others for file in each.files or () if file.parts[0] == "tandem"] == []
+
+
+def test_an_installation_finds_its_configs_from_any_folder(wheel, tmp_path):
+    """In an environment inside the repository of another project, whose commit is not that of our code."""
+    wheel.extractall(tmp_path / "site")
+    (info,) = (tmp_path / "site").glob("*.dist-info")
+    (command,) = PathDistribution(info).entry_points.select(group="console_scripts")
+    (tmp_path / "mine.yaml").write_text((ROOT / "configs/demo-btlm.yaml").read_text())
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    for words in (["init", "-q"], ["commit", "-qm", "theirs", "--allow-empty"]):
+        if shutil.which("git"):
+            subprocess.run([*git, *words], check=True)
+    program = f"""
+import sys
+from pathlib import Path
+from {command.module} import {command.attr}, load_config
+from tandem.trainer import run_folder
+shipped, mine = (load_config(name, ["hardware=h100_sxm"]) for name in ("demo-btlm", "mine.yaml"))
+commit = run_folder._git_output(Path(run_folder.__file__).parents[1], "rev-parse", "HEAD")
+print(run_folder.__file__, shipped == mine, mine.hardware.name, commit)
+try: {command.attr}(["--help"])
+finally: print("torch" in sys.modules)
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    first, *usage, last = done.stdout.splitlines()
+    assert first == f"{tmp_path}/site/tandem/trainer/run_folder.py True H100 SXM 80 GB None"
+    assert usage[0].startswith(f"usage: {command.name} ")
+    assert last == "False"
+
+
+def test_the_installed_packages_meet_our_ranges():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = [each for each in map(Requirement, project["dependencies"]) if not each.marker or each.marker.evaluate()]
+    assert [str(each) for each in ranges if not each.specifier.contains(version(each.name), prereleases=True)] == []

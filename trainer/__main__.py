@@ -110,7 +110,7 @@ def load_verb(name: str, module: str) -> tuple[Callable[..., None], Callable[...
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="YAML file that describes the run")
+    parser.add_argument("config", type=Path, help="YAML file of the run, or a shipped config, for example demo-btlm")
     parser.add_argument("overrides", nargs="*", help="section.field=value replaces this field of the file")
     ranks_help = "ranks that torchrun starts on this machine (default: the number of GPUs, or tp_size without a GPU)"
     parser.add_argument("--ranks", type=int, help=ranks_help)

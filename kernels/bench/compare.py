@@ -201,7 +201,10 @@ def git_commit() -> str:
 
     Without git or a checkout, return the environment variable TANDEM_COMMIT, or "no checkout" if it is not set.
     """
-    git = partial(subprocess.run, cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True)
+    root = Path(__file__).resolve().parents[2]
+    # Not the repository of another project whose environment contains our packages.
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.parent)}
+    git = partial(subprocess.run, cwd=root, env=environment, capture_output=True, text=True)
     try:
         head, status = git(["git", "rev-parse", "HEAD"]), git(["git", "status", "--porcelain", "kernels"])
     except OSError:

@@ -100,7 +100,7 @@ def is_one_line(stderr: str, *parts: str) -> None:
 ANEW = "run.name=anew"
 MISTAKES: dict[str, tuple[str, list[str]]] = {
     # name: (command, what the line must say); {corpus} and its like are places
-    "no config": ("train {root}/none.yaml", ["none.yaml: no such config file", "configs/demo-btlm.yaml"]),
+    "no config": ("train {root}/none.yaml", ["none.yaml: no such config file", "a config that ships: btlm-3b-8k, "]),
     "no verb of ours": ("trian {config}", ["'trian'", "train", "--help"]),
     "no argument": ("train", ["train", "config", "--help"]),
     "unknown key": ("train {config} optim.max_grad_nrom=1.0", ["optim.max_grad_nrom: 1.0", "did you mean max_grad_norm?"]),

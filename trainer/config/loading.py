@@ -13,17 +13,23 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tandem.trainer.config.parsing import parse_dataclass
 from tandem.trainer.config.rules import check_config
-from tandem.trainer.config.sections import TrainConfig, UserError
+from tandem.trainer.config.sections import SHIPPED_CONFIGS, TrainConfig, UserError
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
     """Read a config file, apply dotted overrides (`optim.max_grad_norm=0.5`) in order, and check the result.
 
+    If there is no file `path`, it may be the name of a config that ships, without `.yaml`.
+
     Raises: UserError, one line that names field, value, rule and remedy.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such config file; name one, for example configs/demo-btlm.yaml")
+        shipped = {file.stem: file for file in SHIPPED_CONFIGS.glob("*.yaml")}
+        if str(path) not in shipped:
+            names = ", ".join(sorted(shipped))
+            raise UserError(f"{path}: no such config file; name one, or a config that ships: {names}")
+        path = shipped[str(path)]
     with _user_errors(path):
         node = OmegaConf.load(path)
         for override in overrides or []:
@@ -37,10 +43,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
                 raise UserError(f"override {override!r}: {_one_line(error)}; name an existing field") from None
         tree = OmegaConf.to_container(node, resolve=True)
     if not isinstance(tree, dict):
-        found = type(tree).__name__
-        raise UserError(f"{path}: contains a {found}, not a mapping of sections; start from a file in configs/")
+        found, complete = type(tree).__name__, SHIPPED_CONFIGS / "demo-btlm.yaml"
+        raise UserError(f"{path}: contains a {found}, not a mapping of sections; start from {complete}")
     if isinstance(tree.get("hardware"), str):
-        tree["hardware"] = _load_hardware(path.parent / "hardware", tree["hardware"])
+        tree["hardware"] = _load_hardware(path.parent, tree["hardware"])
     config: TrainConfig = parse_dataclass(TrainConfig, tree, "")
     check_config(config)
     return config
@@ -51,13 +57,15 @@ def dump_config(config: TrainConfig) -> str:
     return str(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
 
 
-def _load_hardware(folder: Path, name: str) -> Any:
-    hardware_path = folder / f"{name}.yaml"
-    if not hardware_path.is_file():
-        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "none"
-        raise UserError(f"hardware: {name!r} has no file in {folder}; known names: {known}; use one of them, or null")
-    with _user_errors(hardware_path):
-        return OmegaConf.to_container(OmegaConf.load(hardware_path))
+def _load_hardware(config_folder: Path, name: str) -> Any:
+    """Read the file of this name beside the config, or else the one that ships."""
+    folders = [folder / "hardware" for folder in (SHIPPED_CONFIGS, config_folder)]
+    files = {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
+    if name not in files:
+        known, place = ", ".join(sorted(files)) or "none", config_folder / "hardware"
+        raise UserError(f"hardware: {name!r} has no file in {place}; known names: {known}; use one of them, or null")
+    with _user_errors(files[name]):
+        return OmegaConf.to_container(OmegaConf.load(files[name]))
 
 
 @contextmanager

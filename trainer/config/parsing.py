@@ -19,7 +19,7 @@ def parse_dataclass(dataclass_type: Any, tree: Any, key_path: str) -> Any:
     Raises: UserError for an unknown key, a missing key or a value of the wrong type.
     """
     if not isinstance(tree, dict):
-        raise UserError(f"{key_path}: {tree!r} is not a section with fields; see configs/ for complete files")
+        raise UserError(f"{key_path}: {tree!r} is not a section with fields; the configs that ship are complete files")
     hints, fields = get_type_hints(dataclass_type), {entry.name: entry for entry in dataclasses.fields(dataclass_type)}
     prefix = f"{key_path}." if key_path else ""
     for key in tree:

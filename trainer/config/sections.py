@@ -6,7 +6,11 @@ The text under a field gives its meaning, its unit and what 0 or null means. Der
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
+
+SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+"""The configs that ship: beside `trainer` in the repository and in an installation."""
 
 
 class UserError(ValueError):
@@ -368,7 +372,7 @@ class TrainConfig:
     log: LogConfig
     debug: DebugConfig
     hardware: HardwareConfig | None
-    """Name of a file in hardware/ beside the config; null measures a matrix product at the start and uses that as the peak."""
+    """A file in hardware/, beside this config or the shipped ones; null measures a matrix product at the start as the peak."""
 
 
 MODEL_CONFIGS: dict[str, type[AnyModelConfig]] = {"stablelm": StableLMConfig, "btlm": BTLMConfig}

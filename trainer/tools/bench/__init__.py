@@ -18,7 +18,7 @@ from tandem.trainer.tools.bench.plan import ALL_PHASES, DEFAULT_NUM_MICRO_BATCHE
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     rows_default = f"{DEFAULT_NUM_MICRO_BATCHES} micro-batches on every replica"
-    add("config", type=Path, help="YAML file of a run; its corpus is not read")
+    add("config", type=Path, help="YAML file of a run, or a shipped config; its corpus is not read")
     add("overrides", nargs="*", help="section.field=value replaces this field of the file")
     add("--phase", metavar="NAME", help=f"phase to measure, or {ALL_PHASES} (default: the first)")
     add("--num-layers", type=int, help="number of layers; the width does not change (default: as in the config)")

@@ -30,7 +30,7 @@ from tandem.trainer.tools.mup.proxies import proxy_config, require_mup
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     folder_help = "folder for the plots and result.json (default: the folder mup in the run folder)"
-    add("config", type=Path, help="YAML file of a run with muP, for example configs/mup-check.yaml")
+    add("config", type=Path, help="YAML file of a run with muP, or a shipped config, for example mup-check")
     add("overrides", nargs="*", help="section.field=value replaces this field of the file")
     add("--widths", default="64,128,256,512", help="widths of the small models to train (default: 64,128,256,512)")
     add("--checks", default=",".join(CHECKS), help=f"checks to run, from {','.join(CHECKS)} (default: all)")

@@ -20,7 +20,7 @@ from tandem.trainer.train import forward_backward
 def require_mup(config: TrainConfig) -> MupConfig:
     """Return the config's muP section. Raises: UserError if it has none."""
     if config.mup is None:
-        raise UserError("mup: null has no width rules to check; use a config with muP, such as configs/mup-check.yaml")
+        raise UserError("mup: null has no width rules to check; use a config with muP, for example mup-check")
     return config.mup
 
 
