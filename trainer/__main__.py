@@ -63,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     process.silence_library_warnings()
     verb = next((argument for argument in argv if not argument.startswith("-")), None)
     streams.protect_streams(stdout_is_view=verb in VERBS_THAT_WRITE_FILES)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        # A closed terminal is handled like Ctrl-C, so that temporary files are removed.
+        signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGINT))
     try:
         try:
             set_private_folders()

@@ -14,6 +14,7 @@
 # srun returns 128 + n if any task was killed, whatever the other tasks returned, and otherwise the highest code. That would hide the
 # 2 of one rank if others froze and were killed. So a rank that exits with 2 sets Requeue=0 on the job.
 set -euo pipefail
+echo() { builtin echo "$@" || true; } # a full disk behind the log must not end the script
 readonly USER_ERROR_EXIT_CODE=2 REQUEUE_EXIT_CODE=85 # trainer/__main__.py, trainer/runtime/signals.py
 
 # sbatch --signal=B:USR1@300 signals only this shell; srun passes the signal to every rank. Trap it from here on, because a

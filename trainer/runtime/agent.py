@@ -68,8 +68,7 @@ class Agent(LocalElasticAgent):
 class Launcher:
     """Handles the signals of the process that starts the ranks.
 
-    The first one is passed on to the ranks, which save. Signals within SIGNAL_DEBOUNCE_SECONDS of it are ignored. A later one
-    ends the ranks.
+    The first one is passed on to the ranks, which save. A later one, if it insists, ends the ranks.
     """
 
     def __init__(self) -> None:
@@ -92,7 +91,7 @@ class Launcher:
             if not self.agent:  # there is nothing to save yet
                 os._exit(signals.REQUEUE_EXIT_CODE)
             self.raise_signal()
-        elif self.agent and time.monotonic() - self._signal_time >= signals.SIGNAL_DEBOUNCE_SECONDS:
+        elif self.agent and signals.is_insisting(number, self._signal_time):
             self.is_forced = True
             self.agent.send_signal(number)
 

@@ -56,15 +56,15 @@ def make_deterministic() -> None:
 
 
 def set_parent_death_signal() -> None:
-    """Send this rank SIGTERM if the launcher that started it dies, so that no rank outlives its launcher.
+    """Send this rank SIGUSR1 if the launcher that started it dies, so that no rank outlives its launcher.
 
     The tasks of srun need none: Slurm ends them.
     """
     if launch.current_launch().launcher not in (None, "srun"):
         launcher = os.getppid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
         if os.getppid() != launcher:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def force_exit(exit_code: int) -> NoReturn:

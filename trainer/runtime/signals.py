@@ -17,6 +17,9 @@ REQUEUE_EXIT_CODE = 85
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """SIGHUP: the terminal was closed, or the connection to it was lost."""
+INSISTING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+"""As a second signal, these end the process. The others do not: a user may close the terminal during the save, or the launcher may
+die."""
 SIGNAL_DEBOUNCE_SECONDS = 5.0
 """Signals within this time of one another count as one."""
 RENDEZVOUS_TIMEOUT_SECONDS = 15.0
@@ -40,8 +43,13 @@ def heeded_signals() -> list[signal.Signals]:
     return [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
 
 
+def is_insisting(number: int, first_signal_time: float) -> bool:
+    """Whether a signal after the first one must end the process immediately."""
+    return number in INSISTING_SIGNALS and time.monotonic() - first_signal_time >= SIGNAL_DEBOUNCE_SECONDS
+
+
 class StopSignal:
-    """Records a stop signal. A second one ends the process immediately. SIGHUP stays ignored under nohup.
+    """Records a stop signal. A second one, if it insists, ends the process immediately. SIGHUP stays ignored under nohup.
 
     A signal to a whole process group arrives twice, directly and forwarded by torchrun, so signals that arrive within
     SIGNAL_DEBOUNCE_SECONDS count as one. If the ranks have not connected RENDEZVOUS_TIMEOUT_SECONDS after the first signal, the
@@ -105,7 +113,7 @@ class StopSignal:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._last_signal_time is not None:
-            if time.monotonic() - self._last_signal_time < SIGNAL_DEBOUNCE_SECONDS:
+            if not is_insisting(number, self._last_signal_time):
                 return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -146,6 +154,6 @@ class StopSignal:
                     continue
                 if first_signal_time is None:
                     first_signal_time, self.has_arrived = time.monotonic(), True
-                elif time.monotonic() - first_signal_time >= SIGNAL_DEBOUNCE_SECONDS:
+                elif is_insisting(number[0], first_signal_time):
                     time.sleep(1)  # give the handler time to end the process with the signal itself
                     os._exit(128 + number[0])
