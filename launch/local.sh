@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # One machine, through torchrun: launch/local.sh RANKS CONFIG [section.field=value...]
 #
-# Use one rank per GPU, or any small number on a CPU. A mistake in the config ends with one line and exit code 2. SIGTERM and SIGUSR1
-# save the run: torchrun passes them to the ranks, waits for the save, and exits with 1 whatever the ranks returned. torchrun
-# restarts failed ranks up to MAX_RESTARTS times (default 100), and the run continues from its last checkpoint.
+# Use one rank per GPU, or any small number on a CPU. A mistake ends with one line and exit code 2. A signal (SIGTERM, SIGUSR1, Ctrl-C,
+# a closed terminal) saves the run, and the exit code is 85. Failed ranks are restarted up to MAX_RESTARTS times (default 100), and
+# the run continues from its last checkpoint.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called as sh launch/local.sh
 set -euo pipefail
 [[ $# -ge 2 ]] || { echo "usage: launch/local.sh RANKS CONFIG [section.field=value...]" >&2; exit 2; }

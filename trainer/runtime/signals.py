@@ -18,8 +18,7 @@ REQUEUE_EXIT_CODE = 85
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """SIGHUP: the terminal was closed, or the connection to it was lost."""
 INSISTING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-"""As a second signal, these end the process. The others do not: a user may close the terminal during the save, or the launcher may
-die."""
+"""As a second signal, these end the process. The others may be accidents: a terminal is closed, or a launcher dies."""
 SIGNAL_DEBOUNCE_SECONDS = 5.0
 """Signals within this time of one another count as one."""
 RENDEZVOUS_TIMEOUT_SECONDS = 15.0
