@@ -20,6 +20,7 @@ from rich.text import Text
 
 from tandem.data_prep.corpus_reader import CorpusReader
 from tandem.data_prep.settings import DROPPED_COUNT_NAMES
+from tandem.trainer.config.outside import escape_control_characters
 from tandem.trainer.data.manifest import Shard
 from tandem.trainer.runtime.processors import usable_processors
 
@@ -123,10 +124,12 @@ def _summarize_lengths(length_counts: Counter[int]) -> dict[str, Any]:
 def print_statistics(statistics: dict[str, Any], console: Console) -> None:
     """Print the dict of `collect_statistics` as tables."""
     counts = _format_counts(statistics)
-    console.print(f"{statistics['corpus']}: {counts}, vocab {statistics['vocab']:,}", soft_wrap=True)
+    console.print(
+        f"{escape_control_characters(statistics['corpus'])}: {counts}, vocab {statistics['vocab']:,}", soft_wrap=True
+    )
     table = Table.grid(padding=(0, 2))
     for name, line in _summary_lines(statistics):
-        table.add_row(f"  {name}", Text(line, overflow="fold"))
+        table.add_row(f"  {name}", Text(escape_control_characters(line, one_line=True), overflow="fold"))
     console.print(table)
     if statistics["groups"]:
         console.print(_groups_table(statistics))
@@ -171,7 +174,12 @@ def _groups_table(statistics: dict[str, Any]) -> Table:
     table = _new_table("group", "documents", "tokens", "share of tokens", "mean length")
     for name, group in statistics["groups"].items():
         counts = [f"{group[of]:,}" for of in ("documents", "tokens")]
-        table.add_row(Text(name or "(none)"), *counts, f"{group['share']:.2%}", f"{group['mean_length']:,.0f}")
+        table.add_row(
+            Text(escape_control_characters(name, one_line=True) or "(none)"),
+            *counts,
+            f"{group['share']:.2%}",
+            f"{group['mean_length']:,.0f}",
+        )
     return table
 
 

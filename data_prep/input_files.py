@@ -4,7 +4,6 @@ A file is cut into parts if readers can start inside it. `readers.py` and `tar_r
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 from braceexpand import braceexpand
 
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import check_regular_file, open_regular_file, parse_json
 from tandem.trainer.data import remote_files
 from tandem.trainer.data.remote_files import RemoteFile
 
@@ -180,7 +180,7 @@ def _read_sample_manifest(path: str) -> Iterator[tuple[str, int | None]]:
     try:
         for line in remote_files.read_bytes(path).splitlines():
             if line.strip():
-                record = json.loads(line)
+                record = parse_json(line)
                 count = record.get("num_sequences")
                 if not isinstance(record["shard"], str) or not (count is None or type(count) is int):
                     raise ValueError("shard must be text and num_sequences a whole number")
@@ -212,6 +212,7 @@ def _list_local(given_path: str, output: Path, selection: _Selection) -> Iterato
         if not root.exists():
             raise UserError(f"{selection.option}: {given_path} does not exist; name a folder or a file")
         if not root.is_dir():
+            check_regular_file(root)
             selection.check_named(root.name, given_path)
         for path in sorted(_walk(root, selection)) if root.is_dir() else [root]:
             real = path.resolve()
@@ -277,7 +278,7 @@ def content_hash(part: FilePart) -> str:
     digest = hashlib.sha256()
     start, end = part.byte_range
     try:
-        with open(part.file.address, "rb") as file:
+        with open_regular_file(part.file.address) as file:
             file.seek(start)
             while start < end and (block := file.read(min(READ_BLOCK_BYTES, end - start))):
                 digest.update(block)

@@ -19,6 +19,7 @@ from tandem.data_prep import corpus_statistics
 from tandem.data_prep.corpus_reader import CorpusReader, DocumentSlice
 from tandem.data_prep.vocabulary import make_visible
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import escape_control_characters, safe_print
 from tandem.trainer.data.manifest import CorpusSplit, Shard
 from tandem.trainer.metrics import progress
 
@@ -122,7 +123,9 @@ def _check_index(option: str, value: int, num_items: int, availability: str) -> 
 def _print_slices(title: str, split: str, slices: list[DocumentSlice], corpus: CorpusReader, console: Console) -> None:
     tokens = sum(len(piece.tokens) for piece in slices)
     console.print(
-        f"{title}: {tokens:,} tokens, {len(slices):,} documents, whole or in part", style="bold", soft_wrap=True
+        f"{escape_control_characters(title)}: {tokens:,} tokens, {len(slices):,} documents, whole or in part",
+        style="bold",
+        soft_wrap=True,
     )
     for number, piece in enumerate(slices):
         _print_rule(f"{number}: {_describe_location(piece, split)}", console)
@@ -146,7 +149,7 @@ def _describe_location(document_slice: DocumentSlice, split: str) -> str:
 
 def _print_rule(title: str, console: Console) -> None:
     # rich's own rule cuts a long title.
-    line = f"── {title} " if title else ""
+    line = f"── {escape_control_characters(title, one_line=True)} " if title else ""
     console.print(Text(line.ljust(console.width, "─"), "dim"), soft_wrap=True)
 
 
@@ -171,7 +174,7 @@ def _print_matches(args: argparse.Namespace, corpus: CorpusReader, console: Cons
         _print_rule(_describe_location(piece, args.split), console)
         console.print(_excerpt(text, args.find), overflow="fold")
     if not found:
-        print(f"{args.corpus}: no document of {args.split} contains {args.find!r}")
+        safe_print(f"{args.corpus}: no document of {args.split} contains {args.find!r}")
 
 
 def _find_documents(

@@ -17,6 +17,7 @@ from typing import Any
 from tandem.data_prep import provenance, work_units
 from tandem.data_prep.input_files import InputFile, content_hash
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import read_json
 from tandem.trainer.data import manifest
 from tandem.trainer.data.manifest import CorpusManifest
 from tandem.trainer.disk import TEMPORARY_PATTERN, TEMPORARY_SUFFIX, atomic_write
@@ -186,7 +187,7 @@ def _lock_folder(output: Path) -> Iterator[None]:
 def _check_claimable(output: Path, settings_dict: Mapping[str, Any]) -> None:
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if CLAIM_FILE in names:
-        _check_same_settings(output, json.loads((output / CLAIM_FILE).read_text()), settings_dict)
+        _check_same_settings(output, read_json(output / CLAIM_FILE), settings_dict)
     elif any(not (name.startswith(CLAIM_FILE) and name.endswith(TEMPORARY_SUFFIX)) for name in names):
         raise UserError(f"--output: {output} contains files but no corpus; name a new or an empty folder")
 

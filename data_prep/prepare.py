@@ -27,6 +27,7 @@ from tandem.data_prep.settings import DROPPED_COUNT_NAMES, PrepareSettings
 from tandem.data_prep.stages import PreparationRequest
 from tandem.data_prep.tokenizers import build, encoding
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import safe_print
 from tandem.trainer.data import manifest, remote_files
 from tandem.trainer.data.manifest import CorpusManifest
 from tandem.trainer.metrics import progress
@@ -127,11 +128,11 @@ def run(args: argparse.Namespace) -> None:
 def _prepare_or_submit(args: argparse.Namespace, request: PreparationRequest) -> None:
     output, settings_dict = request.output, request.settings.to_dict()
     if output_folder.is_finished(output, settings_dict, request.inputs):
-        print(f"{output}: already prepared with these settings; nothing to do")
+        safe_print(f"{output}: already prepared with these settings; nothing to do")
         return
     with output_folder.claim_output(output, settings_dict, partial(submissions.check_no_running_jobs, output)):
         if output_folder.is_finished(output, settings_dict, request.inputs):
-            print(f"{output}: another process has prepared it with these settings; nothing to do")
+            safe_print(f"{output}: another process has prepared it with these settings; nothing to do")
             return
         if args.executor == "slurm":
             _submit(args, request)
@@ -152,23 +153,23 @@ def _select_runner(args: argparse.Namespace) -> stages.RunItems:
 def _submit(args: argparse.Namespace, request: PreparationRequest) -> None:
     request = replace(request, output=request.output.resolve())
     if last_submission := submissions.load_submission(request.output):
-        print(
+        safe_print(
             f"{args.output}: the jobs of the last submission have ended before the corpus was complete; "
             f"logs: {last_submission.logs}"
         )
         for line in last_submission.failure_lines()[:MAX_PRINTED_FAILURES]:
-            print(f"  {line}")
+            safe_print(f"  {line}")
     submitted = cluster.executor_module("slurm").submit(
         request,
         tasks=args.tasks or DEFAULT_NUM_TASKS,
         workers=args.workers,
         options=dict(option.split("=", 1) for option in args.slurm or []),
     )
-    print(f"{args.output}: submitted to Slurm; each job starts when the previous one has succeeded")
+    safe_print(f"{args.output}: submitted to Slurm; each job starts when the previous one has succeeded")
     for stage, job in submitted.jobs.items():
-        print(f"  {stage}: job {job}")
-    print("  run the same command again to see their progress, and to resubmit failed jobs")
-    print(f"  logs, and one line for each failed task: {submitted.logs}")
+        safe_print(f"  {stage}: job {job}")
+    safe_print("  run the same command again to see their progress, and to resubmit failed jobs")
+    safe_print(f"  logs, and one line for each failed task: {submitted.logs}")
 
 
 @contextmanager
@@ -274,23 +275,23 @@ def _check_executor(args: argparse.Namespace) -> None:
 
 
 def _print_counts(output: Path, corpus_manifest: CorpusManifest) -> None:
-    print(
+    safe_print(
         f"{output}: {corpus_manifest.counts['documents']:,} documents, {corpus_manifest.counts['tokens']:,} tokens, "
         f"vocab {corpus_manifest.vocab:,}"
     )
     for name, split in (("train", corpus_manifest.train), ("validation", corpus_manifest.validation)):
-        print(f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards):,} shards")
+        safe_print(f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards):,} shards")
     for name in DROPPED_COUNT_NAMES:
         if corpus_manifest.counts.get(name):
-            print(f"  {name.replace('_', ' ')} left out: {corpus_manifest.counts[name]:,}")
+            safe_print(f"  {name.replace('_', ' ')} left out: {corpus_manifest.counts[name]:,}")
     if added := corpus_manifest.counts.get("added_eos_tokens"):
-        print(f"  EOS added to documents that were cut at the end of a sample: {added:,}")
+        safe_print(f"  EOS added to documents that were cut at the end of a sample: {added:,}")
     if padding := corpus_manifest.counts.get("padding_tokens"):
-        print(f"  padding ids removed: {padding:,}")
+        safe_print(f"  padding ids removed: {padding:,}")
     for group, counts in corpus_manifest.groups.items():
-        print(f"  {group or '(none)'}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+        safe_print(f"  {group or '(none)'}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
     if [*corpus_manifest.groups] == [encode.NO_GROUP]:
-        print(f"  no document has the field {corpus_manifest.settings['group_field']} of --group-field")
-    print(f"  unigram entropy of the training tokens: {corpus_manifest.unigram_entropy_nats:.4f} nats")
+        safe_print(f"  no document has the field {corpus_manifest.settings['group_field']} of --group-field")
+    safe_print(f"  unigram entropy of the training tokens: {corpus_manifest.unigram_entropy_nats:.4f} nats")
     if corpus_manifest.settings["held_out"] and not corpus_manifest.validation.tokens:
-        print("  no document was held out; raise --held-out to get validation tokens")
+        safe_print("  no document was held out; raise --held-out to get validation tokens")

@@ -13,6 +13,7 @@ from typing import Any
 
 from tandem.data_prep.work_units import WorkUnit
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import parse_json
 from tandem.trainer.data import manifest, remote_files
 
 InputEntry = Sequence[Any]
@@ -36,7 +37,7 @@ def load(path: str | Path) -> list[InputEntry]:
     """Read the entries of inputs.json.  Raises: UserError if any byte has changed since it was written."""
     try:
         text = remote_files.read_bytes(path).decode()
-        files: list[InputEntry] = json.loads(text)["files"]
+        files: list[InputEntry] = parse_json(text)["files"]
         if dump(files) == text:
             return files
         reason = "content does not match its hash"

@@ -6,6 +6,7 @@ datatrove's tasks changes the corpus.
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import BinaryIO
 
 import pyarrow
@@ -14,7 +15,14 @@ import pyarrow.parquet
 from tandem.data_prep import tar_reader
 from tandem.data_prep.executor import ProgressCallback
 from tandem.data_prep.input_files import READ_BLOCK_BYTES, TAR_COMPRESSION, FilePart, unreadable_error
-from tandem.data_prep.records import Document, decompress, describe_decode_error, open_unchanged, parse_record
+from tandem.data_prep.records import (
+    MAX_RECORD_BYTES,
+    Document,
+    decompress,
+    describe_decode_error,
+    open_unchanged,
+    parse_record,
+)
 from tandem.trainer.config import UserError
 from tandem.trainer.data import remote_files
 
@@ -47,6 +55,8 @@ def read_documents(
             yield from tar_reader.read_tar(part, stream, text_field, extra_fields, advance, counts)
         else:
             assert not file.suffix, f"no reader for {file.suffix}"
+            if file.size_bytes > MAX_RECORD_BYTES:
+                raise UserError(f"{file.address}: a text of more than {MAX_RECORD_BYTES:,} bytes is too long; split it")
             try:
                 yield Document(file.name, stream.read().decode(), {})
             except UnicodeDecodeError as error:
@@ -66,11 +76,11 @@ def _read_json_lines(
         raise OSError("Truncated: a compressed file is not empty even if it contains no lines")
     if start:
         stream.seek(start - 1)
-        start += len(stream.readline()) - 1  # a line belongs to the part in which it begins
+        start += len(_read_line(stream)) - 1  # a line belongs to the part in which it begins
     lines = decompress(stream, compression)
     line_start, num_lines, reported_bytes = start, 0, part.byte_range[0]
     try:
-        for line in lines:
+        for line in iter(partial(_read_line, lines), b""):
             if not compression and line_start >= end:
                 break
             num_lines += 1
@@ -88,6 +98,14 @@ def _read_json_lines(
     except OSError as error:
         raise unreadable_error(f"{file.address}:{_count_lines_before(part, start) + num_lines + 1}", error) from None
     advance(max(0, end - reported_bytes))
+
+
+def _read_line(stream: BinaryIO) -> bytes:
+    """Read a line, whose decompression could otherwise fill the memory. Raises: OSError if it is too long."""
+    line = stream.readline(MAX_RECORD_BYTES + 1)
+    if len(line) > MAX_RECORD_BYTES:
+        raise OSError(f"the line has more than {MAX_RECORD_BYTES:,} bytes")
+    return line
 
 
 def _count_lines_before(part: FilePart, start: int) -> int:

@@ -16,6 +16,9 @@ from tandem.data_prep.input_files import READ_BLOCK_BYTES, FilePart, check_uncha
 from tandem.trainer.config import UserError
 from tandem.trainer.data import remote_files
 
+MAX_RECORD_BYTES = 2 << 30
+"""Limit of a line, a text file or a member of a tar after decompression: a worker holds it in memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Document:

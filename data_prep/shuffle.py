@@ -14,6 +14,7 @@ import numpy as np
 from tandem.data_prep import spill
 from tandem.data_prep.shard_writer import write_shard
 from tandem.data_prep.spill import SPLITS, Spill
+from tandem.trainer.config.outside import read_json
 from tandem.trainer.data.manifest import Shard
 from tandem.trainer.disk import atomic_file, atomic_write
 
@@ -146,5 +147,5 @@ def entropy_nats(token_counts: np.ndarray) -> float:
 
 def load_shard_record(work_folder: Path, file_stem: str) -> tuple[Shard, dict[str, list[int]]]:
     """Load the manifest entry of a finished shard, and the documents and tokens of each group in it."""
-    record = json.loads(shard_record_path(work_folder, file_stem).read_text(encoding="utf-8"))
+    record = read_json(shard_record_path(work_folder, file_stem))
     return Shard(**record["shard"]), record["groups"]

@@ -5,7 +5,6 @@ documents come first, then held-out ones, each sorted by *shuffle key*, a random
 range of keys, so it is one contiguous piece of every spill and costs one read per spill, however many documents there are.
 """
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tandem.trainer.config.outside import read_json
 from tandem.trainer.disk import atomic_file
 
 ENTRY_DTYPE = np.dtype(
@@ -91,7 +91,7 @@ def group_names(work_folder: Path, unit_name: str) -> list[str]:
 
 
 def load_record(work_folder: Path, unit_name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(record_path(work_folder, unit_name).read_text(encoding="utf-8"))
+    found: dict[str, Any] = read_json(record_path(work_folder, unit_name))
     return found
 
 

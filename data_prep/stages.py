@@ -38,6 +38,7 @@ from tandem.data_prep.spill import Spill
 from tandem.data_prep.tokenizers import build, encoding
 from tandem.data_prep.tokenizers.encoding import EncoderSpec
 from tandem.data_prep.work_units import WorkUnit
+from tandem.trainer.config.outside import read_json, read_text
 from tandem.trainer.data import manifest
 from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit, Shard
 from tandem.trainer.disk import atomic_write
@@ -118,7 +119,7 @@ class PreparationRequest:
             advance = start_progress("training the tokenizer", sum(file.size_bytes for file in self.inputs))
             texts = (text for text in self._training_texts(advance) if clean.uniform_hash(text) >= held_out)
             atomic_write(path, build.train_bpe(texts, self.vocab_size, self.settings.eos))
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
 
     def _training_texts(self, advance: ProgressCallback) -> Iterator[str]:
         """Yield about TOKENIZER_TRAINING_BYTES of cleaned text, from the beginnings of files throughout the inputs."""
@@ -267,7 +268,7 @@ def _raise_no_training_documents(preparation: Preparation) -> None:
 
 
 def _load_shard_key_ranges(preparation: Preparation) -> list[ShardKeyRange]:
-    return [ShardKeyRange(**one) for one in json.loads(preparation.shard_ranges_path.read_text(encoding="utf-8"))]
+    return [ShardKeyRange(**one) for one in read_json(preparation.shard_ranges_path)]
 
 
 def _gather_shard(preparation: Preparation, shard_range: ShardKeyRange, advance: ProgressCallback) -> None:

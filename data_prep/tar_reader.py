@@ -17,6 +17,7 @@ import numpy.lib.format as npy_format
 from tandem.data_prep.executor import ItemCancelled, ProgressCallback
 from tandem.data_prep.input_files import READ_BLOCK_BYTES, SAMPLE_MANIFEST_FILE, FilePart, unreadable_error
 from tandem.data_prep.records import (
+    MAX_RECORD_BYTES,
     Document,
     decompress,
     describe_decode_error,
@@ -31,8 +32,8 @@ TEXT_EXTENSIONS = ("txt", "json", "jsonl")
 """Extensions of members that contain text, each also with .gz."""
 TOKEN_EXTENSIONS = ("json.gz", "json", "txt", "npy")
 """Extensions of members that contain ids: a JSON list, or a NumPy array."""
-MAX_MEMBER_BYTES = 2 << 30
-"""Limit of a member after decompression: a worker holds it in memory."""
+MAX_MEMBER_BYTES = MAX_RECORD_BYTES
+"""Limit of a member after its own decompression."""
 PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 """Types of headers that extend the next header. tarfile holds their data in memory."""
 MAX_PAX_BYTES = 1 << 20
@@ -160,6 +161,9 @@ def _read_members(
                 name = member.name
                 _check_storage(part, member)
                 if member.isreg() and not RESERVED_NAME.match(name) and is_wanted(name):
+                    if member.size > MAX_RECORD_BYTES:
+                        size = f"has {member.size:,} bytes, more than {MAX_RECORD_BYTES:,}"
+                        raise UserError(f"{address}: {printable(name)}: {size}; split it")
                     yield {"fname": name, "data": tar.extractfile(member).read(), "__url__": address}
                 elif not member.isdir():
                     counts["other_members"] += 1

@@ -21,6 +21,7 @@ from tandem.data_prep import executor, output_folder, provenance, shuffle
 from tandem.data_prep.executor import ProgressCallback
 from tandem.data_prep.vocabulary import Vocabulary
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import safe_print
 from tandem.trainer.data import manifest, remote_files
 from tandem.trainer.data.manifest import CorpusManifest, Shard
 from tandem.trainer.metrics import progress
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         _check_no_extra_files(Path(args.corpus), corpus_manifest)
     shards, seconds = corpus_manifest.shards, time.monotonic() - start_time
     read_bytes = sum(shard.bytes for shard in shards)
-    print(
+    safe_print(
         f"{args.corpus}: {corpus_manifest.counts['tokens']:,} tokens in {len(shards):,} shards match the manifest; "
         f"{read_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {read_bytes / 1e6 / seconds:,.1f} MB/s"
     )

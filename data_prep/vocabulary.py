@@ -6,7 +6,6 @@ tokenizer decode with their own decoder.
 """
 
 import codecs
-import json
 import unicodedata
 
 import numpy as np
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer
 
 from tandem.data_prep.tokenizers.byte_level import BYTE_TO_UNICODE
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import parse_json
 
 UNICODE_TO_BYTE = {character: value for value, character in BYTE_TO_UNICODE.items()}
 SPECIAL_TOKEN_STYLE = "bold cyan"
@@ -31,7 +31,7 @@ class Vocabulary:
         except Exception as error:  # tokenizers raises nothing narrower
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{error_prefix}: is not a tokenizer.json ({reason}); prepare the corpus again") from None
-        tree = json.loads(tokenizer_json)
+        tree = parse_json(tokenizer_json)
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         added = {token["id"]: token for token in tree["added_tokens"]}
         if eos_token not in ids:

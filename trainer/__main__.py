@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tandem.trainer.config import UserError, check_world_size, load_config
+from tandem.trainer.config.outside import escape_control_characters
 from tandem.trainer.runtime import launch, process, signals, streams
 from tandem.trainer.runtime.launcher import launcher_command
 from tandem.trainer.runtime.private_folder import set_private_folders
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     # The deepspeed launcher adds its own flag; the rank comes from the environment.
     argv = [argument for argument in argv if not argument.startswith("--local_rank")]
     process.silence_library_warnings()
+    process.escape_messages()
     verb = next((argument for argument in argv if not argument.startswith("-")), None)
     streams.protect_streams(stdout_is_view=verb in VERBS_THAT_WRITE_FILES)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -77,12 +79,13 @@ def main(argv: list[str] | None = None) -> int:
             # Usually rank 0 prints the same error, and the launcher then terminates this rank. If not, print it after a delay.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(8)
-        print(f"tandem: {error}", file=sys.stderr, flush=True)
+        print(f"tandem: {escape_control_characters(str(error), one_line=True)}", file=sys.stderr, flush=True)
         if {"TORCHELASTIC_RUN_ID", "RANK"} <= os.environ.keys():
             os.kill(os.getppid(), signal.SIGTERM)  # otherwise torchrun would restart all ranks in vain
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt as interrupt:
-        print(f"tandem: interrupted{f'; {interrupt}' if str(interrupt) else ''}", file=sys.stderr, flush=True)
+        kept = escape_control_characters(f"; {interrupt}" if str(interrupt) else "")
+        print(f"tandem: interrupted{kept}", file=sys.stderr, flush=True)
         return INTERRUPTED_EXIT_CODE
     except streams.OutputClosed:  # the reader, for example `head`, has exited
         return CLOSED_PIPE_EXIT_CODE

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import open_regular_file, parse_json
 from tandem.trainer.disk import open_no_follow
 
 TAIL_CHUNK_BYTES = 1 << 16
@@ -58,10 +59,10 @@ def read_records(path: Path, *, strict: bool = False) -> Iterator[dict[str, Any]
     """
     if not path.exists():
         return
-    with path.open("rb") as file:
+    with open_regular_file(path) as file:
         for line in file:
             if strict and line.endswith(b"\n"):
-                yield json.loads(line)
+                yield parse_json(line)
             elif found := parse_record(line):
                 yield found
 
@@ -74,7 +75,7 @@ def read_records_backwards(path: Path) -> Iterator[dict[str, Any]]:
 def parse_record(line: bytes) -> dict[str, Any]:
     """Return the record in a line, or an empty dict if the line is torn or not a record."""
     try:
-        found = json.loads(line)
+        found = parse_json(line)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -84,7 +85,7 @@ def _reversed_lines(path: Path) -> Iterator[bytes]:
     """Yield the lines backwards without newlines. The first is whatever follows the last newline: a torn line or nothing."""
     if not path.exists():
         return
-    with path.open("rb") as file:
+    with open_regular_file(path) as file:
         start, rest = file.seek(0, os.SEEK_END), b""
         while start:
             end, start = start, max(0, start - TAIL_CHUNK_BYTES)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import read_text
 from tandem.trainer.disk import TEMPORARY_PATTERN, atomic_write, open_no_follow
 from tandem.trainer.runtime.private_folder import lock_holder, user_name
 from tandem.trainer.runtime.processors import usable_processors
@@ -95,7 +96,7 @@ def open_run_folder(folder: Path, config_yaml: str) -> None:
     for temporary_file in [*folder.glob(TEMPORARY_PATTERN), *folder.glob(f"*/{TEMPORARY_PATTERN}")]:
         temporary_file.unlink(missing_ok=True)
     config_file = folder / CONFIG_FILE
-    if config_file.exists() and config_file.read_text() != config_yaml:
+    if config_file.exists() and read_text(config_file) != config_yaml:
         number = len(list(folder.glob("config.before-*.yaml"))) + 1
         config_file.rename(folder / f"config.before-{number}.yaml")
         log.warning("the config differs from the last start's, which is kept as config.before-%d.yaml", number)

@@ -24,6 +24,7 @@ from tandem.data_prep.cluster.stage_job import StageJob
 from tandem.data_prep.cluster.submissions import Submission
 from tandem.data_prep.stages import PreparationRequest
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import escape_control_characters
 from tandem.trainer.disk import atomic_write
 
 USER_ERROR_EXIT_CODE = 2
@@ -45,7 +46,7 @@ class TaskStep:
             failed = self.job_path.with_name(f"{self.job_path.stem}-{rank:05d}{submissions.FAILED_SUFFIX}")
             with suppress(OSError):  # the disk may be full
                 failed.write_text(f"{line}\n", encoding="utf-8", errors="backslashreplace")
-            print(f"tandem: {line}", file=sys.stderr, flush=True)
+            print(f"tandem: {escape_control_characters(line, one_line=True)}", file=sys.stderr, flush=True)
             raise SystemExit(USER_ERROR_EXIT_CODE) from None
 
 

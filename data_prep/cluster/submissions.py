@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tandem.data_prep import output_folder
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import read_json, read_text
 from tandem.trainer.disk import atomic_write
 
 SUBMISSION_FILE = "jobs.json"
@@ -38,13 +39,13 @@ class Submission:
     def failure_lines(self) -> list[str]:
         """Return `stage-rank: line` for every task that ended with an error line."""
         paths = sorted(Path(self.logs).glob(f"*{FAILED_SUFFIX}"))
-        return [f"{path.stem}: {path.read_text(encoding='utf-8').strip()}" for path in paths]
+        return [f"{path.stem}: {read_text(path).strip()}" for path in paths]
 
 
 def load_submission(output: Path) -> Submission | None:
     """Load the last submission for this folder, if the corpus is unfinished."""
     path = _submission_path(output)
-    return Submission(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    return Submission(**read_json(path)) if path.exists() else None
 
 
 def check_no_running_jobs(output: Path) -> None:

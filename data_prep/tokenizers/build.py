@@ -14,6 +14,7 @@ from tandem.data_prep.tokenizers import tiktoken_file
 from tandem.data_prep.tokenizers.byte_level import BYTE_TO_UNICODE, NUM_BYTE_VALUES
 from tandem.data_prep.tokenizers.tiktoken_file import END_OF_TEXT, SCHEMES
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import parse_json, read_file
 
 TIKTOKEN_KINDS = tuple(SCHEMES)
 """The kinds of ranks files."""
@@ -62,7 +63,7 @@ def _read_folder(folder: Path, kind: str | None) -> str:
 def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> str:
     """Make a tokenizer.json from GPT-2's two files: ids of tokens, and pairs to merge, in order."""
     try:
-        ids = json.loads(_read_text(vocab_path))
+        ids = parse_json(_read_text(vocab_path))
         if not all(type(index) is int for index in ids.values()) or len(set(ids.values())) < len(ids):
             raise ValueError("ids must be integers, and no two tokens may share one")
     except (ValueError, AttributeError) as error:
@@ -120,6 +121,6 @@ def _read_text(path: Path) -> str:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise UserError(f"--tokenizer: {path} cannot be read ({error}); name a tokenizer.json") from None

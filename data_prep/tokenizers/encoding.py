@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from tandem.data_prep.tokenizers import distinguishing_texts, gigatoken_encoder
 from tandem.data_prep.tokenizers.gigatoken_encoder import EncodedTexts, GigatokenEncoder
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import safe_print
 from tandem.trainer.data.manifest import token_dtype
 
 LIBRARIES = ("auto", "gigatoken", "tokenizers")
@@ -146,7 +147,7 @@ def select_encoder(
         raise UserError(
             f"{LIBRARY_OPTION}: gigatoken cannot encode with {error_prefix}, because {unsupported_reason}; remove the option"
         )
-    print(
+    safe_print(
         f"{LIBRARY_OPTION}: using tokenizers, which is slower than gigatoken, for {error_prefix}, because {unsupported_reason}"
     )
     return reference_spec

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tandem.trainer.__main__ import main
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
 from tests.data_prep.conftest import zstd_frame
@@ -128,6 +130,32 @@ def test_the_command_exits_with_2_and_one_line(tmp_path, folder):
     assert (mistake.returncode, len(mistake.stderr.splitlines())) == (2, 1)
     small = ["--vocab-size", "300", "--workers", "1"]
     assert subprocess.run([*command, str(folder), *small], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_pipes_devices_and_hostile_names_are_one_line_and_exit_with_2(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "words.txt").write_text("some words")
+    (tmp_path / "in" / "not.jsonl\x1b[2J\n\u202e.jsonl").write_text("not JSON\n")
+    read_end, write_end = os.pipe()
+    pipe, words = tmp_path / "pipe.txt", ["--input", tmp_path / "in" / "words.txt"]
+    mistakes = [
+        (["--input", pipe], f"{pipe}: is a named pipe"),
+        (["--input", f"/dev/fd/{read_end}"], f"/dev/fd/{read_end}: is a named pipe"),
+        (["--input", "/dev/zero"], "/dev/zero: is a device"),
+        ([*words, "--tokenizer", pipe], f"{pipe}: is a named pipe"),
+        (["--input", tmp_path / "in"], r"not.jsonl\x1b[2J\n\u202e.jsonl:1: is not JSON"),
+        (["--input", "none\x1b[2J\r\nforged"], r"none\x1b[2J\r\nforged does not exist"),
+    ]
+    for arguments, message in mistakes:
+        output = ["--output", tmp_path / "out", "--workers", 1]
+        assert main(["prepare", *map(str, [*arguments, *output])]) == 2
+        (line,) = capsys.readouterr().err.split("\n")[:-1]
+        assert line.startswith("tandem: ")
+        assert message in line
+        assert line.isprintable()
+    os.close(read_end)
+    os.close(write_end)
 
 
 def test_a_full_disk_is_one_line(prepared, folder, tmp_path):

@@ -266,6 +266,19 @@ def test_a_compressed_file_of_no_bytes_is_truncated_and_one_of_no_lines_is_not(t
     assert in_parts(*listed(path), 1) == []
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_line_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 1_000)
+    content = b'{"text": "a"}\n' + b" " * 999 + b"\n" + b" " * 1_000 + b"\n"
+    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstd_frame}[suffix]
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(content))
+    with pytest.raises(UserError, match=rf"a.jsonl{suffix}:3: cannot be read \(the line has more than 1,000 bytes\)"):
+        in_parts(*listed(tmp_path / f"a.jsonl{suffix}"), 1)
+    (tmp_path / "a.txt").write_bytes(b"a" * 1_001)
+    with pytest.raises(UserError, match=r"a.txt: a text of more than 1,000 bytes is too long; split it"):
+        in_parts(*listed(tmp_path / "a.txt"), 1)
+
+
 def test_groups_and_where_are_of_parquet_too(prepared, table):
     output = prepared("out", "--input", table, "--group-field", "meta.set", "--held-out", 0)
     assert {group: counts["documents"] for group, counts in manifest.load_manifest(output).groups.items()} == {

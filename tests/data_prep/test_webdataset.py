@@ -185,6 +185,14 @@ def test_a_gzip_bomb_is_refused_before_it_is_held_in_memory(tmp_path, monkeypatc
         read(path)
 
 
+def test_a_member_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("tandem.data_prep.tar_reader.MAX_RECORD_BYTES", 1_000)
+    tar = write_tar(tmp_path / "a.tar", ("a.txt", b"a" * 1_001)).read_bytes()
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(tar))
+    with pytest.raises(UserError, match=r"a.tar.gz: a.txt: has 1,001 bytes, more than 1,000; split it"):
+        read(tmp_path / "a.tar.gz")
+
+
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
 def test_hundreds_of_headers_that_extend_one_another_are_one_line(tmp_path, kind):
     header = tarfile.TarInfo("long")

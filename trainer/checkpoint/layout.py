@@ -10,11 +10,12 @@ assemble the global tensor and shard it for their own layout.
 """
 
 import hashlib
-import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from tandem.trainer.config.outside import open_regular_file, parse_json, read_file, read_json
 
 FORMAT_VERSION = 2
 """Version of the manifest's format. Only this version can be read."""
@@ -47,13 +48,13 @@ def find_damage(folder: Path, files_to_hash: list[str] | None = None) -> str | N
     read = {}
     for file in (MANIFEST_FILE, COMMIT_MARKER):
         try:
-            read[file] = (folder / file).read_bytes()
+            read[file] = read_file(folder / file)
         except OSError:
             return f"{file} cannot be read"
     text = read[MANIFEST_FILE]
     if hashlib.sha256(text).hexdigest().encode() != read[COMMIT_MARKER].strip():
         return f"{MANIFEST_FILE} is not the one that was committed"
-    saved: dict[str, dict[str, Any]] = json.loads(text)["files"]
+    saved: dict[str, dict[str, Any]] = parse_json(text)["files"]
     for file, entry in saved.items():
         path = folder / file
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
@@ -80,10 +81,10 @@ def list_data_files(folder: Path) -> list[str]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text())
+    manifest: dict[str, Any] = read_json(folder / MANIFEST_FILE)
     return manifest
 
 
 def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_regular_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tandem.trainer.checkpoint import layout
 from tandem.trainer.config import MODEL_CONFIGS, AnyModelConfig, MupConfig, UserError, parse_dataclass
+from tandem.trainer.config.outside import check_regular_file
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.layers import sharding_of
 from tandem.trainer.distributed.mesh import Mesh, all_gather_values, broadcast_from_rank_0, broadcast_from_replica
@@ -42,7 +43,11 @@ class Checkpoint:
         self._fragments_by_name: dict[str, list[dict[str, Any]]] = {}
         for fragment in self.manifest["fragments"]:
             self._fragments_by_name.setdefault(fragment["name"], []).append(fragment)
-        self._open_file = cache(lambda file: safe_open(folder / file, framework="pt"))
+        self._open_file = cache(self._open_tensors)
+
+    def _open_tensors(self, file: str) -> Any:
+        check_regular_file(self.folder / file)
+        return safe_open(self.folder / file, framework="pt")
 
     @property
     def step(self) -> int:

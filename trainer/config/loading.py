@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tandem.trainer.config.outside import NotAFile, read_file
 from tandem.trainer.config.parsing import parse_dataclass
 from tandem.trainer.config.rules import check_config
 from tandem.trainer.config.sections import SHIPPED_CONFIGS, TrainConfig, UserError
+
+MAX_YAML_BYTES = 1 << 20
+"""Largest file. The shipped configs take 4 KB."""
+MAX_EXPANDED_VALUES = 1 << 24
+"""Largest number of values after aliases are replaced, and largest number of characters after interpolations are."""
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
@@ -24,14 +34,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
     Raises: UserError, one line that names field, value, rule and remedy.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         shipped = {file.stem: file for file in SHIPPED_CONFIGS.glob("*.yaml")}
         if str(path) not in shipped:
             names = ", ".join(sorted(shipped))
             raise UserError(f"{path}: no such config file; name one, or a config that ships: {names}")
         path = shipped[str(path)]
     with _user_errors(path):
-        node = OmegaConf.load(path)
+        node = OmegaConf.load(_open_yaml(path))
         for override in overrides or []:
             key, equals, value = override.partition("=")
             if not key or not equals:
@@ -65,7 +75,7 @@ def _load_hardware(config_folder: Path, name: str) -> Any:
         known, place = ", ".join(sorted(files)) or "none", config_folder / "hardware"
         raise UserError(f"hardware: {name!r} has no file in {place}; known names: {known}; use one of them, or null")
     with _user_errors(files[name]):
-        return OmegaConf.to_container(OmegaConf.load(files[name]))
+        return OmegaConf.to_container(OmegaConf.load(_open_yaml(files[name])))
 
 
 @contextmanager
@@ -73,12 +83,45 @@ def _user_errors(path: Path) -> Iterator[None]:
     """Raises: UserError instead of an error of omegaconf or PyYAML."""
     try:
         yield
+    except NotAFile:
+        raise
     except (OmegaConfBaseException, OSError) as error:
         raise UserError(f"{path}: cannot be read ({_one_line(error)}); correct the file or the override") from None
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply; correct the file or the override") from None
     except Exception as error:  # PyYAML's errors have no base class in common with omegaconf's
-        if not type(error).__module__.startswith("yaml"):
+        is_value_error = isinstance(error, ValueError) and not isinstance(
+            error, UserError
+        )  # a number of too many digits
+        if not is_value_error and not type(error).__module__.startswith("yaml"):
             raise
         raise UserError(f"{path}: is not valid YAML ({_one_line(error)}); correct the file") from None
+
+
+def _open_yaml(path: Path) -> io.StringIO:
+    """Read the file, and refuse one that would grow without bounds when aliases and interpolations are replaced.
+
+    Raises: UserError.
+    """
+    content = read_file(path, MAX_YAML_BYTES).decode()
+    num_interpolations = content.count("${")
+    # n references in levels of k multiply a value by at most k^(n/k), which is largest for k = e.
+    if len(content) * math.exp(num_interpolations / math.e) > MAX_EXPANDED_VALUES:
+        rule = f"has {num_interpolations} interpolations of the form ${{...}}, which could multiply its size without bounds"
+        raise UserError(f"{path}: {rule}; write the values out")
+    if "*" in content and _count_values(yaml.compose(content, Loader=yaml.SafeLoader), {}) > MAX_EXPANDED_VALUES:
+        raise UserError(f"{path}: has aliases (*name) that multiply its size without bounds; write the values out")
+    return io.StringIO(content)
+
+
+def _count_values(node: yaml.Node | None, counts: dict[int, int]) -> int:
+    """Count the values below a node, those below an alias each time that it is used."""
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in counts:
+        children = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        counts[id(node)] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts[id(node)]
 
 
 def _one_line(error: Exception) -> str:

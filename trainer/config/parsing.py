@@ -19,7 +19,9 @@ def parse_dataclass(dataclass_type: Any, tree: Any, key_path: str) -> Any:
     Raises: UserError for an unknown key, a missing key or a value of the wrong type.
     """
     if not isinstance(tree, dict):
-        raise UserError(f"{key_path}: {tree!r} is not a section with fields; the configs that ship are complete files")
+        raise UserError(
+            f"{key_path}: {_short_repr(tree)} is not a section with fields; the configs that ship are complete files"
+        )
     hints, fields = get_type_hints(dataclass_type), {entry.name: entry for entry in dataclasses.fields(dataclass_type)}
     prefix = f"{key_path}." if key_path else ""
     for key in tree:
@@ -44,15 +46,17 @@ def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
     type_origin, arguments = get_origin(annotation), get_args(annotation)
     if type_origin is Literal:
         if value not in arguments or isinstance(value, bool):
-            raise UserError(f"{key_path}: {value!r} is not valid; it must be one of {', '.join(map(str, arguments))}")
+            raise UserError(
+                f"{key_path}: {_short_repr(value)} is not valid; it must be one of {', '.join(map(str, arguments))}"
+            )
         return value
     if type_origin is list:
         if not isinstance(value, list):
-            raise UserError(f"{key_path}: {value!r} is not a list; write one entry per line with a dash")
+            raise UserError(f"{key_path}: {_short_repr(value)} is not a list; write one entry per line with a dash")
         return [_parse_value(arguments[0], item, f"{key_path}[{index}]") for index, item in enumerate(value)]
     if type_origin is dict:
         if not isinstance(value, dict):
-            raise UserError(f"{key_path}: {value!r} is not a mapping; write one `name: value` per line")
+            raise UserError(f"{key_path}: {_short_repr(value)} is not a mapping; write one `name: value` per line")
         return {str(key): _parse_value(arguments[1], item, f"{key_path}.{key}") for key, item in value.items()}
     if type(None) in arguments:
         (present,) = (argument for argument in arguments if argument is not type(None))
@@ -63,11 +67,13 @@ def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
         annotation = _select_class(LR_CONFIGS, value, key_path, "kind")
     if dataclasses.is_dataclass(annotation):
         return parse_dataclass(annotation, value, key_path)
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise UserError(f"{key_path}: {_short_repr(value)} does not fit in 64 bits; use a smaller number")
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not annotation:
         found, wanted = type(value).__name__, annotation.__name__
-        raise UserError(f"{key_path}: {value!r} is of type {found}; write a value of type {wanted}")
+        raise UserError(f"{key_path}: {_short_repr(value)} is of type {found}; write a value of type {wanted}")
     return value
 
 
@@ -78,7 +84,7 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 def _select_class(classes: dict[str, Any], value: Any, key_path: str, key: str) -> Any:
     name = value.get(key) if isinstance(value, dict) else None
     if name not in classes:
-        raise UserError(f"{key_path}.{key}: {name!r} is not valid; it must be one of {', '.join(classes)}")
+        raise UserError(f"{key_path}.{key}: {_short_repr(name)} is not valid; it must be one of {', '.join(classes)}")
     return classes[name]
 
 

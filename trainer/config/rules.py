@@ -44,6 +44,9 @@ def check_config(config: sections.TrainConfig) -> None:
     _check_positive(data, "data", "shuffle_window_tokens")
     cache = data.cache
     _check_positive(cache, "data.cache", "max_size_gib", "max_attempts", "timeout_seconds")
+    min_rate = cache.min_bytes_per_second
+    rule = "is negative or not finite; use 0 or more"
+    _require(0 <= min_rate < math.inf, f"data.cache.min_bytes_per_second: {min_rate} {rule}")
     total_pause_seconds = sum(map(cache.retry_delay_seconds, range(1, cache.max_attempts)))
     max_fetch_seconds = cache.max_attempts * cache.timeout_seconds + total_pause_seconds
     _require(

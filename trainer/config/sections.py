@@ -240,6 +240,11 @@ class ShardCacheConfig:
     """Attempts to download a shard, with growing delays, before the run stops."""
     timeout_seconds: float = 30.0
     """Longest wait for the next bytes of a shard before an attempt fails."""
+    min_bytes_per_second: float = 4096.0
+    """Lowest average rate of a server over twice the timeout; an attempt that is slower fails. 0 permits any rate.
+
+    The default is below that of a telephone modem, and a shard of 200 MB would take 14 hours at it.
+    """
 
     def retry_delay_seconds(self, num_failures: int) -> float:
         """Return the delay after the `num_failures`-th failure, from 1: it doubles each time, up to the timeout.

@@ -23,6 +23,7 @@ from urllib.parse import quote
 
 from tandem.trainer import journal
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import open_regular_file
 from tandem.trainer.data import manifest
 from tandem.trainer.data.digests import Digests
 from tandem.trainer.data.manifest import CorpusManifest
@@ -51,7 +52,7 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         path = folder / LEDGER_FILE
         self._file = journal.open_journal(path, cut=True)
-        with path.open("rb") as file:
+        with open_regular_file(path) as file:
             self.num_lines = sum(1 for _ in file)
         """Number of lines so far, which a checkpoint of the last step must store."""
         sync_folder(folder)
@@ -123,7 +124,7 @@ def read_rollbacks(folder: Path, step: int, num_ledger_lines: int) -> RollbackHi
     path, history = folder / LEDGER_FILE, RollbackHistory(0, None, {})
     if not path.exists():
         return history
-    with path.open("rb") as file:
+    with open_regular_file(path) as file:
         for line in islice(file, num_ledger_lines, None):
             start = journal.parse_record(line) if b'"is_rollback"' in line else {}
             if (start.get("kind"), start.get("is_rollback"), start.get("step"), start.get("num_ledger_lines")) == (

@@ -20,6 +20,7 @@ from typing import Any
 from xxhash import xxh3_128
 
 from tandem.trainer.config import ShardCacheConfig, UserError
+from tandem.trainer.config.outside import parse_json
 from tandem.trainer.data import remote_files
 
 MANIFEST_FILE = "manifest.json"
@@ -133,7 +134,7 @@ def parse_manifest(content: bytes, path: str | Path) -> CorpusManifest:
     Raises: UserError if it is damaged or of another version.
     """
     try:
-        tree = json.loads(content.decode())
+        tree = parse_json(content.decode())
         name, version, fingerprint = tree.pop("format"), tree.pop("version"), tree.pop("fingerprint")
         if (name, version) != (FORMAT_NAME, FORMAT_VERSION):
             raise UserError(
@@ -144,13 +145,31 @@ def parse_manifest(content: bytes, path: str | Path) -> CorpusManifest:
             shards = [Shard(**shard) for shard in tree[split]["shards"]]
             tree[split] = CorpusSplit(**(tree[split] | {"shards": shards}))
         manifest = CorpusManifest(**tree)
+        wrong_count = _find_wrong_count(manifest) if manifest.fingerprint == fingerprint else None
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is not a corpus manifest ({one_line(error)}); prepare the corpus again") from None
     if manifest.fingerprint != fingerprint:
         raise UserError(f"{path}: does not match its fingerprint; it was changed or damaged; prepare the corpus again")
+    if wrong_count:
+        raise UserError(f"{path}: states impossible counts: {wrong_count}; prepare the corpus again")
     return manifest
+
+
+def _find_wrong_count(manifest: CorpusManifest) -> str | None:
+    """Return a description of the first impossible count, because readers take memory and time in proportion to counts."""
+    if manifest.dtype not in ("uint16", "uint32") or manifest.sample_tokens < 1:
+        return f"dtype {manifest.dtype} and sample_tokens {manifest.sample_tokens}"
+    if not 0 < manifest.vocab <= 1 << 8 * manifest.token_bytes:
+        return f"vocab {manifest.vocab} does not fit in {manifest.dtype}"
+    for shard in manifest.shards:
+        if not 0 <= shard.documents <= shard.tokens or shard.tokens > 2 * shard.bytes:  # verify is exact
+            return f"{shard.file} with {shard.bytes} bytes, {shard.tokens} tokens and {shard.documents} documents"
+    for name, split in (("train", manifest.train), ("validation", manifest.validation)):
+        if split.tokens > (found := sum(shard.tokens for shard in split.shards)):
+            return f"{name} with {split.tokens} tokens, but {found} in its shards"
+    return None
 
 
 def check_shard_files(folder: str | Path, manifest: CorpusManifest) -> None:

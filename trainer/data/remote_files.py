@@ -1,5 +1,8 @@
 """Lists and reads files by address: local paths, http(s), s3 and gs. Nothing is kept on disk here (see `shard_cache`).
 
+A server cannot hold a reader forever: it must send its headers within a time, and its bytes at the rate in `data.cache`, and a
+file that is read whole has a largest size. The time in which the caller works between two blocks does not count.
+
 This is the only module that uses fsspec, and it imports fsspec when the first remote address is used. Every failure (a timeout,
 a server error, a response that ends early) becomes a `RemoteError`. `RetryPolicy` logs it and waits, and reading continues at
 the byte where it stopped. If a server does not support ranges, the bytes before that position are read again and dropped.
@@ -12,19 +15,27 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote
 
 from tandem.trainer.config import ShardCacheConfig, UserError
+from tandem.trainer.config.outside import MAX_FILE_BYTES, file_too_large, open_regular_file, read_file
 
 PIP_REQUIREMENTS = {"http": "fsspec[http]", "https": "fsspec[http]", "s3": "tandem[s3]", "gs": "tandem[gs]"}
 """Supported address schemes, and the package to install for each."""
 DEFAULT_SETTINGS = ShardCacheConfig()
 """Attempts and timeout for files that are not shards."""
 BLOCK_BYTES = 8 << 20
+WINDOW_TIMEOUTS = 2
+"""Timeouts in the window over which a server's rate is measured, and in the longest wait for its headers."""
+LISTING_TIMEOUTS = 20
+"""Timeouts in the longest listing of files: ten minutes by default, in which a store lists a million files."""
+MAX_INDEX_BYTES = 64 << 20
+"""Largest page of an index. A line of an index takes about 100 bytes, so this is more than half a million files."""
 VERSION_KEYS = ("ETag", "etag", "generation", "Last-Modified", "LastModified", "updated")
 
 log = logging.getLogger(__name__)
@@ -49,6 +60,10 @@ class RangeNotSatisfiable(RemoteError):
 
 class AccessDenied(RemoteError):
     """The server rejects the credentials."""
+
+
+class TooSlow(RemoteError):
+    """The server sends bytes more slowly than `data.cache.min_bytes_per_second`."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +103,23 @@ def join_address(folder: str | Path, name: str) -> str:
     return f"{str(folder).rstrip('/')}/{name}" if is_remote(folder) else str(Path(folder) / name)
 
 
-def read_bytes(address: str | Path, settings: ShardCacheConfig = DEFAULT_SETTINGS) -> bytes:
-    """Read a whole small file. Raises: OSError with a one-line message."""
+def read_bytes(
+    address: str | Path, settings: ShardCacheConfig = DEFAULT_SETTINGS, max_bytes: int = MAX_FILE_BYTES
+) -> bytes:
+    """Read a whole small file of at most `max_bytes`. Raises: OSError with a one-line message."""
     if not is_remote(address):
-        return Path(address).read_bytes()
-    return _retry(str(address), settings, lambda: b"".join(read_blocks(str(address), 0, settings.timeout_seconds)))
+        return read_file(address, max_bytes)
+
+    def read_once() -> bytes:
+        content = bytearray()
+        with closing(read_blocks(str(address), 0, settings)) as blocks:
+            for block in blocks:
+                content += block
+                if len(content) > max_bytes:
+                    raise file_too_large(address, max_bytes)
+        return bytes(content)
+
+    return _retry(str(address), settings, read_once)
 
 
 def list_files(address: str, settings: ShardCacheConfig = DEFAULT_SETTINGS) -> list[RemoteFile]:
@@ -118,15 +145,32 @@ def open_file(address: str | Path, settings: ShardCacheConfig = DEFAULT_SETTINGS
     """
     if is_remote(address):
         return io.BufferedReader(_RemoteReader(str(address), settings), BLOCK_BYTES)
-    return open(address, "rb")
+    return open_regular_file(address)
 
 
-def read_blocks(address: str, start_byte: int, timeout_seconds: float) -> Generator[bytes, None, None]:
+def read_blocks(address: str, start_byte: int, settings: ShardCacheConfig) -> Generator[bytes, None, None]:
     """Yield the bytes of a remote file from `start_byte` on in blocks, over one connection. Raises: RemoteError."""
-    stream_context = _open_stream(address, start_byte, timeout_seconds)
-    with suppress(RangeNotSatisfiable), _translate_errors(), stream_context as stream:
-        while block := stream.read(BLOCK_BYTES):
-            yield block
+    window_bytes, window_seconds = 0, 0.0
+    stream_context = _open_stream(address, start_byte, settings)
+    with suppress(RangeNotSatisfiable), _translate_errors(), stream_context as (read_block, surplus_bytes):
+        while True:
+            start_time = time.monotonic()
+            block = read_block()
+            window_seconds += time.monotonic() - start_time
+            window_bytes += len(block)
+            if not block and surplus_bytes:
+                raise RemoteError(f"the server did not return the requested bytes, which start at byte {start_byte}")
+            if not block:
+                return
+            if window_seconds >= WINDOW_TIMEOUTS * settings.timeout_seconds:
+                if window_bytes < settings.min_bytes_per_second * window_seconds:
+                    rule = f"data.cache.min_bytes_per_second is {settings.min_bytes_per_second:g}"
+                    raise TooSlow(f"only {window_bytes} bytes came in {window_seconds:.3g} s; {rule}")
+                window_bytes, window_seconds = 0, 0.0
+            dropped_bytes = min(surplus_bytes, len(block))
+            surplus_bytes -= dropped_bytes
+            if len(block) > dropped_bytes:
+                yield block[dropped_bytes:]
 
 
 class _RemoteReader(io.RawIOBase):
@@ -139,6 +183,7 @@ class _RemoteReader(io.RawIOBase):
         self.name, self._settings, self._position = address, settings, 0
         self._blocks: Iterator[bytes] = iter(())
         self._unread = memoryview(b"")
+        self._slow_retry_policy, self._slow_position = self._new_retry_policy(), 0
 
     def close(self) -> None:
         self._blocks = iter(())
@@ -165,25 +210,37 @@ class _RemoteReader(io.RawIOBase):
         return num_bytes
 
     def _next_block(self) -> bytes:
-        settings = self._settings
-        retry_policy = RetryPolicy(self._file.address, settings, (RemoteFileMissing,))
+        retry_policy = self._new_retry_policy()
         while True:
             try:
-                if block := next(self._blocks, b""):
-                    return block
-                self._reconnect()
-                if block := next(self._blocks, b""):
-                    return block
-                raise RemoteError(f"the file ended at byte {self._position} of {self._file.size_bytes}")
+                block = next(self._blocks, b"")
+                if not block:
+                    self._reconnect()
+                    block = next(self._blocks, b"")
+                if not block:
+                    raise RemoteError(f"the file ended at byte {self._position} of {self._file.size_bytes}")
+                if self._position + len(block) > self._file.size_bytes:
+                    raise FileChanged(f"the server sends more than the {self._file.size_bytes} bytes that it announced")
+                return block
+            except TooSlow as error:
+                self._blocks = iter(())
+                # A slow server sends some bytes in each attempt, so only a whole block counts as progress.
+                if self._position - self._slow_position >= BLOCK_BYTES:
+                    self._slow_retry_policy = self._new_retry_policy()
+                self._slow_position = self._position
+                self._slow_retry_policy.wait_or_raise(error)
             except RemoteError as error:
                 self._blocks = iter(())
                 retry_policy.wait_or_raise(error)
+
+    def _new_retry_policy(self) -> RetryPolicy:
+        return RetryPolicy(self._file.address, self._settings, (RemoteFileMissing,))
 
     def _reconnect(self) -> None:
         address, timeout_seconds = self._file.address, self._settings.timeout_seconds
         if self._position and _stat(address, timeout_seconds) != self._file:
             raise FileChanged(f"{address}: the file changed while it was read")
-        self._blocks = read_blocks(address, self._position, timeout_seconds)
+        self._blocks = read_blocks(address, self._position, self._settings)
 
 
 def _retry(description: str, settings: ShardCacheConfig, call: Callable[[], Result]) -> Result:
@@ -221,43 +278,96 @@ def _filesystem_options(scheme: str, timeout_seconds: float) -> dict[str, Any]:
         return {"requests_timeout": timeout}
     # Request the stored bytes: some servers declare .gz files as gzip-encoded, and aiohttp would decompress them.
     client_settings = {"timeout": timeout, "auto_decompress": False, "trust_env": True, "read_bufsize": 1 << 20}
+    client_settings["response_class"] = _index_response_class()
     return {"client_kwargs": client_settings, "headers": {"Accept-Encoding": "identity"}}
 
 
+@cache
+def _index_response_class() -> Any:
+    import aiohttp
+
+    class IndexResponse(aiohttp.ClientResponse):
+        """A response whose `text`, with which fsspec reads an index, is limited. Files are read in blocks instead."""
+
+        async def read(self) -> bytes:
+            if self._body is None:
+                content = bytearray()
+                while block := await self.content.read(BLOCK_BYTES):
+                    content += block
+                    if len(content) > MAX_INDEX_BYTES:
+                        self.close()
+                        raise aiohttp.ClientPayloadError(f"the index has more than {MAX_INDEX_BYTES:,} bytes")
+                self._body = bytes(content)
+            return self._body
+
+    return IndexResponse
+
+
 @contextmanager
-def _open_stream(address: str, start_byte: int, timeout_seconds: float) -> Iterator[Any]:
-    system = _open_filesystem(address, timeout_seconds)
+def _open_stream(
+    address: str, start_byte: int, settings: ShardCacheConfig
+) -> Iterator[tuple[Callable[[], bytes], int]]:
+    """Yield a function that reads the next block, and the number of bytes before `start_byte` that it returns first."""
+    from fsspec.asyn import sync
+
+    system, wait_seconds = (
+        _open_filesystem(address, settings.timeout_seconds),
+        WINDOW_TIMEOUTS * settings.timeout_seconds,
+    )
     if not address.startswith("http"):
-        with system.open(address, "rb", block_size=BLOCK_BYTES, cache_type="none") as stream:
-            stream.seek(start_byte)
-            yield stream
+        end_byte, position = system.info(address, timeout=wait_seconds)["size"], start_byte
+        slowest_seconds = BLOCK_BYTES / settings.min_bytes_per_second if settings.min_bytes_per_second else None
+
+        def read_range() -> bytes:
+            nonlocal position
+            if position >= end_byte:
+                return b""
+            block: bytes = system.cat_file(
+                address, start=position, end=min(position + BLOCK_BYTES, end_byte), timeout=slowest_seconds
+            )
+            position += len(block)
+            return block
+
+        yield read_range, 0
         return
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start_byte}-"} if start_byte else {})
-    # A nonzero size avoids a request for it. With block_size 0, fsspec streams the body of one response.
-    with system.open(address, "rb", block_size=0, size=1, headers=headers) as stream:
-        content_range = re.match(r"bytes (\d+)-", stream.r.headers.get("Content-Range", ""))
+
+    async def request() -> Any:
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start_byte}-"} if start_byte else {})
+        session = await system.set_session()
+        response = await session.get(system.encode_url(address), headers=headers)
+        if response.status == 404:
+            raise FileNotFoundError(address)
+        response.raise_for_status()
+        return response
+
+    response = sync(system.loop, request, timeout=wait_seconds)
+    try:
+        content_range = re.match(r"bytes (\d{1,18})-", response.headers.get("Content-Range", ""))
         surplus_bytes = start_byte - (int(content_range[1]) if content_range else 0)
-        while surplus_bytes > 0 and (block := stream.read(min(surplus_bytes, BLOCK_BYTES))):
-            surplus_bytes -= len(block)
-        if surplus_bytes:
+        if surplus_bytes < 0:
             raise RemoteError(f"the server did not return the requested bytes, which start at byte {start_byte}")
-        yield stream
+        yield lambda: sync(system.loop, response.content.read, BLOCK_BYTES), surplus_bytes
+    finally:
+        system.loop.call_soon_threadsafe(response.close)
 
 
 def _list_once(address: str, timeout_seconds: float) -> list[RemoteFile]:
     system = _open_filesystem(address, timeout_seconds)
     root = address.split("*")[0].rsplit("/", 1)[0] if "*" in address else address.rstrip("/")
+    wait_seconds = WINDOW_TIMEOUTS * timeout_seconds
     with _translate_errors():
         if "*" in address:
-            infos = system.glob(address, detail=True)
+            infos = system.glob(address, detail=True, timeout=LISTING_TIMEOUTS * timeout_seconds)
         elif address.startswith("http") and not address.endswith("/"):
             return [_stat(address, timeout_seconds)]
         else:
-            infos = system.find(address, detail=True)
+            infos = system.find(address, detail=True, timeout=LISTING_TIMEOUTS * timeout_seconds)
         infos = {system.unstrip_protocol(name): info for name, info in infos.items() if info["type"] == "file"}
         if address.startswith("http"):  # an index contains only names
             with ThreadPoolExecutor(8) as threads:
-                infos = dict(zip(infos, threads.map(lambda name: system.info(name), infos), strict=True))
+                infos = dict(
+                    zip(infos, threads.map(lambda name: system.info(name, timeout=wait_seconds), infos), strict=True)
+                )
     return [
         _remote_file(name, info, unquote(name.removeprefix(root).lstrip("/")) or name.rsplit("/", 1)[-1])
         for name, info in infos.items()
@@ -266,7 +376,7 @@ def _list_once(address: str, timeout_seconds: float) -> list[RemoteFile]:
 
 def _stat(address: str, timeout_seconds: float) -> RemoteFile:
     with _translate_errors():
-        info = _open_filesystem(address, timeout_seconds).info(address)
+        info = _open_filesystem(address, timeout_seconds).info(address, timeout=WINDOW_TIMEOUTS * timeout_seconds)
     return _remote_file(address, info, unquote(address.rsplit("/", 1)[-1]))
 
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from tandem.trainer import config
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import open_regular_file
 from tandem.trainer.data import remote_files
 from tandem.trainer.data.manifest import MANIFEST_FILE, DamagedShard, Shard, check_shard_content, missing_shard
 from tandem.trainer.data.shard_download import fetch_shard
@@ -181,8 +182,8 @@ class ShardCache:
 
     def _open_verified(self, path: Path, shard: Shard, *, is_copy: bool = False) -> io.BufferedReader:
         with ExitStack() as on_error:
-            opener = open_private_file if is_copy else None
-            file = on_error.enter_context(open(path, "rb", opener=opener))
+            opened = open(path, "rb", opener=open_private_file) if is_copy else open_regular_file(path)  # noqa: SIM115
+            file = on_error.enter_context(opened)
             state = _file_state(file)
             if self._verified_states.get(str(path)) != state:
                 check_shard_content(file, path, shard)

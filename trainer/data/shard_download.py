@@ -29,7 +29,7 @@ def fetch_shard(folder: str | Path, shard: Shard, partial_file: BinaryIO, settin
     fetch = _ShardDownload(address, shard, partial_file)
     while True:
         try:
-            fetch.resume(settings.timeout_seconds)
+            fetch.resume(settings)
             return
         except remote_files.RemoteError as error:
             try:
@@ -69,10 +69,10 @@ class _ShardDownload:
         self._last_mismatch = ""
         self._restart()
 
-    def resume(self, timeout_seconds: float) -> None:
+    def resume(self, settings: config.ShardCacheConfig) -> None:
         """Download the rest of the shard and check its hash. Raises: RemoteError."""
         last_log_time, size_bytes = time.monotonic(), self._shard.bytes
-        with closing(remote_files.read_blocks(self._address, self._received_bytes, timeout_seconds)) as blocks:
+        with closing(remote_files.read_blocks(self._address, self._received_bytes, settings)) as blocks:
             for block in blocks:
                 if self._received_bytes + len(block) > size_bytes:
                     self._restart()

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from tandem.trainer.config.outside import escape_control_characters
 from tandem.trainer.metrics import progress
 
 ETA_WINDOW_STEPS = 50
@@ -141,4 +142,4 @@ class ConsoleSink:
         return (self._totals["total_tokens"] - record["tokens"]) / pace if pace > 0 else None
 
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(escape_control_characters(text), markup=False, highlight=False, soft_wrap=True)

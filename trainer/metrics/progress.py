@@ -11,10 +11,20 @@ from typing import Literal
 import rich.progress as columns
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from tandem.trainer.config.outside import escape_control_characters
 
 Unit = Literal["bytes", "steps", "share"]
 """What follows a bar: bytes and their speed, finished and total steps, or per cent."""
 REFRESHES_PER_SECOND = 4
+
+
+class _NameColumn(TextColumn):
+    """Shows text as it is: names are no markup, and control characters are escaped."""
+
+    def render(self, task: columns.Task) -> Text:
+        return Text(escape_control_characters(self.text_format.format(task=task), one_line=True), self.style)
 
 
 @contextmanager
@@ -35,7 +45,7 @@ def progress_display(screen: Console, unit: Unit, *, transient: bool = False, di
         "steps": (columns.MofNCompleteColumn(), "steps"),
         "share": (columns.TaskProgressColumn(),),
     }
-    shown = (TextColumn("{task.description}"), BarColumn(), *numbers[unit], columns.TimeRemainingColumn())
+    shown = (_NameColumn("{task.description}"), BarColumn(), *numbers[unit], columns.TimeRemainingColumn())
     return Progress(*shown, console=screen, transient=transient, disable=disable)
 
 
@@ -47,7 +57,7 @@ def add_task(found: Progress, what: str, total: float | int) -> Callable[[float 
 
 def start_wide_bar(screen: Console, what: str, total: float | int, *, completed: int = 0, words: str = "") -> Progress:
     """Start one bar over the whole width; `update` changes its description and the `words` after it."""
-    shown = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[words]}"))
+    shown = (_NameColumn("{task.description}", "bold"), BarColumn(bar_width=None), _NameColumn("{task.fields[words]}"))
     found = Progress(*shown, console=screen, expand=True, refresh_per_second=REFRESHES_PER_SECOND)
     found.add_task(what, total=total, completed=completed, words=words)
     found.start()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.trainer.config import TrainConfig, UserError
+from tandem.trainer.config.outside import read_text
 from tandem.trainer.disk import atomic_write
 
 CURVE_NAMES = {
@@ -111,7 +112,7 @@ def _init_run(mode: Any, folder: Path, config: TrainConfig) -> Any:
         id_file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(id_file, secrets.token_hex(4) + "\n")
     return wandb.init(
-        mode=mode, dir=folder, id=id_file.read_text().strip(), resume="allow" if mode == "online" else None,
+        mode=mode, dir=folder, id=read_text(id_file).strip(), resume="allow" if mode == "online" else None,
         project=config.log.wandb_project, name=config.run.name, config=dataclasses.asdict(config), allow_val_change=True,
         settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
     )  # fmt: skip

@@ -7,8 +7,10 @@ import os
 import signal
 import sys
 import warnings
+from traceback import format_exception
 from typing import NoReturn
 
+from tandem.trainer.config.outside import escape_control_characters
 from tandem.trainer.runtime import launch
 
 PR_SET_PDEATHSIG = 1
@@ -25,12 +27,34 @@ class CurrentStderr:
         sys.stderr.flush()
 
 
+class SafeFormatter(logging.Formatter):
+    """Escapes control characters. Arguments, which may be names and errors of others, stay on the line of the message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        record = logging.makeLogRecord(record.__dict__)
+        if isinstance(record.args, tuple):
+            text_types = str, os.PathLike, BaseException
+            record.args = tuple(
+                escape_control_characters(str(value), one_line=True) if isinstance(value, text_types) else value
+                for value in record.args
+            )
+        return escape_control_characters(super().format(record))
+
+
+def escape_messages() -> None:
+    """Escape control characters in messages that are logged before `start_logging`, and in the traceback of a crash."""
+    assert logging.lastResort
+    logging.lastResort.setFormatter(SafeFormatter())
+    sys.excepthook = lambda *error: sys.stderr.write(escape_control_characters("".join(format_exception(*error))))
+
+
 def start_logging(rank: int) -> None:
     """Log to stderr, from INFO up on rank 0 and from WARNING up on other ranks."""
     level = logging.INFO if rank == 0 else logging.WARNING
     handler = logging.StreamHandler(CurrentStderr())
     faulthandler.enable(2)  # print a traceback on a segmentation fault or bus error
-    logging.basicConfig(level=level, format=f"[rank {rank}] %(message)s", handlers=[handler], force=True)
+    handler.setFormatter(SafeFormatter(f"[rank {rank}] %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     for noisy in ("megatron", "torch.distributed", "wandb", "DeepSpeed", "deepspeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

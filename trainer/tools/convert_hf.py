@@ -21,6 +21,7 @@ from tandem.trainer.checkpoint.hf.tensor_mapping import TensorReader
 from tandem.trainer.checkpoint.weights import WeightSource
 from tandem.trainer.checkpoint.write import model_metadata, save_imported_weights
 from tandem.trainer.config import AnyModelConfig, UserError
+from tandem.trainer.config.outside import safe_print
 from tandem.trainer.data.manifest import TOKENIZER_FILE
 from tandem.trainer.distributed.mesh import mesh_context
 from tandem.trainer.metrics import progress
@@ -52,7 +53,7 @@ def run_import_hf(arguments: argparse.Namespace) -> None:
         if weight_source.tokenizer_file:
             shutil.copyfile(weight_source.tokenizer_file, folder / TOKENIZER_FILE)
     name = f"{model.family} of width {model.hidden_size}, depth {model.num_layers}"
-    print(f"imported {name} into {output}: {format_size_and_time(num_bytes, start_time)}")
+    safe_print(f"imported {name} into {output}: {format_size_and_time(num_bytes, start_time)}")
 
 
 def add_export_hf_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,13 +88,13 @@ def run_export_hf(arguments: argparse.Namespace) -> None:
             max_seq_len=arguments.max_seq_len or weight_source.max_seq_len or DEFAULT_MAX_SEQ_LEN, dtype=dtype,
         )  # fmt: skip
     num_bytes = dtype.itemsize * sum(map(math.prod, tensor_shapes(weight_source.model).values()))
-    print(f"exported {arguments.run_folder} to {arguments.output}: {format_size_and_time(num_bytes, start_time)}")
+    safe_print(f"exported {arguments.run_folder} to {arguments.output}: {format_size_and_time(num_bytes, start_time)}")
     if weight_source.missing_tokenizer_file:
         message = "exported without a tokenizer: %s is missing; copy the corpus's tokenizer there and export again"
         log.warning(message, weight_source.missing_tokenizer_file)
     if arguments.check:
         error = max_logit_error(weight_source, arguments.output, dtype)
-        print(f"reloaded with transformers: logits differ by at most {error:.1e} of their range")
+        safe_print(f"reloaded with transformers: logits differ by at most {error:.1e} of their range")
         if error > LOGIT_TOLERANCE:
             raise RuntimeError(f"{arguments.output}: logits differ from the run's by {error:.1e} of their range")
 

@@ -13,6 +13,7 @@ import torch
 from tandem.trainer.checkpoint import weights
 from tandem.trainer.checkpoint.weights import WeightSource
 from tandem.trainer.config import DataConfig, LRConfig, PhaseConfig, ScheduleConfig, UserError
+from tandem.trainer.config.outside import safe_print
 from tandem.trainer.data import manifest
 from tandem.trainer.data.loader import Batch, Loader
 from tandem.trainer.distributed.mesh import mesh_context
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         "tokens": seq_len * arguments.rows, "seq_len": seq_len,
         "loss_by_position": [float(part.mean()) for part in loss_sums.tensor_split(num_bins)],
     }  # fmt: skip
-    print(json.dumps(report) if arguments.json else _format_table(report))
+    safe_print(json.dumps(report) if arguments.json else _format_table(report))
 
 
 def check_corpus(data: str, weight_source: WeightSource, seq_len: int, num_rows: int) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from tandem.trainer.checkpoint import weights
 from tandem.trainer.checkpoint.weights import WeightSource
 from tandem.trainer.config import BTLMConfig, UserError
+from tandem.trainer.config.outside import read_text, safe_print
 from tandem.trainer.distributed.mesh import mesh_context
 from tandem.trainer.models.sampling import SamplingConfig, generate_tokens
 
@@ -70,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     for index, (text, prompt, row) in enumerate(zip(texts, prompts, rows, strict=True)):
         full_text = decode(prompt + [token for token in row if token != eos_token_id], tokenizer)
         tree = {"prompt": text, "text": full_text, "tokens": row}
-        print(json.dumps(tree) if arguments.json else f"[{index}] {full_text}")
+        print_text(json.dumps(tree) if arguments.json else f"[{index}] {full_text}")
 
 
 def stream_text(new_tokens: Iterator[int], prompt: list[int], tokenizer: "Tokenizer") -> None:
@@ -78,11 +80,16 @@ def stream_text(new_tokens: Iterator[int], prompt: list[int], tokenizer: "Tokeni
     tokens, text, num_printed = list(prompt), decode(prompt, tokenizer), 0
     for token in new_tokens:
         if not text.endswith(REPLACEMENT_CHARACTER):
-            print(text[num_printed:], end="", flush=True)
+            print_text(text[num_printed:], end="")
             num_printed = len(text)
         tokens.append(token)
         text = decode(tokens, tokenizer)
-    print(text[num_printed:])
+    print_text(text[num_printed:])
+
+
+def print_text(text: str, end: str = "\n") -> None:
+    """Print generated text. A terminal gets escape sequences instead of control characters, which a model may have learned."""
+    (safe_print if sys.stdout.isatty() else print)(text, end=end, flush=True)
 
 
 def decode(tokens: list[int], tokenizer: "Tokenizer") -> str:
@@ -97,7 +104,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompts is not None:
         try:
             # Not splitlines, which also splits at form feeds and rarer characters.
-            texts += arguments.prompts.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            texts += read_text(arguments.prompts).removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts: {arguments.prompts} cannot be read ({error}); give a text file") from None
     if not texts:
@@ -124,7 +131,7 @@ def load_tokenizer(weight_source: WeightSource, path: Path | None) -> "Tokenizer
         problem = f"{file} is not a file" if file else "is missing, and there is none next to the weights"
         raise UserError(f"--tokenizer: {problem}; give the tokenizer.json of the corpus")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_str(read_text(file))
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"--tokenizer: {file} cannot be read ({error}); give a tokenizer.json") from None
     max_token_id = max(tokenizer.get_vocab().values())

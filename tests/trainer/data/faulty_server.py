@@ -1,6 +1,7 @@
 """A real HTTP server on loopback that serves a folder and fails on request."""
 
 import http.server
+import itertools
 import os
 import socket
 import struct
@@ -52,6 +53,9 @@ class FaultyHandler(http.server.SimpleHTTPRequestHandler):
         faults = self.server.faults[self.path]
         fault = "" if not faults else faults[0] if faults[0].endswith("always") else faults.popleft()
         path = self.server.folder / self.path.lstrip("/")
+        if fault.startswith("endless"):
+            self._send_endless()
+            return
         if not path.is_file():
             super().do_GET()  # an index, or 404
             return
@@ -64,6 +68,15 @@ class FaultyHandler(http.server.SimpleHTTPRequestHandler):
             return
         if fault == "silence":
             self.server.test_over.wait(HANDLER_TIMEOUT_SECONDS)
+            return
+        if fault.startswith("to "):
+            self.send_response(302)
+            self.send_header("Location", fault.removeprefix("to "))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if fault == "slow headers":
+            self._drip(b"HTTP/1.1 200 OK\r\nX-Header: ")
             return
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -94,7 +107,9 @@ class FaultyHandler(http.server.SimpleHTTPRequestHandler):
 
     def _send_content(self, fault: str, content: bytes) -> None:
         half = content[: len(content) // 2]
-        if fault in ("truncated", "stalled", "shorter"):
+        if fault == "drip":
+            self._drip(content[:1])
+        elif fault in ("truncated", "stalled", "shorter"):
             self._write(half)
             if fault == "stalled":
                 self.server.stalled.set()
@@ -107,6 +122,24 @@ class FaultyHandler(http.server.SimpleHTTPRequestHandler):
                 time.sleep(0.15)
         else:
             self._write(content)
+
+    def _drip(self, start: bytes) -> None:
+        """Send one byte after the other until the client or the test has ended."""
+        self.close_connection = True
+        self._write(start)
+        while not self.server.test_over.wait(0.02):
+            self._write(b"x")
+
+    def _send_endless(self) -> None:
+        """Send a body that never ends, in chunks."""
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        for number in itertools.count():
+            link = f'<a href="{number}.txt">x</a>'.encode() * 100
+            self._write(b"%x\r\n%b\r\n" % (len(link), link))
 
     def _write(self, content: bytes) -> None:
         self.wfile.write(content)

@@ -108,6 +108,61 @@ def test_small_files_are_tried_again_unless_that_is_no_use(server, file, status,
     assert server.num_requests("/in/x.bin") == tries
 
 
+IMPATIENT = ShardCacheConfig(max_attempts=2, timeout_seconds=0.3, min_bytes_per_second=1e4)
+
+
+@pytest.mark.parametrize("fault", ["drip", "slow headers"])
+def test_a_server_that_sends_too_slowly_is_given_up_after_the_tries(server, file, fault):
+    """It sends a byte often enough for every timeout of a read. The bytes of an attempt must not reset the count."""
+    server.faults["/in/x.bin"].append(f"{fault} always")
+    address, reason = f"{server.address}/in/x.bin", "no bytes came in time"
+    if fault == "drip":
+        reason = r"only \d+ bytes came in \d.\d+ s; data.cache.min_bytes_per_second is 10000"
+    with pytest.raises(remote_files.RemoteError, match=reason):
+        remote_files.read_bytes(address, IMPATIENT)
+    assert server.num_requests("/in/x.bin") == IMPATIENT.max_attempts
+    with pytest.raises(remote_files.RemoteError, match=reason), remote_files.open_file(address, IMPATIENT) as opened:
+        opened.read()
+
+
+def test_a_slow_server_is_read_if_its_rate_is_high_enough(server, file):
+    server.faults["/in/x.bin"].append("trickle")
+    patient = ShardCacheConfig(max_attempts=1, timeout_seconds=0.4, min_bytes_per_second=1e3)
+    assert remote_files.read_bytes(f"{server.address}/in/x.bin", patient) == CONTENT
+
+
+def test_a_file_without_an_end_is_refused_and_not_tried_again(server, file):
+    server.faults["/in/x.bin"].append("endless always")
+    with pytest.raises(OSError, match=r"x.bin: has more than 100,000 bytes, so it is not the file that belongs there"):
+        remote_files.read_bytes(f"{server.address}/in/x.bin", QUICK, max_bytes=100_000)
+    assert server.num_requests("/in/x.bin") == 1
+
+
+def test_an_index_without_an_end_is_refused(server, file, monkeypatch):
+    monkeypatch.setattr(remote_files, "MAX_INDEX_BYTES", 100_000)
+    server.faults["/in/"].append("endless always")
+    with pytest.raises(UserError, match=r"/in/: cannot be read \(.*the index has more than 100,000 bytes"):
+        remote_files.list_files(f"{server.address}/in/", IMPATIENT)
+
+
+def test_a_file_longer_than_announced_is_not_read_beyond_its_size(server, file):
+    server.faults["/in/x.bin"].append("longer always")
+    with (
+        pytest.raises(remote_files.FileChanged, match="the server sends more than the 51200 bytes that it announced"),
+        remote_files.open_file(f"{server.address}/in/x.bin", QUICK) as opened,
+    ):
+        opened.read()
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"), [("file:///etc/passwd", "NonHttpUrlRedirect"), ("/in/x.bin", "TooManyRedirects")]
+)
+def test_redirects_to_other_schemes_and_in_circles_are_not_followed(server, file, target, reason):
+    server.faults["/in/x.bin"].append(f"to {target} always")
+    with pytest.raises(remote_files.RemoteError, match=reason):
+        remote_files.read_bytes(f"{server.address}/in/x.bin", IMPATIENT)
+
+
 def test_a_compressed_file_comes_as_it_is_stored(server, tmp_path):
     """Some servers declare .gz files as gzip-encoded. If the client decompressed them, their reader would find no gzip."""
     (tmp_path / "x.gz").write_bytes(b"not really gzip")

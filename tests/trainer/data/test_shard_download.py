@@ -73,6 +73,15 @@ def test_slow_is_no_failure_while_bytes_come(server, settings, shards, tmp_path,
 UNREACHABLE, DAMAGED = "restore the connection to it, and start again", "restore it"
 
 
+def test_a_shard_that_comes_too_slowly_is_unreachable_and_leaves_nothing(server, settings, shards):
+    server.faults[shard_url(shards[0])].append("drip always")
+    impatient = settings(timeout_seconds=0.3, max_attempts=2, min_bytes_per_second=1e4)
+    reason = r"attempts: 2 in [\d.]+ s, last error: only \d+ bytes came in .* data.cache.min_bytes_per_second is 10000"
+    with pytest.raises(UserError, match=rf"the shard cannot be fetched \({reason}\); {UNREACHABLE}"):
+        ShardCache(impatient).open_shard(f"{server.address}/a", shards[0])
+    assert file_names(impatient.folder) == set()
+
+
 @pytest.mark.parametrize(
     ("fault", "tries", "reason", "remedy"),
     [

@@ -18,6 +18,7 @@ from tandem.trainer.checkpoint import safetensors_writer
 from tandem.trainer.checkpoint.hf.tensor_mapping import TensorMapping, TensorReader, to_hf_tensor
 from tandem.trainer.checkpoint.safetensors_writer import TensorSpec
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import check_regular_file, parse_json, read_file
 from tandem.trainer.disk import sync_folder
 
 DEFAULT_SHARD_BYTES = 4_000_000_000
@@ -28,7 +29,7 @@ SHARD_FILE_PATTERN = r"model-\d{5}-of-\d{5}\.safetensors"
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises: UserError if the file does not contain one."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_json(read_file(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a JSON file ({error}); add or correct it") from None
     if not isinstance(tree, dict):
@@ -117,6 +118,7 @@ def open_tensor_files(folder: Path) -> dict[str, Any]:
     files_by_tensor: dict[str, Any] = {}
     for name in sorted(set(weight_map.values())) if weight_map else [WEIGHTS_FILE]:
         try:
+            check_regular_file(folder / name)
             file = safe_open(folder / name, framework="pt")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder / name}: cannot be read ({error}); copy the file again") from None

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from tandem.trainer.config import RANK_WAIT_TIMEOUT_SECONDS, UserError
 from tandem.trainer.config import WatchdogConfig as Settings
+from tandem.trainer.config.outside import read_text
 from tandem.trainer.disk import atomic_write
 from tandem.trainer.distributed.mesh import all_gather_values
 from tandem.trainer.distributed.watchdog import report as reporting
@@ -329,4 +330,4 @@ def newest_verdict(folder: Path, since: float) -> str | None:
     found = [(path.stat().st_mtime, path) for path in (folder / HANGS_FOLDER).glob(f"step-*/{VERDICT_FILE}")]
     if not found or max(found)[0] < since:
         return None
-    return max(found)[1].read_text().strip()
+    return read_text(max(found)[1]).strip()

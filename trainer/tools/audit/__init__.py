@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tandem.trainer import config as configuration
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import read_file, safe_print
 from tandem.trainer.data import manifest
 from tandem.trainer.data.ledger import manifest_copy_path
 from tandem.trainer.data.manifest import CorpusManifest
@@ -55,14 +56,14 @@ def run(args: argparse.Namespace) -> int:
         rows = find_step_rows(args.step, history, sources)
         file = args.folder / "config.yaml"
         folders = configuration.load_config(file).data.sources if file.is_file() else {}
-        print(json.dumps(rows) if args.json else format_inspect_commands(rows, folders))
+        safe_print(json.dumps(rows) if args.json else format_inspect_commands(rows, folders))
         return 0
     reader = build_reader(args.folder, manifests, history.skipped_shards) if args.tokens else None
     fingerprints = {source: corpus.fingerprint for source, corpus in manifests.items()}
     with progress.progress_bar("audit", history.num_step_lines, "steps") as advance:
         result = Replay(history, sources, fingerprints, reader).run(advance)
     tree = {"proven": result.proven, **dataclasses.asdict(result)}
-    print(json.dumps(tree) if args.json else format_result(args.folder, result))
+    safe_print(json.dumps(tree) if args.json else format_result(args.folder, result))
     return 0 if result.proven else 1
 
 
@@ -74,7 +75,7 @@ def load_manifest_copies(folder: Path, history: LedgerHistory) -> dict[str, Corp
         path = manifest_copy_path(folder, source)
         if not path.is_file():
             raise UserError(f"{path}: no such file; the audit compares the ledger with it; restore the run folder")
-        found[source] = manifest.parse_manifest(path.read_bytes(), path)
+        found[source] = manifest.parse_manifest(read_file(path), path)
     return found
 
 

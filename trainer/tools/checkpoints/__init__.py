@@ -23,6 +23,7 @@ from rich.filesize import decimal
 from tandem.trainer.checkpoint import layout
 from tandem.trainer.checkpoint.layout import COMMIT_MARKER, REJECTED_MARKER, find_damage, list_checkpoints
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import safe_print
 from tandem.trainer.metrics import progress
 from tandem.trainer.tools.checkpoints.compare import ProgressCallback, compare_checkpoints
 
@@ -70,11 +71,11 @@ def _ls(args: argparse.Namespace) -> int:
         totals = {"total_bytes": total_bytes, "free_bytes": free_bytes}
         print(json.dumps({"folder": str(args.folder), "checkpoints": rows, **totals}))
         return 0
-    print("\n".join(format_table(["step", "tokens", "size", "committed", "tp x dp", ""], map(_row_cells, rows))))
+    safe_print("\n".join(format_table(["step", "tokens", "size", "committed", "tp x dp", ""], map(_row_cells, rows))))
     states = Counter(row["state"] for row in rows)
     others = [f" and {states[state]} {state}" for state in ("torn", "rejected") if states[state]]
     counted = f"{states['committed'] + states['damaged']} committed{''.join(others)}"
-    print(f"{counted}: {decimal(total_bytes)}; free on this file system: {decimal(free_bytes)}")
+    safe_print(f"{counted}: {decimal(total_bytes)}; free on this file system: {decimal(free_bytes)}")
     return 0
 
 
@@ -89,7 +90,7 @@ def _verify(args: argparse.Namespace) -> int:
             "damaged": f"damaged: {'; '.join(result['damage'])}", "removed": "removed while it was read",
         }  # fmt: skip
         if not args.json:
-            print(f"{folder}: {words[result['state']]}", flush=True)
+            safe_print(f"{folder}: {words[result['state']]}", flush=True)
     if args.json:
         print(json.dumps({"folder": str(args.folder), "checkpoints": results}))
     return int(any(verdict["state"] == "damaged" for verdict in results))
@@ -99,7 +100,7 @@ def _diff(args: argparse.Namespace) -> int:
     one, other = (_open_checkpoint(text) for text in (args.a, args.b))
     with progress.progress_bar("comparing", _folder_bytes(one.folder), "bytes") as advance:
         comparison = compare_checkpoints(one, other, advance)
-    print(json.dumps(comparison) if args.json else "\n".join(_format_comparison(comparison)))
+    safe_print(json.dumps(comparison) if args.json else "\n".join(_format_comparison(comparison)))
     return 0 if comparison["same"] else 1
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from tandem.trainer.config import TrainConfig, UserError, load_config
+from tandem.trainer.config.outside import read_json, safe_print
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.disk import atomic_write
 from tandem.trainer.distributed.mesh import mesh_context
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     measurements: list[Measurement] = []
     for check in request.checks:
         measurements += (found := CHECKS[check](request))
-        print(f"{format_table(found)}\n", flush=True)
+        safe_print(f"{format_table(found)}\n", flush=True)
     result = {
         "widths": request.widths, "checks": request.checks, "environment": describe_environment(),
         "passed": not first_failure(measurements), "measurements": measurements_to_json(measurements),
@@ -70,8 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     atomic_write(request.folder / "result.json", json.dumps(result, indent=1) + "\n")
     for check in request.checks:
         failure = first_failure(measurement for measurement in measurements if measurement.check == check)
-        print(f"FAILED {failure.failure_message()}" if failure else f"passed {check}")
-    print(f"result and plots: {request.folder}")
+        safe_print(f"FAILED {failure.failure_message()}" if failure else f"passed {check}")
+    safe_print(f"result and plots: {request.folder}")
     return 1 if first_failure(measurements) else 0
 
 
@@ -146,7 +147,7 @@ def check_coordinates(request: CheckRequest) -> list[Measurement]:
             measure_coordinates(request, 1)
         else:
             launch_coordinate_ranks(request, tp_size)
-        records += json.loads(request.records_file(tp_size).read_text())
+        records += read_json(request.records_file(tp_size))
     from tandem.trainer.tools.mup.plots import draw_coordinates
 
     draw_coordinates(records, request.folder)
@@ -191,7 +192,7 @@ def check_transfer(request: CheckRequest) -> list[Measurement]:
     from tandem.trainer.tools.mup.plots import draw_transfer
 
     draw_transfer(losses, request.folder)
-    print(f"{lr_transfer.format_table(losses)}\n")
+    safe_print(f"{lr_transfer.format_table(losses)}\n")
     return lr_transfer.judge(losses)
 
 

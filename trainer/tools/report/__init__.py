@@ -6,7 +6,6 @@ still going or was killed.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from tandem.trainer import config as configuration
 from tandem.trainer.config import TrainConfig, UserError
+from tandem.trainer.config.outside import read_json, read_text, safe_print
 from tandem.trainer.disk import atomic_write
 from tandem.trainer.metrics.console import format_duration, format_number
 from tandem.trainer.metrics.history import RunHistory, read_history
@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> None:
     if not args.runs and not args.compare:
         raise UserError("report: no run folder is named; name at least one, or use --compare A B")
     for folder in args.runs:
-        print(write_report(folder))
+        safe_print(str(write_report(folder)))
     if args.compare:
-        print(*compare.write_comparison(*args.compare), sep="\n")
+        safe_print("\n".join(map(str, compare.write_comparison(*args.compare))))
 
 
 def write_report(folder: Path) -> Path:
@@ -54,9 +54,9 @@ def write_report(folder: Path) -> Path:
         page.data_table("Rollbacks", ROLLBACK_COLUMNS, history.rollbacks),
         page.data_table("Skipped steps", SKIPPED_STEP_COLUMNS, history.skipped_steps[:MAX_LISTED_STEPS]),
         page.data_table("Checkpoints", CHECKPOINT_COLUMNS, history.checkpoints),
-        page.key_value_table("Environment", _flatten(json.loads(environment.read_text()))
+        page.key_value_table("Environment", _flatten(read_json(environment))
                              if environment.is_file() else {"environment.json": "not written"}),
-        page.collapsible_text("config.yaml", (folder / "config.yaml").read_text()),
+        page.collapsible_text("config.yaml", read_text(folder / "config.yaml")),
     ]  # fmt: skip
     path = folder / "report.html"
     atomic_write(path, page.html_page(config.run.name, status(history), sections))

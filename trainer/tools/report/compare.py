@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import read_text
 from tandem.trainer.disk import atomic_write
 from tandem.trainer.metrics.history import RunHistory, read_history
 from tandem.trainer.tools.report import page, plots
@@ -34,7 +35,7 @@ def write_comparison(a: Path, b: Path) -> tuple[str, Path]:
     names = list(COMPARED_METRICS)
     files = [_draw_overlay(histories, (a, b), name, b / "report" / f"compare-{a.name}-{name}.png") for name in names]
     differing = [pair for pair in pairs if any(pair[0][name] != pair[1][name] for name in names)]
-    before, after = ((folder / "config.yaml").read_text().splitlines() for folder in (a, b))
+    before, after = (read_text(folder / "config.yaml").splitlines() for folder in (a, b))
     config_diff = difflib.unified_diff(before, after, str(a), str(b), lineterm="", n=1)
     sections = [
         *(page.picture(COMPARED_METRICS[name], f"{a} and {b}", file) for name, file in zip(names, files, strict=True)),
