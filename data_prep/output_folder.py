@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from tandem.trainer.config.outside import read_json
 from tandem.trainer.data import manifest
 from tandem.trainer.data.manifest import CorpusManifest
 from tandem.trainer.disk import TEMPORARY_PATTERN, TEMPORARY_SUFFIX, atomic_write
-from tandem.trainer.runtime.private_folder import lock_holder
+from tandem.trainer.runtime.private_folder import lock_holder, sharing_fault
 
 CLAIM_FILE = "preparing.json"
 WORK_FOLDER = "work"
@@ -88,6 +89,10 @@ def claim_output(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable_error(output, error) from None
+    if (output / WORK_FOLDER).is_symlink():
+        raise UserError(f"--output: {output / WORK_FOLDER} is a link, which another user may have made; remove it")
+    if fault := sharing_fault(output):
+        print(f"tandem: warning: --output: {output} {fault}", file=sys.stderr, flush=True)
     with _lock_folder(output):
         check_free()
         yield from _hold_claim(output, settings_dict, missing_folders)

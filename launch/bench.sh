@@ -70,6 +70,13 @@ if [[ ! $imported -ef trainer ]]; then
     export PYTHONPATH=$links${PYTHONPATH:+:$PYTHONPATH}
 fi
 
+# Python must load compiled code only from folders that no other user can change, as in every tandem command.
+folders=$(python3 -c 'import os, shlex
+from tandem.trainer.runtime.private_folder import CODE_FOLDERS, set_private_folders
+set_private_folders()
+for name in ("TMPDIR", *CODE_FOLDERS): print(f"export {name}={shlex.quote(os.environ[name])}")') || exit 2
+eval "$folders"
+
 btlm_config=configs/btlm-3b-8k.yaml stablelm_config=configs/stablelm-2-12b.yaml
 slice=(--num-layers 6)
 counted=(--warmup-steps 2 --steps 6)

@@ -306,7 +306,11 @@ trap 'stop 129' HUP
 
 # One installation at a time: a second one waits, then finds the work done.
 exec 9<.
-flock --nonblock 9 || { say "another launch/install.sh is working on .venv; waiting for it" && flock 9; }
+flock --nonblock 9 || {
+    holder=$(awk -v file=":$(stat -c %i .)\$" '$2 == "FLOCK" && $6 ~ file { print $5; exit }' /proc/locks 2>/dev/null) || true
+    say "another launch/install.sh is working on .venv; waiting for it${holder:+ (process $holder of user $(stat -c %U "/proc/$holder" 2>/dev/null))}"
+    flock 9
+}
 if is_done; then exit 0; fi
 
 if reason=$(outdated); then

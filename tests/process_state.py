@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,7 +29,7 @@ IGNORED_VARIABLES = {"PYTEST_CURRENT_TEST", "TOKENIZERS_PARALLELISM"}
 @contextmanager
 def restore_process_state() -> Iterator[None]:
     """Afterwards the process is what it was before the block, but for what it has imported, allocated and compiled."""
-    folder, hook, path = os.getcwd(), sys.excepthook, list(sys.path)
+    folder, hook, path, temporary = os.getcwd(), sys.excepthook, list(sys.path), tempfile.tempdir
     variables = {name: value for name, value in os.environ.items() if name not in IGNORED_VARIABLES}
     signals = {number: signal.getsignal(number) for number in RESTORED_SIGNALS}
     wakeup, saved_death_signal = wakeup_fd(), parent_death_signal()
@@ -59,6 +60,7 @@ def restore_process_state() -> Iterator[None]:
         sys.excepthook = hook  # torch.distributed puts its own around it at every start
         sys.path[:] = path  # transformers adds the folder of the code that exports bring
         os.chdir(folder)
+        tempfile.tempdir = temporary
         for name in os.environ.keys() - variables.keys() - IGNORED_VARIABLES:
             del os.environ[name]
         os.environ.update(variables)

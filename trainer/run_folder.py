@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from tandem.trainer.config import UserError
 from tandem.trainer.config.outside import read_text
 from tandem.trainer.disk import TEMPORARY_PATTERN, atomic_write, open_no_follow
-from tandem.trainer.runtime.private_folder import lock_holder, user_name
+from tandem.trainer.runtime.private_folder import lock_holder, sharing_fault, user_name
 from tandem.trainer.runtime.processors import usable_processors
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,8 @@ def _try_lock(file: TextIO) -> bool:
 def open_run_folder(folder: Path, config_yaml: str) -> None:
     """Write this start's config and environment. Keep the last start's config next to it if they differ."""
     folder.mkdir(parents=True, exist_ok=True)
+    if fault := sharing_fault(folder):
+        log.warning("run.root: %s %s; the run continues from checkpoints in it", folder, fault)
     for temporary_file in [*folder.glob(TEMPORARY_PATTERN), *folder.glob(f"*/{TEMPORARY_PATTERN}")]:
         temporary_file.unlink(missing_ok=True)
     config_file = folder / CONFIG_FILE

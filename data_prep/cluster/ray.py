@@ -27,7 +27,9 @@ def run(
     """Like `executor.run`, on the cluster at RAY_ADDRESS or on this machine, with at most `workers` items at once."""
     if not ray.is_initialized():
         try:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+            # Without an address, Ray uses the cluster that any user of this machine has named in /tmp/ray.
+            address = None if os.environ.get("RAY_ADDRESS") else "local"
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
         except OSError as error:
             where = os.environ.get("RAY_ADDRESS", "this machine")
             raise UserError(

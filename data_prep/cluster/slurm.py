@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import dill
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.utils.logging import logger
 
@@ -25,7 +26,7 @@ from tandem.data_prep.cluster.submissions import Submission
 from tandem.data_prep.stages import PreparationRequest
 from tandem.trainer.config import UserError
 from tandem.trainer.config.outside import escape_control_characters
-from tandem.trainer.disk import atomic_write
+from tandem.trainer.runtime.private_folder import open_private_file, set_private_folders
 
 USER_ERROR_EXIT_CODE = 2
 
@@ -38,7 +39,8 @@ class TaskStep:
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
         """Process the items of this task. After an error, write the error line next to the logs and exit."""
-        job: StageJob = pickle.loads(self.job_path.read_bytes())
+        with open(self.job_path, "rb", opener=open_private_file) as file:
+            job: StageJob = pickle.load(file)
         try:
             job.run_task(rank, world_size)
         except (UserError, OSError) as error:
@@ -63,6 +65,14 @@ class JobArray(SlurmPipelineExecutor):
             del given["mem-per-cpu"]
         return {name: value for name, value in given.items() if value is not None}
 
+    def get_launch_file_contents(self, sbatch_args: dict[str, Any], run_script: str) -> str:
+        """Return the script of the job, whose tasks run `run_pickled_array` instead of datatrove's command."""
+        pickled_array = Path(self.logging_dir.resolve_paths("executor.pik"))
+        pickled_array.chmod(0o600)
+        command = ["srun", "-l", "-n", "1", sys.executable, "-P", "-m", __name__, str(pickled_array)]
+        script: str = super().get_launch_file_contents(sbatch_args, shlex.join(command))
+        return script
+
 
 def submit(request: PreparationRequest, *, tasks: int, workers: int | None, options: Mapping[str, str]) -> Submission:
     """Submit jobs for all unfinished work and record them as owners of the folder.
@@ -74,7 +84,8 @@ def submit(request: PreparationRequest, *, tasks: int, workers: int | None, opti
     logs = submissions.create_logs_folder(request.output)
     job_ids: dict[str, str] = {}
     for job in stage_job.plan_jobs(request, tasks):
-        atomic_write(logs / f"{job.name}.job", pickle.dumps(job))
+        with open(logs / f"{job.name}.job", "xb", opener=open_private_file) as file:
+            file.write(pickle.dumps(job))
         array = _make_job_array(job, logs, workers, options, depends_on_job_id=next(reversed(job_ids.values()), None))
         captured_stderr: Callable[[], str] = str
         try:
@@ -110,6 +121,14 @@ def _make_job_array(
     )  # fmt: skip
 
 
+def run_pickled_array(path: Path) -> None:
+    """Run this task of the job array that datatrove has pickled, if no other user can have made the file."""
+    set_private_folders()  # sbatch exports the variables of the machine that submitted the job
+    with open(path, "rb", opener=open_private_file) as file:
+        array = dill.load(file)
+    array.run()
+
+
 @contextmanager
 def _capture_stderr() -> Iterator[Any]:
     """Capture what programs print to stderr inside the block. The yielded function returns it."""
@@ -124,3 +143,12 @@ def _capture_stderr() -> Iterator[Any]:
             os.close(original_fd)
             file.seek(0)
             text.append(file.read().decode(errors="replace"))
+
+
+if __name__ == "__main__":
+    try:
+        run_pickled_array(Path(sys.argv[1]))
+    except (UserError, PermissionError) as error:
+        line = error if isinstance(error, UserError) else f"{error.filename}: {error.strerror}"
+        print(f"tandem: {line}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR_EXIT_CODE)

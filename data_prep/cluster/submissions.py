@@ -17,6 +17,7 @@ from tandem.data_prep import output_folder
 from tandem.trainer.config import UserError
 from tandem.trainer.config.outside import read_json, read_text
 from tandem.trainer.disk import atomic_write
+from tandem.trainer.runtime.private_folder import private_folder
 
 SUBMISSION_FILE = "jobs.json"
 RESERVED_SBATCH_OPTIONS = ("array", "dependency", "export", "output", "error", "wrap")
@@ -61,11 +62,16 @@ def check_no_running_jobs(output: Path) -> None:
 
 
 def create_logs_folder(output: Path) -> Path:
-    """Create a new folder for the logs of one submission, next to the output."""
-    root = output.with_name(f"{output.name}.jobs")
-    root.mkdir(exist_ok=True)
+    """Create a new folder for the logs of one submission, next to the output.
+
+    It also holds the jobs, which their tasks unpickle.  Raises: UserError if another user can change it.
+    """
+    try:
+        root = private_folder(output.with_name(f"{output.name}.jobs"))
+    except UserError as error:
+        raise UserError(f"--output: the jobs would run code from a folder that is not safe: {error}") from None
     number = 1 + max((int(path.name) for path in root.iterdir() if path.name.isdigit()), default=0)
-    (root / str(number)).mkdir()
+    (root / str(number)).mkdir(0o700)
     return root / str(number)
 
 

@@ -1,9 +1,11 @@
 """A preparation in jobs gives the bytes of one machine, whatever the number of tasks and whatever was killed."""
 
 import argparse
+import os
 import pickle
 import random
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -234,6 +236,68 @@ def test_logs_are_next_to_the_folder_and_numbered(tmp_path):
     ]
     submissions.discard_submission(output, Path(f"{output}.jobs/2"))
     assert submissions.create_logs_folder(output).name == "2"
+
+
+SBATCH = """#!/bin/sh
+for script; do :; done
+cp "$script" "$0.$(ls "$0".* 2>/dev/null | wc -l)"
+echo Submitted batch job 12
+"""
+SRUN = """#!/bin/sh
+while [ "$1" = -l ] || [ "$1" = -n ] || [ "$1" = 1 ]; do shift; done
+exec "$@"
+"""
+
+
+def test_a_task_unpickles_only_files_that_no_other_user_can_have_made(request_of, tmp_path, monkeypatch):
+    slurm = pytest.importorskip("tandem.data_prep.cluster.slurm", reason="datatrove is not installed")
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", "#!/bin/sh\necho node\n")):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    request = request_of("jobs of mine")
+    previous_umask = os.umask(0o002)  # of users whose group is their own
+    try:
+        logs = Path(slurm.submit(request, tasks=2, workers=None, options={}).logs)
+    finally:
+        os.umask(previous_umask)
+    train = logs / "train-tokenizer" / "executor.pik"
+    assert {path.stat().st_mode & 0o777 for path in (*logs.glob("*.job"), train)} == {0o600}
+    assert logs.parent.stat().st_mode & 0o777 == 0o700
+    command = ["bash", str(commands / "sbatch.0")]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    monkeypatch.setenv("SLURM_NODELIST", "node")
+    subprocess.run(command, check=True, capture_output=True)
+    assert request.has_tokenizer
+    (tmp_path / "bad.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()")
+    attack = f"import runpy\nrunpy.run_path({str(tmp_path / 'bad.py')!r})"
+    train.write_bytes(f"cbuiltins\nexec\n(V{attack.encode('unicode-escape').decode()}\ntR.".encode())
+    if os.geteuid() == 0:
+        os.chown(train, 65534, 65534)
+    else:
+        train.chmod(0o666)
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert f"tandem: {train}: is not a file of this user only" in ended.stderr
+    with pytest.raises(PermissionError):
+        slurm.run_pickled_array(train)
+    job = logs / "encode.job"
+    job.chmod(0o622)
+    with pytest.raises(PermissionError):
+        slurm.TaskStep(job)(None, 0, 1)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_jobs_are_not_written_to_a_folder_of_another_user(tmp_path):
+    (tmp_path / "corpus.jobs").mkdir()
+    (tmp_path / "corpus.jobs").chmod(0o777)
+    with pytest.raises(UserError, match=rf"^--output: .* {tmp_path}/corpus.jobs is writable by other users"):
+        submissions.create_logs_folder(tmp_path / "corpus")
+    (tmp_path / "other.jobs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=rf"^--output: .* {tmp_path}/other.jobs is a link"):
+        submissions.create_logs_folder(tmp_path / "other")
 
 
 def test_a_job_restarted_after_the_end_changes_nothing(expected, request_of, content):

@@ -33,6 +33,27 @@ def test_a_folder_is_prepared_by_one_process_at_a_time(tmp_path, folder, prepare
     assert list(output.iterdir()) == []
 
 
+def test_files_of_a_planted_link_are_kept(tmp_path):
+    """Also if another user knows the settings and so makes the folder look like an unfinished corpus."""
+    (tmp_path / "elsewhere" / "whole-corpus").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "preparing.json").write_text("{}")
+    (tmp_path / "out" / "work").symlink_to(tmp_path / "elsewhere")
+    with (
+        pytest.raises(UserError, match=r"^--output: .*out/work is a link, .*; remove it"),
+        output_folder.claim_output(tmp_path / "out", {}),
+    ):
+        pass
+    assert (tmp_path / "elsewhere" / "whole-corpus").is_dir()
+
+
+def test_an_output_folder_that_other_users_can_change_is_reported(tmp_path, folder, prepared, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out").chmod(0o777)
+    prepared("out", "--input", folder)
+    assert f"tandem: warning: --output: {tmp_path}/out is writable by all users" in capsys.readouterr().err
+
+
 def test_a_corpus_finished_meanwhile_is_left_as_it_is(tmp_path):
     output = tmp_path / "out"
     output.mkdir()

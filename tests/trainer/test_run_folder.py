@@ -62,6 +62,19 @@ def test_links_and_pipes_in_a_run_folder_are_not_written_to(tmp_path):
     assert victim.read_text() == "mine"
 
 
+def test_a_run_folder_that_other_users_can_change_is_reported(tmp_path, caplog):
+    run_folder.open_run_folder(tmp_path, "run: {}\n")
+    assert not caplog.records
+    tmp_path.chmod(0o777)
+    run_folder.open_run_folder(tmp_path, "run: {}\n")
+    assert f"{tmp_path} is writable by all users, who can change its files" in caplog.text
+    if os.geteuid() == 0:
+        tmp_path.chmod(0o755)
+        os.chown(tmp_path, 65534, 65534)
+        run_folder.open_run_folder(tmp_path, "run: {}\n")
+        assert f"{tmp_path} belongs to {user_name(65534)}, who" in caplog.text
+
+
 def test_a_linked_checkpoint_folder_keeps_its_files(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "COMMITTED").write_text("")

@@ -233,7 +233,7 @@ class ShardCacheConfig:
     """Local copies of remote shards (s3://, gs://, https://), shared by the ranks of a node."""
 
     folder: str = "~/.cache/tandem/shards"
-    """Local folder of the copies."""
+    """Local folder of the copies, which belongs to one user and which no other user can change. Runs of this user share it."""
     max_size_gib: float = 64.0
     """Maximum size; the least recently read copies are removed. Removed copies that are still read may use a quarter more."""
     max_attempts: int = 8

@@ -100,6 +100,14 @@ def open_private_file(path: str | Path, flags: int) -> int:
     return descriptor
 
 
+def sharing_fault(folder: Path) -> str | None:
+    """Return which other users can change a folder that may be shared on purpose, or None."""
+    status = folder.stat()
+    if status.st_uid not in _trusted_users():
+        return f"belongs to {user_name(status.st_uid)}, who can change its files"
+    return "is writable by all users, who can change its files" if status.st_mode & stat.S_IWOTH else None
+
+
 def lock_holder(descriptor: int) -> str | None:
     """Return the process and the user that hold the `flock` of an open file, or None if this machine does not list them."""
     status = os.fstat(descriptor)

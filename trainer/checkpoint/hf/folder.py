@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +52,8 @@ def atomic_folder(target_folder: Path) -> Iterator[Path]:
     if os.path.ismount(target_folder) or target_folder == Path.cwd():
         what = "a mount point" if os.path.ismount(target_folder) else "the current folder"
         raise UserError(f"{target_folder}: is {what} and cannot be replaced; name a new folder")
-    temporary_name = f".{target_folder.name}.{os.getpid()}"
+    # The process id shows which folders are stale. Another user cannot guess the rest and make the folder first.
+    temporary_name = f".{target_folder.name}.{os.getpid()}.{secrets.token_hex(4)}"
     folder, old = (target_folder.with_name(f"{temporary_name}.{state}") for state in ("partial", "old"))
     target_folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(target_folder)
@@ -134,7 +136,7 @@ def _remove_stale(target_folder: Path) -> None:
     # If the target is missing, an old folder is the only copy of an earlier output.
     states = "partial|old" if target_folder.exists() else "partial"
     for path in target_folder.parent.iterdir():
-        found = re.fullmatch(rf"\.{re.escape(target_folder.name)}\.(\d+)\.({states})", path.name)
+        found = re.fullmatch(rf"\.{re.escape(target_folder.name)}\.(\d+)(\.[0-9a-f]+)?\.({states})", path.name)
         if found and (int(found[1]) == os.getpid() or not _is_running(int(found[1]))):
             shutil.rmtree(path, ignore_errors=True)
 

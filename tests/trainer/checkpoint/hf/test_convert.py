@@ -344,3 +344,14 @@ def test_a_tokenizer_that_does_not_fit_is_refused(vocab: int, special: str, mess
             lambda name: torch.zeros(0), model, None, tmp_path / "out",
             tokenizer=tmp_path / "tokenizer.json", max_seq_len=64, dtype=torch.float32,
         )  # fmt: skip
+
+
+def test_a_known_name_beside_an_export_cannot_be_taken(tmp_path):
+    """Another user who can write beside the target cannot block an export, and links there are not followed."""
+    (tmp_path / "elsewhere").mkdir()
+    for state in ("partial", "old"):
+        (tmp_path / f".out.{os.getpid()}.{state}").symlink_to(tmp_path / "elsewhere")
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("export")
+    assert (tmp_path / "out" / "file").read_text() == "export"
+    assert not list((tmp_path / "elsewhere").iterdir())
