@@ -48,6 +48,7 @@ def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
     """Return the rendezvous of one machine, or of several that meet at `parameters.endpoint`."""
     if parameters.max_nodes == 1:
         return OneMachine()
+    os.environ.pop(STORE_FILE_VARIABLE, None)
     setting = f"HEAD={parameters.endpoint}"
     host, port = parse_endpoint(parameters.endpoint)
     address, is_host = resolve(host, setting), parameters.get_as_bool("is_host")
