@@ -23,7 +23,10 @@ CODE_FOLDERS = {
 }  # fmt: skip
 """Variable of a library that stores and loads code -> subfolder, on the node's own disk: hundreds of ranks that lock one shared
 home folder stall at the start."""
-OTHER_FOLDERS = {"MPLCONFIGDIR": "matplotlib", "CUDA_CACHE_PATH": "cuda", "XDG_CACHE_HOME": "cache", "RAY_TMPDIR": ""}
+OTHER_FOLDERS = {
+    "MPLCONFIGDIR": "matplotlib", "CUDA_CACHE_PATH": "cuda", "XDG_CACHE_HOME": "cache",
+    "XDG_CONFIG_HOME": "config", "RAY_TMPDIR": "",
+}  # fmt: skip
 """Variables that are only checked if they are set, because the libraries then use the home or the temporary folder."""
 
 
@@ -40,13 +43,14 @@ def set_private_folders() -> None:
     if not os.environ.get("HOME"):
         os.environ.pop("HOME", None)  # expanduser then finds the home in the list of users
     home = Path(os.path.expanduser("~"))
-    if not home.is_absolute() or (home.exists() and home.stat().st_mode & stat.S_IWOTH):
-        if home.is_absolute():
-            _warn(f"HOME: {home} is writable by all users", temporary / "home")
+    if not home.is_absolute():
+        home = private_folder(temporary / "home")
+    elif fault := _home_fault(home):
+        _warn(f"HOME: {fault}", temporary / "home")
         home = private_folder(temporary / "home")
     os.environ["HOME"] = str(home)
     for name, subfolder in (CODE_FOLDERS | OTHER_FOLDERS).items():
-        default = temporary / "tandem" / subfolder if name in CODE_FOLDERS else temporary / subfolder
+        default = temporary / "tandem-cache" / subfolder if name in CODE_FOLDERS else temporary / subfolder
         if value := os.environ.get(name):
             try:
                 private_folder(Path(value))
@@ -126,6 +130,22 @@ def user_name(user_id: int) -> str:
     return f"user {user_id}"
 
 
+def _home_fault(home: Path) -> str | None:
+    """Return why other users could change the files in the home folder, or None.
+
+    A home in a folder of all users may be planted, so it must be private. Elsewhere, it may belong to another user, as it often
+    does for root in a container.
+    """
+    try:
+        if any(parent.stat().st_mode & stat.S_IWOTH for parent in home.resolve().parents if parent.exists()):
+            private_folder(home)
+        elif home.exists() and home.stat().st_mode & stat.S_IWOTH:
+            return f"{home} is writable by all users"
+    except (UserError, OSError) as error:
+        return str(error)
+    return None
+
+
 def _private_temporary_folder() -> Path:
     """Return the temporary folder if only this user can change it, or a private folder in it."""
     try:
@@ -158,7 +178,8 @@ def _private_temporary_folder() -> Path:
 @functools.cache
 def _keep_folder(folder: Path) -> None:
     """Lock the folder until this process ends: systemd-tmpfiles then does not remove it during a long run."""
-    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with suppress(OSError):  # no locks on this file system
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def _check_parent(folder: Path, write_bits: int) -> None:

@@ -65,7 +65,7 @@ def test_compiled_code_and_temporary_files_are_in_private_folders(shared, capsys
     assert Path(os.environ["TMPDIR"]) == root
     assert is_private(root)
     for name, subfolder in CODE_FOLDERS.items():
-        assert Path(os.environ[name]) == root / "tandem" / subfolder
+        assert Path(os.environ[name]) == root / "tandem-cache" / subfolder
         assert is_private(os.environ[name])
     chosen = dict(os.environ)
     set_private_folders()  # as a rank does
@@ -120,19 +120,44 @@ def test_a_temporary_folder_of_another_user_is_not_used(shared, capsys):
     assert f"TMPDIR: {shared} belongs to user" in capsys.readouterr().err
 
 
-def test_a_home_that_all_users_can_write_is_not_used(shared, capsys, monkeypatch):
-    for home in (str(shared), ""):
-        monkeypatch.setenv("HOME", home)
+def test_a_home_that_other_users_can_plant_is_not_used(shared, tmp_path, capsys, monkeypatch):
+    (shared / "writable").mkdir()
+    (shared / "writable").chmod(0o777)
+    (shared / "linked").symlink_to(tmp_path)
+    planted = [shared, shared / "writable", shared / "linked"]
+    if os.geteuid() == 0:
+        planted.append(shared / "foreign")
+        planted[-1].mkdir()
+        os.chown(planted[-1], OTHER_USER, OTHER_USER)
+    used = set()
+    for home in planted:
+        monkeypatch.setenv("HOME", str(home))
         set_private_folders()
-        assert not Path(os.environ["HOME"]).stat().st_mode & 0o002
-    assert capsys.readouterr().err.count("tandem: HOME: ") == 1
+        used.add(os.environ["HOME"])
+    assert used == {f"{os.environ['TMPDIR']}/home"}
+    assert is_private(used.pop())
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" ")[1:3] for line in lines] == [["HOME:", str(home)] for home in planted]
+
+
+def test_a_home_of_this_user_is_kept(shared, tmp_path, capsys, monkeypatch):
+    (tmp_path / "home").mkdir()
+    for home in (tmp_path / "home", shared / "new"):
+        monkeypatch.setenv("HOME", str(home))
+        set_private_folders()
+        assert os.environ["HOME"] == str(home)
+    assert is_private(shared / "new")
+    monkeypatch.setenv("HOME", "")
+    set_private_folders()
+    assert Path(os.environ["HOME"]).is_absolute()
+    assert not capsys.readouterr().err
 
 
 def test_a_command_does_not_load_a_planted_library(shared, monkeypatch):
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
     from triton.runtime.cache import get_cache_manager
 
-    planted, key = shared / f"tandem-{os.geteuid()}" / "tandem" / "triton", "ab" * 32
+    planted, key = shared / f"tandem-{os.geteuid()}" / "tandem-cache" / "triton", "ab" * 32
     with monkeypatch.context() as context:
         context.setenv("TRITON_CACHE_DIR", str(planted))
         get_cache_manager(key).put(b"attack", "launcher.so")
