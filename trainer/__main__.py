@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGINT))
     try:
         try:
+            process.check_working_folder()
             set_private_folders()
             return run_verb(verb, argv)
         finally:

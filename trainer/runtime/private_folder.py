@@ -49,6 +49,8 @@ def set_private_folders() -> None:
         _warn(f"HOME: {fault}", temporary / "home")
         home = private_folder(temporary / "home")
     os.environ["HOME"] = str(home)
+    # Libraries fail or log errors if they cannot create ~/.cache.
+    lacks_cache = not os.access(home, os.W_OK) and not os.path.exists(home / ".cache")
     for name, subfolder in (CODE_FOLDERS | OTHER_FOLDERS).items():
         default = temporary / "tandem-cache" / subfolder if name in CODE_FOLDERS else temporary / subfolder
         if value := os.environ.get(name):
@@ -57,7 +59,7 @@ def set_private_folders() -> None:
                 continue
             except (UserError, OSError) as error:
                 _warn(f"{name}: {error}", default)
-        if value or name in CODE_FOLDERS:
+        if value or name in CODE_FOLDERS or (lacks_cache and name == "XDG_CACHE_HOME"):
             os.environ[name] = str(private_folder(default))
 
 

@@ -10,6 +10,7 @@ import warnings
 from traceback import format_exception
 from typing import NoReturn
 
+from tandem.trainer.config import UserError
 from tandem.trainer.config.outside import escape_control_characters
 from tandem.trainer.runtime import launch
 
@@ -46,6 +47,14 @@ def escape_messages() -> None:
     assert logging.lastResort
     logging.lastResort.setFormatter(SafeFormatter())
     sys.excepthook = lambda *error: sys.stderr.write(escape_control_characters("".join(format_exception(*error))))
+
+
+def check_working_folder() -> None:
+    """Raises: UserError if the working folder was deleted. Libraries would fail to load without a clear message."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the working folder has been deleted; change into a folder that exists") from None
 
 
 def start_logging(rank: int) -> None:
