@@ -1,47 +1,52 @@
-"""The end of a terminal, of a pipe or of a reader is not the end of a run: the run saves and exits with 85, or it continues.
+"""The end of a terminal, of a pipe or of a launcher is not the end of a run: the run saves and exits with 85, or it continues.
 
-One run meets one loss after the other: each start is a fork with its own session and terminal, or with pipes.
+One run meets one loss after the other. On one rank each start is a fork with its own session and terminal, or with pipes.
 """
 
 import json
 import os
 import pty
 import signal
+import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from tandem.trainer.__main__ import main
 from tandem.trainer.checkpoint.read import open_checkpoint
+from tandem.trainer.metrics.records import Sinks
+from tandem.trainer.runtime import signals
 from tandem.trainer.runtime.signals import REQUEUE_EXIT_CODE
-from tests.promises.conftest import read_step_records, two_phase_config, wait_for_exit
+from tests.promises.conftest import clean_environment, read_step_records, two_phase_config, wait_for_exit
 from tests.ranks import FORKSERVER
-from tests.timeouts import wait_until
+from tests.timeouts import TEST_TIMEOUT_SECONDS, wait_until
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
-STEPS = 60
+STEPS = 200
+"""Of each phase: more than all starts make."""
 CTRL_C, CTRL_BACKSLASH, CTRL_S = b"\x03", b"\x1c", b"\x13"
 
 
 class Terminal:
-    """A terminal, and a pipe that stands where a user types `2>&1 | tee log`. Either can be lost."""
+    """A terminal whose screen nobody reads, and a pipe for `2>&1 | tee log`. Either can be lost."""
 
     def __init__(self, folder: Path) -> None:
         self.master, self.slave = pty.openpty()
         self.name = os.ttyname(self.slave)
-        self.pipe = str(folder / f"pipe-{self.name.replace('/', '-')}-{time.monotonic_ns()}")
+        self.pipe = str(folder / "pipe")
         os.mkfifo(self.pipe)
         self.reader = os.open(self.pipe, os.O_RDONLY | os.O_NONBLOCK)
 
     def fill_pipe(self) -> None:
-        """As a reader does that has stopped reading, such as a pager."""
+        """As a reader does that has stopped, such as a pager."""
         writer = os.open(self.pipe, os.O_WRONLY | os.O_NONBLOCK)
         with suppress(BlockingIOError):
             while True:
@@ -51,6 +56,10 @@ class Terminal:
     def type(self, keys: bytes) -> None:
         os.write(self.master, keys)
 
+    def close_reader(self) -> None:
+        os.close(self.reader)
+        self.reader = -1
+
     def close(self) -> None:
         """Close the window, and the reader of the pipe."""
         for descriptor in (self.master, self.slave, self.reader):
@@ -58,16 +67,20 @@ class Terminal:
                 os.close(descriptor)
         self.master = self.slave = self.reader = -1
 
-    def close_reader(self) -> None:
-        os.close(self.reader)
-        self.reader = -1
+
+@pytest.fixture
+def terminal(tmp_path) -> Iterator[Terminal]:
+    found = Terminal(tmp_path)
+    yield found
+    found.close()
 
 
-def start(terminal: Terminal, command: list[str], shell: str = "", **environment: str) -> BaseProcess:
-    """Begin a command as the foreground job of the terminal; `shell` says what a shell's line would say after the command."""
-    process = FORKSERVER.Process(
-        target=run_in_terminal, args=(terminal.name, terminal.pipe, command, shell.split(), environment)
-    )
+def start(terminal: Terminal, command: list[str], shell: str, **environment: str) -> BaseProcess:
+    """Begin a command as the foreground job of the terminal; `shell` has the words that the shell's line adds."""
+    if "blocked" in shell:
+        terminal.fill_pipe()
+    place = (terminal.name, terminal.pipe)
+    process = FORKSERVER.Process(target=run_in_terminal, args=(*place, command, shell.split(), environment))
     process.start()
     return process
 
@@ -76,11 +89,16 @@ def run_in_terminal(tty: str, pipe: str, command: list[str], shell: list[str], e
     from jaxtyping import config
 
     os.setsid()
-    screen = os.open(tty, os.O_RDWR)  # the first terminal that a session opens becomes its own
-    places = {"full": lambda: os.open("/dev/full", os.O_WRONLY), "pipe": lambda: os.open(pipe, os.O_WRONLY)}
-    place = next((places[word]() for word in shell if word in places), screen)
+    screen = output = os.open(tty, os.O_RDWR)  # the first terminal that a session opens becomes its own
+    if "pipe" in shell:
+        output = os.open(pipe, os.O_WRONLY)
+    elif "full" in shell:
+        output = os.open("/dev/full", os.O_WRONLY)
+    elif "broken" in shell:
+        reader, output = os.pipe()
+        os.close(reader)
     for descriptor in (0, 1, 2):
-        os.dup2(screen if descriptor == 0 else place, descriptor)
+        os.dup2(screen if descriptor == 0 or ("errors" in shell and descriptor == 2) else output, descriptor)
     if "closed" in shell:
         os.closerange(0, 3)
     if "&" in shell:  # the shell waits, and a background job must not print
@@ -111,6 +129,11 @@ def failed_starts(folder: Path) -> int:
     return kinds.count("start") - kinds.count("end")
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether the newest checkpoint is of the last step, and no start counts as a failure."""
+    return open_checkpoint(folder).step == last_step(folder) and failed_starts(folder) == 0
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, corpus) -> Path:
     root = tmp_path_factory.mktemp("terminals")
@@ -121,85 +144,262 @@ def config(tmp_path_factory, corpus) -> Path:
     return root / "config.yaml"
 
 
-def stop_and_close(terminal: Terminal, pid: int) -> None:
+def interrupt_run_and_reader(terminal: Terminal, pid: int) -> None:
+    terminal.close_reader()
+    terminal.type(CTRL_C)
+
+
+def suspend_and_close(terminal: Terminal, pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
     terminal.close()
     os.kill(pid, signal.SIGCONT)
 
 
-def signals_of_a_manager(terminal: Terminal, pid: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCONT):
+def stop_as_systemd(terminal: Terminal, pid: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGCONT, signal.SIGHUP):
         os.kill(pid, number)
 
 
 ENDS: dict[str, tuple[str, Callable[[Terminal, int], object]]] = {
-    "Ctrl-C, which ends tee too": ("pipe", lambda terminal, pid: (terminal.close_reader(), terminal.type(CTRL_C))),
+    "Ctrl-C, which ends tee too": ("pipe", interrupt_run_and_reader),
     "Ctrl-backslash": ("", lambda terminal, pid: terminal.type(CTRL_BACKSLASH)),
     "the window is closed": ("", lambda terminal, pid: terminal.close()),
-    "the window of a suspended run is closed": ("", stop_and_close),
-    "hangup, output in a pipe": ("pipe", lambda terminal, pid: os.kill(pid, signal.SIGHUP)),
-    "systemd: SIGTERM, SIGHUP and SIGCONT": ("pipe", signals_of_a_manager),
-    "nobody reads, then SIGTERM": ("blocked pipe", lambda terminal, pid: os.kill(pid, signal.SIGTERM)),
-}
-
-
-CONTINUES: dict[str, tuple[str, dict[str, str], Callable[[Terminal, int], object]]] = {
-    "all streams are closed": ("closed", {}, lambda terminal, pid: None),
-    "the disk is full": ("full", {}, lambda terminal, pid: None),
-    "the reader has exited": ("pipe", {}, lambda terminal, pid: terminal.close_reader()),
-    "the reader has stopped": ("blocked pipe", {}, lambda terminal, pid: None),
-    "nohup, then the window is closed": ("nohup", {}, lambda terminal, pid: terminal.close()),
-    "Ctrl-S, and the window changes its size": (
-        "",
-        {},
-        lambda terminal, pid: (terminal.type(CTRL_S), os.kill(pid, signal.SIGWINCH)),
-    ),
-    "a dumb terminal without a size": ("", {"TERM": "dumb"}, lambda terminal, pid: None),
-    "a terminal that knows ASCII only": ("", {"PYTHONIOENCODING": "ascii"}, lambda terminal, pid: None),
-    "in the background": ("&", {}, lambda terminal, pid: None),
+    "the window of a suspended run is closed": ("", suspend_and_close),
+    "a hangup, and output in a pipe": ("pipe", lambda terminal, pid: os.kill(pid, signal.SIGHUP)),
+    "SIGTERM and SIGHUP of a service manager": ("pipe", stop_as_systemd),
+    "SIGTERM, and nobody reads": ("blocked pipe", lambda terminal, pid: os.kill(pid, signal.SIGTERM)),
 }
 
 
 @pytest.mark.parametrize("loss", ENDS)
-def test_a_lost_terminal_saves_the_run(loss, config, tmp_path):
-    folder, (shell, lose), terminal = config.parent / "runs" / "saved", ENDS[loss], Terminal(tmp_path)
-    if "blocked" in shell:
-        terminal.fill_pipe()
+def test_a_lost_terminal_saves_the_run(loss, config, terminal):
+    folder, (shell, lose) = config.parent / "runs" / "one", ENDS[loss]
     before = last_step(folder)
-    process = start(terminal, ["train", str(config), "run.name=saved"], shell, TERM="xterm")
-    wait_until(lambda: last_step(folder) > before + 1 or not process.is_alive(), 60)
+    process = start(terminal, ["train", str(config), "run.name=one"], shell, TERM="xterm")
+    wait_until(lambda: last_step(folder) > before or not process.is_alive())
     assert process.is_alive(), process.exitcode
     lose(terminal, process.pid)
-    process.join(60)
-    code = wait_for_exit(process)
-    terminal.close()
-    assert code == REQUEUE_EXIT_CODE
-    assert open_checkpoint(folder).step == last_step(folder)
-    assert failed_starts(folder) == 0
+    assert wait_for_exit(process) == REQUEUE_EXIT_CODE
+    assert is_saved(folder)
+
+
+def do_nothing(terminal: Terminal, pid: int) -> None:
+    pass
+
+
+def stop_output_and_resize(terminal: Terminal, pid: int) -> None:
+    terminal.type(CTRL_S)
+    os.kill(pid, signal.SIGWINCH)
+
+
+CONTINUES: dict[str, tuple[str, dict[str, str], Callable[[Terminal, int], object]]] = {
+    "all streams are closed": ("closed", {}, do_nothing),
+    "the disk is full": ("full", {}, do_nothing),
+    "the reader exits": ("pipe", {}, lambda terminal, pid: terminal.close_reader()),
+    "the reader has stopped": ("blocked pipe", {}, do_nothing),
+    "nohup, and the window is closed": ("nohup", {}, lambda terminal, pid: terminal.close()),
+    "Ctrl-S, and the window is resized": ("", {"COLUMNS": "1"}, stop_output_and_resize),
+    "a dumb terminal without a size, ASCII only": ("", {"TERM": "dumb", "PYTHONIOENCODING": "ascii"}, do_nothing),
+    "in the background": ("&", {}, do_nothing),
+}
 
 
 @pytest.mark.parametrize("loss", CONTINUES)
-def test_a_lost_terminal_does_not_end_the_run(loss, config, tmp_path):
-    folder, (shell, environment, lose), terminal = (
-        config.parent / "runs" / "continued",
-        CONTINUES[loss],
-        Terminal(tmp_path),
-    )
-    if "blocked" in shell:
-        terminal.fill_pipe()
+def test_a_lost_terminal_does_not_end_the_run(loss, config, terminal):
+    folder, (shell, environment, lose) = config.parent / "runs" / "one", CONTINUES[loss]
     before = last_step(folder)
-    process = start(
-        terminal,
-        ["train", str(config), "run.name=continued", f"run.stop_step={before + 8}"],
-        shell,
-        **{"TERM": "xterm", **environment},
-    )
-    wait_until(lambda: last_step(folder) > before + 1 or not process.is_alive(), 60)
-    if process.is_alive():
-        lose(terminal, process.pid)
-    process.join(60)
-    code = wait_for_exit(process)
-    terminal.close()
-    assert code == 0
+    command = ["train", str(config), "run.name=one", f"run.stop_step={before + 8}"]
+    process = start(terminal, command, shell, **{"TERM": "xterm", **environment})
+    wait_until(lambda: last_step(folder) > before or not process.is_alive())
+    lose(terminal, process.pid)
+    assert wait_for_exit(process) == 0
     assert last_step(folder) == before + 8
-    assert failed_starts(folder) == 0
+    assert is_saved(folder)
+
+
+def test_the_run_that_lost_its_terminals_lost_no_token(config):
+    assert main(["audit", str(config.parent / "runs" / "one")]) == 0
+
+
+def test_two_ranks_save_if_the_window_is_closed_or_their_launcher_is_killed(config, terminal, corpus):
+    """First with a screen that nobody reads, and a suspended launcher; then without any stream."""
+    folder = config.parent / "runs" / "two"
+    options = ["run.name=two", "parallel.tp_size=2", "--ranks", "2"]
+    command = [sys.executable, "-P", "-m", "tandem.trainer", "train", str(config), *options]
+    streams = {"stdin": terminal.slave, "stdout": terminal.slave, "stderr": terminal.slave}
+    in_terminal = ["setsid", "--ctty", *command]
+    with subprocess.Popen(in_terminal, env=clean_environment() | {"TERM": "xterm"}, **streams) as launcher:
+        wait_until(lambda: last_step(folder) or launcher.poll() is not None)
+        ranks = psutil.Process(launcher.pid).children()
+        assert len(ranks) == 2
+        terminal.type(CTRL_S)
+        for number in (signal.SIGWINCH, signal.SIGSTOP, signal.SIGCONT):
+            launcher.send_signal(number)
+        step = last_step(folder)
+        wait_until(lambda: last_step(folder) > step)
+        terminal.close()
+        assert launcher.wait(TEST_TIMEOUT_SECONDS) == REQUEUE_EXIT_CODE
+    assert is_saved(folder)
+    before = last_step(folder)
+    without_streams = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
+    with subprocess.Popen(without_streams, env=clean_environment()) as launcher:
+        wait_until(lambda: last_step(folder) > before or launcher.poll() is not None)
+        ranks = psutil.Process(launcher.pid).children()
+        assert len(ranks) == 2
+        launcher.kill()
+    wait_until(lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks))
+    assert is_saved(folder)
+    assert main(["audit", str(folder)]) == 0
+
+
+RANK = """#!/bin/sh
+exec 2> /dev/null
+echo $RANK >> {starts}
+{action}
+while :; do sleep 0.02; done
+"""
+SAVE = "trap 'exit 85' TERM INT HUP QUIT USR1"
+
+
+@pytest.fixture
+def launch_ranks(tmp_path) -> Callable[..., tuple[int | None, str, int]]:
+    """launch_ranks(action of each rank, signals..., **environment): exit code, output and number of starts of two programs that
+    the launcher starts as its ranks.
+    """
+
+    def run(action: str, *numbers: int, pause: float = 0, **environment: str) -> tuple[int | None, str, int]:
+        program, log, starts = (tmp_path / name for name in ("rank", "log", "starts"))
+        program.write_text(RANK.format(starts=starts, action=action))
+        program.chmod(0o755)
+        process = FORKSERVER.Process(
+            target=run_launcher, args=(log, {"PYTHON_EXEC": str(program), "MAX_RESTARTS": "2", **environment})
+        )
+        process.start()
+        for number in numbers:
+            wait_until(lambda: starts.exists() and len(starts.read_text().split()) == 2)
+            time.sleep(pause)
+            os.kill(process.pid, number)
+        code = wait_for_exit(process)
+        return code, log.read_text(), len(starts.read_text().split()) if starts.exists() else 0
+
+    return run
+
+
+def run_launcher(log: Path, environment: dict[str, str]) -> None:
+    from tandem.trainer.runtime import agent
+
+    with log.open("ab") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    if environment.pop("nohup", None):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals.SIGNAL_DEBOUNCE_SECONDS = float(environment.pop("debounce", signals.SIGNAL_DEBOUNCE_SECONDS))
+    os.environ.update(environment)
+    sys.exit(agent.launch(["--standalone", "--nproc-per-node=2", "-m", "a_rank"]))
+
+
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS, ids=lambda number: number.name)
+def test_the_launcher_returns_85_if_its_ranks_saved_after_a_signal(number, launch_ranks):
+    assert launch_ranks(SAVE, number) == (REQUEUE_EXIT_CODE, "", 2)
+
+
+def test_the_launcher_returns_what_its_ranks_returned(launch_ranks):
+    code, log, starts = launch_ranks("exit 0")
+    assert (code, log, starts) == (0, "", 2)
+    code, log, starts = launch_ranks("[ $RANK = 0 ] && exit 2")
+    assert (code, log, starts) == (2, "", 4), "a user error starts no rank again"
+    code, log, starts = launch_ranks("[ $RANK = 1 ] && exit 7")
+    assert (code, starts) == (1, 10), "two restarts"
+    assert log.count("local rank 1 ended with exit code 7") == 3
+    assert "Traceback" not in log
+    code, log, _ = launch_ranks("exit 0", MAX_RESTARTS="many")
+    assert (code, log.count("MAX_RESTARTS=many is not valid")) == (2, 1)
+
+
+def test_a_second_signal_to_the_launcher_ends_its_ranks_only_if_it_insists(launch_ranks):
+    slow = "trap 'trap - TERM; sleep 2; exit 85' TERM HUP"
+    both = signal.SIGTERM, signal.SIGHUP
+    assert launch_ranks(slow, *both, pause=0.2, debounce="0.1")[:2] == (REQUEUE_EXIT_CODE, "")
+
+
+def test_the_launcher_ignores_a_hangup_under_nohup(launch_ranks):
+    only_terminated = "trap 'exit 1' HUP; trap 'exit 85' TERM"
+    assert launch_ranks(only_terminated, signal.SIGHUP, signal.SIGTERM, nohup="1")[0] == REQUEUE_EXIT_CODE
+
+
+VERBS: dict[str, tuple[list[str], str, int, str]] = {
+    "prepare, closed streams": (["prepare"], "closed", 0, ""),
+    "prepare, full disk": (["prepare"], "full", 0, ""),
+    "report, no reader": (["report", "RUN"], "broken errors", 0, ""),
+    "inspect, no reader": (["inspect", "CORPUS", "--row", "0"], "broken errors", 141, ""),
+    "verify, no reader": (["verify", "CORPUS"], "broken errors", 141, ""),
+    "audit, full disk": (
+        ["audit", "RUN"],
+        "full errors",
+        2,
+        "tandem: standard output: cannot be written (No space left",
+    ),
+}
+"""Verb -> command, streams, exit code, and what standard error has."""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_other_verbs_lose_their_output_quietly(verb, config, corpus, terminal, tmp_path):
+    command, shell, code, message = VERBS[verb]
+    places = {"RUN": str(config.parent / "runs" / "one"), "CORPUS": str(corpus)}
+    words = [places.get(word, word) for word in command]
+    if words == ["prepare"]:
+        modules = str(corpus.parent / "modules.jsonl")
+        words += ["--input", modules, "--output", str(tmp_path / "out"), "--vocab-size", "300", "--workers", "1"]
+    assert wait_for_exit(start(terminal, words, shell, TERM="dumb")) == code
+    os.set_blocking(terminal.master, False)
+    screen = b""
+    with suppress(BlockingIOError, OSError):
+        while True:
+            screen += os.read(terminal.master, 4096)
+    assert screen.decode().startswith(message)
+    assert screen.count(b"\n") == bool(message)
+    assert words[0] != "prepare" or main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_a_hangup_leaves_nothing_half_written(config, corpus, terminal, tmp_path):
+    """It ends other verbs as Ctrl-C does, which removes their temporary files; prepare continues."""
+    output = tmp_path / "out"
+    options = ["--input", str(corpus.parent / "modules.jsonl"), "--output", str(output), "--vocab-size", "300"]
+    process = start(terminal, ["prepare", *options, "--workers", "1"], "", TERM="xterm")
+    wait_until(lambda: output.exists() or not process.is_alive())
+    terminal.close()
+    assert wait_for_exit(process) == 130
+    assert main(["prepare", *options, "--workers", "1"]) == 0
+    assert main(["verify", str(output)]) == 0
+
+
+class FailingView:
+    def write(self, record: dict) -> None:
+        raise SystemExit(1)  # as rich does if a pipe is closed
+
+    def close(self) -> None:
+        raise OSError
+
+
+class Records:
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+
+    def write(self, record: dict) -> None:
+        self.kinds.append(record["kind"])
+
+    def close(self) -> None:
+        self.kinds.append("closed")
+
+
+def test_a_view_that_fails_is_left_out_after_one_warning(caplog):
+    records, other = Records(), Records()
+    sinks = Sinks([records, FailingView(), other], 0)
+    for step in (1, 2):
+        sinks.write_validation(step, 100, 3.0)
+    sinks.close()
+    assert records.kinds == other.kinds == ["validation", "validation", "closed"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "FailingView: failed (SystemExit(1)); training continues without it"
+    ]
