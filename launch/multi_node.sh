@@ -52,7 +52,7 @@ try:
     for count in range(int(fewest), int(most or fewest) + 1):
         check_world_size(tree, count * int(ranks_per_node))
     address = local_address(host, port)
-    resolve(host, f"HEAD={head}")  # refuses a public address
+    resolve(host, f"HEAD={head}", other_machines=most != "1")  # refuses a public address
     print(address)
 except UserError as error:
     sys.exit(print(f"tandem: {error}", file=sys.stderr) or 2)

@@ -71,6 +71,13 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 node=$(retry "$PATIENCE_SECONDS" scontrol --oneliner show node "$head") ||
     { echo "run.sh: Slurm does not know the address of $head (scontrol's reason is above); submit the same command again" >&2; exit 1; }
 MASTER_ADDR=$(sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' <<<"$node")
+# If NodeAddr is a name, /etc/hosts of the node itself may give it a loopback address. Then use the node's address on the route to
+# the second node.
+other=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 2p)
+if [[ -n $other && $MASTER_ADDR != 127.* && $(getent ahosts "$MASTER_ADDR") =~ ^(127\.|::1 ) ]]; then
+    other=$(scontrol --oneliner show node "$other" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    MASTER_ADDR=$(python -c 'import sys; from tandem.trainer.runtime import addresses; print(addresses.local_address(sys.argv[1], 1))' "$other")
+fi
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))} # jobs that share a node get different ports
 
 # SLURM_WAIT (--wait) instead of --kill-on-bad-exit: after one rank exits, the others have two minutes to exit too; then Slurm kills

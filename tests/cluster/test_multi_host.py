@@ -71,8 +71,11 @@ def test_two_hosts_train_like_one(pair: tuple[Host, Host], config: Path, tmp_pat
 @pytest.mark.parametrize(
     ("variables", "said", "code"),
     [
-        ({"NODES": "two"}, "NODES=two is not valid; HEAD must be address:port, and NODES a number of machines", 2),
+        ({"NODES": "two"}, "NODES=two is not valid; use a number of machines or FEWEST:MOST", 2),
         ({"HEAD": "nowhere.invalid:29500"}, "HEAD=nowhere.invalid:29500 cannot be reached from this machine", 1),
+        ({"HEAD": "10.0.0.1"}, "HEAD=10.0.0.1 is not valid; use address:port", 2),
+        ({"HEAD": "0.0.0.0:29500"}, "HEAD=0.0.0.0:29500: 0.0.0.0 names no machine", 2),
+        ({"HEAD": "8.8.8.8:29500"}, "HEAD=8.8.8.8:29500: 8.8.8.8 is a public address", 2),
         ({"NODES": "2:3"}, "is not divisible by the data-parallel size 3", 2),
         (
             {"NODES": "3:2"},
@@ -82,7 +85,7 @@ def test_two_hosts_train_like_one(pair: tuple[Host, Host], config: Path, tmp_pat
         ({"NODE": "2"}, "NODE=2 NODES=2 is not valid; use NODE from 0 to NODES - 1", 2),
         ({"NODE": "first"}, "NODE=first is not valid; use a whole number", 2),
         ({"NODE": "08"}, "NODE=08 is not valid; use a whole number", 2),
-        ({"NODES": "2:"}, "NODES=2: is not valid; HEAD must be address:port", 2),
+        ({"NODES": "2:"}, "NODES=2: is not valid; use a number of machines or FEWEST:MOST", 2),
         ({"JOIN_SECONDS": "0"}, "JOIN_SECONDS=0 is not valid; use a whole number of at least 1", 2),
         ({"LOST_SECONDS": "1m"}, "LOST_SECONDS=1m is not valid; use a whole number", 2),
         ({"RANKS_PER_NODE": "auto"}, "RANKS_PER_NODE=auto is not a number of ranks per machine; use a whole number", 2),

@@ -164,6 +164,21 @@ esac""",
     assert 2 <= tried < len(tries) if for_good else tried == len(tries)
 
 
+def test_a_head_node_whose_own_name_is_its_loopback_interface_has_an_address_for_the_others(tmp_path) -> None:
+    """Commands of Slurm and Python are stand-ins here."""
+    scontrol = """
+case "$*" in
+*hostnames*) printf 'here\\nthere\\n' ;;
+*"node here") echo " NodeAddr=localhost " ;;
+*"node there") echo " NodeAddr=10.1.2.4 " ;;
+esac"""
+    commands = {"srun": """while [[ $1 == --* ]]; do shift; done; exec "$@" """, "scontrol": scontrol}
+    asked = '[[ $1 != -c ]] || { [[ $2 != *local_address* ]] || echo "10.1.2.3 to $3"; return; };'
+    done = run_with(commands, tmp_path, python=f'{asked} echo "$MASTER_ADDR" >{tmp_path}/address; return 2;')
+    assert done.returncode == USER_ERROR_EXIT_CODE, done.stderr
+    assert (tmp_path / "address").read_text() == "10.1.2.3 to 10.1.2.4\n"
+
+
 @pytest.mark.parametrize(("misses", "code"), [(3, USER_ERROR_EXIT_CODE), (100, 1)], ids=["for a while", "for good"])
 def test_a_job_begins_and_a_mistake_ends_it_also_when_slurm_answers_late(misses, code, tmp_path) -> None:
     """Commands of Slurm are stand-ins here: where the head node is it says late or never, and late what a rank tells it."""

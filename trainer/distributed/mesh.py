@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from tandem.trainer.config import RANK_WAIT_TIMEOUT_SECONDS, UserError
 from tandem.trainer.distributed.megatron import parallel_state
-from tandem.trainer.distributed.rendezvous import create_store
+from tandem.trainer.distributed.rendezvous import create_store, meeting_place
 from tandem.trainer.runtime.addresses import waiting_message
 from tandem.trainer.runtime.launch import Launch, current_launch
 
@@ -236,5 +236,5 @@ def _init_process_group(device: torch.device, rank: int, world_size: int) -> Non
     # CPU tensors (losses, decisions, gathered values) use gloo even if gradients use NCCL.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = create_store(rank, world_size, INIT_TIMEOUT)
-    with waiting_message(f"rank {rank} is still waiting for all {world_size} ranks to start"):
+    with waiting_message(f"rank {rank} is still waiting for all {world_size} ranks to start ({meeting_place()})"):
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=INIT_TIMEOUT)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from tandem.trainer.config import UserError
 from tandem.trainer.runtime import addresses
+from tandem.trainer.runtime.launch import current_launch
 from tandem.trainer.runtime.launcher import RENDEZVOUS_NAME, STORE_FILE_VARIABLE
 
 _STORE_COUNTER = count()
@@ -34,13 +35,20 @@ def create_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     return dist.PrefixStore(f"tandem/{next(_STORE_COUNTER)}", _open_store(rank, world_size, timeout))
 
 
+def meeting_place() -> str:
+    """Describe where the ranks meet, for messages."""
+    if STORE_FILE_VARIABLE in os.environ:
+        return "on this machine"
+    return " ".join(f"{name}={os.environ.get(name, '')}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+
+
 @cache
 def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     store: dist.Store
     if path := os.environ.get(STORE_FILE_VARIABLE):
-        use_interface("127.0.0.1")
         # Source: NCCL's user guide on NCCL_SOCKET_IFNAME. NCCL uses the loopback interface only if it is named.
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={addresses.interface_of('127.0.0.1')}")
+        if interface := use_interface("127.0.0.1"):
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
         try:
             file = os.open(path, os.O_RDWR)  # stays open, because the ranks may outlive the launcher and save
         except OSError as error:
@@ -51,13 +59,13 @@ def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
         store = dist.FileStore(f"/proc/self/fd/{file}", world_size)
         store.set_timeout(timeout)
         return store
-    host, port_text = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    setting = f"MASTER_ADDR={host} MASTER_PORT={port_text}"
+    setting, host, port_text = meeting_place(), os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if not host or not re.fullmatch("[1-9][0-9]{0,4}", port_text):
         raise UserError(
             f"{setting} is not valid; {world_size} ranks need an address of rank 0's machine and a port that is free there"
         )
-    address, port = addresses.resolve(host, setting), int(port_text)
+    other_machines = current_launch().local_world_size < world_size
+    address, port = addresses.resolve(host, setting, other_machines=other_machines and rank == 0), int(port_text)
     use_interface(addresses.local_address(address, port))
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         try:
@@ -73,7 +81,8 @@ def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
         return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
-def use_interface(address: str) -> None:
+def use_interface(address: str) -> str | None:
     """Let gloo use the interface of this address, unless the user has named one. Otherwise gloo resolves the host name."""
     if interface := addresses.interface_of(address):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return interface

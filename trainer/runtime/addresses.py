@@ -33,7 +33,7 @@ def parse_endpoint(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def resolve(host: str, setting: str) -> str:
+def resolve(host: str, setting: str, *, other_machines: bool) -> str:
     """Return the address of a host, which strangers must not reach. `setting` is what the user gave, for messages.
 
     Raises: UserError if the host has no such address.
@@ -46,6 +46,11 @@ def resolve(host: str, setting: str) -> str:
     number = ipaddress.ip_address(address.partition("%")[0])
     if number.is_unspecified:
         raise UserError(f"{setting}: {host} names no machine; use an address of the machine that starts rank 0")
+    if number.is_loopback and other_machines and host not in (address, "localhost"):  # Debian's 127.0.1.1 in /etc/hosts
+        raise UserError(
+            f"{setting}: {host} is {address} on this machine (see /etc/hosts), where other machines cannot connect; use the "
+            "address that they see"
+        )
     if number.is_global and not is_network_trusted():
         raise UserError(
             f"{setting}: {address} is a public address, and whoever reaches the ports of a run can disturb it; use an address "

@@ -51,7 +51,7 @@ def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
     os.environ.pop(STORE_FILE_VARIABLE, None)
     setting = f"HEAD={parameters.endpoint}"
     host, port = parse_endpoint(parameters.endpoint)
-    address, is_host = resolve(host, setting), parameters.get_as_bool("is_host")
+    address, is_host = resolve(host, setting, other_machines=True), parameters.get_as_bool("is_host")
     timeout = timedelta(seconds=parameters.get_as_int("read_timeout", 60) or 60)
     waiting = f"still waiting at {setting} for {parameters.min_nodes} machines in all; start the others"
     with waiting_message(waiting):
@@ -71,7 +71,7 @@ def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
 
 
 class OneMachine(RendezvousHandler):
-    """Nobody to meet: one torchrun. Its ranks meet in a file in memory, which other users cannot open."""
+    """The agent is alone. Its ranks meet in a file in memory, which other users cannot open."""
 
     def __init__(self) -> None:
         self._file: int | None = None
@@ -79,9 +79,8 @@ class OneMachine(RendezvousHandler):
     def next_rendezvous(self) -> RendezvousInfo:
         if self._file is not None:
             os.close(self._file)
-        self._file = os.memfd_create(
-            "tandem-store"
-        )  # a new one for each start of the ranks: the old one names dead ranks
+        # Use a new file for each start of the ranks, because the old one contains the addresses of dead ranks.
+        self._file = os.memfd_create("tandem-store")
         os.environ[STORE_FILE_VARIABLE] = f"/proc/{os.getpid()}/fd/{self._file}"
         return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo("127.0.0.1", 0))
 

@@ -43,7 +43,7 @@ def test_rank_0_listens_on_master_addr_only_and_gloo_on_its_interface(host, monk
     [port] = free_ports(1)
     before = listening()
     store = open_store(monkeypatch, host, port)
-    assert listening() - before == {(addresses.resolve(host, ""), port)}
+    assert listening() - before == {(addresses.resolve(host, "", other_machines=False), port)}
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     other = open_store(monkeypatch, host, port, rank=1)
     store.set("key", "value")
@@ -76,9 +76,19 @@ def test_an_address_where_no_run_can_meet_is_one_line(host, port, message, monke
     assert "\n" not in str(refusal.value)
 
 
+def test_a_name_that_means_the_loopback_interface_is_refused_if_others_must_connect(monkeypatch):
+    """Debian and Ubuntu give a machine's own name 127.0.1.1 in /etc/hosts."""
+    answer = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer)
+    assert addresses.resolve("node-1", "HEAD=node-1:29500", other_machines=False) == "127.0.1.1"
+    assert addresses.resolve("127.0.1.1", "", other_machines=True) == "127.0.1.1"
+    with pytest.raises(UserError, match=r"^HEAD=node-1:29500: node-1 is 127.0.1.1 on this machine"):
+        addresses.resolve("node-1", "HEAD=node-1:29500", other_machines=True)
+
+
 def test_on_a_trusted_network_rank_0_may_have_an_address_that_only_others_see(monkeypatch):
     monkeypatch.setenv("TRUSTED_NETWORK", "1")
-    assert addresses.resolve("8.8.8.8", "") == "8.8.8.8"
+    assert addresses.resolve("8.8.8.8", "", other_machines=True) == "8.8.8.8"
     [port] = free_ports(1)
     with addresses.listen("192.0.2.7", port, "") as listener:
         assert listener.getsockname() == ("0.0.0.0", port)
