@@ -104,6 +104,6 @@ def test_a_mistake_is_one_line_before_any_rank_is_started(variables, said, code,
 def test_every_variable_of_the_script_stands_in_the_words_that_it_says_of_itself() -> None:
     script = LAUNCH_FOLDER / "multi_node.sh"
     words = subprocess.run(["bash", script], capture_output=True, text=True).stderr
-    read = set(re.findall(r"\$\{([A-Z_]+):-", script.read_text()))
+    read = set(re.findall(r"\$\{([A-Z_]+):-", script.read_text())) - {"BASH_VERSION"}
     assert len(read) > 5
     assert [name for name in read if f"# {name} " not in words] == []

@@ -3,9 +3,11 @@
 On one machine it is a file that other users cannot open. Across machines rank 0 serves it, on MASTER_ADDR and no other address.
 """
 
+import ipaddress
 import logging
 import os
 import re
+import socket
 from datetime import timedelta
 from functools import cache
 from itertools import count
@@ -82,7 +84,18 @@ def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
 
 
 def use_interface(address: str) -> str | None:
-    """Let gloo use the interface of this address, unless the user has named one. Otherwise gloo resolves the host name."""
-    if interface := addresses.interface_of(address):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    """Let gloo use the interface of this address, unless the user has named one. Otherwise gloo looks up the host name.
+
+    Returns the interface. Raises: UserError if the loopback interface is down, or if this machine has none of the user's name.
+    """
+    interface, existing = addresses.interface_of(address), [name for _, name in socket.if_nameindex()]
+    if not interface and ipaddress.ip_address(address).is_loopback:
+        raise UserError("the loopback interface of this machine is down, but the ranks need it; run: ip link set lo up")
+    given = os.environ.get("GLOO_SOCKET_IFNAME") or interface
+    if given and (missing := [name for name in given.split(",") if name not in existing]):
+        raise UserError(
+            f"GLOO_SOCKET_IFNAME={given}: this machine has no interface {missing[0]}; unset it, or use {' or '.join(existing)}"
+        )
+    if given:
+        os.environ["GLOO_SOCKET_IFNAME"] = given
     return interface

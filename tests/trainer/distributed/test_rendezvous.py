@@ -127,10 +127,22 @@ def test_plain_torchrun_is_warned_of(monkeypatch, caplog):
     assert "start the ranks with `tandem train --ranks N` or launch/multi_node.sh" in record.message
 
 
-def test_a_user_can_name_the_interface(monkeypatch):
+def test_a_user_can_name_an_interface_that_exists(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
+    with pytest.raises(UserError, match="^GLOO_SOCKET_IFNAME=mine: this machine has no interface mine; unset it"):
+        rendezvous.create_store(0, 1, TIMEOUT)
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "mine")])
     rendezvous.create_store(0, 1, TIMEOUT)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    rendezvous.create_store(0, 1, TIMEOUT)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_a_machine_without_a_loopback_interface_is_refused(monkeypatch):
+    monkeypatch.setattr(psutil, "net_if_addrs", dict)
+    with pytest.raises(UserError, match="the loopback interface of this machine is down"):
+        rendezvous.create_store(0, 1, TIMEOUT)
 
 
 def test_a_long_wait_is_reported_once(monkeypatch, caplog):
