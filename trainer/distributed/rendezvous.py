@@ -94,7 +94,7 @@ def use_interface(address: str) -> str | None:
     given = os.environ.get("GLOO_SOCKET_IFNAME") or interface
     if given and (missing := [name for name in given.split(",") if name not in existing]):
         raise UserError(
-            f"GLOO_SOCKET_IFNAME={given}: this machine has no interface {missing[0]}; unset it, or use {' or '.join(existing)}"
+            f"GLOO_SOCKET_IFNAME={given}: there is no interface {missing[0]}; unset it, or use {' or '.join(existing)}"
         )
     if given:
         os.environ["GLOO_SOCKET_IFNAME"] = given

@@ -129,7 +129,7 @@ def test_plain_torchrun_is_warned_of(monkeypatch, caplog):
 
 def test_a_user_can_name_an_interface_that_exists(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
-    with pytest.raises(UserError, match="^GLOO_SOCKET_IFNAME=mine: this machine has no interface mine; unset it"):
+    with pytest.raises(UserError, match=r"^GLOO_SOCKET_IFNAME=mine: there is no interface mine; unset it"):
         rendezvous.create_store(0, 1, TIMEOUT)
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "mine")])
     rendezvous.create_store(0, 1, TIMEOUT)
