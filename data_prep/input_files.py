@@ -5,9 +5,11 @@ A file is cut into parts if readers can start inside it. `readers.py` and `tar_r
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 from urllib.parse import unquote, urlsplit
@@ -15,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from braceexpand import braceexpand
 
 from tandem.trainer.config import UserError
-from tandem.trainer.config.outside import check_regular_file, open_regular_file, parse_json
+from tandem.trainer.config.outside import NotAFile, check_regular_file, open_regular_file, parse_json
 from tandem.trainer.data import remote_files
 from tandem.trainer.data.remote_files import RemoteFile
 
@@ -32,6 +34,8 @@ RECORD_COMPRESSION = {
 """Suffixes of files that hold several documents, each with the compression of the whole file."""
 SAMPLE_MANIFEST_FILE = "manifest.jsonl"
 """Lists the tars of a tokenized corpus in the form of open_lm and DCLM: on each line a shard and its number of samples."""
+MAX_EXPANDED_PATHS = 1_000_000
+"""Largest number of paths that the braces of one path stand for."""
 TYPICAL_COMPRESSION_RATIO = 3
 """Approximate number of bytes of text in a compressed byte. It affects only the sizes of units."""
 READ_BLOCK_BYTES = 4 << 20
@@ -167,11 +171,18 @@ def _expand(given_path: str, option: str, only_tars: bool) -> Iterator[tuple[str
         return
     is_literal = "{" not in given_path or (not remote_files.is_remote(given_path) and Path(given_path).exists())
     try:
-        expanded = [given_path] if is_literal else list(braceexpand(given_path, escape=False))
+        spans = [int(last) - int(first) for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", given_path)]
+        is_too_long = not is_literal and any(abs(span) > MAX_EXPANDED_PATHS for span in spans)
+        paths = [given_path] if is_literal or is_too_long else braceexpand(given_path, escape=False)
+        expanded = list(islice(paths, MAX_EXPANDED_PATHS + 1))
     except ValueError:
         raise UserError(
             f"{option}: {given_path} has unbalanced braces; write them for example as {{000..012}}"
         ) from None
+    if is_too_long or len(expanded) > MAX_EXPANDED_PATHS:
+        raise UserError(
+            f"{option}: {given_path} stands for more than {MAX_EXPANDED_PATHS:,} paths; name a folder instead"
+        )
     yield from ((path, None) for path in expanded)
 
 
@@ -219,6 +230,8 @@ def _list_local(given_path: str, output: Path, selection: _Selection) -> Iterato
             if output_path not in real.parents:
                 name = path.relative_to(root).as_posix() if root.is_dir() else path.name
                 yield str(real), RemoteFile(name, str(path.absolute()), *_size_and_version(path))
+    except NotAFile:
+        raise
     except OSError as error:
         raise unreadable_error(str(error.filename or given_path), error) from None
 
@@ -234,8 +247,8 @@ def _walk(root: Path, selection: _Selection) -> Iterator[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (folder_path / name for name in names):
-            # A dangling link is kept, so that reading its size reports the missing file.
-            if selection.wants(path.relative_to(root).as_posix()) and (path.is_file() or not path.exists()):
+            # A dangling link and a pipe are kept, so that reading their size reports them.
+            if selection.wants(path.relative_to(root).as_posix()):
                 yield path
 
 
@@ -253,7 +266,7 @@ def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def _size_and_version(path: Path) -> tuple[int, str]:
-    status = path.stat()
+    status = check_regular_file(path)
     return status.st_size, str(status.st_mtime_ns)
 
 

@@ -16,6 +16,8 @@ from tandem.trainer.config import UserError
 from tandem.trainer.config.outside import parse_json
 from tandem.trainer.data import manifest, remote_files
 
+MAX_INPUTS_BYTES = 2 << 30
+"""Largest inputs.json: about ten million files."""
 InputEntry = Sequence[Any]
 """Name, bytes, version, hashes of the parts."""
 
@@ -36,7 +38,7 @@ def dump(files: Sequence[InputEntry]) -> str:
 def load(path: str | Path) -> list[InputEntry]:
     """Read the entries of inputs.json.  Raises: UserError if any byte has changed since it was written."""
     try:
-        text = remote_files.read_bytes(path).decode()
+        text = remote_files.read_bytes(path, max_bytes=MAX_INPUTS_BYTES).decode()
         files: list[InputEntry] = parse_json(text)["files"]
         if dump(files) == text:
             return files

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.trainer.config import UserError
-from tandem.trainer.config.outside import open_regular_file, parse_json
+from tandem.trainer.config.outside import check_line, open_regular_file, parse_json, read_lines
 from tandem.trainer.disk import open_no_follow
 
 TAIL_CHUNK_BYTES = 1 << 16
@@ -60,7 +60,7 @@ def read_records(path: Path, *, strict: bool = False) -> Iterator[dict[str, Any]
     if not path.exists():
         return
     with open_regular_file(path) as file:
-        for line in file:
+        for line in read_lines(file):
             if strict and line.endswith(b"\n"):
                 yield parse_json(line)
             elif found := parse_record(line):
@@ -91,5 +91,6 @@ def _reversed_lines(path: Path) -> Iterator[bytes]:
             end, start = start, max(0, start - TAIL_CHUNK_BYTES)
             file.seek(start)
             rest, *lines = (file.read(end - start) + rest).split(b"\n")
+            check_line(rest, file.name)
             yield from reversed(lines)
         yield rest

@@ -40,9 +40,13 @@ class Checkpoint:
                 f"{folder}: has checkpoint format {found}, but this version of Tandem reads only {layout.FORMAT_VERSION}; use "
                 "the version that wrote it, start a run with another run.name, or repeat the import with tandem import-hf"
             )
+        stored_bytes = sum(file["bytes"] for file in self.manifest["files"].values())
         self._fragments_by_name: dict[str, list[dict[str, Any]]] = {}
         for fragment in self.manifest["fragments"]:
             self._fragments_by_name.setdefault(fragment["name"], []).append(fragment)
+            if 4 * math.prod(fragment["sharding"]["shape"]) > stored_bytes:  # a reader would take memory for it
+                fault = f"the shape of {fragment['name']} is larger than all files of the checkpoint"
+                raise UserError(f"{folder / layout.MANIFEST_FILE}: {fault}; restore the checkpoint, or use another")
         self._open_file = cache(self._open_tensors)
 
     def _open_tensors(self, file: str) -> Any:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,8 @@ from tandem.trainer.config.sections import UserError
 
 MAX_FILE_BYTES = 512 << 20
 """Largest file that is read whole. A manifest takes 330 bytes a shard; the largest known tokenizer.json takes 35 MB."""
+MAX_LINE_BYTES = 64 << 20
+"""Longest line of a file of JSON lines. A run's own records take less than 100 KB."""
 _FILE_KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -36,12 +39,13 @@ class NotAFile(UserError, OSError):
         return str(self)
 
 
-def check_regular_file(path: str | Path) -> None:
-    """Raises: NotAFile if the path is a pipe, a socket or a device, OSError if it does not exist."""
-    mode = os.stat(path).st_mode
-    if kind := _FILE_KINDS.get(stat.S_IFMT(mode)):
+def check_regular_file(path: str | Path) -> os.stat_result:
+    """Return the state of a file. Raises: NotAFile if it is a pipe, a socket or a device, OSError if there is none."""
+    status = os.stat(path)
+    if kind := _FILE_KINDS.get(stat.S_IFMT(status.st_mode)):
         remedy = "copy its content to a file and name that"
         raise NotAFile(f"{path}: is {kind}, but only regular files can be read; {remedy}")
+    return status
 
 
 def open_regular_file(path: str | Path) -> io.BufferedReader:
@@ -66,6 +70,21 @@ def read_file(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
 def read_text(path: str | Path) -> str:
     """Read a UTF-8 file, with every line end as a newline. Raises: UnicodeDecodeError, NotAFile or another OSError."""
     return io.TextIOWrapper(io.BytesIO(read_file(path)), encoding="utf-8").read()
+
+
+def read_lines(file: io.BufferedReader) -> Iterator[bytes]:
+    """Yield the lines of an open file. Raises: NotAFile if a line is so long that it would fill the memory."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        check_line(line, file.name)
+        yield line
+
+
+def check_line(line: bytes, path: str) -> None:
+    """Raises: NotAFile if a line of the file is longer than any record."""
+    if len(line) > MAX_LINE_BYTES:
+        raise NotAFile(
+            f"{path}: has a line of more than {MAX_LINE_BYTES:,} bytes, which is no record; restore the file"
+        )
 
 
 def file_too_large(path: str | Path, max_bytes: int) -> NotAFile:

@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 from tandem.trainer import journal
 from tandem.trainer.config import UserError
-from tandem.trainer.config.outside import open_regular_file
+from tandem.trainer.config.outside import open_regular_file, read_lines
 from tandem.trainer.data import manifest
 from tandem.trainer.data.digests import Digests
 from tandem.trainer.data.manifest import CorpusManifest
@@ -53,7 +53,7 @@ class Ledger:
         path = folder / LEDGER_FILE
         self._file = journal.open_journal(path, cut=True)
         with open_regular_file(path) as file:
-            self.num_lines = sum(1 for _ in file)
+            self.num_lines = sum(1 for _ in read_lines(file))
         """Number of lines so far, which a checkpoint of the last step must store."""
         sync_folder(folder)
         self._cursor: dict[str, int] = {}
@@ -125,7 +125,7 @@ def read_rollbacks(folder: Path, step: int, num_ledger_lines: int) -> RollbackHi
     if not path.exists():
         return history
     with open_regular_file(path) as file:
-        for line in islice(file, num_ledger_lines, None):
+        for line in islice(read_lines(file), num_ledger_lines, None):
             start = journal.parse_record(line) if b'"is_rollback"' in line else {}
             if (start.get("kind"), start.get("is_rollback"), start.get("step"), start.get("num_ledger_lines")) == (
                 "start", True, step, num_ledger_lines,

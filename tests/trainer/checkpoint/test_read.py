@@ -1,6 +1,7 @@
 """Any range of any rank's share can be read from a checkpoint of any layout."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -86,3 +87,25 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path, number):
         UserError, match=rf"checkpoint format {number}, but this version of Tandem reads only {FORMAT_VERSION};"
     ):
         Checkpoint(tmp_path)
+
+
+def test_a_shape_larger_than_the_files_is_refused_before_memory_is_taken(tmp_path, generator):
+    full = torch.randn(SHAPES["whole"][0], generator=generator)
+    written(tmp_path / "step", shard("whole", 1, 1), 1, full, random.Random(0))
+    path = tmp_path / "step" / MANIFEST_FILE
+    tree = json.loads(path.read_text())
+    tree["fragments"][0]["sharding"]["shape"] = [1 << 60]
+    path.write_text(json.dumps(tree))
+    with pytest.raises(
+        UserError, match=r"manifest.json: the shape of tensor is larger than all files of the checkpoint"
+    ):
+        Checkpoint(tmp_path / "step")
+
+
+def test_a_pipe_for_a_file_of_tensors_is_refused(tmp_path, generator):
+    full = torch.randn(SHAPES["whole"][0], generator=generator)
+    saved = written(tmp_path / "step", shard("whole", 1, 1), 1, full, random.Random(0))
+    (tmp_path / "step" / "rank-0.safetensors").unlink()
+    os.mkfifo(tmp_path / "step" / "rank-0.safetensors")
+    with pytest.raises(UserError, match=r"rank-0.safetensors: is a named pipe"):
+        saved.read_weight(NAME)

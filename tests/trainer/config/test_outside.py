@@ -1,5 +1,6 @@
 """Files, JSON and YAML that others wrote are read within limits, and their text cannot control the terminal."""
 
+import io
 import logging
 import os
 import socket
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tandem.data_prep.tokenizers import build
 from tandem.trainer import config, journal
@@ -14,7 +16,10 @@ from tandem.trainer.checkpoint import layout
 from tandem.trainer.checkpoint.hf import folder as hf_folder
 from tandem.trainer.config import UserError, outside
 from tandem.trainer.data import ledger, manifest, remote_files
+from tandem.trainer.metrics import progress
+from tandem.trainer.metrics.console import ConsoleSink
 from tandem.trainer.runtime import process
+from tandem.trainer.tools import generate
 from tandem.trainer.tools.audit.ledger_history import LedgerHistory
 
 DEMO = (Path(__file__).parents[3] / "configs" / "demo-btlm.yaml").read_text()
@@ -91,6 +96,18 @@ def test_devices_sockets_and_what_has_no_end_are_refused(tmp_path):
         outside.open_regular_file(tmp_path / "none")
 
 
+def test_a_line_of_a_journal_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(outside, "MAX_LINE_BYTES", 1_000)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + b" " * 999 + b"\n")
+    assert list(journal.read_records(path)) == list(journal.read_records_backwards(path)) == [{"a": 1}]
+    path.write_bytes(b'{"a": 1}\n')
+    os.truncate(path, 1 << 42)  # sparse: one line of 4 TiB of zeros
+    for read in (journal.read_records, journal.read_records_backwards):
+        with pytest.raises(UserError, match=r"metrics.jsonl: has a line of more than 1,000 bytes, which is no record"):
+            list(read(path))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -143,6 +160,29 @@ def test_control_characters_are_escaped_and_all_other_text_is_kept():
     assert outside.escape_control_characters("a\nb", one_line=True) == r"a\nb"
     plain = "naïve 漢字 שלום 👩‍🚀 \\x1b"
     assert outside.escape_control_characters(plain, one_line=True) == plain
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_generated_text_cannot_control_a_terminal_and_reaches_a_file_as_it_is(monkeypatch):
+    for stream, shown in ((Terminal(), f"{ESCAPED}\n\n"), (io.StringIO(), f"{HOSTILE}\n\n")):
+        monkeypatch.setattr(sys, "stdout", stream)
+        generate.print_text(HOSTILE + "\n")
+        assert stream.getvalue() == shown
+
+
+def test_names_on_the_bar_and_the_console_are_neither_markup_nor_control_characters():
+    screen = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=200)
+    bar = progress.start_wide_bar(screen, f"[/b]{HOSTILE}", 2, words="[red]a\nb")
+    bar.stop()
+    ConsoleSink(1, screen)._print(f"end: [/b]{HOSTILE}")
+    shown = screen.file.getvalue()
+    assert shown.count(f"[/b]{ESCAPED}") >= 2
+    assert r"[red]a\nb" in shown
+    assert HOSTILE[:4] not in shown
 
 
 def test_names_in_messages_of_the_log_stay_on_their_line(capsys):

@@ -62,6 +62,31 @@ def test_a_changed_number_in_the_manifest_is_found(make_corpus):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree["train"].update(tokens=1 << 62), r"train with 4611686018427387904 tokens, but \d+ in its"),
+        (lambda tree: tree["train"]["shards"][0].update(tokens=1 << 62), r"train-000000.tar with \d+ bytes, 46116860"),
+        (
+            lambda tree: tree["train"]["shards"][0].update(documents=1 << 62),
+            r"tokens and 4611686018427387904 documents",
+        ),
+        (lambda tree: tree["train"]["shards"][0].update(documents=-1), r"tokens and -1 documents"),
+        (lambda tree: tree.update(vocab=1 << 40), "vocab 1099511627776 does not fit in uint16"),
+        (lambda tree: tree.update(sample_tokens=0), "dtype uint16 and sample_tokens 0"),
+    ],
+)
+def test_counts_that_would_fill_the_memory_are_refused_although_the_fingerprint_matches(make_corpus, change, message):
+    path = make_corpus("a") / manifest.MANIFEST_FILE
+    tree = json.loads(path.read_text())
+    change(tree)
+    content = {name: value for name, value in tree.items() if name not in ("format", "version", "fingerprint")}
+    tree["fingerprint"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=rf"manifest.json: states impossible counts: .*{message}"):
+        manifest.load_manifest(path.parent)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "no such file"),

@@ -5,6 +5,7 @@ tensors and fields, and `folder` reads and writes the files.
 """
 
 import dataclasses
+import math
 import re
 import shutil
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ from tandem.trainer.checkpoint.hf.folder import (
 )
 from tandem.trainer.checkpoint.hf.tensor_mapping import TensorMapping, TensorReader, from_hf_tensors, identity_mapping
 from tandem.trainer.config import MODEL_CONFIGS, AnyModelConfig, MupConfig, StableLMConfig, UserError, parse_dataclass
+from tandem.trainer.config.flops import num_parameters
 
 FAMILY_MODULES: dict[str, Any] = {"stablelm": stablelm, "btlm": btlm}
 EXTRA_FIELDS_KEY = "tandem"
@@ -38,6 +40,10 @@ IGNORED_SUFFIXES = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 SUPPORTED_DTYPES = ("F32", "BF16", "F16")
 """Dtypes of imported weights, as safetensors names them. Each converts to fp32 without loss."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+MAX_SIZE_RATIO = 16
+"""Largest ratio of the parameters in config.json to the values in the files. It only bounds the memory that an import takes;
+missing tensors are then named one by one."""
 
 
 def export_folder(
@@ -76,7 +82,12 @@ def open_folder(folder: Path) -> tuple[AnyModelConfig, MupConfig | None, TensorR
     hf_config = read_json(folder / "config.json")
     model, mup = _parse_hf_config(folder, hf_config)
     table = FAMILY_MODULES[model.family]
-    files, defaults = open_tensor_files(folder), table.default_tensors(model)
+    files = open_tensor_files(folder)
+    num_values = sum(math.prod(file.get_slice(name).get_shape()) for name, file in files.items())
+    if num_parameters(model) > MAX_SIZE_RATIO * num_values:
+        sizes = f"describes {num_parameters(model):,} parameters, but the files contain {num_values:,} values"
+        raise UserError(f"{folder}: config.json {sizes}; correct config.json, or complete the folder")
+    defaults = table.default_tensors(model)
     if model.tie_word_embeddings and table.HEAD_NAME in files:
         _check_tied_head(folder, files.pop(table.HEAD_NAME), files, table)
     changed = [name for name, value in defaults.items() if name in files and not _is_close(files[name], name, value)]

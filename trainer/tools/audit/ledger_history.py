@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tandem.trainer.config import UserError
-from tandem.trainer.config.outside import open_regular_file
+from tandem.trainer.config.outside import open_regular_file, read_lines
 from tandem.trainer.data.ledger import LEDGER_FILE
 from tandem.trainer.tools.audit.ledger_lines import Attempt, BadStepLine, LedgerLine, SkipLine, StepLine, parse_line
 
@@ -127,7 +127,7 @@ class LedgerHistory:
     def _numbered_lines(self) -> Iterator[tuple[int, LedgerLine | None]]:
         """Yield line numbers and parsed lines. Skip an incomplete last line and set `has_torn_last_line`."""
         with open_regular_file(self.path) as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(read_lines(file), 1):
                 found = parse_line(number, line)
                 if found is None and not line.endswith(b"\n"):
                     self.has_torn_last_line = True

@@ -67,7 +67,7 @@ def _draw_overlay(histories: tuple[RunHistory, RunHistory], folders: tuple[Path,
         figure, axes = plots.token_axes(longer, COMPARED_METRICS[name])
         for history, folder, look in zip(histories, folders, looks, strict=True):
             tokens, values = plots.column(history.steps, "tokens"), plots.column(history.steps, name)
-            axes.plot(tokens, values, label=str(folder), **look)
+            axes.plot(tokens, values, label=plots.plain_text(str(folder)), **look)
         plots.add_legend(axes)
         return plots.save_figure(figure, path)
 

@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from tandem.trainer.config import TrainConfig
+from tandem.trainer.config.outside import escape_control_characters
 from tandem.trainer.disk import atomic_file
 from tandem.trainer.metrics.console import format_number
 from tandem.trainer.metrics.history import RunHistory
@@ -95,6 +96,11 @@ class Picture:
         return figure
 
 
+def plain_text(name: str) -> str:
+    """Return a name as a text in a picture that shows it as it is: matplotlib would read text between $ as a formula."""
+    return escape_control_characters(name, one_line=True).replace("$", r"\$")
+
+
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write the figure; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +120,9 @@ def token_axes(history: RunHistory, label: str) -> tuple[Figure, Axes]:
     for index, (name, steps) in enumerate(groupby(history.steps, key=lambda record: record["phase"])):
         right = float(list(steps)[-1]["tokens"])
         axes.axvspan(left, right, color=PHASE_BAND_COLORS[index % 2], lw=0, zorder=0)
-        axes.text(left, 1.01, f" {name}", transform=axes.get_xaxis_transform(), color=GREY, size=9, va="bottom")
+        axes.text(
+            left, 1.01, f" {plain_text(name)}", transform=axes.get_xaxis_transform(), color=GREY, size=9, va="bottom"
+        )
         left = right
     axes.set_xlim(0, left)
     foot: dict[str, Any] = {"clip_on": False, "transform": axes.get_xaxis_transform(), "ls": ""}
@@ -238,7 +246,7 @@ def draw_memory(axes: Axes, history: RunHistory, config: TrainConfig) -> None:
     values = column(history.steps, "memory_gib")
     axes.plot(column(history.steps, "tokens"), values, color=BLUE, label="peak allocation")
     if config.hardware:
-        axes.axhline(config.hardware.memory_gib, color=RED, lw=1, ls="--", label=config.hardware.name)
+        axes.axhline(config.hardware.memory_gib, color=RED, lw=1, ls="--", label=plain_text(config.hardware.name))
     axes.set_ylim(bottom=0)
 
 

@@ -97,6 +97,19 @@ def test_a_run_that_diverged_has_a_report(tmp_path: Path) -> None:
     assert report.write_report(tmp_path).read_text().count("<img") == len(NAMES) - 1
 
 
+def test_names_are_neither_formulas_nor_html(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    hostile = r"$\\frac{$<script>alert(1)</script>\u001b[2J"
+    lines = (tmp_path / METRICS_FILE).read_text()
+    (tmp_path / METRICS_FILE).write_text(lines.replace('"short"', f'"{hostile}"').replace("schedule finished", hostile))
+    page = report.write_report(tmp_path).read_text()
+    assert page.count("<img") == len(NAMES) - 1
+    assert "<script" not in page
+    assert r"&lt;script&gt;alert(1)" in page
+    _, axes = plots.token_axes(read_history(tmp_path), "loss")
+    assert axes.texts[0].get_text() == r" \$\frac{\$<script>alert(1)</script>\x1b[2J"
+
+
 def test_restarts_and_phases_are_drawn(killed_and_resumed: Path) -> None:
     _, axes = plots.token_axes(read_history(killed_and_resumed), "loss")
     assert [text.get_text().strip() for text in axes.texts] == ["short", "long"]
