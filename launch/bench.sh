@@ -57,7 +57,7 @@ export PYTHONSAFEPATH= # `python3 -m tests.rivals` imports from here
 missing=$(python3 -c 'from importlib.util import find_spec
 needed = "torch triton deepspeed megatron omegaconf orjson jaxtyping beartype pytest xdist pytest_timeout"
 print(*(name for name in needed.split() if not find_spec(name)))') || fail "python3 does not start; put a working python3 on the PATH"
-[[ -z $missing ]] || fail "python3 has no $missing; run launch/install.sh, or unpack wheels and name their folder in PYTHONPATH"
+[[ -z $missing ]] || fail "python3 has no $missing; run $PWD/launch/install.sh, or unpack wheels and name their folder in PYTHONPATH"
 [[ $rehearse ]] || python3 -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || fail "$no_gpu"
 mkdir -p "$folder"
 out=$(cd "$folder" && pwd)

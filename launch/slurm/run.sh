@@ -60,7 +60,7 @@ requeue_and_exit() {
 check_import() {
     local output
     output=$(python -c "import $1" 2>&1) && return
-    echo "run.sh: cannot import $1 with $(command -v python || echo 'python, which is missing') (${output##*$'\n'}); run launch/install.sh" >&2
+    echo "run.sh: cannot import $1 with $(command -v python || echo 'python, which is missing') (${output##*$'\n'}); run $repository/launch/install.sh" >&2
     exit "$USER_ERROR_EXIT_CODE"
 }
 check_import tandem.trainer.__main__

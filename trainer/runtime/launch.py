@@ -256,7 +256,7 @@ def _machines_refusal(given: Mapping[str, str]) -> str | None:
     is_step = "SLURM_STEP_NUM_TASKS" in given and given.get("SLURM_STEP_ID") != INTERACTIVE_STEP
     for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES"):
         if not is_step and (machines := _number(given, name, "1")) > 1:
-            remedy = "use launch/slurm/run.sh, which starts ranks on all of them with srun"
+            remedy = "use launch/slurm/run.sh of the repository, which starts ranks on all of them with srun"
             return f"{name}: the job has {machines} nodes, but this shell is on one; {remedy}, {ONE_MACHINE}"
     # Kubeflow and others number machines in RANK and WORLD_SIZE; PET_NNODES may be a range; SM_HOSTS is SageMaker's JSON list.
     counts = {
@@ -266,7 +266,7 @@ def _machines_refusal(given: Mapping[str, str]) -> str | None:
     }
     for name in counts:
         if (machines := _number(counts, name)) > 1:
-            remedy = "start launch/multi_node.sh on each"
+            remedy = "start launch/multi_node.sh of the repository on each"
             return f"{name}: the job has {machines} machines, but no launcher started ranks on them; {remedy}, {ONE_MACHINE}"
     return None
 
