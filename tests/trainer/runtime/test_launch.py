@@ -23,8 +23,10 @@ BATCH = f"{JOB} SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0"
 SRUN_8 = f"{JOB} SLURM_PROCID=3 SLURM_LOCALID=3 SLURM_STEP_NUM_TASKS=8 SLURM_STEP_TASKS_PER_NODE=8 {ADDRESS}"
 ONE_MACHINE = "or give --ranks to start ranks on this machine only"
 HIDE = "or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
-RUN_SH = f"use launch/slurm/run.sh, which starts ranks on all of them with srun, {ONE_MACHINE}"
-MULTI_NODE = f"but no launcher started ranks on them; start launch/multi_node.sh on each, {ONE_MACHINE}"
+RUN_SH = f"use launch/slurm/run.sh of the repository, which starts ranks on all of them with srun, {ONE_MACHINE}"
+MULTI_NODE = (
+    f"but no launcher started ranks on them; start launch/multi_node.sh of the repository on each, {ONE_MACHINE}"
+)
 MPIRUN = "but its variables are not read; start the ranks with torchrun or srun, or set RANK, WORLD_SIZE and LOCAL_RANK"
 NO_ADDRESS = "set MASTER_ADDR and MASTER_PORT to the host of rank 0 and a free port there"
 START_8 = "starts 8 ranks, 8 threads each"
