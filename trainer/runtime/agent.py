@@ -27,9 +27,6 @@ ENVIRONMENT = {
     # A step, a save in progress and the final save take tens of seconds, and torchrun's own limit is 30. It waits as long for a
     # frozen rank.
     "PET_SHUTDOWN_TIMEOUT": "180",
-    # Use a new store for each start of the ranks. torchrun of torch 2.13 keeps one store for all starts: gloo then finds the
-    # addresses of ranks that no longer exist, and only the machines of the first start learn where the store is.
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
 """Defaults of torchrun's environment variables. A variable that is already set keeps its value."""
 

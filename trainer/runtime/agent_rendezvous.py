@@ -49,6 +49,9 @@ def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:
     if parameters.max_nodes == 1:
         return OneMachine()
     os.environ.pop(STORE_FILE_VARIABLE, None)
+    # Use a new store of rank 0 for each start of the ranks. torchrun of torch 2.13 keeps one for all starts. It listens on all
+    # networks, gloo finds in it the addresses of ranks that no longer exist, and only the machines of the first start know it.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     setting = f"HEAD={parameters.endpoint}"
     host, port = parse_endpoint(parameters.endpoint)
     address, is_host = resolve(host, setting, other_machines=True), parameters.get_as_bool("is_host")

@@ -190,13 +190,14 @@ def parameters(port: int, **changes: Any) -> RendezvousParameters:
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
-def test_what_strangers_write_to_the_store_of_several_machines_is_not_unpickled(tmp_path):
+def test_what_strangers_write_to_the_store_of_several_machines_is_not_unpickled(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0")  # a shared store would listen on all networks
     tmp_path.chmod(0o777)
     [port] = free_ports(1)
     before = listening(os.getpid())
     handler = agent_rendezvous.create_handler(parameters(port))
-    assert listening(os.getpid()) - before == {("127.0.0.1", port)}
     assert handler.next_rendezvous().world_size == 1  # it reads its own state
+    assert listening(os.getpid()) - before == {("127.0.0.1", port)}
     assert attacked([port], [], pickle.dumps(Evil(tmp_path / "evil"))) == 1
     with pytest.raises(RendezvousStateError, match=r"contains .*open; another program wrote to the store"):
         wait_until(lambda: handler.num_nodes_waiting() < 0)
