@@ -415,11 +415,13 @@ def test_the_scripts_give_each_rank_its_share_and_hide_the_ranks_of_another_laun
         f"taskset -c {min(os.sched_getaffinity(0))}",
         "SLURM_CPUS_PER_TASK=1 RANKS_PER_NODE=1",
         "OMP_NUM_THREADS=5 RANKS_PER_NODE=2",
+        "RANKS_PER_NODE=1",
     )
     command = ["bash", "-c", "; ".join(f"{setting} {shell}" for setting in settings)]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"RANK": "3"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "1 none\n1 none\n5 none\n", done.stderr
+    alone = processors.threads_per_rank(1, environment, processors.usable_processors())
+    assert done.stdout == f"1 none\n1 none\n5 none\n{alone} none\n", done.stderr
 
 
 def test_two_ranks_never_share_a_gpu():
