@@ -1,5 +1,6 @@
 """The run folder: its lock, and the config, machine, versions and command of each start."""
 
+import errno
 import fcntl
 import json
 import logging
@@ -63,11 +64,17 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def _open_lock_file(folder: Path) -> TextIO:
-    """Open the lock file so that only users who can write in the folder can lock it.  Raises: UserError if it is not ours."""
+    """Open the lock file so that only users who can write in the folder can lock it.
+
+    Raises: UserError if it cannot be opened, or if it is a link or has a second name.
+    """
     path = folder / LOCK_FILE
     try:
         file = open(path, "a+", opener=open_no_follow)  # noqa: SIM115
         status = os.fstat(file.fileno())
+        if status.st_nlink > 1:
+            file.close()
+            raise OSError(errno.EMLINK, "it has a second name, whose file would be overwritten")
         if status.st_uid == os.geteuid():
             writers = folder.stat().st_mode & 0o222
             os.fchmod(file.fileno(), writers | writers << 1)

@@ -51,9 +51,11 @@ def test_links_and_pipes_in_a_run_folder_are_not_written_to(tmp_path):
     victim, folder = tmp_path / "victim", tmp_path / "run"
     victim.write_text("mine")
     folder.mkdir()
-    (folder / ".held").symlink_to(victim)
-    with pytest.raises(UserError, match=rf"{folder}/.held of .* cannot be opened"), run_folder.run_lock(folder):
-        pass
+    for plant in (os.symlink, os.link, lambda _, path: os.mkfifo(path)):
+        plant(victim, folder / ".held")
+        with pytest.raises(UserError, match=rf"{folder}/.held of .* cannot be opened"), run_folder.run_lock(folder):
+            pass
+        (folder / ".held").unlink()
     (folder / "ledger.jsonl").symlink_to(victim)
     os.mkfifo(folder / "metrics.jsonl")
     for name in ("ledger.jsonl", "metrics.jsonl"):
