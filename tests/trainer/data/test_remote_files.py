@@ -136,6 +136,7 @@ def test_a_file_without_an_end_is_refused_and_not_tried_again(server, file):
     with pytest.raises(OSError, match=r"x.bin: has more than 100,000 bytes, so it is not the file that belongs there"):
         remote_files.read_bytes(f"{server.address}/in/x.bin", QUICK, max_bytes=100_000)
     assert server.num_requests("/in/x.bin") == 1
+    assert server.sent_bytes < 64 << 20, "the download ends at the limit, apart from what the buffers hold"
 
 
 def test_an_index_without_an_end_is_refused(server, file, monkeypatch):
