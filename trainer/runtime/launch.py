@@ -30,7 +30,7 @@ class Launch:
     """What the environment states about this process."""
 
     launcher: str | None
-    """torchrun, deepspeed, srun, or "RANK" for another one that sets it. None if this process is not a rank of a launcher."""
+    """torchrun, deepspeed, srun or "another launcher"; None if this process is not a rank of a launcher."""
     rank: int
     world_size: int
     local_rank: int
@@ -213,7 +213,7 @@ def _find_launcher(given: Mapping[str, str], has_terminal: bool) -> str | None:
     for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         if name in given and other not in given and given[name] != "1":
             raise UserError(f"{name}: it is {given[name]}, but {other} is not set; unset {name}, or set both")
-    return "RANK" if has_ranks and _number(given, "WORLD_SIZE") > 1 else None
+    return "another launcher" if has_ranks and _number(given, "WORLD_SIZE") > 1 else None
 
 
 def _local_world_size(given: Mapping[str, str], launcher: str | None, world_size: int, num_devices: int) -> int:
@@ -239,7 +239,7 @@ def _launcher_refusal(
         missing := next((name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in given), None)
     ):
         remedy = "set MASTER_ADDR and MASTER_PORT to the host of rank 0 and a free port there"
-        return f"{missing}: not set, so the {world_size} ranks of {launcher} cannot find each other; {remedy}"
+        return f"{missing}: not set, so the {world_size} ranks cannot find each other; {remedy}"
     if launcher == "srun" and (gpus := re.search(r"(\d+)$", given.get("SLURM_GPUS_PER_TASK", ""))) and int(gpus[1]) > 1:
         return f"SLURM_GPUS_PER_TASK: {gpus[1]} is more than a rank can use; start srun with --gpus-per-task=1"
     if 1 < num_devices <= local_rank:

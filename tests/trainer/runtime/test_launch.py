@@ -96,19 +96,19 @@ LAUNCHED = [
     ),
     (
         "another launcher, for example of Azure", f"OMPI_COMM_WORLD_SIZE=8 RANK=1 WORLD_SIZE=8 LOCAL_RANK=1 {ADDRESS}", {},
-        "RANK, 8 ranks on this machine, 1 GPU each, 8 threads each",
+        "another launcher, 8 ranks on this machine, 1 GPU each, 8 threads each",
     ),
     (
         "another launcher on two machines", f"RANK=9 WORLD_SIZE=16 LOCAL_RANK=1 {ADDRESS}", {},
-        "RANK, 16 ranks in all, 8 per machine, 1 GPU each, 8 threads each",
+        "another launcher, 16 ranks in all, 8 per machine, 1 GPU each, 8 threads each",
     ),
     (
         "another launcher, no address", "RANK=1 WORLD_SIZE=2 LOCAL_RANK=1", {},
-        f"refused: MASTER_ADDR: not set, so the 2 ranks of RANK cannot find each other; {NO_ADDRESS}",
+        f"refused: MASTER_ADDR: not set, so the 2 ranks cannot find each other; {NO_ADDRESS}",
     ),
     (
         "another launcher, no port", "RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 MASTER_ADDR=10.0.0.1", {},
-        f"refused: MASTER_PORT: not set, so the 2 ranks of RANK cannot find each other; {NO_ADDRESS}",
+        f"refused: MASTER_PORT: not set, so the 2 ranks cannot find each other; {NO_ADDRESS}",
     ),
 ]  # fmt: skip
 SLURM = [
@@ -126,7 +126,7 @@ SLURM = [
     ),
     (
         "srun on one node, no address", SRUN_8.replace(ADDRESS, ""), {},
-        f"refused: MASTER_ADDR: not set, so the 8 ranks of srun cannot find each other; {NO_ADDRESS}",
+        f"refused: MASTER_ADDR: not set, so the 8 ranks cannot find each other; {NO_ADDRESS}",
     ),
     (
         "srun --gpus-per-task=1", f"{SRUN_8} SLURM_GPUS_PER_TASK=1 CUDA_VISIBLE_DEVICES=0", {"gpus": 1},
