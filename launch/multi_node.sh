@@ -16,7 +16,7 @@
 # Machine 0 listens at HEAD, and every rank at ports of the same network. Keep strangers out of that network: whoever reaches these
 # ports cannot run code there, but can stop the run or change its weights.
 #
-# Code, config, data and `run.root` have the same paths on every machine. SIGTERM or SIGUSR1 to torchrun on machine 0 saves and ends
+# Code, config, data and `run.root` have the same paths on every machine. A signal (SIGTERM, Ctrl-C) on machine 0 saves and ends
 # the run; on another machine it saves and removes that machine. The same lines continue the run. If machine 0 fails, all
 # machines end with code 1; start the same lines again.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called as sh launch/multi_node.sh
