@@ -3,7 +3,6 @@
 Each story is a run with faults of its own. They wait more than they work, so all are told at once and each test looks at one.
 """
 
-import io
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -29,11 +28,18 @@ from tandem.trainer.__main__ import main
 from tandem.trainer.checkpoint.read import open_checkpoint
 from tandem.trainer.config import TrainConfig, parse_dataclass
 from tandem.trainer.distributed.watchdog import newest_verdict
+from tandem.trainer.runtime.signals import REQUEUE_EXIT_CODE
 from tests import ranks
 from tests.cluster import network_hosts
 from tests.cluster.network_hosts import LAUNCH_FOLDER, Host
 from tests.promises import conftest
-from tests.promises.conftest import clean_environment, differing_tensors, read_step_records, two_phase_config
+from tests.promises.conftest import (
+    clean_environment,
+    differing_tensors,
+    read_step_records,
+    run_tandem,
+    two_phase_config,
+)
 from tests.promises.test_mistakes import flip_a_byte
 
 REASON = network_hosts.unsupported_reason()
@@ -234,9 +240,8 @@ def mistaken(story: Story) -> list[Any]:
 
 def shard_of_last_step(root: Path) -> str:
     """The one that the undisturbed run reads last."""
-    with redirect_stdout(io.StringIO()) as said:
-        assert main(["audit", str(root / "runs" / "straight"), "--step", str(2 * STEPS), "--json"]) == 0
-    shard: str = json.loads(said.getvalue())[-1]["shards"][-1]
+    said = run_tandem("audit", root / "runs" / "straight", "--step", 2 * STEPS, "--json").stdout
+    shard: str = json.loads(said)[-1]["shards"][-1]
     return shard.partition(":")[0]
 
 
@@ -308,15 +313,16 @@ def test_a_lost_host_is_gone_on_without_and_taken_back(stories, root):
 
 def test_a_signal_to_torchrun_on_the_first_host_saves_and_ends_the_run_on_all(stories):
     story, future = stories["told_to_stop"]
-    assert future.result() == [1, 1]
+    assert future.result() == [REQUEUE_EXIT_CODE, 1]
     print(story.told())
+    assert "Traceback" not in story.log.read_text()
     assert len(story.starts()) == len(story.records("end")) == 1
     assert open_checkpoint(story.folder).step == max(read_step_records(story.folder)) < 2 * STEPS
 
 
 def test_a_mistake_that_one_rank_finds_is_one_line_and_ends_the_run_on_all_machines(stories, root):
     story, future = stories["mistaken"]
-    assert future.result() == [1, 1]
+    assert future.result() == [2, 2]
     print(story.told())
     (line,) = {line for line in story.log.read_text().splitlines() if line.startswith("tandem: ")}
     assert shard_of_last_step(root) in line

@@ -17,6 +17,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from tandem.trainer.config import UserError
 from tandem.trainer.runtime import signals, streams
@@ -124,6 +125,10 @@ def launch(arguments: list[str]) -> int:
     except UserError as error:
         print(f"tandem: {error}", file=sys.stderr, flush=True)
         return USER_ERROR_EXIT_CODE
+    except RendezvousError as error:
+        reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error) or type(error).__name__
+        print(f"tandem: the machines no longer find one another: {reason}".splitlines()[0], file=sys.stderr, flush=True)
+        return 1
     except (ChildFailedError, SignalException):
         exit_code = launcher.exit_code()
         if exit_code == 1 and launcher.agent:
