@@ -17,7 +17,7 @@ from typing import NoReturn
 from tandem.trainer.config import UserError, check_world_size, load_config
 from tandem.trainer.config.outside import escape_control_characters
 from tandem.trainer.runtime import launch, process, signals, streams
-from tandem.trainer.runtime.launcher import launcher_command
+from tandem.trainer.runtime.launcher import RENDEZVOUS_NAME, launcher_command
 from tandem.trainer.runtime.private_folder import set_private_folders
 
 USER_ERROR_EXIT_CODE = 2
@@ -76,12 +76,13 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except UserError as error:
-        if launch.is_later_rank():
+        has_own_agent = os.environ.get("TORCHELASTIC_RUN_ID") == RENDEZVOUS_NAME  # it reads the exit code of this rank
+        if launch.is_later_rank() and not (has_own_agent and os.environ.get("LOCAL_RANK") == "0"):
             # Usually rank 0 prints the same error, and the launcher then terminates this rank. If not, print it after a delay.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(8)
         print(f"tandem: {escape_control_characters(str(error), one_line=True)}", file=sys.stderr, flush=True)
-        if {"TORCHELASTIC_RUN_ID", "RANK"} <= os.environ.keys():
+        if {"TORCHELASTIC_RUN_ID", "RANK"} <= os.environ.keys() and not has_own_agent:
             os.kill(os.getppid(), signal.SIGTERM)  # otherwise torchrun would restart all ranks in vain
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt as interrupt:
