@@ -84,9 +84,8 @@ def run(config: TrainConfig, stop_signal: StopSignal | None = None) -> int:
                 context, progress = start_run(
                     folder, config, mesh, loader, coordinator, watchdog, records, startup_timer
                 )
-                log.info(
-                    "launch: %s", launch.current_launch().describe()
-                )  # after the checks, whose errors are one line
+                # Only now, because an error that the checks find must be a single line.
+                log.info("launch: %s", launch.current_launch().describe())
                 with context.saver:
                     return train_loop(context, progress)
             except StopRequested:  # during the start: there is nothing to save

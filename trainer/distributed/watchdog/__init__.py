@@ -28,7 +28,6 @@ from tandem.trainer.config import RANK_WAIT_TIMEOUT_SECONDS, UserError
 from tandem.trainer.config import WatchdogConfig as Settings
 from tandem.trainer.config.outside import read_text
 from tandem.trainer.disk import atomic_write
-from tandem.trainer.distributed.mesh import all_gather_values
 from tandem.trainer.distributed.watchdog import report as reporting
 from tandem.trainer.distributed.watchdog.report import HangReport, RankProcess, current_process, process_state
 from tandem.trainer.distributed.watchdog.verdict import peer_states, verdict
@@ -312,6 +311,8 @@ class Watchdog:
 
 def gather_processes() -> list[RankProcess]:
     """Return the processes of all ranks, in order of rank. All ranks must call this."""
+    from tandem.trainer.distributed.mesh import all_gather_values  # here, because `crash_loop` must not import torch
+
     return [RankProcess(**each) for each in all_gather_values(vars(current_process()))]
 
 
