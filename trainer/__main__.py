@@ -5,6 +5,7 @@ from tandem.trainer.runtime.search_path import leave_out_working_folder
 leave_out_working_folder(run_by_name=__name__ == "__main__")  # before any other import
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -43,6 +44,9 @@ VERBS = {
 
 VERBS_THAT_WRITE_FILES = {"prepare", "train", "import-hf", "export-hf", "report"}
 """A lost standard output does not end these verbs, because their result is in files."""
+
+UNUSABLE_PATH_ERRNOS = {errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP}
+"""What every use of a path that a user has named can raise."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,7 +108,13 @@ def run_verb(chosen_verb: str | None, argv: list[str]) -> int:
             add(parser)
             parser.set_defaults(run=run)
     arguments = top.parse_args(argv)
-    return arguments.run(arguments) or 0
+    try:
+        return arguments.run(arguments) or 0
+    except OSError as error:
+        # A run checks its paths itself: later, such an error needs its traceback.
+        if isinstance(error, UserError) or chosen_verb == "train" or error.errno not in UNUSABLE_PATH_ERRNOS:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}; correct the path or its permissions") from None
 
 
 def load_verb(name: str, module: str) -> tuple[Callable[..., None], Callable[..., int | None]]:

@@ -5,6 +5,7 @@ without the second line has failed, whatever ended its process. The step in the 
 """
 
 import logging
+import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ def record_start(folder: Path, max_repeat_failures: int) -> Iterator[None]:
 
     Raises: UserError if the last `max_repeat_failures` starts failed at one step. 0 refuses no start and resets the count.
     """
-    created_folders = [each for each in (folder, *folder.parents) if not each.exists()]
+    created_folders = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
     create_run_folder(folder)
     last_step = _last_recorded_step(folder)
     if max_repeat_failures:

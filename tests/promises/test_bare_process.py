@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from tandem.trainer.__main__ import USER_ERROR_EXIT_CODE, main
+from tandem.trainer.config import UserError
+from tandem.trainer.crash_loop import record_start
 from tests.promises.conftest import clean_environment, read_step_records, two_phase_config
 from tests.timeouts import TEST_TIMEOUT_SECONDS
 
@@ -70,3 +72,14 @@ def test_a_deleted_working_folder_is_one_line(tmp_path, capsys, monkeypatch):
     finally:
         os.chdir(here)
     assert capsys.readouterr().err == "tandem: the working folder has been deleted; change into a folder that exists\n"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "loop"])
+def test_a_path_that_cannot_be_looked_up_is_one_line(tmp_path, capsys, name):
+    (tmp_path / "loop").symlink_to("loop")
+    path = tmp_path / name / "folder"
+    for command in (["train"], ["report"], ["audit"], ["checkpoint", "verify"]):
+        assert main([*command, str(path)]) == USER_ERROR_EXIT_CODE, command
+        assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(UserError, match=r"run.root: .* cannot be created"), record_start(path, 3):
+        pass

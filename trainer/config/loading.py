@@ -34,7 +34,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
     Raises: UserError, one line that names field, value, rule and remedy.
     """
     path = Path(path)
-    if not path.exists() or path.is_dir():
+    try:
+        is_named_file = path.exists() and not path.is_dir()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); correct the path or its permissions") from None
+    if not is_named_file:
         shipped = {file.stem: file for file in SHIPPED_CONFIGS.glob("*.yaml")}
         if str(path) not in shipped:
             names = ", ".join(sorted(shipped))

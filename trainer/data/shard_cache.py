@@ -300,15 +300,26 @@ def _file_state(file: BinaryIO) -> tuple[int, int, int]:
 
 
 def _open_locked(path: Path) -> io.BufferedRandom:
-    """Open or create a file of this user and lock it. Replace a file that another user has made or could lock."""
+    """Open or create a file of this user and lock it. Replace a file that another user has made or could lock.
+
+    Raises: OSError, also if the file system does not keep the permissions of a new file.
+    """
+    has_replaced = False
     while True:
         try:
             file = os.fdopen(open_private_file(path, os.O_RDWR | os.O_CREAT), "r+b")
         except PermissionError:
-            path.unlink()
+            if has_replaced:
+                raise
+            path.unlink(missing_ok=True)
+            has_replaced = True
             continue
         if os.fstat(file.fileno()).st_mode & 0o077:  # made by an earlier version
+            if has_replaced:
+                file.close()
+                raise PermissionError(errno.EPERM, "the file system does not keep the permissions of files", str(path))
             path.unlink(missing_ok=True)
+            has_replaced = True
         else:
             fcntl.flock(file, fcntl.LOCK_EX)
         if _is_same_file(path, file):

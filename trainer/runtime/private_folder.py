@@ -7,6 +7,7 @@ in this process. So `set_private_folders` runs at the start of every command, be
 import errno
 import fcntl
 import functools
+import grp
 import os
 import pwd
 import stat
@@ -16,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import escape_control_characters
 
 CODE_FOLDERS = {
     "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TORCH_EXTENSIONS_DIR": "extensions",
@@ -81,7 +83,7 @@ def private_folder(path: Path) -> Path:
         raise UserError(f"{path} is {'a link' if path.is_symlink() else 'not a folder'}; name a folder")
     if status.st_uid != os.geteuid():
         raise UserError(f"{path} belongs to {user_name(status.st_uid)}; name a folder of your own")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if _others_can_write(status):
         raise UserError(f"{path} is writable by other users; check its files and run chmod go-w on it")
     return path
 
@@ -100,7 +102,7 @@ def open_private_file(path: str | Path, flags: int) -> int:
     status = os.fstat(descriptor)
     # An open file has no name if another process has just removed it.
     is_private = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink <= 1
-    if not is_private or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if not is_private or _others_can_write(status):
         os.close(descriptor)
         raise PermissionError(errno.EPERM, "is not a file of this user only", str(path))
     return descriptor
@@ -151,7 +153,8 @@ def _home_fault(home: Path) -> str | None:
 def _private_temporary_folder() -> Path:
     """Return the temporary folder if only this user can change it, or a private folder in it."""
     try:
-        candidates = [tempfile.gettempdir(), "/tmp", "/var/tmp"]
+        # Pods often have a read-only system, and a /tmp without a sticky bit. /dev/shm is memory, so it is the last choice.
+        candidates = [tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
     except FileNotFoundError:
         raise UserError(
             "TMPDIR: no folder for temporary files can be written; set TMPDIR to a folder of your own"
@@ -163,14 +166,14 @@ def _private_temporary_folder() -> Path:
         folder = base / f"tandem-{os.geteuid()}"
         try:
             _check_parent(base, stat.S_IWGRP | stat.S_IWOTH)
+            try:
+                folder = private_folder(folder)
+            except (UserError, OSError) as error:
+                faults.append(str(error))
+                folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=base))
         except (UserError, OSError) as error:
             faults.append(str(error))
             continue
-        try:
-            folder = private_folder(folder)
-        except (UserError, OSError) as error:
-            faults.append(str(error))
-            folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=base))
         if faults:
             _warn(f"TMPDIR: {faults[0]}", folder)
         return folder
@@ -187,12 +190,25 @@ def _keep_folder(folder: Path) -> None:
 def _check_parent(folder: Path, write_bits: int) -> None:
     """Check that users with these write permissions cannot rename another user's folder in `folder`.  Raises: UserError."""
     status = folder.stat()
-    if status.st_mode & write_bits and not status.st_mode & stat.S_ISVTX:
+    is_writable = _others_can_write(status) and status.st_mode & write_bits
+    if is_writable and not status.st_mode & stat.S_ISVTX:
         raise UserError(
-            f"{folder} is writable by other users and has no sticky bit, so they can replace your files in it"
+            f"{folder} is writable by other users and has no sticky bit, so they can replace your files in it; "
+            "name a folder elsewhere, or run chmod +t on it"
         )
-    if status.st_mode & write_bits and status.st_uid not in _trusted_users():
-        raise UserError(f"{folder} belongs to {user_name(status.st_uid)}, who can replace your files in it")
+    if is_writable and status.st_uid not in _trusted_users():
+        owner = user_name(status.st_uid)
+        raise UserError(f"{folder} belongs to {owner}, who can replace your files in it; name a folder elsewhere")
+
+
+def _others_can_write(status: os.stat_result) -> bool:
+    """Whether other users may write. The user's own group, which may write with the common umask 002, has no other users."""
+    if not status.st_mode & stat.S_IWOTH and status.st_mode & stat.S_IWGRP:
+        with suppress(KeyError):
+            group, user = grp.getgrgid(status.st_gid), pwd.getpwuid(os.geteuid())
+            is_own = (group.gr_name, group.gr_gid) == (user.pw_name, user.pw_gid)
+            return not is_own or bool(set(group.gr_mem) - {user.pw_name})
+    return bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
 def _trusted_users() -> set[int]:
@@ -205,4 +221,5 @@ def _trusted_users() -> set[int]:
 
 
 def _warn(fault: str, replacement: Path) -> None:
-    print(f"tandem: {fault}; using {replacement} instead", file=sys.stderr, flush=True)
+    line = escape_control_characters(f"tandem: {fault}; using {replacement} instead", one_line=True)
+    print(line, file=sys.stderr, flush=True)

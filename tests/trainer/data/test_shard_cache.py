@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tandem.trainer.config import PhaseConfig, UserError
-from tandem.trainer.data import manifest
+from tandem.trainer.data import manifest, shard_cache
 from tandem.trainer.data.manifest import DamagedShard
 from tandem.trainer.data.shard_cache import ShardCache
 from tandem.trainer.data.token_stream import TokenStream
@@ -500,3 +500,16 @@ def test_a_room_for_one_shard_is_enough_to_read_by(server, settings, make_corpus
     with ThreadPoolExecutor(3) as threads:
         for found in threads.map(there.read_tokens, [0] * 3, [there.epoch_tokens] * 3):
             assert (found == here.read_tokens(0, there.epoch_tokens)).all()
+
+
+def test_a_file_system_without_permissions_is_refused_and_does_not_loop(tmp_path, monkeypatch):
+    real_open = os.open
+
+    def open_as_vfat_does(*arguments, **options):
+        descriptor = real_open(*arguments, **options)
+        os.fchmod(descriptor, 0o755)
+        return descriptor
+
+    monkeypatch.setattr("os.open", open_as_vfat_does)
+    with pytest.raises(PermissionError, match="does not keep the permissions"):
+        shard_cache._open_locked(tmp_path / "lock")

@@ -1,7 +1,9 @@
 """Another user of the machine cannot plant the folders and files whose names are known, or block their use."""
 
+import errno
 import fcntl
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +105,45 @@ def test_a_variable_keeps_its_folder_unless_another_user_could_change_it(shared,
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[1].strip() for line in lines] == ["TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR"]
     assert all(str(planted) in line and "using" in line for line in lines)
+
+
+def test_a_fault_is_printed_without_control_characters(shared, capsys, monkeypatch):
+    planted = shared / "\x1b[2J"
+    plant_writable(planted, shared)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(planted))
+    set_private_folders()
+    assert r"/\x1b[2J is writable by other users" in capsys.readouterr().err
+
+
+@needs_root
+def test_the_own_group_of_the_user_may_write_as_with_umask_002(tmp_path):
+    own_group = pwd.getpwuid(os.geteuid()).pw_gid
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    file.touch()
+    for path in (folder, file):
+        os.chown(path, -1, own_group)
+        path.chmod(0o775)
+    assert private_folder.private_folder(folder) == folder
+    os.close(private_folder.open_private_file(file, os.O_RDONLY))
+    for path in (folder, file):
+        os.chown(path, -1, OTHER_USER)
+    with pytest.raises(UserError, match="is writable by other users"):
+        private_folder.private_folder(folder)
+    with pytest.raises(PermissionError):
+        private_folder.open_private_file(file, os.O_RDONLY)
+
+
+def test_a_temporary_folder_that_cannot_be_written_is_not_used(shared, tmp_path, capsys, monkeypatch):
+    plant_file(shared / f"tandem-{os.geteuid()}", tmp_path)
+
+    def refuse(prefix, dir):
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    set_private_folders()
+    assert not Path(os.environ["TMPDIR"]).is_relative_to(shared)
+    assert "is not a folder; name a folder; using " in capsys.readouterr().err
 
 
 def test_a_temporary_folder_without_a_sticky_bit_is_not_used(shared, capsys):
