@@ -18,7 +18,7 @@ from typing import Any
 from tandem.data_prep import provenance, work_units
 from tandem.data_prep.input_files import InputFile, content_hash
 from tandem.trainer.config import UserError
-from tandem.trainer.config.outside import read_json
+from tandem.trainer.config.outside import escape_control_characters, read_json
 from tandem.trainer.data import manifest
 from tandem.trainer.data.manifest import CorpusManifest
 from tandem.trainer.disk import TEMPORARY_PATTERN, TEMPORARY_SUFFIX, atomic_write
@@ -92,7 +92,8 @@ def claim_output(
     if (output / WORK_FOLDER).is_symlink():
         raise UserError(f"--output: {output / WORK_FOLDER} is a link, which another user may have made; remove it")
     if fault := sharing_fault(output):
-        print(f"tandem: warning: --output: {output} {fault}", file=sys.stderr, flush=True)
+        line = escape_control_characters(f"tandem: warning: --output: {output} {fault}", one_line=True)
+        print(line, file=sys.stderr, flush=True)
     with _lock_folder(output):
         check_free()
         yield from _hold_claim(output, settings_dict, missing_folders)

@@ -48,10 +48,10 @@ def test_files_of_a_planted_link_are_kept(tmp_path):
 
 
 def test_an_output_folder_that_other_users_can_change_is_reported(tmp_path, folder, prepared, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out").chmod(0o777)
-    prepared("out", "--input", folder)
-    assert f"tandem: warning: --output: {tmp_path}/out is writable by all users" in capsys.readouterr().err
+    (tmp_path / "out\x1b[2J").mkdir()
+    (tmp_path / "out\x1b[2J").chmod(0o777)
+    prepared("out\x1b[2J", "--input", folder)
+    assert rf"tandem: warning: --output: {tmp_path}/out\x1b[2J is writable by all users" in capsys.readouterr().err
 
 
 def test_a_corpus_finished_meanwhile_is_left_as_it_is(tmp_path):

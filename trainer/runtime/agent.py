@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from tandem.trainer.config import UserError
+from tandem.trainer.config.outside import escape_control_characters
 from tandem.trainer.runtime import signals, streams
 from tandem.trainer.runtime.agent_rendezvous import use_rendezvous
 
@@ -123,7 +124,7 @@ def launch(arguments: list[str]) -> int:
         # torchrun must not replace the handlers of `launcher`. It wants at least one signal, and nobody sends this one.
         run.run(run.parse_args(["--signals-to-handle=SIGURG", *use_rendezvous(), *arguments]))
     except UserError as error:
-        print(f"tandem: {error}", file=sys.stderr, flush=True)
+        print(f"tandem: {escape_control_characters(str(error), one_line=True)}", file=sys.stderr, flush=True)
         return USER_ERROR_EXIT_CODE
     except RendezvousError as error:
         reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error) or type(error).__name__
