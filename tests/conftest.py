@@ -36,9 +36,10 @@ def freeze_existing_objects() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def restore_sigint_handler() -> None:
-    """Restore Python's handler of Ctrl-C. A shell's background job ignores it, and so would every program a test starts."""
+def restore_terminal_signals() -> None:
+    """A shell's background job ignores Ctrl-C, nohup ignores SIGHUP, and so would every program a test starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="module")

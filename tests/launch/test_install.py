@@ -74,7 +74,7 @@ def wheelhouse(tmp_path_factory) -> Path:
 def copy_to(folder: Path) -> Path:
     """A copy of what install.sh needs, in a folder whose name has a space."""
     copy = folder / "a copy"
-    for name in ("launch", "trainer", "kernels", "data_prep"):
+    for name in ("launch", "configs", "trainer", "kernels", "data_prep"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)

@@ -79,7 +79,7 @@ def launched(folder: Path, story: str, *prefix: str) -> Iterator[subprocess.Pope
         try:
             yield launcher
         finally:
-            launcher.kill()
+            launcher.terminate()  # it ends its ranks, too
 
 
 class Evil:
