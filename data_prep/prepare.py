@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress
 
 from tandem.data_prep import clean, cluster, encode, executor, output_folder, readers, stages, tar_reader
@@ -137,7 +136,7 @@ def _prepare_or_submit(args: argparse.Namespace, request: PreparationRequest) ->
         if args.executor == "slurm":
             _submit(args, request)
             return
-        with progress.progress_display(Console(stderr=True), "share") as bars, _hide_progress_on_error(bars):
+        with progress.progress_display(progress.open_screen(), "share") as bars, _hide_progress_on_error(bars):
             start_progress = partial(progress.add_task, bars)
             preparation = request.create_preparation(start_progress)
             corpus_manifest = stages.run(preparation, _select_runner(args), start_progress)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One machine with DeepSpeed's launcher instead of torchrun: launch/deepspeed.sh RANKS CONFIG [section.field=value...]
 #
-# The exit code is that of the first rank that failed. Signals end the ranks without waiting for a save; if that matters, use
-# local.sh.
+# The exit code is that of the first rank that failed. A signal (SIGTERM, SIGUSR1, Ctrl-C, a closed terminal) saves the run, and the
+# exit code is 85. If SIGTERM, Ctrl-C or Ctrl-\ arrives more than five seconds after the first signal, it ends the ranks.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called as sh launch/deepspeed.sh
 set -euo pipefail
 [[ $# -ge 2 ]] || { echo "usage: launch/deepspeed.sh RANKS CONFIG [section.field=value...]" >&2; exit 2; }
@@ -20,6 +20,28 @@ store_file=$(mktemp)
 exec {store}<>"$store_file"
 rm "$store_file"
 export TANDEM_STORE_FILE=/proc/$$/fd/$store
+# DeepSpeed's processes would not wait for a save. They are in a session of their own, which no terminal signals, and ignore
+# SIGUSR1; the ranks heed it. It is repeated, because ranks that are still starting ignore it too.
+trap '' USR1
 # --no_local_rank, because our command line has no --local_rank; the ranks read LOCAL_RANK.
-exec deepspeed --num_gpus "$RANKS_PER_NODE" --no_local_rank --master_port "${MASTER_PORT:-29500}" \
-    --no_python "${visible[@]}" python -m tandem.trainer train "${@:2}"
+setsid deepspeed --num_gpus "$RANKS_PER_NODE" --no_local_rank --master_port "${MASTER_PORT:-29500}" \
+    --no_python "${visible[@]}" python -m tandem.trainer train "${@:2}" &
+launcher=$! stopped_at=''
+# shellcheck disable=SC2317 # called by the traps
+stop() {
+    [[ -z $stopped_at || $1 != TERM || $((SECONDS - stopped_at)) -lt 6 ]] || kill -TERM -- "-$launcher" 2>/dev/null || true
+    stopped_at=${stopped_at:-$SECONDS}
+}
+trap 'stop TERM' TERM INT QUIT
+trap 'stop HUP' HUP USR1 USR2 XCPU
+code=0
+while kill -0 "$launcher" 2>/dev/null; do
+    if [[ -z $stopped_at ]]; then
+        wait "$launcher" || true
+    else
+        kill -USR1 -- "-$launcher" 2>/dev/null || true
+        sleep 1
+    fi
+done
+wait "$launcher" || code=$?
+exit "$code"

@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["PYTHONSAFEPATH"] = "1"  # ranks and workers leave out the working folder too
     # The deepspeed launcher adds its own flag; the rank comes from the environment.
     argv = [argument for argument in argv if not argument.startswith("--local_rank")]
+    signals.reset_inherited_signals()
     process.silence_library_warnings()
     process.escape_messages()
     verb = next((argument for argument in argv if not argument.startswith("-")), None)

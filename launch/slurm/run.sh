@@ -20,7 +20,7 @@ readonly USER_ERROR_EXIT_CODE=2 REQUEUE_EXIT_CODE=85 # trainer/__main__.py, trai
 # sbatch --signal=B:USR1@300 signals only this shell; srun passes the signal to every rank. Trap it from here on, because a
 # warning before the ranks exist must not end the job either.
 warned='' step=''
-trap 'warned=yes; kill -USR1 "$step" 2>/dev/null || true' USR1
+trap 'warned=yes; kill -USR1 "$step" 2>/dev/null || true' USR1 USR2
 
 [[ $# -ge 1 ]] || { echo "run.sh: no config is named; submit with sbatch launch/slurm/train.sbatch CONFIG [section.field=value...]" >&2; exit 2; }
 export RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:?submit with --ntasks-per-node}
@@ -88,7 +88,7 @@ export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 set_default SLURM_WAIT 120
 # shellcheck disable=SC2016 # for the shell of the rank
 srun --kill-on-bad-exit=0 --distribution=block --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
-    trap : TERM USR1 INT
+    trap : TERM USR1 USR2 INT
     # So that a single task is a rank too, and not a shell that starts the ranks of its machine.
     TANDEM_LAUNCHER=srun python -m tandem.trainer train "$@" && exit
     code=$?

@@ -1,6 +1,7 @@
 """Who starts the ranks changes nothing: torchrun, deepspeed and srun's environment give the same bits."""
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -13,9 +14,11 @@ import pytest
 import yaml
 
 from tandem.trainer.metrics.history import read_history
+from tandem.trainer.runtime.signals import REQUEUE_EXIT_CODE
 from tests.hostile_modules import write_hostile_modules
 from tests.ports import free_ports
 from tests.promises.conftest import (
+    clean_environment,
     fork_tandem,
     has_signal_handler,
     read_step_records,
@@ -41,6 +44,32 @@ def slurm(rank: int, port: str) -> dict[str, str]:
         "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": str(rank),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
     }  # fmt: skip
+
+
+DEEPSPEED = """#!/bin/sh
+{python} -c 'import os, signal, sys, time
+os.mkdir("started")
+time.sleep(1.5)  # imports
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(85))
+time.sleep(60)' &
+wait $!
+"""
+"""A launcher that does not pass signals on, with one rank. It returns the exit code of the rank."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], ids=lambda number: number.name)
+def test_a_signal_to_deepspeed_reaches_ranks_that_are_still_starting(number, tmp_path):
+    shutil.copytree(LAUNCH, tmp_path / "launch")  # a repository without .venv, whose program would be first on the path
+    program = tmp_path / "bin" / "deepspeed"
+    program.parent.mkdir()
+    program.write_text(DEEPSPEED.format(python=sys.executable))
+    program.chmod(0o755)
+    environment = clean_environment() | {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+    command = [tmp_path / "launch" / "deepspeed.sh", "1", "config.yaml"]
+    with Popen(command, env=environment, cwd=tmp_path) as process:
+        wait_until(lambda: (tmp_path / "started").exists() or process.poll() is not None)
+        process.send_signal(number)
+        assert process.wait(TEST_TIMEOUT_SECONDS) == REQUEUE_EXIT_CODE
 
 
 def test_torchrun_deepspeed_and_srun_train_the_same_bits(tmp_path, corpus):

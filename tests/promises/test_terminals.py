@@ -108,6 +108,8 @@ def run_in_terminal(tty: str, pipe: str, command: list[str], shell: list[str], e
         if job := os.fork():
             os._exit(os.waitstatus_to_exitcode(os.waitpid(job, 0)[1]))
         os.setpgid(0, 0)
+    if "masked" in shell:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOP_SIGNALS)
     if "nohup" in shell:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     os.environ.update(environment)
@@ -182,6 +184,10 @@ ENDS: dict[str, tuple[str, Callable[[Terminal, int], object]]] = {
     "the window of a suspended run is closed": ("", suspend_and_close),
     "a hangup, and output in a pipe": ("pipe", lambda terminal, pid: os.kill(pid, signal.SIGHUP)),
     "SIGTERM and SIGHUP of a service manager": ("pipe", stop_as_systemd),
+    "a limit of processor time, and a parent that blocked all signals": (
+        "masked",
+        lambda terminal, pid: os.kill(pid, signal.SIGXCPU),
+    ),
     "SIGTERM, and nobody reads": ("blocked pipe", lambda terminal, pid: os.kill(pid, signal.SIGTERM)),
 }
 
@@ -269,7 +275,7 @@ echo $RANK >> {starts}
 {action}
 while :; do sleep 0.02; done
 """
-SAVE = "trap 'exit 85' TERM INT HUP QUIT USR1"
+SAVE = "trap 'exit 85' TERM INT HUP QUIT USR1 USR2 XCPU"
 
 
 @pytest.fixture
@@ -304,8 +310,9 @@ def run_launcher(log: Path, environment: dict[str, str]) -> None:
     with log.open("ab") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    if environment.pop("nohup", None):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in (signal.SIGHUP, signal.SIGCHLD):
+        if environment.pop(number.name, None):
+            signal.signal(number, signal.SIG_IGN)
     signals.SIGNAL_DEBOUNCE_SECONDS = float(environment.pop("debounce", signals.SIGNAL_DEBOUNCE_SECONDS))
     os.environ.update(environment)
     sys.exit(agent.launch(["--standalone", "--nproc-per-node=2", "-m", "a_rank"]))
@@ -340,7 +347,14 @@ def test_a_second_signal_to_the_launcher_ends_its_ranks_only_if_it_insists(launc
 
 def test_the_launcher_ignores_a_hangup_under_nohup(launch_ranks):
     only_terminated = "trap 'exit 1' HUP; trap 'exit 85' TERM"
-    assert launch_ranks(only_terminated, signal.SIGHUP, signal.SIGTERM, nohup="1")[0] == REQUEUE_EXIT_CODE
+    assert launch_ranks(only_terminated, signal.SIGHUP, signal.SIGTERM, SIGHUP="ignored")[0] == REQUEUE_EXIT_CODE
+
+
+def test_the_launcher_sees_a_failed_rank_although_its_parent_ignored_children(launch_ranks):
+    """Otherwise the system would report that every rank has succeeded."""
+    code, log, starts = launch_ranks("[ $RANK = 1 ] && exit 7", MAX_RESTARTS="0", SIGCHLD="ignored")
+    assert (code, starts) == (1, 2)
+    assert "local rank 1 ended with exit code 7" in log
 
 
 VERBS: dict[str, tuple[list[str], str, int, str]] = {

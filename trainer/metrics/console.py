@@ -39,7 +39,7 @@ def format_duration(seconds: float | int | None) -> str:
 class ConsoleSink:
     def __init__(self, every_steps: int, console: Console | None = None) -> None:
         self._every_steps = every_steps
-        self._console = console or Console(stderr=True)
+        self._console = console or progress.open_screen()
         self._eta_window: deque[tuple[float, int]] = deque(maxlen=ETA_WINDOW_STEPS)
         self._last_step_record: dict[str, Any] | None = None
         self._consumed_tokens_by_step: dict[int, int] = {}

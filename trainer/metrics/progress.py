@@ -4,6 +4,7 @@
 `start_wide_bar` shows one bar over the whole width, followed by text, on a console that the caller also prints to.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -20,6 +21,11 @@ Unit = Literal["bytes", "steps", "share"]
 REFRESHES_PER_SECOND = 4
 
 
+def open_screen() -> Console:
+    """Return a console on standard error. FORCE_COLOR, which CI services set, does not make a terminal of a file or pipe."""
+    return Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
+
+
 class _NameColumn(TextColumn):
     """Shows text as it is: names are no markup, and control characters are escaped."""
 
@@ -30,7 +36,7 @@ class _NameColumn(TextColumn):
 @contextmanager
 def progress_bar(description: str, total: float | int, unit: Unit = "share") -> Iterator[Callable[[float | int], None]]:
     """Show a bar while the block runs; the yielded function advances it by a part of the total."""
-    screen = Console(stderr=True)
+    screen = open_screen()
     with progress_display(screen, unit, transient=True, disable=not screen.is_interactive) as found:
         yield add_task(found, description, total)
 

@@ -75,10 +75,9 @@ class Launcher:
         self.signal_number: signal.Signals | None = None
         self.is_forced = False
         self._signal_time = 0.0
-        numbers = signals.heeded_signals()
-        for number in numbers:
+        for number in signals.heeded_signals():
             signal.signal(number, self._on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # `run_train` blocked them before the imports
+        signals.reset_inherited_signals()  # `run_train` blocked them before the imports
 
     def raise_signal(self) -> None:
         if self.signal_number:

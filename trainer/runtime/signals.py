@@ -15,8 +15,10 @@ from tandem.trainer.runtime.process import force_exit
 REQUEUE_EXIT_CODE = 85
 """A signal or a hang stopped the run. The same command continues it."""
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""SIGHUP: the terminal was closed, or the connection to it was lost."""
+STOP_SIGNALS = (
+    signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU,
+)  # fmt: skip
+"""SIGHUP: the terminal was closed, or the connection to it was lost. SIGUSR2, SIGXCPU: a scheduler warns of a limit."""
 INSISTING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 """As a second signal, these end the process. The others may be accidents: a terminal is closed, or a launcher dies."""
 SIGNAL_DEBOUNCE_SECONDS = 5.0
@@ -35,6 +37,12 @@ class StopRequested(BaseException):
 
     Like KeyboardInterrupt, it is not an Exception, because it may be raised inside a library that catches every Exception.
     """
+
+
+def reset_inherited_signals() -> None:
+    """Undo what a parent process may leave: blocked signals, or an ignored SIGCHLD, which hides the exit codes of children."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def heeded_signals() -> list[signal.Signals]:

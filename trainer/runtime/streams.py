@@ -44,16 +44,7 @@ class StandardStream(io.RawIOBase):
 
     def write(self, data: Any, /) -> int:
         if not self.is_view:
-            try:
-                return os.write(self._descriptor, data)
-            except OSError as error:
-                os.dup2(
-                    os.open(os.devnull, os.O_WRONLY), self._descriptor
-                )  # Python writes the rest again when it exits
-                if isinstance(error, BrokenPipeError):
-                    raise OutputClosed from None
-                remedy = "free disk space or write to another place"
-                raise UserError(f"standard output: cannot be written ({error.strerror}); {remedy}") from None
+            return self._write_result(data)
         self._pending += memoryview(data)[: MAX_PENDING_BYTES - len(self._pending)]
         try:
             while self._pending and self._wait_for_reader():
@@ -63,6 +54,20 @@ class StandardStream(io.RawIOBase):
         except OSError:
             self._pending.clear()
         return len(data)
+
+    def _write_result(self, data: Any) -> int:
+        while True:
+            try:
+                return os.write(self._descriptor, data)
+            except BlockingIOError:  # another program has made the pipe or terminal non-blocking
+                select.select([], [self._descriptor], [])
+            except OSError as error:
+                # Python writes the rest again when it exits.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._descriptor)
+                if isinstance(error, BrokenPipeError):
+                    raise OutputClosed from None
+                remedy = "free disk space or write to another place"
+                raise UserError(f"standard output: cannot be written ({error.strerror}); {remedy}") from None
 
     def _wait_for_reader(self) -> bool:
         """Whether a write would not block now. If the reader has just stopped, wait for it once."""

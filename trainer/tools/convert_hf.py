@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from tandem.trainer.checkpoint import weights
@@ -101,7 +100,7 @@ def run_export_hf(arguments: argparse.Namespace) -> None:
 
 def open_with_status(path: Path, step: int | None = None) -> WeightSource:
     """Open a weight source and show a spinner if stderr is a terminal. Opening a checkpoint hashes all its files."""
-    with Console(stderr=True).status(f"opening {path}"):
+    with progress.open_screen().status(f"opening {path}"):
         return weights.open_weight_source(path, step)
 
 

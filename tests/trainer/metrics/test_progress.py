@@ -39,9 +39,12 @@ def test_a_terminal_gets_a_bar_that_moves_and_goes(unit, words, monkeypatch):
     assert last.endswith("\x1b[1A\x1b[2K"), "its line is empty again"
 
 
-@pytest.mark.parametrize("term", [None, "dumb"])
+@pytest.mark.parametrize("term", [None, "colour forced, as on CI", "dumb"])
 def test_what_cannot_show_a_bar_gets_nothing(term, monkeypatch, capfd):
-    if term is None:
+    if term != "dumb":
+        if term:
+            monkeypatch.setenv("FORCE_COLOR", "1")
+            monkeypatch.setenv("TERM", "xterm")
         with progress.progress_bar("reading", 3, "bytes") as advance:
             advance(3)
         assert capfd.readouterr() == ("", "")

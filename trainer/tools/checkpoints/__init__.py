@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.filesize import decimal
 
 from tandem.trainer.checkpoint import layout
@@ -179,7 +178,7 @@ def _open_checkpoint(text: str) -> Checkpoint:
     if not folder.is_dir() and (named := re.fullmatch(r"(.+)@(\d+)", text, re.ASCII)):
         [folder] = find_committed(Path(named[1]), int(named[2]), option=text)
     find_checkpoints(folder)
-    with Console(stderr=True).status(f"opening {folder}"):
+    with progress.open_screen().status(f"opening {folder}"):
         return open_checkpoint(folder)
 
 

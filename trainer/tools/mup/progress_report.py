@@ -7,16 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-
 from tandem.trainer.metrics.console import format_duration
-from tandem.trainer.metrics.progress import start_wide_bar
+from tandem.trainer.metrics.progress import open_screen, start_wide_bar
 
 
 @contextmanager
 def report_progress(name: str, total_work: float, *, enabled: bool = True) -> Iterator[Callable[[float, str], None]]:
     """Yield a function that reports finished work, given its amount and a description."""
-    console, start_time, done_work = Console(stderr=True, quiet=not enabled), time.monotonic(), 0.0
+    console, start_time, done_work = open_screen(), time.monotonic(), 0.0
+    console.quiet = not enabled
     bar = start_wide_bar(console, name, total_work) if console.is_interactive and total_work else None
 
     def advance(work: float, text: str) -> None:
