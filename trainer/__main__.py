@@ -108,7 +108,11 @@ def run_verb(chosen_verb: str | None, argv: list[str]) -> int:
             add, run = load_verb(name, module)
             add(parser)
             parser.set_defaults(run=run)
-    arguments = top.parse_args(argv)
+    arguments, rest = top.parse_known_args(argv)
+    if rest and hasattr(arguments, "overrides") and not any(each.startswith("-") for each in rest):
+        arguments.overrides.extend(rest)  # argparse takes no more overrides after an option
+    elif rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return arguments.run(arguments) or 0
     except OSError as error:

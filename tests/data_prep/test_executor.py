@@ -94,7 +94,9 @@ def _command(process: int) -> str:
 @contextmanager
 def running(*command: object, folder: Path = ROOT) -> Iterator[subprocess.Popen[str]]:
     """Run the command in its own process group and end the group afterwards."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    # No empty entry: Python itself would import from the working folder before any program can prevent it.
+    search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": search_path}
     with subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=folder, start_new_session=True, text=True,
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

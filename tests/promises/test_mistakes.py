@@ -103,6 +103,8 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "no config": ("train {root}/none.yaml", ["none.yaml: no such config file", "a config that ships: btlm-3b-8k, "]),
     "no verb of ours": ("trian {config}", ["'trian'", "train", "--help"]),
     "no argument": ("train", ["train", "config", "--help"]),
+    "an override after an option": ("train {config} --ranks 2 optim.max_grad_nrom=1.0", ["optim.max_grad_nrom: 1.0"]),
+    "an option that is none": ("train {config} --rnaks 2 run.name=x", ["unrecognized arguments: --rnaks 2 run.name=x"]),
     "unknown key": ("train {config} optim.max_grad_nrom=1.0", ["optim.max_grad_nrom: 1.0", "did you mean max_grad_norm?"]),
     "wrong type": ("train {config} model.num_layers=two", ["model.num_layers: 'two'", "of type int"]),
     "bf16 without ZeRO": (
