@@ -16,7 +16,8 @@ export LOCAL_SIZE=$RANKS_PER_NODE
 visible=()
 [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || visible=(env "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES")
 # The ranks meet in a deleted file, which other users cannot open, so none of them listens at --master_port.
-store_file=$(mktemp)
+store_file=$(mktemp 2>/dev/null) ||
+    { echo "tandem: TMPDIR=${TMPDIR:-/tmp}: no file can be made there; set TMPDIR to a folder that you can write to" >&2; exit 2; }
 exec {store}<>"$store_file"
 rm "$store_file"
 export TANDEM_STORE_FILE=/proc/$$/fd/$store

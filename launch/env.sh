@@ -25,7 +25,7 @@ fi
 # --- on every machine
 
 # The scripts start the ranks, so what another launcher, a notebook or a scheduler left behind must not reach them.
-unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE TORCHELASTIC_RUN_ID CROSS_RANK LOCAL_SIZE
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE TORCHELASTIC_RUN_ID CROSS_RANK LOCAL_SIZE TANDEM_STORE_FILE
 # If every rank starts a thread per processor, the threads compete. The file counts the processors that affinity, cgroups and Slurm
 # leave to this process. Without Python it fails, but then the ranks cannot start either.
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then

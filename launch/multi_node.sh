@@ -26,8 +26,8 @@ set -euo pipefail
 for name in NODE MAX_RESTARTS JOIN_SECONDS LOST_SECONDS LAST_CALL_SECONDS; do
     least=0
     [[ $name != *_SECONDS ]] || least=1
-    [[ ${!name:-$least} =~ ^(0|[1-9][0-9]*)$ && ${!name:-$least} -ge $least ]] ||
-        { echo "tandem: $name=${!name} is not valid; use a whole number of at least $least" >&2; exit 2; }
+    [[ ${!name:-$least} =~ ^(0|[1-9][0-9]{0,8})$ && ${!name:-$least} -ge $least ]] ||
+        { echo "tandem: $name=${!name} is not valid; use a whole number of at least $least, with at most nine digits" >&2; exit 2; }
 done
 export RANKS_PER_NODE=${RANKS_PER_NODE:-8}
 # shellcheck source=launch/env.sh
@@ -44,7 +44,7 @@ head, nodes, node, ranks_per_node, config, *overrides = sys.argv[1:]
 try:
     host, port = parse_endpoint(head)
     fewest, colon, most = nodes.partition(":")
-    if not all(number.isdigit() and int(number) for number in (fewest, most if colon else fewest)):
+    if not all(number.isascii() and number.isdecimal() and int(number) for number in (fewest, most if colon else fewest)):
         raise UserError(f"NODES={nodes} is not valid; use a number of machines or FEWEST:MOST")
     if not int(node) < int(most or fewest) >= int(fewest) > 0:
         raise UserError(f"NODE={node} NODES={nodes} is not valid; use NODE from 0 to NODES - 1 (or MOST - 1), and FEWEST from 1 to MOST")

@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     os.environ["PYTHONSAFEPATH"] = "1"  # ranks and workers leave out the working folder too
-    # The deepspeed launcher adds its own flag; the rank comes from the environment.
-    argv = [argument for argument in argv if not argument.startswith("--local_rank")]
+    # deepspeed and torch.distributed.launch add a flag of their own; the rank comes from the environment.
+    argv = [argument for argument in argv if not argument.startswith(("--local_rank", "--local-rank"))]
     signals.reset_inherited_signals()
     process.silence_library_warnings()
     process.escape_messages()

@@ -23,7 +23,8 @@ warned='' step=''
 trap 'warned=yes; kill -USR1 "$step" 2>/dev/null || true' USR1 USR2
 
 [[ $# -ge 1 ]] || { echo "run.sh: no config is named; submit with sbatch launch/slurm/train.sbatch CONFIG [section.field=value...]" >&2; exit 2; }
-export RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:?submit with --ntasks-per-node}
+[[ -n ${SLURM_NTASKS_PER_NODE:-} ]] || { echo "run.sh: SLURM_NTASKS_PER_NODE is not set; submit with sbatch --ntasks-per-node" >&2; exit 2; }
+export RANKS_PER_NODE=$SLURM_NTASKS_PER_NODE
 # shellcheck source=launch/env.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../env.sh"
 

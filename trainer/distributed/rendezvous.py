@@ -68,7 +68,11 @@ def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
         )
     other_machines = current_launch().local_world_size < world_size
     address, port = addresses.resolve(host, setting, other_machines=other_machines and rank == 0), int(port_text)
-    use_interface(addresses.local_address(address, port))
+    try:
+        use_interface(addresses.local_address(address, port))
+    except OSError as error:
+        remedy = "use an address of rank 0's machine that all ranks reach"
+        raise UserError(f"{setting}: this machine has no route to it ({error.strerror}); {remedy}") from None
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         try:
             listener = addresses.listen(address, port, setting).detach()
@@ -92,7 +96,7 @@ def use_interface(address: str) -> str | None:
     if not interface and ipaddress.ip_address(address).is_loopback:
         raise UserError("the loopback interface of this machine is down, but the ranks need it; run: ip link set lo up")
     given = os.environ.get("GLOO_SOCKET_IFNAME") or interface
-    if given and (missing := [name for name in given.split(",") if name not in existing]):
+    if given and (missing := [name for name in given.split(",") if name not in (*existing, interface)]):
         raise UserError(
             f"GLOO_SOCKET_IFNAME={given}: there is no interface {missing[0]}; unset it, or use {' or '.join(existing)}"
         )

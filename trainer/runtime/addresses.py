@@ -14,6 +14,7 @@ from typing import Any
 from tandem.trainer.config import UserError
 
 WAIT_MESSAGE_SECONDS = 15.0
+MAX_PORT = 65535
 BIND_ERRORS = {
     errno.EADDRINUSE: "another process of this machine uses the port; use another port",
     errno.EADDRNOTAVAIL: (
@@ -28,9 +29,14 @@ log = logging.getLogger(__name__)
 def parse_endpoint(text: str) -> tuple[str, int]:
     """Split HEAD's `address:port`. An IPv6 address is in brackets."""
     host, _, port = text.rpartition(":")
-    if not host.strip("[]") or not re.fullmatch("[0-9]{1,5}", port):
+    host = host.strip("[]")
+    try:
+        host.encode("idna")  # as the resolver does
+    except UnicodeError:
+        host = ""
+    if not host or not re.fullmatch("[1-9][0-9]{0,4}", port) or int(port) > MAX_PORT:
         raise UserError(f"HEAD={text} is not valid; use address:port, for example 10.0.0.1:29500")
-    return host.strip("[]"), int(port)
+    return host, int(port)
 
 
 def resolve(host: str, setting: str, *, other_machines: bool) -> str:
@@ -44,6 +50,9 @@ def resolve(host: str, setting: str, *, other_machines: bool) -> str:
         reason = getattr(error, "strerror", None) or "not a host name"
         raise UserError(f"{setting}: {host} has no address ({reason}); use an address instead of a name") from None
     number = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(number, ipaddress.IPv6Address) and number.ipv4_mapped:  # ::ffff:0.0.0.0 means all networks too
+        number = number.ipv4_mapped
+        address = str(number)
     if number.is_unspecified:
         raise UserError(f"{setting}: {host} names no machine; use an address of the machine that starts rank 0")
     if number.is_loopback and other_machines and host not in (address, "localhost"):  # Debian's 127.0.1.1 in /etc/hosts
@@ -61,9 +70,10 @@ def resolve(host: str, setting: str, *, other_machines: bool) -> str:
 
 def listen(address: str, port: int, setting: str) -> socket.socket:
     """Listen on one address of this machine. Raises: UserError if that fails."""
-    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignores the closed connections of an earlier run
+    listener = None
     try:
+        listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignores old closed connections
         try:
             listener.bind((address, port))
         except OSError as error:
@@ -73,7 +83,8 @@ def listen(address: str, port: int, setting: str) -> socket.socket:
             listener.bind(("", port))
         listener.listen()
     except (OSError, OverflowError) as error:
-        listener.close()
+        if listener:
+            listener.close()
         reason = BIND_ERRORS.get(getattr(error, "errno", None) or 0, f"listening there fails ({error})")
         raise UserError(f"{setting}: {reason}") from None
     return listener

@@ -11,6 +11,10 @@ import time
 from types import FrameType
 from typing import Any
 
+# torch fails to import if LOGLEVEL is no name of a level in capitals. Many programs write `info`.
+if (level := os.environ.pop("LOGLEVEL", "").upper()) in logging.getLevelNamesMapping():
+    os.environ["LOGLEVEL"] = level
+
 import torch.distributed.launcher.api as launcher_api
 from torch.distributed import run
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
@@ -23,6 +27,7 @@ from tandem.trainer.config import UserError
 from tandem.trainer.config.outside import escape_control_characters
 from tandem.trainer.runtime import signals, streams
 from tandem.trainer.runtime.agent_rendezvous import use_rendezvous
+from tandem.trainer.runtime.launcher import RENDEZVOUS_NAME
 
 USER_ERROR_EXIT_CODE = 2
 ENVIRONMENT = {
@@ -121,7 +126,10 @@ def launch(arguments: list[str]) -> int:
     try:
         set_defaults()
         # torchrun must not replace the handlers of `launcher`. It wants at least one signal, and nobody sends this one.
-        run.run(run.parse_args(["--signals-to-handle=SIGURG", *use_rendezvous(), *arguments]))
+        options = run.parse_args(["--signals-to-handle=SIGURG", *use_rendezvous(), *arguments])
+        # Not torchrun's rendezvous, which others can reach, even if --standalone, --rdzv-backend or PET_STANDALONE ask for it.
+        options.standalone, options.rdzv_backend, options.rdzv_id = False, RENDEZVOUS_NAME, RENDEZVOUS_NAME
+        run.run(options)
     except UserError as error:
         print(f"tandem: {escape_control_characters(str(error), one_line=True)}", file=sys.stderr, flush=True)
         return USER_ERROR_EXIT_CODE

@@ -37,11 +37,11 @@ STATE_CLASSES = {
 
 
 def use_rendezvous() -> list[str]:
-    """Register the rendezvous in this process. Return torchrun's options that select it."""
+    """Register the rendezvous in this process. Return torchrun's options for it; another --rdzv-endpoint may follow."""
     rendezvous_handler_registry.register(RENDEZVOUS_NAME, create_handler)
     # torchrun looks up this machine's name for its messages. Without a name server, each look-up takes many seconds.
     socket.getfqdn = lambda name="": name or socket.gethostname()
-    return [f"--rdzv-backend={RENDEZVOUS_NAME}", f"--rdzv-id={RENDEZVOUS_NAME}", "--rdzv-endpoint=none"]
+    return ["--rdzv-endpoint=none"]
 
 
 def create_handler(parameters: RendezvousParameters) -> RendezvousHandler:

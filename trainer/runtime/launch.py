@@ -16,8 +16,18 @@ from tandem.trainer.runtime.processors import threads_per_rank, usable_processor
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 """Rank, number of ranks and local rank in a task of srun."""
-MPI_PREFIXES = ("OMPI_COMM_WORLD", "MV2_COMM_WORLD", "PMI")
-"""Of the variables _RANK and _SIZE that Open MPI, MVAPICH2, and MPICH or Intel MPI set."""
+MPI_VARIABLES = {
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "JSM_NAMESPACE_SIZE": "JSM_NAMESPACE_RANK",
+    "PALS_SIZE": "PALS_RANKID",
+}
+"""Number of ranks and rank of Open MPI, of MVAPICH2, of MPICH, Intel MPI and Flux, of IBM's jsrun, and of HPE's mpiexec."""
+MACHINE_COUNTS = ("SKYPILOT_NUM_NODES", "AZUREML_NODE_COUNT", "PBS_NUM_NODES", "NHOSTS")
+"""Number of machines of a job of SkyPilot, Azure ML, Torque and Grid Engine."""
+MACHINE_FILES = ("PBS_NODEFILE", "LSB_DJOB_HOSTFILE", "OAR_NODEFILE")
+"""Name a file with a line for each processor of the job, which starts with the machine: PBS, LSF and OAR."""
 INTERACTIVE_STEP = "4294967290"
 """SLURM_STEP_ID in the shell of salloc. Source: SLURM_INTERACTIVE_STEP in slurm.h."""
 HIDES_ALL_GPUS = ("", "-1", "NoDevFiles", "none", "void")
@@ -195,11 +205,11 @@ def _find_launcher(given: Mapping[str, str], has_terminal: bool) -> str | None:
             return launcher
     num_tasks = _number(given, "SLURM_STEP_NUM_TASKS", "1") if "SLURM_PROCID" in given else 1
     has_ranks = all(name in given for name in RANK_VARIABLES)
-    for prefix in MPI_PREFIXES:
-        size, is_task = _number(given, f"{prefix}_SIZE", "1"), given.get(f"{prefix}_RANK") == given.get("SLURM_PROCID")
+    for name, rank_name in MPI_VARIABLES.items():
+        size, is_task = _number(given, name, "1"), given.get(rank_name) == given.get("SLURM_PROCID")
         if size > 1 and not has_ranks and not (size == num_tasks and is_task):  # srun sets PMI_SIZE too
             raise UserError(
-                f"{prefix}_SIZE: mpirun started {size} processes, but its variables are not read; start the ranks with "
+                f"{name}: mpirun started {size} processes, but its variables are not read; start the ranks with "
                 "torchrun or srun, or set RANK, WORLD_SIZE and LOCAL_RANK"
             )
     if num_tasks > 1 or given.get("TANDEM_LAUNCHER") == "srun":
@@ -210,8 +220,8 @@ def _find_launcher(given: Mapping[str, str], has_terminal: bool) -> str | None:
                     "srun did not start this rank"
                 )
         return None if has_terminal else "srun"
-    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
-        if name in given and other not in given and given[name] != "1":
+    for name, other, alone in (("RANK", "WORLD_SIZE", "0"), ("WORLD_SIZE", "RANK", "1")):
+        if name in given and other not in given and given[name] != alone:
             raise UserError(f"{name}: it is {given[name]}, but {other} is not set; unset {name}, or set both")
     return "another launcher" if has_ranks and _number(given, "WORLD_SIZE") > 1 else None
 
@@ -240,7 +250,8 @@ def _launcher_refusal(
     ):
         remedy = "set MASTER_ADDR and MASTER_PORT to the host of rank 0 and a free port there"
         return f"{missing}: not set, so the {world_size} ranks cannot find each other; {remedy}"
-    if launcher == "srun" and (gpus := re.search(r"(\d+)$", given.get("SLURM_GPUS_PER_TASK", ""))) and int(gpus[1]) > 1:
+    gpus = re.search(r"(?:^|:)(\d+)$", given.get("SLURM_GPUS_PER_TASK", ""))  # in h100:2 and 2, but not in h100
+    if launcher == "srun" and gpus and int(gpus[1]) > 1:
         return f"SLURM_GPUS_PER_TASK: {gpus[1]} is more than a rank can use; start srun with --gpus-per-task=1"
     if 1 < num_devices <= local_rank:
         remedy = "start one rank per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
@@ -263,12 +274,22 @@ def _machines_refusal(given: Mapping[str, str]) -> str | None:
         "WORLD_SIZE": given.get("WORLD_SIZE", "1"),
         "PET_NNODES": given.get("PET_NNODES", "1").split(":")[-1],
         "SM_HOSTS": str(given.get("SM_HOSTS", "").count(",") + 1),
+        "NUM_NODES": given.get("NUM_NODES", "1") if "NODE_RANK" in given else "1",  # RunPod
+        **{name: given.get(name, "1") for name in MACHINE_COUNTS},
+        **{name: str(_count_machines(given[name])) for name in MACHINE_FILES if name in given},
     }
     for name in counts:
         if (machines := _number(counts, name)) > 1:
             remedy = "start launch/multi_node.sh of the repository on each"
             return f"{name}: the job has {machines} machines, but no launcher started ranks on them; {remedy}, {ONE_MACHINE}"
     return None
+
+
+def _count_machines(file: str) -> int:
+    try:
+        return len({line.split()[0] for line in Path(file).read_text().splitlines() if line.strip()})
+    except (OSError, ValueError):  # an old variable, or a job whose other machines do not have the file
+        return 1
 
 
 def _number(given: Mapping[str, str], name: str, default: str | None = None, *, least: int = 0) -> int:

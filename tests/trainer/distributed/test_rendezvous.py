@@ -58,6 +58,7 @@ def test_rank_0_listens_on_master_addr_only_and_gloo_on_its_interface(host, monk
         ("2001:4860:4860::8888", "29500", "is a public address"),
         ("0.0.0.0", "29500", "0.0.0.0 names no machine; use an address"),
         ("::", "29500", ":: names no machine; use an address"),
+        ("::ffff:0.0.0.0", "29500", "::ffff:0.0.0.0 names no machine; use an address"),
         ("no-such-host.invalid", "29500", "no-such-host.invalid has no address (Name or service not known)"),
         ("a..b", "29500", "a..b has no address (not a host name)"),
         ("", "29500", "is not valid; 2 ranks need an address of rank 0's machine and a port that is free there"),
@@ -74,6 +75,32 @@ def test_an_address_where_no_run_can_meet_is_one_line(host, port, message, monke
         open_store(monkeypatch, host, port)
     assert str(refusal.value).startswith(f"MASTER_ADDR={host} MASTER_PORT={port}")
     assert "\n" not in str(refusal.value)
+
+
+def test_an_address_without_a_route_is_one_line(monkeypatch):
+    def no_route(*_):
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(addresses, "local_address", no_route)
+    with pytest.raises(
+        UserError, match=r"MASTER_PORT=29500: this machine has no route to it \(Network is unreachable\); use"
+    ):
+        open_store(monkeypatch, "10.99.9.9", 29500)
+
+
+def test_a_second_name_of_an_interface_is_used(monkeypatch):
+    """`ip address add ... label card:1` makes one; the addresses have it, the list of interfaces does not."""
+    monkeypatch.setattr(addresses, "interface_of", lambda _: "card:1")
+    assert rendezvous.use_interface("10.9.9.1") == rendezvous.use_interface("10.9.9.1") == "card:1"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "card:1"
+
+
+@pytest.mark.parametrize(
+    "text", ["10.0.0.1", "10.0.0.1:0", "10.0.0.1:70000", "a..b:29500", f"{'x' * 70}:29500", ":29500"]
+)
+def test_a_head_that_cannot_be_an_address_and_a_port_is_one_line(text):
+    with pytest.raises(UserError, match=r"^HEAD=.* is not valid; use address:port, for example"):
+        addresses.parse_endpoint(text)
 
 
 def test_a_name_that_means_the_loopback_interface_is_refused_if_others_must_connect(monkeypatch):

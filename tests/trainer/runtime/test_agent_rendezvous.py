@@ -71,8 +71,17 @@ def is_root_with_network_namespaces() -> bool:
 def launched(folder: Path, story: str, *prefix: str) -> Iterator[subprocess.Popen[bytes]]:
     """Two ranks that run RANK, under the command of `tandem train --ranks 2`."""
     (folder / "rank.py").write_text(RANK)
-    command = [sys.executable, "-m", "tandem.trainer.runtime.agent", "--nnodes=1", "--nproc-per-node=2"]
-    environment = {**clean_environment(), "PET_MAX_RESTARTS": "1"}
+    # What asks for torchrun's own rendezvous changes nothing. A level in small letters is no name for torch.
+    command = [
+        sys.executable,
+        "-m",
+        "tandem.trainer.runtime.agent",
+        "--standalone",
+        "--rdzv-backend=c10d",
+        "--rdzv-id=7",
+    ]
+    command += ["--nnodes=1", "--nproc-per-node=2"]
+    environment = {**clean_environment(), "PET_MAX_RESTARTS": "1", "LOGLEVEL": "error"}
     with (folder / "log").open("wb") as log, subprocess.Popen(
         [*prefix, *command, folder / "rank.py", folder, story], stdout=log, stderr=log, env=environment
     ) as launcher:  # fmt: skip

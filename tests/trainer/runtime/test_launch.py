@@ -133,6 +133,10 @@ SLURM = [
         "srun, 8 ranks on this machine, 1 GPU each, 8 threads each",
     ),
     (
+        "srun --gpus-per-task=h100", f"{SRUN_8} SLURM_GPUS_PER_TASK=h100 CUDA_VISIBLE_DEVICES=0", {"gpus": 1},
+        "srun, 8 ranks on this machine, 1 GPU each, 8 threads each",
+    ),
+    (
         "srun --gpus-per-task=h100:2", f"{SRUN_8} SLURM_GPUS_PER_TASK=h100:2 CUDA_VISIBLE_DEVICES=0,1", {"gpus": 2},
         "refused: SLURM_GPUS_PER_TASK: 2 is more than a rank can use; start srun with --gpus-per-task=1",
     ),
@@ -235,6 +239,21 @@ LEFT_BEHIND = [
         f"refused: PMI_SIZE: mpirun started 64 processes, {MPIRUN}",
     ),
     ("mpirun with one process", "OMPI_COMM_WORLD_SIZE=1 OMPI_COMM_WORLD_RANK=0", {}, START_8),
+    (
+        "jsrun", "JSM_NAMESPACE_SIZE=8 JSM_NAMESPACE_RANK=3 JSM_NAMESPACE_LOCAL_RANK=3", {},
+        f"refused: JSM_NAMESPACE_SIZE: mpirun started 8 processes, {MPIRUN}",
+    ),
+    ("HPE's mpiexec", "PALS_SIZE=8 PALS_RANKID=3", {}, f"refused: PALS_SIZE: mpirun started 8 processes, {MPIRUN}"),
+    *(
+        (f"four machines in {name}", f"{name}=4", {}, f"refused: {name}: the job has 4 machines, {MULTI_NODE}")
+        for name in ("SKYPILOT_NUM_NODES", "AZUREML_NODE_COUNT", "PBS_NUM_NODES", "NHOSTS")
+    ),
+    ("RunPod with two machines", "NUM_NODES=2 NODE_RANK=1", {}, f"refused: NUM_NODES: the job has 2 machines, {MULTI_NODE}"),
+    ("a user's NUM_NODES", "NUM_NODES=many", {}, START_8),
+    ("one machine of SkyPilot", "SKYPILOT_NUM_NODES=1 SKYPILOT_NODE_RANK=0", {}, START_8),
+    ("an old file of machines", "PBS_NODEFILE=/no/such/file", {}, START_8),
+    ("a lone RANK=0", "RANK=0", {}, START_8),
+    ("a lone RANK=1", "RANK=1", {}, "refused: RANK: it is 1, but WORLD_SIZE is not set; unset RANK, or set both"),
     ("accelerate with one process", "ACCELERATE_MIXED_PRECISION=bf16", {}, START_8),
     ("only LOCAL_RANK", "LOCAL_RANK=3", {}, START_8),
     ("an old MASTER_ADDR", ADDRESS, {}, START_8),
@@ -323,6 +342,14 @@ def decide(environment: dict[str, str], *, gpus=8, processors=96, terminal=False
 )
 def test_every_environment_is_understood_or_refused(environment, facts, decision):
     assert decide(dict(word.split("=", 1) for word in shlex.split(environment)), **facts) == decision
+
+
+@pytest.mark.parametrize("name", ["PBS_NODEFILE", "LSB_DJOB_HOSTFILE", "OAR_NODEFILE"])
+def test_machines_are_counted_in_the_file_of_the_scheduler(name, tmp_path):
+    (tmp_path / "hosts").write_text("a\na\n")
+    assert decide({name: str(tmp_path / "hosts")}) == START_8
+    (tmp_path / "hosts").write_text("a\na\nb\nb\n\n")
+    assert decide({name: str(tmp_path / "hosts")}) == f"refused: {name}: the job has 2 machines, {MULTI_NODE}"
 
 
 @pytest.mark.parametrize(
