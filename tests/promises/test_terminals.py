@@ -1,6 +1,7 @@
 """The end of a terminal, of a pipe or of a launcher is not the end of a run: the run saves and exits with 85, or it continues.
 
-One run meets one loss after the other. On one rank each start is a fork with its own session and terminal, or with pipes.
+One run meets one loss after the other. Each start is a fork with its own session and terminal, or with pipes. With two
+ranks, the fork becomes their launcher, which takes seconds, so most losses of two run only on request (`launch/test.sh chaos`).
 """
 
 import json
@@ -146,11 +147,13 @@ def config(tmp_path_factory, corpus) -> Path:
     return root / "config.yaml"
 
 
-@pytest.fixture(scope="module")
-def one_rank_run(config) -> Iterator[Path]:
-    """The folder of the run that meets every loss on one rank. In the end it has lost no token."""
-    folder = config.parent / "runs" / "one"
-    yield folder
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.chaos)], ids=["one rank", "two ranks"])
+def lost_run(config, request) -> Iterator[tuple[Path, list[str]]]:
+    """The folder and the command of the run that meets every loss. In the end it has lost no token."""
+    name = f"ranks-{request.param}"
+    options = [] if request.param == 1 else ["--ranks", "2", "parallel.tp_size=2"]
+    folder = config.parent / "runs" / name
+    yield folder, ["train", str(config), f"run.name={name}", *options]
     assert main(["audit", str(folder)]) == 0
 
 
@@ -193,10 +196,10 @@ ENDS: dict[str, tuple[str, Callable[[Terminal, int], object]]] = {
 
 
 @pytest.mark.parametrize("loss", ENDS)
-def test_a_lost_terminal_saves_the_run(loss, config, one_rank_run, terminal):
-    folder, (shell, lose) = one_rank_run, ENDS[loss]
+def test_a_lost_terminal_saves_the_run(loss, lost_run, terminal):
+    (folder, command), (shell, lose) = lost_run, ENDS[loss]
     before = last_step(folder)
-    process = start(terminal, ["train", str(config), "run.name=one"], shell, TERM="xterm")
+    process = start(terminal, command, shell, TERM="xterm")
     wait_until(lambda: last_step(folder) > before or not process.is_alive())
     assert process.is_alive(), process.exitcode
     lose(terminal, process.pid)
@@ -226,11 +229,11 @@ CONTINUES: dict[str, tuple[str, dict[str, str], Callable[[Terminal, int], object
 
 
 @pytest.mark.parametrize("loss", CONTINUES)
-def test_a_lost_terminal_does_not_end_the_run(loss, config, one_rank_run, terminal):
-    folder, (shell, environment, lose) = one_rank_run, CONTINUES[loss]
+def test_a_lost_terminal_does_not_end_the_run(loss, lost_run, terminal):
+    (folder, command), (shell, environment, lose) = lost_run, CONTINUES[loss]
     before = last_step(folder)
-    command = ["train", str(config), "run.name=one", f"run.stop_step={before + 8}"]
-    process = start(terminal, command, shell, **{"TERM": "xterm", **environment})
+    stop = [f"run.stop_step={before + 8}"]
+    process = start(terminal, [*command, *stop], shell, **{"TERM": "xterm", **environment})
     wait_until(lambda: last_step(folder) > before or not process.is_alive())
     lose(terminal, process.pid)
     assert wait_for_exit(process) == 0
