@@ -23,26 +23,24 @@ rm "$store_file"
 export TANDEM_STORE_FILE=/proc/$$/fd/$store
 # DeepSpeed's processes would not wait for a save. They are in a session of their own, which no terminal signals, and ignore
 # SIGUSR1; the ranks heed it. It is repeated, because ranks that are still starting ignore it too.
-trap '' USR1
-# --no_local_rank, because our command line has no --local_rank; the ranks read LOCAL_RANK.
-setsid deepspeed --num_gpus "$RANKS_PER_NODE" --no_local_rank --master_port "${MASTER_PORT:-29500}" \
-    --no_python "${visible[@]}" python -m tandem.trainer train "${@:2}" &
-launcher=$! stopped_at=''
+launcher='' stopped_at=''
 # shellcheck disable=SC2317 # called by the traps
 stop() {
     [[ -z $stopped_at || $1 != TERM || $((SECONDS - stopped_at)) -lt 6 ]] || kill -TERM -- "-$launcher" 2>/dev/null || true
     stopped_at=${stopped_at:-$SECONDS}
 }
-trap 'stop TERM' TERM INT QUIT
-trap 'stop HUP' HUP USR1 USR2 XCPU
+trap 'stop TERM' TERM INT QUIT # before the start, because bash ignores SIGQUIT
+trap 'stop HUP' HUP USR2 XCPU
+trap '' USR1
+# --no_local_rank, because our command line has no --local_rank; the ranks read LOCAL_RANK.
+setsid deepspeed --num_gpus "$RANKS_PER_NODE" --no_local_rank --master_port "${MASTER_PORT:-29500}" \
+    --no_python "${visible[@]}" python -m tandem.trainer train "${@:2}" &
+launcher=$!
+trap 'stop HUP' USR1
 code=0
 while kill -0 "$launcher" 2>/dev/null; do
-    if [[ -z $stopped_at ]]; then
-        wait "$launcher" || true
-    else
-        kill -USR1 -- "-$launcher" 2>/dev/null || true
-        sleep 1
-    fi
+    [[ -z $stopped_at ]] || kill -USR1 -- "-$launcher" 2>/dev/null || true
+    sleep 1
 done
 wait "$launcher" || code=$?
 exit "$code"

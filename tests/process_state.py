@@ -16,7 +16,8 @@ from contextlib import contextmanager
 import torch
 
 RESTORED_SIGNALS = (
-    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG, signal.SIGTTOU,
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGURG,
+    signal.SIGCHLD, signal.SIGTTOU,
 )  # fmt: skip
 """Those that a run or a test answers."""
 LIBC = ctypes.CDLL(None)

@@ -237,9 +237,16 @@ def test_a_start_that_takes_too_long_is_ended(tmp_path):
 def blocked(folder):
     """Hang on a report that can never be read, as on a dead file system; the exit deadline must end the process."""
     watchdogs.EXIT_DEADLINE_SECONDS = 2.0
-    file = reporting.report_path(folder / HANGS_FOLDER, 1, 1)
+    file, open_file = reporting.report_path(folder / HANGS_FOLDER, 1, 1), os.open
     file.parent.mkdir(parents=True)
-    os.mkfifo(file)
+    file.touch()
+
+    def open_on_a_dead_disk(path, *arguments, **options):
+        if Path(path) == file:
+            time.sleep(3600)
+        return open_file(path, *arguments, **options)
+
+    os.open = open_on_a_dead_disk
     alone(folder)
 
 
