@@ -37,9 +37,10 @@ def freeze_existing_objects() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def restore_terminal_signals() -> None:
-    """A shell's background job ignores Ctrl-C, nohup ignores SIGHUP, and so would every program a test starts."""
+    """A shell's background job ignores Ctrl-C and SIGQUIT, nohup SIGHUP, and so would every program a test starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="module")
