@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from tandem.trainer.config.constraints import SelectedBy
 
 SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 """The configs that ship: beside `trainer` in the repository and in an installation."""
@@ -198,7 +200,7 @@ class ScheduleConfig:
     """Tokens in a global batch, checked in every phase; null lets phases differ."""
     phases: list[PhaseConfig]
     """Phases in order; the run ends with the last."""
-    lr: LRConfig
+    lr: Annotated[LRConfig, SelectedBy("kind", LR_CONFIGS)]
     """Learning rate, one schedule over all phases."""
 
 
@@ -364,7 +366,7 @@ class HardwareConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     run: RunConfig
-    model: AnyModelConfig
+    model: Annotated[AnyModelConfig, SelectedBy("family", MODEL_CONFIGS)]
     mup: MupConfig | None
     schedule: ScheduleConfig
     optim: OptimConfig
