@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tandem.trainer import models
-from tandem.trainer.checkpoint.hf import btlm, convert
+from tandem.trainer.checkpoint.hf import btlm
+from tandem.trainer.checkpoint.hf.export import export_folder
 from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
 from tandem.trainer.checkpoint.read import load_weights
 from tandem.trainer.config import MupConfig
@@ -37,7 +38,7 @@ def exported(name: str, out: Path) -> tuple[dict[str, Tensor], PreTrainedModel]:
     """Return weights, and their export as transformers loads it."""
     model, mup = MODELS[name]
     tensors = reference_module(model).random_tensors(model, seed=3)
-    convert.export_folder(tensors.__getitem__, model, mup, out, tokenizer=None, max_seq_len=64, dtype=torch.float32)
+    export_folder(tensors.__getitem__, model, mup, out, tokenizer=None, max_seq_len=64, dtype=torch.float32)
     return tensors, loaded(out)
 
 

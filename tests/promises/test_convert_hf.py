@@ -15,6 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from tandem.trainer.__main__ import main
 from tandem.trainer.checkpoint.hf import convert
+from tandem.trainer.checkpoint.hf.export import TOKENIZER_FILES, export_folder
+from tandem.trainer.checkpoint.hf.folder import INDEX_FILE, WEIGHTS_FILE
 from tandem.trainer.checkpoint.hf.pretrained import load_pretrained
 from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
 from tandem.trainer.checkpoint.read import Checkpoint, open_checkpoint
@@ -116,7 +118,7 @@ def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("exchange")
     write_tokenizer(root / "tokenizer.json", vocab=97)
     for name, (model, mup) in CASES.items():
-        convert.export_folder(
+        export_folder(
             tensors(name).__getitem__, model, mup, root / name / "source", tokenizer=root / "tokenizer.json",
             max_seq_len=77, dtype=torch.float32, shard_bytes=60_000,
         )  # fmt: skip
@@ -148,7 +150,7 @@ def test_an_export_is_the_gathered_weights_at_every_tp_size(world, folder, name,
     assert len(differing(trained, tensors(name))) > len(trained) / 2
     run = folder / name / f"tp{tp_size}"
     assert main(["export-hf", str(run), str(tmp_path / "out"), "--dtype", "fp32"]) == 0
-    found = load_file(tmp_path / "out" / convert.WEIGHTS_FILE)
+    found = load_file(tmp_path / "out" / WEIGHTS_FILE)
     expected = {
         hf_tensor.hf_name: to_hf_tensor(mapping, hf_tensor, trained[mapping.name])
         for mapping in convert.FAMILY_MODULES[model.family].tensor_mappings(model) for hf_tensor in mapping.hf_tensors
@@ -190,12 +192,12 @@ def test_an_export_of_an_import_is_the_folder_it_came_from(folder, name, tmp_pat
     shards = [path for path in theirs.values() if path.suffix == ".safetensors"]
     assert len(shards) > 1
     weights = {key: tensor for path in shards for key, tensor in load_file(path).items()}
-    found = load_file(ours[convert.WEIGHTS_FILE])
+    found = load_file(ours[WEIGHTS_FILE])
     assert found.keys() == weights.keys()
     assert differing(found, weights) == []
-    others = theirs.keys() - {path.name for path in shards} - {convert.INDEX_FILE}
-    assert {"config.json", "generation_config.json", *convert.TOKENIZER_FILES} <= others
-    assert ours.keys() == others | {convert.WEIGHTS_FILE}
+    others = theirs.keys() - {path.name for path in shards} - {INDEX_FILE}
+    assert {"config.json", "generation_config.json", *TOKENIZER_FILES} <= others
+    assert ours.keys() == others | {WEIGHTS_FILE}
     assert [file for file in others if ours[file].read_bytes() != theirs[file].read_bytes()] == []
 
 
@@ -204,13 +206,13 @@ def test_a_16_bit_folder_is_imported_without_loss(folder, tmp_path):
         source = shutil.copytree(folder / "btlm_mup" / "source", tmp_path / f"{dtype}")
         for path in source.glob("*.safetensors"):
             path.unlink()
-        (source / convert.INDEX_FILE).unlink()
+        (source / INDEX_FILE).unlink()
         given = {
             hf_tensor.hf_name: to_hf_tensor(mapping, hf_tensor, tensors("btlm_mup")[mapping.name]).to(dtype)
             for mapping in convert.FAMILY_MODULES["btlm"].tensor_mappings(CASES["btlm_mup"][0])
             for hf_tensor in mapping.hf_tensors
         }  # fmt: skip
-        save_file({key: tensor.contiguous() for key, tensor in given.items()}, source / convert.WEIGHTS_FILE)
+        save_file({key: tensor.contiguous() for key, tensor in given.items()}, source / WEIGHTS_FILE)
         assert main(["import-hf", str(source), str(tmp_path / f"{dtype}-in")]) == 0
         read = open_checkpoint(tmp_path / f"{dtype}-in").read_weight
         assert differing(read, {key: tensor.to(dtype).float() for key, tensor in tensors("btlm_mup").items()}) == []
@@ -281,9 +283,7 @@ def made_elsewhere(family: str, folder: Path) -> None:
         return
     model = dataclasses.replace(CASES["btlm_mup"][0], vocab_size=500)
     read = reference_module(model).random_tensors(model, seed=5).__getitem__
-    convert.export_folder(
-        read, model, CASES["btlm_mup"][1], folder, tokenizer=None, max_seq_len=64, dtype=torch.float32
-    )
+    export_folder(read, model, CASES["btlm_mup"][1], folder, tokenizer=None, max_seq_len=64, dtype=torch.float32)
     fields = json.loads((folder / "config.json").read_text())
     del fields[convert.EXTRA_FIELDS_KEY]
     (folder / "config.json").write_text(json.dumps(fields))

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from tandem.trainer.__main__ import CLOSED_PIPE_EXIT_CODE, main
-from tandem.trainer.checkpoint.hf import convert
+from tandem.trainer.checkpoint.hf.export import export_folder
 from tandem.trainer.distributed.mesh import Mesh, mesh_context
 from tandem.trainer.models.kv_cache import KVCache
 from tandem.trainer.models.sampling import SamplingConfig, generate_tokens, left_pad, sample_tokens
@@ -76,7 +76,7 @@ def exported(tmp_path_factory) -> Callable[[str], PreTrainedModel]:
         (model, mup), out = DECODER_VARIANTS[variant], tmp_path_factory.mktemp("export") / "out"
         tensors = reference_module(model).random_tensors(model, seed=3)
         options = {"tokenizer": None, "max_seq_len": 64, "dtype": torch.float32}
-        convert.export_folder(tensors.__getitem__, model, mup, out, **options)
+        export_folder(tensors.__getitem__, model, mup, out, **options)
         return loaded(out).eval()
 
     return load
@@ -236,7 +236,7 @@ def folder(tmp_path_factory) -> Path:
     model, mup = VARIANTS["btlm_untied"]
     model = replace(model, vocab_size=280)
     tensors = reference_module(model).random_tensors(model, seed=3)
-    convert.export_folder(
+    export_folder(
         tensors.__getitem__, model, mup, root / "out", tokenizer=root / "tokenizer.json", max_seq_len=64,
         dtype=torch.float32,
     )  # fmt: skip

@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from tandem.trainer.checkpoint.hf import btlm, convert
+from tandem.trainer.checkpoint.hf.export import _build_hf_config, export_folder
+from tandem.trainer.checkpoint.hf.folder import INDEX_FILE, WEIGHTS_FILE, read_json, write_json
 from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
 from tests.reference.offline import offline
 from tests.reference.variants import EXPORTED_VARIANTS, VARIANTS, random_tokens, reference_module, to_fp64
@@ -34,7 +36,7 @@ def export(variant: str, out: Path, **options) -> dict[str, Tensor]:
     model, mup = VARIANTS[variant]
     tensors = reference_module(model).random_tensors(model, seed=3)
     options = {"tokenizer": None, "max_seq_len": 64, "dtype": torch.float32} | options
-    convert.export_folder(tensors.__getitem__, model, mup, out, **options)
+    export_folder(tensors.__getitem__, model, mup, out, **options)
     return tensors
 
 
@@ -88,7 +90,7 @@ def test_shipped_btlm_is_the_reference_in_double_precision(variant: str, tmp_pat
 @pytest.mark.parametrize("shard_bytes", [10**9, 30_000])
 def test_import_of_an_export_is_the_identity(variant: str, shard_bytes: int, tmp_path: Path) -> None:
     tensors = export(variant, tmp_path / "out", shard_bytes=shard_bytes)
-    assert (tmp_path / "out" / convert.INDEX_FILE).exists() == (shard_bytes == 30_000)
+    assert (tmp_path / "out" / INDEX_FILE).exists() == (shard_bytes == 30_000)
     model, mup, read = convert.open_folder(tmp_path / "out")
     assert (model, mup) == VARIANTS[variant]
     for name, tensor in tensors.items():
@@ -112,7 +114,7 @@ def test_export_in_bf16_holds_the_rounded_weights(variant: str, tmp_path: Path) 
     slopes = {name: value for name, value in theirs.named_buffers() if name.endswith("slopes")}
     defaults = convert.FAMILY_MODULES[VARIANTS[variant][0].family].default_tensors(VARIANTS[variant][0])
     assert all(torch.equal(value, defaults[name]) for name, value in slopes.items())
-    stored = load_file(tmp_path / "out" / convert.WEIGHTS_FILE)
+    stored = load_file(tmp_path / "out" / WEIGHTS_FILE)
     assert {name for name, value in stored.items() if value.dtype != torch.bfloat16} == slopes.keys()
     _, _, read = convert.open_folder(tmp_path / "out")
     assert all(torch.equal(read(name), tensor.bfloat16()) for name, tensor in tensors.items())
@@ -236,7 +238,7 @@ def test_the_config_of_an_export_is_the_published_one(name: str) -> None:
     table = convert.FAMILY_MODULES[published["model_type"]]
     model, mup = convert._parse_hf_config(Path("folder"), published)
     longest, end = published[table.MAX_SEQ_LEN_FIELD], published["eos_token_id"]
-    found = convert._build_hf_config(model, mup, end, longest, torch.bfloat16)
+    found = _build_hf_config(model, mup, end, longest, torch.bfloat16)
     assert {key: found.get(key) for key in published} == published
     assert found.keys() - published.keys() <= NEWER
 
@@ -254,9 +256,9 @@ def write_tokenizer(path: Path, vocab: int, special: str = "<|endoftext|>") -> N
 
 def test_the_section_without_the_marked_fields_is_that_of_a_folder_made_elsewhere(tmp_path: Path) -> None:
     export("stablelm_12b", tmp_path / "out")
-    config = convert.read_json(tmp_path / "out" / "config.json")
+    config = read_json(tmp_path / "out" / "config.json")
     del config[convert.EXTRA_FIELDS_KEY]
-    convert.write_json(tmp_path / "out" / "config.json", config)
+    write_json(tmp_path / "out" / "config.json", config)
     model, _, _ = convert.open_folder(tmp_path / "out")
     wanted, _ = VARIANTS["stablelm_12b"]
     assert model == dataclasses.replace(wanted, init_truncation_sigmas=0.0, document_masking=False)

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from tandem.trainer.checkpoint import write
 from tandem.trainer.checkpoint.hf import convert
+from tandem.trainer.checkpoint.hf.export import export_folder
+from tandem.trainer.checkpoint.hf.folder import INDEX_FILE, WEIGHTS_FILE
 from tandem.trainer.checkpoint.read import open_checkpoint
 from tandem.trainer.config import BTLMConfig, MupConfig, load_config
 from tandem.trainer.distributed.sharding import TensorSharding, slice_local
@@ -106,7 +108,7 @@ def write_export(
 ) -> int:
     """Write a bf16 export, like released ones; return the bytes of the largest tensor in fp32."""
     rows = {row.name: row for row in convert.FAMILY_MODULES["btlm"].tensor_mappings(model)}
-    convert.export_folder(
+    export_folder(
         lambda name: values(rows[name].shape, name),
         model,
         mup,
@@ -156,12 +158,12 @@ def test_import_and_export_hold_one_tensor(tmp_path: Path) -> None:
         rf"exported {between} to {out}: 0.168 GB .*",
     ]
     assert re.fullmatch("\n".join([*expected_lines, ""]), output), output
-    assert filecmp.cmp(source / convert.WEIGHTS_FILE, out / convert.WEIGHTS_FILE, shallow=False)
+    assert filecmp.cmp(source / WEIGHTS_FILE, out / WEIGHTS_FILE, shallow=False)
     print(f"figures: largest tensor {largest / MIB:.0f} MiB, peak {peak / MIB:.0f} MiB")
     assert largest <= peak <= 1.5 * largest + OVERHEAD
     divide_checkpoint(between, tmp_path / "step-00000001")
     peak, output = peak_of(["export-hf", tmp_path / "step-00000001", tmp_path / "again"])
-    assert filecmp.cmp(source / convert.WEIGHTS_FILE, tmp_path / "again" / convert.WEIGHTS_FILE, shallow=False)
+    assert filecmp.cmp(source / WEIGHTS_FILE, tmp_path / "again" / WEIGHTS_FILE, shallow=False)
     print(f"figures: of two ranks, peak {peak / MIB:.0f} MiB")
     assert largest <= peak <= 1.5 * largest + OVERHEAD
 
@@ -190,7 +192,7 @@ def test_full_size_btlm_goes_in_and_out_within_3_gib(tmp_path: Path) -> None:
                 assert peak <= 3 * GIB
         shards = sorted(path.name for path in source.glob("model-*.safetensors"))
         assert shards == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-        for name in [*shards, convert.INDEX_FILE]:
+        for name in [*shards, INDEX_FILE]:
             assert filecmp.cmp(source / name, out / name, shallow=False)
     finally:
         for folder in (source, between, out):

@@ -14,6 +14,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.functional import cross_entropy
 
 from tandem.trainer.checkpoint.hf import convert
+from tandem.trainer.checkpoint.hf.export import export_folder
 from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
 from tandem.trainer.checkpoint.read import load_weights
 from tandem.trainer.config import BTLMConfig, MupConfig, StableLMConfig
@@ -165,7 +166,7 @@ def of_transformers(case: Case, folder: Path, dtype: torch.dtype = torch.float32
     from transformers import AutoModelForCausalLM  # not at the top, where each rank would spend seconds on it
 
     tensors = reference_module(case.model).random_tensors(case.model, seed=5)
-    convert.export_folder(tensors.__getitem__, *case, folder, tokenizer=None, max_seq_len=256, dtype=dtype)
+    export_folder(tensors.__getitem__, *case, folder, tokenizer=None, max_seq_len=256, dtype=dtype)
     remote = case.model.family == "btlm"
     theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote, dtype=dtype)
     read, targets, _ = batch(case.model, length)

@@ -17,6 +17,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tandem.trainer.checkpoint.hf import convert
+from tandem.trainer.checkpoint.hf.export import export_folder
+from tandem.trainer.checkpoint.hf.folder import WEIGHTS_FILE
 from tandem.trainer.checkpoint.read import open_checkpoint
 from tandem.trainer.checkpoint.write import model_metadata
 from tandem.trainer.config import TrainConfig, padding
@@ -235,9 +237,9 @@ def test_an_export_holds_true_sizes(trained, folder, variant):
     snapshot = open_checkpoint(folder / variant)
     model, mup = snapshot.model_configs()
     out = folder / f"{variant}-export"
-    convert.export_folder(snapshot.read_weight, model, mup, out, tokenizer=None, max_seq_len=32, dtype=torch.float32)
+    export_folder(snapshot.read_weight, model, mup, out, tokenizer=None, max_seq_len=32, dtype=torch.float32)
     assert json.loads((out / "config.json").read_text())["vocab_size"] == 500
-    with safe_open(out / convert.WEIGHTS_FILE, framework="pt") as file:
+    with safe_open(out / WEIGHTS_FILE, framework="pt") as file:
         found = {size for name in file.keys() for size in file.get_slice(name).get_shape()}  # noqa: SIM118
     assert found >= {500, model.ffn_hidden_size}
     assert not found & {256, 512}

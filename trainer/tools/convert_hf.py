@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tandem.trainer.checkpoint import weights
 from tandem.trainer.checkpoint.hf import convert
+from tandem.trainer.checkpoint.hf.export import export_folder
 from tandem.trainer.checkpoint.hf.folder import atomic_folder
 from tandem.trainer.checkpoint.hf.pretrained import load_pretrained
 from tandem.trainer.checkpoint.hf.tensor_mapping import TensorReader
@@ -81,7 +82,7 @@ def run_export_hf(arguments: argparse.Namespace) -> None:
     weight_source = open_with_status(arguments.run_folder, arguments.step)
     weight_source = weights.override_alibi_scaling(weight_source, arguments.alibi_scaling)
     with with_progress("exporting", weight_source) as read_tensor:
-        convert.export_folder(
+        export_folder(
             read_tensor, weight_source.model, weight_source.mup, arguments.output,
             tokenizer=weight_source.tokenizer_file, eos_token=weight_source.eos_token,
             max_seq_len=arguments.max_seq_len or weight_source.max_seq_len or DEFAULT_MAX_SEQ_LEN, dtype=dtype,

@@ -15,6 +15,8 @@ from torch.nn.functional import layer_norm, linear, silu
 
 from tandem.trainer import models
 from tandem.trainer.checkpoint.hf import convert
+from tandem.trainer.checkpoint.hf.export import export_folder
+from tandem.trainer.checkpoint.hf.folder import WEIGHTS_FILE
 from tandem.trainer.checkpoint.read import load_weights
 from tandem.trainer.config import BTLMConfig, TrainConfig, load_config
 from tandem.trainer.config.schedule import Timeline
@@ -160,12 +162,11 @@ def test_c_fc_is_the_value_and_c_fc2_the_gate(shipped, mesh, tmp_path, generator
     config = small(shipped)
     folder, width, ffn_hidden_size = tmp_path / "out", config.model.hidden_size, config.model.ffn_hidden_size
     tensors = some(config)
-    convert.export_folder(
+    export_folder(
         tensors.__getitem__, config.model, config.mup, folder, tokenizer=None, max_seq_len=64, dtype=torch.float32
     )
     stored = {
-        name.removeprefix("transformer.h.0.mlp."): value
-        for name, value in load_file(folder / convert.WEIGHTS_FILE).items()
+        name.removeprefix("transformer.h.0.mlp."): value for name, value in load_file(folder / WEIGHTS_FILE).items()
     }
     assert stored["c_fc.weight"].shape == stored["c_fc2.weight"].shape == (width, ffn_hidden_size)
     assert stored["c_proj.weight"].shape == (ffn_hidden_size, width)
@@ -181,10 +182,10 @@ def test_c_fc_is_the_value_and_c_fc2_the_gate(shipped, mesh, tmp_path, generator
 def test_c_attn_holds_all_queries_then_all_keys_then_all_values_as_in_out(shipped, tmp_path, generator):
     config = small(shipped)
     folder, tensors = tmp_path / "out", some(config)
-    convert.export_folder(
+    export_folder(
         tensors.__getitem__, config.model, config.mup, folder, tokenizer=None, max_seq_len=64, dtype=torch.float32
     )
-    stored = load_file(folder / convert.WEIGHTS_FILE)
+    stored = load_file(folder / WEIGHTS_FILE)
     x = torch.randn(config.model.hidden_size, generator=generator)
     theirs = x @ stored["transformer.h.0.attn.c_attn.weight"] + stored["transformer.h.0.attn.c_attn.bias"]
     ours = linear(x, tensors["layers.0.attention.qkv.weight"], tensors["layers.0.attention.qkv.bias"])

@@ -1,5 +1,5 @@
 """Read and write the files of a Hugging Face folder: JSON, and safetensors in shards with an index. A folder is written
-atomically. `convert` determines its contents.
+atomically. `export` determines its contents.
 """
 
 import contextlib

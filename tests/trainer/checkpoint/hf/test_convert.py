@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tandem.trainer.checkpoint.hf import convert
-from tandem.trainer.checkpoint.hf.folder import atomic_folder
+from tandem.trainer.checkpoint.hf.export import export_folder
+from tandem.trainer.checkpoint.hf.folder import INDEX_FILE, WEIGHTS_FILE, atomic_folder
 from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
 from tandem.trainer.config import MupConfig, UserError
 from tests.promises.test_hf import export, write_tokenizer
@@ -28,8 +29,8 @@ def edit(path: Path, **fields: object) -> None:
 
 def change(folder: Path, **tensors: torch.Tensor | None) -> None:
     """Replace, add, or (None) remove tensors of a folder with one file."""
-    held = load_file(folder / convert.WEIGHTS_FILE) | tensors
-    save_file({name: value for name, value in held.items() if value is not None}, folder / convert.WEIGHTS_FILE)
+    held = load_file(folder / WEIGHTS_FILE) | tensors
+    save_file({name: value for name, value in held.items() if value is not None}, folder / WEIGHTS_FILE)
 
 
 def cut_short(path: Path) -> None:
@@ -80,8 +81,8 @@ def shard(folder: Path) -> Path:
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", alibi_scaling={}), "alibi_scaling"),
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", tandem=3), "impossible value"),
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", output_logits_scale=0.2), "an older revision"),
-        ("btlm_mup", 10**9, lambda f: (f / convert.WEIGHTS_FILE).unlink(), "has neither"),
-        ("btlm_mup", 10**9, lambda f: cut_short(f / convert.WEIGHTS_FILE), "copy the file again"),
+        ("btlm_mup", 10**9, lambda f: (f / WEIGHTS_FILE).unlink(), "has neither"),
+        ("btlm_mup", 10**9, lambda f: cut_short(f / WEIGHTS_FILE), "copy the file again"),
         ("btlm_mup", 10**9, lambda f: change(f, **{"transformer.ln_f.bias": None}), "ln_f.bias, which is missing"),
         (
             "btlm_mup",
@@ -99,13 +100,13 @@ def shard(folder: Path) -> Path:
         (
             "stablelm_12b",
             10**9,
-            lambda f: change(f, **{QUERY: load_file(f / convert.WEIGHTS_FILE)[QUERY].double()}),
+            lambda f: change(f, **{QUERY: load_file(f / WEIGHTS_FILE)[QUERY].double()}),
             f"{QUERY} has dtype F64, not one of F32, BF16, F16; convert",
         ),
         (
             "stablelm_12b",
             10**9,
-            lambda f: change(f, **{QUERY: load_file(f / convert.WEIGHTS_FILE)[QUERY].to(torch.int8)}),
+            lambda f: change(f, **{QUERY: load_file(f / WEIGHTS_FILE)[QUERY].to(torch.int8)}),
             f"{QUERY} has dtype I8",
         ),
         ("stablelm_12b", 10**9, lambda f: edit(f / "config.json", hidden_act="gelu"), "hidden_act"),
@@ -115,10 +116,10 @@ def shard(folder: Path) -> Path:
             lambda f: edit(f / "config.json", rope_parameters={"rope_type": "linear", "factor": 2.0}),
             "rope_type",
         ),
-        ("stablelm_12b", 30_000, lambda f: (f / convert.INDEX_FILE).unlink(), "has neither"),
-        ("stablelm_12b", 30_000, lambda f: (f / convert.INDEX_FILE).write_text("[]"), "instead of a JSON object"),
-        ("stablelm_12b", 30_000, lambda f: edit(f / convert.INDEX_FILE, weight_map={}), "has no weight_map"),
-        ("stablelm_12b", 30_000, lambda f: edit(f / convert.INDEX_FILE, weight_map={"a": 3}), "has no weight_map"),
+        ("stablelm_12b", 30_000, lambda f: (f / INDEX_FILE).unlink(), "has neither"),
+        ("stablelm_12b", 30_000, lambda f: (f / INDEX_FILE).write_text("[]"), "instead of a JSON object"),
+        ("stablelm_12b", 30_000, lambda f: edit(f / INDEX_FILE, weight_map={}), "has no weight_map"),
+        ("stablelm_12b", 30_000, lambda f: edit(f / INDEX_FILE, weight_map={"a": 3}), "has no weight_map"),
         ("stablelm_12b", 30_000, lambda f: shard(f).unlink(), "copy the file again"),
         ("stablelm_12b", 30_000, lambda f: cut_short(shard(f)), "copy the file again"),
         (
@@ -142,7 +143,7 @@ def test_a_bad_folder_is_refused_in_one_line(
 def test_a_published_folders_extras_are_accepted(tmp_path: Path) -> None:
     """Causal-mask buffers, a stored tied head, slopes in 16 bits and one dim, or absent."""
     tensors = export("btlm_6_heads", tmp_path / "out")
-    held = load_file(tmp_path / "out" / convert.WEIGHTS_FILE)
+    held = load_file(tmp_path / "out" / WEIGHTS_FILE)
     change(
         tmp_path / "out",
         **{
@@ -163,7 +164,7 @@ def test_a_published_folders_extras_are_accepted(tmp_path: Path) -> None:
 def test_a_tensor_of_pieces_in_several_dtypes_is_not_rounded(tmp_path: Path) -> None:
     """The first part has a narrower dtype than the others, and neither 16-bit dtype can represent the other."""
     tensors = export("stablelm_12b", tmp_path / "out")
-    held, name = load_file(tmp_path / "out" / convert.WEIGHTS_FILE), "layers.0.attention.qkv.weight"
+    held, name = load_file(tmp_path / "out" / WEIGHTS_FILE), "layers.0.attention.qkv.weight"
     for changed in ({QUERY: torch.bfloat16}, {QUERY: torch.bfloat16, QUERY.replace("q_", "k_"): torch.float16}):
         given = {key: held[key].to(dtype) for key, dtype in changed.items()}
         change(tmp_path / "out", **held | given)
@@ -221,7 +222,7 @@ def test_the_published_fields_of_btlm_are_read() -> None:
 
 def test_no_shard_is_larger_than_asked_and_the_index_is_complete(tmp_path: Path) -> None:
     export("stablelm_12b", tmp_path / "out", shard_bytes=80_000)
-    index = json.loads((tmp_path / "out" / convert.INDEX_FILE).read_text())
+    index = json.loads((tmp_path / "out" / INDEX_FILE).read_text())
     sizes = {}
     for path in (tmp_path / "out").glob("model-*"):
         held = load_file(path)
@@ -240,7 +241,7 @@ def test_weights_are_read_once_and_one_at_a_time(tmp_path: Path) -> None:
         asked.append(name)
         return tensors[name]
 
-    convert.export_folder(read, model, mup, tmp_path / "out", tokenizer=None, max_seq_len=64, dtype=torch.bfloat16)
+    export_folder(read, model, mup, tmp_path / "out", tokenizer=None, max_seq_len=64, dtype=torch.bfloat16)
     assert sorted(asked) == sorted(tensors)
 
 
@@ -280,9 +281,7 @@ def test_a_failed_export_leaves_what_was_there(tmp_path: Path) -> None:
 
     for out in ("out", "new"):
         with pytest.raises(OSError, match="the disk is gone"):
-            convert.export_folder(
-                read, model, mup, tmp_path / out, tokenizer=None, max_seq_len=64, dtype=torch.bfloat16
-            )
+            export_folder(read, model, mup, tmp_path / out, tokenizer=None, max_seq_len=64, dtype=torch.bfloat16)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert torch.equal(convert.open_folder(tmp_path / "out")[2]("embedding.weight"), tensors["embedding.weight"])
 
@@ -311,7 +310,7 @@ def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(tmp_
     kept = [f".out.{os.getppid()}.partial", f".other.{gone.pid}.partial", f".out.{gone.pid}.old", ".out.notes.partial"]
     for name in left + kept:
         (tmp_path / name).mkdir()
-        (tmp_path / name / convert.WEIGHTS_FILE).touch()
+        (tmp_path / name / WEIGHTS_FILE).touch()
     with atomic_folder(tmp_path / "out") as folder:
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, folder.name])
         assert not list(folder.iterdir())
@@ -330,7 +329,7 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_earlier_one_there(tmp_pa
 def test_stablelm_with_mup_is_not_published(tmp_path: Path) -> None:
     model, _ = VARIANTS["stablelm_12b"]
     with pytest.raises(UserError, match="mup: is set"):
-        convert.export_folder(
+        export_folder(
             lambda name: torch.zeros(0), model, MupConfig(16, 1.0, 1.0), tmp_path / "out",
             tokenizer=None, max_seq_len=64, dtype=torch.float32,
         )  # fmt: skip
@@ -347,7 +346,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(vocab: int, special: str, mess
     model = dataclasses.replace(VARIANTS["btlm_mup"][0], vocab_size=20)
     write_tokenizer(tmp_path / "tokenizer.json", vocab, special)
     with pytest.raises(UserError, match=message):
-        convert.export_folder(
+        export_folder(
             lambda name: torch.zeros(0), model, None, tmp_path / "out",
             tokenizer=tmp_path / "tokenizer.json", max_seq_len=64, dtype=torch.float32,
         )  # fmt: skip
