@@ -117,6 +117,7 @@ def test_a_manifest_with_a_false_claim_is_refused(made):
         "train": (replace(corpus.train, documents=3), "train.documents is 3, but"),
         "vocab": (corpus.vocab + 1, "tokenizer.json: EOS id, vocab"),
         "eos_id": (corpus.eos_id + 1, "tokenizer.json: EOS id, vocab"),
+        "validation": (replace(corpus.validation, tokens=9), "validation.tokens is 9, but its shards have"),
         "settings": (corpus.settings | {"num_input_files": 3}, "inputs.json: num_input_files is 2, but"),
     }
     for name, (value, message) in others.items():
@@ -187,9 +188,11 @@ def test_a_shard_with_its_hash_but_another_tar_than_readers_expect_is_refused(ma
         )
         rewritten(folder, corpus, tar=changed)
         refused(folder, r"train-000000.tar: sample 1 has name, type, offset and size")
-    rewritten(folder, corpus, tar=b"no tar" * 1000)
+    rewritten(folder, corpus, tar=b"no tar" * 10_000)
     refused(folder, r"train-000000.tar: is not a tar")
     rewritten(folder, corpus, tar=whole[: corpus.sample_offset(1) - 512] + bytes(1024))
+    refused(folder, r"manifest.json: states impossible counts: train-000000.tar with 2560 bytes, 2\d+ tokens")
+    rewritten(folder, corpus, tar=whole[: corpus.sample_offset(1) - 512] + bytes(len(whole)))
     refused(folder, r"train-000000.tar: contains 512 tokens in \d+ documents, but manifest.json states \d+ tokens in")
 
 

@@ -16,12 +16,12 @@ from typing import Any
 class Range:
     """The values that a number may have. A bound that is not given does not limit. No number may be infinite or NaN."""
 
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
+    at_least: int | float | None = None
+    above: int | float | None = None
+    at_most: int | float | None = None
+    below: int | float | None = None
 
-    def contains(self, value: float) -> bool:
+    def contains(self, value: int | float) -> bool:
         return (
             math.isfinite(value)
             and (self.at_least is None or value >= self.at_least)
@@ -48,6 +48,11 @@ class Pattern:
 
     def __str__(self) -> str:
         return self.description
+
+
+COUNT = Range(at_least=0)
+POSITIVE = Range(at_least=1)
+SHA256 = Pattern(r"[0-9a-f]{64}", "a SHA-256 in hexadecimal")
 
 
 @dataclass(frozen=True)

@@ -105,9 +105,11 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON. Raises: ValueError, also if it is nested too deeply or has a number that is not finite."""
+    """Parse JSON. Raises: ValueError, also for two equal keys, a number that is not finite, and too deep nesting."""
     try:
-        return json.loads(text, parse_float=_parse_float, parse_constant=_refuse_number)
+        return json.loads(
+            text, parse_float=_parse_float, parse_constant=_refuse_number, object_pairs_hook=_build_object
+        )
     except RecursionError:
         raise ValueError("lists or objects are nested too deeply") from None
 
@@ -121,6 +123,16 @@ def escape_control_characters(text: str, *, one_line: bool = False) -> str:
 def safe_print(text: str, *, end: str = "\n", flush: bool = False) -> None:
     """Print text that may contain names or texts of others."""
     print(escape_control_characters(text), end=end, flush=flush)
+
+
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse an object that contains a key twice, because readers differ in which of the two values they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"the key {repeated[:40]!r} is given twice in one object")
+    return found
 
 
 def _parse_float(text: str) -> float:

@@ -81,7 +81,7 @@ def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
     if annotation is Any:
         return value
     if type_origin is Literal:
-        if value not in arguments or isinstance(value, bool):
+        if not any(value == each and type(value) is type(each) for each in arguments):
             remedy = f"it must be one of {', '.join(map(str, arguments))}"
             raise FieldError(f"{key_path}: {_short_repr(value)} is not valid", remedy)
         return value
@@ -92,7 +92,7 @@ def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
     if type_origin is dict:
         if not isinstance(value, dict):
             raise FieldError(f"{key_path}: {_short_repr(value)} is not a mapping", "write one `name: value` per line")
-        return {str(key): _parse_value(arguments[1], item, f"{key_path}.{key}") for key, item in value.items()}
+        return _parse_mapping(arguments, value, key_path)
     if type(None) in arguments:
         (present,) = (argument for argument in arguments if argument is not type(None))
         return None if value is None else _parse_value(present, value, key_path)
@@ -100,12 +100,25 @@ def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
         return parse_dataclass(annotation, value, key_path)
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
         raise FieldError(f"{key_path}: {_short_repr(value)} does not fit in 64 bits", "use a smaller number")
+    if isinstance(value, str) and "\0" in value:
+        raise FieldError(f"{key_path}: {_short_repr(value)} contains a NUL character", "remove it")
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not annotation:
         found, wanted = type(value).__name__, annotation.__name__
         raise FieldError(f"{key_path}: {_short_repr(value)} is of type {found}", f"write a value of type {wanted}")
     return value
+
+
+def _parse_mapping(arguments: tuple[Any, ...], mapping: dict[Any, Any], key_path: str) -> dict[str, Any]:
+    """Convert a mapping. Keys that YAML takes for numbers become text."""
+    parsed: dict[str, Any] = {}
+    for key, item in mapping.items():
+        name = _parse_value(arguments[0], str(key), f"{key_path}: the key {key!r}")
+        if name in parsed:
+            raise FieldError(f"{key_path}.{name}: is given twice, once as a number", "remove one of them")
+        parsed[name] = _parse_value(arguments[1], item, f"{key_path}.{name}")
+    return parsed
 
 
 def _parse_annotated(annotation: Any, constraints: tuple[Any, ...], value: Any, key_path: str) -> Any:

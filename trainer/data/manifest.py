@@ -9,17 +9,19 @@ here.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from xxhash import xxh3_128
 
-from tandem.trainer.config import ShardCacheConfig, UserError
+from tandem.trainer.config import ShardCacheConfig, UserError, parse_content
+from tandem.trainer.config.constraints import COUNT, SHA256, Pattern, Range
 from tandem.trainer.config.outside import parse_json
 from tandem.trainer.data import remote_files
 
@@ -43,43 +45,43 @@ class DamagedShard(UserError):
 class Shard:
     """A webdataset tar of whole documents. Each sample except the last has `CorpusManifest.sample_tokens` tokens."""
 
-    file: str
-    bytes: int
-    tokens: int
-    documents: int
-    sha256: str
+    file: Annotated[str, Pattern(r"[\w-][\w.-]{0,199}\.tar", "the name of a tar in the folder")]
+    bytes: Annotated[int, COUNT]
+    tokens: Annotated[int, COUNT]
+    documents: Annotated[int, COUNT]
+    sha256: Annotated[str, SHA256]
     """Hash of the file. It names cached copies, and `tandem verify` checks it."""
-    xxh3_128: str
+    xxh3_128: Annotated[str, Pattern(r"[0-9a-f]{32}", "an XXH3-128 in hexadecimal")]
     """A hash that is seven times as fast, checked when a shard is opened. It does not protect against deliberate changes."""
 
 
 @dataclass(frozen=True)
 class CorpusSplit:
-    tokens: int
-    documents: int
+    tokens: Annotated[int, COUNT]
+    documents: Annotated[int, COUNT]
     shards: list[Shard]
 
 
 @dataclass(frozen=True)
 class CorpusManifest:
-    dtype: str
-    """uint16 or uint32, little-endian."""
-    sample_tokens: int
+    dtype: Literal["uint16", "uint32"]
+    """Little-endian."""
+    sample_tokens: Annotated[int, Range(at_least=1, at_most=1 << 31)]
     """Tokens in one tar sample. Their bytes fill whole tar blocks, so that samples begin at regular intervals."""
-    vocab: int
+    vocab: Annotated[int, Range(at_least=1, at_most=1 << 32)]
     """One more than the tokenizer's largest id."""
     eos_token: str
-    eos_id: int
-    tokenizer_sha256: str
+    eos_id: Annotated[int, COUNT]
+    tokenizer_sha256: Annotated[str, SHA256]
     """Hash of the bytes of tokenizer.json."""
-    unigram_entropy_nats: float
+    unigram_entropy_nats: Annotated[float, Range(at_least=0, at_most=math.log(1 << 32))]
     """Entropy of the training tokens: the loss of a model that knows only the token frequencies."""
-    counts: dict[str, int]
+    counts: dict[str, Annotated[int, COUNT]]
     settings: dict[str, Any]
     """The settings of the preparation. The same settings and input give the same bytes."""
     train: CorpusSplit
     validation: CorpusSplit
-    groups: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    groups: dict[str, dict[str, Annotated[int, COUNT]]] = dataclasses.field(default_factory=dict)
     """Documents and tokens by value of the grouping field, if one was given, including held-out documents."""
 
     @property
@@ -101,7 +103,7 @@ class CorpusManifest:
         return sample_index * (TAR_BLOCK_BYTES + self.sample_tokens * self.token_bytes) + TAR_BLOCK_BYTES
 
 
-def token_dtype(vocab_size: int) -> str:
+def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
     """Return the smallest type that can hold every id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
@@ -133,42 +135,48 @@ def parse_manifest(content: bytes, path: str | Path) -> CorpusManifest:
 
     Raises: UserError if it is damaged or of another version.
     """
+    remedy = "prepare the corpus again"
     try:
         tree = parse_json(content.decode())
-        name, version, fingerprint = tree.pop("format"), tree.pop("version"), tree.pop("fingerprint")
-        if (name, version) != (FORMAT_NAME, FORMAT_VERSION):
-            raise UserError(
-                f"{path}: has format {name} {version}, but this version of Tandem reads {FORMAT_NAME} {FORMAT_VERSION}; "
-                "prepare the corpus again"
-            )
-        for split in ("train", "validation"):
-            shards = [Shard(**shard) for shard in tree[split]["shards"]]
-            tree[split] = CorpusSplit(**(tree[split] | {"shards": shards}))
-        manifest = CorpusManifest(**tree)
-        wrong_count = _find_wrong_count(manifest) if manifest.fingerprint == fingerprint else None
-    except UserError:
-        raise
+        name, version, fingerprint = (tree.pop(key) for key in ("format", "version", "fingerprint"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is not a corpus manifest ({one_line(error)}); prepare the corpus again") from None
+        raise UserError(f"{path}: is not a corpus manifest ({one_line(error)}); {remedy}") from None
+    if name != FORMAT_NAME or repr(version) != repr(FORMAT_VERSION):
+        raise UserError(
+            f"{path}: has format {one_line(name)} {one_line(version)}, but this version of Tandem reads {FORMAT_NAME} "
+            f"{FORMAT_VERSION}; {remedy}"
+        )
+    manifest = parse_content(CorpusManifest, tree, path, remedy)
     if manifest.fingerprint != fingerprint:
-        raise UserError(f"{path}: does not match its fingerprint; it was changed or damaged; prepare the corpus again")
-    if wrong_count:
-        raise UserError(f"{path}: states impossible counts: {wrong_count}; prepare the corpus again")
+        raise UserError(f"{path}: does not match its fingerprint; it was changed or damaged; {remedy}")
+    if wrong_count := _find_wrong_count(manifest):
+        raise UserError(f"{path}: states impossible counts: {wrong_count}; {remedy}")
     return manifest
 
 
 def _find_wrong_count(manifest: CorpusManifest) -> str | None:
     """Return a description of the first impossible count, because readers take memory and time in proportion to counts."""
-    if manifest.dtype not in ("uint16", "uint32") or manifest.sample_tokens < 1:
-        return f"dtype {manifest.dtype} and sample_tokens {manifest.sample_tokens}"
-    if not 0 < manifest.vocab <= 1 << 8 * manifest.token_bytes:
-        return f"vocab {manifest.vocab} does not fit in {manifest.dtype}"
+    if manifest.sample_tokens * manifest.token_bytes % TAR_BLOCK_BYTES:
+        return f"sample_tokens {manifest.sample_tokens} of {manifest.dtype} do not fill whole blocks of {TAR_BLOCK_BYTES} bytes"
+    if manifest.dtype != token_dtype(manifest.vocab):
+        return (
+            f"dtype {manifest.dtype}, but ids below vocab {manifest.vocab} are stored as {token_dtype(manifest.vocab)}"
+        )
+    if manifest.eos_id >= manifest.vocab:
+        return f"eos_id {manifest.eos_id} is not below vocab {manifest.vocab}"
+    files = set()
     for shard in manifest.shards:
-        if not 0 <= shard.documents <= shard.tokens or shard.tokens > 2 * shard.bytes:  # verify is exact
+        if shard.file in files:
+            return f"{shard.file} is listed twice"
+        files.add(shard.file)
+        used_bytes = -(-shard.tokens // manifest.sample_tokens) * TAR_BLOCK_BYTES + shard.tokens * manifest.token_bytes
+        if used_bytes > shard.bytes or shard.documents > shard.tokens:
             return f"{shard.file} with {shard.bytes} bytes, {shard.tokens} tokens and {shard.documents} documents"
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
-        if split.tokens > (found := sum(shard.tokens for shard in split.shards)):
-            return f"{name} with {split.tokens} tokens, but {found} in its shards"
+        for unit in ("tokens", "documents"):
+            stated, found = getattr(split, unit), sum(getattr(shard, unit) for shard in split.shards)
+            if stated != found:
+                return f"{name}.{unit} is {stated}, but its shards have {found}"
     return None
 
 
@@ -252,6 +260,7 @@ def _check_size(path: Path, size_bytes: int, shard: Shard) -> None:
         )
 
 
-def one_line(error: Exception) -> str:
-    """Return the type and text of the error on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+def one_line(value: Any) -> str:
+    """Return a value, or the type and text of an error, on one line of at most 200 characters."""
+    text = f"{type(value).__name__}: {value}" if isinstance(value, Exception) else str(value)
+    return " ".join(text.split())[:200]

@@ -113,6 +113,7 @@ def test_a_line_of_a_journal_that_would_fill_the_memory_is_refused(tmp_path, mon
     [
         ("[" * 100_000, "nested too deeply"),
         ('{"a":' * 100_000, "nested too deeply"),
+        ('{"a": {"b": 1, "c": 2, "b": 1}}', "the key 'b' is given twice in one object"),
         ("1e999", "the number 1e999 is too large or not finite"),
         ("[NaN]", "the number NaN is too large or not finite"),
         ("-Infinity", "the number -Infinity is too large or not finite"),

@@ -50,7 +50,7 @@ def write_corpus(tmp_path_factory):
 def make_corpus(tmp_path, write_corpus):
     """make_corpus("a", seed=1) makes a folder of random documents in several shards, as uint32 if `vocab` is above 65,536."""
 
-    def make(name: str, *, seed: int = 0, documents: int = 40, vocab: int = 500, tokenizer: str = "one") -> Path:
+    def make(name: str, *, seed: int = 0, documents: int = 40, vocab: int = 500, tokenizer: str = "1" * 64) -> Path:
         return shutil.copytree(write_corpus(seed, documents, vocab, tokenizer), tmp_path / name)
 
     return make

@@ -195,7 +195,7 @@ def test_ranks_of_one_replica_that_read_other_rows_are_an_error():
 def test_manifests_are_copied_whole_under_the_names_of_their_sources(tmp_path):
     split = CorpusSplit(10, 1, [Shard("train-000000.tar", 1024, 10, 1, "0" * 64, "0" * 32)])
     corpus = CorpusManifest(
-        "uint16", 512, 500, "<eos>", 0, "one", 0.0, {}, {}, train=split, validation=CorpusSplit(0, 0, [])
+        "uint16", 512, 500, "<eos>", 0, "1" * 64, 0.0, {}, {}, train=split, validation=CorpusSplit(0, 0, [])
     )
     run = tmp_path / "run"
     run.mkdir()

@@ -45,7 +45,7 @@ def make_corpus(folder: Path, seed: int, documents: int) -> str:
     texts = (np.append(draw.integers(1, 500, draw.integers(0, 90)), 0).astype(np.uint16) for _ in range(documents))
     train = write_split(folder, "train", texts, sample_tokens=512, shard_tokens=600)
     written = CorpusManifest(
-        "uint16", 512, 500, "<eos>", 0, "one", 0.0, {}, {}, train=train, validation=CorpusSplit(0, 0, [])
+        "uint16", 512, 500, "<eos>", 0, "1" * 64, 0.0, {}, {}, train=train, validation=CorpusSplit(0, 0, [])
     )
     atomic_write(folder / manifest.MANIFEST_FILE, manifest.dump_manifest(written))
     return str(folder)
