@@ -77,7 +77,7 @@ def logits(
         * (position_ids[:, None] - position_ids[None, :]).abs()
         / distance_divisor(model.alibi_scaling, length)
     )
-    scale = 1 / head_dim if mup else 1 / math.sqrt(head_dim)
+    scale = 1 / head_dim if mup and mup.scale_qk_dot_by_d else 1 / math.sqrt(head_dim)
     mask = shared.attention_mask(tokens, document_ids)
 
     def norm(x: Tensor, name: str) -> Tensor:

@@ -75,7 +75,7 @@ def logits(
     head_dim, num_kv_heads, eps = model.hidden_size // model.num_heads, model.num_kv_heads, model.norm_eps
     group, rotated = model.num_heads // num_kv_heads, int(model.partial_rotary_factor * head_dim)
     place, mask = positions(tokens, document_ids), shared.attention_mask(tokens, document_ids)
-    scale = 1 / head_dim if mup else 1 / math.sqrt(head_dim)
+    scale = 1 / head_dim if mup and mup.scale_qk_dot_by_d else 1 / math.sqrt(head_dim)
     hidden = embedding(tokens, get_tensor("embedding.weight")) * (mup.embedding_multiplier if mup else 1.0)
 
     def norm(x: Tensor, name: str) -> Tensor:

@@ -73,6 +73,10 @@ VARIANTS: dict[str, tuple[StableLMConfig | BTLMConfig, MupConfig | None]] = {
         BTLMConfig(**_BTLM, hidden_size=48, num_heads=6, vocab_size=103, tie_word_embeddings=True),
         MupConfig(32, 10.0, 1.5),
     ),
+    "btlm_fractional": (
+        BTLMConfig(**_BTLM, hidden_size=40, num_heads=4, vocab_size=99, tie_word_embeddings=True),
+        MupConfig(0.3 * 40 + 0.7, 6.5, 1.75, scale_qk_dot_by_d=False),
+    ),
     "btlm_untied": (BTLMConfig(**_BTLM, hidden_size=40, num_heads=10, vocab_size=97, tie_word_embeddings=False), None),
     "btlm_fixed": (
         BTLMConfig(

@@ -70,9 +70,9 @@ def check_same_model(
     config: TrainConfig, checkpoint: Checkpoint, label: str, remedy: str, *, ignored_fields: Collection[str] = ()
 ) -> None:
     """Raises: UserError for the first field of model or mup that differs from the saved one, except `ignored_fields`."""
-    requested = model_metadata(config.model, config.mup)
+    requested, stored = model_metadata(config.model, config.mup), model_metadata(*checkpoint.model_configs())
     for section in ("model", "mup"):
-        now, saved = requested[section] or {}, checkpoint.manifest[section] or {}
+        now, saved = requested[section] or {}, stored[section] or {}
         for name in sorted((now.keys() | saved.keys()) - set(ignored_fields)):
             if now.get(name) != saved.get(name):
                 raise UserError(

@@ -96,6 +96,8 @@ def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
     if type(None) in arguments:
         (present,) = (argument for argument in arguments if argument is not type(None))
         return None if value is None else _parse_value(present, value, key_path)
+    if arguments == (int, float):  # a number that stays as it was written
+        annotation = int if type(value) is int else float
     if dataclasses.is_dataclass(annotation):
         return parse_dataclass(annotation, value, key_path)
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:

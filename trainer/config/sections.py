@@ -122,12 +122,17 @@ AnyModelConfig = StableLMConfig | BTLMConfig
 class MupConfig:
     """Maximal update parametrisation; the rules are one table in `models/mup.py`."""
 
-    base_hidden_size: int
-    """Width at which the hyperparameters were tuned. The width multiplier is model.hidden_size / base_hidden_size."""
+    base_hidden_size: int | float
+    """Width at which the hyperparameters were tuned. The width multiplier is model.hidden_size / base_hidden_size.
+
+    Published folders store the inverse of the multiplier, so the width of an import need not be a whole number.
+    """
     embedding_multiplier: float
     """Factor applied to the output of the embedding."""
     output_multiplier: float
     """Factor applied to the logits, which are also divided by the width multiplier."""
+    scale_qk_dot_by_d: bool = True
+    """true: attention scores are multiplied by 1 / head_dim, the rule of muP. false: by 1 / sqrt(head_dim)."""
 
 
 @dataclass(frozen=True)

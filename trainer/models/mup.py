@@ -4,8 +4,8 @@
 standard parametrization applies: m is 1 and attention is scaled by 1 / sqrt(head_dim).
 
 Source: Cerebras modelzoo, `convert_config_to_mup.py` and the BTLM configs (hidden matrices: std / sqrt(m), learning rate / m;
-residual outputs also / sqrt(2 * depth); logits * output_multiplier / m; attention 1 / head_dim). Stable LM 2 uses the same
-depth rule with m = 1. muP: Yang et al. 2022, arXiv 2203.03466, table 8.
+residual outputs also / sqrt(2 * depth); logits * output_multiplier / m; attention 1 / head_dim, or 1 / sqrt(head_dim) without
+`scale_qk_dot_by_d`). Stable LM 2 uses the same depth rule with m = 1. muP: Yang et al. 2022, arXiv 2203.03466, table 8.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,8 @@ def parameter_rules(model: AnyModelConfig, mup: MupConfig | None) -> dict[str, P
 
 def forward_scales(model: AnyModelConfig, mup: MupConfig | None) -> ForwardScales:
     """Return the factors on the embedding's output, the logits and the query-key product."""
+    attention_scale = 1.0 / model.head_dim if mup and mup.scale_qk_dot_by_d else 1.0 / sqrt(model.head_dim)
     if mup is None:
-        return ForwardScales(1.0, 1.0, 1.0 / sqrt(model.head_dim))
+        return ForwardScales(1.0, 1.0, attention_scale)
     logits_scale = mup.output_multiplier / width_multiplier(model, mup)
-    return ForwardScales(mup.embedding_multiplier, logits_scale, 1.0 / model.head_dim)
+    return ForwardScales(mup.embedding_multiplier, logits_scale, attention_scale)

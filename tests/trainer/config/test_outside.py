@@ -14,6 +14,7 @@ from tandem.data_prep.tokenizers import build
 from tandem.trainer import config, journal
 from tandem.trainer.checkpoint import layout
 from tandem.trainer.checkpoint.hf import folder as hf_folder
+from tandem.trainer.checkpoint.hf import weight_files
 from tandem.trainer.config import UserError, outside
 from tandem.trainer.data import ledger, manifest, remote_files
 from tandem.trainer.metrics import progress
@@ -58,7 +59,7 @@ def test_a_pipe_is_refused_at_every_door(pipe, reader):
 FOLDER_READERS = {
     "manifest.json": manifest.load_manifest,
     "config.json": lambda folder: hf_folder.read_json(folder / "config.json"),
-    "model.safetensors.index.json": hf_folder.open_tensor_files,
+    "model.safetensors.index.json": weight_files.open_tensor_files,
     "ledger.jsonl": lambda folder: ledger.read_rollbacks(folder, 0, 0),
     "tokenizer.json": lambda folder: build.read_tokenizer(str(folder)),
     "merges.txt": lambda folder: build.read_tokenizer(str(folder / "merges.txt")),

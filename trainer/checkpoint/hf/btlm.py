@@ -4,24 +4,20 @@ Matrices are stored [in, out]. Query, key and value are one tensor, in that orde
 SwiGLU. transformers has no BTLM class, so an export includes `modeling_btlm.py` and `configuration_btlm.py`.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tandem.kernels.attention import alibi_slopes
+from tandem.trainer.checkpoint.hf.config_fields import Count, Positive, SharedFields, check_heads
 from tandem.trainer.checkpoint.hf.tensor_mapping import HFTensor, TensorMapping, identity_mapping, stacked_mapping
-from tandem.trainer.config import (
-    AlibiScalingConfig,
-    BTLMConfig,
-    MupConfig,
-    UserError,
-    check_alibi_scaling,
-    parse_dataclass,
-)
+from tandem.trainer.config import AlibiScalingConfig, BTLMConfig, MupConfig, UserError, check_alibi_scaling
 
-EMBEDDING_NAME, HEAD_NAME = "transformer.wte.weight", "lm_head.weight"
+EMBEDDING_NAME, HEAD_NAME, BASE_PREFIX = "transformer.wte.weight", "lm_head.weight", "transformer."
 MAX_SEQ_LEN_FIELD = "n_positions"
 CODE_FILES = ("configuration_btlm.py", "modeling_btlm.py")
 """Code files copied into an export."""
@@ -37,6 +33,23 @@ FIXED_FIELDS = {
     "scale_attn_weights": True,
 }
 """Published fields for which we support only one value."""
+ARCHITECTURES = ("BTLMLMHeadModel", "BTLMModel")
+ALIASES = {
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+    "n_ctx": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+"""Other names of published fields. Source: `attribute_map` of the published class, and GPT-2's config."""
+SHAPE_FIELDS = {
+    "wte.": "vocab_size, n_embd",
+    "lm_head.": "vocab_size, n_embd",
+    ".mlp.": "n_inner, n_embd",
+    "": "n_embd",
+}
+"""Part of a tensor's name -> the fields that determine its shape. The first that matches counts."""
 MODEL_FIELDS = {
     "hidden_size": "n_embd",
     "num_layers": "n_layer",
@@ -48,7 +61,24 @@ MODEL_FIELDS = {
     "tie_word_embeddings": "tie_word_embeddings",
 }
 """Maps our fields to the published ones."""
-FIELD_DEFAULTS = {"layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields(SharedFields):
+    """The keys of config.json that are read."""
+
+    n_embd: Count
+    n_layer: Count
+    n_head: Count
+    n_inner: Count | None = None
+    n_positions: Count | None = None
+    layer_norm_epsilon: Positive = 1e-5
+    tie_word_embeddings: bool = True
+    alibi_scaling: AlibiScalingConfig | None = None
+    mup_width_scale: Positive = 1.0
+    mup_embeddings_scale: Positive = 1.0
+    mup_output_alpha: Positive = 1.0
+    mup_scale_qk_dot_by_d: bool = False
 
 
 def tensor_mappings(model: BTLMConfig) -> Iterator[TensorMapping]:
@@ -87,7 +117,7 @@ def to_hf_config(model: BTLMConfig, mup: MupConfig | None, max_seq_len: int) -> 
         "alibi_scaling": scaling and {key: value for key, value in asdict(scaling).items() if value is not None},
         "mup_embeddings_scale": mup.embedding_multiplier if mup else 1.0,
         "mup_output_alpha": mup.output_multiplier if mup else 1.0,
-        "mup_scale_qk_dot_by_d": mup is not None,
+        "mup_scale_qk_dot_by_d": mup is not None and mup.scale_qk_dot_by_d,
         "mup_width_scale": mup.base_hidden_size / model.hidden_size if mup else 1.0,
         "n_positions": max_seq_len,
         "use_cache": True,
@@ -96,51 +126,36 @@ def to_hf_config(model: BTLMConfig, mup: MupConfig | None, max_seq_len: int) -> 
     }
 
 
-OLD_MUP_FIELDS = ("embeddings_scale", "output_logits_scale", "scale_qk_dot_by_d", "width_scale")
-"""Names of the muP fields in older revisions of the schema."""
-
-
-def from_hf_config(hf_config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def from_hf_config(fields: Fields, path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Return the model and muP sections for a config.json, without the fields that the published schema lacks.
 
-    Raises: UserError for a variant that BTLM does not have. KeyError if a required field is missing.
+    Raises: UserError if the position interpolation is not valid.
     """
-    for name, value in FIXED_FIELDS.items():
-        if hf_config.get(name, value) != value:
-            raise UserError(
-                f"config.json: {name} is {hf_config[name]!r}, but BTLM needs {value!r}; choose another folder"
-            )
-    if older := [name for name in OLD_MUP_FIELDS if name in hf_config]:
-        raise UserError(
-            f"config.json: {older[0]} ({hf_config[older[0]]!r}) belongs to an older revision of the schema, which is not "
-            "supported; use the newest revision of the folder"
-        )
-    scaling, field = hf_config.get("alibi_scaling"), "config.json: alibi_scaling"
+    check_heads(path, fields.n_embd, fields.n_head, 1)
+    scaling = fields.alibi_scaling
     if scaling is not None:
-        check_alibi_scaling(parse_dataclass(AlibiScalingConfig, scaling, field), field)
-    fields = FIELD_DEFAULTS | hf_config
-    model = {ours: fields[theirs] for ours, theirs in MODEL_FIELDS.items()}
-    return {"family": "btlm", **model, "alibi_scaling": scaling}, _mup_from_hf(hf_config)
-
-
-def _mup_from_hf(hf_config: dict[str, Any]) -> dict[str, Any] | None:
-    names = ("mup_width_scale", "mup_embeddings_scale", "mup_output_alpha")
-    width_scale, embeddings_scale, output_alpha = scales = tuple(hf_config.get(name, 1.0) for name in names)
-    base_hidden_size = round(width_scale * hf_config["n_embd"])
-    if not hf_config.get("mup_scale_qk_dot_by_d", False):
-        if scales != (1.0, 1.0, 1.0):
+        check_alibi_scaling(scaling, f"{path}: alibi_scaling")
+        if fields.n_positions is not None and (scaling.train_seq_len or 0) > fields.n_positions:
             raise UserError(
-                "config.json: mup_scale_qk_dot_by_d is false, but other muP scales are not 1; muP must be entirely on or off; "
-                "choose another folder"
+                f"{path}: alibi_scaling.train_seq_len is {scaling.train_seq_len}, but n_positions, the longest row, is only "
+                f"{fields.n_positions}; raise n_positions, or remove alibi_scaling"
             )
+    model = {ours: getattr(fields, theirs) for ours, theirs in MODEL_FIELDS.items()}
+    model["ffn_hidden_size"] = fields.n_inner or 4 * fields.n_embd  # as in GPT-2
+    return {"family": "btlm", **model, "alibi_scaling": scaling and asdict(scaling)}, _mup_from_hf(fields)
+
+
+def _mup_from_hf(fields: Fields) -> dict[str, Any] | None:
+    scales = (fields.mup_width_scale, fields.mup_embeddings_scale, fields.mup_output_alpha)
+    if not fields.mup_scale_qk_dot_by_d and scales == (1.0, 1.0, 1.0):
         return None
-    if base_hidden_size < 1 or abs(width_scale * hf_config["n_embd"] - base_hidden_size) > 1e-6 * base_hidden_size:
-        raise UserError(
-            f"config.json: mup_width_scale {width_scale} times n_embd {hf_config['n_embd']} is the base width of "
-            "muP, which must be a positive whole number; correct mup_width_scale"
-        )
-    multipliers = {"embedding_multiplier": embeddings_scale, "output_multiplier": output_alpha}
-    return {"base_hidden_size": base_hidden_size, **multipliers}
+    base = fields.mup_width_scale * fields.n_embd
+    return {
+        "base_hidden_size": round(base) if math.isclose(base, round(base), rel_tol=1e-9) else base,
+        "embedding_multiplier": fields.mup_embeddings_scale,
+        "output_multiplier": fields.mup_output_alpha,
+        "scale_qk_dot_by_d": fields.mup_scale_qk_dot_by_d,
+    }
 
 
 def _norm_mappings(model: BTLMConfig, prefix: str, hf_prefix: str) -> Iterator[TensorMapping]:

@@ -1,5 +1,5 @@
-"""Read and write the files of a Hugging Face folder: JSON, and safetensors in shards with an index. A folder is written
-atomically. `export` determines its contents.
+"""Read JSON files, and write the files of a Hugging Face folder: JSON, and safetensors in shards with an index. A folder is
+written atomically. `export` determines its contents, and `weight_files` reads weights.
 """
 
 import contextlib
@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, dtype
 
 from tandem.trainer.checkpoint import safetensors_writer
 from tandem.trainer.checkpoint.hf.tensor_mapping import TensorMapping, TensorReader, to_hf_tensor
 from tandem.trainer.checkpoint.safetensors_writer import TensorSpec
 from tandem.trainer.config import UserError
-from tandem.trainer.config.outside import check_regular_file, parse_json, read_file
+from tandem.trainer.config.outside import parse_json, read_file
 from tandem.trainer.disk import sync_folder
 
 DEFAULT_SHARD_BYTES = 4_000_000_000
@@ -99,36 +98,6 @@ def write_weights(
     if len(shards) > 1:
         metadata = {"total_size": sum(map(num_bytes, mappings))}
         write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
-
-
-def open_tensor_files(folder: Path) -> dict[str, Any]:
-    """Open the folder's weight files. Return the open file for each tensor name.
-
-    Raises: UserError if a file is missing or damaged, or the index lists a tensor that its file does not hold.
-    """
-    if (folder / INDEX_FILE).is_file():
-        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values() or [None]):
-            raise UserError(
-                f"{folder / INDEX_FILE}: has no weight_map that names the file of every tensor; copy it again"
-            )
-    elif (folder / WEIGHTS_FILE).is_file():
-        weight_map = {}
-    else:
-        found = f"has neither {WEIGHTS_FILE} nor {INDEX_FILE}"
-        raise UserError(f"{folder}: {found}; weights are read only from such files; add them")
-    files_by_tensor: dict[str, Any] = {}
-    for name in sorted(set(weight_map.values())) if weight_map else [WEIGHTS_FILE]:
-        try:
-            check_regular_file(folder / name)
-            file = safe_open(folder / name, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / name}: cannot be read ({error}); copy the file again") from None
-        files_by_tensor |= dict.fromkeys(file.keys(), file)
-    if missing := next((name for name in weight_map if name not in files_by_tensor), None):
-        found = f"lists {missing} in {weight_map[missing]}, but that file does not contain it"
-        raise UserError(f"{folder / INDEX_FILE}: {found}; copy the index and the files again")
-    return files_by_tensor
 
 
 def _remove_stale(target_folder: Path) -> None:

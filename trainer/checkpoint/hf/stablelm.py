@@ -5,15 +5,38 @@ heads never have a bias. Source: transformers 5.23 `models/stablelm/`, config.js
 """
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 
+from tandem.trainer.checkpoint.hf.config_fields import REMEDY, Count, Positive, SharedFields, check_heads
 from tandem.trainer.checkpoint.hf.tensor_mapping import HFTensor, TensorMapping, identity_mapping, stacked_mapping
-from tandem.trainer.config import MupConfig, StableLMConfig, UserError
+from tandem.trainer.config import MupConfig, StableLMConfig, UserError, parse_content
+from tandem.trainer.config.constraints import Range
 
-EMBEDDING_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING_NAME, HEAD_NAME, BASE_PREFIX = "model.embed_tokens.weight", "lm_head.weight", "model."
+FIXED_FIELDS = {"attention_dropout": 0.0, "hidden_act": "silu", "hidden_dropout": 0.0, "rotary_scaling_factor": 1.0}
+"""Published fields for which we support only one value."""
+ARCHITECTURES = ("StableLmForCausalLM", "StableLmModel", "StableLMEpochForCausalLM", "StableLMEpochModel")
+ALIASES = {
+    "norm_eps": "layer_norm_eps",
+    "rope_pct": "partial_rotary_factor",
+    "rotary_emb_base": "rope_theta",
+    "rotary_pct": "partial_rotary_factor",
+}
+"""Names in the first revisions of the folders (model_type stablelm_epoch) -> the later ones."""
 MAX_SEQ_LEN_FIELD = "max_position_embeddings"
+SHAPE_FIELDS = {
+    "embed_tokens.": "vocab_size, hidden_size",
+    "lm_head.": "vocab_size, hidden_size",
+    ".mlp.": "intermediate_size, hidden_size",
+    "self_attn.k_": "num_key_value_heads, num_attention_heads, hidden_size",
+    "self_attn.v_": "num_key_value_heads, num_attention_heads, hidden_size",
+    "": "hidden_size, num_attention_heads",
+}
+"""Part of a tensor's name -> the fields that determine its shape. The first that matches counts."""
 MODEL_FIELDS = {
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -30,9 +53,39 @@ MODEL_FIELDS = {
     "tie_word_embeddings": "tie_word_embeddings",
 }
 """Maps our fields to the published ones."""
-FALSE_BY_DEFAULT = ("use_parallel_residual", "qk_layernorm", "use_qkv_bias", "use_norm_bias", "tie_word_embeddings")
 CODE_FILES: tuple[str, ...] = ()
 """Code files copied into an export: none, because transformers has the class."""
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The rotary fields, which config.json may have at its top level, in `rope_scaling` and in `rope_parameters`."""
+
+    rope_theta: Annotated[float, Range(above=1)] | None = None
+    partial_rotary_factor: Annotated[float, Range(above=0, at_most=1)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields(SharedFields):
+    """The keys of config.json that are read."""
+
+    hidden_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    intermediate_size: Count
+    max_position_embeddings: Count | None = None
+    layer_norm_eps: Positive = 1e-5
+    use_parallel_residual: bool = False
+    qk_layernorm: bool = False
+    use_qkv_bias: bool = False
+    use_norm_bias: bool = False
+    tie_word_embeddings: bool = False
+    rope_theta: Any = None
+    partial_rotary_factor: Any = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
 
 
 def tensor_mappings(model: StableLMConfig) -> Iterator[TensorMapping]:
@@ -90,27 +143,54 @@ def to_hf_config(model: StableLMConfig, mup: MupConfig | None, max_seq_len: int)
     }
 
 
-def from_hf_config(hf_config: dict[str, Any]) -> tuple[dict[str, Any], None]:
+def from_hf_config(fields: Fields, path: Path) -> tuple[dict[str, Any], None]:
     """Return the model and muP sections for a config.json, without the fields that the published schema lacks.
 
-    Raises: UserError for rotary scaling and other activations. KeyError if a required field is missing.
+    Raises: UserError for rotary scaling, and for rotary fields that contradict one another.
     """
-    rotary = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    fraction = hf_config.get("partial_rotary_factor", hf_config.get("rope_pct", 0.25))  # rope_pct in early revisions
-    kind = rotary.get("rope_type", rotary.get("type", "default"))
-    if kind != "default" or hf_config.get("hidden_act", "silu") != "silu":
+    check_heads(path, fields.hidden_size, fields.num_attention_heads, fields.num_key_value_heads or 1)
+    rotary = _merge_rotary(fields, path)
+    model = {"family": "stablelm"} | {ours: getattr(fields, theirs) for ours, theirs in MODEL_FIELDS.items()}
+    model["num_kv_heads"] = fields.num_key_value_heads or fields.num_attention_heads
+    model["partial_rotary_factor"] = rotary.partial_rotary_factor or 0.25
+    model["rotary_base"] = rotary.rope_theta or 10_000
+    head_dim = fields.hidden_size // fields.num_attention_heads
+    if fields.head_dim not in (None, head_dim):
         raise UserError(
-            f"config.json: rope_type is {kind!r} and hidden_act is {hf_config.get('hidden_act', 'silu')!r}, but Stable LM 2 "
-            "needs 'default' and 'silu'; choose another folder"
+            f"{path}: head_dim is {fields.head_dim}, but hidden_size {fields.hidden_size} / num_attention_heads "
+            f"{fields.num_attention_heads} is {head_dim}; {REMEDY}"
         )
-    fields: dict[str, Any] = {"initializer_range": 0.02, "num_key_value_heads": None}
-    fields["layer_norm_eps"] = hf_config.get("norm_eps", 1e-5)  # norm_eps in early revisions
-    fields |= dict.fromkeys(FALSE_BY_DEFAULT, False) | hf_config
-    model = {"family": "stablelm"} | {ours: fields[theirs] for ours, theirs in MODEL_FIELDS.items()}
-    model["num_kv_heads"] = model["num_kv_heads"] or model["num_heads"]
-    model["partial_rotary_factor"] = rotary.get("partial_rotary_factor", fraction)
-    model["rotary_base"] = rotary.get("rope_theta", hf_config.get("rope_theta", 10_000))
+    if (rotated := int(head_dim * model["partial_rotary_factor"])) < 2 or rotated % 2:
+        raise UserError(
+            f"{path}: partial_rotary_factor {model['partial_rotary_factor']} rotates {rotated} of {head_dim} dims of a head, "
+            f"which is not an even number; {REMEDY}"
+        )
     return model, None
+
+
+def _merge_rotary(fields: Fields, path: Path) -> Rotary:
+    """Return the rotary fields of all three places."""
+    top_level = {name: getattr(fields, name) for name in ("rope_theta", "partial_rotary_factor")}
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for place, tree in {
+        "": top_level,
+        "rope_parameters.": fields.rope_parameters,
+        "rope_scaling.": fields.rope_scaling,
+    }.items():
+        for key, value in (tree or {}).items():
+            name = "rope_type" if key == "type" else key  # the name before rope_type
+            if value is None:
+                continue
+            if merged.setdefault(name, value) != value:
+                problem = f"{place}{key} is {value!r}, but {origins[name]} is {merged[name]!r}"
+                raise UserError(f"{path}: {problem}; remove the wrong one")
+            origins.setdefault(name, place + key)
+    for name, supported in (("rope_type", "default"), ("factor", 1.0)):
+        if merged.pop(name, supported) != supported:
+            problem = f"{origins[name]} is not {supported}, but scaled rotary positions are not supported"
+            raise UserError(f"{path}: {problem}; choose a folder without them")
+    return parse_content(Rotary, merged, path, REMEDY)
 
 
 def _norm_mappings(model: StableLMConfig, prefix: str, hf_prefix: str) -> Iterator[TensorMapping]:

@@ -116,7 +116,7 @@ def config_summary(config: TrainConfig) -> dict[str, str]:
         "learning rate": f"{lr.kind}, peak {lr.peak:g}, warm-up {lr.warmup_steps:,} steps",
         "optimizer": f"AdamW, beta {optim.beta1:g} / {optim.beta2:g}, weight decay {optim.weight_decay:g}, "
         f"clip {optim.max_grad_norm:g}",
-        "muP": f"base width {config.mup.base_hidden_size}" if config.mup else "off",
+        "muP": f"base width {config.mup.base_hidden_size:g}" if config.mup else "off",
         "precision": config.run.precision,
         "parallel": f"tp_size {parallel.tp_size}, ZeRO stage {parallel.zero_stage}, recompute {parallel.recompute}",
         "hardware": config.hardware.name if config.hardware else "not configured",

@@ -1,0 +1,118 @@
+"""Read config.json of a Hugging Face folder strictly: every key is read, known to have no effect, or must have the one value
+that we support. Any other key may change what the weights compute, so it is refused.
+
+`stablelm` and `btlm` list the keys of their families.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tandem.trainer.config import UserError, parse_content
+from tandem.trainer.config.constraints import Range
+
+Count = Annotated[int, Range(at_least=1)]
+Positive = Annotated[float, Range(above=0)]
+REMEDY = "correct config.json, or choose another folder"
+UNKNOWN_REMEDY = (
+    "if the model computes the same without it, remove it from config.json; otherwise choose another folder"
+)
+
+KEYS_WITHOUT_EFFECT = {
+    "say how the folder was made": (
+        "_commit_hash", "_name_or_path", "auto_map", "finetuning_task", "name_or_path", "transformers.js_config",
+        "transformers_version", "unsloth_fixed", "unsloth_version",
+    ),
+    "select code or a form of the output, not the values": (
+        "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_flash_attn_2_enabled",
+        "attn_implementation", "chunk_size_feed_forward", "experts_implementation", "gradient_checkpointing", "is_decoder",
+        "keys_to_ignore_at_inference", "output_attentions", "output_hidden_states", "pretraining_tp", "return_dict",
+        "tf_legacy_loss", "torchscript", "use_bfloat16", "use_cache", "use_flash_attention_2", "use_return_dict",
+    ),
+    "belong to text generation": (
+        "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+        "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+        "length_penalty", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size",
+        "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix", "remove_invalid_values",
+        "repetition_penalty", "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
+    ),
+    "belong to encoders, classifiers or tokenizers": (
+        "cross_attention_hidden_size", "decoder_start_token_id", "id2label", "label2id", "num_labels", "problem_type",
+        "sep_token_id", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+        "summary_use_proj", "task_specific_params", "tie_encoder_decoder", "tokenizer_class",
+    ),
+}  # fmt: skip
+"""Keys of transformers 4 and 5, of GPT-2's config and of common tools, which do not change the logits of our models."""
+_IGNORED = frozenset(key for keys in KEYS_WITHOUT_EFFECT.values() for key in keys)
+
+FIXED_FIELDS: dict[str, Any] = {"add_cross_attention": False, "is_encoder_decoder": False, "pruned_heads": {}}
+"""Keys of both families for which we support only one value."""
+
+
+@dataclass(frozen=True)
+class ExtraFields:
+    """The fields that the published schema lacks. The defaults are for folders that we did not export."""
+
+    init_truncation_sigmas: Annotated[float, Range(at_least=0)] = 0.0
+    document_masking: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedFields:
+    """The keys of both families that are read. The names are the published ones."""
+
+    model_type: str
+    architectures: list[str] | None = None
+    dtype: str | None = None
+    vocab_size: Count
+    initializer_range: Annotated[float, Range(at_least=0)] = 0.02
+    bos_token_id: Any = None
+    eos_token_id: Any = None
+    pad_token_id: Any = None
+    unk_token_id: Any = None
+    tandem: ExtraFields = ExtraFields()
+
+
+def parse_config(tree: dict[str, Any], path: Path, family: Any) -> Any:
+    """Convert config.json into `family.Fields`. A key that is null is like one that is absent.
+
+    Raises: UserError if a key is unknown, has a value that we do not support, or contradicts another key.
+    """
+    tree = {key: value for key, value in tree.items() if value is not None and key not in _IGNORED}
+    if found := tree.get("quantization_config"):
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise UserError(f"{path}: quantization_config is {method!r}, but only weights that are not quantized can be read; "
+                        "choose the folder of the original weights")  # fmt: skip
+    for alias, name in (*family.ALIASES.items(), ("torch_dtype", "dtype")):
+        if alias not in tree:
+            continue
+        value = tree.pop(alias)
+        if name == "dtype" and isinstance(value, str):
+            value = value.removeprefix("torch.")
+        if tree.setdefault(name, value) != value:
+            raise UserError(
+                f"{path}: {alias} is {value!r}, but {name} is {tree[name]!r}, and both mean the same; remove the wrong one"
+            )
+    for name, supported in (FIXED_FIELDS | family.FIXED_FIELDS).items():
+        if name in tree and (value := tree.pop(name)) != supported:
+            raise UserError(f"{path}: {name} is {value!r}, but only {supported!r} is supported; choose another folder")
+    known = family.Fields.__dataclass_fields__
+    if unknown := next((key for key in tree if key not in known), None):
+        problem = f"{unknown} is {str(tree[unknown])[:60]!r}, a field that is not known to have no effect"
+        raise UserError(f"{path}: {problem}; {UNKNOWN_REMEDY}")
+    fields = parse_content(family.Fields, tree, path, REMEDY)
+    if wrong := next((name for name in fields.architectures or () if name not in family.ARCHITECTURES), None):
+        raise UserError(
+            f"{path}: architectures is {wrong!r}, but model_type is {fields.model_type!r}, whose classes are "
+            f"{', '.join(family.ARCHITECTURES)}; {REMEDY}"
+        )
+    return fields
+
+
+def check_heads(path: Path, hidden_size: int, num_heads: int, num_kv_heads: int) -> None:
+    """Raises: UserError if the heads do not divide the width, or the key-value heads do not divide the heads."""
+    if hidden_size % num_heads or num_heads % num_kv_heads:
+        raise UserError(
+            f"{path}: the width {hidden_size} must be a multiple of the {num_heads} heads, and the number of heads a multiple "
+            f"of the {num_kv_heads} key-value heads; correct these fields"
+        )
