@@ -112,7 +112,7 @@ def shard(folder: Path) -> Path:
         ("stablelm_12b", 30_000, lambda f: (f / INDEX_FILE).unlink(), "has neither"),
         ("stablelm_12b", 30_000, lambda f: (f / INDEX_FILE).write_text("[]"), "instead of a JSON object"),
         ("stablelm_12b", 30_000, lambda f: edit(f / INDEX_FILE, weight_map={}), "has no weight_map"),
-        ("stablelm_12b", 30_000, lambda f: edit(f / INDEX_FILE, weight_map={"a": 3}), "weight_map.a: 3 is of type int; copy it again"),
+        ("stablelm_12b", 30_000, lambda f: edit(f / INDEX_FILE, weight_map={"a": 3}), "weight_map.a: 3 is of type int; co"),
         ("stablelm_12b", 30_000, lambda f: shard(f).unlink(), "copy the file again"),
         ("stablelm_12b", 30_000, lambda f: cut_short(shard(f)), "copy the file again"),
         (
