@@ -47,7 +47,12 @@ def shard(folder: Path) -> Path:
         ("btlm_mup", 10**9, lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
         ("btlm_mup", 10**9, lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read"),
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", model_type="gpt2"), "model_type 'gpt2'"),
-        ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_embd="drop"), "n_embd: is missing; correct config.json"),
+        (
+            "btlm_mup",
+            10**9,
+            lambda f: edit(f / "config.json", n_embd="drop"),
+            "n_embd: is missing; correct config.json",
+        ),
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_embd="wide"), "n_embd: 'wide' is of type str"),
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_head=0), "n_head: 0 is not a finite number at least 1"),
         (
@@ -112,7 +117,12 @@ def shard(folder: Path) -> Path:
         ("stablelm_12b", 30_000, lambda f: (f / INDEX_FILE).unlink(), "has neither"),
         ("stablelm_12b", 30_000, lambda f: (f / INDEX_FILE).write_text("[]"), "instead of a JSON object"),
         ("stablelm_12b", 30_000, lambda f: edit(f / INDEX_FILE, weight_map={}), "has no weight_map"),
-        ("stablelm_12b", 30_000, lambda f: edit(f / INDEX_FILE, weight_map={"a": 3}), "weight_map.a: 3 is of type int; co"),
+        (
+            "stablelm_12b",
+            30_000,
+            lambda f: edit(f / INDEX_FILE, weight_map={"a": 3}),
+            "weight_map.a: 3 is of type int; co",
+        ),
         ("stablelm_12b", 30_000, lambda f: shard(f).unlink(), "copy the file again"),
         ("stablelm_12b", 30_000, lambda f: cut_short(shard(f)), "copy the file again"),
         (
