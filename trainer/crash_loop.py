@@ -2,27 +2,62 @@
 
 Each start appends a line to `attempts.jsonl` with the last recorded step, and a second line when it ends cleanly. A start
 without the second line has failed, whatever ended its process. The step in the next start's line shows how far it got.
+
+Each line has a check sum, and one wrong bit in a line or between two lines is corrected. A line with more damage counts as a
+start that failed and had reached the same step as the start before it: it makes the guard refuse at most one start too late,
+and it never ends a series of failures. A torn line does not count, because a start begins after its line is on disk.
 """
 
+import json
 import logging
+import math
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+from zlib import crc32
 
 from tandem.trainer import journal
-from tandem.trainer.config import UserError
+from tandem.trainer.config import UserError, parse_dataclass
+from tandem.trainer.config.constraints import COUNT
+from tandem.trainer.config.outside import parse_json, read_file
 from tandem.trainer.distributed.watchdog import newest_verdict
 from tandem.trainer.metrics.records import METRICS_FILE
 from tandem.trainer.run_folder import LOCK_FILE, create_run_folder
 
 STARTS_FILE = "attempts.jsonl"
 CLEAN_EXIT_CODES: dict[Any, int] = {None: 0, 0: 0, 2: 2}
+CHECK_PATTERN = re.compile(rb', "check": "([0-9a-f]{8})"\}')
+"""The end of a record: the CRC-32 of the text before it, which no two texts share that differ in up to three bits. Records of
+older versions lack it."""
+CHECK_BYTES = 22
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    kind: Literal["start"]
+    id: str
+    time: float
+    reached: Annotated[int, COUNT]
+    """The last recorded step when it began."""
+    forgets: bool
+    """Whether it resets the count of failures."""
+
+
+@dataclass(frozen=True)
+class End:
+    kind: Literal["end"]
+    id: str
+    time: float
+    code: int
 
 
 @contextmanager
@@ -33,9 +68,14 @@ def record_start(folder: Path, max_repeat_failures: int) -> Iterator[None]:
     """
     created_folders = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
     create_run_folder(folder)
-    last_step = _last_recorded_step(folder)
-    if max_repeat_failures:
-        _check_repeat_failures(folder, last_step, max_repeat_failures)
+    try:
+        last_step = _last_recorded_step(folder)
+        if max_repeat_failures:
+            _check_repeat_failures(folder, last_step, max_repeat_failures)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: cannot be read ({error.strerror}); restore the file or correct its permissions"
+        ) from None
     start_id = secrets.token_hex(4)  # another launch may use the folder at the same time
     start = {"kind": "start", "id": start_id, "time": time.time(), "reached": last_step}
     try:
@@ -83,22 +123,22 @@ def _record_end(folder: Path, start_id: str, code: int) -> None:
 
 
 def _check_repeat_failures(folder: Path, last_step: int, max_repeat_failures: int) -> None:
-    starts: list[dict[str, Any]] = []
+    starts: list[Start] = []
     ended_ids = set()
-    for record in journal.read_records(folder / STARTS_FILE):
-        if record["kind"] == "end":
-            ended_ids.add(record["id"])
+    for record in _read_attempts(folder / STARTS_FILE):
+        if isinstance(record, End):
+            ended_ids.add(record.id)
         else:
-            starts = [record] if record["forgets"] else [*starts, record]
+            starts = [record] if record.forgets else [*starts, record]
     recent_starts = starts[-max_repeat_failures:]
-    steps_reached = [start["reached"] for start in recent_starts[1:]] + [last_step]
+    steps_reached = [start.reached for start in recent_starts[1:]] + [last_step]
     if (
         len(recent_starts) < max_repeat_failures
-        or any(start["id"] in ended_ids for start in recent_starts)
+        or any(start.id in ended_ids for start in recent_starts)
         or set(steps_reached) != {last_step}
     ):
         return
-    verdict = newest_verdict(folder, since=recent_starts[-1]["time"])
+    verdict = newest_verdict(folder, since=recent_starts[-1].time)
     cause = f"the verdict on the last hang was: {verdict}" if verdict else "see the log for the cause"
     subject = f"{max_repeat_failures} starts in a row have" if max_repeat_failures > 1 else "the last start has"
     raise UserError(
@@ -107,12 +147,70 @@ def _check_repeat_failures(folder: Path, last_step: int, max_repeat_failures: in
     )
 
 
+def _read_attempts(path: Path) -> Iterator[Start | End]:
+    """Yield the records of `attempts.jsonl`, and a failed start for each damaged line. See the module's text."""
+    reached = 0
+    content = read_file(path) if path.exists() else b""
+    for line in re.split(rb"\n|(?<=\}).(?=\{)", content, flags=re.DOTALL):  # a wrong bit may have joined two lines
+        is_torn = line.startswith(b"{") and not line.endswith(b"}") and b'"check"' not in line
+        if is_torn or not line.strip(b"\0"):
+            continue
+        record = _parse_record(_correct_bit(line)) or Start("start", "", math.inf, reached, False)
+        reached = record.reached if isinstance(record, Start) else reached
+        yield record
+
+
+def _correct_bit(line: bytes) -> bytes:
+    """Return the record in a line without its check sum, after correcting a wrong bit. Return a line without one unchanged."""
+    for text in (line, line[:-1]):  # the wrong bit may be in the newline
+        body, end = text[:-CHECK_BYTES], text[-CHECK_BYTES:]
+        if (int.from_bytes(end) ^ int.from_bytes(_check(body))).bit_count() <= 1:
+            return body + b"}"
+    body = line[:-CHECK_BYTES]
+    if (stated := CHECK_PATTERN.fullmatch(line[-CHECK_BYTES:])) and len(line) < 1000:
+        index = _crc_changes(len(body)).get(crc32(body) ^ int(stated[1], 16))
+        if index is not None:
+            return _flip(body, index) + b"}"
+    return line
+
+
+@cache
+def _crc_changes(num_bytes: int) -> dict[int, int]:
+    """Return how the CRC-32 of a text of this length changes if one bit does -> the index of the bit.
+
+    The change depends only on the place, because CRC-32 is linear in the bits.
+    """
+    zeros = bytes(num_bytes)
+    return {crc32(_flip(zeros, index)) ^ crc32(zeros): index for index in range(8 * num_bytes)}
+
+
+def _flip(text: bytes, index: int) -> bytes:
+    changed = bytearray(text)
+    changed[index // 8] ^= 1 << index % 8
+    return bytes(changed)
+
+
+def _check(body: bytes) -> bytes:
+    return b', "check": "%08x"}' % crc32(body)
+
+
+def _parse_record(line: bytes) -> Start | End | None:
+    try:
+        tree = parse_json(line)
+        record: Start | End = parse_dataclass({"start": Start, "end": End}[tree["kind"]], tree, "")
+        return record
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def _last_recorded_step(folder: Path) -> int:
     """Return the step of the last step record. After a rollback this is not the highest step."""
     records = journal.read_records_backwards(folder / METRICS_FILE)
-    return next((record["step"] for record in records if record.get("kind") == "step"), 0)
+    steps = (record.get("step") for record in records if record.get("kind") == "step")
+    return next((step for step in steps if type(step) is int and step >= 0), 0)
 
 
 def _append_record(folder: Path, **record: Any) -> None:
     with journal.open_journal(folder / STARTS_FILE) as file:
-        journal.append_record(file, record, sync=True)
+        check = f"{crc32(json.dumps(record).encode()[:-1]):08x}"
+        journal.append_record(file, record | {"check": check}, sync=True)

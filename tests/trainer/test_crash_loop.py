@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -210,3 +211,103 @@ def test_a_folder_that_cannot_be_is_a_mistake(tmp_path):
 
 def test_it_needs_no_torch(ended):
     assert ended[1] == "False\n"
+
+
+def would_refuse(folder: Path, content: bytes, max_repeat_failures: int) -> bool:
+    """Whether a start is refused if its journal has this content."""
+    (folder / STARTS_FILE).write_bytes(content)
+    start = record_start(folder, max_repeat_failures)
+    try:
+        start.__enter__()
+    except UserError:
+        return True
+    start.__exit__(None, None, None)
+    return False
+
+
+@pytest.fixture(scope="module")
+def journals(tmp_path_factory) -> dict[str, tuple[Path, bytes, int]]:
+    """Folder, journal and limit of a run that must be refused, of one that progresses, and of one that ended in order."""
+    root = tmp_path_factory.mktemp("journals")
+    for _ in range(3):
+        fail(root / "stuck")
+        reach(root / "stuck", 40, 41)
+    for step in (10, 20):
+        fail(root / "progresses", 2)
+        reach(root / "progresses", step)
+    with record_start(root / "ended", 1):
+        reach(root / "ended", 7)
+    limits = {"stuck": 3, "progresses": 2, "ended": 1}
+    return {name: (root / name, (root / name / STARTS_FILE).read_bytes(), limit) for name, limit in limits.items()}
+
+
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.chaos)])
+@pytest.mark.parametrize("name", ["stuck", "progresses", "ended"])
+def test_no_wrong_bit_in_the_journal_changes_whether_a_start_is_refused(journals, name, every, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # no power is lost here
+    folder, content, limit = journals[name]
+    assert would_refuse(folder, content, limit) == (name == "stuck")
+    line_ends = {8 * match.start() + bit for match in re.finditer(rb"[{}\n]", content) for bit in range(8)}
+    for index in sorted({*range(0, 8 * len(content), every), *line_ends}):
+        changed = bytearray(content)
+        changed[index // 8] ^= 1 << index % 8
+        assert would_refuse(folder, bytes(changed), limit) == (name == "stuck"), f"bit {index}: {bytes(changed)}"
+
+
+@pytest.mark.parametrize(
+    "damage", [b"damaged", b"{}", b"[1]", b'{"kind": "start"}', b"\xff" * 9, b'"', b"{" * 99_999 + b"}"]
+)
+def test_a_damaged_line_counts_as_a_failed_start_at_the_step_before_it(journals, damage):
+    folder, content, limit = journals["stuck"]
+    lines = content.splitlines(keepends=True)
+    assert would_refuse(folder, lines[0] + lines[1] + damage + b"\n", limit), "at the step of the line before"
+    assert would_refuse(folder, content + damage, limit)
+    assert not would_refuse(folder, lines[0] + damage + b"\n" + lines[2], limit), "it may have failed at another step"
+    assert would_refuse(folder, lines[0] + damage + b"\n" + lines[2] + lines[2], limit), "one start later"
+    folder, content, limit = journals["progresses"]
+    assert not would_refuse(folder, content + damage, limit)
+
+
+@pytest.mark.parametrize("torn", [b"{", b'{"kind": "start", "id": "01', b"\0" * 4096])
+def test_a_line_that_was_torn_before_its_start_began_does_not_count(journals, torn):
+    folder, content, _ = journals["ended"]
+    assert not would_refuse(folder, content + torn, 1)
+    assert not would_refuse(folder, content + torn + b"\n" + torn, 1)
+    assert would_refuse(journals["stuck"][0], journals["stuck"][1] + torn, 3)
+
+
+def test_records_without_a_check_sum_count_as_before(journals):
+    folder, content, limit = journals["stuck"]
+    older = re.sub(rb', "check": "\w{8}"', b"", content)
+    assert older.count(b"check") == 0 < older.count(b'"reached": 41')
+    assert would_refuse(folder, older, limit)
+    assert not would_refuse(folder, older.splitlines(keepends=True)[0], limit)
+
+
+def test_a_journal_that_cannot_be_read_is_named(tmp_path):
+    for name in ("metrics.jsonl", STARTS_FILE):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match=rf"{name}: cannot be read \(Is a directory\)"):
+            record_start(tmp_path, 3).__enter__()
+        (tmp_path / name).rmdir()
+
+
+@pytest.mark.parametrize("step", ['"41"', "-1", "true", "4.0", "null", "[]"])
+def test_a_metrics_record_without_a_step_is_passed_over(tmp_path, step):
+    reach(tmp_path, 7)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"kind": "step", "step": {step}}}\n')
+    fail(tmp_path)
+    assert records(tmp_path)[0]["reached"] == 7
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe \x1b[2J", b"x" * (1 << 17), None])
+def test_a_strange_verdict_stops_no_refusal(tmp_path, content):
+    verdict = tmp_path / "hangs" / "step-00000001" / "verdict.txt"
+    verdict.parent.mkdir(parents=True)
+    fail(tmp_path, 1)
+    verdict.mkdir() if content is None else verdict.write_bytes(content)
+    os.utime(verdict, 2 * (time.time() + 9,))
+    message = refused(tmp_path, 1)
+    assert "failed in step 1" in message
+    assert "\x1b" not in message

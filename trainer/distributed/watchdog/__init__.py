@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from tandem.trainer.config import RANK_WAIT_TIMEOUT_SECONDS, UserError
 from tandem.trainer.config import WatchdogConfig as Settings
-from tandem.trainer.config.outside import read_text
+from tandem.trainer.config.outside import escape_control_characters, read_file
 from tandem.trainer.disk import atomic_write
 from tandem.trainer.distributed.watchdog import report as reporting
 from tandem.trainer.distributed.watchdog.report import HangReport, RankProcess, current_process, process_state
@@ -37,6 +37,7 @@ __all__ = ["HANGS_FOLDER", "Watchdog", "current_process", "gather_processes", "i
 
 HANGS_FOLDER = "hangs"
 VERDICT_FILE = "verdict.txt"
+MAX_VERDICT_BYTES = 1 << 16
 POLL_SECONDS = 0.25
 SUSPENDED_SECONDS = 5.0
 """A poll is this late only if the process was suspended. That time is ignored, because a suspended run is not hung."""
@@ -328,7 +329,11 @@ def is_connection_lost(error: BaseException) -> bool:
 
 def newest_verdict(folder: Path, since: float) -> str | None:
     """Read the newest verdict in a run folder; None if it is older than the Unix time `since`."""
-    found = [(path.stat().st_mtime, path) for path in (folder / HANGS_FOLDER).glob(f"step-*/{VERDICT_FILE}")]
-    if not found or max(found)[0] < since:
+    try:
+        found = [(path.stat().st_mtime, path) for path in (folder / HANGS_FOLDER).glob(f"step-*/{VERDICT_FILE}")]
+        if not found or max(found)[0] < since:
+            return None
+        text = read_file(max(found)[1], MAX_VERDICT_BYTES).decode(errors="replace")
+    except OSError:  # just removed, or not a file
         return None
-    return read_text(max(found)[1]).strip()
+    return escape_control_characters(" ".join(text.split()))
