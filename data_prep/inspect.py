@@ -6,6 +6,7 @@ shows which ranges of which shards a step read.
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -30,7 +31,12 @@ EXCERPT_CHARACTERS = 200
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `tandem inspect`."""
     add = parser.add_argument
-    add("corpus", metavar="DIR", help="folder written by tandem prepare, or its address: s3://, gs://, https://")
+    add(
+        "corpus",
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="folder written by tandem prepare, or its address: s3://, gs://, https://",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--row", type=int, metavar="N", help="show a row of the stored order, counted from 0")
     what.add_argument("--document", type=int, metavar="N", help="show a document of the stored order, counted from 0")

@@ -42,10 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `tandem prepare`."""
     # fmt: off
     add = parser.add_argument_group("input and output").add_argument
-    add("--input", nargs="+", required=True, metavar="PATH",
+    add("--input", nargs="+", required=True, type=os.path.expanduser, metavar="PATH",
         help="folders or files, local or s3://, gs://, https://, with braces as in bash: text, code, .jsonl, .jsonl.gz, "
         ".jsonl.zst, .parquet, webdataset .tar, .tar.gz, .tgz")
-    add("--output", required=True, metavar="DIR", help="folder to create")
+    add("--output", required=True, type=os.path.expanduser, metavar="DIR", help="folder to create")
     add("--glob", metavar="PATTERN",
         help="within folders, read the files whose names match PATTERN, instead of those with known suffixes; "
         "matching .jsonl, .parquet and .tar files are still read as such, all others as text")
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     tokenizer = parser.add_argument_group("tokenizer")
     choice, add = tokenizer.add_mutually_exclusive_group(), tokenizer.add_argument
-    choice.add_argument("--tokenizer", metavar="FILE",
+    choice.add_argument("--tokenizer", type=os.path.expanduser, metavar="FILE",
         help="tokenizer.json, a folder with vocab.json and merges.txt, or a .tiktoken file")
     choice.add_argument("--vocab-size", type=int, default=16_384, metavar="N",
         help="train a byte-level BPE with this many ids on the corpus (default %(default)s)")
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out documents with fewer characters, not counting ASCII punctuation and whitespace "
         f"(default %(default)s; SlimPajama: {clean.SLIMPAJAMA_MIN_CHARACTERS})")
     add("--deduplicate", action="store_true", help="keep one of several documents that share 0.8 of their 13-grams")
-    add("--decontaminate", nargs="+", default=[], metavar="PATH",
+    add("--decontaminate", nargs="+", default=[], type=os.path.expanduser, metavar="PATH",
         help="leave out documents that are also in these files")
 
     add = parser.add_argument_group("corpus").add_argument

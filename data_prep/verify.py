@@ -8,6 +8,7 @@ bad shard, so one run finds all bad shards.
 import argparse
 import hashlib
 import io
+import os
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +35,12 @@ SINGLE_PROCESS_BYTES = 1 << 26
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `tandem verify`."""
     add = parser.add_argument
-    add("corpus", metavar="DIR", help="folder written by tandem prepare, or its address: s3://, gs://, https://")
+    add(
+        "corpus",
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="folder written by tandem prepare, or its address: s3://, gs://, https://",
+    )
     cores = usable_processors()
     add("--workers", type=int, default=cores, metavar="N",
         help="number of processes, each with one shard in memory (default: one per core)")  # fmt: skip

@@ -109,6 +109,9 @@ def run_verb(chosen_verb: str | None, argv: list[str]) -> int:
             add(parser)
             parser.set_defaults(run=run)
     arguments, rest = top.parse_known_args(argv)
+    for name, value in vars(arguments).items():
+        if isinstance(value, Path):  # a shell leaves the ~ in --tokenizer=~/x
+            setattr(arguments, name, Path(os.path.expanduser(value)))
     if rest and hasattr(arguments, "overrides") and not any(each.startswith("-") for each in rest):
         arguments.overrides.extend(rest)  # argparse takes no more overrides after an option
     elif rest:

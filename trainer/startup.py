@@ -21,7 +21,7 @@ from tandem.trainer.checkpoint.layout import list_committed
 from tandem.trainer.checkpoint.read import Checkpoint, load_master_weights, open_checkpoint, open_newest, restore_state
 from tandem.trainer.checkpoint.write import model_metadata, prune, reject_later
 from tandem.trainer.checkpointing import skipped_ranges
-from tandem.trainer.config import DataConfig, TrainConfig, UserError, dump_config, load_config
+from tandem.trainer.config import DataConfig, TrainConfig, UserError, dump_config, load_saved_config
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data import remote_files
 from tandem.trainer.data.ledger import Ledger, RollbackHistory, copy_manifests, read_rollbacks
@@ -167,7 +167,7 @@ def open_folder(folder: Path, config: TrainConfig, checkpoint: Checkpoint | None
         prune(checkpoint.folder, config.checkpoint.keep_last)  # a kill may have interrupted the last prune
     elif (config_file := folder / CONFIG_FILE).exists():
         try:
-            load_config(config_file)
+            load_saved_config(config_file)
         except UserError as error:
             remedy = "use the version that wrote it, or choose another run.name"
             raise UserError(f"{config_file}: does not load in this version ({error}); {remedy}") from None

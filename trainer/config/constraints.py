@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,6 +54,16 @@ class Pattern:
 COUNT = Range(at_least=0)
 POSITIVE = Range(at_least=1)
 SHA256 = Pattern(r"[0-9a-f]{64}", "a SHA-256 in hexadecimal")
+
+
+@dataclass(frozen=True)
+class HomePath:
+    """A text that is a path or an address: `~` at its start is the user's home folder, and `~name` that of another user."""
+
+    def expand(self, text: str) -> str | None:
+        """Return the path with the home folder, or None if no home folder is known."""
+        expanded = os.path.expanduser(text)
+        return None if expanded.startswith("~") else expanded
 
 
 @dataclass(frozen=True)

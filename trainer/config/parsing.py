@@ -13,7 +13,7 @@ import difflib
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from tandem.trainer.config.constraints import Pattern, Range, SelectedBy
+from tandem.trainer.config.constraints import HomePath, Pattern, Range, SelectedBy
 from tandem.trainer.config.sections import UserError
 
 ParsedClass = TypeVar("ParsedClass")
@@ -47,7 +47,7 @@ def parse_dataclass(dataclass_type: Any, tree: Any, key_path: str) -> Any:
     if not isinstance(tree, dict):
         problem = f"{key_path}: {_short_repr(tree)} is not a section with fields"
         raise FieldError(problem, "the configs that ship are complete files")
-    hints, fields = _fields(dataclass_type)
+    hints, fields = fields_of(dataclass_type)
     prefix = f"{key_path}." if key_path else ""
     for key in tree:
         if key not in fields:
@@ -68,7 +68,7 @@ def parse_dataclass(dataclass_type: Any, tree: Any, key_path: str) -> Any:
 
 
 @cache
-def _fields(dataclass_type: Any) -> tuple[dict[str, Any], dict[str, dataclasses.Field[Any]]]:
+def fields_of(dataclass_type: Any) -> tuple[dict[str, Any], dict[str, dataclasses.Field[Any]]]:
     """Return the annotations and the fields of a dataclass by name."""
     fields = {entry.name: entry for entry in dataclasses.fields(dataclass_type)}
     return get_type_hints(dataclass_type, include_extras=True), fields
@@ -108,7 +108,11 @@ def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
         return float(value)
     if type(value) is not annotation:
         found, wanted = type(value).__name__, annotation.__name__
-        raise FieldError(f"{key_path}: {_short_repr(value)} is of type {found}", f"write a value of type {wanted}")
+        examples = {str: f"; quote it: '{value}'", bool: ": true or false", int: ""}
+        if annotation is int and isinstance(value, float) and value.is_integer():
+            examples[int] = f": {int(value)}"
+        remedy = f"write a value of type {wanted}{examples.get(annotation, '')}"
+        raise FieldError(f"{key_path}: {_short_repr(value)} is of type {found}", remedy)
     return value
 
 
@@ -131,6 +135,11 @@ def _parse_annotated(annotation: Any, constraints: tuple[Any, ...], value: Any, 
     for constraint in constraints:
         if isinstance(constraint, Range | Pattern) and parsed is not None and not constraint.contains(parsed):
             raise FieldError(f"{key_path}: {_short_repr(value)} is not {constraint}", "use a value that is")
+        if isinstance(constraint, HomePath) and parsed is not None:
+            parsed = constraint.expand(parsed)
+            if parsed is None:
+                problem = f"{key_path}: {_short_repr(value)} begins with ~, but no such home folder is known"
+                raise FieldError(problem, "write the whole path, or ./~ for a file of this name")
     return parsed
 
 

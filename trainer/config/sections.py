@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tandem.trainer.config.constraints import SelectedBy
+from tandem.trainer.config.constraints import HomePath, SelectedBy
 
 SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 """The configs that ship: beside `trainer` in the repository and in an installation."""
@@ -19,17 +19,20 @@ class UserError(ValueError):
     """A user's mistake, in one line: field or file, value, rule, remedy. Commands print it and exit with code 2."""
 
 
+PathText = Annotated[str, HomePath()]
+
+
 @dataclass(frozen=True)
 class RunConfig:
     name: str
     """Name of the run, of its folder in `root` and of its wandb run."""
     seed: int
     """Seed of all random numbers; each draw also depends on its own name."""
-    root: str = "runs"
+    root: PathText = "runs"
     """Folder that contains the run folders."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: weights and activations in bf16; master weights, gradient accumulation and reduction in fp32. fp32: all in fp32."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Folder with the initial weights, written by `tandem import-hf`; null initialises them from `seed`."""
     stop_step: int | None = None
     """Save and exit after this many steps, before the end of the schedule; null runs the whole schedule."""
@@ -263,12 +266,12 @@ class ShardCacheConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    sources: dict[str, str]
+    sources: dict[str, PathText]
     """Source -> folder or remote address of a corpus written by `tandem prepare`.
 
     A source that the run has read must stay here, even if no later phase uses it.
     """
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """tokenizer.json with which the corpora must have been prepared; null trusts the manifests."""
     num_workers: int = 1
     """Threads that prefetch batches; 0 does not prefetch. Does not change the rows."""

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     bins_help = "number of equal parts of a row; the mean loss of each part is printed (default 8)"
     add("source", type=Path, help="run folder, import folder or Hugging Face folder")
-    add("--data", required=True, help="prepared corpus that contains the held-out rows")
+    add("--data", required=True, type=os.path.expanduser, help="prepared corpus that contains the held-out rows")
     add("--seq-len", type=int, help="tokens per row (default: the longest row that the run was trained on)")
     add("--rows", type=int, default=32, help="number of held-out rows (default 32)")
     add("--bins", type=int, default=8, help=bins_help)

@@ -176,7 +176,13 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "part"), [("a: [1", "not valid YAML"), ("- 1\n", "mapping of sections"), ("", "run: is missing")]
+    ("text", "part"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1\n", "mapping of sections"),
+        ("", "is empty; start from"),
+        ("run: {}", "model: is missing"),
+    ],
 )
 def test_a_file_that_is_no_config_says_so(tmp_path: Path, text: str, part: str) -> None:
     broken = tmp_path / "broken.yaml"

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.step is not None:
         rows = find_step_rows(args.step, history, sources)
         file = args.folder / "config.yaml"
-        folders = configuration.load_config(file).data.sources if file.is_file() else {}
+        folders = configuration.load_saved_config(file).data.sources if file.is_file() else {}
         safe_print(json.dumps(rows) if args.json else format_inspect_commands(rows, folders))
         return 0
     reader = build_reader(args.folder, manifests, history.skipped_shards) if args.tokens else None
@@ -92,7 +92,7 @@ def build_reader(
     folder: Path, manifests: Mapping[str, CorpusManifest], skipped_shards: Collection[tuple[str, str]]
 ) -> WebdatasetReader:
     """Open the corpora in config.yaml.  Raises: UserError if they are not the corpora of the ledger."""
-    data = configuration.load_config(folder / "config.yaml").data
+    data = configuration.load_saved_config(folder / "config.yaml").data
     for source, corpus in manifests.items():
         remedy = "or leave out --tokens"
         if source not in data.sources:

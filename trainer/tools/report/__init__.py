@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 def write_report(folder: Path) -> Path:
     """Write RUN/report.html and RUN/report/*.png from the metrics written so far."""
     history = read_history(folder)
-    config = configuration.load_config(folder / "config.yaml")
+    config = configuration.load_saved_config(folder / "config.yaml")
     environment = folder / "environment.json"
     sections = [
         page.key_value_table("Result", headline_numbers(history)),
