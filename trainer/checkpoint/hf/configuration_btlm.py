@@ -1,6 +1,6 @@
-"""Configuration of BTLM for transformers. Copied into every export, so it does not import the trainer."""
+"""Configuration of BTLM for transformers 4.57 and 5. Copied into every export, so it does not import the trainer."""
 
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig
 
 SUPPORTED_VALUES = {
     "activation_function": "swiglu",
@@ -54,7 +54,7 @@ def check_alibi_scaling(scaling) -> None:
             raise ValueError(f"alibi_scaling: {key} {value!r} is not valid; use a finite {kind.__name__} above 1")
 
 
-class BTLMConfig(PreTrainedConfig):
+class BTLMConfig(PretrainedConfig):
     """The fields of cerebras/btlm-3b-8k-base, with its values as defaults.
 
     Embeddings are multiplied by `mup_embeddings_scale`, logits by `mup_output_alpha * mup_width_scale`. With

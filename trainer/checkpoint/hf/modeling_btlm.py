@@ -1,4 +1,4 @@
-"""BTLM for transformers in plain torch. Copied into every export, so it does not import the trainer.
+"""BTLM for transformers 4.57 and 5 in plain torch. Copied into every export, so it does not import the trainer.
 
 The model is GPT-2 (pre-norm, [in, out] matrices) with ALiBi instead of position embeddings, SwiGLU, and the multipliers of muP.
 
@@ -10,9 +10,9 @@ The model is GPT-2 (pre-norm, [in, out] matrices) with ALiBi instead of position
 """
 
 import torch
+import transformers
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
@@ -55,7 +55,7 @@ def alibi_attention(query, key, value, slopes, visible, scale):
 
 
 class BTLMAlibi(nn.Module):
-    """The ALiBi slopes, a buffer in the published checkpoint. They are not trained, and stay fp32 if the model is cast."""
+    """The ALiBi slopes, a buffer in the published checkpoint. They are not trained, and are not rounded if the model is."""
 
     def __init__(self, config: BTLMConfig) -> None:
         super().__init__()
@@ -64,7 +64,10 @@ class BTLMAlibi(nn.Module):
 
     def forward(self, keys: int, visible, dtype: torch.dtype):
         """Return the slopes for rows of `keys` tokens: [heads, 1], or [rows, heads, 1] if they depend on each row's length."""
-        slopes = self.slopes.to(torch.promote_types(dtype, torch.float32))
+        slopes = self.slopes
+        if slopes.dtype != torch.float32:  # from_pretrained rounded them to the dtype of the weights
+            slopes = alibi_slopes(len(slopes)).to(slopes.device)
+        slopes = slopes.to(torch.promote_types(dtype, torch.float32))
         if self.scaling is None:
             return slopes
         if "factor" in self.scaling:
@@ -133,7 +136,8 @@ class BTLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["BTLMBlock"]  # noqa: RUF012  (transformers wants lists here)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["relative_pe"]  # noqa: RUF012
+    # transformers 4.57 accepts only names of parameters here. It rounds the slopes, and BTLMAlibi computes them again.
+    _keep_in_fp32_modules_strict = ["relative_pe"] if transformers.__version__ >= "5" else None
     _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$"]  # noqa: RUF012
 
     @torch.no_grad()
@@ -142,15 +146,15 @@ class BTLMPreTrainedModel(PreTrainedModel):
         if isinstance(module, Conv1D):
             std = self.config.initializer_range * self.config.mup_width_scale**0.5
             branches = 2 * self.config.n_layer if getattr(module, "ends_branch", False) else 1
-            init.normal_(module.weight, std=std / branches**0.5)
-            init.zeros_(module.bias)
+            nn.init.normal_(module.weight, std=std / branches**0.5)
+            nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding | nn.Linear):
-            init.normal_(module.weight, std=self.config.initializer_range)
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
         elif isinstance(module, BTLMAlibi):
-            init.copy_(module.slopes, alibi_slopes(self.config.n_head))
+            module.slopes.copy_(alibi_slopes(self.config.n_head))
 
 
 class BTLMModel(BTLMPreTrainedModel):
