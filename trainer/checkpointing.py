@@ -61,6 +61,7 @@ def start_save(context: RunContext, progress: Progress) -> None:
         "guard": context.guard.state_dict(),
         "fingerprints": loader.fingerprints,
         "eos_token": loader.eos_token,
+        "tokenizer_sha256": loader.tokenizer_sha256,
         "shuffle_settings": loader.shuffle_settings,
         "skipped_shards": loader.skipped_shards,
         "phases": [dataclasses.asdict(phase) for phase in config.schedule.phases],

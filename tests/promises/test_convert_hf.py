@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from tandem.trainer.__main__ import main
 from tandem.trainer.checkpoint.hf import convert
-from tandem.trainer.checkpoint.hf.export import TOKENIZER_FILES, export_folder
+from tandem.trainer.checkpoint.hf.export import ExportedText, export_folder
 from tandem.trainer.checkpoint.hf.folder import INDEX_FILE, WEIGHTS_FILE
 from tandem.trainer.checkpoint.hf.pretrained import load_pretrained
 from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
@@ -120,7 +120,7 @@ def folder(tmp_path_factory) -> Path:
     for name, (model, mup) in CASES.items():
         export_folder(
             tensors(name).__getitem__, model, mup, root / name / "source", tokenizer=root / "tokenizer.json",
-            max_seq_len=77, dtype=torch.float32, shard_bytes=60_000,
+            max_seq_len=77, dtype=torch.float32, shard_bytes=60_000, text=ExportedText(is_corpus_tokenizer=False),
         )  # fmt: skip
         assert main(["import-hf", str(root / name / "source"), str(root / name / "import")]) == 0
     return root
@@ -196,7 +196,7 @@ def test_an_export_of_an_import_is_the_folder_it_came_from(folder, name, tmp_pat
     assert found.keys() == weights.keys()
     assert differing(found, weights) == []
     others = theirs.keys() - {path.name for path in shards} - {INDEX_FILE}
-    assert {"config.json", "generation_config.json", *TOKENIZER_FILES} <= others
+    assert {"config.json", "generation_config.json", "README.md", "tokenizer.json", "tokenizer_config.json"} <= others
     assert ours.keys() == others | {WEIGHTS_FILE}
     assert [file for file in others if ours[file].read_bytes() != theirs[file].read_bytes()] == []
 

@@ -354,7 +354,10 @@ def test_a_reader_who_has_enough_ends_the_command_quietly(folder):
         ("--prompt a --max-new-tokens 0", ["--max-new-tokens: 0 is less than 1"]),
         ("--prompt a --alibi-scaling factor=1", ["--alibi-scaling.factor: 1.0 is not a finite number above 1"]),
         ("--prompt a --tokenizer {}/gap.txt", ["--tokenizer: ", "gap.txt cannot be read", "give a tokenizer.json"]),
-        ("--prompt a --tokenizer {}/endless.json", ["--tokenizer: has no token <|endoftext|>", "--ignore-eos"]),
+        (
+            "--prompt a --tokenizer {}/endless.json",
+            ["endless.json (sha256 ", "encodes otherwise", "leave the option out"],
+        ),
         (
             "--prompt a --alibi-scaling 4.0",
             ["--alibi-scaling", "no such field", "the fields are type, factor, train_seq_len"],

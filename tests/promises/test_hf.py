@@ -226,9 +226,12 @@ PUBLISHED = {
         },
     },
 }  # fmt: skip
-NEWER = {"dtype", convert.EXTRA_FIELDS_KEY, "rope_parameters", "alibi_scaling", "tie_word_embeddings"}
-"""torch_dtype and the rotary fields as transformers 5 spells them, what the schema has no field for, and what a released
-folder leaves out where it is the class's default."""
+NEWER = {
+    "dtype", convert.EXTRA_FIELDS_KEY, "rope_parameters", "alibi_scaling", "tie_word_embeddings", "pad_token_id",
+    "transformers_version",
+}  # fmt: skip
+"""torch_dtype and the rotary fields as transformers 5 spells them, what the schema has no field for, what a released folder
+leaves out where it is the class's default, and what transformers writes into every folder."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -238,7 +241,8 @@ def test_the_config_of_an_export_is_the_published_one(name: str) -> None:
     table = convert.FAMILY_MODULES[published["model_type"]]
     model, mup = convert._parse_hf_config(Path("folder"), published)
     longest, end = published[table.MAX_SEQ_LEN_FIELD], published["eos_token_id"]
-    found = _build_hf_config(model, mup, end, longest, torch.bfloat16)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
+    found = _build_hf_config(model, mup, ids, longest, torch.bfloat16)
     assert {key: found.get(key) for key in published} == published
     assert found.keys() - published.keys() <= NEWER
 

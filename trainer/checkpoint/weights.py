@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tandem.trainer import models
 from tandem.trainer.checkpoint.hf import convert
+from tandem.trainer.checkpoint.hf.export import ExportedText
+from tandem.trainer.checkpoint.hf.tokenizer_files import CHAT_TEMPLATE_FILE
 from tandem.trainer.checkpoint.layout import COMMIT_MARKER, list_committed, step_folder_name
 from tandem.trainer.checkpoint.read import load_weights, open_checkpoint
 from tandem.trainer.config import (
@@ -22,7 +24,9 @@ from tandem.trainer.config import (
     check_alibi_scaling,
     parse_dataclass,
 )
+from tandem.trainer.config.outside import read_text
 from tandem.trainer.data.manifest import TOKENIZER_FILE
+from tandem.trainer.data.tokenizer_file import file_sha256
 from tandem.trainer.distributed.mesh import Mesh
 
 DEFAULT_EOS_TOKEN = "<|endoftext|>"
@@ -40,8 +44,14 @@ class WeightSource:
     """The token that ends a document."""
     max_seq_len: int | None
     """Length of the longest rows in training; None if unknown."""
+    text: ExportedText
+    """What an export states about text and training."""
+    tokenizer_sha256: str | None = None
+    """Hash of the tokenizer that the weights were trained with; None if it was not recorded."""
     missing_tokenizer_file: Path | None = None
     """Where a run's tokenizer.json should be, if it is missing."""
+    step: int | None = None
+    """Step of the checkpoint; None for a Hugging Face folder."""
 
 
 def open_weight_source(path: Path, step: int | None = None) -> WeightSource:
@@ -55,7 +65,8 @@ def open_weight_source(path: Path, step: int | None = None) -> WeightSource:
         model, mup, read = convert.open_folder(path)
         eos_token, max_seq_len = convert.read_text_settings(path)
         tokenizer = _existing_file(path / TOKENIZER_FILE)
-        return WeightSource(model, mup, read, tokenizer, eos_token or DEFAULT_EOS_TOKEN, max_seq_len)
+        text = ExportedText(chat_template=_chat_template(path), is_corpus_tokenizer=False)
+        return WeightSource(model, mup, read, tokenizer, eos_token or DEFAULT_EOS_TOKEN, max_seq_len, text)
     return _from_checkpoint(path if step is None else _find_step_folder(path, step))
 
 
@@ -103,12 +114,26 @@ def _from_checkpoint(path: Path) -> WeightSource:
     run_folder = checkpoint.folder.absolute().parent
     if run_folder.name == "checkpoints":
         run_folder = run_folder.parent
-    metadata, tokenizer, missing_tokenizer = checkpoint.manifest, _existing_file(run_folder / TOKENIZER_FILE), None
+    metadata, tokenizer = checkpoint.manifest, _existing_file(run_folder / TOKENIZER_FILE)
     max_seq_len, eos_token = metadata.get("max_seq_len"), metadata.get("eos_token") or DEFAULT_EOS_TOKEN
-    if "phases" in metadata:  # a run, not an import
+    recorded = metadata.get("tokenizer_sha256")
+    if tokenizer and recorded and (found := file_sha256(tokenizer)) != recorded:
+        raise UserError(
+            f"{tokenizer}: has sha256 {found[:12]}, but the weights were trained with a tokenizer whose sha256 is "
+            f"{recorded[:12]}; restore that file, or remove this one"
+        )
+    is_run = "phases" in metadata  # otherwise an import
+    if is_run:
         max_seq_len = max(phase["seq_len"] for phase in metadata["phases"])
-        missing_tokenizer = None if tokenizer else run_folder / TOKENIZER_FILE
-    return WeightSource(model, mup, checkpoint.read_weight, tokenizer, eos_token, max_seq_len, missing_tokenizer)
+    text = ExportedText(
+        metadata.get("special_tokens") or {}, metadata.get("token_ids") or {}, _chat_template(run_folder),
+        is_corpus_tokenizer=is_run, num_training_tokens=metadata.get("tokens") if is_run else None,
+    )  # fmt: skip
+    missing_tokenizer = run_folder / TOKENIZER_FILE if is_run and not tokenizer else None
+    return WeightSource(
+        model, mup, checkpoint.read_weight, tokenizer, eos_token, max_seq_len, text, recorded, missing_tokenizer,
+        checkpoint.step,
+    )  # fmt: skip
 
 
 def _find_step_folder(path: Path, step: int) -> Path:
@@ -122,6 +147,11 @@ def _find_step_folder(path: Path, step: int) -> Path:
 
 def _existing_file(path: Path) -> Path | None:
     return path if path.is_file() else None
+
+
+def _chat_template(folder: Path) -> str | None:
+    file = folder / CHAT_TEMPLATE_FILE
+    return read_text(file) if file.is_file() else None
 
 
 def _parse_number(text: str) -> int | float | str:

@@ -65,6 +65,7 @@ class Loader:
         self._eos_id = first_manifest.eos_id
         self.eos_token: str = first_manifest.eos_token
         """The token that ends each document, the same in all sources."""
+        self.tokenizer_sha256: str = first_manifest.tokenizer_sha256
         self.shuffle_settings: dict[str, int] = {
             "run.seed": seed,
             "data.shuffle_block_tokens": data.shuffle_block_tokens,

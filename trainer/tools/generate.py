@@ -12,6 +12,7 @@ from tandem.trainer.checkpoint import weights
 from tandem.trainer.checkpoint.weights import WeightSource
 from tandem.trainer.config import BTLMConfig, UserError
 from tandem.trainer.config.outside import read_text, safe_print
+from tandem.trainer.data.tokenizer_file import file_sha256, read_tokenizer, same_encoding
 from tandem.trainer.distributed.mesh import mesh_context
 from tandem.trainer.models.sampling import SamplingConfig, generate_tokens
 
@@ -123,7 +124,10 @@ def encode(text: str, tokenizer: "Tokenizer") -> list[int]:
 
 
 def load_tokenizer(weight_source: WeightSource, path: Path | None) -> "Tokenizer":
-    """Load the tokenizer of the weights.  Raises: UserError if it is unknown, or has more ids than the weights."""
+    """Load the tokenizer of the weights.
+
+    Raises: UserError if it is unknown, has more ids than the weights, or is not the tokenizer that is kept with them.
+    """
     from tokenizers import Tokenizer
 
     file = path or weight_source.tokenizer_file
@@ -134,11 +138,29 @@ def load_tokenizer(weight_source: WeightSource, path: Path | None) -> "Tokenizer
         tokenizer = Tokenizer.from_str(read_text(file))
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"--tokenizer: {file} cannot be read ({error}); give a tokenizer.json") from None
-    max_token_id = max(tokenizer.get_vocab().values())
+    max_token_id = max(tokenizer.get_vocab().values(), default=-1)
     if max_token_id >= weight_source.model.vocab_size:
         sizes = f"has id {max_token_id}, but the weights have only {weight_source.model.vocab_size} ids"
         raise UserError(f"--tokenizer: {file} {sizes}; name the tokenizer that the weights were trained with")
+    if path:
+        check_same_tokenizer(weight_source, path)
     return tokenizer
+
+
+def check_same_tokenizer(weight_source: WeightSource, path: Path) -> None:
+    """Raise UserError if the tokenizer kept with the weights encodes otherwise. Log a warning if only its hash is known."""
+    found, own = file_sha256(path), weight_source.tokenizer_file
+    trained = file_sha256(own) if own else weight_source.tokenizer_sha256
+    if trained is None or found == trained:
+        return
+    if own is None:
+        message = "--tokenizer: %s has sha256 %s, but the weights were trained with a tokenizer whose sha256 is %s"
+        log.warning(message, path, found[:12], trained[:12])
+    elif not same_encoding(read_tokenizer(path), read_tokenizer(own), weight_source.eos_token):
+        raise UserError(
+            f"--tokenizer: {path} (sha256 {found[:12]}) encodes otherwise than {own} (sha256 {trained[:12]}), with which the "
+            "weights were trained; leave the option out"
+        )
 
 
 def find_eos_token_id(weight_source: WeightSource, tokenizer: "Tokenizer") -> int:

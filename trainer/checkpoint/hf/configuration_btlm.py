@@ -1,5 +1,7 @@
 """Configuration of BTLM for transformers 4.57 and 5. Copied into every export, so it does not import the trainer."""
 
+from typing import Any
+
 from transformers import PretrainedConfig
 
 SUPPORTED_VALUES = {
@@ -14,7 +16,7 @@ SUPPORTED_VALUES = {
 }
 """Published fields for which this implementation supports only one value."""
 
-DEFAULTS: dict[str, object] = {
+DEFAULTS: dict[str, Any] = {
     "vocab_size": 50_257,
     "n_positions": 8_192,
     "n_embd": 2_560,
@@ -76,9 +78,11 @@ class BTLMConfig(PretrainedConfig):
 
     def __init__(self, **fields) -> None:
         check_alibi_scaling(fields.get("alibi_scaling"))
-        for name, value in DEFAULTS.items():
-            setattr(self, name, fields.pop(name, value))
+        fields = DEFAULTS | fields
         for name, value in SUPPORTED_VALUES.items():
             if fields.setdefault(name, value) != value:
                 raise ValueError(f"{name}: {fields[name]!r} is not supported; use {value!r}")
+        for name in DEFAULTS:
+            setattr(self, name, fields[name])
+        # In transformers 4.57, the base class resets its own fields (ids of tokens, tie_word_embeddings) that it is not given.
         super().__init__(**fields)

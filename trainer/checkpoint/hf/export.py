@@ -1,16 +1,18 @@
-"""Export a model to a Hugging Face folder: config, tokenizer, weights and code, one tensor at a time.
+"""Export a model to a Hugging Face folder: config, tokenizer, weights, code and model card, one tensor at a time.
 
-`stablelm` and `btlm` map the tensors and fields, and `folder` writes the files.
+`stablelm` and `btlm` map the tensors and fields. `folder`, `tokenizer_files` and `model_card` write the files.
 """
 
 import re
 import shutil
+from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tandem.trainer.checkpoint.hf import btlm
+from tandem.trainer.checkpoint.hf import btlm, model_card
 from tandem.trainer.checkpoint.hf.convert import EXTRA_FIELD_DEFAULTS, EXTRA_FIELDS_KEY, FAMILY_MODULES
 from tandem.trainer.checkpoint.hf.folder import (
     DEFAULT_SHARD_BYTES,
@@ -23,45 +25,81 @@ from tandem.trainer.checkpoint.hf.folder import (
     write_weights,
 )
 from tandem.trainer.checkpoint.hf.tensor_mapping import TensorReader, identity_mapping
+from tandem.trainer.checkpoint.hf.tokenizer_files import TOKENIZER_FILES, write_tokenizer
 from tandem.trainer.config import AnyModelConfig, MupConfig, UserError
+from tandem.trainer.data.tokenizer_file import Tree, corpus_form, read_tokenizer, vocabulary
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+ROLES = ("bos", "eos", "pad")
+
+
+@dataclass(frozen=True)
+class ExportedText:
+    """What an export states about text and training. What is unknown stays out."""
+
+    special_tokens: dict[str, str | None] = field(default_factory=dict)
+    """The tokens `bos_token`, `eos_token`, `pad_token` and `unk_token` of imported weights. Absent ones are EOS."""
+    token_ids: dict[str, int | None] = field(default_factory=dict)
+    """`bos_token_id`, `eos_token_id` and `pad_token_id` of imported weights, used if there is no tokenizer."""
+    chat_template: str | None = None
+    is_corpus_tokenizer: bool = True
+    """Whether `tandem prepare` encoded the training text, without the tokens that the tokenizer may add to a text."""
+    license: str | None = None
+    num_training_tokens: int | None = None
+    validation_loss: float | None = None
 
 
 def export_folder(
     read_tensor: TensorReader, model: AnyModelConfig, mup: MupConfig | None, output_folder: Path, *,
-    tokenizer: Path | None, eos_token: str = "<|endoftext|>", max_seq_len: int,
-    dtype: torch.dtype, shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> None:  # fmt: skip
+    tokenizer: Path | None, eos_token: str = "<|endoftext|>", max_seq_len: int, dtype: torch.dtype,
+    shard_bytes: int = DEFAULT_SHARD_BYTES, text: ExportedText = ExportedText(),
+) -> list[str]:  # fmt: skip
     """Write a folder that transformers loads offline (BTLM with `trust_remote_code=True`).
 
-    Only one of our tensors and a part of it are in memory at a time. An earlier export at `output_folder` is replaced once the
-    new one is complete. `tokenizer` is a tokenizer.json with the special token `eos_token`.
-    Raises: UserError if `output_folder` has other files, the tokenizer does not fit the model, or the format cannot store muP.
+    Return the sections in which the export's tokenizer.json differs from `tokenizer`. Only one of our tensors and a part of it
+    are in memory at a time. An earlier export at `output_folder` is replaced once the new one is complete.
+    Raises: UserError if `output_folder` has other files, the tokenizer does not fit the model or lacks `eos_token`, a weight is
+    not finite, or the format cannot store muP.
     """
     output_folder, family = Path(output_folder), FAMILY_MODULES[model.family]
     _check_replaceable(output_folder)
-    eos_id = _special_token_id(eos_token, tokenizer, model.vocab_size) if tokenizer else None
-    config = _build_hf_config(model, mup, eos_id, max_seq_len, dtype)
+    tree = _read_fitting_tokenizer(tokenizer, eos_token, model.vocab_size) if tokenizer else None
+    exported_tree = corpus_form(tree, eos_token) if tree and text.is_corpus_tokenizer else tree
+    changed_sections = [key for key, value in (exported_tree or {}).items() if tree and value != tree.get(key)]
+    tokens = {f"{role}_token": text.special_tokens.get(f"{role}_token") or eos_token for role in (*ROLES, "unk")}
+    token_ids = _token_ids(tree, tokens, text)
+    config = _build_hf_config(model, mup, token_ids, max_seq_len, dtype)
     with atomic_folder(output_folder) as folder:
         write_json(folder / "config.json", config)
-        token_ids = {f"{role}_token_id": eos_id for role in ("bos", "eos", "pad")} if tokenizer else {}
-        write_json(folder / "generation_config.json", token_ids)
+        write_json(
+            folder / "generation_config.json", {key: value for key, value in token_ids.items() if value is not None}
+        )
         for code in family.CODE_FILES:
             shutil.copyfile(Path(__file__).parent / code, folder / code)
-        if tokenizer:
-            _write_tokenizer(folder, tokenizer, eos_token, max_seq_len)
+        if tokenizer and exported_tree:
+            if changed_sections:
+                write_json(folder / "tokenizer.json", exported_tree)
+            else:
+                shutil.copyfile(tokenizer, folder / "tokenizer.json")
+            write_tokenizer(folder, exported_tree, tokens, max_seq_len, text.chat_template)
         _write_weights(folder, read_tensor, model, dtype, shard_bytes)
+        card = model_card.build_card(
+            model, max_seq_len, dtype, eos_token if tokenizer else None, bool(changed_sections), text
+        )
+        model_card.write_card(folder, card)
+    return changed_sections
 
 
 def _build_hf_config(
-    model: AnyModelConfig, mup: MupConfig | None, eos_id: int | None, max_seq_len: int, dtype: torch.dtype
+    model: AnyModelConfig, mup: MupConfig | None, token_ids: dict[str, int | None], max_seq_len: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Build config.json without a pad token, which would be EOS: the class gives the pad token's embedding no gradient."""
+    """Build config.json. Its pad token is null if it would be EOS: the class gives the pad token's embedding no gradient."""
     name, config = str(dtype).removeprefix("torch."), FAMILY_MODULES[model.family].to_hf_config(model, mup, max_seq_len)
     extra_fields = {field: getattr(model, field) for field in EXTRA_FIELD_DEFAULTS}
-    token_ids = {"bos_token_id": eos_id, "eos_token_id": eos_id}
-    return {**config, **token_ids, "dtype": name, "torch_dtype": name, EXTRA_FIELDS_KEY: extra_fields}
+    ids = {f"{role}_token_id": token_ids.get(f"{role}_token_id") for role in ROLES}
+    if ids["pad_token_id"] == ids["eos_token_id"]:
+        ids["pad_token_id"] = None
+    version = {"transformers_version": metadata.version("transformers")}
+    return {**config, **ids, **version, "dtype": name, "torch_dtype": name, EXTRA_FIELDS_KEY: extra_fields}
 
 
 def _write_weights(
@@ -74,30 +112,44 @@ def _write_weights(
     # The defaults come first: slopes are fp32 even in a 16-bit export, and wider dtypes must precede narrower ones.
     rows = [identity_mapping(name, name, *value.shape) for name, value in defaults.items()] + rows
     dtypes = {row.name: dtype for row in rows} | {name: value.dtype for name, value in defaults.items()}
-    write_weights(
-        folder, lambda name: defaults[name] if name in defaults else read_tensor(name), rows, dtypes, shard_bytes
-    )
+
+    def read_finite(name: str) -> torch.Tensor:
+        if name in defaults:
+            return defaults[name]
+        tensor = read_tensor(name)
+        if tensor.numel() and not all(
+            value.to(dtype).isfinite() for value in tensor.aminmax()
+        ):  # rounding keeps the order
+            raise UserError(
+                f"{name}: contains NaN or infinite weights as {dtype}; export an earlier checkpoint with --step"
+            )
+        return tensor
+
+    write_weights(folder, read_finite, rows, dtypes, shard_bytes)
 
 
-def _write_tokenizer(folder: Path, tokenizer: Path, eos_token: str, max_seq_len: int) -> None:
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    special = {f"{role}_token": eos_token for role in ("bos", "eos", "pad", "unk")}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    write_json(folder / "tokenizer_config.json", {**settings, "model_max_length": max_seq_len, **special})
-    write_json(folder / "special_tokens_map.json", special)
-
-
-def _special_token_id(token: str, tokenizer: Path, vocab_size: int) -> int:
-    tree = read_json(Path(tokenizer))
-    added = {entry["content"]: entry["id"] for entry in tree.get("added_tokens") or []}
-    words = tree.get("model", {}).get("vocab", {})
-    largest = max([*added.values(), *(words.values() if isinstance(words, dict) else [len(words) - 1])])
-    if token not in added:
-        raise UserError(f"{tokenizer}: has no special token {token}, which ends documents; add it")
-    if largest >= vocab_size:
+def _read_fitting_tokenizer(path: Path, eos_token: str, vocab_size: int) -> Tree:
+    tree = read_tokenizer(Path(path))
+    ids = vocabulary(tree)
+    if eos_token not in ids:
+        raise UserError(
+            f"{path}: has no token {eos_token}, which ends documents; name the tokenizer of the run's corpus"
+        )
+    if (largest := max(ids.values())) >= vocab_size:
         problem = f"has token id {largest}, but model.vocab_size is {vocab_size}"
-        raise UserError(f"{tokenizer}: {problem}; name the tokenizer of the run's corpus")
-    return int(added[token])
+        raise UserError(f"{path}: {problem}; name the tokenizer of the run's corpus")
+    return tree
+
+
+def _token_ids(tree: Tree | None, tokens: dict[str, str], text: ExportedText) -> dict[str, int | None]:
+    """Return the ids for config.json and generation_config.json, which are those of the tokenizer if there is one."""
+    ids = vocabulary(tree) if tree else {}
+    if tree and (absent := next((token for role in ROLES if (token := tokens[f"{role}_token"]) not in ids), None)):
+        raise UserError(
+            f"tokenizer.json: has no token {absent}, which the imported folder names; restore tokenizer.json"
+        )
+    given = {f"{role}_token_id": text.token_ids.get(f"{role}_token_id") for role in ROLES}
+    return {f"{role}_token_id": ids[tokens[f"{role}_token"]] for role in ROLES} if tree else given
 
 
 def _check_replaceable(output_folder: Path) -> None:
@@ -105,6 +157,8 @@ def _check_replaceable(output_folder: Path) -> None:
         return
     known = {"config.json", "generation_config.json", WEIGHTS_FILE, INDEX_FILE, *TOKENIZER_FILES, *btlm.CODE_FILES}
     if output_folder.is_dir():
+        if model_card.is_written_by_us(output_folder):
+            known.add(model_card.CARD_FILE)
         names = {path.name for path in output_folder.iterdir()}
         others = {name for name in names - known if not re.fullmatch(SHARD_FILE_PATTERN, name)}
         is_known = not others and "config.json" in names

@@ -1,6 +1,7 @@
 """Load an exported folder with transformers, as its users do. No other module runs transformers."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,3 +18,10 @@ def load_pretrained(folder: Path) -> nn.Module:
         folder, trust_remote_code=True, dtype=torch.float32, local_files_only=True
     )
     return model.eval()
+
+
+def load_pretrained_tokenizer(folder: Path) -> Any:
+    """Load a folder's tokenizer. It needs no code of the folder, and none is run."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -341,7 +341,7 @@ def test_stablelm_with_mup_is_not_published(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("vocab", "special", "message"),
-    [(97, "<end>", "has no special token"), (200, "<|endoftext|>", "model.vocab_size is 20")],
+    [(97, "<end>", r"has no token <\|endoftext\|>, which ends"), (200, "<|endoftext|>", "model.vocab_size is 20")],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused(vocab: int, special: str, message: str, tmp_path: Path) -> None:
     import dataclasses
