@@ -8,6 +8,7 @@ are written again with the same bytes.
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from struct import pack
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from xxhash import xxh3_64_intdigest
 from tandem.data_prep import clean, duplicates, minhash, readers, spill, tar_reader
 from tandem.data_prep.executor import ProgressCallback
 from tandem.data_prep.input_files import content_hash
+from tandem.data_prep.json_values import MISSING, lookup
 from tandem.data_prep.records import Document, printable
 from tandem.data_prep.settings import PrepareSettings
 from tandem.data_prep.spill import Spill
@@ -34,6 +36,18 @@ MAX_SPILL_BYTES = 256 << 20
 MAX_SPILL_DOCUMENTS = 1 << 20
 """Limit of documents in a spill, because the signatures of very short documents are larger than their ids."""
 NO_GROUP = ""
+MAX_MET_VALUES, MAX_NAMED_VALUES = 1000, 10
+"""Largest numbers of different values of the field of --where that are counted, and that are recorded."""
+
+
+@dataclass
+class UnitNotes:
+    """What a unit's record tells the user besides its counts."""
+
+    bad_records: list[str] = field(default_factory=list)
+    """The first bad records that were left out, each with its place and its fault."""
+    other_values: Counter[str] = field(default_factory=Counter)
+    """The values of the field of --where in documents that were left out."""
 
 
 def bands_path(source_spill: Spill) -> Path:
@@ -49,9 +63,10 @@ def encode_unit(
     Raises: UserError naming the file, and the line, row or member that cannot be read or lacks the text.
     """
     counts: Counter[str] = Counter()
+    notes = UnitNotes()
     groups: dict[str, int] = {}
     batches = (
-        _encode_texts(settings, encoder_spec, unit, groups, counts, advance)
+        _encode_texts(settings, encoder_spec, unit, groups, counts, notes, advance)
         if settings.tokens is None
         else _adopt_tokens(settings, encoder_spec, unit, counts, advance)
     )
@@ -76,6 +91,8 @@ def encode_unit(
         "groups": list(groups) or [NO_GROUP],
         "counts": dict(sorted(counts.items())),
         "parts": [[part.file.name, content_hash(part)] for part in unit.parts],
+        "bad_records": notes.bad_records,
+        "other_values": dict(notes.other_values.most_common(MAX_NAMED_VALUES)) if not spill_documents else {},
     }
     atomic_write(spill.record_path(work_folder, unit.name), json.dumps(record))
 
@@ -101,10 +118,10 @@ def _write_spill(target: Spill, batches: list[_EncodedBatch]) -> int:
 
 def _encode_texts(
     settings: PrepareSettings, encoder_spec: EncoderSpec, unit: WorkUnit, groups: dict[str, int], counts: Counter[str],
-    advance: ProgressCallback,
+    notes: UnitNotes, advance: ProgressCallback,
 ) -> Iterator[_EncodedBatch]:  # fmt: skip
     encode_texts = encoder_spec.load()
-    for batch in _batch_documents(documents_to_encode(settings, unit, counts, advance)):
+    for batch in _batch_documents(documents_to_encode(settings, unit, counts, advance, notes)):
         texts, locations = [document.text for document in batch], [document.location for document in batch]
         tokens, lengths = encode_texts(texts, locations)
         entries = _index_entries(settings.seed, [text.encode() for text in texts], locations)
@@ -203,16 +220,22 @@ def _group_indices(batch: list[Document], group_field: str, groups: dict[str, in
 
 
 def documents_to_encode(
-    settings: PrepareSettings, unit: WorkUnit, counts: Counter[str], advance: ProgressCallback
-) -> Iterator[Document]:
+    settings: PrepareSettings, unit: WorkUnit, counts: Counter[str], advance: ProgressCallback,
+    notes: UnitNotes | None = None,
+) -> Iterator[Document]:  # fmt: skip
     """Yield the unit's documents that pass the filters, with their cleaned text."""
-    field_names = [name.split(".")[0] for name in (settings.group_field, settings.where and settings.where[0]) if name]
+    field_names = [name for name in (settings.group_field, settings.where and settings.where[0]) if name]
+    notes = UnitNotes() if notes is None else notes
     for part in unit.parts:
+        documents = readers.read_documents(
+            part, settings.text_field, field_names, advance, counts,
+            skip_bad_records=settings.skip_bad_lines, samples=notes.bad_records,
+        )  # fmt: skip
         try:
-            for document in readers.read_documents(part, settings.text_field, field_names, advance, counts):
+            for document in documents:
                 if not document.text:
                     counts["empty_documents"] += 1
-                elif settings.where and _field_value(document, settings.where[0]) != settings.where[1]:
+                elif settings.where and not _matches(document, settings.where, notes):
                     counts["filtered_documents"] += 1
                 elif (text := clean.clean_text(document.text, settings.cleaning, counts)) is not None:
                     yield Document(document.location, text, document.fields)
@@ -225,11 +248,28 @@ def documents_to_encode(
 
 
 def _field_value(document: Document, field_name: str) -> str:
-    """Return the value of a dotted field as text, or NO_GROUP if the document has no such field."""
-    value: Any = document.fields
-    for name in field_name.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return NO_GROUP if value is None else str(value)
+    """Return the value at a path as text, or NO_GROUP if the document has no such field."""
+    value = lookup(document.fields, field_name)
+    return NO_GROUP if value is MISSING or value is None else str(value)
+
+
+def _matches(document: Document, where: tuple[str, str], notes: UnitNotes) -> bool:
+    """Return whether the field has the value: as text, or as JSON (true, 5, null). Count other values in `notes`."""
+    value = lookup(document.fields, where[0])
+    if where[1] in (_field_value(document, where[0]), json_text := _json_text(value)):
+        return True
+    if json_text in notes.other_values or len(notes.other_values) < MAX_MET_VALUES:
+        notes.other_values[json_text] += 1
+    return False
+
+
+def _json_text(value: Any) -> str:
+    if isinstance(value, str) or value is MISSING:
+        return value if isinstance(value, str) else "(no such field)"
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):  # a time, a decimal or bytes in parquet
+        return str(value)
 
 
 def _batch_documents(documents: Iterator[Document]) -> Iterator[list[Document]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from tandem.data_prep import provenance, work_units
 from tandem.data_prep.input_files import InputFile, content_hash
+from tandem.data_prep.settings import LATER_SETTINGS
 from tandem.trainer.config import UserError
 from tandem.trainer.config.outside import escape_control_characters, read_json
 from tandem.trainer.data import manifest
@@ -199,6 +200,7 @@ def _check_claimable(output: Path, settings_dict: Mapping[str, Any]) -> None:
 
 
 def _check_same_settings(output: Path, recorded: Mapping[str, Any], settings_dict: Mapping[str, Any]) -> None:
+    settings_dict, recorded = {**LATER_SETTINGS, **settings_dict}, {**LATER_SETTINGS, **recorded}
     given = _flatten(settings_dict)
     if unknown := _flatten({name: recorded[name] for name in settings_dict if name in recorded}).keys() - given.keys():
         raise UserError(

@@ -8,6 +8,7 @@ workers nor a kill changes the result. The manifest is written last.
 import argparse
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -21,12 +22,13 @@ from tandem.data_prep import clean, cluster, encode, executor, output_folder, re
 from tandem.data_prep.clean import CleaningRules
 from tandem.data_prep.cluster import submissions
 from tandem.data_prep.cluster.submissions import RESERVED_SBATCH_OPTIONS
-from tandem.data_prep.input_files import FilePart, list_input_files
+from tandem.data_prep.formats import FORMATS
+from tandem.data_prep.input_files import FilePart, Listing, list_input_files
 from tandem.data_prep.settings import DROPPED_COUNT_NAMES, PrepareSettings
 from tandem.data_prep.stages import PreparationRequest
 from tandem.data_prep.tokenizers import build, encoding
 from tandem.trainer.config import UserError
-from tandem.trainer.config.outside import safe_print
+from tandem.trainer.config.outside import escape_control_characters, safe_print
 from tandem.trainer.data import manifest, remote_files
 from tandem.trainer.data.manifest import CorpusManifest
 from tandem.trainer.metrics import progress
@@ -34,7 +36,10 @@ from tandem.trainer.runtime.processors import usable_processors
 
 DEFAULT_NUM_TASKS = 64
 MAX_PRINTED_FAILURES = 5
-TEXT_OPTIONS = ("group_field", "where", "nfc", "min_characters", "deduplicate", "decontaminate", "skip_undecodable")
+TEXT_OPTIONS = (
+    "group_field", "where", "nfc", "min_characters", "deduplicate", "decontaminate", "skip_undecodable", "format",
+    "skip_bad_lines",
+)  # fmt: skip
 """Options that cannot be combined with --tokens."""
 
 
@@ -43,17 +48,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     add = parser.add_argument_group("input and output").add_argument
     add("--input", nargs="+", required=True, type=os.path.expanduser, metavar="PATH",
-        help="folders or files, local or s3://, gs://, https://, with braces as in bash: text, code, .jsonl, .jsonl.gz, "
-        ".jsonl.zst, .parquet, webdataset .tar, .tar.gz, .tgz")
+        help="folders or files, local or s3://, gs://, https://, with braces as in bash: text, code, JSON lines (.jsonl, "
+        ".ndjson, .jsonlines) and other JSON (.json), .parquet, .pq, .arrow, .feather, .ipc, webdataset .tar, .tgz; all but "
+        "parquet and Arrow also with .gz, .zst, .zstd, .bz2, .xz")
     add("--output", required=True, type=os.path.expanduser, metavar="DIR", help="folder to create")
     add("--glob", metavar="PATTERN",
         help="within folders, read the files whose names match PATTERN, instead of those with known suffixes; "
-        "matching .jsonl, .parquet and .tar files are still read as such, all others as text")
+        "a file whose content shows no other format is text")
+    add("--format", choices=FORMATS, help="format of all files (default: by the content of each)")
+    add("--skip-dangling-links", action="store_true", help="leave out and count links to files that do not exist")
     add("--text-field", default="text", metavar="NAME",
-        help="field of a record that contains the text (default %(default)s)")
+        help="field of a record that contains the text (default %(default)s); here and in the next two options, dots lead "
+        "into nested records")
     add("--group-field", metavar="NAME",
         help="count documents and tokens for each value of this field, for example meta.redpajama_set_name")
-    add("--where", metavar="NAME=VALUE", help="read only documents whose field NAME has this value")
+    add("--where", metavar="NAME=VALUE",
+        help="read only documents whose field NAME has this value; true, 5 and null are values that are not text")
+    add("--skip-bad-lines", action="store_true",
+        help="leave out and count records (lines, rows, members) that are not JSON, have no text or are too long; more than "
+        "half of a file are an error")
     add("--skip-undecodable", action="store_true", help="leave out and count text files that are not UTF-8")
 
     tokenizer = parser.add_argument_group("tokenizer")
@@ -114,11 +127,18 @@ def run(args: argparse.Namespace) -> None:
     if tokenizer_json is not None:
         encoding.select_encoder(tokenizer_json, args.eos, args.tokenizer, library="tokenizers")
     try:
-        inputs = list_input_files(args.input, args.glob, output, only_tars=args.tokens is not None)
+        listing = Listing(args.skip_dangling_links)
+        inputs = list_input_files(
+            args.input, args.glob, output, only_tars=args.tokens is not None, text_field=args.text_field,
+            file_format=args.format, listing=listing,
+        )  # fmt: skip
+        for note in listing.notes():
+            print(f"tandem: note: {escape_control_characters(note, one_line=True)}", file=sys.stderr, flush=True)
         settings = _settings(args, tokenizer_json)
-        _prepare_or_submit(
-            args, PreparationRequest(output, settings, inputs, tokenizer_json, args.vocab_size, args.tokenizer_library)
+        request = PreparationRequest(
+            output, settings, inputs, tokenizer_json, args.vocab_size, args.tokenizer_library, listing.dangling_links
         )
+        _prepare_or_submit(args, request)
     except KeyboardInterrupt:
         kept = f"finished work is kept in {output}; " if (output / output_folder.WORK_FOLDER).is_dir() else ""
         raise KeyboardInterrupt(f"{kept}run the same command again to continue") from None
@@ -198,7 +218,8 @@ def _settings(args: argparse.Namespace, tokenizer_json: str | None) -> PrepareSe
 
 
 def _contaminant_keys(paths: list[str], text_field: str) -> frozenset[bytes]:
-    files = list_input_files(paths, None, Path(os.devnull), "--decontaminate") if paths else []
+    none = Path(os.devnull)
+    files = list_input_files(paths, None, none, "--decontaminate", text_field=text_field) if paths else []
     read = partial(readers.read_documents, text_field=text_field, extra_fields=[], advance=lambda count: None)
     return frozenset(clean.text_key(document.text) for file in files for document in read(FilePart(file, 0, 1)))
 
@@ -226,7 +247,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
             f"--where: {args.where!r} does not have the form NAME=VALUE; write for example meta.language=en"
         )
     for option, field in (("--where", name), ("--group-field", args.group_field or "")):
-        if field.split(".")[0] == args.text_field:
+        if field == args.text_field or field.startswith(f"{args.text_field}."):
             raise UserError(f"{option}: {field} is the text itself; name another field of the record")
     if args.sample_tokens < 1 or args.sample_tokens % manifest.TAR_BLOCK_BYTES:
         raise UserError(
@@ -280,6 +301,8 @@ def _print_counts(output: Path, corpus_manifest: CorpusManifest) -> None:
     )
     for name, split in (("train", corpus_manifest.train), ("validation", corpus_manifest.validation)):
         safe_print(f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens, {len(split.shards):,} shards")
+    for sample in corpus_manifest.settings.get(stages.BAD_RECORDS_ENTRY, ()):
+        safe_print(f"  left out {sample}")
     for name in DROPPED_COUNT_NAMES:
         if corpus_manifest.counts.get(name):
             safe_print(f"  {name.replace('_', ' ')} left out: {corpus_manifest.counts[name]:,}")

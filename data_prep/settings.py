@@ -8,12 +8,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tandem.data_prep.clean import CleaningRules
+from tandem.data_prep.records import BAD_RECORD_COUNTS
 
 DROPPED_COUNT_NAMES = (
     "empty_documents", "filtered_documents", "undecodable_files", "other_members",
-    "short_documents", "contaminated_documents", "duplicate_documents",
+    "short_documents", "contaminated_documents", "duplicate_documents", *BAD_RECORD_COUNTS, "dangling_links",
 )  # fmt: skip
 """Names of the manifest's counts of documents, files and members of tars that were left out."""
+
+LATER_SETTINGS = {"format": None, "skip_bad_lines": False}
+"""Settings that older versions did not have, with the values of a corpus that does not state them. They are recorded only
+if they have another value, so that the same preparation has the same units and the same manifest in every version."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,20 @@ class PrepareSettings:
     seed: int
     sample_tokens: int
     shard_tokens: int
+    format: str | None = None
+    """The given format of all files; None decides by content."""
+    skip_bad_lines: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as values that survive a round trip through JSON."""
         rules = self.cleaning
         keys = b"".join(sorted(rules.contaminant_keys))
         contaminants = hashlib.sha256(keys).hexdigest() if keys else None
-        return asdict(self) | {
+        values = asdict(self)
+        for name, default in LATER_SETTINGS.items():
+            if values[name] == default:
+                del values[name]
+        return values | {
             "where": self.where and "=".join(self.where),
             "cleaning": {"nfc": rules.nfc, "min_characters": rules.min_characters, "contaminants_sha256": contaminants},
         }

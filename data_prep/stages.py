@@ -32,6 +32,7 @@ from tandem.data_prep import (
 )  # fmt: skip
 from tandem.data_prep.executor import ProgressCallback
 from tandem.data_prep.input_files import FilePart, InputFile
+from tandem.data_prep.records import MAX_BAD_RECORD_SAMPLES
 from tandem.data_prep.settings import DROPPED_COUNT_NAMES, PrepareSettings
 from tandem.data_prep.shuffle import ShardKeyRange
 from tandem.data_prep.spill import Spill
@@ -45,6 +46,8 @@ from tandem.trainer.disk import atomic_write
 
 CHECK_SAMPLE_DOCUMENTS, CHECK_SAMPLE_CHARACTERS = 200, 1 << 20
 """Size of the sample on which an encoding library is compared with the reference before it is used."""
+BAD_RECORDS_ENTRY = "bad_records"
+"""Entry of the manifest's settings with some records that were left out."""
 TOKENIZER_TRAINING_BYTES = 1 << 30
 """Approximate limit of the text that a tokenizer is trained on."""
 
@@ -65,6 +68,8 @@ class PreparationRequest:
     """None: train a tokenizer of `vocab_size` ids."""
     vocab_size: int
     tokenizer_library: str
+    dangling_links: int = 0
+    """Number of links that were left out."""
 
     @property
     def work_folder(self) -> Path:
@@ -94,7 +99,7 @@ class PreparationRequest:
         )
         settings_dict = self.settings.to_dict() | {"tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest()}
         units = work_units.plan_units(self.inputs, settings_dict)
-        preparation = Preparation(self.output, self.settings, units, encoder, text)
+        preparation = Preparation(self.output, self.settings, units, encoder, text, self.dangling_links)
         for other in set(self.work_folder.glob("whole-*")) - {preparation.corpus_work_folder}:
             shutil.rmtree(other)  # of other inputs, whose shards in the output are about to be overwritten
         preparation.corpus_work_folder.mkdir(exist_ok=True)
@@ -106,7 +111,11 @@ class PreparationRequest:
         for file in self.inputs if self.settings.tokens is None else ():
             part = FilePart(file, 0, 1)
             with suppress(readers.UndecodableText):  # reported or counted when it is encoded
-                for document in readers.read_documents(part, self.settings.text_field, [], lambda count: None):
+                documents = readers.read_documents(
+                    part, self.settings.text_field, [], lambda count: None,
+                    skip_bad_records=self.settings.skip_bad_lines,
+                )  # fmt: skip
+                for document in documents:
                     texts.append(document.text)
                     if len(texts) >= CHECK_SAMPLE_DOCUMENTS or sum(map(len, texts)) >= CHECK_SAMPLE_CHARACTERS:
                         return texts
@@ -150,6 +159,7 @@ class Preparation:
     units: list[WorkUnit]
     encoder_spec: EncoderSpec
     tokenizer_json: str
+    dangling_links: int = 0
 
     @property
     def work_folder(self) -> Path:
@@ -260,6 +270,12 @@ def _raise_no_training_documents(preparation: Preparation) -> None:
         raise output_folder.UnusableSettings(
             f"--held-out: {preparation.settings.held_out} leaves none of {documents} documents for training; lower it"
         )
+    if (where := preparation.settings.where) and counts["filtered_documents"]:
+        met: Counter[str] = sum((Counter(record.get("other_values", {})) for record in records), Counter())
+        values = ", ".join(f"{value[:40]} ({number:,})" for value, number in met.most_common(encode.MAX_NAMED_VALUES))
+        raise output_folder.UnusableSettings(
+            f"--where: no document has {where[0]}={where[1]}; its values are {values}; name one of them"
+        )
     dropped = [f"{counts[name]} {name.replace('_', ' ')}" for name in DROPPED_COUNT_NAMES if counts[name]]
     raise output_folder.UnusableSettings(
         f"--input: contains no text to train on ({', '.join(dropped) or 'no documents'}); "
@@ -289,6 +305,8 @@ def _finish(preparation: Preparation, _: Path, advance: ProgressCallback) -> Non
     documents, tokens = (sum(getattr(split, name) for split in splits.values()) for name in ("documents", "tokens"))
     if settings.deduplicate:
         counts["duplicate_documents"] = sum(record["documents"] for record in records) - documents
+    if preparation.dangling_links:
+        counts["dangling_links"] = preparation.dangling_links
     corpus_manifest = CorpusManifest(
         dtype=manifest.token_dtype(spec.vocab_size),
         sample_tokens=settings.sample_tokens,
@@ -300,11 +318,17 @@ def _finish(preparation: Preparation, _: Path, advance: ProgressCallback) -> Non
         unigram_entropy_nats=round(shuffle.entropy_nats(token_counts), shuffle.ENTROPY_DECIMALS),
         counts=dict(sorted(counts.items())) | {"documents": documents, "tokens": tokens},
         groups=groups if settings.group_field else {},
-        settings=settings.to_dict() | provenance.summarize(input_entries),
+        settings=settings.to_dict() | provenance.summarize(input_entries) | _bad_records(records),
         **splits,
     )
     output_folder.finish_corpus(preparation.output, input_entries, preparation.tokenizer_json, corpus_manifest)
     advance(1)
+
+
+def _bad_records(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the entry of the manifest with the first bad records, if there are any."""
+    samples = [one for record in records for one in record.get("bad_records", ())][:MAX_BAD_RECORD_SAMPLES]
+    return {BAD_RECORDS_ENTRY: samples} if samples else {}
 
 
 def _collect_shards(preparation: Preparation) -> tuple[dict[str, CorpusSplit], dict[str, dict[str, int]], np.ndarray]:

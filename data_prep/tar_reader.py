@@ -14,15 +14,18 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.lib.format as npy_format
 
+from tandem.data_prep.decompression import READ_BLOCK_BYTES, decompress
 from tandem.data_prep.executor import ItemCancelled, ProgressCallback
-from tandem.data_prep.input_files import READ_BLOCK_BYTES, SAMPLE_MANIFEST_FILE, FilePart, unreadable_error
+from tandem.data_prep.input_files import SAMPLE_MANIFEST_FILE, FilePart, unreadable_error
+from tandem.data_prep.json_values import parse_json
 from tandem.data_prep.records import (
     MAX_RECORD_BYTES,
+    BadRecord,
+    BadRecords,
     Document,
-    decompress,
+    check_text,
     describe_decode_error,
     open_unchanged,
-    parse_json,
     parse_record,
     printable,
 )  # fmt: skip
@@ -43,7 +46,7 @@ RESERVED_NAME = re.compile(r"__[^/]*__($|/)")
 
 def read_tar(
     part: FilePart, stream: BinaryIO, text_field: str, extra_fields: list[str], advance: ProgressCallback,
-    counts: Counter[str],
+    counts: Counter[str], bad: BadRecords,
 ) -> Iterator[Document]:  # fmt: skip
     """Yield the documents of the samples of a tar, which is open in `stream`.
 
@@ -70,14 +73,23 @@ def read_tar(
                 data = _gunzip(sample[extension], extension)
                 if kind == "txt":
                     fields = _sample_fields(sample, extension) if extra_fields else {}
-                    yield Document(f"{name}:{member}", data.decode(), fields)
+                    decoded = data.decode()
+                    check_text(decoded)
+                    yield Document(f"{name}:{member}", decoded, fields)
                     continue
                 lines = (
                     (f"{member}:{number}", line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()
                 )
                 for place, text in lines if kind == "jsonl" else [(member, data)]:
-                    record = parse_record(text, text_field)
-                    yield Document(f"{name}:{place}", record.pop(text_field), record)
+                    try:
+                        document = Document(f"{name}:{place}", *parse_record(text, text_field))
+                    except BadRecord as error:
+                        bad.add(error, lambda: f": {printable(place)}")  # noqa: B023
+                        continue
+                    bad.add_good()
+                    yield document
+            except UserError:
+                raise
             except Exception as error:  # a damaged member can raise anything
                 raise _member_error(part, place, error) from None
 

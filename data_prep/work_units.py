@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tandem.data_prep import formats
 from tandem.data_prep.input_files import FilePart, InputFile
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 8 << 20, 512 << 20
@@ -40,10 +41,27 @@ def plan_units(inputs: list[InputFile], settings_dict: dict[str, Any]) -> list[W
     settings = json.dumps([WORK_FORMAT_VERSION, settings_dict], sort_keys=True)
     found: list[WorkUnit] = []
     for parts in _group_parts(inputs, unit_bytes):
-        keys = [[part.file.name, part.file.size_bytes, part.file.version, part.index, part.num_parts] for part in parts]
+        keys = [
+            [
+                part.file.name,
+                part.file.size_bytes,
+                part.file.version,
+                part.index,
+                part.num_parts,
+                *_format_key(part.file),
+            ]
+            for part in parts
+        ]
         name = hashlib.sha256(f"{settings}\0{json.dumps(keys)}".encode()).hexdigest()[:24]
         found.append(WorkUnit(name, len(found), tuple(parts)))
     return found
+
+
+def _format_key(file: InputFile) -> list[str | None]:
+    """Return the format of a file that this WORK_FORMAT_VERSION once read by its suffix as another format."""
+    suffixes = (suffix for suffix in formats.FORMER_SUFFIXES if file.name.endswith(suffix))
+    former = formats.FORMER_SUFFIXES.get(max(suffixes, key=len, default=""), ("text", None))
+    return [] if (file.format, file.compression) == former else [file.format, file.compression]
 
 
 def _group_parts(inputs: list[InputFile], unit_bytes: int) -> Iterator[list[FilePart]]:

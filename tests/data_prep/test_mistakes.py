@@ -42,6 +42,7 @@ def broken_inputs(root):
     (root / "empty").mkdir()
     (root / "empty.txt").write_text("")
     (root / "not.json").write_text("[1]")
+    (root / "scalar.json").write_text("1")
     (root / "words.txt").write_text("some words")
     (root / "noeos.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": {
         "type": "WordLevel", "vocab": {"some": 0}, "unk_token": "some"}}))  # fmt: skip
@@ -62,7 +63,7 @@ def broken_inputs(root):
         "zst cut": (["--input", root / "cut.jsonl.zst"], r"cut.jsonl.zst:\d+: cannot be read \(Truncated"),
         "gz none": (["--input", root / "none.jsonl.gz"], r"none.jsonl.gz:1: cannot be read"),
         "parquet": (["--input", root / "bad.parquet"], r"bad.parquet: cannot be read"),
-        "parquet null": (["--input", root / "null.parquet"], r"null.parquet: row 2 has no 'text'"),
+        "parquet null": (["--input", root / "null.parquet"], r"null.parquet: row 2: has no 'text'"),
         "parquet number": (["--input", root / "number.parquet"], r"number.parquet: field 'text' is int64, not text"),
         "parquet field": (["--input", root / "body.parquet"], r"body.parquet: has .* \(its fields: body\)"),
         "not utf-8": (["--input", root / "latin.txt"], r"latin.txt: is not UTF-8 .* at byte 2"),
@@ -75,14 +76,17 @@ def broken_inputs(root):
         "all held out": ([*words, "--held-out", 0.999999], r"--held-out: 0.999999 leaves none of 1 doc"),
         "workers": ([*words, "--workers", 0], r"--workers: 0 is too small; use 1 or more"),
         "samples": ([*words, "--sample-tokens", 100], r"--sample-tokens: 100 is not a positive multiple of 512"),
-        "kind": (["--input", root / "not.json"], r"--input: .*not.json has no known suffix; .* give --glob"),
+        "kind": (["--input", root / "not.json"], r"not.json: record 1: has no field 'text' .* --format text$"),
         "empty path": (["--input", ""], r"--input: a path is empty; name"),
         "glob": ([*words, "--glob", "/abs/*"], r"--glob: /abs/\* is an absolute path; use a pattern of names below"),
         "seed": ([*words, "--seed", 1 << 63], r"--seed: 9223372036854775808 does not fit in a signed 64-bit"),
         "low seed": ([*words, "--seed", -(1 << 63) - 1], r"--seed: -9223372036854775809 does not fit in a signed 64-bit"),
         "contaminants": ([*words, "--decontaminate", root / "none"], r"^--decontaminate: .*none does not exist"),
         "contaminant": ([*words, "--decontaminate", ""], r"^--decontaminate: a path is empty"),
-        "contaminant kind": ([*words, "--decontaminate", root / "not.json"], r"^--decontaminate: .* from .txt; rename it$"),
+        "contaminant kind": (
+            [*words, "--decontaminate", root / "scalar.json"],
+            r"^--decontaminate: .*scalar.json does not begin with JSON; give --format",
+        ),
         "where": ([*words, "--where", "lang"], r"--where: 'lang' does not have the form NAME=VALUE"),
         "where nothing": ([*words, "--where", ""], r"--where: '' does not have the form NAME=VALUE"),
         "where no name": ([*words, "--where", "=x"], r"--where: '=x' does not have the form NAME=VALUE"),

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tandem.data_prep import input_files, prepare, provenance, readers
+from tandem.data_prep import formats, input_files, prepare, provenance, readers
 from tandem.data_prep.input_files import FilePart
 from tandem.data_prep.records import Document
 from tandem.trainer.config import UserError
@@ -25,8 +25,8 @@ NOWHERE = Path(os.devnull)
 ROOT = Path(__file__).parents[2]
 
 
-def listed(*paths, glob=None):
-    return input_files.list_input_files([str(path) for path in paths], glob, NOWHERE)
+def listed(*paths, glob=None, **options):
+    return input_files.list_input_files([str(path) for path in paths], glob, NOWHERE, **options)
 
 
 def names(*paths, glob=None):
@@ -92,8 +92,12 @@ def test_folders_behind_links_are_read_even_where_a_link_leads_back(tmp_path):
     assert names(root) == ["0/link/deep/a.txt"]
     assert names(root, glob="link/**/*.txt") == ["0/link/deep/a.txt"]
     linked(root / "gone.txt", tmp_path / "nothing")
-    with pytest.raises(UserError, match=r"gone.txt: cannot be read \(.*No such file"):
+    linked(root / "loop.txt", root / "loop.txt")
+    with pytest.raises(UserError, match=r"gone.txt: cannot be read \(No such file.*; .* with --skip-dangling-links"):
         names(root)
+    listing = input_files.Listing(skips_dangling_links=True)
+    assert [file.name for file in listed(root, listing=listing)] == ["0/link/deep/a.txt"]
+    assert (listing.dangling_links, listing.outside_links) == (2, [f"{root}/link/deep/a.txt -> {elsewhere}/a.txt"])
 
 
 @pytest.mark.parametrize(
@@ -118,13 +122,18 @@ def test_a_glob_is_of_names_in_the_folder_or_below(tmp_path, glob, expected):
     assert names(tmp_path / "in", glob=glob) == [f"0/{name}" for name in expected]
 
 
-def test_a_named_file_of_no_known_kind_is_refused_unless_a_glob_says_that_it_is_text(tmp_path, address):
+def test_a_named_file_of_no_known_kind_is_refused_unless_an_option_says_that_it_is_text(tmp_path, address):
     (tmp_path / "c.json").write_text('{"text": "words"}\n')
+    (tmp_path / "notes").write_text("words")
     for given in (tmp_path / "c.json", f"{address}/c.json", f"{address}/c.json?name=c.jsonl"):
-        with pytest.raises(UserError, match=r"--input: .*c.json.* has no known suffix; records are read from .jsonl,"):
+        assert [document.text for document in in_parts(*listed(given), 1)] == ["words"]
+    for given in (tmp_path / "notes", f"{address}/notes"):
+        with pytest.raises(
+            UserError, match=r"--input: .*notes has neither .*; give --format, for example --format text"
+        ):
             listed(given)
-        (file,) = listed(given, glob="*.json")
-        assert [document.text for document in in_parts(file, 1)] == ['{"text": "words"}\n']
+        for files in (listed(given, glob="*"), listed(given, file_format="text")):
+            assert [document.text for document in in_parts(*files, 1)] == ["words"]
 
 
 def test_the_signature_of_a_link_is_not_of_the_name(tmp_path, address):
@@ -145,8 +154,8 @@ def test_every_format_of_records_is_named_in_the_help_and_on_both_pages():
     )
     texts = {"--help": parser.format_help(), "data_prep/README.md": row, "launch/guides/data.md": paragraph}
     for place, text in texts.items():
-        found = re.findall(r"(?<!\S)[`(]*((?:\.[a-z]+)+)", text)
-        assert set(input_files.RECORD_COMPRESSION) <= set(found), place
+        found = re.findall(r"(?<!\S)[`(]*((?:\.[a-z0-9]+)+)", text)
+        assert formats.RECORD_SUFFIXES.keys() | formats.COMPRESSION_SUFFIXES <= set(found), place
 
 
 @pytest.mark.parametrize("when", ["before", "while"])
@@ -268,7 +277,7 @@ def test_a_compressed_file_of_no_bytes_is_truncated_and_one_of_no_lines_is_not(t
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_a_line_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 1_000)
+    monkeypatch.setattr(readers, "MAX_TEXT_BYTES", 1_000)
     content = b'{"text": "a"}\n' + b" " * 999 + b"\n" + b" " * 1_000 + b"\n"
     compress = {"": bytes, ".gz": gzip.compress, ".zst": zstd_frame}[suffix]
     (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(content))
