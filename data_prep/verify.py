@@ -22,6 +22,7 @@ from tandem.data_prep import executor, output_folder, provenance, shuffle
 from tandem.data_prep.executor import ProgressCallback
 from tandem.data_prep.vocabulary import Vocabulary
 from tandem.trainer.config import UserError
+from tandem.trainer.config.numbers import format_bytes
 from tandem.trainer.config.outside import safe_print
 from tandem.trainer.data import manifest, remote_files
 from tandem.trainer.data.manifest import CorpusManifest, Shard
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     read_bytes = sum(shard.bytes for shard in shards)
     safe_print(
         f"{args.corpus}: {corpus_manifest.counts['tokens']:,} tokens in {len(shards):,} shards match the manifest; "
-        f"{read_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {read_bytes / 1e6 / seconds:,.1f} MB/s"
+        f"{format_bytes(read_bytes)} in {seconds:.1f} s, {format_bytes(read_bytes / seconds)}/s"
     )
 
 

@@ -40,7 +40,7 @@ def refused(folder, message: str) -> None:
 
 def test_a_prepared_corpus_passes(prepared, folder, capsys):
     run_verb(verify, prepared("out", "--input", folder), "--workers", 1)
-    assert re.search(r"[\d,]+ tokens in \d+ shards match the manifest; .* MB/s", capsys.readouterr().out)
+    assert re.search(r"[\d,]+ tokens in \d+ shards match the manifest; .* [KM]iB/s", capsys.readouterr().out)
 
 
 def test_several_processes_find_the_same(made, capsys, monkeypatch):

@@ -183,7 +183,7 @@ def test_a_full_disk_is_one_line_for_each_save_and_saving_goes_on_when_there_is_
     assert lines[0].startswith("[rank 0] ")
     assert f"{folder / 'checkpoints'}: the checkpoint of step 2 cannot be written" in lines[0]
     assert "No space left on device" in lines[0]
-    assert re.search(r"the disk has [\d.]+ GB left", lines[0])
+    assert re.search(r"the disk has [\d.,]+ [KMGT]iB left", lines[0])
     assert said(config, name, "Traceback") == []
     assert [path.name for path in list_checkpoints(folder / "checkpoints")] == [step_folder_name(2 * STEPS)], (
         "nothing torn is left"

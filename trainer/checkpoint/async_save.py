@@ -25,6 +25,7 @@ from torch import Tensor
 from tandem.trainer.checkpoint import write
 from tandem.trainer.checkpoint.layout import step_folder_name
 from tandem.trainer.checkpoint.write import WrittenFile
+from tandem.trainer.config.numbers import format_bytes
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, broadcast_from_rank_0, create_shared_store
 from tandem.trainer.distributed.watchdog import is_connection_lost
@@ -201,7 +202,7 @@ def save_error_message(root: Path, result: SaveResult, consequence: str) -> str:
     free_bytes = shutil.disk_usage(root).free if root.exists() else 0
     return (
         f"{root}: the checkpoint of step {result.step} cannot be written ({result.error}); the disk has "
-        f"{free_bytes / 1e9:.3g} GB left; free disk space or make the folder writable {consequence}"
+        f"{format_bytes(free_bytes)} left; free disk space or make the folder writable {consequence}"
     )
 
 

@@ -1,39 +1,21 @@
 """Show a run's records on standard error: a live bar on a terminal, plain lines in a file or a pipe.
 
-`format_number` and `format_duration` format numbers for people. The time left is the remaining tokens at the wall-clock pace of
+The time left is the remaining tokens at the wall-clock pace of
 the last steps, so it includes validations and checkpoints.
 """
 
-import math
 from collections import deque
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
+from tandem.trainer.config.numbers import format_bytes, format_count, format_duration
 from tandem.trainer.config.outside import escape_control_characters
 from tandem.trainer.metrics import progress
 
 ETA_WINDOW_STEPS = 50
 """Number of steps that determine the pace."""
-
-
-def format_number(value: float | int) -> str:
-    """Format with three significant digits and k, M, B (10^9) or T (10^12)."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * size:
-            return f"{value / size:.3g}{unit}" if abs(value) < 999.5 * size else f"{value / size:.0f}{unit}"
-    return f"{value:.3g}"
-
-
-def format_duration(seconds: float | int | None) -> str:
-    """Format as days, hours, minutes and seconds, or as a dash if there is no finite number."""
-    if seconds is None or not math.isfinite(seconds):
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return f"{days}d {hours:02}h" if days else f"{hours}:{minutes:02}:{rest:02}"
 
 
 class ConsoleSink:
@@ -61,7 +43,7 @@ class ConsoleSink:
                 tokens_by_step = self._consumed_tokens_by_step.items()
                 self._consumed_tokens_by_step = {s: tokens for s, tokens in tokens_by_step if s >= record["step"]}
                 self._print(
-                    f"checkpoint at step {record['step']}: {format_number(record['bytes'])}B in "
+                    f"checkpoint at step {record['step']}: {format_bytes(record['bytes'])} in "
                     f"{record['seconds']:.1f} s, training waited {record['stall_seconds']:.1f} s"
                 )
             case "rollback":
@@ -81,7 +63,7 @@ class ConsoleSink:
         self._totals = {name: record[name] for name in self._totals}
         verb = f"resumed at step {record['step']}" if record["step"] else "start at step 0"
         self._print(
-            f"{verb} of {record['total_steps']}, {format_number(record['total_tokens'])} tokens in all, "
+            f"{verb} of {record['total_steps']}, {format_count(record['total_tokens'])} tokens in all, "
             f"{record['world_size']} rank{'s' * (record['world_size'] != 1)} "
             f"(tp {record['tp_size']} x dp {record['dp_size']})"
         )
@@ -126,10 +108,10 @@ class ConsoleSink:
     def _format_step(self, record: dict[str, Any]) -> list[str]:
         return [
             f"step {record['step']}/{self._totals['total_steps']}" + " skipped" * record["skipped"],
-            f"{format_number(record['tokens'])}/{format_number(self._totals['total_tokens'])} tokens",
+            f"{format_count(record['tokens'])}/{format_count(self._totals['total_tokens'])} tokens",
             f"loss {record['loss']:.4f}",
             f"lr {record['lr']:.2e}",
-            f"{format_number(record['tokens_per_second'])} tokens/s",
+            f"{format_count(record['tokens_per_second'])} tokens/s",
             f"mfu {100 * record['mfu']:.1f}%",
             f"eta {format_duration(self._remaining_seconds(record))}",
         ]

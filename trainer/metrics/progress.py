@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from tandem.trainer.config.numbers import format_bytes
 from tandem.trainer.config.outside import escape_control_characters
 
 Unit = Literal["bytes", "steps", "share"]
@@ -33,6 +34,12 @@ class _NameColumn(TextColumn):
         return Text(escape_control_characters(self.text_format.format(task=task), one_line=True), self.style)
 
 
+class _SpeedColumn(columns.ProgressColumn):
+    def render(self, task: columns.Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{format_bytes(speed)}/s" if speed else "?", "progress.data.speed")
+
+
 @contextmanager
 def progress_bar(description: str, total: float | int, unit: Unit = "share") -> Iterator[Callable[[float | int], None]]:
     """Show a bar while the block runs; the yielded function advances it by a part of the total."""
@@ -47,7 +54,7 @@ def progress_display(screen: Console, unit: Unit, *, transient: bool = False, di
     At the end the bars stay, unless `transient`. A console that is not a terminal gets them once, at the end, unless `disable`.
     """
     numbers: dict[Unit, tuple[str | columns.ProgressColumn, ...]] = {
-        "bytes": (columns.DownloadColumn(), columns.TransferSpeedColumn()),
+        "bytes": (columns.DownloadColumn(binary_units=True), _SpeedColumn()),
         "steps": (columns.MofNCompleteColumn(), "steps"),
         "share": (columns.TaskProgressColumn(),),
     }

@@ -23,6 +23,7 @@ from tandem.trainer.checkpoint.hf.tensor_mapping import TensorReader
 from tandem.trainer.checkpoint.weights import WeightSource
 from tandem.trainer.checkpoint.write import model_metadata, save_imported_weights
 from tandem.trainer.config import AnyModelConfig, UserError
+from tandem.trainer.config.numbers import format_bytes
 from tandem.trainer.config.outside import safe_print
 from tandem.trainer.data.manifest import TOKENIZER_FILE
 from tandem.trainer.distributed.mesh import mesh_context
@@ -204,7 +205,7 @@ def tensor_shapes(model: AnyModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def format_size_and_time(num_bytes: int, start_time: float) -> str:
-    return f"{num_bytes / 1e9:.3g} GB in {time.perf_counter() - start_time:.1f} s"
+    return f"{format_bytes(num_bytes)} in {time.perf_counter() - start_time:.1f} s"
 
 
 def max_logit_error(weight_source: WeightSource, export_folder: Path, dtype: torch.dtype) -> float:

@@ -28,7 +28,7 @@ def terminal(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("unit", "words"), [("bytes", ["3.0/3.0 MB"]), ("steps", ["3000000/3000000", "steps"]), ("share", ["100%"])]
+    ("unit", "words"), [("bytes", ["2.9/2.9 MiB"]), ("steps", ["3000000/3000000", "steps"]), ("share", ["100%"])]
 )
 def test_a_terminal_gets_a_bar_that_moves_and_goes(unit, words, monkeypatch):
     with terminal(monkeypatch) as written, progress.progress_bar("reading", 3_000_000, unit) as advance:

@@ -17,7 +17,8 @@ import rich.console
 
 from tandem.trainer import config as configuration
 from tandem.trainer.config import TrainConfig, UserError
-from tandem.trainer.metrics.console import ConsoleSink, format_duration, format_number
+from tandem.trainer.config.numbers import format_duration
+from tandem.trainer.metrics.console import ConsoleSink
 from tandem.trainer.metrics.history import has_validation, read_history
 from tandem.trainer.metrics.records import METRICS_FILE, StepRecord, open_sinks
 from tandem.trainer.metrics.throughput import throughput
@@ -299,7 +300,7 @@ def test_a_pipe_gets_a_line_for_each_skipped_step_each_rollback_and_the_parts_of
     steps = [line.split(" | ")[1] for line in printed if "| step" in line]
     assert steps == ["step 1/12", "step 3/12 skipped", "step 9/12", "step 10/12 skipped", "step 12/12"]
     assert "rollback to step 8 from step 10: loss nan" in printed
-    assert "checkpoint at step 8: 1.5MB in 1.2 s, training waited 0.1 s" in printed
+    assert "checkpoint at step 8: 1.43 MiB in 1.2 s, training waited 0.1 s" in printed
 
 
 def test_the_last_step_is_shown_although_it_was_shown_before_a_rollback(capfd: pytest.CaptureFixture[str]) -> None:
@@ -366,24 +367,6 @@ def test_a_live_bar_goes_back_with_the_run_and_a_skipped_step_is_a_line_above_it
     shown = read_terminal(ours)
     assert "step 4/12 skipped |" in shown
     assert "rollback to step 2 from step 4: loss nan" in shown
-
-
-def test_numbers_are_short() -> None:
-    assert [format_number(v) for v in (0, 999, 1234, 999_600, 6_291_456, 4e12)] == [
-        "0",
-        "999",
-        "1.23k",
-        "1M",
-        "6.29M",
-        "4T",
-    ]
-    assert [format_duration(v) for v in (59.6, 3723, 200_000, None, math.inf)] == [
-        "0:01:00",
-        "1:02:03",
-        "2d 07h",
-        "-",
-        "-",
-    ]
 
 
 def test_records_of_a_version_with_other_names_are_refused(tmp_path: Path) -> None:

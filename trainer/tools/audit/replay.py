@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tandem.trainer.config import PhaseConfig
-from tandem.trainer.metrics.console import format_number
+from tandem.trainer.config.numbers import format_count
 from tandem.trainer.tools.audit.ledger_history import LedgerHistory
 from tandem.trainer.tools.audit.ledger_lines import IMMUTABLE_SETTINGS, Attempt, BadStepLine, SkipLine, StepLine
 from tandem.trainer.tools.audit.reading_order import Sources
@@ -253,9 +253,9 @@ class Replay:
         words = [f"step {attempt.step}: {kind}, dp {start.dp_size}"]
         if previous and previous.discarded_steps:
             first, last, count, tokens = previous.discarded_steps
-            words.append(f"discards steps {first} to {last}: {count} steps, {format_number(tokens)} tokens")
+            words.append(f"discards steps {first} to {last}: {count} steps, {format_count(tokens)} tokens")
         ranges = sorted(start.skipped_ranges.items())
-        if passed := [f"{format_number(end - left)} of {source}" for source, (left, end) in ranges if end > left]:
+        if passed := [f"{format_count(end - left)} of {source}" for source, (left, end) in ranges if end > left]:
             words.append(f"passes over the tokens read by then: {', '.join(passed)}")
         if previous:
             if previous.start.dp_size != start.dp_size:

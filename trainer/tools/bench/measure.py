@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from tandem.trainer.config import PhaseConfig, flops
+from tandem.trainer.config.numbers import format_count
 from tandem.trainer.data.loader import Batch
 from tandem.trainer.distributed.coordination import Coordinator
 from tandem.trainer.distributed.mesh import Mesh, all_gather_values
-from tandem.trainer.metrics.console import format_number
 from tandem.trainer.metrics.records import StepRecord
 from tandem.trainer.run_folder import describe_environment
 from tandem.trainer.run_state import StepContext, step_throughput
@@ -45,7 +45,7 @@ def measure_phase(context: StepContext, plan: PhasePlan, matmul_flops: float, co
     reset_peak_memory(mesh)
     log.info(
         f"{config.run.name}, {config.model.num_layers} of {plan.recipe_num_layers} layers, "
-        f"{format_number(flops.num_parameters(config.model))} parameters, phase {phase.name}: {phase.global_batch_size} rows "
+        f"{format_count(flops.num_parameters(config.model))} parameters, phase {phase.name}: {phase.global_batch_size} rows "
         f"of {phase.seq_len} tokens a step, tp {mesh.tp_size} x dp {mesh.dp_size} on {device_name(mesh)}"
     )
     for _ in range(plan.num_warmup_steps):
@@ -85,7 +85,7 @@ def run_step(context: StepContext, batches: Iterator[Batch], step: int, label: s
     record = result.record
     log.info(
         f"{record.phase}, {label} step {record.step}: loss {record.loss:.4f}, {record.step_seconds:.3f} s, "
-        f"{format_number(record.tokens_per_second)} tokens/s, mfu {100 * record.mfu:.1f}%"
+        f"{format_count(record.tokens_per_second)} tokens/s, mfu {100 * record.mfu:.1f}%"
     )
     return record
 

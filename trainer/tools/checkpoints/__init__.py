@@ -17,11 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.filesize import decimal
-
 from tandem.trainer.checkpoint import layout
 from tandem.trainer.checkpoint.layout import COMMIT_MARKER, REJECTED_MARKER, find_damage, list_checkpoints
 from tandem.trainer.config import UserError
+from tandem.trainer.config.numbers import format_bytes
 from tandem.trainer.config.outside import safe_print
 from tandem.trainer.metrics import progress
 from tandem.trainer.tools.checkpoints.compare import ProgressCallback, compare_checkpoints
@@ -74,7 +73,7 @@ def _ls(args: argparse.Namespace) -> int:
     states = Counter(row["state"] for row in rows)
     others = [f" and {states[state]} {state}" for state in ("torn", "rejected") if states[state]]
     counted = f"{states['committed'] + states['damaged']} committed{''.join(others)}"
-    safe_print(f"{counted}: {decimal(total_bytes)}; free on this file system: {decimal(free_bytes)}")
+    safe_print(f"{counted}: {format_bytes(total_bytes)}; free on this file system: {format_bytes(free_bytes)}")
     return 0
 
 
@@ -85,7 +84,7 @@ def _verify(args: argparse.Namespace) -> int:
             result = verify_checkpoint(folder, advance)
         results.append(result)
         words = {
-            "whole": f"whole: {decimal(result['bytes'])} in {result['files']} data files",
+            "whole": f"whole: {format_bytes(result['bytes'])} in {result['files']} data files",
             "damaged": f"damaged: {'; '.join(result['damage'])}", "removed": "removed while it was read",
         }  # fmt: skip
         if not args.json:
@@ -200,7 +199,7 @@ def _row_cells(row: Mapping[str, Any]) -> list[str]:
     layout = f"{row['tp_size']} x {row['dp_size']}" if row["tp_size"] else "-"
     remark = f"damaged: {row['damage']}" if row["state"] == "damaged" else REMARKS.get(row["state"], "")
     tokens = "-" if row["tokens"] is None else f"{row['tokens']:,}"
-    return [str(row["step"]), tokens, decimal(row["bytes"]), committed, layout, remark]
+    return [str(row["step"]), tokens, format_bytes(row["bytes"]), committed, layout, remark]
 
 
 def _format_comparison(comparison: Mapping[str, Any]) -> Iterator[str]:

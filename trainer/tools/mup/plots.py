@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from tandem.trainer.metrics.console import format_number
+from tandem.trainer.config.numbers import format_count
 from tandem.trainer.tools.mup.coordinates import LAWS, CoordinateRecord, coordinate_curve
 from tandem.trainer.tools.mup.lr_transfer import Losses, best_lr
 from tandem.trainer.tools.report.plots import GREY, PLOT_STYLE, RED, save_figure
@@ -105,7 +105,7 @@ def _set_log_axes(axes: Axes, widths: list[int]) -> None:
         axes.set_ylim(middle / sqrt(20), middle * sqrt(20))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
 
 
 def _pick_colors(count: int) -> list[str]:

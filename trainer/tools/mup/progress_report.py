@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tandem.trainer.metrics.console import format_duration
+from tandem.trainer.config.numbers import format_duration
 from tandem.trainer.metrics.progress import open_screen, start_wide_bar
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from tandem.trainer import config as configuration
 from tandem.trainer.config import TrainConfig, UserError
+from tandem.trainer.config.numbers import format_bytes, format_count, format_duration
 from tandem.trainer.config.outside import read_json, read_text, safe_print
 from tandem.trainer.disk import atomic_write
-from tandem.trainer.metrics.console import format_duration, format_number
 from tandem.trainer.metrics.history import RunHistory, read_history
 from tandem.trainer.tools.report import page, plots
 
@@ -93,7 +93,7 @@ def headline_numbers(history: RunHistory) -> dict[str, str]:
         for name, record in (("last validation loss", history.validations[-1]), ("best validation loss", best)):
             numbers[name] = f"{_format_number(record['loss'], '.4f')} nats at step {record['step']:,}"
     return numbers | {
-        "throughput": f"{format_number(speed)} tokens/s, median",
+        "throughput": f"{format_count(speed)} tokens/s, median",
         "MFU": f"{100 * mfu:.1f} % with full attention, {100 * mfu_causal:.1f} % with its causal half, medians",
         "time in steps": format_duration(seconds),
         "waiting for data": f"{100 * data_seconds / seconds:.2f} % of the time in steps",
@@ -110,7 +110,7 @@ def config_summary(config: TrainConfig) -> dict[str, str]:
     return {
         "model": f"{model.family}: " + ", ".join(f"{name} {getattr(model, name):,}" for name in sizes),
         "phases": "; ".join(
-            f"{phase.name}: {format_number(phase.tokens)} tokens, {phase.global_batch_size} rows of {phase.seq_len:,} a step"
+            f"{phase.name}: {format_count(phase.tokens)} tokens, {phase.global_batch_size} rows of {phase.seq_len:,} a step"
             for phase in config.schedule.phases
         ),
         "learning rate": f"{lr.kind}, peak {lr.peak:g}, warm-up {lr.warmup_steps:,} steps",
@@ -159,7 +159,7 @@ CHECKPOINT_COLUMNS: dict[str, Callable[[Record], str]] = {
     "time": _format_time, "step": "{step:,}".format_map,
     "save time (s)": lambda record: _format_number(record["seconds"], ".1f"),
     "training stalled": lambda record: "-" if record["stall_seconds"] is None else f"{record['stall_seconds']:.1f} s",
-    "size": lambda record: f"{format_number(record['bytes'])}B",
+    "size": lambda record: format_bytes(record["bytes"]),
 }  # fmt: skip
 """Heading -> cell of a record."""
 

@@ -18,9 +18,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from tandem.trainer.config import TrainConfig
+from tandem.trainer.config.numbers import format_count
 from tandem.trainer.config.outside import escape_control_characters
 from tandem.trainer.disk import atomic_file
-from tandem.trainer.metrics.console import format_number
 from tandem.trainer.metrics.history import RunHistory
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6fb5", "#d9822b", "#3a8f5c", "#c0392b", "#6b7280"
@@ -115,7 +115,7 @@ def token_axes(history: RunHistory, label: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.set_xlabel("tokens seen")
     axes.set_ylabel(label)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
     left = 0.0
     for index, (name, steps) in enumerate(groupby(history.steps, key=lambda record: record["phase"])):
         right = float(list(steps)[-1]["tokens"])
@@ -147,7 +147,7 @@ def _set_log_scale_if_wide(axes: Axes, values: FloatArray, ratio: float | int) -
         if values.max() < 30 * values.min():
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7)))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
 
 
 def _draw_raw_and_median(axes: Axes, history: RunHistory, values: FloatArray, color: str, label: str) -> None:
@@ -219,7 +219,7 @@ def draw_grad_norm(axes: Axes, history: RunHistory, config: TrainConfig) -> None
 def draw_throughput(axes: Axes, history: RunHistory, config: TrainConfig) -> None:
     _draw_raw_and_median(axes, history, column(history.steps, "tokens_per_second"), BLUE, "throughput")
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
 
 
 def draw_mfu(axes: Axes, history: RunHistory, config: TrainConfig) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tandem.trainer.config.numbers import format_count
 from tandem.trainer.data import manifest
-from tandem.trainer.metrics.console import format_number
 from tests.trainer.tools.audit.runs import (
     FRESH_STATE,
     LONG_PHASE,
@@ -93,7 +93,7 @@ def test_the_history_tells_what_was_left_out_and_passed_over(back, capsys):
     assert "step 3: rollback from step 6, loss of step 6 is not finite, dp 1; discards steps 4 to 6: 3 steps" in said
     assert "step 3: rollback from step 5, loss of step 5 is not finite, dp 1; discards steps 4 to 5: 2 steps" in said
     passed = [start_of(read_lines(back), is_rollback=True)["skipped_ranges"][source] for source in "ab"]
-    a, b = (format_number(end - left) for left, end in passed)
+    a, b = (format_count(end - left) for left, end in passed)
     assert f"passes over the tokens read by then: {a} of a, {b} of b\n" in said
     assert said.count("    passed over by rollbacks: ") == 2
     assert run_audit_command(back, "--json") == 0
