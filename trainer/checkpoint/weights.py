@@ -12,7 +12,7 @@ from torch import Tensor
 from tandem.trainer import models
 from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.hf.export import ExportedText
-from tandem.trainer.checkpoint.hf.tokenizer_files import CHAT_TEMPLATE_FILE
+from tandem.trainer.checkpoint.hf.special_tokens import read_chat_template
 from tandem.trainer.checkpoint.layout import COMMIT_MARKER, list_committed, step_folder_name
 from tandem.trainer.checkpoint.read import load_weights, open_checkpoint
 from tandem.trainer.config import (
@@ -24,7 +24,6 @@ from tandem.trainer.config import (
     check_alibi_scaling,
     parse_dataclass,
 )
-from tandem.trainer.config.outside import read_text
 from tandem.trainer.data.manifest import TOKENIZER_FILE
 from tandem.trainer.data.tokenizer_file import file_sha256
 from tandem.trainer.distributed.mesh import Mesh
@@ -63,9 +62,10 @@ def open_weight_source(path: Path, step: int | None = None) -> WeightSource:
         raise UserError(f"{path}: no such folder; name a run folder or a Hugging Face folder")
     if step is None and (path / "config.json").is_file():
         model, mup, read = convert.open_folder(path)
+        special_tokens, token_ids = convert.read_special_tokens(path)
         eos_token, max_seq_len = convert.read_text_settings(path)
         tokenizer = _existing_file(path / TOKENIZER_FILE)
-        text = ExportedText(chat_template=_chat_template(path), is_corpus_tokenizer=False)
+        text = ExportedText({**special_tokens}, {**token_ids}, read_chat_template(path), is_corpus_tokenizer=False)
         return WeightSource(model, mup, read, tokenizer, eos_token or DEFAULT_EOS_TOKEN, max_seq_len, text)
     return _from_checkpoint(path if step is None else _find_step_folder(path, step))
 
@@ -126,7 +126,7 @@ def _from_checkpoint(path: Path) -> WeightSource:
     if is_run:
         max_seq_len = max(phase["seq_len"] for phase in metadata["phases"])
     text = ExportedText(
-        metadata.get("special_tokens") or {}, metadata.get("token_ids") or {}, _chat_template(run_folder),
+        metadata.get("special_tokens") or {}, metadata.get("token_ids") or {}, read_chat_template(run_folder),
         is_corpus_tokenizer=is_run, num_training_tokens=metadata.get("tokens") if is_run else None,
     )  # fmt: skip
     missing_tokenizer = run_folder / TOKENIZER_FILE if is_run and not tokenizer else None
@@ -147,11 +147,6 @@ def _find_step_folder(path: Path, step: int) -> Path:
 
 def _existing_file(path: Path) -> Path | None:
     return path if path.is_file() else None
-
-
-def _chat_template(folder: Path) -> str | None:
-    file = folder / CHAT_TEMPLATE_FILE
-    return read_text(file) if file.is_file() else None
 
 
 def _parse_number(text: str) -> int | float | str:

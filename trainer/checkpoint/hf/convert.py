@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from tandem.trainer.checkpoint.hf import btlm, stablelm
-from tandem.trainer.checkpoint.hf.config_fields import ExtraFields, parse_config
+from tandem.trainer.checkpoint.hf import btlm, special_tokens, stablelm
+from tandem.trainer.checkpoint.hf.config_fields import ExtraFields, SharedFields, parse_config
 from tandem.trainer.checkpoint.hf.folder import read_json
 from tandem.trainer.checkpoint.hf.tensor_mapping import TensorMapping, TensorReader, from_hf_tensors
 from tandem.trainer.checkpoint.hf.weight_files import FLOAT_DTYPES, StoredTensor, open_tensor_files, without_wrapper
@@ -76,24 +76,36 @@ def open_folder(folder: Path) -> tuple[AnyModelConfig, MupConfig | None, TensorR
 
 def read_text_settings(folder: Path) -> tuple[str | None, int | None]:
     """Return the token that ends a document and the longest row's length. Each is None if the folder does not state it."""
-    hf_config, settings = read_json(folder / "config.json"), folder / "tokenizer_config.json"
-    eos_token = read_json(settings).get("eos_token") if settings.is_file() else None
-    max_seq_len = hf_config.get(MODEL_TYPES[hf_config["model_type"]].MAX_SEQ_LEN_FIELD)
-    return eos_token["content"] if isinstance(eos_token, dict) else eos_token, max_seq_len
+    tokens, _ = read_special_tokens(folder)
+    fields = _parse_fields(folder, read_json(folder / "config.json"))
+    return tokens.get("eos_token"), getattr(fields, MODEL_TYPES[fields.model_type].MAX_SEQ_LEN_FIELD)
 
 
-def _parse_hf_config(folder: Path, hf_config: dict[str, Any]) -> tuple[AnyModelConfig, MupConfig | None]:
+def read_special_tokens(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
+    """Return the special tokens (`bos_token`, ...) and their ids (`bos_token_id`, ...) that the folder states.
+
+    Raises: UserError if two of its files contradict each other.
+    """
+    fields = _parse_fields(folder, read_json(folder / "config.json"))
+    return special_tokens.read_special_tokens(folder, fields, special_tokens.read_tokenizer_tree(folder))
+
+
+def _parse_fields(folder: Path, hf_config: dict[str, Any]) -> SharedFields:
     config_path, model_type = folder / "config.json", hf_config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise UserError(
             f"{config_path}: model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}; name another folder"
         )
-    table = MODEL_TYPES[model_type]
-    fields = parse_config(hf_config, config_path, table)
-    model_tree, mup_tree = table.from_hf_config(fields, config_path)
+    fields: SharedFields = parse_config(hf_config, config_path, MODEL_TYPES[model_type])
+    return fields
+
+
+def _parse_hf_config(folder: Path, hf_config: dict[str, Any]) -> tuple[AnyModelConfig, MupConfig | None]:
+    config_path, fields = str(folder / "config.json"), _parse_fields(folder, hf_config)
+    model_tree, mup_tree = MODEL_TYPES[fields.model_type].from_hf_config(fields, folder / "config.json")
     model_tree |= dataclasses.asdict(fields.tandem)
-    model = parse_dataclass(MODEL_CONFIGS[model_tree["family"]], model_tree, str(config_path))
-    mup = parse_dataclass(MupConfig, mup_tree, str(config_path)) if mup_tree else None
+    model = parse_dataclass(MODEL_CONFIGS[model_tree["family"]], model_tree, config_path)
+    mup = parse_dataclass(MupConfig, mup_tree, config_path) if mup_tree else None
     return model, mup
 
 
