@@ -94,7 +94,8 @@ def test_eos_is_found_by_its_id_if_no_file_names_it(folder):
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         (folder / file).unlink()
     assert convert.read_text_settings(folder)[0] == END
-    (folder / "tokenizer.json").unlink()
+    for file in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (folder / file).unlink()
     assert convert.read_special_tokens(folder) == ({}, {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0})
 
 
