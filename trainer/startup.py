@@ -26,7 +26,7 @@ from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data import remote_files
 from tandem.trainer.data.ledger import Ledger, RollbackHistory, copy_manifests, read_rollbacks
 from tandem.trainer.data.loader import Loader
-from tandem.trainer.data.manifest import TOKENIZER_FILE
+from tandem.trainer.data.manifest import TOKENIZER_FILE, CorpusManifest, check_tokenizer, read_corpus_tokenizer
 from tandem.trainer.disk import atomic_write
 from tandem.trainer.distributed.coordination import Coordinator
 from tandem.trainer.distributed.deepspeed_engine import Engine
@@ -113,6 +113,8 @@ def start_run(
     watchdog.enter_phase("checkpoint")
     has_checkpoint = broadcast_from_rank_0(bool(list_committed(folder / "checkpoints")))
     initial_checkpoint = None if has_checkpoint else open_initial_weights(config, mesh)
+    if initial_checkpoint and config.run.init_from_tokenizer == "same":
+        run_on_rank_0(partial(check_initial_tokenizer, initial_checkpoint, config.data, loader), mesh)
     checkpoint = open_newest(folder / "checkpoints", mesh)
     coordinator.any_rank(False)
     startup_timer.end_part("checkpoint checked")
@@ -120,7 +122,7 @@ def start_run(
         check_resumable(config, checkpoint, loader)
         skip_shards(loader, checkpoint.manifest.get("skipped_shards", {}))
     watchdog.enter_phase("tokenizer")
-    run_on_rank_0(partial(open_folder, folder, config, checkpoint, coordinator), mesh)
+    run_on_rank_0(partial(open_folder, folder, config, loader.manifests, checkpoint, coordinator), mesh)
     coordinator.any_rank(False)  # stop now, because building the model takes seconds
     startup_timer.end_part("run folder")
     watchdog.enter_phase("model")
@@ -157,7 +159,10 @@ def start_run(
     return context, progress
 
 
-def open_folder(folder: Path, config: TrainConfig, checkpoint: Checkpoint | None, coordinator: Coordinator) -> None:
+def open_folder(
+    folder: Path, config: TrainConfig, corpora: Mapping[str, CorpusManifest], checkpoint: Checkpoint | None,
+    coordinator: Coordinator,
+) -> None:  # fmt: skip
     """Write this start's config, environment and tokenizer, and reject checkpoints newer than `checkpoint`. Rank 0 only.
 
     Raises: UserError if there is no checkpoint and this version cannot load the config of an earlier start.
@@ -173,7 +178,7 @@ def open_folder(folder: Path, config: TrainConfig, checkpoint: Checkpoint | None
             raise UserError(f"{config_file}: does not load in this version ({error}); {remedy}") from None
     open_run_folder(folder, dump_config(config))
     with suppress(StopRequested), coordinator.stop_signal.interruptible():  # an unreachable server blocks for minutes
-        copy_tokenizer(folder, config.data)
+        copy_tokenizer(folder, config.data, next(iter(corpora.values())))
 
 
 def open_records(folder: Path, config: TrainConfig, loader: Loader, step: int) -> tuple[Sinks, Ledger]:
@@ -236,11 +241,15 @@ def build_engine(
     return engine
 
 
-def copy_tokenizer(folder: Path, data: DataConfig) -> None:
-    """Copy the corpora's tokenizer into the run folder, so that an export needs no corpus."""
-    address = remote_files.join_address(next(iter(data.sources.values())), TOKENIZER_FILE)
+def copy_tokenizer(folder: Path, data: DataConfig, corpus: CorpusManifest) -> None:
+    """Copy the tokenizer of the first source, `corpus`, into the run folder, so that an export needs no corpus.
+
+    Raises: UserError if the file is not the one that the corpus was prepared with.
+    """
+    corpus_folder = next(iter(data.sources.values()))
+    address = remote_files.join_address(corpus_folder, TOKENIZER_FILE)
     try:
-        content = remote_files.read_bytes(address, data.cache)
+        content = read_corpus_tokenizer(corpus_folder, corpus, data.cache)
     except OSError as error:
         message = "%s: cannot be read (%s); the run trains without it, but its exports lack a tokenizer"
         log.warning(message, address, error)
@@ -268,3 +277,20 @@ def open_initial_weights(config: TrainConfig, mesh: Mesh) -> Checkpoint | None:
         values = ", ".join(f"model.{name} {saved.get(name)} instead of {requested.get(name)}" for name in differing)
         log.warning("run.init_from %s: its weights were trained with other settings: %s", checkpoint.folder, values)
     return checkpoint
+
+
+def check_initial_tokenizer(checkpoint: Checkpoint, data: DataConfig, loader: Loader) -> None:
+    """Raises UserError if the corpora were prepared with another tokenizer than the checkpoint was trained with."""
+    (source, corpus), *_ = loader.manifests.items()
+    tokenizer = checkpoint.run_folder / TOKENIZER_FILE
+    if not tokenizer.is_file():
+        message = (
+            "run.init_from: there is no %s, so it is not known whether the corpora have the tokenizer of its weights"
+        )
+        log.warning(message, tokenizer)
+        return
+    remedy = (
+        "prepare the corpora with the tokenizer of the weights, or set run.init_from_tokenizer=any if the weights are to learn "
+        "another tokenizer"
+    )
+    check_tokenizer(tokenizer, corpus, "run.init_from", remedy, corpus_folder=data.sources[source])

@@ -58,6 +58,7 @@ def place(tmp_path_factory, corpus) -> Place:
     config.write_text(yaml.safe_dump(two_phase_config("btlm", corpus, root / "runs")))
     prepared(root / "other", "--vocab-size", 600)
     prepared(root / "later", "--tokenizer", corpus / "tokenizer.json")
+    prepared(root / "retrained", "--vocab-size", 500)
     for name in ("lost", "flipped"):
         shutil.copytree(corpus, root / name)
     (root / "lost" / "train-000001.tar").unlink()
@@ -135,6 +136,14 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "weights of another model": (
         "train {config} model.hidden_size=32 run.init_from={run}",
         ["model.hidden_size: 32", "differs from 64", "run.init_from"],
+    ),
+    "weights of another tokenizer": (
+        f"train {{config}} {ANEW} run.init_from={{run}} data.sources.corpus={{root}}/retrained",
+        ["run.init_from: ", "tokenizer.json has sha256", "ids that differ: ", "run.init_from_tokenizer=any"],
+    ),
+    "sources of two tokenizers": (
+        "train {config} data.sources.x={root}/retrained",
+        ["data.sources.x: was prepared with tokenizer", "ids that differ: ", "share one tokenizer"],
     ),
     "weights that are none": ("train {config} run.init_from={root}/empty", ["empty: has no committed checkpoint"]),
     "root is a file": ("train {config} run.root={config}", ["run.root: ", "config.yaml", "cannot be created"]),

@@ -1,6 +1,7 @@
 """A start creates each weight once in every layout, copies it to the model and the fp32 master weights, and copies the
 corpora's tokenizer into the run folder."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -24,6 +25,7 @@ from tandem.trainer.models.mup import parameter_rules
 from tandem.trainer.runtime.signals import StopSignal
 from tandem.trainer.startup import build_engine, copy_tokenizer, open_folder
 from tests import ranks, tiny_configs
+from tests.data_prep.corpus_writer import rewrite_manifest, write_corpus
 from tests.sharded import save_checkpoint
 
 LAYOUTS = [(1, 1), (1, 2), (2, 4)]
@@ -113,25 +115,30 @@ def test_a_run_of_a_version_with_other_names_is_refused_before_anything_is_writt
     message = r"config.yaml: does not load in this version \(model\.width: .*\); .*another run\.name$"
     mesh = Mesh(0, 1, 0, 0, 1, 0, 1, torch.device("cpu"))
     with closing(StopSignal()) as stop_signal, pytest.raises(UserError, match=message):
-        open_folder(tmp_path, given, None, Coordinator(mesh, stop_signal))
+        open_folder(tmp_path, given, {}, None, Coordinator(mesh, stop_signal))
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("config.yaml", before)]
 
 
 @pytest.mark.parametrize("content", [b'{"a":\r\n1}\n', b"\xff\x00"], ids=["line ends", "no text"])
 def test_the_run_folder_has_the_very_bytes_of_the_tokenizer(tmp_path, content):
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "tokenizer.json").write_bytes(content)
-    copy_tokenizer(tmp_path, DataConfig({"corpus": str(tmp_path / "corpus")}))
+    folder = tmp_path / "corpus"
+    made = write_corpus(folder, ["a text"])
+    (folder / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"corpus/tokenizer.json: has sha256 .*, but manifest.json states .*restore it"):
+        copy_tokenizer(tmp_path, DataConfig({"corpus": str(folder)}), made)
+    assert not (tmp_path / "tokenizer.json").exists()
+    made = rewrite_manifest(folder, made, tokenizer_sha256=hashlib.sha256(content).hexdigest())
+    copy_tokenizer(tmp_path, DataConfig({"corpus": str(folder)}), made)
     assert (tmp_path / "tokenizer.json").read_bytes() == content
 
 
 @pytest.mark.parametrize("corpus", ["nothing-there", "http://127.0.0.1:9/corpus"])
 def test_a_corpus_without_tokenizer_costs_a_run_one_line(tmp_path, caplog, monkeypatch, corpus):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    copy_tokenizer(
-        tmp_path, DataConfig({"corpus": corpus}, cache=ShardCacheConfig(max_attempts=1, timeout_seconds=0.5))
-    )
+    made = write_corpus(tmp_path / "made", ["a text"])
+    data = DataConfig({"corpus": corpus}, cache=ShardCacheConfig(max_attempts=1, timeout_seconds=0.5))
+    copy_tokenizer(tmp_path, data, made)
     [said] = caplog.records
     assert f"{corpus}/tokenizer.json: cannot be read (" in said.getMessage()
     assert "\n" not in said.getMessage()
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "tokenizer.json").exists()

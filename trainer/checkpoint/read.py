@@ -54,6 +54,12 @@ class Checkpoint:
         return safe_open(self.folder / file, framework="pt")
 
     @property
+    def run_folder(self) -> Path:
+        """The folder of the run or import."""
+        folder = self.folder.absolute().parent
+        return folder.parent if folder.name == "checkpoints" else folder
+
+    @property
     def step(self) -> int:
         return int(self.manifest["step"])
 

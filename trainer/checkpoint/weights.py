@@ -111,9 +111,7 @@ def override_alibi_scaling(weight_source: WeightSource, option: str | None) -> W
 def _from_checkpoint(path: Path) -> WeightSource:
     checkpoint = open_checkpoint(path)
     model, mup = checkpoint.model_configs()
-    run_folder = checkpoint.folder.absolute().parent
-    if run_folder.name == "checkpoints":
-        run_folder = run_folder.parent
+    run_folder = checkpoint.run_folder
     metadata, tokenizer = checkpoint.manifest, _existing_file(run_folder / TOKENIZER_FILE)
     max_seq_len, eos_token = metadata.get("max_seq_len"), metadata.get("eos_token") or DEFAULT_EOS_TOKEN
     recorded = metadata.get("tokenizer_sha256")

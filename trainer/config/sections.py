@@ -34,6 +34,8 @@ class RunConfig:
     """bf16: weights and activations in bf16; master weights, gradient accumulation and reduction in fp32. fp32: all in fp32."""
     init_from: PathText | None = None
     """Folder with the initial weights, written by `tandem import-hf`; null initialises them from `seed`."""
+    init_from_tokenizer: Literal["same", "any"] = "same"
+    """same: refuse corpora of another tokenizer than that of `init_from`. any: start also if its ids mean other tokens."""
     stop_step: int | None = None
     """Save and exit after this many steps, before the end of the schedule; null runs the whole schedule."""
     max_repeat_failures: int = 3

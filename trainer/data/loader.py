@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -26,6 +27,7 @@ from tandem.trainer.data.rows import Batch, BatchPlan, RowRun, SourceReader, bui
 from tandem.trainer.data.shard_cache import ShardCache
 from tandem.trainer.data.shuffle import BlockShuffle
 from tandem.trainer.data.token_stream import TokenStream
+from tandem.trainer.data.tokenizer_file import find_difference, parse_tokenizer
 from tandem.trainer.runtime.signals import StopRequested
 
 __all__ = ["Batch", "Loader", "unpack_batch"]
@@ -56,8 +58,8 @@ class Loader:
                 raise DamagedShard(error.file, message) from None
             _check_vocab(source, corpus, vocab_size)
             if data.tokenizer is not None:
-                manifest.check_tokenizer(data.tokenizer, corpus, "data.tokenizer")
-        _check_same_tokenizer(self.manifests)
+                manifest.check_tokenizer(data.tokenizer, corpus, "data.tokenizer", corpus_folder=data.sources[source])
+        _check_same_tokenizer(data.sources, self.manifests)
         self.fingerprints: dict[str, str] = {name: corpus.fingerprint for name, corpus in self.manifests.items()}
         """Hash of each source's manifest. A resume requires the same hashes (see `manifest.check_fingerprints`)."""
         _check_distinct_corpora(self.fingerprints)
@@ -269,14 +271,23 @@ def _check_distinct_corpora(fingerprints: dict[str, str]) -> None:
             )
 
 
-def _check_same_tokenizer(corpora: dict[str, manifest.CorpusManifest]) -> None:
+def _check_same_tokenizer(folders: dict[str, str], corpora: dict[str, manifest.CorpusManifest]) -> None:
     first_name, *other_names = corpora
     first = corpora[first_name]
     for name in other_names:
         other = corpora[name]
-        if (first.tokenizer_sha256, first.eos_id) != (other.tokenizer_sha256, other.eos_id):
+        is_same, reason = first.tokenizer_sha256 == other.tokenizer_sha256, ""
+        with suppress(OSError):  # without the files, their hashes decide
+            if not is_same:
+                found, expected = (
+                    parse_tokenizer(manifest.read_corpus_tokenizer(folders[one], corpora[one]), folders[one])
+                    for one in (name, first_name)
+                )
+                difference = find_difference(found, expected, first.eos_token)
+                is_same, reason = difference is None, f" ({manifest.one_line(difference)})" if difference else ""
+        if not is_same or first.eos_id != other.eos_id:
             raise UserError(
                 f"data.sources.{name}: was prepared with tokenizer {other.tokenizer_sha256[:12]} and EOS {other.eos_token!r}, "
-                f"but {first_name} was prepared with tokenizer {first.tokenizer_sha256[:12]} and EOS {first.eos_token!r}; "
-                "all sources of a run must share one tokenizer; prepare one of the two again"
+                f"but {first_name} was prepared with tokenizer {first.tokenizer_sha256[:12]} and EOS {first.eos_token!r}"
+                f"{reason}; all sources of a run must share one tokenizer; prepare one of the two again"
             )

@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedReader
@@ -24,6 +25,7 @@ from tandem.trainer.config import ShardCacheConfig, UserError, parse_content
 from tandem.trainer.config.constraints import COUNT, SHA256, Pattern, Range
 from tandem.trainer.config.outside import parse_json
 from tandem.trainer.data import remote_files
+from tandem.trainer.data.tokenizer_file import find_difference, parse_tokenizer
 
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -217,18 +219,53 @@ def check_tokenizer(
     manifest: CorpusManifest,
     message_prefix: str,
     remedy: str = f"use the {TOKENIZER_FILE} in the corpus folder, or prepare the corpus again",
+    *,
+    corpus_folder: str | Path | None = None,
 ) -> None:
-    """Raises UserError if the file is not the corpus's tokenizer. `message_prefix` names the field or option."""
+    """Raises UserError if the file is not the corpus's tokenizer. `message_prefix` names the field or option.
+
+    With `corpus_folder`, a file with other bytes may be the same tokenizer (`tokenizer_file.find_difference`).
+    """
     try:
-        sha256 = hashlib.sha256(remote_files.read_bytes(file)).hexdigest()
+        content = remote_files.read_bytes(file)
     except OSError as error:
         reason = f"{file} cannot be read ({one_line(error)})"
         raise UserError(f"{message_prefix}: {reason}; name the corpus's tokenizer.json") from None
-    if sha256 != manifest.tokenizer_sha256:
+    sha256, expected = hashlib.sha256(content).hexdigest(), manifest.tokenizer_sha256
+    if sha256 == expected:
+        return
+    reason = ""
+    if corpus_folder is not None:
+        with suppress(OSError):  # without the corpus's own file, the hashes decide
+            own = parse_tokenizer(read_corpus_tokenizer(corpus_folder, manifest), corpus_folder)
+            try:
+                difference = find_difference(parse_tokenizer(content, file), own, manifest.eos_token)
+            except UserError as error:
+                difference = str(error)
+            if difference is None:
+                return
+            reason = f" ({one_line(difference)})"
+    raise UserError(
+        f"{message_prefix}: {file} has sha256 {sha256[:12]}, but the corpus was prepared with a tokenizer whose sha256 is "
+        f"{expected[:12]}{reason}; {remedy}"
+    )
+
+
+def read_corpus_tokenizer(
+    corpus_folder: str | Path, manifest: CorpusManifest, settings: ShardCacheConfig = remote_files.DEFAULT_SETTINGS
+) -> bytes:
+    """Read the tokenizer.json of a corpus.
+
+    Raises: UserError if it is not the one in the manifest. FileNotFoundError or another OSError if it cannot be read.
+    """
+    path = remote_files.join_address(corpus_folder, TOKENIZER_FILE)
+    content = remote_files.read_bytes(path, settings)
+    if (sha256 := hashlib.sha256(content).hexdigest()) != manifest.tokenizer_sha256:
         raise UserError(
-            f"{message_prefix}: {file} has sha256 {sha256[:12]}, but the corpus was prepared with a tokenizer whose sha256 is "
-            f"{manifest.tokenizer_sha256[:12]}; {remedy}"
+            f"{path}: has sha256 {sha256[:12]}, but {MANIFEST_FILE} states {manifest.tokenizer_sha256[:12]}; it was replaced "
+            "or damaged after the corpus was prepared; restore it, or prepare the corpus again"
         )
+    return content
 
 
 def check_fingerprints(saved_fingerprints: Mapping[str, str], fingerprints: Mapping[str, str]) -> None:

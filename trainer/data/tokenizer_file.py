@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -67,30 +66,53 @@ def corpus_form(tree: Tree, eos_token: str) -> Tree:
 
 def same_encoding(tree: Tree, other: Tree, eos_token: str) -> bool:
     """Whether a corpus gets the same ids from both. Both may be in the form of an export, or written by another library."""
-    return _encoding(tree, eos_token) == _encoding(other, eos_token)
+    return find_difference(tree, other, eos_token) is None
 
 
-def _encoding(tree: Tree, eos_token: str) -> Any:
-    """Return everything that affects the ids of a text: vocabulary, merges, normalizer, pre-tokenizer and added tokens."""
-    if eos_token not in vocabulary(tree):
-        return None
+def find_difference(tree: Tree, other: Tree, eos_token: str) -> str | None:
+    """Describe why a corpus gets other ids from `other`; None if it gets the same (see `same_encoding`)."""
+    ids, other_ids = ({index: token for token, index in vocabulary(one).items()} for one in (tree, other))
+    if ids != other_ids:
+        differing = {index for index, _ in ids.items() ^ other_ids.items()}
+        names = [repr(found[:40]) if (found := one.get(min(differing))) else "no token" for one in (ids, other_ids)]
+        example = f"id {min(differing)} is {names[0]} in the first and {names[1]} in the second"
+        return f"ids that differ: {len(differing):,}; {example}"
+    if eos_token not in ids.values():
+        return f"neither has the token {eos_token!r}, which ends documents"
+    parts, other_parts = _encoding(tree, eos_token), _encoding(other, eos_token)
+    name = next((name for name, value in parts.items() if value != other_parts[name]), None)
+    return name and f"they have the same ids, but their {name} differs"
+
+
+def _encoding(tree: Tree, eos_token: str) -> dict[str, Any]:
+    """Return everything that, besides the ids of tokens, affects the ids of a text. Defaults and old forms are written out."""
     tree = corpus_form(tree, eos_token)
-    model = {key: value for key, value in tree["model"].items() if value}
-    model["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])]
-    # The library adds every word of the vocabulary that is an added token, and some writers leave it out.
-    model["vocab"] = vocabulary(tree) if isinstance(model.get("vocab"), dict) else model.get("vocab")
+    # False also equals 0, so the id of <unk>, which may be 0, is kept apart.
+    model = {key: value for key, value in tree["model"].items() if value not in (None, False, "")}
+    model = {"type": "BPE", "unk_id": tree["model"].get("unk_id")} | model
+    model["merges"] = [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in model.get("merges", [])]
+    if isinstance(model.get("vocab"), dict):  # a list also has the score of each token
+        del model["vocab"]
     # prepare encodes special tokens in a text like other characters, so only their ids matter.
-    added = {token["content"]: token for token in tree["added_tokens"] if not token.get("special")}
-    return json.dumps([model, added, _without_offsets(tree.get("normalizer")), _without_offsets(tree.get("pre_tokenizer"))],
-                      sort_keys=True)  # fmt: skip
+    added = {token["content"]: {key for key in token if token[key] is True}
+             for token in tree["added_tokens"] if not token.get("special")}  # fmt: skip
+    steps = {name: _written_out(tree.get(name)) for name in ("normalizer", "pre_tokenizer")}
+    return {"model": model, "added_tokens": added} | steps
 
 
-def _without_offsets(step: Any) -> Any:
+def _written_out(step: Any) -> Any:
+    """Return a normalizer or a pre-tokenizer with its defaults, by its new names, and without what affects only offsets."""
     if isinstance(step, list):
-        return [_without_offsets(part) for part in step]
-    if isinstance(step, dict):
-        return {key: _without_offsets(value) for key, value in step.items() if key != "trim_offsets"}
-    return step
+        return [_written_out(part) for part in step]
+    if not isinstance(step, dict):
+        return step
+    found = {key: _written_out(value) for key, value in step.items() if key not in ("trim_offsets", "str_rep")}
+    if step.get("type") == "ByteLevel":
+        return {"use_regex": True} | found
+    if step.get("type") == "Metaspace":
+        adds_prefix = found.pop("add_prefix_space", True)
+        return {"prepend_scheme": "always" if adds_prefix else "never", "split": True} | found
+    return found
 
 
 def _without_tokens(processor: Any) -> Any:
