@@ -14,6 +14,7 @@ from tandem.trainer import config
 from tandem.trainer.data import manifest, remote_files
 from tandem.trainer.data.manifest import CorpusSplit, Shard
 from tandem.trainer.data.shard_cache import ShardCache
+from tandem.trainer.data.shard_content import check_documents, check_ids
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,21 @@ class CorpusReader:
         self._shard_cache = ShardCache(config.ShardCacheConfig())
 
     def read_samples(self, shard: Shard) -> Iterator[np.ndarray]:
-        """Yield the tokens of each sample of a shard, without a copy.  Raises: DamagedShard."""
+        """Yield the tokens of each sample of a shard, without a copy.  Raises: DamagedShard, UserError."""
         corpus_manifest = self.manifest
         dtype = np.dtype(corpus_manifest.dtype).newbyteorder("<")
         with self._shard_cache.open_shard(self.folder, shard) as file:
             tar = np.memmap(file, np.uint8, "r")
+        path = remote_files.join_address(self.folder, shard.file)
+        for check in (check_ids, check_documents):
+            check(tar.view(dtype), path, shard, corpus_manifest)
         for sample_index, first in enumerate(range(0, shard.tokens, corpus_manifest.sample_tokens)):
             size_bytes = min(corpus_manifest.sample_tokens, shard.tokens - first) * corpus_manifest.token_bytes
             offset = corpus_manifest.sample_offset(sample_index)
             yield tar[offset : offset + size_bytes].view(dtype)
 
     def read_shard_tokens(self, shard: Shard) -> np.ndarray:
-        """Return all tokens of a shard.  Raises: DamagedShard."""
+        """Return all tokens of a shard.  Raises: DamagedShard, UserError."""
         return np.concatenate(list(self.read_samples(shard)))
 
     def document_slices(self, split: CorpusSplit, start_token: int, num_tokens: int) -> Iterator[DocumentSlice]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tandem.data_prep import inspect
 from tandem.data_prep.settings import DROPPED_COUNT_NAMES
 from tandem.data_prep.vocabulary import Vocabulary, make_visible
 from tandem.trainer.config import UserError
+from tandem.trainer.data.manifest import load_manifest
 from tests.data_prep import corpus_writer
 from tests.data_prep.conftest import run_verb
 
@@ -39,6 +41,22 @@ def shown(capsys):
         return json.loads(text) if "--json" in arguments else text
 
     return call
+
+
+@pytest.mark.parametrize("arguments", [("--row", 0), ("--document", 1), ("--find", "row"), ()], ids=str)
+def test_a_corpus_that_was_written_wrongly_is_refused(folder, arguments):
+    corpus = load_manifest(folder)
+    corpus_writer.rewrite_manifest(folder, corpus, vocab=150)
+    with pytest.raises(UserError, match=r"train-000000.tar: contains id \d+, but manifest.json states vocab 150"):
+        run_verb(inspect, folder, *arguments)
+    first, *others = corpus.train.shards
+    shards = [replace(first, documents=first.documents + 1), *others]
+    train = replace(corpus.train, documents=corpus.train.documents + 1, shards=shards)
+    corpus_writer.rewrite_manifest(folder, corpus, train=train)
+    with pytest.raises(
+        UserError, match=r"train-000000.tar: contains \d+ ends of documents .* states \d+ and a whole one"
+    ):
+        run_verb(inspect, folder, *arguments)
 
 
 def stream(texts):

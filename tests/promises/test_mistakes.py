@@ -4,6 +4,7 @@ begun, nothing half-written.
 
 import argparse
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,8 +23,10 @@ from tandem.trainer import train
 from tandem.trainer.__main__ import main
 from tandem.trainer.config import DataConfig, TrainConfig, UserError, parse_dataclass
 from tandem.trainer.data.loader import Loader
+from tandem.trainer.data.manifest import load_manifest
 from tandem.trainer.metrics.records import Sinks
 from tests import ranks
+from tests.data_prep.corpus_writer import rewrite_manifest
 from tests.ports import free_ports
 from tests.promises.conftest import (
     TEXT_FILES,
@@ -339,6 +342,29 @@ def test_a_mistake_that_one_rank_meets_is_that_also_where_the_last_records_are_t
     said = ranks.run(met_by_rank_1, 2, tmp_path, tree, broken)
     assert all(f"{broken.name}: the shard is damaged: its xxh3_128 is " in words for words in said), said
     assert not list(tmp_path.rglob("hangs"))
+
+
+def refusal(tree: dict) -> str:
+    try:
+        return f"code {train.run(parse_dataclass(TrainConfig, tree, ''))}"
+    except UserError as mistake:
+        dist.destroy_process_group()  # as the end of a process does
+        return str(mistake)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_an_id_beyond_the_vocabulary_is_refused_by_every_rank(place, tmp_path, tp_size):
+    """Its rows would be zeros at tensor parallel 2, and the last of the padding at tensor parallel 1."""
+    shutil.copytree(place.corpus, tmp_path / "corpus")
+    rewrite_manifest(tmp_path / "corpus", load_manifest(place.corpus), vocab=300)
+    tree = two_phase_config("btlm", tmp_path / "corpus", tmp_path / "runs", parallel={"tp_size": tp_size})
+    tree["model"]["vocab_size"] = 300
+    said = ranks.run(refusal, tp_size, tmp_path, tree)
+    assert all(
+        re.search(r"corpus/train-\d+.tar: contains id \d+, but manifest.json states vocab 300", one) for one in said
+    )
+    assert not list(tmp_path.rglob("COMMITTED"))
 
 
 def steps_fed(corpus: Path) -> int:

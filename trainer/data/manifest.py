@@ -172,7 +172,7 @@ def _find_wrong_count(manifest: CorpusManifest) -> str | None:
             return f"{shard.file} is listed twice"
         files.add(shard.file)
         used_bytes = -(-shard.tokens // manifest.sample_tokens) * TAR_BLOCK_BYTES + shard.tokens * manifest.token_bytes
-        if used_bytes > shard.bytes or shard.documents > shard.tokens:
+        if used_bytes > shard.bytes or shard.bytes % TAR_BLOCK_BYTES or shard.documents > shard.tokens:
             return f"{shard.file} with {shard.bytes} bytes, {shard.tokens} tokens and {shard.documents} documents"
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
         for unit in ("tokens", "documents"):

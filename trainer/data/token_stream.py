@@ -20,6 +20,7 @@ from tandem.trainer import config
 from tandem.trainer.data import remote_files
 from tandem.trainer.data.manifest import TAR_BLOCK_BYTES, CorpusManifest, CorpusSplit, DamagedShard
 from tandem.trainer.data.shard_cache import MemoryMaps, ShardCache
+from tandem.trainer.data.shard_content import check_ids
 
 MAX_OPEN_SHARDS = 32
 """Memory maps per stream of a local folder; each uses a file descriptor. The rows of a step are close together, so few are in
@@ -47,7 +48,9 @@ class TokenStream:
         self.epoch_tokens, self.dtype = split.tokens, np.dtype(manifest.dtype).newbyteorder("<")
         self.skipped_shard_indices: set[int] = set()
         """Indices of shards that `kept_ranges` and `next_kept_position` step over."""
-        self._folder, self._shards = str(folder), split.shards
+        self._folder, self._shards, self._manifest = str(folder), split.shards, manifest
+        self._checked_files: set[str] = set()
+        """Shards whose ids this stream has checked."""
         self._cache = cache or ShardCache(config.ShardCacheConfig())
         self._source, self._seed = source, seed
         self._sample_tokens, self._header_tokens = manifest.sample_tokens, TAR_BLOCK_BYTES // manifest.token_bytes
@@ -86,7 +89,8 @@ class TokenStream:
     def read_shard_ranges(self, ranges: list[ShardRange]) -> np.ndarray:
         """Return the tokens of the ranges in the stored type. If they are contiguous in one file, this is a view.
 
-        Raises: DamagedSourceShard if a shard is missing or its bytes do not match the manifest.
+        Raises: DamagedSourceShard if a shard is missing or its bytes do not match the manifest, UserError if an id is beyond
+        the vocabulary.
         """
         slices = []
         for shard, first, count in ranges:
@@ -174,5 +178,8 @@ class TokenStream:
         except DamagedShard as error:
             raise DamagedSourceShard(self._source, shard.file, str(error)) from None
         tokens = np.frombuffer(tar, self.dtype)
+        if shard.file not in self._checked_files:
+            check_ids(tokens, remote_files.join_address(self._folder, shard.file), shard, self._manifest)
+            self._checked_files.add(shard.file)
         self._memory_maps.add(self._folder, shard.file, tokens)
         return tokens

@@ -13,7 +13,9 @@ from tandem.trainer.config import PhaseConfig, UserError
 from tandem.trainer.data import loader as loader_module
 from tandem.trainer.data import manifest
 from tandem.trainer.data import rows as rows_module
+from tandem.trainer.data.manifest import DamagedShard
 from tandem.trainer.data.mixture import row_sources
+from tandem.trainer.data.shard_content import check_documents, check_ids
 from tandem.trainer.data.token_stream import TokenStream
 from tests.trainer.data.loaders import TokenReader, make_loaders, make_schedule, merged_steps
 from tests.trainer.data.loaders import make_loader as loader_of
@@ -315,6 +317,44 @@ def rewrite(folder, **changes):
     corpus = dataclasses.replace(manifest.load_manifest(folder), **changes)
     with open(f"{folder}/{manifest.MANIFEST_FILE}", "w") as file:
         file.write(manifest.dump_manifest(corpus))
+
+
+@pytest.mark.parametrize("vocab", [500, 70_000], ids=["uint16", "uint32"])
+@pytest.mark.parametrize("settings", [{"prefetch_steps": 0}, {"damaged_shards": "skip"}], ids=str)
+def test_an_id_beyond_the_vocabulary_stops_the_run(make_corpus, vocab, settings):
+    """The model would train on it silently: with tensor parallelism no rank owns it. It is no damage that may be skipped."""
+    folder = make_corpus("a", vocab=vocab)
+    phase = PhaseConfig("short", 6 * 8 * 32, 32, 8, 1, {"a": 1.0})
+    one = loader({"a": str(folder)}, schedule=make_schedule(phase), vocab_size=vocab, **settings)
+    largest = max(int(batch.packed[:2].max()) for batch in one.batches(0, None))
+    rewrite(folder, vocab=largest)
+    one = loader({"a": str(folder)}, schedule=make_schedule(phase), vocab_size=vocab, **settings)
+    message = rf"train-\d+.tar: contains id \d+, but manifest.json states vocab {largest}, ids 0 to {largest - 1}; .*written so"
+    with pytest.raises(UserError, match=message) as refused:
+        list(one.batches(0, None))
+    assert not isinstance(refused.value, DamagedShard)
+    rewrite(folder, vocab=largest // 2 if vocab == 500 else 66_000)
+    one = loader({"a": str(folder)}, schedule=make_schedule(phase), vocab_size=vocab, **settings)
+    with pytest.raises(UserError, match=r"validation-\d+.tar: contains id"):
+        list(one.validation_batches(phase, 128))
+
+
+def test_every_token_of_a_shard_is_checked_and_no_header(make_corpus):
+    folder = make_corpus("a")
+    corpus = manifest.load_manifest(folder)
+    for shard in corpus.train.shards:
+        tar = np.fromfile(folder / shard.file, np.uint16)  # its headers are ASCII: numbers far above the ids
+        check_ids(tar, folder, shard, corpus)
+        check_documents(tar, folder, shard, corpus)
+        header, rest = 256, shard.tokens % 512
+        for index in (header, header + 511, 2 * header + 512, 2 * header + 512 + rest - 1):
+            changed = tar.copy()
+            changed[index] = 500
+            with pytest.raises(UserError, match="contains id 500"):
+                check_ids(changed, folder, shard, corpus)
+        changed[index] = 1
+        with pytest.raises(UserError, match="ends of documents"):
+            check_documents(changed, folder, shard, corpus)
 
 
 def test_corpora_that_do_not_fit_are_refused_at_the_start(sources, make_corpus, tmp_path):
