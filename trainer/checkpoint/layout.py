@@ -10,11 +10,17 @@ assemble the global tensor and shard it for their own layout.
 """
 
 import hashlib
+import math
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from tandem.trainer.config import MODEL_CONFIGS, AnyModelConfig, MupConfig, PhaseConfig, UserError, parse_content
+from tandem.trainer.config.constraints import COUNT, POSITIVE, SHA256, Pattern, SelectedBy
 from tandem.trainer.config.outside import open_regular_file, parse_json, read_file, read_json
 
 FORMAT_VERSION = 2
@@ -23,6 +29,80 @@ MANIFEST_FILE, COMMIT_MARKER = "manifest.json", "COMMITTED"
 REJECTED_MARKER = "REJECTED"
 """When a run continues from an older checkpoint, it renames the commit markers of damaged newer ones to this."""
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
+REMEDY = "restore the checkpoint, or use another"
+Count = Annotated[int, COUNT]
+Positive = Annotated[int, POSITIVE]
+FileName = Annotated[str, Pattern(r"rank-\d+\.safetensors", "the name of a rank's file in the folder")]
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    bytes: Count
+    sha256: Annotated[str, SHA256]
+
+
+@dataclass(frozen=True)
+class SavedSharding:
+    """`distributed.sharding.TensorSharding` at the time of the save."""
+
+    shape: list[Positive]
+    dim: Annotated[int | None, COUNT]
+    padded_size: Count
+
+    def box_numel(self, tp_size: int) -> int | None:
+        """Return the elements of a rank's box, or None if there is no such sharding."""
+        if self.dim is None:
+            return math.prod(self.shape)
+        if self.dim >= len(self.shape) or self.padded_size < self.shape[self.dim] or self.padded_size % tp_size:
+            return None
+        return math.prod(self.shape) // self.shape[self.dim] * (self.padded_size // tp_size)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    name: str
+    sharding: SavedSharding
+    tp_rank: Count
+    start: Count
+    numel: Positive
+    kinds: list[Literal["master", "exp_avg", "exp_avg_sq"]]
+    file: FileName
+
+
+@dataclass(frozen=True)
+class GuardState:
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    comparison_key: list[Any] = field(default_factory=list)
+    num_consecutive_bad_steps: Count = 0
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """manifest.json. An import has only the first fields; a run's checkpoint has all except `max_seq_len`."""
+
+    format: int
+    step: Count
+    tp_size: Positive
+    dp_size: Positive
+    model: Annotated[AnyModelConfig, SelectedBy("family", MODEL_CONFIGS)]
+    mup: MupConfig | None
+    files: dict[FileName, SavedFile]
+    fragments: list[Fragment]
+    eos_token: str | None = None
+    max_seq_len: Annotated[int | None, POSITIVE] = None
+    tokenizer_sha256: Annotated[str | None, SHA256] = None
+    special_tokens: dict[str, str] | None = None
+    token_ids: dict[str, Count] | None = None
+    tokens: Count = 0
+    num_updates: Count = 0
+    cursor: dict[str, Count] = field(default_factory=dict)
+    num_ledger_lines: Count = 0
+    guard: GuardState | None = None
+    fingerprints: dict[str, Annotated[str, SHA256]] = field(default_factory=dict)
+    shuffle_settings: dict[str, Count] = field(default_factory=dict)
+    skipped_shards: dict[str, list[str]] = field(default_factory=dict)
+    phases: list[PhaseConfig] = field(default_factory=list)
 
 
 def step_folder_name(step: int) -> str:
@@ -44,7 +124,10 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def find_damage(folder: Path, files_to_hash: list[str] | None = None) -> str | None:
-    """Return a description of a committed folder's damage, or None if it has none. Hash only `files_to_hash` if given."""
+    """Return a description of a committed folder's damage, or None if it has none. Hash only `files_to_hash` if given.
+
+    Raises: UserError if its manifest was committed with a content that this version cannot read.
+    """
     read = {}
     for file in (MANIFEST_FILE, COMMIT_MARKER):
         try:
@@ -54,7 +137,7 @@ def find_damage(folder: Path, files_to_hash: list[str] | None = None) -> str | N
     text = read[MANIFEST_FILE]
     if hashlib.sha256(text).hexdigest().encode() != read[COMMIT_MARKER].strip():
         return f"{MANIFEST_FILE} is not the one that was committed"
-    saved: dict[str, dict[str, Any]] = parse_json(text)["files"]
+    saved = _parse_files(folder, text)
     for file, entry in saved.items():
         path = folder / file
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
@@ -72,17 +155,83 @@ def find_damage(folder: Path, files_to_hash: list[str] | None = None) -> str | N
     return None
 
 
+@lru_cache(maxsize=1)
+def _parse_files(folder: Path, text: bytes) -> dict[str, dict[str, Any]]:
+    """Return the files in a manifest after checking it."""
+    try:
+        tree = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{folder / MANIFEST_FILE}: is not valid JSON ({error}); {REMEDY}") from None
+    check_manifest(folder, tree)
+    files: dict[str, dict[str, Any]] = tree["files"]
+    return files
+
+
 def list_data_files(folder: Path) -> list[str]:
     """List the files of a committed folder except manifest and marker, or no files if the manifest cannot be read."""
     try:
         return sorted(read_manifest(folder)["files"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return []
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest without checking its content."""
     manifest: dict[str, Any] = read_json(folder / MANIFEST_FILE)
     return manifest
+
+
+def check_manifest(folder: Path, tree: Any) -> None:
+    """Check format, types, ranges and fragments of a manifest, and that the folder's name states the same step.
+
+    Raises: UserError.
+    """
+    path = folder / MANIFEST_FILE
+    if isinstance(tree, dict) and repr(found := tree.get("format")) != repr(FORMAT_VERSION):
+        raise UserError(
+            f"{folder}: has checkpoint format {found}, but this version of Tandem reads only {FORMAT_VERSION}; use "
+            "the version that wrote it, start a run with another run.name, or repeat the import with tandem import-hf"
+        )
+    manifest = parse_content(CheckpointManifest, tree, path, REMEDY)
+    if re.fullmatch(r"step-\d{8,}", folder.name) and folder.name != step_folder_name(manifest.step):
+        raise UserError(
+            f"{path}: states step {manifest.step}, but the folder is called {folder.name}; restore the folder's name"
+        )
+    if fault := _find_wrong_fragment(manifest):
+        raise UserError(f"{path}: {fault}; {REMEDY}")
+
+
+def _find_wrong_fragment(manifest: CheckpointManifest) -> str | None:
+    """Return a description of the first tensor whose fragments do not form it, because readers take memory for its shape."""
+    stored_bytes = sum(file.bytes for file in manifest.files.values())
+    fragments_by_name: dict[str, list[Fragment]] = {}
+    for fragment in manifest.fragments:
+        fragments_by_name.setdefault(fragment.name, []).append(fragment)
+    for name, fragments in fragments_by_name.items():
+        sharding = fragments[0].sharding
+        num_boxes = 1 if sharding.dim is None else manifest.tp_size
+        box_numel = sharding.box_numel(manifest.tp_size)
+        if 4 * math.prod(sharding.shape) > stored_bytes:
+            return f"the shape of {name} is larger than all files of the checkpoint"
+        if box_numel is None or any(each.sharding != sharding for each in fragments):
+            return f"the fragments of {name} do not agree in a sharding over {manifest.tp_size} ranks"
+        if any(each.file not in manifest.files or each.kinds != fragments[0].kinds for each in fragments):
+            return f"the fragments of {name} have a file that is not listed, or not the same kinds of state"
+        if len({*fragments[0].kinds}) < len(fragments[0].kinds) or "master" not in fragments[0].kinds:
+            return f"the fragments of {name} have the kinds of state {', '.join(fragments[0].kinds)}"
+        if not _cover(fragments, num_boxes, box_numel):
+            return f"the fragments of {name} do not cover it exactly once"
+    return None
+
+
+def _cover(fragments: Sequence[Fragment], num_boxes: int, box_numel: int) -> bool:
+    """Whether the fragments follow each other without gap or overlap through all boxes."""
+    next_start = 0
+    for each in sorted(fragments, key=lambda each: (each.tp_rank, each.start)):
+        if each.tp_rank * box_numel + each.start != next_start or each.start + each.numel > box_numel:
+            return False
+        next_start += each.numel
+    return next_start == num_boxes * box_numel
 
 
 def file_sha256(path: Path) -> str:

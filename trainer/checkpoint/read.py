@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tandem.trainer.checkpoint import layout
@@ -29,29 +29,27 @@ log = logging.getLogger(__name__)
 class Checkpoint:
     """One committed checkpoint, opened lazily: each call reads only the tensors it needs.
 
-    Raises: UserError if the checkpoint has another format version.
+    Raises: UserError if the checkpoint has another format version, or a manifest that states impossible things.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = layout.read_manifest(folder)
-        if (found := self.manifest.get("format")) != layout.FORMAT_VERSION:
-            raise UserError(
-                f"{folder}: has checkpoint format {found}, but this version of Tandem reads only {layout.FORMAT_VERSION}; use "
-                "the version that wrote it, start a run with another run.name, or repeat the import with tandem import-hf"
-            )
-        stored_bytes = sum(file["bytes"] for file in self.manifest["files"].values())
+        layout.check_manifest(folder, self.manifest)
         self._fragments_by_name: dict[str, list[dict[str, Any]]] = {}
         for fragment in self.manifest["fragments"]:
             self._fragments_by_name.setdefault(fragment["name"], []).append(fragment)
-            if 4 * math.prod(fragment["sharding"]["shape"]) > stored_bytes:  # a reader would take memory for it
-                fault = f"the shape of {fragment['name']} is larger than all files of the checkpoint"
-                raise UserError(f"{folder / layout.MANIFEST_FILE}: {fault}; restore the checkpoint, or use another")
         self._open_file = cache(self._open_tensors)
 
     def _open_tensors(self, file: str) -> Any:
         check_regular_file(self.folder / file)
-        return safe_open(self.folder / file, framework="pt")
+        try:
+            return safe_open(self.folder / file, framework="pt")
+        except SafetensorError as error:
+            raise self._damaged(f"{file} is not a safetensors file ({error})") from None
+
+    def _damaged(self, fault: str) -> UserError:
+        return UserError(f"{self.folder}: {fault}; {layout.REMEDY}")
 
     @property
     def run_folder(self) -> Path:
@@ -98,9 +96,8 @@ class Checkpoint:
         more from the files than this range.
         """
         saved = self._saved_sharding(name)
-        assert (saved.global_shape, saved.sharded_dim) == (sharding.global_shape, sharding.sharded_dim), (
-            f"{name}: {sharding} cannot be read from {saved}"
-        )
+        if (saved.global_shape, saved.sharded_dim) != (sharding.global_shape, sharding.sharded_dim):
+            raise self._damaged(f"{name} was saved as {saved}, but the model has {sharding}")
         if sharding.sharded_dim is None:
             self._read_flat(target, kind, name, 0, start)
             return
@@ -127,6 +124,8 @@ class Checkpoint:
 
     def _saved_sharding(self, name: str) -> TensorSharding:
         """Return the sharding with which the tensor was saved."""
+        if name not in self._fragments_by_name:
+            raise self._damaged(f"has no tensor {name}, which the model in its {layout.MANIFEST_FILE} has")
         place = self._fragments_by_name[name][0]["sharding"]
         return TensorSharding(tuple(place["shape"]), place["dim"], place["padded_size"])
 
@@ -160,10 +159,22 @@ class Checkpoint:
             low, high = max(start, fragment["start"]), min(end, fragment["start"] + fragment["numel"])
             if fragment["tp_rank"] != tp_rank or low >= high:
                 continue
-            saved = self._open_file(fragment["file"]).get_slice(layout.fragment_key(kind, name, fragment["start"]))
+            saved = self._open_fragment(kind, fragment)
             target[low - start : high - start] = saved[low - fragment["start"] : high - fragment["start"]]
             read += high - low
         assert read == target.numel(), f"{self.folder}: fragments of {name} do not cover it"
+
+    def _open_fragment(self, kind: str, fragment: dict[str, Any]) -> Any:
+        """Open the tensor of a fragment. Raises: UserError if its file has none of this shape and dtype."""
+        key = layout.fragment_key(kind, fragment["name"], fragment["start"])
+        try:
+            found = self._open_file(fragment["file"]).get_slice(key)
+        except SafetensorError as error:
+            raise self._damaged(f"{fragment['file']} has no {key} ({error})") from None
+        if (found.get_dtype(), found.get_shape()) != ("F32", [fragment["numel"]]):
+            stored = f"{found.get_dtype()} {found.get_shape()}"
+            raise self._damaged(f"{key} in {fragment['file']} is {stored}, not F32 [{fragment['numel']}]")
+        return found
 
 
 def open_newest(root: Path, mesh: Mesh | None = None) -> Checkpoint | None:

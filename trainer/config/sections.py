@@ -18,6 +18,9 @@ SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 class UserError(ValueError):
     """A user's mistake, in one line: field or file, value, rule, remedy. Commands print it and exit with code 2."""
 
+    def __init__(self, message: str):
+        super().__init__(message.replace("\n", "\\n"))  # keys and names of files may contain newlines
+
 
 PathText = Annotated[str, HomePath()]
 

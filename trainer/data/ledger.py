@@ -16,13 +16,15 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import quote
 
 from tandem.trainer import journal
-from tandem.trainer.config import UserError
+from tandem.trainer.config import UserError, parse_content
+from tandem.trainer.config.constraints import COUNT
 from tandem.trainer.config.outside import open_regular_file, read_lines
 from tandem.trainer.data import manifest
 from tandem.trainer.data.digests import Digests
@@ -31,6 +33,8 @@ from tandem.trainer.disk import atomic_write, sync_folder
 
 LEDGER_FILE = "ledger.jsonl"
 MANIFESTS_FOLDER = "manifests"
+
+REMEDY = "restore the file, or start a run with another run.name"
 
 BadStepAction = Literal["skip", "rollback", "stop"]
 """What a run does after a bad step, which makes no update: continue, roll back to the last checkpoint, or end."""
@@ -44,6 +48,16 @@ class RollbackHistory(NamedTuple):
     """Where reading continued after the last rollback; None without a rollback."""
     skipped_shards: dict[str, list[str]]
     """The shards that the run skipped after the last rollback."""
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """What a run reads back from the line of a rollback."""
+
+    cursor: dict[str, Annotated[int, COUNT]]
+    skipped_shards: dict[str, list[str]]
+    skipped_ranges: dict[str, list[Annotated[int, COUNT]]]
+    """Source -> cursor in the checkpoint and cursor from which the run continued."""
 
 
 class Ledger:
@@ -120,17 +134,25 @@ def read_rollbacks(folder: Path, step: int, num_ledger_lines: int) -> RollbackHi
     """Return the rollbacks to the checkpoint of `step` that was saved when the ledger had `num_ledger_lines` lines.
 
     Unreadable lines are ignored here. The audit reports them.
+    Raises: UserError if a line of a rollback contradicts itself.
     """
     path, history = folder / LEDGER_FILE, RollbackHistory(0, None, {})
     if not path.exists():
         return history
     with open_regular_file(path) as file:
-        for line in islice(read_lines(file), num_ledger_lines, None):
+        for number, line in enumerate(islice(read_lines(file), num_ledger_lines, None), num_ledger_lines + 1):
             start = journal.parse_record(line) if b'"is_rollback"' in line else {}
             if (start.get("kind"), start.get("is_rollback"), start.get("step"), start.get("num_ledger_lines")) == (
                 "start", True, step, num_ledger_lines,
             ):  # fmt: skip
-                history = RollbackHistory(history.num_rollbacks + 1, start["cursor"], start["skipped_shards"])
+                fields = {name: start[name] for name in Rollback.__dataclass_fields__ if name in start}
+                place = f"{path}: line {number}"
+                rollback = parse_content(Rollback, fields, place, REMEDY)
+                ends = {source: ends[1] for source, ends in rollback.skipped_ranges.items() if len(ends) == 2}
+                if ends.keys() != rollback.skipped_ranges.keys() or not ends.items() <= rollback.cursor.items():
+                    both = f"the cursor {rollback.cursor}, but the skipped ranges {rollback.skipped_ranges}"
+                    raise UserError(f"{place}: states {both}; {REMEDY}")
+                history = RollbackHistory(history.num_rollbacks + 1, rollback.cursor, rollback.skipped_shards)
     return history
 
 

@@ -1,18 +1,32 @@
 """Read a run folder's metrics.jsonl, without the records that later starts and rollbacks undid."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from tandem.trainer import journal
 from tandem.trainer.config import UserError
-from tandem.trainer.metrics.records import METRICS_FILE
+from tandem.trainer.config.outside import open_regular_file, read_lines
+from tandem.trainer.metrics.records import METRICS_FILE, StepRecord
+
+log = logging.getLogger(__name__)
 
 RECORD_DEFAULTS: dict[str, dict[str, Any]] = {
     "start": {"start_seconds": {}}, "step": {"skipped": False}, "checkpoint": {"stall_seconds": None},
 }  # fmt: skip
 """Values of fields that records of older runs lack, by kind of record."""
+_COUNTS = dict.fromkeys(("step", "tokens", "world_size", "tp_size", "dp_size", "total_steps", "total_tokens"), int)
+RECORD_TYPES: dict[str, dict[str, Any]] = {
+    "start": _COUNTS | {"start_seconds": dict},
+    "step": get_type_hints(StepRecord),
+    "validation": {"step": int, "tokens": int, "loss": float, "perplexity": float},
+    "checkpoint": {"step": int, "seconds": float, "stall_seconds": float, "bytes": int},
+    "rollback": {"step": int, "from_step": int, "reason": str},
+    "end": {"step": int, "reason": str},
+}
+"""Fields of each kind of record. All have `time`, too, and null stands for a float that was not finite."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,7 @@ def has_validation(folder: Path, step: int) -> bool:
 def read_history(folder: Path) -> RunHistory:
     """Read the history of a run, which may still be going or have been killed.
 
+    Damaged lines are left out with a warning.
     Raises: UserError if the folder has no run, or one that never started.
     """
     path = folder / METRICS_FILE
@@ -77,9 +92,6 @@ def read_history(folder: Path) -> RunHistory:
                 rollbacks.append({**record, "tokens": _consumed_tokens_at(step, records_by_kind["step"], starts)})
         elif kind == "end":
             end = record
-        elif kind == "step" and "grad_norm" not in record:
-            remedy = "read it with the version that wrote it"
-            raise UserError(f"{path}: was written by a version with other field names; {remedy}")
         else:
             records_by_kind[kind][step] = record
     if not starts:
@@ -95,5 +107,41 @@ def _consumed_tokens_at(step: int, steps: dict[int, dict[str, Any]], starts: lis
 
 
 def _read_records(path: Path) -> Iterator[dict[str, Any]]:
-    for record in journal.read_records(path):
-        yield RECORD_DEFAULTS.get(record["kind"], {}) | record
+    """Yield the records, without damaged lines.
+
+    Raises: UserError if no record of a step has the fields of this version.
+    """
+    damaged, num_steps, has_other_steps = [], 0, False
+    with open_regular_file(path) as file:
+        for number, line in enumerate(read_lines(file), 1):
+            record = journal.parse_record(line)
+            kind = record.get("kind")
+            record = RECORD_DEFAULTS.get(kind, {}) | record if isinstance(kind, str) else {}
+            if _is_valid(record):
+                num_steps += kind == "step"
+                yield record
+            elif line.rstrip().endswith(b"}"):  # any other line was torn by a kill
+                damaged.append(number)
+                has_other_steps |= kind == "step"
+    if has_other_steps and not num_steps:
+        remedy = "read it with the version that wrote it"
+        raise UserError(f"{path}: was written by a version with other field names; {remedy}")
+    if damaged:
+        log.warning("%s: %d damaged lines are left out, the first is line %d", path, len(damaged), damaged[0])
+
+
+def _is_valid(record: dict[str, Any]) -> bool:
+    types = RECORD_TYPES.get(record.get("kind", ""))
+    return types is not None and all(
+        name in record and _has_type(record[name], wanted) for name, wanted in (types | {"time": float}).items()
+    )
+
+
+def _has_type(value: Any, wanted: Any) -> bool:
+    if wanted is int:
+        return type(value) is int and 0 <= value < 1 << 63
+    if wanted is dict:
+        return type(value) is dict and all(type(each) in (int, float) for each in value.values())
+    if wanted in (str, bool):
+        return type(value) is wanted
+    return value is None or type(value) is float or (type(value) is int and abs(value) < 1 << 63)

@@ -92,7 +92,7 @@ def read_special_tokens(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
 
 def _parse_fields(folder: Path, hf_config: dict[str, Any]) -> SharedFields:
     config_path, model_type = folder / "config.json", hf_config.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise UserError(
             f"{config_path}: model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}; name another folder"
         )

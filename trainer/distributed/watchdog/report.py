@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from tandem.trainer.config import parse_content
 from tandem.trainer.config.outside import read_json
 from tandem.trainer.disk import atomic_write
 
@@ -177,9 +178,8 @@ def format_stacks(frames: dict[int, FrameType]) -> str:
 
 def _parse_report(path: Path) -> HangReport | None:
     try:
-        fields = read_json(path)
-        return HangReport(**{**fields, "process": RankProcess(**fields["process"])})
-    except (OSError, ValueError, TypeError, KeyError):  # just removed, or written by another version
+        return parse_content(HangReport, read_json(path), path, "remove it")
+    except (OSError, ValueError):  # just removed, or written by another version
         return None
 
 

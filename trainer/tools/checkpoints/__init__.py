@@ -140,7 +140,7 @@ def describe_checkpoint(folder: Path) -> dict[str, Any] | None:
     Units: `time` is the time of the commit in seconds since 1970.
     """
     row: dict[str, Any] = {"step": _read_step(folder), "folder": str(folder), "bytes": _folder_bytes(folder)}
-    damage_found, manifest = find_damage(folder, files_to_hash=[]), _manifest_or_empty(folder)
+    damage_found, manifest = _find_damage(folder, []), _manifest_or_empty(folder)
     row |= {name: manifest.get(name) for name in ("tokens", "tp_size", "dp_size")}
     try:  # read last, because a run that removes a checkpoint removes the marker first
         committed_time = (folder / COMMIT_MARKER).stat().st_mtime
@@ -153,7 +153,7 @@ def describe_checkpoint(folder: Path) -> dict[str, Any] | None:
 def verify_checkpoint(folder: Path, advance: ProgressCallback) -> dict[str, Any]:
     """Hash every file of a committed checkpoint. `state` of the result is whole, damaged or removed."""
     files, size_bytes = layout.list_data_files(folder), _folder_bytes(folder)
-    by_size = find_damage(folder, files_to_hash=[])
+    by_size = _find_damage(folder, [])
     damage_found = [by_size] if by_size else _find_changed_files(folder, files, advance)
     state = "damaged" if damage_found else "whole"
     if not (folder / COMMIT_MARKER).is_file():  # a run that removes a checkpoint removes the marker first
@@ -179,6 +179,14 @@ def _open_checkpoint(text: str) -> Checkpoint:
     find_checkpoints(folder)
     with progress.open_screen().status(f"opening {folder}"):
         return open_checkpoint(folder)
+
+
+def _find_damage(folder: Path, files_to_hash: list[str]) -> str | None:
+    """Describe the damage of a checkpoint, also if this version cannot read it."""
+    try:
+        return find_damage(folder, files_to_hash)
+    except UserError as error:
+        return str(error).removeprefix(f"{folder / layout.MANIFEST_FILE}: ").removeprefix(f"{folder}: ")
 
 
 def _find_changed_files(folder: Path, files: Sequence[str], advance: ProgressCallback) -> list[str]:
@@ -234,12 +242,13 @@ def _read_step(folder: Path) -> int | None:
 
 
 def _manifest_or_empty(folder: Path) -> dict[str, Any]:
-    """Read the manifest. Return an empty one if it cannot be read."""
+    """Read and check the manifest. Return an empty one if that fails."""
     try:
         manifest = layout.read_manifest(folder)
+        layout.check_manifest(folder, manifest)
     except (OSError, ValueError):
         return {}
-    return manifest if isinstance(manifest, dict) else {}
+    return manifest
 
 
 def _folder_bytes(folder: Path) -> int:
