@@ -21,7 +21,7 @@ from tandem.trainer.checkpoint.layout import list_committed
 from tandem.trainer.checkpoint.read import Checkpoint, load_master_weights, open_checkpoint, open_newest, restore_state
 from tandem.trainer.checkpoint.write import model_metadata, prune, reject_later
 from tandem.trainer.checkpointing import skipped_ranges
-from tandem.trainer.config import DataConfig, TrainConfig, UserError, dump_config, load_saved_config
+from tandem.trainer.config import DataConfig, TrainConfig, UserError, dump_config, load_saved_config, notices
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data import remote_files
 from tandem.trainer.data.ledger import Ledger, RollbackHistory, copy_manifests, read_rollbacks
@@ -33,7 +33,7 @@ from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, broadcast_from_rank_0, run_on_rank_0
 from tandem.trainer.distributed.watchdog import Watchdog
 from tandem.trainer.guard import Guard
-from tandem.trainer.metrics.history import has_validation
+from tandem.trainer.metrics.history import has_validation, last_learning_rate
 from tandem.trainer.metrics.records import Sinks, open_sinks
 from tandem.trainer.metrics.throughput import measure_peak_flops
 from tandem.trainer.models import param_groups
@@ -167,18 +167,34 @@ def open_folder(
 
     Raises: UserError if there is no checkpoint and this version cannot load the config of an earlier start.
     """
+    previous = None
+    if (config_file := folder / CONFIG_FILE).exists():
+        try:
+            previous = load_saved_config(config_file)
+        except UserError as error:
+            if not checkpoint:
+                remedy = "use the version that wrote it, or choose another run.name"
+                raise UserError(f"{config_file}: does not load in this version ({error}); {remedy}") from None
+            log.warning("%s: does not load in this version (%s); it is kept, but not compared", config_file, error)
     if checkpoint:
         reject_later(checkpoint.folder)
         prune(checkpoint.folder, config.checkpoint.keep_last)  # a kill may have interrupted the last prune
-    elif (config_file := folder / CONFIG_FILE).exists():
-        try:
-            load_saved_config(config_file)
-        except UserError as error:
-            remedy = "use the version that wrote it, or choose another run.name"
-            raise UserError(f"{config_file}: does not load in this version ({error}); {remedy}") from None
+    log_notices(folder, config, previous, checkpoint.step if checkpoint else 0)
     open_run_folder(folder, dump_config(config))
     with suppress(StopRequested), coordinator.stop_signal.interruptible():  # an unreachable server blocks for minutes
         copy_tokenizer(folder, config.data, next(iter(corpora.values())))
+
+
+def log_notices(folder: Path, config: TrainConfig, previous: TrainConfig | None, step: int) -> None:
+    """Log what differs from the last start, old -> new, and what may surprise in the learning rate after `step`."""
+    timeline = Timeline(config.schedule)
+    changes = notices.changed_values(previous, config) if previous else []
+    last_lr = last_learning_rate(folder, step) if step else None
+    if last_lr is not None:
+        jump = notices.learning_rate_jump(timeline, step, last_lr, Timeline(previous.schedule) if previous else None)
+        changes += [jump] if jump else []
+    for line in changes + notices.learning_rate_notices(timeline):
+        log.warning("%s", line)
 
 
 def open_records(folder: Path, config: TrainConfig, loader: Loader, step: int) -> tuple[Sinks, Ledger]:

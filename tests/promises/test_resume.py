@@ -195,3 +195,32 @@ def test_a_validation_that_a_signal_cut_short_is_made_by_the_next_start(corpus, 
     assert sorted(made) == [4, 6]
     [whole] = [json.loads(line)["loss"] for line in lines if '"kind": "validation"' in line]
     assert made[4] == whole
+
+
+def test_a_resume_lists_what_differs_and_says_that_an_extension_heats_the_run_again(corpus, tmp_path, capfd) -> None:
+    run_section = {"seed": 1, "precision": "fp32", "root": str(tmp_path), "name": "extended"}
+    before = config("btlm", corpus, tmp_path, 1, run=run_section | {"stop_step": 8})
+    phases = before.schedule.phases
+    longer = dataclasses.replace(phases[1], tokens=2 * phases[1].tokens)
+    after = dataclasses.replace(
+        before,
+        run=dataclasses.replace(before.run, stop_step=9),
+        schedule=dataclasses.replace(before.schedule, phases=[phases[0], longer]),
+        optim=dataclasses.replace(before.optim, weight_decay=0.25),
+    )
+    old, new = Timeline(before.schedule), Timeline(after.schedule)
+    lines = (
+        "run.stop_step: 8 -> 9",
+        f"schedule.phases[1].tokens: {phases[1].tokens} -> {longer.tokens}",
+        f"optim.weight_decay: {before.optim.weight_decay} -> 0.25",
+        f"schedule.lr: at step 9 the learning rate changes from {old.lr_at(7):.3g} to {new.lr_at(8):.3g}, because the decay",
+    )
+    assert run(before) == 0
+    assert " -> " not in capfd.readouterr().err
+    assert run(after) == 0
+    shown = capfd.readouterr().err
+    assert [line for line in lines if line not in shown] == [], shown
+    assert run(dataclasses.replace(after, run=dataclasses.replace(after.run, stop_step=10))) == 0
+    shown = capfd.readouterr().err
+    assert "run.stop_step: 9 -> 10" in shown
+    assert "schedule.lr" not in shown

@@ -108,6 +108,8 @@ def _read(path: Path) -> Any:
         return read_yaml(path)
     except NotAFile:
         raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file; restore it, or name another folder") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); correct the path or its permissions") from None
 

@@ -64,6 +64,13 @@ def has_validation(folder: Path, step: int) -> bool:
     return found
 
 
+def last_learning_rate(folder: Path, step: int) -> float | None:
+    """Return the learning rate of the last update before a checkpoint of `step`, or None if it is not recorded."""
+    records = journal.read_records_backwards(folder / METRICS_FILE)
+    found = next((record for record in records if record.get("kind") == "step" and record.get("step") == step), {})
+    return found["lr"] if isinstance(found.get("lr"), float) else None
+
+
 def read_history(folder: Path) -> RunHistory:
     """Read the history of a run, which may still be going or have been killed.
 
