@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from tandem.data_prep import clean, duplicates, minhash, readers, spill, tar_reader
+from tandem.data_prep import clean, duplicates, executor, minhash, readers, spill, tar_reader
 from tandem.data_prep.executor import ProgressCallback
 from tandem.data_prep.input_files import content_hash
 from tandem.data_prep.json_values import MISSING, lookup
@@ -227,6 +227,7 @@ def documents_to_encode(
     field_names = [name for name in (settings.group_field, settings.where and settings.where[0]) if name]
     notes = UnitNotes() if notes is None else notes
     for part in unit.parts:
+        executor.note_file(part.file.address)
         documents = readers.read_documents(
             part, settings.text_field, field_names, advance, counts,
             skip_bad_records=settings.skip_bad_lines, samples=notes.bad_records,

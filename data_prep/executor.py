@@ -19,6 +19,8 @@ from typing import Any
 
 from tandem.trainer.config import UserError
 
+STATUS_BYTES = 4096
+"""Size of the file in which a worker states what it reads. No path is longer."""
 POLL_SECONDS = 0.2
 """Interval between updates of the progress bar."""
 
@@ -51,12 +53,12 @@ def run(
     context = multiprocessing.get_context("spawn")
     # Read without a lock, which a killed worker may still hold.
     progress_counter, cancel_flag = context.Value("q", 0), context.RawValue("b", 0)
+    processes: list[Any] = []
+    pool_arguments = min(workers, len(items)), make_item_function, progress_counter, cancel_flag, processes
     try:
-        with (
-            _catch_interrupt() as interrupted,
-            _worker_pool(context, min(workers, len(items)), make_item_function, progress_counter, cancel_flag) as pool,
-        ):
+        with _catch_interrupt() as interrupted, _worker_pool(context, *pool_arguments) as pool:
             pending = _submit_items(pool, items)
+            processes += multiprocessing.active_children()
             reported_done = 0
             while pending:
                 finished, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
@@ -69,11 +71,22 @@ def run(
                     if isinstance(future.exception(), ItemCancelled):
                         continue  # another item has failed, and its error is raised later
                     on_result(future.result())
-    except BrokenProcessPool:
+    except BrokenProcessPool as error:
         raise UserError(
-            f"--workers: one of {workers} workers was killed, probably because memory ran out; "
+            f"--workers: one of {workers} workers was killed{_describe_work(error)}, probably because memory ran out; "
             "run the same command again with fewer workers"
         ) from None
+
+
+def note_file(name: str) -> None:
+    """State which file this worker reads from now on. The message names it if the worker is killed."""
+    if _status_fd is not None:
+        os.pwrite(_status_fd, os.fsencode(name)[:STATUS_BYTES].ljust(STATUS_BYTES, b"\0"), 0)
+
+
+def _describe_work(error: BrokenProcessPool) -> str:
+    files = " or ".join(getattr(error, "__notes__", []))
+    return files and f" while it read {files}"
 
 
 def _submit_items(pool: ProcessPoolExecutor, items: Sequence[Any]) -> set[Future[Any]]:
@@ -124,18 +137,24 @@ def _block_interrupt() -> Iterator[None]:
 
 @contextmanager
 def _worker_pool(
-    context: Any, workers: int, make_item_function: Callable[[], ItemFunction], progress_counter: Any, cancel_flag: Any
+    context: Any,
+    workers: int,
+    make_item_function: Callable[[], ItemFunction],
+    progress_counter: Any,
+    cancel_flag: Any,
+    processes: list[Any],
 ) -> Iterator[ProcessPoolExecutor]:
     # `make_item_function` goes through a file. Arguments of a new process go through a pipe, and if the pipe is full and the
     # process is killed before it reads, multiprocessing waits forever.
-    with tempfile.NamedTemporaryFile() as function_file:
-        function_file.write(pickle.dumps(make_item_function))
-        function_file.flush()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "function").write_bytes(pickle.dumps(make_item_function))
         existing_processes = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(workers, context, _init_worker, (function_file.name, progress_counter, cancel_flag))
+        pool = ProcessPoolExecutor(workers, context, _init_worker, (folder, progress_counter, cancel_flag))
         try:
             yield pool
-        except BrokenProcessPool:
+        except BrokenProcessPool as error:
+            for name in _files_of_killed_workers(folder, processes):
+                error.add_note(name)
             # The pool ends its workers but overlooks one that has just started, and would wait for it forever.
             for process in set(multiprocessing.active_children()) - existing_processes:
                 process.kill()
@@ -145,17 +164,29 @@ def _worker_pool(
             pool.shutdown(cancel_futures=True)
 
 
+def _files_of_killed_workers(folder: str, processes: Sequence[Any]) -> Iterator[str]:
+    """Yield the files that workers read when they were killed. The pool ends the other workers with SIGTERM."""
+    for process in processes:
+        path = Path(folder, str(process.pid))
+        name = os.fsdecode(path.read_bytes().rstrip(b"\0")) if path.exists() else ""
+        if name and process.exitcode not in (None, 0, -signal.SIGTERM):
+            yield name
+
+
+_status_fd: int | None = None
+"""Where this worker states what it reads; None in other processes."""
 _worker_state: tuple[ItemFunction | Exception, Any, Any]
 """The item function of this process or the error that prevented it, the progress counter, the cancel flag."""
 
 
-def _init_worker(function_path: str, progress_counter: Any, cancel_flag: Any) -> None:
-    global _worker_state
+def _init_worker(folder: str, progress_counter: Any, cancel_flag: Any) -> None:
+    global _worker_state, _status_fd
+    _status_fd = os.open(Path(folder, str(os.getpid())), os.O_WRONLY | os.O_CREAT, 0o600)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
-        run_item = pickle.loads(Path(function_path).read_bytes())()
+        run_item = pickle.loads(Path(folder, "function").read_bytes())()
     except Exception as error:
         run_item = error  # raised by the first item, because the pool reports an error here only as a lost process
     _worker_state = (run_item, progress_counter, cancel_flag)

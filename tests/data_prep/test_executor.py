@@ -62,6 +62,7 @@ def failing(folder: Path) -> executor.ItemFunction:
 def dying(folder: Path) -> executor.ItemFunction:
     def do(item: int, advance: executor.ProgressCallback) -> None:
         (folder / str(item)).touch()
+        executor.note_file(f"file {item}")
         if item == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -119,7 +120,7 @@ def test_a_mistake_in_one_worker_stops_the_others_soon(tmp_path):
 def test_a_killed_worker_ends_the_others_in_one_line(tmp_path):
     with pytest.raises(
         UserError,
-        match="--workers: one of 2 workers was killed, probably because memory ran out; run the same command again",
+        match="--workers: one of 2 workers was killed while it read file 0, probably because memory ran out; run the same",
     ):
         executor.run(partial(dying, tmp_path), range(4), 2, lambda count: None)
 
