@@ -153,13 +153,13 @@ def _read_json_lines(
         raise OSError("Truncated: a compressed file is not empty even if it contains no lines")
     if start:
         stream.seek(start - 1)
-        line, num_skipped = _read_line(stream, bad)
+        line, num_skipped = _read_line(stream)
         start += len(line) + num_skipped - 1  # a line belongs to the part in which it begins
     lines = decompress(stream, compression)
     line_start, num_lines, reported_bytes = start, 0, part.byte_range[0]
     try:
         while compression or line_start < end:
-            line, num_skipped = _read_line(lines, bad)
+            line, num_skipped = _read_line(lines)
             if not line:
                 break
             num_lines += 1
@@ -185,16 +185,11 @@ def _read_json_lines(
     advance(max(0, end - reported_bytes))
 
 
-def _read_line(stream: BinaryIO, bad: BadRecords) -> tuple[bytes, int]:
-    """Return a line. If it is too long, which could fill the memory, return its beginning and the size of the rest.
-
-    Raises: OSError if it is too long and must not be left out.
-    """
+def _read_line(stream: BinaryIO) -> tuple[bytes, int]:
+    """Return a line. If it is too long, which could fill the memory, return its beginning and the size of the rest."""
     line, num_skipped = stream.readline(MAX_TEXT_BYTES + 1), 0
     if len(line) <= MAX_TEXT_BYTES:
         return line, 0
-    if not bad.skip:
-        raise OSError(f"the line has more than {MAX_TEXT_BYTES:,} bytes")
     line, ending, num_skipped = line[:1], line[-1:], len(line) - 1
     while ending not in (b"", b"\n"):
         piece = stream.readline(READ_BLOCK_BYTES)

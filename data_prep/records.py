@@ -76,7 +76,7 @@ class BadRecords:
         """Count a bad record. `place` returns its line, row or member.  Raises: UserError if it must not be left out."""
         address = self._part.file.address
         if not self.skip:
-            raise UserError(f"{address}{place()}: {error}") from None
+            raise UserError(f"{address}{place()}: {error}, or leave out such records with --skip-bad-lines") from None
         self._num_bad += 1
         self._counts[error.count_name] += 1
         if not self._first or len(self._samples) < MAX_BAD_RECORD_SAMPLES:

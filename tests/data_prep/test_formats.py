@@ -14,9 +14,11 @@ import pytest
 
 from tandem.data_prep import formats, input_files, json_values, readers, records
 from tandem.data_prep.input_files import FilePart
+from tandem.data_prep.tokenizers import encoding
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
 from tests.data_prep.conftest import zstd_frame
+from tests.data_prep.corpus_writer import small_tokenizer
 from tests.data_prep.test_prepare import decoded
 
 RECORDS = [{"text": f"words {number} é", "n": number} for number in range(5)]
@@ -300,6 +302,37 @@ def test_the_records_of_later_settings_do_not_change_corpora_that_do_not_use_the
     assert not {"format", "skip_bad_lines", "bad_records"} & manifest.load_manifest(output).settings.keys()
     with pytest.raises(UserError, match=r"was prepared with format None, not text"):
         prepared("out", "--input", tmp_path / "a.jsonl", "--format", "text")
+
+
+def test_a_text_that_tokenizers_has_no_memory_for_is_one_line(prepared, tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", LINES + json.dumps({"text": "x" * 5001}).encode())
+    monkeypatch.setattr(encoding, "LONG_TEXT_CHARACTERS", 5000)
+    options = [
+        "--input",
+        path,
+        "--tokenizer",
+        write(tmp_path / "tok.json", small_tokenizer().to_str()),
+        "--tokenizer-library",
+    ]
+    prepared("enough", *options, "tokenizers")
+    monkeypatch.setattr(encoding, "TOKENIZERS_BYTES_PER_CHARACTER", 1 << 40)
+    with pytest.raises(
+        UserError, match=r"^0/a.jsonl:\d+: tokenizers needs about 5,121,024 GiB of memory for its 5,001 characters"
+    ):
+        prepared("out", *options, "tokenizers")
+    prepared("fast", *options, "gigatoken")
+
+
+def test_dangling_links_are_counted_in_the_manifest_and_shown(prepared, tmp_path, capsys):
+    write(tmp_path / "blobs" / "abc", LINES)
+    (tmp_path / "in").mkdir()
+    for name, target in (("a.jsonl", "../blobs/abc"), ("b.jsonl", "../blobs/gone")):
+        (tmp_path / "in" / name).symlink_to(target)
+    output = prepared("out", "--input", tmp_path / "in", "--skip-dangling-links", "--held-out", 0)
+    assert (sorted(decoded(output)), manifest.load_manifest(output).counts["dangling_links"]) == (TEXTS, 1)
+    said = capsys.readouterr()
+    assert "dangling links left out: 1" in said.out
+    assert "note: --input: reads 1 links that lead out of their folder, for example" in said.err
 
 
 def test_a_pattern_of_names_is_expanded_as_in_bash(tmp_path):

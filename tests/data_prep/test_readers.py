@@ -281,7 +281,7 @@ def test_a_line_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, suf
     content = b'{"text": "a"}\n' + b" " * 999 + b"\n" + b" " * 1_000 + b"\n"
     compress = {"": bytes, ".gz": gzip.compress, ".zst": zstd_frame}[suffix]
     (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(content))
-    with pytest.raises(UserError, match=rf"a.jsonl{suffix}:3: cannot be read \(the line has more than 1,000 bytes\)"):
+    with pytest.raises(UserError, match=rf"a.jsonl{suffix}:3: the line has more than 1,000 bytes; split it, or leave"):
         in_parts(*listed(tmp_path / f"a.jsonl{suffix}"), 1)
     (tmp_path / "a.txt").write_bytes(b"a" * 1_001)
     with pytest.raises(UserError, match=r"a.txt: a text of more than 1,000 bytes is too long; split it"):
