@@ -320,7 +320,6 @@ def test_a_text_that_tokenizers_has_no_memory_for_is_one_line(prepared, tmp_path
         UserError, match=r"^0/a.jsonl:\d+: tokenizers needs about 5,121,024 GiB of memory for its 5,001 characters"
     ):
         prepared("out", *options, "tokenizers")
-    prepared("fast", *options, "gigatoken")
 
 
 def test_dangling_links_are_counted_in_the_manifest_and_shown(prepared, tmp_path, capsys):
