@@ -14,11 +14,9 @@ import pytest
 
 from tandem.data_prep import formats, input_files, json_values, readers, records
 from tandem.data_prep.input_files import FilePart
-from tandem.data_prep.tokenizers import encoding
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
 from tests.data_prep.conftest import zstd_frame
-from tests.data_prep.corpus_writer import small_tokenizer
 from tests.data_prep.test_prepare import decoded
 
 RECORDS = [{"text": f"words {number} é", "n": number} for number in range(5)]
@@ -302,24 +300,6 @@ def test_the_records_of_later_settings_do_not_change_corpora_that_do_not_use_the
     assert not {"format", "skip_bad_lines", "bad_records"} & manifest.load_manifest(output).settings.keys()
     with pytest.raises(UserError, match=r"was prepared with format None, not text"):
         prepared("out", "--input", tmp_path / "a.jsonl", "--format", "text")
-
-
-def test_a_text_that_tokenizers_has_no_memory_for_is_one_line(prepared, tmp_path, monkeypatch):
-    path = write(tmp_path / "a.jsonl", LINES + json.dumps({"text": "x" * 5001}).encode())
-    monkeypatch.setattr(encoding, "LONG_TEXT_CHARACTERS", 5000)
-    options = [
-        "--input",
-        path,
-        "--tokenizer",
-        write(tmp_path / "tok.json", small_tokenizer().to_str()),
-        "--tokenizer-library",
-    ]
-    prepared("enough", *options, "tokenizers")
-    monkeypatch.setattr(encoding, "TOKENIZERS_BYTES_PER_CHARACTER", 1 << 40)
-    with pytest.raises(
-        UserError, match=r"^0/a.jsonl:\d+: tokenizers needs about 5,121,024 GiB of memory for its 5,001 characters"
-    ):
-        prepared("out", *options, "tokenizers")
 
 
 def test_dangling_links_are_counted_in_the_manifest_and_shown(prepared, tmp_path, capsys):
