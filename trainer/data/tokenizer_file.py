@@ -139,7 +139,9 @@ def _find_problem(tree: Any) -> str | None:
         isinstance(piece, list) and piece and isinstance(piece[0], str) for piece in words
     ):
         return "has a model.vocab whose entries are not pairs"
-    is_token = lambda token: isinstance(token, dict) and type(token.get("id")) is int and "content" in token  # noqa: E731
+    is_token = lambda token: (  # noqa: E731
+        isinstance(token, dict) and type(token.get("id")) is int and isinstance(token.get("content"), str)
+    )
     if not isinstance(added, list) or not all(map(is_token, added)):
         return "has an entry in added_tokens without id or content"
     return None

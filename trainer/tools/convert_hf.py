@@ -51,7 +51,9 @@ CHECKED_TEXTS = (
 
 
 def add_import_hf_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="Hugging Face folder: config.json, safetensors, tokenizer.json")
+    parser.add_argument(
+        "folder", type=Path, help="Hugging Face folder: config.json, safetensors or pytorch_model.bin, tokenizer files"
+    )
     parser.add_argument("output", type=Path, help="new folder; set run.init_from to it to start a run from the weights")
 
 

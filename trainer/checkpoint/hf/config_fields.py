@@ -12,7 +12,7 @@ from tandem.trainer.config import UserError, parse_content
 from tandem.trainer.config.constraints import Range
 
 Count = Annotated[int, Range(at_least=1)]
-Positive = Annotated[float, Range(above=0)]
+Positive = Annotated[float, Range(above=0, at_most=1e9)]
 REMEDY = "correct config.json, or choose another folder"
 UNKNOWN_REMEDY = (
     "if the model computes the same without it, remove it from config.json; otherwise choose another folder"

@@ -37,7 +37,10 @@ def read_tokenizer_tree(folder: Path) -> Tree | None:
                 f"{VOCAB_FILE} gives {different!r} the id {words[different]}, but tokenizer.json {known.get(different)}"
             )
             raise UserError(f"{folder}: {problem}; {REMEDY}")
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in tree["model"].get("merges", [])]
+        given = tree["model"].get("merges")
+        merges = [
+            pair.split(" ") if isinstance(pair, str) else pair for pair in (given if isinstance(given, list) else [])
+        ]
         if merges != pairs:
             raise UserError(f"{folder}: {MERGES_FILE} and tokenizer.json have different merges; {REMEDY}")
     return tree

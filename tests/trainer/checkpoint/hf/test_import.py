@@ -122,6 +122,9 @@ def refusal(folder: Path) -> str:
         (STABLE, {"sliding_window": 4096}, ["sliding_window is '4096'"]),
         (STABLE, {"layer_norm_eps": -1e-5}, ["layer_norm_eps: -1e-05 is not a finite number above 0"]),
         (STABLE, {"hidden_size": 96.0}, ["hidden_size: 96.0 is of type float"]),
+        (STABLE, {"hidden_size": 10**30}, ["hidden_size: 1000000000000000000000000000000 does not fit"]),
+        (STABLE, {"model_type": ["stablelm"]}, ["model_type ['stablelm'] is not one of"]),
+        (BTLM, {"mup_width_scale": 1e308}, ["mup_width_scale: 1e+308 is not a finite number above 0"]),
         (STABLE, {"use_qkv_bias": "yes"}, ["use_qkv_bias: 'yes' is of type str"]),
         (
             STABLE,
