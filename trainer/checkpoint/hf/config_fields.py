@@ -83,6 +83,12 @@ def parse_config(tree: dict[str, Any], path: Path, family: Any) -> Any:
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise UserError(f"{path}: quantization_config is {method!r}, but only weights that are not quantized can be read; "
                         "choose the folder of the original weights")  # fmt: skip
+    classes = tree.get("architectures")
+    if wrong := [name for name in classes if name not in family.ARCHITECTURES] if isinstance(classes, list) else []:
+        raise UserError(
+            f"{path}: architectures is {wrong[0]!r}, but model_type is {tree['model_type']!r}, whose classes are "
+            f"{', '.join(family.ARCHITECTURES)}; {REMEDY}"
+        )
     for alias, name in (*family.ALIASES.items(), ("torch_dtype", "dtype")):
         if alias not in tree:
             continue
@@ -98,15 +104,9 @@ def parse_config(tree: dict[str, Any], path: Path, family: Any) -> Any:
             raise UserError(f"{path}: {name} is {value!r}, but only {supported!r} is supported; choose another folder")
     known = family.Fields.__dataclass_fields__
     if unknown := next((key for key in tree if key not in known), None):
-        problem = f"{unknown} is {str(tree[unknown])[:60]!r}, a field that is not known to have no effect"
+        problem = f"{unknown} is {repr(tree[unknown])[:60]}, a field that is not known to have no effect"
         raise UserError(f"{path}: {problem}; {UNKNOWN_REMEDY}")
-    fields = parse_content(family.Fields, tree, path, REMEDY)
-    if wrong := next((name for name in fields.architectures or () if name not in family.ARCHITECTURES), None):
-        raise UserError(
-            f"{path}: architectures is {wrong!r}, but model_type is {fields.model_type!r}, whose classes are "
-            f"{', '.join(family.ARCHITECTURES)}; {REMEDY}"
-        )
-    return fields
+    return parse_content(family.Fields, tree, path, REMEDY)
 
 
 def check_heads(path: Path, hidden_size: int, num_heads: int, num_kv_heads: int) -> None:

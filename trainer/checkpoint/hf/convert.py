@@ -81,7 +81,7 @@ def read_text_settings(folder: Path) -> tuple[str | None, int | None]:
     return tokens.get("eos_token"), getattr(fields, MODEL_TYPES[fields.model_type].MAX_SEQ_LEN_FIELD)
 
 
-def read_special_tokens(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
+def read_special_tokens(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the special tokens (`bos_token`, ...) and their ids (`bos_token_id`, ...) that the folder states.
 
     Raises: UserError if two of its files contradict each other.

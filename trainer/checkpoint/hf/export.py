@@ -38,7 +38,7 @@ class ExportedText:
 
     special_tokens: dict[str, str | None] = field(default_factory=dict)
     """The tokens `bos_token`, `eos_token`, `pad_token` and `unk_token` of imported weights. Absent ones are EOS."""
-    token_ids: dict[str, int | None] = field(default_factory=dict)
+    token_ids: dict[str, Any] = field(default_factory=dict)
     """`bos_token_id`, `eos_token_id` and `pad_token_id` of imported weights, used if there is no tokenizer."""
     chat_template: str | None = None
     is_corpus_tokenizer: bool = True
@@ -90,13 +90,14 @@ def export_folder(
 
 
 def _build_hf_config(
-    model: AnyModelConfig, mup: MupConfig | None, token_ids: dict[str, int | None], max_seq_len: int, dtype: torch.dtype
+    model: AnyModelConfig, mup: MupConfig | None, token_ids: dict[str, Any], max_seq_len: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Build config.json. Its pad token is null if it would be EOS: the class gives the pad token's embedding no gradient."""
     name, config = str(dtype).removeprefix("torch."), FAMILY_MODULES[model.family].to_hf_config(model, mup, max_seq_len)
     extra_fields = {field: getattr(model, field) for field in EXTRA_FIELD_DEFAULTS}
     ids = {f"{role}_token_id": token_ids.get(f"{role}_token_id") for role in ROLES}
-    if ids["pad_token_id"] == ids["eos_token_id"]:
+    eos_ids = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
+    if ids["pad_token_id"] in eos_ids:
         ids["pad_token_id"] = None
     version = {"transformers_version": metadata.version("transformers")}
     return {**config, **ids, **version, "dtype": name, "torch_dtype": name, EXTRA_FIELDS_KEY: extra_fields}
@@ -141,7 +142,7 @@ def _read_fitting_tokenizer(path: Path, eos_token: str, vocab_size: int) -> Tree
     return tree
 
 
-def _token_ids(tree: Tree | None, tokens: dict[str, str], text: ExportedText) -> dict[str, int | None]:
+def _token_ids(tree: Tree | None, tokens: dict[str, str], text: ExportedText) -> dict[str, Any]:
     """Return the ids for config.json and generation_config.json, which are those of the tokenizer if there is one."""
     ids = vocabulary(tree) if tree else {}
     if tree and (absent := next((token for role in ROLES if (token := tokens[f"{role}_token"]) not in ids), None)):
@@ -149,7 +150,13 @@ def _token_ids(tree: Tree | None, tokens: dict[str, str], text: ExportedText) ->
             f"tokenizer.json: has no token {absent}, which the imported folder names; restore tokenizer.json"
         )
     given = {f"{role}_token_id": text.token_ids.get(f"{role}_token_id") for role in ROLES}
-    return {f"{role}_token_id": ids[tokens[f"{role}_token"]] for role in ROLES} if tree else given
+    if not tree:
+        return given
+    found: dict[str, Any] = {f"{role}_token_id": ids[tokens[f"{role}_token"]] for role in ROLES}
+    several = given["eos_token_id"]
+    if isinstance(several, list) and found["eos_token_id"] in several:
+        found["eos_token_id"] = several
+    return found
 
 
 def _check_replaceable(output_folder: Path) -> None:

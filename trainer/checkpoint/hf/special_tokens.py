@@ -6,6 +6,7 @@ added_tokens.json, config.json and generation_config.json. A folder in which two
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tandem.trainer.checkpoint.hf.config_fields import SharedFields
 from tandem.trainer.checkpoint.hf.folder import read_json
@@ -24,8 +25,8 @@ def read_tokenizer_tree(folder: Path) -> Tree | None:
 
     Raises: UserError if both are there and differ, or the two files are not those of GPT-2's class.
     """
-    has_vocab = (folder / VOCAB_FILE).is_file() and (folder / MERGES_FILE).is_file()
-    if not (folder / "tokenizer.json").is_file():
+    has_vocab = (folder / VOCAB_FILE).exists() and (folder / MERGES_FILE).exists()
+    if not (folder / "tokenizer.json").exists():
         return _build_tree(folder) if has_vocab else None
     tree = read_tokenizer(folder / "tokenizer.json")
     if has_vocab and tree["model"].get("type") == "BPE":
@@ -46,15 +47,17 @@ def read_tokenizer_tree(folder: Path) -> Tree | None:
     return tree
 
 
-def read_special_tokens(folder: Path, fields: SharedFields, tree: Tree | None) -> tuple[dict[str, str], dict[str, int]]:
+def read_special_tokens(folder: Path, fields: SharedFields, tree: Tree | None) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the special tokens (`bos_token`, …) and their ids (`bos_token_id`, …) that the folder states.
+
+    The id of EOS is a list if the folder states several.
 
     Raises: UserError if two files contradict each other, or an id is not below the model's vocab_size.
     """
     tokens = _read_tokens(folder)
     stated_ids = _read_ids(folder, fields)
     ids = vocabulary(tree) if tree else {}
-    vocab_size, token_ids = fields.vocab_size, dict[str, int]()
+    vocab_size, token_ids = fields.vocab_size, dict[str, Any]()
     if largest := max(ids, key=lambda token: ids[token], default=None):
         _check_below(folder, f"token {largest!r} of the tokenizer has the id", ids[largest], vocab_size)
     for index, token in _added_tokens(folder):
@@ -76,18 +79,20 @@ def read_special_tokens(folder: Path, fields: SharedFields, tree: Tree | None) -
                     f"{folder}: {first} is {_text(places[first])}, but {second} is {_text(places[second])}; {REMEDY}"
                 )
         if places:
-            token_ids[f"{role}_token_id"] = next(iter(places.values()))[0]
+            lists = [values for values in stated_ids[role].values() if len(values) > 1]
+            token_ids[f"{role}_token_id"] = lists[0] if lists else next(iter(places.values()))[0]
     names = {index: token for token, index in ids.items()}
-    found = {f"{role}_token": names.get(token_ids.get(f"{role}_token_id", -1)) for role in ROLES}
+    first_ids = {role: next(iter(places.values()))[0] for role, places in stated_ids.items() if places}
+    found = {f"{role}_token": names.get(index) for role, index in first_ids.items()}
     return {name: token for name, token in found.items() if token is not None} | tokens, token_ids
 
 
 def read_chat_template(folder: Path) -> str | None:
     """Return the folder's chat template, from its own file or from tokenizer_config.json. Other forms are not read."""
-    if (folder / CHAT_TEMPLATE_FILE).is_file():
+    if (folder / CHAT_TEMPLATE_FILE).exists():
         return read_text(folder / CHAT_TEMPLATE_FILE)
     file = folder / "tokenizer_config.json"
-    template = read_json(file).get("chat_template") if file.is_file() else None
+    template = read_json(file).get("chat_template") if file.exists() else None
     return template if isinstance(template, str) else None
 
 
@@ -96,7 +101,7 @@ def _read_tokens(folder: Path) -> dict[str, str]:
     tokens: dict[str, str] = {}
     origins: dict[str, str] = {}
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        tree = read_json(folder / file) if (folder / file).is_file() else {}
+        tree = read_json(folder / file) if (folder / file).exists() else {}
         for name in (f"{role}_token" for role in ROLES):
             value = tree.get(name)
             token = value.get("content") if isinstance(value, dict) else value
@@ -114,7 +119,7 @@ def _read_tokens(folder: Path) -> dict[str, str]:
 def _read_ids(folder: Path, fields: SharedFields) -> dict[str, dict[str, list[int]]]:
     """Return the ids of each role by the place that states them. EOS may be a list: each of its ids ends a text."""
     file = "generation_config.json"
-    trees = {"config.json": vars(fields), file: read_json(folder / file) if (folder / file).is_file() else {}}
+    trees = {"config.json": vars(fields), file: read_json(folder / file) if (folder / file).exists() else {}}
     found: dict[str, dict[str, list[int]]] = {role: {} for role in ROLES}
     for place, tree in trees.items():
         for role in ROLES:
@@ -132,14 +137,14 @@ def _read_ids(folder: Path, fields: SharedFields) -> dict[str, dict[str, list[in
 
 def _build_tree(folder: Path) -> Tree:
     """Make a tokenizer.json that encodes as GPT-2's class does with the folder's files. Source: transformers' GPT2Tokenizer."""
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     kind = settings.get("tokenizer_class", GPT2_CLASSES[0])
     remedy = "save tokenizer.json with transformers (AutoTokenizer.from_pretrained and save_pretrained)"
     if kind not in GPT2_CLASSES or settings.get("add_bos_token"):
         problem = f"tokenizer_class is {kind!r}" if kind not in GPT2_CLASSES else "add_bos_token is true"
         raise UserError(f"{folder}: has no tokenizer.json, and {problem} in tokenizer_config.json; {remedy}")
     words, extra = read_json(folder / VOCAB_FILE), folder / "added_tokens.json"
-    added = read_json(extra) if extra.is_file() else {}
+    added = read_json(extra) if extra.exists() else {}
     for file, ids in ((VOCAB_FILE, words), (extra.name, added)):
         if wrong := next((token for token, index in ids.items() if type(index) is not int), None):
             raise UserError(
@@ -169,7 +174,7 @@ def _build_tree(folder: Path) -> Tree:
 
 def _added_tokens(folder: Path) -> list[tuple[int, str]]:
     file = folder / "tokenizer_config.json"
-    entries = read_json(file).get("added_tokens_decoder") if file.is_file() else None
+    entries = read_json(file).get("added_tokens_decoder") if file.exists() else None
     try:
         return [(int(index), str(entry["content"])) for index, entry in (entries or {}).items()]
     except (AttributeError, KeyError, TypeError, ValueError):

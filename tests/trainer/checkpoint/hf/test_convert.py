@@ -77,7 +77,7 @@ def shard(folder: Path) -> Path:
             "btlm_mup",
             10**9,
             lambda f: edit(f / "config.json", output_logits_scale=0.2),
-            "output_logits_scale is .0.2., a field that is not known",
+            "output_logits_scale is 0.2, a field that is not known",
         ),
         ("btlm_mup", 10**9, lambda f: (f / WEIGHTS_FILE).unlink(), "has neither"),
         ("btlm_mup", 10**9, lambda f: cut_short(f / WEIGHTS_FILE), "copy the file again"),

@@ -85,8 +85,19 @@ def test_special_tokens_and_ids_are_kept(folder, tmp_path):
     assert manifest["special_tokens"] == {
         "bos_token": names[3], "eos_token": END, "pad_token": names[5], "unk_token": "a",
     }  # fmt: skip
-    assert manifest["token_ids"] == {"bos_token_id": 3, "eos_token_id": 0, "pad_token_id": 5, "unk_token_id": unk_id}
+    assert manifest["token_ids"] == {
+        "bos_token_id": 3,
+        "eos_token_id": [0, 7],
+        "pad_token_id": 5,
+        "unk_token_id": unk_id,
+    }
     assert manifest["eos_token"] == END
+    assert main(["export-hf", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")} == {
+        "bos_token_id": 3, "eos_token_id": [0, 7], "pad_token_id": 5,
+    }  # fmt: skip
+    assert convert.read_special_tokens(tmp_path / "out") == (manifest["special_tokens"], manifest["token_ids"])
     assert (tmp_path / "in" / "chat_template.jinja").read_text(encoding="utf-8") == "{{ é }}"
 
 
