@@ -93,7 +93,7 @@ class CheckpointManifest:
     max_seq_len: Annotated[int | None, POSITIVE] = None
     tokenizer_sha256: Annotated[str | None, SHA256] = None
     special_tokens: dict[str, str] | None = None
-    token_ids: dict[str, Count] | None = None
+    token_ids: dict[str, Any] | None = None
     tokens: Count = 0
     num_updates: Count = 0
     cursor: dict[str, Count] = field(default_factory=dict)
