@@ -124,6 +124,8 @@ def _encode_texts(
     for batch in _batch_documents(documents_to_encode(settings, unit, counts, advance, notes)):
         texts, locations = [document.text for document in batch], [document.location for document in batch]
         tokens, lengths = encode_texts(texts, locations)
+        if unknown := int(np.count_nonzero(tokens == encoder_spec.unk_id)) if encoder_spec.unk_id is not None else 0:
+            counts["unknown_tokens"] += unknown
         entries = _index_entries(settings.seed, [text.encode() for text in texts], locations)
         if settings.held_out:
             entries["held_out"] = [clean.uniform_hash(text) < settings.held_out for text in texts]

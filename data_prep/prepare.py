@@ -310,6 +310,9 @@ def _print_counts(output: Path, corpus_manifest: CorpusManifest) -> None:
         safe_print(f"  EOS added to documents that were cut at the end of a sample: {added:,}")
     if padding := corpus_manifest.counts.get("padding_tokens"):
         safe_print(f"  padding ids removed: {padding:,}")
+    if unknown := corpus_manifest.counts.get("unknown_tokens"):
+        share = unknown / corpus_manifest.counts["tokens"]
+        safe_print(f"  tokens for text that the tokenizer does not know: {unknown:,} ({share:.2%}); that text is lost")
     for group, counts in corpus_manifest.groups.items():
         safe_print(f"  {group or '(none)'}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
     if [*corpus_manifest.groups] == [encode.NO_GROUP]:

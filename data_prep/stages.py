@@ -48,6 +48,8 @@ CHECK_SAMPLE_DOCUMENTS, CHECK_SAMPLE_CHARACTERS = 200, 1 << 20
 """Size of the sample on which an encoding library is compared with the reference before it is used."""
 BAD_RECORDS_ENTRY = "bad_records"
 """Entry of the manifest's settings with some records that were left out."""
+MAX_UNKNOWN_SHARE = 0.5
+"""A corpus with more unknown tokens than known ones teaches nothing."""
 TOKENIZER_TRAINING_BYTES = 1 << 30
 """Approximate limit of the text that a tokenizer is trained on."""
 
@@ -303,6 +305,11 @@ def _finish(preparation: Preparation, _: Path, advance: ProgressCallback) -> Non
     input_entries = provenance.list_entries(preparation.units, records)
     splits, groups, token_counts = _collect_shards(preparation)
     documents, tokens = (sum(getattr(split, name) for split in splits.values()) for name in ("documents", "tokens"))
+    if counts["unknown_tokens"] > MAX_UNKNOWN_SHARE * tokens:
+        raise output_folder.UnusableSettings(
+            f"--tokenizer: {counts['unknown_tokens']:,} of {tokens:,} tokens are its token for unknown text, id {spec.unk_id}, "
+            f"more than {MAX_UNKNOWN_SHARE:.0%}; name a tokenizer that was made for this text"
+        )
     if settings.deduplicate:
         counts["duplicate_documents"] = sum(record["documents"] for record in records) - documents
     if preparation.dangling_links:

@@ -46,6 +46,8 @@ from tandem.trainer.runtime.signals import StopRequested
 log = logging.getLogger(__name__)
 CHANGEABLE_MODEL_FIELDS = ("init_std", "init_truncation_sigmas", "document_masking", "alibi_scaling")
 """Fields of the model that may differ from those of the checkpoint in `run.init_from`."""
+MAX_UNUSED_IDS_SHARE = 1.0
+"""Ids beyond the corpora's, as a share of those. Padding and room for new tokens take a few percent."""
 WARNED_MODEL_FIELDS = ("document_masking", "alibi_scaling")
 """The changeable fields that affect what the weights compute. A difference in one of them is logged."""
 
@@ -182,6 +184,7 @@ def open_folder(
     log_notices(folder, config, previous, checkpoint.step if checkpoint else 0)
     open_run_folder(folder, dump_config(config))
     with suppress(StopRequested), coordinator.stop_signal.interruptible():  # an unreachable server blocks for minutes
+        warn_of_unused_ids(config, corpora)
         copy_tokenizer(folder, config.data, next(iter(corpora.values())))
 
 
@@ -293,6 +296,16 @@ def open_initial_weights(config: TrainConfig, mesh: Mesh) -> Checkpoint | None:
         values = ", ".join(f"model.{name} {saved.get(name)} instead of {requested.get(name)}" for name in differing)
         log.warning("run.init_from %s: its weights were trained with other settings: %s", checkpoint.folder, values)
     return checkpoint
+
+
+def warn_of_unused_ids(config: TrainConfig, corpora: Mapping[str, CorpusManifest]) -> None:
+    """Log a warning if the model has many more ids than the corpora."""
+    model, used_ids = config.model, max(corpus.vocab for corpus in corpora.values())
+    unused_ids = model.vocab_size - used_ids
+    if unused_ids > MAX_UNUSED_IDS_SHARE * used_ids:
+        parameters = unused_ids * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+        message = "model.vocab_size: %s, but the corpora have %s ids: %s parameters are never trained; lower it"
+        log.warning(message, *(f"{number:,}" for number in (model.vocab_size, used_ids, parameters)))
 
 
 def check_initial_tokenizer(checkpoint: Checkpoint, data: DataConfig, loader: Loader) -> None:

@@ -42,6 +42,8 @@ class EncoderSpec:
     """One more than the largest id."""
     library: str
     """gigatoken or tokenizers, which give the same tokens."""
+    unk_id: int | None = None
+    """Id of text that the tokenizer does not know; None if it knows all text."""
 
     def load(self) -> "DocumentEncoder":
         """Return the encoder, which is not thread-safe. The first call in a process takes half a second."""
@@ -161,7 +163,13 @@ def select_encoder(
         raise UserError(
             f"{error_prefix}: has no token {eos_token!r}, which ends documents; name the EOS of the tokenizer with --eos"
         )
-    reference_spec = EncoderSpec(text, eos_token, ids[eos_token], max(ids.values()) + 1, "tokenizers")
+    model = tree["model"]
+    if model.get("dropout"):
+        raise UserError(
+            f"{error_prefix}: model.dropout is {model['dropout']}, so the ids of a text are random; set it to null in the file"
+        )
+    unk_id = ids.get(model.get("unk_token"), model.get("unk_id"))
+    reference_spec = EncoderSpec(text, eos_token, ids[eos_token], max(ids.values()) + 1, "tokenizers", unk_id)
     reference_spec.load()([eos_token, f"a{eos_token}b {eos_token}"], [f"{error_prefix} ({eos_token!r} as text)"] * 2)
     if library == "tokenizers":
         return reference_spec

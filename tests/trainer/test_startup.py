@@ -1,6 +1,7 @@
 """A start creates each weight once in every layout, copies it to the model and the fp32 master weights, and copies the
 corpora's tokenizer into the run folder."""
 
+import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from tandem.trainer.models import init
 from tandem.trainer.models.init import initial_values
 from tandem.trainer.models.mup import parameter_rules
 from tandem.trainer.runtime.signals import StopSignal
-from tandem.trainer.startup import build_engine, copy_tokenizer, open_folder
+from tandem.trainer.startup import build_engine, copy_tokenizer, open_folder, warn_of_unused_ids
 from tests import ranks, tiny_configs
 from tests.data_prep.corpus_writer import rewrite_manifest, write_corpus
 from tests.sharded import save_checkpoint
@@ -130,6 +131,20 @@ def test_the_run_folder_has_the_very_bytes_of_the_tokenizer(tmp_path, content):
     made = rewrite_manifest(folder, made, tokenizer_sha256=hashlib.sha256(content).hexdigest())
     copy_tokenizer(tmp_path, DataConfig({"corpus": str(folder)}), made)
     assert (tmp_path / "tokenizer.json").read_bytes() == content
+
+
+def test_ids_that_no_corpus_has_are_told(tmp_path, caplog):
+    corpora = {"a": write_corpus(tmp_path / "a", ["a text"])}
+    tiny = tiny_configs.make_config("btlm")
+    for vocab_size in (300, 558):
+        warn_of_unused_ids(
+            dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, vocab_size=vocab_size)), corpora
+        )
+        assert not caplog.messages
+    used = corpora["a"].vocab
+    warn_of_unused_ids(dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, vocab_size=3000)), corpora)
+    unused = (3000 - used) * tiny.model.hidden_size * (1 if tiny.model.tie_word_embeddings else 2)
+    assert f"model.vocab_size: 3,000, but the corpora have {used} ids: {unused:,} parameters" in caplog.messages[0]
 
 
 @pytest.mark.parametrize("corpus", ["nothing-there", "http://127.0.0.1:9/corpus"])
