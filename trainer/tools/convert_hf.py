@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import logging
 import math
 import re
@@ -28,6 +29,7 @@ from tandem.trainer.config import AnyModelConfig, UserError
 from tandem.trainer.config.numbers import format_bytes
 from tandem.trainer.config.outside import safe_print
 from tandem.trainer.data.manifest import TOKENIZER_FILE
+from tandem.trainer.data.tokenizer_file import read_tokenizer
 from tandem.trainer.distributed.mesh import mesh_context
 from tandem.trainer.metrics import progress
 from tandem.trainer.metrics.history import read_history
@@ -163,7 +165,10 @@ def find_different_text(weight_source: WeightSource, export_folder: Path) -> str
     from tokenizers import Tokenizer
 
     assert weight_source.tokenizer_file is not None
-    ours, theirs = Tokenizer.from_file(str(weight_source.tokenizer_file)), load_pretrained_tokenizer(export_folder)
+    tree = read_tokenizer(weight_source.tokenizer_file)
+    for token in tree["added_tokens"]:
+        token["special"] = token["special"] or token["content"] == weight_source.eos_token  # as prepare marks it
+    ours, theirs = Tokenizer.from_str(json.dumps(tree)), load_pretrained_tokenizer(export_folder)
     ours.no_truncation()
     ours.no_padding()
     is_corpus_tokenizer = weight_source.text.is_corpus_tokenizer
