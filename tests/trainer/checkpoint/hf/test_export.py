@@ -18,10 +18,12 @@ from tandem.trainer.checkpoint.hf import configuration_btlm, modeling_btlm
 from tandem.trainer.checkpoint.hf.export import ExportedText, export_folder
 from tandem.trainer.checkpoint.hf.folder import read_json
 from tandem.trainer.checkpoint.hf.pretrained import load_pretrained_tokenizer
-from tandem.trainer.checkpoint.weights import WeightSource
+from tandem.trainer.checkpoint.weights import WeightSource, open_weight_source
+from tandem.trainer.checkpoint.write import model_metadata, save_imported_weights
 from tandem.trainer.config import UserError
-from tandem.trainer.data.tokenizer_file import corpus_form, read_tokenizer, same_encoding
-from tandem.trainer.tools import convert_hf
+from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit
+from tandem.trainer.data.tokenizer_file import corpus_form, file_sha256, read_tokenizer, same_encoding
+from tandem.trainer.tools import convert_hf, evaluate, generate
 from tandem.trainer.tools.convert_hf import CHECKED_TEXTS, find_different_text
 from tests.promises.test_hf import export
 from tests.reference.offline import offline
@@ -290,3 +292,40 @@ def test_shipped_code_imports_only_names_of_both_versions(module: Any) -> None:
     for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers"):
             assert {alias.name for alias in node.names} <= NAMES_IN_BOTH[node.module or ""]
+
+
+def test_the_same_tokenizer_written_otherwise_is_accepted_and_another_refused(tmp_path: Path, caplog: Any) -> None:
+    """By generate --tokenizer and evaluate --data: what does not affect the ids of a corpus may differ."""
+    own, same, other = (tmp_path / name / "tokenizer.json" for name in ("own", "same", "other"))
+    for path, kind in ((own, "plain"), (same, "cutting_and_padding"), (other, "prefix_space")):
+        path.parent.mkdir()
+        KINDS[kind][0]().save(str(path), pretty=path != own)
+    tree = json.loads(same.read_text())
+    tree["model"]["merges"] = [" ".join(pair) for pair in tree["model"]["merges"]]
+    same.write_text(json.dumps(tree))
+    weight_source = source(own)
+    generate.check_same_tokenizer(weight_source, same)
+    with pytest.raises(UserError, match=r"^--tokenizer: .* encodes otherwise than .*own.*leave the option out$"):
+        generate.check_same_tokenizer(weight_source, other)
+    for path, is_same in ((same, True), (other, False)):
+        empty = CorpusSplit(0, 0, [])
+        corpus = CorpusManifest("uint16", 256, 300, EOS, 0, file_sha256(path), 0.0, {}, {}, empty, empty)
+        assert evaluate.encodes_as_corpus(own, str(path.parent), corpus) == is_same
+    without_file = dataclasses.replace(weight_source, tokenizer_file=None, tokenizer_sha256=file_sha256(own))
+    generate.check_same_tokenizer(without_file, own)
+    assert caplog.messages == []
+    generate.check_same_tokenizer(without_file, other)
+    assert "the weights were trained with a tokenizer whose sha256 is" in caplog.messages[0]
+
+
+def test_a_tokenizer_beside_weights_that_is_not_theirs_is_refused(tmp_path: Path) -> None:
+    model, mup = VARIANTS["btlm_mup"]
+    tensors, file = reference_module(model).random_tensors(model, seed=3), tmp_path / "tokenizer.json"
+    bpe([EOS]).save(str(file))
+    metadata = model_metadata(model, mup) | {"tokenizer_sha256": file_sha256(file)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    save_imported_weights(tmp_path, tensors.__getitem__, shapes, metadata=metadata)
+    assert open_weight_source(tmp_path).tokenizer_file == file
+    bpe(["<s>", EOS]).save(str(file))
+    with pytest.raises(UserError, match=r"tokenizer.json: has sha256 .* restore that file, or remove this one$"):
+        open_weight_source(tmp_path)
