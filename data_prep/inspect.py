@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         title, split, start, count = _requested_range(args, corpus)
         pieces = list(corpus.document_slices(getattr(corpus.manifest, split), start, count))
         if args.json:
-            print(json.dumps({"corpus": args.corpus, "split": split, "first": start, "tokens": count,
+            safe_print(json.dumps({"corpus": args.corpus, "split": split, "first": start, "tokens": count,
                               "documents": [_slice_to_dict(piece, corpus) for piece in pieces]}))  # fmt: skip
         else:
             _print_slices(title, split, pieces, corpus, console)
@@ -174,7 +174,7 @@ def _print_matches(args: argparse.Namespace, corpus: CorpusReader, console: Cons
         found = list(islice(_find_documents(args.find, corpus, split, advance), args.limit))
     if args.json:
         documents = [_slice_to_dict(piece, corpus) for piece, _ in found]
-        print(json.dumps({"corpus": args.corpus, "split": args.split, "find": args.find, "documents": documents}))
+        safe_print(json.dumps({"corpus": args.corpus, "split": args.split, "find": args.find, "documents": documents}))
         return
     for piece, text in found:
         _print_rule(_describe_location(piece, args.split), console)
@@ -212,7 +212,7 @@ def _print_statistics(args: argparse.Namespace, corpus: CorpusReader, console: C
     with progress.progress_bar("counting lengths", sum(shard.bytes for shard in scanned_shards), "bytes") as advance:
         statistics = corpus_statistics.collect_statistics(corpus, scanned_shards, advance)
     if args.json:
-        print(json.dumps(statistics))
+        safe_print(json.dumps(statistics))
     else:
         corpus_statistics.print_statistics(statistics, console)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tandem.trainer.config import UserError, check_world_size, load_config
+from tandem.trainer.config.addresses import hide_secrets
 from tandem.trainer.config.outside import escape_control_characters
 from tandem.trainer.runtime import launch, process, signals, streams
 from tandem.trainer.runtime.launcher import RENDEZVOUS_NAME, launcher_command
@@ -61,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb. Return 0 if it succeeds, 1 if a check fails, 2 for a user error, 85 if a signal stopped a run, 130 after
     Ctrl-C, and 141 if the reader of the output closed the pipe.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        sys.argv[1:] = map(hide_secrets, argv)  # wandb and environment.json record it
     os.environ["PYTHONSAFEPATH"] = "1"  # ranks and workers leave out the working folder too
     # deepspeed and torch.distributed.launch add a flag of their own; the rank comes from the environment.
     argv = [argument for argument in argv if not argument.startswith(("--local_rank", "--local-rank"))]

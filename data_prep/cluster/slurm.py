@@ -45,10 +45,11 @@ class TaskStep:
             job.run_task(rank, world_size)
         except (UserError, OSError) as error:
             line = str(error) if isinstance(error, UserError) else f"{job.request.output}: {error}"
+            line = escape_control_characters(line, one_line=True)
             failed = self.job_path.with_name(f"{self.job_path.stem}-{rank:05d}{submissions.FAILED_SUFFIX}")
             with suppress(OSError):  # the disk may be full
                 failed.write_text(f"{line}\n", encoding="utf-8", errors="backslashreplace")
-            print(f"tandem: {escape_control_characters(line, one_line=True)}", file=sys.stderr, flush=True)
+            print(f"tandem: {line}", file=sys.stderr, flush=True)
             raise SystemExit(USER_ERROR_EXIT_CODE) from None
 
 

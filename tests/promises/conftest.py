@@ -75,7 +75,11 @@ def _run_commands(commands: list[list[str]], log: Path | None, environment: dict
     os.environ.update(environment)
     config.update("jaxtyping_disable", True)  # as in a command, whose steps would take half as long again
 
-    sys.exit(next(filter(None, map(main, commands)), 0))
+    def run(command: list[str]) -> int:
+        sys.argv[1:] = command  # what a run records
+        return main()
+
+    sys.exit(next(filter(None, map(run, commands)), 0))
 
 
 def wait_for_exit(process: BaseProcess) -> int | None:

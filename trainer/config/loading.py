@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tandem.trainer.config.addresses import hide_secrets_in_tree
 from tandem.trainer.config.outside import NotAFile
 from tandem.trainer.config.overrides import apply_override
 from tandem.trainer.config.parsing import parse_dataclass
@@ -43,12 +44,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
     """
     path = _find_config(Path(path))
     tree = _read_sections(path)
+    sources_of_file = set(_sources(tree))
     for override in overrides or []:
         apply_override(tree, override)
     tree = _replace_interpolations(tree, path)
     if isinstance(tree.get("hardware"), str):
         tree["hardware"] = _load_hardware(path.parent, tree["hardware"])
-    return _parse_config(tree)
+    config = _parse_config(tree)
+    # A file may list a source that only earlier steps read. An override that adds one is a typing error if nothing reads it.
+    read_sources = {name for phase in config.schedule.phases for name in phase.mixture}
+    for name in config.data.sources.keys() - sources_of_file - read_sources:
+        known = ", ".join(sorted(sources_of_file)) or "none"
+        rule = f"is not in the file, whose sources are {known}, and no phase reads it"
+        raise UserError(f"override data.sources.{name}: {rule}; correct the name, or add it to the mixture of a phase")
+    return config
 
 
 def load_saved_config(path: Path) -> TrainConfig:
@@ -60,14 +69,21 @@ def load_saved_config(path: Path) -> TrainConfig:
 
 
 def dump_config(config: TrainConfig) -> str:
-    """Format the config as YAML that `load_saved_config` reads back into an equal config."""
-    return str(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+    """Format the config as YAML that `load_saved_config` reads back into an equal config, apart from secrets in addresses."""
+    return str(OmegaConf.to_yaml(OmegaConf.create(hide_secrets_in_tree(dataclasses.asdict(config)))))
 
 
 def _parse_config(tree: dict[str, Any]) -> TrainConfig:
     config: TrainConfig = parse_dataclass(TrainConfig, tree, "")
     check_config(config)
     return config
+
+
+def _sources(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return data.sources of a file that is not checked yet."""
+    data = tree.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    return sources if isinstance(sources, dict) else {}
 
 
 def _find_config(path: Path) -> Path:

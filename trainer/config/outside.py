@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tandem.trainer.config.addresses import hide_secrets
 from tandem.trainer.config.sections import UserError
 
 MAX_FILE_BYTES = 512 << 20
@@ -115,8 +116,11 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def escape_control_characters(text: str, *, one_line: bool = False) -> str:
-    """Replace each character that could control the terminal by its escape sequence, with `one_line` also newlines."""
-    escaped = _CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    """Replace each character that could control the terminal by its escape sequence, with `one_line` also newlines.
+
+    Passwords and signatures in addresses are hidden, because a terminal and a log have other readers than a config.
+    """
+    escaped = _CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), hide_secrets(text))
     return escaped.replace("\n", "\\n") if one_line else escaped
 
 

@@ -3,50 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import re
 
 from tandem.trainer.config import sections
 
 RANK_WAIT_TIMEOUT_SECONDS = 600.0
 """How long the ranks wait for a missing one before they all fail."""
-MIN_GUARD_WINDOW_STEPS = 8
 
 
 def check_config(config: sections.TrainConfig) -> None:
     """Raises: UserError for the first broken rule."""
     schedule, data, run = config.schedule, config.data, config.run
     _check_model(config.model)
-    if config.mup is not None:
-        _check_positive(config.mup, "mup", "base_hidden_size", "embedding_multiplier", "output_multiplier")
     _require(bool(schedule.phases), "schedule.phases: the list is empty; add at least one phase")
     for index, phase in enumerate(schedule.phases):
         _check_phase(config, f"schedule.phases[{index}]", phase)
     names = [phase.name for phase in schedule.phases]
     _require(len(set(names)) == len(names), f"schedule.phases: the names {names} are not unique; rename a phase")
     _check_learning_rate(config)
-    _check_positive(config.optim, "optim", "eps")
     for name in ("beta1", "beta2"):
         value = getattr(config.optim, name)
         rule = "use a value of at least 0 and below 1; the recipes use 0.9 and 0.95"
         _require(0 <= value < 1, f"optim.{name}: {value} is out of range; {rule}")
-    for section, name in (
-        (config.optim, "weight_decay"), (config.optim, "max_grad_norm"), (config.evaluate, "every_steps"),
-        (config.checkpoint, "every_steps"), (config.checkpoint, "keep_last"), (data, "prefetch_steps"),
-        (data, "num_workers"), (data, "shuffle_block_tokens"), (run, "max_repeat_failures"),
-        (config.guard, "spike_sigmas"), (config.guard, "max_skips"), (config.guard, "max_rollbacks"),
-        (config.watchdog, "step_timeout_seconds"), (config.watchdog, "start_timeout_seconds"),
-        (config.debug, "compare_replicas_every_steps"),
-    ):  # fmt: skip
-        key_path = f"{type(section).__name__.removesuffix('Config').lower()}.{name}"
-        value = getattr(section, name)
-        in_range = value is None or 0 <= value < math.inf
-        _require(in_range, f"{key_path}: {value} is negative or not finite; use 0 or more")
-    _check_positive(data, "data", "shuffle_window_tokens")
     cache = data.cache
-    _check_positive(cache, "data.cache", "max_size_gib", "max_attempts", "timeout_seconds")
-    min_rate = cache.min_bytes_per_second
-    rule = "is negative or not finite; use 0 or more"
-    _require(0 <= min_rate < math.inf, f"data.cache.min_bytes_per_second: {min_rate} {rule}")
     total_pause_seconds = sum(map(cache.retry_delay_seconds, range(1, cache.max_attempts)))
     max_fetch_seconds = cache.max_attempts * cache.timeout_seconds + total_pause_seconds
     _require(
@@ -55,30 +34,31 @@ def check_config(config: sections.TrainConfig) -> None:
         f"{max_fetch_seconds:g} s, but ranks wait only {RANK_WAIT_TIMEOUT_SECONDS:g} s for one another; lower max_attempts or "
         "timeout_seconds",
     )
-    for name, max_epochs in data.max_epochs.items():
+    sources = ", ".join(data.sources) or "none"
+    for name in data.max_epochs:
         _require(
-            name in data.sources and 0 < max_epochs < math.inf,
-            f"data.max_epochs.{name}: {max_epochs} is not valid; the name must be in data.sources and the number positive and "
-            "finite; correct the entry, or leave it out for no limit",
+            name in data.sources,
+            f"data.max_epochs.{name}: is not in data.sources, which contains {sources}; correct the name",
         )
-    _check_positive(config.parallel, "parallel", "tp_size", "bucket_elements")
-    window_steps = config.guard.window_steps
-    _require(
-        window_steps >= MIN_GUARD_WINDOW_STEPS,
-        f"guard.window_steps: {window_steps} is too few steps to estimate a spread; use at least {MIN_GUARD_WINDOW_STEPS}",
-    )
-    _check_positive(config.log, "log", "every_steps")
+    for name, address in data.sources.items():
+        _check_path(f"data.sources.{name}", address)
+    for key_path, path in (
+        ("run.root", f"{run.root}/{run.name}"),
+        ("run.init_from", run.init_from),
+        ("data.tokenizer", data.tokenizer),
+    ):
+        _check_path(key_path, path or "")
     # At stage 0 in bf16, DeepSpeed would add the gradients of the second micro-batch in bf16.
     _require(
         config.parallel.zero_stage != 0 or run.precision != "bf16",
         "parallel.zero_stage: 0 does not work with run.precision bf16, because DeepSpeed accumulates gradients in fp32 only "
         "from stage 1 on; set zero_stage to 1 or precision to fp32",
     )
-    is_folder_name = "/" not in run.name and run.name not in ("", ".", "..")
-    _require(is_folder_name, f"run.name: {run.name!r} is not the name of a single folder; use a name without slashes")
+    is_folder_name = "/" not in run.name and run.name[0] not in ".- " and run.name[-1] != " "
     _require(
-        run.stop_step is None or run.stop_step >= 1,
-        f"run.stop_step: {run.stop_step} is below 1; use 1 or more, or null to run the whole schedule",
+        is_folder_name,
+        f"run.name: {run.name!r} is not the name of a single folder; use a name without slashes, without spaces at "
+        "its ends, and with another first character than a dot or dash",
     )
 
 
@@ -125,8 +105,6 @@ def check_alibi_scaling(scaling: sections.AlibiScalingConfig, key_path: str) -> 
 
 
 def _check_model(model: sections.AnyModelConfig) -> None:
-    sizes = ("hidden_size", "num_layers", "num_heads", "ffn_hidden_size", "vocab_size")
-    _check_positive(model, "model", *sizes, "norm_eps", "init_std")
     _require(
         model.hidden_size % model.num_heads == 0,
         f"model.hidden_size: {model.hidden_size} is not divisible by model.num_heads {model.num_heads}; head_dim is "
@@ -142,7 +120,6 @@ def _check_model(model: sections.AnyModelConfig) -> None:
         if model.alibi_scaling is not None:
             check_alibi_scaling(model.alibi_scaling, "model.alibi_scaling")
         return
-    _check_positive(model, "model", "num_kv_heads", "rotary_base")
     _require(
         model.num_heads % model.num_kv_heads == 0,
         f"model.num_kv_heads: {model.num_kv_heads} does not divide model.num_heads {model.num_heads}; each key head serves the "
@@ -157,7 +134,6 @@ def _check_model(model: sections.AnyModelConfig) -> None:
 
 
 def _check_phase(config: sections.TrainConfig, key_path: str, phase: sections.PhaseConfig) -> None:
-    _check_positive(phase, key_path, "tokens", "seq_len", "global_batch_size", "micro_batch_size")
     tokens_per_step = phase.tokens_per_step
     _require(
         config.schedule.tokens_per_step in (None, tokens_per_step),
@@ -202,7 +178,6 @@ def _check_phase(config: sections.TrainConfig, key_path: str, phase: sections.Ph
 
 def _check_learning_rate(config: sections.TrainConfig) -> None:
     lr, total_steps = config.schedule.lr, sum(phase.num_steps for phase in config.schedule.phases)
-    _check_positive(lr, "schedule.lr", "peak")
     _require(
         0 <= lr.final <= lr.peak,
         f"schedule.lr.final: {lr.final} is not between 0 and peak {lr.peak}; use a number in that range",
@@ -211,10 +186,6 @@ def _check_learning_rate(config: sections.TrainConfig) -> None:
         0 <= lr.warmup_steps < total_steps,
         f"schedule.lr.warmup_steps: {lr.warmup_steps} is out of range; use at least 0 and less than {total_steps}, the number "
         "of steps of the run",
-    )
-    _require(
-        lr.decay_steps is None or lr.decay_steps >= 1,
-        f"schedule.lr.decay_steps: {lr.decay_steps} is below 1; use 1 or more, or null to decay to the end of the run",
     )
     if not isinstance(lr, sections.HybridLRConfig):
         return
@@ -237,10 +208,16 @@ def _check_learning_rate(config: sections.TrainConfig) -> None:
     )
 
 
-def _check_positive(section: Any, key_path: str, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        _require(0 < value < math.inf, f"{key_path}.{name}: {value} is not positive and finite; use a number above 0")
+def _check_path(key_path: str, path: str) -> None:
+    """Raises: UserError if no file can have this path, or if the user's part of an address would not be recognized."""
+    if "://" in path:
+        is_encoded = re.search(r'[\s"<>]', path) is None or not path.startswith("http")
+        rule = "an address over http has a space, a quote or an angle bracket; write it in percent-encoding, for example %20"
+        _require(is_encoded, f"{key_path}: {rule}")
+        return
+    names = path.encode(errors="surrogateescape").split(b"/")
+    rule = "is longer than any file system permits; use a shorter path"
+    _require(len(path) < 4096 and max(map(len, names)) <= 255, f"{key_path}: {path[:60]}... {rule}")
 
 
 def _require(condition: bool, message: str) -> None:

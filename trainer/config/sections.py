@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tandem.trainer.config.constraints import HomePath, SelectedBy
+from tandem.trainer.config.constraints import HomePath, Pattern, Range, SelectedBy
 
 SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 """The configs that ship: beside `trainer` in the repository and in an installation."""
@@ -23,11 +23,25 @@ class UserError(ValueError):
 
 
 PathText = Annotated[str, HomePath()]
+NameText = Annotated[
+    str,
+    Pattern("[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]{1,200}", "1 to 200 characters without control characters"),
+]
+# The largest values are beyond every honest use. They keep a mistyped number from filling memory, waiting for years or
+# overflowing later, and they are no advice.
+Count = Annotated[int, Range(at_least=0, at_most=10**12)]
+PositiveCount = Annotated[int, Range(at_least=1, at_most=10**12)]
+Tokens = Annotated[int, Range(at_least=1, at_most=10**16)]
+RowLength = Annotated[int, Range(at_least=1, at_most=1 << 24)]
+Rows = Annotated[int, Range(at_least=1, at_most=1 << 20)]
+Width = Annotated[int, Range(at_least=1, at_most=1 << 22)]
+Factor = Annotated[float, Range(above=0, at_most=10**6)]
+Seconds = Annotated[float, Range(at_least=0, at_most=10**8)]
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    name: str
+    name: NameText
     """Name of the run, of its folder in `root` and of its wandb run."""
     seed: int
     """Seed of all random numbers; each draw also depends on its own name."""
@@ -39,9 +53,9 @@ class RunConfig:
     """Folder with the initial weights, written by `tandem import-hf`; null initialises them from `seed`."""
     init_from_tokenizer: Literal["same", "any"] = "same"
     """same: refuse corpora of another tokenizer than that of `init_from`. any: start also if its ids mean other tokens."""
-    stop_step: int | None = None
+    stop_step: PositiveCount | None = None
     """Save and exit after this many steps, before the end of the schedule; null runs the whole schedule."""
-    max_repeat_failures: int = 3
+    max_repeat_failures: Count = 3
     """Consecutive starts that may fail at the same step; the next start is refused. 0 never refuses."""
 
 
@@ -51,19 +65,19 @@ class ModelConfig:
 
     family: str
     """stablelm or btlm."""
-    hidden_size: int
+    hidden_size: Width
     """Width of the residual stream."""
-    num_layers: int
+    num_layers: Annotated[int, Range(at_least=1, at_most=10_000)]
     """Number of layers."""
-    num_heads: int
+    num_heads: Annotated[int, Range(at_least=1, at_most=1 << 16)]
     """Number of query heads; head_dim is hidden_size / num_heads."""
-    ffn_hidden_size: int
+    ffn_hidden_size: Width
     """Inner width of the gated feed-forward network, without padding."""
-    vocab_size: int
+    vocab_size: Annotated[int, Range(at_least=1, at_most=1 << 24)]
     """Number of token ids, without padding; at least that of the tokenizer."""
-    norm_eps: float
+    norm_eps: Annotated[float, Range(above=0, at_most=1)]
     """Epsilon added to the variance in every LayerNorm."""
-    init_std: float
+    init_std: Annotated[float, Range(above=0, at_most=1_000)]
     """Standard deviation of the initial embedding and, without muP, of every initial matrix."""
     init_truncation_sigmas: float
     """Initial normal values are truncated at this many standard deviations; 0 does not truncate."""
@@ -77,11 +91,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class StableLMConfig(ModelConfig):
-    num_kv_heads: int
+    num_kv_heads: Annotated[int, Range(at_least=1, at_most=1 << 16)]
     """Number of key and value heads; divides num_heads."""
     partial_rotary_factor: float
     """Fraction of head_dim that is rotated, from its start."""
-    rotary_base: float
+    rotary_base: Annotated[float, Range(above=0, at_most=10**12)]
     """Base of the rotary frequencies."""
     parallel_residual: bool
     """true: x + attention(norm(x)) + ffn(norm(x)) with one shared norm. false: attention, then ffn, with two norms."""
@@ -130,14 +144,14 @@ AnyModelConfig = StableLMConfig | BTLMConfig
 class MupConfig:
     """Maximal update parametrisation; the rules are one table in `models/mup.py`."""
 
-    base_hidden_size: int | float
+    base_hidden_size: Annotated[int | float, Range(above=0, at_most=1 << 22)]
     """Width at which the hyperparameters were tuned. The width multiplier is model.hidden_size / base_hidden_size.
 
     Published folders store the inverse of the multiplier, so the width of an import need not be a whole number.
     """
-    embedding_multiplier: float
+    embedding_multiplier: Factor
     """Factor applied to the output of the embedding."""
-    output_multiplier: float
+    output_multiplier: Factor
     """Factor applied to the logits, which are also divided by the width multiplier."""
     scale_qk_dot_by_d: bool = True
     """true: attention scores are multiplied by 1 / head_dim, the rule of muP. false: by 1 / sqrt(head_dim)."""
@@ -145,15 +159,15 @@ class MupConfig:
 
 @dataclass(frozen=True)
 class PhaseConfig:
-    name: str
+    name: NameText
     """Name in progress lines, metrics and plots; unique."""
-    tokens: int
+    tokens: Tokens
     """Length of the phase in tokens, a multiple of global_batch_size * seq_len."""
-    seq_len: int
+    seq_len: RowLength
     """Tokens in a row."""
-    global_batch_size: int
+    global_batch_size: Rows
     """Rows in a global batch."""
-    micro_batch_size: int
+    micro_batch_size: Rows
     """Rows in one forward pass on one data-parallel rank."""
     mixture: dict[str, float]
     """Source in `data.sources` -> its fraction of the rows. The fractions sum to 1."""
@@ -171,13 +185,13 @@ class PhaseConfig:
 class LRConfig:
     kind: str
     """linear, cosine or hybrid."""
-    peak: float
+    peak: Annotated[float, Range(above=0, at_most=1_000)]
     """Learning rate at the end of the warm-up."""
     final: float
     """Learning rate at the end of the decay. For hybrid: the minimum of its cosine, which it does not reach."""
     warmup_steps: int
     """Steps of the linear warm-up from 0 to peak; 0 has none."""
-    decay_steps: int | None
+    decay_steps: PositiveCount | None
     """Steps from the end of the warm-up to `final` (hybrid: full period of the cosine); null ends at the run's last step."""
 
 
@@ -199,17 +213,17 @@ class HybridLRConfig(LRConfig):
     """Fraction of decay_steps after which the cosine ends."""
     offset_steps: int
     """Steps subtracted before the formula is applied: 0 includes the warm-up, warmup_steps excludes it."""
-    cooldown_start_step: int | None
+    cooldown_start_step: Count | None
     """First step of the cooldown, which starts from the learning rate of that step; null has no cooldown."""
-    cooldown_steps: int
+    cooldown_steps: Count
     """Length of the cooldown in steps."""
-    cooldown_final: float
+    cooldown_final: Annotated[float, Range(at_least=0, at_most=1_000)]
     """Learning rate at the end of the cooldown."""
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    tokens_per_step: int | None
+    tokens_per_step: Tokens | None
     """Tokens in a global batch, checked in every phase; null lets phases differ."""
     phases: list[PhaseConfig]
     """Phases in order; the run ends with the last."""
@@ -223,23 +237,23 @@ class OptimConfig:
     """AdamW: decay of the first moment."""
     beta2: float
     """AdamW: decay of the second moment."""
-    eps: float
+    eps: Annotated[float, Range(above=0, at_most=1)]
     """AdamW: added to the square root of the second moment."""
-    weight_decay: float
+    weight_decay: Annotated[float, Range(at_least=0, at_most=10**6)]
     """Decoupled weight decay of matrices and embeddings; norms and biases have none."""
-    max_grad_norm: float
+    max_grad_norm: Annotated[float, Range(at_least=0, at_most=10**12)]
     """The global gradient norm is clipped to this value; 0 does not clip."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    tp_size: int
+    tp_size: Annotated[int, Range(at_least=1, at_most=1024)]
     """Tensor-parallel ranks per replica of the model. The data-parallel size is number of ranks / tp_size."""
     zero_stage: Literal[0, 1]
     """1: optimizer state is sharded over data-parallel ranks. 0: every rank holds all of it; fp32 only."""
     recompute: Literal["none", "selective", "full"]
     """Activations recomputed in backward: none, those of attention and feed-forward products, or whole layers."""
-    bucket_elements: int = 500_000_000
+    bucket_elements: PositiveCount = 500_000_000
     """Maximum number of gradient elements reduced, or weights gathered, in one call."""
 
 
@@ -247,15 +261,15 @@ class ParallelConfig:
 class ShardCacheConfig:
     """Local copies of remote shards (s3://, gs://, https://), shared by the ranks of a node."""
 
-    folder: str = "~/.cache/tandem/shards"
+    folder: PathText = "~/.cache/tandem/shards"
     """Local folder of the copies, which belongs to one user and which no other user can change. Runs of this user share it."""
-    max_size_gib: float = 64.0
+    max_size_gib: Annotated[float, Range(above=0, at_most=1 << 30)] = 64.0
     """Maximum size; the least recently read copies are removed. Removed copies that are still read may use a quarter more."""
-    max_attempts: int = 8
+    max_attempts: Annotated[int, Range(at_least=1, at_most=1000)] = 8
     """Attempts to download a shard, with growing delays, before the run stops."""
-    timeout_seconds: float = 30.0
+    timeout_seconds: Annotated[float, Range(above=0, at_most=10**6)] = 30.0
     """Longest wait for the next bytes of a shard before an attempt fails."""
-    min_bytes_per_second: float = 4096.0
+    min_bytes_per_second: Annotated[float, Range(at_least=0, at_most=10**12)] = 4096.0
     """Lowest average rate of a server over twice the timeout; an attempt that is slower fails. 0 permits any rate.
 
     The default is below that of a telephone modem, and a shard of 200 MB would take 14 hours at it.
@@ -271,22 +285,22 @@ class ShardCacheConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    sources: dict[str, PathText]
+    sources: dict[NameText, PathText]
     """Source -> folder or remote address of a corpus written by `tandem prepare`.
 
     A source that the run has read must stay here, even if no later phase uses it.
     """
     tokenizer: PathText | None = None
     """tokenizer.json with which the corpora must have been prepared; null trusts the manifests."""
-    num_workers: int = 1
+    num_workers: Annotated[int, Range(at_least=0, at_most=1024)] = 1
     """Threads that prefetch batches; 0 does not prefetch. Does not change the rows."""
-    prefetch_steps: int = 2
+    prefetch_steps: Annotated[int, Range(at_least=0, at_most=1024)] = 2
     """Global batches to prefetch; 0 does not prefetch."""
-    shuffle_block_tokens: int = 8_192
+    shuffle_block_tokens: Count = 8_192
     """Adjacent tokens that stay together in the shuffle; use the longest seq_len. 0 does not shuffle."""
-    shuffle_window_tokens: int = 33_554_432
+    shuffle_window_tokens: Tokens = 33_554_432
     """Blocks are shuffled within windows of this many tokens, so that a step reads from few shards."""
-    max_epochs: dict[str, float] = field(default_factory=dict)
+    max_epochs: dict[str, Annotated[float, Range(above=0, at_most=10**9)]] = field(default_factory=dict)
     """Source -> maximum number of times it is read; a source not listed has no limit."""
     at_end: Literal["refuse", "stop"] = "refuse"
     """If max_epochs is too low for the schedule: refuse to start, or stop after the last step that has data."""
@@ -301,17 +315,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    every_steps: int
+    every_steps: Count
     """Steps between validations; 0 never validates."""
-    tokens: int
+    tokens: Annotated[int, Range(at_least=0, at_most=10**16)]
     """Held-out tokens per validation, a multiple of every phase's seq_len."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int
+    every_steps: Count
     """Steps between saves; 0 saves only at the end and on a signal."""
-    keep_last: int
+    keep_last: Count
     """Number of newest checkpoints to keep; 0 keeps all. Old ones are removed after a newer one is committed."""
 
 
@@ -319,13 +333,13 @@ class CheckpointConfig:
 class GuardConfig:
     """How the run handles a step with a bad loss or gradient norm. All ranks decide the same, before the update."""
 
-    spike_sigmas: float = 0.0
+    spike_sigmas: Annotated[float, Range(at_least=0, at_most=10**6)] = 0.0
     """Robust standard deviations above the median of the last good steps from which a step is bad; 0: only if not finite."""
-    window_steps: int = 128
+    window_steps: Annotated[int, Range(at_least=8, at_most=100_000)] = 128
     """Last good steps to compare with. Detection starts after this many steps of one seq_len, batch size and mixture."""
-    max_skips: int = 3
+    max_skips: Count = 3
     """Consecutive bad steps whose update is skipped. One more rolls back to the last checkpoint and skips the rows since."""
-    max_rollbacks: int = 2
+    max_rollbacks: Count = 2
     """Rollbacks to the same checkpoint; after that, a bad step ends the run."""
 
 
@@ -333,19 +347,19 @@ class GuardConfig:
 class WatchdogConfig:
     """When to end a run that hangs, so that it can be restarted."""
 
-    step_timeout_seconds: float | None = None
+    step_timeout_seconds: Seconds | None = None
     """Limit for a part of a step or a validation batch; null: ten times the median step, at least 60 s. 0 has no limit."""
-    start_timeout_seconds: float = 1_800.0
+    start_timeout_seconds: Seconds = 1_800.0
     """Limit from the start to the end of the first step, and for a save, a rollback or the end of a run. 0 has no limit."""
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    every_steps: int = 10
+    every_steps: PositiveCount = 10
     """Steps between progress lines if the output is not a terminal. metrics.jsonl has every step."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online if there is an API key, otherwise offline, into the run folder."""
-    wandb_project: str = "tandem"
+    wandb_project: NameText = "tandem"
     """wandb project."""
 
 
@@ -353,7 +367,7 @@ class LogConfig:
 class DebugConfig:
     deterministic: bool = True
     """true: the same config on the same machine gives the same bits. false allows faster kernels without this guarantee."""
-    compare_replicas_every_steps: int = 0
+    compare_replicas_every_steps: Count = 0
     """Steps between bitwise comparisons of the weights of all data-parallel replicas; 0 never compares."""
     immediate_gradients: bool = True
     """bf16: add each gradient to the fp32 sum and free it during backward. false adds them after backward: the same bits, two
@@ -366,13 +380,13 @@ class HardwareConfig:
 
     name: str
     """Display name."""
-    peak_flops: float
+    peak_flops: Annotated[float, Range(above=0, at_most=10**20)]
     """Peak dense bf16 FLOP/s of one device, the denominator of MFU."""
-    memory_gib: float
+    memory_gib: Factor
     """Memory of one device."""
-    memory_bytes_per_second: float
+    memory_bytes_per_second: Annotated[float, Range(above=0, at_most=10**18)]
     """Memory bandwidth of one device."""
-    devices_per_node: int
+    devices_per_node: Annotated[int, Range(at_least=1, at_most=1 << 16)]
     """Devices in one node."""
 
 

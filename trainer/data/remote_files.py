@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote
 
 from tandem.trainer.config import ShardCacheConfig, UserError
+from tandem.trainer.config.addresses import has_hidden_part
 from tandem.trainer.config.outside import MAX_FILE_BYTES, file_too_large, open_regular_file, read_file
 
 PIP_REQUIREMENTS = {"http": "fsspec[http]", "https": "fsspec[http]", "s3": "tandem[s3]", "gs": "tandem[gs]"}
@@ -99,8 +100,11 @@ def is_remote(address: str | Path) -> bool:
 
 
 def join_address(folder: str | Path, name: str) -> str:
-    """Return the address of a file in a folder."""
-    return f"{str(folder).rstrip('/')}/{name}" if is_remote(folder) else str(Path(folder) / name)
+    """Return the address of a file in a folder. Over http, a folder's query may be a signature for its files."""
+    if not is_remote(folder):
+        return str(Path(folder) / name)
+    path, mark, query = str(folder).partition("?" if str(folder).startswith("http") else "\0")
+    return f"{path.rstrip('/')}/{name}{mark}{query}"
 
 
 def read_bytes(
@@ -254,6 +258,9 @@ def _retry(description: str, settings: ShardCacheConfig, call: Callable[[], Resu
 
 def _open_filesystem(address: str, timeout_seconds: float) -> Any:
     scheme = address.split("://")[0]
+    if has_hidden_part(address):
+        remedy = "give the config with which the run was started, or the whole address"
+        raise UserError(f"{address}: was written by Tandem, which leaves out names, passwords and signatures; {remedy}")
     if scheme not in PIP_REQUIREMENTS:
         raise UserError(
             f"{address}: {scheme}:// is not supported; copy the files to a local folder or to an address that starts with one "

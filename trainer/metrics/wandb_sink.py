@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.trainer.config import TrainConfig, UserError
+from tandem.trainer.config.addresses import hide_secrets_in_tree
 from tandem.trainer.config.outside import read_text
 from tandem.trainer.disk import atomic_write
 
@@ -113,6 +114,7 @@ def _init_run(mode: Any, folder: Path, config: TrainConfig) -> Any:
         atomic_write(id_file, secrets.token_hex(4) + "\n")
     return wandb.init(
         mode=mode, dir=folder, id=read_text(id_file).strip(), resume="allow" if mode == "online" else None,
-        project=config.log.wandb_project, name=config.run.name, config=dataclasses.asdict(config), allow_val_change=True,
+        project=config.log.wandb_project, name=config.run.name, allow_val_change=True,
+        config=hide_secrets_in_tree(dataclasses.asdict(config)),
         settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
     )  # fmt: skip

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from traceback import format_exception
 from typing import NoReturn
@@ -47,6 +48,9 @@ def escape_messages() -> None:
     assert logging.lastResort
     logging.lastResort.setFormatter(SafeFormatter())
     sys.excepthook = lambda *error: sys.stderr.write(escape_control_characters("".join(format_exception(*error))))
+    threading.excepthook = lambda found: sys.excepthook(
+        found.exc_type, found.exc_value or found.exc_type(), found.exc_traceback
+    )
 
 
 def check_working_folder() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tandem.trainer import config
 from tandem.trainer.config import UserError
+from tandem.trainer.config.addresses import has_hidden_part, hide_secrets
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 DEMO = CONFIGS / "demo-stablelm.yaml"
@@ -39,7 +40,10 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
         ("schedule.lr.kind=step", ["schedule.lr.kind", "'step'", "linear, cosine, hybrid"]),
         ("hardware=abacus", ["hardware", "'abacus'", "known names: h100_sxm"]),
         ("run.name=a/b", ["run.name", "'a/b'", "a single folder", "without slashes"]),
-        ("optim.max_grad_norm=-1", ["optim.max_grad_norm", "-1", "is negative or not finite", "use 0 or more"]),
+        (
+            "optim.max_grad_norm=-1",
+            ["optim.max_grad_norm", "-1", "not a finite number at least 0", "use a value that is"],
+        ),
         ("model.init_truncation_sigmas=-1", ["model.init_truncation_sigmas", "-1", "neither 0 (no truncation)"]),
         ("model.init_truncation_sigmas=0.09", ["model.init_truncation_sigmas", "0.09", "at least 0.1"]),
         ("model.init_truncation_sigmas=.inf", ["model.init_truncation_sigmas", "inf", "neither 0 (no truncation)"]),
@@ -78,22 +82,28 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
             ["phases[0].mixture", "'books'", "is not in data.sources, which contains corpus"],
         ),
         ("schedule.phases[0].mixture.corpus=0.5", ["phases[0].mixture", "0.5", "must sum to 1"]),
-        ("data.max_epochs={corpus: .inf}", ["data.max_epochs.corpus", "inf", "positive and finite", "leave it out"]),
-        ("data.max_epochs={corpus: .nan}", ["data.max_epochs.corpus", "nan", "positive and finite"]),
-        ("data.cache.max_size_gib=.inf", ["data.cache.max_size_gib", "inf", "positive and finite", "above 0"]),
-        ("data.cache.max_size_gib=.nan", ["data.cache.max_size_gib", "nan", "positive and finite"]),
+        ("data.max_epochs={corpus: .inf}", ["data.max_epochs.corpus", "inf", "a finite number above 0"]),
+        ("data.max_epochs={corpus: .nan}", ["data.max_epochs.corpus", "nan", "a finite number above 0"]),
+        ("data.cache.max_size_gib=.inf", ["data.cache.max_size_gib", "inf", "a finite number above 0"]),
+        ("data.cache.max_size_gib=.nan", ["data.cache.max_size_gib", "nan", "a finite number above 0"]),
         (
             "run.max_repeat_failures=-1",
-            ["run.max_repeat_failures", "-1", "is negative or not finite", "use 0 or more"],
+            ["run.max_repeat_failures", "-1", "not a finite number at least 0", "use a value that is"],
         ),
-        ("guard.spike_sigmas=-2", ["guard.spike_sigmas", "-2", "is negative or not finite"]),
-        ("guard.window_steps=3", ["guard.window_steps", "3", "too few", "at least 8"]),
+        (
+            "guard.spike_sigmas=-2",
+            ["guard.spike_sigmas", "-2", "not a finite number at least 0", "use a value that is"],
+        ),
+        ("guard.window_steps=3", ["guard.window_steps", "3", "at least 8"]),
         (
             "watchdog.step_timeout_seconds=-1",
-            ["watchdog.step_timeout_seconds", "-1", "negative or not finite"],
+            ["watchdog.step_timeout_seconds", "-1", "not a finite number at least 0", "use a value that is"],
         ),
-        ("watchdog.start_timeout_seconds=.inf", ["watchdog.start_timeout_seconds", "inf", "negative or not finite"]),
-        ("data.cache.timeout_seconds=.inf", ["data.cache.timeout_seconds", "inf", "positive and finite"]),
+        (
+            "watchdog.start_timeout_seconds=.inf",
+            ["watchdog.start_timeout_seconds", "inf", "not a finite number at least 0", "use a value that is"],
+        ),
+        ("data.cache.timeout_seconds=.inf", ["data.cache.timeout_seconds", "inf", "a finite number above 0"]),
         (
             "data.cache.max_attempts=18",
             [
@@ -104,12 +114,30 @@ def mistake(*overrides: str, path: Path = DEMO) -> str:
                 "lower max_attempts or timeout_seconds",
             ],
         ),
-        ("schedule.lr.peak=.nan", ["schedule.lr.peak", "nan", "positive and finite"]),
-        ("optim.weight_decay=.nan", ["optim.weight_decay", "nan", "is negative or not finite"]),
+        ("schedule.lr.peak=.nan", ["schedule.lr.peak", "nan", "a finite number above 0"]),
+        (
+            "optim.weight_decay=.nan",
+            ["optim.weight_decay", "nan", "not a finite number at least 0", "use a value that is"],
+        ),
         ("schedule.phases[0].mixture.corpus=.nan", ["phases[0].mixture.corpus", "nan", "between 0 and 1"]),
         ("schedule.phases[0].mixture.corpus=.inf", ["phases[0].mixture.corpus", "inf", "between 0 and 1"]),
         ("schedule.phases[0].mixture.corpus=-1", ["phases[0].mixture.corpus", "-1.0", "between 0 and 1"]),
         ("schedule.phases[7].global_batch_size=8", ["schedule.phases[7].global_batch_size"]),
+        ("data.prefetch_steps=1000000000000", ["data.prefetch_steps", "1000000000000", "at most 1,024"]),
+        ("model.num_layers=1000000000", ["model.num_layers", "1000000000", "at most 10,000"]),
+        ("data.cache.max_attempts=1000000000000", ["data.cache.max_attempts", "at most 1,000"]),
+        ("data.max_epochs={corpus: 1e300}", ["data.max_epochs.corpus", "1e+300", "at most 1,000,000,000"]),
+        ("watchdog.start_timeout_seconds=1e300", ["watchdog.start_timeout_seconds", "1e+300", "at most 100,000,000"]),
+        ("schedule.lr.cooldown_final=.nan", ["schedule.lr.cooldown_final", "nan", "a finite number at least 0"]),
+        ("run.name=-x", ["run.name", "'-x'", "a single folder", "dot or dash"]),
+        ("run.name=.x", ["run.name", "'.x'", "a single folder"]),
+        ("run.name=x ", ["run.name", "'x '", "without spaces at its ends"]),
+        ("run.name=a\tb", ["run.name", "without control characters"]),
+        (f"run.name={'é' * 150}", ["run.root", "longer than any file system permits"]),
+        (f"run.init_from={'a/' * 3000}", ["run.init_from", "longer than any file system permits"]),
+        ("data.sources.corpus=http://u:p w@h/x", ["data.sources.corpus", "percent-encoding"]),
+        ("data.sources.demoo=/x", ["data.sources.demoo", "whose sources are corpus", "no phase reads it", "mixture"]),
+        ("schedule.phases[0].tokns=3", ["schedule.phases[0].tokns", "did you mean tokens?"]),
         ("optim.max_grad_norm", ["'optim.max_grad_norm'", "section.field=value"]),
     ],
 )
@@ -202,6 +230,47 @@ def test_overrides_reach_sections_and_list_elements() -> None:
     assert changed.schedule.phases[1].micro_batch_size == 4
     assert changed.schedule.phases[0].micro_batch_size == 8
     assert changed.run.stop_step == 7
+
+
+def test_an_override_may_add_a_source_that_a_phase_reads() -> None:
+    mixture = "schedule.phases[1].mixture={a.b-c: 1.0}"
+    loaded = config.load_config(DEMO, ["data.sources.a.b-c=/x", mixture])
+    assert loaded.data.sources == {"corpus": "data/demo", "a.b-c": "/x"}
+
+
+def test_a_file_may_list_a_source_that_no_phase_reads(tmp_path: Path) -> None:
+    older = tmp_path / "older.yaml"
+    older.write_text(DEMO.read_text().replace("  sources:\n", "  sources:\n    old: /read/before\n"))
+    assert config.load_config(older, ["data.sources.old=/moved"]).data.sources["old"] == "/moved"
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://u:p@h/x?X-Amz-Signature=a%2Fb&id=7", "https://HIDDEN@h/x?X-Amz-Signature=HIDDEN&id=7"),
+        ("s3://key:secret@bucket/x", "s3://HIDDEN@bucket/x"),
+        ("https://token@h:80/a@2x.tar", "https://HIDDEN@h:80/a@2x.tar"),
+        ("https://u:p/w@h/x", "https://HIDDEN@h/x"),
+        ("https://h/x?token", "https://h/x?HIDDEN"),
+        ("https://h/x#access_token=a", "https://h/x#access_token=HIDDEN"),
+        ("https://h:80/x@2/y?download=true", "https://h:80/x@2/y?download=true"),
+        ("s3://bucket/a@b/shard-*.tar", "s3://bucket/a@b/shard-*.tar"),
+    ],
+)
+def test_the_secrets_of_an_address_are_hidden_in_every_text(address: str, shown: str) -> None:
+    for text in ("%s", "%s: cannot be read (403, url='%s'); correct it", '{"a":"%s","n":1}', "https://u:p@h/y %s"):
+        filled = text.replace("%s", address)
+        expected = text.replace("u:p", "HIDDEN").replace("%s", shown)
+        assert hide_secrets(filled) == expected == hide_secrets(expected)
+    assert has_hidden_part(shown) == (shown != address)
+
+
+def test_a_saved_config_keeps_addresses_without_their_secrets(tmp_path: Path) -> None:
+    given = config.load_config(DEMO, ["data.sources.corpus=https://u:p@h/x?sig=s"])
+    (tmp_path / "config.yaml").write_text(config.dump_config(given))
+    assert config.load_saved_config(tmp_path / "config.yaml").data.sources == {
+        "corpus": "https://HIDDEN@h/x?sig=HIDDEN"
+    }
 
 
 def test_the_last_of_two_overrides_wins() -> None:

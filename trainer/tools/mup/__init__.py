@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from tandem.trainer.config import TrainConfig, UserError, load_config
+from tandem.trainer.config.addresses import hide_secrets_in_tree
 from tandem.trainer.config.outside import read_json, safe_print
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.disk import atomic_write
@@ -66,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     result = {
         "widths": request.widths, "checks": request.checks, "environment": describe_environment(),
         "passed": not first_failure(measurements), "measurements": measurements_to_json(measurements),
-        "config": asdict(config),
+        "config": hide_secrets_in_tree(asdict(config)),
     }  # fmt: skip
     atomic_write(request.folder / "result.json", json.dumps(result, indent=1) + "\n")
     for check in request.checks:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tandem.trainer import config as configuration
 from tandem.trainer.config import TrainConfig, UserError
+from tandem.trainer.config.addresses import hide_secrets
 from tandem.trainer.config.numbers import format_bytes, format_count, format_duration
 from tandem.trainer.config.outside import read_json, read_text, safe_print
 from tandem.trainer.disk import atomic_write
@@ -59,7 +60,7 @@ def write_report(folder: Path) -> Path:
         page.collapsible_text("config.yaml", read_text(folder / "config.yaml")),
     ]  # fmt: skip
     path = folder / "report.html"
-    atomic_write(path, page.html_page(config.run.name, status(history), sections))
+    atomic_write(path, hide_secrets(page.html_page(config.run.name, status(history), sections)))
     return path
 
 
