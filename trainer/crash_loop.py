@@ -3,9 +3,8 @@
 Each start appends a line to `attempts.jsonl` with the last recorded step, and a second line when it ends cleanly. A start
 without the second line has failed, whatever ended its process. The step in the next start's line shows how far it got.
 
-Each line has a check sum, and one wrong bit in a line or between two lines is corrected. A line with more damage counts as a
-start that failed and had reached the same step as the start before it: it makes the guard refuse at most one start too late,
-and it never ends a series of failures. A torn line does not count, because a start begins after its line is on disk.
+Each line has a check sum. A damaged line counts as a start that failed and had reached the same step as the start before it, so
+damage delays a refusal by at most one start. A torn line does not count, because a start begins after its line is on disk.
 """
 
 import json
@@ -18,7 +17,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from zlib import crc32
@@ -33,10 +31,6 @@ from tandem.trainer.run_folder import LOCK_FILE, create_run_folder
 
 STARTS_FILE = "attempts.jsonl"
 CLEAN_EXIT_CODES: dict[Any, int] = {None: 0, 0: 0, 2: 2}
-CHECK_PATTERN = re.compile(rb', "check": "([0-9a-f]{8})"\}')
-"""The end of a record: the CRC-32 of the text before it, which no two texts share that differ in up to three bits. Records of
-older versions lack it."""
-CHECK_BYTES = 22
 
 log = logging.getLogger(__name__)
 
@@ -151,52 +145,21 @@ def _read_attempts(path: Path) -> Iterator[Start | End]:
     """Yield the records of `attempts.jsonl`, and a failed start for each damaged line. See the module's text."""
     reached = 0
     content = read_file(path) if path.exists() else b""
-    for line in re.split(rb"\n|(?<=\}).(?=\{)", content, flags=re.DOTALL):  # a wrong bit may have joined two lines
+    for line in re.split(rb"\n|(?<=\}).(?=\{)", content, flags=re.DOTALL):  # the newline itself may be damaged
         is_torn = line.startswith(b"{") and not line.endswith(b"}") and b'"check"' not in line
         if is_torn or not line.strip(b"\0"):
             continue
-        record = _parse_record(_correct_bit(line)) or Start("start", "", math.inf, reached, False)
+        record = _parse_record(line) or Start("start", "", math.inf, reached, False)
         reached = record.reached if isinstance(record, Start) else reached
         yield record
 
 
-def _correct_bit(line: bytes) -> bytes:
-    """Return the record in a line without its check sum, after correcting a wrong bit. Return a line without one unchanged."""
-    for text in (line, line[:-1]):  # the wrong bit may be in the newline
-        body, end = text[:-CHECK_BYTES], text[-CHECK_BYTES:]
-        if (int.from_bytes(end) ^ int.from_bytes(_check(body))).bit_count() <= 1:
-            return body + b"}"
-    body = line[:-CHECK_BYTES]
-    if (stated := CHECK_PATTERN.fullmatch(line[-CHECK_BYTES:])) and len(line) < 1000:
-        index = _crc_changes(len(body)).get(crc32(body) ^ int(stated[1], 16))
-        if index is not None:
-            return _flip(body, index) + b"}"
-    return line
-
-
-@cache
-def _crc_changes(num_bytes: int) -> dict[int, int]:
-    """Return how the CRC-32 of a text of this length changes if one bit does -> the index of the bit.
-
-    The change depends only on the place, because CRC-32 is linear in the bits.
-    """
-    zeros = bytes(num_bytes)
-    return {crc32(_flip(zeros, index)) ^ crc32(zeros): index for index in range(8 * num_bytes)}
-
-
-def _flip(text: bytes, index: int) -> bytes:
-    changed = bytearray(text)
-    changed[index // 8] ^= 1 << index % 8
-    return bytes(changed)
-
-
-def _check(body: bytes) -> bytes:
-    return b', "check": "%08x"}' % crc32(body)
-
-
 def _parse_record(line: bytes) -> Start | End | None:
+    """Return the record, or None if the line is damaged. Records of older versions have no check sum."""
     try:
         tree = parse_json(line)
+        if tree.pop("check", None) not in (None, _check_sum(tree)):
+            return None
         record: Start | End = parse_dataclass({"start": Start, "end": End}[tree["kind"]], tree, "")
         return record
     except (ValueError, KeyError, TypeError):
@@ -212,5 +175,8 @@ def _last_recorded_step(folder: Path) -> int:
 
 def _append_record(folder: Path, **record: Any) -> None:
     with journal.open_journal(folder / STARTS_FILE) as file:
-        check = f"{crc32(json.dumps(record).encode()[:-1]):08x}"
-        journal.append_record(file, record | {"check": check}, sync=True)
+        journal.append_record(file, record | {"check": _check_sum(record)}, sync=True)
+
+
+def _check_sum(record: dict[str, Any]) -> str:
+    return f"{crc32(json.dumps(record).encode()):08x}"

@@ -242,8 +242,10 @@ def journals(tmp_path_factory) -> dict[str, tuple[Path, bytes, int]]:
 
 
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.chaos)])
-@pytest.mark.parametrize("name", ["stuck", "progresses", "ended"])
-def test_no_wrong_bit_in_the_journal_changes_whether_a_start_is_refused(journals, name, every, monkeypatch):
+@pytest.mark.parametrize("name", ["stuck", "progresses"])
+def test_a_wrong_bit_refuses_no_run_that_progresses_and_delays_a_refusal_by_at_most_one_start(
+    journals, name, every, monkeypatch
+):
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # no power is lost here
     folder, content, limit = journals[name]
     assert would_refuse(folder, content, limit) == (name == "stuck")
@@ -251,7 +253,10 @@ def test_no_wrong_bit_in_the_journal_changes_whether_a_start_is_refused(journals
     for index in sorted({*range(0, 8 * len(content), every), *line_ends}):
         changed = bytearray(content)
         changed[index // 8] ^= 1 << index % 8
-        assert would_refuse(folder, bytes(changed), limit) == (name == "stuck"), f"bit {index}: {bytes(changed)}"
+        one_start_later = (
+            bytes(changed) + b"\n" + content.splitlines(keepends=True)[-1] if name == "stuck" else bytes(changed)
+        )
+        assert would_refuse(folder, one_start_later, limit) == (name == "stuck"), f"bit {index}: {one_start_later}"
 
 
 @pytest.mark.parametrize(
