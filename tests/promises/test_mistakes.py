@@ -145,7 +145,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         ["run.init_from: ", "tokenizer.json has sha256", "ids that differ: ", "run.init_from_tokenizer=any"],
     ),
     "sources of two tokenizers": (
-        "train {config} data.sources.x={root}/retrained",
+        "train {config} data.sources.x={root}/retrained schedule.phases[0].mixture.x=0.0",
         ["data.sources.x: was prepared with tokenizer", "ids that differ: ", "share one tokenizer"],
     ),
     "weights that are none": ("train {config} run.init_from={root}/empty", ["empty: has no committed checkpoint"]),

@@ -91,11 +91,16 @@ def test_shipped_configs_have_no_notice() -> None:
 
 def test_changed_values_are_listed_old_to_new() -> None:
     changed = demo(
-        "optim.weight_decay=0.2", "schedule.phases[1].micro_batch_size=4", "data.sources.more=/more", "run.init_from=/x"
+        "optim.weight_decay=0.2",
+        "schedule.phases[1].micro_batch_size=4",
+        "data.sources.more=/more",
+        "run.init_from=/x",
+        "schedule.phases[1].mixture={corpus: 1.0, more: 0.0}",
     )
     assert changed_values(demo(), changed) == [
         "run.init_from: None -> /x",
         "schedule.phases[1].micro_batch_size: 2 -> 4",
+        "schedule.phases[1].mixture.more: (absent) -> 0.0",
         "optim.weight_decay: 0.1 -> 0.2",
         "data.sources.more: (absent) -> /more",
     ]
