@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from tandem.trainer.config import UserError, check_world_size, load_config
+from tandem.trainer.config import TrainConfig, UserError, check_world_size, load_config
 from tandem.trainer.config.addresses import hide_secrets
 from tandem.trainer.config.outside import escape_control_characters
 from tandem.trainer.runtime import launch, process, signals, streams
@@ -152,17 +152,49 @@ def run_train(arguments: argparse.Namespace) -> int:
     found = launch.current_launch()
     num_ranks = launch.ranks_to_start(found, arguments.ranks, config.parallel.tp_size)
     launch.set_num_threads(os.environ, found, num_ranks)
+    check_world_size(config, num_ranks or found.world_size)
     if not num_ranks:
         stop_signal = signals.StopSignal()  # before the imports, which take seconds
+        try:
+            check_start(config)
+        except UserError:
+            stop_signal.close()
+            raise
         from tandem.trainer.train import run
 
         code = run(config, stop_signal)
         return process.force_exit(code) if code == signals.REQUEUE_EXIT_CODE else code
-    check_world_size(config, num_ranks)
+    check_start(config)
     sys.stdout.flush()
     # Replace this process, so that signals reach the launcher, which forwards them to the ranks. Block them until it is ready.
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.heeded_signals())
     os.execv(sys.executable, launcher_command(num_ranks, ["train", str(arguments.config), *arguments.overrides]))
+
+
+def check_start(config: TrainConfig) -> None:
+    """Check what files of this machine show without torch, so that a mistake ends no rank late. The run checks it again.
+
+    Corpora at remote addresses are left out, because a server can take minutes. Checkpoints are not hashed.
+    Raises: UserError
+    """
+    from tandem.trainer.checkpoint import compatibility, layout
+    from tandem.trainer.data import corpora
+    from tandem.trainer.run_folder import check_run_folder
+
+    folder, data = Path(config.run.root) / config.run.name, corpora.without_remote_addresses(config.data)
+    check_run_folder(folder)
+    manifests = corpora.load_corpora(data, config.model.vocab_size)
+    corpora.find_data_end(data, config.schedule, manifests)
+    for phase in config.schedule.phases if config.evaluate.every_steps else []:
+        corpora.check_held_out_tokens(data, manifests, phase, config.evaluate.tokens)
+    if newest := layout.find_newest(folder / "checkpoints"):
+        fingerprints = {source: corpus.fingerprint for source, corpus in manifests.items()}
+        shuffle_settings = corpora.shuffle_settings(data, config.run.seed)
+        compatibility.check_resumable(config, layout.SavedCheckpoint(newest), fingerprints, shuffle_settings)
+    elif config.run.init_from is not None:
+        initial = Path(config.run.init_from)
+        chosen = layout.choose_checkpoint(initial, layout.find_newest, layout.find_damage_by_size)
+        compatibility.check_initial_model(config, layout.SavedCheckpoint(chosen))
 
 
 if __name__ == "__main__":

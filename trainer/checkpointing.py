@@ -8,8 +8,9 @@ import dataclasses
 import logging
 
 from tandem.trainer.checkpoint.async_save import RESTART_HINT, SaveResult, save_error_message
+from tandem.trainer.checkpoint.layout import model_metadata
 from tandem.trainer.checkpoint.read import open_newest, restore_state
-from tandem.trainer.checkpoint.write import model_metadata, reject_later
+from tandem.trainer.checkpoint.write import reject_later
 from tandem.trainer.config import UserError
 from tandem.trainer.data.ledger import BadStepAction
 from tandem.trainer.distributed.mesh import barrier, run_on_rank_0

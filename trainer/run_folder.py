@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,11 +31,36 @@ REPORTED_PACKAGES = ("deepspeed", "megatron-core", "triton", "omegaconf", "wandb
 
 def create_run_folder(folder: Path) -> None:
     """Create the folder and its parents. Raises: UserError if that fails."""
+    check_run_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = error.strerror
-        raise UserError(f"run.root: {folder} cannot be created ({reason}); name a folder you can write to") from None
+        raise _folder_error(folder, "cannot be created", error.errno) from None
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raises: UserError unless the folder, or the nearest of its parents that exists, is a folder that one can write to."""
+    try:
+        existing = next(each for each in (folder, *folder.absolute().parents) if _exists(each))
+        code = 0 if existing.is_dir() else errno.ENOTDIR
+    except OSError as error:
+        code = error.errno or errno.EIO
+    if not code and not os.access(existing, os.W_OK | os.X_OK):
+        code = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
+    if code:
+        raise _folder_error(folder, "cannot be written to" if existing == folder else "cannot be created", code)
+
+
+def _exists(path: Path) -> bool:
+    """Whether the path names something, even a link to nothing. Raises: OSError if that cannot be found out."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        path.lstat()
+        return True
+    return False
+
+
+def _folder_error(folder: Path, problem: str, code: int | None) -> UserError:
+    return UserError(f"run.root: {folder} {problem} ({os.strerror(code or 0)}); name a folder you can write to")
 
 
 @contextmanager

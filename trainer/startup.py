@@ -16,10 +16,10 @@ import torch
 
 from tandem.trainer import models
 from tandem.trainer.checkpoint.async_save import CheckpointSaver
-from tandem.trainer.checkpoint.compatibility import check_resumable, check_same_model
-from tandem.trainer.checkpoint.layout import list_committed
+from tandem.trainer.checkpoint.compatibility import check_initial_model, check_resumable
+from tandem.trainer.checkpoint.layout import list_committed, model_metadata
 from tandem.trainer.checkpoint.read import Checkpoint, load_master_weights, open_checkpoint, open_newest, restore_state
-from tandem.trainer.checkpoint.write import model_metadata, prune, reject_later
+from tandem.trainer.checkpoint.write import prune, reject_later
 from tandem.trainer.checkpointing import skipped_ranges
 from tandem.trainer.config import DataConfig, TrainConfig, UserError, dump_config, load_saved_config, notices
 from tandem.trainer.config.schedule import Timeline
@@ -44,8 +44,6 @@ from tandem.trainer.run_state import Progress, RunContext
 from tandem.trainer.runtime.signals import StopRequested
 
 log = logging.getLogger(__name__)
-CHANGEABLE_MODEL_FIELDS = ("init_std", "init_truncation_sigmas", "document_masking", "alibi_scaling")
-"""Fields of the model that may differ from those of the checkpoint in `run.init_from`."""
 MAX_UNUSED_IDS_SHARE = 1.0
 """Ids beyond the corpora's, as a share of those. Padding and room for new tokens take a few percent."""
 WARNED_MODEL_FIELDS = ("document_masking", "alibi_scaling")
@@ -121,7 +119,7 @@ def start_run(
     coordinator.any_rank(False)
     startup_timer.end_part("checkpoint checked")
     if checkpoint:
-        check_resumable(config, checkpoint, loader)
+        check_resumable(config, checkpoint, loader.fingerprints, loader.shuffle_settings)
         skip_shards(loader, checkpoint.manifest.get("skipped_shards", {}))
     watchdog.enter_phase("tokenizer")
     run_on_rank_0(partial(open_folder, folder, config, loader.manifests, checkpoint, coordinator), mesh)
@@ -286,10 +284,7 @@ def open_initial_weights(config: TrainConfig, mesh: Mesh) -> Checkpoint | None:
     if config.run.init_from is None:
         return None
     checkpoint = open_checkpoint(Path(config.run.init_from), mesh)
-    remedy = "use the value that the weights were trained with, or choose other weights"
-    check_same_model(
-        config, checkpoint, f"run.init_from {checkpoint.folder}", remedy, ignored_fields=CHANGEABLE_MODEL_FIELDS
-    )
+    check_initial_model(config, checkpoint)
     requested, saved = model_metadata(config.model, config.mup)["model"], checkpoint.manifest["model"]
     differing = [name for name in WARNED_MODEL_FIELDS if requested.get(name) != saved.get(name)]
     if differing and mesh.rank == 0:

@@ -28,9 +28,10 @@ from tandem.trainer import crash_loop
 from tandem.trainer.checkpoint import layout
 from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.hf.export import export_folder
+from tandem.trainer.checkpoint.layout import model_metadata
 from tandem.trainer.checkpoint.read import open_checkpoint
 from tandem.trainer.checkpoint.safetensors_writer import TensorSpec, write_safetensors
-from tandem.trainer.checkpoint.write import commit, model_metadata
+from tandem.trainer.checkpoint.write import commit
 from tandem.trainer.config import (
     BTLMConfig,
     MupConfig,

@@ -19,8 +19,8 @@ from tandem.trainer.checkpoint.hf.export import ExportedText, export_folder
 from tandem.trainer.checkpoint.hf.folder import INDEX_FILE, WEIGHTS_FILE
 from tandem.trainer.checkpoint.hf.pretrained import load_pretrained
 from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
+from tandem.trainer.checkpoint.layout import model_metadata
 from tandem.trainer.checkpoint.read import Checkpoint, open_checkpoint
-from tandem.trainer.checkpoint.write import model_metadata
 from tandem.trainer.config import (
     AlibiScalingConfig,
     BTLMConfig,

@@ -20,8 +20,9 @@ import yaml
 
 from tandem.trainer import checkpointing
 from tandem.trainer.__main__ import main
+from tandem.trainer.checkpoint.layout import model_metadata
 from tandem.trainer.checkpoint.read import open_checkpoint
-from tandem.trainer.checkpoint.write import model_metadata, save_imported_weights
+from tandem.trainer.checkpoint.write import save_imported_weights
 from tandem.trainer.config import TrainConfig, UserError, load_config
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.loader import Batch, Loader

@@ -19,8 +19,8 @@ from torch import Tensor
 from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.hf.export import export_folder
 from tandem.trainer.checkpoint.hf.folder import WEIGHTS_FILE
+from tandem.trainer.checkpoint.layout import model_metadata
 from tandem.trainer.checkpoint.read import open_checkpoint
-from tandem.trainer.checkpoint.write import model_metadata
 from tandem.trainer.config import TrainConfig, padding
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.mesh import Mesh, mesh_context

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tandem.trainer.checkpoint.layout import model_metadata
 from tandem.trainer.checkpoint.read import Checkpoint, open_checkpoint
-from tandem.trainer.checkpoint.write import model_metadata
 from tandem.trainer.config import TrainConfig
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.layers import sharding_of

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tandem.trainer.checkpoint.layout import model_metadata
 from tandem.trainer.checkpoint.read import Checkpoint, open_checkpoint
-from tandem.trainer.checkpoint.write import model_metadata
 from tandem.trainer.config import DataConfig, ShardCacheConfig, TrainConfig, UserError, dump_config
 from tandem.trainer.distributed.coordination import Coordinator
 from tandem.trainer.distributed.deepspeed_engine import Engine

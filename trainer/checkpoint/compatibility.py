@@ -1,34 +1,39 @@
 """Check whether a config may resume from a checkpoint or start from its weights.
 
-A run's model, corpora and past steps are fixed. The rest of its schedule may change.
+A run's model, corpora and past steps are fixed. The rest of its schedule may change. Torch is not imported here.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
-from tandem.trainer.checkpoint.read import Checkpoint
-from tandem.trainer.checkpoint.write import model_metadata
+from tandem.trainer.checkpoint.layout import SavedCheckpoint, model_metadata
 from tandem.trainer.config import TrainConfig, UserError
 from tandem.trainer.config.schedule import Timeline
-from tandem.trainer.data.loader import Loader
 from tandem.trainer.data.manifest import check_fingerprints
 
 REMEDY = "restore the value or choose another run.name"
+CHANGEABLE_MODEL_FIELDS = ("init_std", "init_truncation_sigmas", "document_masking", "alibi_scaling")
+"""Fields of the model that may differ from those of the checkpoint in `run.init_from`."""
 
 
-def check_resumable(config: TrainConfig, checkpoint: Checkpoint, loader: Loader) -> None:
+def check_resumable(
+    config: TrainConfig,
+    checkpoint: SavedCheckpoint,
+    fingerprints: Mapping[str, str],
+    shuffle_settings: Mapping[str, int],
+) -> None:
     """Raises: UserError if the model, a corpus, the data order, or the schedule of past steps differs from the checkpoint's."""
     check_same_model(config, checkpoint, f"checkpoint {checkpoint.folder}", f"a run cannot change its model; {REMEDY}")
-    check_fingerprints(checkpoint.manifest["fingerprints"], loader.fingerprints)
+    check_fingerprints(checkpoint.manifest["fingerprints"], fingerprints)
     check_past_phases(Timeline(config.schedule), checkpoint)
     for field, saved in checkpoint.manifest["shuffle_settings"].items():
-        if loader.shuffle_settings[field] != saved:
+        if shuffle_settings[field] != saved:
             raise UserError(
-                f"{field}: {loader.shuffle_settings[field]} differs from {saved}, with which the run was saved; this field "
+                f"{field}: {shuffle_settings[field]} differs from {saved}, with which the run was saved; this field "
                 f"determines the order of the data; {REMEDY}"
             )
 
 
-def check_past_phases(timeline: Timeline, checkpoint: Checkpoint) -> None:
+def check_past_phases(timeline: Timeline, checkpoint: SavedCheckpoint) -> None:
     """Raises: UserError if the schedule changes steps that the run has already completed.
 
     If the changed phase is still running, the message names the two phases to write instead, so that only the rest of
@@ -67,7 +72,7 @@ def check_past_phases(timeline: Timeline, checkpoint: Checkpoint) -> None:
 
 
 def check_same_model(
-    config: TrainConfig, checkpoint: Checkpoint, label: str, remedy: str, *, ignored_fields: Collection[str] = ()
+    config: TrainConfig, checkpoint: SavedCheckpoint, label: str, remedy: str, *, ignored_fields: Collection[str] = ()
 ) -> None:
     """Raises: UserError for the first field of model or mup that differs from the saved one, except `ignored_fields`."""
     requested, stored = model_metadata(config.model, config.mup), model_metadata(*checkpoint.model_configs())
@@ -78,3 +83,10 @@ def check_same_model(
                 raise UserError(
                     f"{section}.{name}: {now.get(name)} differs from {saved.get(name)} in {label}; {remedy}"
                 )
+
+
+def check_initial_model(config: TrainConfig, checkpoint: SavedCheckpoint) -> None:
+    """Raises: UserError if a field of model or mup differs from the checkpoint in `run.init_from`, and may not."""
+    remedy = "use the value that the weights were trained with, or choose other weights"
+    label = f"run.init_from {checkpoint.folder}"
+    check_same_model(config, checkpoint, label, remedy, ignored_fields=CHANGEABLE_MODEL_FIELDS)

@@ -9,17 +9,26 @@ A fragment is a contiguous range of one rank's flattened and padded tensor-paral
 assemble the global tensor and shard it for their own layout.
 """
 
+import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tandem.trainer.config import MODEL_CONFIGS, AnyModelConfig, MupConfig, PhaseConfig, UserError, parse_content
+from tandem.trainer.config import (
+    MODEL_CONFIGS,
+    AnyModelConfig,
+    MupConfig,
+    PhaseConfig,
+    UserError,
+    parse_content,
+    parse_dataclass,
+)
 from tandem.trainer.config.constraints import COUNT, POSITIVE, SHA256, Pattern, SelectedBy
 from tandem.trainer.config.outside import open_regular_file, parse_json, read_file, read_json
 
@@ -103,6 +112,79 @@ class CheckpointManifest:
     shuffle_settings: dict[str, Count] = field(default_factory=dict)
     skipped_shards: dict[str, list[str]] = field(default_factory=dict)
     phases: list[PhaseConfig] = field(default_factory=list)
+
+
+FindDamage = Callable[[Path], str | None]
+
+
+class SavedCheckpoint:
+    """What a committed checkpoint states about itself.
+
+    Raises: UserError if the checkpoint has another format version, or a manifest that states impossible things.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        check_manifest(folder, self.manifest)
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    def model_configs(self) -> tuple[AnyModelConfig, MupConfig | None]:
+        """Return the saved model and muP sections."""
+        tree, mup = self.manifest["model"], self.manifest["mup"]
+        model = parse_dataclass(MODEL_CONFIGS[tree["family"]], tree, "model")
+        return model, parse_dataclass(MupConfig, mup, "mup") if mup else None
+
+
+def model_metadata(model: AnyModelConfig, mup: MupConfig | None) -> dict[str, Any]:
+    """Return the manifest's sections `model` and `mup`, from which a reader rebuilds the model."""
+    return {"model": dataclasses.asdict(model), "mup": dataclasses.asdict(mup) if mup else None}
+
+
+def choose_newest(root: Path, folders: list[Path], find_damage: FindDamage) -> Path | None:
+    """Return the last of the committed `folders` of `root` without damage, or None if there are no folders.
+
+    Raises: UserError if all are damaged.
+    """
+    for folder in reversed(folders):
+        if find_damage(folder) is None:
+            return folder
+    if folders:
+        raise UserError(
+            f"{root}: no undamaged checkpoint is left to continue from (damaged: {len(folders)}); move the folder away or "
+            "choose another run.name"
+        )
+    return None
+
+
+def choose_checkpoint(folder: Path, newest: Callable[[Path], Path | None], find_damage: FindDamage) -> Path:
+    """Return the checkpoint that a path names: itself, or the newest undamaged one of a run folder or an import's folder.
+
+    Raises: UserError if there is no such checkpoint.
+    """
+    for root in (folder / "checkpoints", folder):
+        if chosen := newest(root):
+            return chosen
+    if not (folder / COMMIT_MARKER).is_file():
+        raise UserError(
+            f"{folder}: has no committed checkpoint; name a run folder that has one, or the folder of an import"
+        )
+    if damage := find_damage(folder):
+        raise UserError(f"{folder}: is damaged ({damage}); name another checkpoint, or the run folder")
+    return folder
+
+
+def find_damage_by_size(folder: Path) -> str | None:
+    """Return what `find_damage` does without hashing a file."""
+    return find_damage(folder, files_to_hash=[])
+
+
+def find_newest(root: Path) -> Path | None:
+    """Return the newest committed checkpoint in `root` whose files have the right sizes. Raises: UserError if none has."""
+    return choose_newest(root, list_committed(root), find_damage_by_size)
 
 
 def step_folder_name(step: int) -> str:

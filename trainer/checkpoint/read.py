@@ -6,7 +6,7 @@ A *box* is one tensor-parallel rank's share of the padded global tensor; a *flat
 import logging
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tandem.trainer.checkpoint import layout
-from tandem.trainer.config import MODEL_CONFIGS, AnyModelConfig, MupConfig, UserError, parse_dataclass
+from tandem.trainer.config import UserError
 from tandem.trainer.config.outside import check_regular_file
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.layers import sharding_of
@@ -26,16 +26,14 @@ from tandem.trainer.models.init import load_parameter
 log = logging.getLogger(__name__)
 
 
-class Checkpoint:
+class Checkpoint(layout.SavedCheckpoint):
     """One committed checkpoint, opened lazily: each call reads only the tensors it needs.
 
     Raises: UserError if the checkpoint has another format version, or a manifest that states impossible things.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = layout.read_manifest(folder)
-        layout.check_manifest(folder, self.manifest)
+        super().__init__(folder)
         self._fragments_by_name: dict[str, list[dict[str, Any]]] = {}
         for fragment in self.manifest["fragments"]:
             self._fragments_by_name.setdefault(fragment["name"], []).append(fragment)
@@ -56,10 +54,6 @@ class Checkpoint:
         """The folder of the run or import."""
         folder = self.folder.absolute().parent
         return folder.parent if folder.name == "checkpoints" else folder
-
-    @property
-    def step(self) -> int:
-        return int(self.manifest["step"])
 
     @property
     def parameter_names(self) -> list[str]:
@@ -111,12 +105,6 @@ class Checkpoint:
         read = torch.zeros(last - first + 1, high - low, inner)
         self._read_sharded_slice(read, kind, name, first, tp_rank * share + low)
         target.copy_(read.view(-1).narrow(0, start - first * row - low * inner, target.numel()))
-
-    def model_configs(self) -> tuple[AnyModelConfig, MupConfig | None]:
-        """Return the saved model and muP sections."""
-        tree, mup = self.manifest["model"], self.manifest["mup"]
-        model = parse_dataclass(MODEL_CONFIGS[tree["family"]], tree, "model")
-        return model, parse_dataclass(MupConfig, mup, "mup") if mup else None
 
     def close(self) -> None:
         """Unmap the files; otherwise they would keep using disk space after they are removed."""
@@ -183,27 +171,8 @@ def open_newest(root: Path, mesh: Mesh | None = None) -> Checkpoint | None:
     With a mesh, all ranks must call this; they share the hashing and get the same result.
     Raises: UserError if all committed checkpoints are damaged.
     """
-    names = [folder.name for folder in layout.list_committed(root)]
-    folders = [root / name for name in (broadcast_from_rank_0(names) if mesh else names)]
-    for folder in reversed(folders):
-        damage = _find_damage(folder, mesh)
-        if damage is None:
-            return Checkpoint(folder)
-        if mesh is None or mesh.rank == 0:
-            log.warning("%s is damaged (%s); trying the previous checkpoint", folder, damage)
-    if folders:
-        raise UserError(
-            f"{root}: no undamaged checkpoint is left to continue from (damaged: {len(folders)}); move the folder away or "
-            "choose another run.name"
-        )
-    return None
-
-
-def _find_damage(folder: Path, mesh: Mesh | None) -> str | None:
-    if mesh is None:
-        return layout.find_damage(folder)
-    files = layout.list_data_files(folder)[mesh.rank :: mesh.world_size]
-    return next((found for found in all_gather_values(layout.find_damage(folder, files)) if found), None)
+    chosen = _choose_newest(root, mesh)
+    return Checkpoint(chosen) if chosen else None
 
 
 def open_checkpoint(folder: Path, mesh: Mesh | None = None) -> Checkpoint:
@@ -212,16 +181,27 @@ def open_checkpoint(folder: Path, mesh: Mesh | None = None) -> Checkpoint:
     With a mesh, all ranks must call this; they share the hashing.
     Raises: UserError if there is no such checkpoint.
     """
-    for root in (folder / "checkpoints", folder):
-        if checkpoint := open_newest(root, mesh):
-            return checkpoint
-    if not (folder / layout.COMMIT_MARKER).is_file():
-        raise UserError(
-            f"{folder}: has no committed checkpoint; name a run folder that has one, or the folder of an import"
-        )
-    if damage := _find_damage(folder, mesh):
-        raise UserError(f"{folder}: is damaged ({damage}); name another checkpoint, or the run folder")
-    return Checkpoint(folder)
+    newest, find_damage = partial(_choose_newest, mesh=mesh), partial(_find_damage, mesh=mesh)
+    return Checkpoint(layout.choose_checkpoint(folder, newest, find_damage))
+
+
+def _choose_newest(root: Path, mesh: Mesh | None) -> Path | None:
+    def find_damage(folder: Path) -> str | None:
+        damage = _find_damage(folder, mesh)
+        if damage and (mesh is None or mesh.rank == 0):
+            log.warning("%s is damaged (%s); trying the previous checkpoint", folder, damage)
+        return damage
+
+    names = [folder.name for folder in layout.list_committed(root)]
+    folders = [root / name for name in (broadcast_from_rank_0(names) if mesh else names)]
+    return layout.choose_newest(root, folders, find_damage)
+
+
+def _find_damage(folder: Path, mesh: Mesh | None) -> str | None:
+    if mesh is None:
+        return layout.find_damage(folder)
+    files = layout.list_data_files(folder)[mesh.rank :: mesh.world_size]
+    return next((found for found in all_gather_values(layout.find_damage(folder, files)) if found), None)
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ The order of writes makes a save safe: data files first, then the manifest, then
 checkpoints are removed last. A kill at any point leaves the last committed checkpoint intact.
 """
 
-import dataclasses
 import json
 import logging
 import math
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from tandem.trainer.checkpoint import layout, safetensors_writer
 from tandem.trainer.checkpoint.safetensors_writer import TensorSpec
-from tandem.trainer.config import AnyModelConfig, MupConfig
 from tandem.trainer.disk import atomic_write, sync_folder
 from tandem.trainer.distributed.deepspeed_engine import Engine
 from tandem.trainer.distributed.layers import sharding_of
@@ -105,11 +103,6 @@ def save_imported_weights(
 
 def total_bytes(written_files: Iterable[WrittenFile]) -> int:
     return sum(table["file_info"]["bytes"] for table in written_files if table["file_info"])
-
-
-def model_metadata(model: AnyModelConfig, mup: MupConfig | None) -> dict[str, Any]:
-    """Return the manifest's sections `model` and `mup`, from which a reader rebuilds the model."""
-    return {"model": dataclasses.asdict(model), "mup": dataclasses.asdict(mup) if mup else None}
 
 
 def rank_fragments(engine: Engine, mesh: Mesh) -> tuple[list[dict[str, Any]], list[Tensor]]:

@@ -23,8 +23,9 @@ from tandem.trainer.checkpoint.hf.pretrained import load_pretrained, load_pretra
 from tandem.trainer.checkpoint.hf.special_tokens import read_tokenizer_tree
 from tandem.trainer.checkpoint.hf.tensor_mapping import TensorReader
 from tandem.trainer.checkpoint.hf.tokenizer_files import CHAT_TEMPLATE_FILE
+from tandem.trainer.checkpoint.layout import model_metadata
 from tandem.trainer.checkpoint.weights import WeightSource
-from tandem.trainer.checkpoint.write import model_metadata, save_imported_weights
+from tandem.trainer.checkpoint.write import save_imported_weights
 from tandem.trainer.config import AnyModelConfig, UserError
 from tandem.trainer.config.numbers import format_bytes
 from tandem.trainer.config.outside import safe_print

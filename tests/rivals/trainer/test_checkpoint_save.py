@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as torchs
 
-from tandem.trainer.checkpoint.layout import step_folder_name
-from tandem.trainer.checkpoint.write import model_metadata
+from tandem.trainer.checkpoint.layout import model_metadata, step_folder_name
 from tandem.trainer.distributed.mesh import mesh_context
 from tandem.trainer.startup import build_engine
 from tests import ranks, tiny_configs

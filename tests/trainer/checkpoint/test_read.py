@@ -13,10 +13,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tandem.trainer.checkpoint import safetensors_writer
-from tandem.trainer.checkpoint.layout import COMMIT_MARKER, FORMAT_VERSION, MANIFEST_FILE, find_damage, fragment_key
+from tandem.trainer.checkpoint.layout import (
+    COMMIT_MARKER,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    find_damage,
+    fragment_key,
+    model_metadata,
+)
 from tandem.trainer.checkpoint.read import Checkpoint, open_checkpoint
 from tandem.trainer.checkpoint.safetensors_writer import TensorSpec
-from tandem.trainer.checkpoint.write import commit, model_metadata
+from tandem.trainer.checkpoint.write import commit
 from tandem.trainer.config import StableLMConfig, UserError, parse_dataclass
 from tandem.trainer.distributed.sharding import TensorSharding, slice_local
 from tests.tiny_configs import STABLELM

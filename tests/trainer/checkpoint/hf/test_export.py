@@ -18,8 +18,9 @@ from tandem.trainer.checkpoint.hf import configuration_btlm, modeling_btlm
 from tandem.trainer.checkpoint.hf.export import ExportedText, export_folder
 from tandem.trainer.checkpoint.hf.folder import read_json
 from tandem.trainer.checkpoint.hf.pretrained import load_pretrained_tokenizer
+from tandem.trainer.checkpoint.layout import model_metadata
 from tandem.trainer.checkpoint.weights import WeightSource, open_weight_source
-from tandem.trainer.checkpoint.write import model_metadata, save_imported_weights
+from tandem.trainer.checkpoint.write import save_imported_weights
 from tandem.trainer.config import UserError
 from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit
 from tandem.trainer.data.tokenizer_file import corpus_form, file_sha256, read_tokenizer, same_encoding
