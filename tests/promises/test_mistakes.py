@@ -219,6 +219,50 @@ def test_the_command_itself_says_the_same(name, place):
     assert contents(place.root) == before
 
 
+EARLY_MISTAKES = {
+    # what the line must say: the overrides
+    "none/manifest.json: no such file": ["data.sources.corpus={root}/none", ANEW],
+    "config.yaml/manifest.json: no such file": ["data.sources.corpus={config}", ANEW],
+    "train-000001.tar: the shard is missing": ["data.sources.corpus={root}/lost", ANEW],
+    "data.tokenizer: ": ["data.tokenizer={other}/tokenizer.json", ANEW],
+    "model.vocab_size: 100 is too small": ["model.vocab_size=100", ANEW],
+    "data.max_epochs.corpus: the schedule reads": ["data.max_epochs.corpus=0.001", ANEW],
+    "evaluate.tokens: ": ["evaluate.tokens=1280000", "evaluate.every_steps=1", ANEW],
+    "run.root: ": ["run.root={config}", ANEW],
+    "empty: has no committed checkpoint": ["run.init_from={root}/empty", ANEW],
+    "in run.init_from": ["run.init_from={run}", "model.ffn_hidden_size=48", ANEW],
+    "a run cannot change its model": ["model.ffn_hidden_size=48"],
+    "data.sources.corpus: the corpus has fingerprint": ["data.sources.corpus={later}"],
+    "run.seed: ": ["run.seed=99"],
+    "past steps cannot change": ["schedule.phases.0.tokens=256"],
+    "parallel.tp_size": ["parallel.tp_size=3", ANEW],
+}
+
+
+@pytest.mark.parametrize("options", [[], ["--ranks", "8"]], ids=["one rank", "eight ranks"])
+def test_what_files_show_is_refused_before_torch_is_imported(options, place):
+    """Also before the launcher of ranks, which needs torch. All refusals are made by one process that has no torch."""
+    before = contents(place.root)
+    common = ["train", place.config, *options]
+    if options:  # a config that eight ranks can train
+        common += [f"schedule.phases.{index}.micro_batch_size=1" for index in (0, 1)]
+        common += ["schedule.phases.1.global_batch_size=8", "schedule.phases.1.seq_len=32"]
+    commands = [
+        [str(word).format(**vars(place)) for word in [*common, *overrides]] for overrides in EARLY_MISTAKES.values()
+    ]
+    program = (
+        "import json, sys; sys.modules['torch'] = None; from tandem.trainer.__main__ import main; "
+        "print([main(command) for command in json.loads(sys.argv[1])])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(commands)], capture_output=True, text=True, env=clean_environment()
+    )
+    lines = done.stderr.splitlines()
+    assert (done.stdout, len(lines)) == (f"{[2] * len(commands)}\n", len(commands)), done.stderr
+    assert [part for part, line in zip(EARLY_MISTAKES, lines, strict=True) if part not in line] == [], done.stderr
+    assert contents(place.root) == before
+
+
 def test_a_launch_of_ranks_that_do_not_divide_is_refused(place, capfd, monkeypatch):
     for name, value in {
         "RANK": "0",
