@@ -63,6 +63,8 @@ def dying(folder: Path) -> executor.ItemFunction:
     def do(item: int, advance: executor.ProgressCallback) -> None:
         (folder / str(item)).touch()
         executor.note_file(f"file {item}")
+        while item == 0 and len(list(folder.iterdir())) < 2:  # both workers have begun
+            time.sleep(0.01)
         if item == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 

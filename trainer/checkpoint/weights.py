@@ -1,6 +1,8 @@
 """Open weights for a command: from a run folder, an import's folder, a checkpoint, or a Hugging Face folder."""
 
 import argparse
+import atexit
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,7 +14,8 @@ from torch import Tensor
 from tandem.trainer import models
 from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.hf.export import ExportedText
-from tandem.trainer.checkpoint.hf.special_tokens import read_chat_template
+from tandem.trainer.checkpoint.hf.folder import write_json
+from tandem.trainer.checkpoint.hf.special_tokens import read_chat_template, read_tokenizer_tree
 from tandem.trainer.checkpoint.layout import COMMIT_MARKER, list_committed, step_folder_name
 from tandem.trainer.checkpoint.read import load_weights, open_checkpoint
 from tandem.trainer.config import (
@@ -64,7 +67,7 @@ def open_weight_source(path: Path, step: int | None = None) -> WeightSource:
         model, mup, read = convert.open_folder(path)
         special_tokens, token_ids = convert.read_special_tokens(path)
         eos_token, max_seq_len = convert.read_text_settings(path)
-        tokenizer = _existing_file(path / TOKENIZER_FILE)
+        tokenizer = _existing_file(path / TOKENIZER_FILE) or _convert_tokenizer(path)
         text = ExportedText({**special_tokens}, {**token_ids}, read_chat_template(path), is_corpus_tokenizer=False)
         return WeightSource(model, mup, read, tokenizer, eos_token or DEFAULT_EOS_TOKEN, max_seq_len, text)
     return _from_checkpoint(path if step is None else _find_step_folder(path, step))
@@ -145,6 +148,17 @@ def _find_step_folder(path: Path, step: int) -> Path:
 
 def _existing_file(path: Path) -> Path | None:
     return path if path.is_file() else None
+
+
+def _convert_tokenizer(folder: Path) -> Path | None:
+    """Return a tokenizer.json made of GPT-2's two files, in a temporary folder that the end of this process removes."""
+    tree = read_tokenizer_tree(folder)
+    if tree is None:
+        return None
+    temporary_folder = tempfile.TemporaryDirectory(prefix="tandem-tokenizer-")
+    atexit.register(temporary_folder.cleanup)
+    write_json(Path(temporary_folder.name) / TOKENIZER_FILE, tree)
+    return Path(temporary_folder.name) / TOKENIZER_FILE
 
 
 def _parse_number(text: str) -> int | float | str:

@@ -261,7 +261,7 @@ class ParallelConfig:
 class ShardCacheConfig:
     """Local copies of remote shards (s3://, gs://, https://), shared by the ranks of a node."""
 
-    folder: PathText = "~/.cache/tandem/shards"
+    folder: str = "~/.cache/tandem/shards"
     """Local folder of the copies, which belongs to one user and which no other user can change. Runs of this user share it."""
     max_size_gib: Annotated[float, Range(above=0, at_most=1 << 30)] = 64.0
     """Maximum size; the least recently read copies are removed. Removed copies that are still read may use a quarter more."""

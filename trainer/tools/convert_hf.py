@@ -18,9 +18,8 @@ from torch import Tensor
 from tandem.trainer.checkpoint import weights
 from tandem.trainer.checkpoint.hf import convert
 from tandem.trainer.checkpoint.hf.export import export_folder
-from tandem.trainer.checkpoint.hf.folder import atomic_folder, write_json
+from tandem.trainer.checkpoint.hf.folder import atomic_folder
 from tandem.trainer.checkpoint.hf.pretrained import load_pretrained, load_pretrained_tokenizer
-from tandem.trainer.checkpoint.hf.special_tokens import read_tokenizer_tree
 from tandem.trainer.checkpoint.hf.tensor_mapping import TensorReader
 from tandem.trainer.checkpoint.hf.tokenizer_files import CHAT_TEMPLATE_FILE
 from tandem.trainer.checkpoint.layout import model_metadata
@@ -71,13 +70,10 @@ def run_import_hf(arguments: argparse.Namespace) -> None:
     metadata |= {"eos_token": weight_source.eos_token, "max_seq_len": weight_source.max_seq_len}
     text = weight_source.text
     metadata |= {"special_tokens": text.special_tokens, "token_ids": text.token_ids}
-    tokenizer = None if weight_source.tokenizer_file else read_tokenizer_tree(arguments.folder)
     with atomic_folder(output) as folder, with_progress("importing", weight_source) as read_tensor:
         num_bytes = save_imported_weights(folder, read_tensor, tensor_shapes(model), metadata=metadata)
         if weight_source.tokenizer_file:
             shutil.copyfile(weight_source.tokenizer_file, folder / TOKENIZER_FILE)
-        elif tokenizer:
-            write_json(folder / TOKENIZER_FILE, tokenizer)
         if text.chat_template:
             (folder / CHAT_TEMPLATE_FILE).write_text(text.chat_template, encoding="utf-8")
     name = f"{model.family} of width {model.hidden_size}, depth {model.num_layers}"

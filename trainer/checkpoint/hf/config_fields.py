@@ -20,14 +20,15 @@ UNKNOWN_REMEDY = (
 
 KEYS_WITHOUT_EFFECT = {
     "say how the folder was made": (
-        "_commit_hash", "_name_or_path", "auto_map", "finetuning_task", "name_or_path", "transformers.js_config",
-        "transformers_version", "unsloth_fixed", "unsloth_version",
+        "_commit_hash", "_name_or_path", "auto_map", "finetuning_task", "name_or_path", "neftune_noise_alpha",
+        "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
     ),
     "select code or a form of the output, not the values": (
         "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_flash_attn_2_enabled",
         "attn_implementation", "chunk_size_feed_forward", "experts_implementation", "gradient_checkpointing", "is_decoder",
         "keys_to_ignore_at_inference", "output_attentions", "output_hidden_states", "pretraining_tp", "return_dict",
-        "tf_legacy_loss", "torchscript", "use_bfloat16", "use_cache", "use_flash_attention_2", "use_return_dict",
+        "tf_legacy_loss", "torchscript", "use_bfloat16", "use_cache", "use_flash_attention", "use_flash_attention_2",
+        "use_return_dict",
     ),
     "belong to text generation": (
         "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
@@ -37,7 +38,8 @@ KEYS_WITHOUT_EFFECT = {
         "repetition_penalty", "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
     ),
     "belong to encoders, classifiers or tokenizers": (
-        "cross_attention_hidden_size", "decoder_start_token_id", "id2label", "label2id", "num_labels", "problem_type",
+        "cross_attention_hidden_size", "decoder_start_token_id", "id2label", "label2id", "model_max_length", "num_labels",
+        "problem_type",
         "sep_token_id", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
         "summary_use_proj", "task_specific_params", "tie_encoder_decoder", "tokenizer_class",
     ),
@@ -45,7 +47,10 @@ KEYS_WITHOUT_EFFECT = {
 """Keys of transformers 4 and 5, of GPT-2's config and of common tools, which do not change the logits of our models."""
 _IGNORED = frozenset(key for keys in KEYS_WITHOUT_EFFECT.values() for key in keys)
 
-FIXED_FIELDS: dict[str, Any] = {"add_cross_attention": False, "is_encoder_decoder": False, "pruned_heads": {}}
+FIXED_FIELDS: dict[str, Any] = {
+    "add_cross_attention": False, "attention_bias": False, "is_causal": True, "is_encoder_decoder": False, "mlp_bias": False,
+    "pruned_heads": {},
+}  # fmt: skip
 """Keys of both families for which we support only one value."""
 
 
@@ -79,7 +84,7 @@ def parse_config(tree: dict[str, Any], path: Path, family: Any) -> Any:
     Raises: UserError if a key is unknown, has a value that we do not support, or contradicts another key.
     """
     tree = {key: value for key, value in tree.items() if value is not None and key not in _IGNORED}
-    if found := tree.get("quantization_config"):
+    if found := tree.pop("quantization_config", None):
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise UserError(f"{path}: quantization_config is {method!r}, but only weights that are not quantized can be read; "
                         "choose the folder of the original weights")  # fmt: skip
@@ -100,7 +105,10 @@ def parse_config(tree: dict[str, Any], path: Path, family: Any) -> Any:
                 f"{path}: {alias} is {value!r}, but {name} is {tree[name]!r}, and both mean the same; remove the wrong one"
             )
     for name, supported in (FIXED_FIELDS | family.FIXED_FIELDS).items():
-        if name in tree and (value := tree.pop(name)) != supported:
+        if name not in tree:
+            continue
+        value = tree.pop(name)
+        if value != supported or isinstance(value, bool) != isinstance(supported, bool):  # True equals 1.0
             raise UserError(f"{path}: {name} is {value!r}, but only {supported!r} is supported; choose another folder")
     known = family.Fields.__dataclass_fields__
     if unknown := next((key for key in tree if key not in known), None):

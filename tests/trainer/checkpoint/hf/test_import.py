@@ -139,6 +139,7 @@ def refusal(folder: Path) -> str:
             {"n_inner": "drop"},
             ["c_fc2.weight has shape (48, 54)", "(48, 192) (n_inner"],
         ),  # 4 * n_embd, as in GPT-2
+        (STABLE, {"rotary_scaling_factor": True}, ["rotary_scaling_factor is True, but only 1.0"]),
         (BTLM, {"add_cross_attention": True}, ["add_cross_attention is True"]),
         (BTLM, {"mup_width_scale": 0}, ["mup_width_scale: 0 is not a finite number above 0"]),
         (
@@ -166,6 +167,9 @@ def test_two_statements_or_an_unknown_one_are_refused(copied, variant, fields, p
             STABLE,
             {
                 "attention_dropout": 0,
+                "attention_bias": False,
+                "is_causal": True,
+                "quantization_config": {},
                 "sliding_window": None,
                 "bos_token_id": 0,
                 "eos_token_id": [0, 1],

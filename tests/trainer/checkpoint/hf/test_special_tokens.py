@@ -188,3 +188,10 @@ def test_what_is_refused_leaves_nothing(folder, tmp_path, capsys):
     assert "eos_token_id of config.json is 4" in capsys.readouterr().err
     assert not (tmp_path / "in").exists()
     assert special_tokens.ROLES == ("bos", "eos", "pad", "unk")
+
+
+def test_gpt2s_two_files_are_the_tokenizer_of_every_command(folder, tmp_path, capsys):
+    to_gpt2_files(folder)
+    assert main(["export-hf", str(folder), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert main(["generate", str(folder), "--prompt", "a", "--max-new-tokens", "1"]) == 0
