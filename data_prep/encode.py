@@ -126,6 +126,8 @@ def _encode_texts(
         tokens, lengths = encode_texts(texts, locations)
         if unknown := int(np.count_nonzero(tokens == encoder_spec.unk_id)) if encoder_spec.unk_id is not None else 0:
             counts["unknown_tokens"] += unknown
+        if empty := sum(not texts[index].isspace() for index in np.flatnonzero(lengths == 1)):
+            counts["documents_without_tokens"] += empty
         entries = _index_entries(settings.seed, [text.encode() for text in texts], locations)
         if settings.held_out:
             entries["held_out"] = [clean.uniform_hash(text) < settings.held_out for text in texts]

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from tandem.data_prep.decompression import compression_of, read_head
-from tandem.data_prep.json_values import MISSING, JsonValues, lookup, parse_json
+from tandem.data_prep.json_values import JsonValues, lookup, parse_json
 
 FORMATS = ("text", "jsonl", "json", "parquet", "arrow", "tar")
 """Values of --format. json: one array of records, or records that take several lines."""
@@ -55,7 +55,7 @@ class FileFormat:
     """One of FORMATS."""
     compression: str | None
     has_text: bool = True
-    """Whether the first record has the field of the text; true if this is not known."""
+    """Whether the first record has text, or null, in the field of the text; true if this is not known."""
 
 
 def format_of_name(name: str) -> tuple[str | None, str | None]:
@@ -98,10 +98,10 @@ def detect(stream: BinaryIO, name: str, text_field: str, *, any_text: bool) -> F
         return _seekable("arrow", compression)
     if is_tar or named_format == "tar":
         return FileFormat("tar", compression)
-    if named_format in ("parquet", "arrow"):
-        return FileFormat(named_format, compression)
     if found := _json_format(head, named_format, text_field):
         return FileFormat(found[0], compression, found[1])
+    if named_format in ("parquet", "arrow"):
+        return FileFormat(named_format, compression)
     if named_format in ("text", "jsonl") or any_text:
         return FileFormat(named_format if named_format in ("text", "jsonl") else "text", compression, has_text=False)
     what = (
@@ -128,15 +128,16 @@ def _json_format(head: bytes, named_format: str | None, text_field: str) -> tupl
     if len(head) >= HEAD_BYTES and len(lines) > 1:
         lines.pop()  # the cut may be inside it
     values = [_parse(line) for line in lines]
-    has_text = lookup(values[0], text_field) is not MISSING
+    has_text, num_with_text = _has_text(values[0], text_field), sum(_has_text(value, text_field) for value in values)
+    consists_of_records = num_with_text > max(1, len(values) // 2)  # and some damaged lines
     if named_format == "text":
         # Text may quote a line of JSON, but not consist of it.
-        if all(isinstance(value, dict) for value in values) and (len(values) > 1 or has_text):
+        if consists_of_records or (all(isinstance(value, dict) for value in values) and (len(values) > 1 or has_text)):
             return "jsonl", has_text
         first = next(iter(_values(text)), None) if text.startswith(b"[") else None
-        return ("json", True) if lookup(first, text_field) is not MISSING else None
-    if isinstance(values[0], dict):
-        return "jsonl", has_text
+        return ("json", True) if _has_text(first, text_field) else None
+    if isinstance(values[0], dict) or consists_of_records:
+        return "jsonl", has_text or consists_of_records
     if isinstance(values[0], list) and named_format == "jsonl" and not any(isinstance(one, dict) for one in values[0]):
         return "jsonl", False
     if named_format == "jsonl" and is_long_line and text.startswith(b"{"):
@@ -145,7 +146,12 @@ def _json_format(head: bytes, named_format: str | None, text_field: str) -> tupl
         first = next(_values(text), {text_field: ""})
     except ValueError:
         return ("jsonl", False) if named_format == "jsonl" else None
-    return "json", lookup(first, text_field) is not MISSING
+    return "json", _has_text(first, text_field)
+
+
+def _has_text(record: Any, text_field: str) -> bool:
+    value = lookup(record, text_field)
+    return value is None or isinstance(value, str)
 
 
 def _parse(line: bytes) -> Any:

@@ -1,12 +1,14 @@
 """Parse JSON records, and read their fields by path."""
 
 import json
+import re
 from typing import Any
 
 import orjson
 
 MISSING = object()
 """The value of a field that a record does not have."""
+_SPACES = re.compile("[ \t\r\n\ufeff]+")
 _NEAR_END_CHARACTERS = 16
 """An error of JSON this close to the end of the text, or in a string that does not end, may be due to the cut."""
 
@@ -84,8 +86,8 @@ class JsonValues:
                 return self._decode()
 
     def _skip_spaces(self) -> None:
-        while self._position < len(self._text) and self._text[self._position] in " \t\r\n\ufeff":
-            self._position += 1
+        if spaces := _SPACES.match(self._text, self._position):
+            self._position = spaces.end()
 
     def _decode(self) -> Any:
         try:

@@ -246,6 +246,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError(
             f"--where: {args.where!r} does not have the form NAME=VALUE; write for example meta.language=en"
         )
+    for option, field in (("--text-field", args.text_field), ("--group-field", args.group_field)):
+        if field == "":
+            raise UserError(f"{option}: the name is empty; name a field of the records, or leave out the option")
     for option, field in (("--where", name), ("--group-field", args.group_field or "")):
         if field == args.text_field or field.startswith(f"{args.text_field}."):
             raise UserError(f"{option}: {field} is the text itself; name another field of the record")
@@ -313,6 +316,8 @@ def _print_counts(output: Path, corpus_manifest: CorpusManifest) -> None:
     if unknown := corpus_manifest.counts.get("unknown_tokens"):
         share = unknown / corpus_manifest.counts["tokens"]
         safe_print(f"  tokens for text that the tokenizer does not know: {unknown:,} ({share:.2%}); that text is lost")
+    if empty := corpus_manifest.counts.get("documents_without_tokens"):
+        safe_print(f"  documents for whose text the tokenizer gives no token: {empty:,}; that text is lost")
     for group, counts in corpus_manifest.groups.items():
         safe_print(f"  {group or '(none)'}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
     if [*corpus_manifest.groups] == [encode.NO_GROUP]:

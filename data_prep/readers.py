@@ -124,9 +124,7 @@ def _read_json(part: FilePart, stream: BinaryIO, text_field: str, bad: BadRecord
                     continue
                 bad.add_good()
                 yield Document(f"{file.name}:{number}", text, fields)
-        except UserError as error:
-            if number == 1 and file.format == "json":
-                raise UserError(f"{error}, or read the whole file as one text with --format text") from None
+        except UserError:  # which is a ValueError
             raise
         except UnicodeDecodeError as error:
             raise UserError(
@@ -232,7 +230,8 @@ def _read_arrow(
         table = pyarrow.ipc.open_file(stream)
         batches = (table.get_batch(index) for index in range(table.num_record_batches))
     else:
-        stream.seek(-len(ARROW_STREAM_END), os.SEEK_END)
+        size_bytes = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size_bytes - len(ARROW_STREAM_END)))
         if stream.read() != ARROW_STREAM_END:
             raise UserError(f"{part.file.address}: is truncated; restore or leave out the file")
         stream.seek(0)
@@ -272,8 +271,10 @@ def _field_type(fields: Any, path: str) -> pyarrow.DataType | None:
     if path in names:
         return fields.field(names.index(path)).type
     for end in (index for index, character in enumerate(path) if character == "."):
-        if path[:end] in names and pyarrow.types.is_struct(nested := fields.field(names.index(path[:end])).type):
-            return _field_type(nested, path[end + 1 :])
+        if path[:end] not in names or not pyarrow.types.is_struct(nested := fields.field(names.index(path[:end])).type):
+            continue
+        if found := _field_type(nested, path[end + 1 :]):
+            return found
     return None
 
 

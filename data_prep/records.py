@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 
 import pyarrow
 
+from tandem.data_prep.formats import format_of_name
 from tandem.data_prep.input_files import FilePart, check_unchanged, unreadable_error
 from tandem.data_prep.json_values import MISSING, lookup, parse_json
 from tandem.trainer.config import UserError
@@ -76,7 +77,12 @@ class BadRecords:
         """Count a bad record. `place` returns its line, row or member.  Raises: UserError if it must not be left out."""
         address = self._part.file.address
         if not self.skip:
-            raise UserError(f"{address}{place()}: {error}, or leave out such records with --skip-bad-lines") from None
+            is_first = not self._num_good and not self._part.index and self._part.file.format in ("json", "jsonl")
+            may_be_text = is_first and format_of_name(self._part.file.name)[0] != "jsonl"
+            as_text = ", or read the whole file as one text with --format text" if may_be_text else ""
+            raise UserError(
+                f"{address}{place()}: {error}, or leave out such records with --skip-bad-lines{as_text}"
+            ) from None
         self._num_bad += 1
         self._counts[error.count_name] += 1
         if not self._first or len(self._samples) < MAX_BAD_RECORD_SAMPLES:

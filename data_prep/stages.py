@@ -39,7 +39,7 @@ from tandem.data_prep.spill import Spill
 from tandem.data_prep.tokenizers import build, encoding
 from tandem.data_prep.tokenizers.encoding import EncoderSpec
 from tandem.data_prep.work_units import WorkUnit
-from tandem.trainer.config.outside import read_json, read_text
+from tandem.trainer.config.outside import read_json, read_text, safe_print
 from tandem.trainer.data import manifest
 from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit, Shard
 from tandem.trainer.disk import atomic_write
@@ -99,6 +99,11 @@ class PreparationRequest:
         encoder = encoding.select_encoder(
             text, self.settings.eos, error_prefix, library=self.tokenizer_library, sample_texts=self._sample_texts()
         )
+        if self.settings.tokens is None and encoding.drops_unknown_text(encoder):
+            safe_print(
+                f"{error_prefix}: gives no token for characters that it does not know, so they are lost; choose one with an "
+                "unk_token, or with byte_fallback and all bytes, to keep or count them"
+            )
         settings_dict = self.settings.to_dict() | {"tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest()}
         units = work_units.plan_units(self.inputs, settings_dict)
         preparation = Preparation(self.output, self.settings, units, encoder, text, self.dangling_links)
@@ -309,6 +314,11 @@ def _finish(preparation: Preparation, _: Path, advance: ProgressCallback) -> Non
         raise output_folder.UnusableSettings(
             f"--tokenizer: {counts['unknown_tokens']:,} of {tokens:,} tokens are its token for unknown text, id {spec.unk_id}, "
             f"more than {MAX_UNKNOWN_SHARE:.0%}; name a tokenizer that was made for this text"
+        )
+    if (empty := counts["documents_without_tokens"]) > documents / 2:
+        raise output_folder.UnusableSettings(
+            f"--tokenizer: gives no token for the text of {empty:,} of {documents:,} documents; name a tokenizer that was made "
+            "for this text"
         )
     if settings.deduplicate:
         counts["duplicate_documents"] = sum(record["documents"] for record in records) - documents

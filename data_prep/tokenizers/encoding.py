@@ -29,6 +29,12 @@ LONG_TEXT_CHARACTERS = 16 << 20
 TOKENIZERS_BYTES_PER_CHARACTER = 163
 """Memory that tokenizers takes for a text, measured with 30 MB of random words: 4.9 GB."""
 
+CGROUP_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Files of versions 2 and 1 with the limit of this container in bytes."""
+
+RARE_LETTER = "\U00010380"
+"""Ugaritic alpa. No normalizer changes it, and no vocabulary but one of bytes has it."""
+
 
 @dataclass(frozen=True)
 class EncoderSpec:
@@ -96,6 +102,9 @@ def _check_memory(num_characters: int, location: str) -> None:
     with suppress(OSError):  # counts what the system can take back from its caches
         lines = Path("/proc/meminfo").read_text().splitlines()
         free_bytes = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    for limit in CGROUP_MEMORY_LIMITS:  # of a container
+        with suppress(OSError, ValueError):  # there is none, or it is "max"
+            free_bytes = min(free_bytes, int(Path(limit).read_text()))
     if needed_bytes > free_bytes:
         raise UserError(
             f"{location}: tokenizers needs about {needed_bytes >> 30:,} GiB of memory for its {num_characters:,} characters, "
@@ -126,7 +135,15 @@ class ReferenceEncoder:
         return tokenizer
 
     def __call__(self, texts: Sequence[str]) -> EncodedTexts:
-        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (
+            Exception
+        ) as error:  # tokenizers raises nothing narrower, for text without a token and without an unk_token
+            raise UserError(
+                f"--tokenizer: cannot encode every text ({' '.join(str(error).split())[:200]}); name one that knows all text, "
+                "or has a token for unknown text"
+            ) from None
         ids = [np.array(encoding.ids, np.uint32) for encoding in encoded]
         return np.concatenate([*ids, np.empty(0, np.uint32)]), np.array([len(part) for part in ids], np.int64)
 
@@ -184,6 +201,12 @@ def select_encoder(
         f"{LIBRARY_OPTION}: using tokenizers, which is slower than gigatoken, for {error_prefix}, because {unsupported_reason}"
     )
     return reference_spec
+
+
+def drops_unknown_text(spec: EncoderSpec) -> bool:
+    """Return whether a rare letter gives no token, as in a BPE without an unk_token and without the bytes of all text."""
+    _, lengths = replace(spec, library="tokenizers").load()([RARE_LETTER])
+    return int(lengths[0]) == 1
 
 
 def _find_difference(reference_spec: EncoderSpec, sample_texts: Sequence[str]) -> str | None:

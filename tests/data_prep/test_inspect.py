@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tandem.data_prep import inspect
+from tandem.data_prep.records import BAD_RECORD_COUNTS
 from tandem.data_prep.settings import DROPPED_COUNT_NAMES
 from tandem.data_prep.vocabulary import Vocabulary, make_visible
 from tandem.trainer.config import UserError
@@ -180,7 +181,16 @@ def test_a_corpus_is_described_by_its_manifest_and_its_tokens(folder, shown):
 def test_every_count_that_a_preparation_makes_is_of_what_was_left_out_or_known_not_to_be():
     sources = "".join(path.read_text() for path in Path(inspect.__file__).parent.rglob("*.py"))
     made = set(re.findall(r"""counts\[["'](\w+)["']\] \+?= """, sources))
-    not_left_out = {"files", "normalized_documents", "samples", "added_eos_tokens", "padding_tokens"}
+    not_left_out = {
+        "files",
+        "normalized_documents",
+        "samples",
+        "added_eos_tokens",
+        "padding_tokens",
+        "unknown_tokens",
+        "documents_without_tokens",
+    }
+    made |= {*BAD_RECORD_COUNTS}  # which BadRecords counts
     assert made == {*DROPPED_COUNT_NAMES, *not_left_out}
 
 

@@ -90,6 +90,8 @@ def broken_inputs(root):
         "where": ([*words, "--where", "lang"], r"--where: 'lang' does not have the form NAME=VALUE"),
         "where nothing": ([*words, "--where", ""], r"--where: '' does not have the form NAME=VALUE"),
         "where no name": ([*words, "--where", "=x"], r"--where: '=x' does not have the form NAME=VALUE"),
+        "empty text field": ([*words, "--text-field", ""], r"--text-field: the name is empty"),
+        "empty group field": ([*words, "--group-field", ""], r"--group-field: the name is empty"),
         "where text": ([*words, "--where", "text=x"], r"--where: text is the text itself"),
         "group text": ([*words, "--group-field", "body.a", "--text-field", "body"], r"--group-field: body.a is the text"),
     }  # fmt: skip

@@ -216,3 +216,25 @@ def test_traps_are_few():
         sum(map(len, distinguishing_texts.sample_excerpts(["a" * 10**6] * 1000)))
         == distinguishing_texts.MAX_SAMPLE_CHARACTERS
     )
+
+
+def test_a_text_for_which_tokenizers_lacks_memory_is_one_line(encoder, monkeypatch, tmp_path):
+    encode, limit = replace(encoder, library="tokenizers").load(), tmp_path / "memory.max"
+    monkeypatch.setattr(encoding, "LONG_TEXT_CHARACTERS", 10)
+    monkeypatch.setattr(encoding, "CGROUP_MEMORY_LIMITS", (tmp_path / "none", limit))
+    texts, names = ["short", "a text of 23 characters"], ["0/a", "0/b"]
+    for content in ("max\n", "4000\n"):
+        limit.write_text(content)
+        assert encode(texts, names)[1].size == 2
+    limit.write_text("3000\n")
+    with pytest.raises(
+        UserError, match=r"^0/b: tokenizers needs about 0 GiB of memory for its 23 characters, but 0 GiB"
+    ):
+        encode(texts, names)
+    assert encode(texts[:1])[1].size == 1
+    limit.unlink()
+    monkeypatch.setattr(encoding, "TOKENIZERS_BYTES_PER_CHARACTER", 1 << 50)
+    with pytest.raises(
+        UserError, match=r"^a document: tokenizers needs about 24,117,248 GiB .* but \d+ GiB are free; split it"
+    ):
+        encode(texts)

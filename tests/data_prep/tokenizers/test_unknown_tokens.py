@@ -19,10 +19,17 @@ def words(folder, unk_token="<unk>"):
     return folder / "words.json"
 
 
-def prepared(folder, text):
+def letters(folder):
+    """A tokenizer that gives no token for what it does not know."""
+    Tokenizer(models.BPE({"a": 0, "b": 1, EOS: 2}, [])).save(str(folder / "letters.json"))
+    return folder / "letters.json"
+
+
+def prepared(folder, *texts, make=words):
     (folder / "in").mkdir()
-    (folder / "in" / "a.txt").write_text(text)
-    options = ("--tokenizer", words(folder), "--held-out", 0, "--workers", 1, "--sample-tokens", 512)
+    for number, text in enumerate(texts):
+        (folder / "in" / f"{number}.txt").write_text(text)
+    options = ("--tokenizer", make(folder), "--held-out", 0, "--workers", 1, "--sample-tokens", 512)
     run_verb(prepare, "--input", folder / "in", "--output", folder / "out", *options)
 
 
@@ -45,3 +52,26 @@ def test_random_ids_are_refused():
     tree["model"]["dropout"] = 0.1
     with pytest.raises(UserError, match=r"^t.json: model.dropout is 0.1, so the ids of a text are random"):
         select_encoder(json.dumps(tree), EOS, "t.json")
+
+
+def test_text_without_tokens_is_counted_and_refused_if_it_is_most_of_the_corpus(tmp_path, capsys):
+    prepared(tmp_path, "ab", "b", "xyz", " ", make=letters)
+    said = capsys.readouterr().out
+    assert "--tokenizer: gives no token for characters that it does not know, so they are lost" in said
+    assert "documents for whose text the tokenizer gives no token: 1;" in said
+    (tmp_path / "b").mkdir()
+    with pytest.raises(UserError, match=r"^--tokenizer: gives no token for the text of 2 of 3 documents; name"):
+        prepared(tmp_path / "b", "ab", "xyz", "q", make=letters)
+    assert not (tmp_path / "b" / "out").exists()
+    capsys.readouterr()
+    (tmp_path / "c").mkdir()
+    prepared(tmp_path / "c", "a b")
+    assert "gives no token" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "model", [models.WordLevel({EOS: 0, "a": 1}, "none"), models.Unigram([(EOS, 0.0), ("a", -1.0)])]
+)
+def test_a_tokenizer_that_fails_on_unknown_text_is_one_line(model):
+    with pytest.raises(UserError, match=r"^--tokenizer: cannot encode every text \(.*\); name one that knows all text"):
+        select_encoder(Tokenizer(model).to_str(), EOS, "t.json")

@@ -1,6 +1,7 @@
 """Skipped shards and sources that end: all ranks agree on the rows, whichever found the damage, and none waits forever."""
 
 import dataclasses
+import shutil
 import threading
 from bisect import bisect_left
 from contextlib import contextmanager, nullcontext
@@ -165,12 +166,21 @@ def test_positions_left_out_are_counted_as_if_one_by_one(sources):
             assert source.advance(0, before) == kept[before - 1] + 1
 
 
+def hold_out_the_training_split(folder):
+    """Make the held-out split a copy of the training split, so that it has several shards."""
+    corpus = manifest.load_manifest(folder)
+    copies = [dataclasses.replace(shard, file=f"copy-{shard.file}") for shard in corpus.train.shards]
+    for shard, copy in zip(corpus.train.shards, copies, strict=True):
+        shutil.copyfile(folder / shard.file, folder / copy.file)
+    corpus = dataclasses.replace(corpus, validation=dataclasses.replace(corpus.train, shards=copies))
+    (folder / manifest.MANIFEST_FILE).write_text(manifest.dump_manifest(corpus))
+    return corpus
+
+
 def test_held_out_rows_without_a_damaged_shard_are_the_same_on_all_ranks(sources):
     folder = manifest.Path(sources["a"])
     only_a = PhaseConfig("p", PHASE.tokens, 32, 8, 2, {"a": 1.0})
-    # The training split is also the held-out split here, so that the latter has several shards.
-    corpus = dataclasses.replace(manifest.load_manifest(folder), validation=manifest.load_manifest(folder).train)
-    (folder / manifest.MANIFEST_FILE).write_text(manifest.dump_manifest(corpus))
+    corpus = hold_out_the_training_split(folder)
     first, second, *_ = corpus.validation.shards
     (folder / first.file).unlink()
     loaders = make_loaders(sources, make_schedule(only_a), 2, damaged_shards="skip")
@@ -193,17 +203,13 @@ def test_held_out_rows_without_a_damaged_shard_are_the_same_on_all_ranks(sources
 def test_held_out_rows_are_those_that_damage_leaves_or_none(sources, num_left):
     """If evaluate.tokens needs all held-out rows, the run continues with the whole rows of the last shard."""
     folder, phase = manifest.Path(sources["a"]), dataclasses.replace(PHASE, mixture={"a": 1.0})
-    corpus = manifest.load_manifest(folder)
-    (folder / manifest.MANIFEST_FILE).write_text(
-        manifest.dump_manifest(dataclasses.replace(corpus, validation=corpus.train))
-    )
-    asked = corpus.train.tokens // 32 * 32
+    corpus = hold_out_the_training_split(folder)
+    asked = corpus.validation.tokens // 32 * 32
     one = make_loader({"a": sources["a"]}, make_schedule(phase), damaged_shards="skip")
     assert sum(len(batch.tokens) for batch in one.validation_batches(phase, asked)) * 32 == asked
-    border = len(corpus.train.shards) - num_left
-    kept = corpus.train.shards[border:]
-    for shard in corpus.train.shards[:border]:
-        # Not Loader.skip_shard, which would also skip the training shards of that name.
+    border = len(corpus.validation.shards) - num_left
+    kept = corpus.validation.shards[border:]
+    for shard in corpus.validation.shards[:border]:
         one._validation_readers["a"].stream.skip_shard(shard.file)
     rows = [batch.tokens.numpy() for batch in one.validation_batches(phase, asked)]
     assert sum(map(len, rows)) == sum(shard.tokens for shard in kept) // 32
