@@ -198,7 +198,7 @@ class Rows(Loader):
 
     def __init__(self, config: TrainConfig, mesh: Mesh) -> None:
         self._of, self.fingerprints, self.shuffle_settings, self.skipped_shards = (config, mesh), {}, {}, {}
-        self.eos_token = ""
+        self.eos_token, self.tokenizer_sha256 = "", "0" * 64
 
     def find_end(self, step, cursor):
         return Timeline(self._of[0].schedule).total_steps, None

@@ -93,7 +93,8 @@ def through(name: str, folder: Path, mesh: Mesh) -> dict[str, dict[str, Tensor]]
         in_bf16 = config(name, mesh.tp_size, folder, "bf16")
         rounded = build_engine(in_bf16, mesh, None, open_initial_weights(in_bf16, mesh))
         found["rounded"] = gathered(rounded)
-        save_checkpoint(folder / name / f"bf16-tp{mesh.tp_size}", 1, rounded, mesh, metadata={})
+        metadata = model_metadata(in_bf16.model, in_bf16.mup)
+        save_checkpoint(folder / name / f"bf16-tp{mesh.tp_size}", 1, rounded, mesh, metadata=metadata)
     return found
 
 

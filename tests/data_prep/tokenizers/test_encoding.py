@@ -120,7 +120,6 @@ OBSTACLES = [
         "its pre-tokenizer is not one of those compared",
     ),
     ("pre_tokenizer.add_prefix_space", True, "its pre-tokenizer is not one of those compared"),
-    ("model.dropout", 0.5, "its model has dropout"),
     ("model.merges.700", ["Ġ", "Ġ"], "it lists a merge twice"),
     ("model.vocab.漢", 5_000, "its vocabulary is not that of a byte-level BPE"),
     ("added_tokens.1", NON_SPECIAL, "its added token 'rows' is not special"),

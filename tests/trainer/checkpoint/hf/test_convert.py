@@ -64,11 +64,11 @@ def shard(folder: Path) -> Path:
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_inner=55), "has shape"),
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_layer=1), "is not a tensor of the model"),
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_layer=3), "is missing"),
-        ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_layer=10**9), "but the files contain .* values"),
+        ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_layer=10_000), "but the files contain .* values"),
         (
             "btlm_mup",
             10**9,
-            lambda f: edit(f / "config.json", n_embd=1 << 60, n_head=4),
+            lambda f: edit(f / "config.json", n_embd=1 << 20, n_head=4),
             "but the files contain .* val",
         ),
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", alibi_scaling={}), "alibi_scaling"),
