@@ -40,12 +40,13 @@ def create_run_folder(folder: Path) -> None:
 
 def check_run_folder(folder: Path) -> None:
     """Raises: UserError unless the folder, or the nearest of its parents that exists, is a folder that one can write to."""
+    existing, code = None, 0
     try:
         existing = next(each for each in (folder, *folder.absolute().parents) if _exists(each))
         code = 0 if existing.is_dir() else errno.ENOTDIR
     except OSError as error:
         code = error.errno or errno.EIO
-    if not code and not os.access(existing, os.W_OK | os.X_OK):
+    if existing and not code and not os.access(existing, os.W_OK | os.X_OK):
         code = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
     if code:
         raise _folder_error(folder, "cannot be written to" if existing == folder else "cannot be created", code)
