@@ -83,7 +83,7 @@ def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
     if type_origin is Literal:
         if not any(value == each and type(value) is type(each) for each in arguments):
             remedy = f"it must be one of {', '.join(map(str, arguments))}"
-            raise FieldError(f"{key_path}: {_short_repr(value)} is not valid", remedy)
+            raise FieldError(f"{key_path}: {_short_repr(value)} is not valid; {remedy}", "use one of them")
         return value
     if type_origin is list:
         if not isinstance(value, list):
