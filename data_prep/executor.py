@@ -10,6 +10,7 @@ import pickle
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +22,8 @@ from tandem.trainer.config import UserError
 
 STATUS_BYTES = 4096
 """Size of the file in which a worker states what it reads. No path is longer."""
+EXIT_SECONDS = 1.0
+"""How long to wait for the exit codes of workers after one was killed."""
 POLL_SECONDS = 0.2
 """Interval between updates of the progress bar."""
 
@@ -166,6 +169,10 @@ def _worker_pool(
 
 def _files_of_killed_workers(folder: str, processes: Sequence[Any]) -> Iterator[str]:
     """Yield the files that workers read when they were killed. The pool ends the other workers with SIGTERM."""
+    deadline = time.monotonic() + EXIT_SECONDS
+    # While the pool's own thread collects a process, its exit code is not known here.
+    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.01)
     for process in processes:
         path = Path(folder, str(process.pid))
         name = os.fsdecode(path.read_bytes().rstrip(b"\0")) if path.exists() else ""
