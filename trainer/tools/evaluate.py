@@ -1,7 +1,6 @@
 """`tandem evaluate`: measure the mean loss on held-out rows, and the loss by position in the row."""
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -16,9 +15,8 @@ from tandem.trainer.checkpoint import weights
 from tandem.trainer.checkpoint.weights import WeightSource
 from tandem.trainer.config import DataConfig, LRConfig, PhaseConfig, ScheduleConfig, UserError
 from tandem.trainer.config.outside import safe_print
-from tandem.trainer.data import manifest, remote_files
+from tandem.trainer.data import manifest
 from tandem.trainer.data.loader import Batch, Loader
-from tandem.trainer.data.tokenizer_file import file_sha256, parse_tokenizer, read_tokenizer, same_encoding
 from tandem.trainer.distributed.mesh import mesh_context
 from tandem.trainer.validation import token_losses
 
@@ -68,29 +66,18 @@ def check_corpus(data: str, weight_source: WeightSource, seq_len: int, num_rows:
     if corpus.vocab > weight_source.model.vocab_size:
         sizes = f"a tokenizer of {corpus.vocab} ids, but the weights have only {weight_source.model.vocab_size}"
         raise UserError(f"--data: {data} was prepared with {sizes}; prepare it with the tokenizer of the weights")
-    trained = file_sha256(file) if (file := weight_source.tokenizer_file) else weight_source.tokenizer_sha256
-    if trained and trained != corpus.tokenizer_sha256 and not (file and encodes_as_corpus(file, data, corpus)):
+    remedy = "choose a corpus that was prepared with the tokenizer of the weights"
+    if file := weight_source.tokenizer_file:
+        manifest.check_tokenizer(file, corpus, f"--data {data}", remedy, corpus_folder=data)
+    elif weight_source.tokenizer_sha256 not in (None, corpus.tokenizer_sha256):
         raise UserError(
             f"--data: {data} was prepared with a tokenizer whose sha256 is {corpus.tokenizer_sha256[:12]}, but the weights "
-            f"were trained with one that encodes otherwise (sha256 {trained[:12]}); choose a corpus that was prepared with the "
-            "tokenizer of the weights"
+            f"were trained with one whose sha256 is {weight_source.tokenizer_sha256[:12]}; {remedy}"
         )
     if num_rows < 1 or seq_len < 1 or num_rows * seq_len > corpus.validation.tokens:
         requested = f"{num_rows} rows of --seq-len {seq_len} tokens are not available"
         rule = f"both numbers must be positive, and {data} has {corpus.validation.tokens} held-out tokens"
         raise UserError(f"--rows: {requested}; {rule}; change one of the two")
-
-
-def encodes_as_corpus(file: Path, data: str, corpus: manifest.CorpusManifest) -> bool:
-    """Whether the file encodes as the corpus's tokenizer does, although the files differ, as those of exports may."""
-    address = remote_files.join_address(data, manifest.TOKENIZER_FILE)
-    try:
-        content = remote_files.read_bytes(address)
-    except OSError:
-        return False
-    if hashlib.sha256(content).hexdigest() != corpus.tokenizer_sha256:
-        return False
-    return same_encoding(read_tokenizer(file), parse_tokenizer(content, address), corpus.eos_token)
 
 
 def held_out_batches(data: str, vocab_size: int, seq_len: int, num_rows: int) -> Iterable[Batch]:

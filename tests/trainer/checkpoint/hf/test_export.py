@@ -22,7 +22,7 @@ from tandem.trainer.checkpoint.layout import model_metadata
 from tandem.trainer.checkpoint.weights import WeightSource, open_weight_source
 from tandem.trainer.checkpoint.write import save_imported_weights
 from tandem.trainer.config import UserError
-from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit
+from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit, dump_manifest
 from tandem.trainer.data.tokenizer_file import corpus_form, file_sha256, read_tokenizer, same_encoding
 from tandem.trainer.tools import convert_hf, evaluate, generate
 from tandem.trainer.tools.convert_hf import CHECKED_TEXTS, find_different_text
@@ -310,8 +310,14 @@ def test_the_same_tokenizer_written_otherwise_is_accepted_and_another_refused(tm
         generate.check_same_tokenizer(weight_source, other)
     for path, is_same in ((same, True), (other, False)):
         empty = CorpusSplit(0, 0, [])
-        corpus = CorpusManifest("uint16", 256, 300, EOS, 0, file_sha256(path), 0.0, {}, {}, empty, empty)
-        assert evaluate.encodes_as_corpus(own, str(path.parent), corpus) == is_same
+        corpus = CorpusManifest(
+            "uint16", 256, weight_source.model.vocab_size, EOS, 0, file_sha256(path), 0.0, {}, {}, empty, empty
+        )
+        (path.parent / "manifest.json").write_text(dump_manifest(corpus))
+        # The first check after that of the tokenizer is that of the rows, of which this corpus has none.
+        expected = "--rows: 1 rows" if is_same else "--data .*other: .* has sha256 .*; choose a corpus"
+        with pytest.raises(UserError, match=expected):
+            evaluate.check_corpus(str(path.parent), weight_source, 1, 1)
     without_file = dataclasses.replace(weight_source, tokenizer_file=None, tokenizer_sha256=file_sha256(own))
     generate.check_same_tokenizer(without_file, own)
     assert caplog.messages == []
