@@ -8,6 +8,7 @@ two faults that activations hide: wrong rates of norms and biases, and a rate th
 Source: the grouping of Cerebras modelzoo; that coordinates do not show decay: microsoft/mup, pull request 73.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -88,6 +89,6 @@ def _group_by_role(engine: Engine, measure_tensor: Callable[[str, Tensor], float
 
 def _compare(quantity: str, role: str, width: int, values: list[float], unit: float, expected: float) -> Measurement:
     """Report the tensor that is farthest from the law."""
-    worst = max((value / unit for value in values), key=lambda value: abs(value - expected))
+    worst = max((value / unit for value in values), key=lambda value: (math.isnan(value), abs(value - expected)))
     low, high, name = expected - RELATIVE_TOLERANCE, expected + RELATIVE_TOLERANCE, f"{quantity} of {role}"
     return Measurement("decay", name, f"width {width}", worst, low, high, f"the {quantity} of role {role}")

@@ -54,9 +54,13 @@ def first_difference(pairs: list[StepPair], name: str) -> str:
         return f"{name} identical in {len(pairs)} common steps"
     one, other = differing[0]
     of_a, of_b = (plots.column([pair[side] for pair in differing], name) for side in (0, 1))
+    distances = np.abs(of_a - of_b)
+    num_unknown = int(np.count_nonzero(~np.isfinite(distances)))  # a value is missing, infinite or NaN
+    unknown = f"; {num_unknown} of these have a value that is not finite" if num_unknown else ""
+    largest = np.max(distances, initial=0.0, where=np.isfinite(distances))
     return (
         f"{name} differs first at step {one['step']} ({one[name]} and {other[name]}), "
-        f"in {len(differing)} of {len(pairs)} common steps, by at most {np.nanmax(np.abs(of_a - of_b), initial=0.0):.3g}"
+        f"in {len(differing)} of {len(pairs)} common steps, by at most {largest:.3g}{unknown}"
     )
 
 

@@ -9,7 +9,7 @@ from tandem.trainer.models.mup import parameter_rules
 from tandem.trainer.tools.mup import coordinates
 from tandem.trainer.tools.mup.coordinates import LAWS, fit_exponent, judge
 from tandem.trainer.tools.mup.measurement import Measurement, first_failure, format_table, measurements_to_json
-from tandem.trainer.tools.mup.weight_decay import LR_EXPONENTS
+from tandem.trainer.tools.mup.weight_decay import LR_EXPONENTS, _compare
 from tests import tiny_configs
 
 
@@ -79,3 +79,9 @@ def test_sizes_are_judged_before_changes():
 def test_laws_name_every_role_of_the_table():
     config = tiny_configs.make_config("btlm")
     assert LR_EXPONENTS.keys() == parameter_rules(config.model, config.mup).keys()
+
+
+@pytest.mark.parametrize("values", [[1.0, nan], [nan, 1.0], [1.0, inf]])
+def test_a_tensor_without_a_finite_decay_is_never_passed_over(values: list[float]) -> None:
+    assert not _compare("decay", "hidden", 64, values, 1.0, 1.0).is_within_bounds
+    assert _compare("decay", "hidden", 64, [1.0, 1.0], 1.0, 1.0).is_within_bounds

@@ -209,3 +209,13 @@ def test_a_report_needs_the_runs_config(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.yaml: no such config file"):
         report.write_report(tmp_path)
     assert configuration.UserError is UserError
+
+
+def test_a_difference_that_is_not_finite_is_counted() -> None:
+    pairs = [({"step": step, "loss": one}, {"step": step, "loss": other}) for step, one, other in (
+        (1, 2.0, 2.0), (2, 2.0, 2.5), (3, 2.0, None), (4, float("inf"), 1.0),
+    )]  # fmt: skip
+    assert compare.first_difference(pairs, "loss") == (
+        "loss differs first at step 2 (2.0 and 2.5), in 3 of 4 common steps, by at most 0.5; "
+        "2 of these have a value that is not finite"
+    )
