@@ -1,5 +1,6 @@
 """Whatever ends a run, the same command continues it to the bits of the run that nothing ended."""
 
+import hashlib
 import os
 import random
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.layout import list_committed
+from tandem.trainer.checkpoint.layout import COMMIT_MARKER, MANIFEST_FILE, list_committed
 from tandem.trainer.checkpoint.read import open_checkpoint
 from tandem.trainer.runtime import signals
 from tandem.trainer.runtime.signals import REQUEUE_EXIT_CODE
@@ -175,6 +176,9 @@ def test_a_damaged_newer_checkpoint_does_not_count_among_the_kept(config, straig
     assert wait_for_exit(started(config, *overrides, "run.stop_step=20")) == 0
     newer = folder / "checkpoints" / "step-00000040"
     shutil.copytree(folder / "checkpoints" / "step-00000020", newer)
+    manifest = (newer / MANIFEST_FILE).read_text().replace('"step": 20', '"step": 40')
+    (newer / MANIFEST_FILE).write_text(manifest)
+    (newer / COMMIT_MARKER).write_text(hashlib.sha256(manifest.encode()).hexdigest())
     next(newer.glob("rank-*.safetensors")).unlink()
     assert wait_for_exit(started(config, *overrides, "run.stop_step=30")) == 0
     assert open_checkpoint(folder).step == 30

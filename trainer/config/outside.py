@@ -109,7 +109,7 @@ def parse_json(text: str | bytes) -> Any:
     """Parse JSON. Raises: ValueError, also for two equal keys, a number that is not finite, and too deep nesting."""
     try:
         return json.loads(
-            text, parse_float=_parse_float, parse_constant=_refuse_number, object_pairs_hook=_build_object
+            text, parse_float=_parse_float, parse_constant=_refuse_number, object_pairs_hook=_build_dict
         )
     except RecursionError:
         raise ValueError("lists or objects are nested too deeply") from None
@@ -129,7 +129,7 @@ def safe_print(text: str, *, end: str = "\n", flush: bool = False) -> None:
     print(escape_control_characters(text), end=end, flush=flush)
 
 
-def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _build_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse an object that contains a key twice, because readers differ in which of the two values they take."""
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -29,7 +29,7 @@ from torch.distributed import checkpoint as torchs
 
 from tandem.trainer.checkpoint import write
 from tandem.trainer.checkpoint.async_save import CheckpointSaver
-from tandem.trainer.checkpoint.layout import fragment_key, step_folder_name
+from tandem.trainer.checkpoint.layout import fragment_key, model_metadata, step_folder_name
 from tandem.trainer.config import TrainConfig, UserError, check_world_size, flops, load_config
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.loader import Batch
@@ -219,7 +219,7 @@ def measure(context: StepContext, arguments: argparse.Namespace, folder: Path) -
         run_timed_step()
     step_bytes = sampler.peak_bytes - resident_bytes()
     peak_bytes_without_saves = sampler.process_peak_bytes
-    facts = {**write.model_metadata(config.model, config.mup), "cursor": {}, "num_ledger_lines": 0}
+    facts = {**model_metadata(config.model, config.mup), "cursor": {}, "num_ledger_lines": 0}
     methods = build_save_methods(context.engine, mesh, folder, facts)
     saved: dict[str, list[SaveCost]] = {name: [] for name in arguments.ways}
     for _ in range(arguments.saves):

@@ -125,8 +125,8 @@ def test_on_a_trusted_network_rank_0_may_have_an_address_that_only_others_see(mo
     ("host", "reason"),
     [("127.0.0.1", "another process of this machine uses the port"), ("192.0.2.7", "this machine does not have")],
 )
-def test_tandem_train_ends_with_2_and_one_line(host, reason, tmp_path):
-    tree = two_phase_config("btlm", tmp_path / "no-corpus", tmp_path / "runs")
+def test_tandem_train_ends_with_2_and_one_line(host, reason, tmp_path, corpus):
+    tree = two_phase_config("btlm", corpus, tmp_path / "runs")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     with socket.create_server(("127.0.0.1", 0)) as another_run:
         port = str(another_run.getsockname()[1])
@@ -191,9 +191,11 @@ def test_a_value_arrives_as_it_was(value):
 
 
 def test_no_rank_unpickles():
-    """Except torchrun's own state, through `StateUnpickler`."""
+    """Except torchrun's own state, through `StateUnpickler`, and an import's tensors, with `weights_only`."""
     pattern = re.compile(r"import .*pickle|import (marshal|shelve|dill)|_object\(|object_list|torch\.load\b")
     found = {
         file.name for file in TRAINER.rglob("*.py") for line in file.read_text().splitlines() if pattern.search(line)
     }
-    assert found == {"agent_rendezvous.py"}
+    assert found == {"agent_rendezvous.py", "weight_files.py"}
+    loads = re.findall(r"torch\.load\(.*", (TRAINER / "checkpoint/hf/weight_files.py").read_text())
+    assert loads == ['torch.load(path, map_location="cpu", weights_only=True, mmap=True)']

@@ -67,7 +67,7 @@ def test_the_page_has_the_tables(page: str) -> None:
     for text in (
         "2.13",
         "tandem &lt;train&gt;",
-        "1.5MB",
+        "1.43 MiB",
         "2",
         f"{8 * 2048:,}",
         "linear, peak 0.012, warm-up 20 steps",
