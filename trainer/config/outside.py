@@ -108,9 +108,7 @@ def read_json(path: str | Path) -> Any:
 def parse_json(text: str | bytes) -> Any:
     """Parse JSON. Raises: ValueError, also for two equal keys, a number that is not finite, and too deep nesting."""
     try:
-        return json.loads(
-            text, parse_float=_parse_float, parse_constant=_refuse_number, object_pairs_hook=_build_dict
-        )
+        return json.loads(text, parse_float=_parse_float, parse_constant=_refuse_number, object_pairs_hook=_build_dict)
     except RecursionError:
         raise ValueError("lists or objects are nested too deeply") from None
 
