@@ -25,7 +25,9 @@ import transformers  # noqa: E402, F401
 
 import tandem.data_prep.tokenizers.encoding  # noqa: E402  (not tandem.data_prep.prepare: pyarrow starts a thread)
 import tandem.trainer.__main__  # noqa: E402
-import tandem.trainer.tools.convert_hf  # noqa: E402
+import tandem.trainer.models.sampling  # noqa: E402
+import tandem.trainer.tools.convert_hf.conversion  # noqa: E402
+import tandem.trainer.tools.convert_hf.export_check  # noqa: E402
 import tandem.trainer.tools.generate  # noqa: E402
 import tandem.trainer.train  # noqa: E402, F401
 

@@ -46,7 +46,7 @@ from tandem.trainer.data.digests import Digests
 from tandem.trainer.metrics.history import read_history
 from tandem.trainer.metrics.records import JsonLinesSink, Sinks, StepRecord
 from tandem.trainer.tools.audit.ledger_lines import parse_line
-from tandem.trainer.tools.convert_hf import tensor_shapes
+from tandem.trainer.tools.convert_hf.conversion import tensor_shapes
 from tests.fuzz.mutations import AWKWARD, mutate_bytes, mutate_tree
 from tests.tiny_configs import BTLM, MUP, STABLELM, config_tree
 

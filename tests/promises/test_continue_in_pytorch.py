@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tandem.trainer import models
 from tandem.trainer.checkpoint.hf import btlm
 from tandem.trainer.checkpoint.hf.export import export_folder
-from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
+from tandem.trainer.checkpoint.hf.tensor_conversion import to_hf_tensor
 from tandem.trainer.checkpoint.read import load_weights
 from tandem.trainer.config import MupConfig
 from tandem.trainer.distributed.mesh import mesh_context

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.hf import convert
+from tandem.trainer.checkpoint.hf import convert, description
 from tandem.trainer.checkpoint.hf.export import ExportedText, export_folder
 from tandem.trainer.checkpoint.hf.folder import INDEX_FILE, WEIGHTS_FILE
 from tandem.trainer.checkpoint.hf.pretrained import load_pretrained
-from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
+from tandem.trainer.checkpoint.hf.tensor_conversion import default_tensors, to_hf_tensor
 from tandem.trainer.checkpoint.layout import model_metadata
 from tandem.trainer.checkpoint.read import Checkpoint, open_checkpoint
 from tandem.trainer.config import (
@@ -154,10 +154,10 @@ def test_an_export_is_the_gathered_weights_at_every_tp_size(world, folder, name,
     found = load_file(tmp_path / "out" / WEIGHTS_FILE)
     expected = {
         hf_tensor.hf_name: to_hf_tensor(mapping, hf_tensor, trained[mapping.name])
-        for mapping in convert.FAMILY_MODULES[model.family].tensor_mappings(model) for hf_tensor in mapping.hf_tensors
+        for mapping in description.FAMILY_MODULES[model.family].tensor_mappings(model) for hf_tensor in mapping.hf_tensors
     }  # fmt: skip
     assert differing(found, expected) == []
-    assert found.keys() == expected.keys() | convert.FAMILY_MODULES[model.family].default_tensors(model).keys()
+    assert found.keys() == expected.keys() | default_tensors(model).keys()
 
 
 @pytest.mark.dist
@@ -210,7 +210,7 @@ def test_a_16_bit_folder_is_imported_without_loss(folder, tmp_path):
         (source / INDEX_FILE).unlink()
         given = {
             hf_tensor.hf_name: to_hf_tensor(mapping, hf_tensor, tensors("btlm_mup")[mapping.name]).to(dtype)
-            for mapping in convert.FAMILY_MODULES["btlm"].tensor_mappings(CASES["btlm_mup"][0])
+            for mapping in description.FAMILY_MODULES["btlm"].tensor_mappings(CASES["btlm_mup"][0])
             for hf_tensor in mapping.hf_tensors
         }  # fmt: skip
         save_file({key: tensor.contiguous() for key, tensor in given.items()}, source / WEIGHTS_FILE)
@@ -286,7 +286,7 @@ def made_elsewhere(family: str, folder: Path) -> None:
     read = reference_module(model).random_tensors(model, seed=5).__getitem__
     export_folder(read, model, CASES["btlm_mup"][1], folder, tokenizer=None, max_seq_len=64, dtype=torch.float32)
     fields = json.loads((folder / "config.json").read_text())
-    del fields[convert.EXTRA_FIELDS_KEY]
+    del fields[description.EXTRA_FIELDS_KEY]
     (folder / "config.json").write_text(json.dumps(fields))
 
 
@@ -365,7 +365,7 @@ def test_a_run_is_exported_by_its_folder_by_a_step_and_by_a_checkpoints_folder_a
         assert filecmp.cmpfiles(tmp_path / "newest", tmp_path / other, names, shallow=False) == (names, [], [])
     corpus = Path(next(iter(given.data.sources.values())))
     assert filecmp.cmp(tmp_path / "newest" / "tokenizer.json", corpus / "tokenizer.json", shallow=False)
-    assert convert.read_text_settings(tmp_path / "newest") == ("<|endoftext|>", 256)
+    assert description.read_text_settings(tmp_path / "newest") == ("<|endoftext|>", 256)
 
 
 @pytest.mark.dist

@@ -17,10 +17,10 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from tandem.trainer.checkpoint.hf import btlm, convert
+from tandem.trainer.checkpoint.hf import btlm, convert, description
 from tandem.trainer.checkpoint.hf.export import _build_hf_config, export_folder
 from tandem.trainer.checkpoint.hf.folder import INDEX_FILE, WEIGHTS_FILE, read_json, write_json
-from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
+from tandem.trainer.checkpoint.hf.tensor_conversion import default_tensors, to_hf_tensor
 from tests.reference.offline import offline
 from tests.reference.variants import EXPORTED_VARIANTS, VARIANTS, random_tokens, reference_module, to_fp64
 
@@ -67,7 +67,7 @@ def test_logits_and_gradients_of_an_export_are_the_references(variant: str, tmp_
     assert (logits - exact).abs().max() <= NOISE * (ours - exact).abs().max()
     found = dict(theirs.named_parameters())
     ours_away, theirs_away = torch.zeros(2, dtype=torch.float64)
-    for mapping in convert.FAMILY_MODULES[model.family].tensor_mappings(model):
+    for mapping in description.FAMILY_MODULES[model.family].tensor_mappings(model):
         ours_away += (our_gradients[mapping.name] - exact_gradients[mapping.name]).square().sum()
         for hf_tensor in mapping.hf_tensors:
             gradient = to_hf_tensor(mapping, hf_tensor, exact_gradients[mapping.name])
@@ -112,7 +112,7 @@ def test_export_in_bf16_holds_the_rounded_weights(variant: str, tmp_path: Path) 
     theirs = loaded(tmp_path / "out")
     assert theirs.dtype == torch.bfloat16
     slopes = {name: value for name, value in theirs.named_buffers() if name.endswith("slopes")}
-    defaults = convert.FAMILY_MODULES[VARIANTS[variant][0].family].default_tensors(VARIANTS[variant][0])
+    defaults = default_tensors(VARIANTS[variant][0])
     assert all(torch.equal(value, defaults[name]) for name, value in slopes.items())
     stored = load_file(tmp_path / "out" / WEIGHTS_FILE)
     assert {name for name, value in stored.items() if value.dtype != torch.bfloat16} == slopes.keys()
@@ -227,7 +227,7 @@ PUBLISHED = {
     },
 }  # fmt: skip
 NEWER = {
-    "dtype", convert.EXTRA_FIELDS_KEY, "rope_parameters", "alibi_scaling", "tie_word_embeddings", "pad_token_id",
+    "dtype", description.EXTRA_FIELDS_KEY, "rope_parameters", "alibi_scaling", "tie_word_embeddings", "pad_token_id",
     "transformers_version",
 }  # fmt: skip
 """torch_dtype and the rotary fields as transformers 5 spells them, what the schema has no field for, what a released folder
@@ -238,8 +238,8 @@ leaves out where it is the class's default, and what transformers writes into ev
 def test_the_config_of_an_export_is_the_published_one(name: str) -> None:
     """Compare every field after import and export: none is missing, none is added."""
     published = PUBLISHED[name]
-    table = convert.FAMILY_MODULES[published["model_type"]]
-    model, mup = convert._parse_hf_config(Path("folder"), published)
+    table = description.FAMILY_MODULES[published["model_type"]]
+    model, mup = description.parse_model(Path("folder"), published)
     longest, end = published[table.MAX_SEQ_LEN_FIELD], published["eos_token_id"]
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
     found = _build_hf_config(model, mup, ids, longest, torch.bfloat16)
@@ -261,7 +261,7 @@ def write_tokenizer(path: Path, vocab: int, special: str = "<|endoftext|>") -> N
 def test_the_section_without_the_marked_fields_is_that_of_a_folder_made_elsewhere(tmp_path: Path) -> None:
     export("stablelm_12b", tmp_path / "out")
     config = read_json(tmp_path / "out" / "config.json")
-    del config[convert.EXTRA_FIELDS_KEY]
+    del config[description.EXTRA_FIELDS_KEY]
     write_json(tmp_path / "out" / "config.json", config)
     model, _, _ = convert.open_folder(tmp_path / "out")
     wanted, _ = VARIANTS["stablelm_12b"]

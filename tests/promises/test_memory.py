@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tandem.trainer.checkpoint import write
-from tandem.trainer.checkpoint.hf import convert
+from tandem.trainer.checkpoint.hf import description
 from tandem.trainer.checkpoint.hf.export import export_folder
 from tandem.trainer.checkpoint.hf.folder import INDEX_FILE, WEIGHTS_FILE
 from tandem.trainer.checkpoint.hf.weight_files import PICKLE_FILE
@@ -57,7 +57,7 @@ import json, sys
 from tandem.trainer.__main__ import main
 from tandem.trainer.runtime.process import silence_library_warnings
 silence_library_warnings()
-import tandem.trainer.tools.convert_hf
+import tandem.trainer.tools.convert_hf.conversion, tandem.trainer.tools.convert_hf.export_check
 print("imported modules", flush=True)
 sys.stdin.readline()
 sys.exit(any(main(command) for command in json.loads(sys.argv[1])))
@@ -109,7 +109,7 @@ def write_export(
     model: BTLMConfig, mup: MupConfig | None, values: Callable[[tuple[int, ...], str], Tensor], out: Path
 ) -> int:
     """Write a bf16 export, like released ones; return the bytes of the largest tensor in fp32."""
-    rows = {row.name: row for row in convert.FAMILY_MODULES["btlm"].tensor_mappings(model)}
+    rows = {row.name: row for row in description.FAMILY_MODULES["btlm"].tensor_mappings(model)}
     export_folder(
         lambda name: values(rows[name].shape, name),
         model,

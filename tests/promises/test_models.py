@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.functional import cross_entropy
 
-from tandem.trainer.checkpoint.hf import convert
+from tandem.trainer.checkpoint.hf import description
 from tandem.trainer.checkpoint.hf.export import export_folder
-from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
+from tandem.trainer.checkpoint.hf.tensor_conversion import to_hf_tensor
 from tandem.trainer.checkpoint.read import load_weights
 from tandem.trainer.config import BTLMConfig, MupConfig, StableLMConfig
 from tandem.trainer.distributed.mesh import Mesh, mesh_context
@@ -181,7 +181,7 @@ def their_names(case: Case, values: Values) -> Values:
     """Our values under transformers' names; what only transformers has is not there."""
     pieces = {
         piece.hf_name: to_hf_tensor(row, piece, values[row.name])
-        for row in convert.FAMILY_MODULES[case.model.family].tensor_mappings(case.model)
+        for row in description.FAMILY_MODULES[case.model.family].tensor_mappings(case.model)
         for piece in row.hf_tensors
     }
     return {"logits": values["logits"], "losses": values["losses"], **pieces}

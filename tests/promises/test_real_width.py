@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tandem.trainer.checkpoint.hf import convert
-from tandem.trainer.checkpoint.hf.tensor_mapping import from_hf_tensors, to_hf_tensor
+from tandem.trainer.checkpoint.hf import description
+from tandem.trainer.checkpoint.hf.tensor_conversion import default_tensors, from_hf_tensors, to_hf_tensor
 from tandem.trainer.config import StableLMConfig, load_config
 from tandem.trainer.distributed.layers import sharding_of
 from tandem.trainer.distributed.mesh import Mesh, mesh_context
@@ -43,13 +43,13 @@ def of_transformers(file: Path) -> None:
     from transformers import StableLmConfig, StableLmForCausalLM
 
     section = model()
-    table = list(convert.FAMILY_MODULES["stablelm"].tensor_mappings(section))
-    given = StableLmConfig(**convert.FAMILY_MODULES["stablelm"].to_hf_config(section, None, 4_096))
+    table = list(description.FAMILY_MODULES["stablelm"].tensor_mappings(section))
+    given = StableLmConfig(**description.FAMILY_MODULES["stablelm"].to_hf_config(section, None, 4_096))
     with torch.device("meta"):
         theirs = StableLmForCausalLM(given)
     weights = reference_module(section).random_tensors(section, seed=5)
     pieces = {piece.hf_name: to_hf_tensor(row, piece, weights[row.name]) for row in table for piece in row.hf_tensors}
-    pieces |= convert.FAMILY_MODULES["stablelm"].default_tensors(section)
+    pieces |= default_tensors(section)
     theirs.load_state_dict(pieces, assign=True)
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(given)
     for parameter in theirs.parameters():

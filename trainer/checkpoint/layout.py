@@ -132,6 +132,12 @@ class SavedCheckpoint:
     def step(self) -> int:
         return int(self.manifest["step"])
 
+    @property
+    def run_folder(self) -> Path:
+        """The folder of the run or import."""
+        folder = self.folder.absolute().parent
+        return folder.parent if folder.name == "checkpoints" else folder
+
     def model_configs(self) -> tuple[AnyModelConfig, MupConfig | None]:
         """Return the saved model and muP sections."""
         tree, mup = self.manifest["model"], self.manifest["mup"]

@@ -50,12 +50,6 @@ class Checkpoint(layout.SavedCheckpoint):
         return UserError(f"{self.folder}: {fault}; {layout.REMEDY}")
 
     @property
-    def run_folder(self) -> Path:
-        """The folder of the run or import."""
-        folder = self.folder.absolute().parent
-        return folder.parent if folder.name == "checkpoints" else folder
-
-    @property
     def parameter_names(self) -> list[str]:
         return list(self._fragments_by_name)
 

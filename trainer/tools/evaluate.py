@@ -4,21 +4,17 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from tandem.trainer.checkpoint import weights
-from tandem.trainer.checkpoint.weights import WeightSource
+from tandem.trainer.checkpoint.weight_source import WeightSource, add_alibi_scaling_argument, describe_weights
 from tandem.trainer.config import DataConfig, LRConfig, PhaseConfig, ScheduleConfig, UserError
 from tandem.trainer.config.outside import safe_print
 from tandem.trainer.data import manifest
-from tandem.trainer.data.loader import Batch, Loader
-from tandem.trainer.distributed.mesh import mesh_context
-from tandem.trainer.validation import token_losses
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,32 +26,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rows", type=int, default=32, help="number of held-out rows (default 32)")
     add("--bins", type=int, default=8, help=bins_help)
     add("--json", action="store_true", help="print one JSON object instead of a table")
-    weights.add_alibi_scaling_argument(parser)
+    add_alibi_scaling_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print mean loss, perplexity, and loss by position in the row."""
-    weight_source = weights.open_weight_source(arguments.source)
-    weight_source = weights.override_alibi_scaling(weight_source, arguments.alibi_scaling)
+    if arguments.bins < 1:
+        raise UserError(f"--bins: {arguments.bins} is less than 1; use 1 or more; 1 prints only the mean")
+    weight_source = describe_weights(arguments.source, alibi_scaling=arguments.alibi_scaling)
     seq_len = weight_source.max_seq_len if arguments.seq_len is None else arguments.seq_len
     if seq_len is None:
         raise UserError(f"--seq-len: is missing, and {arguments.source} records no row length; give --seq-len TOKENS")
     check_corpus(arguments.data, weight_source, seq_len, arguments.rows)
-    if arguments.bins < 1:
-        raise UserError(f"--bins: {arguments.bins} is less than 1; use 1 or more; 1 prints only the mean")
-    num_bins = min(arguments.bins, seq_len)
-    with mesh_context(tp_size=1) as mesh, torch.no_grad():
-        model = weights.load_model(weight_source, mesh)
-        loss_sums = torch.zeros(seq_len, dtype=torch.float64)
-        for batch in held_out_batches(arguments.data, weight_source.model.vocab_size, seq_len, arguments.rows):
-            loss_sums += token_losses(model, batch, mesh).double().sum(0).cpu()
-        loss_sums /= arguments.rows
-    loss = float(loss_sums.mean())
+    losses = mean_losses(weight_source, arguments.data, seq_len, arguments.rows)
+    loss, num_bins = float(losses.mean()), min(arguments.bins, seq_len)
     report = {
         "loss": loss, "perplexity": math.exp(loss),
         "unigram_entropy": manifest.load_manifest(arguments.data).unigram_entropy_nats,
         "tokens": seq_len * arguments.rows, "seq_len": seq_len,
-        "loss_by_position": [float(part.mean()) for part in loss_sums.tensor_split(num_bins)],
+        "loss_by_position": [float(part.mean()) for part in losses.tensor_split(num_bins)],
     }  # fmt: skip
     safe_print(json.dumps(report) if arguments.json else _format_table(report))
 
@@ -80,12 +69,25 @@ def check_corpus(data: str, weight_source: WeightSource, seq_len: int, num_rows:
         raise UserError(f"--rows: {requested}; {rule}; change one of the two")
 
 
-def held_out_batches(data: str, vocab_size: int, seq_len: int, num_rows: int) -> Iterable[Batch]:
-    """Return the held-out rows, one row per batch."""
+def mean_losses(weight_source: WeightSource, data: str, seq_len: int, num_rows: int) -> "Tensor":
+    """Return the mean loss at each position of the held-out rows, [seq_len] in fp64, on the CPU."""
+    # Imported here because they import torch, which a refusal does not need.
+    import torch
+
+    from tandem.trainer.checkpoint import weights
+    from tandem.trainer.data.loader import Loader
+    from tandem.trainer.distributed.mesh import mesh_context
+    from tandem.trainer.validation import token_losses
+
     phase = PhaseConfig("evaluation", num_rows * seq_len, seq_len, num_rows, 1, {"corpus": 1.0})
     schedule = ScheduleConfig(None, [phase], LRConfig("linear", 1.0, 0.0, 0, None))
+    vocab_size, loss_sums = weight_source.model.vocab_size, torch.zeros(seq_len, dtype=torch.float64)
     loader = Loader(DataConfig({"corpus": data}), schedule, seed=0, vocab_size=vocab_size, dp_rank=0, dp_size=1)
-    return loader.validation_batches(phase, num_rows * seq_len)
+    with mesh_context(tp_size=1) as mesh, torch.no_grad():
+        model = weights.load_model(weights.open_weights(weight_source), mesh)
+        for batch in loader.validation_batches(phase, num_rows * seq_len):  # each holds one row
+            loss_sums += token_losses(model, batch, mesh).double().sum(0).cpu()
+    return loss_sums / num_rows
 
 
 def _format_table(report: dict[str, Any]) -> str:

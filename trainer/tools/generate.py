@@ -8,13 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tandem.trainer.checkpoint import weights
-from tandem.trainer.checkpoint.weights import WeightSource
+from tandem.trainer.checkpoint.weight_source import WeightSource, add_alibi_scaling_argument, describe_weights
 from tandem.trainer.config import BTLMConfig, UserError
 from tandem.trainer.config.outside import read_text, safe_print
 from tandem.trainer.data.tokenizer_file import file_sha256, read_tokenizer, same_encoding
-from tandem.trainer.distributed.mesh import mesh_context
-from tandem.trainer.models.sampling import SamplingConfig, generate_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -46,22 +43,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ignore-eos", action="store_true", help="continue after the token that ends a document")
     add("--json", action="store_true", help="print one JSON object per prompt, each on one line")
     add("--no-cache", action="store_true", help=no_cache_help)
-    weights.add_alibi_scaling_argument(parser)
+    add_alibi_scaling_argument(parser)
     add("--tokenizer", type=Path, help=tokenizer_help)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print each prompt with its continuation. Stream the text if there is a single prompt and no --json."""
-    sampling = parse_sampling(arguments)
-    weight_source = weights.open_weight_source(arguments.source)
-    weight_source = weights.override_alibi_scaling(weight_source, arguments.alibi_scaling)
-    tokenizer = load_tokenizer(weight_source, arguments.tokenizer)
+    check_sampling(arguments)
     texts = read_prompts(arguments)
+    weight_source = describe_weights(arguments.source, alibi_scaling=arguments.alibi_scaling)
+    tokenizer = load_tokenizer(weight_source, arguments.tokenizer)
     prompts = [encode(text, tokenizer) for text in texts]
     eos_token_id = None if arguments.ignore_eos else find_eos_token_id(weight_source, tokenizer)
     warn_beyond_max_seq_len(weight_source, max(map(len, prompts)) + arguments.max_new_tokens)
+    # Imported here because they import torch, which a refusal does not need.
+    from tandem.trainer.checkpoint import weights
+    from tandem.trainer.distributed.mesh import mesh_context
+    from tandem.trainer.models.sampling import SamplingConfig, generate_tokens
+
+    sampling = SamplingConfig(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     with mesh_context(tp_size=1) as mesh:
-        model, options = weights.load_model(weight_source, mesh), {"use_cache": not arguments.no_cache}
+        model = weights.load_model(weights.open_weights(weight_source), mesh)
+        options = {"use_cache": not arguments.no_cache}
         num_tokens = arguments.max_new_tokens
         token_steps = generate_tokens(model, prompts, num_tokens, sampling, eos_token_id=eos_token_id, **options)
         if len(prompts) == 1 and not arguments.json:
@@ -181,8 +184,8 @@ def warn_beyond_max_seq_len(weight_source: WeightSource, seq_len: int) -> None:
         log.warning("texts may reach %d tokens, but the weights were trained on rows of %d%s", seq_len, trained, remedy)
 
 
-def parse_sampling(arguments: argparse.Namespace) -> SamplingConfig:
-    """Parse the sampling options.  Raises: UserError if a value is out of range."""
+def check_sampling(arguments: argparse.Namespace) -> None:
+    """Raise UserError if the value of a sampling option is out of range."""
     if not arguments.temperature >= 0:
         raise UserError(
             f"--temperature: {arguments.temperature} is out of range; use 0 or more; 0 takes the most likely token"
@@ -201,4 +204,3 @@ def parse_sampling(arguments: argparse.Namespace) -> SamplingConfig:
         )
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: {arguments.max_new_tokens} is less than 1; use 1 or more")
-    return SamplingConfig(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)

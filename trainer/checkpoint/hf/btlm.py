@@ -10,9 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tandem.kernels.attention import alibi_slopes
 from tandem.trainer.checkpoint.hf.config_fields import Count, Positive, SharedFields, check_heads
 from tandem.trainer.checkpoint.hf.tensor_mapping import HFTensor, TensorMapping, identity_mapping, stacked_mapping
 from tandem.trainer.config import AlibiScalingConfig, BTLMConfig, MupConfig, UserError, check_alibi_scaling
@@ -96,11 +93,6 @@ def tensor_mappings(model: BTLMConfig) -> Iterator[TensorMapping]:
     yield from _norm_mappings(model, "final_norm", "transformer.ln_f")
     if not model.tie_word_embeddings:
         yield identity_mapping("head.weight", HEAD_NAME, model.vocab_size, hidden_size)
-
-
-def default_tensors(model: BTLMConfig, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Return the tensors of a folder that are not parameters: the ALiBi slopes, always in fp32."""
-    return {"transformer.relative_pe.slopes": alibi_slopes(model.num_heads).unsqueeze(-1)}
 
 
 def to_hf_config(model: BTLMConfig, mup: MupConfig | None, max_seq_len: int) -> dict[str, Any]:

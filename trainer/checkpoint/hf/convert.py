@@ -1,6 +1,5 @@
-"""Open a Hugging Face folder to read its model and its weights, one tensor at a time.
-
-`config_fields` reads config.json, `stablelm` and `btlm` map the tensors and fields, and `weight_files` reads the weights.
+"""Open a Hugging Face folder to read its weights, one tensor at a time. `description` reads config.json, and `weight_files` the
+weights.
 """
 
 import dataclasses
@@ -11,21 +10,13 @@ from typing import Any
 
 import torch
 
-from tandem.trainer.checkpoint.hf import btlm, special_tokens, stablelm
-from tandem.trainer.checkpoint.hf.config_fields import ExtraFields, SharedFields, parse_config
-from tandem.trainer.checkpoint.hf.folder import read_json
-from tandem.trainer.checkpoint.hf.tensor_mapping import TensorMapping, TensorReader, from_hf_tensors
+from tandem.trainer.checkpoint.hf.description import FAMILY_MODULES, read_model
+from tandem.trainer.checkpoint.hf.tensor_conversion import TensorReader, default_tensors, from_hf_tensors
+from tandem.trainer.checkpoint.hf.tensor_mapping import TensorMapping
 from tandem.trainer.checkpoint.hf.weight_files import FLOAT_DTYPES, StoredTensor, open_tensor_files, without_wrapper
-from tandem.trainer.config import MODEL_CONFIGS, AnyModelConfig, MupConfig, StableLMConfig, UserError, parse_dataclass
+from tandem.trainer.config import AnyModelConfig, MupConfig, StableLMConfig, UserError
 from tandem.trainer.config.flops import num_parameters
 
-FAMILY_MODULES: dict[str, Any] = {"stablelm": stablelm, "btlm": btlm}
-MODEL_TYPES = FAMILY_MODULES | {"stablelm_epoch": stablelm}
-"""The table of each model_type. stablelm_epoch is the name in the first revisions of Stable LM's folders."""
-EXTRA_FIELDS_KEY = "tandem"
-"""Key in config.json of the fields that the published schema lacks. It also identifies our exports."""
-EXTRA_FIELD_DEFAULTS = dataclasses.asdict(ExtraFields())
-"""The fields under that key, and their values for folders that we did not export."""
 IGNORED_SUFFIXES = (
     ".attn.bias",
     ".attn.masked_bias",
@@ -48,14 +39,14 @@ def open_folder(folder: Path) -> tuple[AnyModelConfig, MupConfig | None, TensorR
     Raises: UserError for a folder that is damaged, incomplete, contradictory, or of another model family.
     """
     folder = Path(folder)
-    model, mup = _parse_hf_config(folder, read_json(folder / "config.json"))
+    model, mup = read_model(folder)
     table = FAMILY_MODULES[model.family]
     files = without_wrapper(folder, open_tensor_files(folder), table.EMBEDDING_NAME, table.BASE_PREFIX)
     num_values = sum(math.prod(stored.shape) for stored in files.values())
     if num_parameters(model) > MAX_SIZE_RATIO * num_values:
         sizes = f"describes {num_parameters(model):,} parameters, but the files contain {num_values:,} values"
         raise UserError(f"{folder}: config.json {sizes}; correct config.json, or complete the folder")
-    defaults = table.default_tensors(model)
+    defaults = default_tensors(model)
     if model.tie_word_embeddings and table.HEAD_NAME in files:
         _check_tied_head(folder, files.pop(table.HEAD_NAME), files.get(table.EMBEDDING_NAME))
     changed = [name for name, value in defaults.items() if name in files and not _is_close(files[name], value)]
@@ -72,41 +63,6 @@ def open_folder(folder: Path) -> tuple[AnyModelConfig, MupConfig | None, TensorR
         return files[theirs].read() if theirs in files else defaults[theirs]
 
     return model, mup, lambda ours: from_hf_tensors(rows[ours], read_hf_tensor)
-
-
-def read_text_settings(folder: Path) -> tuple[str | None, int | None]:
-    """Return the token that ends a document and the longest row's length. Each is None if the folder does not state it."""
-    tokens, _ = read_special_tokens(folder)
-    fields = _parse_fields(folder, read_json(folder / "config.json"))
-    return tokens.get("eos_token"), getattr(fields, MODEL_TYPES[fields.model_type].MAX_SEQ_LEN_FIELD)
-
-
-def read_special_tokens(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the special tokens (`bos_token`, ...) and their ids (`bos_token_id`, ...) that the folder states.
-
-    Raises: UserError if two of its files contradict each other.
-    """
-    fields = _parse_fields(folder, read_json(folder / "config.json"))
-    return special_tokens.read_special_tokens(folder, fields, special_tokens.read_tokenizer_tree(folder))
-
-
-def _parse_fields(folder: Path, hf_config: dict[str, Any]) -> SharedFields:
-    config_path, model_type = folder / "config.json", hf_config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
-        raise UserError(
-            f"{config_path}: model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}; name another folder"
-        )
-    fields: SharedFields = parse_config(hf_config, config_path, MODEL_TYPES[model_type])
-    return fields
-
-
-def _parse_hf_config(folder: Path, hf_config: dict[str, Any]) -> tuple[AnyModelConfig, MupConfig | None]:
-    config_path, fields = str(folder / "config.json"), _parse_fields(folder, hf_config)
-    model_tree, mup_tree = MODEL_TYPES[fields.model_type].from_hf_config(fields, folder / "config.json")
-    model_tree |= dataclasses.asdict(fields.tandem)
-    model = parse_dataclass(MODEL_CONFIGS[model_tree["family"]], model_tree, config_path)
-    mup = parse_dataclass(MupConfig, mup_tree, config_path) if mup_tree else None
-    return model, mup
 
 
 def _check_tensors(

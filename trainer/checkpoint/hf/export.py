@@ -3,55 +3,32 @@
 `stablelm` and `btlm` map the tensors and fields. `folder`, `tokenizer_files` and `model_card` write the files.
 """
 
-import re
 import shutil
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tandem.trainer.checkpoint.hf import btlm, model_card
-from tandem.trainer.checkpoint.hf.convert import EXTRA_FIELD_DEFAULTS, EXTRA_FIELDS_KEY, FAMILY_MODULES
-from tandem.trainer.checkpoint.hf.folder import (
-    DEFAULT_SHARD_BYTES,
-    INDEX_FILE,
-    SHARD_FILE_PATTERN,
-    WEIGHTS_FILE,
-    atomic_folder,
-    read_json,
-    write_json,
-    write_weights,
-)
-from tandem.trainer.checkpoint.hf.tensor_mapping import TensorReader, identity_mapping
-from tandem.trainer.checkpoint.hf.tokenizer_files import TOKENIZER_FILES, write_tokenizer
+from tandem.trainer.checkpoint.hf import model_card
+from tandem.trainer.checkpoint.hf.description import EXTRA_FIELD_DEFAULTS, EXTRA_FIELDS_KEY, FAMILY_MODULES
+from tandem.trainer.checkpoint.hf.export_checks import ExportedText, check_replaceable, read_fitting_tokenizer
+from tandem.trainer.checkpoint.hf.folder import atomic_folder, write_json
+from tandem.trainer.checkpoint.hf.tensor_conversion import TensorReader, default_tensors
+from tandem.trainer.checkpoint.hf.tensor_mapping import identity_mapping
+from tandem.trainer.checkpoint.hf.tokenizer_files import write_tokenizer
+from tandem.trainer.checkpoint.hf.weight_writer import DEFAULT_SHARD_BYTES, write_weights
 from tandem.trainer.config import AnyModelConfig, MupConfig, UserError
-from tandem.trainer.data.tokenizer_file import Tree, corpus_form, read_tokenizer, vocabulary
+from tandem.trainer.data.tokenizer_file import Tree, corpus_form, vocabulary
 
 ROLES = ("bos", "eos", "pad")
-
-
-@dataclass(frozen=True)
-class ExportedText:
-    """What an export states about text and training. What is unknown stays out."""
-
-    special_tokens: dict[str, str | None] = field(default_factory=dict)
-    """The tokens `bos_token`, `eos_token`, `pad_token` and `unk_token` of imported weights. Absent ones are EOS."""
-    token_ids: dict[str, Any] = field(default_factory=dict)
-    """`bos_token_id`, `eos_token_id` and `pad_token_id` of imported weights, used if there is no tokenizer."""
-    chat_template: str | None = None
-    is_corpus_tokenizer: bool = True
-    """Whether `tandem prepare` encoded the training text, without the tokens that the tokenizer may add to a text."""
-    license: str | None = None
-    num_training_tokens: int | None = None
-    validation_loss: float | None = None
+NO_TEXT = ExportedText()
 
 
 def export_folder(
     read_tensor: TensorReader, model: AnyModelConfig, mup: MupConfig | None, output_folder: Path, *,
     tokenizer: Path | None, eos_token: str = "<|endoftext|>", max_seq_len: int, dtype: torch.dtype,
-    shard_bytes: int = DEFAULT_SHARD_BYTES, text: ExportedText = ExportedText(),
+    shard_bytes: int = DEFAULT_SHARD_BYTES, text: ExportedText = NO_TEXT,
 ) -> list[str]:  # fmt: skip
     """Write a folder that transformers loads offline (BTLM with `trust_remote_code=True`).
 
@@ -61,8 +38,8 @@ def export_folder(
     not finite, or the format cannot store muP.
     """
     output_folder, family = Path(output_folder), FAMILY_MODULES[model.family]
-    _check_replaceable(output_folder)
-    tree = _read_fitting_tokenizer(tokenizer, eos_token, model.vocab_size) if tokenizer else None
+    check_replaceable(output_folder)
+    tree = read_fitting_tokenizer(tokenizer, eos_token, model.vocab_size) if tokenizer else None
     exported_tree = corpus_form(tree, eos_token) if tree and text.is_corpus_tokenizer else tree
     changed_sections = [key for key, value in (exported_tree or {}).items() if tree and value != tree.get(key)]
     tokens = {f"{role}_token": text.special_tokens.get(f"{role}_token") or eos_token for role in (*ROLES, "unk")}
@@ -83,7 +60,7 @@ def export_folder(
             write_tokenizer(folder, exported_tree, tokens, max_seq_len, text.chat_template)
         _write_weights(folder, read_tensor, model, dtype, shard_bytes)
         card = model_card.build_card(
-            model, max_seq_len, dtype, eos_token if tokenizer else None, bool(changed_sections), text
+            model, max_seq_len, str(dtype), eos_token if tokenizer else None, bool(changed_sections), text
         )
         model_card.write_card(folder, card)
     return changed_sections
@@ -109,7 +86,7 @@ def _write_weights(
     table = FAMILY_MODULES[model.family]
     rows = list(table.tensor_mappings(model))
     mapped_names = {piece.hf_name for row in rows for piece in row.hf_tensors}
-    defaults = {name: value for name, value in table.default_tensors(model, dtype).items() if name not in mapped_names}
+    defaults = {name: value for name, value in default_tensors(model, dtype).items() if name not in mapped_names}
     # The defaults come first: slopes are fp32 even in a 16-bit export, and wider dtypes must precede narrower ones.
     rows = [identity_mapping(name, name, *value.shape) for name, value in defaults.items()] + rows
     dtypes = {row.name: dtype for row in rows} | {name: value.dtype for name, value in defaults.items()}
@@ -129,19 +106,6 @@ def _write_weights(
     write_weights(folder, read_finite, rows, dtypes, shard_bytes)
 
 
-def _read_fitting_tokenizer(path: Path, eos_token: str, vocab_size: int) -> Tree:
-    tree = read_tokenizer(Path(path))
-    ids = vocabulary(tree)
-    if eos_token not in ids:
-        raise UserError(
-            f"{path}: has no token {eos_token}, which ends documents; name the tokenizer of the run's corpus"
-        )
-    if (largest := max(ids.values())) >= vocab_size:
-        problem = f"has token id {largest}, but model.vocab_size is {vocab_size}"
-        raise UserError(f"{path}: {problem}; name the tokenizer of the run's corpus")
-    return tree
-
-
 def _token_ids(tree: Tree | None, tokens: dict[str, str], text: ExportedText) -> dict[str, Any]:
     """Return the ids for config.json and generation_config.json, which are those of the tokenizer if there is one."""
     ids = vocabulary(tree) if tree else {}
@@ -157,21 +121,3 @@ def _token_ids(tree: Tree | None, tokens: dict[str, str], text: ExportedText) ->
     if isinstance(several, list) and found["eos_token_id"] in several:
         found["eos_token_id"] = several
     return found
-
-
-def _check_replaceable(output_folder: Path) -> None:
-    if not output_folder.exists():
-        return
-    known = {"config.json", "generation_config.json", WEIGHTS_FILE, INDEX_FILE, *TOKENIZER_FILES, *btlm.CODE_FILES}
-    if output_folder.is_dir():
-        if model_card.is_written_by_us(output_folder):
-            known.add(model_card.CARD_FILE)
-        names = {path.name for path in output_folder.iterdir()}
-        others = {name for name in names - known if not re.fullmatch(SHARD_FILE_PATTERN, name)}
-        is_known = not others and "config.json" in names
-        if not names or (is_known and EXTRA_FIELDS_KEY in read_json(output_folder / "config.json")):
-            return
-    raise UserError(
-        f"{output_folder}: contains files that were not written by an export, and an export does not overwrite them; "
-        "name a new folder"
-    )

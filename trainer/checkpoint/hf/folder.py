@@ -1,6 +1,4 @@
-"""Read JSON files, and write the files of a Hugging Face folder: JSON, and safetensors in shards with an index. A folder is
-written atomically. `export` determines its contents, and `weight_files` reads weights.
-"""
+"""Read and write the JSON files of a Hugging Face folder, and write a whole folder atomically."""
 
 import contextlib
 import json
@@ -12,16 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, dtype
-
-from tandem.trainer.checkpoint import safetensors_writer
-from tandem.trainer.checkpoint.hf.tensor_mapping import TensorMapping, TensorReader, to_hf_tensor
-from tandem.trainer.checkpoint.safetensors_writer import TensorSpec
 from tandem.trainer.config import UserError
 from tandem.trainer.config.outside import parse_json, read_file
 from tandem.trainer.disk import sync_folder
 
-DEFAULT_SHARD_BYTES = 4_000_000_000
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SHARD_FILE_PATTERN = r"model-\d{5}-of-\d{5}\.safetensors"
 
@@ -70,36 +62,6 @@ def atomic_folder(target_folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def write_weights(
-    folder: Path, read_tensor: TensorReader, mappings: list[TensorMapping], dtypes: dict[str, dtype], shard_bytes: int
-) -> None:
-    """Write tensors in shards of at most `shard_bytes`, with an index if there are several shards.
-
-    `dtypes` maps our name of each tensor to its stored dtype. Only one tensor is in memory at a time.
-    """
-
-    def specs(row: TensorMapping) -> dict[str, TensorSpec]:
-        return {piece.hf_name: TensorSpec(dtypes[row.name], piece.shape) for piece in row.hf_tensors}
-
-    def num_bytes(row: TensorMapping) -> int:
-        return sum(spec.num_bytes for spec in specs(row).values())
-
-    def tensors(shard: list[TensorMapping]) -> Iterator[Tensor]:
-        for row in shard:
-            yield from _to_hf_tensors(row, read_tensor(row.name), dtypes[row.name])
-
-    shards = safetensors_writer.group_by_bytes(mappings, num_bytes, shard_bytes)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WEIGHTS_FILE
-        file_specs = {name: spec for row in shard for name, spec in specs(row).items()}
-        safetensors_writer.write_safetensors(folder / file, file_specs, tensors(shard))
-        weight_map |= dict.fromkeys(file_specs, file)
-    if len(shards) > 1:
-        metadata = {"total_size": sum(map(num_bytes, mappings))}
-        write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
-
-
 def _remove_stale(target_folder: Path) -> None:
     """Remove the temporary folders of killed processes. One with our own process id is stale too: containers reuse ids."""
     # If the target is missing, an old folder is the only copy of an earlier output.
@@ -116,9 +78,3 @@ def _is_running(process_id: int) -> bool:
     except OSError as error:
         return not isinstance(error, ProcessLookupError)  # the process may belong to another user
     return True
-
-
-def _to_hf_tensors(mapping: TensorMapping, tensor: Tensor, dtype: dtype) -> Iterator[Tensor]:
-    assert tuple(tensor.shape) == mapping.shape, f"{mapping.name}: {tuple(tensor.shape)} is not {mapping.shape}"
-    for piece in mapping.hf_tensors:
-        yield to_hf_tensor(mapping, piece, tensor).to(dtype)

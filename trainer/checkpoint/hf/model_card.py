@@ -5,14 +5,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from tandem.trainer.config import AnyModelConfig, UserError
 from tandem.trainer.config.flops import num_parameters
 from tandem.trainer.config.outside import read_file
 
 if TYPE_CHECKING:
-    from tandem.trainer.checkpoint.hf.export import ExportedText
+    from tandem.trainer.checkpoint.hf.export_checks import ExportedText
 
 CARD_FILE = "README.md"
 NAMES = {"btlm": "BTLM", "stablelm": "Stable LM 2"}
@@ -21,7 +19,7 @@ VERSIONS = "transformers 4.57 and 5"
 
 
 def build_card(
-    model: AnyModelConfig, max_seq_len: int, dtype: torch.dtype, eos_token: str | None, is_changed: bool, text: "ExportedText"
+    model: AnyModelConfig, max_seq_len: int, dtype: str, eos_token: str | None, is_changed: bool, text: "ExportedText"
 ) -> str:  # fmt: skip
     """Return the text of the card. `eos_token` is None if the export has no tokenizer."""
     is_btlm, name = model.family == "btlm", NAMES[model.family]
@@ -30,7 +28,7 @@ def build_card(
     header += ["tags:", f"- {model.family}", "- tandem", *(["- custom_code"] if is_btlm else [])]
     facts = [
         f"* Model: {name}, width {model.hidden_size}, depth {model.num_layers}, vocabulary {model.vocab_size:,}",
-        f"* Parameters: {num_parameters(model):,}, stored as {str(dtype).removeprefix('torch.')}",
+        f"* Parameters: {num_parameters(model):,}, stored as {dtype.removeprefix('torch.')}",
         f"* Longest row: {max_seq_len:,} tokens",
     ]
     if text.num_training_tokens is not None:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-
 from tandem.trainer.checkpoint.hf.config_fields import REMEDY, Count, Positive, SharedFields, check_heads
 from tandem.trainer.checkpoint.hf.tensor_mapping import HFTensor, TensorMapping, identity_mapping, stacked_mapping
 from tandem.trainer.config import MupConfig, StableLMConfig, UserError, parse_content
@@ -114,13 +112,6 @@ def tensor_mappings(model: StableLMConfig) -> Iterator[TensorMapping]:
     yield from _norm_mappings(model, "final_norm", "model.norm")
     if not model.tie_word_embeddings:
         yield identity_mapping("head.weight", HEAD_NAME, model.vocab_size, hidden_size)
-
-
-def default_tensors(model: StableLMConfig, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Return the tensors that the class needs even if the model has none: zero biases of the block and final norms."""
-    norms = ["input_layernorm"] if model.parallel_residual else ["input_layernorm", "post_attention_layernorm"]
-    names = [f"model.layers.{index}.{norm}.bias" for index in range(model.num_layers) for norm in norms]
-    return {name: torch.zeros(model.hidden_size, dtype=dtype) for name in [*names, "model.norm.bias"]}
 
 
 def to_hf_config(model: StableLMConfig, mup: MupConfig | None, max_seq_len: int) -> dict[str, Any]:

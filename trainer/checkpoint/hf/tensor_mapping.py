@@ -1,15 +1,10 @@
-"""Map our tensors to those of a Hugging Face folder. Export (`to_hf_tensor`) and import (`from_hf_tensors`) use the same table
-and therefore cannot disagree. The tables of the model families are in `btlm` and `stablelm`.
+"""The table that maps our tensors to those of a Hugging Face folder. Nothing here needs torch.
+
+`btlm` and `stablelm` have the rows of the model families, and `tensor_conversion` applies them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
-
-from torch import Tensor, promote_types
-
-TensorReader = Callable[[str], Tensor]
-"""Maps our name of a tensor to the whole tensor, without padding, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +44,3 @@ def stacked_mapping(name: str, hf_names: Iterable[str], *shape: int, is_transpos
     hf_shape = shape[::-1] if is_transposed else shape
     parts = tuple(HFTensor(each, hf_shape, (part,), is_transposed=is_transposed) for part, each in enumerate(hf_names))
     return TensorMapping(name, (len(parts), *shape), (len(parts), *shape), parts)
-
-
-def to_hf_tensor(mapping: TensorMapping, hf_tensor: HFTensor, tensor: Tensor) -> Tensor:
-    """Make one tensor of the folder from our whole tensor."""
-    part = tensor.view(mapping.view)[hf_tensor.index]
-    if hf_tensor.permutation:
-        part = part.permute(hf_tensor.permutation)
-    return part.reshape(hf_tensor.shape[::-1]).t() if hf_tensor.is_transposed else part.reshape(hf_tensor.shape)
-
-
-def from_hf_tensors(mapping: TensorMapping, read_hf_tensor: TensorReader) -> Tensor:
-    """Make our whole tensor from the folder's tensors, in a dtype that rounds none of them."""
-    parts = [read_hf_tensor(piece.hf_name) for piece in mapping.hf_tensors]
-    tensor = parts[0].new_empty(mapping.view, dtype=reduce(promote_types, (part.dtype for part in parts)))
-    for piece, part in zip(mapping.hf_tensors, parts, strict=True):
-        target = tensor[piece.index]
-        if piece.permutation:
-            target = target.permute(piece.permutation)
-        target.copy_((part.t() if piece.is_transposed else part).reshape(target.shape))
-    return tensor.view(mapping.shape)

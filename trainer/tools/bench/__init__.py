@@ -11,7 +11,9 @@ from contextlib import closing
 from pathlib import Path
 
 from tandem.trainer.config import load_config
+from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.metrics.throughput import measure_peak_flops
+from tandem.trainer.runtime import launch
 from tandem.trainer.tools.bench.plan import ALL_PHASES, DEFAULT_NUM_MICRO_BATCHES, build_plans
 
 
@@ -36,18 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print one JSON line per phase on rank 0's standard output, and progress on standard error."""
-    # Imported here because they import torch, which `tandem bench --help` does not need.
-    from tandem.trainer.config.schedule import Timeline
+    world_size = launch.current_launch().world_size
+    config, plans = build_plans(load_config(arguments.config, arguments.overrides), arguments, world_size)
+    # Imported here because they import torch, which `tandem bench --help` and a refusal do not need.
     from tandem.trainer.distributed.coordination import Coordinator
     from tandem.trainer.distributed.mesh import mesh_context
     from tandem.trainer.guard import Guard
     from tandem.trainer.run_state import StepContext
-    from tandem.trainer.runtime import launch, process, signals
+    from tandem.trainer.runtime import process, signals
     from tandem.trainer.startup import build_engine
     from tandem.trainer.tools.bench.measure import measure_phase
 
-    world_size = launch.current_launch().world_size
-    config, plans = build_plans(load_config(arguments.config, arguments.overrides), arguments, world_size)
     process.set_parent_death_signal()
     with closing(signals.StopSignal()) as stop_signal, mesh_context(config.parallel.tp_size) as mesh:
         stop_signal.mark_rendezvous_done()

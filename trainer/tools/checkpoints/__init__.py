@@ -171,12 +171,14 @@ def format_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
 
 def _open_checkpoint(text: str) -> Checkpoint:
     """Open the undamaged checkpoint that the user named.  Raises: UserError if there is none."""
-    from tandem.trainer.checkpoint.read import open_checkpoint
-
     folder = Path(text)
     if not folder.is_dir() and (named := re.fullmatch(r"(.+)@(\d+)", text, re.ASCII)):
         [folder] = find_committed(Path(named[1]), int(named[2]), option=text)
     find_checkpoints(folder)
+    layout.SavedCheckpoint(layout.choose_checkpoint(folder, layout.find_newest, layout.find_damage_by_size))
+    # Imported here because it imports torch, which a refusal does not need.
+    from tandem.trainer.checkpoint.read import open_checkpoint
+
     with progress.open_screen().status(f"opening {folder}"):
         return open_checkpoint(folder)
 

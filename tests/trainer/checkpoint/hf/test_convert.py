@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tandem.trainer.checkpoint.hf import convert
+from tandem.trainer.checkpoint.hf import convert, description
 from tandem.trainer.checkpoint.hf.export import export_folder
 from tandem.trainer.checkpoint.hf.folder import INDEX_FILE, WEIGHTS_FILE, atomic_folder
-from tandem.trainer.checkpoint.hf.tensor_mapping import to_hf_tensor
+from tandem.trainer.checkpoint.hf.tensor_conversion import to_hf_tensor
 from tandem.trainer.config import MupConfig, UserError
 from tests.promises.test_hf import export, write_tokenizer
 from tests.reference.variants import VARIANTS
@@ -175,7 +175,7 @@ def test_a_tensor_of_pieces_in_several_dtypes_is_not_rounded(tmp_path: Path) -> 
         read = convert.open_folder(tmp_path / "out")[2]
         row = next(
             row
-            for row in convert.FAMILY_MODULES["stablelm"].tensor_mappings(VARIANTS["stablelm_12b"][0])
+            for row in description.FAMILY_MODULES["stablelm"].tensor_mappings(VARIANTS["stablelm_12b"][0])
             if row.name == name
         )
         assert read(name).dtype == torch.float32
@@ -217,7 +217,7 @@ def test_the_published_fields_of_btlm_are_read() -> None:
         "mup_scale_qk_dot_by_d": True, "position_embedding_type": "alibi", "resid_pdrop": 0.0,
         "vocab_size": 50257,
     }  # fmt: skip
-    model, mup = convert._parse_hf_config(Path("folder"), published)
+    model, mup = description.parse_model(Path("folder"), published)
     assert (model.hidden_size, model.num_layers, model.ffn_hidden_size, model.vocab_size) == (2560, 32, 6826, 50_257)
     assert model.tie_word_embeddings
     assert mup == MupConfig(256, 14.6, 2.2200000000000003)

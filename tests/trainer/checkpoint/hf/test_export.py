@@ -19,13 +19,15 @@ from tandem.trainer.checkpoint.hf.export import ExportedText, export_folder
 from tandem.trainer.checkpoint.hf.folder import read_json
 from tandem.trainer.checkpoint.hf.pretrained import load_pretrained_tokenizer
 from tandem.trainer.checkpoint.layout import model_metadata
-from tandem.trainer.checkpoint.weights import WeightSource, open_weight_source
+from tandem.trainer.checkpoint.weight_source import WeightSource, describe_weights
+from tandem.trainer.checkpoint.weights import OpenWeights
 from tandem.trainer.checkpoint.write import save_imported_weights
 from tandem.trainer.config import UserError
 from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit, dump_manifest
 from tandem.trainer.data.tokenizer_file import corpus_form, file_sha256, read_tokenizer, same_encoding
-from tandem.trainer.tools import convert_hf, evaluate, generate
-from tandem.trainer.tools.convert_hf import CHECKED_TEXTS, find_different_text
+from tandem.trainer.tools import evaluate, generate
+from tandem.trainer.tools.convert_hf import export_check
+from tandem.trainer.tools.convert_hf.export_check import CHECKED_TEXTS, find_different_text
 from tests.promises.test_hf import export
 from tests.reference.offline import offline
 from tests.reference.use_export import use_export
@@ -138,7 +140,7 @@ def export_with(file: Path, out: Path, variant: str = "btlm_mup", **options: Any
 
 def source(file: Path, **text: Any) -> WeightSource:
     model, mup = VARIANTS["btlm_mup"]
-    return WeightSource(model, mup, lambda name: None, file, EOS, 64, ExportedText(**text))  # type: ignore[arg-type,return-value]
+    return WeightSource(file.parent, model, mup, file, EOS, 64, ExportedText(**text))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -231,12 +233,12 @@ def test_a_weight_that_is_not_finite_in_the_export_is_refused_by_name(value: flo
     ("error", "is_refused"), [(float("nan"), True), (float("inf"), True), (1e-4, True), (1e-6, False)]
 )
 def test_the_check_passes_only_a_small_error(error: float, is_refused: bool, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(convert_hf, "max_logit_error", lambda *_: error)
-    weight_source = dataclasses.replace(source(tmp_path), tokenizer_file=None)
+    monkeypatch.setattr(export_check, "max_logit_error", lambda *_: error)
+    opened = OpenWeights(dataclasses.replace(source(tmp_path), tokenizer_file=None), {}.__getitem__)
     if not is_refused:
-        return convert_hf.check_export(weight_source, tmp_path, torch.float32)
+        return export_check.check_export(opened, tmp_path, torch.float32)
     with pytest.raises(UserError, match="logits differ from the run's by"):
-        convert_hf.check_export(weight_source, tmp_path, torch.float32)
+        export_check.check_export(opened, tmp_path, torch.float32)
 
 
 def test_equal_logits_without_range_have_no_error(tmp_path: Path) -> None:
@@ -245,8 +247,9 @@ def test_equal_logits_without_range_have_no_error(tmp_path: Path) -> None:
     tensors["head.weight"].zero_()
     options = {"tokenizer": None, "max_seq_len": 64, "dtype": torch.float32}
     export_folder(tensors.__getitem__, model, mup, tmp_path / "out", **options)
-    weight_source = WeightSource(model, mup, tensors.__getitem__, None, EOS, 64, ExportedText())
-    assert convert_hf.max_logit_error(weight_source, tmp_path / "out", torch.float32) == 0.0
+    weight_source = WeightSource(tmp_path, model, mup, None, EOS, 64, ExportedText())
+    opened = OpenWeights(weight_source, tensors.__getitem__)
+    assert export_check.max_logit_error(opened, tmp_path / "out", torch.float32) == 0.0
 
 
 def test_the_card_states_facts_and_no_path_and_is_replaced_unless_edited(tmp_path: Path) -> None:
@@ -332,7 +335,7 @@ def test_a_tokenizer_beside_weights_that_is_not_theirs_is_refused(tmp_path: Path
     metadata = model_metadata(model, mup) | {"tokenizer_sha256": file_sha256(file)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     save_imported_weights(tmp_path, tensors.__getitem__, shapes, metadata=metadata)
-    assert open_weight_source(tmp_path).tokenizer_file == file
+    assert describe_weights(tmp_path).tokenizer_file == file
     bpe(["<s>", EOS]).save(str(file))
     with pytest.raises(UserError, match=r"tokenizer.json: has sha256 .* restore that file, or remove this one$"):
-        open_weight_source(tmp_path)
+        describe_weights(tmp_path)

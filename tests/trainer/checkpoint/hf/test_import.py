@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.hf import config_fields, convert
+from tandem.trainer.checkpoint.hf import config_fields, convert, description
 from tandem.trainer.checkpoint.hf.folder import INDEX_FILE, WEIGHTS_FILE
 from tandem.trainer.checkpoint.hf.weight_files import PICKLE_FILE, PICKLE_INDEX_FILE
 from tandem.trainer.config import MupConfig, UserError
@@ -201,7 +201,7 @@ def test_the_early_form_of_stablelm_is_read(copied):
     assert (model, mup) == (wanted, None)
     tensors = reference_module(wanted).random_tensors(wanted, seed=3)
     assert all(torch.equal(read(name), tensor) for name, tensor in tensors.items())
-    assert convert.read_text_settings(folder)[1] == 64
+    assert description.read_text_settings(folder)[1] == 64
 
 
 def test_a_width_scale_without_whole_inverse_and_unscaled_scores_are_carried_exactly(copied, tmp_path):

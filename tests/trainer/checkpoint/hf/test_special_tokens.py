@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import GPT2TokenizerFast
 
 from tandem.trainer.__main__ import main
-from tandem.trainer.checkpoint.hf import convert, special_tokens
+from tandem.trainer.checkpoint.hf import description, special_tokens
 from tandem.trainer.checkpoint.read import open_checkpoint
 from tandem.trainer.config import UserError
 from tests.promises.test_hf import export, write_tokenizer
@@ -97,17 +97,17 @@ def test_special_tokens_and_ids_are_kept(folder, tmp_path):
     assert {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")} == {
         "bos_token_id": 3, "eos_token_id": [0, 7], "pad_token_id": 5,
     }  # fmt: skip
-    assert convert.read_special_tokens(tmp_path / "out") == (manifest["special_tokens"], manifest["token_ids"])
+    assert description.read_special_tokens(tmp_path / "out") == (manifest["special_tokens"], manifest["token_ids"])
     assert (tmp_path / "in" / "chat_template.jinja").read_text(encoding="utf-8") == "{{ é }}"
 
 
 def test_eos_is_found_by_its_id_if_no_file_names_it(folder):
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         (folder / file).unlink()
-    assert convert.read_text_settings(folder)[0] == END
+    assert description.read_text_settings(folder)[0] == END
     for file in ("tokenizer.json", "vocab.json", "merges.txt"):
         (folder / file).unlink()
-    assert convert.read_special_tokens(folder) == ({}, {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0})
+    assert description.read_special_tokens(folder) == ({}, {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0})
 
 
 def other_vocabulary(folder: Path, **words: int) -> None:
@@ -176,7 +176,7 @@ def other_merges(folder: Path) -> None:
 def test_tokenizer_files_that_contradict_one_another_are_refused(folder, damage, parts, tmp_path, capsys):
     damage(folder)
     with pytest.raises(UserError) as caught:
-        convert.read_text_settings(folder)
+        description.read_text_settings(folder)
     message = str(caught.value)
     assert "\n" not in message
     assert [part for part in (str(folder), *parts) if part not in message] == [], message

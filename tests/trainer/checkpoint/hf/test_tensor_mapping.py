@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import StableLmConfig, StableLmForCausalLM
 
-from tandem.trainer.checkpoint.hf import configuration_btlm, convert, stablelm
+from tandem.trainer.checkpoint.hf import configuration_btlm, description, stablelm
 from tandem.trainer.checkpoint.hf.modeling_btlm import BTLMLMHeadModel
-from tandem.trainer.checkpoint.hf.tensor_mapping import from_hf_tensors, to_hf_tensor
+from tandem.trainer.checkpoint.hf.tensor_conversion import default_tensors, from_hf_tensors, to_hf_tensor
 from tandem.trainer.config import BTLMConfig, StableLMConfig
 from tests.reference.variants import VARIANTS, reference_module
 
@@ -33,7 +33,7 @@ BTLM_3B = BTLMConfig(
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_element_is_in_one_place_and_comes_back(variant: str) -> None:
     model, _ = VARIANTS[variant]
-    for row in convert.FAMILY_MODULES[model.family].tensor_mappings(model):
+    for row in description.FAMILY_MODULES[model.family].tensor_mappings(model):
         ours = torch.arange(math.prod(row.shape)).view(row.shape)
         theirs = {piece.hf_name: to_hf_tensor(row, piece, ours) for piece in row.hf_tensors}
         assert [tuple(theirs[piece.hf_name].shape) for piece in row.hf_tensors] == [
@@ -46,20 +46,20 @@ def test_every_element_is_in_one_place_and_comes_back(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_our_names_and_shapes_are_the_references(variant: str) -> None:
     model, _ = VARIANTS[variant]
-    rows = convert.FAMILY_MODULES[model.family].tensor_mappings(model)
+    rows = description.FAMILY_MODULES[model.family].tensor_mappings(model)
     assert {row.name: row.shape for row in rows} == reference_module(model).shapes(model)
 
 
 @pytest.mark.parametrize("model", [STABLELM_2_12B, STABLELM_2_1_6B, BTLM_3B], ids=["12b", "1_6b", "3b"])
 def test_names_and_shapes_are_those_of_the_full_size_class(model: StableLMConfig | BTLMConfig) -> None:
-    table = convert.FAMILY_MODULES[model.family]
+    table = description.FAMILY_MODULES[model.family]
     config, made = (
         (StableLmConfig, StableLmForCausalLM) if table is stablelm else (configuration_btlm.BTLMConfig, BTLMLMHeadModel)
     )
     with torch.device("meta"):
         theirs = made(config(**table.to_hf_config(model, None, 4096))).state_dict()
     mapped = {piece.hf_name: piece.shape for row in table.tensor_mappings(model) for piece in row.hf_tensors}
-    defaults = {name: tuple(value.shape) for name, value in table.default_tensors(model).items()}
+    defaults = {name: tuple(value.shape) for name, value in default_tensors(model).items()}
     tied = {table.HEAD_NAME} if model.tie_word_embeddings else set()
     assert {name: tuple(value.shape) for name, value in theirs.items() if name not in tied} == mapped | defaults
 
@@ -73,7 +73,7 @@ def test_full_size_models_have_the_published_number_of_parameters(
     model: StableLMConfig | BTLMConfig, parameters: int
 ) -> None:
     """12B without the zero norm biases that only transformers has."""
-    table = convert.FAMILY_MODULES[model.family]
+    table = description.FAMILY_MODULES[model.family]
     assert sum(math.prod(row.shape) for row in table.tensor_mappings(model)) == parameters
 
 
