@@ -178,12 +178,16 @@ def check_start(config: TrainConfig) -> None:
     Raises: UserError
     """
     from tandem.trainer.checkpoint import compatibility, layout
+    from tandem.trainer.crash_loop import check_repeat_failures
     from tandem.trainer.data import corpora
-    from tandem.trainer.run_folder import check_run_folder
+    from tandem.trainer.run_folder import check_run_folder, load_previous_config
 
     folder, data = Path(config.run.root) / config.run.name, corpora.without_remote_addresses(config.data)
     check_run_folder(folder)
+    if not launch.is_later_rank():  # rank 0 records its start, which is no failure
+        check_repeat_failures(folder, config.run.max_repeat_failures)
     manifests = corpora.load_corpora(data, config.model.vocab_size)
+    corpora.check_tokenizer_file(data, manifests)
     corpora.find_data_end(data, config.schedule, manifests)
     for phase in config.schedule.phases if config.evaluate.every_steps else []:
         corpora.check_held_out_tokens(data, manifests, phase, config.evaluate.tokens)
@@ -191,10 +195,15 @@ def check_start(config: TrainConfig) -> None:
         fingerprints = {source: corpus.fingerprint for source, corpus in manifests.items()}
         shuffle_settings = corpora.shuffle_settings(data, config.run.seed)
         compatibility.check_resumable(config, layout.SavedCheckpoint(newest), fingerprints, shuffle_settings)
-    elif config.run.init_from is not None:
+        return
+    load_previous_config(folder)
+    if config.run.init_from is not None:
         initial = Path(config.run.init_from)
         chosen = layout.choose_checkpoint(initial, layout.find_newest, layout.find_damage_by_size)
-        compatibility.check_initial_model(config, layout.SavedCheckpoint(chosen))
+        checkpoint = layout.SavedCheckpoint(chosen)
+        compatibility.check_initial_model(config, checkpoint)
+        if config.run.init_from_tokenizer == "same":
+            compatibility.check_initial_tokenizer(checkpoint, data, manifests)
 
 
 if __name__ == "__main__":

@@ -58,18 +58,11 @@ class End:
 def record_start(folder: Path, max_repeat_failures: int) -> Iterator[None]:
     """Record this start of the run, and its end unless it fails. Only rank 0 enters this.
 
-    Raises: UserError if the last `max_repeat_failures` starts failed at one step. 0 refuses no start and resets the count.
+    Raises: what `check_repeat_failures` raises. If `max_repeat_failures` is 0, this start resets the count.
     """
     created_folders = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
     create_run_folder(folder)
-    try:
-        last_step = _last_recorded_step(folder)
-        if max_repeat_failures:
-            _check_repeat_failures(folder, last_step, max_repeat_failures)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename}: cannot be read ({error.strerror}); restore the file or correct its permissions"
-        ) from None
+    last_step = check_repeat_failures(folder, max_repeat_failures)
     start_id = secrets.token_hex(4)  # another launch may use the folder at the same time
     start = {"kind": "start", "id": start_id, "time": time.time(), "reached": last_step}
     try:
@@ -98,6 +91,22 @@ def record_start(folder: Path, max_repeat_failures: int) -> Iterator[None]:
             _remove_new_folders(folder, created_folders)
 
 
+def check_repeat_failures(folder: Path, max_repeat_failures: int) -> int:
+    """Return the last recorded step of the run.
+
+    Raises: UserError if the last `max_repeat_failures` starts failed in the step after it; 0 refuses no start.
+    """
+    try:
+        last_step = _last_recorded_step(folder)
+        if max_repeat_failures:
+            _refuse_repeat_failures(folder, last_step, max_repeat_failures)
+        return last_step
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: cannot be read ({error.strerror}); restore the file or correct its permissions"
+        ) from None
+
+
 def _remove_new_folders(folder: Path, created_folders: list[Path]) -> None:
     """Remove the folders that this start created, if a user error ended it before it wrote anything else."""
     files = list(folder.iterdir())
@@ -116,7 +125,7 @@ def _record_end(folder: Path, start_id: str, code: int) -> None:
         log.warning("%s: cannot be written (%s); this start will count as failed", folder / STARTS_FILE, error.strerror)
 
 
-def _check_repeat_failures(folder: Path, last_step: int, max_repeat_failures: int) -> None:
+def _refuse_repeat_failures(folder: Path, last_step: int, max_repeat_failures: int) -> None:
     starts: list[Start] = []
     ended_ids = set()
     for record in _read_attempts(folder / STARTS_FILE):

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from tandem.trainer.config import UserError
+from tandem.trainer.config import TrainConfig, UserError, load_saved_config
 from tandem.trainer.config.outside import read_text
 from tandem.trainer.disk import TEMPORARY_PATTERN, atomic_write, open_no_follow
 from tandem.trainer.runtime.private_folder import lock_holder, sharing_fault, user_name
@@ -121,6 +121,18 @@ def _try_lock(file: TextIO) -> bool:
         message = "%s: this file system has no locks (%s), so a second run could use the folder"
         log.warning(message, file.name, error.strerror)
     return True
+
+
+def load_previous_config(folder: Path) -> TrainConfig | None:
+    """Return the config of the last start, or None if there was none.  Raises: UserError if it does not load."""
+    config_file = folder / CONFIG_FILE
+    if not os.path.lexists(config_file):
+        return None
+    try:
+        return load_saved_config(config_file)
+    except UserError as error:
+        remedy = "use the version that wrote it, or choose another run.name"
+        raise UserError(f"{config_file}: does not load in this version ({error}); {remedy}") from None
 
 
 def open_run_folder(folder: Path, config_yaml: str) -> None:

@@ -16,17 +16,17 @@ import torch
 
 from tandem.trainer import models
 from tandem.trainer.checkpoint.async_save import CheckpointSaver
-from tandem.trainer.checkpoint.compatibility import check_initial_model, check_resumable
+from tandem.trainer.checkpoint.compatibility import check_initial_model, check_initial_tokenizer, check_resumable
 from tandem.trainer.checkpoint.layout import list_committed, model_metadata
 from tandem.trainer.checkpoint.read import Checkpoint, load_master_weights, open_checkpoint, open_newest, restore_state
 from tandem.trainer.checkpoint.write import prune, reject_later
 from tandem.trainer.checkpointing import skipped_ranges
-from tandem.trainer.config import DataConfig, TrainConfig, UserError, dump_config, load_saved_config, notices
+from tandem.trainer.config import DataConfig, TrainConfig, UserError, dump_config, notices
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data import remote_files
 from tandem.trainer.data.ledger import Ledger, RollbackHistory, copy_manifests, read_rollbacks
 from tandem.trainer.data.loader import Loader
-from tandem.trainer.data.manifest import TOKENIZER_FILE, CorpusManifest, check_tokenizer, read_corpus_tokenizer
+from tandem.trainer.data.manifest import TOKENIZER_FILE, CorpusManifest, read_corpus_tokenizer
 from tandem.trainer.disk import atomic_write
 from tandem.trainer.distributed.coordination import Coordinator
 from tandem.trainer.distributed.deepspeed_engine import Engine
@@ -39,7 +39,7 @@ from tandem.trainer.metrics.throughput import measure_peak_flops
 from tandem.trainer.models import param_groups
 from tandem.trainer.models.init import initial_values
 from tandem.trainer.models.mup import parameter_rules
-from tandem.trainer.run_folder import CONFIG_FILE, open_run_folder
+from tandem.trainer.run_folder import load_previous_config, open_run_folder
 from tandem.trainer.run_state import Progress, RunContext
 from tandem.trainer.runtime.signals import StopRequested
 
@@ -114,7 +114,10 @@ def start_run(
     has_checkpoint = broadcast_from_rank_0(bool(list_committed(folder / "checkpoints")))
     initial_checkpoint = None if has_checkpoint else open_initial_weights(config, mesh)
     if initial_checkpoint and config.run.init_from_tokenizer == "same":
-        run_on_rank_0(partial(check_initial_tokenizer, initial_checkpoint, config.data, loader), mesh)
+        check = partial(check_initial_tokenizer, initial_checkpoint, config.data, loader.manifests)
+        if run_on_rank_0(check, mesh) is False:
+            message = "run.init_from: there is no %s, so it is not known whether the corpora have the tokenizer of its weights"
+            log.warning(message, initial_checkpoint.run_folder / TOKENIZER_FILE)
     checkpoint = open_newest(folder / "checkpoints", mesh)
     coordinator.any_rank(False)
     startup_timer.end_part("checkpoint checked")
@@ -168,14 +171,12 @@ def open_folder(
     Raises: UserError if there is no checkpoint and this version cannot load the config of an earlier start.
     """
     previous = None
-    if (config_file := folder / CONFIG_FILE).exists():
-        try:
-            previous = load_saved_config(config_file)
-        except UserError as error:
-            if not checkpoint:
-                remedy = "use the version that wrote it, or choose another run.name"
-                raise UserError(f"{config_file}: does not load in this version ({error}); {remedy}") from None
-            log.warning("%s: does not load in this version (%s); it is kept, but not compared", config_file, error)
+    try:
+        previous = load_previous_config(folder)
+    except UserError as error:
+        if not checkpoint:
+            raise
+        log.warning("%s; it is kept, but not compared", error)
     if checkpoint:
         reject_later(checkpoint.folder)
         prune(checkpoint.folder, config.checkpoint.keep_last)  # a kill may have interrupted the last prune
@@ -301,20 +302,3 @@ def warn_of_unused_ids(config: TrainConfig, corpora: Mapping[str, CorpusManifest
         parameters = unused_ids * model.hidden_size * (1 if model.tie_word_embeddings else 2)
         message = "model.vocab_size: %s, but the corpora have %s ids: %s parameters are never trained; lower it"
         log.warning(message, *(f"{number:,}" for number in (model.vocab_size, used_ids, parameters)))
-
-
-def check_initial_tokenizer(checkpoint: Checkpoint, data: DataConfig, loader: Loader) -> None:
-    """Raises UserError if the corpora were prepared with another tokenizer than the checkpoint was trained with."""
-    (source, corpus), *_ = loader.manifests.items()
-    tokenizer = checkpoint.run_folder / TOKENIZER_FILE
-    if not tokenizer.is_file():
-        message = (
-            "run.init_from: there is no %s, so it is not known whether the corpora have the tokenizer of its weights"
-        )
-        log.warning(message, tokenizer)
-        return
-    remedy = (
-        "prepare the corpora with the tokenizer of the weights, or set run.init_from_tokenizer=any if the weights are to learn "
-        "another tokenizer"
-    )
-    check_tokenizer(tokenizer, corpus, "run.init_from", remedy, corpus_folder=data.sources[source])

@@ -6,9 +6,9 @@ A run's model, corpora and past steps are fixed. The rest of its schedule may ch
 from collections.abc import Collection, Mapping
 
 from tandem.trainer.checkpoint.layout import SavedCheckpoint, model_metadata
-from tandem.trainer.config import TrainConfig, UserError
+from tandem.trainer.config import DataConfig, TrainConfig, UserError
 from tandem.trainer.config.schedule import Timeline
-from tandem.trainer.data.manifest import check_fingerprints
+from tandem.trainer.data.manifest import TOKENIZER_FILE, CorpusManifest, check_fingerprints, check_tokenizer
 
 REMEDY = "restore the value or choose another run.name"
 CHANGEABLE_MODEL_FIELDS = ("init_std", "init_truncation_sigmas", "document_masking", "alibi_scaling")
@@ -90,3 +90,22 @@ def check_initial_model(config: TrainConfig, checkpoint: SavedCheckpoint) -> Non
     remedy = "use the value that the weights were trained with, or choose other weights"
     label = f"run.init_from {checkpoint.folder}"
     check_same_model(config, checkpoint, label, remedy, ignored_fields=CHANGEABLE_MODEL_FIELDS)
+
+
+def check_initial_tokenizer(
+    checkpoint: SavedCheckpoint, data: DataConfig, manifests: Mapping[str, CorpusManifest]
+) -> bool:
+    """Return whether the corpora have the tokenizer that the checkpoint was trained with; False if that is not known.
+
+    Raises: UserError if they were prepared with another tokenizer.
+    """
+    tokenizer = checkpoint.run_folder / TOKENIZER_FILE
+    if not manifests or not tokenizer.is_file():
+        return False
+    source, corpus = next(iter(manifests.items()))  # the sources of a run share one tokenizer
+    remedy = (
+        "prepare the corpora with the tokenizer of the weights, or set run.init_from_tokenizer=any if the weights are to learn "
+        "another tokenizer"
+    )
+    check_tokenizer(tokenizer, corpus, "run.init_from", remedy, corpus_folder=data.sources[source])
+    return True

@@ -41,6 +41,14 @@ def load_corpora(data: DataConfig, vocab_size: int) -> dict[str, CorpusManifest]
     return corpora
 
 
+def check_tokenizer_file(data: DataConfig, corpora: Corpora) -> None:
+    """Raises: UserError if the first source's tokenizer.json, which the run copies, is not the one in its manifest."""
+    source, folder = next(iter(data.sources.items()), ("", ""))
+    if source in corpora:
+        with suppress(OSError):  # the run trains without the file
+            manifest.read_corpus_tokenizer(folder, corpora[source], data.cache)
+
+
 def without_remote_addresses(data: DataConfig) -> DataConfig:
     """Return the part of the section that can be checked without a network."""
     local = {source: folder for source, folder in data.sources.items() if not remote_files.is_remote(folder)}

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tandem.trainer.checkpoint import layout
 from tandem.trainer.checkpoint.layout import COMMIT_MARKER, REJECTED_MARKER, find_damage, list_checkpoints
@@ -24,9 +24,6 @@ from tandem.trainer.config.numbers import format_bytes
 from tandem.trainer.config.outside import safe_print
 from tandem.trainer.metrics import progress
 from tandem.trainer.tools.checkpoints.compare import ProgressCallback, compare_checkpoints
-
-if TYPE_CHECKING:
-    from tandem.trainer.checkpoint.read import Checkpoint
 
 REMARKS = {
     "rejected": "damaged: the run continued from an earlier checkpoint and will remove this one when it reaches this step",
@@ -95,7 +92,12 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    one, other = (_open_checkpoint(text) for text in (args.a, args.b))
+    folders = [_find_named(text) for text in (args.a, args.b)]
+    # Imported here because it imports torch, which a refusal does not need.
+    from tandem.trainer.checkpoint.read import open_checkpoint
+
+    with progress.open_screen().status("opening"):
+        one, other = map(open_checkpoint, folders)
     with progress.progress_bar("comparing", _folder_bytes(one.folder), "bytes") as advance:
         comparison = compare_checkpoints(one, other, advance)
     safe_print(json.dumps(comparison) if args.json else "\n".join(_format_comparison(comparison)))
@@ -169,18 +171,14 @@ def format_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
     return ["  ".join([*map(str.rjust, line, widths), line[-1]]).rstrip() for line in lines]
 
 
-def _open_checkpoint(text: str) -> Checkpoint:
-    """Open the undamaged checkpoint that the user named.  Raises: UserError if there is none."""
+def _find_named(text: str) -> Path:
+    """Find the folder that the user named, without reading a tensor.  Raises: UserError if it has no checkpoint to compare."""
     folder = Path(text)
     if not folder.is_dir() and (named := re.fullmatch(r"(.+)@(\d+)", text, re.ASCII)):
         [folder] = find_committed(Path(named[1]), int(named[2]), option=text)
     find_checkpoints(folder)
     layout.SavedCheckpoint(layout.choose_checkpoint(folder, layout.find_newest, layout.find_damage_by_size))
-    # Imported here because it imports torch, which a refusal does not need.
-    from tandem.trainer.checkpoint.read import open_checkpoint
-
-    with progress.open_screen().status(f"opening {folder}"):
-        return open_checkpoint(folder)
+    return folder
 
 
 def _find_damage(folder: Path, files_to_hash: list[str]) -> str | None:

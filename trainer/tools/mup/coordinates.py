@@ -28,7 +28,8 @@ from tandem.trainer.models.decoder import Decoder
 from tandem.trainer.startup import build_engine
 from tandem.trainer.tools.mup.measurement import Measurement
 from tandem.trainer.tools.mup.progress_report import report_progress
-from tandem.trainer.tools.mup.proxies import build_loader, proxy_config, train_steps, with_lr
+from tandem.trainer.tools.mup.proxies import proxy_config, with_lr
+from tandem.trainer.tools.mup.training import build_loader, train_steps
 
 CoordinateRecord = dict[str, Any]
 """tp_size, precision, width, seed, step, and every coordinate's `size` and `change` after that many updates."""

@@ -25,7 +25,8 @@ from tandem.trainer.distributed.mesh import Mesh
 from tandem.trainer.startup import build_engine
 from tandem.trainer.tools.mup.measurement import Measurement
 from tandem.trainer.tools.mup.progress_report import report_progress
-from tandem.trainer.tools.mup.proxies import build_loader, proxy_config, require_mup, train_steps, with_lr
+from tandem.trainer.tools.mup.proxies import proxy_config, require_mup, with_lr
+from tandem.trainer.tools.mup.training import build_loader, train_steps
 
 MUP, WITHOUT_WIDTH_RULES = "muP", "without width rules"
 TAIL_FRACTION = 1 / 8

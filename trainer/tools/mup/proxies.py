@@ -1,20 +1,14 @@
-"""Build a proxy, which is the user's config at another width, and train it with the functions that train a real run.
+"""Build the config of a proxy, which is the user's config at another width. Nothing here needs torch.
 
 A proxy keeps the number of heads, so head_dim grows with the width. Otherwise attention's factor 1 / head_dim would not show.
 ffn_hidden_size keeps its ratio to the width; depth, data and schedule stay the same. A proxy is one replica on its
 tensor-parallel ranks, without recomputation.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 from tandem.trainer import config as configuration
 from tandem.trainer.config import LRConfig, MupConfig, TrainConfig, UserError
-from tandem.trainer.config.schedule import Timeline
-from tandem.trainer.data.loader import Loader
-from tandem.trainer.distributed.deepspeed_engine import Engine
-from tandem.trainer.distributed.mesh import Mesh
-from tandem.trainer.train import forward_backward
 
 
 def require_mup(config: TrainConfig) -> MupConfig:
@@ -44,19 +38,3 @@ def proxy_config(config: TrainConfig, width: int, *, tp_size: int = 1, seed: int
 
 def with_lr(config: TrainConfig, lr: LRConfig) -> TrainConfig:
     return replace(config, schedule=replace(config.schedule, lr=lr))
-
-
-def build_loader(config: TrainConfig) -> Loader:
-    """Open the config's corpus for one replica."""
-    return Loader(
-        config.data, config.schedule, seed=config.run.seed, vocab_size=config.model.vocab_size, dp_rank=0, dp_size=1
-    )
-
-
-def train_steps(config: TrainConfig, engine: Engine, mesh: Mesh) -> Iterator[float]:
-    """Make the run's updates one by one and yield each step's loss in nats."""
-    timeline = Timeline(config.schedule)
-    for step, batch in enumerate(build_loader(config).batches(0, None)):
-        loss = forward_backward(engine, batch, timeline.phase_span_at(step).phase.micro_batch_size, mesh)
-        engine.update(timeline.lr_at(step))
-        yield float(loss)

@@ -22,7 +22,8 @@ from tandem.trainer.distributed.layers import role_of
 from tandem.trainer.distributed.mesh import Mesh, to_device
 from tandem.trainer.startup import build_engine
 from tandem.trainer.tools.mup.measurement import Measurement
-from tandem.trainer.tools.mup.proxies import build_loader, proxy_config, require_mup
+from tandem.trainer.tools.mup.proxies import proxy_config, require_mup
+from tandem.trainer.tools.mup.training import build_loader
 from tandem.trainer.train import forward_backward
 
 LR_EXPONENTS = {"hidden": -1, "residual_output": -1, "embedding": 0, "head": 0, "norm": 0, "bias": 0}
