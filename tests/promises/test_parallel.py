@@ -20,18 +20,21 @@ EPSILON = 1e-2
 any other, in a direction that rounding chose. Above the size of the gradients the update is as well conditioned as they are,
 and a fault of the layout is all that can move it."""
 NUDGED = "nudged"
+NUM_NUDGES = 6
+"""Runs that differ only in the seed of `nudge`. What rounding does to gradients is spread widely: in twelve runs of one variant
+the relative distance was 7e-6 to 2e-4, so one run says little."""
 LAYOUTS = {"tp2": (2, 2, 1), "dp2": (2, 1, 1), "tp2_zero0": (2, 2, 0), "tp2_dp2": (4, 2, 1), "tp4": (4, 4, 1)}
 """Name -> ranks, tp_size, zero_stage."""
 
 
 def train_all(wanted: list[tuple[str, TrainConfig]]) -> dict[str, dict]:
     """`train` of several configs, one after the other in one world."""
-    return {name: train(config, nudged=name.endswith(NUDGED)) for name, config in wanted}
+    return {name: train(config, int(name[-1]) if NUDGED in name else None) for name, config in wanted}
 
 
-def nudge(engine: Engine, step: int) -> None:
+def nudge(engine: Engine, step: int, run: int) -> None:
     """Every weight moves to a neighbouring fp32 number, up or down by chance."""
-    generator, parameters = torch.Generator().manual_seed(step), dict(engine.model.named_parameters())
+    generator, parameters = torch.Generator().manual_seed(step + STEPS * run), dict(engine.model.named_parameters())
     with torch.no_grad():
         for fragment in engine.optimizer_fragments():
             up = torch.rand(fragment.master.shape, generator=generator) < 0.5
@@ -41,7 +44,7 @@ def nudge(engine: Engine, step: int) -> None:
             weights[fragment.start : fragment.start + fragment.master.numel()] = fragment.master
 
 
-def train(config: TrainConfig, nudged: bool = False) -> dict:
+def train(config: TrainConfig, nudged_run: int | None = None) -> dict:
     """Losses, gradient norms, the last step's gathered gradients and the gathered parameters after all steps."""
     with mesh_context(config.parallel.tp_size) as mesh:
         engine, gradients = build_engine(config, mesh, None), []
@@ -53,8 +56,8 @@ def train(config: TrainConfig, nudged: bool = False) -> dict:
 
         stepper, made = steps.steady(config, mesh, engine, lr=1e-2, watch=watch), []
         for step in range(STEPS):
-            if nudged:
-                nudge(engine, step)
+            if nudged_run is not None:
+                nudge(engine, step, nudged_run)
             made.append(steps.step(stepper, step))
         losses, norms = map(list, zip(*made, strict=True))
         [last] = gradients
@@ -106,7 +109,8 @@ def trained(tmp_path_factory) -> dict[str, dict]:
         for layout in (None, "tp2_dp2"):
             recipe = with_recipe_epsilon(variant_config(variant, layout))
             wanted[LAYOUTS[layout][0] if layout else 1].append((f"recipe/{variant}/{layout}", recipe))
-        wanted[1].append((f"recipe/{variant}/{NUDGED}", with_recipe_epsilon(variant_config(variant, None))))
+        nudged = with_recipe_epsilon(variant_config(variant, None))
+        wanted[1] += [(f"recipe/{variant}/{NUDGED}{run}", nudged) for run in range(NUM_NUDGES)]
     found: dict[str, dict] = {}
     for world_size, configs in wanted.items():
         found |= ranks.run(train_all, world_size, folder, configs)[0]
@@ -136,8 +140,9 @@ def test_bf16_losses_and_gradient_norms_are_the_same_to_its_rounding(trained, va
 @pytest.mark.parametrize("kind", ["gradients", "parameters"])
 def test_with_the_recipes_epsilon_a_layout_moves_no_more_than_one_ulp_does(trained, variant, kind):
     """What AdamW makes of rounding is seen on one rank whose every weight is moved by one unit in the last place before each
-    step. A layout rounds differently in every one of a step's dozens of operations, hence an order of magnitude; a fault (a
-    gradient counted twice, a wrong shard) moves the weights by per cents, a hundred times more.
+    step: the root mean square of several such runs. A layout is one draw from nearly the same distribution (measured 0.7 to
+    0.99 times that value), whose largest draw was 2.3 times it, hence a factor of 5. A fault (a gradient counted twice, a wrong
+    shard) moves the weights by per cents, a hundred times more.
     """
 
     def error(other: dict) -> float:
@@ -145,10 +150,11 @@ def test_with_the_recipes_epsilon_a_layout_moves_no_more_than_one_ulp_does(train
         return (distance / sum(float(expected.norm() ** 2) for expected in one.values())) ** 0.5
 
     one = trained[f"recipe/{variant}/None"][kind]
-    rounding = error(trained[f"recipe/{variant}/{NUDGED}"][kind])
+    nudged = [error(trained[f"recipe/{variant}/{NUDGED}{run}"][kind]) for run in range(NUM_NUDGES)]
+    rounding = (sum(each**2 for each in nudged) / NUM_NUDGES) ** 0.5
     layout = error(trained[f"recipe/{variant}/tp2_dp2"][kind])
     print(f"figures {variant} {kind}: rounding {rounding:.2e}, layout {layout:.2e}")
-    assert 0 < layout <= 10 * rounding
+    assert 0 < layout <= 5 * rounding
 
 
 @pytest.mark.dist
