@@ -23,6 +23,7 @@ rm "$store_file"
 export TANDEM_STORE_FILE=/proc/$$/fd/$store
 # DeepSpeed's processes would not wait for a save. They are in a session of their own, which no terminal signals, and ignore
 # SIGUSR1; the ranks heed it. It is repeated, because ranks that are still starting ignore it too.
+python -m tandem.trainer train --check-only --ranks "$RANKS_PER_NODE" "${@:2}" # before DeepSpeed's launcher, which takes seconds
 launcher='' stopped_at=''
 # shellcheck disable=SC2317 # called by the traps
 stop() {

@@ -37,6 +37,7 @@ source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 address=$(python - "$HEAD" "$NODES" "$NODE" "$RANKS_PER_NODE" "$@" <<'PYTHON'
 import sys
 
+from tandem.trainer.__main__ import check_start
 from tandem.trainer.config import UserError, check_world_size, load_config
 from tandem.trainer.runtime.addresses import local_address, parse_endpoint, resolve
 
@@ -51,6 +52,7 @@ try:
     tree = load_config(config, overrides)
     for count in range(int(fewest), int(most or fewest) + 1):
         check_world_size(tree, count * int(ranks_per_node))
+    check_start(tree, starts_rank_0=int(node) == 0)
     address = local_address(host, port)
     resolve(host, f"HEAD={head}", other_machines=most != "1")  # refuses a public address
     print(address)

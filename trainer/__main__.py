@@ -143,6 +143,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="section.field=value replaces this field of the file")
     ranks_help = "ranks that torchrun starts on this machine (default: the number of GPUs, or tp_size without a GPU)"
     parser.add_argument("--ranks", type=int, help=ranks_help)
+    parser.add_argument("--check-only", action="store_true", help=argparse.SUPPRESS)  # set by launch/deepspeed.sh
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -156,7 +157,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     if not num_ranks:
         stop_signal = signals.StopSignal()  # before the imports, which take seconds
         try:
-            check_start(config)
+            check_start(config, starts_rank_0=found.rank == 0)
         except UserError:
             stop_signal.close()
             raise
@@ -165,13 +166,15 @@ def run_train(arguments: argparse.Namespace) -> int:
         code = run(config, stop_signal)
         return process.force_exit(code) if code == signals.REQUEUE_EXIT_CODE else code
     check_start(config)
+    if arguments.check_only:
+        return 0
     sys.stdout.flush()
     # Replace this process, so that signals reach the launcher, which forwards them to the ranks. Block them until it is ready.
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.heeded_signals())
     os.execv(sys.executable, launcher_command(num_ranks, ["train", str(arguments.config), *arguments.overrides]))
 
 
-def check_start(config: TrainConfig) -> None:
+def check_start(config: TrainConfig, *, starts_rank_0: bool = True) -> None:
     """Check what files of this machine show without torch, so that a mistake ends no rank late. The run checks it again.
 
     Corpora at remote addresses are left out, because a server can take minutes. Checkpoints are not hashed.
@@ -184,7 +187,7 @@ def check_start(config: TrainConfig) -> None:
 
     folder, data = Path(config.run.root) / config.run.name, corpora.without_remote_addresses(config.data)
     check_run_folder(folder)
-    if not launch.is_later_rank():  # rank 0 records its start, which is no failure
+    if starts_rank_0:  # the start that rank 0 records is no failure
         check_repeat_failures(folder, config.run.max_repeat_failures)
     manifests = corpora.load_corpora(data, config.model.vocab_size)
     corpora.check_tokenizer_file(data, manifests)

@@ -7,7 +7,7 @@ import socket
 import sys
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from subprocess import Popen
+from subprocess import Popen, run
 
 import psutil
 import pytest
@@ -58,8 +58,9 @@ wait $!
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], ids=lambda number: number.name)
-def test_a_signal_to_deepspeed_reaches_ranks_that_are_still_starting(number, tmp_path):
+def test_a_signal_to_deepspeed_reaches_ranks_that_are_still_starting(number, tmp_path, corpus):
     shutil.copytree(LAUNCH, tmp_path / "launch")  # a repository without .venv, whose program would be first on the path
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(two_phase_config("btlm", corpus, Path("runs"))))
     program = tmp_path / "bin" / "deepspeed"
     program.parent.mkdir()
     program.write_text(DEEPSPEED.format(python=sys.executable))
@@ -138,3 +139,23 @@ def test_a_single_rank_too_is_started_again(tmp_path, corpus):
     assert launcher.returncode == 0, said
     assert len(read_history(folder).starts) == 2
     assert read_history(folder).end_record["reason"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("script", "environment"),
+    [
+        (["local.sh", 8], {}),
+        (["deepspeed.sh", 8], {}),
+        (["multi_node.sh"], {"HEAD": "127.0.0.1:29500", "NODES": "1", "NODE": "0"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_ends_a_script_in_one_line_before_it_starts_ranks(script, environment, tmp_path):
+    """A launcher would add lines of its own."""
+    name, *ranks = script
+    rows = [f"schedule.phases.{index}.micro_batch_size=1" for index in (0, 1)]
+    command = [LAUNCH / name, *ranks, "demo-btlm", f"data.sources.corpus={tmp_path}/none", *rows]
+    done = run(list(map(str, command)), env=clean_environment() | environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"tandem: {tmp_path}/none/manifest.json: no such file")
+    assert done.stderr.count("\n") == 1
