@@ -21,7 +21,10 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from xxhash import xxh3_128
 
+from tandem.data_prep import spill, work_files
+from tandem.data_prep.work_files import DamagedWork
 from tandem.trainer.disk import atomic_file
 
 RECORDS_PER_RANGE = 1 << 22
@@ -37,24 +40,29 @@ class BandRange:
     low_hash: int
     high_hash: int
     links_path: Path
-    """File of links: pairs of little-endian 64-bit numbers, a document and the first document that it matches."""
+    """File of links: pairs of little-endian 64-bit numbers, a document and the first document that it matches. Their XXH3-128
+    is the last 16 bytes."""
 
 
-def write_bands(path: Path, signatures: np.ndarray) -> None:
-    """Write the signatures [documents, bands] of a spill with each band sorted, so that a range reads only its part."""
+def write_bands(path: Path, signatures: np.ndarray) -> str:
+    """Write the signatures [documents, bands] of a spill with each band sorted, so that a range reads only its part.
+
+    Return the hash of the file.
+    """
     order = signatures.argsort(axis=0, kind="stable")
     records = np.empty(signatures.T.shape, _RECORD_DTYPE)
     records["hash"] = np.take_along_axis(signatures, order, axis=0).T
     records["document"] = order.T
     with atomic_file(path) as file:
         np.save(file, records)
+    return work_files.file_hash(path)
 
 
 def plan_band_ranges(
     band_paths: Sequence[Path], folder: Path, records_per_range: int = RECORDS_PER_RANGE
 ) -> list[BandRange]:
     """Return the ranges of this corpus, whose links any process can write, in any order."""
-    num_bands = len(np.load(band_paths[0], mmap_mode="r")) if band_paths else 0
+    num_bands = len(_map_bands(band_paths[0])) if band_paths else 0
     num_ranges = max(1, -(-sum(_document_counts(band_paths)) // records_per_range))
     bounds = [(number << 64) // num_ranges for number in range(num_ranges + 1)]
     return [
@@ -66,9 +74,13 @@ def plan_band_ranges(
 def write_links(band_paths: Sequence[Path], band_range: BandRange) -> None:
     """Write the links of a range to its file, unless it exists."""
     if not band_range.links_path.exists():
+        digest = xxh3_128()
         with atomic_file(band_range.links_path) as file:
             for links in _find_links(band_paths, band_range):
-                file.write(links.astype("<u8").tobytes())
+                data = links.astype("<u8").tobytes()
+                digest.update(data)
+                file.write(data)
+            file.write(digest.digest())
 
 
 def _find_links(band_paths: Sequence[Path], band_range: BandRange) -> Iterator[np.ndarray]:
@@ -76,7 +88,7 @@ def _find_links(band_paths: Sequence[Path], band_range: BandRange) -> Iterator[n
     hashes, documents = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
     num_documents_before = 0
     for path in band_paths:
-        records = np.load(path, mmap_mode="r")[band_range.band_index]
+        records = _map_bands(path)[band_range.band_index]
         bounds = (band_range.low_hash, band_range.high_hash)
         low, high = (bisect_left(records, bound, key=lambda record: int(record["hash"])) for bound in bounds)
         spill_hashes = records["hash"][low:high]
@@ -105,14 +117,44 @@ def write_masks(band_paths: Sequence[Path], mask_paths: Sequence[Path], band_ran
         lengths = _document_counts(band_paths)
         parents = np.arange(sum(lengths), dtype=np.uint32 if sum(lengths) <= 1 << 32 else np.uint64)
         for part in band_ranges:
-            with part.links_path.open("rb") as file:
-                while len(links := np.fromfile(file, "<u8", 2 * LINKS_PER_READ)):
-                    _union(parents, *links.reshape(-1, 2).T)
+            for links in _read_links(part.links_path, len(parents)):
+                _union(parents, *links.T)
         last = np.cumsum(lengths)
         for path, start, end in zip(mask_paths, last - lengths, last, strict=True):
             with atomic_file(path) as file:
                 np.save(file, parents[start:end] != np.arange(start, end))
-    return sum(int(np.load(path).sum()) for path in mask_paths)
+    return sum(int(load_mask(path).sum()) for path in mask_paths)
+
+
+def load_mask(path: Path) -> np.ndarray:
+    """Map a mask that `write_masks` has written.  Raises: DamagedWork."""
+    return work_files.map_array(path, np.bool_, _corpus_remedy(path))
+
+
+def _read_links(path: Path, num_documents: int) -> Iterator[np.ndarray]:
+    """Yield the links [links, 2] of a range.  Raises: DamagedWork, at the latest after the last link."""
+    digest, damaged = xxh3_128(), DamagedWork(f"{path}: has changed since it was written; {_corpus_remedy(path)}")
+    work_files.check_file(path, _corpus_remedy(path))
+    num_links, remainder = divmod(path.stat().st_size - digest.digest_size, 2 * 8)
+    if remainder or num_links < 0:
+        raise damaged
+    with path.open("rb") as file:
+        for first in range(0, num_links, LINKS_PER_READ):
+            links = np.fromfile(file, "<u8", 2 * min(LINKS_PER_READ, num_links - first))
+            digest.update(links.data)
+            if links.max() >= num_documents:
+                raise damaged
+            yield links.reshape(-1, 2)
+        if file.read() != digest.digest():
+            raise damaged
+
+
+def _map_bands(path: Path) -> np.ndarray:
+    return work_files.map_array(path, _RECORD_DTYPE, spill.damage_remedy(path))
+
+
+def _corpus_remedy(path: Path) -> str:
+    return f"remove {path.parent} and run the same command again"
 
 
 def _union(parents: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
@@ -134,4 +176,4 @@ def _find_roots(parents: np.ndarray, documents: np.ndarray) -> np.ndarray:
 
 
 def _document_counts(band_paths: Sequence[Path]) -> list[int]:
-    return [np.load(path, mmap_mode="r").shape[1] for path in band_paths]
+    return [_map_bands(path).shape[1] for path in band_paths]

@@ -16,18 +16,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from tandem.data_prep import clean, duplicates, executor, minhash, readers, spill, tar_reader
+from tandem.data_prep import clean, duplicates, executor, minhash, readers, spill, tar_reader, work_files
 from tandem.data_prep.executor import ProgressCallback
 from tandem.data_prep.input_files import content_hash
 from tandem.data_prep.json_values import MISSING, lookup
 from tandem.data_prep.records import Document, printable
 from tandem.data_prep.settings import PrepareSettings
-from tandem.data_prep.spill import Spill
+from tandem.data_prep.spill import Spill, SpillRecord, UnitRecord
 from tandem.data_prep.tokenizers.encoding import EncoderSpec
 from tandem.data_prep.work_units import WorkUnit
 from tandem.trainer.config import UserError
 from tandem.trainer.data.manifest import token_dtype
-from tandem.trainer.disk import atomic_write
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_TOKENS = 1 << 18
@@ -50,11 +49,6 @@ class UnitNotes:
     """The values of the field of --where in documents that were left out."""
 
 
-def bands_path(source_spill: Spill) -> Path:
-    """Return the path of the signatures of the spill's documents, which `duplicates` reads."""
-    return source_spill.index_path.with_suffix(".bands.npy")
-
-
 def encode_unit(
     settings: PrepareSettings, encoder_spec: EncoderSpec, work_folder: Path, unit: WorkUnit, advance: ProgressCallback
 ) -> None:
@@ -71,11 +65,10 @@ def encode_unit(
         else _adopt_tokens(settings, encoder_spec, unit, counts, advance)
     )
     buffer: list[_EncodedBatch] = []
-    spill_documents: list[int] = []
+    spills: list[SpillRecord] = []
 
     def write_buffer() -> None:
-        num_documents = _write_spill(Spill(work_folder, unit.name, len(spill_documents)), buffer)
-        spill_documents.append(num_documents)
+        spills.append(_write_spill(Spill(work_folder, unit.name, len(spills)), buffer))
         buffer.clear()
 
     for batch in batches:
@@ -85,35 +78,40 @@ def encode_unit(
             write_buffer()
     if buffer:
         write_buffer()
-    record = {
-        "spills": len(spill_documents),
-        "documents": sum(spill_documents),
-        "groups": list(groups) or [NO_GROUP],
-        "counts": dict(sorted(counts.items())),
-        "parts": [[part.file.name, content_hash(part)] for part in unit.parts],
-        "bad_records": notes.bad_records,
-        "other_values": dict(notes.other_values.most_common(MAX_NAMED_VALUES)) if not spill_documents else {},
-    }
-    atomic_write(spill.record_path(work_folder, unit.name), json.dumps(record))
+    record = UnitRecord(
+        spills,
+        [_without_nul(name) for name in groups] or [NO_GROUP],
+        dict(sorted(counts.items())),
+        "\n".join(content_hash(part) for part in unit.parts),
+        [_without_nul(sample) for sample in notes.bad_records],
+        {_without_nul(value): number for value, number in notes.other_values.most_common(MAX_NAMED_VALUES)}
+        if not spills
+        else {},
+    )
+    work_files.write_record(spill.record_path(work_folder, unit.name), record)
+
+
+def _without_nul(text: str) -> str:
+    """Escape NUL characters, which the readers of records and manifests refuse."""
+    return text.replace("\0", r"\0")
 
 
 class _EncodedBatch(NamedTuple):
     tokens: np.ndarray
     lengths: np.ndarray
     entries: np.ndarray
-    """Complete except for `document` and `end`."""
+    """Complete except for `document`, `end` and `checksum`."""
     signatures: np.ndarray | None = None
 
 
-def _write_spill(target: Spill, batches: list[_EncodedBatch]) -> int:
-    """Write these batches, and return their number of documents."""
+def _write_spill(target: Spill, batches: list[_EncodedBatch]) -> SpillRecord:
     tokens, lengths, entries, signatures = zip(*batches, strict=True)
+    bands_hash = None
     if signatures[0] is not None:
-        duplicates.write_bands(bands_path(target), np.concatenate(signatures))
+        bands_hash = duplicates.write_bands(target.bands_path, np.concatenate(signatures))
     all_entries = np.concatenate(entries)
     all_entries["document"] = np.arange(len(all_entries))
-    target.write(list(tokens), np.concatenate(lengths), all_entries)
-    return len(all_entries)
+    return target.write(list(tokens), np.concatenate(lengths), all_entries, bands_hash)
 
 
 def _encode_texts(

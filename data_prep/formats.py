@@ -28,11 +28,6 @@ RECORD_SUFFIXES = {
     ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow", ".tar": "tar",
 }  # fmt: skip
 COMPRESSION_SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz"}
-FORMER_SUFFIXES = {
-    ".jsonl": ("jsonl", None), ".jsonl.gz": ("jsonl", "gzip"), ".jsonl.zst": ("jsonl", "zstd"),
-    ".parquet": ("parquet", None), ".tar": ("tar", None), ".tar.gz": ("tar", "gzip"), ".tgz": ("tar", "gzip"),
-}  # fmt: skip
-"""The formats that version 4 of the work folder read by suffix. All other files were text."""
 _FOREIGN_MAGIC = {
     b"PK\x03\x04": "a zip archive; unzip it", b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
     b"Rar!": "a rar archive; unpack it", b"\x04\x22\x4d\x18": "compressed by lz4; run unlz4",

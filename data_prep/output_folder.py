@@ -6,20 +6,21 @@ claim marks the folder as an unfinished corpus. It is removed after the manifest
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.data_prep import provenance, work_units
+from tandem.data_prep import provenance, work_files, work_units
 from tandem.data_prep.input_files import InputFile, content_hash
 from tandem.data_prep.settings import LATER_SETTINGS
+from tandem.data_prep.work_files import DamagedWork
 from tandem.trainer.config import UserError
-from tandem.trainer.config.outside import escape_control_characters, read_json
+from tandem.trainer.config.outside import escape_control_characters
 from tandem.trainer.data import manifest
 from tandem.trainer.data.manifest import CorpusManifest
 from tandem.trainer.disk import TEMPORARY_PATTERN, TEMPORARY_SUFFIX, atomic_write
@@ -31,6 +32,13 @@ INPUTS_FILE = "inputs.json"
 """Lists every input file; see `provenance`."""
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of a file system that accepts no more data. Such an error does not name a file."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The record that a folder is an unfinished corpus."""
+
+    settings: dict[str, Any]
 
 
 class UnusableSettings(UserError):
@@ -107,8 +115,10 @@ def _hold_claim(output: Path, settings_dict: Mapping[str, Any], missing_folders:
             return
         for path in [*output.glob(TEMPORARY_PATTERN), *(output / WORK_FOLDER).rglob(TEMPORARY_PATTERN)]:
             path.unlink(missing_ok=True)  # left by killed workers
-        atomic_write(output / CLAIM_FILE, json.dumps(settings_dict, indent=1))
+        work_files.write_record(output / CLAIM_FILE, Claim(dict(settings_dict)))
         yield
+    except DamagedWork:
+        raise  # nothing is removed, because the message names what to remove
     except (UserError, OSError) as error:
         user_error = error if isinstance(error, UserError) else _to_user_error(output, error)
         if (output / manifest.MANIFEST_FILE).exists():
@@ -130,12 +140,15 @@ def finish_corpus(
     output: Path, input_entries: list[provenance.InputEntry], tokenizer_json: str, corpus_manifest: CorpusManifest
 ) -> None:
     """Complete the corpus: write the manifest as the last file, and remove everything that is not part of the corpus."""
+    text, path = manifest.dump_manifest(corpus_manifest), output / manifest.MANIFEST_FILE
+    # A manifest that no reader accepts must not replace the unfinished work.
+    manifest.parse_manifest(text.encode(), path)
     atomic_write(output / manifest.TOKENIZER_FILE, tokenizer_json)
     atomic_write(output / INPUTS_FILE, provenance.dump(input_entries))
-    for path in [*output.glob("train-*.tar"), *output.glob("validation-*.tar")]:
-        if path.name not in corpus_file_names(corpus_manifest):
-            path.unlink()  # left from an earlier state of the inputs
-    atomic_write(output / manifest.MANIFEST_FILE, manifest.dump_manifest(corpus_manifest))
+    for shard_path in [*output.glob("train-*.tar"), *output.glob("validation-*.tar")]:
+        if shard_path.name not in corpus_file_names(corpus_manifest):
+            shard_path.unlink()  # left from an earlier state of the inputs
+    atomic_write(path, text)
     _clear(output, keep=corpus_file_names(corpus_manifest))
 
 
@@ -194,7 +207,10 @@ def _lock_folder(output: Path) -> Iterator[None]:
 def _check_claimable(output: Path, settings_dict: Mapping[str, Any]) -> None:
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if CLAIM_FILE in names:
-        _check_same_settings(output, read_json(output / CLAIM_FILE), settings_dict)
+        claim = work_files.read_record(
+            output / CLAIM_FILE, Claim, remedy="name another folder, or remove this one first"
+        )
+        _check_same_settings(output, claim.settings, settings_dict)
     elif any(not (name.startswith(CLAIM_FILE) and name.endswith(TEMPORARY_SUFFIX)) for name in names):
         raise UserError(f"--output: {output} contains files but no corpus; name a new or an empty folder")
 

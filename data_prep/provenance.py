@@ -6,11 +6,12 @@ everything except the versions, and inputs.json contains a hash of all its entri
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from tandem.data_prep.spill import UnitRecord
 from tandem.data_prep.work_units import WorkUnit
 from tandem.trainer.config import UserError
 from tandem.trainer.config.outside import parse_json
@@ -22,10 +23,10 @@ InputEntry = Sequence[Any]
 """Name, bytes, version, hashes of the parts."""
 
 
-def list_entries(units: Sequence[WorkUnit], records: Sequence[Mapping[str, Any]]) -> list[InputEntry]:
+def list_entries(units: Sequence[WorkUnit], records: Sequence[UnitRecord]) -> list[InputEntry]:
     """Return the entry of each file that these units have read, in order. Each unit has its record."""
     read_parts = [part for unit in units for part in unit.parts]
-    hashes = [part_hash for record in records for _, part_hash in record["parts"]]
+    hashes = [part_hash for record in records for part_hash in record.part_hashes.split("\n")]
     by_file = groupby(zip(read_parts, hashes, strict=True), key=lambda pair: pair[0].file)
     return [[file.name, file.size_bytes, file.version, [one for _, one in pairs]] for file, pairs in by_file]
 

@@ -4,19 +4,21 @@ A shard is a range of keys, so any process can write it independently of other s
 a shard ends with the bin in which it reaches its target size.
 """
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-from tandem.data_prep import spill
+from tandem.data_prep import spill, work_files
 from tandem.data_prep.shard_writer import write_shard
-from tandem.data_prep.spill import SPLITS, Spill
-from tandem.trainer.config.outside import read_json
+from tandem.data_prep.spill import SPLITS, Spill, Split
+from tandem.data_prep.work_files import DamagedWork
+from tandem.trainer.config.constraints import COUNT, POSITIVE, Pattern
 from tandem.trainer.data.manifest import Shard
-from tandem.trainer.disk import atomic_file, atomic_write
+from tandem.trainer.disk import atomic_file
 
 BINS_PER_SHARD = 256
 """A shard exceeds its target size by at most one bin."""
@@ -29,18 +31,45 @@ COUNT_CHUNK_TOKENS = 1 << 20
 """Ids that are counted at once, because numpy converts them to 64 bits."""
 
 
+SHUFFLE_KEY = Pattern("[0-9a-f]{16}", "a shuffle key in hexadecimal")
+
+
 @dataclass(frozen=True)
 class ShardKeyRange:
     """The documents of one shard: those of the split with shuffle keys from `first_key` to `last_key`."""
 
-    split: str
-    shard_index: int
-    first_key: int
-    last_key: int
+    split: Split
+    shard_index: Annotated[int, COUNT]
+    first_key: Annotated[str, SHUFFLE_KEY]
+    last_key: Annotated[str, SHUFFLE_KEY]
+    documents: Annotated[int, POSITIVE]
+    tokens: Annotated[int, POSITIVE]
 
     @property
     def file_stem(self) -> str:
         return f"{self.split}-{self.shard_index:06d}"
+
+
+@dataclass(frozen=True)
+class ShardKeyRanges:
+    """The record of all shards."""
+
+    ranges: list[ShardKeyRange]
+
+
+@dataclass(frozen=True)
+class GroupCounts:
+    documents: Annotated[int, POSITIVE]
+    tokens: Annotated[int, POSITIVE]
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """States that a shard is finished."""
+
+    shard: Shard
+    groups: dict[str, GroupCounts]
+    token_counts_hash: Annotated[str, work_files.XXH3_128]
 
 
 def plan_shard_key_ranges(spills: list[Spill], load_drop_mask: LoadDropMask, shard_tokens: int) -> list[ShardKeyRange]:
@@ -53,10 +82,12 @@ def plan_shard_key_ranges(spills: list[Spill], load_drop_mask: LoadDropMask, sha
         total = sum(int(lengths.sum()) for _, lengths in _kept_keys_and_lengths(spills, split, load_drop_mask))
         bins = min(max(MIN_NUM_BINS, BINS_PER_SHARD * (total // shard_tokens + 1)), MAX_NUM_BINS)
         shift = np.uint64(64 - (bins - 1).bit_length())
-        bin_tokens = np.zeros(1 << (64 - int(shift)), np.int64)
+        bin_tokens, bin_documents = (np.zeros(1 << (64 - int(shift)), np.int64) for _ in range(2))
         for keys, lengths in _kept_keys_and_lengths(spills, split, load_drop_mask):
-            np.add.at(bin_tokens, (keys >> shift).astype(np.int64), lengths)
-        found += _cut_ranges(split, bin_tokens, int(shift), shard_tokens)
+            keys_of_bins = (keys >> shift).astype(np.int64)
+            np.add.at(bin_tokens, keys_of_bins, lengths)
+            np.add.at(bin_documents, keys_of_bins, 1)
+        found += _cut_ranges(split, bin_tokens, bin_documents, int(shift), shard_tokens)
     return found
 
 
@@ -75,15 +106,18 @@ def _keep_mask(source_spill: Spill, entries: np.ndarray, load_drop_mask: LoadDro
     return slice(None) if mask is None else ~mask[entries["document"]]
 
 
-def _cut_ranges(split: str, bin_tokens: np.ndarray, shift: int, shard_tokens: int) -> Iterator[ShardKeyRange]:
-    shard_index, first_key, range_tokens = 0, 0, 0
+def _cut_ranges(
+    split: Split, bin_tokens: np.ndarray, bin_documents: np.ndarray, shift: int, shard_tokens: int
+) -> Iterator[ShardKeyRange]:
+    shard_index, first_key, range_tokens, range_documents = 0, 0, 0, 0
     last_filled = int(np.flatnonzero(bin_tokens)[-1]) if bin_tokens.any() else -1
     for bin_index in np.flatnonzero(bin_tokens).tolist():
         range_tokens += int(bin_tokens[bin_index])
+        range_documents += int(bin_documents[bin_index])
         if range_tokens >= shard_tokens or bin_index == last_filled:
             end = ((bin_index + 1) << shift) - 1
-            yield ShardKeyRange(split, shard_index, first_key, end)
-            shard_index, first_key, range_tokens = shard_index + 1, end + 1, 0
+            yield ShardKeyRange(split, shard_index, f"{first_key:016x}", f"{end:016x}", range_documents, range_tokens)
+            shard_index, first_key, range_tokens, range_documents = shard_index + 1, end + 1, 0, 0
 
 
 def shard_record_path(work_folder: Path, file_stem: str) -> Path:
@@ -100,35 +134,48 @@ def gather_shard(
     output: Path, work_folder: Path, spills: list[Spill], load_drop_mask: LoadDropMask, shard_range: ShardKeyRange, *,
     dtype: str, vocab_size: int, sample_tokens: int,
 ) -> None:  # fmt: skip
-    """Write the shard to `output`, its record and its counts of ids to `work_folder`."""
+    """Write the shard to `output`, its record and its counts of ids to `work_folder`.
+
+    Raises: DamagedWork if the spills do not have the documents that were there when the ranges were planned.
+    """
     documents: list[np.ndarray] = []
     shuffle_keys: list[np.ndarray] = []
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, GroupCounts] = {}
+    keys = int(shard_range.first_key, 16), int(shard_range.last_key, 16)
     for one in spills:
-        entries, start = one.select_entries(shard_range.split, shard_range.first_key, shard_range.last_key)
+        entries, start = one.select_entries(shard_range.split, *keys)
         if not len(entries):
             continue
-        lengths = spill.document_lengths(entries, start)
-        tokens = one.read_tokens(start, int(lengths.sum()), dtype)
-        keep, ends = _keep_mask(one, entries, load_drop_mask), np.cumsum(lengths)
+        found = one.read_documents(entries, start, dtype)
+        keep, lengths = _keep_mask(one, entries, load_drop_mask), spill.document_lengths(entries, start)
         shuffle_keys.append(entries["shuffle_key"][keep])
-        documents += [tokens[end - length : end] for end, length in zip(ends[keep], lengths[keep], strict=True)]
+        documents += found if isinstance(keep, slice) else compress(found, keep)
         _count_groups(groups, spill.group_names(one.work_folder, one.unit_name), entries["group"][keep], lengths[keep])
+    counted = len(documents), sum(map(len, documents))
+    if counted != (shard_range.documents, shard_range.tokens):
+        raise DamagedWork(
+            f"{work_folder.parent}: has {counted[0]} documents and {counted[1]} tokens for {shard_range.file_stem}.tar, not "
+            f"{shard_range.documents} and {shard_range.tokens} as planned; remove {work_folder.parent} and run the same "
+            "command again"
+        )
     # Equal keys keep the order of the inputs, which is the order of the spills.
     order = np.argsort(np.concatenate(shuffle_keys), kind="stable")
     tokens = np.concatenate([documents[document] for document in order])
     shard = write_shard(output, shard_range.file_stem, tokens, len(documents), sample_tokens)
-    with atomic_file(token_counts_path(work_folder, shard_range.file_stem)) as file:
+    counts_path = token_counts_path(work_folder, shard_range.file_stem)
+    with atomic_file(counts_path) as file:
         np.save(file, count_tokens(tokens, vocab_size))
-    record = json.dumps({"shard": asdict(shard), "groups": groups})
-    atomic_write(shard_record_path(work_folder, shard_range.file_stem), record)
+    record = ShardRecord(shard, groups, work_files.file_hash(counts_path))
+    work_files.write_record(shard_record_path(work_folder, shard_range.file_stem), record)
 
 
-def _count_groups(counts: dict[str, list[int]], names: list[str], groups: np.ndarray, lengths: np.ndarray) -> None:
+def _count_groups(counts: dict[str, GroupCounts], names: list[str], groups: np.ndarray, lengths: np.ndarray) -> None:
     for group in np.unique(groups):
         is_in_group, name = groups == group, names[group]
-        documents, tokens = counts.get(name, (0, 0))
-        counts[name] = [documents + int(is_in_group.sum()), tokens + int(lengths[is_in_group].sum())]
+        documents, tokens = int(is_in_group.sum()), int(lengths[is_in_group].sum())
+        if earlier := counts.get(name):
+            documents, tokens = documents + earlier.documents, tokens + earlier.tokens
+        counts[name] = GroupCounts(documents, tokens)
 
 
 def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -145,7 +192,17 @@ def entropy_nats(token_counts: np.ndarray) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def load_shard_record(work_folder: Path, file_stem: str) -> tuple[Shard, dict[str, list[int]]]:
-    """Load the manifest entry of a finished shard, and the documents and tokens of each group in it."""
-    record = read_json(shard_record_path(work_folder, file_stem))
-    return Shard(**record["shard"]), record["groups"]
+def load_shard_record(work_folder: Path, file_stem: str) -> ShardRecord:
+    """Load the record of a finished shard.  Raises: DamagedWork."""
+    return work_files.read_record(shard_record_path(work_folder, file_stem), ShardRecord)
+
+
+def load_token_counts(output: Path, work_folder: Path, record: ShardRecord) -> np.ndarray:
+    """Return the counts of ids of a finished shard.  Raises: DamagedWork if they or the size of the shard have changed."""
+    file_stem = record.shard.file.removesuffix(".tar")
+    counts_path = token_counts_path(work_folder, file_stem)
+    remedy = f"remove {shard_record_path(work_folder, file_stem)} and run the same command again"
+    work_files.check_file(output / record.shard.file, remedy, size_bytes=record.shard.bytes)
+    work_files.check_file(counts_path, remedy, xxh3_hash=record.token_counts_hash)
+    token_counts: np.ndarray = np.load(counts_path)
+    return token_counts

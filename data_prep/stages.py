@@ -12,7 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -28,21 +28,21 @@ from tandem.data_prep import (
     readers,
     shuffle,
     spill,
+    work_files,
     work_units,
 )  # fmt: skip
 from tandem.data_prep.executor import ProgressCallback
 from tandem.data_prep.input_files import FilePart, InputFile
 from tandem.data_prep.records import MAX_BAD_RECORD_SAMPLES
 from tandem.data_prep.settings import DROPPED_COUNT_NAMES, PrepareSettings
-from tandem.data_prep.shuffle import ShardKeyRange
-from tandem.data_prep.spill import Spill
+from tandem.data_prep.shuffle import ShardKeyRange, ShardKeyRanges
+from tandem.data_prep.spill import CORPUS_FOLDER_PREFIX, Spill, UnitRecord
 from tandem.data_prep.tokenizers import build, encoding
 from tandem.data_prep.tokenizers.encoding import EncoderSpec
 from tandem.data_prep.work_units import WorkUnit
-from tandem.trainer.config.outside import read_json, read_text, safe_print
+from tandem.trainer.config.outside import safe_print
 from tandem.trainer.data import manifest
 from tandem.trainer.data.manifest import CorpusManifest, CorpusSplit, Shard
-from tandem.trainer.disk import atomic_write
 
 CHECK_SAMPLE_DOCUMENTS, CHECK_SAMPLE_CHARACTERS = 200, 1 << 20
 """Size of the sample on which an encoding library is compared with the reference before it is used."""
@@ -57,6 +57,13 @@ StartProgress = Callable[[str, int], ProgressCallback]
 """Shows a bar with this name and total, and returns the function that advances it."""
 RunItems = Callable[..., None]
 """`executor.run` or an equivalent: run(make_item_function, items, advance=...)."""
+
+
+@dataclass(frozen=True)
+class TrainedTokenizer:
+    """The record of a trained tokenizer: the text of its tokenizer.json."""
+
+    tokenizer_json: str
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ class PreparationRequest:
         settings_dict = self.settings.to_dict() | {"tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest()}
         units = work_units.plan_units(self.inputs, settings_dict)
         preparation = Preparation(self.output, self.settings, units, encoder, text, self.dangling_links)
-        for other in set(self.work_folder.glob("whole-*")) - {preparation.corpus_work_folder}:
+        for other in set(self.work_folder.glob(f"{CORPUS_FOLDER_PREFIX}*")) - {preparation.corpus_work_folder}:
             shutil.rmtree(other)  # of other inputs, whose shards in the output are about to be overwritten
         preparation.corpus_work_folder.mkdir(exist_ok=True)
         return preparation
@@ -134,8 +141,9 @@ class PreparationRequest:
         if not path.exists():
             advance = start_progress("training the tokenizer", sum(file.size_bytes for file in self.inputs))
             texts = (text for text in self._training_texts(advance) if clean.uniform_hash(text) >= held_out)
-            atomic_write(path, build.train_bpe(texts, self.vocab_size, self.settings.eos))
-        return read_text(path)
+            trained = TrainedTokenizer(build.train_bpe(texts, self.vocab_size, self.settings.eos))
+            work_files.write_record(path, trained)
+        return work_files.read_record(path, TrainedTokenizer).tokenizer_json
 
     def _training_texts(self, advance: ProgressCallback) -> Iterator[str]:
         """Yield about TOKENIZER_TRAINING_BYTES of cleaned text, from the beginnings of files throughout the inputs."""
@@ -176,7 +184,7 @@ class Preparation:
     def corpus_work_folder(self) -> Path:
         """The folder of files that depend on all units: duplicates, ranges of shards, records of finished shards."""
         names = hashlib.sha256("".join(unit.name for unit in self.units).encode()).hexdigest()
-        return self.work_folder / f"whole-{names[:24]}"
+        return self.work_folder / f"{CORPUS_FOLDER_PREFIX}{names[:24]}"
 
     @property
     def shard_ranges_path(self) -> Path:
@@ -192,15 +200,12 @@ class Preparation:
 
     def load_drop_mask(self, source_spill: Spill) -> np.ndarray | None:
         """Return which documents of the spill to drop, in the order read; None drops none."""
-        if not self.settings.deduplicate:
-            return None
-        mask: np.ndarray = np.load(self.drop_mask_path(source_spill), mmap_mode="r")
-        return mask
+        return duplicates.load_mask(self.drop_mask_path(source_spill)) if self.settings.deduplicate else None
 
-    def load_unit_records(self) -> tuple[list[dict[str, Any]], Counter[str]]:
+    def load_unit_records(self) -> tuple[list[UnitRecord], Counter[str]]:
         """Return the records of all units, and the sums of their counts."""
         records = [spill.load_record(self.work_folder, unit.name) for unit in self.units]
-        return records, sum((Counter(record["counts"]) for record in records), Counter())
+        return records, sum((Counter(record.counts) for record in records), Counter())
 
 
 @dataclass(frozen=True)
@@ -246,7 +251,7 @@ def _encode_unit(preparation: Preparation, unit: WorkUnit, advance: ProgressCall
 
 
 def _bands_paths(preparation: Preparation) -> list[Path]:
-    return [encode.bands_path(one) for one in preparation.spills]
+    return [one.bands_path for one in preparation.spills]
 
 
 def _plan_band_ranges(preparation: Preparation) -> list[duplicates.BandRange]:
@@ -261,24 +266,26 @@ def _write_links(preparation: Preparation, band_range: duplicates.BandRange, adv
 def _plan_shards(preparation: Preparation, path: Path, advance: ProgressCallback) -> None:
     """Write the masks of the duplicates of every spill, and the key ranges of the shards."""
     settings, spills = preparation.settings, preparation.spills
+    for one in spills:
+        one.check_files()
     if settings.deduplicate:
         mask_paths = [preparation.drop_mask_path(one) for one in spills]
         duplicates.write_masks(_bands_paths(preparation), mask_paths, _plan_band_ranges(preparation))
     found = shuffle.plan_shard_key_ranges(spills, preparation.load_drop_mask, settings.shard_tokens)
     if not any(shard_range.split == "train" for shard_range in found):
         _raise_no_training_documents(preparation)
-    atomic_write(path, json.dumps([asdict(shard_range) for shard_range in found]))
+    work_files.write_record(path, ShardKeyRanges(found))
     advance(1)
 
 
 def _raise_no_training_documents(preparation: Preparation) -> None:
     records, counts = preparation.load_unit_records()
-    if documents := sum(record["documents"] for record in records):
+    if documents := sum(record.documents for record in records):
         raise output_folder.UnusableSettings(
             f"--held-out: {preparation.settings.held_out} leaves none of {documents} documents for training; lower it"
         )
     if (where := preparation.settings.where) and counts["filtered_documents"]:
-        met: Counter[str] = sum((Counter(record.get("other_values", {})) for record in records), Counter())
+        met: Counter[str] = sum((Counter(record.other_values) for record in records), Counter())
         values = ", ".join(f"{value[:40]} ({number:,})" for value, number in met.most_common(encode.MAX_NAMED_VALUES))
         raise output_folder.UnusableSettings(
             f"--where: no document has {where[0]}={where[1]}; its values are {values}; name one of them"
@@ -291,7 +298,7 @@ def _raise_no_training_documents(preparation: Preparation) -> None:
 
 
 def _load_shard_key_ranges(preparation: Preparation) -> list[ShardKeyRange]:
-    return [ShardKeyRange(**one) for one in read_json(preparation.shard_ranges_path)]
+    return work_files.read_record(preparation.shard_ranges_path, ShardKeyRanges).ranges
 
 
 def _gather_shard(preparation: Preparation, shard_range: ShardKeyRange, advance: ProgressCallback) -> None:
@@ -321,7 +328,7 @@ def _finish(preparation: Preparation, _: Path, advance: ProgressCallback) -> Non
             "for this text"
         )
     if settings.deduplicate:
-        counts["duplicate_documents"] = sum(record["documents"] for record in records) - documents
+        counts["duplicate_documents"] = sum(record.documents for record in records) - documents
     if preparation.dangling_links:
         counts["dangling_links"] = preparation.dangling_links
     corpus_manifest = CorpusManifest(
@@ -342,9 +349,9 @@ def _finish(preparation: Preparation, _: Path, advance: ProgressCallback) -> Non
     advance(1)
 
 
-def _bad_records(records: list[dict[str, Any]]) -> dict[str, Any]:
+def _bad_records(records: list[UnitRecord]) -> dict[str, Any]:
     """Return the entry of the manifest with the first bad records, if there are any."""
-    samples = [one for record in records for one in record.get("bad_records", ())][:MAX_BAD_RECORD_SAMPLES]
+    samples = [one for record in records for one in record.bad_records][:MAX_BAD_RECORD_SAMPLES]
     return {BAD_RECORDS_ENTRY: samples} if samples else {}
 
 
@@ -354,12 +361,13 @@ def _collect_shards(preparation: Preparation) -> tuple[dict[str, CorpusSplit], d
     groups: dict[str, Counter[str]] = {}
     token_counts = np.zeros(preparation.encoder_spec.vocab_size, np.int64)
     for shard_range in _load_shard_key_ranges(preparation):
-        shard, counted = shuffle.load_shard_record(preparation.corpus_work_folder, shard_range.file_stem)
-        shards[shard_range.split].append(shard)
-        for name, (documents, tokens) in counted.items():
-            groups.setdefault(name, Counter()).update(documents=documents, tokens=tokens)
+        record = shuffle.load_shard_record(preparation.corpus_work_folder, shard_range.file_stem)
+        shards[shard_range.split].append(record.shard)
+        for name, counted in record.groups.items():
+            groups.setdefault(name, Counter()).update(documents=counted.documents, tokens=counted.tokens)
+        shard_token_counts = shuffle.load_token_counts(preparation.output, preparation.corpus_work_folder, record)
         if shard_range.split == "train":
-            token_counts += np.load(shuffle.token_counts_path(preparation.corpus_work_folder, shard_range.file_stem))
+            token_counts += shard_token_counts
     splits = {
         split: CorpusSplit(sum(shard.tokens for shard in found), sum(shard.documents for shard in found), found)
         for split, found in shards.items()

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.data_prep import formats
 from tandem.data_prep.input_files import FilePart, InputFile
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 8 << 20, 512 << 20
 """Limits of a unit's text. With small units a kill loses little work; with large units there are fewer files."""
-WORK_FORMAT_VERSION = 4
+WORK_FORMAT_VERSION = 5
 """Version of the readers and of the format of a unit's files. Units of another version are not reused."""
 TARGET_NUM_UNITS = 64
 """Approximate number of units, within the limits above, so that workers finish together."""
@@ -48,20 +47,14 @@ def plan_units(inputs: list[InputFile], settings_dict: dict[str, Any]) -> list[W
                 part.file.version,
                 part.index,
                 part.num_parts,
-                *_format_key(part.file),
+                part.file.format,
+                part.file.compression,
             ]
             for part in parts
         ]
         name = hashlib.sha256(f"{settings}\0{json.dumps(keys)}".encode()).hexdigest()[:24]
         found.append(WorkUnit(name, len(found), tuple(parts)))
     return found
-
-
-def _format_key(file: InputFile) -> list[str | None]:
-    """Return the format of a file that this WORK_FORMAT_VERSION once read by its suffix as another format."""
-    suffixes = (suffix for suffix in formats.FORMER_SUFFIXES if file.name.endswith(suffix))
-    former = formats.FORMER_SUFFIXES.get(max(suffixes, key=len, default=""), ("text", None))
-    return [] if (file.format, file.compression) == former else [file.format, file.compression]
 
 
 def _group_parts(inputs: list[InputFile], unit_bytes: int) -> Iterator[list[FilePart]]:

@@ -5,18 +5,16 @@ in the folder of unfinished work records them. Logs are next to the output folde
 contains only the corpus.
 """
 
-import json
 import shutil
 import subprocess
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.data_prep import output_folder
+from tandem.data_prep import output_folder, work_files
 from tandem.trainer.config import UserError
-from tandem.trainer.config.outside import read_json, read_text
-from tandem.trainer.disk import atomic_write
+from tandem.trainer.config.outside import read_file
 from tandem.trainer.runtime.private_folder import private_folder
 
 SUBMISSION_FILE = "jobs.json"
@@ -35,18 +33,19 @@ class Submission:
 
     def save(self, output: Path) -> None:
         """Record these jobs as the owners of the output folder."""
-        atomic_write(_submission_path(output), json.dumps(asdict(self)))
+        work_files.write_record(_submission_path(output), self)
 
     def failure_lines(self) -> list[str]:
         """Return `stage-rank: line` for every task that ended with an error line."""
         paths = sorted(Path(self.logs).glob(f"*{FAILED_SUFFIX}"))
-        return [f"{path.stem}: {read_text(path).strip()}" for path in paths]
+        return [f"{path.stem}: {read_file(path).decode(errors='replace').strip()}" for path in paths]
 
 
 def load_submission(output: Path) -> Submission | None:
-    """Load the last submission for this folder, if the corpus is unfinished."""
+    """Load the last submission for this folder, if the corpus is unfinished.  Raises: DamagedWork."""
     path = _submission_path(output)
-    return Submission(**read_json(path)) if path.exists() else None
+    remedy = f"if no job of this folder is in squeue, remove {path} and run the same command again"
+    return work_files.read_record(path, Submission, remedy) if path.exists() else None
 
 
 def check_no_running_jobs(output: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.data_prep import input_files, prepare, stages, work_units
+from tandem.data_prep import input_files, output_folder, prepare, stages, work_files, work_units
 from tandem.data_prep.cluster import executor_module, stage_job, submissions
 from tandem.data_prep.cluster.submissions import Submission
 from tandem.data_prep.stages import PreparationRequest
@@ -141,7 +141,7 @@ def test_a_failed_task_writes_its_error_line_next_to_the_logs(request_of, folder
 
 def test_a_folder_that_jobs_work_in_is_left_alone(request_of, prepared, folder, tmp_path, monkeypatch):
     request = request_of("jobs")
-    (request.output / "preparing.json").write_text("{}")
+    work_files.write_record(request.output / "preparing.json", output_folder.Claim({}))
     Submission("logs of them", {"encode": "12", "gather": "13"}).save(request.output)
     before = sorted(request.output.rglob("*"))
     squeue = tmp_path / "bin" / "squeue"

@@ -12,12 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from tandem.data_prep import output_folder, prepare, shuffle, work_units
+from tandem.data_prep import output_folder, prepare, shuffle, work_files, work_units
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
 from tests.data_prep.conftest import file_contents, prepare_small, run_verb
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_claim(output, settings):
+    work_files.write_record(output / output_folder.CLAIM_FILE, output_folder.Claim(settings))
 
 
 def test_a_folder_is_prepared_by_one_process_at_a_time(tmp_path, folder, prepared):
@@ -37,7 +41,7 @@ def test_files_of_a_planted_link_are_kept(tmp_path):
     """Also if another user knows the settings and so makes the folder look like an unfinished corpus."""
     (tmp_path / "elsewhere" / "whole-corpus").mkdir(parents=True)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "preparing.json").write_text("{}")
+    write_claim(tmp_path / "out", {})
     (tmp_path / "out" / "work").symlink_to(tmp_path / "elsewhere")
     with (
         pytest.raises(UserError, match=r"^--output: .*out/work is a link, .*; remove it"),
@@ -58,7 +62,7 @@ def test_a_corpus_finished_meanwhile_is_left_as_it_is(tmp_path):
     output = tmp_path / "out"
     output.mkdir()
     (output / manifest.MANIFEST_FILE).write_text("{}")
-    (output / output_folder.CLAIM_FILE).write_text("{}")  # the first process is about to remove it
+    write_claim(output, {})  # the first process is about to remove it
     (output / "train-000000.tar").write_text("tokens")
     with pytest.raises(UserError), output_folder.claim_output(output, {}):
         raise UserError("stopped")
@@ -178,7 +182,7 @@ def test_a_kill_between_manifest_and_the_note_is_repaired(prepared, folder, cont
 def test_an_unfinished_folder_of_other_settings_is_refused(prepared, folder, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
-    (output / "preparing.json").write_text(json.dumps({"text_field": "body"}))
+    write_claim(output, {"text_field": "body"})
     with pytest.raises(UserError, match=r"was prepared with text_field body, not text"):
         prepared("out", "--input", folder)
     assert [path.name for path in output.iterdir()] == ["preparing.json"]
@@ -274,10 +278,18 @@ def test_a_refusal_names_the_setting_and_the_remedy(prepared, folder):
 def test_a_folder_of_a_version_with_other_settings_is_refused(folder, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
-    claim = json.dumps({"cleaning": {"nfc": True, "shortest": 0}})
-    (output / output_folder.CLAIM_FILE).write_text(claim)
+    write_claim(output, {"cleaning": {"nfc": True, "shortest": 0}})
+    claim = (output / output_folder.CLAIM_FILE).read_text()
     with pytest.raises(
         UserError, match=r"out was prepared by another version, which has other settings \(shortest\); name another"
     ):
         run_verb(prepare, "--output", output, "--input", folder)
     assert [file.read_text() for file in output.iterdir()] == [claim]
+
+
+def test_a_manifest_that_no_reader_accepts_is_never_written(prepared, folder, monkeypatch):
+    monkeypatch.setattr(shuffle, "entropy_nats", lambda token_counts: -1.0)
+    with pytest.raises(UserError, match=r"manifest.json: unigram_entropy_nats: -1.0 is not a finite number at least 0"):
+        prepared("out", "--input", folder)
+    assert not (folder.parent / "out" / manifest.MANIFEST_FILE).exists()
+    assert not list((folder.parent / "out").glob("tokenizer.json"))

@@ -131,7 +131,9 @@ def test_a_spill_that_the_disk_has_cut_stops_the_preparation(prepared, records, 
         return ranges(spills, dropped, shard_tokens)
 
     monkeypatch.setattr("tandem.data_prep.shuffle.plan_shard_key_ranges", after_the_cut)
-    with pytest.raises(UserError, match=r"000.tokens is shorter than its index states"):
+    with pytest.raises(
+        UserError, match=r"000.tokens: is shorter than its index states; remove .* and run the same command again$"
+    ):
         prepared("out", "--input", records)
 
 
@@ -301,6 +303,13 @@ def test_a_field_of_too_many_values_makes_no_groups(prepared, records, monkeypat
         match=r"--group-field: meta.set has more than 1 different values, counted up to document 0/records.jsonl:\d+; name a",
     ):
         prepared("out", "--input", records, "--group-field", "meta.set")
+
+
+def test_a_group_with_a_nul_character_makes_a_manifest_that_can_be_read(prepared, tmp_path):
+    lines = [json.dumps({"text": f"some words {number}", "set": "a\0b"}) for number in range(3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    output = prepared("out", "--input", tmp_path / "a.jsonl", "--group-field", "set", "--held-out", 0)
+    assert manifest.load_manifest(output).groups[r"a\0b"]["documents"] == 3
 
 
 def test_a_group_field_that_no_document_has_is_said(prepared, folder, capsys):
