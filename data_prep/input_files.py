@@ -6,6 +6,7 @@ A file is cut into parts if readers can start inside it. `readers.py` and `tar_r
 import hashlib
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -385,7 +386,8 @@ def content_hash(part: FilePart) -> str:
     return digest.hexdigest()
 
 
-def unreadable_error(path: str, error: Exception, place: str = "") -> UserError:
+def unreadable_error(path: str, error: Exception, place: str = "", line_number: int | None = None) -> UserError:
+    """Return the error for a file that cannot be read, or not beyond this place or line."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     remedies = {
         remote_files.FileChanged: "run the same command again",
@@ -396,5 +398,9 @@ def unreadable_error(path: str, error: Exception, place: str = "") -> UserError:
     remedy = next(words for kind, words in remedies.items() if isinstance(error, kind))
     if LONG_WINDOW_ERROR in reason:
         reason = "it was compressed with a window of more than 128 MiB"
-        remedy = f"compress it again: zstd -d --long=31 -c '{path.partition(':')[0]}' | zstd -o NEW_FILE"
-    return UserError(f"{path}: cannot be read{place} ({reason}); {remedy}")
+        name = PurePosixPath(path).name
+        source, first = (name, "download it and ") if remote_files.is_remote(path) else (path, "")
+        command = f"zstd -d --long=31 -c {shlex.quote(source)} | zstd -o {shlex.quote(f'new-{name}')}"
+        remedy = f"{first}compress it again: {command}"
+    line = "" if line_number is None else f":{line_number}"
+    return UserError(f"{path}{line}: cannot be read{place} ({reason}); {remedy}")

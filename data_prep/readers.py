@@ -179,7 +179,8 @@ def _read_json_lines(
                 advance(position_bytes - reported_bytes)
                 reported_bytes = position_bytes
     except OSError as error:
-        raise unreadable_error(f"{file.address}:{_count_lines_before(part, start) + num_lines + 1}", error) from None
+        line_number = _count_lines_before(part, start) + num_lines + 1
+        raise unreadable_error(file.address, error, line_number=line_number) from None
     advance(max(0, end - reported_bytes))
 
 

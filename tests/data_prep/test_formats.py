@@ -4,6 +4,8 @@ import bz2
 import gzip
 import json
 import lzma
+import shutil
+import subprocess
 import time
 from collections import Counter
 
@@ -14,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from tandem.data_prep import formats, input_files, json_values, readers, records
-from tandem.data_prep.input_files import FilePart
+from tandem.data_prep.input_files import FilePart, unreadable_error
 from tandem.trainer.config import UserError
 from tandem.trainer.data import manifest
 from tests.data_prep.conftest import zstd_frame
@@ -193,6 +195,23 @@ def test_a_zstd_file_of_a_long_window_is_refused_with_the_command_that_makes_it_
     ) as caught:
         read(path)
     assert str(path) in str(caught.value).split("--long=31")[1]
+    refusal = unreadable_error("https://host/a.zst", OSError("Frame requires too much memory"))
+    assert str(refusal).endswith("; download it and compress it again: zstd -d --long=31 -c a.zst | zstd -o new-a.zst")
+
+
+@pytest.mark.skipif(shutil.which("zstd") is None, reason="zstd is not installed")
+def test_the_command_for_a_zstd_file_of_a_long_window_makes_a_file_that_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["zstd", "--quiet", "--long=31", "--stdout"]
+    path = write(
+        tmp_path / "it's: a.jsonl.zst", subprocess.run(command, input=LINES, stdout=subprocess.PIPE, check=True).stdout
+    )
+    with pytest.raises(UserError, match=r"compress it again: zstd") as caught:
+        read(path)
+    subprocess.run(
+        ["sh", "-c", str(caught.value).split("compress it again: ")[1]], check=True, stderr=subprocess.DEVNULL
+    )
+    assert read(tmp_path / "new-it's: a.jsonl.zst") == TEXTS
 
 
 @pytest.mark.parametrize(
