@@ -122,8 +122,7 @@ def _encode_texts(
     for batch in _batch_documents(documents_to_encode(settings, unit, counts, advance, notes)):
         texts, locations = [document.text for document in batch], [document.location for document in batch]
         tokens, lengths = encode_texts(texts, locations)
-        if unknown := int(np.count_nonzero(tokens == encoder_spec.unk_id)) if encoder_spec.unk_id is not None else 0:
-            counts["unknown_tokens"] += unknown
+        _count_unknown_tokens(encoder_spec, tokens, len(lengths), counts)
         if empty := sum(not texts[index].isspace() for index in np.flatnonzero(lengths == 1)):
             counts["documents_without_tokens"] += empty
         entries = _index_entries(settings.seed, [text.encode() for text in texts], locations)
@@ -133,6 +132,16 @@ def _encode_texts(
             entries["group"] = _group_indices(batch, settings.group_field, groups)
         signatures = minhash.signatures(texts) if settings.deduplicate else None
         yield _EncodedBatch(tokens, lengths, entries, signatures)
+
+
+def _count_unknown_tokens(
+    encoder_spec: EncoderSpec, tokens: np.ndarray, num_documents: int, counts: Counter[str]
+) -> None:
+    """Count the tokens of text that the tokenizer does not know. If EOS has the same id, each document ends with it."""
+    if encoder_spec.unk_id is not None:
+        num_others = num_documents if encoder_spec.unk_id == encoder_spec.eos_id else 0
+        if unknown := int(np.count_nonzero(tokens == encoder_spec.unk_id)) - num_others:
+            counts["unknown_tokens"] += unknown
 
 
 def _adopt_tokens(
@@ -164,6 +173,7 @@ def _adopt_tokens(
                 tokens = np.append(tokens, dtype.type(eos_id))
                 counts["added_eos_tokens"] += 1
             ends = np.flatnonzero(tokens == eos_id) + 1
+            _count_unknown_tokens(encoder_spec, tokens, len(ends), counts)
             documents += np.split(tokens, ends[:-1]) if len(tokens) else []
             locations += [f"{part.file.name}:{number}:{end}" for end in ends]
             batch_tokens += len(tokens)

@@ -318,9 +318,12 @@ def _finish(preparation: Preparation, _: Path, advance: ProgressCallback) -> Non
     splits, groups, token_counts = _collect_shards(preparation)
     documents, tokens = (sum(getattr(split, name) for split in splits.values()) for name in ("documents", "tokens"))
     if counts["unknown_tokens"] > MAX_UNKNOWN_SHARE * tokens:
+        remedy = "name a tokenizer that was made for this text"
+        if settings.tokens is not None:
+            remedy = "name the tokenizer that made these ids, or prepare the text with one that was made for it"
         raise output_folder.UnusableSettings(
             f"--tokenizer: {counts['unknown_tokens']:,} of {tokens:,} tokens are its token for unknown text, id {spec.unk_id}, "
-            f"more than {MAX_UNKNOWN_SHARE:.0%}; name a tokenizer that was made for this text"
+            f"more than {MAX_UNKNOWN_SHARE:.0%}; {remedy}"
         )
     if (empty := counts["documents_without_tokens"]) > documents / 2:
         raise output_folder.UnusableSettings(

@@ -10,6 +10,7 @@ from tandem.data_prep.tokenizers.encoding import select_encoder
 from tandem.trainer.config import UserError
 from tests.data_prep.conftest import run_verb
 from tests.data_prep.corpus_writer import EOS, small_tokenizer
+from tests.data_prep.test_webdataset import write_shards
 
 
 def words(folder, unk_token="<unk>"):
@@ -37,6 +38,40 @@ def test_unknown_text_is_counted(tmp_path, capsys):
     prepared(tmp_path, "a b a b q")
     assert "text that the tokenizer does not know: 1 (16.67%); that text is lost" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]["unknown_tokens"] == 1
+
+
+def eos_for_unknown(folder):
+    """A tokenizer of all bytes, as GPT-2's, that names EOS as its token for unknown text."""
+    tree = json.loads(small_tokenizer().to_str())
+    tree["model"]["unk_token"] = EOS
+    (folder / "bytes.json").write_text(json.dumps(tree))
+    return folder / "bytes.json"
+
+
+def adopted(folder, samples):
+    """Adopt these lists of ids of `words`, and return their number of unknown tokens."""
+    write_shards(folder / "tok", [{"json": json.dumps(ids)} for ids in samples])
+    options = ("--tokens", "json", "--held-out", 0, "--workers", 1, "--sample-tokens", 512)
+    run_verb(prepare, "--input", folder / "tok", "--output", folder / "out", "--tokenizer", words(folder), *options)
+    return json.loads((folder / "out" / "manifest.json").read_text())["counts"].get("unknown_tokens")
+
+
+def test_unknown_tokens_of_an_adopted_corpus_are_counted(tmp_path, capsys):
+    assert adopted(tmp_path, [[1, 0, 2, 3], [1, 2, 1, 3]]) == 1
+    assert "text that the tokenizer does not know: 1 (12.50%); that text is lost" in capsys.readouterr().out
+
+
+def test_an_adopted_corpus_of_unknown_tokens_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"^--tokenizer: 3 of 4 tokens .*, more than 50%; name the tokenizer that made these"
+    ):
+        adopted(tmp_path, [[0, 0, 0, 3]])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_eos_of_a_document_is_not_an_unknown_token(tmp_path):
+    prepared(tmp_path, "a", "b", make=eos_for_unknown)
+    assert "unknown_tokens" not in json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]
 
 
 def test_a_corpus_of_unknown_text_is_refused(tmp_path):
