@@ -174,7 +174,7 @@ def choose_checkpoint(folder: Path, newest: Callable[[Path], Path | None], find_
     for root in (folder / "checkpoints", folder):
         if chosen := newest(root):
             return chosen
-    if not (folder / COMMIT_MARKER).is_file():
+    if not is_committed(folder):
         raise UserError(
             f"{folder}: has no committed checkpoint; name a run folder that has one, or the folder of an import"
         )
@@ -202,13 +202,33 @@ def fragment_key(kind: str, name: str, start: int) -> str:
 
 
 def list_committed(root: Path) -> list[Path]:
-    """List the committed checkpoint folders in `root`, oldest first."""
-    return [folder for folder in list_checkpoints(root) if (folder / COMMIT_MARKER).is_file()]
+    """List the committed checkpoint folders in `root`, oldest first. Raises: UserError if one cannot be read."""
+    return [folder for folder in list_checkpoints(root) if is_committed(folder)]
+
+
+def is_committed(folder: Path) -> bool:
+    """Whether a checkpoint folder is committed. Raises: UserError if the folder cannot be read."""
+    try:
+        return (folder / COMMIT_MARKER).is_file()
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: cannot be read ({error.strerror}); correct its permissions, or name another folder")
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """List all checkpoint folders in `root`, including incomplete ones, oldest first."""
-    return sorted(path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    """List all checkpoint folders in `root`, including incomplete ones, oldest first. Without `root` there are none.
+
+    Raises: UserError if `root` cannot be read, because a run would then start again from its first step.
+    """
+    try:
+        return sorted(path for path in root.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise _unreadable(root, error) from None
 
 
 def find_damage(folder: Path, files_to_hash: list[str] | None = None) -> str | None:

@@ -191,9 +191,12 @@ def check_shard_files(folder: str | Path, manifest: CorpusManifest) -> None:
         return
     for shard in manifest.shards:
         path = Path(folder) / shard.file
-        if not path.is_file():
-            raise missing_shard(path, shard)
-        _check_size(path, path.stat().st_size, shard)
+        try:
+            if not path.is_file():
+                raise missing_shard(path, shard)
+            _check_size(path, path.stat().st_size, shard)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); correct its permissions") from None
 
 
 def missing_shard(path: Path, shard: Shard) -> DamagedShard:
