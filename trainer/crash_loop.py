@@ -24,7 +24,7 @@ from zlib import crc32
 from tandem.trainer import journal
 from tandem.trainer.config import UserError, parse_dataclass
 from tandem.trainer.config.constraints import COUNT
-from tandem.trainer.config.outside import parse_json, read_file
+from tandem.trainer.config.outside import NotAFile, parse_json, read_file
 from tandem.trainer.distributed.watchdog import newest_verdict
 from tandem.trainer.metrics.records import METRICS_FILE
 from tandem.trainer.run_folder import LOCK_FILE, create_run_folder
@@ -101,6 +101,8 @@ def check_repeat_failures(folder: Path, max_repeat_failures: int) -> int:
         if max_repeat_failures:
             _refuse_repeat_failures(folder, last_step, max_repeat_failures)
         return last_step
+    except NotAFile:
+        raise
     except OSError as error:
         raise UserError(
             f"{error.filename}: cannot be read ({error.strerror}); restore the file or correct its permissions"

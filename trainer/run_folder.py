@@ -6,27 +6,49 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from tandem.trainer.config import TrainConfig, UserError, load_saved_config
-from tandem.trainer.config.outside import read_text
+from tandem.trainer.config import TrainConfig, UserError, load_saved_config, parse_content
+from tandem.trainer.config.addresses import hide_secrets
+from tandem.trainer.config.outside import read_file, read_json
 from tandem.trainer.disk import TEMPORARY_PATTERN, atomic_write, open_no_follow
 from tandem.trainer.runtime.private_folder import lock_holder, sharing_fault, user_name
 from tandem.trainer.runtime.processors import usable_processors
 
 log = logging.getLogger(__name__)
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
 LOCK_FILE = ".held"
 """File in the run folder that the running process locks."""
 LOCK_TIMEOUT_SECONDS = 20.0
+UNUSABLE_NAME_ERRNOS = {
+    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EPERM,
+}  # fmt: skip
+"""A folder in place of a file, a file in place of a folder, a loop of links, or no permission."""
 REPORTED_PACKAGES = ("deepspeed", "megatron-core", "triton", "omegaconf", "wandb", "transformers", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """environment.json: what explains or reproduces a start. Fields that an older version did not write are absent."""
+
+    time: float | None = None
+    command: list[str] = field(default_factory=list)
+    python: str | None = None
+    platform: str | None = None
+    processors: int | None = None
+    packages: dict[str, str] = field(default_factory=dict)
+    commit: str | None = None
+    uncommitted: str | None = None
+    slurm_job: str | None = None
 
 
 def create_run_folder(folder: Path) -> None:
@@ -142,13 +164,53 @@ def open_run_folder(folder: Path, config_yaml: str) -> None:
         log.warning("run.root: %s %s; the run continues from checkpoints in it", folder, fault)
     for temporary_file in [*folder.glob(TEMPORARY_PATTERN), *folder.glob(f"*/{TEMPORARY_PATTERN}")]:
         temporary_file.unlink(missing_ok=True)
+    _keep_config(folder, config_yaml)
+    atomic_write(folder / CONFIG_FILE, config_yaml)
+    atomic_write(folder / ENVIRONMENT_FILE, json.dumps(describe_environment(), indent=2) + "\n")
+
+
+@contextmanager
+def named_errors() -> Iterator[None]:
+    """Raises: UserError in place of an OSError of the block that says that a name in the run folder is not what it must be."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, UserError) or error.errno not in UNUSABLE_NAME_ERRNOS or not error.filename:
+            raise
+        name = error.filename2 or error.filename
+        problem = f"cannot be used by a run ({error.strerror})"
+        raise UserError(f"{name}: {problem}; move it away, or correct its permissions") from None
+
+
+def _keep_config(folder: Path, config_yaml: str) -> None:
+    """Copy the config of the last start to the next config.before-N.yaml, without secrets, if it differs from `config_yaml`.
+
+    What is not a file that can be read is renamed.
+    """
     config_file = folder / CONFIG_FILE
-    if config_file.exists() and read_text(config_file) != config_yaml:
-        number = len(list(folder.glob("config.before-*.yaml"))) + 1
-        config_file.rename(folder / f"config.before-{number}.yaml")
-        log.warning("the config differs from the last start's, which is kept as config.before-%d.yaml", number)
-    atomic_write(config_file, config_yaml)
-    atomic_write(folder / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
+    if not os.path.lexists(config_file):
+        return
+    names = (re.fullmatch(r"config\.before-(\d+)\.yaml", path.name) for path in folder.iterdir())
+    number = max((int(found[1]) for found in names if found), default=0) + 1
+    kept = folder / f"config.before-{number}.yaml"
+    try:
+        # The bytes need not be UTF-8. A config that a user or an older version wrote may contain a password.
+        content = hide_secrets(read_file(config_file).decode(errors="surrogateescape"))
+    except OSError:
+        config_file.rename(kept)
+    else:
+        if content == config_yaml:
+            return
+        atomic_write(kept, content.encode(errors="surrogateescape"))
+    log.warning("the config differs from the last start's, which is kept as config.before-%d.yaml", number)
+
+
+def read_environment(folder: Path) -> Environment | None:
+    """Return the content of environment.json, or None if there is no such file. Raises: UserError or another OSError."""
+    path = folder / ENVIRONMENT_FILE
+    if not os.path.lexists(path):
+        return None
+    return parse_content(Environment, read_json(path), path, "remove it; the next start writes it again")
 
 
 def describe_environment() -> dict[str, Any]:

@@ -16,7 +16,12 @@ import torch
 
 from tandem.trainer import models
 from tandem.trainer.checkpoint.async_save import CheckpointSaver
-from tandem.trainer.checkpoint.compatibility import check_initial_model, check_initial_tokenizer, check_resumable
+from tandem.trainer.checkpoint.compatibility import (
+    check_initial_model,
+    check_initial_tokenizer,
+    check_resumable,
+    check_saved_model,
+)
 from tandem.trainer.checkpoint.layout import list_committed, model_metadata
 from tandem.trainer.checkpoint.read import Checkpoint, load_master_weights, open_checkpoint, open_newest, restore_state
 from tandem.trainer.checkpoint.write import prune, reject_later
@@ -39,7 +44,7 @@ from tandem.trainer.metrics.throughput import measure_peak_flops
 from tandem.trainer.models import param_groups
 from tandem.trainer.models.init import initial_values
 from tandem.trainer.models.mup import parameter_rules
-from tandem.trainer.run_folder import load_previous_config, open_run_folder
+from tandem.trainer.run_folder import CONFIG_FILE, load_previous_config, named_errors, open_run_folder
 from tandem.trainer.run_state import Progress, RunContext
 from tandem.trainer.runtime.signals import StopRequested
 
@@ -125,7 +130,7 @@ def start_run(
         check_resumable(config, checkpoint, loader.fingerprints, loader.shuffle_settings)
         skip_shards(loader, checkpoint.manifest.get("skipped_shards", {}))
     watchdog.enter_phase("tokenizer")
-    run_on_rank_0(partial(open_folder, folder, config, loader.manifests, checkpoint, coordinator), mesh)
+    run_on_rank_0(named_errors()(partial(open_folder, folder, config, loader.manifests, checkpoint, coordinator)), mesh)
     coordinator.any_rank(False)  # stop now, because building the model takes seconds
     startup_timer.end_part("run folder")
     watchdog.enter_phase("model")
@@ -137,7 +142,7 @@ def start_run(
     progress, guard, ranges_to_skip = restore_progress(folder, config, loader, mesh, checkpoint)
     coordinator.any_rank(False)
     watchdog.enter_phase("records")
-    opened_records = run_on_rank_0(partial(open_records, folder, config, loader, progress.step), mesh)
+    opened_records = run_on_rank_0(named_errors()(partial(open_records, folder, config, loader, progress.step)), mesh)
     sinks, ledger = opened_records or (Sinks([], progress.step), None)
     records.callback(sinks.close)
     if ledger:
@@ -168,7 +173,8 @@ def open_folder(
 ) -> None:  # fmt: skip
     """Write this start's config, environment and tokenizer, and reject checkpoints newer than `checkpoint`. Rank 0 only.
 
-    Raises: UserError if there is no checkpoint and this version cannot load the config of an earlier start.
+    Raises: UserError if the config of an earlier start has another model than `checkpoint`, or if there is no checkpoint and
+    this version cannot load that config.
     """
     previous = None
     try:
@@ -177,6 +183,8 @@ def open_folder(
         if not checkpoint:
             raise
         log.warning("%s; it is kept, but not compared", error)
+    if checkpoint and previous:
+        check_saved_model(previous, folder / CONFIG_FILE, checkpoint)
     if checkpoint:
         reject_later(checkpoint.folder)
         prune(checkpoint.folder, config.checkpoint.keep_last)  # a kill may have interrupted the last prune
@@ -215,7 +223,10 @@ def restore_progress(
     """
     manifest: dict[str, Any] = checkpoint.manifest if checkpoint else {"cursor": {}, "num_ledger_lines": 0}
     step, cursor = checkpoint.step if checkpoint else 0, manifest["cursor"]
-    found = read_rollbacks(folder, step, manifest["num_ledger_lines"]) if mesh.rank == 0 and checkpoint else None
+    found = None
+    if mesh.rank == 0 and checkpoint:
+        with named_errors():
+            found = read_rollbacks(folder, step, manifest["num_ledger_lines"])
     fields: list[Any] | None = broadcast_from_rank_0(found and list(found))
     history = RollbackHistory(*fields) if fields else None
     guard = Guard(config.guard, manifest.get("guard"), {step: history.num_rollbacks} if history else {})

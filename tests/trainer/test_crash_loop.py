@@ -316,3 +316,10 @@ def test_a_strange_verdict_stops_no_refusal(tmp_path, content):
     message = refused(tmp_path, 1)
     assert "failed in step 1" in message
     assert "\x1b" not in message
+
+
+def test_a_pipe_in_place_of_the_metrics_is_named(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    message = rf"^{tmp_path}/metrics.jsonl: is a named pipe"
+    with pytest.raises(UserError, match=message), record_start(tmp_path, 3):
+        pass

@@ -1,6 +1,8 @@
 """The files of a run folder before and after a start."""
 
+import errno
 import fcntl
+import json
 import os
 import subprocess
 
@@ -9,6 +11,7 @@ import pytest
 from tandem.trainer import journal, run_folder
 from tandem.trainer.checkpoint.write import remove_checkpoint
 from tandem.trainer.config import UserError
+from tandem.trainer.data.ledger import copy_manifests
 from tandem.trainer.disk import atomic_write
 from tandem.trainer.runtime.private_folder import user_name
 
@@ -96,3 +99,47 @@ def test_only_users_who_can_write_in_a_run_folder_can_lock_it(tmp_path, monkeypa
         me = f"process {os.getpid()} of {user_name(os.geteuid())}"
         with pytest.raises(UserError, match=rf"^{tmp_path}: {me}.* is training in it"), run_folder.run_lock(tmp_path):
             pass
+
+
+def test_a_kept_config_has_no_secret_and_replaces_no_other(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_bytes(b"a: https://me:pass-31word@host/x?sig=sig-77end # \xff\n")
+    (tmp_path / "config.before-2.yaml").write_text("older")
+    run_folder.open_run_folder(tmp_path, "run: {}\n")
+    assert (tmp_path / "config.before-2.yaml").read_text() == "older"
+    kept = (tmp_path / "config.before-3.yaml").read_bytes()
+    assert kept == b"a: https://HIDDEN@host/x?sig=HIDDEN # \xff\n"
+    config.write_text("a: https://me:pass-31word@host/x\n")
+    run_folder.open_run_folder(tmp_path, "a: https://HIDDEN@host/x\n")  # the same config, written by an older version
+    assert not (tmp_path / "config.before-4.yaml").exists()
+    assert not [path for path in tmp_path.iterdir() if b"pass-31word" in path.read_bytes()]
+
+
+def test_a_config_that_is_no_file_is_moved_away(tmp_path):
+    (tmp_path / "config.yaml").mkdir()
+    run_folder.open_run_folder(tmp_path, "run: {}\n")
+    assert (tmp_path / "config.before-1.yaml").is_dir()
+    (tmp_path / "config.yaml").unlink()
+    os.mkfifo(tmp_path / "config.yaml")
+    run_folder.open_run_folder(tmp_path, "run: {}\n")
+    assert (tmp_path / "config.before-2.yaml").is_fifo()
+    assert (tmp_path / "config.yaml").read_text() == "run: {}\n"
+
+
+def test_what_is_in_the_place_of_a_file_or_folder_is_named_in_one_line(tmp_path):
+    (tmp_path / "environment.json").mkdir()
+    (tmp_path / "manifests").write_text("")
+    message = "cannot be used by a run .*; move it away, or correct its permissions"
+    with pytest.raises(UserError, match=rf"^{tmp_path}/environment.json: {message}"), run_folder.named_errors():
+        run_folder.open_run_folder(tmp_path, "run: {}\n")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/manifests: {message}"), run_folder.named_errors():
+        copy_manifests(tmp_path, {})
+    with pytest.raises(OSError, match="No space"), run_folder.named_errors():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
+
+
+def test_the_environment_that_a_start_writes_is_read_back(tmp_path):
+    assert run_folder.read_environment(tmp_path) is None
+    run_folder.open_run_folder(tmp_path, "run: {}\n")
+    written = json.loads((tmp_path / "environment.json").read_text())
+    assert vars(run_folder.read_environment(tmp_path)) == written

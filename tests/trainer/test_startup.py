@@ -15,6 +15,8 @@ from torch import Tensor
 
 from tandem.trainer.checkpoint.layout import model_metadata
 from tandem.trainer.checkpoint.read import Checkpoint, open_checkpoint
+from tandem.trainer.checkpoint.weight_source import describe_weights
+from tandem.trainer.checkpoint.write import commit
 from tandem.trainer.config import DataConfig, ShardCacheConfig, TrainConfig, UserError, dump_config
 from tandem.trainer.distributed.coordination import Coordinator
 from tandem.trainer.distributed.deepspeed_engine import Engine
@@ -157,3 +159,31 @@ def test_a_corpus_without_tokenizer_costs_a_run_one_line(tmp_path, caplog, monke
     assert f"{corpus}/tokenizer.json: cannot be read (" in said.getMessage()
     assert "\n" not in said.getMessage()
     assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_a_config_of_another_model_than_the_checkpoint_is_refused_before_anything_is_written(tmp_path):
+    given = tiny_configs.make_config("btlm")
+    folder = tmp_path / "checkpoints" / "step-00000002"
+    folder.mkdir(parents=True)
+    facts = model_metadata(given.model, given.mup)
+    commit(folder, [], {"step": 2, "tp_size": 1, "dp_size": 1, **facts})
+    layers = f"num_layers: {given.model.num_layers}"
+    (tmp_path / "config.yaml").write_text(dump_config(given).replace(layers, "num_layers: 7"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    message = rf"^{tmp_path}/config.yaml: model.num_layers: 7 differs from {given.model.num_layers} in {folder}/manifest.json; "
+    mesh = Mesh(0, 1, 0, 0, 1, 0, 1, torch.device("cpu"))
+    with closing(StopSignal()) as stop_signal, pytest.raises(UserError, match=message):
+        open_folder(tmp_path, given, {}, Checkpoint(folder), Coordinator(mesh, stop_signal))
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_weights_of_a_run_folder_are_those_of_the_checkpoint_alone(tmp_path):
+    """`evaluate`, `generate` and `export-hf` open them here, and read no config.yaml."""
+    given = tiny_configs.make_config("btlm")
+    folder = tmp_path / "checkpoints" / "step-00000002"
+    folder.mkdir(parents=True)
+    commit(folder, [], {"step": 2, "tp_size": 1, "dp_size": 1, **model_metadata(given.model, given.mup)})
+    layers = f"num_layers: {given.model.num_layers}"
+    (tmp_path / "config.yaml").write_text(dump_config(given).replace(layers, "num_layers: 7"))
+    found = describe_weights(tmp_path)
+    assert (found.model, found.mup) == (given.model, given.mup)

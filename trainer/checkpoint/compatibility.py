@@ -4,8 +4,10 @@ A run's model, corpora and past steps are fixed. The rest of its schedule may ch
 """
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
 
-from tandem.trainer.checkpoint.layout import SavedCheckpoint, model_metadata
+from tandem.trainer.checkpoint.layout import MANIFEST_FILE, SavedCheckpoint, list_committed, model_metadata
 from tandem.trainer.config import DataConfig, TrainConfig, UserError
 from tandem.trainer.config.schedule import Timeline
 from tandem.trainer.data.manifest import TOKENIZER_FILE, CorpusManifest, check_fingerprints, check_tokenizer
@@ -31,6 +33,29 @@ def check_resumable(
                 f"{field}: {shuffle_settings[field]} differs from {saved}, with which the run was saved; this field "
                 f"determines the order of the data; {REMEDY}"
             )
+
+
+def check_saved_model(config: TrainConfig, config_file: Path, checkpoint: SavedCheckpoint) -> None:
+    """Raises: UserError if the config of a run folder, read from `config_file`, has another model than its checkpoint.
+
+    No start writes such a config, so one of the two files was changed, or comes from another run.
+    """
+    label = str(checkpoint.folder / MANIFEST_FILE)
+    try:
+        check_same_model(config, checkpoint, label, "both must describe one run; restore config.yaml")
+    except UserError as error:
+        raise UserError(f"{config_file}: {error}") from None
+
+
+def check_run_folder_model(config: TrainConfig, folder: Path) -> None:
+    """Do `check_saved_model` with the newest checkpoint of a run folder whose manifest can be read, if there is one."""
+    for checkpoint_folder in reversed(list_committed(folder / "checkpoints")):
+        checkpoint = None
+        with suppress(OSError, UserError):  # damaged, or removed by the run meanwhile
+            checkpoint = SavedCheckpoint(checkpoint_folder)
+        if checkpoint:
+            check_saved_model(config, folder / "config.yaml", checkpoint)
+            return
 
 
 def check_past_phases(timeline: Timeline, checkpoint: SavedCheckpoint) -> None:

@@ -27,6 +27,8 @@ RECORD_TYPES: dict[str, dict[str, Any]] = {
     "end": {"step": int, "reason": str},
 }
 """Fields of each kind of record. All have `time`, too, and null stands for a float that was not finite."""
+END_OF_TIME = 253_402_300_800
+"""The year 10,000 as a Unix time. Later times have no date."""
 
 
 @dataclass(frozen=True)
@@ -139,16 +141,17 @@ def _read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 def _is_valid(record: dict[str, Any]) -> bool:
     types = RECORD_TYPES.get(record.get("kind", ""))
-    return types is not None and all(
-        name in record and _has_type(record[name], wanted) for name, wanted in (types | {"time": float}).items()
-    )
+    if types is None or not all(name in record and _has_type(record[name], types[name]) for name in types):
+        return False
+    time = record.get("time")
+    return isinstance(time, int | float) and type(time) is not bool and 0 <= time < END_OF_TIME
 
 
 def _has_type(value: Any, wanted: Any) -> bool:
     if wanted is int:
         return type(value) is int and 0 <= value < 1 << 63
     if wanted is dict:
-        return type(value) is dict and all(type(each) in (int, float) for each in value.values())
+        return type(value) is dict and all(each is not None and _has_type(each, float) for each in value.values())
     if wanted in (str, bool):
         return type(value) is wanted
     return value is None or type(value) is float or (type(value) is int and abs(value) < 1 << 63)

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from tandem.trainer import config as configuration
+from tandem.trainer.checkpoint.compatibility import check_run_folder_model
 from tandem.trainer.config import TrainConfig, UserError
 from tandem.trainer.config.addresses import hide_secrets
 from tandem.trainer.config.numbers import format_bytes, format_count, format_duration
-from tandem.trainer.config.outside import read_json, read_text, safe_print
+from tandem.trainer.config.outside import read_text, safe_print
 from tandem.trainer.disk import atomic_write
 from tandem.trainer.metrics.history import RunHistory, read_history
+from tandem.trainer.run_folder import ENVIRONMENT_FILE, read_environment
 from tandem.trainer.tools.report import page, plots
 
 MAX_LISTED_STEPS = 200
@@ -46,7 +48,7 @@ def write_report(folder: Path) -> Path:
     """Write RUN/report.html and RUN/report/*.png from the metrics written so far."""
     history = read_history(folder)
     config = configuration.load_saved_config(folder / "config.yaml")
-    environment = folder / "environment.json"
+    check_run_folder_model(config, folder)
     sections = [
         page.key_value_table("Result", headline_numbers(history)),
         *(page.picture(*picture) for picture in plots.draw_all(history, config, folder / "report")),
@@ -55,8 +57,7 @@ def write_report(folder: Path) -> Path:
         page.data_table("Rollbacks", ROLLBACK_COLUMNS, history.rollbacks),
         page.data_table("Skipped steps", SKIPPED_STEP_COLUMNS, history.skipped_steps[:MAX_LISTED_STEPS]),
         page.data_table("Checkpoints", CHECKPOINT_COLUMNS, history.checkpoints),
-        page.key_value_table("Environment", _flatten(read_json(environment))
-                             if environment.is_file() else {"environment.json": "not written"}),
+        page.key_value_table("Environment", environment_rows(folder)),
         page.collapsible_text("config.yaml", read_text(folder / "config.yaml")),
     ]  # fmt: skip
     path = folder / "report.html"
@@ -165,13 +166,15 @@ CHECKPOINT_COLUMNS: dict[str, Callable[[Record], str]] = {
 """Heading -> cell of a record."""
 
 
-def _flatten(tree: Record, prefix: str = "") -> dict[str, str]:
-    rows: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            rows |= _flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            rows[prefix + key] = " ".join(map(str, value))
-        else:
-            rows[prefix + key] = "-" if value is None else str(value)
-    return rows
+def environment_rows(folder: Path) -> dict[str, str]:
+    """Return the rows of environment.json, or one row that states why it cannot be read: nothing else depends on it."""
+    try:
+        environment = read_environment(folder)
+    except (OSError, ValueError) as error:
+        return {ENVIRONMENT_FILE: f"cannot be read: {error}"}
+    if environment is None:
+        return {ENVIRONMENT_FILE: "not written"}
+    rows = {name: value for name, value in vars(environment).items() if name not in ("command", "packages")}
+    rows |= {"command": " ".join(environment.command)}
+    rows |= {f"packages.{name}": version for name, version in environment.packages.items()}
+    return {name: "-" if value is None else str(value) for name, value in rows.items()}

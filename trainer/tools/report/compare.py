@@ -4,13 +4,16 @@ Numbers are compared as they were written, to the last bit. "identical" therefor
 """
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 
-from tandem.trainer.config import UserError
+from tandem.trainer.checkpoint.compatibility import check_run_folder_model
+from tandem.trainer.config import UserError, load_saved_config
+from tandem.trainer.config.addresses import hide_secrets
 from tandem.trainer.config.outside import read_text
 from tandem.trainer.disk import atomic_write
 from tandem.trainer.metrics.history import RunHistory, read_history
@@ -31,11 +34,11 @@ def write_comparison(a: Path, b: Path) -> tuple[str, Path]:
     pairs = [(one, steps_of_b[one["step"]]) for one in histories[0].steps if one["step"] in steps_of_b]
     if not pairs:
         raise UserError(f"--compare: {a} and {b} have no step in common; name two runs that both finished a step")
+    before, after = (read_config(folder).splitlines() for folder in (a, b))
     summary = "; ".join(first_difference(pairs, name) for name in COMPARED_METRICS)
     names = list(COMPARED_METRICS)
     files = [_draw_overlay(histories, (a, b), name, b / "report" / f"compare-{a.name}-{name}.png") for name in names]
     differing = [pair for pair in pairs if any(pair[0][name] != pair[1][name] for name in names)]
-    before, after = (read_text(folder / "config.yaml").splitlines() for folder in (a, b))
     config_diff = difflib.unified_diff(before, after, str(a), str(b), lineterm="", n=1)
     sections = [
         *(page.picture(COMPARED_METRICS[name], f"{a} and {b}", file) for name, file in zip(names, files, strict=True)),
@@ -43,8 +46,28 @@ def write_comparison(a: Path, b: Path) -> tuple[str, Path]:
         page.collapsible_text("config.yaml, A against B", "\n".join(config_diff) or "no difference"),
     ]
     path = b / f"compare-{a.name}.html"
-    atomic_write(path, page.html_page(f"{a} and {b}", summary, sections))
+    atomic_write(path, hide_secrets(page.html_page(f"{a} and {b}", summary, sections)))
     return summary, path
+
+
+def read_config(folder: Path) -> str:
+    """Return the text of a run's config.yaml, which another version may have written.
+
+    Raises: UserError if it cannot be read, is not UTF-8, or has another model than the run's checkpoints.
+    """
+    path = folder / "config.yaml"
+    try:
+        text = read_text(path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 ({error}); restore it") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it, or name another folder") from None
+    config = None
+    with suppress(UserError):
+        config = load_saved_config(path)
+    if config:
+        check_run_folder_model(config, folder)
+    return text
 
 
 def first_difference(pairs: list[StepPair], name: str) -> str:

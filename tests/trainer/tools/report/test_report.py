@@ -1,9 +1,11 @@
 """A report is complete and self-contained, and works for runs in every condition."""
 
 import argparse
+import json
 import math
 import os
 import re
+import shutil
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -13,6 +15,8 @@ import pytest
 from matplotlib.image import imread
 
 from tandem.trainer import config as configuration
+from tandem.trainer.checkpoint.layout import model_metadata, step_folder_name
+from tandem.trainer.checkpoint.write import commit
 from tandem.trainer.config import UserError
 from tandem.trainer.metrics.history import read_history
 from tandem.trainer.metrics.records import METRICS_FILE, open_sinks
@@ -219,3 +223,96 @@ def test_a_difference_that_is_not_finite_is_counted() -> None:
         "loss differs first at step 2 (2.0 and 2.5), in 3 of 4 common steps, by at most 0.5; "
         "2 of these have a value that is not finite"
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        ("[1]", "[1] is not a section"),
+        ("7", "7 is not a section"),
+        ("null", "None is not a section"),
+        ("", "is not valid JSON"),
+        (b"\xff\xfe\x00", "is not valid JSON"),
+        ('{"packages": {"torch": [2]}}', "packages.torch: [2] is of type list"),
+        ('{"command": {"a": 1}}', "is not a list"),
+        ('{"host": "a"}', "no such field"),
+        ('{"time": 1, "time": 2}', "given twice"),
+    ],
+)
+def test_a_damaged_environment_is_a_note_in_the_report(tmp_path: Path, content: str | bytes, note: str) -> None:
+    write_run(tmp_path)
+    (tmp_path / "environment.json").write_bytes(content.encode() if isinstance(content, str) else content)
+    cells = re.findall(r"<td>(.*?)</td>", report.write_report(tmp_path).read_text())
+    assert [cell for cell in cells if f"cannot be read: {tmp_path}/environment.json" in cell and note in cell], cells
+
+
+def test_an_environment_that_is_no_file_is_a_note_in_the_report(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    for plant in (os.mkdir, os.mkfifo, lambda path: os.symlink("nowhere", path)):
+        plant(tmp_path / "environment.json")
+        assert "<td>cannot be read: " in report.write_report(tmp_path).read_text()
+        shutil.move(tmp_path / "environment.json", tmp_path / "away")
+        shutil.rmtree(tmp_path / "away") if (tmp_path / "away").is_dir() else (tmp_path / "away").unlink()
+    assert "<td>not written</td>" in report.write_report(tmp_path).read_text()
+
+
+def test_a_config_of_another_model_than_the_checkpoints_is_refused(tmp_path: Path) -> None:
+    given = demo_config()
+    for name in ("a", "b"):
+        write_run(tmp_path / name, to=4)
+        for step in (2, 4):
+            folder = tmp_path / name / "checkpoints" / step_folder_name(step)
+            folder.mkdir(parents=True)
+            commit(folder, [], {"step": step, "tp_size": 1, "dp_size": 1, **model_metadata(given.model, given.mup)})
+    report.write_report(tmp_path / "b")
+    (tmp_path / "b" / "report.html").unlink()
+    config = tmp_path / "b" / "config.yaml"
+    config.write_text(config.read_text().replace("num_layers: 4", "num_layers: 5"))
+    manifest = tmp_path / "b" / "checkpoints" / "step-00000004" / "manifest.json"
+    message = re.escape(f"{config}: model.num_layers: 5 differs from 4 in {manifest}; both must describe one run")
+    with pytest.raises(UserError, match=message):
+        report.write_report(tmp_path / "b")
+    for pair in ("ab", "ba"):
+        with pytest.raises(UserError, match=message):
+            compare.write_comparison(*(tmp_path / name for name in pair))
+    assert not list(tmp_path.rglob("*.html"))
+    manifest.write_text("{")  # a damaged checkpoint states nothing, but the one before it does
+    with pytest.raises(UserError, match=r"step-00000002/manifest\.json"):
+        report.write_report(tmp_path / "b")
+
+
+def test_a_comparison_hides_secrets_and_needs_configs_that_are_text(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, to=2)
+    config = tmp_path / "a" / "config.yaml"
+    config.write_text(config.read_text() + "# https://me:pass-31word@host/x\n")
+    _, page = compare.write_comparison(tmp_path / "a", tmp_path / "b")
+    assert "https://HIDDEN@host/x" in page.read_text()
+    assert "pass-31word" not in page.read_text()
+    config.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=f"{config}: is not UTF-8 .*; restore it"):
+        compare.write_comparison(tmp_path / "a", tmp_path / "b")
+    config.unlink()
+    with pytest.raises(UserError, match=rf"{config}: cannot be read \(No such file"):
+        compare.write_comparison(tmp_path / "a", tmp_path / "b")
+    config.mkdir()
+    with pytest.raises(UserError, match=rf"{config}: cannot be read \(Is a directory"):
+        compare.write_comparison(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        *((kind, {"time": value}) for kind in ("start", "rollback", "checkpoint") for value in (1e300, -1, None)),
+        ("start", {"start_seconds": {"imports": 10**400}}),
+        ("start", {"start_seconds": {"imports": None}}),
+    ],
+)
+def test_a_record_whose_numbers_are_no_times_is_left_out(tmp_path: Path, kind: str, fields: dict, caplog) -> None:
+    write_rollback(tmp_path)
+    path = tmp_path / METRICS_FILE
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines += [line | fields for line in lines if line["kind"] == kind]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.write_report(tmp_path)
+    assert "damaged lines are left out" in caplog.text
