@@ -12,7 +12,7 @@ from pathlib import Path
 from tandem.trainer.checkpoint.hf import description
 from tandem.trainer.checkpoint.hf.export_checks import ExportedText
 from tandem.trainer.checkpoint.hf.folder import write_json
-from tandem.trainer.checkpoint.hf.special_tokens import read_chat_template, read_tokenizer_tree
+from tandem.trainer.checkpoint.hf.special_tokens import read_chat_templates, read_tokenizer_tree
 from tandem.trainer.checkpoint.layout import (
     COMMIT_MARKER,
     SavedCheckpoint,
@@ -99,7 +99,7 @@ def describe_checkpoint(path: Path, checkpoint: SavedCheckpoint) -> WeightSource
     if is_run:
         max_seq_len = max(phase["seq_len"] for phase in metadata["phases"])
     text = ExportedText(
-        metadata.get("special_tokens") or {}, metadata.get("token_ids") or {}, read_chat_template(run_folder),
+        metadata.get("special_tokens") or {}, metadata.get("token_ids") or {}, read_chat_templates(run_folder),
         is_corpus_tokenizer=is_run, num_training_tokens=metadata.get("tokens") if is_run else None,
     )  # fmt: skip
     missing_tokenizer = run_folder / TOKENIZER_FILE if is_run and not tokenizer else None
@@ -142,7 +142,7 @@ def _describe_hugging_face(folder: Path) -> WeightSource:
     special_tokens, token_ids = description.read_special_tokens(folder)
     eos_token, max_seq_len = description.read_text_settings(folder)
     tokenizer = _existing_file(folder / TOKENIZER_FILE) or _convert_tokenizer(folder)
-    text = ExportedText({**special_tokens}, {**token_ids}, read_chat_template(folder), is_corpus_tokenizer=False)
+    text = ExportedText({**special_tokens}, {**token_ids}, read_chat_templates(folder), is_corpus_tokenizer=False)
     return WeightSource(folder, model, mup, tokenizer, eos_token or DEFAULT_EOS_TOKEN, max_seq_len, text)
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.trainer.checkpoint.hf.config_fields import Count, Positive, SharedFields, check_heads
+from tandem.trainer.checkpoint.hf.config_fields import Count, Positive, SharedFields, check_divisible
 from tandem.trainer.checkpoint.hf.tensor_mapping import HFTensor, TensorMapping, identity_mapping, stacked_mapping
 from tandem.trainer.config import AlibiScalingConfig, BTLMConfig, MupConfig, UserError, check_alibi_scaling
 
@@ -40,6 +40,18 @@ ALIASES = {
     "num_hidden_layers": "n_layer",
 }
 """Other names of published fields. Source: `attribute_map` of the published class, and GPT-2's config."""
+DUPLICATES = {
+    "d_model": "n_embd",
+    "ffn_hidden_size": "n_inner",
+    "layer_norm_eps": "layer_norm_epsilon",
+    "num_heads": "n_head",
+    "num_key_value_heads": "n_head",
+    "num_layers": "n_layer",
+} | dict.fromkeys(
+    ("max_seq_len", "max_seq_length", "max_sequence_length", "seq_len", "seq_length"),
+    "n_positions",
+)
+"""Names in other models' configs -> the published ones. The class ignores them, so they count only beside a published one."""
 SHAPE_FIELDS = {
     "wte.": "vocab_size, n_embd",
     "lm_head.": "vocab_size, n_embd",
@@ -58,6 +70,13 @@ MODEL_FIELDS = {
     "tie_word_embeddings": "tie_word_embeddings",
 }
 """Maps our fields to the published ones."""
+MUP_FIELDS = {
+    "base_hidden_size": "mup_width_scale",
+    "embedding_multiplier": "mup_embeddings_scale",
+    "output_multiplier": "mup_output_alpha",
+    "scale_qk_dot_by_d": "mup_scale_qk_dot_by_d",
+}
+"""Maps our fields of muP to the published ones from which they are computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,14 +142,14 @@ def from_hf_config(fields: Fields, path: Path) -> tuple[dict[str, Any], dict[str
 
     Raises: UserError if the position interpolation is not valid.
     """
-    check_heads(path, fields.n_embd, fields.n_head, 1)
+    check_divisible(path, fields, "n_embd", "n_head")
     scaling = fields.alibi_scaling
     if scaling is not None:
         check_alibi_scaling(scaling, f"{path}: alibi_scaling")
         if fields.n_positions is not None and (scaling.train_seq_len or 0) > fields.n_positions:
             raise UserError(
-                f"{path}: alibi_scaling.train_seq_len is {scaling.train_seq_len}, but n_positions, the longest row, is only "
-                f"{fields.n_positions}; raise n_positions, or remove alibi_scaling"
+                f"{path}: alibi_scaling.train_seq_len is {scaling.train_seq_len}, but {fields.key('n_positions')}, the longest "
+                f"row, is only {fields.n_positions}; raise it, or remove alibi_scaling"
             )
     model = {ours: getattr(fields, theirs) for ours, theirs in MODEL_FIELDS.items()}
     model["ffn_hidden_size"] = fields.n_inner or 4 * fields.n_embd  # as in GPT-2

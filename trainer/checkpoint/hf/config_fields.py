@@ -4,12 +4,16 @@ that we support. Any other key may change what the weights compute, so it is ref
 `stablelm` and `btlm` list the keys of their families.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
-from tandem.trainer.config import UserError, parse_content
+from tandem.trainer.config import UserError, parse_dataclass
 from tandem.trainer.config.constraints import Range
+from tandem.trainer.config.parsing import FieldError
 
 Count = Annotated[int, Range(at_least=1)]
 Positive = Annotated[float, Range(above=0, at_most=1e9)]
@@ -49,7 +53,7 @@ _IGNORED = frozenset(key for keys in KEYS_WITHOUT_EFFECT.values() for key in key
 
 FIXED_FIELDS: dict[str, Any] = {
     "add_cross_attention": False, "attention_bias": False, "is_causal": True, "is_encoder_decoder": False, "mlp_bias": False,
-    "pruned_heads": {},
+    "pruned_heads": {}, "text_config": {},
 }  # fmt: skip
 """Keys of both families for which we support only one value."""
 
@@ -76,6 +80,12 @@ class SharedFields:
     pad_token_id: Any = None
     unk_token_id: Any = None
     tandem: ExtraFields = ExtraFields()
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Name of a field -> the other name under which config.json has it. This is not a key of the file."""
+
+    def key(self, name: str) -> str:
+        """Return the key under which config.json has a field."""
+        return self.aliases.get(name, name)
 
 
 def parse_config(tree: dict[str, Any], path: Path, family: Any) -> Any:
@@ -94,33 +104,68 @@ def parse_config(tree: dict[str, Any], path: Path, family: Any) -> Any:
             f"{path}: architectures is {wrong[0]!r}, but model_type is {tree['model_type']!r}, whose classes are "
             f"{', '.join(family.ARCHITECTURES)}; {REMEDY}"
         )
-    for alias, name in (*family.ALIASES.items(), ("torch_dtype", "dtype")):
-        if alias not in tree:
+    aliases: dict[str, str] = {}
+    for alias, name in (*family.ALIASES.items(), ("torch_dtype", "dtype"), *family.DUPLICATES.items()):
+        if alias not in tree or (alias in family.DUPLICATES and name not in tree):
             continue
         value = tree.pop(alias)
         if name == "dtype" and isinstance(value, str):
             value = value.removeprefix("torch.")
+        if name not in tree:
+            aliases[name] = alias
         if tree.setdefault(name, value) != value:
             raise UserError(
-                f"{path}: {alias} is {value!r}, but {name} is {tree[name]!r}, and both mean the same; remove the wrong one"
+                f"{path}: {alias} is {value!r}, but {aliases.get(name, name)} is {tree[name]!r}, and both mean the same; "
+                "remove the wrong one"
             )
+    _check_layer_types(tree.pop("layer_types", None), tree, family.MODEL_FIELDS["num_layers"], aliases, path)
     for name, supported in (FIXED_FIELDS | family.FIXED_FIELDS).items():
         if name not in tree:
             continue
         value = tree.pop(name)
         if value != supported or isinstance(value, bool) != isinstance(supported, bool):  # True equals 1.0
             raise UserError(f"{path}: {name} is {value!r}, but only {supported!r} is supported; choose another folder")
-    known = family.Fields.__dataclass_fields__
+    known = family.Fields.__dataclass_fields__.keys() - {"aliases"}
     if unknown := next((key for key in tree if key not in known), None):
         problem = f"{unknown} is {repr(tree[unknown])[:60]}, a field that is not known to have no effect"
         raise UserError(f"{path}: {problem}; {UNKNOWN_REMEDY}")
-    return parse_content(family.Fields, tree, path, REMEDY)
+    return replace(parse_fields(family.Fields, tree, path, aliases), aliases=aliases)
 
 
-def check_heads(path: Path, hidden_size: int, num_heads: int, num_kv_heads: int) -> None:
-    """Raises: UserError if the heads do not divide the width, or the key-value heads do not divide the heads."""
-    if hidden_size % num_heads or num_heads % num_kv_heads:
+def parse_fields(dataclass_type: Any, tree: Any, path: Path | str, keys: Mapping[str, str]) -> Any:
+    """Convert fields that config.json states. `keys` maps names of the dataclass to the keys of the file that differ.
+
+    Raises: UserError that names the key of the file.
+    """
+    try:
+        return parse_dataclass(dataclass_type, tree, "")
+    except FieldError as error:
+        name = next((name for name in keys if re.match(rf"{name}\b", error.problem)), "")
+        problem = keys.get(name, "") + error.problem.removeprefix(name)
+        raise UserError(f"{path}: {problem}; {REMEDY}") from None
+
+
+def check_divisible(path: Path, fields: SharedFields, *names: str) -> None:
+    """Raises: UserError if a field is not a multiple of the next one: the width, the heads and the key-value heads."""
+    for name, divisor in pairwise(names):
+        number, by = getattr(fields, name), getattr(fields, divisor)
+        if number % (by or 1):
+            raise UserError(
+                f"{path}: {fields.key(name)} is {number}, which is not a multiple of {fields.key(divisor)} {by}; {REMEDY}"
+            )
+
+
+def _check_layer_types(
+    types: Any, tree: Mapping[str, Any], count_name: str, aliases: Mapping[str, str], path: Path
+) -> None:
+    """Raises: UserError unless `layer_types` is absent or says that each layer has full attention."""
+    if types is None:
+        return
+    other = next((each for each in types if each != "full_attention"), None) if isinstance(types, list) else types
+    if other is not None:
         raise UserError(
-            f"{path}: the width {hidden_size} must be a multiple of the {num_heads} heads, and the number of heads a multiple "
-            f"of the {num_kv_heads} key-value heads; correct these fields"
+            f"{path}: layer_types has {repr(other)[:60]}, but only 'full_attention' is supported; choose another folder"
         )
+    if len(types) != tree.get(count_name):
+        layers = f"{aliases.get(count_name, count_name)} is {tree.get(count_name)}"
+        raise UserError(f"{path}: layer_types has {len(types)} entries, but {layers}; {REMEDY}")

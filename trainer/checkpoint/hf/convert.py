@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tandem.trainer.checkpoint.hf.description import FAMILY_MODULES, read_model
+from tandem.trainer.checkpoint.hf.description import FAMILY_MODULES, read_model_and_aliases
 from tandem.trainer.checkpoint.hf.tensor_conversion import TensorReader, default_tensors, from_hf_tensors
 from tandem.trainer.checkpoint.hf.tensor_mapping import TensorMapping
 from tandem.trainer.checkpoint.hf.weight_files import FLOAT_DTYPES, StoredTensor, open_tensor_files, without_wrapper
@@ -39,7 +39,7 @@ def open_folder(folder: Path) -> tuple[AnyModelConfig, MupConfig | None, TensorR
     Raises: UserError for a folder that is damaged, incomplete, contradictory, or of another model family.
     """
     folder = Path(folder)
-    model, mup = read_model(folder)
+    model, mup, aliases = read_model_and_aliases(folder)
     table = FAMILY_MODULES[model.family]
     files = without_wrapper(folder, open_tensor_files(folder), table.EMBEDDING_NAME, table.BASE_PREFIX)
     num_values = sum(math.prod(stored.shape) for stored in files.values())
@@ -57,7 +57,7 @@ def open_folder(folder: Path) -> tuple[AnyModelConfig, MupConfig | None, TensorR
             f"{folder}: the values of {changed[0]} are not the ALiBi slopes of {model.num_heads} heads; choose another folder"
         )
     rows = {row.name: row for row in table.tensor_mappings(model)}
-    _check_tensors(folder, table, rows.values(), files, defaults)
+    _check_tensors(folder, table, rows.values(), files, defaults, aliases)
 
     def read_hf_tensor(theirs: str) -> torch.Tensor:
         return files[theirs].read() if theirs in files else defaults[theirs]
@@ -67,7 +67,7 @@ def open_folder(folder: Path) -> tuple[AnyModelConfig, MupConfig | None, TensorR
 
 def _check_tensors(
     folder: Path, table: Any, rows: Iterable[TensorMapping], files: dict[str, StoredTensor],
-    defaults: dict[str, torch.Tensor],
+    defaults: dict[str, torch.Tensor], aliases: dict[str, str],
 ) -> None:  # fmt: skip
     expected = {piece.hf_name: piece.shape for row in rows for piece in row.hf_tensors}
     for name, shape in expected.items():
@@ -77,7 +77,8 @@ def _check_tensors(
             continue
         stored = files[name]
         if stored.shape != shape:
-            keys = next(keys for part, keys in table.SHAPE_FIELDS.items() if part in name)
+            published = next(keys for part, keys in table.SHAPE_FIELDS.items() if part in name)
+            keys = ", ".join(aliases.get(key, key) for key in published.split(", "))
             raise UserError(
                 f"{folder}: {name} has shape {stored.shape}, but config.json requires {shape} ({keys}); correct one of the two"
             )

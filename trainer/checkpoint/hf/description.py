@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tandem.trainer.checkpoint.hf import btlm, special_tokens, stablelm
-from tandem.trainer.checkpoint.hf.config_fields import ExtraFields, SharedFields, parse_config
+from tandem.trainer.checkpoint.hf.config_fields import ExtraFields, SharedFields, parse_config, parse_fields
 from tandem.trainer.checkpoint.hf.folder import read_json
-from tandem.trainer.config import MODEL_CONFIGS, AnyModelConfig, MupConfig, UserError, parse_dataclass
+from tandem.trainer.config import MODEL_CONFIGS, AnyModelConfig, MupConfig, UserError
 
 FAMILY_MODULES: dict[str, Any] = {"stablelm": stablelm, "btlm": btlm}
 MODEL_TYPES = FAMILY_MODULES | {"stablelm_epoch": stablelm}
@@ -29,13 +29,22 @@ def read_model(folder: Path) -> tuple[AnyModelConfig, MupConfig | None]:
     return parse_model(folder, read_json(folder / "config.json"))
 
 
+def read_model_and_aliases(folder: Path) -> tuple[AnyModelConfig, MupConfig | None, dict[str, str]]:
+    """Do `read_model`. Return also the published name of each field that config.json has under another one -> that one."""
+    hf_config = read_json(folder / "config.json")
+    return *parse_model(folder, hf_config), _parse_fields(folder, hf_config).aliases
+
+
 def parse_model(folder: Path, hf_config: dict[str, Any]) -> tuple[AnyModelConfig, MupConfig | None]:
     """Return what `read_model` returns, for the content of the folder's config.json."""
     config_path, fields = str(folder / "config.json"), _parse_fields(folder, hf_config)
     model_tree, mup_tree = MODEL_TYPES[fields.model_type].from_hf_config(fields, folder / "config.json")
     model_tree |= dataclasses.asdict(fields.tandem)
-    model = parse_dataclass(MODEL_CONFIGS[model_tree["family"]], model_tree, config_path)
-    mup = parse_dataclass(MupConfig, mup_tree, config_path) if mup_tree else None
+    table = FAMILY_MODULES[model_tree["family"]]
+    keys = {name: fields.key(published) for name, published in table.MODEL_FIELDS.items()}
+    keys |= {name: f"{EXTRA_FIELDS_KEY}.{name}" for name in EXTRA_FIELD_DEFAULTS}
+    model = parse_fields(MODEL_CONFIGS[model_tree["family"]], model_tree, config_path, keys)
+    mup = parse_fields(MupConfig, mup_tree, config_path, table.MUP_FIELDS) if mup_tree else None
     return model, mup
 
 

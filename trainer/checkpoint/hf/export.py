@@ -57,7 +57,7 @@ def export_folder(
                 write_json(folder / "tokenizer.json", exported_tree)
             else:
                 shutil.copyfile(tokenizer, folder / "tokenizer.json")
-            write_tokenizer(folder, exported_tree, tokens, max_seq_len, text.chat_template)
+            write_tokenizer(folder, exported_tree, tokens, max_seq_len, text.chat_templates)
         _write_weights(folder, read_tensor, model, dtype, shard_bytes)
         card = model_card.build_card(
             model, max_seq_len, str(dtype), eos_token if tokenizer else None, bool(changed_sections), text

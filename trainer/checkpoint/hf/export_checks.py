@@ -8,7 +8,7 @@ from typing import Any
 from tandem.trainer.checkpoint.hf import btlm, model_card
 from tandem.trainer.checkpoint.hf.description import EXTRA_FIELDS_KEY
 from tandem.trainer.checkpoint.hf.folder import INDEX_FILE, SHARD_FILE_PATTERN, WEIGHTS_FILE, read_json
-from tandem.trainer.checkpoint.hf.tokenizer_files import TOKENIZER_FILES
+from tandem.trainer.checkpoint.hf.tokenizer_files import CHAT_TEMPLATES_FOLDER, TOKENIZER_FILES
 from tandem.trainer.config import UserError
 from tandem.trainer.data.tokenizer_file import Tree, read_tokenizer, vocabulary
 
@@ -21,7 +21,8 @@ class ExportedText:
     """The tokens `bos_token`, `eos_token`, `pad_token` and `unk_token` of imported weights. Absent ones are EOS."""
     token_ids: dict[str, Any] = field(default_factory=dict)
     """`bos_token_id`, `eos_token_id` and `pad_token_id` of imported weights, used if there is no tokenizer."""
-    chat_template: str | None = None
+    chat_templates: dict[str, str] = field(default_factory=dict)
+    """Chat templates of imported weights by name; the one that is used by default is called `default`."""
     is_corpus_tokenizer: bool = True
     """Whether `tandem prepare` encoded the training text, without the tokens that the tokenizer may add to a text."""
     license: str | None = None
@@ -33,6 +34,7 @@ def check_replaceable(output_folder: Path) -> None:
     if not output_folder.exists():
         return
     known = {"config.json", "generation_config.json", WEIGHTS_FILE, INDEX_FILE, *TOKENIZER_FILES, *btlm.CODE_FILES}
+    known.add(CHAT_TEMPLATES_FOLDER)
     if output_folder.is_dir():
         if model_card.is_written_by_us(output_folder):
             known.add(model_card.CARD_FILE)

@@ -5,19 +5,39 @@ added_tokens.json, config.json and generation_config.json. A folder in which two
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tandem.trainer.checkpoint.hf.config_fields import SharedFields
 from tandem.trainer.checkpoint.hf.folder import read_json
-from tandem.trainer.checkpoint.hf.tokenizer_files import CHAT_TEMPLATE_FILE, MERGES_FILE, VOCAB_FILE
-from tandem.trainer.config import UserError
+from tandem.trainer.checkpoint.hf.tokenizer_files import (
+    CHAT_TEMPLATE_FILE,
+    CHAT_TEMPLATES_FOLDER,
+    MERGES_FILE,
+    VOCAB_FILE,
+)
+from tandem.trainer.config import UserError, parse_content
+from tandem.trainer.config.constraints import Pattern
 from tandem.trainer.config.outside import read_text
 from tandem.trainer.data.tokenizer_file import Tree, read_tokenizer, vocabulary
 
 ROLES = ("bos", "eos", "pad", "unk")
 REMEDY = "correct the wrong one, or choose another folder"
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    name: Annotated[str, Pattern(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "a name of letters, digits, _, . and -")]
+    template: str
+
+
+@dataclass(frozen=True)
+class ChatTemplates:
+    """The list form of `chat_template` in tokenizer_config.json."""
+
+    chat_template: list[ChatTemplate]
 
 
 def read_tokenizer_tree(folder: Path) -> Tree | None:
@@ -87,13 +107,38 @@ def read_special_tokens(folder: Path, fields: SharedFields, tree: Tree | None) -
     return {name: token for name, token in found.items() if token is not None} | tokens, token_ids
 
 
-def read_chat_template(folder: Path) -> str | None:
-    """Return the folder's chat template, from its own file or from tokenizer_config.json. Other forms are not read."""
-    if (folder / CHAT_TEMPLATE_FILE).exists():
-        return read_text(folder / CHAT_TEMPLATE_FILE)
-    file = folder / "tokenizer_config.json"
-    template = read_json(file).get("chat_template") if file.exists() else None
-    return template if isinstance(template, str) else None
+def read_chat_templates(folder: Path) -> dict[str, str]:
+    """Return the folder's chat templates by name, from their own files and from tokenizer_config.json.
+
+    Raises: UserError if a template cannot be read, or the two places give one name different templates.
+    """
+    templates: dict[str, str] = {}
+    files = {"default": folder / CHAT_TEMPLATE_FILE} if (folder / CHAT_TEMPLATE_FILE).exists() else {}
+    files |= {path.stem: path for path in sorted((folder / CHAT_TEMPLATES_FOLDER).glob("*.jinja"))}
+    for name, path in files.items():
+        try:
+            templates[name] = read_text(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); copy the file again") from None
+    settings = folder / "tokenizer_config.json"
+    for name, template in (_settings_templates(settings) if settings.exists() else {}).items():
+        if templates.setdefault(name, template) != template:
+            problem = f"{settings.name} has another chat template {name!r} than {files[name].relative_to(folder)}"
+            raise UserError(f"{folder}: {problem}; {REMEDY}")
+    return templates
+
+
+def _settings_templates(settings: Path) -> dict[str, str]:
+    """Return the chat templates in tokenizer_config.json: one text, or a list of names and texts."""
+    found = read_json(settings).get("chat_template")
+    entries = [ChatTemplate("default", found)] if isinstance(found, str) else []
+    if found is not None and not isinstance(found, str):
+        tree = {"chat_template": found}
+        entries = parse_content(ChatTemplates, tree, settings, "correct it, or choose another folder").chat_template
+    templates = {entry.name: entry.template for entry in entries}
+    if len(templates) < len(entries):
+        raise UserError(f"{settings}: chat_template gives a name twice; remove one of the two")
+    return templates
 
 
 def _read_tokens(folder: Path) -> dict[str, str]:

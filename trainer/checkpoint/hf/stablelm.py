@@ -9,9 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from tandem.trainer.checkpoint.hf.config_fields import REMEDY, Count, Positive, SharedFields, check_heads
+from tandem.trainer.checkpoint.hf.config_fields import (
+    REMEDY,
+    Count,
+    Positive,
+    SharedFields,
+    check_divisible,
+    parse_fields,
+)
 from tandem.trainer.checkpoint.hf.tensor_mapping import HFTensor, TensorMapping, identity_mapping, stacked_mapping
-from tandem.trainer.config import MupConfig, StableLMConfig, UserError, parse_content
+from tandem.trainer.config import MupConfig, StableLMConfig, UserError
 from tandem.trainer.config.constraints import Range
 
 EMBEDDING_NAME, HEAD_NAME, BASE_PREFIX = "model.embed_tokens.weight", "lm_head.weight", "model."
@@ -25,6 +32,20 @@ ALIASES = {
     "rotary_pct": "partial_rotary_factor",
 }
 """Names in the first revisions of the folders (model_type stablelm_epoch) -> the later ones."""
+DUPLICATES = {
+    "d_model": "hidden_size",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "num_layers": "num_hidden_layers",
+} | dict.fromkeys(
+    ("max_seq_len", "max_seq_length", "max_sequence_length", "n_ctx", "n_positions", "seq_len", "seq_length"),
+    "max_position_embeddings",
+)
+"""Names in other models' configs -> the published ones. The class ignores them, so they count only beside a published one."""
 MAX_SEQ_LEN_FIELD = "max_position_embeddings"
 SHAPE_FIELDS = {
     "embed_tokens.": "vocab_size, hidden_size",
@@ -51,6 +72,8 @@ MODEL_FIELDS = {
     "tie_word_embeddings": "tie_word_embeddings",
 }
 """Maps our fields to the published ones."""
+MUP_FIELDS: dict[str, str] = {}
+"""Maps our fields of muP to the published ones: none, because the class has no multipliers."""
 CODE_FILES: tuple[str, ...] = ()
 """Code files copied into an export: none, because transformers has the class."""
 
@@ -139,8 +162,8 @@ def from_hf_config(fields: Fields, path: Path) -> tuple[dict[str, Any], None]:
 
     Raises: UserError for rotary scaling, and for rotary fields that contradict one another.
     """
-    check_heads(path, fields.hidden_size, fields.num_attention_heads, fields.num_key_value_heads or 1)
-    rotary = _merge_rotary(fields, path)
+    check_divisible(path, fields, "hidden_size", "num_attention_heads", "num_key_value_heads")
+    rotary, keys = _merge_rotary(fields, path)
     model = {"family": "stablelm"} | {ours: getattr(fields, theirs) for ours, theirs in MODEL_FIELDS.items()}
     model["num_kv_heads"] = fields.num_key_value_heads or fields.num_attention_heads
     model["partial_rotary_factor"] = rotary.partial_rotary_factor or 0.25
@@ -153,14 +176,14 @@ def from_hf_config(fields: Fields, path: Path) -> tuple[dict[str, Any], None]:
         )
     if (rotated := int(head_dim * model["partial_rotary_factor"])) < 2 or rotated % 2:
         raise UserError(
-            f"{path}: partial_rotary_factor {model['partial_rotary_factor']} rotates {rotated} of {head_dim} dims of a head, "
-            f"which is not an even number; {REMEDY}"
+            f"{path}: {keys.get('partial_rotary_factor', 'partial_rotary_factor')} {model['partial_rotary_factor']} rotates "
+            f"{rotated} of {head_dim} dims of a head, which is not an even number; {REMEDY}"
         )
     return model, None
 
 
-def _merge_rotary(fields: Fields, path: Path) -> Rotary:
-    """Return the rotary fields of all three places."""
+def _merge_rotary(fields: Fields, path: Path) -> tuple[Rotary, dict[str, str]]:
+    """Return the rotary fields of all three places, and the key under which config.json has each."""
     top_level = {name: getattr(fields, name) for name in ("rope_theta", "partial_rotary_factor")}
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -173,15 +196,22 @@ def _merge_rotary(fields: Fields, path: Path) -> Rotary:
             name = "rope_type" if key == "type" else key  # the name before rope_type
             if value is None:
                 continue
+            if isinstance(value, dict):
+                problem = (
+                    f"{place}{key} is {repr(value)[:60]}, but only one set of rotary fields for all layers is supported"
+                )
+                names = ", ".join(f"{place}{each}" for each in ("rope_type", *Rotary.__dataclass_fields__))
+                raise UserError(f"{path}: {problem}: {names}; write them, or choose another folder")
             if merged.setdefault(name, value) != value:
-                problem = f"{place}{key} is {value!r}, but {origins[name]} is {merged[name]!r}"
+                problem = f"{place}{key} is {value!r}, but {origins[name]} is {merged[name]!r}, and both mean the same"
                 raise UserError(f"{path}: {problem}; remove the wrong one")
-            origins.setdefault(name, place + key)
+            origins.setdefault(name, place + key if place else fields.key(key))
     for name, supported in (("rope_type", "default"), ("factor", 1.0)):
         if merged.pop(name, supported) != supported:
             problem = f"{origins[name]} is not {supported}, but scaled rotary positions are not supported"
             raise UserError(f"{path}: {problem}; choose a folder without them")
-    return parse_content(Rotary, merged, path, REMEDY)
+    rotary: Rotary = parse_fields(Rotary, merged, path, origins)
+    return rotary, origins
 
 
 def _norm_mappings(model: StableLMConfig, prefix: str, hf_prefix: str) -> Iterator[TensorMapping]:

@@ -1,12 +1,14 @@
 """Write the tokenizer files of an export, so that transformers 4.57 and 5 use tokenizer.json as it is."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tandem.trainer.checkpoint.hf.folder import write_json
 from tandem.trainer.data.tokenizer_file import Tree, vocabulary
 
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
+CHAT_TEMPLATE_FILE, CHAT_TEMPLATES_FOLDER = "chat_template.jinja", "additional_chat_templates"
+"""The template `default`, and a file NAME.jinja for each other one."""
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE_FILE, VOCAB_FILE, MERGES_FILE,
@@ -14,7 +16,7 @@ TOKENIZER_FILES = (
 
 
 def write_tokenizer(
-    folder: Path, tree: Tree, tokens: dict[str, str], max_seq_len: int, chat_template: str | None
+    folder: Path, tree: Tree, tokens: dict[str, str], max_seq_len: int, chat_templates: Mapping[str, str]
 ) -> None:
     """Write every file of the tokenizer except tokenizer.json, which is `tree`. `tokens` are those of bos, eos, pad and unk.
 
@@ -33,12 +35,21 @@ def write_tokenizer(
         settings["add_prefix_space"] = True  # transformers 4.57 turns it off if this is absent
     write_json(folder / "tokenizer_config.json", settings | special)
     write_json(folder / "special_tokens_map.json", special)
-    if chat_template is not None:
-        (folder / CHAT_TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
+    write_chat_templates(folder, chat_templates)
     if _is_gpt2(tree):
         write_json(folder / VOCAB_FILE, vocabulary(tree))
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tree["model"]["merges"]]
         (folder / MERGES_FILE).write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def write_chat_templates(folder: Path, templates: Mapping[str, str]) -> None:
+    """Write each chat template, by its name, to the file from which transformers reads it."""
+    for name, template in templates.items():
+        file = folder / CHAT_TEMPLATE_FILE
+        if name != "default":
+            file = folder / CHAT_TEMPLATES_FOLDER / f"{name}.jinja"
+            file.parent.mkdir(exist_ok=True)
+        file.write_bytes(template.encode())
 
 
 def _unk_token(tree: Tree, default: str) -> str | None:

@@ -17,7 +17,7 @@ from tandem.trainer.checkpoint.hf.description import FAMILY_MODULES
 from tandem.trainer.checkpoint.hf.export import export_folder
 from tandem.trainer.checkpoint.hf.folder import atomic_folder
 from tandem.trainer.checkpoint.hf.tensor_conversion import TensorReader
-from tandem.trainer.checkpoint.hf.tokenizer_files import CHAT_TEMPLATE_FILE
+from tandem.trainer.checkpoint.hf.tokenizer_files import write_chat_templates
 from tandem.trainer.checkpoint.layout import model_metadata
 from tandem.trainer.checkpoint.weight_source import WeightSource
 from tandem.trainer.checkpoint.weights import OpenWeights, open_weights
@@ -47,8 +47,7 @@ def import_weights(weight_source: WeightSource, output: Path) -> None:
         num_bytes = save_imported_weights(folder, read_tensor, tensor_shapes(model), metadata=metadata)
         if source.tokenizer_file:
             shutil.copyfile(source.tokenizer_file, folder / TOKENIZER_FILE)
-        if text.chat_template:
-            (folder / CHAT_TEMPLATE_FILE).write_text(text.chat_template, encoding="utf-8")
+        write_chat_templates(folder, text.chat_templates)
     name = f"{model.family} of width {model.hidden_size}, depth {model.num_layers}"
     safe_print(f"imported {name} into {output}: {format_size_and_time(num_bytes, start_time)}")
 

@@ -59,7 +59,7 @@ def shard(folder: Path) -> Path:
             "btlm_mup",
             10**9,
             lambda f: edit(f / "config.json", n_head=5),
-            "width 48 must be a multiple of the 5 heads",
+            "n_embd is 48, which is not a multiple of n_head 5",
         ),
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_inner=55), "has shape"),
         ("btlm_mup", 10**9, lambda f: edit(f / "config.json", n_layer=1), "is not a tensor of the model"),

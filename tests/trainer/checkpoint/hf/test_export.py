@@ -176,7 +176,9 @@ def test_the_check_finds_a_tokenizer_that_adds_a_token_or_a_prefix_space(tmp_pat
 def test_an_imported_tokenizer_is_exported_as_it_is(tmp_path: Path) -> None:
     KINDS["template"][0]().save(str(tmp_path / "tokenizer.json"))
     tokens = {"bos_token": "<s>", "pad_token": "<s>", "unk_token": None}
-    text = ExportedText(tokens, chat_template="{{ messages }}", is_corpus_tokenizer=False, license="apache-2.0")
+    text = ExportedText(
+        tokens, chat_templates={"default": "{{ messages }}"}, is_corpus_tokenizer=False, license="apache-2.0"
+    )
     assert export_with(tmp_path / "tokenizer.json", tmp_path / "out", text=text) == []
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
     theirs, config = load_pretrained_tokenizer(tmp_path / "out"), read_json(tmp_path / "out" / "config.json")

@@ -98,7 +98,59 @@ def refusal(folder: Path) -> str:
         (STABLE, {"rope_theta": 20_000.0}, ["rope_parameters.rope_theta is 500.0", "rope_theta is 20000.0"]),
         (STABLE, {"rope_pct": 0.5}, ["rope_pct is 0.5", "partial_rotary_factor is 0.25"]),
         (STABLE, {"rope_scaling": "linear"}, ["rope_scaling: 'linear' is not a mapping"]),
-        (STABLE, {"rope_parameters": {"full_attention": {}}}, ["full_attention"]),
+        (
+            STABLE,
+            {"rope_parameters": {"full_attention": {"rope_theta": 500.0}}},
+            [
+                "rope_parameters.full_attention is {'rope_theta': 500.0}, but only one set of rotary fields for all layers",
+                "rope_parameters.rope_type, rope_parameters.rope_theta, rope_parameters.partial_rotary_factor",
+            ],
+        ),
+        (
+            STABLE,
+            {"rope_parameters": {"rope_theta": "wide"}, "rope_theta": "drop"},
+            ["rope_parameters.rope_theta: 'wide'"],
+        ),
+        (STABLE, {"rope_parameters": {"beta": 1}}, ["rope_parameters.beta: 1 is given, but there is no such field"]),
+        (
+            STABLE,
+            {"rope_parameters": "drop", "partial_rotary_factor": "drop", "rotary_pct": 0.2},
+            ["rotary_pct 0.2 rotates 3 of 16"],
+        ),
+        (
+            STABLE,
+            {"rope_parameters": "drop", "partial_rotary_factor": "drop", "rope_pct": 2},
+            ["rope_pct: 2 is not a finite"],
+        ),
+        (STABLE, {"norm_eps": "small", "layer_norm_eps": "drop"}, ["norm_eps: 'small' is of type str"]),
+        (STABLE, {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types has 'sliding_attention'"]),
+        (STABLE, {"layer_types": "full_attention"}, ["layer_types has 'full_attention'"]),
+        (STABLE, {"layer_types": ["full_attention"] * 9}, ["layer_types has 9 entries, but num_hidden_layers is 2"]),
+        (
+            STABLE,
+            {"text_config": {"hidden_size": 96}},
+            ["text_config is {'hidden_size': 96}, but only {} is supported"],
+        ),
+        (STABLE, {"seq_length": 65}, ["seq_length is 65, but max_position_embeddings is 64"]),
+        (STABLE, {"n_layer": 3}, ["n_layer is 3, but num_hidden_layers is 2"]),
+        (
+            STABLE,
+            {"n_positions": 64, "max_position_embeddings": "drop"},
+            ["n_positions is 64, a field that is not known"],
+        ),
+        (STABLE, {"num_attention_heads": 7}, ["hidden_size is 96, which is not a multiple of num_attention_heads 7"]),
+        (STABLE, {"num_key_value_heads": 4}, ["num_attention_heads is 6", "a multiple of num_key_value_heads 4"]),
+        (STABLE, {"aliases": {"hidden_size": "x"}}, ["aliases is {'hidden_size': 'x'}, a field that is not known"]),
+        (STABLE, {"tandem": {"init_truncation_sigmas": -1.0}}, ["tandem.init_truncation_sigmas: -1.0"]),
+        (BTLM, {"num_hidden_layers": "two", "n_layer": "drop"}, ["num_hidden_layers: 'two' is of type str"]),
+        (BTLM, {"num_attention_heads": 5, "n_head": "drop"}, ["n_embd is 48", "a multiple of num_attention_heads 5"]),
+        (BTLM, {"intermediate_size": 55, "n_inner": "drop"}, ["c_fc2.weight has shape", "(intermediate_size, n_embd)"]),
+        (
+            BTLM,
+            {"n_positions": "drop", "n_ctx": 64, "max_position_embeddings": 65},
+            ["n_ctx is 64, but max_position_emb"],
+        ),
+        (BTLM, {"num_key_value_heads": 2}, ["num_key_value_heads is 2, but n_head is"]),
         (STABLE, {"rotary_scaling_factor": 2.0}, ["rotary_scaling_factor is 2.0", "only 1.0"]),
         (STABLE, {"norm_eps": 1e-5}, ["norm_eps is 1e-05", "layer_norm_eps is 0.0003"]),
         (
@@ -177,6 +229,18 @@ def test_two_statements_or_an_unknown_one_are_refused(copied, variant, fields, p
             },
         ),
         (BTLM, {"hidden_size": 48, "n_ctx": 64, "architectures": None, "is_decoder": True, "id2label": {"0": "x"}}),
+        (BTLM, {"seq_length": 64, "num_layers": 2, "text_config": {}, "layer_types": ["full_attention"] * 2}),
+        (
+            STABLE,
+            {
+                "layer_types": ["full_attention"] * 2,
+                "text_config": {},
+                "seq_length": 64,
+                "n_positions": 64,
+                "n_embd": 96,
+                "num_layers": 2,
+            },
+        ),
     ],
 )
 def test_what_states_the_same_twice_or_has_no_effect_is_read(copied, variant, fields):
@@ -424,3 +488,25 @@ def assert_same_weights(folder: Path, variant: str) -> None:
     model, mup, read = convert.open_folder(folder)
     assert (model, mup) == VARIANTS[variant]
     assert all(torch.equal(read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_a_field_that_only_our_config_refuses_is_named_as_in_the_file(copied):
+    for variant, name in ((STABLE, "num_hidden_layers"), (BTLM, "n_layer"), (BTLM, "num_hidden_layers")):
+        folder = copied(variant)
+        edit(folder, **dict.fromkeys(("n_layer",) if variant == BTLM else (), "drop") | {name: 2**40})
+        message = refusal(folder)
+        assert f"config.json: {name}: {2**40} is not a finite number" in message, message
+        shutil.rmtree(folder)
+
+
+def test_a_snapshot_of_the_hubs_cache_is_read(copied, tmp_path):
+    """Its files are links to files that are named by hash, in another folder."""
+    folder, blobs, snapshot = copied(STABLE), tmp_path / "blobs", tmp_path / "snapshots" / "0123abc"
+    for each in (blobs, snapshot):
+        each.mkdir(parents=True)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / f"{number:064x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:064x}")
+    assert convert.open_folder(snapshot)[:2] == VARIANTS[STABLE]
+    assert main(["import-hf", str(snapshot), str(tmp_path / "in")]) == 0
+    assert not [path for path in (tmp_path / "in").rglob("*") if path.is_symlink()]

@@ -10,6 +10,7 @@ from transformers import GPT2TokenizerFast
 
 from tandem.trainer.__main__ import main
 from tandem.trainer.checkpoint.hf import description, special_tokens
+from tandem.trainer.checkpoint.hf.pretrained import load_pretrained_tokenizer
 from tandem.trainer.checkpoint.read import open_checkpoint
 from tandem.trainer.config import UserError
 from tests.promises.test_hf import export, write_tokenizer
@@ -195,3 +196,47 @@ def test_gpt2s_two_files_are_the_tokenizer_of_every_command(folder, tmp_path, ca
     assert main(["export-hf", str(folder), str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert main(["generate", str(folder), "--prompt", "a", "--max-new-tokens", "1"]) == 0
+
+
+TEMPLATES = {"default": "{{ messages }}\r\n", "tool_use": "{{ é }}", "rag": "{{ documents }}"}
+
+
+def test_all_chat_templates_are_kept(folder, tmp_path):
+    entries = [{"name": name, "template": template} for name, template in TEMPLATES.items() if name != "rag"]
+    edit(folder, "tokenizer_config.json", chat_template=entries)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_bytes(TEMPLATES["rag"].encode())
+    assert main(["import-hf", str(folder), str(tmp_path / "in")]) == 0
+    for _ in range(2):  # the second replaces the first
+        assert main(["export-hf", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    kept = {name: template.replace("\r\n", "\n") for name, template in TEMPLATES.items()}
+    assert special_tokens.read_chat_templates(tmp_path / "out") == kept
+    theirs = load_pretrained_tokenizer(tmp_path / "out").chat_template
+    assert {name: template.replace("\r\n", "\n") for name, template in theirs.items()} == kept
+
+
+@pytest.mark.parametrize(
+    ("files", "setting", "parts"),
+    [
+        ({"chat_template.jinja": b"one"}, "two", ["another chat template 'default' than chat_template.jinja"]),
+        (
+            {"additional_chat_templates/rag.jinja": b"one"},
+            [{"name": "rag", "template": "two"}],
+            ["tokenizer_config.json has another chat template 'rag' than additional_chat_templates/rag.jinja"],
+        ),
+        ({}, [{"name": "a", "template": "1"}, {"name": "a", "template": "2"}], ["gives a name twice"]),
+        ({}, [{"name": "../a", "template": "1"}], ["chat_template[0].name: '../a' is not"]),
+        ({}, [{"name": "a"}], ["chat_template[0].template: is missing"]),
+        ({}, 7, ["chat_template: 7 is not a list"]),
+        ({"chat_template.jinja": b"\xff"}, None, ["chat_template.jinja: cannot be read as UTF-8 text"]),
+    ],
+)
+def test_chat_templates_that_contradict_one_another_are_refused(folder, tmp_path, capsys, files, setting, parts):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    edit(folder, "tokenizer_config.json", chat_template=setting)
+    assert main(["import-hf", str(folder), str(tmp_path / "in")]) == 2
+    line = capsys.readouterr().err
+    assert [part for part in parts if part not in line] == [], line
+    assert not (tmp_path / "in").exists()
