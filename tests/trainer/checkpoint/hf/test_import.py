@@ -122,7 +122,7 @@ def refusal(folder: Path) -> str:
             {"rope_parameters": "drop", "partial_rotary_factor": "drop", "rope_pct": 2},
             ["rope_pct: 2 is not a finite"],
         ),
-        (STABLE, {"norm_eps": "small", "layer_norm_eps": "drop"}, ["norm_eps: 'small' is of type str"]),
+        (STABLE, {"norm_eps": "small", "layer_norm_eps": "drop"}, ["config.json: norm_eps: 'small' is of type str"]),
         (STABLE, {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types has 'sliding_attention'"]),
         (STABLE, {"layer_types": "full_attention"}, ["layer_types has 'full_attention'"]),
         (STABLE, {"layer_types": ["full_attention"] * 9}, ["layer_types has 9 entries, but num_hidden_layers is 2"]),
