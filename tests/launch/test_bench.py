@@ -126,11 +126,12 @@ def test_the_table_comes_last(rehearsed):
 def test_a_stage_at_its_limit_is_cut_and_the_others_go_on(bare, tmp_path):
     (tmp_path / "log.txt.gz").write_bytes(gzip.compress(b"an earlier visit"))
     (tmp_path / "kernels.jsonl").write_text(json.dumps(ROW) + "\n" + '{"op": "torn')
-    done = bench(bare | {"VISIT_SECONDS": "1"}, tmp_path.name, "kernels", "btlm", "rehearse", folder=tmp_path.parent)
+    # The clock of the script counts whole seconds, so one may be over before the first stage begins.
+    done = bench(bare | {"VISIT_SECONDS": "2"}, tmp_path.name, "kernels", "btlm", "rehearse", folder=tmp_path.parent)
     assert done.returncode == 1
     assert "== kernels: exit 124" in done.stdout
     assert "== btlm: exit 124" in done.stdout
-    assert "cut at its limit of 1 s" in done.stdout
+    assert re.search("== kernels: .* cut at its limit of [12] s", done.stdout)
     assert "| attention | btlm-3b-8k 8192 tp1" in done.stdout
     assert "450: missed" in done.stdout
     assert "these stages failed or were cut short: kernels btlm" in done.stderr.splitlines()[-1]
