@@ -43,7 +43,7 @@ readonly PATIENCE_SECONDS=${SLURM_PATIENCE_SECONDS:-300}
 # shellcheck disable=SC2317 # called by retry
 requeue() {
     scontrol requeue "$SLURM_JOB_ID" && return
-    if scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' Requeue=0 '; then
+    if [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") == *' Requeue=0 '* ]]; then
         echo "run.sh: Slurm refuses to requeue the job: it was submitted with --no-requeue, or a rank exited with code 2 (its message is above)" >&2
         exit "$USER_ERROR_EXIT_CODE"
     fi
@@ -68,13 +68,14 @@ check_import tandem.trainer.__main__
 [[ -z $warned ]] || requeue_and_exit "the warning signal came before the ranks started"
 
 # NodeAddr is the address that Slurm itself uses; the node's name may not resolve.
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # not into a pipe: a reader that ends early would end the script
+head=$(sed -n 1p <<<"$nodes")
 node=$(retry "$PATIENCE_SECONDS" scontrol --oneliner show node "$head") ||
     { echo "run.sh: Slurm does not know the address of $head (scontrol's reason is above); submit the same command again" >&2; exit 1; }
 MASTER_ADDR=$(sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' <<<"$node")
 # If NodeAddr is a name, /etc/hosts of the node itself may give it a loopback address. Then use the node's address on the route to
 # the second node.
-other=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 2p)
+other=$(sed -n 2p <<<"$nodes")
 if [[ -n $other && $MASTER_ADDR != 127.* && $(getent ahosts "$MASTER_ADDR") =~ ^(127\.|::1 ) ]]; then
     other=$(scontrol --oneliner show node "$other" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
     MASTER_ADDR=$(python -c 'import sys; from tandem.trainer.runtime import addresses; print(addresses.local_address(sys.argv[1], 1))' "$other")

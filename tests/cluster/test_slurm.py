@@ -168,7 +168,7 @@ def test_a_head_node_whose_own_name_is_its_loopback_interface_has_an_address_for
     """Commands of Slurm and Python are stand-ins here."""
     scontrol = """
 case "$*" in
-*hostnames*) printf 'here\\nthere\\n' ;;
+*hostnames*) printf 'here\\nthere\\n' && seq 20000 ;;
 *"node here") echo " NodeAddr=localhost " ;;
 *"node there") echo " NodeAddr=10.1.2.4 " ;;
 esac"""
