@@ -4,8 +4,8 @@ A spill holds documents of one unit in two files: their concatenated ids, and an
 documents come first, then held-out ones, each sorted by *shuffle key*, a random 64-bit number of the document. A shard is a
 range of keys, so it is one contiguous piece of every spill and costs one read per spill, however many documents there are.
 
-The record of the unit has the sizes and hashes of these files. `check_files` reads an index once, before shards are planned.
-Afterwards only pieces are read, so every document has a checksum, and every shard a number of documents and tokens.
+The record of the unit has the sizes and hashes of these files. `check_unit_files` reads each index once, before shards are
+planned. Afterwards only pieces are read, so every document has a checksum, and every shard a number of documents and tokens.
 """
 
 from dataclasses import dataclass, field
@@ -112,12 +112,9 @@ class Spill:
             np.save(file, entries)
         return SpillRecord(len(entries), tokens_bytes, work_files.file_hash(self.index_path), bands_hash)
 
-    def check_files(self) -> None:
-        """Raises: DamagedWork if a file differs from the unit's record. The ids are not read; only their size is compared."""
-        record, remedy = (
-            load_record(self.work_folder, self.unit_name).spills[self.spill_index],
-            damage_remedy(self.index_path),
-        )
+    def check_files(self, record: SpillRecord) -> None:
+        """Raises: DamagedWork if a file differs from its record. The ids are not read; only their size is compared."""
+        remedy = damage_remedy(self.index_path)
         work_files.check_file(self.tokens_path, remedy, size_bytes=record.tokens_bytes)
         work_files.check_file(self.index_path, remedy, xxh3_hash=record.index_hash)
         if record.bands_hash is not None:
@@ -180,6 +177,12 @@ def group_names(work_folder: Path, unit_name: str) -> list[str]:
 def load_record(work_folder: Path, unit_name: str) -> UnitRecord:
     """Load the record of a finished unit.  Raises: DamagedWork."""
     return work_files.read_record(record_path(work_folder, unit_name), UnitRecord)
+
+
+def check_unit_files(work_folder: Path, unit_name: str) -> None:
+    """Raises: DamagedWork if a file of one of the unit's spills differs from the unit's record, which is read once."""
+    for number, record in enumerate(load_record(work_folder, unit_name).spills):
+        Spill(work_folder, unit_name, number).check_files(record)
 
 
 def unit_spills(work_folder: Path, unit_name: str) -> list[Spill]:

@@ -266,8 +266,8 @@ def _write_links(preparation: Preparation, band_range: duplicates.BandRange, adv
 def _plan_shards(preparation: Preparation, path: Path, advance: ProgressCallback) -> None:
     """Write the masks of the duplicates of every spill, and the key ranges of the shards."""
     settings, spills = preparation.settings, preparation.spills
-    for one in spills:
-        one.check_files()
+    for unit in preparation.units:
+        spill.check_unit_files(preparation.work_folder, unit.name)
     if settings.deduplicate:
         mask_paths = [preparation.drop_mask_path(one) for one in spills]
         duplicates.write_masks(_bands_paths(preparation), mask_paths, _plan_band_ranges(preparation))
