@@ -52,6 +52,7 @@ def test_values_within_their_ranges_are_taken_as_they_are():
         ({"inner": [{"sha256": "a" * 64 + "\n"}]}, f"inner[0].sha256: {'a' * 63!r:.57}... is not a SHA-256 in hexadecimal"),
         ({"inner": [{}]}, "inner[0].sha256: is missing"),
         ({"inner": {}}, "inner: {} is not a list"),
+        ({"named": []}, "named: [] is not a mapping"),
         ({"other": 1}, "other: 1 is given, but there is no such field"),
     ],
 )  # fmt: skip
