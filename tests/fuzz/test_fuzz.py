@@ -406,7 +406,7 @@ def damage_lines(content: bytes, rng: random.Random, seal: Callable[[Any], bytes
 def plain_records(content: bytes) -> list[Any]:
     found = []
     for line in content.split(b"\n"):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
     return found
 

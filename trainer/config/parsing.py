@@ -104,6 +104,9 @@ def _parse_value(annotation: Any, value: Any, key_path: str) -> Any:
         raise FieldError(f"{key_path}: {_short_repr(value)} does not fit in 64 bits", "use a smaller number")
     if isinstance(value, str) and "\0" in value:
         raise FieldError(f"{key_path}: {_short_repr(value)} contains a NUL character", "remove it")
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        # Half a surrogate pair; Python also reads a byte of the command line as one if it is not UTF-8.
+        raise FieldError(f"{key_path}: {_short_repr(value)} is not UTF-8 text", "write it in UTF-8")
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not annotation:

@@ -137,14 +137,14 @@ def read_rollbacks(folder: Path, step: int, num_ledger_lines: int) -> RollbackHi
     Raises: UserError if a line of a rollback contradicts itself.
     """
     path, history = folder / LEDGER_FILE, RollbackHistory(0, None, {})
+    wanted = {"kind": "start", "is_rollback": True, "step": step, "num_ledger_lines": num_ledger_lines}
     if not path.exists():
         return history
     with open_regular_file(path) as file:
         for number, line in enumerate(islice(read_lines(file), num_ledger_lines, None), num_ledger_lines + 1):
             start = journal.parse_record(line) if b'"is_rollback"' in line else {}
-            if (start.get("kind"), start.get("is_rollback"), start.get("step"), start.get("num_ledger_lines")) == (
-                "start", True, step, num_ledger_lines,
-            ):  # fmt: skip
+            # Compare the types too: 1 equals True, but the trainer does not write it.
+            if all(type(start.get(key)) is type(value) and start[key] == value for key, value in wanted.items()):
                 fields = {name: start[name] for name in Rollback.__dataclass_fields__ if name in start}
                 place = f"{path}: line {number}"
                 rollback = parse_content(Rollback, fields, place, REMEDY)

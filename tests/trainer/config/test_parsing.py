@@ -48,6 +48,8 @@ def test_values_within_their_ranges_are_taken_as_they_are():
         ({"named": {1: 2, "1": 3}}, "named.1: is given twice, once as a number"),
         ({"named": {"a": -1}}, "named.a: -1 is not a finite number at least 0"),
         ({"named": {"a\0": 1}}, r"named: the key 'a\x00': 'a\x00' contains a NUL character"),
+        ({"named": {"caf\udce9": 1}}, r"named: the key 'caf\udce9': 'caf\udce9' is not UTF-8 text"),
+        ({"inner": [{"sha256": "\ud800"}]}, r"inner[0].sha256: '\ud800' is not UTF-8 text"),
         ({"inner": [{"sha256": "a" * 63}]}, f"inner[0].sha256: {'a' * 63!r:.57}... is not a SHA-256 in hexadecimal"),
         ({"inner": [{"sha256": "a" * 64 + "\n"}]}, f"inner[0].sha256: {'a' * 63!r:.57}... is not a SHA-256 in hexadecimal"),
         ({"inner": [{}]}, "inner[0].sha256: is missing"),

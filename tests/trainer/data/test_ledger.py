@@ -166,7 +166,8 @@ def test_a_run_that_goes_on_learns_how_often_it_went_back_to_its_checkpoint_and_
     go_back(tmp_path, 6, 3, {"a": 600})
     go_back(tmp_path, 7, 2, {"a": 700})
     with (tmp_path / LEDGER_FILE).open("ab") as file:
-        file.write(b'{"kind":"start","step":6,"num_ledger_lines":2,"cursor":{"a":9},"is_rollback":tr')
+        for mark in (b"1}\n", b"tr"):  # the trainer writes neither
+            file.write(b'{"kind":"start","step":6,"num_ledger_lines":2,"cursor":{"a":9},"is_rollback":' + mark)
     assert read_rollbacks(tmp_path, 6, 2) == RollbackHistory(2, {"a": 500}, START["skipped_shards"]), (
         "starts of processes and other checkpoints are not meant"
     )
