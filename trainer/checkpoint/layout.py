@@ -214,8 +214,8 @@ def is_committed(folder: Path) -> bool:
         raise _unreadable(folder, error) from None
 
 
-def _unreadable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"{folder}: cannot be read ({error.strerror}); correct its permissions, or name another folder")
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror}); correct its permissions, or name another folder")
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -234,12 +234,15 @@ def list_checkpoints(root: Path) -> list[Path]:
 def find_damage(folder: Path, files_to_hash: list[str] | None = None) -> str | None:
     """Return a description of a committed folder's damage, or None if it has none. Hash only `files_to_hash` if given.
 
-    Raises: UserError if its manifest was committed with a content that this version cannot read.
+    Raises: UserError if its manifest was committed with a content that this version cannot read, or a file may not be read:
+    a run would otherwise continue from an older checkpoint.
     """
     read = {}
     for file in (MANIFEST_FILE, COMMIT_MARKER):
         try:
             read[file] = read_file(folder / file)
+        except PermissionError as error:
+            raise _unreadable(folder / file, error) from None
         except OSError:
             return f"{file} cannot be read"
     text = read[MANIFEST_FILE]
@@ -258,6 +261,8 @@ def find_damage(folder: Path, files_to_hash: list[str] | None = None) -> str | N
         try:
             if found.result() != saved[file]["sha256"]:
                 return f"{file} has changed since it was saved"
+        except PermissionError as error:
+            raise _unreadable(folder / file, error) from None
         except OSError as error:
             return f"{file} cannot be read ({error.strerror})"
     return None

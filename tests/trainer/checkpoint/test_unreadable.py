@@ -78,6 +78,27 @@ def test_checkpoints_that_cannot_be_read_are_not_absent(run: Path) -> None:
     assert layout.list_committed(checkpoints / "none") == []
 
 
+@pytest.mark.parametrize("file", [layout.MANIFEST_FILE, layout.COMMIT_MARKER, "rank-00000.safetensors"])
+def test_a_checkpoint_that_may_not_be_read_is_not_a_damaged_one(run: Path, file: str) -> None:
+    """A run would continue from the checkpoint before it, and reject the newest."""
+    newest = run / "checkpoints/step-00000006"
+    newest.mkdir()
+    (newest / "rank-00000.safetensors").write_bytes(b"weights")
+    given = tiny_configs.make_config("btlm")
+    metadata = {"step": 6, "tp_size": 1, "dp_size": 1, **model_metadata(given.model, given.mup)}
+    file_info = {"bytes": 7, "sha256": layout.file_sha256(newest / "rank-00000.safetensors")}
+    commit(newest, [{"file": "rank-00000.safetensors", "file_info": file_info, "entries": []}], metadata)
+    assert layout.find_newest(newest.parent) == newest
+    with (
+        locked(newest / file),
+        pytest.raises(
+            UserError, match=rf"^{newest / file}: cannot be read \(Permission denied\); correct its permissions"
+        ),
+    ):
+        layout.find_damage(newest)
+    assert layout.find_damage(newest) is None
+
+
 @pytest.mark.parametrize(
     ("field", "choose"),
     [
